@@ -1,0 +1,131 @@
+"""What pydantic found wrong with a recipe -> lines that a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from flamingo_ft.config.document import Location
+from flamingo_ft.config.schema import REFUSED_FOR_NOW
+
+_WANTED = {
+    "string_type": "text",
+    "path_type": "a path",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "model_type": "a mapping of keys to values",
+    "tuple_type": "a list",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "{ge} or more",
+}
+_SHOWN_CHARACTERS = 60
+
+
+def dotted(location: Location) -> str:
+    """A location as recipes' users write it: `data.train.0.path`."""
+    return ".".join(map(str, location))
+
+
+def problems(schema: type[BaseModel], error: ValidationError) -> list[tuple[Location, str]]:
+    """Location and message of every problem; a misspelt required key is told once, not also as missing."""
+    found = error.errors(include_url=False)
+    meant = [
+        keys
+        for problem in found
+        if problem["type"] == "extra_forbidden"
+        for keys in _nearest_keys(schema, problem["loc"])
+    ]
+    return [
+        (problem["loc"], f"{dotted(problem['loc']) or 'the recipe'}: {_message(schema, problem)}")
+        for problem in found
+        if not (problem["type"] == "missing" and problem["loc"] in meant)
+        and not (problem["type"] == "too_short" and problem["input"])  # its entries' own problems say more
+    ]
+
+
+def _message(schema: type[BaseModel], problem: dict[str, Any]) -> str:
+    kind, location = problem["type"], problem["loc"]
+    if kind == "extra_forbidden":
+        return _unknown_key(schema, location)
+    if kind == "missing":
+        return f"missing; {_remedy_for_missing(schema, location)}"
+    if kind == "too_short":
+        return "found an empty list; give at least one entry"
+    found = _shown(problem["input"])
+    if kind in _WANTED:
+        unquoted = kind == "string_type" and isinstance(problem["input"], (int, float))
+        wanted = _WANTED[kind].format(**problem.get("ctx", {}))
+        return f"found {found}; want {wanted}{' (put it in quotes)' if unquoted else ''}"
+    return f"found {found}; {problem['msg']}" if kind == REFUSED_FOR_NOW else problem["msg"]
+
+
+def _shown(value: Any) -> str:
+    """A value as it would stand in a recipe, shortened; containers by their kind."""
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _remedy_for_missing(schema: type[BaseModel], location: Location) -> str:
+    section = _section_at(schema, location)
+    fields = section.model_fields.items() if section else ()
+    required = [name for name, field in fields if field.is_required()]
+    return f"add it, with at least {', '.join(required)}" if required else "add it"
+
+
+def _unknown_key(schema: type[BaseModel], location: Location) -> str:
+    nearest = _nearest_keys(schema, location)
+    if nearest:
+        return f"unknown key; did you mean {' or '.join(map(dotted, nearest))}?"
+    known = ", ".join(_section_at(schema, location[:-1]).model_fields)
+    return f"unknown key; known here are {known}"
+
+
+def _nearest_keys(schema: type[BaseModel], location: Location) -> list[Location]:
+    """Known keys that may be meant: of the same name, else spelt alike beside it, else anywhere."""
+    *parent, name = location
+    everywhere = list(_keys(schema))
+    same = [keys for keys in everywhere if keys[-1] == name]
+    if same:
+        return same
+    beside = difflib.get_close_matches(str(name), _section_at(schema, tuple(parent)).model_fields, n=1)
+    if beside:
+        return [(*parent, beside[0])]
+    alike = difflib.get_close_matches(str(name), [keys[-1] for keys in everywhere], n=1, cutoff=0.75)
+    return [keys for keys in everywhere if keys[-1] in alike]
+
+
+def _keys(schema: type[BaseModel], parent: Location = ()) -> Iterator[Location]:
+    """Every key that a recipe may have, those of a list's entries under index 0."""
+    for name, field in schema.model_fields.items():
+        here = (*parent, name)
+        yield here
+        section = _section_of(field.annotation)
+        if section:
+            yield from _keys(section, (*here, 0) if get_origin(field.annotation) is tuple else here)
+
+
+def _section_at(schema: type[BaseModel], location: Location) -> type[BaseModel] | None:
+    """The section that `location` leads to, or None where it leads to a plain value."""
+    section: type[BaseModel] | None = schema
+    for step in location:
+        if not isinstance(step, int):  # a list's entries are of the section that its key named
+            section = _section_of(section.model_fields[step].annotation)
+    return section
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field is, or is a list of."""
+    inside = get_args(annotation)[:1] if get_origin(annotation) is tuple else (annotation,)
+    return next((one for one in inside if isinstance(one, type) and issubclass(one, BaseModel)), None)

@@ -1,0 +1,308 @@
+"""A recipe is read strictly: what is accepted is exact, and what is refused is told with its place and remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from flamingo_ft.config import Recipe, dump_recipe, load_recipe
+from flamingo_ft.config.document import parse
+from flamingo_ft.errors import UserError
+
+MINIMAL = """\
+model:
+  vision: {name: nano}
+  language: {name: nano}
+data:
+  train:
+    - path: train.jsonl
+train:
+  output_dir: runs/one
+  max_steps: 10
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The recipe's folder, with its data; the current directory is another one."""
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    return tmp_path
+
+
+def write(folder: Path, text: str = MINIMAL) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """What is said about a recipe, with the recipe's own path shortened to `recipe.yaml`."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).replace(str(path), "recipe.yaml")
+
+
+# --- what is accepted -------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_without_optional_keys_gets_the_declared_defaults(folder):
+    recipe = load_recipe(write(folder))
+    assert recipe.model.perceiver.num_latents == 64 and recipe.model.cross_attn_every_n_layers == 1
+    assert recipe.trainable.new_tokens and recipe.lora.language is None
+    assert recipe.data.eval == () and recipe.data.train[0].weight == 1.0
+    assert recipe.train.seed == 0 and recipe.eval.before and recipe.eval.shuffled_images
+
+
+def test_a_recipe_is_frozen(folder):
+    recipe = load_recipe(write(folder))
+    with pytest.raises(ValidationError):
+        recipe.train.max_steps = 3
+    hash(recipe)
+
+
+def test_a_dumped_recipe_loads_as_the_same_recipe(folder):
+    recipe = load_recipe(write(folder), ["train.learning_rate=3e-4", "data.train.0.weight=2"])
+    assert load_recipe(write(folder, dump_recipe(recipe))) == recipe
+
+
+def test_every_key_is_described_in_the_json_schema():
+    schema = Recipe.model_json_schema()
+    json.dumps(schema)
+    sections = [schema, *schema["$defs"].values()]
+    assert len(sections) > 10 and all(section["description"] for section in sections)
+    for section in sections:
+        assert section["additionalProperties"] is False
+        for name, key in section["properties"].items():
+            described = key.get("description") or "$ref" in key  # a section describes itself
+            assert described, f"{section['title']}.{name} has no description"
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", ".0001", "0.0001", "+1e-4", "1.0e-4"])
+def test_a_number_may_be_written_in_every_usual_way(folder, text):
+    assert load_recipe(write(folder), [f"train.learning_rate={text}"]).train.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("text", ["on", "no", "12:30", "2024-01-01", "0123", "1_", "0x1f", "none", "1e", "."])
+def test_text_that_only_older_yaml_reads_as_something_else_stays_text(text):
+    assert parse(f"key: {text}", "x").values == {"key": text}
+
+
+def test_anchors_and_merges_work_and_errors_in_them_are_found(folder):
+    text = MINIMAL + "  <<: &more {seed: 3, batch_size: 4}\n  batch_size: 2\n"
+    recipe = load_recipe(write(folder, text))
+    assert (recipe.train.seed, recipe.train.batch_size) == (3, 2)
+    assert refusal(write(folder, text.replace("seed: 3", "sed: 3"))).startswith("recipe.yaml:10: train.sed: unknown")
+
+
+# --- paths ------------------------------------------------------------------------------------------------------
+
+
+def test_paths_in_the_file_start_from_the_file_and_paths_in_overrides_from_the_current_directory(folder):
+    recipe = load_recipe(write(folder))
+    assert recipe.data.train[0].path == folder / "train.jsonl"
+    here = folder / "elsewhere"
+    (here / "mine.json").write_text("[]")
+    (here / "photos").mkdir()
+    overridden = load_recipe(write(folder), ["data.train=[{path: mine.json, image_root: photos}]"])
+    assert overridden.data.train[0].path == here / "mine.json"
+    assert overridden.data.train[0].image_root == here / "photos"
+    # One key of an entry from the command line, the other from the file.
+    mixed = load_recipe(write(folder), ["data.train.0.image_root=photos"])
+    assert mixed.data.train[0].path == folder / "train.jsonl"
+    assert mixed.data.train[0].image_root == here / "photos"
+
+
+def test_the_output_folder_starts_from_the_current_directory(folder):
+    assert load_recipe(write(folder)).train.output_dir == Path("runs/one")
+    assert load_recipe(write(folder), ["train.output_dir=~/x"]).train.output_dir == Path.home() / "x"
+
+
+def test_only_an_explicit_path_to_a_backbone_is_taken_for_a_path(folder):
+    text = MINIMAL.replace("language: {name: nano}", "language: {name: ./lm}")
+    recipe = load_recipe(write(folder, text), ["model.vision.name=org/tower"])
+    assert recipe.model.language.name == str(folder / "lm")
+    assert recipe.model.vision.name == "org/tower"
+
+
+def test_a_missing_file_is_refused_with_its_line_unless_files_are_not_wanted(folder):
+    path = write(folder, MINIMAL.replace("train.jsonl", "gone.jsonl"))
+    missing = folder / "gone.jsonl"
+    assert refusal(path) == (
+        f"recipe.yaml:6: data.train.0.path: found no file {missing}; "
+        "relative paths here start from the recipe's folder"
+    )
+    assert load_recipe(path, require_files=False).data.train[0].path == missing
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------
+
+WRONG_LINES = [
+    ("  vision: {name: nano}", "  vison: {name: nano}", "2: model.vison: unknown key; did you mean model.vision?"),
+    ("  max_steps: 10", "  max_stesp: 10", "9: train.max_stesp: unknown key; did you mean train.max_steps?"),
+    ("  max_steps: 10", "  max_steps: ten", "9: train.max_steps: found 'ten'; want a whole number"),
+    ("  max_steps: 10", "  max_steps: '10'", "9: train.max_steps: found '10'; want a whole number"),
+    ("  max_steps: 10", "  max_steps: 1.5", "9: train.max_steps: found 1.5; want a whole number"),
+    ("  max_steps: 10", "  max_steps: true", "9: train.max_steps: found true; want a whole number"),
+    ("  max_steps: 10", "  max_steps: 0", "9: train.max_steps: found 0; want 1 or more"),
+    ("  max_steps: 10", "  max_steps:", "9: train.max_steps: found null; want a whole number"),
+    ("  max_steps: 10", "  max_steps: [1]", "9: train.max_steps: found a list; want a whole number"),
+    ("  max_steps: 10\n", "", "7: train.max_steps: missing; add it"),
+    ("    - path: train.jsonl", "    - image_root: x", "6: data.train.0.path: missing; add it"),
+    ("    - path: train.jsonl", "    - train.jsonl", "6: data.train.0: found 'train.jsonl'; want a mapping of keys"),
+    ("    - path: train.jsonl", "    []", "5: data.train: found an empty list; give at least one entry"),
+    ("{name: nano}\ndata", "{name: 12}\ndata", "3: model.language.name: found 12; want text (put it in quotes)"),
+    ("{name: nano}\ndata", "nano\ndata", "3: model.language: found 'nano'; want a mapping of keys to values"),
+]
+
+
+@pytest.mark.parametrize("right, wrong, told", WRONG_LINES)
+def test_a_wrong_line_is_refused_in_one_line_with_its_number_and_what_was_found(folder, right, wrong, told):
+    assert right in MINIMAL
+    message = refusal(write(folder, MINIMAL.replace(right, wrong)))
+    assert message.startswith(f"recipe.yaml:{told}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "extra, told",
+    [
+        ("learning_rate: 1e-4", "learning_rate: unknown key; did you mean train.learning_rate?"),
+        ("heads: 8", "did you mean model.perceiver.heads or model.cross_attention.heads?"),
+        ("vision: {name: nano}", "did you mean model.vision or lora.vision?"),
+        ("zzz: 1", "zzz: unknown key; known here are model, trainable, lora, data, train, eval"),
+        ("eval: {sed: 1}", "eval.sed: unknown key; did you mean train.seed?"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, told):
+    message = refusal(write(folder, MINIMAL + extra + "\n"))
+    assert message.startswith("recipe.yaml:10: ") and message.endswith(told)
+
+
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("model.language.quantization", "nf4", "'nf4'; this version trains unquantized backbones only; use none"),
+        ("model.vision.quantization", "int8", "'int8'; this version trains unquantized backbones only; use none"),
+        ("model.bridge_quantization", "nf4", "'nf4'; this version keeps the bridge unquantized; use none"),
+        ("model.init_from", "a", "'a'; this version starts every run from a fresh bridge; use null"),
+        ("lora.language", "{r: 16}", "a mapping; this version trains the bridge without LoRA; use null"),
+        ("data.train.0.format", "llava", "'llava'; want 'auto' or 'messages'"),
+    ],
+)
+def test_what_this_version_cannot_do_is_refused_in_words(folder, key, value, told):
+    override = f"{key}={value}"
+    assert refusal(write(folder), override) == f"override {override}: {key}: found {told}"
+
+
+def test_training_nothing_is_refused(folder):
+    message = refusal(write(folder), "trainable={perceiver: false, cross_attention: false, new_tokens: false}")
+    assert message.endswith("trainable: nothing would train; set one part to true")
+
+
+def test_every_problem_has_a_line_of_its_own_in_the_order_of_the_file(folder):
+    text = MINIMAL.replace("vision", "vison").replace("10", "ten") + "  seed: -1\n"
+    lines = refusal(write(folder, text)).splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["recipe.yaml:2", "recipe.yaml:9", "recipe.yaml:10"]
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (MINIMAL + "  max_steps: 12\n", "recipe.yaml:10: max_steps: given twice, first on line 9; keep one"),
+        (MINIMAL + "1: 2\n", "recipe.yaml:10: found 1 as a key; keys are text"),
+        (MINIMAL + "[a]: 2\n", "recipe.yaml:10: found a list or mapping as a key; keys are text"),
+        (MINIMAL + "\tseed: 2\n", "recipe.yaml:10: not valid YAML: found character '\\t' that cannot start any token"),
+        ("model: {vision: nano\n", "recipe.yaml:2: not valid YAML: "),
+        ("model: !!python/object:os.system {}\n", "recipe.yaml:1: not valid YAML: found a tag; a recipe has none"),
+        ("a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML: but found another document"),
+        ("a: \x00\n", "recipe.yaml:1: not valid YAML: special characters are not allowed; remove the character"),
+        ("", "recipe.yaml:1: found no mapping; a recipe has the keys model, trainable, lora, data, train, eval"),
+        ("# only a comment\n", "recipe.yaml:1: found no mapping"),
+        ("- a\n", "recipe.yaml:1: found no mapping"),
+    ],
+)
+def test_a_file_that_is_not_a_yaml_mapping_is_refused_with_the_line(folder, text, told):
+    message = refusal(write(folder, text))
+    assert message.startswith(told) and "\n" not in message
+
+
+def test_a_file_that_is_not_text_is_refused(folder):
+    path = write(folder)
+    path.write_bytes(b"model: \xff\xfe")
+    assert refusal(path) == "recipe.yaml: not UTF-8 text (byte 7); save the recipe as UTF-8"
+
+
+def test_a_recipe_that_contains_itself_is_refused(folder):
+    assert refusal(write(folder, MINIMAL + "eval: &a\n  before: *a\n")).startswith(
+        "recipe.yaml:11: eval.before: found a mapping; want true or false"
+    )
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)))
+def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_a_refusal(tmp_path_factory, value):
+    folder = tmp_path_factory.mktemp("any")
+    for content in (value, {"model": value, "data": {"train": value}, "train": {"max_steps": value}}):
+        with pytest.raises(UserError):
+            load_recipe(write(folder, yaml.safe_dump(content)))
+
+
+# --- overrides --------------------------------------------------------------------------------------------------
+
+
+def test_an_override_counts_more_than_the_file_and_a_later_one_more_than_an_earlier(folder):
+    recipe = load_recipe(write(folder), ["train.max_steps=11", "train.max_steps=12", "eval.before=false"])
+    assert recipe.train.max_steps == 12 and recipe.eval.before is False
+
+
+def test_an_override_can_give_what_the_file_lacks(folder):
+    path = write(folder, MINIMAL.replace("  max_steps: 10\n", ""))
+    assert load_recipe(path, ["train.max_steps=3"]).train.max_steps == 3
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("train.max_steps", "override 'train.max_steps': want KEY=VALUE, such as train.max_steps=10"),
+        ("=3", "override '=3': want KEY=VALUE, such as train.max_steps=10"),
+        ("train..seed=3", "override 'train..seed=3': want KEY=VALUE, such as train.max_steps=10"),
+        ("train.max_step=3", ": train.max_step: unknown key; did you mean train.max_steps?"),
+        ("trian.seed=3", ": trian: unknown key; did you mean train?"),
+        ("train.seed=x", ": train.seed: found 'x'; want a whole number"),
+        ("train.seed=[", ":1: not valid YAML: expected the node content, but found '<stream end>'"),
+        ("train.seed.x=3", ": train.seed: found a mapping; want a whole number"),
+        ("train.max_steps.x=3", ": train.max_steps is a single value and has no keys; set train.max_steps itself"),
+        (
+            "data.train.1.path=x",
+            ": data.train is a list of 1; use an index below that, or give the whole list: data.train=[...]",
+        ),
+        ("data.train=[{}]", ": data.train.0.path: missing; add it"),
+        ("data=\n null", ": data: found null; want a mapping of keys to values"),
+    ],
+)
+def test_a_wrong_override_is_refused_in_one_line_that_repeats_it(folder, override, told):
+    repeated = f"override {' '.join(override.split())}"
+    assert refusal(write(folder), override) == (told if told.startswith("override ") else f"{repeated}{told}")
+
+
+# --- cost -------------------------------------------------------------------------------------------------------
+
+
+def test_reading_recipes_imports_neither_torch_nor_transformers():
+    check = (
+        "import sys, flamingo_ft.config\n"
+        "print(sorted({'torch', 'transformers', 'open_clip', 'rich', 'typer'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
