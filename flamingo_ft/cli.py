@@ -1,0 +1,179 @@
+"""The command line: parse, call, print.
+
+Everything slow is imported inside the verb that needs it, so that help and refusals come at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flamingo_ft.errors import UserError
+
+MISTAKE, INTERRUPTED = 2, 130  # exit codes
+_FILES_OF_THE_USER = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+app = typer.Typer(
+    help="Teach a frozen language model to see, on one GPU or none.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="List the packaged recipes, or copy one to edit it.")
+app.add_typer(recipes_app, name="recipes")
+
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a trained adapter.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        from flamingo_ft import __version__
+
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move an earlier run in train.output_dir aside.")
+    ] = False,
+) -> None:
+    """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
+    from flamingo_ft.config import load_recipe
+    from flamingo_ft.recipe_library import find_recipe
+    from flamingo_ft.training.output_dir import prepare_output_dir
+
+    path = find_recipe(recipe)
+    settings = load_recipe(path, overrides or ())
+    folder = settings.train.output_dir
+    earlier = prepare_output_dir(folder, overwrite=overwrite)
+    if earlier:
+        typer.echo(f"moved the earlier run to {earlier}", err=True)
+
+    from flamingo_ft.training import run
+
+    metrics = run.train(settings, path)
+    _print_metrics(metrics)
+    typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Other samples to judge by.", exists=True, dir_okay=False),
+    ] = None,
+) -> None:
+    """Measure an adapter's accuracy on held-out samples."""
+    from flamingo_ft.evaluation import run
+
+    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data)))
+
+
+@app.command()
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask about the images.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="An image; once per image, in order.", exists=True, dir_okay=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")] = 64,
+) -> None:
+    """Answer a prompt about images."""
+    from flamingo_ft.inference import answer
+
+    typer.echo(answer.answer(adapter, image or [], prompt, max_new_tokens))
+
+
+@recipes_app.callback(invoke_without_command=True)
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        _list_recipes()
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A packaged recipe's name.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to.")] = Path("."),
+) -> None:
+    """Copy a packaged recipe and its data, to edit it."""
+    from flamingo_ft import recipe_library
+
+    for path in recipe_library.copy_recipe(name, folder):
+        typer.echo(path)
+
+
+def _list_recipes() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from flamingo_ft.recipe_library import packaged_recipes, summary
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe")
+    table.add_column("what it does")
+    for name, path in packaged_recipes().items():
+        table.add_row(name, summary(path))
+    Console().print(table)
+
+
+def _print_metrics(metrics: dict) -> None:
+    from rich.console import Console
+
+    from flamingo_ft.report_table import accuracy_table, training_line
+
+    if metrics.get("eval"):
+        Console().print(accuracy_table(metrics["eval"]))
+    if metrics.get("train"):
+        typer.echo(training_line(metrics["train"]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a user's mistake is told in a line, without a traceback."""
+    try:
+        code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
+    except UserError as error:
+        return _refuse(str(error))
+    except typer.TyperException as error:
+        return _refuse(f"{error.format_message().rstrip('.')}; see {_command_of(error)} --help")
+    except _FILES_OF_THE_USER as error:
+        if error.filename is None:
+            raise
+        return _refuse(f"{error.filename}: {error.strerror}")
+    if code == INTERRUPTED:
+        print("interrupted", file=sys.stderr)
+    return code
+
+
+def _command_of(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    return context.command_path if context else "flamingo-ft"
+
+
+def _refuse(problems: str) -> int:
+    """Print each problem on a line of its own."""
+    for problem in problems.splitlines():
+        print(f"error: {problem}", file=sys.stderr)
+    return MISTAKE

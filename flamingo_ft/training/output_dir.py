@@ -1,0 +1,54 @@
+"""The folder a run is written to. An earlier run is never lost by starting another."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from flamingo_ft.errors import UserError
+
+RECIPE_FILE = "resolved_recipe.yaml"
+"""The recipe with every default, the first file that a run writes: a folder with it holds a run."""
+
+
+def prepare_output_dir(folder: Path, *, overwrite: bool = False) -> Path | None:
+    """Make sure that `folder` is there and empty.
+
+    overwrite: an earlier run in it is moved to a folder of its own beside it, whose path is returned.
+
+    Raises UserError when the folder holds a run and `overwrite` is not given, when it holds anything else,
+    and when a file is in the way. A folder that is there and empty is fine, so preparing twice is too.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"train.output_dir: {folder} is a file; choose another: train.output_dir=FOLDER")
+    earlier = None
+    if folder.is_dir() and any(folder.iterdir()):
+        _check_replaceable(folder, overwrite)
+        earlier = _free_name_beside(folder)
+        folder.rename(earlier)
+    folder.mkdir(parents=True, exist_ok=True)
+    return earlier
+
+
+def _check_replaceable(folder: Path, overwrite: bool) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        raise UserError(
+            f"train.output_dir: {folder} holds files but no run; choose another: train.output_dir=FOLDER"
+        )
+    if not overwrite:
+        raise UserError(
+            f"train.output_dir: {folder} already holds a run; "
+            "choose another with train.output_dir=FOLDER, or move this one aside with --overwrite"
+        )
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"train.output_dir: {folder} is or holds the current directory and cannot be moved aside; "
+            "change to another, or choose train.output_dir=FOLDER"
+        )
+
+
+def _free_name_beside(folder: Path) -> Path:
+    """`runs/digits` -> `runs/digits.old-1`, or the first such name that is free."""
+    folder = folder.resolve()
+    names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())

@@ -1,0 +1,108 @@
+"""Data flows one way: each folder imports only folders above it, and each foreign engine has one door."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import flamingo_ft
+
+PACKAGE = Path(flamingo_ft.__file__).parent
+ORDER = (
+    "errors",
+    "recipe_library",
+    "config",
+    "backbones",
+    "model",
+    "data",
+    "adapters",
+    "inference",
+    "evaluation",
+    "training",
+    "report_table",
+    "cli",
+    "__main__",
+)
+ONLY_IN_BACKBONES = {"open_clip", "bitsandbytes"}
+
+
+def imports(source: str, package: str) -> Iterator[tuple[str, list[str]]]:
+    """Module and names of every import in a file of `package`, relative ones made absolute; `import a` has no names."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            yield ".".join([*above, *filter(None, [node.module])]), [alias.name for alias in node.names]
+
+
+def places(source: str, package: str) -> Iterator[str]:
+    """The parts of flamingo_ft that a file imports from: `backbones`, `config`, ..."""
+    for module, names in imports(source, package):
+        root, *inside = module.split(".")
+        if root == "flamingo_ft":
+            yield from (name for name in (inside[:1] or names or ["the whole package"]) if name != "__version__")
+
+
+def violations(place: str, source: str, package: str) -> list[str]:
+    """What a file in `place` imports against the order."""
+    allowed = {*ORDER[: ORDER.index(place) + 1]} - ({"cli"} if place not in ("cli", "__main__") else set())
+    wrong = [f"{place} imports {used}" for used in places(source, package) if used not in allowed]
+    foreign = {module.split(".")[0] for module, _ in imports(source, package)} & ONLY_IN_BACKBONES
+    return wrong + [f"{place} imports {engine}" for engine in sorted(foreign) if place != "backbones"]
+
+
+def files() -> list[tuple[str, Path]]:
+    """Every file of the package but its front door (`__init__.py`), with its place in the order."""
+    found = ((path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py"))
+    return [(place, path) for place, path in found if path != PACKAGE / "__init__.py"]
+
+
+def test_every_part_of_the_package_has_a_place_in_the_order():
+    assert {place for place, _ in files()} <= {*ORDER}
+
+
+def test_a_folder_imports_only_folders_above_it_and_only_backbones_imports_the_engines():
+    wrong = []
+    for place, path in files():
+        package = ".".join(["flamingo_ft", *path.relative_to(PACKAGE).parts[:-1]])
+        wrong += [f"{path}: {message}" for message in violations(place, path.read_text(encoding="utf-8"), package)]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "place, source",
+    [
+        ("model", "import flamingo_ft.training.run"),
+        ("model", "from flamingo_ft import data"),
+        ("model", "from flamingo_ft import FlamingoProcessor"),
+        ("model", "import flamingo_ft"),
+        ("model", "from ..adapters.save import save"),
+        ("model", "from .. import adapters"),
+        ("model", "def f():\n    from flamingo_ft.data.batch import collate"),
+        ("training", "from flamingo_ft.cli import main"),
+        ("training", "import open_clip.model"),
+        ("config", "from bitsandbytes import nn"),
+    ],
+)
+def test_an_import_against_the_order_is_noticed(place, source):
+    assert violations(place, source, f"flamingo_ft.{place}")
+
+
+@pytest.mark.parametrize(
+    "place, source",
+    [
+        ("model", "from . import perceiver"),
+        ("model", "from .perceiver import PerceiverResampler"),
+        ("model", "from ..backbones import language"),
+        ("model", "import torch, flamingo_ft.backbones.language"),
+        ("cli", "from flamingo_ft import __version__, recipe_library"),
+        ("backbones", "import open_clip"),
+        ("__main__", "from flamingo_ft.cli import main"),
+    ],
+)
+def test_an_import_along_the_order_is_fine(place, source):
+    assert not violations(place, source, f"flamingo_ft.{place}")

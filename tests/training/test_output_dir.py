@@ -1,0 +1,66 @@
+"""An earlier run is never lost by starting another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.training.output_dir import RECIPE_FILE, prepare_output_dir
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder that holds a run."""
+    folder = tmp_path / "runs" / "one"
+    folder.mkdir(parents=True)
+    (folder / RECIPE_FILE).write_text("model: {}\n")
+    return folder
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert prepare_output_dir(folder) is None and folder.is_dir()
+    assert prepare_output_dir(folder) is None
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_both_remedies(run):
+    before = contents(run)
+    with pytest.raises(UserError, match=r"already holds a run; choose another with train\.output_dir=.* --overwrite"):
+        prepare_output_dir(run)
+    assert contents(run) == before
+
+
+def test_overwriting_moves_every_earlier_run_aside_whole(run):
+    before = contents(run)
+    first = prepare_output_dir(run, overwrite=True)
+    assert contents(first) == before and contents(run) == {}
+    (run / RECIPE_FILE).write_text("second")
+    second = prepare_output_dir(run, overwrite=True)
+    assert contents(first) == before and second.name == "one.old-2"
+
+
+def test_a_folder_with_other_files_is_refused_even_when_overwriting(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds files but no run; choose another"):
+            prepare_output_dir(tmp_path, overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_current_directory_is_never_moved_aside(run, monkeypatch):
+    monkeypatch.chdir(run)
+    for folder in (Path("."), run, run.parent / ".." / "runs" / "one"):
+        with pytest.raises(UserError, match="is or holds the current directory"):
+            prepare_output_dir(folder, overwrite=True)
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file; choose another"):
+        prepare_output_dir(tmp_path / "run", overwrite=True)
