@@ -65,6 +65,6 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
         if target.exists():
             raise UserError(f"{target}: exists already; choose another folder: recipes copy {name} FOLDER")
     folder.mkdir(parents=True, exist_ok=True)
-    for source, target in zip(sources, copies):
+    for source, target in zip(sources, copies, strict=True):
         shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
     return copies

@@ -30,7 +30,7 @@ ONLY_IN_BACKBONES = {"open_clip", "bitsandbytes"}
 
 
 def imports(source: str, package: str) -> Iterator[tuple[str, list[str]]]:
-    """Module and names of every import in a file of `package`, relative ones made absolute; `import a` has no names."""
+    """Module and names of every import in a file of `package`, relative ones made absolute."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, []) for alias in node.names)
@@ -44,7 +44,9 @@ def places(source: str, package: str) -> Iterator[str]:
     for module, names in imports(source, package):
         root, *inside = module.split(".")
         if root == "flamingo_ft":
-            yield from (name for name in (inside[:1] or names or ["the whole package"]) if name != "__version__")
+            yield from (
+                name for name in (inside[:1] or names or ["the whole package"]) if name != "__version__"
+            )
 
 
 def violations(place: str, source: str, package: str) -> list[str]:
@@ -69,7 +71,9 @@ def test_a_folder_imports_only_folders_above_it_and_only_backbones_imports_the_e
     wrong = []
     for place, path in files():
         package = ".".join(["flamingo_ft", *path.relative_to(PACKAGE).parts[:-1]])
-        wrong += [f"{path}: {message}" for message in violations(place, path.read_text(encoding="utf-8"), package)]
+        wrong += [
+            f"{path}: {message}" for message in violations(place, path.read_text(encoding="utf-8"), package)
+        ]
     assert not wrong, "\n".join(wrong)
 
 

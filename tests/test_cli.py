@@ -1,4 +1,4 @@
-"""The command line parses, calls and prints; a mistake is one line and exit code 2, and costs no heavy import."""
+"""The command line parses, calls and prints; a mistake costs one line, exit code 2 and no heavy import."""
 
 from __future__ import annotations
 
@@ -27,8 +27,20 @@ METRICS = {
         "accuracy_before": 0.31,
         "accuracy_shuffled_images": 0.29,
         "per_task": {
-            "which digit": {"accuracy": 0.981, "before": 0.1, "shuffled_images": 0.12, "samples": 360, "chance": 0.1},
-            "even or odd": {"accuracy": 0.96, "before": 0.5, "shuffled_images": 0.49, "samples": 360, "chance": 0.5},
+            "which digit": {
+                "accuracy": 0.981,
+                "before": 0.1,
+                "shuffled_images": 0.12,
+                "samples": 360,
+                "chance": 0.1,
+            },
+            "even or odd": {
+                "accuracy": 0.96,
+                "before": 0.5,
+                "shuffled_images": 0.49,
+                "samples": 360,
+                "chance": 0.5,
+            },
         },
     },
     "train": {"steps": 600, "seconds": 171.6, "trainable_parameters": 1234567},
@@ -48,7 +60,7 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def entry_point(monkeypatch):
-    """Put a stand-in for one entry point where the command line looks for it; returns the list of its calls."""
+    """Put a stand-in for an entry point where the command line looks for it; returns the list of calls."""
 
     def replace(package, module: str, function: str, answer):
         calls = []
@@ -68,7 +80,7 @@ def entry_point(monkeypatch):
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    """The real command in a process of its own; its last line of stdout names the heavy packages it imported."""
+    """The real command in a process of its own; its last line of stdout names the heavy imports."""
     script = (
         "import sys\n"
         "from flamingo_ft.cli import main\n"
@@ -81,10 +93,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-# --- cost and form of help and refusals -------------------------------------------------------------------------
+# --- cost and form of help and refusals ---
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["train", "--help"], ["recipes", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["train", "--help"], ["recipes", "--help"], ["--version"]]
+)
 def test_help_comes_without_heavy_imports(here, arguments):
     done = run(*arguments)
     assert done.returncode == 0 and done.stderr == ""
@@ -101,7 +115,10 @@ def test_help_names_every_verb():
     [
         (["train", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
         (["train", "recipe.yaml", "train.max_steps=ten"], "found 'ten'; want a whole number"),
-        (["train", "recipe.yaml", "data.train.0.path=gone"], "relative paths here start from the current directory"),
+        (
+            ["train", "recipe.yaml", "data.train.0.path=gone"],
+            "relative paths here start from the current directory",
+        ),
         (["train", "recipe.yaml", "max_steps"], "want KEY=VALUE"),
         (["train", "gone.yaml"], "recipe gone.yaml: "),
         (["train", "recipe.yaml", "train.output_dir=."], "holds files but no run; choose another"),
@@ -109,7 +126,10 @@ def test_help_names_every_verb():
         (["train"], "Missing argument 'RECIPE'; see flamingo-ft train --help"),
         (["train", "recipe.yaml", "--overwrit"], "No such option: --overwrit"),
         (["tarin"], "No such command 'tarin'"),
-        (["eval", "run", "--data", "gone.jsonl"], "file 'gone.jsonl' does not exist; see flamingo-ft eval --help"),
+        (
+            ["eval", "run", "--data", "gone.jsonl"],
+            "file 'gone.jsonl' does not exist; see flamingo-ft eval --help",
+        ),
         (["generate", "run", "--prompt", "?", "--image", "gone.png"], "file 'gone.png' does not exist"),
         (["generate", "run", "--image", "a.png"], "Missing option '--prompt'"),
         (["generate", "run", "--prompt", "?", "--max-new-tokens", "0"], "greater than or equal to 1"),
@@ -137,14 +157,17 @@ def test_the_package_runs_as_a_module(here):
     assert done.returncode == 2 and done.stderr.startswith("error: recipe gone.yaml: ")
 
 
-# --- errors from inside -----------------------------------------------------------------------------------------
+# --- errors from inside ---
 
 
 @pytest.mark.parametrize(
     "error, told",
     [
         (UserError("sample 3 of x.jsonl: no image"), "error: sample 3 of x.jsonl: no image\n"),
-        (FileNotFoundError(2, "No such file or directory", "x.png"), "error: x.png: No such file or directory\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.png"),
+            "error: x.png: No such file or directory\n",
+        ),
         (PermissionError(13, "Permission denied", "/x"), "error: /x: Permission denied\n"),
     ],
 )
@@ -154,7 +177,9 @@ def test_a_mistake_found_late_is_told_like_one_found_early(here, entry_point, ca
     assert capsys.readouterr().err == told
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), OSError("a bug"), FileNotFoundError("a bug"), KeyError("a bug")])
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), OSError("a bug"), FileNotFoundError("a bug"), KeyError("a bug")]
+)
 def test_an_error_that_is_not_the_users_keeps_its_traceback(here, entry_point, error):
     entry_point(inference, "answer", "answer", error)
     with pytest.raises(type(error), match="a bug"):
@@ -167,7 +192,7 @@ def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-# --- verbs ------------------------------------------------------------------------------------------------------
+# --- verbs ---
 
 
 def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point, capsys):

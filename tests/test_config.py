@@ -1,4 +1,4 @@
-"""A recipe is read strictly: what is accepted is exact, and what is refused is told with its place and remedy."""
+"""A recipe is read strictly: what is accepted is exact; what is refused is told with its place and remedy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value).replace(str(path), "recipe.yaml")
 
 
-# --- what is accepted -------------------------------------------------------------------------------------------
+# --- what is accepted ---
 
 
 def test_a_recipe_without_optional_keys_gets_the_declared_defaults(folder):
@@ -102,10 +102,12 @@ def test_anchors_and_merges_work_and_errors_in_them_are_found(folder):
     text = MINIMAL + "  <<: &more {seed: 3, batch_size: 4}\n  batch_size: 2\n"
     recipe = load_recipe(write(folder, text))
     assert (recipe.train.seed, recipe.train.batch_size) == (3, 2)
-    assert refusal(write(folder, text.replace("seed: 3", "sed: 3"))).startswith("recipe.yaml:10: train.sed: unknown")
+    assert refusal(write(folder, text.replace("seed: 3", "sed: 3"))).startswith(
+        "recipe.yaml:10: train.sed: unknown"
+    )
 
 
-# --- paths ------------------------------------------------------------------------------------------------------
+# --- paths ---
 
 
 def test_paths_in_the_file_start_from_the_file_and_paths_in_overrides_from_the_current_directory(folder):
@@ -145,10 +147,14 @@ def test_a_missing_file_is_refused_with_its_line_unless_files_are_not_wanted(fol
     assert load_recipe(path, require_files=False).data.train[0].path == missing
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------
+# --- refusals ---
 
 WRONG_LINES = [
-    ("  vision: {name: nano}", "  vison: {name: nano}", "2: model.vison: unknown key; did you mean model.vision?"),
+    (
+        "  vision: {name: nano}",
+        "  vison: {name: nano}",
+        "2: model.vison: unknown key; did you mean model.vision?",
+    ),
     ("  max_steps: 10", "  max_stesp: 10", "9: train.max_stesp: unknown key; did you mean train.max_steps?"),
     ("  max_steps: 10", "  max_steps: ten", "9: train.max_steps: found 'ten'; want a whole number"),
     ("  max_steps: 10", "  max_steps: '10'", "9: train.max_steps: found '10'; want a whole number"),
@@ -159,9 +165,17 @@ WRONG_LINES = [
     ("  max_steps: 10", "  max_steps: [1]", "9: train.max_steps: found a list; want a whole number"),
     ("  max_steps: 10\n", "", "7: train.max_steps: missing; add it"),
     ("    - path: train.jsonl", "    - image_root: x", "6: data.train.0.path: missing; add it"),
-    ("    - path: train.jsonl", "    - train.jsonl", "6: data.train.0: found 'train.jsonl'; want a mapping of keys"),
+    (
+        "    - path: train.jsonl",
+        "    - train.jsonl",
+        "6: data.train.0: found 'train.jsonl'; want a mapping of keys",
+    ),
     ("    - path: train.jsonl", "    []", "5: data.train: found an empty list; give at least one entry"),
-    ("{name: nano}\ndata", "{name: 12}\ndata", "3: model.language.name: found 12; want text (put it in quotes)"),
+    (
+        "{name: nano}\ndata",
+        "{name: 12}\ndata",
+        "3: model.language.name: found 12; want text (put it in quotes)",
+    ),
     ("{name: nano}\ndata", "nano\ndata", "3: model.language: found 'nano'; want a mapping of keys to values"),
 ]
 
@@ -192,8 +206,16 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, to
 @pytest.mark.parametrize(
     "key, value, told",
     [
-        ("model.language.quantization", "nf4", "'nf4'; this version trains unquantized backbones only; use none"),
-        ("model.vision.quantization", "int8", "'int8'; this version trains unquantized backbones only; use none"),
+        (
+            "model.language.quantization",
+            "nf4",
+            "'nf4'; this version trains unquantized backbones only; use none",
+        ),
+        (
+            "model.vision.quantization",
+            "int8",
+            "'int8'; this version trains unquantized backbones only; use none",
+        ),
         ("model.bridge_quantization", "nf4", "'nf4'; this version keeps the bridge unquantized; use none"),
         ("model.init_from", "a", "'a'; this version starts every run from a fresh bridge; use null"),
         ("lora.language", "{r: 16}", "a mapping; this version trains the bridge without LoRA; use null"),
@@ -206,7 +228,9 @@ def test_what_this_version_cannot_do_is_refused_in_words(folder, key, value, tol
 
 
 def test_training_nothing_is_refused(folder):
-    message = refusal(write(folder), "trainable={perceiver: false, cross_attention: false, new_tokens: false}")
+    message = refusal(
+        write(folder), "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
+    )
     assert message.endswith("trainable: nothing would train; set one part to true")
 
 
@@ -222,12 +246,24 @@ def test_every_problem_has_a_line_of_its_own_in_the_order_of_the_file(folder):
         (MINIMAL + "  max_steps: 12\n", "recipe.yaml:10: max_steps: given twice, first on line 9; keep one"),
         (MINIMAL + "1: 2\n", "recipe.yaml:10: found 1 as a key; keys are text"),
         (MINIMAL + "[a]: 2\n", "recipe.yaml:10: found a list or mapping as a key; keys are text"),
-        (MINIMAL + "\tseed: 2\n", "recipe.yaml:10: not valid YAML: found character '\\t' that cannot start any token"),
+        (
+            MINIMAL + "\tseed: 2\n",
+            "recipe.yaml:10: not valid YAML: found character '\\t' that cannot start any token",
+        ),
         ("model: {vision: nano\n", "recipe.yaml:2: not valid YAML: "),
-        ("model: !!python/object:os.system {}\n", "recipe.yaml:1: not valid YAML: found a tag; a recipe has none"),
+        (
+            "model: !!python/object:os.system {}\n",
+            "recipe.yaml:1: not valid YAML: found a tag; a recipe has none",
+        ),
         ("a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML: but found another document"),
-        ("a: \x00\n", "recipe.yaml:1: not valid YAML: special characters are not allowed; remove the character"),
-        ("", "recipe.yaml:1: found no mapping; a recipe has the keys model, trainable, lora, data, train, eval"),
+        (
+            "a: \x00\n",
+            "recipe.yaml:1: not valid YAML: special characters are not allowed; remove the character",
+        ),
+        (
+            "",
+            "recipe.yaml:1: found no mapping; a recipe has the keys model, trainable, lora, data, train",
+        ),
         ("# only a comment\n", "recipe.yaml:1: found no mapping"),
         ("- a\n", "recipe.yaml:1: found no mapping"),
     ],
@@ -249,8 +285,12 @@ def test_a_recipe_that_contains_itself_is_refused(folder):
     )
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    )
+)
 def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_a_refusal(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("any")
     for content in (value, {"model": value, "data": {"train": value}, "train": {"max_steps": value}}):
@@ -258,7 +298,7 @@ def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_a_refusal(tmp_pat
             load_recipe(write(folder, yaml.safe_dump(content)))
 
 
-# --- overrides --------------------------------------------------------------------------------------------------
+# --- overrides ---
 
 
 def test_an_override_counts_more_than_the_file_and_a_later_one_more_than_an_earlier(folder):
@@ -282,7 +322,10 @@ def test_an_override_can_give_what_the_file_lacks(folder):
         ("train.seed=x", ": train.seed: found 'x'; want a whole number"),
         ("train.seed=[", ":1: not valid YAML: expected the node content, but found '<stream end>'"),
         ("train.seed.x=3", ": train.seed: found a mapping; want a whole number"),
-        ("train.max_steps.x=3", ": train.max_steps is a single value and has no keys; set train.max_steps itself"),
+        (
+            "train.max_steps.x=3",
+            ": train.max_steps is a single value and has no keys; set train.max_steps itself",
+        ),
         (
             "data.train.1.path=x",
             ": data.train is a list of 1; use an index below that, or give the whole list: data.train=[...]",
@@ -296,7 +339,7 @@ def test_a_wrong_override_is_refused_in_one_line_that_repeats_it(folder, overrid
     assert refusal(write(folder), override) == (told if told.startswith("override ") else f"{repeated}{told}")
 
 
-# --- cost -------------------------------------------------------------------------------------------------------
+# --- cost ---
 
 
 def test_reading_recipes_imports_neither_torch_nor_transformers():

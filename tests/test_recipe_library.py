@@ -90,7 +90,9 @@ def test_every_packaged_recipe_loads_and_reads_only_its_own_folder():
         own = path.with_suffix("").absolute()
         for source in (*recipe.data.train, *recipe.data.eval):
             for used in (source.path, source.image_root):
-                assert used is None or used.is_relative_to(own), f"{name} reads {used}, which copying leaves behind"
+                assert used is None or used.is_relative_to(own), (
+                    f"{name} reads {used}, which copying leaves behind"
+                )
 
 
 def test_every_packaged_recipe_says_what_it_does():

@@ -4,6 +4,34 @@
 """
 
 from flamingo_ft.config.loading import dump_recipe, load_recipe
-from flamingo_ft.config.schema import DataSource, Recipe
+from flamingo_ft.config.schema import (
+    CrossAttentionSection,
+    DataSection,
+    DataSource,
+    EvalSection,
+    LanguageSection,
+    LoraSection,
+    ModelSection,
+    PerceiverSection,
+    Recipe,
+    TrainableSection,
+    TrainSection,
+    VisionSection,
+)
 
-__all__ = ["DataSource", "Recipe", "dump_recipe", "load_recipe"]
+__all__ = [
+    "CrossAttentionSection",
+    "DataSection",
+    "DataSource",
+    "EvalSection",
+    "LanguageSection",
+    "LoraSection",
+    "ModelSection",
+    "PerceiverSection",
+    "Recipe",
+    "TrainSection",
+    "TrainableSection",
+    "VisionSection",
+    "dump_recipe",
+    "load_recipe",
+]

@@ -57,7 +57,7 @@ class VisionSection(Section):
     name: str
     """`nano`, an OpenCLIP architecture, `hf-hub:org/name`, or a folder (from `/`, `./`, `../` or `~` on)."""
     pretrained: str | None = None
-    """OpenCLIP's tag of the weights, or their file. null: the name's own weights; random for an architecture."""
+    """OpenCLIP's tag of the weights, or their file. null: the name's own; random for an architecture."""
     quantization: Unquantized = "none"
     """How the tower's weights are kept in memory."""
 

@@ -31,7 +31,9 @@ def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path):
 
 def test_a_folder_that_holds_a_run_is_refused_with_both_remedies(run):
     before = contents(run)
-    with pytest.raises(UserError, match=r"already holds a run; choose another with train\.output_dir=.* --overwrite"):
+    with pytest.raises(
+        UserError, match=r"already holds a run; choose another with train\.output_dir=.* --overwrite"
+    ):
         prepare_output_dir(run)
     assert contents(run) == before
 
