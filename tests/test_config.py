@@ -294,8 +294,9 @@ def test_a_recipe_that_contains_itself_is_refused(folder):
 def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_a_refusal(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("any")
     for content in (value, {"model": value, "data": {"train": value}, "train": {"max_steps": value}}):
-        with pytest.raises(UserError):
-            load_recipe(write(folder, yaml.safe_dump(content)))
+        with pytest.raises(UserError) as refused:
+            load_recipe(path := write(folder, yaml.safe_dump(content)))
+        assert all(line.startswith(f"{path}:") for line in str(refused.value).splitlines())
 
 
 # --- overrides ---

@@ -28,8 +28,8 @@ _SHOWN_CHARACTERS = 60
 
 
 def dotted(location: Location) -> str:
-    """A location as recipes' users write it: `data.train.0.path`."""
-    return ".".join(map(str, location))
+    """A location as recipes' users write it, on one line: `data.train.0.path`."""
+    return " ".join(".".join(map(str, location)).split())
 
 
 def problems(schema: type[BaseModel], error: ValidationError) -> list[tuple[Location, str]]:
