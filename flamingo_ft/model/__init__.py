@@ -1,0 +1,27 @@
+"""The Flamingo model: perceiver resampler, gated cross-attention, conditioning, and the two faces."""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+
+from .build import build_flamingo
+from .checkpoints import LoadReport, load_open_flamingo
+from .configuration import FlamingoConfig
+from .modeling import FlamingoForConditionalGeneration
+from .open_flamingo import Flamingo, create_model_and_transforms
+from .processor import FlamingoImageProcessor, FlamingoProcessor
+
+AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig)
+AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration)
+AutoImageProcessor.register(FlamingoConfig, image_processor_classes={"pil": FlamingoImageProcessor})
+AutoProcessor.register(FlamingoConfig, FlamingoProcessor)
+
+__all__ = [
+    "Flamingo",
+    "FlamingoConfig",
+    "FlamingoForConditionalGeneration",
+    "FlamingoImageProcessor",
+    "FlamingoProcessor",
+    "LoadReport",
+    "build_flamingo",
+    "create_model_and_transforms",
+    "load_open_flamingo",
+]

@@ -1,0 +1,71 @@
+"""Samples to a batch of tensors. Shapes: B samples, T text tokens, M images, C channels, H height, W width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.model.processor import FlamingoProcessor
+
+from .encode import IGNORED, encode
+
+
+class Collator:
+    """Rows of a dataset (the fields of `Sample`) to input_ids, attention_mask, labels (B, T) and pixel_values.
+
+    Raises UserError for a sample longer than ``max_text_tokens``, or an image that cannot be read.
+    """
+
+    def __init__(self, processor: FlamingoProcessor, max_text_tokens: int):
+        self.processor = processor
+        self.max_text_tokens = max_text_tokens
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        encoded = [encode(self.processor, row["messages"]) for row in rows]
+        for row, sample in zip(rows, encoded, strict=True):
+            self._check_length(len(sample.input_ids), row["where"])
+        batch = pad_ids([sample.input_ids for sample in encoded], self.processor.tokenizer.pad_token_id, "right")
+        batch["labels"] = pad([sample.labels for sample in encoded], IGNORED, "right")
+        return batch | load_pixels(self.processor, rows)
+
+    def _check_length(self, found: int, where: str) -> None:
+        if found > self.max_text_tokens:
+            raise UserError(
+                f"{where}: found {found} text tokens, the limit is {self.max_text_tokens}; "
+                "shorten the sample or raise data.max_text_tokens (up to the language model's context)"
+            )
+
+
+def load_pixels(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """pixel_values (B, M, C, H, W) of the rows' image files; nothing where no row has any."""
+    images = [[open_image(path, row["where"]) for path in row["images"]] for row in rows]
+    return {"pixel_values": processor.pixel_values(images)} if any(images) else {}
+
+
+def open_image(path: str | Path, where: str | None = None) -> Image.Image:
+    """An image file as RGB. UserError naming the file when it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        prefix = f"{where}: " if where else ""
+        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        raise UserError(f"{prefix}{path}: not a readable image ({reason}); replace it") from None
+
+
+def pad_ids(sequences: Sequence[Sequence[int]], pad_token_id: int, side: Literal["left", "right"]) -> dict[str, Tensor]:
+    """input_ids and attention_mask (B, T), padded on one side."""
+    ones = [[1] * len(sequence) for sequence in sequences]
+    return {"input_ids": pad(sequences, pad_token_id, side), "attention_mask": pad(ones, 0, side)}
+
+
+def pad(sequences: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:
+    """Sequences of different lengths to one tensor (B, T)."""
+    tensors = [torch.tensor(sequence) for sequence in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

@@ -1,0 +1,55 @@
+"""A new Flamingo from two backbones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flamingo_ft.backbones.language import LanguageBackbone
+from flamingo_ft.backbones.vision import VisionBackbone
+
+from .configuration import FlamingoConfig
+from .conditioning import Visibility
+from .modeling import FlamingoForConditionalGeneration
+from .processor import FlamingoProcessor
+from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
+
+
+def build_flamingo(
+    vision: VisionBackbone,
+    language: LanguageBackbone,
+    *,
+    cross_attn_every_n_layers: int = 1,
+    media_visibility: Visibility = "immediate",
+    perceiver: Mapping[str, Any] | None = None,
+    cross_attention: Mapping[str, Any] | None = None,
+    decoder_layers_attr_name: str | None = None,
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """A Flamingo with a new bridge, all of it frozen, and the processor that feeds it.
+
+    The tokenizer gains ``<image>`` and ``<|endofchunk|>``; the options are those of `FlamingoConfig`. Raises
+    UserError when the language model's decoder layers cannot be found.
+    """
+    lm, tokenizer = language.model, language.tokenizer
+    known_rows = len(tokenizer)
+    new_token_ids = add_media_tokens(tokenizer)
+    grow_vocabulary(lm, len(tokenizer))
+    config = FlamingoConfig(
+        text_config=lm.config,
+        vision_config=vision.config,
+        vision_preprocess=vision.preprocess,
+        vision_width=vision.width,
+        cross_attn_every_n_layers=cross_attn_every_n_layers,
+        media_visibility=media_visibility,
+        perceiver=dict(perceiver or {}),
+        cross_attention=dict(cross_attention or {}),
+        media_token_id=tokenizer.convert_tokens_to_ids(MEDIA_TOKEN),
+        eoc_token_id=tokenizer.convert_tokens_to_ids(EOC_TOKEN),
+        new_token_ids=new_token_ids,
+        decoder_layers_attr_name=decoder_layers_attr_name,
+        backbones={"vision": vision.source, "language": language.source},
+    )
+    model = FlamingoForConditionalGeneration(config, vision.visual, lm)
+    if model.token_rows is not None:
+        model.token_rows.reset(lm, known_rows)
+    return model, FlamingoProcessor.for_backbones(vision.preprocess, tokenizer)

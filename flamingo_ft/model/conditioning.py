@@ -1,0 +1,227 @@
+"""Who sees which media: the one owner of everything a language model's forward needs to know about images.
+
+The language model stays as it is. Hooks on it open onto a `MediaConditioning`, which does nothing until a forward or a
+generation opens a `Media`, and forgets it afterwards, after an error too. Which image a token looks at follows from
+its *text time*, the number of media tokens up to it. Text times of past tokens belong to the key/value cache, so they
+are kept on it and found by its length: what crops, copies or continues a cache carries them along.
+
+Shapes: B samples, R rows of text (B times beams or returned sequences), T tokens of this forward, S tokens so far,
+M media, L latents.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_ft.backbones.decoder_layers import residual_streams
+
+Visibility = Literal["immediate", "all_preceding", "following"]
+
+# Where families keep the past: nearly all under the first name.
+CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
+
+
+@dataclass(eq=False)
+class Media:
+    """The media of B samples, encoded: made once for a forward, a generation, or a cache of prompts.
+
+    latents (B, M, L, D), or None where the whole batch is text; counts (B,) how many of the M each sample has;
+    keys_values: per decoder layer, the projections of the latents, filled in as inference first needs them.
+    """
+
+    latents: Tensor | None
+    counts: Tensor
+    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict) -> Media:
+        """Shared, not copied: copies of a cache (one prompt, many continuations) look at the same images."""
+        return self
+
+    def visible(self, times: Tensor, is_media: Tensor, visibility: Visibility) -> Tensor | None:
+        """Which media each token sees, by its text time: times, is_media (R, T) -> (R, T, M) bool."""
+        if self.latents is None:
+            return None
+        slot = torch.arange(1, self.latents.shape[1] + 1, device=times.device)
+        target = (times + ~is_media if visibility == "following" else times)[..., None]
+        seen = slot <= target if visibility == "all_preceding" else slot == target
+        counts = repeat_rows(self.counts, len(times))
+        return seen & (slot <= counts[:, None, None])
+
+
+@dataclass(eq=False)
+class Past:
+    """What a key/value cache knows of media: theirs, and the text time (R, S) of every token that it holds."""
+
+    media: Media
+    times: Tensor
+
+    def counts_at(self, length: int) -> Tensor:
+        """Media tokens (R,) among the first ``length`` tokens."""
+        return self.times[:, :length].amax(-1) if length else self.times.new_zeros(len(self.times))
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward of the language model: text times up to its last token (R, S), what its T tokens see (R, T, M)."""
+
+    times: Tensor
+    visible: Tensor | None
+
+
+def past_of(cache: object | None) -> Past | None:
+    """The media that a key/value cache was filled under, if any."""
+    return getattr(cache, "flamingo_past", None)
+
+
+def cache_length(cache: object | None) -> int:
+    """Tokens that a key/value cache holds; state-space caches cannot tell, but carry the text times of theirs."""
+    if cache is None:
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        past = past_of(cache)
+        return 0 if past is None else past.times.shape[1]
+
+
+def cache_in(kwargs: Mapping[str, object]) -> object | None:
+    """The key/value cache among a forward's keyword arguments or a model's outputs."""
+    return next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+
+
+class MediaConditioning:
+    """Runs the gated cross-attention blocks inside an untouched language model while a `Media` is open."""
+
+    def __init__(self, media_token_id: int, visibility: Visibility, blocks: nn.ModuleList):
+        self.media_token_id = media_token_id
+        self.visibility = visibility
+        self.blocks = blocks
+        self.held: Media | None = None
+        self._held_times: Tensor | None = None
+        self._now = _Now()
+
+    def attach(self, lm: nn.Module, layers: nn.ModuleList) -> None:
+        """Hook ``lm`` and those of its decoder ``layers`` that have a block before them."""
+        self._streams = residual_streams(lm.config)
+        lm.register_forward_pre_hook(self._before_language_model, with_kwargs=True)
+        lm.register_forward_hook(self._after_language_model, with_kwargs=True)
+        for index, block in enumerate(self.blocks):
+            if block is not None:
+                layers[index].register_forward_pre_hook(partial(self._before_layer, index), with_kwargs=True)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the language model is being run as part of a Flamingo."""
+        return self._now.media is not None
+
+    @contextmanager
+    def open(self, media: Media) -> Iterator[None]:
+        """Condition the language model on ``media`` inside the block, and only there."""
+        now = self._now
+        outer = now.media, now.call, now.past
+        now.media, now.call, now.past = media, None, None
+        try:
+            yield
+        finally:
+            now.media, now.call, now.past = outer
+
+    def hold(self, media: Media, input_ids: Tensor) -> None:
+        """Keep ``media`` until `release`; text that carries on without media tokens follows ``input_ids`` (B, T)."""
+        self.held, self._held_times = media, (input_ids == self.media_token_id).sum(-1)
+
+    def release(self) -> None:
+        """Forget held media."""
+        self.held = self._held_times = None
+
+    def start(self, input_ids: Tensor, cache: object | None) -> None:
+        """Work out what the tokens of one forward, input_ids (R, T) after those in ``cache``, are looking at."""
+        media = self._now.media
+        is_media = input_ids == self.media_token_id
+        before, start = self._times_before(media, is_media, cache)
+        times = start[:, None] + is_media.cumsum(-1)
+        self._now.call = _Call(torch.cat([before, times], dim=1), media.visible(times, is_media, self.visibility))
+
+    def finish(self, cache: object | None) -> None:
+        """End one forward; what it learned of text times goes with the cache that it filled."""
+        self._now.past = Past(self._now.media, self._now.call.times)
+        if hasattr(cache, "__dict__"):
+            cache.flamingo_past = self._now.past
+        self._now.call = None
+
+    def _times_before(self, media: Media, is_media: Tensor, cache: object | None) -> tuple[Tensor, Tensor]:
+        """Text times of the tokens in the cache (R, S), and the one at which this forward starts (R,)."""
+        rows, length, past = len(is_media), cache_length(cache), past_of(cache)
+        if cache is not None and not hasattr(cache, "__dict__"):  # a bare list (RWKV): the previous forward filled it
+            past = self._now.past
+            length = 0 if past is None else past.times.shape[1]
+        before = is_media.new_zeros(rows, length, dtype=torch.long)
+        if past is not None and length:
+            known = repeat_rows(past.times, rows)[:, :length]
+            before[:, : known.shape[1]] = known
+            return before, before[:, -1]
+        continues = media is self.held and not is_media.any()
+        start = repeat_rows(self._held_times, rows) if continues else before.new_zeros(rows)
+        return before, start
+
+    def _before_language_model(self, lm: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not self.is_open:
+            return
+        input_ids = kwargs.get("input_ids", args[0] if args else None)
+        if input_ids is None:
+            raise ValueError("a Flamingo finds its media in input_ids; found none (inputs_embeds alone do not do)")
+        self.start(input_ids, cache_in(kwargs))
+
+    def _after_language_model(self, lm: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        if self.is_open:
+            given = cache_in(kwargs)
+            self.finish(cache_in(output) if given is None and isinstance(output, Mapping) else given)
+
+    def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        call, media = self._now.call, self._now.media
+        if call is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self._into_streams(hidden, lambda x: self._cross_attend(index, x, media, call.visible))
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def _into_streams(self, hidden: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run a block on the residual stream; where a family keeps several, on their mean, its change added to each."""
+        if self._streams is None:
+            return block(hidden)
+        mean = self._streams.mean(hidden)
+        return self._streams.add(hidden, block(mean) - mean)
+
+    def _cross_attend(self, index: int, hidden: Tensor, media: Media, visible: Tensor | None) -> Tensor:
+        """The block of decoder layer ``index``; keys and values are kept for the next token where no gradient is."""
+        block = self.blocks[index]
+        key, value = media.keys_values.get(index, (None, None))
+        hidden, key, value = block(block.entry(hidden), media.latents, visible, key, value)
+        if media.latents is not None and not torch.is_grad_enabled():
+            media.keys_values[index] = key, value
+        return hidden
+
+
+class _Now(threading.local):
+    """What is open in this thread: two threads may generate with one model. A copy starts with nothing open."""
+
+    media: Media | None = None
+    call: _Call | None = None
+    past: Past | None = None
+
+    def __reduce__(self) -> tuple:
+        return _Now, ()
+
+
+def repeat_rows(x: Tensor, rows: int) -> Tensor:
+    """Each of the B rows of ``x`` as often as text has rows for it: (B, ...) -> (rows, ...)."""
+    if rows % len(x):
+        raise ValueError(f"found {rows} rows of text for {len(x)} rows of media; give each row of text its media")
+    return x.repeat_interleave(rows // len(x), dim=0)

@@ -1,0 +1,116 @@
+"""What both faces of the model share: the bridge, attached to the two backbones.
+
+Shapes: B samples, R rows of text, M media, F frames, C channels, H height, W width, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
+
+from flamingo_ft.backbones.decoder_layers import find_decoder_layers, hidden_size
+from flamingo_ft.errors import UserError
+
+from .conditioning import Media, MediaConditioning, Visibility, cache_in, cache_length, past_of
+from .cross_attention import GatedCrossAttentionBlock
+from .media import are_of_the_end, check_counts, encode_media, extend, no_media
+from .perceiver import PerceiverResampler
+from .token_rows import TokenRows
+
+
+class FlamingoCore(nn.Module):
+    """The parts and the flow of a Flamingo; `FlamingoForConditionalGeneration` and `Flamingo` are its two faces."""
+
+    vision_encoder: nn.Module
+    lang_encoder: nn.Module
+    perceiver: PerceiverResampler
+    gated_cross_attn_layers: nn.ModuleList
+    token_rows: TokenRows | None
+    decoder_layers_attr_name: str
+
+    def build_bridge(
+        self,
+        *,
+        vis_dim: int,
+        media_token_id: int,
+        every: int = 1,
+        visibility: Visibility = "immediate",
+        perceiver: Mapping[str, Any] | None = None,
+        cross_attention: Mapping[str, Any] | None = None,
+        new_token_ids: Sequence[int] = (),
+        decoder_layers_attr_name: str | None = None,
+    ) -> None:
+        """Make the bridge between ``vision_encoder`` and ``lang_encoder``, and hook it onto the latter."""
+        lm = self.lang_encoder
+        self.decoder_layers_attr_name, layers = find_decoder_layers(lm, decoder_layers_attr_name)
+        sizes = {"dim": hidden_size(lm.config), "dim_visual": vis_dim, **(cross_attention or {})}
+        self.perceiver = PerceiverResampler(dim=vis_dim, **(perceiver or {}))
+        self.gated_cross_attn_layers = nn.ModuleList(
+            GatedCrossAttentionBlock(**sizes) if (index + 1) % every == 0 else None for index in range(len(layers))
+        )
+        self.conditioning = MediaConditioning(media_token_id, visibility, self.gated_cross_attn_layers)
+        self.conditioning.attach(lm, layers)
+        self.token_rows = TokenRows(new_token_ids, lm) if new_token_ids else None
+        if self.token_rows is not None:
+            self.token_rows.attach(lm, self.conditioning)
+
+    def media_for(self, input_ids: Tensor, pixels: Tensor | None, cache: object | None = None) -> Media:
+        """The media that ``input_ids`` (R, T), the tokens after those in ``cache``, are to be read with.
+
+        ``pixels`` (B, M, [F,] C, H, W) are all media of the text so far, or only those of the new tokens; those of
+        the cached part are remembered. Without pixels: the held or remembered ones, or none. Raises UserError
+        when text and images do not match.
+        """
+        mentioned = (input_ids == self.conditioning.media_token_id).sum(-1)
+        length, past = cache_length(cache), past_of(cache)
+        seen = past.counts_at(length) if past is not None and length else torch.zeros_like(mentioned)
+        if pixels is None:
+            return self._media_without_pixels(mentioned, past.media if length and past is not None else None)
+        if len(pixels) != len(input_ids):
+            raise UserError(f"found {len(pixels)} rows of images for {len(input_ids)} rows of text; give one each")
+        if seen.any() and are_of_the_end(seen, mentioned, pixels.shape[1]):
+            new = encode_media(self.vision_encoder, self.perceiver, pixels, mentioned)
+            return extend(past, seen, new)
+        return encode_media(self.vision_encoder, self.perceiver, pixels, seen + mentioned)
+
+    def _media_without_pixels(self, mentioned: Tensor, remembered: Media | None) -> Media:
+        known = self.conditioning.held or remembered
+        if known is None:
+            check_counts(mentioned, 0)
+        return known or no_media(self.perceiver, mentioned)
+
+    def looking_at(
+        self, input_ids: Tensor, pixels: Tensor | None, cache: object | None = None
+    ) -> AbstractContextManager[None]:
+        """Open the language model onto the media of ``input_ids``, for one forward."""
+        return self.conditioning.open(self.media_for(input_ids, pixels, cache))
+
+    @torch.no_grad()
+    def generate_text(self, input_ids: Tensor, pixels: Tensor | None, **kwargs: Any) -> Any:
+        """Run the language model's own ``generate`` with the media open; each is encoded and projected once."""
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+        continues = mask is not None and mask.shape[1] > input_ids.shape[1]  # only the new tokens were passed
+        new_ids = input_ids if continues else input_ids[:, cache_length(cache) :]
+        media = self.media_for(new_ids, pixels, cache)
+        kwargs["logits_processor"] = self._without_media_tokens(input_ids, kwargs.get("logits_processor"))
+        with self.conditioning.open(media):
+            return self.lang_encoder.generate(input_ids, **kwargs)
+
+    def _without_media_tokens(self, input_ids: Tensor, given: list | None) -> LogitsProcessorList:
+        """A generated media token would point at an image that is not there."""
+        suppress = SuppressTokensLogitsProcessor([self.conditioning.media_token_id], device=input_ids.device)
+        return LogitsProcessorList([*(given or []), suppress])
+
+    def hold_media(self, input_ids: Tensor, pixels: Tensor) -> None:
+        """Encode ``pixels`` once and keep them for every forward until `uncache_media`."""
+        self.conditioning.release()
+        self.conditioning.hold(self.media_for(input_ids, pixels), input_ids)
+
+    def uncache_media(self) -> None:
+        """Forget media kept by ``cache_media``."""
+        self.conditioning.release()

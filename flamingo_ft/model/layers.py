@@ -1,0 +1,54 @@
+"""Pieces that the perceiver resampler and the gated cross-attention share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def feed_forward(width: int, mult: int) -> nn.Sequential:
+    """LayerNorm, then a bias-free MLP of hidden width ``width * mult`` with GELU (Flamingo, appendix A.1)."""
+    return nn.Sequential(
+        nn.LayerNorm(width),
+        nn.Linear(width, width * mult, bias=False),
+        nn.GELU(),
+        nn.Linear(width * mult, width, bias=False),
+    )
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, heads * d) -> (B, heads, N, d)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, heads, N, d) -> (B, N, heads * d)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention in which a query that may see nothing receives zero.
+
+    query (B, H, Q, d); key, value (B, H, K, d); visible (B, 1, Q, K) bool, or None when all is visible.
+    """
+    if visible is None:
+        return functional.scaled_dot_product_attention(query, key, value)
+    sees = visible.any(-1, keepdim=True)
+    # A row without a single visible key is 0/0 in the softmax: let it see everything, then discard what it saw.
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees)
+    return torch.where(sees, attended, 0.0)
+
+
+class CheckpointedBlock(GradientCheckpointingLayer):
+    """A block that `gradient_checkpointing_enable` reaches, with a gradient in every checkpointing mode.
+
+    Reentrant checkpointing gives *no* gradient to a block's parameters when none of its inputs needs one, which is
+    the rule rather than the exception above a frozen model. Tensors are passed positionally for the same reason.
+    """
+
+    def entry(self, x: Tensor) -> Tensor:
+        """``x``, as a leaf that requires a gradient where a checkpointed block would otherwise get none."""
+        recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return x.detach().requires_grad_() if recomputed and not x.requires_grad else x

@@ -1,0 +1,83 @@
+"""From pixels to `Media`: checking the images against the text, the frozen tower, the perceiver.
+
+Shapes: B samples, M media, F frames, C channels, H height, W width, V visual tokens, D width, L latents, T text.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_ft.backbones.vision import spatial_tokens
+from flamingo_ft.errors import UserError
+
+from .conditioning import Media, Past
+from .perceiver import PerceiverResampler
+
+
+def encode_media(vision: nn.Module, perceiver: PerceiverResampler, pixels: Tensor, counts: Tensor) -> Media:
+    """Encode the first ``counts`` (B,) media of each sample of ``pixels`` (B, M, [F,] C, H, W); the rest is padding.
+
+    Padding never reaches the tower. Raises UserError when ``counts`` ask for more than M.
+    """
+    check_counts(counts, pixels.shape[1])
+    pixels = pixels[:, :, None] if pixels.dim() == 5 else pixels
+    real = torch.arange(pixels.shape[1], device=counts.device) < counts[:, None]
+    if not real.any():
+        return no_media(perceiver, counts)
+    frames = pixels.shape[2]
+    tokens = spatial_tokens(vision, pixels[real].flatten(0, 1)).unflatten(0, (-1, frames))
+    slots = real.nonzero()[:, 1]
+    encoded = perceiver(tokens[None], slots[None])[0]
+    latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
+    latents[real] = encoded
+    return Media(latents, counts)
+
+
+def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:
+    """The media of a batch of plain text, with ``counts`` (B,) of zeros.
+
+    While training, an unseen dummy goes through the bridge in their place, so that every parameter takes part in
+    every step and on every rank.
+    """
+    if not torch.is_grad_enabled():
+        return Media(None, counts)
+    weight = perceiver.norm.weight
+    return Media(perceiver(weight.new_zeros(len(counts), 1, 1, 1, len(weight))), counts)
+
+
+def extend(past: Past, seen: Tensor, new: Media) -> Media:
+    """The media of ``past``, of which each sample has mentioned ``seen`` (B,), followed by ``new``."""
+    if past.media.latents is None:
+        return new
+    if new.latents is None:
+        return past.media
+    counts = seen + new.counts
+    latents = new.latents.new_zeros(len(counts), int(counts.max()), *new.latents.shape[2:])
+    for row, (old, added) in enumerate(zip(seen.tolist(), new.counts.tolist(), strict=True)):
+        latents[row, :old] = past.media.latents[row, :old]
+        latents[row, old : old + added] = new.latents[row, :added]
+    return Media(latents, counts)
+
+
+def are_of_the_end(seen: Tensor, mentioned: Tensor, given: int) -> bool:
+    """Whether ``given`` slots of media go with the new tokens alone, which mention (B,), rather than with those
+    ``seen`` (B,) before as well. Raises UserError where it could be either."""
+    whole, end = int((seen + mentioned).max()), int(mentioned.max())
+    if given == whole == end:
+        raise UserError(
+            f"cannot tell whether the {given} images of each row are those of the whole text or of its end; "
+            "continue these rows one by one"
+        )
+    return given < whole
+
+
+def check_counts(mentioned: Tensor, given: int) -> None:
+    """Refuse text that mentions more media, (B,), than the ``given`` slots hold."""
+    most = int(mentioned.max())
+    if most > given:
+        row = int(mentioned.argmax())
+        raise UserError(
+            f"row {row} has {most} <image> tokens but {given} image{'s' * (given != 1)}; "
+            "add the missing images or remove markers"
+        )

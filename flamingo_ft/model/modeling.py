@@ -1,0 +1,183 @@
+"""The Flamingo model in transformers' form.
+
+Flamingo (arXiv:2204.14198). Shapes: B samples, M media, F frames, C channels, H height, W width, T text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flamingo_ft.backbones.vision import build_visual, non_persistent_buffers
+
+from .configuration import FlamingoConfig
+from .core import FlamingoCore
+from .cross_attention import GatedCrossAttentionBlock
+from .perceiver import PerceiverResampler
+
+
+class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):
+    """A language model that reads images through a perceiver resampler and gated cross-attention.
+
+    ``vision_encoder`` is an OpenCLIP tower (its ``.visual``), ``lang_encoder`` any causal language model of
+    transformers, untouched. Made by `build_flamingo` from two backbones, by ``from_pretrained`` from a saved model.
+    """
+
+    config_class = FlamingoConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        vision_encoder: nn.Module | None = None,
+        lang_encoder: PreTrainedModel | None = None,
+    ):
+        super().__init__(config)
+        self.vision_encoder = build_visual(config.vision_config) if vision_encoder is None else vision_encoder
+        self.lang_encoder = lang_encoder or AutoModelForCausalLM.from_config(config.text_config)
+        _keep_weights(self.vision_encoder)
+        _keep_weights(self.lang_encoder)
+        config.text_config = self.lang_encoder.config
+        self.build_bridge(
+            vis_dim=config.vision_width,
+            media_token_id=config.media_token_id,
+            every=config.cross_attn_every_n_layers,
+            visibility=config.media_visibility,
+            perceiver=config.perceiver,
+            cross_attention=config.cross_attention,
+            new_token_ids=config.new_token_ids or (),
+            decoder_layers_attr_name=config.decoder_layers_attr_name,
+        )
+        self.post_init()
+        self.requires_grad_(False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass over input_ids (B, T), with one media token per image or video.
+
+        pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order, padded at the
+        end of M where a row has fewer. With ``past_key_values``: the media of the new tokens, of all tokens, or None
+        to go on with those seen. Other arguments go to the language model, whose output this returns. Raises
+        UserError when a row has more media tokens than media.
+        """
+        given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
+        given |= {"use_cache": use_cache, **kwargs}
+        with self.looking_at(input_ids, pixel_values, past_key_values):
+            return self.lang_encoder(input_ids=input_ids, **{k: v for k, v in given.items() if v is not None})
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's own ``generate`` (beams, sampling, streamers, assisted decoding, ...) over the media.
+
+        Takes pixel_values as `forward` does and returns what the language model's ``generate`` returns.
+        """
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        return self.generate_text(inputs if input_ids is None else input_ids, pixel_values, **kwargs)
+
+    def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
+        """Encode the media of ``input_ids`` (B, T) once, for every forward without media until `uncache_media`."""
+        self.hold_media(input_ids, pixel_values)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model without its output head, as trainers that score in tiles ask for it."""
+        return Backbone(self)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The language model's."""
+        return self.lang_encoder.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: GenerationConfig | None) -> None:
+        if "lang_encoder" in self._modules:  # PreTrainedModel sets one before there is a language model
+            self.lang_encoder.generation_config = value
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.lang_encoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        """The language model's output head, the rows of new tokens in place."""
+        head = self.lang_encoder.get_output_embeddings()
+        return head if self.token_rows is None else self.token_rows.head_with_rows(head)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fill in what a checkpoint lacked; torch's own initialisation, gates closed."""
+        if module is self.vision_encoder:
+            _restore_buffers(module, self.config.vision_config)
+        elif isinstance(module, GatedCrossAttentionBlock):
+            nn.init.zeros_(module.attn_gate)
+            nn.init.zeros_(module.ff_gate)
+        elif isinstance(module, PerceiverResampler):
+            for parameter in module.parameters(recurse=False):
+                nn.init.normal_(parameter)
+        elif isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+            module.reset_parameters()
+
+
+class Backbone(nn.Module):
+    """A view of a Flamingo that stops before the output head; it owns no parameters.
+
+    forward takes what `FlamingoForConditionalGeneration.forward` takes, but labels, and returns ``last_hidden_state``.
+    """
+
+    def __init__(self, model: FlamingoForConditionalGeneration):
+        super().__init__()
+        self._model = [model]  # in a list, so that it is not registered as a submodule of its own view
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        (model,) = self._model
+        given = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        with model.looking_at(input_ids, pixel_values, past_key_values):
+            model.conditioning.start(input_ids, past_key_values)
+            body = model.lang_encoder.base_model
+            return body(input_ids=input_ids, **{k: v for k, v in given.items() if v is not None})
+
+
+def _keep_weights(module: nn.Module) -> None:
+    """Mark a backbone that has its weights, so that initialising the Flamingo around it leaves them alone."""
+    if not any(p.is_meta for p in module.parameters()):
+        for part in module.modules():
+            part._is_hf_initialized = True
+
+
+def _restore_buffers(visual: nn.Module, vision_config: dict) -> None:
+    """Recompute the buffers that checkpoints do not hold."""
+    for name, value in non_persistent_buffers(vision_config).items():
+        parent, _, leaf = name.rpartition(".")
+        owner = visual.get_submodule(parent)
+        setattr(owner, leaf, value.to(getattr(owner, leaf)))

@@ -1,0 +1,169 @@
+"""OpenFlamingo's face of the model: scripts written for it run after changing their import.
+
+Signatures follow OpenFlamingo 2.0.1 (arXiv:2308.01390). Shapes: B samples, M media, F frames, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import image_transform, load_vision
+
+from .checkpoints import is_open_flamingo, load_open_flamingo
+from .core import FlamingoCore
+from .layers import CheckpointedBlock
+from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
+
+
+class Flamingo(FlamingoCore):
+    """A Flamingo around an OpenCLIP model (its ``.visual`` is used) and any causal language model of transformers.
+
+    ``flamingo_kwargs`` beyond OpenFlamingo's: ``media_visibility``, ``perceiver``, ``cross_attention`` and
+    ``decoder_layers_attr_name``, as in `FlamingoConfig`.
+    """
+
+    def __init__(
+        self,
+        vision_encoder: nn.Module,
+        lang_encoder: PreTrainedModel,
+        eoc_token_id: int,
+        media_token_id: int,
+        vis_dim: int,
+        cross_attn_every_n_layers: int = 1,
+        gradient_checkpointing: bool = False,
+        *,
+        media_visibility: str = "immediate",
+        perceiver: Mapping[str, Any] | None = None,
+        cross_attention: Mapping[str, Any] | None = None,
+        decoder_layers_attr_name: str | None = None,
+    ):
+        super().__init__()
+        self.eoc_token_id = eoc_token_id
+        self.media_token_id = media_token_id
+        self.vis_dim = vis_dim
+        self.vision_encoder = getattr(vision_encoder, "visual", vision_encoder)
+        self.lang_encoder = lang_encoder
+        self.build_bridge(
+            vis_dim=vis_dim,
+            media_token_id=media_token_id,
+            every=cross_attn_every_n_layers,
+            visibility=media_visibility,
+            perceiver=perceiver,
+            cross_attention=cross_attention,
+            decoder_layers_attr_name=decoder_layers_attr_name,
+        )
+        self._media_cached = False
+        if gradient_checkpointing:
+            self.gradient_checkpointing_enable()
+
+    def forward(
+        self,
+        vision_x: Tensor | None,
+        lang_x: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        clear_conditioned_layers: bool = True,
+        past_key_values: Any | None = None,
+        use_cache: bool = False,
+    ) -> Any:
+        """One pass; vision_x (B, M, F, C, H, W), or None for media kept by `cache_media` or by an earlier forward
+        with ``clear_conditioned_layers=False``; lang_x (B, T). Returns the language model's output."""
+        if self._media_cached and vision_x is not None:
+            raise ValueError("found vision_x while media are cached; pass None, or call uncache_media() first")
+        if not self._media_cached and vision_x is not None:
+            self.conditioning.release()
+        given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
+        media = self.media_for(lang_x, vision_x, past_key_values)
+        with self.conditioning.open(media):
+            output = self.lang_encoder(
+                input_ids=lang_x, use_cache=use_cache, **{k: v for k, v in given.items() if v is not None}
+            )
+        if not clear_conditioned_layers and not self._media_cached:
+            self.conditioning.hold(media, lang_x)
+        return output
+
+    def generate(self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The language model's ``generate``; ends at ``<|endofchunk|>`` unless ``eos_token_id`` says otherwise.
+
+        Returns lang_x (B, T) with the generated tokens appended.
+        """
+        kwargs.setdefault("eos_token_id", self.eoc_token_id)
+        return self.generate_text(lang_x, vision_x, attention_mask=attention_mask, **kwargs)
+
+    def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
+        """Encode vision_x (B, M, F, C, H, W) once, for forwards without media until `uncache_media`.
+
+        Text without media tokens is read as what follows input_ids (B, T).
+        """
+        self.hold_media(input_ids, vision_x)
+        self._media_cached = True
+
+    def uncache_media(self) -> None:
+        """Forget media kept by `cache_media`."""
+        super().uncache_media()
+        self._media_cached = False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Recompute the language model's layers and the bridge's blocks in the backward instead of storing them."""
+        self.lang_encoder.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+        run = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
+        for block in self.modules():
+            if isinstance(block, CheckpointedBlock):
+                block.gradient_checkpointing, block._gradient_checkpointing_func = True, run
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, for this model's keys and for OpenFlamingo's, which are mapped.
+
+        With OpenFlamingo's keys, ``strict=False`` forgives what those files never hold (the frozen backbones) and
+        nothing of the bridge.
+        """
+        if not is_open_flamingo(state_dict):
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        report = load_open_flamingo(self, state_dict)
+        return _IncompatibleKeys(report.missing, report.unexpected)
+
+
+def create_model_and_transforms(
+    clip_vision_encoder_path: str,
+    clip_vision_encoder_pretrained: str,
+    lang_encoder_path: str,
+    tokenizer_path: str,
+    cross_attn_every_n_layers: int = 1,
+    use_local_files: bool = False,
+    decoder_layers_attr_name: str | None = None,
+    freeze_lm_embeddings: bool = False,
+    **flamingo_kwargs: Any,
+) -> tuple[Flamingo, Callable, PreTrainedTokenizerBase]:
+    """A Flamingo, its image transform and its tokenizer, as OpenFlamingo's factory makes them.
+
+    The backbones are frozen; the perceiver, the cross-attention and, unless ``freeze_lm_embeddings``, the language
+    model's input embeddings train.
+    """
+    vision = load_vision(clip_vision_encoder_path, clip_vision_encoder_pretrained)
+    language = load_language(lang_encoder_path, tokenizer=tokenizer_path, local_files_only=use_local_files)
+    tokenizer = language.tokenizer
+    add_media_tokens(tokenizer)
+    grow_vocabulary(language.model, len(tokenizer))
+    model = Flamingo(
+        vision.visual,
+        language.model,
+        tokenizer.convert_tokens_to_ids(EOC_TOKEN),
+        tokenizer.convert_tokens_to_ids(MEDIA_TOKEN),
+        vis_dim=vision.width,
+        cross_attn_every_n_layers=cross_attn_every_n_layers,
+        decoder_layers_attr_name=decoder_layers_attr_name,
+        **flamingo_kwargs,
+    )
+    model.requires_grad_(False)
+    model.perceiver.requires_grad_(True)
+    model.gated_cross_attn_layers.requires_grad_(True)
+    model.lang_encoder.get_input_embeddings().requires_grad_(not freeze_lm_embeddings)
+    return model, image_transform(vision.preprocess), tokenizer

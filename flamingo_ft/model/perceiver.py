@@ -1,0 +1,104 @@
+"""The perceiver resampler: any number of visual tokens in, a fixed number of latents out.
+
+Flamingo (arXiv:2204.14198), section 3.1.1 and appendix A.1.1. Parameter names are OpenFlamingo's, so that its
+checkpoints load key by key. Shapes: B batch, M media, F frames, V visual tokens, L latents, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .layers import CheckpointedBlock, attend, feed_forward, merge_heads, split_heads
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the visual tokens and to themselves."""
+
+    def __init__(self, width: int, heads: int, dim_head: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_media = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, width, bias=False)
+
+    def forward(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """tokens (N, K, D), latents (N, L, D) -> (N, L, D)."""
+        latents = self.norm_latents(latents)
+        seen = torch.cat([self.norm_media(tokens), latents], dim=1)
+        key, value = self.to_kv(seen).chunk(2, dim=-1)
+        query, key, value = (split_heads(x, self.heads) for x in (self.to_q(latents), key, value))
+        return self.to_out(merge_heads(attend(query, key, value)))
+
+
+class PerceiverLayer(CheckpointedBlock, nn.ModuleList):
+    """Attention, then feed-forward, each added to the latents. A list so that keys read ``layers.{i}.{0,1}``."""
+
+    def __init__(self, width: int, heads: int, dim_head: int, ff_mult: int):
+        nn.ModuleList.__init__(self, [PerceiverAttention(width, heads, dim_head), feed_forward(width, ff_mult)])
+
+    def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        """latents (N, L, D), tokens (N, K, D) -> latents (N, L, D)."""
+        attention, mlp = self
+        latents = latents + attention(tokens, latents)
+        return latents + mlp(latents)
+
+
+class PerceiverResampler(nn.Module):
+    """Resamples each medium (one image, or the frames of one video) into ``num_latents`` latents.
+
+    ``max_num_frames`` adds a learned embedding per frame, ``max_num_media`` one per position of the medium among the
+    sample's media; without them order is not told apart, as in the released OpenFlamingo models.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 8,
+        num_latents: int = 64,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        ff_mult: int = 4,
+    ):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
+        self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
+        self.layers = nn.ModuleList(PerceiverLayer(dim, heads, dim_head, ff_mult) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
+        """tokens (B, M, F, V, D) -> latents (B, M, L, D).
+
+        ``slots`` (B, M) is the position of each medium in its sample, 0-based; by default its index along M.
+        Raises ValueError for more frames or media than the learned embeddings are made for.
+        """
+        batch, media = tokens.shape[:2]
+        tokens = self._add_positions(tokens.to(self.latents.dtype), slots).flatten(0, 1)
+        latents = self.latents.expand(len(tokens), -1, -1)
+        for layer in self.layers:
+            latents = layer(layer.entry(latents), tokens)
+        return self.norm(latents).unflatten(0, (batch, media))
+
+    def _add_positions(self, tokens: Tensor, slots: Tensor | None) -> Tensor:
+        """Frame and media embeddings added: (B, M, F, V, D) -> (B, M, F * V, D)."""
+        media, frames = tokens.shape[1:3]
+        if self.frame_embs is not None:
+            _check_fits(frames, self.frame_embs, "frames per medium", "max_num_frames")
+            tokens = tokens + self.frame_embs[:frames, None]
+        tokens = tokens.flatten(2, 3)
+        if self.media_time_embs is not None:
+            slots = torch.arange(media, device=tokens.device) if slots is None else slots
+            _check_fits(int(slots.max()) + 1, self.media_time_embs, "media per sample", "max_num_media")
+            tokens = tokens + self.media_time_embs[slots]
+        return tokens
+
+
+def _check_fits(found: int, embeddings: Tensor, what: str, option: str) -> None:
+    if found > len(embeddings):
+        raise ValueError(f"perceiver: found {found} {what}, but {option} is {len(embeddings)}; raise it or give fewer")

@@ -1,0 +1,175 @@
+"""Text and images in, what the model takes out.
+
+Shapes: B samples, M images per sample, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import load_image
+
+from flamingo_ft.backbones.vision import image_transform
+from flamingo_ft.errors import UserError
+
+from .tokens import EOC_TOKEN, MEDIA_TOKEN
+
+# Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template.
+CHUNK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ ' ' }}{% generation %}{{ message['content'] }}" + EOC_TOKEN + "{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+class FlamingoImageProcessor(BaseImageProcessor):
+    """The tower's own image transform: RGB, resize, crop and normalise as its OpenCLIP configuration says."""
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(self, open_clip_preprocess: Mapping[str, Any] | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.open_clip_preprocess = dict(open_clip_preprocess or {})
+
+    def preprocess(self, images: Image.Image | Sequence[Image.Image], **kwargs: Any) -> BatchFeature:
+        """Images to pixel_values (N, C, H, W)."""
+        images = [images] if isinstance(images, Image.Image) else images
+        return BatchFeature({"pixel_values": torch.stack([self.transform(image) for image in images])})
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """One image to (C, H, W)."""
+        return self._transform(image.convert("RGB"))
+
+    @cached_property
+    def _transform(self) -> Callable[[Image.Image], Tensor]:
+        return image_transform(self.open_clip_preprocess)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: the transform itself is made anew from its configuration."""
+        return {key: value for key, value in super().to_dict().items() if key != "_transform"}
+
+
+class FlamingoProcessor(ProcessorMixin):
+    """Tokenizer and image processor of a Flamingo; each image stands as one ``<image>`` in the text."""
+
+    def __init__(
+        self,
+        image_processor: FlamingoImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        **kwargs: Any,
+    ):
+        self.image_token = MEDIA_TOKEN
+        self.image_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
+        chat_template = chat_template or tokenizer.chat_template or CHUNK_TEMPLATE
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def for_backbones(cls, preprocess: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> FlamingoProcessor:
+        """From a tower's transform and a tokenizer that already has the media tokens."""
+        return cls(FlamingoImageProcessor(preprocess), tokenizer)
+
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
+
+        ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text. Keyword
+        arguments go to the tokenizer. Raises UserError when images and markers do not match.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        nested = deal_images(images, [t.count(self.image_token) for t in texts])
+        return_tensors = kwargs.pop("return_tensors", None)
+        data = dict(self.tokenizer(texts, **_text_arguments(kwargs)))
+        if any(nested):
+            data["pixel_values"] = self.pixel_values(nested)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def pixel_values(self, nested: Sequence[Sequence[Any]]) -> Tensor:
+        """Images per sample to (B, M, C, H, W), M the most that a sample has."""
+        rows = [[self.image_processor.transform(_open(image)) for image in row] for row in nested]
+        blank = torch.zeros_like(next(image for row in rows for image in row))
+        most = max(map(len, rows))
+        return torch.stack([torch.stack([*row, *[blank] * (most - len(row))]) for row in rows])
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' processors: typed content blocks become text with ``<image>`` where images stand.
+
+        Images inside the blocks are processed along when ``tokenize=True``.
+        """
+        single = isinstance(conversation[0], Mapping)
+        conversations = [conversation] if single else conversation
+        images = [_images_in(messages) for messages in conversations]
+        if any(images) and kwargs.get("tokenize"):
+            kwargs["processor_kwargs"] = {
+                **(kwargs.get("processor_kwargs") or {}),
+                "images": images[0] if single else images,
+            }
+        texts = [[flatten(message, self.image_token) for message in messages] for messages in conversations]
+        return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
+
+
+def flatten(message: Mapping[str, Any], image_token: str = MEDIA_TOKEN) -> dict[str, Any]:
+    """The message with its content as one string, ``image_token`` in place of each image block."""
+    content = message["content"]
+    if not isinstance(content, str):
+        content = "".join(image_token if is_image(block) else block["text"] for block in content)
+    return {**message, "content": content}
+
+
+def is_image(block: Mapping[str, Any]) -> bool:
+    """Whether a typed content block is an image."""
+    return block["type"] in ("image", "image_url")
+
+
+def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
+    """Images per text: as they are when nested, else in the order of the markers. UserError where counts differ."""
+    if images is None:
+        images = []
+    if isinstance(images, (Image.Image, str)):
+        images = [images]
+    if images and isinstance(images[0], (list, tuple)):
+        nested = [list(row) for row in images]
+    elif sum(markers) == len(images):
+        remaining = iter(images)
+        nested = [[next(remaining) for _ in range(count)] for count in markers]
+    else:
+        nested = [list(images), *[[] for _ in markers[1:]]]
+    for row, (given, count) in enumerate(zip(nested, markers, strict=True)):
+        if len(given) != count:
+            raise UserError(
+                f"text {row} has {count} {MEDIA_TOKEN} markers but {len(given)} images; "
+                f"put one {MEDIA_TOKEN} where each image belongs"
+            )
+    return nested
+
+
+def _images_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The images that stand in typed content blocks, in order; blocks without data are markers only."""
+    blocks = [b for m in messages if not isinstance(m["content"], str) for b in m["content"] if is_image(b)]
+    found = [_image_of(block) for block in blocks]
+    return [image for image in found if image is not None]
+
+
+def _image_of(block: Mapping[str, Any]) -> Any:
+    if block["type"] == "image_url":
+        return block["image_url"]["url"]
+    return next((block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None), None)
+
+
+def _open(image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else load_image(image)
+
+
+def _text_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for the tokenizer, given flat or grouped as transformers' processors allow."""
+    grouped = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
+    flat = {key: value for key, value in kwargs.items() if key not in grouped}
+    return {**flat, **kwargs.get("common_kwargs", {}), **kwargs.get("text_kwargs", {})}

@@ -1,0 +1,223 @@
+"""Generation with media: the language model's own ``generate``, each image encoded and projected once."""
+
+import copy
+
+import pytest
+import torch
+from transformers import TextStreamer
+
+from .tiny import MEDIA, ids, images, tiny_flamingo, tiny_language_model
+
+PROMPTS = ids("aIbIc", "zzIdz")
+MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+
+
+@pytest.fixture
+def model():
+    return tiny_flamingo()
+
+
+def by_hand(model, tokens, pixels, steps, pick):
+    """Greedy or sampled generation with whole forwards and no cache."""
+    for _ in range(steps):
+        with torch.no_grad():
+            scores = model(tokens, pixels).logits[:, -1]
+        scores[:, MEDIA] = -torch.inf
+        tokens = torch.cat([tokens, pick(scores)[:, None]], dim=1)
+    return tokens
+
+
+def test_greedy_with_cache_equals_whole_forwards(model):
+    pixels = images(2, 2)
+    tokens = ids("aIbIc", "dIeIf")
+    expected = by_hand(model, tokens, pixels, 8, lambda s: s.argmax(-1))
+    found = model.generate(tokens, pixel_values=pixels, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(found, expected)
+
+
+def test_a_left_padded_batch_generates_what_each_prompt_does_alone(model):
+    pixels = images(2, 2)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    batch = model.generate(PROMPTS, pixel_values=pixels, attention_mask=MASK, **options)
+    first = model.generate(PROMPTS[:1], pixel_values=pixels[:1], **options)
+    second = model.generate(PROMPTS[1:, 2:], pixel_values=pixels[1:, :1], **options)
+    assert torch.equal(batch[0], first[0])
+    assert torch.equal(batch[1, 2:], second[0])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 4}])
+def test_beams_with_and_without_cache_agree(model, options):
+    options |= {"max_new_tokens": 6, "do_sample": False, "attention_mask": MASK, "pixel_values": images(2, 2)}
+    cached = model.generate(PROMPTS, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(PROMPTS, use_cache=False, **options))
+
+
+def test_beam_scores_are_those_of_whole_forwards(model):
+    pixels = images(2, 2)
+    tokens = ids("aIbIc", "dIeIf")
+    out = model.generate(
+        tokens, pixel_values=pixels, num_beams=3, num_return_sequences=3, max_new_tokens=5, length_penalty=0.0,
+        eos_token_id=None, return_dict_in_generate=True, output_scores=True,
+    )
+    scores = model(out.sequences, pixels.repeat_interleave(3, 0)).logits[:, 4:-1].detach()
+    chosen = scores.log_softmax(-1).gather(-1, out.sequences[:, 5:, None])[..., 0].sum(-1)
+    torch.testing.assert_close(chosen, out.sequences_scores, rtol=1e-4, atol=1e-4)
+
+
+def test_sampled_sequences_follow_their_own_sample(model):
+    pixels = images(2, 2)
+    tokens = ids("aIbIc", "dIeIf")
+    torch.manual_seed(3)
+    found = model.generate(
+        tokens, pixel_values=pixels, do_sample=True, num_return_sequences=3, max_new_tokens=5, eos_token_id=None
+    )
+    torch.manual_seed(3)
+    rows, repeated = tokens.repeat_interleave(3, 0), pixels.repeat_interleave(3, 0)
+    expected = model.generate(rows, pixel_values=repeated, do_sample=True, max_new_tokens=5, eos_token_id=None)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("assistant", ["language model", "prompt lookup"])
+def test_assisted_decoding_gives_the_greedy_words(model, assistant):
+    pixels, tokens = images(1, 2), ids("aIbIcabca")
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pixel_values": pixels}
+    if assistant == "language model":
+        torch.manual_seed(1)
+        assisted = model.generate(tokens, assistant_model=tiny_language_model(2), **options)
+    else:
+        assisted = model.generate(tokens, prompt_lookup_num_tokens=3, **options)
+    assert torch.equal(assisted, model.generate(tokens, **options))
+
+
+def test_a_streamer_receives_the_new_tokens(model):
+    received = []
+
+    class Streamer(TextStreamer):
+        def __init__(self):
+            pass
+
+        def put(self, value):
+            received.append(value)
+
+        def end(self):
+            received.append(None)
+
+    out = model.generate(ids("aIb"), pixel_values=images(1, 1), streamer=Streamer(), max_new_tokens=4, eos_token_id=None)
+    assert received[-1] is None
+    assert torch.equal(torch.cat([value.flatten() for value in received[:-1]]), out[0])
+
+
+@pytest.mark.parametrize("mode", ["immediate", "all_preceding"])
+def test_chunked_forwards_equal_one(mode):
+    model = tiny_flamingo(media_visibility=mode)
+    tokens, pixels = ids("aIbcIdIe", "IzIyxwvI"), images(2, 3)
+    whole = model(tokens, pixels, use_cache=True).logits
+    for images_of_chunk in (lambda start, chunk: pixels, lambda start, chunk: _mentioned(pixels, tokens, start, chunk)):
+        cache, parts = None, []
+        for start, chunk in zip(range(0, 8, 3), tokens.split(3, dim=1), strict=True):
+            out = model(chunk, images_of_chunk(start, chunk), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
+
+
+def _mentioned(pixels, tokens, start, chunk):
+    """The images that each row of a chunk mentions, moved to the front."""
+    seen = (tokens[:, :start] == MEDIA).sum(1).tolist()
+    rows = torch.stack([row.roll(-before, dims=0) for row, before in zip(pixels, seen, strict=True)])
+    most = int((chunk == MEDIA).sum(1).max())
+    return rows[:, :most] if most else None
+
+
+def test_images_that_could_be_of_the_whole_text_or_of_its_end_are_refused(model):
+    pixels = images(2, 2)
+    cache = model(ids("ab", "Ia"), pixels[:, :1], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="cannot tell"):
+        model(ids("II", "bc"), pixels, past_key_values=cache)
+
+
+def test_prefill_in_chunks_generates_the_same(model):
+    tokens, pixels = ids("aIbcIdef"), images(1, 2)
+    options = {"pixel_values": pixels, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(model.generate(tokens, prefill_chunk_size=3, **options), model.generate(tokens, **options))
+
+
+@pytest.mark.parametrize("pixels_of", ["all turns", "the new turn"])
+def test_a_dialogue_goes_on_from_its_cache(model, pixels_of):
+    pixels = images(1, 2)
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    first = model.generate(ids("aIb"), pixel_values=pixels[:, :1], return_dict_in_generate=True, **options)
+    second = torch.cat([first.sequences, ids("cId")], dim=1)
+    given = pixels if pixels_of == "all turns" else pixels[:, 1:]
+    found = model.generate(second, pixel_values=given, past_key_values=first.past_key_values, **options)
+    assert torch.equal(found, model.generate(second, pixel_values=pixels, **options))
+
+
+def test_a_turn_without_images_remembers_those_before(model):
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    first = model.generate(ids("aIb"), pixel_values=images(1, 1), return_dict_in_generate=True, **options)
+    second = torch.cat([first.sequences, ids("cd")], dim=1)
+    found = model.generate(second, past_key_values=first.past_key_values, **options)
+    assert torch.equal(found, model.generate(second, pixel_values=images(1, 1), **options))
+
+
+def test_copies_of_a_cached_prompt_score_continuations(model):
+    pixels, prompt = images(1, 2), ids("aIbIc")
+    cache = model(prompt, pixels, use_cache=True).past_key_values
+    for continuation in (ids("de"), ids("xyz")):
+        whole = model(torch.cat([prompt, continuation], 1), pixels).logits[:, prompt.shape[1] :]
+        scored = model(continuation, past_key_values=copy.deepcopy(cache), use_cache=True).logits
+        torch.testing.assert_close(scored, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cropped_cache_forgets_the_images_it_lost(model):
+    pixels = images(1, 2)
+    cache = model(ids("aIbIc"), pixels, use_cache=True).past_key_values
+    cache.crop(-2)
+    found = model(ids("xy"), past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(found, model(ids("aIbxy"), pixels).logits[:, 3:], rtol=1e-5, atol=1e-5)
+
+
+def test_cached_media_equal_passed_media_until_uncached(model):
+    pixels, tokens = images(2, 2), ids("aIbIc", "IIdef")
+    expected = model(tokens, pixels).logits
+    model.cache_media(tokens, pixels)
+    assert torch.equal(model(tokens).logits, expected)
+    model.uncache_media()
+    with pytest.raises(ValueError, match="row 0 has 2 <image> tokens but 0 images"):
+        model(tokens)
+
+
+def test_each_image_is_encoded_once_and_projected_once_per_layer(model):
+    calls = {"tower": 0, "to_kv": 0}
+    def count(name, amount):
+        calls[name] += amount
+
+    model.vision_encoder.conv1.register_forward_hook(lambda m, args, out: count("tower", len(out)))
+    blocks = [block for block in model.gated_cross_attn_layers if block is not None]
+    for block in blocks:
+        block.attn.to_kv.register_forward_hook(lambda m, args, out: count("to_kv", 1))
+    model.generate(PROMPTS, pixel_values=images(2, 2), attention_mask=MASK, num_beams=3, max_new_tokens=5)
+    assert calls == {"tower": 3, "to_kv": len(blocks)}
+
+
+def test_nothing_stays_open_after_an_error(model):
+    plain = model.lang_encoder(ids("abc")).logits
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    hook = model.lang_encoder.model.layers[-1].register_forward_hook(fail)
+    for run in (model, model.generate):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(input_ids=ids("aIb"), pixel_values=images(1, 1))
+    hook.remove()
+    assert not model.conditioning.is_open
+    assert torch.equal(model.lang_encoder(ids("abc")).logits, plain)
+
+
+def test_an_image_token_is_never_generated(model):
+    with torch.no_grad():
+        model.token_rows.output.weight[0] = 100.0 * model.token_rows.output.weight[0].sign()
+    out = model.generate(ids("aIb"), pixel_values=images(1, 1), max_new_tokens=20, do_sample=True, eos_token_id=None)
+    assert (out[:, 3:] != MEDIA).all()
