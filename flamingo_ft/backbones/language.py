@@ -1,0 +1,211 @@
+"""Language models: a causal LM of transformers and its tokenizer, from the package, a folder or the Hub.
+
+Whatever the place, the files end up in one folder and are loaded from there, so a model loads the same way
+online, offline and from the package, and its content hash is that of the files that were read.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from flamingo_ft.backbones.identity import files_sha256
+from flamingo_ft.errors import UserError
+
+NANO_FOLDER = Path(__file__).parent / "nano" / "language"
+
+# "name" or "org/name": anything else cannot be a Hub repository.
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+# What loading needs of a repository: not its subfolders, nor the weights once more in their authors' format.
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+NOT_NEEDED = ["*/*", "consolidated*"]
+
+# What transformers, torch and safetensors raise for files that are missing, broken or of another kind.
+UNLOADABLE = (
+    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError,
+    pickle.UnpicklingError, SafetensorError, StrictDataclassError,
+)
+
+# Encoders: causal only where their configuration says that they were trained as a decoder.
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+
+
+@dataclass(frozen=True)
+class LanguageBackbone:
+    """A causal language model, the tokenizer that goes with it, and what it can be recognised by.
+
+    source: {"name", "revision", "sha256"}: what was asked for, its Hub commit (None for a folder), and the
+    digest of configuration, weights and tokenizer.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: dict
+
+
+def load_language(
+    name: str,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    tokenizer: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> LanguageBackbone:
+    """Load a causal language model, frozen and in eval mode.
+
+    name: "nano", a folder, or a Hub repository.
+    revision: of a Hub repository, a commit, branch or tag; the commit it resolves to is recorded.
+    dtype: of the parameters; None is the checkpoint's own with a GPU and float32 without one.
+    tokenizer: where it does not come with the model, its own "nano", folder or Hub repository.
+    local_files_only: take nothing from the Hub that is not in the cache.
+    trust_remote_code: run code that comes with the model, for architectures that transformers does not have.
+
+    Raises UserError when there is no such model, when it cannot be reached or read, or is no causal LM.
+    """
+    folder = _folder(name, revision, local_files_only)
+    config = _causal_config(folder, name, trust_remote_code)
+    dtype = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
+    code = {"trust_remote_code": trust_remote_code}
+    model, report = _load(
+        AutoModelForCausalLM, folder, name, config=config, dtype=dtype, output_loading_info=True, **code
+    )
+    _refuse_encoder(model.config, name)
+    _refuse_missing(report["missing_keys"], name)
+    words = folder if tokenizer in (None, name) else _folder(tokenizer, None, local_files_only, weights=False)
+    return LanguageBackbone(
+        model=model.eval().requires_grad_(False),
+        tokenizer=_load(AutoTokenizer, words, tokenizer or name, **code),
+        source={"name": name, "revision": _commit(folder), "sha256": files_sha256(folder)},
+    )
+
+
+def _folder(name: str, revision: str | None, local_files_only: bool, weights: bool = True) -> Path:
+    """The folder that holds the files of `name`, after fetching what is missing."""
+    folder = NANO_FOLDER if name == "nano" else Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"revision {revision} was asked of {name}, which is no Hub repository; remove it")
+        return folder
+    if name == "nano":
+        raise UserError(f"the nano language model is missing from {folder}; install the package again")
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(f"language model {name} is no folder and no Hub repository; check the path")
+    formats = ["*.safetensors", "*.bin"] if weights else ["*.json"]
+    for form in formats:
+        folder = _download(name, revision, local_files_only, [*SMALL_FILES, form])
+        if any(folder.glob(form)):
+            break
+    return folder
+
+
+def _download(name: str, revision: str | None, local_files_only: bool, patterns: list[str]) -> Path:
+    """Fetch the files of a Hub repository that match `patterns` into the cache, unless they are there."""
+    asked = f"language model {name}" + (f" (revision {revision})" if revision else "")
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=local_files_only,
+                allow_patterns=patterns,
+                ignore_patterns=NOT_NEEDED,
+            )
+        )
+    except GatedRepoError:
+        remedy = "accept its terms on huggingface.co, then run `hf auth login`"
+        raise UserError(f"{asked} is gated; {remedy}") from None
+    except RevisionNotFoundError:
+        raise UserError(f"{asked} is not on the Hub, though the repository is; check the revision") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"{asked} is no folder and not on the Hub, or is private; check the name") from None
+    except LocalEntryNotFoundError:
+        reached = "was not to be asked" if local_files_only else "could not be reached"
+        raise UserError(
+            f"{asked} is no folder and not in the cache, and the Hub {reached}; "
+            "check the name and the network, or give a folder"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        problem = f"{asked} could not be downloaded: {_one_line(error)}"
+        raise UserError(f"{problem}; try again, or give a folder") from error
+
+
+def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration in `folder`, refused where no causal LM can be made of it."""
+    if not (folder / "config.json").is_file():
+        raise UserError(f"language model {name} has no config.json in {folder}; give a transformers model")
+    config = _load(AutoConfig, folder, name, trust_remote_code=trust_remote_code)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        raise UserError(
+            f"language model {name} is of type {config.model_type!r}, which is no causal language model; "
+            "choose a decoder-only one (Llama, Qwen, GPT, OPT, ...)"
+        )
+    return config
+
+
+def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:
+    if config.model_type in ENCODERS and not getattr(config, "is_decoder", True):
+        raise UserError(
+            f"language model {name} is a {config.model_type} encoder, whose tokens see the ones after them; "
+            "choose a decoder-only model, or set is_decoder in its config.json if it was trained as one"
+        )
+
+
+def _refuse_missing(keys: Iterable[str], name: str) -> None:
+    """A frozen model must not hold weights that no file gave; transformers makes them up with a mere warning."""
+    missing = sorted(keys)
+    if missing:
+        raise UserError(
+            f"the files of language model {name} lack {len(missing)} of its tensors ({missing[0]}, ...); "
+            "give one that was saved with its language-modelling head, whole"
+        )
+
+
+def _load(auto_class: type, folder: Path, name: str, **options: object) -> object:
+    """`auto_class.from_pretrained` on `folder`, offline, its failures told in one line."""
+    try:
+        return auto_class.from_pretrained(folder, local_files_only=True, **options)
+    except UNLOADABLE as error:
+        remedy = "check that its files are there, whole, and not newer than the installed transformers"
+        if "trust_remote_code" in str(error):
+            remedy = "it comes with code of its own: pass trust_remote_code=True if you trust that"
+        problem = f"language model {name} does not load ({auto_class.__name__}): {_one_line(error)}"
+        raise UserError(f"{problem}; {remedy}") from error
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a folder in the Hugging Face cache, .../snapshots/<commit>; None elsewhere."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
