@@ -1,0 +1,304 @@
+"""OpenCLIP vision towers: load one, rebuild one from its configuration, and turn images into spatial tokens.
+
+Shapes: N images, H and W pixels, V spatial tokens (patches), D token width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.timm_model import TimmModel
+from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.errors import UserError
+
+NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a local-dir
+
+# What open_clip, torch and safetensors raise for files that are missing, broken or of another architecture.
+UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class VisionBackbone:
+    """A vision tower and what is needed to rebuild it, to feed it and to recognise it.
+
+    visual: OpenCLIP's `.visual`, frozen and in eval mode.
+    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"}, for `build_visual`.
+    preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
+    width: D, the width of its spatial tokens.
+    source: {"name", "pretrained", "revision", "sha256"}; the digest is of the tower's tensors.
+    """
+
+    visual: nn.Module
+    config: dict
+    preprocess: dict
+    width: int
+    source: dict
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A tower found but not loaded yet. `model` and `weights` are what `open_clip.create_model` takes."""
+
+    model: str
+    config: dict
+    weights: str | None = None
+    has_weights: bool = True
+    preprocess: dict = field(default_factory=dict)
+    revision: str | None = None
+
+
+def load_vision(name: str, pretrained: str | None = None, revision: str | None = None) -> VisionBackbone:
+    """Load a tower, frozen and in eval mode.
+
+    name: "nano"; a folder in OpenCLIP's local-dir format; "hf-hub:org/name"; or an OpenCLIP architecture.
+    pretrained: for an architecture, one of its tags or a file with weights; None gives random weights.
+    revision: commit, branch or tag of the Hub repository that holds the weights; None is its main branch.
+
+    A tag trained with QuickGELU gets QuickGELU, whatever the architecture's name says: OpenCLIP 3 only warns
+    (as for ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights know.
+    A file with weights is taken to fit the architecture as named, with OpenCLIP's default preprocessing.
+
+    Raises UserError for an unknown name or tag, a download that fails, and weights that do not fit.
+    """
+    located = _locate(name, pretrained, revision)
+    if revision and located.revision is None:
+        raise UserError(f"revision {revision} asked of {name}, which is not on the Hub; remove the revision")
+    visual = _load_weights(located) if located.has_weights else build_visual(located.config)
+    visual.eval().requires_grad_(False)
+    return VisionBackbone(
+        visual=visual,
+        config=located.config,
+        preprocess=_preprocess(visual, located.preprocess),
+        width=token_width(visual),
+        source=dict(
+            name=name, pretrained=pretrained, revision=located.revision, sha256=tensors_sha256(visual)
+        ),
+    )
+
+
+def build_visual(config: dict) -> nn.Module:
+    """Build the tower of a `VisionBackbone.config` with random weights; nothing is downloaded.
+
+    Under `torch.device("meta")` it costs no memory. A state dict then fills every parameter and persistent
+    buffer; the rest (tables of rotary or relative positions) comes from `non_persistent_buffers(config)`.
+    """
+    # The public constructor wants a text tower too: the smallest one, dropped at once.
+    text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
+    vision_cfg = {**config["vision_cfg"], "timm_model_pretrained": False}  # else ImageNet weights are fetched
+    quick_gelu = config.get("quick_gelu", False)
+    return open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
+
+
+def non_persistent_buffers(config: dict) -> dict[str, Tensor]:
+    """The buffers of `build_visual(config)` that its state dict leaves out, on CPU, by name; {} for most.
+
+    Only some timm trunks have any (EVA, PE-Core, Swin). Those towers are built once in memory and dropped.
+    """
+    with torch.device("meta"):
+        names = _unstored_buffers(build_visual(config))
+    if not names:
+        return {}
+    with torch.device("cpu"):  # the caller may be inside a meta context
+        visual = build_visual(config)
+    return {name: visual.get_buffer(name) for name in names}
+
+
+def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
+    """Tokens of the last block, one per patch, before the tower's final norm: (N, 3, H, W) -> (N, V, D).
+
+    Class and register tokens are dropped; the maps of convolutional towers become tokens row by row. For CLIP
+    ViTs these are the tokens OpenFlamingo saw. The tower is frozen: no gradient, and eval mode whatever mode
+    it is in, so patch dropout, stochastic depth and batch statistics play no part. Images are cast to the
+    dtype of its first convolution.
+
+    Raises UserError when the tower has no spatial tokens.
+    """
+    trunk = getattr(visual, "trunk", visual)
+    if not hasattr(visual, "forward_intermediates") or not hasattr(trunk, "forward_intermediates"):
+        raise UserError(
+            f"vision tower {type(trunk).__name__} has no spatial tokens (no forward_intermediates); "
+            "choose an OpenCLIP architecture such as ViT-L-14"
+        )
+    with torch.no_grad(), _eval_mode(visual):
+        outputs = visual.forward_intermediates(
+            _as_input(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
+        )
+    return outputs["image_intermediates"][-1].flatten(2).transpose(1, 2)
+
+
+def token_width(visual: nn.Module) -> int:
+    """D, the width of the tower's spatial tokens. Raises UserError for what is no OpenCLIP tower."""
+    if isinstance(visual, VisionTransformer):
+        return visual.transformer.width
+    if isinstance(visual, TimmModel):
+        return visual.trunk.feature_info[-1]["num_chs"]
+    if isinstance(visual, ModifiedResNet):
+        return visual.layer4[-1].conv3.out_channels
+    raise UserError(
+        f"the token width of a {type(visual).__name__} is not known; pass an OpenCLIP tower (model.visual)"
+    )
+
+
+def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
+    """OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W), normalised."""
+    return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Put every submodule in eval mode, and back in its own mode afterwards."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in training:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
+
+
+def _unstored_buffers(visual: nn.Module) -> list[str]:
+    stored = visual.state_dict().keys()
+    return [name for name, _ in visual.named_buffers() if name not in stored]
+
+
+def _as_input(visual: nn.Module, images: Tensor) -> Tensor:
+    convolutions = (module for module in visual.modules() if isinstance(module, nn.Conv2d))
+    first = next(convolutions, None)
+    return images if first is None else images.to(first.weight.dtype)
+
+
+def _locate(name: str, pretrained: str | None, revision: str | None) -> _Located:
+    architecture = name.replace("/", "-")  # "ViT-B/32", as OpenCLIP reads it
+    if architecture in open_clip.list_models():
+        return _locate_architecture(architecture, pretrained, revision)
+    if pretrained:
+        raise UserError(f"pretrained {pretrained} goes with an OpenCLIP architecture, not {name}; remove it")
+    if name == "nano":
+        return _locate_folder(NANO_FOLDER)
+    if name.startswith("hf-hub:"):
+        return _locate_on_hub(name.removeprefix("hf-hub:"), revision)
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if folder.is_dir():
+        return _locate_folder(folder)
+    nearest = difflib.get_close_matches(architecture, ["nano", *open_clip.list_models()], n=3, cutoff=0.4)
+    raise UserError(
+        f"vision tower {name} is no folder, no hf-hub:ORG/NAME and no OpenCLIP architecture; nearest known: "
+        + (", ".join(nearest) or "none, see open_clip.list_models()")
+    )
+
+
+def _locate_architecture(name: str, pretrained: str | None, revision: str | None) -> _Located:
+    model_cfg = open_clip.get_model_config(name)
+    if not pretrained:
+        return _Located(name, _tower_config(model_cfg), has_weights=False)
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if tag:
+        repository, file = os.path.split(tag["hf_hub"])
+        weights = _download(repository, file or None, revision)
+        model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
+        return _Located(name, _tower_config(model_cfg), str(weights), True, tag, _commit(weights))
+    if Path(pretrained).is_file():
+        return _Located(name, _tower_config(model_cfg), pretrained)
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+    raise UserError(
+        f"{name} has no pretrained tag {pretrained}, nor is that a file; "
+        f"tags of {name}: {tags}; or give a file with weights"
+    )
+
+
+def _locate_on_hub(repository: str, revision: str | None) -> _Located:
+    config_file = _download(repository, CONFIG_FILE, revision)
+    _download(repository, None, _commit(config_file))
+    return _locate_folder(config_file.parent, _commit(config_file))
+
+
+def _locate_folder(folder: Path, revision: str | None = None) -> _Located:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"{folder} has no {CONFIG_FILE}; give a folder in OpenCLIP's local-dir format")
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        config = _tower_config(contents["model_cfg"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no OpenCLIP configuration ({_one_line(error)}); correct it") from error
+    if not any(entry.suffix in WEIGHT_SUFFIXES for entry in folder.iterdir()):
+        raise UserError(f"{folder} holds no weights; add open_clip_model.safetensors")
+    preprocess = contents.get("preprocess_cfg", {})
+    return _Located(f"local-dir:{folder}", config, preprocess=preprocess, revision=revision)
+
+
+def _download(repository: str, file: str | None, revision: str | None) -> Path:
+    """Fetch one file of a Hub repository (None: its weights) into the cache, unless it is there."""
+    try:
+        return Path(download_pretrained_from_hf(repository, filename=file, revision=revision))
+    except FileNotFoundError as error:  # open_clip turns every failure into this one
+        raise UserError(
+            f"{_one_line(error)} (revision {revision or 'main'}); "
+            "check the name, the revision and the network, or give a folder"
+        ) from error
+
+
+def _commit(file: Path) -> str | None:
+    """The commit in a path of the Hugging Face cache, .../snapshots/<commit>/...; None elsewhere."""
+    found = re.search(r".*/snapshots/([^/]+)/", file.as_posix())
+    return found.group(1) if found else None
+
+
+def _load_weights(located: _Located) -> nn.Module:
+    """The tower with its weights. OpenCLIP loads both towers from one file; the text tower is dropped."""
+    file = located.weights or located.model
+    try:
+        model = open_clip.create_model(
+            located.model,
+            pretrained=located.weights,
+            force_quick_gelu=located.config["quick_gelu"],
+            require_pretrained=True,
+        )
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file} holds more than plain weights, or is damaged; save it again") from error
+    except UNLOADABLE as error:
+        raise UserError(
+            f"cannot load {file} as {located.model}: {_one_line(error)}; "
+            "check that weights and architecture belong together"
+        ) from error
+    return model.visual
+
+
+def _tower_config(model_cfg: dict) -> dict:
+    return {
+        "embed_dim": model_cfg["embed_dim"],
+        "vision_cfg": model_cfg["vision_cfg"],
+        "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+    }
+
+
+def _preprocess(visual: nn.Module, overrides: dict) -> dict:
+    """OpenCLIP's rule: its defaults, then the overrides, then always the tower's own image size."""
+    size = {"size": visual.image_size}
+    fields = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), overrides), size)
+    return json.loads(json.dumps(fields))  # tuples become lists, as they will be once stored
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
