@@ -1,1 +1,42 @@
+"""Parameter-efficient fine-tuning of Flamingo-style vision-language models.
+
+The names below come from their modules when first used, so that importing the package is quick. What transformers
+needs to find a Flamingo by its configuration is registered when transformers is, or has been, imported.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Flamingo": "flamingo_ft.model",
+    "FlamingoConfig": "flamingo_ft.model",
+    "FlamingoForConditionalGeneration": "flamingo_ft.model",
+    "FlamingoImageProcessor": "flamingo_ft.model",
+    "FlamingoProcessor": "flamingo_ft.model",
+    "UserError": "flamingo_ft.errors",
+    "build_flamingo": "flamingo_ft.model",
+    "create_model_and_transforms": "flamingo_ft.model",
+    "load_adapter": "flamingo_ft.adapters",
+    "load_language": "flamingo_ft.backbones.language",
+    "load_open_flamingo": "flamingo_ft.model",
+    "load_recipe": "flamingo_ft.config",
+    "load_vision": "flamingo_ft.backbones.vision",
+    "save_adapter": "flamingo_ft.adapters",
+    "train": "flamingo_ft.training.run",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -13,7 +13,7 @@ import pytest
 import flamingo_ft
 from flamingo_ft import cli, evaluation, inference, recipe_library, training
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.output_dir import RECIPE_FILE
+from flamingo_ft.config import RECIPE_FILE
 
 RECIPE = """\
 # Teach one thing

@@ -3,7 +3,7 @@
 `schema` declares the keys; `loading` reads a file, or a packaged recipe by its name, into a `Recipe`.
 """
 
-from flamingo_ft.config.loading import dump_recipe, load_recipe
+from flamingo_ft.config.loading import RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.config.schema import (
     CrossAttentionSection,
     DataSection,
@@ -32,6 +32,7 @@ __all__ = [
     "TrainSection",
     "TrainableSection",
     "VisionSection",
+    "RECIPE_FILE",
     "dump_recipe",
     "load_recipe",
 ]

@@ -17,6 +17,9 @@ from flamingo_ft.config.schema import Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.recipe_library import find_recipe
 
+RECIPE_FILE = "resolved_recipe.yaml"
+"""The recipe with every default, the first file that a run writes: a folder with it holds a run."""
+
 _BACKBONES: tuple[Location, ...] = (
     ("model", "vision", "name"),
     ("model", "vision", "pretrained"),

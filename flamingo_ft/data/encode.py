@@ -41,6 +41,11 @@ def encode_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, 
     return list(_apply(processor, turns, add_generation_prompt=True)["input_ids"])
 
 
+def text_of(message: Mapping[str, Any]) -> str:
+    """The words of a message, without its images."""
+    return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
 def _apply(processor: FlamingoProcessor, turns: list[dict], **kwargs: Any) -> Mapping[str, Any]:
     return processor.tokenizer.apply_chat_template(
         turns, chat_template=processor.chat_template, tokenize=True, return_dict=True, **kwargs

@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
-
-RECIPE_FILE = "resolved_recipe.yaml"
-"""The recipe with every default, the first file that a run writes: a folder with it holds a run."""
 
 
 def prepare_output_dir(folder: Path, *, overwrite: bool = False) -> Path | None:

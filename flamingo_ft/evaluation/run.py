@@ -1,0 +1,51 @@
+"""Measuring an adapter that lies on disk, and putting measurements in `metrics.json`'s form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flamingo_ft.adapters import load_adapter
+from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
+from flamingo_ft.data import Sample, read_samples
+from flamingo_ft.errors import UserError
+
+from .accuracy import evaluate
+
+
+
+def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, Any]:
+    """Accuracy of an adapter on the samples of ``data``, by default on the held-out samples of its recipe."""
+    recipe_file = Path(adapter) / RECIPE_FILE
+    if not recipe_file.is_file():
+        raise UserError(f"{adapter}: not the folder of a run, {RECIPE_FILE} not found; give a run's output directory")
+    recipe = load_recipe(recipe_file, require_files=data is None)
+    samples = read_samples(Path(data)) if data else read_eval_samples(recipe)
+    if not samples:
+        raise UserError(f"{recipe_file}: data.eval is empty; name samples with --data FILE")
+    model, processor = load_adapter(adapter)
+    found = evaluate(model, processor, samples, recipe.eval.batch_size, recipe.eval.max_new_tokens)
+    return {"eval": summarise(after=found)}
+
+
+def read_eval_samples(recipe: Recipe) -> list[Sample]:
+    """The held-out samples of a recipe, the first ``eval.max_samples`` of each source."""
+    limit = recipe.eval.max_samples
+    return [s for source in recipe.data.eval for s in read_samples(source.path, source.image_root)[:limit]]
+
+
+def summarise(
+    after: Mapping[str, Mapping], before: Mapping[str, Mapping] | None = None, shuffled_images: Mapping | None = None
+) -> dict[str, Any]:
+    """The ``eval`` part of ``metrics.json`` from `accuracy_by_task` results."""
+    others = {name: found for name, found in (("before", before), ("shuffled_images", shuffled_images)) if found}
+    overall = {"accuracy": after["all"]["accuracy"]}
+    overall |= {f"accuracy_{name}": found["all"]["accuracy"] for name, found in others.items()}
+    per_task = {
+        task: {"accuracy": result["accuracy"], "samples": result["questions"]}
+        | {name: found[task]["accuracy"] for name, found in others.items()}
+        for task, result in after.items()
+        if task != "all"
+    }
+    return {**overall, "per_task": per_task}
