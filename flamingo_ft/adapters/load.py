@@ -32,14 +32,19 @@ def load_adapter(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, 
     """
     folder = Path(folder)
     config = read_config(folder)
-    vision = load_vision(config.backbones["vision"]["name"], config.backbones["vision"]["pretrained"])
-    language = load_language(config.backbones["language"]["name"], config.backbones["language"]["revision"])
+    vision = load_vision(**_names(config.backbones["vision"], "pretrained"))
+    language = load_language(**_names(config.backbones["language"]))
     for part, found in (("vision", vision.source), ("language", language.source)):
         check_backbone(folder, part, config.backbones[part], found)
     grow_vocabulary(language.model, config.text_config.vocab_size)
     model = FlamingoForConditionalGeneration(config, vision.visual, language.model)
     load_bridge(model, folder)
     return model.eval(), FlamingoProcessor.from_pretrained(folder)
+
+
+def _names(source: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """What a backbone's loader is to be asked for."""
+    return {key: source[key] for key in ("name", "revision", *more)}
 
 
 def read_config(folder: Path) -> FlamingoConfig:

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from flamingo_ft.data.samples import Sample
 from flamingo_ft.inference.answer import answer_batch
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .questions import Question, as_row, questions_of
+from .questions import Question, as_row
 
 
 def normalise(text: str) -> str:
     """What counts of an answer: its words, without case, outer spaces and final punctuation."""
     return " ".join(text.casefold().split()).rstrip(".!?")
+
+
+def is_right(question: Question, said: str) -> bool:
+    """Whether ``said`` is the question's answer, word for word."""
+    return normalise(said) == normalise(question.answer)
 
 
 def answer_questions(
@@ -25,9 +29,9 @@ def answer_questions(
     max_new_tokens: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[str]:
-    """The model's answers in the order of the questions; ``advance`` hears of each batch done.
+    """The model's greedy answers in the order of the questions; ``advance`` hears of each batch done.
 
-    Questions of like length are answered together, which changes nothing but the time.
+    Questions of like length are answered together, to spend little on padding.
     """
     training, answers = model.training, [""] * len(questions)
     model.eval()
@@ -42,25 +46,10 @@ def answer_questions(
     return answers
 
 
-def accuracy_by_task(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Share of right answers and number of questions, per task and under ``all`` for all of them."""
+def accuracy_by_task(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
+    """Share of right answers per task, and under ``all`` over all of them."""
     right = defaultdict(list)
     for question, said in zip(questions, answers, strict=True):
-        correct = normalise(said) == normalise(question.answer)
-        right[question.task].append(correct)
-        right["all"].append(correct)
-    return {task: {"accuracy": sum(hits) / len(hits), "questions": len(hits)} for task, hits in right.items()}
-
-
-def evaluate(
-    model: FlamingoForConditionalGeneration,
-    processor: FlamingoProcessor,
-    samples: Sequence[Sample],
-    batch_size: int,
-    max_new_tokens: int,
-    advance: Callable[[int], None] = lambda count: None,
-) -> dict[str, dict[str, float]]:
-    """`accuracy_by_task` of the model's answers to ``samples``."""
-    questions = questions_of(samples)
-    answers = answer_questions(model, processor, questions, batch_size, max_new_tokens, advance)
-    return accuracy_by_task(questions, answers)
+        for task in (question.task, "all"):
+            right[task].append(is_right(question, said))
+    return {task: sum(hits) / len(hits) for task, hits in right.items()}

@@ -1,8 +1,7 @@
-"""Measuring an adapter that lies on disk, and putting measurements in `metrics.json`'s form."""
+"""Measuring an adapter that lies on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Sample, read_samples
 from flamingo_ft.errors import UserError
 
-from .accuracy import evaluate
-
+from .accuracy import answer_questions
+from .questions import questions_of
+from .results import AFTER, Results
 
 
 def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, Any]:
@@ -25,27 +25,12 @@ def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, 
     if not samples:
         raise UserError(f"{recipe_file}: data.eval is empty; name samples with --data FILE")
     model, processor = load_adapter(adapter)
-    found = evaluate(model, processor, samples, recipe.eval.batch_size, recipe.eval.max_new_tokens)
-    return {"eval": summarise(after=found)}
+    questions = questions_of(samples)
+    answers = answer_questions(model, processor, questions, recipe.eval.batch_size, recipe.eval.max_new_tokens)
+    return {"eval": Results(questions, {AFTER: answers}).summary()}
 
 
 def read_eval_samples(recipe: Recipe) -> list[Sample]:
     """The held-out samples of a recipe, the first ``eval.max_samples`` of each source."""
     limit = recipe.eval.max_samples
     return [s for source in recipe.data.eval for s in read_samples(source.path, source.image_root)[:limit]]
-
-
-def summarise(
-    after: Mapping[str, Mapping], before: Mapping[str, Mapping] | None = None, shuffled_images: Mapping | None = None
-) -> dict[str, Any]:
-    """The ``eval`` part of ``metrics.json`` from `accuracy_by_task` results."""
-    others = {name: found for name, found in (("before", before), ("shuffled_images", shuffled_images)) if found}
-    overall = {"accuracy": after["all"]["accuracy"]}
-    overall |= {f"accuracy_{name}": found["all"]["accuracy"] for name, found in others.items()}
-    per_task = {
-        task: {"accuracy": result["accuracy"], "samples": result["questions"]}
-        | {name: found[task]["accuracy"] for name, found in others.items()}
-        for task, result in after.items()
-        if task != "all"
-    }
-    return {**overall, "per_task": per_task}

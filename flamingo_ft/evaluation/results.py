@@ -1,0 +1,62 @@
+"""What evaluations of one run found: the answers themselves, and their accuracy in the form of `metrics.json`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flamingo_ft.data.encode import text_of
+
+from .accuracy import accuracy_by_task
+from .questions import Question
+
+AFTER = "after"
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+@dataclass
+class Results:
+    """Answers to the same questions at several times: ``before`` and ``after`` training, with ``shuffled_images``."""
+
+    questions: Sequence[Question]
+    answers: dict[str, list[str]] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, Any]:
+        """The ``eval`` part of ``metrics.json``: accuracies in 0..1, overall and per task."""
+        found = {name: accuracy_by_task(self.questions, answers) for name, answers in self.answers.items()}
+        after = found.pop(AFTER)
+        overall = {"accuracy": after.pop("all")}
+        overall |= {f"accuracy_{name}": accuracies["all"] for name, accuracies in found.items()}
+        counts = Counter(question.task for question in self.questions)
+        per_task = {
+            task: {"accuracy": accuracy, "samples": counts[task]}
+            | {name: accuracies[task] for name, accuracies in found.items()}
+            for task, accuracy in sorted(after.items())
+        }
+        return {**overall, "per_task": per_task}
+
+    def save(self, folder: Path) -> None:
+        """Every question with its right answer and what the model said each time, a line each."""
+        with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
+            for index, question in enumerate(self.questions):
+                said = {name: answers[index] for name, answers in self.answers.items()}
+                file.write(json.dumps(_row(question) | said, ensure_ascii=False) + "\n")
+
+
+def load_predictions(folder: Path) -> list[dict[str, Any]]:
+    """The rows that `Results.save` wrote."""
+    return [json.loads(line) for line in (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+
+
+def _row(question: Question) -> dict[str, Any]:
+    return {
+        "where": question.where,
+        "task": question.task,
+        "images": question.images,
+        "question": text_of(question.messages[-1]).strip(),
+        "answer": question.answer,
+    }
