@@ -20,6 +20,7 @@ from .trainable import bridge_tensors, trainable_parameters
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # PEFT's, for everything inside the model it wraps
+HOW_IT_WAS_LOADED = ("is_local", "local_files_only")  # tokenizers write these down; they say nothing of the adapter
 
 
 def save_adapter(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
@@ -31,6 +32,8 @@ def save_adapter(model: FlamingoForConditionalGeneration, processor: FlamingoPro
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     _peft_config(model).save_pretrained(folder)
     model.config.save_pretrained(folder)
+    for key in HOW_IT_WAS_LOADED:
+        processor.tokenizer.init_kwargs.pop(key, None)
     processor.save_pretrained(folder)
 
 

@@ -54,7 +54,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         warmup_steps=wanted.warmup_steps,
         lr_scheduler_type=wanted.lr_scheduler,
         max_grad_norm=wanted.max_grad_norm,
-        gradient_checkpointing=wanted.gradient_checkpointing,
+        activation_checkpointing=wanted.gradient_checkpointing,
         logging_steps=wanted.logging_steps,
         seed=wanted.seed,
         bf16=computes_in_bf16(wanted.precision),
