@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, concatenate_datasets, interleave_datasets
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from flamingo_ft.adapters import trainable_parameters
@@ -30,7 +30,7 @@ def make_trainer(
     """A trainer over the recipe's sources, one list of samples each."""
     groups = parameter_groups(model, recipe.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.train.learning_rate)
-    return SFTTrainer(
+    trainer = SFTTrainer(
         model=model,
         args=trainer_arguments(recipe),
         data_collator=Collator(processor, text_limit(model, recipe.data.max_text_tokens)),
@@ -39,6 +39,8 @@ def make_trainer(
         callbacks=callbacks,
         optimizers=(optimizer, None),
     )
+    trainer.remove_callback(PrinterCallback)  # it prints every log entry through the progress bar
+    return trainer
 
 
 def trainer_arguments(recipe: Recipe) -> SFTConfig:
@@ -56,6 +58,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         max_grad_norm=wanted.max_grad_norm,
         activation_checkpointing=wanted.gradient_checkpointing,
         logging_steps=wanted.logging_steps,
+        logging_nan_inf_filter=False,  # by default a loss that is no number is logged as a good one
         seed=wanted.seed,
         bf16=computes_in_bf16(wanted.precision),
         dataloader_num_workers=wanted.num_workers,
