@@ -2,7 +2,7 @@
 
 ``adapter_model.safetensors`` has the bridge under PEFT's prefix, so that ``peft.PeftModel.from_pretrained(base, folder)``
 puts it in place; ``adapter_config.json`` is a LoRA configuration without a target; ``config.json`` says which
-backbones the adapter belongs to; beside them the processor's files.
+backbones the adapter belongs to; beside them the processor's files and a card.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .card import write_card
 from .trainable import bridge_tensors, trainable_parameters
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,6 +36,7 @@ def save_adapter(model: FlamingoForConditionalGeneration, processor: FlamingoPro
     for key in HOW_IT_WAS_LOADED:
         processor.tokenizer.init_kwargs.pop(key, None)
     processor.save_pretrained(folder)
+    write_card(model, folder)
 
 
 def check_complete(model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from flamingo_ft.adapters import save_adapter, trainable_parameters
+from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import Sample, read_samples
 from flamingo_ft.evaluation.accuracy import answer_questions
@@ -53,6 +53,7 @@ def train(recipe: Recipe, recipe_path: Path | None = None) -> dict[str, Any]:
     examination.results.save(output_dir)
     metrics = {"eval": examination.results.summary()} if held_out else {}
     metrics["train"] = training
+    write_card(model, output_dir, metrics.get("eval"))
     (output_dir / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
 
