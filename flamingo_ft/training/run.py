@@ -14,6 +14,7 @@ from rich.progress import Progress
 from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import Sample, read_samples
+from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import answer_questions
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, Results
@@ -97,9 +98,17 @@ def _train(
         callbacks.append(KeepAdapter(processor, recipe.train.save_steps, partial(adapter_folder, output_dir)))
     trainer = make_trainer(model, processor, sources, recipe, callbacks)
     began = time.monotonic()
-    trainer.train()
+    try:
+        trainer.train()
+    except UserError as error:
+        raise UserError(_last_line(error)) from None
     seconds = time.monotonic() - began
     lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
     (output_dir / LOG_FILE).write_text("".join(lines), encoding="utf-8")
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     return {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "trainable_parameters": parameters}
+
+
+def _last_line(error: UserError) -> str:
+    """The message of an error; one from a worker process comes wrapped in the worker's traceback."""
+    return str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")

@@ -1,0 +1,160 @@
+"""Bad input through the real commands: one line that says what, where and what to do; exit code 2; nothing lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import XLMConfig, XLMWithLMHeadModel
+
+from flamingo_ft import cli
+from flamingo_ft.backbones.language import load_language
+
+RECIPE = """\
+# a small run
+model:
+  vision: {name: nano}
+  language: {name: nano}
+  perceiver: {num_latents: 2, depth: 1, heads: 2, dim_head: 8}
+data: {train: [{path: train.jsonl}]}
+train: {output_dir: run, max_steps: 1, batch_size: 2, num_workers: 0}
+"""
+MESSAGES = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
+    {"role": "assistant", "content": "That."},
+]
+
+
+def write_rows(*rows):
+    Path("train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of one short run, with what it was made from beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("recipe.yaml").write_text(RECIPE)
+        Image.new("RGB", (32, 32)).save("a.png")
+        write_rows({"messages": MESSAGES, "images": ["a.png"]})
+        assert cli.main(["train", "recipe.yaml"]) == 0
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(RECIPE)
+    Image.new("RGB", (32, 32)).save("a.png")
+    write_rows({"messages": MESSAGES, "images": ["a.png"]})
+    return tmp_path
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line on stderr of a command that must exit with code 2."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_an_unknown_key_names_the_nearest(here, capsys):
+    line = refused(capsys, "train", "recipe.yaml", "train.max_step=3")
+    assert "train.max_step" in line and "did you mean train.max_steps?" in line
+
+
+def test_a_wrong_type_says_what_is_wanted(here, capsys):
+    assert "found 'many'; want a whole number" in refused(capsys, "train", "recipe.yaml", "train.max_steps=many")
+
+
+def test_what_is_not_there_yet_is_refused_in_words(here, capsys):
+    line = refused(capsys, "train", "recipe.yaml", "model.language.quantization=nf4")
+    assert "this version trains unquantized backbones only; use none" in line
+
+
+def test_a_missing_data_file(here, capsys):
+    Path("train.jsonl").unlink()
+    assert "train.jsonl" in refused(capsys, "train", "recipe.yaml")
+
+
+def test_a_missing_recipe(here, capsys):
+    assert "gone.yaml" in refused(capsys, "train", "gone.yaml")
+
+
+def test_markers_that_do_not_match_the_images(here, capsys):
+    write_rows({"messages": MESSAGES, "images": ["a.png"]}, {"messages": MESSAGES, "images": []})
+    line = refused(capsys, "train", "recipe.yaml")
+    assert "train.jsonl: row 1: found 1 <image> markers but 0 images; add the missing images" in line
+
+
+def test_an_image_that_is_not_there(here, capsys):
+    write_rows({"messages": MESSAGES, "images": ["b.png"]})
+    assert "train.jsonl: row 0: images[0]: no such image" in refused(capsys, "train", "recipe.yaml")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image(here, capsys, workers):
+    Path("a.png").write_bytes(Path("a.png").read_bytes()[:40])
+    line = refused(capsys, "train", "recipe.yaml", f"train.num_workers={workers}")
+    assert "train.jsonl: row 0: " in line and "a.png: not a readable image" in line
+
+
+def test_a_language_model_without_detectable_layers_names_the_override(here, capsys):
+    tokenizer = load_language("nano").tokenizer
+    config = XLMConfig(vocab_size=len(tokenizer) + 4, emb_dim=16, n_layers=2, n_heads=2, causal=True)
+    XLMWithLMHeadModel(config).save_pretrained("xlm")
+    tokenizer.save_pretrained("xlm")
+    line = refused(capsys, "train", "recipe.yaml", "model.language.name=./xlm")
+    assert "decoder_layers_attr_name" in line
+
+
+def test_an_earlier_run_is_never_overwritten(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    line = refused(capsys, "train", "recipe.yaml")
+    assert "run already holds a run; choose another with train.output_dir=FOLDER" in line
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_an_adapter_of_another_base(trained, here, capsys):
+    config = json.loads((trained / "run" / "config.json").read_text())
+    config["backbones"]["vision"]["sha256"] = "0" * 64
+    Path("other").mkdir()
+    for path in (trained / "run").iterdir():
+        Path("other", path.name).write_bytes(path.read_bytes())
+    Path("other", "config.json").write_text(json.dumps(config))
+    line = refused(capsys, "generate", "other", "--image", "a.png", "--prompt", "What?")
+    assert "other: adapter of another base: vision backbone nano had content 000000000000" in line
+
+
+def test_a_prompt_whose_markers_do_not_match(trained, here, capsys):
+    line = refused(capsys, "generate", trained / "run", "--image", "a.png", "--prompt", "<image> or <image>?")
+    assert "--prompt has 2 <image> markers but 1 images were given" in line
+
+
+def test_a_prompt_about_an_unreadable_image(trained, here, capsys):
+    Path("a.png").write_text("not an image")
+    line = refused(capsys, "generate", trained / "run", "--image", "a.png", "--prompt", "What?")
+    assert "a.png: not a readable image" in line
+
+
+def test_a_folder_that_is_no_adapter(here, capsys):
+    assert "not an adapter" in refused(capsys, "generate", ".", "--image", "a.png", "--prompt", "What?")
+
+
+def test_a_folder_that_is_no_run(here, capsys):
+    assert "not the folder of a run" in refused(capsys, "eval", ".")
+
+
+def test_evaluation_without_samples(trained, capsys, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert "data.eval is empty; name samples with --data FILE" in refused(capsys, "eval", "run")
+
+
+def test_a_trained_adapter_answers(trained, here, capsys):
+    torch.manual_seed(0)
+    assert cli.main(["generate", str(trained / "run"), "--image", "a.png", "--prompt", "What?"]) == 0
+    assert capsys.readouterr().out.strip()
