@@ -71,7 +71,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or "it is empty").splitlines()[0]
         raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict") from None
 
 

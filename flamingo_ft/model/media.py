@@ -18,8 +18,13 @@ from .perceiver import PerceiverResampler
 def encode_media(vision: nn.Module, perceiver: PerceiverResampler, pixels: Tensor, counts: Tensor) -> Media:
     """Encode the first ``counts`` (B,) media of each sample of ``pixels`` (B, M, [F,] C, H, W); the rest is padding.
 
-    Padding never reaches the tower. Raises UserError when ``counts`` ask for more than M.
+    Padding never reaches the tower. Raises UserError when ``counts`` ask for more than M, or for another shape.
     """
+    if pixels.dim() not in (5, 6):
+        raise UserError(
+            f"pixel values have shape {tuple(pixels.shape)}; wanted (samples, media, channels, height, width), "
+            "or with frames after media; add the missing axes"
+        )
     check_counts(counts, pixels.shape[1])
     pixels = pixels[:, :, None] if pixels.dim() == 5 else pixels
     real = torch.arange(pixels.shape[1], device=counts.device) < counts[:, None]

@@ -1,6 +1,7 @@
 """Generation with media: the language model's own ``generate``, each image encoded and projected once."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -221,3 +222,16 @@ def test_an_image_token_is_never_generated(model):
         model.token_rows.output.weight[0] = 100.0 * model.token_rows.output.weight[0].sign()
     out = model.generate(ids("aIb"), pixel_values=images(1, 1), max_new_tokens=20, do_sample=True, eos_token_id=None)
     assert (out[:, 3:] != MEDIA).all()
+
+
+def test_threads_do_not_see_each_others_images(model):
+    prompts = [(ids("aIb"), images(1, 1, seed=seed)) for seed in range(4)]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+    def run(prompt):
+        return model.generate(prompt[0], pixel_values=prompt[1], **options)
+
+    expected = [run(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(map(torch.equal, pool.map(run, prompts), expected))

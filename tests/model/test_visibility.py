@@ -109,3 +109,8 @@ def test_more_markers_than_images_is_refused():
 def test_markers_without_any_image_are_refused():
     with pytest.raises(ValueError, match="row 0 has 1 <image> tokens but 0 images"):
         tiny_flamingo()(ids("aIb"))
+
+
+def test_pixels_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 16, 16\); wanted"):
+        tiny_flamingo()(ids("aIb", "IbI"), images(2))
