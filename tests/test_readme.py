@@ -1,0 +1,78 @@
+"""What the README says is true: its code runs, its commands run, its tree is there."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flamingo_ft.recipe_library import packaged_recipes
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The README's flamingo-ft commands, in order."""
+    lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
+    return [shlex.split(line) for line in lines if line.startswith("flamingo-ft")]
+
+
+def tree() -> list[str]:
+    """The paths of the README's tree, from the root of the repository."""
+    paths, parents = [], []
+    for line in README.splitlines():
+        if entry := re.fullmatch(r" {4}( *)([\w.]+/?)(?: {2,}\S.*)?", line):
+            parents[len(entry[1]) // 2 :] = [entry[2]]
+            paths.append("".join(parents))
+    return paths
+
+
+def test_the_python_example_runs(monkeypatch, capsys):
+    (example,) = blocks("python")
+    monkeypatch.chdir(ROOT)
+    assert len(example.strip().splitlines()) <= 14
+    exec(compile(example, "README.md", "exec"), {})
+    assert "<image>Which digit?" in capsys.readouterr().out
+
+
+def test_every_folder_and_file_of_the_tree_exists():
+    paths = tree()
+    assert len(paths) > 25 and "flamingo_ft/model/conditioning.py" in paths
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_every_packaged_recipe_is_in_the_table():
+    assert all(f"| `{name}` |" in README for name in packaged_recipes())
+
+
+def test_no_figure_is_left_to_be_filled_in():
+    assert not re.findall(r"QUICKSTART_\w+|TODO|TBD", README)
+
+
+@pytest.mark.slow
+def test_every_command_runs_and_the_quickstart_reaches_its_accuracy(tmp_path):
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in commands():
+        done = subprocess.run(
+            [sys.executable, "-m", "flamingo_ft", *command[1:]],
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    found = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["eval"]["per_task"]
+    for task in ("which_digit", "even_or_odd", "larger_than_five"):
+        assert found[task]["accuracy"] >= 0.95, (task, found[task])
+    for task in ("name_both", "same_digit"):
+        assert found[task]["accuracy"] >= 0.80, (task, found[task])
+    assert found["which_digit"]["shuffled_images"] <= 0.25
+    assert found["which_digit"]["before"] <= 0.25
