@@ -30,7 +30,11 @@ _BRIDGE = ("perceiver.", "gated_cross_attn_layers.")
 
 @dataclass
 class LoadReport:
-    """What a checkpoint and a model did not share; names are the model's. Loading fails on missing or mismatched."""
+    """What a checkpoint and a model did not share; names are the model's.
+
+    Loading fails on a mismatch and on a missing weight of the bridge; a missing one of the backbones is only told:
+    the files never hold them all.
+    """
 
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -51,10 +55,12 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     UserError, with nothing loaded, when the file is for another language model or interval or lacks a bridge weight.
     """
     state_dict = checkpoint if isinstance(checkpoint, Mapping) else read_tensors(Path(checkpoint))
-    tensors = _translate(_unwrap(state_dict), model.decoder_layers_attr_name)
-    targets = model.state_dict()
+    tensors = _unwrap(state_dict)
+    _check_tensors(tensors)
+    tensors = _translate(tensors, model.decoder_layers_attr_name)
+    targets = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")}
     _check_interval(model, tensors)
-    report = _compare(tensors, targets)
+    report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
     _check(report)
     with torch.no_grad():
         for name in report.loaded:
@@ -70,14 +76,24 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a whole checkpoint file") from None
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict") from None
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    state_dict = state_dict.get("model_state_dict", state_dict)
-    return {key.removeprefix("module."): value for key, value in state_dict.items()}
+def _unwrap(state_dict: Any) -> dict[str, Tensor]:
+    """The state dict under its bare names; empty where the content is none."""
+    content = state_dict.get("model_state_dict", state_dict) if isinstance(state_dict, Mapping) else {}
+    return {str(key).removeprefix("module."): value for key, value in content.items()}
+
+
+def _check_tensors(state_dict: Mapping[str, Any]) -> None:
+    other = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
+    if other or not state_dict:
+        found = f"{_some(other)} as something else" if other else "no names at all"
+        raise UserError(f"checkpoint is no dict of names and tensors: found {found}; give a model's state dict")
 
 
 def _translate(state_dict: Mapping[str, Tensor], layers_path: str) -> dict[str, Tensor]:
@@ -116,12 +132,12 @@ def _check_interval(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> LoadReport:
-    report = LoadReport(missing=[name for name in targets if name.startswith(_BRIDGE) and name not in tensors])
+def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], vocabulary: int) -> LoadReport:
+    report = LoadReport(missing=[name for name in targets if name not in tensors])
     for name, tensor in tensors.items():
         if name not in targets:
             report.unexpected.append(name)
-        elif _fits(tensor, targets[name], name):
+        elif _fits(tensor, targets[name], vocabulary):
             report.loaded.append(name)
         else:
             found, wanted = tuple(tensor.shape), tuple(targets[name].shape)
@@ -129,18 +145,22 @@ def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Lo
     return report
 
 
-def _fits(tensor: Tensor, target: Tensor, name: str) -> bool:
+def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
     """Same shape; a matrix of the vocabulary may have fewer rows, as OpenFlamingo cuts padding rows off."""
-    vocabulary = name.startswith("lang_encoder.") and tensor.dim() and tensor.shape[1:] == target.shape[1:]
-    return tensor.shape == target.shape or bool(vocabulary and len(tensor) < len(target))
+    if tensor.shape == target.shape:
+        return True
+    is_vocabulary = target.dim() == tensor.dim() == 2 and len(target) == vocabulary
+    return is_vocabulary and tensor.shape[1] == target.shape[1] and len(tensor) < vocabulary
 
 
 def _check(report: LoadReport) -> None:
-    bridge = [name for name in report.unexpected if name.startswith(_BRIDGE)]
-    for what, names in (("lacks", report.missing), ("does not fit", report.mismatched), ("has unknown", bridge)):
+    missing, unknown = (
+        [name for name in names if name.startswith(_BRIDGE)] for names in (report.missing, report.unexpected)
+    )
+    for what, names in (("lacks", missing), ("does not fit", report.mismatched), ("has unknown", unknown)):
         if names:
             raise UserError(
-                f"checkpoint {what} {len(names)} of the bridge's weights: {_some(names)}; "
+                f"checkpoint {what} {len(names)} of the model's weights: {_some(names)}; "
                 "build the model with the sizes of the checkpoint"
             )
 

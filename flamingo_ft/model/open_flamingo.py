@@ -123,11 +123,16 @@ class Flamingo(FlamingoCore):
         """As torch's, for this model's keys and for OpenFlamingo's, which are mapped.
 
         With OpenFlamingo's keys, ``strict=False`` forgives what those files never hold (the frozen backbones) and
-        nothing of the bridge.
+        nothing of the bridge; ``strict=True`` forgives nothing, with torch's RuntimeError.
         """
         if not is_open_flamingo(state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         report = load_open_flamingo(self, state_dict)
+        if strict and (report.missing or report.unexpected):
+            raise RuntimeError(
+                f"found {len(report.missing)} missing and {len(report.unexpected)} unexpected keys; "
+                "OpenFlamingo's training files hold no frozen backbone: pass strict=False"
+            )
         return _IncompatibleKeys(report.missing, report.unexpected)
 
 

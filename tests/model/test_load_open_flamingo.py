@@ -86,7 +86,8 @@ def test_a_trained_checkpoint_gives_open_flamingo_s_logits(family: str) -> None:
     model, trained = fresh(family), trained_state_dict(family)
     report = load_open_flamingo(model, trained)
     assert len(report.loaded) == len(trained)
-    assert not (report.missing or report.unexpected or report.mismatched)
+    assert not (report.unexpected or report.mismatched)
+    assert set(report.missing) == set(model.state_dict()) - set(report.loaded)
     assert_computes_what_was_recorded(model, family)
 
 
@@ -142,7 +143,8 @@ def test_load_state_dict_does_the_same_for_open_flamingo_s_keys() -> None:
     model, trained = fresh(), trained_state_dict("gpt_neox")
     keys = model.load_state_dict(trained | {"lang_encoder.gpt_neox.extra": torch.zeros(1)}, strict=False)
     assert keys.unexpected_keys == ["lang_encoder.gpt_neox.extra"]
-    assert not [key for key in keys.missing_keys if not key.startswith(("lang_encoder.", "vision_encoder."))]
+    assert keys.missing_keys
+    assert all(key.startswith(("lang_encoder.", "vision_encoder.")) for key in keys.missing_keys)
     assert_computes_what_was_recorded(model, "gpt_neox")
 
 
@@ -151,6 +153,26 @@ def test_load_state_dict_of_a_released_script_forgives_no_bridge_weight() -> Non
     del trained[GATE]
     with pytest.raises(UserError, match="attn_gate"):
         fresh().load_state_dict(trained, strict=False)
+
+
+def test_a_strict_load_state_dict_forgives_no_missing_backbone() -> None:
+    with pytest.raises(RuntimeError, match="strict=False"):
+        fresh().load_state_dict(trained_state_dict("gpt_neox"))
+    fresh().load_state_dict(whole_state_dict())
+
+
+def test_missing_input_embeddings_are_told() -> None:
+    trained = {k: v for k, v in trained_state_dict("gpt_neox").items() if not k.endswith(EMBEDDINGS)}
+    assert "lang_encoder.gpt_neox.embed_in.weight" in load_open_flamingo(fresh(), trained).missing
+
+
+def test_fewer_rows_of_the_vocabulary_load_and_leave_the_others() -> None:
+    model, trained = fresh(), trained_state_dict("gpt_neox")
+    key = embedding_key(trained)
+    load_open_flamingo(model, trained | {key: trained[key][:120]})
+    embeddings = model.lang_encoder.get_input_embeddings().weight
+    assert torch.equal(embeddings[:120], trained[key][:120])
+    assert not embeddings[120:].any()
 
 
 def test_load_state_dict_still_takes_the_models_own_keys() -> None:
@@ -194,6 +216,12 @@ BROKEN = {
         "perceiver.layers.6",
     ),
     "other gates": (lambda sd: sd | {GATE: torch.ones(2)}, "attn_gate"),
+    "a float for a gate": (lambda sd: sd | {GATE: 1.0}, "attn_gate"),
+    "a short norm": (
+        lambda sd: sd | {"lang_encoder.gpt_neox.final_layer_norm.weight": torch.ones(5)},
+        "final_layer_norm",
+    ),
+    "more embeddings": (lambda sd: sd | {embedding_key(sd): torch.zeros(140, 32)}, "embed_in"),
     "wider embeddings": (lambda sd: sd | {embedding_key(sd): torch.zeros(128, 48)}, "embed_in"),
 }
 
@@ -243,6 +271,26 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="checkpoint.pt"):
         load_open_flamingo(fresh(), path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [torch.ones(2), [1, 2], {1: 2}, {}], ids=["tensor", "list", "numbers", "nothing"]
+)
+def test_a_file_of_something_else_is_refused_in_one_line(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="state dict") as refusal:
+        load_open_flamingo(fresh(), tmp_path / "checkpoint.pt")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_truncated_file_and_a_folder_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    torch.save(trained_state_dict("gpt_neox"), path)
+    path.write_bytes(path.read_bytes()[:5000])
+    for bad in (path, tmp_path):
+        with pytest.raises(UserError, match=bad.name) as refusal:
+            load_open_flamingo(fresh(), bad)
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no tensors here"], ids=["absent", "empty", "text"])
