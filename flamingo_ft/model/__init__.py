@@ -11,7 +11,7 @@ from .processor import FlamingoImageProcessor, FlamingoProcessor
 
 AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig)
 AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration)
-AutoImageProcessor.register(FlamingoConfig, image_processor_classes={"pil": FlamingoImageProcessor})
+AutoImageProcessor.register(FlamingoConfig, image_processor_classes={"torchvision": FlamingoImageProcessor})
 AutoProcessor.register(FlamingoConfig, FlamingoProcessor)
 
 __all__ = [
