@@ -1,0 +1,146 @@
+"""The nano vision tower: an OpenCLIP ViT of 4 layers trained against captions, on the training scans alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from random import Random
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from flamingo_ft.backbones.nano_build.digits import SIDE, Scan
+from flamingo_ft.backbones.nano_build.language_of_digits import DIGIT_WORDS
+
+CONTEXT_LENGTH = 12
+EMBED_DIM = 64
+MEAN, STD = 0.25, 0.35
+LEARNING_RATE = 2e-3
+CAPTIONS = ("a {word}", "the digit {word}", "a handwritten {word}", "the number {numeral}", "a picture of a {word}")
+
+VISION_CFG = {
+    "image_size": SIDE,
+    "patch_size": 4,
+    "layers": 4,
+    "width": 64,
+    "head_width": 16,
+    "mlp_ratio": 4.0,
+    # Captions are compared with the mean of the spatial tokens before ln_post: the tokens a Flamingo sees learn the digit.
+    "pool_type": "avg",
+    "final_ln_after_pool": True,
+}
+
+
+def tower_config(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """The content of open_clip_config.json."""
+    text_cfg = {
+        "context_length": CONTEXT_LENGTH,
+        "vocab_size": len(tokenizer),
+        "hf_tokenizer_name": "nano",
+        "width": 64,
+        "heads": 4,
+        "layers": 1,
+        "pool_type": "eos",
+        "eos_id": tokenizer.eos_token_id,
+    }
+    preprocess_cfg = {"size": SIDE, "mode": "RGB", "mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
+    model_cfg = {"embed_dim": EMBED_DIM, "vision_cfg": VISION_CFG, "text_cfg": text_cfg}
+    return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+
+
+def build_tower(tokenizer: PreTrainedTokenizerFast) -> open_clip.CLIP:
+    config = tower_config(tokenizer)["model_cfg"]
+    return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
+
+
+def pixels_of(scans: list[Scan]) -> Tensor:
+    """(N, 3, 32, 32) images from 0 to 1, as a user's image loader makes them from the picture files."""
+    rows = [torch.tensor(list(scan.picture().tobytes()), dtype=torch.float32) for scan in scans]
+    return (torch.stack(rows) / 255).view(-1, 1, SIDE, SIDE).expand(-1, 3, -1, -1)
+
+
+def normalize(images: Tensor) -> Tensor:
+    return (images - MEAN) / STD
+
+
+def augment(images: Tensor) -> Tensor:
+    """(N, 3, H, W) images turned, sheared, resized, shifted, brightened and given noise, each at random."""
+    count = len(images)
+    angle = (torch.rand(count) - 0.5) * math.radians(30)
+    zoom = 0.85 + 0.3 * torch.rand(count, 2)
+    shear = (torch.rand(count) - 0.5) * 0.4
+    shift = (torch.rand(count, 2) - 0.5) * 0.3
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = angle.cos() * zoom[:, 0]
+    theta[:, 0, 1] = -angle.sin() + shear
+    theta[:, 1, 0] = angle.sin()
+    theta[:, 1, 1] = angle.cos() * zoom[:, 1]
+    theta[:, :, 2] = shift
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, align_corners=False)
+    gain = 0.7 + 0.5 * torch.rand(count, 1, 1, 1)
+    noise = 0.05 * torch.randn(count, 1, *images.shape[2:])
+    return (moved * gain + noise).clamp(0, 1)
+
+
+def caption_ids(rng: Random, tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """(10, context length) token ids of one caption for each digit, all in the same words."""
+    words = rng.choice(CAPTIONS)
+    texts = [words.format(word=word, numeral=numeral) for numeral, word in enumerate(DIGIT_WORDS)]
+    return tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids
+
+
+def with_end_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer as the text tower needs it: every text closes with the end token, where its features are read."""
+    end, end_id = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, end_id)])
+    return tokenizer
+
+
+def train_tower(
+    scans: list[Scan], tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int, batch_size: int = 128
+) -> open_clip.CLIP:
+    """A CLIP model that names the scan: each image is told which of the ten captions is its own."""
+    torch.manual_seed(seed)
+    rng = Random(seed)
+    model = build_tower(tokenizer).train()
+    images, labels = pixels_of(scans), torch.tensor([scan.digit for scan in scans])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    for _ in range(steps):
+        chosen = torch.randint(len(scans), (batch_size,))
+        seen = model.encode_image(normalize(augment(images[chosen])), normalize=True)
+        said = model.encode_text(caption_ids(rng, tokenizer), normalize=True)
+        loss = F.cross_entropy(model.logit_scale.exp() * seen @ said.T, labels[chosen], label_smoothing=0.05)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(max=math.log(100))
+    return model.eval()
+
+
+def spatial_means(model: open_clip.CLIP, scans: list[Scan]) -> Tensor:
+    """(N, D) mean of each scan's spatial tokens before ln_post."""
+    with torch.no_grad():
+        found = model.visual.forward_intermediates(
+            normalize(pixels_of(scans)), indices=1, intermediates_only=True, output_fmt="NLC"
+        )
+    return found["image_intermediates"][0].mean(dim=1)
+
+
+def save_tower(model: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write the folder that open_clip loads as `local-dir:FOLDER`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.dumps(tower_config(tokenizer), indent=2) + "\n"
+    (folder / "open_clip_config.json").write_text(config, encoding="utf-8")
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "open_clip_model.safetensors")
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,180 @@
+"""The nano backbones load as any others do, know what they should, and have seen no held-out image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import flamingo_ft.backbones
+from flamingo_ft.backbones.nano_build.digits import load_scans, split_scans
+
+NANO = Path(flamingo_ft.backbones.__file__).parent / "nano"
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def tower():
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{NANO / 'vision'}")
+    return model.eval(), transform
+
+
+@pytest.fixture(scope="module")
+def language():
+    folder = NANO / "language"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def rows_of(split: str) -> list[dict]:
+    return [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def pixels(file_name: str) -> bytes:
+    return Image.open(QUICKSTART / file_name).tobytes()
+
+
+def held_out_images() -> list[str]:
+    return sorted({name for row in rows_of("eval") for name in row["images"]})
+
+
+def label_of() -> dict[str, int]:
+    return {scan.file_name: scan.digit for scan in load_scans()}
+
+
+def words_of(messages: list[dict]) -> list[dict]:
+    """The messages with the pictures left out."""
+    blind = []
+    for message in messages:
+        text = "".join(block["text"] for block in message["content"] if block["type"] == "text")
+        blind.append({"role": message["role"], "content": text})
+    return blind
+
+
+def test_both_backbones_together_are_a_few_megabytes():
+    files = [path for part in ("vision", "language") for path in (NANO / part).iterdir()]
+    assert sum(path.stat().st_size for path in files) < 8 * 2**20
+
+
+def test_the_tower_has_64_spatial_tokens_of_width_64(tower):
+    model, transform = tower
+    image = transform(Image.open(QUICKSTART / held_out_images()[0]))[None]
+    out = model.visual.forward_intermediates(image, indices=1, output_fmt="NLC")
+    assert out["image_intermediates"][0].shape == (1, 64, 64)
+
+
+def test_the_tower_matches_held_out_images_with_captions(tower):
+    model, transform = tower
+    names = held_out_images()
+    captions = [f"a {word}" for word in "zero one two three four five six seven eight nine".split()]
+    with torch.no_grad():
+        seen = model.encode_image(torch.stack([transform(Image.open(QUICKSTART / name)) for name in names]), True)
+        said = model.encode_text(open_clip.get_tokenizer(f"local-dir:{NANO / 'vision'}")(captions), True)
+    digits = label_of()
+    guesses = (seen @ said.T).argmax(1).tolist()
+    assert sum(guess == digits[name] for guess, name in zip(guesses, names, strict=True)) >= 0.97 * len(names)
+
+
+def test_no_held_out_image_is_among_those_the_tower_was_trained_on():
+    train, _ = split_scans(load_scans())
+    trained_on = {scan.picture().tobytes() for scan in train}
+    assert not trained_on & {pixels(name) for name in held_out_images()}
+    assert not {name for row in rows_of("train") for name in row["images"]} & set(held_out_images())
+
+
+def test_the_language_model_speaks_the_tasks_and_guesses_without_images(language):
+    model, tokenizer = language
+    said: dict[str, list[bool]] = {}
+    for row in rows_of("eval")[:500]:
+        messages = words_of(row["messages"])[:2]
+        prompt = tokenizer.apply_chat_template(
+            messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+        assert out[-1] == tokenizer.eos_token_id
+        answer = tokenizer.decode(out, skip_special_tokens=True)
+        assert answer.endswith(".") and answer[0].isupper()
+        said.setdefault(row["task"], []).append(answer == messages[1]["content"])
+    share = {task: sum(right) / len(right) for task, right in said.items()}
+    assert share["which_digit"] < 0.25 and share["name_both"] < 0.1
+    assert all(0.3 < share[task] < 0.7 for task in ("even_or_odd", "larger_than_five", "same_digit"))
+
+
+@pytest.mark.parametrize(
+    "question, answer",
+    [
+        ("seven. Which digit is this?", "Seven."),
+        ("four. Is this digit even or odd?", "Even."),
+        ("eight. Is it larger than five?", "Yes."),
+        ("Image one: three image two: nine Name both digits in order.", "Three and nine."),
+        ("Image one: two image two: two Are they the same digit?", "Yes."),
+        ("Image one: two image two: six Are they the same digit?", "No."),
+    ],
+)
+def test_the_language_model_uses_words_that_stand_where_a_picture_would(language, question, answer):
+    model, tokenizer = language
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(out, skip_special_tokens=True) == answer
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_the_tokenizer_gives_back_any_text(text):
+    tokenizer = TOKENIZER
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+TOKENIZER = AutoTokenizer.from_pretrained(NANO / "language")
+
+
+def test_the_tokenizer_leaves_the_media_tokens_to_the_flamingo():
+    assert not {"<image>", "<|endofchunk|>"} & set(TOKENIZER.get_vocab())
+
+
+def test_every_digit_in_words_is_one_token():
+    words = " zero one two three four five six seven eight nine"
+    assert len(TOKENIZER(words)["input_ids"]) == 10
+
+
+def test_the_generation_mask_covers_the_assistants_words_and_the_end_token():
+    messages = [
+        {"role": "system", "content": "Answer in one short sentence."},
+        {"role": "user", "content": [{"type": "text", "text": "Which digit "}, {"type": "text", "text": "is this?"}]},
+        {"role": "assistant", "content": "Seven."},
+        {"role": "user", "content": "Even or odd?"},
+        {"role": "assistant", "content": "Odd, naïvely."},
+    ]
+    out = TOKENIZER.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    said = [token for token, by_assistant in zip(out["input_ids"], out["assistant_masks"], strict=True) if by_assistant]
+    assert TOKENIZER.decode(said) == "Seven.<|im_end|>Odd, naïvely.<|im_end|>"
+
+
+def test_a_prompt_is_the_beginning_of_the_whole_dialogue():
+    messages = [{"role": "user", "content": "Which digit is this?"}, {"role": "assistant", "content": "Seven."}]
+    whole = TOKENIZER.apply_chat_template(messages, tokenize=False)
+    prompt = TOKENIZER.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+    assert whole == prompt + "Seven.<|im_end|>\n"
+
+
+def test_the_chat_template_refuses_an_image_rather_than_dropping_it():
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]}]
+    with pytest.raises(Exception, match="text alone"):
+        TOKENIZER.apply_chat_template(messages)
+
+
+def test_building_twice_from_one_seed_gives_the_same_files(tmp_path):
+    from flamingo_ft.backbones.build_nano import build
+
+    for name in ("first", "second"):
+        build(tmp_path / name, seed=1, tower_steps=2, language_steps=2, conversations=1600)
+    for path in (tmp_path / "first").glob("*/*"):
+        assert path.read_bytes() == (tmp_path / "second" / path.parent.name / path.name).read_bytes(), path.name

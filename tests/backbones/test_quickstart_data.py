@@ -1,0 +1,85 @@
+"""The quickstart dataset says what its pictures show, and is balanced."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flamingo_ft.backbones.nano_build.digits import load_scans
+from flamingo_ft.backbones.nano_build.quickstart_data import write_dataset
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+WORDS = "zero one two three four five six seven eight nine".split()
+
+
+def rows_of(split: str, folder: Path = QUICKSTART) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+ROWS = {split: rows_of(split) for split in ("train", "eval")}
+
+
+def right_answer(question: str, digits: list[int]) -> str:
+    """The answer from the labels of the pictures seen so far, read off the wording of the question."""
+    last = digits[-1]
+    if "five" in question or "more than" in question:
+        return "Yes." if last > 5 else "No."
+    if "odd" in question:
+        return "Odd." if last % 2 else "Even."
+    if "same" in question:
+        return "Yes." if digits[-2] == last else "No."
+    if "both" in question or "digits" in question:
+        return f"{WORDS[digits[-2]]} and {WORDS[last]}.".capitalize()
+    return f"{WORDS[last]}.".capitalize()
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_every_answer_is_right_for_the_labels_of_its_pictures(split):
+    digit_of = {scan.file_name: scan.digit for scan in load_scans()}
+    for row in ROWS[split]:
+        waiting, seen = list(row["images"]), []
+        for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            assert (question["role"], answer["role"]) == ("user", "assistant")
+            seen += [digit_of[waiting.pop(0)] for block in question["content"] if block["type"] == "image"]
+            text = " ".join(block["text"] for block in question["content"] if block["type"] == "text")
+            assert answer["content"] == [{"type": "text", "text": right_answer(text, seen)}], row
+        assert not waiting
+
+
+def test_every_picture_is_there_and_opens():
+    for name in {name for rows in ROWS.values() for row in rows for name in row["images"]}:
+        with Image.open(QUICKSTART / name) as image:
+            assert (image.size, image.mode) == ((32, 32), "L")
+
+
+def test_a_row_never_shows_one_picture_twice():
+    assert all(len(set(row["images"])) == len(row["images"]) for rows in ROWS.values() for row in rows)
+
+
+def test_every_scan_belongs_to_one_split_and_all_held_out_ones_are_asked_about():
+    names = {split: {name for row in rows for name in row["images"]} for split, rows in ROWS.items()}
+    assert not names["train"] & names["eval"]
+    assert len(names["eval"]) == 360
+    assert names["train"] | names["eval"] == {scan.file_name for scan in load_scans()}
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_answers_of_one_task_come_equally_often(split):
+    answers: dict[str, Counter] = {}
+    for row in ROWS[split]:
+        answers.setdefault(row["task"], Counter())[row["messages"][-1]["content"][0]["text"]] += 1
+    for task in ("which_digit", "even_or_odd", "larger_than_five", "name_both", "same_digit"):
+        assert len(set(answers[task].values())) == 1, (task, answers[task])
+
+
+def test_the_files_are_those_the_script_writes(tmp_path):
+    write_dataset(tmp_path)
+    assert rows_of("train", tmp_path) == ROWS["train"]
+    assert rows_of("eval", tmp_path) == ROWS["eval"]
+    for path in (tmp_path / "images").iterdir():
+        with Image.open(path) as made, Image.open(QUICKSTART / "images" / path.name) as kept:
+            assert made.tobytes() == kept.tobytes()
