@@ -34,12 +34,13 @@ class Media:
     """The media of B samples, encoded: made once for a forward, a generation, or a cache of prompts.
 
     latents (B, M, L, D), or None where the whole batch is text; counts (B,) how many of the M each sample has;
-    keys_values: per decoder layer, the projections of the latents, filled in as inference first needs them.
+    keys_values: the projections of the latents per decoder layer (and whether under autocast), filled in as
+    inference first needs them.
     """
 
     latents: Tensor | None
     counts: Tensor
-    keys_values: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    keys_values: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Media:
         """Shared, not copied: copies of a cache (one prompt, many continuations) look at the same images."""
@@ -92,9 +93,11 @@ def cache_length(cache: object | None) -> int:
         return 0 if past is None else past.times.shape[1]
 
 
-def cache_in(kwargs: Mapping[str, object]) -> object | None:
+def cache_in(values: Mapping[str, object] | tuple) -> object | None:
     """The key/value cache among a forward's keyword arguments or a model's outputs."""
-    return next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
+    if isinstance(values, Mapping):
+        return next((values[name] for name in CACHE_ARGUMENTS if values.get(name) is not None), None)
+    return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 
 class MediaConditioning:
@@ -171,6 +174,8 @@ class MediaConditioning:
         start = repeat_rows(self._held_times, rows) if continues else before.new_zeros(rows)
         return before, start
 
+    # Compiled code would lose what is open in this thread; the language model itself is compiled whole all the same.
+    @torch.compiler.disable
     def _before_language_model(self, lm: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.is_open:
             return
@@ -179,14 +184,16 @@ class MediaConditioning:
             raise ValueError("a Flamingo finds its media in input_ids; found none (inputs_embeds alone do not do)")
         self.start(input_ids, cache_in(kwargs))
 
+    @torch.compiler.disable
     def _after_language_model(self, lm: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self.is_open:
             given = cache_in(kwargs)
-            self.finish(cache_in(output) if given is None and isinstance(output, Mapping) else given)
+            self.finish(cache_in(output) if given is None else given)
 
     def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call, media = self._now.call, self._now.media
         if call is None:
+            _refuse_recomputation()
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden = self._into_streams(hidden, lambda x: self._cross_attend(index, x, media, call.visible))
@@ -202,10 +209,10 @@ class MediaConditioning:
     def _cross_attend(self, index: int, hidden: Tensor, media: Media, visible: Tensor | None) -> Tensor:
         """The block of decoder layer ``index``; keys and values are kept for the next token where no gradient is."""
         block = self.blocks[index]
-        key, value = media.keys_values.get(index, (None, None))
-        hidden, key, value = block(block.entry(hidden), media.latents, visible, key, value)
-        if media.latents is not None and not torch.is_grad_enabled():
-            media.keys_values[index] = key, value
+        if media.latents is None or torch.is_grad_enabled():
+            return block(block.entry(hidden), media.latents, visible)[0]
+        kept = index, torch.is_autocast_enabled(hidden.device.type)
+        hidden, *media.keys_values[kept] = block(hidden, media.latents, visible, *media.keys_values.get(kept, ()))
         return hidden
 
 
@@ -218,6 +225,15 @@ class _Now(threading.local):
 
     def __reduce__(self) -> tuple:
         return _Now, ()
+
+
+def _refuse_recomputation() -> None:
+    """A layer run inside a backward, with nothing open: some wrapper recomputes it with its hooks, too late."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a decoder layer is recomputed from outside, where the bridge gets no gradient; "
+            "use the model's activation_checkpointing_enable() instead of a checkpoint wrapper"
+        )
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:

@@ -6,7 +6,7 @@ Shapes: B samples, R rows of text, M media, F frames, C channels, H height, W wi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ from .cross_attention import GatedCrossAttentionBlock
 from .media import are_of_the_end, check_counts, encode_media, extend, no_media
 from .perceiver import PerceiverResampler
 from .token_rows import TokenRows
+
+
+class NoMediaToken(SuppressTokensLogitsProcessor):
+    """A generated media token would point at an image that is not there. (A class of its own: transformers lets a
+    processor that is passed in replace its own of the same class, and with it the user's ``suppress_tokens``.)"""
 
 
 class FlamingoCore(nn.Module):
@@ -70,7 +75,7 @@ class FlamingoCore(nn.Module):
         length, past = cache_length(cache), past_of(cache)
         seen = past.counts_at(length) if past is not None and length else torch.zeros_like(mentioned)
         if pixels is None:
-            return self._media_without_pixels(mentioned, past.media if length and past is not None else None)
+            return self._media_without_pixels(mentioned, seen, past.media if length and past is not None else None)
         if len(pixels) != len(input_ids):
             raise UserError(f"found {len(pixels)} rows of images for {len(input_ids)} rows of text; give one each")
         if seen.any() and are_of_the_end(seen, mentioned, pixels.shape[1]):
@@ -78,10 +83,9 @@ class FlamingoCore(nn.Module):
             return extend(past, seen, new)
         return encode_media(self.vision_encoder, self.perceiver, pixels, seen + mentioned)
 
-    def _media_without_pixels(self, mentioned: Tensor, remembered: Media | None) -> Media:
+    def _media_without_pixels(self, mentioned: Tensor, seen: Tensor, remembered: Media | None) -> Media:
         known = self.conditioning.held or remembered
-        if known is None:
-            check_counts(mentioned, 0)
+        check_counts(mentioned + seen, 0 if known is None else int(known.counts.max()))
         return known or no_media(self.perceiver, mentioned)
 
     def looking_at(
@@ -91,23 +95,27 @@ class FlamingoCore(nn.Module):
         return self.conditioning.open(self.media_for(input_ids, pixels, cache))
 
     @torch.no_grad()
-    def generate_text(self, input_ids: Tensor, pixels: Tensor | None, **kwargs: Any) -> Any:
+    def generate_text(self, input_ids: Tensor | None, pixels: Tensor | None, **kwargs: Any) -> Any:
         """Run the language model's own ``generate`` with the media open; each is encoded and projected once."""
+        if input_ids is None:
+            raise UserError("generate: found no input_ids; a Flamingo finds its media in them, pass the prompt as ids")
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         continues = mask is not None and mask.shape[1] > input_ids.shape[1]  # only the new tokens were passed
         new_ids = input_ids if continues else input_ids[:, cache_length(cache) :]
         media = self.media_for(new_ids, pixels, cache)
-        kwargs["logits_processor"] = self._without_media_tokens(input_ids, kwargs.get("logits_processor"))
-        with self.conditioning.open(media):
+        no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), no_media_token])
+        with ExitStack() as opened:
+            opened.enter_context(self.conditioning.open(media))
+            assistant = kwargs.get("assistant_model")
+            if isinstance(assistant, FlamingoCore):
+                opened.enter_context(assistant.looking_at(new_ids, pixels))
+                kwargs["assistant_model"] = assistant.lang_encoder
             return self.lang_encoder.generate(input_ids, **kwargs)
 
-    def _without_media_tokens(self, input_ids: Tensor, given: list | None) -> LogitsProcessorList:
-        """A generated media token would point at an image that is not there."""
-        suppress = SuppressTokensLogitsProcessor([self.conditioning.media_token_id], device=input_ids.device)
-        return LogitsProcessorList([*(given or []), suppress])
-
+    @torch.no_grad()
     def hold_media(self, input_ids: Tensor, pixels: Tensor) -> None:
-        """Encode ``pixels`` once and keep them for every forward until `uncache_media`."""
+        """Encode ``pixels`` once and keep them, without a graph, for every forward until `uncache_media`."""
         self.conditioning.release()
         self.conditioning.hold(self.media_for(input_ids, pixels), input_ids)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flamingo_ft.backbones.vision import spatial_tokens
 from flamingo_ft.errors import UserError
 
-from .conditioning import Media, Past
+from .conditioning import Media, Past, repeat_rows
 from .perceiver import PerceiverResampler
 
 
@@ -47,8 +47,8 @@ def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:
     """
     if not torch.is_grad_enabled():
         return Media(None, counts)
-    weight = perceiver.norm.weight
-    return Media(perceiver(weight.new_zeros(len(counts), 1, 1, 1, len(weight))), counts)
+    width = perceiver.norm.normalized_shape[0]
+    return Media(perceiver(torch.zeros(len(counts), 1, 1, 1, width, device=counts.device)), counts)
 
 
 def extend(past: Past, seen: Tensor, new: Media) -> Media:
@@ -57,10 +57,10 @@ def extend(past: Past, seen: Tensor, new: Media) -> Media:
         return new
     if new.latents is None:
         return past.media
-    counts = seen + new.counts
+    counts, remembered = seen + new.counts, repeat_rows(past.media.latents, len(seen))
     latents = new.latents.new_zeros(len(counts), int(counts.max()), *new.latents.shape[2:])
     for row, (old, added) in enumerate(zip(seen.tolist(), new.counts.tolist(), strict=True)):
-        latents[row, :old] = past.media.latents[row, :old]
+        latents[row, :old] = remembered[row, :old]
         latents[row, old : old + added] = new.latents[row, :added]
     return Media(latents, counts)
 

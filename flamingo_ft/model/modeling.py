@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo_ft.backbones.vision import build_visual, non_persistent_buffers
 
+from .conditioning import cache_in
 from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
@@ -74,14 +75,15 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         """One pass over input_ids (B, T), with one media token per image or video.
 
         pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order, padded at the
-        end of M where a row has fewer. With ``past_key_values``: the media of the new tokens, of all tokens, or None
-        to go on with those seen. Other arguments go to the language model, whose output this returns. Raises
-        UserError when a row has more media tokens than media.
+        end of M where a row has fewer. With ``past_key_values``: the media of all tokens, those of the new tokens (M
+        as many as the row with most mentions), or None to go on with those seen. Other arguments go to the language
+        model, whose output this returns. Raises UserError when a row has more media tokens than media.
         """
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
         given |= {"use_cache": use_cache, **kwargs}
-        with self.looking_at(input_ids, pixel_values, past_key_values):
-            return self.lang_encoder(input_ids=input_ids, **{k: v for k, v in given.items() if v is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        with self.looking_at(input_ids, pixel_values, cache_in(given)):
+            return self.lang_encoder(input_ids=input_ids, **given)
 
     def generate(
         self,
@@ -103,6 +105,11 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
         """Encode the media of ``input_ids`` (B, T) once, for every forward without media until `uncache_media`."""
         self.hold_media(input_ids, pixel_values)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Not in transformers' sense: for foreign classes it leaves buffers that checkpoints lack uninitialised."""
+        return False
 
     @property
     def backbone(self) -> Backbone:
@@ -162,10 +169,18 @@ class Backbone(nn.Module):
     ) -> Any:
         (model,) = self._model
         given = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
-        with model.looking_at(input_ids, pixel_values, past_key_values):
-            model.conditioning.start(input_ids, past_key_values)
-            body = model.lang_encoder.base_model
-            return body(input_ids=input_ids, **{k: v for k, v in given.items() if v is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        cache, conditioning = cache_in(given), model.conditioning
+        with model.looking_at(input_ids, pixel_values, cache):
+            conditioning.start(input_ids, cache)
+            output = _body_of(model.lang_encoder)(input_ids=input_ids, **given)
+            conditioning.finish(cache_in(output) if cache is None else cache)
+        return output
+
+
+def _body_of(lm: PreTrainedModel) -> nn.Module:
+    """The language model without its head; a few families name themselves as their own base model."""
+    return lm.model if lm.base_model is lm else lm.base_model
 
 
 def _keep_weights(module: nn.Module) -> None:

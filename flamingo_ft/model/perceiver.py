@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flamingo_ft.errors import UserError
+
 from .layers import CheckpointedBlock, attend, feed_forward, merge_heads, split_heads
 
 
@@ -76,7 +78,7 @@ class PerceiverResampler(nn.Module):
         """tokens (B, M, F, V, D) -> latents (B, M, L, D).
 
         ``slots`` (B, M) is the position of each medium in its sample, 0-based; by default its index along M.
-        Raises ValueError for more frames or media than the learned embeddings are made for.
+        Raises UserError for more frames or media than the learned embeddings are made for.
         """
         batch, media = tokens.shape[:2]
         tokens = self._add_positions(tokens.to(self.latents.dtype), slots).flatten(0, 1)
@@ -101,4 +103,4 @@ class PerceiverResampler(nn.Module):
 
 def _check_fits(found: int, embeddings: Tensor, what: str, option: str) -> None:
     if found > len(embeddings):
-        raise ValueError(f"perceiver: found {found} {what}, but {option} is {len(embeddings)}; raise it or give fewer")
+        raise UserError(f"perceiver: found {found} {what}, but {option} is {len(embeddings)}; raise it or give fewer")

@@ -23,8 +23,8 @@ class TokenRows(nn.Module):
         self.token_ids = tuple(token_ids)
         self.input = nn.Embedding(len(self.token_ids), lm.get_input_embeddings().embedding_dim)
         head = lm.get_output_embeddings()
-        tied = getattr(lm.config.get_text_config(), "tie_word_embeddings", False)
-        self.output = None if tied or head is None else nn.Embedding(len(self.token_ids), head.in_features)
+        shared = head is None or _are_tied(lm)
+        self.output = None if shared else nn.Embedding(len(self.token_ids), head.in_features)
 
     def attach(self, lm: nn.Module, conditioning: MediaConditioning) -> None:
         """Let the rows stand in inside ``lm`` while ``conditioning`` is open."""
@@ -81,6 +81,14 @@ class TokenRows(nn.Module):
         scores = nn.functional.linear(args[0].to(logits.dtype), rows, bias)
         # In place: a copy would double the largest tensor of a training step.
         return logits.index_copy_(-1, torch.tensor(self.token_ids, device=logits.device), scores)
+
+
+def _are_tied(lm: nn.Module) -> bool:
+    """Whether head and embedding are one matrix, also before weights are loaded; configurations do not always tell."""
+    head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
+    names = {id(parameter): name for name, parameter in lm.named_parameters(remove_duplicate=False)}
+    pair = names[id(head)], names[id(embedding)]
+    return head is embedding or pair in lm.all_tied_weights_keys.items() or pair[::-1] in lm.all_tied_weights_keys.items()
 
 
 class OutputHead:

@@ -8,6 +8,7 @@ import torch
 from transformers import TextStreamer
 
 from .tiny import MEDIA, ids, images, tiny_flamingo, tiny_language_model
+from .tiny_language_models import make_tiny
 
 PROMPTS = ids("aIbIc", "zzIdz")
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
@@ -235,3 +236,85 @@ def test_threads_do_not_see_each_others_images(model):
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
             assert all(map(torch.equal, pool.map(run, prompts), expected))
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "xlstm", "jamba", "gpt2", "gemma3_text"])
+def test_token_by_token_forwards_equal_one_whatever_the_cache(family):
+    model = tiny_flamingo(lm=make_tiny(family))
+    tokens, pixels = ids("aIbIc"), images(1, 2)
+    with torch.no_grad():
+        whole, parts, cache = model(tokens, pixels, use_cache=False).logits, [], {}
+        for token in tokens.split(1, dim=1):
+            new = pixels[:, len([p for p in parts if p[0] == MEDIA]) :][:, :1] if token == MEDIA else None
+            out = model(token, new, use_cache=True, **cache)
+            cache = {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
+            parts.append((int(token), out.logits))
+    torch.testing.assert_close(torch.cat([logits for _, logits in parts], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_from_tuple_outputs_or_the_backbone_remembers_its_images(model):
+    pixels, prompt, rest = images(1, 1), ids("aIb"), ids("cd")
+    expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
+    from_tuple = model(prompt, pixels, use_cache=True, return_dict=False)[1]
+    from_backbone = model.backbone(prompt, pixels, use_cache=True).past_key_values
+    for cache in (from_tuple, from_backbone):
+        torch.testing.assert_close(model(rest, past_key_values=cache).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_new_markers_without_new_images_are_refused(model):
+    cache = model(ids("aIb"), images(1, 1), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="row 0 has 2 <image> tokens but 1 image"):
+        model(ids("Ic"), past_key_values=cache)
+    model.cache_media(ids("aIb"), images(1, 1))
+    with pytest.raises(ValueError, match="row 0 has 2 <image> tokens but 1 image"):
+        model(ids("IbI"))
+
+
+def test_a_prompt_without_ids_is_refused(model):
+    with pytest.raises(ValueError, match="found no input_ids"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2)
+
+
+def test_several_sequences_of_a_sample_go_on_with_the_new_images_alone(model):
+    pixels = images(2, 2)
+    options = {"max_new_tokens": 3, "do_sample": True, "eos_token_id": None, "num_return_sequences": 2}
+    first = model.generate(ids("aIb", "cId"), pixel_values=pixels[:, :1], return_dict_in_generate=True, **options)
+    second = torch.cat([first.sequences, ids("eIf").expand(4, -1)], dim=1)
+    repeated = pixels.repeat_interleave(2, 0)
+    found = model(second[:, first.past_key_values.get_seq_length() :], repeated[:, 1:],
+                  past_key_values=copy.deepcopy(first.past_key_values)).logits
+    whole = model(second, repeated).logits[:, -found.shape[1] :]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_users_suppressed_tokens_stay_suppressed(model):
+    options = {"pixel_values": images(1, 1), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    free = model.generate(ids("aIb"), **options)[0, 3:]
+    held = model.generate(ids("aIb"), suppress_tokens=[int(free[0])], **options)[0, 3:]
+    assert int(free[0]) not in held.tolist()
+
+
+def test_a_flamingo_can_assist(model):
+    assistant = tiny_flamingo(seed=4, lm=tiny_language_model(2))
+    options = {"pixel_values": images(1, 2), "max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
+    assisted = model.generate(ids("aIbIc"), assistant_model=assistant, **options)
+    assert torch.equal(assisted, model.generate(ids("aIbIc"), **options))
+    assert not assistant.conditioning.is_open
+
+
+def test_projections_kept_for_inference_are_not_used_where_gradients_are(model):
+    text = ids("aIb")
+    model.cache_media(text, images(1, 1))
+    with torch.no_grad():
+        model(text)
+    to_kv = model.gated_cross_attn_layers[0].attn.to_kv.weight.requires_grad_(True)
+    model(text, labels=text).loss.backward()
+    assert to_kv.grad.abs().max() > 0
+
+
+def test_compiled_forwards_equal_eager_ones(model):
+    compiled = torch.compile(model, backend="eager")
+    for text, count in (("aIb", 1), ("abcd", 0), ("IIa", 2)):
+        pixels = images(1, count) if count else None
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(ids(text), pixels).logits, model(ids(text), pixels).logits)

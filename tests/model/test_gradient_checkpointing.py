@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from .tiny import ids, images, tiny_flamingo
 
@@ -105,3 +110,15 @@ def test_one_step_of_eight_equals_eight_accumulated_steps_of_one():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
+def test_a_checkpoint_wrapper_from_outside_is_refused_rather_than_losing_the_gradient(mode):
+    model = trainable("gated_cross_attn_layers")
+    layers = tuple(model.lang_encoder.model.layers)
+    apply_activation_checkpointing(
+        model, lambda module: checkpoint_wrapper(module, mode), check_fn=lambda module: module in layers
+    )
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="recomputed from outside|activation_checkpointing_enable"):
+        gradients(model)

@@ -6,7 +6,10 @@ import json
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from flamingo_ft.backbones.vision import non_persistent_buffers
+
 from .tiny import ids, images, tiny_flamingo, tiny_language_model
+from .tiny_language_models import make_tiny
 
 INPUTS = ids("aIbIc"), images(1, 2)
 
@@ -97,3 +100,17 @@ def test_the_output_head_given_to_trainers_has_the_rows_in_place():
     head = model.get_output_embeddings()
     hidden = model.backbone(*INPUTS).last_hidden_state
     torch.testing.assert_close(hidden @ head.weight.T, model(*INPUTS).logits)
+
+
+def test_what_a_checkpoint_does_not_hold_is_restored(tmp_path):
+    """Rotary tables of an EVA tower, and a language model's own computed buffers, are in no state dict."""
+    vision = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "", "timm_proj": "", "image_size": 224}
+    config = {"embed_dim": 16, "vision_cfg": vision}
+    model = tiny_flamingo(lm=make_tiny("falcon_h1"), vision_config=config, vision_width=192)
+    assert non_persistent_buffers(config)
+    inputs = ids("aIb"), torch.randn(1, 1, 3, 224, 224)
+    expected = model(*inputs, use_cache=False).logits
+    model.save_pretrained(tmp_path)
+    for options in ({}, {"device_map": "cpu"}):
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path, **options)
+        assert torch.equal(loaded(*inputs, use_cache=False).logits, expected)

@@ -40,13 +40,13 @@ def tiny_flamingo(seed: int = 0, lm: torch.nn.Module | None = None, perceiver: d
     lm = lm or tiny_language_model()
     config = FlamingoConfig(
         text_config=lm.config,
-        vision_config=VISION_CONFIG,
-        vision_width=VISION_WIDTH,
         perceiver={**PERCEIVER, **(perceiver or {})},
         cross_attention={"heads": 2, "dim_head": 8},
         media_token_id=MEDIA,
         eoc_token_id=EOC,
-        **{"new_token_ids": [MEDIA, EOC], **options},
+        **{
+            "vision_config": VISION_CONFIG, "vision_width": VISION_WIDTH, "new_token_ids": [MEDIA, EOC], **options
+        },
     )
     model = FlamingoForConditionalGeneration(config, lang_encoder=lm).eval()
     open_gates(model)
