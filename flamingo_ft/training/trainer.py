@@ -16,6 +16,8 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.data import Collator, Sample
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .loss_check import check_loss
+
 # Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
 UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
 
@@ -27,7 +29,7 @@ def make_trainer(
     recipe: Recipe,
     callbacks: list[TrainerCallback],
 ) -> SFTTrainer:
-    """A trainer over the recipe's sources, one list of samples each."""
+    """A trainer over the recipe's sources, one list of samples each. UserError where its loss would be a wrong one."""
     groups = parameter_groups(model, recipe.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.train.learning_rate)
     trainer = SFTTrainer(
@@ -39,6 +41,7 @@ def make_trainer(
         callbacks=callbacks,
         optimizers=(optimizer, None),
     )
+    check_loss(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints every log entry through the progress bar
     return trainer
 
