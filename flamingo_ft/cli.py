@@ -6,7 +6,6 @@ Everything slow is imported inside the verb that needs it, so that help and refu
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,8 +153,6 @@ def _print_metrics(metrics: dict) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is told in a line, without a traceback."""
-    # Threads that spin while they wait make a step 15 times slower when anything else runs on one of two cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # On a CPU it advises, at every start, a package that would download its kernels at run time.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
