@@ -169,6 +169,7 @@ class MediaConditioning:
         if past is not None and length:
             known = repeat_rows(past.times, rows)[:, :length]
             before[:, : known.shape[1]] = known
+            before[:, known.shape[1] :] = known[:, -1:]  # read by the language model on its own: no media in them
             return before, before[:, -1]
         continues = media is self.held and not is_media.any()
         start = repeat_rows(self._held_times, rows) if continues else before.new_zeros(rows)

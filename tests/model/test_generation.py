@@ -318,3 +318,18 @@ def test_compiled_forwards_equal_eager_ones(model):
         pixels = images(1, count) if count else None
         with torch.no_grad():
             torch.testing.assert_close(compiled(ids(text), pixels).logits, model(ids(text), pixels).logits)
+
+
+def test_tokens_that_the_language_model_read_alone_do_not_make_it_forget(model):
+    prompt, between, rest = ids("aIb"), ids("xy"), ids("cd")
+    cache = model(prompt, images(1, 1), use_cache=True).past_key_values
+    model.lang_encoder(between, past_key_values=cache)
+    with torch.no_grad():
+        seen, unseen = (model(rest, past_key_values=copy.deepcopy(c)).logits for c in (cache, _without_images(cache)))
+    assert not torch.allclose(seen, unseen)
+
+
+def _without_images(cache):
+    cache = copy.deepcopy(cache)
+    cache.flamingo_past = None
+    return cache
