@@ -5,6 +5,7 @@ Shapes: B samples, M images per sample, C channels, H height, W width.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -21,14 +22,17 @@ from flamingo_ft.errors import UserError
 
 from .tokens import EOC_TOKEN, MEDIA_TOKEN
 
-# Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template.
+# Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template. The space before
+# an answer is the assistant's: with most tokenizers it is part of the answer's first token.
 CHUNK_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
-    "{{ ' ' }}{% generation %}{{ message['content'] }}" + EOC_TOKEN + "{% endgeneration %}"
+    "{% generation %}{{ ' ' + message['content'] }}" + EOC_TOKEN + "{% endgeneration %}"
     "{% else %}{{ message['content'] }}{% endif %}"
     "{% endfor %}"
 )
+
+IMAGE_BLOCKS = ("image", "image_url")
 
 
 class FlamingoImageProcessor(BaseImageProcessor):
@@ -70,7 +74,7 @@ class FlamingoProcessor(ProcessorMixin):
     ):
         self.image_token = MEDIA_TOKEN
         self.image_token_id = tokenizer.convert_tokens_to_ids(MEDIA_TOKEN)
-        chat_template = chat_template or tokenizer.chat_template or CHUNK_TEMPLATE
+        chat_template = chat_template or _template_of(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -81,16 +85,30 @@ class FlamingoProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
-        ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text. Keyword
-        arguments go to the tokenizer. Raises UserError when images and markers do not match.
+        ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
+        image, path, URL or base64 text. Keyword arguments go to the tokenizer. Raises UserError when images and
+        markers do not match, and when a marker is lost to truncation.
         """
+        if text is None:
+            raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")
         texts = [text] if isinstance(text, str) else list(text)
         nested = deal_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
         data = dict(self.tokenizer(texts, **_text_arguments(kwargs)))
+        self._check_media_tokens(data["input_ids"], [len(row) for row in nested])
         if any(nested):
             data["pixel_values"] = self.pixel_values(nested)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _check_media_tokens(self, input_ids: Any, wanted: Sequence[int]) -> None:
+        """Refuse text that lost a marker: the images after it would be read in the wrong places."""
+        for row, (ids, count) in enumerate(zip(input_ids, wanted, strict=True)):
+            found = list(ids).count(self.image_token_id)
+            if found != count:
+                raise UserError(
+                    f"text {row} has {count} {MEDIA_TOKEN} markers but {found} after tokenization; "
+                    "truncate less (max_length), or give fewer images"
+                )
 
     def pixel_values(self, nested: Sequence[Sequence[Any]]) -> Tensor:
         """Images per sample to (B, M, C, H, W), M the most that a sample has."""
@@ -117,55 +135,81 @@ class FlamingoProcessor(ProcessorMixin):
 
 
 def flatten(message: Mapping[str, Any], image_token: str = MEDIA_TOKEN) -> dict[str, Any]:
-    """The message with its content as one string, ``image_token`` in place of each image block."""
-    content = message["content"]
-    if not isinstance(content, str):
-        content = "".join(image_token if is_image(block) else block["text"] for block in content)
-    return {**message, "content": content}
+    """The message with its content as one string, ``image_token`` in place of each image block.
+
+    A plain string stays as it is. Raises UserError for blocks of other types, and where text between the image
+    blocks spells ``image_token``.
+    """
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return {**message, "content": content}
+    text = "".join(_flat_block(block, image_token) for block in content)
+    if text.count(image_token) != sum(map(is_image, content)):
+        raise UserError(f"found {image_token} inside text; use a block of type image in its place")
+    return {**message, "content": text}
+
+
+def _flat_block(block: Mapping[str, Any], image_token: str) -> str:
+    if block["type"] not in ("text", *IMAGE_BLOCKS):
+        raise UserError(f"found a content block of type {block['type']!r}; wanted text or image")
+    return image_token if is_image(block) else block["text"]
 
 
 def is_image(block: Mapping[str, Any]) -> bool:
     """Whether a typed content block is an image."""
-    return block["type"] in ("image", "image_url")
+    return block["type"] in IMAGE_BLOCKS
 
 
 def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     """Images per text: as they are when nested, else in the order of the markers. UserError where counts differ."""
-    if images is None:
-        images = []
-    if isinstance(images, (Image.Image, str)):
-        images = [images]
-    if images and isinstance(images[0], (list, tuple)):
-        nested = [list(row) for row in images]
-    elif sum(markers) == len(images):
-        remaining = iter(images)
-        nested = [[next(remaining) for _ in range(count)] for count in markers]
-    else:
-        nested = [list(images), *[[] for _ in markers[1:]]]
-    for row, (given, count) in enumerate(zip(nested, markers, strict=True)):
+    images = [] if images is None else images
+    images = images if isinstance(images, (list, tuple)) else [images]
+    remedy = f"put one {MEDIA_TOKEN} where each image belongs"
+    if not any(isinstance(row, (list, tuple)) for row in images):
+        return _deal_in_order(images, markers, remedy)
+    if len(images) != len(markers):
+        raise UserError(f"found {len(images)} lists of images for {len(markers)} texts; give one each")
+    for row, (given, count) in enumerate(zip(images, markers, strict=True)):
         if len(given) != count:
-            raise UserError(
-                f"text {row} has {count} {MEDIA_TOKEN} markers but {len(given)} images; "
-                f"put one {MEDIA_TOKEN} where each image belongs"
-            )
-    return nested
+            raise UserError(f"text {row} has {count} {MEDIA_TOKEN} markers but {len(given)} images; {remedy}")
+    return [list(row) for row in images]
+
+
+def _deal_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -> list[list[Any]]:
+    """One list of images over all texts, each text taking as many as it has markers."""
+    if len(images) != sum(markers):
+        where = "text 0 has" if len(markers) == 1 else f"{len(markers)} texts have"
+        raise UserError(f"{where} {sum(markers)} {MEDIA_TOKEN} markers but {len(images)} images; {remedy}")
+    remaining = iter(images)
+    return [[next(remaining) for _ in range(count)] for count in markers]
 
 
 def _images_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The images that stand in typed content blocks, in order; blocks without data are markers only."""
-    blocks = [b for m in messages if not isinstance(m["content"], str) for b in m["content"] if is_image(b)]
-    found = [_image_of(block) for block in blocks]
+    contents = [message.get("content") or [] for message in messages]
+    blocks = [block for content in contents if not isinstance(content, str) for block in content]
+    found = [_image_of(block) for block in blocks if is_image(block)]
     return [image for image in found if image is not None]
 
 
 def _image_of(block: Mapping[str, Any]) -> Any:
     if block["type"] == "image_url":
-        return block["image_url"]["url"]
+        link = block["image_url"]
+        return link if isinstance(link, str) else link["url"]
     return next((block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None), None)
 
 
 def _open(image: Any) -> Image.Image:
-    return image if isinstance(image, Image.Image) else load_image(image)
+    """The image as RGB, upright."""
+    return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
+
+
+def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The tokenizer's chat template; without one Flamingo's own, begun as the tokenizer begins a text."""
+    if tokenizer.chat_template is not None:
+        return tokenizer.get_chat_template()
+    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return ("{{ bos_token }}" if begins else "") + CHUNK_TEMPLATE
 
 
 def _text_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""Dialogues, and processors with the nano tokenizer and tower under several chat templates."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.model.processor import CHUNK_TEMPLATE, FlamingoProcessor
+from flamingo_ft.model.tokens import add_media_tokens
+
+IMAGE = {"type": "image"}
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_2 = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '<|im_start|>[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'system' %}{{ '<<SYS>>' + m['content'] + '<</SYS>>' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+END_OUTSIDE_THE_MARKS = (
+    "{% for m in messages %}{{ m['role'] + ':\n' }}"
+    "{%- if m['role'] == 'assistant' -%}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{%- else -%}{{ m['content'] }}{%- endif -%}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+
+
+def user(*parts: str | dict) -> dict[str, Any]:
+    return {"role": "user", "content": blocks(parts)}
+
+
+def assistant(*parts: str | dict) -> dict[str, Any]:
+    return {"role": "assistant", "content": blocks(parts)}
+
+
+def system(*parts: str | dict) -> dict[str, Any]:
+    return {"role": "system", "content": blocks(parts)}
+
+
+def blocks(parts: tuple) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+
+
+@cache
+def nano_processor(template: str | None = None) -> FlamingoProcessor:
+    """With the nano tokenizer's own chat template (it marks what the assistant generates), or another one."""
+    tokenizer = load_language("nano").tokenizer
+    add_media_tokens(tokenizer)
+    processor = FlamingoProcessor.for_backbones(load_vision("nano").preprocess, tokenizer)
+    processor.chat_template = template or processor.chat_template
+    return processor
+
+
+# Each with what it writes for an answer: its words and its end.
+TEMPLATES = {
+    "marked": (None, lambda words: f"{words}<|im_end|>"),
+    "chatml": (CHATML, lambda words: f"{words}<|im_end|>"),
+    "llama-2": (LLAMA_2, lambda words: f" {words} <|im_end|>"),
+    "chunk": (CHUNK_TEMPLATE, lambda words: f" {words}<|endofchunk|>"),
+    "end outside the marks": (END_OUTSIDE_THE_MARKS, lambda words: words),
+}
