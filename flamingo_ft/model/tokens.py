@@ -22,11 +22,15 @@ def add_media_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 @torch.no_grad()
 def grow_vocabulary(lm: PreTrainedModel, size: int) -> None:
-    """Give the language model's matrices at least ``size`` rows, the added ones at the mean of the others."""
+    """Give the language model's matrices at least ``size`` rows, the added ones at the mean of the others.
+
+    So too the bias of its output head, where it has one.
+    """
     rows = len(lm.get_input_embeddings().weight)
     if size <= rows:
         return
     lm.resize_token_embeddings(size, mean_resizing=False)
-    for matrix in (lm.get_input_embeddings(), lm.get_output_embeddings()):
-        if matrix is not None:
-            matrix.weight[rows:] = matrix.weight[:rows].float().mean(0)
+    embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    for parameter in (embeddings.weight, getattr(head, "weight", None), getattr(head, "bias", None)):
+        if parameter is not None:
+            parameter[rows:] = parameter[:rows].float().mean(0)
