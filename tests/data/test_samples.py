@@ -1,0 +1,295 @@
+"""Samples: what a file may hold, and how everything else is refused: one line with file, row, field, found, wanted."""
+
+import json
+import os
+
+import pytest
+from PIL import Image
+
+from flamingo_ft.data import read_samples
+from flamingo_ft.data.samples import UNNAMED_TASK
+from flamingo_ft.errors import UserError
+
+from .dialogues import IMAGE, assistant, user
+
+QUESTION = {"role": "user", "content": "What?"}
+ANSWER = {"role": "assistant", "content": "That."}
+TURNS = [QUESTION, ANSWER]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path
+
+
+def jsonl(folder, *rows, name="data.jsonl"):
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_one(folder, row):
+    return read_samples(jsonl(folder, row))[0]
+
+
+def refused(path, **options) -> str:
+    """The one line that refuses the file, without the folder's name."""
+    with pytest.raises(UserError) as caught:
+        read_samples(path, **options)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message
+    return message.replace(str(path), "FILE").replace(str(path.parent), "FOLDER")
+
+
+def with_content(content, role="user"):
+    return {"messages": [{"role": role, "content": content}, ANSWER]}
+
+
+MALFORMED = {
+    "a row of text": ("hello", ": found text, wanted an object with messages and images"),
+    "a row of null": (None, ": found null, wanted an object with messages and images"),
+    "a row of rows": ([{}], ": found a list, wanted an object with messages and images"),
+    "no messages": ({"images": []}, ": messages: found no such field, wanted a list"),
+    "messages null": ({"messages": None}, ": messages: found null, wanted a list"),
+    "messages text": ({"messages": "hi"}, ": messages: found text, wanted a list"),
+    "messages an object": ({"messages": QUESTION}, ": messages: found an object, wanted a list"),
+    "messages empty": ({"messages": []}, ": messages: found no assistant turn, wanted one to learn from"),
+    "no assistant turn": (
+        {"messages": [QUESTION, QUESTION]},
+        ": messages: found no assistant turn, wanted one to learn from",
+    ),
+    "an assistant turn first": (
+        {"messages": [ANSWER, *TURNS]},
+        ": messages: found an assistant turn first, wanted what it answers before it",
+    ),
+    "a message of text": (
+        {"messages": ["hi", ANSWER]},
+        ": messages[0]: found text, wanted an object with role and content",
+    ),
+    "a message of null": (
+        {"messages": [QUESTION, None]},
+        ": messages[1]: found null, wanted an object with role and content",
+    ),
+    "no role": (
+        {"messages": [QUESTION, {"content": "x"}]},
+        ": messages[1]: found no role, wanted an object with role and content",
+    ),
+    "no content": (
+        {"messages": [{"role": "user"}, ANSWER]},
+        ": messages[0]: found no content, wanted an object with role and content",
+    ),
+    "an unknown role": (
+        {"messages": [{"role": "human", "content": "x"}, ANSWER]},
+        ": messages[0].role: found 'human', wanted one of system, user, assistant",
+    ),
+    "a role of the wrong type": (
+        {"messages": [{"role": ["user"], "content": "x"}, ANSWER]},
+        ": messages[0].role: found ['user'], wanted one of system, user, assistant",
+    ),
+    "content null": (with_content(None), ": messages[0].content: found null, wanted text or a list of typed blocks"),
+    "content a number": (
+        with_content(3),
+        ": messages[0].content: found a number, wanted text or a list of typed blocks",
+    ),
+    "content an object": (
+        with_content({"type": "text", "text": "x"}),
+        ": messages[0].content: found an object, wanted text or a list of typed blocks",
+    ),
+    "half a character": (
+        with_content("ab\ud83d"),
+        ": messages[0].content: found half a character at 2, wanted whole text; remove it",
+    ),
+    "half a character in a block": (
+        with_content([{"type": "text", "text": "\ude00"}]),
+        ": messages[0].content[0]: text: found half a character at 0, wanted whole text; remove it",
+    ),
+    "a block of text": (
+        with_content(["x"]),
+        ": messages[0].content[0]: found text, wanted a block of type text or image",
+    ),
+    "a block of null": (
+        with_content([IMAGE, None]),
+        ": messages[0].content[1]: found null, wanted a block of type text or image",
+    ),
+    "a block of another type": (
+        with_content([{"type": "video"}]),
+        ": messages[0].content[0].type: found 'video', wanted text or image",
+    ),
+    "a block without type": (
+        with_content([{"text": "x"}]),
+        ": messages[0].content[0].type: found None, wanted text or image",
+    ),
+    "a text block without text": (
+        with_content([{"type": "text"}]),
+        ": messages[0].content[0]: text: found no such field, wanted text",
+    ),
+    "a text block of null": (
+        with_content([{"type": "text", "text": None}]),
+        ": messages[0].content[0]: text: found null, wanted text",
+    ),
+    "a marker inside a text block": (
+        {**with_content([{"type": "text", "text": "see <image>"}]), "images": ["a.png"]},
+        ": messages[0].content[0].text: found <image> inside text; use a block of type image in its place",
+    ),
+    "images text": ({"messages": TURNS, "images": "a.png"}, ": images: found text, wanted a list"),
+    "images an object": ({"messages": TURNS, "images": {"0": "a.png"}}, ": images: found an object, wanted a list"),
+    "a single image": (
+        {"messages": TURNS, "image": "a.png"},
+        ": image: no such field; wanted images, a list of paths",
+    ),
+    "a task of the wrong type": ({"messages": TURNS, "task": ["colour"]}, ": task: found a list, wanted text"),
+    "an image of null": (
+        {"messages": TURNS, "images": ["a.png", None]},
+        ": images[1]: found null, wanted the path of an image",
+    ),
+    "an image of bytes": (
+        {"messages": TURNS, "images": [{"bytes": ""}]},
+        ": images[0]: found an object, wanted the path of an image",
+    ),
+    "a missing image": (
+        {"messages": TURNS, "images": ["gone.png"]},
+        ": images[0]: no such image FOLDER/gone.png; check the path or set image_root",
+    ),
+    "a folder for an image": (
+        {"messages": TURNS, "images": [""]},
+        ": images[0]: no such image FOLDER; check the path or set image_root",
+    ),
+    "a path with a line break": (
+        {"messages": TURNS, "images": ["a\nb.png"]},
+        r": images[0]: no such image FOLDER/a\nb.png; check the path or set image_root",
+    ),
+    "a path with a null byte": (
+        {"messages": TURNS, "images": ["a\0.png"]},
+        ": images[0]: no such image FOLDER/a\0.png; check the path or set image_root",
+    ),
+    "more markers than images": (
+        {**with_content("<image> or <image>?"), "images": ["a.png"]},
+        ": found 2 <image> markers but 1 images; add the missing images or remove markers",
+    ),
+    "fewer markers than images": (
+        {**with_content([IMAGE]), "images": ["a.png", "b.png"]},
+        ": found 1 <image> markers but 2 images; add the missing images or remove markers",
+    ),
+    "a marker without images": (
+        with_content("<image>"),
+        ": found 1 <image> markers but 0 images; add the missing images or remove markers",
+    ),
+    "a marker and images null": (
+        {**with_content("<image>"), "images": None},
+        ": found 1 <image> markers but 0 images; add the missing images or remove markers",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "complaint"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_is_refused_in_one_line(folder, row, complaint):
+    path = jsonl(folder, {"messages": TURNS}, row)
+    assert refused(path) == f"FILE: row 1{complaint}"
+    whole = folder / "data.json"
+    whole.write_text(json.dumps([{"messages": TURNS}, row]))
+    assert refused(whole) == f"FILE: row 1{complaint}"
+
+
+def test_base64_data_in_place_of_a_path_is_refused_in_a_short_line(folder):
+    message = refused(jsonl(folder, {"messages": TURNS, "images": ["data:image/png;base64," + "A" * 10_000]}))
+    assert "row 0: images[0]: no such image FOLDER/data:image/png;base64,AAA" in message and len(message) < 500
+
+
+BROKEN_FILES = {
+    "empty": ("x.jsonl", b"", "FILE: found no rows; wanted at least one sample"),
+    "blank lines alone": ("x.jsonl", b"\n \n", "FILE: found no rows; wanted at least one sample"),
+    "an empty list": ("x.json", b"[]", "FILE: found no rows; wanted at least one sample"),
+    "an empty JSON file": ("x.json", b"", "FILE: not JSON (Expecting value at character 0); wanted a list of rows"),
+    "an object": ("x.json", b"{}", "FILE: found an object, wanted a list of rows"),
+    "lines in a JSON file": (
+        "x.json",
+        b"{}\n{}",
+        "FILE: not JSON (Extra data at character 3); wanted a list of rows",
+    ),
+    "no JSON": (
+        "x.jsonl",
+        b"messages",
+        "FILE: row 0: not JSON (Expecting value at character 0); wanted one object a line",
+    ),
+    "cut off": (
+        "x.jsonl",
+        json.dumps({"messages": TURNS}).encode() + b'\n{"messages": [',
+        "FILE: row 1: not JSON (Expecting value at character 14); wanted one object a line",
+    ),
+    "Latin-1": ("x.jsonl", b'{"messages": "\xe9"}', "FILE: byte 14 is not UTF-8; save the file as UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), BROKEN_FILES.values(), ids=BROKEN_FILES)
+def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, complaint):
+    (tmp_path / name).write_bytes(content)
+    assert refused(tmp_path / name) == complaint
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for path in (tmp_path / "gone.jsonl", tmp_path):
+        assert "FILE: no such data file; check the path" in refused(path)
+
+
+def test_each_marker_in_a_text_is_an_image(folder):
+    messages = [{"role": "user", "content": "<image>One.<image><image> Three?"}, ANSWER]
+    sample = read_one(folder, {"messages": messages, "images": ["a.png", "b.png", "a.png"]})
+    assert sample.messages == [user(IMAGE, "One.", IMAGE, IMAGE, " Three?"), assistant("That.")]
+    assert [os.path.basename(path) for path in sample.images] == ["a.png", "b.png", "a.png"]
+
+
+def test_typed_blocks_stay_as_they_are(folder):
+    turns = [user("First ", IMAGE, " second ", IMAGE), assistant("Yes."), user("Sure?"), assistant("Yes.")]
+    assert read_one(folder, {"messages": turns, "images": ["a.png", "b.png"]}).messages == turns
+
+
+def test_images_without_a_place_stand_before_the_first_user_turn(folder):
+    messages = [{"role": "system", "content": "Be brief."}, *TURNS, *TURNS]
+    sample = read_one(folder, {"messages": messages, "images": ["a.png", "b.png"]})
+    assert sample.messages[0]["content"] == [{"type": "text", "text": "Be brief."}]
+    assert sample.messages[1] == user(IMAGE, IMAGE, "What?")
+    assert sample.messages[3] == user("What?")
+
+
+def test_a_row_may_leave_out_images_and_task(folder):
+    for more in ({}, {"images": None, "task": None}, {"images": [], "task": ""}):
+        sample = read_one(folder, {"messages": TURNS, **more})
+        assert (sample.images, sample.task) == ([], UNNAMED_TASK)
+    assert read_one(folder, {"messages": TURNS, "task": "colour"}).task == "colour"
+
+
+def test_image_paths_start_from_the_image_root_or_the_file(folder):
+    row = {"messages": TURNS, "images": ["a.png"]}
+    (folder / "lists").mkdir()
+    path = jsonl(folder / "lists", row)
+    assert "no such image" in refused(path)
+    assert read_samples(path, folder)[0].images == [str(folder / "a.png")]
+    absolute = jsonl(folder / "lists", {**row, "images": [str(folder / "a.png")]})
+    assert read_samples(absolute)[0].images == [str(folder / "a.png")]
+
+
+def rows_alone(samples):
+    return [(sample.messages, sample.images, sample.task) for sample in samples]
+
+
+def test_json_and_jsonl_are_read_the_same(folder):
+    rows = [
+        {"messages": TURNS, "images": ["a.png"], "task": "é 世 🦩 \u2028 \"'\n"},
+        {"messages": [{"role": "user", "content": "a <image> b"}, ANSWER], "images": ["b.png"]},
+        {"messages": [*TURNS, *TURNS]},
+    ]
+    by_line = read_samples(jsonl(folder, *rows))
+    compact = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for name, text, encoding in [
+        ("x.json", json.dumps(rows, indent=2), "utf-8"),
+        ("x.JSON", json.dumps(rows), "utf-8"),
+        ("x.jsonl", compact, "utf-8"),
+        ("windows.jsonl", compact.replace("\n", "\r\n"), "utf-8-sig"),
+        ("windows.json", json.dumps(rows), "utf-8-sig"),
+    ]:
+        (folder / name).write_bytes(text.encode(encoding))
+        samples = read_samples(folder / name)
+        assert rows_alone(samples) == rows_alone(by_line)
+        assert [sample.where for sample in samples] == [f"{folder / name}: row {i}" for i in range(3)]
