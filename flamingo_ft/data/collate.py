@@ -1,4 +1,7 @@
-"""Samples to a batch of tensors. Shapes: B samples, T text tokens, M images, C channels, H height, W width."""
+"""Samples to a batch of tensors.
+
+Shapes: B samples, T text tokens, M images, C channels, H height, W width.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
 
-from .encode import IGNORED, encode
+from .encode import IGNORED, Encoded, encode
+
+# What Pillow's decoders were seen to raise for files that are damaged or no images at all.
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, Image.DecompressionBombError)
 
 
 class Collator:
     """Rows of a dataset (the fields of `Sample`) to input_ids, attention_mask, labels (B, T) and pixel_values.
 
-    Raises UserError for a sample longer than ``max_text_tokens``, or an image that cannot be read.
+    Raises UserError for a sample longer than ``max_text_tokens`` or without a word to learn, a dialogue that the
+    chat template refuses, and an image that cannot be read.
     """
 
     def __init__(self, processor: FlamingoProcessor, max_text_tokens: int):
@@ -27,19 +34,26 @@ class Collator:
         self.max_text_tokens = max_text_tokens
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        encoded = [encode(self.processor, row["messages"]) for row in rows]
-        for row, sample in zip(rows, encoded, strict=True):
-            self._check_length(len(sample.input_ids), row["where"])
-        batch = pad_ids([sample.input_ids for sample in encoded], self.processor.tokenizer.pad_token_id, "right")
+        encoded = [self._encode(row) for row in rows]
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        batch = pad_ids([sample.input_ids for sample in encoded], pad_token_id, "right")
         batch["labels"] = pad([sample.labels for sample in encoded], IGNORED, "right")
         return batch | load_pixels(self.processor, rows)
 
-    def _check_length(self, found: int, where: str) -> None:
+    def _encode(self, row: Mapping[str, Any]) -> Encoded:
+        try:
+            sample = encode(self.processor, row["messages"])
+        except UserError as error:
+            raise UserError(f"{row['where']}: {error}") from None
+        found = len(sample.input_ids)
         if found > self.max_text_tokens:
             raise UserError(
-                f"{where}: found {found} text tokens, the limit is {self.max_text_tokens}; "
+                f"{row['where']}: found {found} text tokens, the limit is {self.max_text_tokens}; "
                 "shorten the sample or raise data.max_text_tokens (up to the language model's context)"
             )
+        if all(label == IGNORED for label in sample.labels):
+            raise UserError(f"{row['where']}: found no word of the assistant's to learn; remove the sample")
+        return sample
 
 
 def load_pixels(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -49,17 +63,19 @@ def load_pixels(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]])
 
 
 def open_image(path: str | Path, where: str | None = None) -> Image.Image:
-    """An image file as RGB. UserError naming the file when it cannot be read."""
+    """An image file as RGB, upright. UserError naming the file when it cannot be read."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UNREADABLE as error:
         prefix = f"{where}: " if where else ""
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error).splitlines()[0]
+        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise UserError(f"{prefix}{path}: not a readable image ({reason}); replace it") from None
 
 
-def pad_ids(sequences: Sequence[Sequence[int]], pad_token_id: int, side: Literal["left", "right"]) -> dict[str, Tensor]:
+def pad_ids(
+    sequences: Sequence[Sequence[int]], pad_token_id: int, side: Literal["left", "right"]
+) -> dict[str, Tensor]:
     """input_ids and attention_mask (B, T), padded on one side."""
     ones = [[1] * len(sequence) for sequence in sequences]
     return {"input_ids": pad(sequences, pad_token_id, side), "attention_mask": pad(ones, 0, side)}
