@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,38 +11,39 @@ import torch
 
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.data.collate import load_pixels, open_image, pad_ids
-from flamingo_ft.data.encode import encode_prompt
-from flamingo_ft.data.samples import MEDIA_MARKER
+from flamingo_ft.data.encode import encode_prompt, end_token_id
+from flamingo_ft.data.samples import split_markers
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 
 def answer(adapter: str | Path, images: Sequence[Path], prompt: str, max_new_tokens: int = 64) -> str:
-    """What the adapter's model says to one prompt. ``<image>`` in the prompt marks where each image belongs; without
-    any, the images stand before it. Raises UserError when images and markers do not match."""
+    """What the adapter's model says to one prompt.
+
+    ``<image>`` in the prompt marks where each image belongs; without any, the images stand before it. Raises
+    UserError when images and markers do not match, and for an image that cannot be read.
+    """
     content = place_images(prompt, len(images))
     for path in images:
         open_image(path)  # a bad path is told before the model is loaded
     model, processor = load_adapter(adapter)
-    question = {"messages": [{"role": "user", "content": content}], "images": list(map(str, images)), "where": "prompt"}
+    messages = [{"role": "user", "content": content}]
+    question = {"messages": messages, "images": list(images), "where": "prompt"}
     return answer_batch(model, processor, [question], max_new_tokens)[0]
 
 
 def place_images(prompt: str, images: int) -> list[dict[str, str]]:
     """The prompt as typed blocks."""
-    markers = prompt.count(MEDIA_MARKER)
+    markers = prompt.count(MEDIA_TOKEN)
     if markers == 0:
         return [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
     if markers != images:
         raise UserError(
-            f"--prompt has {markers} {MEDIA_MARKER} markers but {images} images were given; "
+            f"--prompt has {markers} {MEDIA_TOKEN} markers but {images} images were given; "
             "give one --image for each marker"
         )
-    first, *rest = prompt.split(MEDIA_MARKER)
-    blocks = [{"type": "text", "text": first}]
-    for text in rest:
-        blocks += [{"type": "image"}, {"type": "text", "text": text}]
-    return blocks
+    return split_markers(prompt)
 
 
 @torch.no_grad()
@@ -51,12 +53,24 @@ def answer_batch(
     questions: Sequence[Mapping[str, Any]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to dialogues that end where the assistant is to speak; each with ``messages`` and ``images``."""
+    """Greedy answers to dialogues that end where the assistant is to speak.
+
+    Each question has ``messages``, ``images`` (paths) and ``where``.
+    """
+    tokenizer = processor.tokenizer
     prompts = [encode_prompt(processor, question["messages"]) for question in questions]
-    batch = pad_ids(prompts, processor.tokenizer.pad_token_id, "left") | load_pixels(processor, questions)
+    batch = pad_ids(prompts, tokenizer.pad_token_id, "left") | load_pixels(processor, questions)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    out = model.generate(
-        **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id
-    )
-    new = out[:, batch["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    ends = end_token_ids(model, processor)
+    options = {"eos_token_id": ends or None, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
+    out = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
+    new = out[:, batch["input_ids"].shape[1] :].tolist()
+    answers = [list(takewhile(lambda token: token not in ends, row)) for row in new]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:
+    """The tokens that end an answer: the language model's own, and the chat template's where that is another."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in (*own, end_token_id(processor)) if token is not None})
