@@ -13,7 +13,7 @@ from .questions import Question, as_row
 
 def normalise(text: str) -> str:
     """What counts of an answer: its words, without case, outer spaces and final punctuation."""
-    return " ".join(text.casefold().split()).rstrip(".!?")
+    return " ".join(text.casefold().split()).rstrip(".!? ")
 
 
 def is_right(question: Question, said: str) -> bool:
@@ -35,7 +35,8 @@ def answer_questions(
     """
     training, answers = model.training, [""] * len(questions)
     model.eval()
-    order = sorted(range(len(questions)), key=lambda i: (len(questions[i].images), len(str(questions[i].messages))))
+    sizes = [(len(question.images), len(str(question.messages))) for question in questions]
+    order = sorted(range(len(questions)), key=sizes.__getitem__)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         rows = [as_row(questions[i]) for i in batch]
@@ -46,10 +47,14 @@ def answer_questions(
     return answers
 
 
+def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> float:
+    """Share of right answers."""
+    return sum(map(is_right, questions, answers)) / len(questions)
+
+
 def accuracy_by_task(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Share of right answers per task, and under ``all`` over all of them."""
-    right = defaultdict(list)
+    """Share of right answers for each task, by name in order."""
+    pairs = defaultdict(list)
     for question, said in zip(questions, answers, strict=True):
-        for task in (question.task, "all"):
-            right[task].append(is_right(question, said))
-    return {task: sum(hits) / len(hits) for task, hits in right.items()}
+        pairs[question.task].append((question, said))
+    return {task: accuracy(*zip(*asked, strict=True)) for task, asked in sorted(pairs.items())}

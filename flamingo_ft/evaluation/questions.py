@@ -14,7 +14,7 @@ from flamingo_ft.data.samples import Sample
 
 @dataclass(frozen=True)
 class Question:
-    """A dialogue up to where the assistant is to speak, with the images it has mentioned, and what is to be said."""
+    """A dialogue up to where the assistant is to speak, with the images it has mentioned, and the right answer."""
 
     messages: list[dict[str, Any]]
     images: list[str]
@@ -43,9 +43,11 @@ def _question(sample: Sample, number: int, turn: int) -> Question:
 
 
 def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """Every sample with the images of another sample that has as many; a lone one keeps its own.
+    """Every sample with the images of another sample that has as many.
 
-    A model that answers these as well as the true ones does not look.
+    None of them is its own where a sample has such images, at least one is not where a sample has other images at
+    all, and only a sample without a counterpart keeps its own. A model that answers these as well as the true ones
+    does not look.
     """
     by_count = defaultdict(list)
     for number, sample in enumerate(samples):
@@ -53,9 +55,23 @@ def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     images = {}
     for numbers in by_count.values():
         random.Random(seed).shuffle(numbers)
-        for number, other in zip(numbers, numbers[1:] + numbers[:1], strict=True):
-            images[number] = samples[other].images
+        choices = [samples[number].images for number in numbers]
+        for place, number in enumerate(numbers):
+            images[number] = _other_images(choices, place)
     return [replace(sample, images=images[number]) for number, sample in enumerate(samples)]
+
+
+def _other_images(choices: Sequence[list[str]], place: int) -> list[str]:
+    """The first choice after ``place`` that shares no image with the one there; else the first that differs."""
+    own = choices[place]
+    differing = None
+    for step in range(1, len(choices)):
+        images = choices[(place + step) % len(choices)]
+        if not set(images) & set(own):
+            return images
+        if images != own and differing is None:
+            differing = images
+    return own if differing is None else differing
 
 
 def as_row(question: Question) -> dict[str, Any]:

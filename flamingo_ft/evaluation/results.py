@@ -1,4 +1,4 @@
-"""What evaluations of one run found: the answers themselves, and their accuracy in the form of `metrics.json`."""
+"""What evaluations of one run found: the answers themselves, and their accuracy as `metrics.json` has it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from flamingo_ft.data.encode import text_of
 
-from .accuracy import accuracy_by_task
+from .accuracy import accuracy, accuracy_by_task
 from .questions import Question
 
 AFTER = "after"
@@ -20,23 +20,24 @@ PREDICTIONS_FILE = "predictions.jsonl"
 
 @dataclass
 class Results:
-    """Answers to the same questions at several times: ``before`` and ``after`` training, with ``shuffled_images``."""
+    """Answers to the same questions: ``before`` and ``after`` training, and with ``shuffled_images``."""
 
     questions: Sequence[Question]
     answers: dict[str, list[str]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """The ``eval`` part of ``metrics.json``: accuracies in 0..1, overall and per task."""
-        found = {name: accuracy_by_task(self.questions, answers) for name, answers in self.answers.items()}
-        after = found.pop(AFTER)
-        overall = {"accuracy": after.pop("all")}
-        overall |= {f"accuracy_{name}": accuracies["all"] for name, accuracies in found.items()}
+        others = {name: answers for name, answers in self.answers.items() if name != AFTER}
+        overall = {"accuracy": accuracy(self.questions, self.answers[AFTER])}
+        overall |= {f"accuracy_{name}": accuracy(self.questions, answers) for name, answers in others.items()}
         counts = Counter(question.task for question in self.questions)
         per_task = {
-            task: {"accuracy": accuracy, "samples": counts[task]}
-            | {name: accuracies[task] for name, accuracies in found.items()}
-            for task, accuracy in sorted(after.items())
+            task: {"accuracy": share, "samples": counts[task]}
+            for task, share in accuracy_by_task(self.questions, self.answers[AFTER]).items()
         }
+        for name, answers in others.items():
+            for task, share in accuracy_by_task(self.questions, answers).items():
+                per_task[task][name] = share
         return {**overall, "per_task": per_task}
 
     def save(self, folder: Path) -> None:
@@ -49,7 +50,8 @@ class Results:
 
 def load_predictions(folder: Path) -> list[dict[str, Any]]:
     """The rows that `Results.save` wrote."""
-    return [json.loads(line) for line in (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    with (folder / PREDICTIONS_FILE).open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _row(question: Question) -> dict[str, Any]:

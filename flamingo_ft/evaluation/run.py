@@ -19,14 +19,16 @@ def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, 
     """Accuracy of an adapter on the samples of ``data``, by default on the held-out samples of its recipe."""
     recipe_file = Path(adapter) / RECIPE_FILE
     if not recipe_file.is_file():
-        raise UserError(f"{adapter}: not the folder of a run, {RECIPE_FILE} not found; give a run's output directory")
+        remedy = "give a run's output directory"
+        raise UserError(f"{adapter}: not the folder of a run, {RECIPE_FILE} not found; {remedy}")
     recipe = load_recipe(recipe_file, require_files=data is None)
     samples = read_samples(Path(data)) if data else read_eval_samples(recipe)
     if not samples:
         raise UserError(f"{recipe_file}: data.eval is empty; name samples with --data FILE")
     model, processor = load_adapter(adapter)
     questions = questions_of(samples)
-    answers = answer_questions(model, processor, questions, recipe.eval.batch_size, recipe.eval.max_new_tokens)
+    options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
+    answers = answer_questions(model, processor, questions, **options)
     return {"eval": Results(questions, {AFTER: answers}).summary()}
 
 

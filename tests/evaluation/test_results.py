@@ -1,0 +1,182 @@
+"""What counts as right, and how results are summed up, kept and read."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from flamingo_ft.adapters import save_adapter
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.config import RECIPE_FILE, dump_recipe, load_recipe
+from flamingo_ft.data import Sample, read_samples
+from flamingo_ft.data.samples import UNNAMED_TASK
+from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation import accuracy
+from flamingo_ft.evaluation.accuracy import answer_questions, is_right, normalise
+from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.results import Results, load_predictions
+from flamingo_ft.evaluation.run import evaluate_adapter
+from flamingo_ft.inference.answer import answer_batch
+from flamingo_ft.model import build_flamingo
+from tests.data.dialogues import IMAGE, assistant, user
+
+
+def sample(task: str, answer: str, question: str = "Which?") -> Sample:
+    return Sample([user(question), assistant(answer)], [], task, f"row of {task}")
+
+
+@pytest.mark.parametrize(
+    "said", ["Two and seven.", " two AND  seven", "two and\nseven!", "Two and seven .", "two and seven?!"]
+)
+def test_case_spaces_and_final_punctuation_do_not_count(said):
+    (question,) = questions_of([sample("x", "Two and seven.")])
+    assert is_right(question, said)
+
+
+@pytest.mark.parametrize("said", ["", "Two", "Two and seventeen.", "Seven and two.", "Two and seven. Yes.", "2 and 7"])
+def test_other_words_are_wrong(said):
+    (question,) = questions_of([sample("x", "Two and seven.")])
+    assert not is_right(question, said)
+
+
+def test_punctuation_inside_an_answer_counts():
+    assert normalise("3.5") != normalise("35") and normalise("3.5.") == "3.5"
+    assert normalise("STRASSE") == normalise("Straße")
+
+
+def results():
+    samples = [sample("b", "1"), sample("a", "1"), sample("b", "2"), sample("b", "é世🦩\n\u2028")]
+    after, before, shuffled = ["1", "2", "2", "x"], ["", "1", "", ""], ["1", "1", "1", "1"]
+    return Results(questions_of(samples), {"before": before, "after": after, "shuffled_images": shuffled})
+
+
+def test_a_summary_has_every_accuracy_overall_and_per_task():
+    assert results().summary() == {
+        "accuracy": 0.5,
+        "accuracy_before": 0.25,
+        "accuracy_shuffled_images": 0.5,
+        "per_task": {
+            "a": {"accuracy": 0.0, "samples": 1, "before": 1.0, "shuffled_images": 1.0},
+            "b": {"accuracy": 2 / 3, "samples": 3, "before": 0.0, "shuffled_images": 1 / 3},
+        },
+    }
+
+
+def test_a_summary_of_one_examination_has_no_others():
+    questions = results().questions
+    summary = Results(questions, {"after": ["1", "1", "2", "é世🦩"]}).summary()
+    assert summary["accuracy"] == 1.0 and set(summary) == {"accuracy", "per_task"}
+    assert summary["per_task"]["a"] == {"accuracy": 1.0, "samples": 1}
+
+
+@pytest.mark.parametrize("task", [UNNAMED_TASK, "all", "accuracy"])
+def test_every_question_counts_once_whatever_its_task_is_called(task):
+    questions = questions_of([sample(task, "1"), sample("colour", "red"), sample("colour", "blue")])
+    summary = Results(questions, {"after": ["1", "", ""]}).summary()
+    assert summary["accuracy"] == pytest.approx(1 / 3)
+    assert {name: each["accuracy"] for name, each in summary["per_task"].items()} == {task: 1.0, "colour": 0.0}
+    assert sum(each["samples"] for each in summary["per_task"].values()) == len(questions)
+
+
+def test_saved_answers_are_read_as_they_were(tmp_path):
+    kept = results()
+    kept.save(tmp_path)
+    rows = load_predictions(tmp_path)
+    assert [row["where"] for row in rows] == [question.where for question in kept.questions]
+    for name, answers in kept.answers.items():
+        assert [row[name] for row in rows] == answers
+    assert [row["answer"] for row in rows] == ["1", "1", "2", "é世🦩\n\u2028"]
+    assert {(row["question"], tuple(row["images"])) for row in rows} == {("Which?", ())}
+
+
+def test_answers_come_in_the_order_of_the_questions(monkeypatch):
+    """They are asked sorted by size; each batch's size is told when it is done; the mode is put back."""
+    samples = [sample("x", "1", question="?" * (7 * index % 5 + 1)) for index in range(7)]
+    questions, done, sizes = questions_of(samples), [], []
+
+    class Model:
+        training = True
+
+        def eval(self):
+            self.training = False
+
+        def train(self, mode):
+            self.training = mode
+
+    def echo(model, processor, rows, max_new_tokens):
+        assert not model.training
+        sizes.append([len(row["messages"][0]["content"][0]["text"]) for row in rows])
+        return [f"{max_new_tokens} {row['messages'][0]['content'][0]['text']}" for row in rows]
+
+    monkeypatch.setattr(accuracy, "answer_batch", echo)
+    model = Model()
+    answers = answer_questions(model, None, questions, 3, 9, done.append)
+    assert answers == [f"9 {question.messages[0]['content'][0]['text']}" for question in questions]
+    assert done == [3, 3, 1] and model.training
+    assert sum(sizes, []) == sorted(sum(sizes, []))
+
+
+RECIPE = """\
+model:
+  vision: {name: nano}
+  language: {name: nano}
+data:
+  train: [{path: held_out.jsonl}]
+  eval: [{path: held_out.jsonl}]
+train: {output_dir: run, max_steps: 1}
+eval: {batch_size: 2, max_new_tokens: 4}
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run: an untrained adapter and its recipe; beside it the held-out samples."""
+    for index in range(3):
+        Image.new("RGB", (32, 32), (80 * index,) * 3).save(tmp_path / f"{index}.png")
+    rows = [
+        {"messages": [user(IMAGE, "Which digit?"), assistant("Seven.")], "images": [f"{index}.png"], "task": "digit"}
+        for index in range(3)
+    ]
+    rows.append({"messages": [user("Hello."), assistant("Good day.")]})
+    (tmp_path / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    perceiver = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
+    model, processor = build_flamingo(load_vision("nano"), load_language("nano"), perceiver=perceiver)
+    save_adapter(model, processor, tmp_path / "run")
+    (tmp_path / "run" / RECIPE_FILE).write_text(dump_recipe(load_recipe(tmp_path / "recipe.yaml")))
+    return tmp_path, model.eval(), processor
+
+
+def test_an_adapter_is_measured_by_its_own_answers(run, monkeypatch):
+    folder, model, processor = run
+    questions = questions_of(read_samples(folder / "held_out.jsonl"))
+    said = [
+        answer_batch(model, processor, [{"messages": q.messages, "images": q.images, "where": ""}], 4)[0]
+        for q in questions
+    ]
+    monkeypatch.chdir("/")
+    found = evaluate_adapter(folder / "run")
+    assert found == {"eval": Results(questions, {"after": said}).summary()}
+    assert {task: each["samples"] for task, each in found["eval"]["per_task"].items()} == {
+        "digit": 3,
+        UNNAMED_TASK: 1,
+    }
+
+
+def test_an_adapter_may_be_measured_on_other_samples(run):
+    folder, model, processor = run
+    question = {"messages": [user("Hello.")], "images": [], "where": ""}
+    (said,) = answer_batch(model, processor, [question], 4)
+    rows = [{"messages": [user("Hello."), assistant(answer)]} for answer in (said, said, "something else")]
+    (folder / "other.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "held_out.jsonl").unlink()
+    found = evaluate_adapter(str(folder / "run"), str(folder / "other.jsonl"))
+    assert found["eval"]["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_a_folder_without_a_recipe_is_refused(run):
+    folder, _, _ = run
+    (folder / "run" / RECIPE_FILE).unlink()
+    with pytest.raises(UserError, match="run: not the folder of a run, .* not found; give a run's output directory"):
+        evaluate_adapter(folder / "run")
