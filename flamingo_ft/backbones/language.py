@@ -111,14 +111,14 @@ def load_language(
 def _folder(name: str, revision: str | None, local_files_only: bool, weights: bool = True) -> Path:
     """The folder that holds the files of `name`, after fetching what is missing."""
     folder = NANO_FOLDER if name == "nano" else Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if revision is not None:
             raise UserError(f"revision {revision} was asked of {name}, which is no Hub repository; remove it")
         return folder
     if name == "nano":
         raise UserError(f"the nano language model is missing from {folder}; install the package again")
     if not HUB_NAME.fullmatch(name):
-        raise UserError(f"language model {name} is no folder and no Hub repository; check the path")
+        raise UserError(f"language model {name!r} is no folder and no Hub repository; check the path")
     formats = ["*.safetensors", "*.bin"] if weights else ["*.json"]
     for form in formats:
         folder = _download(name, revision, local_files_only, [*SMALL_FILES, form])
@@ -181,7 +181,7 @@ def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:
 
 
 def _refuse_missing(keys: Iterable[str], name: str) -> None:
-    """A frozen model must not hold weights that no file gave; transformers makes them up with a mere warning."""
+    """A frozen model must not hold weights that no file gave: transformers makes them up and only warns."""
     missing = sorted(keys)
     if missing:
         raise UserError(
