@@ -134,8 +134,10 @@ def _unanswered(sample: Sample) -> _Cell:
     turns = [message for message in sample.messages if message["role"] != "system"]
     texts = _mark_images([flatten(message)["content"] for message in turns])
     looks = {"user": (QUESTION_LINES, INK), "assistant": (ANSWER_LINES, BLUE)}
-    lines_and_colours = [looks[message["role"]] for message in turns]
-    told = [(_cut(text, lines), colour) for text, (lines, colour) in zip(texts, lines_and_colours, strict=True)]
+    told = []
+    for message, text in zip(turns, texts, strict=True):
+        lines, colour = looks[message["role"]]
+        told.append((_cut(text, lines), colour))
     return _Cell(_open(sample.images), above=told[0][0], below=told[1:])
 
 
@@ -232,4 +234,4 @@ def _predictions(run: Path) -> list[dict[str, Any]]:
 
 def _check(run: Path, name: str) -> None:
     if not (run / name).is_file():
-        raise UserError(f"{run}: not the folder of a finished run, {name} not found; give a run's output folder")
+        raise UserError(f"{run}: not the folder of a finished run, {name} not found; give a run's output_dir")

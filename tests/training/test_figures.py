@@ -15,7 +15,7 @@ from flamingo_ft.data import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.figures import GREEN, RED, answer_grid, loss_curve, sample_grid, spread
 
-LONG = "A question that goes on and on about all there is to see, WITH SOME WORDS IN CAPITALS, to the end " * 3
+LONG = "A question that goes on and on about all there is to see, WITH WORDS IN CAPITALS, to the end " * 3
 
 
 @pytest.fixture
