@@ -6,6 +6,7 @@ needs to find a Flamingo by its configuration is registered when transformers is
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from typing import Any
@@ -15,6 +16,8 @@ __version__ = "0.1.0"
 # Before torch starts its threads: spinning while they wait makes a training step 15 times slower on a machine of two
 # cores that does anything else (measured: 30 steps of the quickstart in 106 s against 7 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# On a CPU it advises, at every start, a package that would download its kernels at run time.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "Flamingo": "flamingo_ft.model",

@@ -5,7 +5,6 @@ Everything slow is imported inside the verb that needs it, so that help and refu
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,8 +152,6 @@ def _print_metrics(metrics: dict) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is told in a line, without a traceback."""
-    # On a CPU it advises, at every start, a package that would download its kernels at run time.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
     except UserError as error:

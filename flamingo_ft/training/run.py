@@ -51,6 +51,7 @@ def train(recipe: Recipe, recipe_path: Path | None = None) -> dict[str, Any]:
         examination.take(AFTER, held_out)
         if recipe.eval.shuffled_images:
             examination.take("shuffled_images", with_other_images(held_out, recipe.train.seed))
+        progress.refresh()  # notebooks would show the last bar as it was a moment before
     examination.results.save(output_dir)
     metrics = {"eval": examination.results.summary()} if held_out else {}
     metrics["train"] = training
