@@ -30,6 +30,7 @@ DECODER_LAYERS = {
 # Families that a bridge before a decoder layer silently does not fit. An explicit override is obeyed even so.
 UNFIT = {
     "cpmant": "its layers read a learned prompt before the text, so their positions are not those of tokens",
+    "mllama": "it skips its own cross-attention layers, so a bridge before them would never run",
     "prophetnet": "its layers read several streams of the text one behind the other",
     "reformer": "its reversible layers run backward without hooks, so the bridge would get no gradient",
     "xlm": "it has no decoder layers, only parallel lists of their parts",

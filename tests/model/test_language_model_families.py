@@ -36,7 +36,7 @@ def quiet():
 @pytest.fixture(scope="module")
 def visual() -> torch.nn.Module:
     torch.manual_seed(0)
-    return build_visual(VISION_CONFIG).eval()
+    return build_visual(VISION_CONFIG).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,18 @@ def test_zero_gates_leave_the_language_model_unchanged(family, visual, passed):
     # Experts and chunked kernels mix rows and tokens in their summation order, hence not exactly zero.
     assert largest(seeing[:, :BEFORE] - other[:, :BEFORE]) < 1e-6, "an image changes the text before it"
     passed.append(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_the_bridge_gets_a_gradient(family, visual):
+    model = flamingo_of(make_tiny(family, vocab_size=VOCABULARY).requires_grad_(False), visual)
+    open_gates(model)
+    model.train()
+    model(images(2, 1, 1), TEXT, MASK).logits.square().mean().backward()
+    bridge = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in bridge} == {"perceiver", "gated_cross_attn_layers"}
+    without = [name for name, gradient in bridge.items() if gradient is None or not gradient.any()]
+    assert not without
 
 
 # Families whose own cached and uncached generation differ, or which have no cache that works.

@@ -21,6 +21,7 @@ LEFT_OUT = {
     "cpmant": "reads a learned prompt before the text, so positions in its layers are not those of tokens",
     "gemma4_assistant": "a drafter without keys and values of its own: it uses those of another model",
     "gemma4_unified_assistant": "a drafter without keys and values of its own, as gemma4_assistant",
+    "mllama": "skips some of its layers when it sees no image of its own, and a bridge before them with them",
     "musicgen": "models four rows of audio codes at a time, not text",
     "musicgen_melody": "models four rows of audio codes at a time, not text",
     "prophetnet": "its layers read several streams of the text one behind the other",
