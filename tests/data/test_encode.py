@@ -6,8 +6,11 @@ from hypothesis import strategies as st
 
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt, end_token_id
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.processor import FlamingoProcessor
+from flamingo_ft.model.tokens import add_media_tokens
 
 from .dialogues import CHATML, IMAGE, TEMPLATES, assistant, nano_processor, system, user
+from .llama_tokenizer import llama_tokenizer
 
 FRAGMENTS = st.sampled_from(
     ["\n", "\r\n", " ", "\t", '"', "'", "{{ x }}", "{% endgeneration %}", "\\n", "é", "世界", "🦩", "e\u0301", "\u200d"]
@@ -69,6 +72,25 @@ def test_learning_begins_where_the_prompt_ends(name):
     prompt = encode_prompt(processor, question)
     labels = encode(processor, [*question, assistant("Seven.")]).labels
     assert set(labels[: len(prompt)]) == {IGNORED} and labels[len(prompt)] != IGNORED
+
+
+@pytest.mark.parametrize("words", ["Seven.", "Good. Fine", "é世🦩", "a  b"])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marked"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_with_a_llama_tokenizer_the_labels_are_the_answer_too(legacy, name, words):
+    template, said = TEMPLATES[name]
+    tokenizer = llama_tokenizer(legacy)
+    add_media_tokens(tokenizer)
+    processor = FlamingoProcessor(nano_processor().image_processor, tokenizer, chat_template=template)
+    turns = [user(IMAGE, "Which digit is this?"), assistant(words), user("Yes. No?"), assistant("Good 世")]
+    encoded = encode(processor, turns)
+    expected = said(words) + said("Good 世")
+    if name == "llama-2":
+        expected = expected.replace("<|im_end|>", "</s>")
+    assert tokenizer.decode(learned(encoded)).lstrip() == expected.lstrip()
+    for turn in (1, 3):
+        prompt = encode_prompt(processor, turns[:turn])
+        assert encoded.input_ids[: len(prompt)] == prompt and encoded.labels[len(prompt)] != IGNORED
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
