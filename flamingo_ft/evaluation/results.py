@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.data.encode import text_of
+from flamingo_ft.model.processor import flatten
 
 from .accuracy import accuracy, accuracy_by_task
 from .questions import Question
@@ -41,7 +41,7 @@ class Results:
         return {**overall, "per_task": per_task}
 
     def save(self, folder: Path) -> None:
-        """Every question with its right answer and what the model said each time, a line each."""
+        """Every question, ``<image>`` where an image stands, with its right answer and what the model said each time."""
         with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
             for index, question in enumerate(self.questions):
                 said = {name: answers[index] for name, answers in self.answers.items()}
@@ -59,6 +59,6 @@ def _row(question: Question) -> dict[str, Any]:
         "where": question.where,
         "task": question.task,
         "images": question.images,
-        "question": text_of(question.messages[-1]).strip(),
+        "question": flatten(question.messages[-1])["content"].strip(),
         "answer": question.answer,
     }
