@@ -80,9 +80,10 @@ def test_text_without_images_is_the_tokenizers_own(processor):
 
 
 def test_tokenizer_arguments_may_be_grouped(processor):
-    flat = processor(text=["a b", "c"], padding=True, add_special_tokens=False)
-    grouped = processor(text=["a b", "c"], text_kwargs={"padding": True}, common_kwargs={"add_special_tokens": False})
-    assert flat.data == grouped.data
+    flat = processor(text=["a b", "c"], padding="max_length", max_length=9, padding_side="left")
+    options = {"text_kwargs": {"max_length": 9, "padding_side": "left"}, "common_kwargs": {"padding": "max_length"}}
+    assert flat.data == processor(text=["a b", "c"], **options).data
+    assert [len(row) for row in flat["input_ids"]] == [9, 9]
 
 
 @pytest.mark.parametrize(
