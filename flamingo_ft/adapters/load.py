@@ -18,6 +18,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
+from flamingo_ft.model.device import default_device
 from flamingo_ft.model.tokens import grow_vocabulary
 
 from .save import PREFIX, WEIGHTS
@@ -25,7 +26,7 @@ from .trainable import bridge_tensors
 
 
 def load_adapter(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The model in eval mode, all of it frozen, and its processor.
+    """The model in eval mode, all of it frozen, on the GPU where there is one, and its processor.
 
     Raises UserError when the folder is no adapter, the backbones are others than those it was trained on, or its
     weights are missing, damaged or do not fit.
@@ -39,7 +40,7 @@ def load_adapter(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, 
     grow_vocabulary(language.model, config.text_config.vocab_size)
     model = FlamingoForConditionalGeneration(config, vision.visual, language.model)
     load_bridge(model, folder)
-    return model.eval(), FlamingoProcessor.from_pretrained(folder)
+    return model.eval().to(default_device()), FlamingoProcessor.from_pretrained(folder)
 
 
 def _names(source: Mapping[str, Any], *more: str) -> dict[str, Any]:

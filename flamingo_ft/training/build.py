@@ -9,6 +9,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
+from flamingo_ft.model.device import default_device
 
 
 def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
@@ -27,4 +28,4 @@ def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, Flami
         decoder_layers_attr_name=wanted.language.decoder_layers_attr_name,
     )
     set_trainable(model, recipe.trainable)
-    return model, processor
+    return model.to(default_device()), processor
