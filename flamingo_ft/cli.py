@@ -72,7 +72,7 @@ def train(
 
     from flamingo_ft.training import run
 
-    metrics = run.train(settings, path)
+    metrics = run.train(settings)
     _print_metrics(metrics)
     typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 

@@ -18,26 +18,22 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
     """One row per task and one over all of them; a column for everything that was measured.
 
     evaluation: {"accuracy", "accuracy_before"?, "accuracy_shuffled_images"?, "per_task":
-        {task: {"accuracy", "before"?, "shuffled_images"?, "samples"?, "chance"?}}}, accuracies in 0..1.
+        {task: {"accuracy", "samples", "before"?, "shuffled_images"?}}}, accuracies in 0..1.
     """
     tasks = evaluation["per_task"]
     measured = [column for column in _ACCURACIES if evaluation.get(column[2]) is not None]
-    with_samples = any("samples" in task for task in tasks.values())
-    with_chance = any("chance" in task for task in tasks.values())
     only_after = [name for name, *_ in measured] == ["after"]
 
     table = Table(title="accuracy on held-out samples", title_justify="left")
     table.add_column("task")
     headers = ["accuracy" if only_after else name for name, *_ in measured]
-    for header in ["samples"] * with_samples + ["chance"] * with_chance + headers:
+    for header in ["samples", *headers]:
         table.add_column(header, justify="right")
     for name, task in tasks.items():
-        counts = [_count(task.get("samples"))] * with_samples + [_percent(task.get("chance"))] * with_chance
-        table.add_row(name, *counts, *(_percent(task.get(key)) for _, key, _ in measured))
+        table.add_row(name, f"{task['samples']:,}", *(_percent(task.get(key)) for _, key, _ in measured))
     table.add_section()
-    total = sum(task.get("samples", 0) for task in tasks.values())
-    counts = [_count(total)] * with_samples + [""] * with_chance
-    table.add_row("all", *counts, *(_percent(evaluation[key]) for _, _, key in measured))
+    total = sum(task["samples"] for task in tasks.values())
+    table.add_row("all", f"{total:,}", *(_percent(evaluation[key]) for _, _, key in measured))
     return table
 
 
@@ -51,7 +47,3 @@ def training_line(training: Mapping[str, Any]) -> str:
 
 def _percent(accuracy: float | None) -> str:
     return "" if accuracy is None else f"{100 * accuracy:.1f} %"
-
-
-def _count(samples: int | None) -> str:
-    return "" if samples is None else f"{samples:,}"

@@ -30,7 +30,7 @@ METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
 
 
-def train(recipe: Recipe, recipe_path: Path | None = None) -> dict[str, Any]:
+def train(recipe: Recipe) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
     Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
