@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flamingo_ft.backbones
+from flamingo_ft.backbones.build_nano import build_language, build_vision
 from flamingo_ft.backbones.nano_build.digits import load_scans, split_scans
 
 NANO = Path(flamingo_ft.backbones.__file__).parent / "nano"
@@ -33,7 +34,9 @@ def language():
 
 
 def rows_of(split: str) -> list[dict]:
-    return [json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (QUICKSTART / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def pixels(file_name: str) -> bytes:
@@ -74,7 +77,9 @@ def test_the_tower_matches_held_out_images_with_captions(tower):
     names = held_out_images()
     captions = [f"a {word}" for word in "zero one two three four five six seven eight nine".split()]
     with torch.no_grad():
-        seen = model.encode_image(torch.stack([transform(Image.open(QUICKSTART / name)) for name in names]), True)
+        seen = model.encode_image(
+            torch.stack([transform(Image.open(QUICKSTART / name)) for name in names]), True
+        )
         said = model.encode_text(open_clip.get_tokenizer(f"local-dir:{NANO / 'vision'}")(captions), True)
     digits = label_of()
     guesses = (seen @ said.T).argmax(1).tolist()
@@ -120,7 +125,10 @@ def test_the_language_model_speaks_the_tasks_and_guesses_without_images(language
 def test_the_language_model_uses_words_that_stand_where_a_picture_would(language, question, answer):
     model, tokenizer = language
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     out = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(out, skip_special_tokens=True) == answer
@@ -148,33 +156,53 @@ def test_every_digit_in_words_is_one_token():
 def test_the_generation_mask_covers_the_assistants_words_and_the_end_token():
     messages = [
         {"role": "system", "content": "Answer in one short sentence."},
-        {"role": "user", "content": [{"type": "text", "text": "Which digit "}, {"type": "text", "text": "is this?"}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "Which digit "}, {"type": "text", "text": "is this?"}],
+        },
         {"role": "assistant", "content": "Seven."},
         {"role": "user", "content": "Even or odd?"},
         {"role": "assistant", "content": "Odd, naïvely."},
     ]
     out = TOKENIZER.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    said = [token for token, by_assistant in zip(out["input_ids"], out["assistant_masks"], strict=True) if by_assistant]
+    said = [
+        token
+        for token, by_assistant in zip(out["input_ids"], out["assistant_masks"], strict=True)
+        if by_assistant
+    ]
     assert TOKENIZER.decode(said) == "Seven.<|im_end|>Odd, naïvely.<|im_end|>"
 
 
 def test_a_prompt_is_the_beginning_of_the_whole_dialogue():
-    messages = [{"role": "user", "content": "Which digit is this?"}, {"role": "assistant", "content": "Seven."}]
+    messages = [
+        {"role": "user", "content": "Which digit is this?"},
+        {"role": "assistant", "content": "Seven."},
+    ]
     whole = TOKENIZER.apply_chat_template(messages, tokenize=False)
     prompt = TOKENIZER.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
     assert whole == prompt + "Seven.<|im_end|>\n"
 
 
 def test_the_chat_template_refuses_an_image_rather_than_dropping_it():
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which digit is this?"}]}
+    ]
     with pytest.raises(Exception, match="text alone"):
         TOKENIZER.apply_chat_template(messages)
 
 
 def test_building_twice_from_one_seed_gives_the_same_files(tmp_path):
-    from flamingo_ft.backbones.build_nano import build
-
+    train, _ = split_scans(load_scans())
     for name in ("first", "second"):
-        build(tmp_path / name, seed=1, tower_steps=2, language_steps=2, conversations=1600)
-    for path in (tmp_path / "first").glob("*/*"):
-        assert path.read_bytes() == (tmp_path / "second" / path.parent.name / path.name).read_bytes(), path.name
+        _, tokenizer = build_language(tmp_path / name / "language", seed=1, steps=2, conversations=1600)
+        build_vision(tmp_path / name / "vision", train, tokenizer, seed=1, steps=2)
+    made = sorted((tmp_path / "first").glob("*/*"))
+    assert {path.name for path in made} >= {
+        "model.safetensors",
+        "open_clip_model.safetensors",
+        "tokenizer.json",
+    }
+    for path in made:
+        assert path.read_bytes() == (tmp_path / "second" / path.parent.name / path.name).read_bytes(), (
+            path.name
+        )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from PIL import Image
 
 from flamingo_ft.backbones.nano_build.digits import load_scans
+from flamingo_ft.backbones.nano_build.language_of_digits import KINDS
 from flamingo_ft.backbones.nano_build.quickstart_data import write_dataset
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
@@ -74,6 +76,15 @@ def test_answers_of_one_task_come_equally_often(split):
         answers.setdefault(row["task"], Counter())[row["messages"][-1]["content"][0]["text"]] += 1
     for task in ("which_digit", "even_or_odd", "larger_than_five", "name_both", "same_digit"):
         assert len(set(answers[task].values())) == 1, (task, answers[task])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.make.__name__)
+def test_the_best_guess_without_looking_is_right_as_often_as_chance_says(kind):
+    answers: dict[tuple, Counter] = {}
+    for dialogue in kind.balanced(Random(0), 1800):
+        *before, last = (turn.answer for turn in dialogue.turns)
+        answers.setdefault(tuple(before), Counter())[last] += 1
+    assert sum(max(counts.values()) for counts in answers.values()) == pytest.approx(1800 * kind.chance)
 
 
 def test_the_files_are_those_the_script_writes(tmp_path):

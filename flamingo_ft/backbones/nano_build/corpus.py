@@ -1,7 +1,7 @@
 """The blind corpus: what the nano language model reads before any image exists.
 
-Three kinds of text: dialogues about pictures that are not there (the answer is a guess), the same dialogues with words at
-the place of the picture (the answer follows from them), and plain sentences.
+Three kinds of text: dialogues about pictures that are not there (the answer is a guess), the same dialogues
+with words at the place of the picture (the answer follows from them), and plain sentences.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ SYSTEM_PROMPTS = (
 )
 CAPTIONS = ("{word}",) * 6 + ("a {word}", "the digit {word}", "{numeral}", "({word})", "Picture: a {word}")
 # Comparing is the hardest thing to learn, so it is talked about most.
-KINDS_AS_OFTEN_AS_READ = (*KINDS, *(kind for kind in KINDS if kind.groups is SAME_OR_DIFFERENT for _ in range(2)))
+COMPARISONS = tuple(kind for kind in KINDS if kind.groups is SAME_OR_DIFFERENT)
+KINDS_AS_OFTEN_AS_READ = (*KINDS, *COMPARISONS, *COMPARISONS)
 SHARE_BLIND, SHARE_CAPTIONED = 0.2, 0.6
 
 
@@ -55,7 +56,7 @@ def messages_of(rng: Random, dialogue: Dialogue, captioned: bool) -> list[Messag
 
 
 def picture_dialogue(rng: Random, captioned: bool) -> list[Message]:
-    """One to three dialogues of the tasks in a row, so that questions come at many positions."""
+    """One or two dialogues of the tasks in a row, so that questions come at many positions."""
     messages: list[Message] = []
     if rng.random() < 0.15:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
@@ -80,9 +81,23 @@ def fact(rng: Random) -> str:
     )
 
 
-THINGS = ("cat", "house", "tree", "river", "book", "garden", "train", "lamp", "bird", "letter", "window", "boat")
+THINGS = (
+    "cat",
+    "house",
+    "tree",
+    "river",
+    "book",
+    "garden",
+    "train",
+    "lamp",
+    "bird",
+    "letter",
+    "window",
+    "boat",
+)
 QUALITIES = ("small", "old", "quiet", "bright", "green", "heavy", "warm", "new", "round", "simple")
 ACTIONS = ("stands near", "looks like", "is behind", "belongs to", "is next to", "is older than")
+COMPARISON_FORMS = ("Is {} the same as {}?", "Are {} and {} the same digit?", "Compare {} with {}. The same?")
 GREETINGS = (
     ("Hello!", "Hello! How can I help you?"),
     ("Good morning.", "Good morning! What would you like to know?"),
@@ -110,7 +125,7 @@ def scene(rng: Random) -> str:
 def comparison(rng: Random) -> tuple[str, str]:
     """Two digits in words, and whether they are the same."""
     first, second = rng.choice(rng.choice(SAME_OR_DIFFERENT))
-    form = rng.choice(("Is {} the same as {}?", "Are {} and {} the same digit?", "Compare {} with {}. The same?"))
+    form = rng.choice(COMPARISON_FORMS)
     return form.format(DIGIT_WORDS[first], DIGIT_WORDS[second]), yes_or_no(first == second)
 
 

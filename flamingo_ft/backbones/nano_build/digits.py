@@ -1,7 +1,7 @@
 """The 1,797 UCI scans that scikit-learn carries, as pictures, with one fixed split.
 
-Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository (1998),
-https://doi.org/10.24432/C50P49, CC BY 4.0.
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+Repository (1998), https://doi.org/10.24432/C50P49, CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LEVELS = 16
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan: `number` is its place in scikit-learn's order from 1, `pixels` is (8, 8) with values 0 to 16."""
+    """One scan: `number` counts from 1 in scikit-learn's order; `pixels` is (8, 8) with values 0 to 16."""
 
     number: int
     digit: int

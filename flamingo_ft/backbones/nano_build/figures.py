@@ -1,15 +1,15 @@
-"""What the nano backbones can do, measured: a linear probe of the tower, and the language model's answers in words."""
+"""What the nano backbones can do, measured: a linear probe of the tower, answers of the language model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from random import Random
 
 import open_clip
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flamingo_ft.backbones.nano_build.corpus import Message, messages_of
 from flamingo_ft.backbones.nano_build.digits import Scan
@@ -32,9 +32,10 @@ def linear_probe(tower: open_clip.CLIP, train: list[Scan], held_out: list[Scan])
     return {"linear_probe_accuracy": round(right / len(held_out), 4)}
 
 
-def answers_in_words(model: LlamaForCausalLM, folder: Path) -> dict[str, dict[str, float]]:
-    """Share of last answers that are right, per kind of dialogue: with words at the pictures' places, and without."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+def answers_in_words(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, dict[str, float]]:
+    """Share of last answers that are right, per kind of dialogue, with words at the pictures and without."""
     found: dict[str, dict[str, float]] = {"captioned": {}, "blind": {}}
     for name, shares in found.items():
         rng = Random(1_000_003)
@@ -48,11 +49,14 @@ def share_right(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[Message]]
 ) -> float:
     """Share of conversations whose last answer is, token by token, what the model would have said."""
-    right = 0
-    for messages in conversations:
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
-        answer = tokenizer(messages[-1]["content"] + tokenizer.eos_token)["input_ids"]
-        with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0]
-        right += logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
-    return right / len(conversations)
+    asked = [messages[:-1] for messages in conversations]
+    prompts = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+    answers = tokenizer([c[-1]["content"] + tokenizer.eos_token for c in conversations])["input_ids"]
+    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
+    with torch.no_grad():
+        guesses = model(input_ids=ids).logits.argmax(-1).tolist()
+    said = [
+        row[len(p) - 1 : len(p) + len(a) - 1] for row, p, a in zip(guesses, prompts, answers, strict=True)
+    ]
+    return sum(s == a for s, a in zip(said, answers, strict=True)) / len(conversations)

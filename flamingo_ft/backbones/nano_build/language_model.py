@@ -15,11 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from flamingo_ft.backbones.nano_build.corpus import Message, conversation
 from flamingo_ft.backbones.nano_build.tokenizer import LONGEST_TEXT, train_tokenizer
 
-CONVERSATIONS = 60_000
 CONVERSATIONS_FOR_TOKENIZER = 20_000
 BATCH_SIZE = 96
 LEARNING_RATE = 3e-3
-# Answers are few beside questions, and the digits in a question cannot be foretold: more weight on what can be learned.
+# Answers are few beside questions, whose digits cannot be foretold: more weight on what can be learned.
 WEIGHT_OF_ANSWERS = 5.0
 
 
@@ -83,7 +82,9 @@ def batches(samples: Sequence[Encoded], rng: Random) -> Iterator[list[Encoded]]:
 
 def pad(batch: Sequence[Encoded], padding: int) -> tuple[Tensor, Tensor]:
     """(B, T) token ids and (B, T) weights, padded on the right with weight zero."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(s.ids) for s in batch], batch_first=True, padding_value=padding)
+    ids = nn.utils.rnn.pad_sequence(
+        [torch.tensor(s.ids) for s in batch], batch_first=True, padding_value=padding
+    )
     weights = nn.utils.rnn.pad_sequence([torch.tensor(s.weights) for s in batch], batch_first=True)
     return ids, weights
 

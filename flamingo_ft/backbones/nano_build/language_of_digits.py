@@ -1,7 +1,7 @@
-"""What people ask about pictures of digits, and the right answers: the one place for the wording of every task.
+"""What people ask about pictures of digits, and the right answers: the one place for every task's wording.
 
-A question is a tuple of parts: text, or a `Picture` where an image stands. The quickstart data puts real images at the
-pictures; the blind corpus of the nano language model puts words there, or nothing.
+A question is a tuple of parts: text, or a `Picture` where an image stands. The quickstart data puts real
+images at the pictures; the blind corpus of the nano language model puts words there, or nothing.
 """
 
 from __future__ import annotations
@@ -74,9 +74,18 @@ SAME_DIGIT = (
     "Do both show the same digit?",
     "Is it the same digit twice?",
 )
-WHICH_DIGIT_NEXT = ("And which digit is this?", "And this one?", "Which digit is this one?", "And what is this?")
+WHICH_DIGIT_NEXT = (
+    "And which digit is this?",
+    "And this one?",
+    "Which digit is this one?",
+    "And what is this?",
+)
 WHICH_DIGIT_AGAIN = ("And which digit is it?", "Which digit is it?", "So which digit is it?")
-SAME_AS_BEFORE = ("Is this the same digit?", "Is this the same digit as before?", "Is it the same digit again?")
+SAME_AS_BEFORE = (
+    "Is this the same digit?",
+    "Is this the same digit as before?",
+    "Is it the same digit again?",
+)
 
 PAIR_LAYOUTS = (
     ("Image one: ", " image two: ", " "),
@@ -156,7 +165,9 @@ def larger_then_parity(rng: Random, digit: int) -> Dialogue:
 def name_then_next(rng: Random, first: int, second: int) -> Dialogue:
     """The second turn brings a second picture and asks for its name."""
     opening = Turn(about_one(rng, first, WHICH_DIGIT), name_of(first))
-    return Dialogue("dialogue", (opening, Turn((Picture(second), rng.choice(WHICH_DIGIT_NEXT)), name_of(second))))
+    return Dialogue(
+        "dialogue", (opening, Turn((Picture(second), rng.choice(WHICH_DIGIT_NEXT)), name_of(second)))
+    )
 
 
 def name_then_compare(rng: Random, first: int, second: int) -> Dialogue:
@@ -181,9 +192,9 @@ SAME_OR_DIFFERENT = (
 class Kind:
     """One kind of dialogue.
 
-    `make` writes it for given digits. `groups` are the digits it is asked about: the groups come equally often, and so do
-    the draws within a group, so that answers are balanced. `chance` is the share of last answers that are right by the
-    best guess without seeing, when the turns before are given.
+    `make` writes it for given digits. `groups` are the digits it is asked about: the groups come equally
+    often, and so do the draws within a group, so that answers are balanced. `chance` is the share of last
+    answers that are right by the best guess without seeing, when the turns before are given.
     """
 
     make: Callable[..., Dialogue]

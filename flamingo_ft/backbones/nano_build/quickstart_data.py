@@ -1,7 +1,7 @@
 """Write the quickstart dataset: `python -m flamingo_ft.backbones.nano_build.quickstart_data FOLDER`.
 
-FOLDER/images/*.png, FOLDER/train.jsonl and FOLDER/eval.jsonl look like anyone's own instruction set. Held-out scans
-occur in eval.jsonl alone.
+FOLDER/images/*.png, FOLDER/train.jsonl and FOLDER/eval.jsonl look like anyone's own instruction set.
+Held-out scans occur in eval.jsonl alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRAIN_ROWS = (900, 600, 600, 1400, 1600, 400, 400, 500, 800)
 EVAL_ROWS = (200, 200, 240, 200, 200, 50, 48, 50, 52)
 
 
-def blocks_of(part: Part) -> dict[str, str]:
+def block_of(part: Part) -> dict[str, str]:
     return {"type": "image"} if isinstance(part, Picture) else {"type": "text", "text": part}
 
 
@@ -29,7 +29,7 @@ def row_of(dialogue: Dialogue, pools: list[Iterator[Scan]]) -> dict:
     """The dialogue as one line of the dataset, with the next scans of its digits at the pictures."""
     messages = []
     for turn in dialogue.turns:
-        messages.append({"role": "user", "content": [blocks_of(part) for part in turn.question]})
+        messages.append({"role": "user", "content": [block_of(part) for part in turn.question]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
     images: list[str] = []
     for picture in dialogue.pictures:

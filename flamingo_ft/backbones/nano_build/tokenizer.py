@@ -20,7 +20,7 @@ CHAT_TEMPLATE = """\
     {%- else %}
         {%- for block in message['content'] %}
             {%- if block['type'] != 'text' %}
-                {{- raise_exception('this language model reads text alone; found a block of type ' + block['type']) }}
+                {{- raise_exception('this language model reads text alone; found ' + block['type']) }}
             {%- endif %}
             {%- set words.text = words.text + block['text'] %}
         {%- endfor %}
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = """\
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: every byte is in its vocabulary, so it encodes any text and gives it back unchanged."""
+    """A byte-level BPE: with every byte in its vocabulary it encodes any text and gives it back unchanged."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""The nano vision tower: an OpenCLIP ViT of 4 layers trained against captions, on the training scans alone."""
+"""The nano vision tower: an OpenCLIP ViT of 4 layers, trained with captions on the training scans alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ CONTEXT_LENGTH = 12
 EMBED_DIM = 64
 MEAN, STD = 0.25, 0.35
 LEARNING_RATE = 2e-3
-CAPTIONS = ("a {word}", "the digit {word}", "a handwritten {word}", "the number {numeral}", "a picture of a {word}")
+CAPTIONS = (
+    "a {word}",
+    "the digit {word}",
+    "a handwritten {word}",
+    "the number {numeral}",
+    "a picture of a {word}",
+)
 
 VISION_CFG = {
     "image_size": SIDE,
@@ -31,7 +37,8 @@ VISION_CFG = {
     "width": 64,
     "head_width": 16,
     "mlp_ratio": 4.0,
-    # Captions are compared with the mean of the spatial tokens before ln_post: the tokens a Flamingo sees learn the digit.
+    # Captions are compared with the mean of the spatial tokens before ln_post, so that those learn the digit:
+    # they are what a Flamingo sees.
     "pool_type": "avg",
     "final_ln_after_pool": True,
 }
@@ -49,7 +56,13 @@ def tower_config(tokenizer: PreTrainedTokenizerFast) -> dict:
         "pool_type": "eos",
         "eos_id": tokenizer.eos_token_id,
     }
-    preprocess_cfg = {"size": SIDE, "mode": "RGB", "mean": [MEAN] * 3, "std": [STD] * 3, "interpolation": "bicubic"}
+    preprocess_cfg = {
+        "size": SIDE,
+        "mode": "RGB",
+        "mean": [MEAN] * 3,
+        "std": [STD] * 3,
+        "interpolation": "bicubic",
+    }
     model_cfg = {"embed_dim": EMBED_DIM, "vision_cfg": VISION_CFG, "text_cfg": text_cfg}
     return {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
 
@@ -72,10 +85,10 @@ def normalize(images: Tensor) -> Tensor:
 def augment(images: Tensor) -> Tensor:
     """(N, 3, H, W) images turned, sheared, resized, shifted, brightened and given noise, each at random."""
     count = len(images)
-    angle = (torch.rand(count) - 0.5) * math.radians(30)
-    zoom = 0.85 + 0.3 * torch.rand(count, 2)
-    shear = (torch.rand(count) - 0.5) * 0.4
-    shift = (torch.rand(count, 2) - 0.5) * 0.3
+    angle = (torch.rand(count) - 0.5) * math.radians(20)
+    zoom = 0.9 + 0.2 * torch.rand(count, 2)
+    shear = (torch.rand(count) - 0.5) * 0.3
+    shift = (torch.rand(count, 2) - 0.5) * 0.2
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = angle.cos() * zoom[:, 0]
     theta[:, 0, 1] = -angle.sin() + shear
@@ -97,9 +110,11 @@ def caption_ids(rng: Random, tokenizer: PreTrainedTokenizerFast) -> Tensor:
 
 
 def with_end_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer as the text tower needs it: every text closes with the end token, where its features are read."""
+    """The tokenizer as the text tower needs it: a text ends with the token where its features are read."""
     end, end_id = tokenizer.eos_token, tokenizer.eos_token_id
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, end_id)])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, end_id)]
+    )
     return tokenizer
 
 
