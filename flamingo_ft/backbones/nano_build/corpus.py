@@ -30,7 +30,7 @@ SYSTEM_PROMPTS = (
 CAPTIONS = ("{word}",) * 6 + ("a {word}", "the digit {word}", "{numeral}", "({word})", "Picture: a {word}")
 # Comparing is the hardest thing to learn, so it is talked about most.
 COMPARISONS = tuple(kind for kind in KINDS if kind.groups is SAME_OR_DIFFERENT)
-KINDS_AS_OFTEN_AS_READ = (*KINDS, *COMPARISONS, *COMPARISONS)
+KINDS_AS_OFTEN_AS_READ = (*KINDS, *(kind for kind in COMPARISONS for _ in range(2)))
 SHARE_BLIND, SHARE_CAPTIONED = 0.2, 0.6
 
 
