@@ -206,23 +206,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, to
 @pytest.mark.parametrize(
     "key, value, told",
     [
-        (
-            "model.language.quantization",
-            "nf4",
-            "'nf4'; this version trains unquantized backbones only; use none",
-        ),
-        (
-            "model.vision.quantization",
-            "int8",
-            "'int8'; this version trains unquantized backbones only; use none",
-        ),
-        ("model.bridge_quantization", "nf4", "'nf4'; this version keeps the bridge unquantized; use none"),
-        ("model.init_from", "a", "'a'; this version starts every run from a fresh bridge; use null"),
-        ("lora.language", "{r: 16}", "a mapping; this version trains the bridge without LoRA; use null"),
+        ("model.language.quantization", "int4", "'int4'; want 'none', 'int8', 'nf4' or 'fp4'"),
+        ("model.vision.compute_dtype", "half", "'half'; want 'auto', 'fp32', 'bf16' or 'fp16'"),
+        ("train.optimizer", "sgd", "'sgd'; want 'adamw', 'adamw_8bit', 'paged_adamw' or 'paged_adamw_8bit'"),
         ("data.train.0.format", "llava", "'llava'; want 'auto' or 'messages'"),
     ],
 )
-def test_what_this_version_cannot_do_is_refused_in_words(folder, key, value, told):
+def test_a_choice_that_is_not_there_is_refused_with_those_that_are(folder, key, value, told):
     override = f"{key}={value}"
     assert refusal(write(folder), override) == f"override {override}: {key}: found {told}"
 
@@ -231,7 +221,31 @@ def test_training_nothing_is_refused(folder):
     message = refusal(
         write(folder), "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
     )
-    assert message.endswith("trainable: nothing would train; set one part to true")
+    assert message.endswith("trainable: nothing would train; set one part to true, or give one LoRA")
+
+
+@pytest.mark.parametrize(
+    "override, told",
+    [
+        ("lora.perceiver={}", "lora.perceiver: trainable.perceiver is true too; a part trains whole or through LoRA"),
+        ("model.bridge_quantization=nf4", "model.bridge_quantization: a fresh bridge has nothing worth freezing"),
+        ("model.init_from=gone", "model.init_from: found nothing at gone; it starts from the current directory"),
+        ("lora.language={r: 0}", "lora.language.r: found 0; want 1 or more"),
+        ("lora.language={rank: 8}", "lora.language.rank: unknown key; known here are r, lora_alpha, target_modules"),
+        ("lora.language={target_modules: 3}", "lora.language.target_modules: found 3; want a list"),
+        ("lora.langage={}", "lora.langage: unknown key; did you mean lora.language?"),
+    ],
+)
+def test_a_value_that_contradicts_another_or_fits_no_lora_is_refused_in_one_line(folder, override, told):
+    assert refusal(write(folder), override).startswith(f"override {override}: {told}")
+
+
+def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):
+    message = refusal(write(folder), "train.optimizer_in_backward=true", "train.gradient_accumulation_steps=4")
+    assert message == (
+        "override train.optimizer_in_backward=true: train.optimizer_in_backward: found gradient_accumulation_steps 4; "
+        "a step inside the backward pass sees one batch: use 1 and a larger batch_size, or set it to false"
+    )
 
 
 def test_every_problem_has_a_line_of_its_own_in_the_order_of_the_file(folder):

@@ -18,7 +18,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
-from flamingo_ft.model.device import default_device
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.model.tokens import grow_vocabulary
 
 from .save import PREFIX, WEIGHTS

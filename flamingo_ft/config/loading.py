@@ -30,7 +30,7 @@ _BACKBONES: tuple[Location, ...] = (
 def load_recipe(
     path_or_name: str | Path, overrides: Sequence[str] = (), *, require_files: bool = True
 ) -> Recipe:
-    """Read and check a recipe; its paths come back absolute, but for `train.output_dir`.
+    """Read and check a recipe; its paths come back absolute, but for those of runs (`train.output_dir`, `model.init_from`).
 
     path_or_name: a YAML file, or the name of a packaged recipe.
     overrides: `key=value`, the value read as YAML, a list's entry by its index: `data.train.0.weight=2`.
@@ -113,9 +113,9 @@ def _make_absolute(values: dict[str, Any], sources: _Sources) -> None:
         for index in range(len(entries) if isinstance(entries, list) else 0):
             for key in ("path", "image_root"):
                 _put_absolute(values, ("data", split, index, key), sources)
-    output_dir = _get(values, ("train", "output_dir"))
-    if isinstance(output_dir, str):
-        values["train"]["output_dir"] = str(Path(output_dir).expanduser())
+    for section, key in (("train", "output_dir"), ("model", "init_from")):
+        if isinstance(path := _get(values, (section, key)), str):
+            values[section][key] = str(Path(path).expanduser())
 
 
 def _is_explicit_path(name: Any) -> bool:
@@ -143,6 +143,9 @@ def _put_absolute(values: dict[str, Any], location: Location, sources: _Sources)
 
 
 def _missing_files(recipe: Recipe, sources: _Sources) -> Iterator[tuple[Location, str]]:
+    start = recipe.model.init_from
+    if start is not None and not start.exists():
+        yield ("model", "init_from"), f"model.init_from: found nothing at {start}; it starts from the current directory"
     for split, entries in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, entry in enumerate(entries):
             location = ("data", split, index)

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from flamingo_ft.config.document import Location
-from flamingo_ft.config.schema import REFUSED_FOR_NOW
+from flamingo_ft.config.schema import CONTRADICTION
 
 _WANTED = {
     "string_type": "text",
@@ -42,11 +42,16 @@ def problems(schema: type[BaseModel], error: ValidationError) -> list[tuple[Loca
         for keys in _nearest_keys(schema, problem["loc"])
     ]
     return [
-        (problem["loc"], f"{dotted(problem['loc']) or 'the recipe'}: {_message(schema, problem)}")
+        (_location(problem), f"{dotted(_location(problem)) or 'the recipe'}: {_message(schema, problem)}")
         for problem in found
         if not (problem["type"] == "missing" and problem["loc"] in meant)
         and not (problem["type"] == "too_short" and problem["input"])  # its entries' own problems say more
     ]
+
+
+def _location(problem: dict[str, Any]) -> Location:
+    """Where the value stands; a contradiction says itself which of its values to look at first."""
+    return problem["ctx"]["location"] if problem["type"] == CONTRADICTION else problem["loc"]
 
 
 def _message(schema: type[BaseModel], problem: dict[str, Any]) -> str:
@@ -62,7 +67,7 @@ def _message(schema: type[BaseModel], problem: dict[str, Any]) -> str:
         unquoted = kind == "string_type" and isinstance(problem["input"], (int, float))
         wanted = _WANTED[kind].format(**problem.get("ctx", {}))
         return f"found {found}; want {wanted}{' (put it in quotes)' if unquoted else ''}"
-    return f"found {found}; {problem['msg']}" if kind == REFUSED_FOR_NOW else problem["msg"]
+    return problem["msg"]
 
 
 def _shown(value: Any) -> str:
@@ -126,6 +131,6 @@ def _section_at(schema: type[BaseModel], location: Location) -> type[BaseModel] 
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field is, or is a list of."""
-    inside = get_args(annotation)[:1] if get_origin(annotation) is tuple else (annotation,)
+    """The section that a field is, may be, or is a list of."""
+    inside = get_args(annotation) or (annotation,)
     return next((one for one in inside if isinstance(one, type) and issubclass(one, BaseModel)), None)

@@ -1,46 +1,29 @@
 """The keys of a recipe, their types, defaults and meaning.
 
-Values are strict (no text where a number is wanted) and frozen; a key that is not declared here is an error.
-What this version cannot do yet is refused in words, so that no recipe is quietly run as something else.
+Values are strict (no text where a number is wanted) and frozen; a key that is not declared here is an error. Values that
+contradict each other are refused in words, so that no recipe is quietly run as something else.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-REFUSED_FOR_NOW = "refused_for_now"  # the kind of a refusal whose reason needs the value that was found
+CONTRADICTION = "contradiction"  # the kind of an error between values; its context has the location
 _LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples
 Count = Annotated[int, Field(ge=1)]
 FilePath = Annotated[Path, _LAX]
-
-
-def _refuse_for_now(reason: str, *, only: Any) -> BeforeValidator:
-    """A validator that lets `only` through and tells every other value why not."""
-
-    def check(value: Any) -> Any:
-        if value != only:
-            raise PydanticCustomError(REFUSED_FOR_NOW, "{reason}", {"reason": reason})
-        return value
-
-    return BeforeValidator(check)
-
-
-Unquantized = Annotated[
-    Literal["none"], _refuse_for_now("this version trains unquantized backbones only; use none", only="none")
+Names = Annotated[
+    tuple[str, ...], _LAX, Field(min_length=1), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 ]
-UnquantizedBridge = Annotated[
-    Literal["none"], _refuse_for_now("this version keeps the bridge unquantized; use none", only="none")
-]
-WithoutLora = Annotated[
-    None, _refuse_for_now("this version trains the bridge without LoRA; use null", only=None)
-]
-FreshBridge = Annotated[
-    None, _refuse_for_now("this version starts every run from a fresh bridge; use null", only=None)
-]
+
+
+QuantizationFormat = Literal["none", "int8", "nf4", "fp4"]
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 class Section(BaseModel):
@@ -58,8 +41,12 @@ class VisionSection(Section):
     """`nano`, an OpenCLIP architecture, `hf-hub:org/name`, or a folder (from `/`, `./`, `../` or `~` on)."""
     pretrained: str | None = None
     """OpenCLIP's tag of the weights, or their file. null: the name's own; random for an architecture."""
-    quantization: Unquantized = "none"
-    """How the tower's weights are kept in memory."""
+    quantization: QuantizationFormat = "none"
+    """How the tower's matrices are kept in memory: as loaded, or through bitsandbytes in 8 (int8) or 4 bits (nf4, fp4)."""
+    double_quantization: bool = True
+    """Quantize the scales of 4-bit blocks too: 0.37 bits less per weight (QLoRA, arXiv:2305.14314, section 3)."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number format that quantized matrices are multiplied in. auto: bf16 or fp16, what the GPU has; fp32 without one."""
 
 
 class LanguageSection(Section):
@@ -69,8 +56,12 @@ class LanguageSection(Section):
     """`nano`, a name on the Hugging Face Hub, or a folder (from `/`, `./`, `../` or `~` on)."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. null: the default branch, whose commit is recorded."""
-    quantization: Unquantized = "none"
-    """How the language model's weights are kept in memory."""
+    quantization: QuantizationFormat = "none"
+    """How the language model's matrices are kept in memory: as loaded, or through bitsandbytes in 8 (int8) or 4 bits (nf4, fp4)."""
+    double_quantization: bool = True
+    """Quantize the scales of 4-bit blocks too: 0.37 bits less per weight (QLoRA, arXiv:2305.14314, section 3)."""
+    compute_dtype: ComputeDtype = "auto"
+    """Number format that quantized matrices are multiplied in. auto: bf16 or fp16, what the GPU has; fp32 without one."""
     decoder_layers_attr_name: str | None = None
     """Dotted path of the list of decoder layers, for a language model where it is not found by itself."""
 
@@ -116,10 +107,11 @@ class ModelSection(Section):
     """One cross-attention block before every n-th decoder layer."""
     media_visibility: Literal["immediate", "all_preceding", "following"] = "immediate"
     """Images a text token sees: the last before it, all before it, or the next after it (OpenFlamingo v1)."""
-    init_from: FreshBridge = None
-    """The bridge to start from."""
-    bridge_quantization: UnquantizedBridge = "none"
-    """How the parts of the bridge that stay frozen are kept in memory."""
+    init_from: FilePath | None = None
+    """An adapter's folder, a merged model's, or an OpenFlamingo checkpoint to start from, relative to the current
+    directory. null: a fresh bridge."""
+    bridge_quantization: QuantizationFormat = "none"
+    """How the matrices of the bridge's parts that stay frozen are kept in memory."""
     perceiver: PerceiverSection = PerceiverSection()
     """Shape of the perceiver resampler."""
     cross_attention: CrossAttentionSection = CrossAttentionSection()
@@ -138,24 +130,44 @@ class TrainableSection(Section):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the trained weights. auto: fp32."""
 
-    @model_validator(mode="after")
-    def _something_trains(self) -> TrainableSection:
-        if not (self.perceiver or self.cross_attention or self.new_tokens):
-            raise PydanticCustomError("nothing_trains", "nothing would train; set one part to true")
-        return self
+
+class LoraPart(Section):
+    """LoRA (arXiv:2106.09685) on one part of the model."""
+
+    r: Count = 16
+    """Rank of the update."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+    target_modules: Names = ("all-linear",)
+    """Matrices that get an update: all-linear, or the names they end in (q_proj, layers.0.mlp.up_proj)."""
 
 
 class LoraSection(Section):
-    """LoRA on each part, or null."""
+    """LoRA on each part, or null; what is not said of a part holds for all."""
 
-    language: WithoutLora = None
+    language: LoraPart | None = None
     """LoRA on the language model."""
-    cross_attention: WithoutLora = None
+    cross_attention: LoraPart | None = None
     """LoRA on the cross-attention blocks."""
-    perceiver: WithoutLora = None
+    perceiver: LoraPart | None = None
     """LoRA on the perceiver resampler."""
-    vision: WithoutLora = None
+    vision: LoraPart | None = None
     """LoRA on the vision tower."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on what goes into an update."""
+    use_dora: bool = False
+    """Learn magnitude and direction apart (DoRA, arXiv:2402.09353)."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
+    """What updates start from. pissa (arXiv:2404.02948) wants unquantized matrices, loftq (arXiv:2310.08659) 4-bit ones;
+    eva (arXiv:2410.07170) looks at the first training batches."""
+
+    @property
+    def parts(self) -> dict[str, LoraPart]:
+        """The parts that get LoRA, by name."""
+        named = {name: getattr(self, name) for name in ("language", "cross_attention", "perceiver", "vision")}
+        return {name: part for name, part in named.items() if part is not None}
 
 
 class DataSource(Section):
@@ -205,6 +217,13 @@ class TrainSection(Section):
     """The gradient is scaled down to this norm where it is longer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep activations in the computer's memory between forward and backward. On a GPU only."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW with its state in 32 or 8 bits; paged: moved to the computer's memory where the GPU's is full."""
+    optimizer_in_backward: bool = False
+    """Step each parameter as soon as its gradient is there, so that gradients are never held together. One process, no
+    accumulation, no loss scaling; gradients are clipped one by one."""
     save_steps: Count | None = None
     """Steps between checkpoints. null: only the final adapter is saved."""
     logging_steps: Count = 10
@@ -247,3 +266,29 @@ class Recipe(Section):
     """How training goes."""
     eval: EvalSection = EvalSection()
     """How the held-out samples are judged."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        for location, reason in contradictions(self):
+            raise PydanticCustomError(CONTRADICTION, "{reason}", {"location": location, "reason": reason})
+        return self
+
+
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Location and message of what no single value is to blame for."""
+    trained = [part for part in ("perceiver", "cross_attention", "new_tokens") if getattr(recipe.trainable, part)]
+    for part in recipe.lora.parts:
+        if part in trained:
+            reason = f"trainable.{part} is true too; a part trains whole or through LoRA: set one to false or null"
+            yield ("lora", part), reason
+    if not (trained or recipe.lora.parts):
+        yield ("trainable",), "nothing would train; set one part to true, or give one LoRA"
+    if recipe.model.bridge_quantization != "none" and recipe.model.init_from is None:
+        reason = "a fresh bridge has nothing worth freezing; use none, or name a model.init_from"
+        yield ("model", "bridge_quantization"), reason
+    if recipe.train.optimizer_in_backward and recipe.train.gradient_accumulation_steps > 1:
+        reason = (
+            f"found gradient_accumulation_steps {recipe.train.gradient_accumulation_steps}; "
+            "a step inside the backward pass sees one batch: use 1 and a larger batch_size, or set it to false"
+        )
+        yield ("train", "optimizer_in_backward"), reason

@@ -9,7 +9,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
-from flamingo_ft.model.device import default_device
+from flamingo_ft.backbones.device import default_device
 
 
 def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
