@@ -1,0 +1,173 @@
+"""Frozen matrices kept in 8 or 4 bits, through bitsandbytes.
+
+int8 is LLM.int8() (arXiv:2208.07339): a scale per row, activations rounded too, outlier columns apart. nf4 and fp4 are
+QLoRA's 4-bit formats (arXiv:2305.14314): a scale per block of 64 weights, which double quantization keeps in 8 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+
+from flamingo_ft.errors import UserError
+
+try:
+    import bitsandbytes as bnb
+except ImportError:  # without it, all works that is not quantized
+    bnb = None
+
+OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are not rounded
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class QuantizedSection(Protocol):
+    """What a recipe says of a backbone's quantization."""
+
+    quantization: Literal["none", "int8", "nf4", "fp4"]
+    double_quantization: bool
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How frozen matrices are kept: their format, and the number format they are multiplied in.
+
+    double_quantization: keep the scales of 4-bit blocks in 8 bits.
+    compute_dtype: auto is bf16 or fp16, what the GPU has, and fp32 without one.
+    """
+
+    format: Literal["int8", "nf4", "fp4"]
+    double_quantization: bool = True
+    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    @classmethod
+    def of(cls, section: QuantizedSection) -> Quantization | None:
+        """What a section of a recipe asks for; None for unquantized."""
+        if section.quantization == "none":
+            return None
+        return cls(section.quantization, section.double_quantization, section.compute_dtype)
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any] | None) -> Quantization | None:
+        """The inverse of `record`."""
+        return cls(**record) if record else None
+
+    def record(self) -> dict[str, Any]:
+        """As an adapter's configuration keeps it."""
+        return asdict(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype on this machine."""
+        if self.compute_dtype != "auto":
+            return DTYPES[self.compute_dtype]
+        if not torch.cuda.is_available():
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+    def bnb_config(self) -> BitsAndBytesConfig:
+        """The same in transformers' words."""
+        require_bitsandbytes(self.format)
+        if self.format == "int8":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=self.format,
+            bnb_4bit_compute_dtype=self.dtype,
+            bnb_4bit_use_double_quant=self.double_quantization,
+        )
+
+
+def require_bitsandbytes(wanted: str) -> None:
+    """Refuse quantization where bitsandbytes is not installed."""
+    if bnb is None:
+        raise UserError(f"quantization {wanted} needs bitsandbytes; pip install bitsandbytes, or use none")
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is one matrix kept in 8 or 4 bits by bitsandbytes."""
+    return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def formats_in(module: nn.Module) -> set[str]:
+    """The formats, "int8" and "4bit", of the matrices in a module."""
+    if bnb is None:
+        return set()
+    kinds = {bnb.nn.Linear8bitLt: "int8", bnb.nn.Linear4bit: "4bit"}
+    return {name for part in module.modules() for kind, name in kinds.items() if isinstance(part, kind)}
+
+
+def quantize_linears(module: nn.Module, quantization: Quantization, device: torch.device | str = "cpu") -> None:
+    """Replace every linear layer in ``module``, in place and one by one, moving each to ``device``.
+
+    Raises UserError for a layer whose weights the format cannot take.
+    """
+    require_bitsandbytes(quantization.format)
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear) and not is_quantized(layer):
+            _check_fits(name, layer, quantization.format)
+            module.set_submodule(name, _quantized(layer, quantization, torch.device(device)))
+    settle(module)
+
+
+def settle(module: nn.Module) -> None:
+    """Keep 4-bit matrices as they are in evaluation too.
+
+    On some CPUs (AVX-512 BF16) bitsandbytes repacks them for a kernel in bfloat16 at the first evaluation, after which
+    they can be neither trained through nor read, and answers depend on the machine.
+    """
+    for part in module.modules():
+        if bnb is not None and isinstance(part, bnb.nn.Linear4bit):
+            part.support_avx512bf16_for_cpu = False
+
+
+def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every quantized layer in ``module``, in place and one by one, by the linear layer that it stands for."""
+    for name, layer in list(module.named_modules()):
+        if is_quantized(layer):
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(dequantized(layer).to(dtype), requires_grad=False)
+            plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+            module.set_submodule(name, plain.train(layer.training))
+
+
+@torch.no_grad()
+def dequantized(layer: nn.Module) -> Tensor:
+    """The matrix (out, in) that a quantized layer stands for."""
+    weight = layer.weight
+    if isinstance(layer, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+    scales = layer.state.SCB if weight.SCB is None else weight.SCB
+    return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
+
+
+def _quantized(layer: nn.Linear, quantization: Quantization, device: torch.device) -> nn.Linear:
+    """The layer with its matrix in the wanted format, on ``device``."""
+    shape = (layer.in_features, layer.out_features, layer.bias is not None)
+    if quantization.format == "int8":
+        new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta")
+        new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        new = bnb.nn.Linear4bit(
+            *shape,
+            compute_dtype=quantization.dtype,
+            compress_statistics=quantization.double_quantization,
+            quant_type=quantization.format,
+            device="meta",
+        )
+        kept = {"compress_statistics": quantization.double_quantization, "quant_type": quantization.format}
+        new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=new, **kept)
+    new.bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
+    return new.to(device).train(layer.training)
+
+
+def _check_fits(name: str, layer: nn.Linear, wanted: str) -> None:
+    if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(
+            f"layer {name} has weights of {layer.weight.dtype}, which cannot be kept in {wanted}; "
+            "load it in float32, bfloat16 or float16, or use none"
+        )
