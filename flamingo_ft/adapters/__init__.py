@@ -1,8 +1,19 @@
 """What trains, and how it is kept."""
 
 from .card import write_card
-from .load import load_adapter
+from .load import load_adapter, load_base
+from .prepare import prepare_training
 from .save import save_adapter
+from .start import start_bridge
 from .trainable import set_trainable, trainable_parameters
 
-__all__ = ["load_adapter", "save_adapter", "set_trainable", "trainable_parameters", "write_card"]
+__all__ = [
+    "load_adapter",
+    "load_base",
+    "prepare_training",
+    "save_adapter",
+    "set_trainable",
+    "start_bridge",
+    "trainable_parameters",
+    "write_card",
+]

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from flamingo_ft import __version__
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .trainable import bridge_tensors
+from .contents import adapter_tensors
+from .lora import ADAPTER, has_lora
 
 CARD = "README.md"
 
@@ -26,7 +27,7 @@ def write_card(
         vision=model.config.backbones["vision"],
         language=model.config.backbones["language"],
         config=model.config,
-        parameters=sum(tensor.numel() for tensor in bridge_tensors(model).values()),
+        parameters=sum(tensor.numel() for tensor in adapter_tensors(model).values()),
         evaluation=evaluation and _complete(evaluation),
         percent=lambda share: "" if share is None else f"{100 * share:.1f} %",
     )

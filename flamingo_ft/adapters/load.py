@@ -1,6 +1,7 @@
 """From an adapter's folder to a working model.
 
-The backbones are loaded by the names that the adapter records, and must have the content that it records.
+The backbones are loaded by the names that the adapter records, quantized as it records, and must have the content that
+it records; so must the bridge that it builds on, where there is one.
 """
 
 from __future__ import annotations
@@ -10,56 +11,104 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import set_peft_model_state_dict
+from torch import Tensor
 
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.configuration import FORMAT_VERSION
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.model.modeling import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
 
-from .save import PREFIX, WEIGHTS
-from .trainable import bridge_tensors
+from .contents import adapter_tensors
+from .files import read_config, read_lora_config, read_tensors
+from .lora import ADAPTER, inject
+from .start import restart_bridge
+from .trainable import BRIDGE, is_lora
 
 
-def load_adapter(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+def load_adapter(
+    folder: str | Path, *, start: str | Path | None = None
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The model in eval mode, all of it frozen, on the GPU where there is one, and its processor.
 
-    Raises UserError when the folder is no adapter, the backbones are others than those it was trained on, or its
-    weights are missing, damaged or do not fit.
+    start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+
+    Raises UserError when the folder is no adapter, the base is another than the one it was trained on, or its weights
+    are missing, damaged or do not fit.
     """
     folder = Path(folder)
+    model = load_base(folder, start=start)
+    put_adapter(model, folder)
+    return model.eval().requires_grad_(False), FlamingoProcessor.from_pretrained(folder)
+
+
+def load_base(
+    folder: str | Path,
+    *,
+    start: str | Path | None = None,
+    quantized: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> FlamingoForConditionalGeneration:
+    """What an adapter was trained on: its backbones and the bridge it builds on, a random one where it builds on none.
+
+    quantized: as in training; otherwise nothing is. dtype: of the unquantized language model. Raises UserError as
+    `load_adapter` does.
+    """
+    folder = Path(folder)
+    device = default_device() if device is None else torch.device(device)
     config = read_config(folder)
-    vision = load_vision(**_names(config.backbones["vision"], "pretrained"))
-    language = load_language(**_names(config.backbones["language"]))
-    for part, found in (("vision", vision.source), ("language", language.source)):
-        check_backbone(folder, part, config.backbones[part], found)
-    grow_vocabulary(language.model, config.text_config.vocab_size)
-    model = FlamingoForConditionalGeneration(config, vision.visual, language.model)
-    load_bridge(model, folder)
-    return model.eval().to(default_device()), FlamingoProcessor.from_pretrained(folder)
+    loaded = {part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")}
+    for part, backbone in loaded.items():
+        check_backbone(folder, part, config.backbones[part], backbone.source)
+    lm = loaded["language"].model
+    grow_vocabulary(lm, config.text_config.vocab_size)
+    model = FlamingoForConditionalGeneration(config, loaded["vision"].visual, lm)
+    if config.bridge_init:
+        restart_bridge(model, folder, None if start is None else Path(start))
+    model.to(device)
+    if quantized and config.bridge_quantization:
+        quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
+    return model
 
 
-def _names(source: Mapping[str, Any], *more: str) -> dict[str, Any]:
-    """What a backbone's loader is to be asked for."""
-    return {key: source[key] for key in ("name", "revision", *more)}
+def put_adapter(model: FlamingoForConditionalGeneration, folder: Path) -> None:
+    """Put LoRA and bridge of an adapter into its base. Each tensor must be there and fit."""
+    tensors, lora = read_tensors(folder), read_lora_config(folder)
+    if lora is not None:
+        inject(model, lora)
+    _check_tensors(folder, tensors, adapter_tensors(model))
+    put_bridge_parts(model, {name: tensor for name, tensor in tensors.items() if not is_lora(name)})
+    if lora is not None:
+        put_lora(model, {name: tensor for name, tensor in tensors.items() if is_lora(name)})
 
 
-def read_config(folder: Path) -> FlamingoConfig:
-    """The adapter's configuration, checked to be one that this version reads."""
-    missing = [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder}: not an adapter, {' and '.join(missing)} not found; give the folder a run wrote")
-    config = FlamingoConfig.from_pretrained(folder)
-    if config.format_version > FORMAT_VERSION:
-        raise UserError(
-            f"{folder}: format version {config.format_version} is newer than this package reads ({FORMAT_VERSION}); "
-            "upgrade flamingo_ft"
-        )
-    return config
+@torch.no_grad()
+def put_bridge_parts(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
+    """Replace parameters of the bridge, in the number formats that the tensors have."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        parameters[name].data = tensor.to(parameters[name].device)
+
+
+def put_lora(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], adapter: str = ADAPTER) -> None:
+    """Fill the updates of an injected adapter, in the number formats that the tensors have."""
+    for name, parameter in model.named_parameters():
+        if is_lora(name) and f".{adapter}" in name:
+            parameter.data = parameter.data.to(next(iter(tensors.values())).dtype)
+    set_peft_model_state_dict(model, dict(tensors), adapter)
+
+
+def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, quantization: Quantization) -> None:
+    """Keep the matrices of the bridge's parts that no adapter of this model holds in fewer bits."""
+    frozen = [part for part in ("perceiver", "cross_attention") if part not in (model.config.adapter_parts or BRIDGE)]
+    for part in frozen:
+        quantize_linears(model.get_submodule(BRIDGE[part].removesuffix(".")), quantization, model.device)
+    mark_quantized(model)
 
 
 def check_backbone(folder: Path, part: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -71,31 +120,23 @@ def check_backbone(folder: Path, part: str, wanted: Mapping[str, Any], found: Ma
         )
 
 
-def load_bridge(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    """Put the adapter's tensors in place, each of which must be there and fit."""
-    tensors = _read(folder / WEIGHTS)
-    targets = bridge_tensors(model)
-    _check_names(folder, set(tensors), set(targets))
-    with torch.no_grad():
-        for name, target in targets.items():
-            if tensors[name].shape != target.shape:
-                found, wanted = tuple(tensors[name].shape), tuple(target.shape)
-                raise UserError(f"{folder}: {name} has shape {found}, wanted {wanted}; the adapter is damaged")
-            target.copy_(tensors[name])
+def _load(part: str, source: Mapping[str, Any], quantized: bool, dtype: torch.dtype | None, device: torch.device):
+    """A backbone as an adapter records it."""
+    quantization = Quantization.from_record(source.get("quantization")) if quantized else None
+    options = {"name": source["name"], "revision": source["revision"], "quantization": quantization, "device": device}
+    if part == "vision":
+        return load_vision(pretrained=source["pretrained"], **options)
+    return load_language(dtype=dtype, **options)
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
-
-
-def _check_names(folder: Path, found: set[str], wanted: set[str]) -> None:
-    if found != wanted:
-        lacking, unknown = sorted(wanted - found), sorted(found - wanted)
-        example = (lacking or unknown)[0]
+def _check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    if found.keys() != wanted.keys():
+        lacking, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
         raise UserError(
-            f"{folder}: lacks {len(lacking)} weights of the bridge and has {len(unknown)} unknown ones, "
-            f"such as {example}; the adapter is damaged"
+            f"{folder}: lacks {len(lacking)} of its weights and has {len(unknown)} unknown ones, "
+            f"such as {(lacking or unknown)[0]}; the adapter is damaged"
         )
+    for name, target in wanted.items():
+        if found[name].shape != target.shape:
+            shapes = tuple(found[name].shape), tuple(target.shape)
+            raise UserError(f"{folder}: {name} has shape {shapes[0]}, wanted {shapes[1]}; the adapter is damaged")

@@ -1,38 +1,42 @@
-"""An adapter on disk: PEFT's format, holding the bridge.
+"""An adapter on disk: PEFT's format, holding what was trained.
 
-``adapter_model.safetensors`` has the bridge under PEFT's prefix, so that ``peft.PeftModel.from_pretrained(base, folder)``
-puts it in place; ``adapter_config.json`` is a LoRA configuration without a target; ``config.json`` says which
-backbones the adapter belongs to; beside them the processor's files and a card.
+``adapter_model.safetensors`` has bridge and LoRA under PEFT's prefix, so that ``peft.PeftModel.from_pretrained(base,
+folder)`` puts both in place; ``adapter_config.json`` is the LoRA configuration, without a target where there is no LoRA;
+``config.json`` says which base the adapter belongs to; beside them the processor's files and a card.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .card import write_card
-from .trainable import bridge_tensors, trainable_parameters
+from .contents import adapter_tensors, name_in_file
+from .files import PREFIX, WEIGHTS
+from .lora import ADAPTER, base_name, has_lora
+from .trainable import trainable_parameters
 
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # PEFT's, for everything inside the model it wraps
 HOW_IT_WAS_LOADED = ("is_local", "local_files_only")  # tokenizers write these down; they say nothing of the adapter
 
 
 def save_adapter(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
     """Write the adapter. Raises RuntimeError, before writing, if a parameter that trains would be missing from it."""
-    tensors = bridge_tensors(model)
+    tensors = adapter_tensors(model)
     check_complete(model, tensors)
     folder.mkdir(parents=True, exist_ok=True)
+    tensors, config = _as_plain_lora(model, tensors)
     contiguous = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
-    _peft_config(model).save_pretrained(folder)
-    model.config.save_pretrained(folder)
+    config.save_pretrained(folder)
+    _own_config(model).save_pretrained(folder)
     for key in HOW_IT_WAS_LOADED:
         processor.tokenizer.init_kwargs.pop(key, None)
     processor.save_pretrained(folder)
@@ -41,15 +45,43 @@ def save_adapter(model: FlamingoForConditionalGeneration, processor: FlamingoPro
 
 def check_complete(model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor]) -> None:
     """Refuse to save less than what trains."""
-    lost = sorted(set(trainable_parameters(model)) - set(tensors))
+    lost = sorted({name_in_file(name) for name in trainable_parameters(model)} - set(tensors))
     if lost:
         raise RuntimeError(f"{len(lost)} trained parameters would not be saved, among them {lost[0]}; nothing written")
 
 
-def _peft_config(model: FlamingoForConditionalGeneration) -> LoraConfig:
-    backbones = model.config.backbones or {}
-    return LoraConfig(
-        base_model_name_or_path=(backbones.get("language") or {}).get("name"),
-        target_modules=DUMMY_TARGET_MODULES,
-        inference_mode=True,
-    )
+def _as_plain_lora(
+    model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors and configuration that mean the same on the base as it was loaded.
+
+    Updates that took their start A0, B0 out of the base (PiSSA) become B A - B0 A0, a LoRA of twice the rank.
+    """
+    if not has_lora(model):
+        empty = LoraConfig(base_model_name_or_path=base_name(model), target_modules=DUMMY_TARGET_MODULES)
+        return tensors, dataclasses.replace(empty, inference_mode=True)
+    # The weights are in the file: nothing is to be made up, or taken out of the base, when it is loaded.
+    config = dataclasses.replace(model.peft_config[ADAPTER], inference_mode=True, init_lora_weights=True)
+    start = getattr(model, "lora_start", None)
+    if not start:
+        return tensors, config
+    doubled = {name: _with_start(name, tensor, start) for name, tensor in tensors.items()}
+    twice = {"r": 2 * config.r, "lora_alpha": 2 * config.lora_alpha}
+    for key in ("rank_pattern", "alpha_pattern"):
+        twice[key] = {part: 2 * value for part, value in getattr(config, key).items()}
+    return doubled, dataclasses.replace(config, **twice)
+
+
+def _with_start(name: str, tensor: Tensor, start: dict[str, Tensor]) -> Tensor:
+    if name not in start:
+        return tensor
+    first = start[name].to(tensor)
+    return torch.cat([tensor, first], dim=0) if ".lora_A." in name else torch.cat([tensor, -first], dim=1)
+
+
+def _own_config(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
+    """The model's configuration without what the language model's loader left in it: how it was quantized this time."""
+    config = FlamingoConfig.from_dict(model.config.to_dict())
+    if ((config.backbones or {}).get("language") or {}).get("quantization"):
+        config.text_config.quantization_config = None
+    return config

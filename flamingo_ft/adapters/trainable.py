@@ -1,29 +1,37 @@
-"""What trains, declared once: optimizer, counts, saving and loading all ask here."""
+"""What trains, declared once: optimizer, counts, memory plan, saving, loading and merging all ask here."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from flamingo_ft.config import TrainableSection
+from flamingo_ft.config import LoraSection, TrainableSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-# Part of the recipe's `trainable` section -> where its parameters live in the model.
-PARTS = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers.", "new_tokens": "token_rows."}
+# The parts of a Flamingo, as the recipe's `trainable` and `lora` sections name them -> where they live in the model.
+BRIDGE = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers.", "new_tokens": "token_rows."}
+BACKBONES = {"language": "lang_encoder.", "vision": "vision_encoder."}
+PREFIXES = {**BACKBONES, **BRIDGE}
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def set_trainable(model: FlamingoForConditionalGeneration, trainable: TrainableSection) -> None:
-    """Freeze everything, then let the declared parts train in their declared dtype; gates stay in float32."""
+def set_trainable(
+    model: FlamingoForConditionalGeneration, trainable: TrainableSection, lora: LoraSection | None = None
+) -> None:
+    """Freeze everything, then let the declared parts and the LoRA of ``lora``'s parts train.
+
+    The bridge and LoRA take the declared dtype, frozen or not; gates, in float32, are too fine for less.
+    """
     model.requires_grad_(False)
-    parts = tuple(prefix for part, prefix in PARTS.items() if getattr(trainable, part))
+    whole = [part for part in BRIDGE if getattr(trainable, part)]
+    updated = tuple(PREFIXES[part] for part in (lora.parts if lora else ()))
     for name, parameter in model.named_parameters():
-        if name.startswith(parts):
+        is_update = is_lora(name)
+        if is_update or (name.startswith(tuple(BRIDGE.values())) and parameter.is_floating_point()):
             dtype = torch.float32 if name.endswith("_gate") else DTYPES[trainable.dtype]
             parameter.data = parameter.data.to(dtype)
-            parameter.requires_grad_(True)
+        parameter.requires_grad_(name.startswith(updated if is_update else tuple(BRIDGE[part] for part in whole)))
+    model.config.adapter_parts = list(BRIDGE) if model.config.bridge_init is None else whole
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,7 +39,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def bridge_tensors(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """What an adapter holds: the whole bridge, trained or not, by name."""
-    prefixes = tuple(PARTS.values())
-    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(prefixes)}
+def is_lora(name: str) -> bool:
+    """Whether a parameter's name is that of an update rather than of what it updates."""
+    return ".lora_" in name

@@ -136,7 +136,7 @@ class LoraPart(Section):
 
     r: Count = 16
     """Rank of the update."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_alpha: Count = 32
     """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
     target_modules: Names = ("all-linear",)
     """Matrices that get an update: all-linear, or the names they end in (q_proj, layers.0.mlp.up_proj)."""

@@ -32,7 +32,10 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: ids of the tokens that were added to the vocabulary; their rows are the Flamingo's own.
         decoder_layers_attr_name: dotted path of the decoder layers in the language model, where they are not found.
         backbones: where both backbones came from: name, revision and content hash of ``vision`` and ``language``.
-        bridge_init: what the bridge was started from, None for random weights.
+        bridge_init: what the bridge was started from: path and content hash; None for random weights.
+        bridge_quantization: how the frozen parts of the bridge were kept, None for unquantized.
+        adapter_parts: the parts of the bridge that adapters of this model hold, None for all; the base has the others.
+        merged: what was merged into this model, None for a model that is no merge.
         format_version: version of this package's file format.
     """
 
@@ -53,6 +56,9 @@ class FlamingoConfig(PreTrainedConfig):
     decoder_layers_attr_name: str | None = None
     backbones: dict[str, Any] | None = None
     bridge_init: dict[str, Any] | None = None
+    bridge_quantization: dict[str, Any] | None = None
+    adapter_parts: list[str] | None = None
+    merged: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 

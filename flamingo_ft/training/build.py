@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
 import torch
 
-from flamingo_ft.adapters import set_trainable
+from flamingo_ft.adapters import prepare_training, start_bridge
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
-from flamingo_ft.backbones.device import default_device
+
+# From the model and its processor to some training batches.
+SomeBatches = Callable[[FlamingoForConditionalGeneration, FlamingoProcessor], Iterable[Mapping[str, Any]]]
 
 
-def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The recipe's backbones with a new bridge from its seed, the declared parts trainable."""
-    wanted = recipe.model
-    vision = load_vision(wanted.vision.name, wanted.vision.pretrained)
-    language = load_language(wanted.language.name, wanted.language.revision)
+def build_model(
+    recipe: Recipe, some_batches: SomeBatches | None = None
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """The recipe's backbones with a bridge, new from its seed or the one to start from, and LoRA; what shall train does.
+
+    some_batches: for the one initialisation of LoRA that looks at data.
+    """
+    wanted, device = recipe.model, default_device()
+    vision = load_vision(
+        wanted.vision.name, wanted.vision.pretrained, quantization=Quantization.of(wanted.vision), device=device
+    )
+    language = load_language(
+        wanted.language.name, wanted.language.revision, quantization=Quantization.of(wanted.language), device=device
+    )
     torch.manual_seed(recipe.train.seed)
     model, processor = build_flamingo(
         vision,
@@ -27,5 +44,8 @@ def build_model(recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, Flami
         cross_attention=wanted.cross_attention.model_dump(),
         decoder_layers_attr_name=wanted.language.decoder_layers_attr_name,
     )
-    set_trainable(model, recipe.trainable)
-    return model.to(default_device()), processor
+    if wanted.init_from is not None:
+        start_bridge(model, wanted.init_from)
+    model.to(device)
+    prepare_training(model, recipe, some_batches and partial(some_batches, model, processor))
+    return model, processor

@@ -24,7 +24,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from .build import build_model
 from .callbacks import KeepAdapter, ProgressBar, StopOnNonFiniteLoss, progress_bars
 from .output_dir import prepare_output_dir
-from .trainer import adapter_folder, make_trainer
+from .trainer import adapter_folder, first_batches, make_trainer
 
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
@@ -40,7 +40,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     prepare_output_dir(output_dir)
     sources = [read_samples(source.path, source.image_root) for source in recipe.data.train]
     held_out = read_eval_samples(recipe)
-    model, processor = build_model(recipe)
+    model, processor = build_model(recipe, partial(first_batches, sources, recipe))
     (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     with progress_bars() as progress:
         examination = _Examination(model, processor, held_out, recipe, progress)

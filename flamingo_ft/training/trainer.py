@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,16 +13,16 @@ from datasets import Dataset, concatenate_datasets, interleave_datasets
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Collator, Sample
+from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .loss_check import check_loss
+from .optimizer import make_optimizer, transformers_name
 
-# Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
-UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
-
+LOOKED_AT = 16  # batches, gone over until the directions settle
+QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 def make_trainer(
     model: FlamingoForConditionalGeneration,
@@ -30,25 +32,38 @@ def make_trainer(
     callbacks: list[TrainerCallback],
 ) -> SFTTrainer:
     """A trainer over the recipe's sources, one list of samples each. UserError where its loss would be a wrong one."""
-    groups = parameter_groups(model, recipe.train.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.train.learning_rate)
-    trainer = SFTTrainer(
-        model=model,
-        args=trainer_arguments(recipe),
-        data_collator=Collator(processor, text_limit(model, recipe.data.max_text_tokens)),
-        train_dataset=mix(sources, [source.weight for source in recipe.data.train], recipe.train.seed),
-        processing_class=processor,
-        callbacks=callbacks,
-        optimizers=(optimizer, None),
-    )
+    arguments = trainer_arguments(recipe)
+    optimizer = make_optimizer(model, recipe.train, arguments)
+    with as_if_unquantized(model):
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            data_collator=collator(model, processor, recipe),
+            train_dataset=training_rows(sources, recipe),
+            processing_class=processor,
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
+        )
     check_loss(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints every log entry through the progress bar
     return trainer
 
 
+@contextmanager
+def as_if_unquantized(model: FlamingoForConditionalGeneration) -> Iterator[None]:
+    """Keep TRL from casting what trains to bfloat16, gates and all, as it does for a model in 4 or 8 bits."""
+    flags = {name: model.__dict__.pop(name) for name in QUANTIZED_FLAGS if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(flags)
+
+
 def trainer_arguments(recipe: Recipe) -> SFTConfig:
     """The recipe's ``train`` section in the trainer's words."""
     wanted = recipe.train
+    if wanted.activation_offload and not torch.cuda.is_available():
+        raise UserError("train.activation_offload: found no GPU to move activations away from; set it to false")
     return SFTConfig(
         output_dir=str(wanted.output_dir),
         max_steps=wanted.max_steps,
@@ -58,8 +73,10 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         weight_decay=wanted.weight_decay,
         warmup_steps=wanted.warmup_steps,
         lr_scheduler_type=wanted.lr_scheduler,
-        max_grad_norm=wanted.max_grad_norm,
+        max_grad_norm=0.0 if wanted.optimizer_in_backward else wanted.max_grad_norm,  # there each is clipped by itself
+        optim=transformers_name(wanted),
         activation_checkpointing=wanted.gradient_checkpointing,
+        activation_offloading=wanted.activation_offload,
         logging_steps=wanted.logging_steps,
         logging_nan_inf_filter=False,  # by default a loss that is no number is logged as a good one
         seed=wanted.seed,
@@ -82,20 +99,33 @@ def computes_in_bf16(precision: str) -> bool:
     return precision == "bf16"
 
 
+def first_batches(
+    sources: Sequence[Sequence[Sample]],
+    recipe: Recipe,
+    model: FlamingoForConditionalGeneration,
+    processor: FlamingoProcessor,
+) -> list[dict[str, torch.Tensor]]:
+    """Some of the batches that will be trained on, for an initialisation that looks at them."""
+    rows = training_rows(sources, recipe).shuffle(recipe.train.seed)
+    batches = rows.iter(recipe.train.batch_size)
+    as_rows = (Dataset.from_dict(batch).to_list() for batch in itertools.islice(batches, LOOKED_AT))
+    return [collator(model, processor, recipe)(batch) for batch in as_rows]
+
+
+def collator(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe) -> Collator:
+    """From rows to batches, as long as the recipe and the language model allow."""
+    return Collator(processor, text_limit(model, recipe.data.max_text_tokens))
+
+
+def training_rows(sources: Sequence[Sequence[Sample]], recipe: Recipe) -> Dataset:
+    """The recipe's sources, mixed by their weights."""
+    return mix(sources, [source.weight for source in recipe.data.train], recipe.train.seed)
+
+
 def text_limit(model: FlamingoForConditionalGeneration, wanted: int | None) -> int:
     """Longest sample in text tokens: as wanted, within the language model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(limit for limit in (wanted, context, 2**31) if limit)
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters for the optimizer: matrices decay; gates, norms, latents and token rows do not."""
-    named = trainable_parameters(model)
-    decayed = {name for name, p in named.items() if p.dim() >= 2 and not name.startswith(UNDECAYED)}
-    return [
-        {"params": [named[name] for name in sorted(decayed)], "weight_decay": weight_decay},
-        {"params": [named[name] for name in sorted(named.keys() - decayed)], "weight_decay": 0.0},
-    ]
 
 
 def mix(sources: Sequence[Sequence[Sample]], weights: Sequence[float], seed: int) -> Dataset:

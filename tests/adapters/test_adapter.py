@@ -148,7 +148,7 @@ def damaged(folder, what):
     [
         ("another base", "adapter of another base: language backbone nano"),
         ("newer format", "format version 99 is newer"),
-        ("lost weight", "lacks 1 weights of the bridge"),
+        ("lost weight", "lacks 1 of its weights"),
         ("wrong shape", "has shape (1,), wanted"),
         ("truncated", "not a readable safetensors file"),
         ("no weights", "not an adapter, adapter_model.safetensors not found"),

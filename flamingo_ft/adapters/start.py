@@ -1,0 +1,119 @@
+"""Where a bridge starts from: an adapter, a merged model, or an OpenFlamingo checkpoint.
+
+What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the adapter
+records with a content hash and finds again when it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.weight_files import WeightFiles
+from flamingo_ft.errors import UserError
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
+
+from .files import WEIGHTS, read_config, read_lora_config, read_tensors
+from .trainable import BRIDGE, is_lora
+
+# What must be the same for a bridge to mean the same in another model.
+GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
+
+
+def start_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
+    """Give ``model`` the bridge of ``start`` and record it in the model's configuration.
+
+    Raises UserError for a bridge of another shape or of other backbones, and where ``start`` has learned more than a
+    bridge that the model would go without (its language model was merged with LoRA).
+    """
+    if start.is_file():
+        load_open_flamingo(model, start)
+    else:
+        _check_same(model.config, _config(start), start)
+        put_bridge(model, bridge_at(start))
+    record = {"path": str(start.resolve()), "sha256": tensors_sha256(bridge_of(model))}
+    model.config.bridge_init = record
+
+
+def restart_bridge(model: FlamingoForConditionalGeneration, folder: Path, start: Path | None = None) -> None:
+    """Give ``model`` the bridge that its configuration, read from ``folder``, records.
+
+    start: where that bridge lies now, if not where it lay. Raises UserError when it is not there, or another one.
+    """
+    record = model.config.bridge_init
+    path = Path(record["path"]) if start is None else start
+    if not path.exists():
+        raise UserError(f"{folder}: builds on the bridge of {path}, which is not there; say where it is now (start=...)")
+    if path.is_file():
+        load_open_flamingo(model, path)
+    else:
+        put_bridge(model, bridge_at(path))
+    found = tensors_sha256(bridge_of(model))
+    if found != record["sha256"]:
+        raise UserError(
+            f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
+            f"found {found[:12]}; restore the one that the adapter was trained on"
+        )
+
+
+def starting_lora(start: Path | None) -> dict[str, Tensor]:
+    """The LoRA tensors that an adapter to start from has; none for anything else."""
+    if start is None or not (start / WEIGHTS).is_file() or read_lora_config(start) is None:
+        return {}
+    return {name: tensor for name, tensor in read_tensors(start).items() if is_lora(name)}
+
+
+def bridge_of(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
+    """The whole bridge, by name."""
+    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(tuple(BRIDGE.values()))}
+
+
+@torch.no_grad()
+def put_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
+    """Put a whole bridge in place, in the number formats that it was kept in."""
+    parameters = dict(model.named_parameters())
+    for name in bridge_of(model):
+        parameters[name].data = tensors[name].to(parameters[name].device, copy=True)
+
+
+def bridge_at(folder: Path) -> dict[str, Tensor]:
+    """The whole bridge of an adapter or a whole model, by name; what an adapter builds on comes from there."""
+    if not (folder / WEIGHTS).is_file():
+        with WeightFiles(folder) as files:
+            return {name: files[name] for name in files.names() if name.startswith(tuple(BRIDGE.values()))}
+    config, own = read_config(folder), read_tensors(folder)
+    below = bridge_at(Path(config.bridge_init["path"])) if config.bridge_init else {}
+    bridge = {name.replace(".base_layer.", "."): tensor for name, tensor in own.items() if not is_lora(name)}
+    return below | bridge
+
+
+def _config(folder: Path) -> FlamingoConfig:
+    if (folder / WEIGHTS).is_file():
+        return read_config(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.init_from: {folder} holds no adapter, no merged model and is no checkpoint; give one of these"
+        )
+    return FlamingoConfig.from_pretrained(folder)
+
+
+def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> None:
+    for key in GEOMETRY:
+        ours, theirs = getattr(wanted, key), getattr(found, key)
+        if ours != theirs:
+            raise UserError(f"model.init_from: {start} has {key} {theirs}, the recipe {ours}; give the recipe the same")
+    for part in ("vision", "language"):
+        ours, theirs = ((config.backbones or {}).get(part, {}).get("sha256") for config in (wanted, found))
+        if ours != theirs:
+            name = (found.backbones or {}).get(part, {}).get("name")
+            raise UserError(f"model.init_from: {start} belongs to another {part} backbone, {name}; use that one")
+    folded = (found.merged or {}).get("lora") or []
+    if any(part in ("language", "vision") for part in folded):
+        raise UserError(
+            f"model.init_from: LoRA was folded into the backbones of {start}, and would be lost; "
+            "start from the adapter that it was merged from"
+        )

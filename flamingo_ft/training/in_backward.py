@@ -1,0 +1,52 @@
+"""An optimizer whose steps happen inside the backward pass, so that gradients are never held together.
+
+The gradient of a parameter is clipped, used and freed as soon as it is complete (LOMO, arXiv:2306.09782, does so for SGD).
+No norm over all gradients is known by then: each is clipped to its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class InBackward(torch.optim.Optimizer):
+    """Steps each parameter of ``groups`` with an optimizer of its own, made by ``make(groups)``, as backward reaches it.
+
+    max_norm: what the gradient of each parameter is scaled down to where it is longer. Learning rates are read from this
+    optimizer's groups, so schedulers work on it as on any other; its own `step` has nothing left to do.
+    """
+
+    def __init__(self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], max_norm: float):
+        super().__init__(groups, defaults=make(groups).defaults)
+        self.max_norm = max_norm
+        self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        self._optimizers = {p: make([{**group, "params": [p]}]) for p, group in self._groups.items()}
+        self._share_state()
+        for parameter in self._groups:
+            parameter.register_post_accumulate_grad_hook(self._step_one)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Nothing: the steps were taken in the backward pass."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing: no gradient is kept."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share_state()
+
+    def _share_state(self) -> None:
+        """One state for all, so that it is saved and loaded as any optimizer's."""
+        for optimizer in self._optimizers.values():
+            optimizer.state = self.state
+
+    def _step_one(self, parameter: nn.Parameter) -> None:
+        optimizer = self._optimizers[parameter]
+        optimizer.param_groups[0]["lr"] = self._groups[parameter]["lr"]
+        nn.utils.clip_grad_norm_([parameter], self.max_norm)
+        optimizer.step()
+        parameter.grad = None

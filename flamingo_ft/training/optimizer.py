@@ -1,0 +1,62 @@
+"""The optimizer that a recipe asks for, over what trains."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from flamingo_ft.adapters import trainable_parameters
+from flamingo_ft.config import TrainSection
+from flamingo_ft.errors import UserError
+
+from .in_backward import InBackward
+
+# Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
+UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
+
+# The recipe's names -> transformers'.
+OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "adamw_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+
+
+def transformers_name(wanted: TrainSection) -> str:
+    """The optimizer in transformers' words. On a GPU AdamW is the fused one, which needs no temporaries."""
+    fused = wanted.optimizer == "adamw" and torch.cuda.is_available()
+    return "adamw_torch_fused" if fused else OPTIMIZERS[wanted.optimizer]
+
+
+def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments) -> torch.optim.Optimizer:
+    """An optimizer over what trains. UserError for a step inside the backward pass where that cannot be."""
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    make = partial(kind, **options)
+    groups = parameter_groups(model, wanted.weight_decay)
+    if not wanted.optimizer_in_backward:
+        return make(groups)
+    if arguments.world_size > 1 or arguments.n_gpu > 1:
+        raise UserError(
+            f"train.optimizer_in_backward: found {max(arguments.world_size, arguments.n_gpu)} processes or GPUs; gradients "
+            "would have to be shared before each step: use one (CUDA_VISIBLE_DEVICES=0), or set it to false"
+        )
+    if arguments.fp16:
+        raise UserError(
+            "train.optimizer_in_backward: float16 scales the loss, and a step inside the backward pass cannot be taken "
+            "back where that overflows; use bf16 or fp32, or set it to false"
+        )
+    return InBackward(groups, make, wanted.max_grad_norm)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """The trainable parameters for the optimizer: matrices decay; gates, norms, latents and token rows do not."""
+    named = trainable_parameters(model)
+    decayed = {name for name, p in named.items() if p.dim() >= 2 and not name.startswith(UNDECAYED)}
+    groups = [
+        {"params": [named[name] for name in sorted(decayed)], "weight_decay": weight_decay},
+        {"params": [named[name] for name in sorted(named.keys() - decayed)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
