@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # On a CPU it advises, at every start, a package that would download its kernels at run time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# At every product of an 8-bit matrix with numbers that are not float16, it tells that it rounds them. It does so always.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 _HOMES = {
     "Flamingo": "flamingo_ft.model",

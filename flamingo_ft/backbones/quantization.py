@@ -6,6 +6,7 @@ QLoRA's 4-bit formats (arXiv:2305.14314): a scale per block of 64 weights, which
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -22,6 +23,15 @@ except ImportError:  # without it, all works that is not quantized
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are not rounded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+if bnb is not None:
+
+    class Linear8bit(bnb.nn.Linear8bitLt):
+        """An 8-bit layer for x (..., D), as ``nn.Linear``: bitsandbytes' fails on maps (N, H, W, D), as in ConvNeXt."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class QuantizedSection(Protocol):
@@ -101,28 +111,42 @@ def formats_in(module: nn.Module) -> set[str]:
     return {name for part in module.modules() for kind, name in kinds.items() if isinstance(part, kind)}
 
 
-def quantize_linears(module: nn.Module, quantization: Quantization, device: torch.device | str = "cpu") -> None:
+def quantize_linears(
+    module: nn.Module,
+    quantization: Quantization | BitsAndBytesConfig,
+    device: torch.device | str | None = None,
+    *,
+    keep: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Replace every linear layer in ``module``, in place and one by one, moving each to ``device``.
 
+    device: None leaves each where it is.
+    keep: the names of layers that stay as they are.
     Raises UserError for a layer whose weights the format cannot take.
     """
-    require_bitsandbytes(quantization.format)
+    config = quantization.bnb_config() if isinstance(quantization, Quantization) else quantization
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and not is_quantized(layer):
-            _check_fits(name, layer, quantization.format)
-            module.set_submodule(name, _quantized(layer, quantization, torch.device(device)))
+        if isinstance(layer, nn.Linear) and not is_quantized(layer) and not keep(name):
+            _check_fits(name, layer, config)
+            target = layer.weight.device if device is None else torch.device(device)
+            module.set_submodule(name, _quantized(layer, config, target))
     settle(module)
 
 
 def settle(module: nn.Module) -> None:
-    """Keep 4-bit matrices as they are in evaluation too.
+    """Make the quantized matrices in ``module`` answer alike on every machine and for inputs of any shape.
 
-    On some CPUs (AVX-512 BF16) bitsandbytes repacks them for a kernel in bfloat16 at the first evaluation, after which
-    they can be neither trained through nor read, and answers depend on the machine.
+    On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a kernel in bfloat16 at the first evaluation,
+    after which they can be neither trained through nor read, and answers depend on the machine: that is switched off.
+    8-bit matrices become `Linear8bit`. To be called on everything that bitsandbytes' layers were put into.
     """
+    if bnb is None:
+        return
     for part in module.modules():
-        if bnb is not None and isinstance(part, bnb.nn.Linear4bit):
+        if isinstance(part, bnb.nn.Linear4bit):
             part.support_avx512bf16_for_cpu = False
+        elif type(part) is bnb.nn.Linear8bitLt:
+            part.__class__ = Linear8bit
 
 
 def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
@@ -145,28 +169,45 @@ def dequantized(layer: nn.Module) -> Tensor:
     return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
 
 
-def _quantized(layer: nn.Linear, quantization: Quantization, device: torch.device) -> nn.Linear:
+def _quantized(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> nn.Linear:
     """The layer with its matrix in the wanted format, on ``device``."""
     shape = (layer.in_features, layer.out_features, layer.bias is not None)
-    if quantization.format == "int8":
-        new = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta")
-        new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    else:
-        new = bnb.nn.Linear4bit(
-            *shape,
-            compute_dtype=quantization.dtype,
-            compress_statistics=quantization.double_quantization,
-            quant_type=quantization.format,
-            device="meta",
-        )
-        kept = {"compress_statistics": quantization.double_quantization, "quant_type": quantization.format}
-        new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=new, **kept)
+    new = _empty8bit(*shape, config) if config.load_in_8bit else _empty4bit(*shape, config)
+    kept = {name: value for name, value in new.weight.__dict__.items() if name not in ("CB", "SCB")}
+    new.weight = type(new.weight)(_weight(layer, config), requires_grad=False, **kept)
     new.bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
     return new.to(device).train(layer.training)
 
 
-def _check_fits(name: str, layer: nn.Linear, wanted: str) -> None:
+def _weight(layer: nn.Linear, config: BitsAndBytesConfig) -> Tensor:
+    """The matrix as bitsandbytes is to be given it."""
+    weight = layer.weight.data
+    if config.load_in_8bit:
+        return weight.cpu()  # what comes from anywhere else is moved but not quantized
+    return weight.to(config.bnb_4bit_compute_dtype)  # the dtype in which it will be dequantized
+
+
+def _empty8bit(in_features: int, out_features: int, bias: bool, config: BitsAndBytesConfig) -> nn.Linear:
+    options = {"has_fp16_weights": False, "threshold": config.llm_int8_threshold}
+    return bnb.nn.Linear8bitLt(in_features, out_features, bias, **options, device="meta")
+
+
+def _empty4bit(in_features: int, out_features: int, bias: bool, config: BitsAndBytesConfig) -> nn.Linear:
+    return bnb.nn.Linear4bit(
+        in_features,
+        out_features,
+        bias,
+        compute_dtype=config.bnb_4bit_compute_dtype,
+        compress_statistics=config.bnb_4bit_use_double_quant,
+        quant_type=config.bnb_4bit_quant_type,
+        quant_storage=config.bnb_4bit_quant_storage,
+        device="meta",
+    )
+
+
+def _check_fits(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> None:
     if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        wanted = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
         raise UserError(
             f"layer {name} has weights of {layer.weight.dtype}, which cannot be kept in {wanted}; "
             "load it in float32, bfloat16 or float16, or use none"
