@@ -22,19 +22,23 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 _HOMES = {
+    "Adapters": "flamingo_ft.adapters",
     "Flamingo": "flamingo_ft.model",
     "FlamingoConfig": "flamingo_ft.model",
     "FlamingoForConditionalGeneration": "flamingo_ft.model",
     "FlamingoImageProcessor": "flamingo_ft.model",
     "FlamingoProcessor": "flamingo_ft.model",
+    "Quantization": "flamingo_ft.backbones.quantization",
     "UserError": "flamingo_ft.errors",
     "build_flamingo": "flamingo_ft.model",
     "create_model_and_transforms": "flamingo_ft.model",
     "load_adapter": "flamingo_ft.adapters",
+    "load_base": "flamingo_ft.adapters",
     "load_language": "flamingo_ft.backbones.language",
     "load_open_flamingo": "flamingo_ft.model",
     "load_recipe": "flamingo_ft.config",
     "load_vision": "flamingo_ft.backbones.vision",
+    "merge_adapter": "flamingo_ft.adapters",
     "save_adapter": "flamingo_ft.adapters",
     "train": "flamingo_ft.training.run",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List the packaged recipes, or copy one to edit it.")
 app.add_typer(recipes_app, name="recipes")
 
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a trained adapter.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a trained adapter, or a merged model.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -105,6 +105,43 @@ def generate(
     from flamingo_ft.inference import answer
 
     typer.echo(answer.answer(adapter, image or [], prompt, max_new_tokens))
+
+
+@app.command()
+def merge(
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, which must not exist.")],
+    base: Annotated[
+        Literal["bf16", "dequantized"],
+        typer.Option(help="The unquantized weights (bf16), or what the quantized ones stand for."),
+    ] = "bf16",
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"], typer.Option(help="Number format of the merged weights.")
+    ] = "bf16",
+    quantization: Annotated[
+        Literal["none", "int8", "nf4", "fp4"], typer.Option(help="Write the merged model quantized.")
+    ] = "none",
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="X", help="Largest relative logit difference from the adapter to accept."),
+    ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.", exists=True),
+    ] = None,
+) -> None:
+    """Merge an adapter into its base: one standalone model, checked against the adapter."""
+    from rich.console import Console
+
+    from flamingo_ft.adapters import merge_adapter
+    from flamingo_ft.backbones.quantization import DTYPES, Quantization
+    from flamingo_ft.report_table import merge_table
+
+    kept_as = None if quantization == "none" else Quantization(quantization)
+    options = {"quantization": kept_as, "tolerance": tolerance, "start": start}
+    report = merge_adapter(adapter, out, base=base, dtype=DTYPES[dtype], **options)
+    Console().print(merge_table(report))
+    typer.echo(f"merged model in {out}; ask it: flamingo-ft generate {out} --image FILE --prompt TEXT")
 
 
 @recipes_app.callback(invoke_without_command=True)

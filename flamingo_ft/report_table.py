@@ -37,6 +37,18 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
     return table
 
 
+def merge_table(report: Mapping[str, Any]) -> Table:
+    """What `merge_adapter` returns: how far the merged model is from the adapter."""
+    table = Table(title="merged model against adapter", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_row("compared on", f"{report['tokens']:,} tokens of {report['prompts']} prompts")
+    table.add_row("largest logit difference", f"{report['max_logit_difference']:.3g}")
+    table.add_row("relative to the largest logit", f"{report['relative']:.2g} (tolerance {report['tolerance']:.2g})")
+    table.add_row("token agreement", f"{100 * report['token_agreement']:.1f} %")
+    return table
+
+
 def training_line(training: Mapping[str, Any]) -> str:
     """training: {"steps", "seconds", "trainable_parameters"} -> one sentence."""
     return (

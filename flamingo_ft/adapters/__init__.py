@@ -1,15 +1,20 @@
 """What trains, and how it is kept."""
 
 from .card import write_card
-from .load import load_adapter, load_base
+from .load import load_adapter, load_base, load_trained
+from .merge import merge_adapter
 from .prepare import prepare_training
 from .save import save_adapter
+from .several import Adapters
 from .start import start_bridge
 from .trainable import set_trainable, trainable_parameters
 
 __all__ = [
+    "Adapters",
     "load_adapter",
     "load_base",
+    "load_trained",
+    "merge_adapter",
     "prepare_training",
     "save_adapter",
     "set_trainable",

@@ -11,13 +11,14 @@ from .lora import ADAPTER, has_lora
 from .trainable import BRIDGE, is_lora
 
 
-def adapter_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
+def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAPTER) -> dict[str, Tensor]:
     """What an adapter holds, by name: LoRA, and the parts of the bridge that its base does not have."""
     kept = tuple(BRIDGE[part] for part in kept_parts(model.config))
     state = model.state_dict()
     bridge = {name: tensor for name, tensor in state.items() if name.startswith(kept) and not is_lora(name)}
     # PEFT would look for the vocabulary's original size on the Hub; the token rows have what was added to it.
-    lora = get_peft_model_state_dict(model, state, ADAPTER, save_embedding_layers=False) if has_lora(model) else {}
+    has_any = has_lora(model, adapter)
+    lora = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False) if has_any else {}
     return bridge | lora
 
 
@@ -26,9 +27,9 @@ def kept_parts(config: FlamingoConfig) -> list[str]:
     return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts
 
 
-def name_in_file(name: str) -> str:
+def name_in_file(name: str, adapter: str = ADAPTER) -> str:
     """A parameter's name as PEFT keeps it: without the adapter's own name."""
     if not is_lora(name):
         return name
-    plain = name.replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
+    plain = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
     return plain.removesuffix(".weight") if "lora_magnitude_vector" in plain else plain

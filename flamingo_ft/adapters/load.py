@@ -24,10 +24,12 @@ from flamingo_ft.model.modeling import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
 
 from .contents import adapter_tensors
-from .files import read_config, read_lora_config, read_tensors
+from .files import WEIGHTS, read_config, read_lora_config, read_tensors
 from .lora import ADAPTER, inject
 from .start import restart_bridge
 from .trainable import BRIDGE, is_lora
+
+WHOLE = "model*.safetensors"  # the weights of a model that is no adapter
 
 
 def load_adapter(
@@ -44,6 +46,19 @@ def load_adapter(
     model = load_base(folder, start=start)
     put_adapter(model, folder)
     return model.eval().requires_grad_(False), FlamingoProcessor.from_pretrained(folder)
+
+
+def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
+    folder = Path(folder)
+    is_whole = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
+    return (load_whole(folder), FlamingoProcessor.from_pretrained(folder)) if is_whole else load_adapter(folder)
+
+
+def load_whole(folder: Path) -> FlamingoForConditionalGeneration:
+    """A merged model, or any that was saved whole, in eval mode on the GPU where there is one."""
+    model = FlamingoForConditionalGeneration.from_pretrained(folder, device_map={"": default_device()})
+    return model.eval().requires_grad_(False)
 
 
 def load_base(

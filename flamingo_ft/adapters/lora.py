@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import peft
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -119,9 +118,9 @@ def peft_initialisation(lora: LoraSection) -> bool | str:
     return lora.init_lora_weights if lora.init_lora_weights in ("gaussian", "pissa") else True
 
 
-def has_lora(model: nn.Module) -> bool:
-    """Whether updates were put into the model."""
-    return any(isinstance(module, peft.tuners.lora.LoraLayer) for module in model.modules())
+def has_lora(model: nn.Module, adapter: str = ADAPTER) -> bool:
+    """Whether the updates of ``adapter`` were put into the model."""
+    return adapter in getattr(model, "peft_config", {})
 
 
 def _ends_in(name: str, endings: Iterable[str]) -> bool:

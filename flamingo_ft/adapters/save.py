@@ -27,12 +27,17 @@ from .trainable import trainable_parameters
 HOW_IT_WAS_LOADED = ("is_local", "local_files_only")  # tokenizers write these down; they say nothing of the adapter
 
 
-def save_adapter(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
-    """Write the adapter. Raises RuntimeError, before writing, if a parameter that trains would be missing from it."""
-    tensors = adapter_tensors(model)
-    check_complete(model, tensors)
+def save_adapter(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: str | Path, adapter: str = ADAPTER
+) -> None:
+    """Write the adapter. Raises RuntimeError, before writing, if a parameter that trains would be missing from it.
+
+    adapter: PEFT's name of the LoRA to write, where the model has several.
+    """
+    folder, tensors = Path(folder), adapter_tensors(model, adapter)
+    check_complete(model, tensors, adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, config = _as_plain_lora(model, tensors)
+    tensors, config = _as_plain_lora(model, tensors, adapter)
     contiguous = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
@@ -43,25 +48,25 @@ def save_adapter(model: FlamingoForConditionalGeneration, processor: FlamingoPro
     write_card(model, folder)
 
 
-def check_complete(model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor]) -> None:
+def check_complete(model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor], adapter: str) -> None:
     """Refuse to save less than what trains."""
-    lost = sorted({name_in_file(name) for name in trainable_parameters(model)} - set(tensors))
+    lost = sorted({name_in_file(name, adapter) for name in trainable_parameters(model)} - set(tensors))
     if lost:
         raise RuntimeError(f"{len(lost)} trained parameters would not be saved, among them {lost[0]}; nothing written")
 
 
 def _as_plain_lora(
-    model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor]
+    model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor], adapter: str
 ) -> tuple[dict[str, Tensor], LoraConfig]:
     """Tensors and configuration that mean the same on the base as it was loaded.
 
     Updates that took their start A0, B0 out of the base (PiSSA) become B A - B0 A0, a LoRA of twice the rank.
     """
-    if not has_lora(model):
+    if not has_lora(model, adapter):
         empty = LoraConfig(base_model_name_or_path=base_name(model), target_modules=DUMMY_TARGET_MODULES)
         return tensors, dataclasses.replace(empty, inference_mode=True)
     # The weights are in the file: nothing is to be made up, or taken out of the base, when it is loaded.
-    config = dataclasses.replace(model.peft_config[ADAPTER], inference_mode=True, init_lora_weights=True)
+    config = dataclasses.replace(model.peft_config[adapter], inference_mode=True, init_lora_weights=True)
     start = getattr(model, "lora_start", None)
     if not start:
         return tensors, config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.adapters import load_adapter
+from flamingo_ft.adapters import load_trained
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Sample, read_samples
 from flamingo_ft.errors import UserError
@@ -25,7 +25,7 @@ def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, 
     samples = read_samples(Path(data)) if data else read_eval_samples(recipe)
     if not samples:
         raise UserError(f"{recipe_file}: data.eval is empty; name samples with --data FILE")
-    model, processor = load_adapter(adapter)
+    model, processor = load_trained(adapter)
     questions = questions_of(samples)
     options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
     answers = answer_questions(model, processor, questions, **options)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.adapters import load_adapter
+from flamingo_ft.adapters import load_trained
 from flamingo_ft.data.collate import load_pixels, open_image, pad_ids
 from flamingo_ft.data.encode import encode_prompt, end_token_id
 from flamingo_ft.data.samples import split_markers
@@ -27,7 +27,7 @@ def answer(adapter: str | Path, images: Sequence[Path], prompt: str, max_new_tok
     content = place_images(prompt, len(images))
     for path in images:
         open_image(path)  # a bad path is told before the model is loaded
-    model, processor = load_adapter(adapter)
+    model, processor = load_trained(adapter)
     messages = [{"role": "user", "content": content}]
     question = {"messages": messages, "images": list(images), "where": "prompt"}
     return answer_batch(model, processor, [question], max_new_tokens)[0]

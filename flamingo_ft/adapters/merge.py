@@ -1,0 +1,164 @@
+"""An adapter and its base -> one standalone model, checked against the adapter before it is called done.
+
+Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be rounded again), or from what the
+quantized ones stand for, which is what the adapter was trained on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from flamingo_ft.backbones.attention import close_attention
+from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.quantization import Quantization, dequantize_linears
+from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.errors import UserError
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+
+from .compare import difference, logits_on, sample_prompts
+from .files import WEIGHTS, read_config, read_tensors
+from .fold import cast, fold_lora
+from .load import load_adapter, load_base, load_whole, put_adapter
+
+Base = Literal["bf16", "dequantized"]
+MERGE_FILE = "merge.json"
+LARGEST_SHARD = "2GB"
+
+# Largest relative logit difference from the adapter: what rounding to float32, or to fewer bits, was seen to do; and where
+# the base is another than the adapter was trained on, or is quantized again, a bound for what is broken rather than rough.
+EXACT, ROUNDED, OTHER_BASE = 1e-4, 0.05, 0.5
+
+
+def merge_adapter(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: Base = "bf16",
+    dtype: torch.dtype = torch.bfloat16,
+    quantization: Quantization | None = None,
+    tolerance: float | None = None,
+    start: str | Path | None = None,
+) -> dict[str, Any]:
+    """Write the merged model to ``out``: safetensors shards, configuration, processor, and what the check found.
+
+    base: the backbones' unquantized weights (bf16), or what the quantized ones stand for (dequantized).
+    dtype: of the merged weights; gates stay in float32. quantization: how the written model is kept.
+    tolerance: the largest relative difference of its logits from the adapter's.
+    start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+
+    Returns what is written to ``merge.json``. Raises UserError when ``out`` exists, ``adapter`` is a merged model
+    already, its base is another than it was trained on, and when the merged model differs from it beyond ``tolerance``:
+    then nothing is left at ``out``.
+    """
+    adapter, out = Path(adapter), Path(out)
+    _check_places(adapter, out)
+    processor = FlamingoProcessor.from_pretrained(adapter)
+    prompts = sample_prompts(processor, adapter)
+    expected = _logits(lambda: load_adapter(adapter, start=start)[0], prompts)
+    limit = _tolerance(read_config(adapter), base, dtype, quantization) if tolerance is None else tolerance
+    with _unfinished(out) as folder:
+        parts = _write(adapter, folder, processor, base, dtype, start)
+        if quantization is not None:
+            _quantize(folder, quantization)
+        found = difference(_logits(lambda: load_whole(folder), prompts), expected)
+        report = {"adapter": str(adapter), "base": base, "dtype": str(dtype).removeprefix("torch."), "lora": parts}
+        report |= {**asdict(found), "tolerance": limit}
+        _check_close(report, adapter)
+        (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if (adapter / RECIPE_FILE).is_file():
+            shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
+    return report
+
+
+def _check_places(adapter: Path, out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
+    config = adapter / "config.json"
+    if config.is_file() and not (adapter / WEIGHTS).is_file() and FlamingoConfig.from_pretrained(adapter).merged:
+        raise UserError(f"{adapter}: is a merged model already; give the adapter that it was merged from")
+    read_config(adapter)
+
+
+def _logits(load: Callable[[], FlamingoForConditionalGeneration], prompts: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    """Logits on the prompts of a model that is held no longer than that: two of them may be too many."""
+    model = load()
+    found = logits_on(model, prompts)
+    del model
+    gc.collect()  # hooks and what they hook onto refer to each other
+    return found
+
+
+def _write(
+    adapter: Path, folder: Path, processor: FlamingoProcessor, base: Base, dtype: torch.dtype, start: str | Path | None
+) -> list[str]:
+    """Merge in the computer's memory and write the model. Returns the parts that had LoRA."""
+    model = load_base(adapter, start=start, quantized=base == "dequantized", dtype=dtype, device="cpu")
+    dequantize_linears(model, dtype)
+    put_adapter(model, adapter)
+    parts = fold_lora(model)
+    close_attention(model.vision_encoder)
+    cast(model, dtype)
+    _as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
+    model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+    processor.save_pretrained(folder)
+    return parts
+
+
+def _as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
+    """The configuration of a model that builds on nothing else."""
+    for source in config.backbones.values():
+        source["quantization"] = None
+    config.bridge_init = config.bridge_quantization = config.adapter_parts = None
+    config.text_config.quantization_config = None
+    config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
+
+
+def _quantize(folder: Path, quantization: Quantization) -> None:
+    """Write the model in ``folder`` again, quantized."""
+    model = FlamingoForConditionalGeneration.from_pretrained(folder, quantization_config=quantization.bnb_config())
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+
+
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name once all in it is done, and is gone if that fails."""
+    folder = out.with_name(f"{out.name}.unfinished")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        folder.rename(out)
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _tolerance(
+    config: FlamingoConfig, base: Base, dtype: torch.dtype, quantization: Quantization | None
+) -> float:
+    was_quantized = config.bridge_quantization or any(source.get("quantization") for source in config.backbones.values())
+    if quantization is not None or (base == "bf16" and was_quantized):
+        return OTHER_BASE
+    return EXACT if dtype == torch.float32 else ROUNDED
+
+
+def _check_close(report: dict[str, Any], adapter: Path) -> None:
+    if not report["relative"] <= report["tolerance"]:
+        raise UserError(
+            f"{adapter}: the merged model's logits are {report['relative']:.2g} of the largest away from the adapter's "
+            f"(token agreement {report['token_agreement']:.1%}), beyond the tolerance of {report['tolerance']:.2g}; "
+            "merge with --base dequantized or --dtype fp32, or accept more with --tolerance"
+        )

@@ -1,0 +1,160 @@
+"""Several adapters on one base: load, switch, disable, combine.
+
+LoRA is switched, disabled and combined by PEFT, which keeps every adapter's updates in memory. Bridges are not PEFT's to
+switch: the base has one bridge, and switching copies the tensors of an adapter's folder into it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+
+from .contents import kept_parts
+from .files import read_config, read_lora_config, read_tensors
+from .load import check_backbone, load_base, put_bridge_parts, put_lora
+from .save import save_adapter
+from .start import GEOMETRY
+from .trainable import is_lora
+
+# What adapters must have in common for their updates to be combined entry by entry.
+COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")
+
+Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
+
+
+class Adapters:
+    """Adapters on the base of the first one, by name; one is in use at a time.
+
+    model: the Flamingo, to be called as any other; processor: what feeds it.
+    """
+
+    def __init__(self, folder: str | Path, name: str = "first", *, start: str | Path | None = None):
+        """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter` does."""
+        self.model: FlamingoForConditionalGeneration = load_base(folder, start=start).eval().requires_grad_(False)
+        self.processor = FlamingoProcessor.from_pretrained(folder)
+        self._base = read_config(Path(folder))
+        self._folders: dict[str, Path] = {}
+        self._peft: PeftModel | None = None
+        self.in_use: str = ""
+        self.load(folder, name)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the adapters that are loaded, and of those that were combined from them."""
+        return list(self._folders)
+
+    def load(self, folder: str | Path, name: str) -> None:
+        """Load another adapter of the same base, and use it. UserError for a name that is taken and for another base."""
+        folder = Path(folder)
+        if name in self._folders:
+            raise UserError(f"{folder}: an adapter named {name} is loaded already; give another name")
+        _check_same_base(folder, self._base, read_config(folder))
+        lora = read_lora_config(folder)
+        if lora is not None:
+            self._inject(name, lora)
+            put_lora(self.model, {n: t for n, t in read_tensors(folder).items() if is_lora(n)}, name)
+        self._folders[name] = folder
+        self.use(name)
+
+    def use(self, name: str, *, bridge: bool = True) -> None:
+        """Switch to an adapter: to its LoRA, and unless ``bridge`` is False to its bridge."""
+        self._check_known(name)
+        if self._has_lora(name):
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(name, inference_mode=True)
+        elif self._peft is not None:
+            self._peft.base_model.disable_adapter_layers()
+        if bridge:
+            put_bridge_parts(self.model, self._bridge(name))
+        self.in_use = name
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Without LoRA inside the block. The bridge stays: it is part of the model, not of PEFT."""
+        if self._peft is None or not self._has_lora(self.in_use):
+            yield
+            return
+        with self._peft.disable_adapter():
+            yield
+
+    def combine(
+        self, weights: Mapping[str, float], name: str, method: Combination = "linear", density: float = 0.5
+    ) -> None:
+        """Combine the LoRA of adapters into a new adapter and use it, with the bridge of the first one named.
+
+        method: linear; ties (arXiv:2306.01708); dare_linear, dare_ties (arXiv:2311.03099), which drop updates at random.
+        density: share of the updates, 0..1, that the latter three keep. Raises UserError for adapters without LoRA and for
+        ranks that differ.
+        """
+        first = self._same_lora(list(weights))
+        pruned = {} if method == "linear" else {"density": density}
+        lora = self._peft.base_model
+        lora.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type=method, **pruned)
+        # The scaling of each is in the combination by now. PEFT forgets that parts have ranks of their own.
+        own = {"lora_alpha": first.r, "alpha_pattern": dict(first.rank_pattern), "use_rslora": False}
+        lora.peft_config[name] = dataclasses.replace(first, **own)
+        for layer in lora.model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scaling[name] = 1.0
+        self._folders[name] = self._folders[next(iter(weights))]
+        self.use(name)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter in use, as `save_adapter` does."""
+        save_adapter(self.model, self.processor, folder, self.in_use)
+
+    def _same_lora(self, names: list[str]) -> LoraConfig:
+        """The configuration that adapters to combine have in common. UserError where they have none."""
+        for name in names:
+            self._check_known(name)
+            if not self._has_lora(name):
+                raise UserError(f"adapter {name} has no LoRA to combine; combine adapters with LoRA")
+        first, *others = (self._peft.peft_config[name] for name in names)
+        differing = [key for key in COMBINABLE for other in others if getattr(first, key) != getattr(other, key)]
+        if differing:
+            raise UserError(f"adapters {', '.join(names)} differ in {differing[0]}; combine adapters of the same shape")
+        if first.use_dora:
+            raise UserError(f"adapter {names[0]} has DoRA, whose magnitudes do not add up; combine adapters without it")
+        return first
+
+    def _inject(self, name: str, lora: LoraConfig) -> None:
+        if self._peft is None:
+            self._peft = PeftModel(self.model, lora, adapter_name=name, autocast_adapter_dtype=False)
+        else:
+            self._peft.add_adapter(name, lora, autocast_adapter_dtype=False)
+
+    def _has_lora(self, name: str) -> bool:
+        return self._peft is not None and name in self._peft.peft_config
+
+    def _bridge(self, name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter's bridge under the names they have beside the updates that are there now."""
+        tensors = {n: t for n, t in read_tensors(self._folders[name]).items() if not is_lora(n)}
+        parameters = {n.replace(".base_layer.", "."): n for n, _ in self.model.named_parameters()}
+        return {parameters[n.replace(".base_layer.", ".")]: tensor for n, tensor in tensors.items()}
+
+    def _check_known(self, name: str) -> None:
+        if name not in self._folders:
+            raise UserError(f"no adapter named {name}; loaded are {', '.join(self._folders)}")
+
+
+def _check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -> None:
+    """Refuse an adapter whose base is another, in backbones, bridge or what it holds of the bridge."""
+    for part in ("vision", "language"):
+        check_backbone(folder, part, found.backbones[part], base.backbones[part])
+    for key in GEOMETRY:
+        if getattr(found, key) != getattr(base, key):
+            raise UserError(f"{folder}: adapter of another base: {key} {getattr(found, key)}, here {getattr(base, key)}")
+    starts = [(config.bridge_init or {}).get("sha256") for config in (found, base)]
+    if starts[0] != starts[1] or kept_parts(found) != kept_parts(base):
+        raise UserError(f"{folder}: adapter of another base: it builds on another bridge; load it by itself")
