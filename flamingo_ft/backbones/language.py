@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -36,7 +37,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import files_sha256
+from flamingo_ft.backbones.quantization import Quantization, settle
 from flamingo_ft.errors import UserError
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
@@ -62,8 +65,8 @@ ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 class LanguageBackbone:
     """A causal language model, the tokenizer that goes with it, and what it can be recognised by.
 
-    source: {"name", "revision", "sha256"}: what was asked for, its Hub commit (None for a folder), and the
-    digest of configuration, weights and tokenizer.
+    source: {"name", "revision", "sha256", "quantization"}: what was asked for, its Hub commit (None for a folder), the
+    digest of configuration, weights and tokenizer, and how its matrices are kept (None: as they were stored).
     """
 
     model: PreTrainedModel
@@ -79,33 +82,55 @@ def load_language(
     tokenizer: str | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
+    device: torch.device | str | None = None,
 ) -> LanguageBackbone:
     """Load a causal language model, frozen and in eval mode.
 
     name: "nano", a folder, or a Hub repository.
     revision: of a Hub repository, a commit, branch or tag; the commit it resolves to is recorded.
-    dtype: of the parameters; None is the checkpoint's own with a GPU and float32 without one.
+    dtype: of the parameters; None is the checkpoint's own with a GPU and float32 without one, or with quantization
+        its compute dtype.
     tokenizer: where it does not come with the model, its own "nano", folder or Hub repository.
     local_files_only: take nothing from the Hub that is not in the cache.
     trust_remote_code: run code that comes with the model, for architectures that transformers does not have.
+    quantization: how its matrices are kept, all but the output head's.
+    device: where it goes; None leaves it on the CPU, or with quantization puts it on the GPU where there is one.
 
-    Raises UserError when there is no such model, when it cannot be reached or read, or is no causal LM.
+    A model that was quantized before it was saved loads as it is. Raises UserError when there is no such model, when
+    it cannot be reached or read, is no causal LM, or is already quantized and was to be quantized.
     """
     folder = _folder(name, revision, local_files_only)
     config = _causal_config(folder, name, trust_remote_code)
-    dtype = dtype or ("auto" if torch.cuda.is_available() else torch.float32)
+    _refuse_twice_quantized(config, name, quantization)
     code = {"trust_remote_code": trust_remote_code}
-    model, report = _load(
-        AutoModelForCausalLM, folder, name, config=config, dtype=dtype, output_loading_info=True, **code
-    )
+    placed = _placed(dtype, quantization, device)
+    model, report = _load(AutoModelForCausalLM, folder, name, config=config, output_loading_info=True, **placed, **code)
     _refuse_encoder(model.config, name)
     _refuse_missing(report["missing_keys"], name)
+    settle(model)
     words = folder if tokenizer in (None, name) else _folder(tokenizer, None, local_files_only, weights=False)
     return LanguageBackbone(
         model=model.eval().requires_grad_(False),
         tokenizer=_load(AutoTokenizer, words, tokenizer or name, **code),
-        source={"name": name, "revision": _commit(folder), "sha256": files_sha256(folder)},
+        source={
+            "name": name,
+            "revision": _commit(folder),
+            "sha256": files_sha256(folder),
+            "quantization": quantization.record() if quantization else None,
+        },
     )
+
+
+def _placed(
+    dtype: torch.dtype | None, quantization: Quantization | None, device: torch.device | str | None
+) -> dict[str, Any]:
+    """What `from_pretrained` is told of format, dtype and device. It streams: a shard at a time is in memory."""
+    if quantization is not None:
+        placed = {"quantization_config": quantization.bnb_config(), "device_map": {"": device or default_device()}}
+        return {"dtype": dtype or quantization.dtype, **placed}
+    placed = {} if device is None else {"device_map": {"": device}}
+    return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **placed}
 
 
 def _folder(name: str, revision: str | None, local_files_only: bool, weights: bool = True) -> Path:
@@ -170,6 +195,16 @@ def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrain
             "choose a decoder-only one (Llama, Qwen, GPT, OPT, ...)"
         )
     return config
+
+
+def _refuse_twice_quantized(config: PreTrainedConfig, name: str, wanted: Quantization | None) -> None:
+    found = getattr(config, "quantization_config", None)
+    if found is not None and wanted is not None:
+        method = dict(found).get("quant_method", "an unknown method")
+        raise UserError(
+            f"language model {name} was to be kept in {wanted.format}, but is already quantized ({method}); "
+            "set quantization to none, or give the unquantized model"
+        )
 
 
 def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:

@@ -26,7 +26,11 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.quantization import Quantization
+from flamingo_ft.backbones.quantized_tower import quantize_tower
+from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, weights_file
 from flamingo_ft.errors import UserError
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
@@ -45,7 +49,8 @@ class VisionBackbone:
     config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"}, for `build_visual`.
     preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
     width: D, the width of its spatial tokens.
-    source: {"name", "pretrained", "revision", "sha256"}; the digest is of the tower's tensors.
+    source: {"name", "pretrained", "revision", "sha256", "quantization"}; the digest is of the tower's tensors before
+        they were quantized.
     """
 
     visual: nn.Module
@@ -67,31 +72,49 @@ class _Located:
     revision: str | None = None
 
 
-def load_vision(name: str, pretrained: str | None = None, revision: str | None = None) -> VisionBackbone:
+def load_vision(
+    name: str,
+    pretrained: str | None = None,
+    revision: str | None = None,
+    quantization: Quantization | None = None,
+    device: torch.device | str | None = None,
+) -> VisionBackbone:
     """Load a tower, frozen and in eval mode.
 
     name: "nano"; a folder in OpenCLIP's local-dir format; "hf-hub:org/name"; or an OpenCLIP architecture.
     pretrained: for an architecture, one of its tags or a file with weights; None gives random weights.
     revision: commit, branch or tag of the Hub repository that holds the weights; None is its main branch.
+    quantization: how its matrices are kept; the rest of it is then in the compute dtype.
+    device: where it goes; None leaves it on the CPU, or with quantization puts it on the GPU where there is one.
 
     A tag trained with QuickGELU gets QuickGELU, whatever the architecture's name says: OpenCLIP 3 only warns
     (as for ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights know.
     A file with weights is taken to fit the architecture as named, with OpenCLIP's default preprocessing.
 
-    Raises UserError for an unknown name or tag, a download that fails, and weights that do not fit.
+    Raises UserError for an unknown name or tag, a download that fails, weights that do not fit, and a tower without
+    matrices that could be quantized.
     """
     located = _locate(name, pretrained, revision)
     if revision and located.revision is None:
         raise UserError(f"revision {revision} asked of {name}, which is not on the Hub; remove the revision")
-    visual = _load_weights(located) if located.has_weights else build_visual(located.config)
+    visual, stored = _load_lean(located) if quantization else (_load(located), None)
     visual.eval().requires_grad_(False)
+    sha256 = tensors_sha256(visual if stored is None else stored)
+    if quantization is not None:
+        device = device or default_device()
+        quantize_tower(visual, quantization, device)
+        visual.to(quantization.dtype)
     return VisionBackbone(
-        visual=visual,
+        visual=visual if device is None else visual.to(device),
         config=located.config,
         preprocess=_preprocess(visual, located.preprocess),
         width=token_width(visual),
         source=dict(
-            name=name, pretrained=pretrained, revision=located.revision, sha256=tensors_sha256(visual)
+            name=name,
+            pretrained=pretrained,
+            revision=located.revision,
+            sha256=sha256,
+            quantization=quantization.record() if quantization else None,
         ),
     )
 
@@ -265,16 +288,42 @@ def _commit(file: Path) -> str | None:
     return found.group(1) if found else None
 
 
-def _load_weights(located: _Located) -> nn.Module:
-    """The tower with its weights. OpenCLIP loads both towers from one file; the text tower is dropped."""
-    file = located.weights or located.model
-    try:
-        model = open_clip.create_model(
+def _load(located: _Located) -> nn.Module:
+    """The tower with its weights, or with random ones. OpenCLIP loads both towers from one file; the text tower is
+    dropped."""
+    if not located.has_weights:
+        return build_visual(located.config)
+    with _told(located):
+        return open_clip.create_model(
             located.model,
             pretrained=located.weights,
             force_quick_gelu=located.config["quick_gelu"],
             require_pretrained=True,
-        )
+        ).visual
+
+
+def _load_lean(located: _Located) -> tuple[nn.Module, StoredTensors | None]:
+    """The same with no more than the file in memory, and the tensors that the tower would hold otherwise."""
+    file = weights_file(located.model, located.weights) if located.has_weights else None
+    if file is None:
+        return _load(located), None
+    buffers = non_persistent_buffers(located.config)
+    with torch.device("meta"):
+        visual = build_visual(located.config)
+    with _told(located):
+        stored = fill_from_file(visual, file)
+    for name, buffer in buffers.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(visual.get_submodule(owner), leaf, buffer)
+    return visual, stored
+
+
+@contextmanager
+def _told(located: _Located) -> Iterator[None]:
+    """Turn what goes wrong with a file into one line."""
+    file = located.weights or located.model
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} holds more than plain weights, or is damaged; save it again") from error
     except UNLOADABLE as error:
@@ -282,7 +331,6 @@ def _load_weights(located: _Located) -> nn.Module:
             f"cannot load {file} as {located.model}: {_one_line(error)}; "
             "check that weights and architecture belong together"
         ) from error
-    return model.visual
 
 
 def _tower_config(model_cfg: dict) -> dict:

@@ -71,7 +71,7 @@ def refusal(name: str | Path, **options) -> str:
 
 def test_the_nano_language_model_loads_from_the_package():
     nano = load_language("nano")
-    assert nano.source == {"name": "nano", "revision": None, "sha256": files_sha256(NANO_FOLDER)}
+    assert nano.source == {"name": "nano", "revision": None, "sha256": files_sha256(NANO_FOLDER), "quantization": None}
     assert len(nano.tokenizer) <= len(nano.model.get_input_embeddings().weight)
     assert nano.tokenizer.decode(nano.tokenizer.encode("Which digit is this?")) == "Which digit is this?"
 
@@ -82,13 +82,15 @@ def test_a_folder_gives_the_model_that_was_saved_there_frozen(folder):
     assert torch.equal(loaded.model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
-    assert loaded.source == {"name": str(folder), "revision": None, "sha256": files_sha256(folder)}
+    source = {"name": str(folder), "revision": None, "sha256": files_sha256(folder), "quantization": None}
+    assert loaded.source == source
 
 
 def test_a_model_in_the_cache_is_recorded_by_its_commit(folder, hub):
     hub("org/tiny", folder)
     loaded = load_language("org/tiny", local_files_only=True)
-    assert loaded.source == {"name": "org/tiny", "revision": COMMIT, "sha256": files_sha256(folder)}
+    source = {"name": "org/tiny", "revision": COMMIT, "sha256": files_sha256(folder), "quantization": None}
+    assert loaded.source == source
     assert load_language("org/tiny", COMMIT, local_files_only=True).source == loaded.source
 
 
