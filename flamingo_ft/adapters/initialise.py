@@ -20,7 +20,7 @@ from flamingo_ft.config import LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .originals import original_weights
+from .originals import Originals
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -60,15 +60,15 @@ def updates_of(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def start_at_what_quantization_lost(model: FlamingoForConditionalGeneration) -> None:
     """The best update of each rank to W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
-    with original_weights(model) as original:
-        for name, layer in _lora_layers(model).items():
-            kept = dequantized(layer.get_base_layer()).float()
-            lost = original(name).to(kept) - kept
-            for adapter, rank in layer.r.items():
-                left, values, right = torch.linalg.svd(lost / layer.scaling[adapter], full_matrices=False)
-                root = values[:rank].sqrt()
-                _fill(layer.lora_A[adapter].weight, root[:, None] * right[:rank])
-                _fill(layer.lora_B[adapter].weight, left[:, :rank] * root)
+    originals = Originals(model)
+    for name, layer in _lora_layers(model).items():
+        kept = dequantized(layer.get_base_layer()).float()
+        lost = originals[name].to(kept) - kept
+        for adapter, rank in layer.r.items():
+            left, values, right = torch.linalg.svd(lost / layer.scaling[adapter], full_matrices=False)
+            root = values[:rank].sqrt()
+            _fill(layer.lora_A[adapter].weight, root[:, None] * right[:rank])
+            _fill(layer.lora_B[adapter].weight, left[:, :rank] * root)
 
 
 def _fill(parameter: nn.Parameter, value: Tensor) -> None:

@@ -23,9 +23,9 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, 
 from flamingo_ft.model.modeling import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
 
-from .contents import adapter_tensors
+from .contents import adapter_tensors, kept_parts
 from .files import WEIGHTS, read_config, read_lora_config, read_tensors
-from .lora import ADAPTER, inject
+from .lora import ADAPTER, inject, open_what_is_updated
 from .start import restart_bridge
 from .trainable import BRIDGE, is_lora
 
@@ -88,6 +88,8 @@ def load_base(
     model.to(device)
     if quantized and config.bridge_quantization:
         quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
+    if (lora := read_lora_config(folder)) is not None:
+        open_what_is_updated(model, lora)
     return model
 
 
@@ -120,7 +122,7 @@ def put_lora(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tens
 
 def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, quantization: Quantization) -> None:
     """Keep the matrices of the bridge's parts that no adapter of this model holds in fewer bits."""
-    frozen = [part for part in ("perceiver", "cross_attention") if part not in (model.config.adapter_parts or BRIDGE)]
+    frozen = [part for part in ("perceiver", "cross_attention") if part not in kept_parts(model.config)]
     for part in frozen:
         quantize_linears(model.get_submodule(BRIDGE[part].removesuffix(".")), quantization, model.device)
     mark_quantized(model)

@@ -41,7 +41,7 @@ def add_lora(
     """
     if not lora.parts:
         return None
-    if lora.vision:
+    if lora.vision:  # its attention has matrices that no layer is called for
         open_attention(model.vision_encoder)
     targets = {part: find_targets(model, part, wanted) for part, wanted in lora.parts.items()}
     config = lora_config(model, lora, targets)
@@ -58,10 +58,17 @@ def add_lora(
 
 def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
     """Put the updates that ``config`` describes into the model. The rest of the model is left as it was."""
+    open_what_is_updated(model, config)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, ADAPTER)
     for name, parameter in model.named_parameters():  # PEFT freezes all that is not LoRA
         parameter.requires_grad_(trains.get(name.replace(".base_layer.", "."), parameter.requires_grad))
+
+
+def open_what_is_updated(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
+    """Give the tower linear layers for all its matrices where ``config`` updates some of them."""
+    if re.escape(PREFIXES["vision"]) in config.target_modules:
+        open_attention(model.vision_encoder)
 
 
 def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: LoraPart) -> list[str]:

@@ -1,13 +1,11 @@
-"""The unquantized matrices of a model whose matrices are quantized, read one at a time from where they came."""
+"""The unquantized matrices of a model whose matrices are quantized, each read when asked for from where it came."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from flamingo_ft.backbones.attention import open_attention
@@ -20,33 +18,38 @@ from .start import bridge_at
 from .trainable import PREFIXES
 
 
-@contextmanager
-def original_weights(model: FlamingoForConditionalGeneration) -> Iterator[Callable[[str], Tensor]]:
-    """A function from a layer's name in the model to its matrix (out, in) before quantization."""
-    source, config = model.config.backbones, model.config
-    vision: dict[str, Any] = {}
-    with WeightFiles(language_folder(source["language"]["name"], source["language"]["revision"])) as files:
+class Originals:
+    """From a layer's name in the model to its matrix (out, in) before quantization."""
 
-        def original(name: str) -> Tensor:
-            if name.startswith(PREFIXES["language"]):
-                matrix = files[name.removeprefix(PREFIXES["language"]) + ".weight"]
-                layer = model.get_submodule(name)
-                return matrix.T if _class_of(layer) is Conv1D else matrix
-            if name.startswith(PREFIXES["vision"]):
-                vision.setdefault("tower", _tower(source["vision"]))
-                return vision["tower"].get_submodule(name.removeprefix(PREFIXES["vision"])).weight
-            return bridge_at(Path(config.bridge_init["path"]))[f"{name}.weight"]
+    def __init__(self, model: FlamingoForConditionalGeneration):
+        self._model = model
+        self._sources = model.config.backbones
 
-        yield original
+    def __getitem__(self, name: str) -> Tensor:
+        if name.startswith(PREFIXES["language"]):
+            return self._of_language(name)
+        if name.startswith(PREFIXES["vision"]):
+            return self._tower.get_submodule(name.removeprefix(PREFIXES["vision"])).weight
+        return self._bridge[f"{name}.weight"]
 
+    def _of_language(self, name: str) -> Tensor:
+        with WeightFiles(self._folder) as files:
+            matrix = files[name.removeprefix(PREFIXES["language"]) + ".weight"]
+        base = self._model.get_submodule(name).get_base_layer()
+        was = getattr(base, "source_cls", type(base))  # what transformers put the quantized layer in place of
+        return matrix.T if was is Conv1D else matrix  # GPT-2 keeps its matrices the other way round
 
-def _tower(source: dict[str, Any]):
-    visual = load_vision(source["name"], source["pretrained"], source["revision"]).visual
-    open_attention(visual)
-    return visual
+    @cached_property
+    def _folder(self) -> Path:
+        return language_folder(self._sources["language"]["name"], self._sources["language"]["revision"])
 
+    @cached_property
+    def _tower(self) -> nn.Module:
+        source = self._sources["vision"]
+        visual = load_vision(source["name"], source["pretrained"], source["revision"]).visual
+        open_attention(visual)
+        return visual
 
-def _class_of(layer) -> type:
-    """The class that transformers put a quantized layer in place of: GPT-2 keeps its matrices the other way round."""
-    base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    return getattr(base, "source_cls", type(base))
+    @cached_property
+    def _bridge(self) -> dict[str, Tensor]:
+        return bridge_at(Path(self._model.config.bridge_init["path"]))

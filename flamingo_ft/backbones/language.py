@@ -100,7 +100,7 @@ def load_language(
     A model that was quantized before it was saved loads as it is. Raises UserError when there is no such model, when
     it cannot be reached or read, is no causal LM, or is already quantized and was to be quantized.
     """
-    folder = _folder(name, revision, local_files_only)
+    folder = language_folder(name, revision, local_files_only)
     config = _causal_config(folder, name, trust_remote_code)
     _refuse_twice_quantized(config, name, quantization)
     code = {"trust_remote_code": trust_remote_code}
@@ -109,7 +109,7 @@ def load_language(
     _refuse_encoder(model.config, name)
     _refuse_missing(report["missing_keys"], name)
     settle(model)
-    words = folder if tokenizer in (None, name) else _folder(tokenizer, None, local_files_only, weights=False)
+    words = folder if tokenizer in (None, name) else language_folder(tokenizer, None, local_files_only, weights=False)
     return LanguageBackbone(
         model=model.eval().requires_grad_(False),
         tokenizer=_load(AutoTokenizer, words, tokenizer or name, **code),
@@ -133,7 +133,9 @@ def _placed(
     return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **placed}
 
 
-def _folder(name: str, revision: str | None, local_files_only: bool, weights: bool = True) -> Path:
+def language_folder(
+    name: str, revision: str | None, local_files_only: bool = False, weights: bool = True
+) -> Path:
     """The folder that holds the files of `name`, after fetching what is missing."""
     folder = NANO_FOLDER if name == "nano" else Path(name).expanduser()
     if name and folder.is_dir():

@@ -10,12 +10,14 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import open_clip
 import torch
-from open_clip.factory import _find_checkpoint_in_dir
+from open_clip.convert import convert_state_dict
+from open_clip.factory import _find_checkpoint_in_dir, load_state_dict
+from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 from torch.utils.serialization import config as torch_files
 
+PREFIX = "visual."  # what OpenCLIP calls the tower in a whole model
 NUMPY_SUFFIXES = (".npz", ".npy")  # big_vision's: OpenCLIP writes these into the tower's own tensors one by one
 
 
@@ -37,19 +39,11 @@ class StoredTensors(Mapping[str, Tensor]):
 
 
 class _TowerAlone(nn.Module):
-    """What `open_clip.load_checkpoint` takes for a whole model: it converts all tensors, of which the tower's stay."""
-
-    logit_bias = None
+    """A tower as a part of the model that OpenCLIP's conversions look into."""
 
     def __init__(self, visual: nn.Module):
         super().__init__()
         self.visual = visual
-        self.logit_scale = nn.Parameter(torch.zeros((), device="meta"))
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
-        prefix = "visual."
-        own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
-        self.visual.load_state_dict(own, strict=strict, assign=True)
 
 
 def weights_file(model: str, weights: str | None) -> Path | None:
@@ -66,7 +60,11 @@ def fill_from_file(visual: nn.Module, file: Path) -> StoredTensors:
     """
     dtypes = {name: tensor.dtype for name, tensor in visual.state_dict().items()}
     with torch_files.patch({"load.mmap": zipfile.is_zipfile(file)}):  # torch cannot map files of its older format
-        open_clip.load_checkpoint(_TowerAlone(visual), str(file))
+        tensors = load_state_dict(str(file), weights_only=True)
+    tensors = convert_state_dict(_TowerAlone(visual), tensors)  # from the forms of OpenAI, Meta and others
+    own = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    resize_pos_embed(own, _TowerAlone(visual))
+    visual.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in own.items()}, assign=True)
     matrices = {id(layer.weight) for layer in visual.modules() if isinstance(layer, nn.Linear)}
     for parameter in visual.parameters():
         if id(parameter) not in matrices:

@@ -150,9 +150,9 @@ def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     """Tokens of the last block, one per patch, before the tower's final norm: (N, 3, H, W) -> (N, V, D).
 
     Class and register tokens are dropped; the maps of convolutional towers become tokens row by row. For CLIP
-    ViTs these are the tokens OpenFlamingo saw. The tower is frozen: no gradient, and eval mode whatever mode
-    it is in, so patch dropout, stochastic depth and batch statistics play no part. Images are cast to the
-    dtype of its first convolution.
+    ViTs these are the tokens OpenFlamingo saw. The tower is frozen, and in eval mode whatever mode it is in, so
+    patch dropout, stochastic depth and batch statistics play no part; there is a gradient only where LoRA was put
+    into it and trains. Images are cast to the dtype of its first convolution.
 
     Raises UserError when the tower has no spatial tokens.
     """
@@ -162,7 +162,8 @@ def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
             f"vision tower {type(trunk).__name__} has no spatial tokens (no forward_intermediates); "
             "choose an OpenCLIP architecture such as ViT-L-14"
         )
-    with torch.no_grad(), _eval_mode(visual):
+    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters())
+    with torch.set_grad_enabled(learns), _eval_mode(visual):
         outputs = visual.forward_intermediates(
             _as_input(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
         )
@@ -189,8 +190,8 @@ def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
 
 @contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put every submodule in eval mode, and back in its own mode afterwards."""
-    training = [submodule for submodule in module.modules() if submodule.training]
+    """Put every submodule but LoRA's own in eval mode, and back in its own mode afterwards."""
+    training = [part for name, part in module.named_modules() if part.training and ".lora_" not in name]
     for submodule in training:
         submodule.training = False
     try:
