@@ -32,6 +32,8 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: ids of the tokens that were added to the vocabulary; their rows are the Flamingo's own.
         decoder_layers_attr_name: dotted path of the decoder layers in the language model, where they are not found.
         backbones: where both backbones came from: name, revision and content hash of ``vision`` and ``language``.
+        open_attention: whether the tower's attention has linear layers for its matrices (`backbones.attention`), which
+            is how a quantized tower is stored.
         bridge_init: what the bridge was started from, None for random weights.
         format_version: version of this package's file format.
     """
@@ -52,6 +54,7 @@ class FlamingoConfig(PreTrainedConfig):
     new_token_ids: list[int] | None = None
     decoder_layers_attr_name: str | None = None
     backbones: dict[str, Any] | None = None
+    open_attention: bool = False
     bridge_init: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
