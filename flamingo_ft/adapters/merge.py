@@ -119,6 +119,7 @@ def _as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]
     for source in config.backbones.values():
         source["quantization"] = None
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
+    config.open_attention = False
     config.text_config.quantization_config = None
     config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
 

@@ -171,4 +171,4 @@ def _refuse_changed(name: str, module: nn.Module) -> None:
         found = type(getattr(module, part))
         if found is not nn.Linear:
             remedy = "merge the adapter and dequantize first"
-            raise UserError(f"{name}.{part} is a {found.__name__}, no plain linear layer; {remedy}")
+            raise UserError(f"{name}.{part} is a {found.__module__}.{found.__name__}, no plain linear layer; {remedy}")

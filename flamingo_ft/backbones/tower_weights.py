@@ -9,6 +9,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from open_clip.convert import convert_state_dict
@@ -17,7 +18,7 @@ from open_clip.model import resize_pos_embed
 from torch import Tensor, nn
 from torch.utils.serialization import config as torch_files
 
-PREFIX = "visual."  # what OpenCLIP calls the tower in a whole model
+PREFIX = "visual."
 NUMPY_SUFFIXES = (".npz", ".npy")  # big_vision's: OpenCLIP writes these into the tower's own tensors one by one
 
 
@@ -38,14 +39,6 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-class _TowerAlone(nn.Module):
-    """A tower as a part of the model that OpenCLIP's conversions look into."""
-
-    def __init__(self, visual: nn.Module):
-        super().__init__()
-        self.visual = visual
-
-
 def weights_file(model: str, weights: str | None) -> Path | None:
     """The file that `open_clip.create_model(model, weights)` would load; None where it holds numpy arrays."""
     found = weights or _find_checkpoint_in_dir(Path(model.removeprefix("local-dir:")))
@@ -59,14 +52,19 @@ def fill_from_file(visual: nn.Module, file: Path) -> StoredTensors:
     tensor is a copy of its own. Raises what `open_clip.create_model` raises for a file that does not fit.
     """
     dtypes = {name: tensor.dtype for name, tensor in visual.state_dict().items()}
-    with torch_files.patch({"load.mmap": zipfile.is_zipfile(file)}):  # torch cannot map files of its older format
-        tensors = load_state_dict(str(file), weights_only=True)
-    tensors = convert_state_dict(_TowerAlone(visual), tensors)  # from the forms of OpenAI, Meta and others
-    own = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
-    resize_pos_embed(own, _TowerAlone(visual))
-    visual.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in own.items()}, assign=True)
+    visual.load_state_dict(_converted(file, visual), strict=True, assign=True)
     matrices = {id(layer.weight) for layer in visual.modules() if isinstance(layer, nn.Linear)}
     for parameter in visual.parameters():
         if id(parameter) not in matrices:
             parameter.data = parameter.data.clone()
     return StoredTensors(visual.state_dict(), dtypes)
+
+
+def _converted(file: Path, visual: nn.Module) -> dict[str, Tensor]:
+    """The tower's tensors in ``file``, after the steps of `open_clip.load_checkpoint` that concern the tower."""
+    model = SimpleNamespace(visual=visual)
+    with torch_files.patch({"load.mmap": zipfile.is_zipfile(file)}):  # torch cannot map files of its older format
+        tensors = convert_state_dict(model, load_state_dict(str(file)))
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+    resize_pos_embed(tensors, model)
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}

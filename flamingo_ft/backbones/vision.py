@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.quantization import Quantization
+from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.backbones.quantized_tower import quantize_tower
 from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, weights_file
 from flamingo_ft.errors import UserError
@@ -94,6 +94,8 @@ def load_vision(
     Raises UserError for an unknown name or tag, a download that fails, weights that do not fit, and a tower without
     matrices that could be quantized.
     """
+    if quantization is not None:
+        require_bitsandbytes(quantization.format)
     located = _locate(name, pretrained, revision)
     if revision and located.revision is None:
         raise UserError(f"revision {revision} asked of {name}, which is not on the Hub; remove the revision")

@@ -36,6 +36,8 @@ class FlamingoConfig(PreTrainedConfig):
         bridge_quantization: how the frozen parts of the bridge were kept, None for unquantized.
         adapter_parts: the parts of the bridge that adapters of this model hold, None for all; the base has the others.
         merged: what was merged into this model, None for a model that is no merge.
+        open_attention: whether the tower's attention has linear layers for its matrices (`backbones.attention`), which
+            is how a quantized tower is stored.
         format_version: version of this package's file format.
     """
 
@@ -55,6 +57,7 @@ class FlamingoConfig(PreTrainedConfig):
     new_token_ids: list[int] | None = None
     decoder_layers_attr_name: str | None = None
     backbones: dict[str, Any] | None = None
+    open_attention: bool = False
     bridge_init: dict[str, Any] | None = None
     bridge_quantization: dict[str, Any] | None = None
     adapter_parts: list[str] | None = None

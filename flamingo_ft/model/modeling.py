@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from flamingo_ft.backbones.attention import is_open, open_attention
 from flamingo_ft.backbones.vision import build_visual, non_persistent_buffers
 
 from .conditioning import cache_in
@@ -19,6 +20,7 @@ from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
 from .perceiver import PerceiverResampler
+from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
 
 
 class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):
@@ -46,6 +48,9 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         super().__init__(config)
         self.vision_encoder = build_visual(config.vision_config) if vision_encoder is None else vision_encoder
         self.lang_encoder = lang_encoder or AutoModelForCausalLM.from_config(config.text_config)
+        if config.open_attention:
+            open_attention(self.vision_encoder)
+        config.open_attention = is_open(self.vision_encoder)
         _keep_weights(self.vision_encoder)
         _keep_weights(self.lang_encoder)
         config.text_config = self.lang_encoder.config
@@ -61,6 +66,25 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         )
         self.post_init()
         self.requires_grad_(False)
+        mark_quantized(self)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As every model of transformers. With a ``quantization_config`` of bitsandbytes, the tower is quantized
+        whole, its fused attention too, and the language model's output head is not."""
+        wanted = kwargs.get("quantization_config")
+        config = stored_config(pretrained_model_name_or_path, kwargs) if wanted is not None else None
+        is_new = config is not None and getattr(config, "quantization_config", None) is None
+        if is_new:
+            kwargs["quantization_config"] = keeping_the_head(wanted, config)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        finish_quantized(loaded[0] if isinstance(loaded, tuple) else loaded, is_new)
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As every model of transformers. Raises UserError for one put together from quantized backbones."""
+        refuse_put_together(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def forward(
         self,

@@ -20,6 +20,7 @@ from flamingo_ft.backbones.vision import image_transform, load_vision
 from .checkpoints import is_open_flamingo, load_open_flamingo
 from .core import FlamingoCore
 from .layers import CheckpointedBlock
+from .quantized import mark_quantized
 from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
 
 
@@ -61,6 +62,7 @@ class Flamingo(FlamingoCore):
             decoder_layers_attr_name=decoder_layers_attr_name,
         )
         self._media_cached = False
+        mark_quantized(self)
         if gradient_checkpointing:
             self.gradient_checkpointing_enable()
 

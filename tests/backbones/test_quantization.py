@@ -1,0 +1,204 @@
+"""Language models in 8 or 4 bits: the files decide their identity, and their vocabulary can still grow."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from flamingo_ft.backbones import quantization
+from flamingo_ft.backbones.identity import files_sha256
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.quantization import (
+    Quantization,
+    dequantize_linears,
+    dequantized,
+    formats_in,
+    is_quantized,
+    quantize_linears,
+)
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.errors import UserError
+from flamingo_ft.model.tokens import grow_vocabulary
+from tests.backbones.test_language import IDS, save_tokenizer
+from tests.model.tiny import tiny_language_model
+
+FORMATS = ("int8", "nf4", "fp4")
+NEW_TOKENS = 2
+
+
+def save(lm: PreTrainedModel, folder: Path) -> str:
+    lm.save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+def load(name: str, wanted: str, **options) -> PreTrainedModel:
+    return load_language(name, quantization=Quantization(wanted, **options), device="cpu").model
+
+
+def refusal(call, *arguments, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# One matrix
+
+
+@pytest.mark.parametrize("wanted, error", [("int8", 0.01), ("nf4", 0.11), ("fp4", 0.14)])
+@pytest.mark.parametrize("shape", [(64, 48), (16, 33), (3, 5)])
+def test_a_quantized_layer_multiplies_by_the_matrix_that_it_stands_for(wanted, error, shape):
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"linear": nn.Linear(*shape)})
+    plain, x = holder["linear"], torch.randn(4, shape[0])
+    quantize_linears(holder, Quantization(wanted))
+    found = dequantized(holder["linear"])
+    assert (found - plain.weight).norm() / plain.weight.norm() < error
+    assert torch.equal(holder["linear"].bias, plain.bias)
+    expected = nn.functional.linear(x, found, plain.bias)
+    assert (holder["linear"](x) - expected).norm() / expected.norm() < 0.01
+
+
+def test_an_8_bit_layer_takes_inputs_of_any_shape():
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"linear": nn.Linear(8, 6)})
+    quantize_linears(holder, Quantization("int8"))
+    x = torch.randn(2, 3, 4, 5, 8)
+    flat = holder["linear"](x.flatten(0, -2))
+    for end in (-1, -2, -3, -4):
+        found = holder["linear"](x.flatten(0, end - 1))
+        assert torch.equal(found.flatten(0, -2) if found.dim() > 2 else found, flat)
+    assert holder["linear"](x[0, 0, 0, 0]).shape == (6,)
+
+
+@pytest.mark.parametrize("wanted", FORMATS)
+def test_what_is_to_be_kept_is_kept_and_dequantizing_leaves_plain_layers(wanted):
+    torch.manual_seed(0)
+    holder = nn.ModuleDict({"first": nn.Linear(8, 8), "second": nn.Linear(8, 8, bias=False)})
+    kept = holder["second"]
+    quantize_linears(holder, Quantization(wanted), keep=lambda name: name == "second")
+    assert is_quantized(holder["first"]) and holder["second"] is kept
+    matrix = dequantized(holder["first"])
+    dequantize_linears(holder, torch.float32)
+    assert type(holder["first"]) is nn.Linear and torch.equal(holder["first"].weight, matrix)
+
+
+def test_the_record_gives_the_quantization_back():
+    for wanted in (Quantization("nf4", double_quantization=False, compute_dtype="bf16"), Quantization("int8"), None):
+        record = json.loads(json.dumps(wanted.record())) if wanted else None
+        assert Quantization.from_record(record) == wanted
+
+
+# Language models
+
+
+@pytest.mark.parametrize("wanted", FORMATS)
+def test_a_language_model_loads_with_all_matrices_quantized_but_its_head(wanted, tmp_path):
+    torch.manual_seed(0)
+    lm = tiny_language_model()
+    name = save(lm, tmp_path)
+    found = load_language(name, quantization=Quantization(wanted), device="cpu")
+    plain = [part for part, module in found.model.named_modules() if type(module) is nn.Linear]
+    assert plain == ["lm_head"] and formats_in(found.model) == {"int8" if wanted == "int8" else "4bit"}
+    assert torch.equal(found.model.lm_head.weight, lm.lm_head.weight)
+    assert found.source == {
+        "name": name, "revision": None, "sha256": files_sha256(tmp_path), "quantization": Quantization(wanted).record()
+    }
+    assert not found.model.training and not any(p.requires_grad for p in found.model.parameters())
+    logits = found.model(input_ids=IDS).logits
+    assert torch.cosine_similarity(logits, lm(input_ids=IDS).logits, dim=-1).mean() > 0.9
+
+
+@pytest.mark.parametrize("wanted", ["int8", "nf4"])
+def test_conv1d_models_are_quantized_the_right_way_round(wanted, tmp_path):
+    torch.manual_seed(0)
+    lm = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_layer=2, n_head=4, n_positions=16)).eval()
+    found = load(save(lm, tmp_path), wanted)
+    assert is_quantized(found.transformer.h[0].attn.c_attn)
+    logits = found(input_ids=IDS).logits
+    assert torch.cosine_similarity(logits, lm(input_ids=IDS).logits, dim=-1).min() > 0.95
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("wanted", ["int8", "nf4"])
+def test_the_vocabulary_of_a_quantized_model_grows_and_its_rows_stay(wanted, tied, tmp_path):
+    lm = load(save(tiny_language_model(tie_word_embeddings=tied), tmp_path), wanted)
+    matrices = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    before = [matrix.weight.clone() for matrix in matrices]
+    rows, logits = len(before[0]), lm(input_ids=IDS).logits
+    grow_vocabulary(lm, rows + NEW_TOKENS)
+    for matrix, kept in zip((lm.get_input_embeddings(), lm.get_output_embeddings()), before, strict=True):
+        assert torch.equal(matrix.weight[:rows], kept) and len(matrix.weight) == rows + NEW_TOKENS
+        torch.testing.assert_close(matrix.weight[rows:], kept.mean(0).expand(NEW_TOKENS, -1))
+    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(lm(input_ids=IDS).logits[..., :rows], logits)
+    assert lm(input_ids=torch.tensor([[3, rows, rows + 1]])).logits.isfinite().all()
+
+
+def test_the_rest_of_a_language_model_is_in_the_compute_dtype(tmp_path):
+    lm = load(save(tiny_language_model(), tmp_path), "nf4", compute_dtype="bf16")
+    assert lm.lm_head.weight.dtype == lm.model.norm.weight.dtype == torch.bfloat16
+    assert lm(input_ids=IDS).logits.dtype == torch.bfloat16
+
+
+# Quantized before
+
+
+def test_a_model_that_was_saved_quantized_loads_as_it_is(tmp_path):
+    lm = load(save(tiny_language_model(), tmp_path / "plain"), "nf4")
+    name = save(lm, tmp_path / "quantized")
+    found = load_language(name)
+    assert found.source["quantization"] is None and formats_in(found.model) == {"4bit"}
+    assert torch.equal(found.model(input_ids=IDS).logits, lm(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "torchao", "bitsandbytes"])
+def test_quantizing_what_is_quantized_is_refused(method, tmp_path):
+    name = save(tiny_language_model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_4bit": method == "bitsandbytes"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refusal(load_language, name, quantization=Quantization("nf4"))
+    assert "kept in nf4, but is already quantized" in message and method in message and "to none" in message
+
+
+# Without bitsandbytes
+
+
+def test_without_bitsandbytes_quantization_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(quantization, "bnb", None)
+    for loader in (load_language, load_vision):
+        message = refusal(loader, "nano", quantization=Quantization("int8"))
+        assert message == "quantization int8 needs bitsandbytes; pip install bitsandbytes, or use none"
+    assert formats_in(load_vision("nano").visual) == set() and load_language("nano").model is not None
+
+
+def test_the_package_works_without_bitsandbytes():
+    program = (
+        "import sys; sys.modules['bitsandbytes'] = None\n"
+        "from flamingo_ft import build_flamingo, load_language, load_vision\n"
+        "build_flamingo(load_vision('nano'), load_language('nano'))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def test_8_bit_products_are_silent(tmp_path, caplog):
+    lm = load(save(tiny_language_model(), tmp_path), "int8")
+    caplog.clear()
+    lm(input_ids=IDS)
+    assert not caplog.records
+
+
+def test_transformers_words_for_a_quantization_are_its_own():
+    config = Quantization("nf4", compute_dtype="bf16").bnb_config()
+    assert isinstance(config, BitsAndBytesConfig) and config.quantization_method() == "nf4"
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16 and config.bnb_4bit_use_double_quant
+    assert Quantization("int8").bnb_config().quantization_method() == "llm_int8"

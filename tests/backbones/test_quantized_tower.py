@@ -1,0 +1,208 @@
+"""A quantized tower: every matrix of its blocks in 8 or 4 bits, and nearly the same tokens."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.factory import _MODEL_CONFIGS
+from open_clip.transformer import Attention as CustomAttention
+from PIL import Image
+from torch import nn
+
+from flamingo_ft.backbones.attention import close_attention
+from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.quantization import Quantization, dequantize_linears, formats_in, is_quantized
+from flamingo_ft.backbones.quantized_tower import quantize_tower
+from flamingo_ft.backbones.vision import VisionBackbone, build_visual, image_transform, load_vision, spatial_tokens
+from flamingo_ft.errors import UserError
+from tests.backbones.test_vision import CLIP_CFG, TEXT_CFG, TOWERS, checkpoint, timm_config, write_folder
+
+PICTURES = Path(__file__).parents[2] / "recipes" / "quickstart" / "images"
+FORMATS = ("int8", "nf4", "fp4")
+SIGLIP = timm_config("test_vit3", 160, timm_pool="map", timm_proj="")
+FAMILIES = {
+    **{name: TOWERS[name][0] for name in ("clip", "coca", "vit", "vit-registers", "eva-rotary", "convnext")},
+    "custom": {"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "block_type": "custom"}},
+    "siglip": SIGLIP,
+}
+CLOSE = {"int8": 0.999, "nf4": 0.98, "fp4": 0.97}
+
+
+def random_tower(config: dict) -> nn.Module:
+    """A tower in which every block matters: layer scales, which start near zero, are at one.
+
+    OpenCLIP starts its own attention so large that each token looks at one other; here it looks at many.
+    """
+    torch.manual_seed(0)
+    visual = build_visual(config).eval().requires_grad_(False)
+    for name, parameter in visual.named_parameters():
+        if name.rpartition(".")[2] in ("gamma", "gamma_1", "gamma_2"):
+            parameter.fill_(1.0)
+    for module in visual.modules():
+        if isinstance(module, CustomAttention):
+            module.in_proj_weight.mul_(0.2)
+    return visual
+
+
+def images_for(config: dict) -> torch.Tensor:
+    size = config["vision_cfg"]["image_size"]
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def real_images(tower: VisionBackbone, count: int) -> torch.Tensor:
+    """Pictures of the quickstart as the tower is to see them."""
+    transform = image_transform(tower.preprocess)
+    return torch.stack([transform(Image.open(file)) for file in sorted(PICTURES.glob("*.png"))[:count]])
+
+
+def quantized(visual: nn.Module, wanted: str) -> nn.Module:
+    twin = copy.deepcopy(visual)
+    quantize_tower(twin, Quantization(wanted), "cpu")
+    return twin
+
+
+def similarity(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Cosine of two sets of tokens (N, V, D), mean over the tokens."""
+    return torch.cosine_similarity(found, expected, dim=-1).mean().item()
+
+
+def share_quantized(visual: nn.Module) -> float:
+    """Of the bytes that the tower's weights had, those whose matrices are quantized."""
+    small = sum(layer.weight.numel() for layer in visual.modules() if is_quantized(layer))
+    inside = sum(layer.in_features * layer.out_features for layer in visual.modules() if is_quantized(layer))
+    return inside / (sum(parameter.numel() for parameter in visual.parameters()) - small + inside)
+
+
+@pytest.mark.parametrize("wanted", FORMATS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_of_every_block_is_quantized_and_tokens_stay_close(family, wanted):
+    visual, images = random_tower(FAMILIES[family]), images_for(FAMILIES[family])
+    twin = quantized(visual, wanted)
+    blocks = twin.trunk if hasattr(twin, "trunk") else twin.transformer
+    for name, module in blocks.named_modules():
+        assert not isinstance(module, nn.MultiheadAttention), name
+        assert is_quantized(module) or not isinstance(module, nn.Linear), name
+        bare = [leaf for leaf, parameter in module.named_parameters(recurse=False) if "proj_weight" in leaf]
+        assert not bare, name
+    assert similarity(spatial_tokens(twin, images), spatial_tokens(visual, images)) >= CLOSE[wanted]
+
+
+@pytest.mark.parametrize("wanted, least", [("int8", 0.999), ("nf4", 0.99), ("fp4", 0.99)])
+def test_the_nano_towers_tokens_stay_close_on_real_images(wanted, least):
+    tower = load_vision("nano")
+    images = real_images(tower, 16)
+    twin = load_vision("nano", quantization=Quantization(wanted), device="cpu")
+    assert similarity(spatial_tokens(twin.visual, images), spatial_tokens(tower.visual, images)) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted, least", [("int8", 0.999), ("nf4", 0.98)])
+def test_vit_l_14_is_quantized_but_for_5_percent_and_its_tokens_stay_close(wanted, least):
+    torch.manual_seed(0)
+    tower = load_vision("ViT-L-14")
+    images = real_images(tower, 2)
+    expected = spatial_tokens(tower.visual, images)
+    quantize_tower(tower.visual, Quantization(wanted), "cpu")
+    assert share_quantized(tower.visual) >= 0.95
+    assert similarity(spatial_tokens(tower.visual, images), expected) >= least
+
+
+def test_a_dequantized_tower_closes_and_gives_the_quantized_ones_tokens():
+    visual, images = random_tower(FAMILIES["clip"]), images_for(FAMILIES["clip"])
+    keys = list(visual.state_dict())
+    twin = quantized(visual, "nf4")
+    expected = spatial_tokens(twin, images)
+    dequantize_linears(twin, torch.float32)
+    close_attention(twin)
+    assert list(twin.state_dict()) == keys and not formats_in(twin)
+    torch.testing.assert_close(spatial_tokens(twin, images), expected)
+
+
+def refusal(*arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        quantize_tower(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("config", [TOWERS["resnet"][0], timm_config("test_resnet", 160)], ids=["resnet", "timm's"])
+def test_a_tower_of_convolutions_is_refused(config):
+    assert "has convolutions and no matrices" in refusal(build_visual(config), Quantization("nf4"))
+
+
+def test_weights_that_no_format_takes_are_refused():
+    visual = build_visual(FAMILIES["clip"]).double()
+    message = refusal(visual, Quantization("int8"))
+    assert "transformer.resblocks.0.attn" in message and "torch.float64" in message
+
+
+# Loading
+
+
+@pytest.mark.parametrize("wanted", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["clip", "clip-quickgelu", "coca", "vit", "vit-relative", "eva-rotary", "convnext"])
+def test_loading_quantized_is_loading_and_quantizing(name, wanted, tmp_path):
+    config = TOWERS[name][0]
+    write_folder(tmp_path, config)
+    plain = load_vision(str(tmp_path))
+    found = load_vision(str(tmp_path), quantization=Quantization(wanted), device="cpu")
+    images = images_for(config)
+    assert found.source == {**plain.source, "quantization": Quantization(wanted).record()}
+    assert (found.config, found.preprocess, found.width) == (plain.config, plain.preprocess, plain.width)
+    assert not found.visual.training and not any(p.requires_grad for p in found.visual.parameters())
+    expected = quantized(plain.visual, wanted)
+    assert torch.equal(spatial_tokens(found.visual, images), spatial_tokens(expected, images))
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_file_of_any_format_and_dtype_loads_quantized(stored, new_format, tmp_path, monkeypatch):
+    config = {"embed_dim": 16, "vision_cfg": CLIP_CFG}
+    monkeypatch.setitem(_MODEL_CONFIGS, "tiny", {**config, "text_cfg": TEXT_CFG})
+    _, weights = checkpoint(config)
+    weights = {f"module.{name}": tensor.to(stored) for name, tensor in weights.items()}
+    file = tmp_path / "epoch_1.pt"
+    torch.save({"state_dict": weights}, file, _use_new_zipfile_serialization=new_format)
+    plain = load_vision("tiny", str(file))
+    found = load_vision("tiny", str(file), quantization=Quantization("nf4"), device="cpu")
+    assert found.source["sha256"] == plain.source["sha256"] == tensors_sha256(plain.visual)
+    images = images_for(config)
+    assert torch.equal(spatial_tokens(found.visual, images), spatial_tokens(quantized(plain.visual, "nf4"), images))
+
+
+def test_a_loaded_tower_does_not_depend_on_its_file(tmp_path):
+    write_folder(tmp_path, TOWERS["clip"][0])
+    found = load_vision(str(tmp_path), quantization=Quantization("nf4"), device="cpu")
+    images = images_for(TOWERS["clip"][0])
+    expected = spatial_tokens(found.visual, images)
+    file = tmp_path / "open_clip_model.safetensors"
+    with file.open("r+b") as stream:
+        stream.write(bytes(file.stat().st_size))
+    assert torch.equal(spatial_tokens(found.visual, images), expected)
+
+
+def test_random_weights_are_quantized_too():
+    torch.manual_seed(0)
+    plain = load_vision("ViT-S-32-alt")
+    torch.manual_seed(0)
+    found = load_vision("ViT-S-32-alt", quantization=Quantization("int8"), device="cpu")
+    assert found.source["sha256"] == plain.source["sha256"] and formats_in(found.visual) == {"int8"}
+
+
+def test_a_file_that_does_not_fit_is_refused_as_it_is_unquantized(tmp_path):
+    write_folder(tmp_path, TOWERS["clip"][0])
+    model = {"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "width": 48}, "text_cfg": TEXT_CFG}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    with pytest.raises(UserError, match="cannot load .* check that weights and architecture") as caught:
+        load_vision(str(tmp_path), quantization=Quantization("nf4"))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_rest_of_the_tower_is_in_the_compute_dtype():
+    found = load_vision("nano", quantization=Quantization("nf4", compute_dtype="bf16"), device="cpu")
+    assert {parameter.dtype for parameter in found.visual.parameters()} == {torch.bfloat16, torch.uint8}
+    assert spatial_tokens(found.visual, torch.randn(1, 3, *found.visual.image_size)).dtype == torch.bfloat16
