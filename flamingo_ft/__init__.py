@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning of Flamingo-style vision-language models.
 
-The names below come from their modules when first used, so that importing the package is quick. What transformers
-needs to find a Flamingo by its configuration is registered when transformers is, or has been, imported.
+The names below come from their modules when first used, so that importing the package is quick. transformers' Auto
+classes know the Flamingo from then on, whichever of the two is imported first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import logging
 import os
 from importlib import import_module
 from typing import Any
+
+from flamingo_ft.registration import REGISTERS, register_with_transformers
 
 __version__ = "0.1.0"
 
@@ -43,14 +45,21 @@ _HOMES = {
     "train": "flamingo_ft.training.run",
 }
 
+_LIGHT = ("flamingo_ft.config", "flamingo_ft.errors")  # modules that need no transformers
+
 __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _HOMES[name] not in _LIGHT:
+        import_module(REGISTERS)
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register_with_transformers()

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from torch import Tensor
 
 from flamingo_ft import __version__
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .contents import adapter_tensors
-from .lora import ADAPTER, has_lora
+from .contents import adapter_tensors, kept_parts
+from .lora import has_lora
 
 CARD = "README.md"
+PART_NAMES = {
+    "perceiver": "the perceiver resampler",
+    "cross_attention": "the gated cross-attention",
+    "new_tokens": "the embedding rows of the new tokens",
+}
 
 
 def write_card(
@@ -27,11 +33,24 @@ def write_card(
         vision=model.config.backbones["vision"],
         language=model.config.backbones["language"],
         config=model.config,
-        parameters=sum(tensor.numel() for tensor in adapter_tensors(model).values()),
+        contents=", ".join(_contents(model)),
+        parameters=sum(tensor.numel() for tensor in _tensors(model)),
+        kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
         evaluation=evaluation and _complete(evaluation),
         percent=lambda share: "" if share is None else f"{100 * share:.1f} %",
     )
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
+
+
+def _tensors(model: FlamingoForConditionalGeneration) -> Iterable[Tensor]:
+    """What is in the folder that the card describes."""
+    return model.parameters() if model.config.merged else adapter_tensors(model).values()
+
+
+def _contents(model: FlamingoForConditionalGeneration) -> list[str]:
+    """What the adapter holds, in words."""
+    parts = [PART_NAMES[part] for part in kept_parts(model.config)]
+    return parts + (["LoRA"] if has_lora(model) else [])
 
 
 def _complete(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _ends_in(name: str, endings: Iterable[str]) -> bool:
 
 
 def _without_numbers(name: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    return re.sub(r"(?<![^.])\d+(?=\.)", "*", name)
 
 
 def _anywhere_in(part: str) -> str:

@@ -38,6 +38,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["attn_gate", "ff_gate"]  # too fine for fewer bits
 
     def __init__(
         self,

@@ -1,0 +1,200 @@
+"""LoRA: which matrices get an update, what updates start from, and that one that cannot be is refused in words."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable, trainable_parameters
+from flamingo_ft.adapters.lora import _pattern, add_lora, find_targets
+from flamingo_ft.adapters.originals import Originals
+from flamingo_ft.backbones.language import LanguageBackbone, load_language
+from flamingo_ft.backbones.quantization import dequantized
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.config import LoraPart, LoraSection, TrainableSection
+from flamingo_ft.errors import UserError
+from flamingo_ft.model import build_flamingo
+from flamingo_ft.training.build import build_model
+
+from ..regimes import LORA, NOTHING_WHOLE, REGIMES, build, inputs, logits, quantized, recipe, shake
+
+
+def layers(model, prefix: str = "") -> dict[str, LoraLayer]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and n.startswith(prefix)}
+
+
+def start_of(layer: LoraLayer) -> torch.Tensor:
+    """What the update adds to the matrix."""
+    return layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+
+
+# --- which matrices ---
+
+
+def test_each_part_has_its_own_rank_alpha_and_targets(small_run):
+    model, _ = build(*REGIMES["LoRA everywhere"])
+    shapes = {"lang_encoder.": (4, 2.0), "gated": (2, 16.0), "perceiver.": (3, 32 / 3), "vision_encoder.": (2, 16.0)}
+    for prefix, (rank, scaling) in shapes.items():
+        found = layers(model, prefix)
+        assert found
+        for layer in found.values():
+            assert layer.r["default"] == rank and layer.scaling["default"] == scaling
+    assert {name.rpartition(".")[2] for name in layers(model, "vision_encoder.")} == {"in_proj"}
+    assert not isinstance(model.lang_encoder.lm_head, LoraLayer)
+
+
+def test_all_linear_is_every_matrix_of_the_part_but_the_head(small_run):
+    model, _ = build()
+    found = find_targets(model, "language", LoraPart())
+    matrices = [n for n, m in model.lang_encoder.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert found == [f"lang_encoder.{name}" for name in matrices]
+
+
+def test_the_matrices_of_gpt2s_kind_get_updates_too():
+    language = load_language("nano")
+    config = GPT2Config(vocab_size=len(language.tokenizer), n_layer=2, n_head=2, n_embd=16)
+    backbone = LanguageBackbone(GPT2LMHeadModel(config), language.tokenizer, {})
+    sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
+    model, _ = build_flamingo(load_vision("nano"), backbone, perceiver=sizes)
+    add_lora(model, LoraSection(language=LoraPart(r=2)))
+    assert len(layers(model, "lang_encoder.")) == 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("part", "target", "told"),
+    [
+        ("language", "query_key_value", "language part; it has model.layers.*.self_attn.q_proj, "),
+        ("language", "lm_head", "lm_head matches no matrix of the language part"),
+        ("vision", "q_proj", "it has transformer.resblocks.*.attn.in_proj, transformer.resblocks.*.attn.out_proj"),
+        ("cross_attention", "q_proj", "it has *.attn.to_q, *.attn.to_kv"),
+    ],
+)
+def test_a_target_that_matches_nothing_is_refused_with_what_exists(small_run, part, target, told):
+    off = (f"trainable.{part}=false",) if part == "cross_attention" else ()
+    with pytest.raises(UserError) as error:
+        build(f"lora.{part}={{r: 2, target_modules: [{target}]}}", *off)
+    message = str(error.value)
+    assert message.startswith(f"lora.{part}.target_modules: {target} matches no matrix") and told in message
+    assert "\n" not in message
+
+
+NAMES = [f"{part}.layers.{n}.{leaf}" for part in ("lm", "tower") for n in range(12) for leaf in ("q", "k.1", "mlp.up")]
+
+
+@given(st.sets(st.sampled_from(NAMES), min_size=1))
+def test_a_pattern_matches_the_chosen_matrices_and_no_other(chosen):
+    pattern = _pattern(sorted(chosen), NAMES)
+    assert {name for name in NAMES if re.fullmatch(pattern, name)} == chosen
+
+
+# --- what updates start from ---
+
+
+@pytest.mark.parametrize(
+    "how", ["lora.init_lora_weights=default", "lora.init_lora_weights=gaussian", "lora.use_dora=true"]
+)
+def test_a_fresh_update_changes_nothing(small_run, how):
+    expected = logits(*build("model.init_from=start"))
+    found = logits(*build(LORA, how, "model.init_from=start"))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_rslora_scales_by_the_root_of_the_rank(small_run):
+    model, _ = build(LORA, "lora.use_rslora=true")
+    assert {layer.scaling["default"] for layer in layers(model).values()} == {8 / 4**0.5}
+
+
+def test_dropout_is_on_what_goes_into_updates(small_run):
+    model, _ = build(LORA, "lora.lora_dropout=0.25", "lora.vision={r: 2}")
+    assert {layer.lora_dropout["default"].p for layer in layers(model).values()} == {0.25}
+
+
+def test_pissa_changes_nothing_at_first_and_is_kept_as_a_lora_on_the_untouched_base(small_run):
+    plain, _ = build("model.init_from=start")
+    model, processor = build(LORA, "lora.init_lora_weights=pissa", "model.init_from=start")
+    torch.testing.assert_close(logits(model, processor), logits(plain, processor), rtol=0, atol=1e-4)
+    name = "lang_encoder.model.layers.0.mlp.up_proj"
+    weight, layer = plain.get_submodule(name).weight, model.get_submodule(name)
+    left, values, right = torch.linalg.svd(weight.double())
+    torch.testing.assert_close(
+        start_of(layer).double(), left[:, :4] * values[:4] @ right[:4], rtol=1e-4, atol=1e-5
+    )
+    shake(model)
+    save_adapter(model, processor, Path("adapter"))
+    loaded, _ = load_adapter("adapter")
+    assert loaded.peft_config["default"].r == 8
+    assert torch.equal(loaded.get_submodule(name).get_base_layer().weight, weight)
+    torch.testing.assert_close(logits(loaded, processor), logits(model, processor), rtol=0, atol=2e-4)
+
+
+def test_loftq_starts_at_the_best_update_to_what_quantization_lost(small_run):
+    overrides = (*quantized("nf4", "LoRA"), NOTHING_WHOLE, LORA, "model.init_from=start")
+    parts = ("lora.cross_attention={r: 2}", "lora.vision={r: 2}")
+    model, _ = build(*overrides, *parts, "lora.init_lora_weights=loftq")
+    originals = Originals(model)
+    for name, layer in layers(model).items():
+        kept = dequantized(layer.get_base_layer()).double()
+        lost = originals[name].double() - kept
+        left, values, right = torch.linalg.svd(lost, full_matrices=False)
+        rank = layer.r["default"]
+        best = left[:, :rank] * values[:rank] @ right[:rank]
+        torch.testing.assert_close(start_of(layer).double(), best, rtol=1e-3, atol=1e-5)
+        assert 0 < (lost - best).norm() < 0.99 * lost.norm()
+
+
+def test_eva_starts_along_the_principal_directions_of_what_a_layer_reads(small_run):
+    """On one batch the incremental PCA of the paper is the plain one: compared in float64."""
+    read = []
+
+    def some_batches(model, processor):
+        layer = model.get_submodule("lang_encoder.model.layers.1.mlp.down_proj")
+        layer.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, -2)))
+        return [inputs(processor)]
+
+    wanted = recipe("lora.language={r: 3, target_modules: [down_proj]}", "lora.init_lora_weights=eva")
+    model, _ = build_model(wanted, some_batches)
+    layer = model.get_submodule("lang_encoder.model.layers.1.mlp.down_proj")
+    found = layer.lora_A["default"].weight.double()
+    rows = read[0].double()
+    directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:3]
+    torch.testing.assert_close((found @ directions.T).abs(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3)
+    assert not layer.lora_B["default"].weight.any()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ((*quantized("nf4"), "lora.init_lora_weights=pissa"), "pissa takes its start out of the weights, and lang_encoder."),
+        (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is kept as a LoRA of twice the rank"),
+        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4 bits lost, and lang_encoder."),
+        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4 bits lost"),
+        (("lora.init_lora_weights=eva",), "eva looks at training batches, and there are none here"),
+    ],
+)
+def test_an_initialisation_that_the_weights_do_not_allow_is_refused(small_run, overrides, told):
+    with pytest.raises(UserError) as error:
+        build(LORA, *overrides)
+    assert f"lora.init_lora_weights: {told}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_tower_learns_through_its_updates_and_only_through_them(small_run):
+    model, processor = build("lora.vision={r: 2}", "model.init_from=start")
+    model.train()(**inputs(processor)).logits.sum().backward()
+    with_gradient = {n for n, p in model.named_parameters() if n.startswith("vision_encoder.") and p.grad is not None}
+    declared = {n for n in trainable_parameters(model) if n.startswith("vision_encoder.")}
+    assert with_gradient == declared and all(".lora_" in name for name in declared)
+
+
+def test_adding_lora_leaves_what_trains_otherwise_as_it_was(small_run):
+    model, _ = build()
+    set_trainable(model, TrainableSection(perceiver=False))
+    before = set(trainable_parameters(model))
+    add_lora(model, LoraSection(language=LoraPart(r=2)))
+    assert {name for name in trainable_parameters(model) if ".lora_" not in name} == before
+    assert copy.deepcopy(model).peft_config.keys() == {"default"}

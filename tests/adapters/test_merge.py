@@ -1,0 +1,182 @@
+"""A merged model says what the adapter says, stands alone, and is never written over anything or by half."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+
+import flamingo_ft
+from flamingo_ft import cli
+from flamingo_ft.adapters import load_adapter, load_trained, merge_adapter, save_adapter
+from flamingo_ft.adapters import merge as merging
+from flamingo_ft.adapters.files import WEIGHTS
+from flamingo_ft.backbones.quantization import Quantization, formats_in
+from flamingo_ft.errors import UserError
+
+from ..regimes import LORA, REGIMES, build, inputs, logits, quantized, shake
+
+ROOT = Path(flamingo_ft.__file__).parents[1]
+
+
+def adapter(*overrides: str) -> torch.Tensor:
+    """Write an adapter to `adapter`; what it says."""
+    model, processor = build(*overrides)
+    shake(model, 0.03)
+    save_adapter(model, processor, Path("adapter"))
+    return logits(model, processor)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("extra", [(), ("lora.use_dora=true",), ("lora.use_rslora=true",), ("lora.init_lora_weights=pissa",)])
+@pytest.mark.parametrize("regime", REGIMES)
+def test_merged_equals_unmerged(small_run, regime, extra):
+    if extra and "LoRA" not in regime:
+        pytest.skip("there is nothing to initialise")
+    expected = adapter(*REGIMES[regime], *extra)
+    report = merge_adapter("adapter", "merged", dtype=torch.float32)
+    loaded, processor = load_trained("merged")
+    limit = 1e-5 if not any("pissa" in option for option in extra) else 1e-4  # its base was rounded while it trained
+    assert distance(logits(loaded, processor), expected) < limit
+    assert report["relative"] < limit and report["token_agreement"] == 1.0
+    assert json.loads(Path("merged", "merge.json").read_text()) == report
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_merged_into_what_the_quantized_base_stands_for_equals_unmerged(small_run, regime):
+    expected = adapter(*REGIMES[regime], *quantized("nf4", regime))
+    merge_adapter("adapter", "merged", base="dequantized", dtype=torch.float32)
+    assert distance(logits(*load_trained("merged")), expected) < 1e-4
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_merged_into_the_unquantized_base_is_the_base_with_the_adapters_update(small_run, form):
+    """W + scaling * B A of the original W, entry by entry, in float64."""
+    adapter(*REGIMES["bridge and LoRA"], *quantized(form))
+    merge_adapter("adapter", "merged", dtype=torch.float32)
+    name = "lang_encoder.model.layers.1.mlp.up_proj"
+    tensors, merged = load_file(Path("adapter", WEIGHTS)), load_file(Path("merged", "model.safetensors"))
+    a, b = (tensors[f"base_model.model.{name}.lora_{matrix}.weight"].double() for matrix in "AB")
+    original = flamingo_ft.load_language("nano").model.get_submodule(name.removeprefix("lang_encoder.")).weight
+    torch.testing.assert_close(merged[f"{name}.weight"].double(), original.double() + 2 * b @ a, rtol=0, atol=1e-6)
+
+
+def test_a_merged_model_is_one_of_transformers_after_the_import_alone(small_run):
+    expected = adapter(LORA, "lora.vision={r: 2}")
+    merge_adapter("adapter", "merged", dtype=torch.float32)
+    script = (
+        "import torch; import flamingo_ft; from transformers import AutoModelForImageTextToText;"
+        "model = AutoModelForImageTextToText.from_pretrained('merged').eval();"
+        "assert not hasattr(model, 'peft_config') and not any('lora' in name for name, _ in model.named_parameters());"
+        "inputs = torch.load('inputs.pt');"
+        "torch.save(model(**inputs).logits.detach(), 'logits.pt')"
+    )
+    torch.save(inputs(AutoProcessor.from_pretrained("merged")), "inputs.pt")
+    done = subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert distance(torch.load("logits.pt"), expected) < 1e-5
+
+
+def test_a_merged_model_keeps_gates_in_float32_and_all_else_as_asked(small_run):
+    adapter(LORA)
+    merge_adapter("adapter", "merged")
+    written = load_file(Path("merged", "model.safetensors"))
+    model = AutoModelForImageTextToText.from_pretrained("merged")
+    for tensors in (written, dict(model.named_parameters())):
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point():
+                assert tensor.dtype == (torch.float32 if name.endswith("_gate") else torch.bfloat16), name
+
+
+@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+def test_a_merged_model_is_quantized_again_by_transformers(small_run, options):
+    expected = adapter(LORA)
+    merge_adapter("adapter", "merged", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained("merged", quantization_config=BitsAndBytesConfig(**options))
+    assert formats_in(model.vision_encoder) == formats_in(model.lang_encoder) != set()
+    assert distance(logits(model, AutoProcessor.from_pretrained("merged")), expected) < 0.25
+
+
+def test_a_merged_model_is_written_quantized_where_that_is_asked(small_run):
+    expected = adapter(LORA)
+    merge_adapter("adapter", "merged", dtype=torch.float32, quantization=Quantization("nf4"))
+    model, processor = load_trained("merged")
+    assert formats_in(model) == {"4bit"}
+    assert distance(logits(model, processor), expected) < 0.25
+
+
+def test_large_models_are_written_in_shards(small_run, monkeypatch):
+    expected = adapter(LORA)
+    monkeypatch.setattr(merging, "LARGEST_SHARD", "1MB")
+    merge_adapter("adapter", "merged", dtype=torch.float32)
+    assert len(list(Path("merged").glob("model-*.safetensors"))) > 2
+    assert distance(logits(*load_trained("merged")), expected) < 1e-5
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert cli.main(["merge", *arguments]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_merging_twice_or_onto_something_is_refused(small_run, capsys):
+    adapter(LORA)
+    assert cli.main(["merge", "adapter", "merged", "--dtype", "fp32"]) == 0
+    shown = capsys.readouterr().out
+    assert "token agreement" in shown and "100.0 %" in shown and "(tolerance 0.0001)" in shown
+    before = {path.name: path.read_bytes() for path in Path("merged").iterdir()}
+    assert "merged: exists already, and nothing is overwritten" in refused(capsys, "adapter", "merged")
+    assert "merged: is a merged model already" in refused(capsys, "merged", "again")
+    assert {path.name: path.read_bytes() for path in Path("merged").iterdir()} == before
+    assert not Path("again").exists()
+
+
+def test_merging_onto_another_base_is_refused(small_run, capsys):
+    adapter(LORA)
+    config = json.loads(Path("adapter", "config.json").read_text())
+    config["backbones"]["language"]["sha256"] = "0" * 64
+    Path("adapter", "config.json").write_text(json.dumps(config))
+    assert "adapter of another base: language backbone nano" in refused(capsys, "adapter", "merged")
+    assert not Path("merged").exists()
+
+
+def test_a_merge_beyond_the_tolerance_leaves_nothing(small_run, capsys):
+    adapter(LORA)
+    line = refused(capsys, "adapter", "merged", "--tolerance", "1e-9")
+    assert "beyond the tolerance of 1e-09; merge with --base dequantized or --dtype fp32" in line
+    assert not Path("merged").exists() and not Path("merged.unfinished").exists()
+
+
+def test_a_merge_that_went_wrong_is_noticed(small_run, capsys, monkeypatch):
+    adapter(LORA)
+    fold = merging.fold_lora
+
+    def with_a_fault(model):
+        parts = fold(model)
+        model.lang_encoder.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+        return parts
+
+    monkeypatch.setattr(merging, "fold_lora", with_a_fault)
+    assert "beyond the tolerance" in refused(capsys, "adapter", "merged", "--dtype", "fp32")
+
+
+def test_a_damaged_adapter_is_refused(small_run, capsys):
+    adapter(LORA)
+    tensors = load_file(Path("adapter", WEIGHTS))
+    save_file({name: tensor for name, tensor in tensors.items() if "lora_B" not in name}, Path("adapter", WEIGHTS))
+    assert "lacks 28 of its weights" in refused(capsys, "adapter", "merged")
+
+
+def test_a_model_with_lora_is_not_saved_whole_by_mistake(small_run):
+    model, _ = build(LORA)
+    with pytest.raises(UserError, match="a Flamingo with LoRA cannot be saved whole"):
+        model.save_pretrained("whole")
+    assert not Path("whole").exists()
+    assert load_adapter("start")[0].save_pretrained("whole") is None

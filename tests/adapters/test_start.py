@@ -1,0 +1,113 @@
+"""Starting from what was trained before: it is where the second stage begins, and part of what it belongs to."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flamingo_ft.adapters import load_adapter, merge_adapter, save_adapter
+from flamingo_ft.adapters.files import WEIGHTS
+from flamingo_ft.errors import UserError
+
+from ..regimes import LORA, NOTHING_WHOLE, REGIMES, build, logits, quantized, shake, write_start
+
+LORA_ONLY = REGIMES["LoRA only"]
+
+
+@pytest.mark.parametrize("what", ["an adapter", "a merged model"])
+def test_a_second_stage_starts_where_the_first_ended(small_run, what):
+    expected = logits(*load_adapter("start"))
+    if what == "a merged model":
+        merge_adapter("start", "merged", dtype=torch.float32)
+    start = {"an adapter": "start", "a merged model": "merged"}[what]
+    torch.testing.assert_close(logits(*build(f"model.init_from={start}")), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(*build(*LORA_ONLY, f"model.init_from={start}")), expected, rtol=0, atol=1e-5)
+
+
+def test_a_second_stage_may_quantize_what_the_first_did_not(small_run):
+    model, processor = build(*LORA_ONLY, *quantized("nf4", "LoRA only"))
+    shake(model)
+    save_adapter(model, processor, Path("adapter"))
+    assert torch.equal(logits(*load_adapter("adapter")), logits(model, processor))
+
+
+def test_the_lora_of_the_first_stage_is_trained_on(small_run):
+    write_start(small_run / "first", LORA)
+    expected = logits(*load_adapter("first"))
+    torch.testing.assert_close(logits(*build(LORA, "model.init_from=first")), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("second", "told"), [((), "r 4, the recipe none"), (("lora.language={r: 8}",), "r 4, the recipe 8")])
+def test_the_lora_of_the_first_stage_is_not_lost_silently(small_run, second, told):
+    write_start(small_run / "first", LORA)
+    with pytest.raises(UserError, match=f"first has LoRA with {told}; give the recipe the same lora section"):
+        build(*second, "model.init_from=first")
+
+
+def test_lora_that_was_folded_into_a_backbone_is_not_lost_silently(small_run):
+    write_start(small_run / "first", LORA)
+    merge_adapter("first", "merged", dtype=torch.float32)
+    with pytest.raises(UserError, match="LoRA was folded into the backbones of merged, and would be lost"):
+        build("model.init_from=merged")
+
+
+def test_a_third_stage_builds_on_the_second_and_the_first(small_run):
+    part = "trainable={perceiver: false, cross_attention: true, new_tokens: false}"
+    second, processor = build(part, "model.init_from=start")
+    shake(second)
+    save_adapter(second, processor, Path("second"))
+    assert all("gated_cross_attn_layers" in name for name in load_file(Path("second", WEIGHTS)))
+    third, _ = build(NOTHING_WHOLE, LORA, "model.init_from=second")
+    torch.testing.assert_close(logits(third, processor), logits(second, processor), rtol=0, atol=1e-5)
+    shake(third)
+    save_adapter(third, processor, Path("third"))
+    assert torch.equal(logits(*load_adapter("third")), logits(third, processor))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (("model.cross_attn_every_n_layers=2",), "start has cross_attn_every_n_layers 1, the recipe 2"),
+        (("model.perceiver.num_latents=4",), "start has perceiver {"),
+        (("model.vision={name: ViT-S-32-alt}",), "start belongs to another vision backbone, nano"),
+    ],
+)
+def test_a_bridge_of_another_shape_or_other_backbones_is_refused(small_run, overrides, told):
+    with pytest.raises(UserError) as error:
+        build("model.init_from=start", *overrides)
+    assert f"model.init_from: {told}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_holds_nothing_to_start_from_is_refused(small_run):
+    Path("empty").mkdir()
+    with pytest.raises(UserError, match="empty holds no adapter, no merged model and is no checkpoint"):
+        build("model.init_from=empty")
+
+
+def test_a_bridge_that_moved_is_found_where_it_is_said_to_be(small_run):
+    model, processor = build(*LORA_ONLY)
+    shake(model)
+    save_adapter(model, processor, Path("adapter"))
+    shutil.move("start", "elsewhere")
+    with pytest.raises(UserError, match=r"adapter: builds on the bridge of .*start, which is not there; say where"):
+        load_adapter("adapter")
+    assert torch.equal(logits(*load_adapter("adapter", start="elsewhere")), logits(model, processor))
+
+
+def test_a_bridge_that_changed_is_refused(small_run):
+    save_adapter(*build(*LORA_ONLY), Path("adapter"))
+    tensors = load_file(Path("start", WEIGHTS))
+    name = next(name for name in tensors if name.endswith("latents"))
+    save_file({**tensors, name: tensors[name] + 1}, Path("start", WEIGHTS))
+    with pytest.raises(UserError, match="adapter of another base: the bridge of .* had content"):
+        load_adapter("adapter")
+
+
+def test_an_adapter_says_what_it_builds_on(small_run):
+    save_adapter(*build(*LORA_ONLY), Path("adapter"))
+    record = json.loads(Path("adapter", "config.json").read_text())["bridge_init"]
+    assert record["path"] == str(small_run / "start") and len(record["sha256"]) == 64
+    assert str(small_run / "start") in Path("adapter", "README.md").read_text()

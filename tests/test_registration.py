@@ -1,0 +1,29 @@
+"""transformers knows the Flamingo after `import flamingo_ft`, in whatever order things are imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flamingo_ft
+
+ASK = "import transformers; transformers.AutoConfig.for_model('flamingo')"
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"import flamingo_ft; {ASK}",
+        f"import transformers; import flamingo_ft; {ASK}",
+        f"from transformers import AutoModel; from flamingo_ft import load_recipe; {ASK}",
+        f"from flamingo_ft import load_language; {ASK}",
+        f"from flamingo_ft import load_recipe; {ASK}",
+        f"from flamingo_ft.training.run import train; {ASK}",
+        f"import peft, trl; import flamingo_ft; {ASK}",
+    ],
+)
+def test_transformers_knows_the_flamingo(script):
+    environment = {"PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
