@@ -125,7 +125,8 @@ def close_attention(visual: nn.Module) -> None:
 
 def is_open(visual: nn.Module) -> bool:
     """Whether some attention of ``visual`` is as `open_attention` leaves it."""
-    return any(isinstance(module, (OpenAttention, OpenCustomAttention)) for module in visual.modules())
+    opened = (OpenAttention, OpenCustomAttention)
+    return any(isinstance(part, opened) or getattr(part, "qkv_bias_separate", False) for part in visual.modules())
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
