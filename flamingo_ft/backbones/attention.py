@@ -37,7 +37,7 @@ class OpenAttention(nn.Module):
         attn_mask: (Q, K) or (N * H, Q, K), True where a query may not look, or what to add to its scores.
         """
         if need_weights:
-            raise UserError("attention weights were asked of a vision tower that computes none; ask for its tokens only")
+            raise UserError("attention weights were asked of a vision tower that computes none; ask for tokens only")
         given = (query, key, value)
         projected = {id(x): self.in_proj(x if self.batch_first else x.transpose(0, 1)) for x in given}
         parts = (_heads(projected[id(x)].chunk(3, dim=-1)[i], self.heads) for i, x in enumerate(given))
@@ -125,7 +125,8 @@ def close_attention(visual: nn.Module) -> None:
 
 def is_open(visual: nn.Module) -> bool:
     """Whether some attention of ``visual`` is as `open_attention` leaves it."""
-    return any(isinstance(module, (OpenAttention, OpenCustomAttention)) for module in visual.modules())
+    opened = (OpenAttention, OpenCustomAttention)
+    return any(isinstance(part, opened) or getattr(part, "qkv_bias_separate", False) for part in visual.modules())
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -142,7 +143,10 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _added(mask: Tensor | None, like: Tensor, heads: int) -> Tensor | None:
-    """The mask as what is added to the scores, (Q, K) or (N, H, Q, K). True blocks here; in torch's function it lets."""
+    """The mask as what is added to the scores, (Q, K) or (N, H, Q, K).
+
+    Given as bool, True blocks; to torch's own function it would mean the opposite.
+    """
     if mask is None:
         return None
     if mask.dtype == torch.bool:

@@ -48,16 +48,19 @@ def weights_file(model: str, weights: str | None) -> Path | None:
 def fill_from_file(visual: nn.Module, file: Path) -> StoredTensors:
     """Give ``visual``, which is on the meta device, the tensors in ``file``; returns them in the dtypes it had.
 
-    In the tower itself they keep the file's dtypes, and those of linear layers may be the mapped file; every other
-    tensor is a copy of its own. Raises what `open_clip.create_model` raises for a file that does not fit.
+    In the tower itself they keep the file's dtypes, and may be the mapped file until `let_go_of_file`. Raises what
+    `open_clip.create_model` raises for a file that does not fit.
     """
     dtypes = {name: tensor.dtype for name, tensor in visual.state_dict().items()}
     visual.load_state_dict(_converted(file, visual), strict=True, assign=True)
-    matrices = {id(layer.weight) for layer in visual.modules() if isinstance(layer, nn.Linear)}
-    for parameter in visual.parameters():
-        if id(parameter) not in matrices:
-            parameter.data = parameter.data.clone()
     return StoredTensors(visual.state_dict(), dtypes)
+
+
+def let_go_of_file(visual: nn.Module) -> None:
+    """Give ``visual``, quantized by now, copies of what it still reads from its file, which may change or go away."""
+    for tensor in (*visual.parameters(), *visual.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def _converted(file: Path, visual: nn.Module) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.backbones.quantized_tower import quantize_tower
-from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, weights_file
+from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, let_go_of_file, weights_file
 from flamingo_ft.errors import UserError
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
@@ -105,6 +105,7 @@ def load_vision(
     if quantization is not None:
         device = device or default_device()
         quantize_tower(visual, quantization, device)
+        let_go_of_file(visual)
         visual.to(quantization.dtype)
     return VisionBackbone(
         visual=visual if device is None else visual.to(device),

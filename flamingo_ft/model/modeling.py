@@ -51,7 +51,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         self.lang_encoder = lang_encoder or AutoModelForCausalLM.from_config(config.text_config)
         if config.open_attention:
             open_attention(self.vision_encoder)
-        config.open_attention = is_open(self.vision_encoder)
+        config.open_attention = config.open_attention or is_open(self.vision_encoder)
         _keep_weights(self.vision_encoder)
         _keep_weights(self.lang_encoder)
         config.text_config = self.lang_encoder.config

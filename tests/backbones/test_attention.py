@@ -142,8 +142,9 @@ def test_timms_fused_attention_calls_its_matrix_once_opened(make):
     holder["attn"].qkv.register_forward_hook(lambda *given: called.append("qkv"))
     open_attention(holder)
     torch.testing.assert_close(holder["attn"](x), expected)
-    assert called == ["qkv"]
+    assert called == ["qkv"] and is_open(holder)
     close_attention(holder)
+    assert not is_open(holder)
     assert torch.equal(holder["attn"](x), expected) and called == ["qkv"]
 
 
