@@ -23,10 +23,9 @@ class InBackward(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], max_norm: float):
         super().__init__(groups, defaults=make(groups).defaults)
         self.max_norm = max_norm
-        self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
-        self._optimizers = {p: make([{**group, "params": [p]}]) for p, group in self._groups.items()}
-        self._share_state()
-        for parameter in self._groups:
+        self._optimizers = {p: make([{**g, "params": [p]}]) for g in self.param_groups for p in g["params"]}
+        self._share()
+        for parameter in self._optimizers:
             parameter.register_post_accumulate_grad_hook(self._step_one)
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:
@@ -36,11 +35,12 @@ class InBackward(torch.optim.Optimizer):
         """Nothing: no gradient is kept."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share_state()
+        super().load_state_dict(state_dict)  # makes new groups and a new state; accelerate does this before training
+        self._share()
 
-    def _share_state(self) -> None:
-        """One state for all, so that it is saved and loaded as any optimizer's."""
+    def _share(self) -> None:
+        """One state for all, so that it is saved and loaded as any optimizer's, and the groups that schedulers change."""
+        self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for optimizer in self._optimizers.values():
             optimizer.state = self.state
 

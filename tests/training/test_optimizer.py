@@ -1,0 +1,134 @@
+"""The optimizers of a recipe: what they step, when, and what they cannot be combined with."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+
+from flamingo_ft.adapters import trainable_parameters
+from flamingo_ft.errors import UserError
+from flamingo_ft.training.in_backward import InBackward
+from flamingo_ft.training.optimizer import make_optimizer
+from flamingo_ft.training.trainer import trainer_arguments
+
+from ..regimes import REGIMES, build, inputs, quantized, recipe, shake, trainer
+
+STEPS = "train.max_steps=3"
+
+
+def trained(*overrides: str) -> dict[str, torch.Tensor]:
+    """What trains, after a few steps."""
+    model, processor = build("model.init_from=start", *overrides)
+    trainer(model, processor, "model.init_from=start", STEPS, *overrides).train()
+    return trainable_parameters(model)
+
+
+@pytest.mark.parametrize("regime", ["bridge", "bridge and LoRA"])
+def test_steps_inside_the_backward_pass_are_the_steps_after_it(small_run, regime):
+    """But for clipping, which is by parameter there: with a norm that no gradient reaches they are equal bit by bit."""
+    unclipped = (*REGIMES[regime], "train.max_grad_norm=1.0e+9", "train.warmup_steps=2")
+    after, inside = trained(*unclipped), trained(*unclipped, "train.optimizer_in_backward=true")
+    assert after.keys() == inside.keys()
+    assert all(torch.equal(after[name], inside[name]) for name in after)
+
+
+def test_steps_inside_a_checkpointed_backward_pass_are_the_same(small_run):
+    unclipped = ("train.max_grad_norm=1.0e+9", "train.gradient_checkpointing=true")
+    after, inside = trained(*unclipped), trained(*unclipped, "train.optimizer_in_backward=true")
+    assert all(torch.equal(after[name], inside[name]) for name in after)
+
+
+def test_no_gradient_is_held_and_each_is_clipped_to_its_own_norm(small_run):
+    model, processor = build()
+    shake(model)
+    groups = [{"params": list(trainable_parameters(model).values()), "weight_decay": 0.0}]
+    before = {name: parameter.clone() for name, parameter in trainable_parameters(model).items()}
+    plain = copy.deepcopy(model)
+    plain(**inputs(processor), labels=inputs(processor)["input_ids"]).loss.backward()
+    InBackward(groups, partial(torch.optim.SGD, lr=1.0), max_norm=1e-3)
+    model(**inputs(processor), labels=inputs(processor)["input_ids"]).loss.backward()
+    gradients = {name: parameter.grad for name, parameter in trainable_parameters(plain).items()}
+    for name, parameter in trainable_parameters(model).items():
+        assert parameter.grad is None
+        length = gradients[name].norm()
+        step = gradients[name] * min(1.0, 1e-3 / (length + 1e-6))
+        torch.testing.assert_close(parameter, before[name] - step, rtol=0, atol=1e-6)
+
+
+def test_the_state_of_steps_inside_the_backward_pass_is_saved_and_goes_on(small_run):
+    torch.manual_seed(0)
+    parameter, other = torch.nn.Parameter(torch.randn(4)), None
+    gradients = torch.randn(4, 4)
+
+    def optimizer(p):
+        return InBackward([{"params": [p], "lr": 0.1}], partial(torch.optim.AdamW, lr=0.1), max_norm=1e9)
+
+    first = optimizer(parameter)
+    for gradient in gradients[:2]:
+        (parameter * gradient).sum().backward()
+    other = torch.nn.Parameter(parameter.detach().clone())
+    second = optimizer(other)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for gradient in gradients[2:]:
+        (parameter * gradient).sum().backward()
+        (other * gradient).sum().backward()
+    assert torch.equal(parameter, other)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+@pytest.mark.parametrize("inside", ["false", "true"])
+def test_lean_optimizers_learn_what_adamw_learns(small_run, name, inside):
+    """The first steps have the sign of the gradient and the length of the learning rate: roughly, in 8 bits."""
+    start = trained("train.learning_rate=1.0e-12")
+    exact, lean = trained(), trained(f"train.optimizer={name}", f"train.optimizer_in_backward={inside}")
+    moved, moved_lean = ({n: p.detach() - start[n].detach() for n, p in after.items()} for after in (exact, lean))
+    for parameter, update in moved.items():
+        assert torch.isfinite(lean[parameter]).all()
+        if update.numel() > 1000:
+            assert torch.cosine_similarity(update.flatten(), moved_lean[parameter].flatten(), dim=0) > 0.9, parameter
+
+
+def test_large_states_are_in_8_bits(small_run):
+    model, processor = build()
+    made = trainer(model, processor, STEPS, "train.optimizer=adamw_8bit")
+    made.train()
+    states = {name: made.optimizer.state[parameter] for name, parameter in trainable_parameters(model).items()}
+    large = {name: state for name, state in states.items() if model.get_parameter(name).numel() >= 4096}
+    assert large and all(state["state1"].dtype == torch.uint8 for state in large.values())
+
+
+def test_matrices_decay_and_what_stands_for_itself_does_not(small_run):
+    model, processor = build(*REGIMES["bridge and LoRA"])
+    groups = trainer(model, processor).optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in trainable_parameters(model).items():
+        decayed = parameter.dim() >= 2 and "latents" not in name and "token_rows" not in name
+        assert decay[id(parameter)] == (0.1 if decayed else 0.0), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [({"_n_gpu": 2}, "found 2 processes or GPUs"), ({"fp16": True}, "float16 scales the loss")],
+)
+def test_steps_inside_the_backward_pass_refuse_what_they_cannot_do(small_run, arguments, told):
+    model, _ = build()
+    wanted = recipe("train.optimizer_in_backward=true")
+    given = trainer_arguments(wanted)
+    for name, value in arguments.items():
+        object.__setattr__(given, name, value)
+    with pytest.raises(UserError, match=f"train.optimizer_in_backward: {told}"):
+        make_optimizer(model, wanted.train, given)
+
+
+def test_offloading_activations_without_a_gpu_is_refused(small_run):
+    with pytest.raises(UserError, match="train.activation_offload: found no GPU"):
+        trainer_arguments(recipe("train.activation_offload=true"))
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_checkpointed_training_through_quantized_backbones_gives_the_same_losses(small_run, form):
+    overrides = (*quantized(form), *REGIMES["bridge and LoRA"])
+    plain, checkpointed = trained(*overrides), trained(*overrides, "train.gradient_checkpointing=true")
+    for name in plain:
+        torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-4, atol=1e-5)
