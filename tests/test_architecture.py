@@ -23,6 +23,7 @@ ORDER = (
     "evaluation",
     "training",
     "report_table",
+    "plan_table",
     "cli",
     "__main__",
 )

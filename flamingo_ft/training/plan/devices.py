@@ -7,7 +7,7 @@ operators in float32, attention is one fused operator, and TRL's loss runs kerne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
@@ -25,17 +25,26 @@ FLOAT32_UNDER_AUTOCAST = {
     "exp", "log", "log1p", "reciprocal", "rsqrt", "pow", "__pow__", "softplus", "layer_norm", "rms_norm", "group_norm",
     "softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum", "norm", "logsumexp",
 }
+PROMOTED_ON_CPU_ALONE = "index_copy"
 
 
 class Float32Operators(TorchFunctionMode):
-    """CUDA's float32 operators under CPU autocast, which has fewer of them."""
+    """CUDA's float32 operators under CPU autocast, which has fewer of them, and an operator of its own to promote."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") in FLOAT32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
             args = tuple(_float(value) for value in args)
             kwargs = {name: _float(value) for name, value in kwargs.items()}
+        if getattr(function, "__name__", "") == PROMOTED_ON_CPU_ALONE:
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **kwargs)
         return function(*args, **kwargs)
+
+
+def recomputing_like(device: Device) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """What checkpointing is to forward and to recompute in: the engine leaves function modes behind."""
+    return nullcontext(), Float32Operators() if device == "cuda" else nullcontext()
 
 
 def _float(value: Any) -> Any:
@@ -44,21 +53,12 @@ def _float(value: Any) -> Any:
 
 @contextmanager
 def behaving_like(device: Device) -> Iterator[None]:
-    """Attention and TRL's loss as they allocate on ``device``."""
+    """Autocast, attention and TRL's loss as they allocate on ``device``."""
     with ExitStack() as stack:
         if device == "cuda":
+            stack.enter_context(Float32Operators())
             stack.enter_context(_replaced(functional, scaled_dot_product_attention=fused_attention))
             stack.enter_context(_replaced(chunked_logprob, **_LOSS_KERNELS))
-        yield
-
-
-@contextmanager
-def autocast(device: Device, bf16: bool) -> Iterator[None]:
-    """The forward pass in bfloat16, where the recipe's precision says so."""
-    with ExitStack() as stack:
-        if bf16 and device == "cuda":
-            stack.enter_context(Float32Operators())
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=bf16))
         yield
 
 

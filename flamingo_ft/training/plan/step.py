@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,7 +23,7 @@ from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import no_media
 
 from .batch import Batch
-from .devices import Device, autocast, behaving_like
+from .devices import Device, behaving_like, recomputing_like
 from .optimizer import optimizer_state
 from .tracker import CUDA_BLOCK, LiveBytes
 
@@ -48,7 +49,7 @@ def dry_step(model: FlamingoForConditionalGeneration, batch: Batch, wanted: Trai
     """Forward, loss and backward as the trainer runs them; inside the FakeTensorMode that the model was made in."""
     trained = trainable_parameters(model).values()
     if wanted.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing_like, device)})
     model.train()
     with LiveBytes(CUDA_BLOCK if device == "cuda" else 1) as live, behaving_like(device), _one_batch_of_media(model):
         weights = live.hold(chain(model.parameters(), model.buffers()))
@@ -76,7 +77,7 @@ def _forward_and_backward(
     bf16 = computes_in_bf16(wanted.precision, device)
     for inputs in batches[: wanted.gradient_accumulation_steps]:
         with _offloaded(wanted.activation_offload and device == "cuda"):
-            with autocast(device, bf16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = _loss(model, inputs, device)
             loss.backward()
         del loss
