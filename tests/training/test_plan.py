@@ -79,7 +79,8 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
         state = getattr(weight, "quant_state", None)
         outer = getattr(state, "state2", None)
         scales = [getattr(state, "absmax", None), getattr(state, "code", None), getattr(state, "offset", None)]
-        scales += [getattr(outer, "absmax", None), getattr(outer, "code", None), getattr(weight, "SCB", None)]
+        scales += [getattr(outer, "absmax", None), getattr(outer, "code", None)]
+        scales += [getattr(owner, "SCB", None) for owner in (weight, getattr(module, "state", None))]
         yield from (tensor for tensor in scales if isinstance(tensor, Tensor))
 
 
@@ -135,7 +136,8 @@ def test_the_parts_of_a_plan_add_up_to_its_peak():
 
 
 def test_state_that_is_paged_is_not_counted_as_memory_of_the_gpu():
-    pinned, paged = planned("train.optimizer=adamw_8bit"), planned("train.optimizer=paged_adamw_8bit")
+    wide = "model.cross_attention={heads: 16, dim_head: 64}"  # the nano matrices are too small to be paged
+    pinned, paged = (planned(wide, f"train.optimizer={name}") for name in ("adamw_8bit", "paged_adamw_8bit"))
     assert paged.step.paged > 0 and pinned.step.paged == 0
     assert paged.step.optimizer < pinned.step.optimizer
 
@@ -200,15 +202,15 @@ def test_open_flamingos_bridges_have_the_sizes_it_reports(tmp_path, config, ever
 
 
 def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
-    recipe = shape(tmp_path, mpt(2048, 24), 1)
-    recipe = with_values(recipe, {"train.gradient_checkpointing": False})
-    planner = Planner(recipe, "cuda", text_tokens=64, images=1)
+    recipe = shape(tmp_path, mpt(2048, 4), 1)
+    recipe = with_values(recipe, {"train.gradient_checkpointing": False, "train.batch_size": 16})
+    planner = Planner(recipe, "cuda", text_tokens=2048, images=1)
     before = planner.plan(recipe)
     changes = advise(planner, before)
     assert changes and all(change.saved > 0 for change in changes)
     for change in changes:
         recipe = with_values(recipe, change.values)
-        after = plan_memory(recipe, text_tokens=64, images=1)
+        after = plan_memory(recipe, text_tokens=2048, images=1)
         assert before.peak - after.peak == change.saved and after.peak == change.plan.peak
         before = after
     assert all(gpu.fits(before) for gpu in GPUS)

@@ -39,19 +39,22 @@ def advise(planner: Planner, plan: Plan) -> list[Change]:
     Those that would not go together with an earlier one, or save nothing on top, are left out. Empty where every card
     holds the run as it is.
     """
+    if _fits_all(plan):
+        return []
+    alone = [(values, _planned(planner, planner.recipe, values)) for values in candidates(planner.recipe)]
+    possible = sorted((found for found in alone if found[1]), key=lambda found: found[1].peak)
     made: list[Change] = []
-    recipe, alone = planner.recipe, []
-    if all(gpu.fits(plan) for gpu in GPUS):
-        return made
-    for values in candidates(recipe):
-        planned = _planned(planner, recipe, values)
-        alone += [(planned.peak, values)] if planned else []
-    for peak, values in sorted(alone, key=lambda found: found[0]):
-        planned = _planned(planner, recipe, values)
-        if planned and planned.peak < plan.peak and not all(gpu.fits(plan) for gpu in GPUS):
+    recipe = planner.recipe
+    for values, planned in possible:
+        planned = _planned(planner, recipe, values) if made else planned
+        if planned and planned.peak < plan.peak and not _fits_all(plan):
             made.append(Change(values, planned, plan.peak - planned.peak))
             recipe, plan = with_values(recipe, values), planned
     return made
+
+
+def _fits_all(plan: Plan) -> bool:
+    return all(gpu.fits(plan) for gpu in GPUS)
 
 
 def candidates(recipe: Recipe) -> list[Values]:
