@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 GIB = 2**30
-_COLUMNS = ("frozen", "trained", "gradients", "optimizer")
+_COLUMNS = ("frozen", "trained", "grads", "state")
 
 
 def plan_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
@@ -23,23 +24,23 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
 
 
 def memory_table(plan: Mapping[str, Any], where: str) -> Table:
-    """What each component keeps, then what comes together at the peak."""
-    table = Table(title=f"memory of a training step {where}, GiB", title_justify="left")
-    table.add_column("component")
-    for header in ("trained parameters", *_COLUMNS, "together"):
+    """What each component keeps, with the parameters that train in it, then what comes together at the peak."""
+    table = Table(title=f"memory of a training step {where}, GiB", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("component", no_wrap=True)
+    for header in ("params", *_COLUMNS, "all"):
         table.add_column(header, justify="right")
     for part in plan["components"]:
         sizes = (part["frozen"], part["trainable"], part["gradients"], part["optimizer"])
-        table.add_row(part["name"], f"{part['trainable_parameters']:,}", *map(_gib, sizes), _gib(sum(sizes)))
+        table.add_row(part["name"], _millions(part["trainable_parameters"]), *map(_gib, sizes), _gib(sum(sizes)))
     table.add_section()
     beside = plan["activations"] + plan["gradients_at_peak"]
     for name, size in (
-        ("weights and optimizer", plan["peak"] - beside),
-        ("gradients at the peak", plan["gradients_at_peak"]),
-        ("activations and copies", plan["activations"]),
+        ("weights, optimizer", plan["peak"] - beside),
+        ("gradients by then", plan["gradients_at_peak"]),
+        ("activations, copies", plan["activations"]),
     ):
         table.add_row(name, "", "", "", "", "", _gib(size))
-    table.add_row("peak", f"{plan['trainable_parameters']:,}", "", "", "", "", _gib(plan["peak"]))
+    table.add_row("peak", _millions(plan["trainable_parameters"]), "", "", "", "", _gib(plan["peak"]))
     return table
 
 
@@ -57,7 +58,7 @@ def batch_line(plan: Mapping[str, Any]) -> str:
 def gpu_table(gpus: Sequence[Mapping[str, Any]], assumed: Mapping[str, float]) -> Table:
     """Which cards hold the run."""
     beside = f"{_gib(assumed['cuda_context'])} GiB for CUDA and {100 * assumed['fragmentation']:.0f} % for gaps"
-    table = Table(title=f"does it fit? (peak, {beside}, workspaces)", title_justify="left")
+    table = Table(title=f"does it fit? with {beside}", title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("card")
     for header in ("usable GiB", "needed GiB", "fits"):
         table.add_column(header, justify="right")
@@ -68,13 +69,17 @@ def gpu_table(gpus: Sequence[Mapping[str, Any]], assumed: Mapping[str, float]) -
 
 def changes_table(changes: Sequence[Mapping[str, Any]]) -> Table:
     """What to change, each on top of those above it."""
-    table = Table(title="what to change, one on top of the other", title_justify="left")
+    table = Table(title="what to change, one on top of the other", title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("override", overflow="fold")
     for header in ("saves GiB", "peak GiB"):
         table.add_column(header, justify="right")
     for change in changes:
         table.add_row(" ".join(change["overrides"]), _gib(change["saved"]), _gib(change["peak"]))
     return table
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.2f} M" if parameters else ""
 
 
 def _gib(size: float) -> str:
