@@ -77,6 +77,32 @@ def train(
     typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 
 
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.batch_size=2."),
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Text tokens of the longest sample, if not the data's.")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Images of the sample with most, if not the data's.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, sizes in bytes.")] = False,
+) -> None:
+    """Tell how much memory RECIPE needs, on which GPUs it fits, and what to change; no weights are downloaded."""
+    from flamingo_ft.config import load_recipe
+    from flamingo_ft.recipe_library import find_recipe
+
+    settings = load_recipe(find_recipe(recipe), overrides or (), require_files=False)
+
+    from flamingo_ft.training.plan import report
+
+    _print_plan(report.make_report(settings, text_tokens, images).record(), as_json)
+
+
 @app.command("eval")
 def evaluate(
     adapter: Adapter,
@@ -185,6 +211,20 @@ def _print_metrics(metrics: dict) -> None:
         Console().print(accuracy_table(metrics["eval"]))
     if metrics.get("train"):
         typer.echo(training_line(metrics["train"]))
+
+
+def _print_plan(record: dict, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    from flamingo_ft.plan_table import plan_tables
+
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+        return
+    for part in plan_tables(record):
+        Console().print(part)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,6 +24,7 @@ ORDER = (
     "evaluation",
     "training",
     "report_table",
+    "plan_table",
     "cli",
     "__main__",
 )

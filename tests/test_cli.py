@@ -95,7 +95,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["train", "--help"], ["recipes", "--help"], ["--version"]]
+    "arguments", [[], ["--help"], ["train", "--help"], ["plan", "--help"], ["recipes", "--help"], ["--version"]]
 )
 def test_help_comes_without_heavy_imports(here, arguments):
     done = run(*arguments)
@@ -105,7 +105,7 @@ def test_help_comes_without_heavy_imports(here, arguments):
 
 def test_help_names_every_verb():
     shown = run("--help").stdout
-    assert all(verb in shown for verb in ("train", "eval", "generate", "recipes"))
+    assert all(verb in shown for verb in ("train", "plan", "eval", "generate", "recipes"))
 
 
 @pytest.mark.parametrize(
@@ -119,6 +119,8 @@ def test_help_names_every_verb():
         ),
         (["train", "recipe.yaml", "max_steps"], "want KEY=VALUE"),
         (["train", "gone.yaml"], "recipe gone.yaml: "),
+        (["plan", "recipe.yaml", "train.batch_size=0"], "found 0; want 1 or more"),
+        (["plan", "recipe.yaml", "--text-tokens", "0"], "Invalid value for '--text-tokens'"),
         (["train", "recipe.yaml", "train.output_dir=."], "holds files but no run; choose another"),
         (["train", "recipe.yaml", "train.output_dir=a.png"], "a.png is a file; choose another"),
         (["train"], "Missing argument 'RECIPE'; see flamingo-ft train --help"),

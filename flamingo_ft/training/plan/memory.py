@@ -1,0 +1,130 @@
+"""The memory plan: what each component of a recipe takes, and the peak of a training step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flamingo_ft.config import Recipe, TrainSection
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.training.trainer import text_limit
+
+from .batch import Batch, find_batch
+from .devices import Device
+from .model import build_on_meta, language_files, move_to_fake, tower_config
+from .optimizer import optimizer_state
+from .step import StepMemory, dry_step
+
+COMPONENTS = {  # as the table names them -> where they live in the model
+    "vision tower": "vision_encoder.",
+    "language model": "lang_encoder.",
+    "perceiver": "perceiver.",
+    "cross-attention": "gated_cross_attn_layers.",
+    "new tokens": "token_rows.",
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the model: bytes that stay frozen, what trains, and what training it keeps on the device, in bytes."""
+
+    name: str
+    frozen: int
+    trainable_parameters: int
+    trainable: int
+    gradients: int
+    optimizer: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of a recipe's training step on a device, in bytes."""
+
+    device: Device
+    batch: Batch
+    components: tuple[Component, ...]
+    step: StepMemory
+
+    @property
+    def peak(self) -> int:
+        """The most bytes of tensors that are ever alive."""
+        return self.step.peak
+
+    @property
+    def activations(self) -> int:
+        """What is neither weight nor optimizer state nor gradient at the peak: activations and temporary copies."""
+        return self.peak - self.step.weights - self.step.optimizer - self.step.gradients_at_peak
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(component.trainable_parameters for component in self.components)
+
+
+class Planner:
+    """Plans variants of a recipe that share its backbones and data; what is fetched and read of those is so once.
+
+    text_tokens, images: of each sample; None is what the longest samples of the recipe's data have.
+    """
+
+    def __init__(self, recipe: Recipe, device: Device, *, text_tokens: int | None = None, images: int | None = None):
+        self.recipe = recipe
+        self.device = device
+        self._sizes = {"text_tokens": text_tokens, "images": images}
+        self._backbones = tower_config(recipe.model.vision), *language_files(recipe.model.language)
+
+    def plan(self, recipe: Recipe) -> Plan:
+        """The plan of ``recipe``."""
+        model, processor = build_on_meta(recipe, *copy.deepcopy(self._backbones), self.device)
+        batch = self._batch(recipe, model, processor)
+        components = tuple(_components(model, recipe, self.device))
+        with FakeTensorMode():
+            move_to_fake(model)
+            step = dry_step(model, batch, recipe.train, self.device)
+        return Plan(self.device, batch, components, step)
+
+    def _batch(self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Batch:
+        limit = text_limit(model, recipe.data.max_text_tokens)
+        batch = find_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
+        self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
+        return batch
+
+
+def plan_memory(
+    recipe: Recipe, *, device: Device = "cuda", text_tokens: int | None = None, images: int | None = None
+) -> Plan:
+    """The plan of ``recipe`` on ``device``; fetches no weights.
+
+    Raises UserError for backbones that are not there or do not fit together, and for a batch of unknown size.
+    """
+    return Planner(recipe, device, text_tokens=text_tokens, images=images).plan(recipe)
+
+
+def _components(model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device) -> Iterable[Component]:
+    """The parts of the model, and LoRA beside each."""
+    tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # what is tied is there once
+    for name, prefix in COMPONENTS.items():
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        updates = {key: tensor for key, tensor in own.items() if ".lora_" in key}
+        yield _component(name, [own[key] for key in own.keys() - updates.keys()], recipe.train, device)
+        if updates:
+            yield _component(f"LoRA on {name}", updates.values(), recipe.train, device)
+
+
+def _component(name: str, tensors: Iterable[Tensor], wanted: TrainSection, device: Device) -> Component:
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    trained = [tensor for tensor in tensors if tensor.requires_grad]
+    states = [tensor for parameter in trained for tensor in optimizer_state(parameter, wanted.optimizer, device)[0]]
+    size = sum(tensor.nbytes for tensor in trained)
+    return Component(
+        name,
+        frozen=sum(tensor.nbytes for tensor in frozen),
+        trainable_parameters=sum(tensor.numel() for tensor in trained),
+        trainable=size,
+        gradients=0 if wanted.optimizer_in_backward else size,
+        optimizer=sum(tensor.nbytes for tensor in states),
+    )

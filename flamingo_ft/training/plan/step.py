@@ -1,0 +1,178 @@
+"""One training step on fake tensors, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+from trl.trainer import utils as trl_utils
+
+from flamingo_ft.adapters import trainable_parameters
+from flamingo_ft.backbones.vision import spatial_tokens
+from flamingo_ft.config import TrainSection
+from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.conditioning import Media
+from flamingo_ft.model.media import no_media
+
+from .batch import Batch
+from .devices import Device, behaving_like, recomputing_like
+from .optimizer import optimizer_state
+from .tracker import CUDA_BLOCK, LiveBytes
+
+STASH = 5  # activations that TRL's offloading keeps on the GPU while they are copied (OffloadActivations)
+SMALLEST_OFFLOADED = 1024  # bytes
+METRICS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on the device in a step that is not the first: weights and optimizer state throughout, gradients once all
+    are there, and the most that was alive, with the gradients among it. paged: state that may leave the device."""
+
+    weights: int
+    optimizer: int
+    paged: int
+    gradients: int
+    peak: int
+    gradients_at_peak: int
+
+
+def dry_step(model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device) -> StepMemory:
+    """Forward, loss and backward as the trainer runs them; inside the FakeTensorMode that the model was made in."""
+    trained = trainable_parameters(model).values()
+    if wanted.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing_like, device)})
+    model.train()
+    with LiveBytes(CUDA_BLOCK if device == "cuda" else 1) as live, behaving_like(device), _one_batch_of_media(model):
+        weights = live.hold(chain(model.parameters(), model.buffers()))
+        state = [optimizer_state(parameter, wanted.optimizer, device) for parameter in trained]
+        optimizer = live.current - weights
+        gradients = _watch_gradients(trained, live, wanted.optimizer_in_backward)
+        live.restart()
+        _forward_and_backward(model, batch, wanted, device)
+    return StepMemory(
+        weights, optimizer, sum(paged for _, paged in state), sum(gradients.values()), live.peak, live.gradients_at_peak
+    )
+
+
+def computes_in_bf16(precision: str, device: Device) -> bool:
+    """Whether the trainer computes in bfloat16 on ``device``."""
+    return precision == "bf16" or (precision == "auto" and device == "cuda")
+
+
+def _forward_and_backward(
+    model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device
+) -> None:
+    """All micro-batches of a step; their tensors are there together, as the trainer fetches them."""
+    ahead = 1 if device == "cpu" else 0  # accelerate's loader has the next batch ready, in the computer's memory
+    batches = [batch.tensors() for _ in range(wanted.gradient_accumulation_steps + ahead)]
+    bf16 = computes_in_bf16(wanted.precision, device)
+    for inputs in batches[: min(wanted.gradient_accumulation_steps, 2)]:  # from the second on, all are alike
+        with _offloaded(wanted.activation_offload and device == "cuda"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = _loss(model, inputs, device)
+            loss.backward()
+        del loss
+
+
+def _watch_gradients(trained: Any, live: LiveBytes, at_once: bool) -> dict[int, int]:
+    """Bytes of each parameter's gradient, filled in as they come; dropped as they come where the step is ``at_once``."""
+    sizes: dict[int, int] = {}
+
+    def arrived(parameter: Tensor) -> None:
+        if at_once:
+            parameter.grad = None
+        elif id(parameter) not in sizes:
+            sizes[id(parameter)] = parameter.grad.nbytes
+            live.gradients += parameter.grad.nbytes
+
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(arrived)
+    return sizes
+
+
+def _loss(model: FlamingoForConditionalGeneration, inputs: dict[str, Tensor], device: Device) -> Tensor:
+    """TRL's fused head (trl.trainer.utils.add_fused_lm_head); every position counts as one with a label."""
+    masks = {"attention_mask": inputs["attention_mask"]} if len(inputs["input_ids"]) > 1 else {}  # alone: no padding
+    output = model.backbone(inputs["input_ids"], inputs.get("pixel_values"), use_cache=False, **masks)
+    hidden, labels = output.last_hidden_state[:, :-1], inputs["labels"][:, 1:]
+    head = model.get_output_embeddings()
+    log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
+        _scored(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1]),
+        head.weight,
+        head.bias,
+        labels.clamp(min=0).reshape(-1),
+        1.0,
+        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+        1.0,
+        METRICS,
+    )
+    return -log_probs.sum() / labels.numel()
+
+
+def _scored(hidden: Tensor) -> Tensor:
+    """What ``hidden[mask]`` of an all-true mask gives: (B, T, D) -> (B * T, D), gathered."""
+    rows, columns = (index.reshape(-1) for index in torch.meshgrid(*map(torch.arange, hidden.shape[:2]), indexing="ij"))
+    return hidden[rows, columns]
+
+
+@contextmanager
+def _one_batch_of_media(model: FlamingoForConditionalGeneration) -> Iterator[None]:
+    """Let ``model`` take its media from full batches, in place of counting markers in ids that have no content."""
+    model.media_for = lambda input_ids, pixels, cache=None: _media(model, input_ids, pixels)
+    try:
+        yield
+    finally:
+        del model.media_for
+
+
+def _media(model: FlamingoForConditionalGeneration, input_ids: Tensor, pixels: Tensor | None) -> Media:
+    """`encode_media` where every slot holds an image: pixels (B, M, 3, H, W)."""
+    if pixels is None:
+        return no_media(model.perceiver, input_ids.new_zeros(len(input_ids)))
+    samples, images = pixels.shape[:2]
+    rows = torch.arange(samples).repeat_interleave(images)
+    slots = torch.arange(images).repeat(samples)
+    tokens = spatial_tokens(model.vision_encoder, pixels[rows, slots]).unflatten(0, (-1, 1))
+    encoded = model.perceiver(tokens[None], slots[None])[0]
+    latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
+    latents[rows, slots] = encoded
+    return Media(latents, input_ids.new_full((samples,), images))
+
+
+@contextmanager
+def _offloaded(wanted: bool) -> Iterator[None]:
+    """Saved activations leave the device and come back as new tensors, as under TRL's activation offloading."""
+    with ExitStack() as stack:
+        if wanted:
+            stack.enter_context(saved_tensors_hooks(_Host(), _back))
+        yield
+
+
+class _Host:
+    """Takes activations; the last few are still on the device."""
+
+    def __init__(self) -> None:
+        self.stash: list[Tensor] = []
+
+    def __call__(self, saved: Tensor) -> Any:
+        if isinstance(saved, torch.nn.Parameter) or saved.nbytes < SMALLEST_OFFLOADED:
+            return saved
+        self.stash = [*self.stash[1 - STASH :], saved.detach()]
+        return saved.shape, saved.stride(), saved.dtype
+
+
+def _back(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    shape, stride, dtype = kept
+    return torch.empty_strided(shape, stride, dtype=dtype)

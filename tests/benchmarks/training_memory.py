@@ -1,0 +1,220 @@
+"""Measured against planned memory, on models with random weights: `python tests/benchmarks/training_memory.py SHAPE REGIME`.
+
+Builds a shape in 4 bits, a layer at a time, trains it for a few steps through the package's own trainer on made-up
+samples, and prints what that took beside what `flamingo-ft plan` says of the same recipe. On CUDA: torch's peaks of
+allocated and reserved memory. On a CPU, in a process each: the growth of resident memory (VmHWM over the VmRSS before
+training; what MKL and oneDNN take comes on top of tensors), and the bytes of live tensors, counted operator by operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, MptConfig, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from flamingo_ft.adapters import set_trainable
+from flamingo_ft.backbones import language, vision
+from flamingo_ft.backbones.quantization import Quantization, quantize_linears
+from flamingo_ft.config import Recipe, load_recipe
+from flamingo_ft.data import read_samples
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
+from flamingo_ft.training.plan import plan_memory
+from flamingo_ft.training.plan.model import _open_attention, add_lora
+from flamingo_ft.training.plan.tracker import LiveBytes
+from flamingo_ft.training.trainer import make_trainer
+
+GIB = 2**30
+# MPT-7B, MPT-1B (as an MPT of transformers), and something that trains on a CPU: width, layers, tower, interval.
+SHAPES = {
+    "openflamingo-9b": (4096, 32, "ViT-L-14", 4),
+    "openflamingo-3b": (2048, 24, "ViT-L-14", 1),
+    "scaled": (1024, 8, "ViT-B-32", 2),
+}
+TARGETS_GIB = {("openflamingo-9b", "bridge"): 12, ("openflamingo-9b", "lora"): 8, ("openflamingo-3b", "bridge"): 8}
+SMALL = ["train.gradient_checkpointing=true", "trainable.dtype=bf16", "train.optimizer=paged_adamw_8bit"]
+REGIMES = {
+    "bridge": [*SMALL, "train.optimizer_in_backward=true"],
+    "lora": [
+        *SMALL,
+        "trainable={perceiver: false, cross_attention: false, new_tokens: false, dtype: bf16}",
+        "lora.language={r: 16}",
+        "model.init_from=.",  # stands for a trained bridge: what is frozen may be quantized
+        "model.bridge_quantization=nf4",
+    ],
+}
+ON_CPU = ["trainable.dtype=fp32", "train.optimizer=adamw", "train.optimizer_in_backward=false"]
+VOCABULARY = 50432
+
+
+def write_recipe(folder: Path, shape: str, text_tokens: int, images: int) -> Path:
+    """The shape's language model as far as a plan needs it, samples of one size, and a recipe over both."""
+    width, layers, tower, every = SHAPES[shape]
+    sizes = {"d_model": width, "n_layers": layers, "n_heads": width // 128, "vocab_size": VOCABULARY}
+    MptConfig(**sizes, dtype="bfloat16", architectures=["MptForCausalLM"]).save_pretrained(folder / "lm")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(language.NANO_FOLDER / name, folder / "lm" / name)
+    write_samples(folder, AutoTokenizer.from_pretrained(folder / "lm"), text_tokens, images)
+    document = {
+        "model": {
+            "vision": {"name": tower, "quantization": "nf4"},
+            "language": {"name": str(folder / "lm"), "quantization": "nf4"},
+            "cross_attn_every_n_layers": every,
+        },
+        "data": {"train": [{"path": "train.jsonl"}]},
+        "train": {"output_dir": str(folder / "run"), "max_steps": 4, "batch_size": 1, "num_workers": 0},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def write_samples(folder: Path, tokenizer: object, text_tokens: int, images: int) -> None:
+    """Dialogues of about ``text_tokens`` tokens, all alike, about blank images."""
+    Image.new("RGB", (64, 64)).save(folder / "blank.png")
+    word = len(tokenizer(" digit digit digit digit", add_special_tokens=False)["input_ids"]) / 4
+    said = " ".join(["digit"] * int((text_tokens - 12 - images) / word))
+    turns = [{"role": "user", "content": "<image>" * images + "which?"}, {"role": "assistant", "content": said}]
+    row = json.dumps({"messages": turns, "images": ["blank.png"] * images})
+    (folder / "train.jsonl").write_text("\n".join([row] * 16))
+
+
+def build(recipe: Recipe, device: str) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """The recipe's model with random weights, on ``device``."""
+    wanted = recipe.model
+    config = language._causal_config(Path(wanted.language.name), wanted.language.name, False)
+    tokenizer = AutoTokenizer.from_pretrained(wanted.language.name)
+    quantization = Quantization.of(wanted.language)
+    dtype = config.dtype if device == "cuda" else torch.float32
+    lm = language.LanguageBackbone(random_language(config, quantization, dtype, device), tokenizer, source(wanted.language))
+    with torch.device(device):
+        tower = vision.load_vision(wanted.vision.name)
+        _open_attention(tower.visual)
+        quantize_linears(tower.visual, Quantization.of(wanted.vision), device)
+        options = {"cross_attn_every_n_layers": wanted.cross_attn_every_n_layers}
+        model, processor = build_flamingo(tower, lm, **options)
+        set_trainable(model, recipe.trainable)
+        if wanted.bridge_quantization != "none":
+            for part in (model.perceiver, model.gated_cross_attn_layers):
+                quantize_linears(part, Quantization(wanted.bridge_quantization), device)
+        add_lora(model, recipe.lora, recipe.trainable.dtype)
+    return model.to(device), processor
+
+
+def source(section: object) -> dict:
+    return {"name": section.name, "revision": None, "sha256": "random"}
+
+
+def random_language(
+    config: MptConfig, quantization: Quantization, dtype: torch.dtype, device: str
+) -> PreTrainedModel:
+    """A language model of random weights; no more than one matrix of it is ever there unquantized."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    kept = get_keys_to_not_convert(lm)
+    for name, layer in list(lm.named_modules()):
+        if isinstance(layer, nn.Linear) and name not in kept:
+            alone = nn.Sequential(layer.to_empty(device=device))
+            nn.init.normal_(layer.weight, std=0.02)
+            quantize_linears(alone, quantization, device)
+            lm.set_submodule(name, alone[0])
+    for module in lm.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = nn.Parameter(torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02)
+    lm.tie_weights()
+    return lm.eval().requires_grad_(False)
+
+
+def run(recipe: Recipe, device: str, live: bool) -> dict[str, float]:
+    """Train, and what it took, in bytes."""
+    model, processor = build(recipe, device)
+    samples = [read_samples(entry.path, entry.image_root) for entry in recipe.data.train]
+    trainer = make_trainer(model, processor, samples, recipe, [])
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    if live:
+        return {"live": _live_bytes(trainer)}
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
+    before = _status("VmRSS")
+    trainer.train()
+    return {"resident growth": _status("VmHWM") - before}
+
+
+def _live_bytes(trainer: object) -> int:
+    with LiveBytes() as live:
+        live.hold(chain(trainer.model.parameters(), trainer.model.buffers(), _scales(trainer.model)))
+        live.restart()
+        trainer.train()
+    return live.peak
+
+
+def _scales(model: nn.Module) -> Iterator[torch.Tensor]:
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+
+
+def _status(field: str) -> int:
+    """A size in /proc/self/status, in bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure(arguments: list[str], *more: str) -> dict[str, float]:
+    """`run` in a process of its own."""
+    command = [sys.executable, __file__, *arguments, "--measure", *more]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("regime", choices=REGIMES)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--text-tokens", type=int, default=256)
+    parser.add_argument("--images", type=int, default=1)
+    parser.add_argument("--plan-only", action="store_true", help="plan for CUDA, and train nothing")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--live", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_cpu = ON_CPU if device == "cpu" and not given.plan_only else []
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_recipe(Path(folder), given.shape, given.text_tokens, given.images)
+        recipe = load_recipe(path, [*REGIMES[given.regime], *on_cpu, *given.overrides])
+        if given.measure:
+            print(json.dumps(run(recipe, device, given.live)))
+            return
+        plan = plan_memory(recipe, device="cuda" if given.plan_only else device)
+    figures = {"planned": plan.peak, "planned growth": plan.peak - plan.step.weights}
+    if not given.plan_only:
+        own = [given.shape, given.regime, *given.overrides, f"--text-tokens={given.text_tokens}", f"--images={given.images}"]
+        figures |= measure(own)
+        figures |= measure(own, "--live") if device == "cpu" else {}
+    print(f"{given.shape} {given.regime} on {device}, {plan.batch.text_tokens} text tokens, {plan.batch.images} images")
+    for name, size in figures.items():
+        print(f"{name:16} {size / GIB:7.3f} GiB")
+    if (given.shape, given.regime) in TARGETS_GIB:
+        print(f"{'target':16} {TARGETS_GIB[given.shape, given.regime]:7.3f} GiB")
+
+
+if __name__ == "__main__":
+    main()

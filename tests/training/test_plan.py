@@ -1,0 +1,234 @@
+"""The memory plan is what a real step takes: on a CPU, counted tensor by tensor; for the sizes on paper, exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, MptConfig, PreTrainedConfig
+from transformers.quantizers.base import get_keys_to_not_convert
+
+from flamingo_ft import cli
+from flamingo_ft.backbones.language import NANO_FOLDER
+from flamingo_ft.backbones.quantization import Quantization, quantize_linears
+from flamingo_ft.config import Recipe, load_recipe
+from flamingo_ft.data import Sample, read_samples
+from flamingo_ft.data.encode import encode
+from flamingo_ft.training.build import build_model
+from flamingo_ft.training.plan import Planner, plan_memory
+from flamingo_ft.training.plan.advice import advise, with_values
+from flamingo_ft.training.plan.gpus import GPUS
+from flamingo_ft.training.plan.model import add_lora
+from flamingo_ft.training.plan.tracker import LiveBytes
+from flamingo_ft.training.trainer import make_trainer
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+CASES = {
+    "as it is": [],
+    "checkpointing": ["train.gradient_checkpointing=true"],
+    "LoRA": ["lora.language={r: 8}"],
+    "nf4": ["model.language.quantization=nf4"],
+    "nf4, single": ["model.language={name: nano, quantization: nf4, double_quantization: false}"],
+    "int8": ["model.language.quantization=int8"],
+    "nf4, LoRA alone, checkpointing": [
+        "model.language.quantization=nf4",
+        "lora.language={r: 8}",
+        "trainable={perceiver: false, cross_attention: false, new_tokens: false}",
+        "train.gradient_checkpointing=true",
+    ],
+    "accumulation": ["train.gradient_accumulation_steps=2"],
+}
+
+
+def quickstart(*overrides: str) -> Recipe:
+    return load_recipe(QUICKSTART, ["train.batch_size=8", "train.max_steps=3", *overrides])
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    samples = read_samples(QUICKSTART.parent / "quickstart" / "train.jsonl")
+    return next(sample for sample in samples if len(sample.images) == 2)
+
+
+# --- against a real step ---
+
+
+def really_built(recipe: Recipe) -> tuple:
+    """The recipe's model with its language model quantized and its LoRA, and the processor."""
+    model, processor = build_model(recipe)
+    quantization = Quantization.of(recipe.model.language)
+    if quantization:
+        kept = get_keys_to_not_convert(model.lang_encoder)
+        for name, part in model.lang_encoder.named_children():
+            if name not in kept:
+                quantize_linears(part, quantization)
+    add_lora(model, recipe.lora, recipe.trainable.dtype)
+    return model, processor
+
+
+def all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and the scales that bitsandbytes keeps beside its matrices."""
+    yield from chain(model.parameters(), model.buffers())
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        outer = getattr(state, "state2", None)
+        scales = [getattr(state, "absmax", None), getattr(state, "code", None), getattr(state, "offset", None)]
+        scales += [getattr(outer, "absmax", None), getattr(outer, "code", None)]
+        scales += [getattr(owner, "SCB", None) for owner in (weight, getattr(module, "state", None))]
+        yield from (tensor for tensor in scales if isinstance(tensor, Tensor))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
+def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, sample, overrides):
+    recipe = quickstart(f"train.output_dir={tmp_path}", *overrides)
+    model, processor = really_built(recipe)
+    tokens = len(encode(processor, sample.messages).input_ids)
+    plan = plan_memory(recipe, device="cpu", text_tokens=tokens, images=2)
+    trainer = make_trainer(model, processor, [[sample] * 100], recipe, [])
+    with LiveBytes() as live:
+        weights = live.hold(all_tensors(model))
+        live.restart()
+        trainer.train()
+    assert plan.step.weights == weights
+    assert plan.peak == pytest.approx(live.peak, rel=0.02)
+
+
+# --- laws of the plan ---
+
+
+def planned(*overrides: str, device: str = "cuda"):
+    return plan_memory(quickstart(*overrides), device=device, text_tokens=40, images=1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_bigger_batch_never_needs_less(device):
+    peaks = [planned(f"train.batch_size={size}", device=device).peak for size in (1, 2, 4)]
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize("overrides", [[], ["lora.language={r: 8}"], ["model.language.quantization=int8"]])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_checkpointing_never_needs_more(device, overrides):
+    kept = planned(*overrides, device=device)
+    assert planned("train.gradient_checkpointing=true", *overrides, device=device).peak <= kept.peak
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.optimizer=adamw_8bit", "train.optimizer_in_backward=true", "train.activation_offload=true"],
+)
+def test_a_memory_switch_never_needs_more(override):
+    assert planned(override).peak <= planned().peak
+
+
+def test_the_parts_of_a_plan_add_up_to_its_peak():
+    plan = planned("lora.language={r: 8}", "model.language.quantization=nf4")
+    step = plan.step
+    assert step.weights + step.optimizer + step.gradients_at_peak + plan.activations == plan.peak
+    assert sum(part.frozen + part.trainable for part in plan.components) == pytest.approx(step.weights, rel=0.05)
+
+
+def test_state_that_is_paged_is_not_counted_as_memory_of_the_gpu():
+    wide = "model.cross_attention={heads: 16, dim_head: 64}"  # the nano matrices are too small to be paged
+    pinned, paged = (planned(wide, f"train.optimizer={name}") for name in ("adamw_8bit", "paged_adamw_8bit"))
+    assert paged.step.paged > 0 and pinned.step.paged == 0
+    assert paged.step.optimizer < pinned.step.optimizer
+
+
+def test_the_data_say_how_long_a_sample_is():
+    batch = plan_memory(quickstart()).batch
+    assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
+
+
+def test_without_the_data_the_limit_says_so(tmp_path):
+    source = f"data.train=[{{path: {tmp_path}/none.jsonl}}]"
+    recipe = load_recipe(QUICKSTART, [source, "data.max_text_tokens=20"], require_files=False)
+    batch = plan_memory(recipe).batch
+    assert (batch.text_tokens, batch.images, batch.where_from) == (20, 1, "the limit")
+
+
+# --- sizes on paper ---
+
+
+def shape(folder: Path, language: PreTrainedConfig, every: int) -> Recipe:
+    """A recipe over a language model of which only configuration and tokenizer are there, and a ViT-L/14."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((NANO_FOLDER / name).read_bytes())
+    language.architectures = [f"{type(language).__name__.removesuffix('Config')}ForCausalLM"]
+    language.save_pretrained(folder)
+    return Recipe.model_validate(
+        {
+            "model": {
+                "vision": {"name": "ViT-L-14"},
+                "language": {"name": str(folder), "quantization": "nf4"},
+                "cross_attn_every_n_layers": every,
+            },
+            "data": {"train": [{"path": folder / "none.jsonl"}]},
+            "train": {"output_dir": folder / "run", "max_steps": 1, "batch_size": 1, "gradient_checkpointing": True},
+        }
+    )
+
+
+def mpt(width: int, layers: int) -> MptConfig:
+    return MptConfig(d_model=width, n_layers=layers, n_heads=width // 128, vocab_size=50432, dtype="bfloat16")
+
+
+REDPAJAMA = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
+SHAPES = {
+    "3B": (mpt(2048, 24), 1, 944),
+    "4B": (GPTNeoXConfig(**REDPAJAMA, vocab_size=50432, dtype="bfloat16"), 2, 961),
+    "9B": (mpt(4096, 32), 4, 1179),
+}
+
+
+@pytest.mark.parametrize("config, every, millions", SHAPES.values(), ids=SHAPES.keys())
+def test_open_flamingos_bridges_have_the_sizes_it_reports(tmp_path, config, every, millions):
+    plan = plan_memory(shape(tmp_path, config, every), text_tokens=16, images=1)
+    parts = {part.name: part.trainable_parameters for part in plan.components}
+    exact = parts["perceiver"] + parts["cross-attention"]
+    print(f"perceiver {parts['perceiver']:,}, with cross-attention {exact:,}")
+    assert parts["perceiver"] == 63_019_008
+    assert round(exact / 1e6) == millions
+
+
+# --- advice ---
+
+
+def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
+    recipe = shape(tmp_path, mpt(2048, 2), 1)
+    recipe = with_values(recipe, {"train.gradient_checkpointing": False, "train.batch_size": 32})
+    planner = Planner(recipe, "cuda", text_tokens=2048, images=1)
+    before = planner.plan(recipe)
+    changes = advise(planner, before)
+    assert changes and all(change.saved > 0 for change in changes)
+    for change in changes:
+        recipe = with_values(recipe, change.values)
+        after = plan_memory(recipe, text_tokens=2048, images=1)
+        assert before.peak - after.peak == change.saved and after.peak == change.plan.peak
+        before = after
+    assert all(gpu.fits(before) for gpu in GPUS)
+
+
+def test_what_fits_every_card_gets_no_advice():
+    planner = Planner(quickstart(), "cuda", text_tokens=16, images=1)
+    assert advise(planner, planner.plan(planner.recipe)) == []
+
+
+# --- the command ---
+
+
+def test_the_command_prints_tables_or_the_same_as_json(capsys):
+    assert cli.main(["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "perceiver" in shown and "peak" in shown and "H200" in shown
+    assert cli.main(["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["cuda"]["peak"] > 0 and record["gpus"][0]["fits"]
+    assert torch.cuda.is_available() or record["cpu"]["peak"] > 0
