@@ -165,8 +165,7 @@ def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
             f"vision tower {type(trunk).__name__} has no spatial tokens (no forward_intermediates); "
             "choose an OpenCLIP architecture such as ViT-L-14"
         )
-    learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in visual.parameters())
-    with torch.set_grad_enabled(learns), _eval_mode(visual):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and _has_trained_lora(visual)), _eval_mode(visual):
         outputs = visual.forward_intermediates(
             _as_input(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
         )
@@ -189,6 +188,10 @@ def token_width(visual: nn.Module) -> int:
 def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
     """OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W), normalised."""
     return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+
+
+def _has_trained_lora(module: nn.Module) -> bool:
+    return any(parameter.requires_grad and ".lora_" in name for name, parameter in module.named_parameters())
 
 
 @contextmanager

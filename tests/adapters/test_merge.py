@@ -35,11 +35,12 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("extra", [(), ("lora.use_dora=true",), ("lora.use_rslora=true",), ("lora.init_lora_weights=pissa",)])
-@pytest.mark.parametrize("regime", REGIMES)
+KINDS = ("lora.use_dora=true", "lora.use_rslora=true", "lora.init_lora_weights=pissa")
+OF_EACH_KIND = [(regime, (kind,)) for regime in REGIMES if regime != "bridge" for kind in KINDS]
+
+
+@pytest.mark.parametrize(("regime", "extra"), [*((regime, ()) for regime in REGIMES), *OF_EACH_KIND])
 def test_merged_equals_unmerged(small_run, regime, extra):
-    if extra and "LoRA" not in regime:
-        pytest.skip("there is nothing to initialise")
     expected = adapter(*REGIMES[regime], *extra)
     report = merge_adapter("adapter", "merged", dtype=torch.float32)
     loaded, processor = load_trained("merged")
