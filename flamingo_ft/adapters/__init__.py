@@ -2,6 +2,7 @@
 
 from .card import write_card
 from .load import load_adapter, load_base, load_trained
+from .lora import add_lora
 from .merge import merge_adapter
 from .prepare import prepare_training
 from .save import save_adapter
@@ -11,6 +12,7 @@ from .trainable import set_trainable, trainable_parameters
 
 __all__ = [
     "Adapters",
+    "add_lora",
     "load_adapter",
     "load_base",
     "load_trained",

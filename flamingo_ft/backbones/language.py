@@ -133,6 +133,12 @@ def _placed(
     return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **placed}
 
 
+def language_files(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a language model, which say all of it but its weights; only they are fetched."""
+    folder = language_folder(name, revision, weights=False)
+    return _causal_config(folder, name, trust_remote_code=False), _load(AutoTokenizer, folder, name)
+
+
 def language_folder(
     name: str, revision: str | None, local_files_only: bool = False, weights: bool = True
 ) -> Path:

@@ -110,7 +110,7 @@ def load_vision(
     return VisionBackbone(
         visual=visual if device is None else visual.to(device),
         config=located.config,
-        preprocess=_preprocess(visual, located.preprocess),
+        preprocess=tower_preprocess(visual, located.preprocess),
         width=token_width(visual),
         source=dict(
             name=name,
@@ -120,6 +120,14 @@ def load_vision(
             quantization=quantization.record() if quantization else None,
         ),
     )
+
+
+def tower_config(name: str) -> dict:
+    """A `VisionBackbone.config` by the tower's name, as `load_vision` takes it; of a Hub repository only it is fetched."""
+    if not name.startswith("hf-hub:"):
+        return _locate(name, None, None).config
+    file = _download(name.removeprefix("hf-hub:"), CONFIG_FILE, None)
+    return _read_config(file)[0]
 
 
 def build_visual(config: dict) -> nn.Module:
@@ -267,15 +275,19 @@ def _locate_folder(folder: Path, revision: str | None = None) -> _Located:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{folder} has no {CONFIG_FILE}; give a folder in OpenCLIP's local-dir format")
-    try:
-        contents = json.loads(file.read_text(encoding="utf-8"))
-        config = _tower_config(contents["model_cfg"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no OpenCLIP configuration ({_one_line(error)}); correct it") from error
+    config, preprocess = _read_config(file)
     if not any(entry.suffix in WEIGHT_SUFFIXES for entry in folder.iterdir()):
         raise UserError(f"{folder} holds no weights; add open_clip_model.safetensors")
-    preprocess = contents.get("preprocess_cfg", {})
     return _Located(f"local-dir:{folder}", config, preprocess=preprocess, revision=revision)
+
+
+def _read_config(file: Path) -> tuple[dict, dict]:
+    """The tower's configuration, and what the file says of the image transform."""
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        return _tower_config(contents["model_cfg"]), contents.get("preprocess_cfg", {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no OpenCLIP configuration ({_one_line(error)}); correct it") from error
 
 
 def _download(repository: str, file: str | None, revision: str | None) -> Path:
@@ -348,7 +360,7 @@ def _tower_config(model_cfg: dict) -> dict:
     }
 
 
-def _preprocess(visual: nn.Module, overrides: dict) -> dict:
+def tower_preprocess(visual: nn.Module, overrides: dict) -> dict:
     """OpenCLIP's rule: its defaults, then the overrides, then always the tower's own image size."""
     size = {"size": visual.image_size}
     fields = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), overrides), size)

@@ -16,19 +16,13 @@ from .in_backward import InBackward
 # Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
 UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
 
-# The recipe's names -> transformers'.
+# The recipe's names -> transformers'. The fused AdamW needs no memory of its own.
 OPTIMIZERS = {
-    "adamw": "adamw_torch",
+    "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-
-
-def transformers_name(wanted: TrainSection) -> str:
-    """The optimizer in transformers' words. On a GPU AdamW is the fused one, which needs no temporaries."""
-    fused = wanted.optimizer == "adamw" and torch.cuda.is_available()
-    return "adamw_torch_fused" if fused else OPTIMIZERS[wanted.optimizer]
 
 
 def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments) -> torch.optim.Optimizer:

@@ -19,7 +19,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .loss_check import check_loss
-from .optimizer import make_optimizer, transformers_name
+from .optimizer import OPTIMIZERS, make_optimizer
 
 LOOKED_AT = 16  # batches, gone over until the directions settle
 QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -74,7 +74,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         warmup_steps=wanted.warmup_steps,
         lr_scheduler_type=wanted.lr_scheduler,
         max_grad_norm=0.0 if wanted.optimizer_in_backward else wanted.max_grad_norm,  # there each is clipped by itself
-        optim=transformers_name(wanted),
+        optim=OPTIMIZERS[wanted.optimizer],
         activation_checkpointing=wanted.gradient_checkpointing,
         activation_offloading=wanted.activation_offload,
         logging_steps=wanted.logging_steps,

@@ -25,14 +25,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, MptConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from flamingo_ft.adapters import set_trainable
-from flamingo_ft.backbones import language, vision
+from flamingo_ft.adapters import add_lora, set_trainable
+from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone, language_files
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
+from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import read_samples
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.training.plan import plan_memory
-from flamingo_ft.training.plan.model import _open_attention, add_lora
 from flamingo_ft.training.plan.tracker import LiveBytes
 from flamingo_ft.training.trainer import make_trainer
 
@@ -65,7 +65,7 @@ def write_recipe(folder: Path, shape: str, text_tokens: int, images: int) -> Pat
     sizes = {"d_model": width, "n_layers": layers, "n_heads": width // 128, "vocab_size": VOCABULARY}
     MptConfig(**sizes, dtype="bfloat16", architectures=["MptForCausalLM"]).save_pretrained(folder / "lm")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(language.NANO_FOLDER / name, folder / "lm" / name)
+        shutil.copy(NANO_FOLDER / name, folder / "lm" / name)
     write_samples(folder, AutoTokenizer.from_pretrained(folder / "lm"), text_tokens, images)
     document = {
         "model": {
@@ -94,22 +94,19 @@ def write_samples(folder: Path, tokenizer: object, text_tokens: int, images: int
 def build(recipe: Recipe, device: str) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The recipe's model with random weights, on ``device``."""
     wanted = recipe.model
-    config = language._causal_config(Path(wanted.language.name), wanted.language.name, False)
-    tokenizer = AutoTokenizer.from_pretrained(wanted.language.name)
+    config, tokenizer = language_files(wanted.language.name)
     quantization = Quantization.of(wanted.language)
-    dtype = config.dtype if device == "cuda" else torch.float32
-    lm = language.LanguageBackbone(random_language(config, quantization, dtype, device), tokenizer, source(wanted.language))
+    lm = LanguageBackbone(random_language(config, quantization, device), tokenizer, source(wanted.language))
+    tower = load_vision(wanted.vision.name, quantization=Quantization.of(wanted.vision), device=device)
     with torch.device(device):
-        tower = vision.load_vision(wanted.vision.name)
-        _open_attention(tower.visual)
-        quantize_linears(tower.visual, Quantization.of(wanted.vision), device)
         options = {"cross_attn_every_n_layers": wanted.cross_attn_every_n_layers}
         model, processor = build_flamingo(tower, lm, **options)
-        set_trainable(model, recipe.trainable)
-        if wanted.bridge_quantization != "none":
-            for part in (model.perceiver, model.gated_cross_attn_layers):
-                quantize_linears(part, Quantization(wanted.bridge_quantization), device)
-        add_lora(model, recipe.lora, recipe.trainable.dtype)
+    set_trainable(model, recipe.trainable)
+    if wanted.bridge_quantization != "none":
+        for part in (model.perceiver, model.gated_cross_attn_layers):
+            quantize_linears(part, Quantization(wanted.bridge_quantization), device)
+    add_lora(model, recipe.lora)
+    set_trainable(model, recipe.trainable, recipe.lora)
     return model.to(device), processor
 
 
@@ -118,9 +115,10 @@ def source(section: object) -> dict:
 
 
 def random_language(
-    config: MptConfig, quantization: Quantization, dtype: torch.dtype, device: str
+    config: MptConfig, quantization: Quantization, device: str
 ) -> PreTrainedModel:
     """A language model of random weights; no more than one matrix of it is ever there unquantized."""
+    dtype = quantization.dtype
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
     kept = get_keys_to_not_convert(lm)

@@ -11,11 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, MptConfig, PreTrainedConfig
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from flamingo_ft import cli
 from flamingo_ft.backbones.language import NANO_FOLDER
-from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import Sample, read_samples
 from flamingo_ft.data.encode import encode
@@ -23,7 +21,6 @@ from flamingo_ft.training.build import build_model
 from flamingo_ft.training.plan import Planner, plan_memory
 from flamingo_ft.training.plan.advice import advise, with_values
 from flamingo_ft.training.plan.gpus import GPUS
-from flamingo_ft.training.plan.model import add_lora
 from flamingo_ft.training.plan.tracker import LiveBytes
 from flamingo_ft.training.trainer import make_trainer
 
@@ -58,19 +55,6 @@ def sample() -> Sample:
 # --- against a real step ---
 
 
-def really_built(recipe: Recipe) -> tuple:
-    """The recipe's model with its language model quantized and its LoRA, and the processor."""
-    model, processor = build_model(recipe)
-    quantization = Quantization.of(recipe.model.language)
-    if quantization:
-        kept = get_keys_to_not_convert(model.lang_encoder)
-        for name, part in model.lang_encoder.named_children():
-            if name not in kept:
-                quantize_linears(part, quantization)
-    add_lora(model, recipe.lora, recipe.trainable.dtype)
-    return model, processor
-
-
 def all_tensors(model: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and the scales that bitsandbytes keeps beside its matrices."""
     yield from chain(model.parameters(), model.buffers())
@@ -88,7 +72,7 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
 def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, sample, overrides):
     recipe = quickstart(f"train.output_dir={tmp_path}", *overrides)
-    model, processor = really_built(recipe)
+    model, processor = build_model(recipe)
     tokens = len(encode(processor, sample.messages).input_ids)
     plan = plan_memory(recipe, device="cpu", text_tokens=tokens, images=2)
     trainer = make_trainer(model, processor, [[sample] * 100], recipe, [])

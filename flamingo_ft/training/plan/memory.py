@@ -10,13 +10,15 @@ from itertools import chain
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flamingo_ft.backbones.language import language_files
+from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.training.trainer import text_limit
 
 from .batch import Batch, find_batch
 from .devices import Device
-from .model import build_on_meta, language_files, move_to_fake, tower_config
+from .model import build_on_meta, move_to_fake
 from .optimizer import optimizer_state
 from .step import StepMemory, dry_step
 
@@ -75,7 +77,8 @@ class Planner:
         self.recipe = recipe
         self.device = device
         self._sizes = {"text_tokens": text_tokens, "images": images}
-        self._backbones = tower_config(recipe.model.vision), *language_files(recipe.model.language)
+        wanted = recipe.model
+        self._backbones = tower_config(wanted.vision.name), *language_files(wanted.language.name, wanted.language.revision)
 
     def plan(self, recipe: Recipe) -> Plan:
         """The plan of ``recipe``."""
