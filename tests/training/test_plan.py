@@ -38,6 +38,16 @@ CASES = {
         "trainable={perceiver: false, cross_attention: false, new_tokens: false}",
         "train.gradient_checkpointing=true",
     ],
+    "nf4, the tower too": ["model.language.quantization=nf4", "model.vision.quantization=nf4"],
+    "int8, the tower too": ["model.language.quantization=int8", "model.vision.quantization=int8"],
+    "LoRA in the tower and the bridge": [
+        "trainable={perceiver: false, cross_attention: false, new_tokens: true}",
+        "lora={vision: {r: 4}, perceiver: {r: 2}, cross_attention: {r: 4}}",
+    ],
+    "DoRA": ["lora.language={r: 8}", "lora.use_dora=true"],
+    "8-bit AdamW": ["train.optimizer=adamw_8bit"],
+    "a step inside the backward pass": ["train.optimizer_in_backward=true"],
+    "bf16": ["trainable.dtype=bf16"],
     "accumulation": ["train.gradient_accumulation_steps=2"],
 }
 
