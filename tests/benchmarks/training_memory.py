@@ -61,6 +61,7 @@ REGIMES = {
 }
 ON_CPU = ["trainable.dtype=fp32", "train.optimizer=adamw", "train.optimizer_in_backward=false"]
 VOCABULARY = 50432
+AROUND = 5  # tokens of a sample beside its images and the words said
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps freed tensors, and resident memory tells little
 
 
@@ -90,7 +91,7 @@ def write_samples(folder: Path, tokenizer: object, text_tokens: int, images: int
     """Dialogues of about ``text_tokens`` tokens, all alike, about blank images."""
     Image.new("RGB", (64, 64)).save(folder / "blank.png")
     word = len(tokenizer(" digit digit digit digit", add_special_tokens=False)["input_ids"]) / 4
-    said = " ".join(["digit"] * int((text_tokens - 12 - images) / word))
+    said = " ".join(["digit"] * int((text_tokens - AROUND - images) / word))
     turns = [{"role": "user", "content": "<image>" * images + "which?"}, {"role": "assistant", "content": said}]
     row = json.dumps({"messages": turns, "images": ["blank.png"] * images})
     (folder / "train.jsonl").write_text("\n".join([row] * 16))
@@ -226,7 +227,8 @@ def main() -> None:
         own = [given.shape, given.regime, *given.overrides, f"--text-tokens={given.text_tokens}", f"--images={given.images}"]
         figures |= measure(own)
         figures |= measure(own, "--live") if device == "cpu" else {}
-    print(f"{given.shape} {given.regime} on {device}, {plan.batch.text_tokens} text tokens, {plan.batch.images} images")
+    where = "cuda" if given.plan_only else device
+    print(f"{given.shape} {given.regime} on {where}, {plan.batch.text_tokens} text tokens, {plan.batch.images} images")
     for name, size in figures.items():
         print(f"{name:16} {size / GIB:7.3f} GiB")
     if (given.shape, given.regime) in TARGETS_GIB:
