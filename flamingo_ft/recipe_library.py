@@ -6,6 +6,8 @@ import difflib
 import shutil
 from pathlib import Path
 
+import yaml
+
 from flamingo_ft.errors import UserError
 
 
@@ -51,20 +53,38 @@ def summary(recipe: Path) -> str:
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:
-    """Copy a packaged recipe, and the folder of its data where it has one, into `folder`.
+    """Copy a packaged recipe, and the folders of its data, into `folder`.
 
-    Returns what was written. Raises UserError for an unknown name and when any of it is there already.
+    Data of another recipe that was copied there before is left as it is. Returns what was written. Raises UserError for
+    an unknown name and when anything else is there already.
     """
     known = packaged_recipes()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1) or sorted(known)
         raise UserError(f"recipe {name}: no packaged recipe of this name; known: {', '.join(near)}")
-    sources = [source for source in (known[name], known[name].with_suffix("")) if source.exists()]
-    copies = [folder / source.name for source in sources]
-    for target in copies:
+    copies = {source: folder / source.name for source in (known[name], *_data_folders(known[name]))}
+    wanted = {source: target for source, target in copies.items() if not _is_copy(source, target)}
+    for target in wanted.values():
         if target.exists():
             raise UserError(f"{target}: exists already; choose another folder: recipes copy {name} FOLDER")
     folder.mkdir(parents=True, exist_ok=True)
-    for source, target in zip(sources, copies, strict=True):
+    for source, target in wanted.items():
         shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
-    return copies
+    return list(wanted.values())
+
+
+def _data_folders(recipe: Path) -> list[Path]:
+    """The folders beside a recipe that its data lie in."""
+    data = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]
+    entries = [entry for split in ("train", "eval") for entry in data.get(split, ())]
+    paths = [Path(entry[key]) for entry in entries for key in ("path", "image_root") if entry.get(key)]
+    return list(dict.fromkeys(recipe.parent / path.parts[0] for path in paths))
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    """Whether `target` is a folder with the same files, by name and size."""
+    return target.is_dir() and _sizes(source) == _sizes(target)
+
+
+def _sizes(folder: Path) -> dict[Path, int]:
+    return {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}

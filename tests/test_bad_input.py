@@ -9,7 +9,8 @@ from PIL import Image
 from transformers import XLMConfig, XLMWithLMHeadModel
 
 from flamingo_ft import cli
-from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones import quantization
+from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 
 RECIPE = """\
 # a small run
@@ -70,11 +71,6 @@ def test_a_wrong_type_says_what_is_wanted(here, capsys):
     assert "found 'many'; want a whole number" in refused(capsys, "train", "recipe.yaml", "train.max_steps=many")
 
 
-def test_what_is_not_there_yet_is_refused_in_words(here, capsys):
-    line = refused(capsys, "train", "recipe.yaml", "model.language.quantization=nf4")
-    assert "this version trains unquantized backbones only; use none" in line
-
-
 def test_a_missing_data_file(here, capsys):
     Path("train.jsonl").unlink()
     assert "train.jsonl" in refused(capsys, "train", "recipe.yaml")
@@ -109,6 +105,57 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
     tokenizer.save_pretrained("xlm")
     line = refused(capsys, "train", "recipe.yaml", "model.language.name=./xlm")
     assert "decoder_layers_attr_name" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["model.language.quantization=int4"], "model.language.quantization: found 'int4'; want 'none', 'int8', 'nf4'"),
+        (["model.vision={name: RN50, quantization: nf4}"], "vision tower ModifiedResNet has convolutions and no matrices"),
+        (
+            ["model.language.quantization=nf4", "lora.language={}", "lora.init_lora_weights=pissa"],
+            "lora.init_lora_weights: pissa takes its start out of the weights",
+        ),
+        (
+            ["lora.language={target_modules: [query]}"],
+            "lora.language.target_modules: query matches no matrix of the language part; it has model.layers.*.self_attn.q_proj",
+        ),
+        (["lora.perceiver={}"], "lora.perceiver: trainable.perceiver is true too"),
+        (["model.init_from=."], "model.init_from: . holds no adapter, no merged model and is no checkpoint"),
+        (["train.activation_offload=true"], "train.activation_offload: found no GPU"),
+        (["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"], "sees one batch"),
+    ],
+)
+def test_what_cannot_be_quantized_updated_or_started_from(here, capsys, overrides, told):
+    assert told in refused(capsys, "train", "recipe.yaml", *overrides)
+
+
+def test_quantization_without_bitsandbytes(here, capsys, monkeypatch):
+    monkeypatch.setattr(quantization, "bnb", None)
+    line = refused(capsys, "train", "recipe.yaml", "model.language.quantization=nf4")
+    assert "quantization nf4 needs bitsandbytes; pip install bitsandbytes, or use none" in line
+
+
+def test_quantization_of_a_language_model_that_is_quantized_already(here, capsys):
+    config = json.loads((NANO_FOLDER / "config.json").read_text())
+    Path("gptq").mkdir()
+    for path in NANO_FOLDER.iterdir():
+        Path("gptq", path.name).write_bytes(path.read_bytes())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    Path("gptq", "config.json").write_text(json.dumps(config))
+    line = refused(capsys, "train", "recipe.yaml", "model.language={name: ./gptq, quantization: nf4}")
+    assert "is already quantized (gptq)" in line
+
+
+def test_a_plan_of_what_is_not_there(here, capsys):
+    assert "no OpenCLIP architecture" in refused(capsys, "plan", "recipe.yaml", "model.vision.name=ViT-Q-77")
+    Path("empty").mkdir()
+    assert "has no config.json" in refused(capsys, "plan", "recipe.yaml", "model.language.name=./empty")
+
+
+def test_a_merge_of_what_is_no_adapter(here, capsys):
+    assert "not an adapter" in refused(capsys, "merge", ".", "out")
+    assert not Path("out").exists()
 
 
 def test_an_earlier_run_is_never_overwritten(trained, capsys, monkeypatch):

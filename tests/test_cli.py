@@ -134,6 +134,9 @@ def test_help_names_every_verb():
         (["generate", "run", "--image", "a.png"], "Missing option '--prompt'"),
         (["generate", "run", "--prompt", "?", "--max-new-tokens", "0"], "greater than or equal to 1"),
         (["recipes", "copy", "gone"], "recipe"),
+        (["merge", "run"], "Missing argument 'OUT'"),
+        (["merge", "run", "out", "--base", "int8"], "'int8' is not one of 'bf16', 'dequantized'"),
+        (["plan", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here, arguments, told):
@@ -245,7 +248,7 @@ def test_generate_prints_the_answer_alone_and_keeps_the_order_of_images(here, en
 def test_recipes_are_listed_with_what_they_do_and_copied_by_name(here, monkeypatch, capsys):
     library = here / "library"
     (library / "one").mkdir(parents=True)
-    (library / "one.yaml").write_text(RECIPE)
+    (library / "one.yaml").write_text(RECIPE.replace("train.jsonl", "one/train.jsonl"))
     monkeypatch.setattr(recipe_library, "library_folder", lambda: library)
     assert cli.main(["recipes"]) == 0
     assert "one" in (shown := capsys.readouterr().out) and "Teach one thing" in shown

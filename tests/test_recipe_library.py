@@ -84,15 +84,26 @@ def test_copying_an_unknown_recipe_is_refused_with_the_nearest_name(library):
         copy_recipe("digit", Path("."))
 
 
-def test_every_packaged_recipe_loads_and_reads_only_its_own_folder():
-    for name, path in packaged_recipes().items():
-        recipe = load_recipe(path)
-        own = path.with_suffix("").absolute()
-        for source in (*recipe.data.train, *recipe.data.eval):
-            for used in (source.path, source.image_root):
-                assert used is None or used.is_relative_to(own), (
-                    f"{name} reads {used}, which copying leaves behind"
-                )
+def test_data_that_was_copied_with_another_recipe_is_shared(library):
+    (library / "more.yaml").write_text(DIGITS)
+    copy_recipe("digits", Path("."))
+    assert copy_recipe("more", Path(".")) == [Path("more.yaml")]
+    Path("digits/train.jsonl").write_text("mine now")
+    (library / "third.yaml").write_text(DIGITS)
+    with pytest.raises(UserError, match="digits: exists already"):
+        copy_recipe("third", Path("."))
+    assert Path("digits/train.jsonl").read_text() == "mine now" and not Path("third.yaml").exists()
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_packaged_recipe_loads_where_it_was_copied_to(name, tmp_path, monkeypatch):
+    """But for the run that it starts from, which is the user's to make: its recipe says with which command."""
+    monkeypatch.chdir(tmp_path)
+    recipe, *_ = copy_recipe(name, Path("copies"))
+    Path("runs/bridge").mkdir(parents=True)
+    loaded = load_recipe(recipe)
+    for source in (*loaded.data.train, *loaded.data.eval):
+        assert source.path.is_relative_to(tmp_path / "copies")
 
 
 def test_every_packaged_recipe_says_what_it_does():

@@ -1,0 +1,24 @@
+"""Every packaged recipe trains: a few steps of each, in the order in which they build on each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flamingo_ft import cli
+from flamingo_ft.recipe_library import packaged_recipes
+
+FEW = ["train.max_steps=3", "eval.max_samples=8", "train.warmup_steps=1"]
+
+
+@pytest.mark.slow
+def test_every_packaged_recipe_trains_and_merges(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = sorted(packaged_recipes())
+    assert names.index("bridge") < names.index("lora_only"), "the one starts from the other"
+    for name in names:
+        assert cli.main(["train", name, *FEW]) == 0, name
+        metrics = json.loads(Path("runs", name, "metrics.json").read_text())
+        assert metrics["train"]["steps"] == 3 and 0 <= metrics["eval"]["accuracy"] <= 1
+        assert cli.main(["merge", f"runs/{name}", f"merged/{name}"]) == 0, name
+        assert cli.main(["plan", name, "model.init_from=null", "model.bridge_quantization=none"]) == 0, name
