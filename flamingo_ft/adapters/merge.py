@@ -104,6 +104,7 @@ def _write(
 ) -> list[str]:
     """Merge in the computer's memory and write the model. Returns the parts that had LoRA."""
     model = load_base(adapter, start=start, quantized=base == "dequantized", dtype=dtype, device="cpu")
+    _check_mergeable(adapter, model)
     dequantize_linears(model, dtype)
     put_adapter(model, adapter)
     parts = fold_lora(model)
@@ -114,6 +115,17 @@ def _write(
     processor.save_pretrained(folder)
     write_card(model, folder)
     return parts
+
+
+def _check_mergeable(adapter: Path, model: FlamingoForConditionalGeneration) -> None:
+    """Refuse a language model that came quantized in a way that cannot be undone here; bitsandbytes' can."""
+    stored = dict(getattr(model.lang_encoder.config, "quantization_config", None) or {})
+    method = stored.get("quant_method", "bitsandbytes")
+    if "bitsandbytes" not in str(getattr(method, "value", method)):
+        raise UserError(
+            f"{adapter}: its language model is kept in {method}, which cannot take an update in; "
+            "train the adapter on the unquantized model, quantized as it is loaded"
+        )
 
 
 def _as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
