@@ -11,7 +11,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-from flamingo_ft.registration import REGISTERS, register_with_transformers
+from flamingo_ft.registration import register_with_transformers
 
 __version__ = "0.1.0"
 
@@ -45,16 +45,12 @@ _HOMES = {
     "train": "flamingo_ft.training.run",
 }
 
-_LIGHT = ("flamingo_ft.config", "flamingo_ft.errors")  # modules that need no transformers
-
 __all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if _HOMES[name] not in _LIGHT:
-        import_module(REGISTERS)
     return getattr(import_module(_HOMES[name]), name)
 
 

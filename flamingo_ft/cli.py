@@ -96,7 +96,7 @@ def plan(
     from flamingo_ft.config import load_recipe
     from flamingo_ft.recipe_library import find_recipe
 
-    settings = load_recipe(find_recipe(recipe), overrides or (), require_files=False)
+    settings = load_recipe(find_recipe(recipe), overrides or (), require=())
 
     from flamingo_ft.training.plan import report
 

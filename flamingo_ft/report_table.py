@@ -43,6 +43,7 @@ def merge_table(report: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     table.add_row("compared on", f"{report['tokens']:,} tokens of {report['prompts']} prompts")
+    table.add_row("prompts", report["prompts_from"])
     table.add_row("largest logit difference", f"{report['max_logit_difference']:.3g}")
     table.add_row("relative to the largest logit", f"{report['relative']:.2g} (tolerance {report['tolerance']:.2g})")
     table.add_row("token agreement", f"{100 * report['token_agreement']:.1f} %")

@@ -121,7 +121,7 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
             "lora.language.target_modules: query matches no matrix of the language part; it has model.layers.*.self_attn.q_proj",
         ),
         (["lora.perceiver={}"], "lora.perceiver: trainable.perceiver is true too"),
-        (["model.init_from=."], "model.init_from: . holds no adapter, no merged model and is no checkpoint"),
+        (["model.init_from=."], " holds no adapter, no merged model and is no checkpoint"),
         (["train.activation_offload=true"], "train.activation_offload: found no GPU"),
         (["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"], "sees one batch"),
     ],

@@ -144,7 +144,7 @@ def test_a_missing_file_is_refused_with_its_line_unless_files_are_not_wanted(fol
         f"recipe.yaml:6: data.train.0.path: found no file {missing}; "
         "relative paths here start from the recipe's folder"
     )
-    assert load_recipe(path, require_files=False).data.train[0].path == missing
+    assert load_recipe(path, require=()).data.train[0].path == missing
 
 
 # --- refusals ---
@@ -229,7 +229,10 @@ def test_training_nothing_is_refused(folder):
     [
         ("lora.perceiver={}", "lora.perceiver: trainable.perceiver is true too; a part trains whole or through LoRA"),
         ("model.bridge_quantization=nf4", "model.bridge_quantization: a fresh bridge has nothing worth freezing"),
-        ("model.init_from=gone", "model.init_from: found nothing at gone; it starts from the current directory"),
+        (
+            "model={init_from: x, bridge_quantization: nf4, vision: {name: nano}, language: {name: nano}}",
+            "model.bridge_quantization: all of the bridge trains, and what trains cannot be quantized",
+        ),
         ("lora.language={r: 0}", "lora.language.r: found 0; want 1 or more"),
         ("lora.language={rank: 8}", "lora.language.rank: unknown key; known here are r, lora_alpha, target_modules"),
         ("lora.language={target_modules: 3}", "lora.language.target_modules: found 3; want a list"),
@@ -238,6 +241,13 @@ def test_training_nothing_is_refused(folder):
 )
 def test_a_value_that_contradicts_another_or_fits_no_lora_is_refused_in_one_line(folder, override, told):
     assert refusal(write(folder), override).startswith(f"override {override}: {told}")
+
+
+def test_a_run_to_start_from_is_kept_by_its_absolute_path_and_must_be_there(folder):
+    message = refusal(write(folder), "model.init_from=gone")
+    assert f"model.init_from: found nothing at {folder}/elsewhere/gone; it starts from the current directory" in message
+    recipe = load_recipe(write(folder), ["model.init_from=gone"], require=("data",))
+    assert recipe.model.init_from == folder / "elsewhere" / "gone"
 
 
 def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):

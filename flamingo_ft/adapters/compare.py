@@ -37,12 +37,13 @@ class Difference:
     prompts: int
 
 
-def sample_prompts(processor: FlamingoProcessor, folder: Path) -> list[dict[str, Tensor]]:
-    """Inputs for a model: held-out dialogues of the run in ``folder``, or of its training ones; else made-up ones."""
+def sample_prompts(processor: FlamingoProcessor, folder: Path) -> tuple[list[dict[str, Tensor]], str]:
+    """Inputs for a model, and where they come from: dialogues of the run in ``folder``, else made-up ones."""
     samples = _samples_of(folder)
     if not samples:
-        return _made_up(processor)
-    return [_inputs(processor, sample.messages, load_pixels(processor, [vars(sample)])) for sample in samples]
+        return _made_up(processor), "made up: the run's own samples were not found"
+    prompts = [_inputs(processor, sample.messages, load_pixels(processor, [vars(sample)])) for sample in samples]
+    return prompts, "the run's own samples"
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def _samples_of(folder: Path) -> list[Sample]:
     if not (folder / RECIPE_FILE).is_file():
         return []
     try:
-        recipe = load_recipe(folder / RECIPE_FILE)
+        recipe = load_recipe(folder / RECIPE_FILE, require=("data",))
         sources = recipe.data.eval or recipe.data.train
         return [sample for source in sources for sample in read_samples(source.path, source.image_root)][:PROMPTS]
     except UserError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError
@@ -11,12 +13,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoConfig
+from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
 
 WEIGHTS = "adapter_model.safetensors"
 LORA_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # PEFT's, for everything inside the model it wraps
+
+# What json, transformers and PEFT raise for files that are missing, cut or of another kind.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 def read_config(folder: Path) -> FlamingoConfig:
@@ -24,7 +29,7 @@ def read_config(folder: Path) -> FlamingoConfig:
     missing = [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder}: not an adapter, {' and '.join(missing)} not found; give the folder a run wrote")
-    config = FlamingoConfig.from_pretrained(folder)
+    config = read_flamingo_config(folder)
     if config.format_version > FORMAT_VERSION:
         raise UserError(
             f"{folder}: format version {config.format_version} is newer than this package reads ({FORMAT_VERSION}); "
@@ -33,11 +38,35 @@ def read_config(folder: Path) -> FlamingoConfig:
     return config
 
 
+def read_flamingo_config(folder: Path) -> FlamingoConfig:
+    """The configuration of an adapter or a whole model. UserError where it is damaged, or another model's."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if values["model_type"] != FlamingoConfig.model_type:
+            raise UserError(f"{folder}: holds a {values['model_type']} model; give the folder that a run or a merge wrote")
+        return FlamingoConfig.from_pretrained(folder)
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(f"{folder}: config.json is damaged ({_one_line(error)}); copy the folder again") from None
+
+
+def read_processor(folder: Path) -> FlamingoProcessor:
+    """The processor beside an adapter or a whole model. UserError where its files are missing or damaged."""
+    try:
+        return FlamingoProcessor.from_pretrained(folder)
+    except DAMAGED as error:
+        raise UserError(f"{folder}: the processor does not load ({_one_line(error)}); copy the folder again") from None
+
+
 def read_lora_config(folder: Path) -> LoraConfig | None:
     """PEFT's configuration of an adapter with LoRA; None for a bridge alone."""
     if not (folder / LORA_CONFIG).is_file():
         raise UserError(f"{folder}: not an adapter, {LORA_CONFIG} not found; give the folder a run wrote")
-    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except DAMAGED as error:
+        raise UserError(f"{folder}: {LORA_CONFIG} is damaged ({_one_line(error)}); copy the adapter again") from None
     return None if config.target_modules == DUMMY_TARGET_MODULES else config
 
 
@@ -48,3 +77,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

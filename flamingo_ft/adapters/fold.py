@@ -10,7 +10,7 @@ from flamingo_ft.backbones.quantization import formats_in
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .trainable import BRIDGE, PREFIXES
+from .trainable import PREFIXES, cast_parameter
 
 
 def fold_lora(model: FlamingoForConditionalGeneration) -> list[str]:
@@ -32,6 +32,4 @@ def fold_lora(model: FlamingoForConditionalGeneration) -> list[str]:
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Give every parameter that number format, but the gates, which stay in float32; one by one."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point():
-            is_gate = name.startswith(BRIDGE["cross_attention"]) and name.endswith("_gate")
-            parameter.data = parameter.data.to(torch.float32 if is_gate else dtype)
+        cast_parameter(name, parameter, dtype)

@@ -21,6 +21,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .originals import Originals
+from .trainable import BRIDGE
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -31,6 +32,8 @@ def check_initialisation(model: nn.Module, lora: LoraSection, targets: Sequence[
     quantized = [name for name in targets if is_quantized(model.get_submodule(name))]
     if how == "pissa" and quantized:
         raise _refusal(how, f"takes its start out of the weights, and {quantized[0]} is quantized", "quantization: none")
+    if how == "pissa" and model.config.bridge_init is None and any(part in BRIDGE for part in lora.parts):
+        raise _refusal(how, "takes its start out of the weights, and those of a fresh bridge are kept", "model.init_from")
     if how == "pissa" and (lora.use_dora or lora.use_rslora):
         raise _refusal(how, "is kept as a LoRA of twice the rank, which DoRA and rsLoRA would scale anew", "neither")
     if how == "loftq":

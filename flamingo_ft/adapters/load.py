@@ -24,7 +24,7 @@ from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
 
 from .contents import adapter_tensors, kept_parts
-from .files import WEIGHTS, read_config, read_lora_config, read_tensors
+from .files import WEIGHTS, read_config, read_flamingo_config, read_lora_config, read_processor, read_tensors
 from .lora import ADAPTER, inject, open_what_is_updated
 from .start import restart_bridge
 from .trainable import BRIDGE, is_lora
@@ -45,18 +45,19 @@ def load_adapter(
     folder = Path(folder)
     model = load_base(folder, start=start)
     put_adapter(model, folder)
-    return model.eval().requires_grad_(False), FlamingoProcessor.from_pretrained(folder)
+    return model.eval().requires_grad_(False), read_processor(folder)
 
 
 def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
     folder = Path(folder)
     is_whole = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
-    return (load_whole(folder), FlamingoProcessor.from_pretrained(folder)) if is_whole else load_adapter(folder)
+    return (load_whole(folder), read_processor(folder)) if is_whole else load_adapter(folder)
 
 
 def load_whole(folder: Path) -> FlamingoForConditionalGeneration:
     """A merged model, or any that was saved whole, in eval mode on the GPU where there is one."""
+    read_flamingo_config(folder)
     model = FlamingoForConditionalGeneration.from_pretrained(folder, device_map={"": default_device()})
     return model.eval().requires_grad_(False)
 
@@ -98,7 +99,7 @@ def put_adapter(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     tensors, lora = read_tensors(folder), read_lora_config(folder)
     if lora is not None:
         inject(model, lora)
-    _check_tensors(folder, tensors, adapter_tensors(model))
+    check_tensors(folder, tensors, adapter_tensors(model))
     put_bridge_parts(model, {name: tensor for name, tensor in tensors.items() if not is_lora(name)})
     if lora is not None:
         put_lora(model, {name: tensor for name, tensor in tensors.items() if is_lora(name)})
@@ -115,7 +116,7 @@ def put_bridge_parts(model: FlamingoForConditionalGeneration, tensors: Mapping[s
 def put_lora(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], adapter: str = ADAPTER) -> None:
     """Fill the updates of an injected adapter, in the number formats that the tensors have."""
     for name, parameter in model.named_parameters():
-        if is_lora(name) and f".{adapter}" in name:
+        if is_lora(name) and (f".{adapter}." in name or name.endswith(f".{adapter}")):
             parameter.data = parameter.data.to(next(iter(tensors.values())).dtype)
     set_peft_model_state_dict(model, dict(tensors), adapter)
 
@@ -146,7 +147,7 @@ def _load(part: str, source: Mapping[str, Any], quantized: bool, dtype: torch.dt
     return load_language(dtype=dtype, **options)
 
 
-def _check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     if found.keys() != wanted.keys():
         lacking, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
         raise UserError(

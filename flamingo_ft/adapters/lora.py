@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flamingo_ft.backbones.attention import open_attention
+from flamingo_ft.backbones.vision import layers_after_tokens
 from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
@@ -87,12 +88,15 @@ def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: Lor
 
 
 def linear_layers(model: FlamingoForConditionalGeneration, part: str) -> list[str]:
-    """Names of the matrices of a part that can get an update; not the language model's output head."""
-    head = model.lang_encoder.get_output_embeddings()
+    """Names of the matrices of a part that can get an update; not the language model's output head, nor layers
+    of the tower that its spatial tokens do not come from."""
+    prefix, left_out = PREFIXES[part], {model.lang_encoder.get_output_embeddings()}
+    if part == "vision":
+        left_out |= layers_after_tokens(model.vision_encoder)
     return [
         name
         for name, module in model.named_modules()
-        if name.startswith(PREFIXES[part]) and isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if name.startswith(prefix) and isinstance(module, (nn.Linear, Conv1D)) and module not in left_out
     ]
 
 

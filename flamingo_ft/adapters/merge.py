@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, 
 
 from .card import write_card
 from .compare import difference, logits_on, sample_prompts
-from .files import WEIGHTS, read_config, read_tensors
+from .files import WEIGHTS, read_config, read_flamingo_config, read_processor, read_tensors
 from .fold import cast, fold_lora
 from .load import load_adapter, load_base, load_whole, put_adapter
 
@@ -63,17 +64,19 @@ def merge_adapter(
     """
     adapter, out = Path(adapter), Path(out)
     _check_places(adapter, out)
-    processor = FlamingoProcessor.from_pretrained(adapter)
-    prompts = sample_prompts(processor, adapter)
-    expected = _logits(lambda: load_adapter(adapter, start=start)[0], prompts)
-    limit = _tolerance(read_config(adapter), base, dtype, quantization) if tolerance is None else tolerance
+    processor = read_processor(adapter)
+    prompts, where_from = sample_prompts(processor, adapter)
+    expected, computed_in = _logits(lambda: load_adapter(adapter, start=start)[0], prompts)
+    rounded = quantization is not None or {dtype, *computed_in} != {torch.float32}
+    formats = _formats(read_config(adapter))
+    limit = _tolerance(formats, base, rounded, quantization is not None) if tolerance is None else tolerance
     with _unfinished(out) as folder:
         parts = _write(adapter, folder, processor, base, dtype, start)
         if quantization is not None:
             _quantize(folder, quantization)
-        found = difference(_logits(lambda: load_whole(folder), prompts), expected)
-        report = {"adapter": str(adapter), "base": base, "dtype": str(dtype).removeprefix("torch."), "lora": parts}
-        report |= {**asdict(found), "tolerance": limit}
+        found = difference(_logits(lambda: load_whole(folder), prompts)[0], expected)
+        report = {"adapter": str(adapter), "trained_in": sorted(formats), "base": base, "dtype": str(dtype).removeprefix("torch."), "lora": parts}
+        report |= {**asdict(found), "prompts_from": where_from, "tolerance": limit}
         _check_close(report, adapter)
         (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if (adapter / RECIPE_FILE).is_file():
@@ -85,15 +88,17 @@ def _check_places(adapter: Path, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
     config = adapter / "config.json"
-    if config.is_file() and not (adapter / WEIGHTS).is_file() and FlamingoConfig.from_pretrained(adapter).merged:
+    if config.is_file() and not (adapter / WEIGHTS).is_file() and read_flamingo_config(adapter).merged:
         raise UserError(f"{adapter}: is a merged model already; give the adapter that it was merged from")
     read_config(adapter)
 
 
-def _logits(load: Callable[[], FlamingoForConditionalGeneration], prompts: Sequence[dict[str, Tensor]]) -> list[Tensor]:
-    """Logits on the prompts of a model that is held no longer than that: two of them may be too many."""
+def _logits(
+    load: Callable[[], FlamingoForConditionalGeneration], prompts: Sequence[dict[str, Tensor]]
+) -> tuple[list[Tensor], set[torch.dtype]]:
+    """Logits on the prompts, and the number formats, of a model that is held no longer than that: two may be too many."""
     model = load()
-    found = logits_on(model, prompts)
+    found = logits_on(model, prompts), {p.dtype for p in model.parameters() if p.is_floating_point()}
     del model
     gc.collect()  # hooks and what they hook onto refer to each other
     return found
@@ -103,7 +108,9 @@ def _write(
     adapter: Path, folder: Path, processor: FlamingoProcessor, base: Base, dtype: torch.dtype, start: str | Path | None
 ) -> list[str]:
     """Merge in the computer's memory and write the model. Returns the parts that had LoRA."""
-    model = load_base(adapter, start=start, quantized=base == "dequantized", dtype=dtype, device="cpu")
+    # What was quantized in training is quantized from the same numbers again, whatever the merged weights will be kept in.
+    options = {"quantized": True} if base == "dequantized" else {"quantized": False, "dtype": dtype}
+    model = load_base(adapter, start=start, device="cpu", **options)
     _check_mergeable(adapter, model)
     dequantize_linears(model, dtype)
     put_adapter(model, adapter)
@@ -149,10 +156,9 @@ def _quantize(folder: Path, quantization: Quantization) -> None:
 @contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
     """A folder beside ``out`` that takes its name once all in it is done, and is gone if that fails."""
-    folder = out.with_name(f"{out.name}.unfinished")
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
+    folder.chmod(0o755)
     try:
         yield folder
         folder.rename(out)
@@ -161,14 +167,23 @@ def _unfinished(out: Path) -> Iterator[Path]:
             shutil.rmtree(folder)
 
 
-def _tolerance(
-    config: FlamingoConfig, base: Base, dtype: torch.dtype, quantization: Quantization | None
-) -> float:
+def _formats(config: FlamingoConfig) -> set[str]:
+    """The formats that the adapter's base was kept in when it was trained."""
     kept = [config.bridge_quantization, *(source.get("quantization") for source in config.backbones.values())]
-    formats = {record["format"] for record in kept if record}
+    return {record["format"] for record in kept if record}
+
+
+def _tolerance(formats: set[str], base: Base, rounded: bool, quantized_again: bool) -> float:
     # int8 rounds what goes into a matrix too, so the matrix that it stands for computes something else.
-    differs = "int8" in formats or (formats and base == "bf16") or quantization is not None
-    return OTHER_BASE if differs else EXACT if dtype == torch.float32 else ROUNDED
+    differs = "int8" in formats or (formats and base == "bf16") or quantized_again
+    return OTHER_BASE if differs else ROUNDED if rounded else EXACT
+
+
+def _closer(report: dict[str, Any]) -> str:
+    """What could bring the merged model closer to the adapter."""
+    choices = {"--base dequantized": report["trained_in"] and report["base"] == "bf16", "--dtype fp32": report["dtype"] != "float32"}
+    possible = " and ".join(choice for choice, is_left in choices.items() if is_left)
+    return f"merge with {possible}, or " if possible else ""
 
 
 def _check_close(report: dict[str, Any], adapter: Path) -> None:
@@ -176,5 +191,5 @@ def _check_close(report: dict[str, Any], adapter: Path) -> None:
         raise UserError(
             f"{adapter}: the merged model's logits are {report['relative']:.2g} of the largest away from the adapter's "
             f"(token agreement {report['token_agreement']:.1%}), beyond the tolerance of {report['tolerance']:.2g}; "
-            "merge with --base dequantized or --dtype fp32, or accept more with --tolerance"
+            f"{_closer(report)}accept more with --tolerance"
         )

@@ -34,7 +34,9 @@ def prepare_training(model: FlamingoForConditionalGeneration, recipe: Recipe, ba
         model.config.bridge_quantization = kept_as.record()
         quantize_frozen_bridge(model, kept_as)
     earlier = starting_lora(recipe.model.init_from)
-    config = add_lora(model, recipe.lora, None if earlier else batches)
+    # Updates that go on start where they ended, whatever they started from.
+    lora = recipe.lora.model_copy(update={"init_lora_weights": "default"}) if earlier else recipe.lora
+    config = add_lora(model, lora, batches)
     if earlier:
         _check_same_lora(recipe.model.init_from, config)
         put_lora(model, earlier)
@@ -48,5 +50,6 @@ def _check_same_lora(start: Path, config: LoraConfig | None) -> None:
         found = "none" if config is None else getattr(config, differing[0])
         raise UserError(
             f"model.init_from: {start} has LoRA with {differing[0]} {getattr(earlier, differing[0])}, the recipe {found}; "
-            "give the recipe the same lora section, so that it is trained on and not lost"
+            "give the recipe the same lora section, so that it is trained on and not lost (what began as PiSSA has twice "
+            "the r and lora_alpha it began with)"
         )

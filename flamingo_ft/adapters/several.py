@@ -18,11 +18,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
-from .contents import kept_parts
-from .files import read_config, read_lora_config, read_tensors
-from .load import check_backbone, load_base, put_bridge_parts, put_lora
+from .contents import adapter_tensors, kept_parts
+from .files import read_config, read_lora_config, read_processor, read_tensors
+from .load import check_backbone, check_tensors, load_base, put_bridge_parts, put_lora
+from .lora import open_what_is_updated
 from .save import save_adapter
 from .start import GEOMETRY
 from .trainable import is_lora
@@ -42,7 +43,7 @@ class Adapters:
     def __init__(self, folder: str | Path, name: str = "first", *, start: str | Path | None = None):
         """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter` does."""
         self.model: FlamingoForConditionalGeneration = load_base(folder, start=start).eval().requires_grad_(False)
-        self.processor = FlamingoProcessor.from_pretrained(folder)
+        self.processor = read_processor(Path(folder))
         self._base = read_config(Path(folder))
         self._folders: dict[str, Path] = {}
         self._peft: PeftModel | None = None
@@ -57,13 +58,15 @@ class Adapters:
     def load(self, folder: str | Path, name: str) -> None:
         """Load another adapter of the same base, and use it. UserError for a name that is taken and for another base."""
         folder = Path(folder)
-        if name in self._folders:
-            raise UserError(f"{folder}: an adapter named {name} is loaded already; give another name")
+        self._check_new(name)
         _check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
         if lora is not None:
             self._inject(name, lora)
-            put_lora(self.model, {n: t for n, t in read_tensors(folder).items() if is_lora(n)}, name)
+            updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
+            wanted = {n: t for n, t in adapter_tensors(self.model, name).items() if is_lora(n)}
+            check_tensors(folder, updates, wanted)
+            put_lora(self.model, updates, name)
         self._folders[name] = folder
         self.use(name)
 
@@ -97,6 +100,7 @@ class Adapters:
         density: share of the updates, 0..1, that the latter three keep. Raises UserError for adapters without LoRA and for
         ranks that differ.
         """
+        self._check_new(name)
         first = self._same_lora(list(weights))
         pruned = {} if method == "linear" else {"density": density}
         lora = self._peft.base_model
@@ -116,6 +120,8 @@ class Adapters:
 
     def _same_lora(self, names: list[str]) -> LoraConfig:
         """The configuration that adapters to combine have in common. UserError where they have none."""
+        if not names:
+            raise UserError("found no adapters to combine; give the weight of each by its name")
         for name in names:
             self._check_known(name)
             if not self._has_lora(name):
@@ -128,7 +134,14 @@ class Adapters:
             raise UserError(f"adapter {names[0]} has DoRA, whose magnitudes do not add up; combine adapters without it")
         return first
 
+    def _check_new(self, name: str) -> None:
+        if name in self._folders:
+            raise UserError(f"an adapter named {name} is loaded already; give another name")
+        if not name or "." in name:
+            raise UserError(f"found {name!r} as an adapter's name; give one without dots")
+
     def _inject(self, name: str, lora: LoraConfig) -> None:
+        open_what_is_updated(self.model, lora)
         if self._peft is None:
             self._peft = PeftModel(self.model, lora, adapter_name=name, autocast_adapter_dtype=False)
         else:

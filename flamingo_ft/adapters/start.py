@@ -17,8 +17,8 @@ from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 
-from .files import WEIGHTS, read_config, read_lora_config, read_tensors
-from .trainable import BRIDGE, is_lora
+from .files import WEIGHTS, read_config, read_flamingo_config, read_lora_config, read_tensors
+from .trainable import BRIDGE, cast_parameter, is_lora
 
 # What must be the same for a bridge to mean the same in another model.
 GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
@@ -30,34 +30,61 @@ def start_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
     Raises UserError for a bridge of another shape or of other backbones, and where ``start`` has learned more than a
     bridge that the model would go without (its language model was merged with LoRA).
     """
-    if start.is_file():
-        load_open_flamingo(model, start)
-    else:
+    if not start.is_file():
         _check_same(model.config, _config(start), start)
-        put_bridge(model, bridge_at(start))
-    record = {"path": str(start.resolve()), "sha256": tensors_sha256(bridge_of(model))}
-    model.config.bridge_init = record
+    _put_start(model, start)
+    model.config.bridge_init = {"path": str(start.resolve()), "sha256": tensors_sha256(bridge_of(model))}
 
 
 def restart_bridge(model: FlamingoForConditionalGeneration, folder: Path, start: Path | None = None) -> None:
     """Give ``model`` the bridge that its configuration, read from ``folder``, records.
 
-    start: where that bridge lies now, if not where it lay. Raises UserError when it is not there, or another one.
+    start: where that bridge lies now, if neither where it lay nor beside ``folder``. Raises UserError when it is not
+    there, or another one.
     """
-    record = model.config.bridge_init
-    path = Path(record["path"]) if start is None else start
-    if not path.exists():
-        raise UserError(f"{folder}: builds on the bridge of {path}, which is not there; say where it is now (start=...)")
-    if path.is_file():
-        load_open_flamingo(model, path)
+    _put_recorded(model, folder, model.config.bridge_init, start)
+
+
+def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
+    """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
+    if start.is_file():
+        load_open_flamingo(model, start)
+    elif not (start / WEIGHTS).is_file():
+        put_bridge(model, _tensors(start))
     else:
-        put_bridge(model, bridge_at(path))
+        record = read_config(start).bridge_init
+        if record:
+            _put_recorded(model, start, record)
+        put_bridge(model, _tensors(start))
+
+
+def _put_recorded(
+    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: Path | None = None
+) -> None:
+    """Put in place what the adapter in ``folder`` builds on, as it was when that was trained; UserError when it is gone or
+    another."""
+    path = _whereabouts(folder, Path(record["path"]), start)
+    _put_start(model, path)
     found = tensors_sha256(bridge_of(model))
     if found != record["sha256"]:
         raise UserError(
             f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
             f"found {found[:12]}; restore the one that the adapter was trained on"
         )
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(BRIDGE.values())):
+            cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
+
+
+def _whereabouts(folder: Path, recorded: Path, start: Path | None) -> Path:
+    """Where a bridge lies now: as said, where it lay, or beside the adapter that builds on it."""
+    path = next((p for p in (start, recorded, folder.resolve().parent / recorded.name) if p and p.exists()), None)
+    if path is None:
+        raise UserError(
+            f"{folder}: builds on the bridge of {recorded}, which is not there; put it beside the adapter, or say where "
+            "it is now (--start PATH, start=...)"
+        )
+    return path
 
 
 def starting_lora(start: Path | None) -> dict[str, Tensor]:
@@ -74,21 +101,30 @@ def bridge_of(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
-    """Put a whole bridge in place, in the number formats that it was kept in."""
+    """Put parts of a bridge in place, in the number formats that they were kept in. UserError for what does not fit."""
     parameters = dict(model.named_parameters())
-    for name in bridge_of(model):
-        parameters[name].data = tensors[name].to(parameters[name].device, copy=True)
+    for name, tensor in tensors.items():
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise UserError(f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this shape")
+        parameters[name].data = tensor.to(parameters[name].device, copy=True)
 
 
 def bridge_at(folder: Path) -> dict[str, Tensor]:
     """The whole bridge of an adapter or a whole model, by name; what an adapter builds on comes from there."""
+    if folder.is_file():
+        raise UserError(f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it")
+    record = read_config(folder).bridge_init if (folder / WEIGHTS).is_file() else None
+    below = bridge_at(_whereabouts(folder, Path(record["path"]), None)) if record else {}
+    return below | _tensors(folder)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the bridge that are in a folder, under the names they have in a model without LoRA."""
     if not (folder / WEIGHTS).is_file():
         with WeightFiles(folder) as files:
             return {name: files[name] for name in files.names() if name.startswith(tuple(BRIDGE.values()))}
-    config, own = read_config(folder), read_tensors(folder)
-    below = bridge_at(Path(config.bridge_init["path"])) if config.bridge_init else {}
-    bridge = {name.replace(".base_layer.", "."): tensor for name, tensor in own.items() if not is_lora(name)}
-    return below | bridge
+    own = read_tensors(folder)
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in own.items() if not is_lora(name)}
 
 
 def _config(folder: Path) -> FlamingoConfig:
@@ -98,7 +134,7 @@ def _config(folder: Path) -> FlamingoConfig:
         raise UserError(
             f"model.init_from: {folder} holds no adapter, no merged model and is no checkpoint; give one of these"
         )
-    return FlamingoConfig.from_pretrained(folder)
+    return read_flamingo_config(folder)
 
 
 def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> None:
@@ -111,6 +147,8 @@ def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> N
         if ours != theirs:
             name = (found.backbones or {}).get(part, {}).get("name")
             raise UserError(f"model.init_from: {start} belongs to another {part} backbone, {name}; use that one")
+    if getattr(found, "quantization_config", None):
+        raise UserError(f"model.init_from: {start} was written quantized; start from the adapter, or from an unquantized merge")
     folded = (found.merged or {}).get("lora") or []
     if any(part in ("language", "vision") for part in folded):
         raise UserError(

@@ -27,11 +27,18 @@ def set_trainable(
     updated = tuple(PREFIXES[part] for part in (lora.parts if lora else ()))
     for name, parameter in model.named_parameters():
         is_update = is_lora(name)
-        if is_update or (name.startswith(tuple(BRIDGE.values())) and parameter.is_floating_point()):
-            dtype = torch.float32 if name.endswith("_gate") else DTYPES[trainable.dtype]
-            parameter.data = parameter.data.to(dtype)
+        if is_update or name.startswith(tuple(BRIDGE.values())):
+            cast_parameter(name, parameter, DTYPES[trainable.dtype])
         parameter.requires_grad_(name.startswith(updated if is_update else tuple(BRIDGE[part] for part in whole)))
     model.config.adapter_parts = list(BRIDGE) if model.config.bridge_init is None else whole
+    if model.config.bridge_init is not None:  # what stays frozen of it is not in the adapter, but has this format
+        model.config.bridge_init["dtype"] = str(DTYPES[trainable.dtype]).removeprefix("torch.")
+
+
+def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Give a parameter another number format; not the gates, which stay in float32, nor what is quantized."""
+    if parameter.is_floating_point():
+        parameter.data = parameter.data.to(torch.float32 if name.endswith("_gate") else dtype)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

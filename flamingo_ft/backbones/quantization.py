@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
 
 from flamingo_ft.errors import UserError
 
@@ -81,7 +82,7 @@ class Quantization:
 
     def bnb_config(self) -> BitsAndBytesConfig:
         """The same in transformers' words."""
-        require_bitsandbytes(self.format)
+        require_bitsandbytes(f"quantization {self.format}")
         if self.format == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
         return BitsAndBytesConfig(
@@ -92,10 +93,10 @@ class Quantization:
         )
 
 
-def require_bitsandbytes(wanted: str) -> None:
-    """Refuse quantization where bitsandbytes is not installed."""
+def require_bitsandbytes(wanted: str, instead: str = "none") -> None:
+    """Refuse what ``wanted`` names where bitsandbytes is not installed."""
     if bnb is None:
-        raise UserError(f"quantization {wanted} needs bitsandbytes; pip install bitsandbytes, or use none")
+        raise UserError(f"{wanted} needs bitsandbytes; pip install bitsandbytes, or use {instead}")
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -153,10 +154,19 @@ def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace every quantized layer in ``module``, in place and one by one, by the linear layer that it stands for."""
     for name, layer in list(module.named_modules()):
         if is_quantized(layer):
-            plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            plain.weight = nn.Parameter(dequantized(layer).to(dtype), requires_grad=False)
-            plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
-            module.set_submodule(name, plain.train(layer.training))
+            module.set_submodule(name, _plain(layer, dtype).train(layer.training))
+
+
+def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The layer that a quantized one stands for; GPT-2's, which transformers quantizes too, have their matrix (in, out)."""
+    matrix = dequantized(layer).to(dtype)
+    if getattr(layer, "source_cls", nn.Linear) is Conv1D:
+        plain, matrix = Conv1D(layer.out_features, layer.in_features), matrix.T.contiguous()
+    else:
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(matrix, requires_grad=False)
+    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+    return plain
 
 
 @torch.no_grad()

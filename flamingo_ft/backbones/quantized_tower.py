@@ -28,7 +28,7 @@ def quantize_tower(
     keep: the names of layers that stay as they are.
     Raises UserError for a tower without matrices to quantize, and for a layer that the format cannot take.
     """
-    _refuse_without_matrices(visual)
+    refuse_without_matrices(visual)
     open_attention(visual)
     closed = [name for name, module in visual.named_modules() if isinstance(module, nn.MultiheadAttention)]
     inside = tuple(f"{name}." for name in closed)  # these read their matrices past the modules
@@ -37,7 +37,7 @@ def quantize_tower(
         visual.to(device)
 
 
-def _refuse_without_matrices(visual: nn.Module) -> None:
+def refuse_without_matrices(visual: nn.Module) -> None:
     """A head over convolutions does not count: the spatial tokens do not go through it."""
     if isinstance(visual, VisionTransformer):
         return

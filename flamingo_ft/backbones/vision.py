@@ -95,7 +95,7 @@ def load_vision(
     matrices that could be quantized.
     """
     if quantization is not None:
-        require_bitsandbytes(quantization.format)
+        require_bitsandbytes(f"quantization {quantization.format}")
     located = _locate(name, pretrained, revision)
     if revision and located.revision is None:
         raise UserError(f"revision {revision} asked of {name}, which is not on the Hub; remove the revision")
@@ -122,9 +122,12 @@ def load_vision(
     )
 
 
-def tower_config(name: str) -> dict:
-    """A `VisionBackbone.config` by the tower's name, as `load_vision` takes it; of a Hub repository only it is fetched."""
+def tower_config(name: str, pretrained: str | None = None) -> dict:
+    """A `VisionBackbone.config` by what `load_vision` takes; of a Hub repository only it is fetched. UserError as there."""
     if not name.startswith("hf-hub:"):
+        architecture = name.replace("/", "-")
+        if pretrained and architecture in open_clip.list_models():
+            _refuse_unknown_tag(architecture, pretrained)
         return _locate(name, None, None).config
     file = _download(name.removeprefix("hf-hub:"), CONFIG_FILE, None)
     return _read_config(file)[0]
@@ -178,6 +181,19 @@ def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
             _as_input(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
         )
     return outputs["image_intermediates"][-1].flatten(2).transpose(1, 2)
+
+
+def layers_after_tokens(visual: nn.Module) -> set[nn.Module]:
+    """The modules of a tower that `spatial_tokens` does not call: poolers and heads."""
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in visual.modules()]
+    size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
+    try:
+        spatial_tokens(visual, torch.zeros(1, 3, *size, device=next(visual.parameters()).device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return set(visual.modules()) - called
 
 
 def token_width(visual: nn.Module) -> int:
@@ -256,13 +272,17 @@ def _locate_architecture(name: str, pretrained: str | None, revision: str | None
         weights = _download(repository, file or None, revision)
         model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
         return _Located(name, _tower_config(model_cfg), str(weights), True, tag, _commit(weights))
-    if Path(pretrained).is_file():
-        return _Located(name, _tower_config(model_cfg), pretrained)
-    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-    raise UserError(
-        f"{name} has no pretrained tag {pretrained}, nor is that a file; "
-        f"tags of {name}: {tags}; or give a file with weights"
-    )
+    _refuse_unknown_tag(name, pretrained)
+    return _Located(name, _tower_config(model_cfg), pretrained)
+
+
+def _refuse_unknown_tag(name: str, pretrained: str) -> None:
+    if not open_clip.get_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(
+            f"{name} has no pretrained tag {pretrained}, nor is that a file; "
+            f"tags of {name}: {tags}; or give a file with weights"
+        )
 
 
 def _locate_on_hub(repository: str, revision: str | None) -> _Located:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,14 @@ _BACKBONES: tuple[Location, ...] = (
 
 
 def load_recipe(
-    path_or_name: str | Path, overrides: Sequence[str] = (), *, require_files: bool = True
+    path_or_name: str | Path, overrides: Sequence[str] = (), *, require: Collection[str] = ("data", "start")
 ) -> Recipe:
-    """Read and check a recipe; its paths come back absolute, but for those of runs (`train.output_dir`, `model.init_from`).
+    """Read and check a recipe; its paths come back absolute, but for `train.output_dir`.
 
     path_or_name: a YAML file, or the name of a packaged recipe.
     overrides: `key=value`, the value read as YAML, a list's entry by its index: `data.train.0.weight=2`.
         Paths in the file start from the file's folder, paths in overrides from the current directory.
-    require_files: refuse data files and image folders that are not there.
+    require: refuse files of `data`, image folders included, and a `start` (model.init_from) that are not there.
 
     Raises UserError with one line per problem, each naming the file and line, or the override, it comes from.
     """
@@ -47,7 +47,8 @@ def load_recipe(
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise _user_error(sources, problems(Recipe, error)) from None
-    missing = list(_missing_files(recipe, sources)) if require_files else []
+    missing = list(_missing_start(recipe)) if "start" in require else []
+    missing += _missing_files(recipe, sources) if "data" in require else ()
     if missing:
         raise _user_error(sources, missing)
     return recipe
@@ -113,9 +114,11 @@ def _make_absolute(values: dict[str, Any], sources: _Sources) -> None:
         for index in range(len(entries) if isinstance(entries, list) else 0):
             for key in ("path", "image_root"):
                 _put_absolute(values, ("data", split, index, key), sources)
-    for section, key in (("train", "output_dir"), ("model", "init_from")):
-        if isinstance(path := _get(values, (section, key)), str):
-            values[section][key] = str(Path(path).expanduser())
+    output_dir, start = _get(values, ("train", "output_dir")), _get(values, ("model", "init_from"))
+    if isinstance(output_dir, str):
+        values["train"]["output_dir"] = str(Path(output_dir).expanduser())
+    if isinstance(start, str):  # another run's output_dir: from the current directory too, but kept for later ones
+        values["model"]["init_from"] = str(Path(start).expanduser().absolute())
 
 
 def _is_explicit_path(name: Any) -> bool:
@@ -142,10 +145,13 @@ def _put_absolute(values: dict[str, Any], location: Location, sources: _Sources)
         _get(values, location[:-1])[location[-1]] = str(path.absolute())
 
 
-def _missing_files(recipe: Recipe, sources: _Sources) -> Iterator[tuple[Location, str]]:
+def _missing_start(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     start = recipe.model.init_from
     if start is not None and not start.exists():
         yield ("model", "init_from"), f"model.init_from: found nothing at {start}; it starts from the current directory"
+
+
+def _missing_files(recipe: Recipe, sources: _Sources) -> Iterator[tuple[Location, str]]:
     for split, entries in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, entry in enumerate(entries):
             location = ("data", split, index)

@@ -286,6 +286,8 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if recipe.model.bridge_quantization != "none" and recipe.model.init_from is None:
         reason = "a fresh bridge has nothing worth freezing; use none, or name a model.init_from"
         yield ("model", "bridge_quantization"), reason
+    elif recipe.model.bridge_quantization != "none" and {"perceiver", "cross_attention"} <= set(trained):
+        yield ("model", "bridge_quantization"), "all of the bridge trains, and what trains cannot be quantized; use none"
     if recipe.train.optimizer_in_backward and recipe.train.gradient_accumulation_steps > 1:
         reason = (
             f"found gradient_accumulation_steps {recipe.train.gradient_accumulation_steps}; "

@@ -21,7 +21,7 @@ def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, 
     if not recipe_file.is_file():
         remedy = "give a run's output directory"
         raise UserError(f"{adapter}: not the folder of a run, {RECIPE_FILE} not found; {remedy}")
-    recipe = load_recipe(recipe_file, require_files=data is None)
+    recipe = load_recipe(recipe_file, require=() if data else ("data",))
     samples = read_samples(Path(data)) if data else read_eval_samples(recipe)
     if not samples:
         raise UserError(f"{recipe_file}: data.eval is empty; name samples with --data FILE")

@@ -78,7 +78,7 @@ def read_tensors(path: Path) -> Mapping[str, Any]:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a whole checkpoint file") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, AttributeError) as error:
         reason = (str(error) or "it is empty").splitlines()[0]
         raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict") from None
 

@@ -8,6 +8,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from flamingo_ft.adapters import trainable_parameters
+from flamingo_ft.backbones.quantization import require_bitsandbytes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
 
@@ -23,6 +24,14 @@ OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
+
+
+def check_machine(wanted: TrainSection) -> None:
+    """Refuse what this machine cannot do, before anything is loaded."""
+    if wanted.optimizer != "adamw":
+        require_bitsandbytes(f"train.optimizer: {wanted.optimizer}", instead="adamw")
+    if wanted.activation_offload and not torch.cuda.is_available():
+        raise UserError("train.activation_offload: found no GPU to move activations away from; set it to false")
 
 
 def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments) -> torch.optim.Optimizer:

@@ -23,6 +23,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 from .build import build_model
 from .callbacks import KeepAdapter, ProgressBar, StopOnNonFiniteLoss, progress_bars
+from .optimizer import check_machine
 from .output_dir import prepare_output_dir
 from .trainer import adapter_folder, first_batches, make_trainer
 
@@ -36,6 +37,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
     not do, before training.
     """
+    check_machine(recipe.train)
     output_dir = recipe.train.output_dir
     prepare_output_dir(output_dir)
     sources = [read_samples(source.path, source.image_root) for source in recipe.data.train]

@@ -15,7 +15,6 @@ from trl import SFTConfig, SFTTrainer
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Collator, Sample
-from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .loss_check import check_loss
@@ -62,8 +61,6 @@ def as_if_unquantized(model: FlamingoForConditionalGeneration) -> Iterator[None]
 def trainer_arguments(recipe: Recipe) -> SFTConfig:
     """The recipe's ``train`` section in the trainer's words."""
     wanted = recipe.train
-    if wanted.activation_offload and not torch.cuda.is_available():
-        raise UserError("train.activation_offload: found no GPU to move activations away from; set it to false")
     return SFTConfig(
         output_dir=str(wanted.output_dir),
         max_steps=wanted.max_steps,

@@ -16,13 +16,19 @@ from flamingo_ft.adapters.lora import _pattern, add_lora, find_targets
 from flamingo_ft.adapters.originals import Originals
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.quantization import dequantized
-from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.vision import build_visual, layers_after_tokens, load_vision
 from flamingo_ft.config import LoraPart, LoraSection, TrainableSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import build_flamingo
 from flamingo_ft.training.build import build_model
 
 from ..regimes import LORA, NOTHING_WHOLE, REGIMES, build, inputs, logits, quantized, recipe, shake
+
+
+def small_siglip() -> dict:
+    """A timm ViT with SigLIP's attention pool."""
+    timm = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none", "image_size": 224}
+    return {"embed_dim": 192, "vision_cfg": timm, "quick_gelu": False}
 
 
 def layers(model, prefix: str = "") -> dict[str, LoraLayer]:
@@ -105,6 +111,20 @@ def test_a_fresh_update_changes_nothing(small_run, how):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_layers_that_the_tokens_do_not_come_from_get_no_update(small_run):
+    """A pooler would never get a gradient."""
+    visual = build_visual(small_siglip())
+    pooler = {name for name, m in visual.named_modules() if "attn_pool" in name and isinstance(m, torch.nn.Linear)}
+    after = layers_after_tokens(visual)
+    assert pooler and all(visual.get_submodule(name) in after for name in pooler)
+    assert not any(visual.get_submodule(name) in after for name, m in visual.named_modules() if "blocks" in name and "mlp.fc" in name)
+
+
+def test_a_tower_of_convolutions_has_no_matrix_to_update(small_run):
+    with pytest.raises(UserError, match="lora.vision.target_modules: all-linear matches no matrix of the vision part"):
+        build("model.vision={name: RN50}", "lora.vision={r: 2}")
+
+
 def test_rslora_scales_by_the_root_of_the_rank(small_run):
     model, _ = build(LORA, "lora.use_rslora=true")
     assert {layer.scaling["default"] for layer in layers(model).values()} == {8 / 4**0.5}
@@ -173,6 +193,10 @@ def test_eva_starts_along_the_principal_directions_of_what_a_layer_reads(small_r
         ((*quantized("nf4"), "lora.init_lora_weights=pissa"), "pissa takes its start out of the weights, and lang_encoder."),
         (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is kept as a LoRA of twice the rank"),
         (("lora.init_lora_weights=loftq",), "loftq makes up for what 4 bits lost, and lang_encoder."),
+        (
+            ("lora.init_lora_weights=pissa", "lora.perceiver={r: 2}", "trainable.perceiver=false"),
+            "pissa takes its start out of the weights, and those of a fresh bridge are kept",
+        ),
         ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4 bits lost"),
         (("lora.init_lora_weights=eva",), "eva looks at training batches, and there are none here"),
     ],

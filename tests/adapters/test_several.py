@@ -114,3 +114,47 @@ def test_an_adapter_of_another_base_is_refused(folders):
         adapters.load("sparse", "sparse")
     with pytest.raises(UserError, match="second: adapter of another base: it builds on another bridge"):
         adapters.load("second", "second")
+
+
+def test_an_update_in_the_tower_is_itself_after_an_adapter_without(small_run):
+    for name, overrides in {"a": (LORA,), "v": ("lora.vision={r: 2}",)}.items():
+        model, processor = build(*overrides)
+        shake(model, 0.2)
+        save_adapter(model, processor, Path(name))
+    adapters = Adapters("a", "a")
+    adapters.load("v", "v")
+    expected = logits(*load_adapter("v"))
+    torch.testing.assert_close(logits(adapters.model, adapters.processor), expected, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_is_saved_as_it_is_beside_another_that_updates_more(folders):
+    model, processor = build(LORA)
+    shake(model, 0.2)
+    save_adapter(model, processor, Path("plain"))
+    adapters = Adapters("plain", "plain")
+    adapters.load("a", "a")
+    adapters.use("plain")
+    adapters.save("again")
+    assert torch.equal(logits(*load_adapter("again")), logits(model, processor))
+
+
+def test_adapters_whose_names_begin_alike_do_not_meet(small_run):
+    for name, dtype in {"x": "fp32", "y": "bf16"}.items():
+        model, processor = build(LORA, f"trainable.dtype={dtype}")
+        shake(model, 0.2)
+        save_adapter(model, processor, Path(name))
+    adapters = Adapters("x", "run10")
+    adapters.load("y", "run1")
+    adapters.use("run10")
+    assert torch.equal(logits(adapters.model, adapters.processor), logits(*load_adapter("x")))
+
+
+def test_a_combination_takes_no_name_that_is_taken_or_has_dots(folders):
+    adapters = load_all()
+    for name, told in {"a": "an adapter named a is loaded already", "a.b": "give one without dots"}.items():
+        with pytest.raises(UserError, match=told):
+            adapters.combine({"a": 0.5, "b": 0.5}, name)
+    with pytest.raises(UserError, match="found no adapters to combine"):
+        adapters.combine({}, "none")
+    adapters.use("a")
+    assert torch.equal(logits(adapters.model, adapters.processor), folders["a"])

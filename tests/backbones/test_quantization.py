@@ -125,6 +125,12 @@ def test_conv1d_models_are_quantized_the_right_way_round(wanted, tmp_path):
     assert is_quantized(found.transformer.h[0].attn.c_attn)
     logits = found(input_ids=IDS).logits
     assert torch.cosine_similarity(logits, lm(input_ids=IDS).logits, dim=-1).min() > 0.95
+    dequantize_linears(found, torch.float32)
+    assert found.state_dict().keys() == lm.state_dict().keys()
+    shapes = [tuple(tensor.shape) for tensor in lm.state_dict().values()]
+    assert [tuple(tensor.shape) for tensor in found.state_dict().values()] == shapes
+    close = torch.cosine_similarity(found(input_ids=IDS).logits, logits, dim=-1).min()
+    assert close > (0.9999 if wanted == "nf4" else 0.99)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -9,7 +9,7 @@ import torch
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.in_backward import InBackward
-from flamingo_ft.training.optimizer import make_optimizer
+from flamingo_ft.training.optimizer import check_machine, make_optimizer
 from flamingo_ft.training.trainer import trainer_arguments
 
 from ..regimes import REGIMES, build, inputs, quantized, recipe, shake, trainer
@@ -123,7 +123,7 @@ def test_steps_inside_the_backward_pass_refuse_what_they_cannot_do(small_run, ar
 
 def test_offloading_activations_without_a_gpu_is_refused(small_run):
     with pytest.raises(UserError, match="train.activation_offload: found no GPU"):
-        trainer_arguments(recipe("train.activation_offload=true"))
+        check_machine(recipe("train.activation_offload=true").train)
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

@@ -143,7 +143,7 @@ def test_the_data_say_how_long_a_sample_is():
 
 def test_without_the_data_the_limit_says_so(tmp_path):
     source = f"data.train=[{{path: {tmp_path}/none.jsonl}}]"
-    recipe = load_recipe(QUICKSTART, [source, "data.max_text_tokens=20"], require_files=False)
+    recipe = load_recipe(QUICKSTART, [source, "data.max_text_tokens=20"], require=())
     batch = plan_memory(recipe).batch
     assert (batch.text_tokens, batch.images, batch.where_from) == (20, 1, "the limit")
 

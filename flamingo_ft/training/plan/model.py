@@ -15,8 +15,10 @@ from flamingo_ft.adapters import add_lora, set_trainable
 from flamingo_ft.backbones.attention import open_attention
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.quantization import DTYPES, Quantization
+from flamingo_ft.backbones.quantized_tower import refuse_without_matrices
 from flamingo_ft.backbones.vision import VisionBackbone, build_visual, token_width, tower_preprocess
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
+from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
 from .devices import Device
@@ -68,6 +70,7 @@ def meta_vision(config: dict, wanted: VisionSection, device: Device) -> VisionBa
     visual = build_visual(config).eval().requires_grad_(False)
     quantization = Quantization.of(wanted)
     if quantization:
+        refuse_without_matrices(visual)
         open_attention(visual)
         visual.to(compute_dtype(quantization, device))
         pack_linears(visual, quantization, compute_dtype(quantization, device), device == "cuda")
@@ -81,6 +84,11 @@ def meta_language(
     """The language model, in its checkpoint's number format on a GPU and in float32 without one; what a quantized one
     keeps is in the compute dtype."""
     quantization = Quantization.of(wanted)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.language: {wanted.name} comes quantized, and what its layers take is not planned yet; "
+            "plan with the unquantized model and a quantization"
+        )
     dtype = (config.dtype or torch.float32) if device == "cuda" else torch.float32
     dtype = compute_dtype(quantization, device) if quantization else dtype
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
