@@ -75,9 +75,10 @@ def merge_adapter(
         if quantization is not None:
             _quantize(folder, quantization)
         found = difference(_logits(lambda: load_whole(folder), prompts)[0], expected)
-        report = {"adapter": str(adapter), "trained_in": sorted(formats), "base": base, "dtype": str(dtype).removeprefix("torch."), "lora": parts}
-        report |= {**asdict(found), "prompts_from": where_from, "tolerance": limit}
-        _check_close(report, adapter)
+        kept = {"base": base, "dtype": str(dtype).removeprefix("torch."), "lora": parts}
+        report = {"adapter": str(adapter), "trained_in": sorted(formats), **kept, **asdict(found)}
+        report |= {"prompts_from": where_from, "tolerance": limit}
+        _check_close(report)
         (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if (adapter / RECIPE_FILE).is_file():
             shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
@@ -181,15 +182,18 @@ def _tolerance(formats: set[str], base: Base, rounded: bool, quantized_again: bo
 
 def _closer(report: dict[str, Any]) -> str:
     """What could bring the merged model closer to the adapter."""
-    choices = {"--base dequantized": report["trained_in"] and report["base"] == "bf16", "--dtype fp32": report["dtype"] != "float32"}
+    choices = {
+        "--base dequantized": report["trained_in"] and report["base"] == "bf16",
+        "--dtype fp32": report["dtype"] != "float32",
+    }
     possible = " and ".join(choice for choice, is_left in choices.items() if is_left)
     return f"merge with {possible}, or " if possible else ""
 
 
-def _check_close(report: dict[str, Any], adapter: Path) -> None:
+def _check_close(report: dict[str, Any]) -> None:
     if not report["relative"] <= report["tolerance"]:
         raise UserError(
-            f"{adapter}: the merged model's logits are {report['relative']:.2g} of the largest away from the adapter's "
-            f"(token agreement {report['token_agreement']:.1%}), beyond the tolerance of {report['tolerance']:.2g}; "
+            f"{report['adapter']}: the merged model's logits are {report['relative']:.2g} of the largest away from the "
+            f"adapter's (token agreement {report['token_agreement']:.1%}), beyond the tolerance of {report['tolerance']:.2g}; "
             f"{_closer(report)}accept more with --tolerance"
         )
