@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 
@@ -7,10 +9,20 @@ from . import regimes
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def trained_start(tmp_path_factory):
+    """A folder with a small recipe, its data, and in `start` an adapter to start from, made once."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        regimes.write_run(folder)
+        regimes.write_start(folder / "start")
+    return folder
+
+
 @pytest.fixture
-def small_run(tmp_path, monkeypatch):
-    """A current directory with a small recipe, its data, and in `start` an adapter to start from."""
+def small_run(trained_start, tmp_path, monkeypatch):
+    """A current directory with a copy of it."""
+    shutil.copytree(trained_start, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    regimes.write_run(tmp_path)
-    regimes.write_start(tmp_path / "start")
     return tmp_path

@@ -17,7 +17,6 @@ ASK = "import transformers; transformers.AutoConfig.for_model('flamingo')"
         f"from importlib.util import find_spec; import flamingo_ft; find_spec('transformers'); {ASK}",
         f"import transformers; import flamingo_ft; {ASK}",
         f"from flamingo_ft.backbones.language import load_language; {ASK}",
-        f"from transformers import AutoModel; from flamingo_ft import load_recipe; {ASK}",
     ],
 )
 def test_transformers_knows_the_flamingo(script):

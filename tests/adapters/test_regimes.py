@@ -73,6 +73,7 @@ def test_saving_again_keeps_every_byte(small_run, regime, form):
         assert Path("first", name).read_bytes() == Path("second", name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_hash_seed(small_run):
     script = (
         "from pathlib import Path; from flamingo_ft.adapters import save_adapter; from flamingo_ft.config import load_recipe;"

@@ -195,6 +195,7 @@ def test_open_flamingos_bridges_have_the_sizes_it_reports(tmp_path, config, ever
 # --- advice ---
 
 
+@pytest.mark.slow
 def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
     recipe = shape(tmp_path, mpt(2048, 2), 1)
     recipe = with_values(recipe, {"train.gradient_checkpointing": False, "train.batch_size": 32})
