@@ -14,7 +14,7 @@ from torch import Tensor
 from flamingo_ft.config import RECIPE_FILE, load_recipe
 from flamingo_ft.data.encode import encode, text_message
 from flamingo_ft.data.collate import load_pixels
-from flamingo_ft.data.samples import Sample, read_samples
+from flamingo_ft.data import Sample, read_samples
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 

@@ -3,11 +3,10 @@
 `schema` declares the keys; `loading` reads a file, or a packaged recipe by its name, into a `Recipe`.
 """
 
+from flamingo_ft.config.data import AugmentationSection, CacheSection, DataSection, DataSource
 from flamingo_ft.config.loading import RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.config.schema import (
     CrossAttentionSection,
-    DataSection,
-    DataSource,
     EvalSection,
     LanguageSection,
     LoraPart,
@@ -21,6 +20,8 @@ from flamingo_ft.config.schema import (
 )
 
 __all__ = [
+    "AugmentationSection",
+    "CacheSection",
     "CrossAttentionSection",
     "DataSection",
     "DataSource",

@@ -115,6 +115,9 @@ def _make_absolute(values: dict[str, Any], sources: _Sources) -> None:
             for key in ("path", "image_root"):
                 _put_absolute(values, ("data", split, index, key), sources)
     output_dir, start = _get(values, ("train", "output_dir")), _get(values, ("model", "init_from"))
+    cache = _get(values, ("data", "cache", "folder"))
+    if isinstance(cache, str):
+        values["data"]["cache"]["folder"] = str(Path(cache).expanduser().absolute())
     if isinstance(output_dir, str):
         values["train"]["output_dir"] = str(Path(output_dir).expanduser())
     if isinstance(start, str):  # another run's output_dir: from the current directory too, but kept for later ones
@@ -155,10 +158,15 @@ def _missing_files(recipe: Recipe, sources: _Sources) -> Iterator[tuple[Location
     for split, entries in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, entry in enumerate(entries):
             location = ("data", split, index)
-            if not entry.path.is_file():
+            if entry.path is not None and not is_there(entry.path):
                 yield _not_there("file", entry.path, (*location, "path"), sources)
             if entry.image_root is not None and not entry.image_root.is_dir():
                 yield _not_there("folder", entry.image_root, (*location, "image_root"), sources)
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder, or one that fits where the name is a pattern."""
+    return path.exists() or (any(mark in path.name for mark in "*?[") and any(path.parent.glob(path.name)))
 
 
 def _not_there(kind: str, path: Path, location: Location, sources: _Sources) -> tuple[Location, str]:

@@ -7,31 +7,15 @@ contradict each other are refused in words, so that no recipe is quietly run as 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from flamingo_ft.config.data import DataSection, contradictions_of_data
+from flamingo_ft.config.section import ComputeDtype, Count, FilePath, Names, QuantizationFormat, Section
+
 CONTRADICTION = "contradiction"  # the kind of an error between values; its context has the location
-_LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples
-Count = Annotated[int, Field(ge=1)]
-FilePath = Annotated[Path, _LAX]
-Names = Annotated[
-    tuple[str, ...], _LAX, Field(min_length=1), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
-]
-
-
-QuantizationFormat = Literal["none", "int8", "nf4", "fp4"]
-ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
-
-
-class Section(BaseModel):
-    """A mapping of a recipe."""
-
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class VisionSection(Section):
@@ -41,6 +25,12 @@ class VisionSection(Section):
     """`nano`, an OpenCLIP architecture, `hf-hub:org/name`, or a folder (from `/`, `./`, `../` or `~` on)."""
     pretrained: str | None = None
     """OpenCLIP's tag of the weights, or their file. null: the name's own; random for an architecture."""
+    image_size: Count | None = None
+    """Height and width in pixels that images are brought to; the tower's position embeddings are interpolated. null:
+    the tower's own."""
+    resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """How: the shorter side fits and the rest is cropped, the longer one fits and the rest is padded, or both are made
+    to fit. null: the tower's own."""
     quantization: QuantizationFormat = "none"
     """How the tower's matrices are kept in memory: as loaded, or through bitsandbytes in 8 (int8) or 4 bits (nf4, fp4)."""
     double_quantization: bool = True
@@ -170,30 +160,6 @@ class LoraSection(Section):
         return {name: part for name, part in named.items() if part is not None}
 
 
-class DataSource(Section):
-    """One file of samples with their images."""
-
-    path: FilePath
-    """File of samples, relative to the recipe."""
-    format: Literal["auto", "messages"] = "auto"
-    """Schema of the samples. auto: recognised from the first one."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often this source is drawn from, relative to the other sources."""
-    image_root: FilePath | None = None
-    """Folder that the samples' image paths start from, relative to the recipe. null: the folder of `path`."""
-
-
-class DataSection(Section):
-    """What is learned from, and what is never trained on."""
-
-    train: Annotated[tuple[DataSource, ...], _LAX, Field(min_length=1)]
-    """Sources of the training samples."""
-    eval: Annotated[tuple[DataSource, ...], _LAX] = ()
-    """Sources of the held-out samples. Empty: no evaluation."""
-    max_text_tokens: Count | None = None
-    """Longest sample in text tokens. null: the language model's context."""
-
-
 class TrainSection(Section):
     """How training goes."""
 
@@ -274,7 +240,7 @@ class Recipe(Section):
         return self
 
 
-def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Location and message of what no single value is to blame for."""
     trained = [part for part in ("perceiver", "cross_attention", "new_tokens") if getattr(recipe.trainable, part)]
     for part in recipe.lora.parts:
@@ -288,6 +254,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("model", "bridge_quantization"), reason
     elif recipe.model.bridge_quantization != "none" and {"perceiver", "cross_attention"} <= set(trained):
         yield ("model", "bridge_quantization"), "all of the bridge trains, and what trains cannot be quantized; use none"
+    yield from contradictions_of_data(recipe)
     if recipe.train.optimizer_in_backward and recipe.train.gradient_accumulation_steps > 1:
         reason = (
             f"found gradient_accumulation_steps {recipe.train.gradient_accumulation_steps}; "

@@ -5,25 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
-ROLES = ("system", "user", "assistant")
-UNNAMED_TASK = "other"
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One dialogue. Contents are typed blocks, ``{"type": "image"}`` or ``{"type": "text", "text": ...}``."""
-
-    messages: list[dict[str, Any]]
-    images: list[str]
-    task: str
-    where: str
+from .sample import ROLES, UNNAMED_TASK, Sample
 
 
 def read_samples(path: Path, image_root: Path | None = None) -> list[Sample]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flamingo_ft.data.encode import text_of
-from flamingo_ft.data.samples import Sample
+from flamingo_ft.data.sample import Sample
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from flamingo_ft.data.collate import open_image
-from flamingo_ft.data.samples import Sample
+from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import normalise
 from flamingo_ft.evaluation.results import AFTER, PREDICTIONS_FILE, load_predictions

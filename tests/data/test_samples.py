@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from flamingo_ft.data import read_samples
-from flamingo_ft.data.samples import UNNAMED_TASK
+from flamingo_ft.data.sample import UNNAMED_TASK
 from flamingo_ft.errors import UserError
 
 from .dialogues import IMAGE, assistant, user

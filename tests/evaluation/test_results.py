@@ -10,7 +10,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.data import Sample, read_samples
-from flamingo_ft.data.samples import UNNAMED_TASK
+from flamingo_ft.data.sample import UNNAMED_TASK
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation import accuracy
 from flamingo_ft.evaluation.accuracy import answer_questions, is_right, normalise

@@ -1,0 +1,41 @@
+"""What every source is brought to: a dialogue, a document or a pair of answers, with its images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant")
+DOCUMENT = "document"  # the role of text that is to be gone on with, not answered; alone in its sample
+UNNAMED_TASK = "other"
+
+Image = str | bytes  # a path, a URL, or an image file's content
+
+
+@dataclass(frozen=True)
+class Video:
+    """Frames in order, or the video file that they are taken from."""
+
+    frames: tuple[Image, ...] = ()
+    file: Image | None = None
+
+
+Medium = Image | Video  # what one <image> in the text stands for
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a source, checked; its images are not opened yet.
+
+    messages: ``role`` and ``content``, typed blocks ``{"type": "image"}`` or ``{"type": "text", "text": ...}``, one image
+    block for each of ``images`` in order; ``"loss": False`` on an assistant's turn that is not learned. The one message
+    of a document (captions, interleaved documents) has the role `DOCUMENT`.
+    task: what evaluation counts it under. where: file and row, as errors name it.
+    rejected: in a preference pair the messages with which a worse answer ends, where ``messages`` ends with the better.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[Medium]
+    task: str
+    where: str
+    rejected: list[dict[str, Any]] | None = None
