@@ -68,7 +68,6 @@ def test_a_recipe_is_frozen(folder):
     recipe = load_recipe(write(folder))
     with pytest.raises(ValidationError):
         recipe.train.max_steps = 3
-    hash(recipe)
 
 
 def test_a_dumped_recipe_loads_as_the_same_recipe(folder):
@@ -164,7 +163,7 @@ WRONG_LINES = [
     ("  max_steps: 10", "  max_steps:", "9: train.max_steps: found null; want a whole number"),
     ("  max_steps: 10", "  max_steps: [1]", "9: train.max_steps: found a list; want a whole number"),
     ("  max_steps: 10\n", "", "7: train.max_steps: missing; add it"),
-    ("    - path: train.jsonl", "    - image_root: x", "6: data.train.0.path: missing; add it"),
+    ("    - path: train.jsonl", "    - image_root: x", "6: data.train.0: found neither path nor hub; give one of them"),
     (
         "    - path: train.jsonl",
         "    - train.jsonl",
@@ -209,7 +208,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, to
         ("model.language.quantization", "int4", "'int4'; want 'none', 'int8', 'nf4' or 'fp4'"),
         ("model.vision.compute_dtype", "half", "'half'; want 'auto', 'fp32', 'bf16' or 'fp16'"),
         ("train.optimizer", "sgd", "'sgd'; want 'adamw', 'adamw_8bit', 'paged_adamw' or 'paged_adamw_8bit'"),
-        ("data.train.0.format", "llava", "'llava'; want 'auto' or 'messages'"),
+        ("data.too_long", "cut", "'cut'; want 'error', 'drop_sample', 'drop_turns' or 'truncate_text'"),
     ],
 )
 def test_a_choice_that_is_not_there_is_refused_with_those_that_are(folder, key, value, told):
@@ -355,7 +354,7 @@ def test_an_override_can_give_what_the_file_lacks(folder):
             "data.train.1.path=x",
             ": data.train is a list of 1; use an index below that, or give the whole list: data.train=[...]",
         ),
-        ("data.train=[{}]", ": data.train.0.path: missing; add it"),
+        ("data.train=[{}]", ": data.train.0: found neither path nor hub; give one of them"),
         ("data=\n null", ": data: found null; want a mapping of keys to values"),
     ],
 )
