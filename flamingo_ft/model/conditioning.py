@@ -25,8 +25,8 @@ from flamingo_ft.backbones.decoder_layers import residual_streams
 
 Visibility = Literal["immediate", "all_preceding", "following"]
 
-# Where families keep the past: nearly all under the first name.
-CACHE_ARGUMENTS = ("past_key_values", "cache_params", "state")
+# Where families keep the past: all but RWKV under the first name from transformers 5.24 on, under the others before.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
 
 
 @dataclass(eq=False)

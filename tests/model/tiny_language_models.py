@@ -184,7 +184,7 @@ def make_tiny(family: str, seed: int = 0, vocab_size: int = 128) -> PreTrainedMo
 
 def _tiny_config(config_class: type[PreTrainedConfig], vocab_size: int) -> PreTrainedConfig:
     fields = {field.name for field in dataclasses.fields(config_class)}
-    sizes = {**SIZES, **_named(vocab_size, "vocab_size vocab_size_per_layer_input")}
+    sizes = {**SIZES, **_named(vocab_size, "vocab_size vocab_size_per_layer_input unpadded_vocab_size")}
     chosen = {name: size for name, size in sizes.items() if name in fields}
     if "qk_rope_head_dim" in fields:  # latent attention: widths of heads follow from their parts
         chosen.pop("head_dim", None)
