@@ -1,0 +1,148 @@
+"""The endless batches of a run: drawn in order, prepared by workers, bad rows left out, put together here.
+
+Workers only prepare single rows; which rows make a batch is decided in this process in the order of the draws. So the
+batches are the same whatever the number of workers, and a run goes on at the exact sample where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .order import Draw, Order, grouped
+from .prepare import Prepared
+from .tally import LeftOut, Tally
+
+WINDOW = 50  # batches among whose samples those of like length are put together
+
+Placed = tuple[int, Prepared]  # a row that trains, and its place in the order
+Fill = Callable[[Iterator[Placed]], Iterator[list[Placed]]]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How batches are loaded.
+
+    batch_size: rows of text in a batch. workers: processes that prepare them; 0: this one does.
+    rank, world_size: this process takes every ``world_size``-th ``batch_size`` draws, from the ``rank``-th on.
+    """
+
+    batch_size: int
+    workers: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+
+class Batches:
+    """Iterate over it for batches, without an end; `state_dict` tells where the last one given out ends.
+
+    prepare: from a draw to what it gives, in the workers. fill: from rows that train to the rows of one batch after
+    another; it may keep some back for later ones. assemble: from a batch's rows to its tensors.
+    """
+
+    def __init__(
+        self,
+        order: Callable[[int], Iterator[Draw]],
+        prepare: Dataset,
+        fill: Fill,
+        assemble: Callable[[list[Prepared]], dict[str, torch.Tensor]],
+        tally: Tally,
+        loading: Loading,
+    ):
+        self.order, self.prepare, self.fill, self.assemble = order, prepare, fill, assemble
+        self.tally, self.loading = tally, loading
+        self._next: int = 0
+        self._waiting: list[int] = []
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for rows in self.fill(self._rows_that_train()):
+            given = {place for place, _ in rows}
+            self._waiting = [place for place in self._waiting if place not in given]
+            yield self.assemble([prepared for _, prepared in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The next draw, those that were drawn before it and kept back, and the counts so far."""
+        return {"next": self._next, "waiting": list(self._waiting), "tally": self.tally.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches that were given out before `state_dict`."""
+        self._next, self._waiting = state["next"], list(state["waiting"])
+        self.tally.load_state_dict(state["tally"])
+
+    def _rows_that_train(self) -> Iterator[Placed]:
+        """From where the state stands: first the rows that were kept back, which are counted already."""
+        start, kept_back = self._next, {*self._waiting}
+        for place, result in self._results(min([start, *kept_back]), kept_back, start):
+            if place >= start:
+                self._next = place + 1
+                self._count(result)
+            if isinstance(result, Prepared):
+                self._waiting += [place] if place >= start else []
+                yield place, result
+
+    def _count(self, result: Prepared | LeftOut) -> None:
+        if isinstance(result, LeftOut):
+            self.tally.leave_out(result)
+        else:
+            self.tally.use(result.encoded.shortened)
+
+    def _results(self, begin: int, kept_back: set[int], start: int) -> Iterator[tuple[int, Prepared | LeftOut]]:
+        """What this process's draws from place ``begin`` on give, but those between that were given out already."""
+        wanted = (
+            (place, draw)
+            for place, draw in enumerate(self.order(begin), start=begin)
+            if (place >= start or place in kept_back) and self._is_mine(place)
+        )
+        for placed in self._prepared(wanted):
+            yield from placed
+
+    def _is_mine(self, place: int) -> bool:
+        return place // self.loading.batch_size % self.loading.world_size == self.loading.rank
+
+    def _prepared(self, draws: Iterator[tuple[int, Draw]]) -> Iterable[list[tuple[int, Prepared | LeftOut]]]:
+        """The draws prepared, in their order, as many at a time as a batch has rows."""
+        batches = iter(lambda: list(itertools.islice(draws, self.loading.batch_size)), [])
+        return DataLoader(
+            _Placing(self.prepare),
+            batch_sampler=batches,
+            num_workers=self.loading.workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # one of its own, so that loading leaves torch's random numbers alone
+        )
+
+
+class _Placing(Dataset):
+    """Keeps beside each result the place of its draw."""
+
+    def __init__(self, prepare: Dataset):
+        self.prepare = prepare
+
+    def __getitem__(self, placed: tuple[int, Draw]) -> tuple[int, Prepared | LeftOut]:
+        place, draw = placed
+        return place, self.prepare[draw]
+
+
+def in_order(batch_size: int) -> Fill:
+    """Batches of ``batch_size`` rows as they come."""
+
+    def fill(rows: Iterator[Placed]) -> Iterator[list[Placed]]:
+        return iter(lambda: list(itertools.islice(rows, batch_size)), [])
+
+    return fill
+
+
+def by_length(order: Order, size_of: Callable[[Draw], int], batch_size: int) -> Callable[[int], Iterator[Draw]]:
+    """The order with samples of like length next to each other, to be entered at any place."""
+    window = WINDOW * batch_size
+
+    def draws(start: int) -> Iterator[Draw]:
+        first = start // window * window
+        grouped_draws = grouped(order.draws(first), size_of, batch_size, window, order.seed)
+        return itertools.islice(grouped_draws, start - first, None)
+
+    return draws

@@ -1,0 +1,86 @@
+"""What became of the rows that were looked at: how many were used, and which were left out and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from flamingo_ft.errors import UserError
+
+JUDGED_FROM = 100  # rows, before which a share means little; fewer where an epoch has fewer
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that does not train. bad: it cannot be used (damaged, malformed), else a policy of the recipe dropped it."""
+
+    number: int
+    where: str
+    reason: str
+    bad: bool
+
+
+@dataclass
+class Tally:
+    """Counts over the rows looked at so far.
+
+    Raises UserError through `add` for the first bad row, or, where they are skipped, once they are more than
+    ``max_bad_share``, and where nothing is left to train on.
+    """
+
+    skip_bad: bool
+    max_bad_share: float
+    epoch_length: int | None
+    seen: int = 0
+    bad: int = 0
+    dropped: int = 0
+    shortened: Counter = field(default_factory=Counter)
+    left_out: dict[str, str] = field(default_factory=dict)
+    _in_a_row: int = 0
+
+    def use(self, shortened: dict[str, int]) -> None:
+        """Count a row that trains, and what a policy took away of it (turns, text tokens, images)."""
+        self.seen += 1
+        self._in_a_row = 0
+        self.shortened.update({name: count for name, count in shortened.items() if count})
+
+    def leave_out(self, row: LeftOut) -> None:
+        """Count a row that does not train."""
+        if row.bad and not self.skip_bad:
+            raise UserError(row.reason)
+        self.seen += 1
+        self.bad += row.bad
+        self.dropped += not row.bad
+        self.left_out.setdefault(row.where, row.reason)
+        self._in_a_row += 1
+        self._check_share(row)
+        if self._in_a_row >= (self.epoch_length or 10_000):
+            raise UserError(f"data.train: found no sample to train on among {self._in_a_row} rows, the last: {row.reason}")
+
+    def _check_share(self, row: LeftOut) -> None:
+        judged = max(self.seen, min(JUDGED_FROM, self.epoch_length or JUDGED_FROM))
+        if row.bad and self.bad > self.max_bad_share * judged:
+            raise UserError(
+                f"data.max_bad_share: found {self.bad} of {self.seen} rows bad, more than {self.max_bad_share:g} of them "
+                f"(the last: {row.reason}); mend them, or raise data.max_bad_share"
+            )
+
+    def record(self) -> dict[str, Any]:
+        """The counts, as ``metrics.json`` has them."""
+        return {
+            "rows": self.seen,
+            "skipped": self.bad,
+            "dropped": self.dropped,
+            "shortened": dict(self.shortened),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on later has to know."""
+        return self.record() | {"left_out": dict(self.left_out), "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.seen, self.bad, self.dropped = state["rows"], state["skipped"], state["dropped"]
+        self.shortened, self.left_out = Counter(state["shortened"]), dict(state["left_out"])
+        self._in_a_row = state["in_a_row"]
