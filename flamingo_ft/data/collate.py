@@ -6,20 +6,16 @@ Shapes: B samples, T text tokens, M images, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
 
 from .encode import IGNORED, Encoded, encode
-
-# What Pillow's decoders were seen to raise for files that are damaged or no images at all.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, Image.DecompressionBombError)
+from .media import open_image
 
 
 class Collator:
@@ -60,17 +56,6 @@ def load_pixels(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]])
     """pixel_values (B, M, C, H, W) of the rows' image files; nothing where no row has any."""
     images = [[open_image(path, row["where"]) for path in row["images"]] for row in rows]
     return {"pixel_values": processor.pixel_values(images)} if any(images) else {}
-
-
-def open_image(path: str | Path, where: str | None = None) -> Image.Image:
-    """An image file as RGB, upright. UserError naming the file when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UNREADABLE as error:
-        prefix = f"{where}: " if where else ""
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise UserError(f"{prefix}{path}: not a readable image ({reason}); replace it") from None
 
 
 def pad_ids(

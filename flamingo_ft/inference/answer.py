@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from flamingo_ft.adapters import load_trained
-from flamingo_ft.data.collate import load_pixels, open_image, pad_ids
+from flamingo_ft.data.collate import load_pixels, pad_ids
 from flamingo_ft.data.encode import encode_prompt, end_token_id
-from flamingo_ft.data.samples import split_markers
+from flamingo_ft.data.media import open_image
+from flamingo_ft.data.schemas.blocks import split_markers
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.tokens import MEDIA_TOKEN

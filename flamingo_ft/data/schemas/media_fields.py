@@ -1,0 +1,35 @@
+"""The fields in which rows keep their images and videos, named alike in all schemas."""
+
+from __future__ import annotations
+
+from flamingo_ft.data.fields import Row, given, list_field
+from flamingo_ft.errors import UserError
+
+from .draft import Given
+
+MEDIA_FIELDS = ("image", "images", "video", "videos")
+
+
+def images_of(row: Row, where: str) -> list[Given]:
+    """``image``: one, or several in a list; or ``images``: a list."""
+    return _media(row, "image", where, _one_or_more)
+
+
+def videos_of(row: Row, where: str) -> list[Given]:
+    """``video``: a file, or a list of frames; or ``videos``: a list of those."""
+    return _media(row, "video", where, lambda value, place: [Given(value, place)])
+
+
+def _media(row: Row, name: str, where: str, single) -> list[Given]:
+    several = f"{name}s"
+    one = single(row[name], f"{where}: {name}") if given(row, name) and row[name] not in ("", []) else []
+    listed = list_field(row, several, where) if given(row, several) and row[several] != "" else []
+    if one and listed:
+        raise UserError(f"{where}: found both {name} and {several}, wanted one of them; join them into {several}")
+    return one or [Given(value, f"{where}: {several}[{index}]") for index, value in enumerate(listed)]
+
+
+def _one_or_more(value: object, place: str) -> list[Given]:
+    if isinstance(value, list):
+        return [Given(one, f"{place}[{index}]") for index, one in enumerate(value)]
+    return [Given(value, place)]
