@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_ft.data.sources import Source
+from flamingo_ft.data.sources.source import Source
 from flamingo_ft.errors import UserError
 
 

@@ -1,0 +1,67 @@
+"""A recipe's data, opened: which rows of which source train, and which are held out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flamingo_ft.config import DataSection
+from flamingo_ft.errors import UserError
+
+from .held_out import hold_out
+from .media import open_medium
+from .sample import Sample
+from .sources import Source, open_source
+from .stream.order import Mixed
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """Sources of a recipe. ``train``: with weights; ``held_out``: never trained on."""
+
+    section: DataSection
+    train: list[Mixed]
+    held_out: list[Mixed]
+
+    def training_samples(self) -> Iterator[Sample]:
+        """The samples to train on, source after source in the order of their rows; bad ones as the recipe says."""
+        return itertools.chain.from_iterable(_samples(mixed, self.section) for mixed in self.train)
+
+    def held_out_samples(self, most_per_source: int | None = None) -> list[Sample]:
+        """The first held-out samples of each source, their images looked at: an evaluation must not fail after training."""
+        return [
+            sample
+            for mixed in self.held_out
+            for sample in itertools.islice(_samples(mixed, self.section, look=True), most_per_source)
+        ]
+
+
+def open_data(section: DataSection, seed: int) -> OpenedData:
+    """Open the sources of a recipe's ``data``, and hold out what it says; ``seed`` chooses which.
+
+    Raises UserError for a source that cannot be opened or has nothing to hold out.
+    """
+    train = [Mixed(open_source(entry, section), entry.weight) for entry in section.train]
+    held_out = [Mixed(open_source(entry, section)) for entry in section.eval]
+    if section.eval_fraction:
+        splits = [hold_out(mixed.source, section.eval_fraction, seed) for mixed in train]
+        held_out += [Mixed(mixed.source, rows=rows) for mixed, (_, rows) in zip(train, splits, strict=True)]
+        train = [Mixed(mixed.source, mixed.weight, rows) for mixed, (rows, _) in zip(train, splits, strict=True)]
+    return OpenedData(section, train, held_out)
+
+
+def _samples(mixed: Mixed, section: DataSection, look: bool = False) -> Iterator[Sample]:
+    """The samples of a source; look: only those whose images can be read."""
+    source = mixed.source
+    rows = enumerate(source.stream()) if mixed.rows is None else ((row, source.raw(row)) for row in mixed.rows.tolist())
+    for row, raw in rows:
+        try:
+            sample = source.sample(row, raw)
+            for medium in sample.images if look else ():
+                open_medium(medium, sample.where, section.video_frames)
+        except UserError:
+            if section.on_bad_sample == "error":
+                raise
+            continue
+        yield sample
