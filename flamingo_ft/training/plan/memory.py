@@ -78,8 +78,9 @@ class Planner:
         self.device = device
         self._sizes = {"text_tokens": text_tokens, "images": images}
         wanted = recipe.model
-        self._backbones = tower_config(wanted.vision.name, wanted.vision.pretrained), *language_files(
-            wanted.language.name, wanted.language.revision
+        self._backbones = (
+            tower_config(wanted.vision.name, wanted.vision.pretrained, wanted.vision.image_size),
+            *language_files(wanted.language.name, wanted.language.revision),
         )
 
     def plan(self, recipe: Recipe) -> Plan:
