@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets, interleave_datasets
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Collator, Sample
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -78,6 +79,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         logging_nan_inf_filter=False,  # by default a loss that is no number is logged as a good one
         seed=wanted.seed,
         bf16=computes_in_bf16(wanted.precision),
+        use_cpu=default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
         dataloader_num_workers=wanted.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
