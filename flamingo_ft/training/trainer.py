@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.stream.batches import Batches
@@ -94,6 +95,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         logging_nan_inf_filter=False,  # by default a loss that is no number is logged as a good one
         seed=wanted.seed,
         bf16=computes_in_bf16(wanted.precision),
+        use_cpu=default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
