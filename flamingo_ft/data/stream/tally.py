@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flamingo_ft.data.encode import Cut
 from flamingo_ft.errors import UserError
 
 JUDGED_FROM = 100  # rows, before which a share means little; fewer where an epoch has fewer
@@ -40,11 +41,12 @@ class Tally:
     dropped_rows: dict[str, str] = field(default_factory=dict)
     _in_a_row: int = 0
 
-    def use(self, shortened: dict[str, int]) -> None:
-        """Count a row that trains, and what a policy took away of it (turns, text tokens, images)."""
+    def use(self, cut: Cut) -> None:
+        """Count a row that trains, and what a policy took away of it."""
         self.seen += 1
         self._in_a_row = 0
-        self.shortened.update({name: count for name, count in shortened.items() if count})
+        if cut != Cut():
+            self.shortened.update({"samples": 1, **asdict(cut)})
 
     def leave_out(self, row: LeftOut) -> None:
         """Count a row that does not train."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,7 +10,7 @@ import torch
 
 from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.stream.batches import Batches, Loading, Placed, by_length, in_order
+from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order, packed
 from flamingo_ft.data.stream.order import Mixed, Order
 from flamingo_ft.data.stream.prepare import Preparing
 from flamingo_ft.data.stream.tally import Tally
@@ -23,7 +22,7 @@ from .fakes import Numbers
 
 @dataclass(frozen=True)
 class Encode:
-    """A number to one token; those in ``dropped`` are dropped."""
+    """A number to some tokens; those in ``dropped`` are dropped."""
 
     dropped: frozenset[int] = frozenset()
 
@@ -31,15 +30,20 @@ class Encode:
         number = int(sample.messages[0]["content"][0]["text"])
         if number in self.dropped:
             return Dropped(f"{sample.where}: too long")
-        return Encoded([number], [number])
+        ids = [number] * (1 + number % 5)
+        return Encoded(ids, ids)
 
 
 def draw_number(sample: Sample, kept: int, number: int) -> list[int]:
     return [number]
 
 
-def assemble(rows) -> dict[str, torch.Tensor]:
-    return {"rows": torch.tensor([row.encoded.input_ids[0] for row in rows]), "draws": torch.tensor([row.media for row in rows])}
+def assemble(rows) -> dict[str, list]:
+    samples = [sample for row in rows for sample in row]
+    return {
+        "rows": [[sample.encoded.input_ids[0] for sample in row] for row in rows],
+        "draws": {sample.media[0]: sample.encoded.input_ids[0] for sample in samples},
+    }
 
 
 def batches(*sources, size=4, workers=0, dropped=(), skip=True, share=1.0, grouping=False, fill=None, rank=0, world=1):
@@ -50,8 +54,13 @@ def batches(*sources, size=4, workers=0, dropped=(), skip=True, share=1.0, group
     return Batches(draws, prepare, fill or in_order(size), assemble, tally, Loading(size, workers, rank, world))
 
 
-def taken(made: Batches, count: int) -> list[list[int]]:
-    return [batch["rows"].tolist() for batch in islice(made, count)]
+def taken(made: Batches, count: int) -> list[list[list[int]]]:
+    """The numbers in the rows of the next batches."""
+    return [batch["rows"] for batch in islice(made, count)]
+
+
+def flat(batches_taken) -> list[int]:
+    return [number for batch in batches_taken for row in batch for number in row]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
@@ -62,17 +71,11 @@ SOURCES = {
 }
 
 
-def pairs(rows: Iterator[Placed]) -> Iterator[list[Placed]]:
-    """Batches of two rows, of which the first waits for the one after the next: rows are kept back."""
-    waiting: list[Placed] = []
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == 3:
-            yield [waiting.pop(0), waiting.pop(1)]
+WAYS = {"plain": {}, "grouped": {"grouping": True}, "packed": {"fill": packed(2, 9)}}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("options", [{}, {"grouping": True}, {"fill": pairs}], ids=["plain", "grouped", "kept back"])
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_the_number_of_workers_changes_nothing(kind, options):
     expected = taken(batches(*SOURCES[kind](), dropped=[2], **options), 12)
     assert taken(batches(*SOURCES[kind](), dropped=[2], workers=1, **options), 12) == expected
@@ -81,7 +84,7 @@ def test_the_number_of_workers_changes_nothing(kind, options):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("options", [{}, {"grouping": True}, {"fill": pairs}], ids=["plain", "grouped", "kept back"])
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 def test_a_run_goes_on_at_the_exact_sample(kind, options, workers):
     whole = batches(*SOURCES[kind](), dropped=[2], **options)
     expected = taken(whole, 12)
@@ -94,20 +97,32 @@ def test_a_run_goes_on_at_the_exact_sample(kind, options, workers):
 
 
 def test_what_is_random_of_a_draw_depends_on_its_number_alone():
-    plain = {d: r for batch in islice(batches(Numbers(30)), 6) for d, r in zip(batch["draws"][:, 0].tolist(), batch["rows"].tolist(), strict=True)}
-    grouped = {d: r for batch in islice(batches(Numbers(30), grouping=True, workers=2), 6) for d, r in zip(batch["draws"][:, 0].tolist(), batch["rows"].tolist(), strict=True)}
-    assert all(plain[number] == row for number, row in grouped.items() if number in plain)
+    plain, grouped = ({}, {})
+    for batch in islice(batches(Numbers(30)), 6):
+        plain |= batch["draws"]
+    for batch in islice(batches(Numbers(30), grouping=True, workers=2), 6):
+        grouped |= batch["draws"]
+    assert {*plain} & {*grouped} and all(plain[number] == row for number, row in grouped.items() if number in plain)
+
+
+def test_packed_rows_are_no_longer_than_asked_and_hold_every_sample_once():
+    made = batches(Numbers(40), fill=packed(2, 9))
+    rows = [row for batch in taken(made, 12) for row in batch]
+    assert all(sum(1 + number % 5 for number in row) <= 9 for row in rows)
+    assert max(map(len, rows)) > 1
+    given = [number for row in rows for number in row]
+    assert len(given) == made.tally.seen - len(made.state_dict()["waiting"])
 
 
 def test_processes_share_the_draws_out():
-    everything = sorted(row for batch in taken(batches(Numbers(24)), 6) for row in batch)
+    everything = sorted(flat(taken(batches(Numbers(24)), 6)))
     shares = [taken(batches(Numbers(24), rank=rank, world=3), 2) for rank in range(3)]
-    assert sorted(row for share in shares for batch in share for row in batch) == everything
+    assert sorted(number for share in shares for number in flat(share)) == everything
 
 
 def test_bad_rows_are_left_out_counted_and_named():
     made = batches(Numbers(20, bad=BAD), dropped=[5, 6])
-    rows = [row for batch in taken(made, 15) for row in batch]
+    rows = flat(taken(made, 15))
     assert not {*rows} & {*BAD, 5, 6} and {*rows} == {*range(20)} - {*BAD, 5, 6}
     record = made.tally.record()
     assert record["rows"] == len(rows) + record["skipped"] + record["dropped"]
