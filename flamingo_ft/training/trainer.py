@@ -22,6 +22,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from .batches import training_batches
 from .loss_check import check_loss
 from .optimizer import OPTIMIZERS, make_optimizer
+from .precision import computes_in_bf16
 
 LOOKED_AT = 16  # batches, gone over until the directions settle
 QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -103,13 +104,6 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         remove_unused_columns=False,
         max_length=None,
     )
-
-
-def computes_in_bf16(precision: str) -> bool:
-    """Whether to compute in bfloat16; ``auto`` does so where the GPU supports it."""
-    if precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
 
 
 def first_batches(

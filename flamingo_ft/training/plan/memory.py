@@ -14,7 +14,7 @@ from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.training.trainer import text_limit
+from flamingo_ft.training.batches import text_limit
 
 from .batch import Batch, find_batch
 from .devices import Device
