@@ -25,7 +25,7 @@ def even_positions(total: int, wanted: int) -> list[int]:
 
 
 def read_frames(file: str | Path | bytes, wanted: int, where: str) -> list[Image.Image]:
-    """``wanted`` evenly spaced frames as upright RGB, or all of a video with fewer. UserError for a file that is no video."""
+    """``wanted`` evenly spaced frames as upright RGB, or all of a shorter video. UserError for what is no video."""
     av = _pyav(where)
     try:
         total = _claimed_frames(av, file)
