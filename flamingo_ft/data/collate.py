@@ -16,7 +16,9 @@ from torch import Tensor
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
 
-from .encode import IGNORED, Encoded, encode
+from .encode import IGNORED, Encoded
+from .sample import Sample
+from .too_long import encode_within
 
 # What Pillow's decoders were seen to raise for files that are damaged or no images at all.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, RuntimeError, Image.DecompressionBombError)
@@ -34,26 +36,15 @@ class Collator:
         self.max_text_tokens = max_text_tokens
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        encoded = [self._encode(row) for row in rows]
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        batch = pad_ids([sample.input_ids for sample in encoded], pad_token_id, "right")
-        batch["labels"] = pad([sample.labels for sample in encoded], IGNORED, "right")
-        return batch | load_pixels(self.processor, rows)
+        samples = [Sample(row["messages"], row["images"], row.get("task", ""), row["where"]) for row in rows]
+        encoded = [encode_within(self.processor, sample, self.max_text_tokens) for sample in samples]
+        return collate_text(encoded, self.processor.tokenizer.pad_token_id) | load_pixels(self.processor, rows)
 
-    def _encode(self, row: Mapping[str, Any]) -> Encoded:
-        try:
-            sample = encode(self.processor, row["messages"])
-        except UserError as error:
-            raise UserError(f"{row['where']}: {error}") from None
-        found = len(sample.input_ids)
-        if found > self.max_text_tokens:
-            raise UserError(
-                f"{row['where']}: found {found} text tokens, the limit is {self.max_text_tokens}; "
-                "shorten the sample or raise data.max_text_tokens (up to the language model's context)"
-            )
-        if all(label == IGNORED for label in sample.labels):
-            raise UserError(f"{row['where']}: found no word of the assistant's to learn; remove the sample")
-        return sample
+
+def collate_text(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels (B, T) of encoded samples, padded at the end."""
+    batch = pad_ids([sample.input_ids for sample in samples], pad_token_id, "right")
+    return batch | {"labels": pad([sample.labels for sample in samples], IGNORED, "right")}
 
 
 def load_pixels(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
