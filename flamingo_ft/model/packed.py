@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from .conditioning import cache_in
 
-# Families that take positions, and do not look at them where they build their mask: they get the whole mask.
-TAKE_A_MASK = ("opt",)
+# Families whose positions or slopes (ALiBi) suit packed rows, and that build their mask without a look at positions: they
+# get the whole mask. None of them has layers that see a window alone.
+TAKE_A_MASK = ("biogpt", "mpt", "opt", "xglm")
 
 
 def for_language_model(lm: PreTrainedModel, given: Mapping[str, Any], document_ids: Tensor | None) -> dict[str, Any]:

@@ -60,18 +60,21 @@ def loss_from_backbone(model, batch):
 @pytest.mark.parametrize("backbone", [False, True], ids=["forward", "backbone"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["immediate", "all_preceding", "following"])
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
 def test_packed_samples_have_the_loss_and_the_gradients_that_they_have_apart(family, mode, attention, backbone):
     lm = make_tiny(family)
-    lm.set_attn_implementation(attention)
+    if family != "mpt":  # it has attention of its own alone
+        lm.set_attn_implementation(attention)
+    exact = attention == "sdpa" and family != "mpt"  # elsewhere transformers' softmax is in float32
+    relative, absolute = (1e-8, 1e-10) if exact else (1e-4, 1e-6)
     model = tiny_flamingo(lm=lm, media_visibility=mode).double().requires_grad_(True)
     apart, packed = batches()
     (loss, expected), (found_loss, found) = (gradients(model, batch, backbone) for batch in (apart, packed))
-    torch.testing.assert_close(found_loss, loss, rtol=1e-10, atol=0)
+    torch.testing.assert_close(found_loss, loss, rtol=relative / 100, atol=0)
     assert found.keys() == expected.keys()
     largest = max(float(each.abs().max()) for each in expected.values())
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-10 * largest, msg=name)
+        torch.testing.assert_close(found[name], expected[name], rtol=relative, atol=absolute * largest, msg=name)
 
 
 @pytest.mark.parametrize("mode", ["immediate", "all_preceding", "following"])
@@ -107,12 +110,12 @@ def test_packed_rows_are_refused_with_a_mask_a_cache_or_without_positions():
         model(**packed, past_key_values=cache)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gpt2", "gptj", "qwen2", "gemma2", "mistral"])
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gpt2", "gptj", "mpt", "qwen2", "gemma2"])
 def test_families_that_keep_documents_apart_may_be_packed(family):
     check_packing(tiny_flamingo(lm=make_tiny(family)), rows=2)
 
 
-@pytest.mark.parametrize("family", ["mpt", "bloom", "mamba", "rwkv"])
+@pytest.mark.parametrize("family", ["bloom", "mamba", "roberta"])
 def test_families_that_read_across_documents_are_refused(family):
     with pytest.raises(UserError, match=f"^data.packing: a {family} model [^\n]*; set data.packing to false[^\n]*$"):
         check_packing(tiny_flamingo(lm=make_tiny(family)), rows=2)
