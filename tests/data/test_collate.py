@@ -88,7 +88,7 @@ def test_a_sample_as_long_as_the_limit_passes_and_a_longer_one_is_refused(folder
         collate(row(folder, 1), limit=length - 1)
     assert str(caught.value) == (
         f"row 5: found {length} text tokens, the limit is {length - 1}; "
-        "shorten the sample or raise data.max_text_tokens (up to the language model's context)"
+        "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
     )
 
 
