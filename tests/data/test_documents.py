@@ -23,10 +23,11 @@ def written(processor, encoded):
     return decode(encoded.input_ids), decode([token for token in encoded.labels if token != IGNORED])
 
 
+EOC = "<|endofchunk|>"
 END = nano_processor().tokenizer.eos_token
 FORMS = [
     ((IMAGE, " A seven. "), f"<image>A seven.<|endofchunk|>{END}", f"A seven.<|endofchunk|>{END}"),
-    ((IMAGE, "one ", IMAGE, " two"), f"<image>one<|endofchunk|><image>two<|endofchunk|>{END}", "one<|endofchunk|>two<|endofchunk|>"),
+    ((IMAGE, "1 ", IMAGE, " 2"), f"<image>1{EOC}<image>2{EOC}{END}", f"1{EOC}2{EOC}"),
     (("so ", IMAGE, "one"), f"so<image>one<|endofchunk|>{END}", "one<|endofchunk|>"),
     ((IMAGE, IMAGE, "two"), f"<image><|endofchunk|><image>two<|endofchunk|>{END}", "<|endofchunk|>two<|endofchunk|>"),
     (("text",), f"text<|endofchunk|>{END}", ""),

@@ -79,7 +79,7 @@ def test_learning_begins_where_the_prompt_ends(name):
     assert set(labels[: len(prompt)]) == {IGNORED} and labels[len(prompt)] != IGNORED
 
 
-@pytest.mark.parametrize("words", ["Seven.", "Good. Fine", "é世🦩", "a  b", "<image>", "No <image></s> or <s>.", "世</s>"])
+@pytest.mark.parametrize("words", ["Seven.", "é世🦩", "a  b", "<image>", "No <image></s> or <s>.", "世</s>"])
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marked"])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_with_a_llama_tokenizer_the_labels_are_the_answer_too(legacy, name, words):
@@ -168,10 +168,11 @@ def test_an_answer_without_loss_is_not_learned():
 
 
 def test_a_template_whose_marks_cannot_be_told_apart_is_refused_where_an_answer_has_no_loss():
-    twice = "{% for m in messages %}{% generation %}a{% endgeneration %}{% generation %}b{% endgeneration %}{% endfor %}"
+    mark = "{% generation %}a{% endgeneration %}"
+    twice = "{% for m in messages %}" + mark + mark + "{% endfor %}"
     processor = nano_processor(twice)
     assert encode(processor, [user("a"), answer("b", True)])
-    with pytest.raises(UserError, match="^chat template: marks 4 parts .* with 1 such turns"):
+    with pytest.raises(UserError, match="^chat template: marks 4 parts as the assistant's among 1 such turns"):
         encode(processor, [user("a"), answer("b", False)])
 
 

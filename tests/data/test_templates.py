@@ -13,10 +13,11 @@ from flamingo_ft.model.processor import FlamingoProcessor
 
 from .dialogues import CHATML, IMAGE, LLAMA_2, assistant, nano_processor, system, user
 
-NO_SYSTEM = "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML[
-    len("{% for m in messages %}") :
-]
-LEAVES_OUT = "{% for m in messages if m['role'] != 'system' %}" + CHATML[len("{% for m in messages %}") :]
+EACH = "{% for m in messages %}"
+REFUSAL = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+NO_SYSTEM = CHATML.replace(EACH, EACH + REFUSAL)
+LEAVES_OUT = CHATML.replace(EACH, "{% for m in messages if m['role'] != 'system' %}")
+HARD = "You {{ x }} {% if %} \" ' \\n #} é🦩"
 TURNS = [user(IMAGE, "Which?"), assistant("Seven."), user("So?"), assistant("Yes.")]
 
 
@@ -44,12 +45,12 @@ def test_auto_takes_the_language_models_own_template_where_there_is_one():
 
 
 def test_a_wanted_chat_template_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="^data.template: found chat, but the language model has no chat template; set it"):
+    with pytest.raises(UserError, match="^data.template: found chat, but the language model has no chat template; set"):
         processor_with(None, template="chat")
 
 
 @pytest.mark.parametrize("own", [None, CHATML, LLAMA_2, nano_processor().chat_template])
-@given(st.text(min_size=1).map(lambda text: "You {{ x }} {% if %} \" ' \\n #} é🦩" + text).filter(lambda t: "\r" not in t))
+@given(st.text(min_size=1).map(lambda text: HARD + text).filter(lambda text: "\r" not in text))
 @settings(max_examples=20, deadline=None)
 def test_the_system_prompt_stands_before_every_dialogue_without_its_own(own, prompt):
     processor, plain = processor_with(own, system_prompt=prompt), processor_with(own)

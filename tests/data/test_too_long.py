@@ -15,7 +15,8 @@ TURNS = [
     system("Be brief."), user(IMAGE, "Which?"), assistant("Seven."), user(IMAGE, IMAGE, "And these?"),
     assistant("One and two."), user("Why?"), assistant("They are."),
 ]  # fmt: skip
-CHUNKS = [{"role": DOCUMENT, "content": blocks(("so", IMAGE, "one two three", IMAGE, "four five", IMAGE, IMAGE, "six"))}]
+PARTS = ("so", IMAGE, "one two three", IMAGE, "four five", IMAGE, IMAGE, "six")
+CHUNKS = [{"role": DOCUMENT, "content": blocks(PARTS)}]
 
 
 def sample(messages) -> Sample:
@@ -93,7 +94,7 @@ def test_a_sample_without_labels_never_trains(policy):
     silent = sample([user("a"), {**assistant("b"), "loss": False}])
     found = encode_within(nano_processor(), silent, 100, policy)
     assert found == Dropped("found no word of the assistant's to learn")
-    with pytest.raises(UserError, match="^a.json: row 5: found no word of the assistant's to learn; remove the sample$"):
+    with pytest.raises(UserError, match="^a.json: row 5: found no word of the assistant's to learn; remove[^\n]*$"):
         encode_within(nano_processor(), silent, 100, "error")
     cut = encode_within(nano_processor(), sample([user("long " * 30), assistant("b")]), 20, "truncate_text")
     assert isinstance(cut, Dropped) and cut.too_long

@@ -6,8 +6,8 @@ Writes label_masks/open_flamingo.json. The texts are written by the peer's own p
 `train_one_epoch`, with a model that keeps the labels it is given; images are blank.
 
 Patched on the peer at run time: `wandb` is imported there for logging alone and need not be installed; its data module
-imports a neighbour as if it lay in the working folder; tokenizers no longer have `additional_special_tokens`, which the preprocessing asks for the media token; a document of one image is
-left out by chance, so the dice say no.
+imports a neighbour as if it lay in the working folder; tokenizers no longer have `additional_special_tokens`, which the
+preprocessing asks for the media token; a document of one image is left out by chance, so the dice say no.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def test_padding_truncation_and_offsets_go_as_in_the_tokenizer(side):
 
 def test_the_processor_and_its_chat_template_give_the_ids_of_training():
     processor = nano_processor()
-    turns = [user({**IMAGE, "image": Image.new("RGB", (8, 8))}, "Is <image> this <|im_end|>?"), assistant("No <image>.")]
+    shown = {**IMAGE, "image": Image.new("RGB", (8, 8))}
+    turns = [user(shown, "Is <image> this <|im_end|>?"), assistant("No <image>.")]
     expected = encode(processor, turns)
     text = processor.apply_chat_template(turns)
     assert restore(processor.tokenizer, text)[0].count("<image>") == 3 and text.count("<image>") == 1
