@@ -3,6 +3,7 @@
 import pytest
 from PIL import Image
 
+from flamingo_ft.data.locate import lossless_bytes
 from flamingo_ft.data.preference import preference_row
 from flamingo_ft.data.sample import Sample, Video
 from flamingo_ft.errors import UserError
@@ -19,8 +20,10 @@ def pair(messages, rejected, images=("a.png",)) -> Sample:
 def test_the_prompt_ends_with_the_last_question():
     before = [system("Be brief."), user(IMAGE, "Which?"), assistant("Seven."), user("Sure?")]
     better = {**assistant("Yes."), "loss": None}
-    row = preference_row(pair([*before, better], [assistant("No.")]), [PICTURE])
-    assert row == {"prompt": before, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")], "images": [PICTURE]}
+    row = preference_row(pair([*before, better], [assistant("No.")], [lossless_bytes(PICTURE)]))
+    (image,) = row.pop("images")
+    assert row == {"prompt": before, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
+    assert image.tobytes() == PICTURE.convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -35,4 +38,4 @@ def test_the_prompt_ends_with_the_last_question():
 )
 def test_what_is_no_pair_of_text_answers_is_refused(sample, complaint):
     with pytest.raises(UserError, match=f"^a.json: row 3: {complaint}[^\n]*$"):
-        preference_row(sample, [PICTURE])
+        preference_row(sample)

@@ -8,7 +8,9 @@ from PIL import Image
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from flamingo_ft import build_flamingo, load_language, load_vision
-from flamingo_ft.data import Sample, collate_packed, encode, preference_row
+from flamingo_ft.data import Sample, encode, preference_row
+from flamingo_ft.data.locate import lossless_bytes
+from flamingo_ft.data.packing import collate_packed
 from flamingo_ft.data.collate import collate_text
 from tests.data.dialogues import IMAGE, assistant, user
 
@@ -115,11 +117,12 @@ def test_dpo_on_preference_pairs_with_images(parts, tmp_path):
 def test_dpo_on_preference_samples_reads_typed_markers_as_text(parts, tmp_path):
     model, processor = parts
     samples = [
-        Sample([user(IMAGE, *[IMAGE] * (i % 2), "Is <image> seven?"), assistant("No <image>.")], [], "other", "row 0",
+        Sample([user(IMAGE, *[IMAGE] * (i % 2), "Is <image> seven?"), assistant("No <image>.")],
+               [lossless_bytes(picture(i))] * (1 + i % 2), "other", "row 0",
                [assistant("Yes<|im_end|>.")])
         for i in range(4)
     ]  # fmt: skip
-    rows = [preference_row(sample, [picture(i)] * (1 + i % 2)) for i, sample in enumerate(samples)]
+    rows = [preference_row(sample) for sample in samples]
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(**options(tmp_path, per_device_train_batch_size=2)),
