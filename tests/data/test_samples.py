@@ -107,19 +107,19 @@ MALFORMED = {
     ),
     "a block of text": (
         with_content(["x"]),
-        ": messages[0].content[0]: found text, wanted a block of type text or image",
+        ": messages[0].content[0]: found text, wanted a block of type text, image or video",
     ),
     "a block of null": (
         with_content([IMAGE, None]),
-        ": messages[0].content[1]: found null, wanted a block of type text or image",
+        ": messages[0].content[1]: found null, wanted a block of type text, image or video",
     ),
     "a block of another type": (
         with_content([{"type": "video"}]),
-        ": messages[0].content[0].type: found 'video', wanted text or image",
+        ": messages[0].content[0].type: found 'video', wanted text, image or video",
     ),
     "a block without type": (
         with_content([{"text": "x"}]),
-        ": messages[0].content[0].type: found None, wanted text or image",
+        ": messages[0].content[0].type: found None, wanted text, image or video",
     ),
     "a text block without text": (
         with_content([{"type": "text"}]),
