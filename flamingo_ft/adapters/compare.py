@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 from flamingo_ft.config import RECIPE_FILE, load_recipe
 from flamingo_ft.data.encode import encode, text_message
 from flamingo_ft.data.collate import load_pixels
-from flamingo_ft.data import Sample, read_samples
+from flamingo_ft.data import Sample, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
@@ -74,8 +75,8 @@ def _samples_of(folder: Path) -> list[Sample]:
         return []
     try:
         recipe = load_recipe(folder / RECIPE_FILE, require=("data",))
-        sources = recipe.data.eval or recipe.data.train
-        return [sample for source in sources for sample in read_samples(source.path, source.image_root)][:PROMPTS]
+        data = open_data(recipe.data, recipe.train.seed)
+        return list(itertools.islice(data.samples(data.held_out or data.train), PROMPTS))
     except UserError:
         return []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flamingo_ft.config import DataSection
@@ -24,9 +24,10 @@ class OpenedData:
     train: list[Mixed]
     held_out: list[Mixed]
 
-    def training_samples(self) -> Iterator[Sample]:
-        """The samples to train on, source after source in the order of their rows; bad ones as the recipe says."""
-        return itertools.chain.from_iterable(_samples(mixed, self.section) for mixed in self.train)
+    def samples(self, mixture: Sequence[Mixed]) -> Iterator[Sample]:
+        """The samples of some of the sources, one after the other, in the order of their rows; bad ones end it or are
+        left out, as the recipe says."""
+        return itertools.chain.from_iterable(_samples(mixed, self.section) for mixed in mixture)
 
     def held_out_samples(self, most_per_source: int | None = None) -> list[Sample]:
         """The first held-out samples of each source, their images looked at: an evaluation must not fail after training."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flamingo_ft.data.encode import text_of
-from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.sample import DOCUMENT, Medium, Sample
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Question:
     """A dialogue up to where the assistant is to speak, with the images it has mentioned, and the right answer."""
 
     messages: list[dict[str, Any]]
-    images: list[str]
+    images: list[Medium]
     answer: str
     task: str
     where: str
@@ -25,21 +25,27 @@ class Question:
 
 
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
-    """One question for each assistant turn; the turns before it are given as they should have been."""
-    return [
-        _question(sample, number, turn)
-        for number, sample in enumerate(samples)
-        for turn, message in enumerate(sample.messages)
-        if message["role"] == "assistant"
-    ]
+    """One question for each assistant turn; the turns before it are given as they should have been.
+
+    Of a document, one: what follows its last image, its beginning given. Without an image, none.
+    """
+    return [question for number, sample in enumerate(samples) for question in _questions(sample, number)]
 
 
-def _question(sample: Sample, number: int, turn: int) -> Question:
-    before = sample.messages[:turn]
+def _questions(sample: Sample, number: int) -> Iterator[Question]:
+    for turn, message in enumerate(sample.messages):
+        if message["role"] == "assistant":
+            yield _question(sample, number, sample.messages[:turn], text_of(message))
+        elif message["role"] == DOCUMENT and sample.images:
+            blocks = message["content"]
+            after_last = 1 + max(i for i, block in enumerate(blocks) if block["type"] == "image")
+            answer = text_of({"content": blocks[after_last:]}).strip()
+            yield _question(sample, number, [{**message, "content": blocks[:after_last]}], answer)
+
+
+def _question(sample: Sample, number: int, before: list[dict[str, Any]], answer: str) -> Question:
     mentioned = sum(block["type"] == "image" for message in before for block in message["content"])
-    return Question(
-        before, sample.images[:mentioned], text_of(sample.messages[turn]), sample.task, sample.where, number
-    )
+    return Question(before, sample.images[:mentioned], answer, sample.task, sample.where, number)
 
 
 def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
@@ -61,7 +67,7 @@ def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     return [replace(sample, images=images[number]) for number, sample in enumerate(samples)]
 
 
-def _other_images(choices: Sequence[list[str]], place: int) -> list[str]:
+def _other_images(choices: Sequence[list[Medium]], place: int) -> list[Medium]:
     """The first choice after ``place`` that shares no image with the one there; else the first that differs."""
     own = choices[place]
     differing = None
@@ -76,4 +82,4 @@ def _other_images(choices: Sequence[list[str]], place: int) -> list[str]:
 
 def as_row(question: Question) -> dict[str, Any]:
     """The question as the generating functions take it."""
-    return asdict(question)
+    return dict(vars(question))

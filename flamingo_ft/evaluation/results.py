@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.data.preview import preview
 from flamingo_ft.model.processor import flatten
 
 from .accuracy import accuracy, accuracy_by_task
@@ -58,7 +59,7 @@ def _row(question: Question) -> dict[str, Any]:
     return {
         "where": question.where,
         "task": question.task,
-        "images": question.images,
+        "images": [preview(medium) for medium in question.images],
         "question": flatten(question.messages[-1])["content"].strip(),
         "answer": question.answer,
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
-from flamingo_ft.data import Sample, read_samples
+from flamingo_ft.data import Sample, open_data, read_samples
 from flamingo_ft.errors import UserError
 
 from .accuracy import answer_questions
@@ -22,7 +22,7 @@ def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, 
         remedy = "give a run's output directory"
         raise UserError(f"{adapter}: not the folder of a run, {RECIPE_FILE} not found; {remedy}")
     recipe = load_recipe(recipe_file, require=() if data else ("data",))
-    samples = read_samples(Path(data)) if data else read_eval_samples(recipe)
+    samples = read_samples(Path(data)) if data else held_out_samples(recipe)
     if not samples:
         raise UserError(f"{recipe_file}: data.eval is empty; name samples with --data FILE")
     model, processor = load_trained(adapter)
@@ -32,7 +32,6 @@ def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, 
     return {"eval": Results(questions, {AFTER: answers}).summary()}
 
 
-def read_eval_samples(recipe: Recipe) -> list[Sample]:
+def held_out_samples(recipe: Recipe) -> list[Sample]:
     """The held-out samples of a recipe, the first ``eval.max_samples`` of each source."""
-    limit = recipe.eval.max_samples
-    return [s for source in recipe.data.eval for s in read_samples(source.path, source.image_root)[:limit]]
+    return open_data(recipe.data, recipe.train.seed).held_out_samples(recipe.eval.max_samples)

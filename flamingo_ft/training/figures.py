@@ -22,7 +22,8 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
-from flamingo_ft.data.media import open_image
+from flamingo_ft.data.media import open_medium
+from flamingo_ft.data.preview import open_preview
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import normalise
@@ -116,7 +117,7 @@ def _answered(prediction: dict[str, Any]) -> _Cell:
     below = [_judged(time, prediction) for time in ("before", AFTER) if time in prediction]
     if not _is_right(prediction, AFTER):
         below.append((_cut(f"right: {prediction['answer']}", ANSWER_LINES), INK))
-    return _Cell(_open(prediction["images"]), _cut(question, QUESTION_LINES), below)
+    return _Cell([open_preview(image) for image in prediction["images"]], _cut(question, QUESTION_LINES), below)
 
 
 def _judged(time: str, prediction: dict[str, Any]) -> tuple[str, str]:
@@ -138,7 +139,7 @@ def _unanswered(sample: Sample) -> _Cell:
     for message, text in zip(turns, texts, strict=True):
         lines, colour = looks[message["role"]]
         told.append((_cut(text, lines), colour))
-    return _Cell(_open(sample.images), above=told[0][0], below=told[1:])
+    return _Cell([open_medium(medium, sample.where)[0] for medium in sample.images], above=told[0][0], below=told[1:])
 
 
 def _mark_images(texts: Sequence[str]) -> list[str]:
@@ -216,10 +217,6 @@ def _write_below(axes: Axes, lines: Iterable[tuple[str, str]]) -> None:
     place = {"xycoords": "axes fraction", "boxcoords": "offset points", "box_alignment": (0.5, 1)}
     looks = {"frameon": False, "annotation_clip": False, "pad": 0}
     axes.add_artist(AnnotationBbox(packed, xy=(0.5, 0), xybox=(0, -5), **place, **looks))
-
-
-def _open(paths: Sequence[str]) -> list[Image.Image]:
-    return [open_image(path) for path in paths]
 
 
 def _log(run: Path) -> list[dict[str, Any]]:

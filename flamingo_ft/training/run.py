@@ -13,12 +13,10 @@ from rich.progress import Progress
 
 from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
-from flamingo_ft.data import Sample, read_samples
-from flamingo_ft.errors import UserError
+from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.evaluation.accuracy import answer_questions
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, Results
-from flamingo_ft.evaluation.run import read_eval_samples
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .build import build_model
@@ -29,6 +27,7 @@ from .trainer import adapter_folder, first_batches, make_trainer
 
 METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
+LEFT_OUT_FILE = "left_out.jsonl"
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -40,15 +39,15 @@ def train(recipe: Recipe) -> dict[str, Any]:
     check_machine(recipe.train)
     output_dir = recipe.train.output_dir
     prepare_output_dir(output_dir)
-    sources = [read_samples(source.path, source.image_root) for source in recipe.data.train]
-    held_out = read_eval_samples(recipe)
-    model, processor = build_model(recipe, partial(first_batches, sources, recipe))
+    data = open_data(recipe.data, recipe.train.seed)
+    held_out = data.held_out_samples(recipe.eval.max_samples)
+    model, processor = build_model(recipe, partial(first_batches, data, recipe))
     (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     with progress_bars() as progress:
         examination = _Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.before:
             examination.take("before", held_out)
-        training = _train(model, processor, sources, recipe, progress)
+        training = _train(model, processor, data, recipe, progress)
         save_adapter(model, processor, output_dir)
         examination.take(AFTER, held_out)
         if recipe.eval.shuffled_images:
@@ -90,7 +89,7 @@ class _Examination:
 def _train(
     model: FlamingoForConditionalGeneration,
     processor: FlamingoProcessor,
-    sources: Sequence[Sequence[Sample]],
+    data: OpenedData,
     recipe: Recipe,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -99,19 +98,17 @@ def _train(
     callbacks = [ProgressBar(progress), StopOnNonFiniteLoss()]
     if recipe.train.save_steps:
         callbacks.append(KeepAdapter(processor, recipe.train.save_steps, partial(adapter_folder, output_dir)))
-    trainer = make_trainer(model, processor, sources, recipe, callbacks)
+    trainer = make_trainer(model, processor, data, recipe, callbacks)
     began = time.monotonic()
-    try:
-        trainer.train()
-    except UserError as error:
-        raise UserError(_last_line(error)) from None
+    trainer.train()
     seconds = time.monotonic() - began
     lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
     (output_dir / LOG_FILE).write_text("".join(lines), encoding="utf-8")
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
-    return {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "trainable_parameters": parameters}
+    record = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "trainable_parameters": parameters}
+    tally = trainer.batches.tally
+    if tally.left_out:
+        left_out = [json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in tally.left_out.items()]
+        (output_dir / LEFT_OUT_FILE).write_text("".join(left_out), encoding="utf-8")
+    return record | {"data": tally.record()}
 
-
-def _last_line(error: UserError) -> str:
-    """The message of an error; one from a worker process comes wrapped in the worker's traceback."""
-    return str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")

@@ -3,42 +3,58 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from flamingo_ft.config import Recipe
-from flamingo_ft.data import Collator, Sample
+from flamingo_ft.data import OpenedData
+from flamingo_ft.data.stream.batches import Batches
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .batches import training_batches
 from .loss_check import check_loss
 from .optimizer import OPTIMIZERS, make_optimizer
 
 LOOKED_AT = 16  # batches, gone over until the directions settle
 QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
+
+class FlamingoTrainer(SFTTrainer):
+    """TRL's trainer over batches that come ready made."""
+
+    def __init__(self, batches: Batches, **arguments: Any):
+        # TRL looks at a dataset to learn that there are images in it; rows are drawn by `batches` alone.
+        super().__init__(train_dataset=Dataset.from_list([{"messages": [], "images": []}]), **arguments)
+        self.batches = batches
+
+    def get_train_dataloader(self) -> Batches:
+        """Endless; the recipe's number of steps ends the run."""
+        return self.batches
+
+
 def make_trainer(
     model: FlamingoForConditionalGeneration,
     processor: FlamingoProcessor,
-    sources: Sequence[Sequence[Sample]],
+    data: OpenedData,
     recipe: Recipe,
     callbacks: list[TrainerCallback],
-) -> SFTTrainer:
-    """A trainer over the recipe's sources, one list of samples each. UserError where its loss would be a wrong one."""
+) -> FlamingoTrainer:
+    """A trainer over the recipe's data. UserError where its loss would be a wrong one."""
     arguments = trainer_arguments(recipe)
     optimizer = make_optimizer(model, recipe.train, arguments)
+    batches = training_batches(data, model, processor, recipe, arguments.process_index, arguments.world_size)
     with as_if_unquantized(model):
-        trainer = SFTTrainer(
+        trainer = FlamingoTrainer(
+            batches,
             model=model,
             args=arguments,
-            data_collator=collator(model, processor, recipe),
-            train_dataset=training_rows(sources, recipe),
             processing_class=processor,
             callbacks=callbacks,
             optimizers=(optimizer, None),
@@ -78,8 +94,6 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         logging_nan_inf_filter=False,  # by default a loss that is no number is logged as a good one
         seed=wanted.seed,
         bf16=computes_in_bf16(wanted.precision),
-        dataloader_num_workers=wanted.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -97,42 +111,10 @@ def computes_in_bf16(precision: str) -> bool:
 
 
 def first_batches(
-    sources: Sequence[Sequence[Sample]],
-    recipe: Recipe,
-    model: FlamingoForConditionalGeneration,
-    processor: FlamingoProcessor,
+    data: OpenedData, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
 ) -> list[dict[str, torch.Tensor]]:
     """Some of the batches that will be trained on, for an initialisation that looks at them."""
-    rows = training_rows(sources, recipe).shuffle(recipe.train.seed)
-    batches = rows.iter(recipe.train.batch_size)
-    as_rows = (Dataset.from_dict(batch).to_list() for batch in itertools.islice(batches, LOOKED_AT))
-    return [collator(model, processor, recipe)(batch) for batch in as_rows]
-
-
-def collator(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe) -> Collator:
-    """From rows to batches, as long as the recipe and the language model allow."""
-    return Collator(processor, text_limit(model, recipe.data.max_text_tokens))
-
-
-def training_rows(sources: Sequence[Sequence[Sample]], recipe: Recipe) -> Dataset:
-    """The recipe's sources, mixed by their weights."""
-    return mix(sources, [source.weight for source in recipe.data.train], recipe.train.seed)
-
-
-def text_limit(model: FlamingoForConditionalGeneration, wanted: int | None) -> int:
-    """Longest sample in text tokens: as wanted, within the language model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(limit for limit in (wanted, context, 2**31) if limit)
-
-
-def mix(sources: Sequence[Sequence[Sample]], weights: Sequence[float], seed: int) -> Dataset:
-    """One dataset of all sources; a source of weight 2 is drawn twice as often as its share of the rows."""
-    datasets = [Dataset.from_list([asdict(sample) for sample in samples]) for samples in sources]
-    if len(set(weights)) == 1:
-        return concatenate_datasets(datasets)
-    shares = [weight * len(rows) for weight, rows in zip(weights, datasets, strict=True)]
-    probabilities = [share / sum(shares) for share in shares]
-    return interleave_datasets(datasets, probabilities, seed=seed, stopping_strategy="all_exhausted")
+    return list(itertools.islice(training_batches(data, model, processor, recipe), LOOKED_AT))
 
 
 def adapter_folder(output_dir: Path, step: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.config import Recipe
-from flamingo_ft.data import Sample, read_samples
+from flamingo_ft.config.loading import is_there
+from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.encode import encode, text_of
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
-CANDIDATES = 256  # samples that look longest, whose tokens are counted
+LOOKED_AT = 50_000  # samples
+CANDIDATES = 256  # of them that look longest, whose tokens are counted
 TURN = 24  # characters that a chat template writes around a message, about
 
 
@@ -44,13 +47,16 @@ TEXT = ("input_ids", "attention_mask", "labels")
 
 
 def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:
-    """Text tokens and images of the recipe's longest samples, and where they were found; None without its files."""
-    if not all(source.path.is_file() for source in recipe.data.train):
+    """Text tokens and images of the longest of the recipe's first samples, and where they were found; None without its
+    files, or where they are on the Hub: a plan downloads no data."""
+    if not all(source.path is not None and is_there(source.path) for source in recipe.data.train):
         return None
-    samples = [sample for source in recipe.data.train for sample in read_samples(source.path, source.image_root)]
+    data = open_data(recipe.data, recipe.train.seed)
+    samples = list(itertools.islice(data.samples(data.train), LOOKED_AT))
     likely = sorted(samples, key=_length)[-CANDIDATES:]
     tokens = max(len(encode(processor, sample.messages).input_ids) for sample in likely)
-    return min(tokens, limit), max(len(sample.images) for sample in samples), "the longest of the data"
+    where_from = "the longest of the data" if len(samples) < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
+    return min(tokens, limit), max(len(sample.images) for sample in samples), where_from
 
 
 def find_batch(
