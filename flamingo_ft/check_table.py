@@ -1,0 +1,100 @@
+"""What a check of the data found, as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+_OF_A_SAMPLE = {
+    "turns": "turns",
+    "images": "images and videos",
+    "text_tokens": "text tokens",
+    "label_tokens": "text tokens with loss",
+}
+
+
+def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
+    """What to print of the record of `Findings` (training/check/findings.py)."""
+    yield source_table(record["parts"])
+    yield sample_table(record["distributions"])
+    if record["too_long"]["samples"]:
+        yield policy_table(record["too_long"])
+    yield from repeat_lines(record["repeats"])
+
+
+def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:
+    """What each source holds."""
+    table = _table("sources")
+    table.add_column("source", overflow="fold")
+    for header in ("for", "schema"):
+        table.add_column(header, no_wrap=True)
+    columns = ("rows", "samples", "dropped", "bad", "images", "videos")
+    for header in (*columns, "with loss"):
+        table.add_column(header, justify="right")
+    for part in parts:
+        share = part["label_tokens"] / part["text_tokens"] if part["text_tokens"] else None
+        numbers = [f"{part[column]:,}" for column in columns]
+        table.add_row(escape(part["name"]), part["split"], part["format"], *numbers, _percent(share))
+    return table
+
+
+def sample_table(distributions: Mapping[str, Mapping[str, Any]]) -> Table:
+    """How long training samples are."""
+    table = _table("training samples")
+    table.add_column("of a sample")
+    for header in ("least", "median", "mean", "most"):
+        table.add_column(header, justify="right")
+    for name, told in _OF_A_SAMPLE.items():
+        values = distributions[name]
+        table.add_row(told, *(f"{values[key]:,.{key == 'mean'}f}" for key in ("least", "median", "mean", "most")))
+    share = distributions["loss_share"]
+    table.add_row("share with loss", *(_percent(share[key]) for key in ("least", "median", "mean", "most")))
+    return table
+
+
+def policy_table(too_long: Mapping[str, Any]) -> Table:
+    """What each policy takes of samples that are too long."""
+    title = f"{too_long['samples']:,} training samples over {too_long['limit']:,} text tokens; data.too_long takes away"
+    table = _table(title)
+    table.add_column("policy")
+    columns = ("samples", "turns", "text_tokens", "images")
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for policy, lost in too_long["policies"].items():
+        name = f"{policy} (the recipe's)" if policy == too_long["policy"] else policy
+        table.add_row(name, *(f"{lost[column]:,}" for column in columns))
+    return table
+
+
+def repeat_lines(repeats: Mapping[str, Any]) -> Iterator[str]:
+    """What is there more than one time."""
+    if repeats["copies"]:
+        yield f"{repeats['copies']:,} training samples equal an earlier one"
+    if repeats["leaked"]:
+        yield f"{repeats['leaked']:,} held-out samples equal one that is trained on"
+    if repeats["leaked_images"]:
+        yield f"{repeats['leaked_images']:,} held-out samples show an image that is trained on"
+    if repeats["repeated_images"]:
+        yield f"{repeats['repeated_images']:,} of {repeats['images']:,} images are in more than one place"
+
+
+def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """The first problems, a line each, and how many more there are."""
+    for problem in record["first_problems"]:
+        row = None if problem["row"] is None else f"row {problem['row']}"
+        told = ": ".join(part for part in (problem["file"], row, problem["field"], problem["problem"]) if part is not None)
+        yield " ".join(told.split())
+    if record["problems"] > len(record["first_problems"]):
+        yield f"and {record['problems'] - len(record['first_problems']):,} more problems"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"

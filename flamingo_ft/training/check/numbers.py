@@ -1,0 +1,74 @@
+"""A few numbers of every usable row, which is all that is kept of it: some 60 bytes, and 12 for each image."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+
+import numpy as np
+
+from .rows import Seen
+
+BINS = 40
+
+
+class Numbers:
+    """Columns over the rows that can be used and that no policy drops, in order; ``picture`` and ``of`` over their media."""
+
+    def __init__(self) -> None:
+        self._columns = {
+            "part": array("i"),
+            "file": array("i"),
+            "row": array("q"),
+            "turns": array("i"),
+            "media": array("i"),
+            "written": array("q"),
+            "trained": array("q"),
+            "learned": array("q"),
+            "content": array("Q"),
+            "picture": array("Q"),
+            "of": array("i"),
+        }
+
+    def add(self, seen: Seen) -> None:
+        columns = self._columns
+        number = len(columns["part"])
+        for name in ("part", "file", "row", "turns", "written", "trained", "learned", "content"):
+            columns[name].append(getattr(seen, name))
+        columns["media"].append(len(seen.pictures))
+        columns["picture"].extend(seen.pictures)
+        columns["of"].extend([number] * len(seen.pictures))
+
+    def column(self, name: str) -> np.ndarray:
+        column = self._columns[name]
+        return np.frombuffer(column, dtype=column.typecode) if column else np.empty(0, column.typecode)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Of numbers over samples. counts[i]: how many lie from edges[i] to below edges[i + 1], in the last bin up to it."""
+
+    least: float
+    median: float
+    mean: float
+    most: float
+    edges: list[float]
+    counts: list[int]
+
+    @classmethod
+    def of(cls, values: np.ndarray, whole: bool = True, least: float | None = None, most: float | None = None) -> Distribution:
+        """whole: of whole numbers, which bins keep apart or group evenly. least, most: where the bins begin and end."""
+        if not len(values):
+            return cls(0, 0, 0, 0, [0, 1], [0])
+        low = values.min() if least is None else least
+        high = values.max() if most is None else most
+        edges = _whole_edges(int(low), int(high)) if whole else np.linspace(low, high, BINS // 2 + 1)
+        counts, _ = np.histogram(values, edges)
+        numbers = (values.min(), np.median(values), values.mean(), values.max())
+        return cls(*(float(number) for number in numbers), edges.tolist(), counts.tolist())
+
+
+def _whole_edges(low: int, high: int) -> np.ndarray:
+    """Edges between whole numbers, the same count of them in every bin, at most `BINS` bins."""
+    width = -(-(high - low + 1) // BINS)
+    return np.arange(low, high + width + 1, width) - 0.5
