@@ -5,6 +5,7 @@ Shapes: B samples, M images per sample, C channels, H height, W width.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -20,6 +21,7 @@ from transformers.image_utils import load_image
 from flamingo_ft.backbones.vision import image_transform
 from flamingo_ft.errors import UserError
 
+from .special_text import protect, tokenize
 from .tokens import EOC_TOKEN, MEDIA_TOKEN
 
 # Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template. The space before
@@ -86,15 +88,16 @@ class FlamingoProcessor(ProcessorMixin):
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, path, URL or base64 text. Keyword arguments go to the tokenizer. Raises UserError when images and
-        markers do not match, and when a marker is lost to truncation.
+        image, path, URL or base64 text. Keyword arguments go to the tokenizer. What `apply_chat_template` wrote may hold
+        stand-ins for special tokens that are only text (`special_text`); they are none here either. Raises UserError
+        when images and markers do not match, and when a marker is lost to truncation.
         """
         if text is None:
             raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")
         texts = [text] if isinstance(text, str) else list(text)
         nested = deal_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
-        data = dict(self.tokenizer(texts, **_text_arguments(kwargs)))
+        data = tokenize(self.tokenizer, texts, **_text_arguments(kwargs))
         self._check_media_tokens(data["input_ids"], [len(row) for row in nested])
         if any(nested):
             data["pixel_values"] = self.pixel_values(nested)
@@ -120,7 +123,8 @@ class FlamingoProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' processors: typed content blocks become text with ``<image>`` where images stand.
 
-        Images inside the blocks are processed along when ``tokenize=True``.
+        Images inside the blocks are processed along when ``tokenize=True``. A special token typed inside a text block
+        stays text; in text that is returned, a stand-in marks it for the processor (``special_text.restore`` shows it).
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
@@ -130,29 +134,30 @@ class FlamingoProcessor(ProcessorMixin):
                 **(kwargs.get("processor_kwargs") or {}),
                 "images": images[0] if single else images,
             }
-        texts = [[flatten(message, self.image_token) for message in messages] for messages in conversations]
+        texts = [[flatten(message, self.tokenizer) for message in messages] for messages in conversations]
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
 
 
-def flatten(message: Mapping[str, Any], image_token: str = MEDIA_TOKEN) -> dict[str, Any]:
-    """The message with its content as one string, ``image_token`` in place of each image block.
+def flatten(message: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The message with its content as one string, ``<image>`` in place of each image block.
 
-    A plain string stays as it is. Raises UserError for blocks of other types, and where text between the image
-    blocks spells ``image_token``.
+    What spells a special token inside text blocks is exchanged for a stand-in (`special_text.protect`); a plain string
+    stays as it is, its ``<image>`` markers images. Raises UserError for blocks of other types.
     """
     content = message.get("content") or ""
-    if isinstance(content, str):
-        return {**message, "content": content}
-    text = "".join(_flat_block(block, image_token) for block in content)
-    if text.count(image_token) != sum(map(is_image, content)):
-        raise UserError(f"found {image_token} inside text; use a block of type image in its place")
-    return {**message, "content": text}
+    return {**message, "content": content if isinstance(content, str) else flat_text(content, tokenizer)}
 
 
-def _flat_block(block: Mapping[str, Any], image_token: str) -> str:
-    if block["type"] not in ("text", *IMAGE_BLOCKS):
-        raise UserError(f"found a content block of type {block['type']!r}; wanted text or image")
-    return image_token if is_image(block) else block["text"]
+def flat_text(content: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Typed blocks as one string, as `flatten` writes them."""
+    for block in content:
+        if block["type"] not in ("text", *IMAGE_BLOCKS):
+            raise UserError(f"found a content block of type {block['type']!r}; wanted text or image")
+    runs = itertools.groupby(content, is_image)  # text that blocks divide may spell a special token together
+    return "".join(
+        MEDIA_TOKEN * len(list(blocks)) if images else protect(tokenizer, "".join(block["text"] for block in blocks))
+        for images, blocks in runs
+    )
 
 
 def is_image(block: Mapping[str, Any]) -> bool:
@@ -205,11 +210,18 @@ def _open(image: Any) -> Image.Image:
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template; without one Flamingo's own, begun as the tokenizer begins a text."""
-    if tokenizer.chat_template is not None:
-        return tokenizer.get_chat_template()
-    begins = tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return ("{{ bos_token }}" if begins else "") + CHUNK_TEMPLATE
+    """The tokenizer's chat template; without one Flamingo's own."""
+    return chunk_template(tokenizer) if tokenizer.chat_template is None else tokenizer.get_chat_template()
+
+
+def chunk_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Flamingo's own form, begun as the tokenizer begins a text."""
+    return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + CHUNK_TEMPLATE
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its first token before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def _text_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

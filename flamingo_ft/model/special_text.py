@@ -1,0 +1,169 @@
+"""A special token's string, typed inside a text, stays text: it becomes no image and ends no answer.
+
+Before a chat template writes a dialogue, each such string in its text is exchanged for a stand-in of the same length, a
+run of characters for private use. The written text may be cut and joined, as trainers do. On tokenization the strings
+come back, and the stretch of text around them is read without special tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from flamingo_ft.errors import UserError
+
+# The last plane of Unicode, all for private use: a stand-in begins with the character numbered as its special token.
+FIRST, FILLER = 0x100000, "\U0010fffd"
+STAND_IN = re.compile("[\U00100000-\U0010fffc]")
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids (T,) of a text, and the characters (start, end) of it that each stands for."""
+
+    ids: list[int]
+    offsets: list[Span]
+
+
+def protect(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with a stand-in for every special token's string in it."""
+    specials = _specials(tokenizer, len(tokenizer))
+    return specials.pattern.sub(lambda found: specials.stand_ins[found[0]], text)
+
+
+def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Span]]:
+    """The text with its stand-ins exchanged for what they stand for, and where those are."""
+    if not STAND_IN.search(text):
+        return text, []
+    specials = _specials(tokenizer, len(tokenizer))
+    spans = [found.span() for found in specials.stand_in_pattern.finditer(text)]
+    return specials.stand_in_pattern.sub(lambda found: specials.literals[found[0]], text), spans
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> Tokens:
+    """A text, with stand-ins or without, to tokens; without, as the tokenizer does. UserError for a slow tokenizer."""
+    if not tokenizer.is_fast:
+        name = type(tokenizer).__name__
+        raise UserError(
+            f"tokenizer {name}: does not tell which characters a token stands for; use a model with a fast tokenizer"
+        )
+    text, typed = restore(tokenizer, text)
+    tokens = _encode(tokenizer, text, add_special_tokens=add_special_tokens)
+    return _with_typed_as_text(tokenizer, text, typed, tokens) if typed else tokens
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> dict[str, Any]:
+    """What ``tokenizer(texts, **options)`` gives; special tokens that stand-ins stand for stay text."""
+    if not any(restore(tokenizer, text)[1] for text in texts):
+        return dict(tokenizer(list(texts), **options))
+    rows = [encode_text(tokenizer, text, options.get("add_special_tokens", True)) for text in texts]
+    rows = [_truncated(tokenizer, row, options) for row in rows]
+    names = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
+    padding = {name: options[name] for name in names if name in options}
+    unpadded = {"input_ids": [row.ids for row in rows]}
+    if "token_type_ids" in tokenizer.model_input_names:
+        unpadded["token_type_ids"] = [[0] * len(row.ids) for row in rows]
+    padded = dict(tokenizer.pad(unpadded, **{"padding": False, **padding}))
+    if options.get("return_offsets_mapping"):
+        padded["offset_mapping"] = [_padded_offsets(*pair) for pair in zip(rows, padded["attention_mask"], strict=True)]
+    return padded
+
+
+def _truncated(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, options: dict[str, Any]) -> Tokens:
+    length = options.get("max_length")
+    if length is None or options.get("truncation") in (None, False, "do_not_truncate") or len(tokens.ids) <= length:
+        return tokens
+    kept = slice(length) if tokenizer.truncation_side == "right" else slice(len(tokens.ids) - length, None)
+    return Tokens(tokens.ids[kept], tokens.offsets[kept])
+
+
+def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
+    """The offsets where the mask is one, no characters elsewhere."""
+    offsets = iter(tokens.offsets)
+    return [next(offsets) if real else (0, 0) for real in mask]
+
+
+def _with_typed_as_text(tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens) -> Tokens:
+    """The tokens with each stretch between two genuine special tokens read as text where something is typed in it."""
+    specials = _specials(tokenizer, len(tokenizer))
+    ids, offsets, stretch = [], [], []
+    begin = 0
+    for token, span in [*zip(tokens.ids, tokens.offsets, strict=True), (None, (len(text), len(text)))]:
+        literal = specials.by_id.get(token)
+        spoken = literal is not None and (span[0] == span[1] or literal in text[slice(*span)])
+        if token is not None and not (spoken and not _overlaps(span, typed)):
+            stretch.append((token, span))
+            continue
+        added = span[0] == span[1]  # by the tokenizer, before the text or after it
+        for part in _stretch(tokenizer, text, (begin, len(text) if added else span[0]), typed, stretch), [(token, span)]:
+            ids += [each for each, _ in part]
+            offsets += [where for _, where in part]
+        stretch, begin = [], max(begin, span[1])
+    return Tokens(ids[:-1], offsets[:-1])
+
+
+def _stretch(
+    tokenizer: PreTrainedTokenizerBase, text: str, where: Span, typed: list[Span], found: list[tuple[int, Span]]
+) -> list[tuple[int, Span]]:
+    """The tokens ``found`` between two special tokens, or those that the text there has without special tokens."""
+    if not found or not _overlaps(where, typed):
+        return found
+    begin, words = where[0], text[slice(*where)]
+    first = None if _overlaps(found[0][1], typed) else found[0][0]
+    tokens = _as_text(tokenizer, words, begin == 0, first)
+    return [(token, (a + begin, b + begin)) for token, (a, b) in zip(tokens.ids, tokens.offsets, strict=True)]
+
+
+def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool, first: int | None) -> Tokens:
+    """Tokens of a text without special tokens. begins: it is a text's beginning, where some tokenizers put a space;
+    first: how the text starts in its place, where that is known."""
+    alone = _encode(tokenizer, text, split_special_tokens=True)
+    if begins or (first is not None and alone.ids[0] == first):
+        return alone
+    inside = _encode(tokenizer, "\n" + text, split_special_tokens=True)
+    pairs = [pair for pair in zip(inside.ids, inside.offsets, strict=True) if pair[1][1] > 1]
+    if pairs[0][1][0] < 1:  # the line break went into the text's first token
+        return alone
+    return Tokens([token for token, _ in pairs], [(a - 1, b - 1) for _, (a, b) in pairs])
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> Tokens:
+    out = tokenizer(text, **{"add_special_tokens": False, **options}, return_offsets_mapping=True)
+    return Tokens(out["input_ids"], out["offset_mapping"])
+
+
+def _overlaps(span: Span, others: Sequence[Span]) -> bool:
+    return any(span[0] < end and span[1] > start for start, end in others)
+
+
+@dataclass(frozen=True)
+class _Specials:
+    """A tokenizer's special tokens: their strings by id, and what stands in for each."""
+
+    by_id: dict[int, str]
+    stand_ins: dict[str, str]
+    literals: dict[str, str]
+    pattern: re.Pattern[str]
+    stand_in_pattern: re.Pattern[str]
+
+
+@lru_cache(maxsize=4)
+def _specials(tokenizer: PreTrainedTokenizerBase, size: int) -> _Specials:
+    """size: of its vocabulary, which changes when tokens are added."""
+    by_id = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    numbered = enumerate(by_id[index] for index in sorted(by_id))
+    stand_ins = {literal: chr(FIRST + number) + FILLER * (len(literal) - 1) for number, literal in numbered}
+    literals = {stand_in: literal for literal, stand_in in stand_ins.items()}
+    return _Specials(by_id, stand_ins, literals, _any_of(stand_ins), _any_of(literals))
+
+
+def _any_of(strings: dict[str, str]) -> re.Pattern[str]:
+    """Matches the longest of the strings; nothing where there are none."""
+    return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)")
