@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 _OF_A_SAMPLE = {
@@ -19,6 +18,7 @@ _OF_A_SAMPLE = {
 
 def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     """What to print of the record of `Findings` (training/check/findings.py)."""
+    yield from source_lines(record["parts"])
     yield source_table(record["parts"])
     yield sample_table(record["distributions"])
     if record["too_long"]["samples"]:
@@ -26,19 +26,21 @@ def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     yield from repeat_lines(record["repeats"])
 
 
+def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the sources are called in the table below."""
+    for number, part in enumerate(parts, start=1):
+        yield f"source {number}: {part['name']} ({part['split']}, schema {part['format']})"
+
+
 def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:
     """What each source holds."""
     table = _table("sources")
-    table.add_column("source", overflow="fold")
-    for header in ("for", "schema"):
-        table.add_column(header, no_wrap=True)
     columns = ("rows", "samples", "dropped", "bad", "images", "videos")
-    for header in (*columns, "with loss"):
+    for header in ("source", *columns, "with loss"):
         table.add_column(header, justify="right")
-    for part in parts:
+    for number, part in enumerate(parts, start=1):
         share = part["label_tokens"] / part["text_tokens"] if part["text_tokens"] else None
-        numbers = [f"{part[column]:,}" for column in columns]
-        table.add_row(escape(part["name"]), part["split"], part["format"], *numbers, _percent(share))
+        table.add_row(str(number), *(f"{part[column]:,}" for column in columns), _percent(share))
     return table
 
 
@@ -50,7 +52,7 @@ def sample_table(distributions: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(header, justify="right")
     for name, told in _OF_A_SAMPLE.items():
         values = distributions[name]
-        table.add_row(told, *(f"{values[key]:,.{key == 'mean'}f}" for key in ("least", "median", "mean", "most")))
+        table.add_row(told, *(f"{values[key]:,.{int(key == 'mean')}f}" for key in ("least", "median", "mean", "most")))
     share = distributions["loss_share"]
     table.add_row("share with loss", *(_percent(share[key]) for key in ("least", "median", "mean", "most")))
     return table
@@ -61,9 +63,9 @@ def policy_table(too_long: Mapping[str, Any]) -> Table:
     title = f"{too_long['samples']:,} training samples over {too_long['limit']:,} text tokens; data.too_long takes away"
     table = _table(title)
     table.add_column("policy")
-    columns = ("samples", "turns", "text_tokens", "images")
+    columns = ("samples", "turns", "tokens", "images")
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
+        table.add_column(column, justify="right")
     for policy, lost in too_long["policies"].items():
         name = f"{policy} (the recipe's)" if policy == too_long["policy"] else policy
         table.add_row(name, *(f"{lost[column]:,}" for column in columns))

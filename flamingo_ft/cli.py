@@ -269,7 +269,7 @@ def _print_findings(record: dict, as_json: bool, folder: Path) -> None:
         typer.echo(json.dumps(record, indent=2))
         return
     for part in check_tables(record):
-        Console().print(part)
+        Console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
     typer.echo(f"all of it, and the first samples with their tokens, in {folder / 'check.html'}")
 
 

@@ -14,7 +14,7 @@ from .duplicates import Group, find_duplicates
 from .findings import Copies, Findings, Part, Repeats, TooLong
 from .numbers import Distribution, Numbers
 from .problems import ProblemList
-from .rows import Seen
+from .rows import Seen, file_of
 
 TRAIN, HELD_OUT = "train", "held out"
 
@@ -58,7 +58,7 @@ class Account:
     def _distributions(self) -> dict[str, Distribution]:
         """Over the training samples."""
         numbers, trains = self.numbers, self.numbers.column("part") < self.trained
-        tokens, learned = numbers.column("trained")[trains], numbers.column("learned")[trains]
+        tokens, learned = numbers.column("text_tokens")[trains], numbers.column("label_tokens")[trains]
         return {
             "turns": Distribution.of(numbers.column("turns")[trains], least=0),
             "images": Distribution.of(numbers.column("media")[trains], least=0),
@@ -82,8 +82,14 @@ class Account:
 
     def _named(self, groups: Iterable[Group]) -> list[Copies]:
         """The groups with their rows as errors name them."""
+        return [Copies(group.times, self._rows(group.rows)) for group in groups]
+
+    def _rows(self, numbers: Iterable[int]) -> dict[str, list[int]]:
+        """Rows by file."""
         part, file, row = (self.numbers.column(name) for name in ("part", "file", "row"))
-        return [
-            Copies(group.times, [self.sources[part[i]].where(RawRow(int(file[i]), int(row[i]), None)) for i in group.rows])
-            for group in groups
-        ]
+        by_file: dict[str, list[int]] = {}
+        for i in numbers:
+            raw = RawRow(int(file[i]), int(row[i]), None)
+            name = file_of(self.sources[part[i]].where(raw), raw.row)
+            by_file.setdefault(name, []).append(raw.row)
+        return by_file

@@ -14,7 +14,7 @@ from .findings import Findings
 from .numbers import Distribution
 
 INK, BLUE, RED = "#24292f", "#1f5fa8", "#c0272d"
-SIZE, DPI = (5.2, 2.9), 144  # inches, dots per inch
+SIZE, DPI = (4.2, 2.7), 160  # inches, dots per inch
 
 
 def save_figures(findings: Findings, folder: Path) -> Mapping[str, Path]:

@@ -41,8 +41,8 @@ class Part:
         self.turns += seen.turns
         self.images += seen.images
         self.videos += seen.videos
-        self.text_tokens += seen.trained
-        self.label_tokens += seen.learned
+        self.text_tokens += seen.text_tokens
+        self.label_tokens += seen.label_tokens
 
 
 @dataclass
@@ -63,10 +63,10 @@ class TooLong:
 
 @dataclass(frozen=True)
 class Copies:
-    """The same thing in several places: how many there are, and the first, "FILE: row N"."""
+    """The same thing in several rows: how many there are, and the first of them, by file."""
 
     times: int
-    rows: list[str]
+    rows: dict[str, list[int]]
 
 
 @dataclass(frozen=True)

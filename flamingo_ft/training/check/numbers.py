@@ -22,9 +22,8 @@ class Numbers:
             "row": array("q"),
             "turns": array("i"),
             "media": array("i"),
-            "written": array("q"),
-            "trained": array("q"),
-            "learned": array("q"),
+            "text_tokens": array("q"),
+            "label_tokens": array("q"),
             "content": array("Q"),
             "picture": array("Q"),
             "of": array("i"),
@@ -33,7 +32,7 @@ class Numbers:
     def add(self, seen: Seen) -> None:
         columns = self._columns
         number = len(columns["part"])
-        for name in ("part", "file", "row", "turns", "written", "trained", "learned", "content"):
+        for name in ("part", "file", "row", "turns", "text_tokens", "label_tokens", "content"):
             columns[name].append(getattr(seen, name))
         columns["media"].append(len(seen.pictures))
         columns["picture"].extend(seen.pictures)

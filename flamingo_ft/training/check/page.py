@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -37,10 +39,21 @@ def write_page(
         shown=[(part, samples) for part, samples in zip(findings.parts, shown, strict=True) if samples],
         figures={name: _data_uri(path) for name, path in figures.items()},
         percent=_percent,
+        short=partial(_short, _common_folder(findings)),
     )
     page.enable_buffering(64)
     with open(folder / PAGE_FILE, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(page)
+
+
+def _common_folder(findings: Findings) -> str:
+    """The folder that all sources are in, which need not be told each time; nothing where some are on the Hub."""
+    folders = [os.path.dirname(part.name) for part in findings.parts]
+    return os.path.commonpath(folders) + os.sep if all(map(os.path.isabs, folders)) else ""
+
+
+def _short(folder: str, name: str) -> str:
+    return name.removeprefix(folder)
 
 
 def _data_uri(path: Path) -> str:

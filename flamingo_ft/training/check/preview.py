@@ -26,10 +26,11 @@ TRIED = 200  # rows, in search of usable ones
 
 @dataclass(frozen=True)
 class Picture:
-    """uris: small pictures as data: URIs, several of a video."""
+    """uris: small pictures as data: URIs, several of a video. exact: with every pixel of the image itself."""
 
     uris: list[str]
     video: bool
+    exact: bool
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def _shown(mixed: Mixed, row: Row, encoding: Encoding, video_frames: int) -> Ite
         raw = source.raw(row.number) if row.raw is None else row.raw
         sample = source.sample(row.number, raw)
         encoded = encoding(sample).encoded
-        pictures = [_picture(medium, video_frames) for medium in sample.images]
+        if encoded is None:
+            return
+        pictures = [_picture(medium, video_frames) for medium in sample.images[: encoded.images]]
     except UserError:
-        return
-    if encoded is None:
         return
     tokens = shown_tokens(encoding.processor, encoded.input_ids, encoded.labels)
     yield Shown(
@@ -85,7 +86,8 @@ def _shown(mixed: Mixed, row: Row, encoding: Encoding, video_frames: int) -> Ite
 
 def _picture(medium: Medium, video_frames: int) -> Picture:
     frames = open_medium(medium, video_frames=video_frames)
-    return Picture([_uri(frame) for frame in frames], isinstance(medium, Video))
+    exact = max(frames[0].size) <= EXACT
+    return Picture([_uri(frame) for frame in frames], isinstance(medium, Video), exact)
 
 
 def _uri(image: PillowImage.Image) -> str:

@@ -19,7 +19,7 @@ from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.errors import UserError
 
 from .digests import Pictures, sample_digest
-from .encoding import Encoding, Text
+from .encoding import Encoding
 
 ROWS_AT_A_TIME = 16
 FIELD = re.compile(r"([A-Za-z_][\w.\[\]-]*): ")
@@ -54,8 +54,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Seen:
-    """What became of a row. file, row: where it stands. text: None where it has problems, or could not be encoded.
+    """What became of a row. file, row: where it stands.
 
+    Without problems: its turns, and of what trains its images, videos and tokens. dropped: by the recipe. losses: see `Text`.
     content: digest of the sample. pictures: digests of its images and videos.
     """
 
@@ -66,9 +67,8 @@ class Seen:
     turns: int = 0
     images: int = 0
     videos: int = 0
-    written: int = 0
-    trained: int = 0
-    learned: int = 0
+    text_tokens: int = 0
+    label_tokens: int = 0
     dropped: bool = False
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
     content: int = 0
@@ -97,36 +97,29 @@ class Looking(Dataset):
         return self._seen(row.part, raw, sample)
 
     def _seen(self, part: int, raw: RawRow, sample: Sample) -> Seen:
-        problems: list[Problem] = []
-        text = self._text(sample, raw, problems)
-        pictures = [found for found in self._digests(sample, raw, problems) if found is not None]
-        if problems or text is None:
-            return Seen(part, raw.file, raw.row, problems)
-        videos = sum(isinstance(medium, Video) for medium in sample.images)
+        text, problems = self.encoding(sample), []
+        if text.problem is not None:
+            problems.append(problem_at(sample.where, raw.row, text.problem))
+        pictures = list(self._digests(sample, raw, problems))
+        if problems or text.encoded is None:
+            return Seen(part, raw.file, raw.row, problems, dropped=not problems, losses=text.losses)
+        kept = sample.images[: text.encoded.images]
+        videos = sum(isinstance(medium, Video) for medium in kept)
         return Seen(
             part,
             raw.file,
             raw.row,
             turns=sum(message["role"] != "system" for message in sample.messages),
-            images=len(sample.images) - videos,
+            images=len(kept) - videos,
             videos=videos,
-            written=text.written,
-            trained=len(text.encoded.input_ids) if text.encoded else 0,
-            learned=sum(label != IGNORED for label in text.encoded.labels) if text.encoded else 0,
-            dropped=text.encoded is None,
+            text_tokens=len(text.encoded.input_ids),
+            label_tokens=sum(label != IGNORED for label in text.encoded.labels),
             losses=text.losses,
             content=sample_digest(sample, pictures),
-            pictures=pictures,
+            pictures=pictures[: len(kept)],
         )
 
-    def _text(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Text | None:
-        try:
-            return self.encoding(sample)
-        except UserError as error:
-            problems.append(problem_at(sample.where, raw.row, str(error)))
-            return None
-
-    def _digests(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[int | None]:
+    def _digests(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[int]:
         for number, medium in enumerate(sample.images, start=1):
             try:
                 yield self.pictures.digest(medium)

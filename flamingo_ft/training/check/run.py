@@ -9,6 +9,7 @@ from pathlib import Path
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.data.stream.order import Mixed
+from flamingo_ft.data.templates import apply_template
 from flamingo_ft.training.backbone_files import backbone_files
 from flamingo_ft.training.callbacks import progress_bars
 
@@ -33,7 +34,9 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
     """
     with check_folder(folder) as new:
         files = backbone_files(recipe.model)
-        encoding = Encoding(files.processor(), recipe.data, files.text_limit(recipe.data.max_text_tokens))
+        processor = files.processor()
+        apply_template(processor, recipe.data)
+        encoding = Encoding(processor, recipe.data, files.text_limit(recipe.data.max_text_tokens))
         data = open_data(recipe.data, recipe.train.seed)
         mixture = [*data.train, *data.held_out]
         account = Account(data, encoding.limit, ProblemList(new / PROBLEMS_FILE))
