@@ -51,11 +51,21 @@ def merge_table(report: Mapping[str, Any]) -> Table:
 
 
 def training_line(training: Mapping[str, Any]) -> str:
-    """training: {"steps", "seconds", "trainable_parameters"} -> one sentence."""
-    return (
+    """training: {"steps", "seconds", "trainable_parameters", "data"?} -> one sentence, and one more where rows of the
+    data were left out or shortened."""
+    line = (
         f"trained {training['trainable_parameters']:,} parameters "
         f"for {training['steps']:,} steps in {training['seconds']:,.0f} s"
     )
+    return line + _data_line(training.get("data") or {})
+
+
+def _data_line(data: Mapping[str, Any]) -> str:
+    """data: {"rows", "skipped", "dropped", "shortened"}, each row counted as often as it was looked at."""
+    shortened = data.get("shortened", {}).get("samples", 0)
+    counts = {"skipped as bad": data.get("skipped"), "dropped as too long": data.get("dropped"), "shortened": shortened}
+    told = [f"{count:,} {what}" for what, count in counts.items() if count]
+    return f"\nof {data['rows']:,} rows looked at {', '.join(told)}; see left_out.jsonl" if told else ""
 
 
 def _percent(accuracy: float | None) -> str:

@@ -143,7 +143,7 @@ def _load(part: str, source: Mapping[str, Any], quantized: bool, dtype: torch.dt
     quantization = Quantization.from_record(source.get("quantization")) if quantized else None
     options = {"name": source["name"], "revision": source["revision"], "quantization": quantization, "device": device}
     if part == "vision":
-        return load_vision(pretrained=source["pretrained"], **options)
+        return load_vision(pretrained=source["pretrained"], image_size=source.get("image_size"), **options)
     return load_language(dtype=dtype, **options)
 
 

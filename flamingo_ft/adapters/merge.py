@@ -76,6 +76,7 @@ def merge_adapter(
             _quantize(folder, quantization)
         found = difference(_logits(lambda: load_whole(folder), prompts)[0], expected)
         kept = {"base": base, "dtype": str(dtype).removeprefix("torch."), "lora": parts}
+        kept["quantization"] = None if quantization is None else quantization.record()
         report = {"adapter": str(adapter), "trained_in": sorted(formats), **kept, **asdict(found)}
         report |= {"prompts_from": where_from, "tolerance": limit}
         _check_close(report)

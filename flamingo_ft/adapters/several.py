@@ -168,6 +168,8 @@ def _check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) 
     for key in GEOMETRY:
         if getattr(found, key) != getattr(base, key):
             raise UserError(f"{folder}: adapter of another base: {key} {getattr(found, key)}, here {getattr(base, key)}")
+    if found.vision_preprocess != base.vision_preprocess:
+        raise UserError(f"{folder}: adapter of other images: it has its own size or transform; load it by itself")
     starts = [(config.bridge_init or {}).get("sha256") for config in (found, base)]
     if starts[0] != starts[1] or kept_parts(found) != kept_parts(base):
         raise UserError(f"{folder}: adapter of another base: it builds on another bridge; load it by itself")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.image_size import refuse_part_of_a_patch, set_image_size
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.backbones.quantized_tower import quantize_tower
 from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, let_go_of_file, weights_file
@@ -40,17 +41,21 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for i
 # What open_clip, torch and safetensors raise for files that are missing, broken or of another architecture.
 UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)
 
+# What torch and timm raise for images of a size that a tower is not made for.
+UNSIZEABLE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError)
+
 
 @dataclass(frozen=True)
 class VisionBackbone:
     """A vision tower and what is needed to rebuild it, to feed it and to recognise it.
 
     visual: OpenCLIP's `.visual`, frozen and in eval mode.
-    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"}, for `build_visual`.
+    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"}, for `build_visual`; "image_size" where it is another
+        than the architecture's.
     preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
     width: D, the width of its spatial tokens.
-    source: {"name", "pretrained", "revision", "sha256", "quantization"}; the digest is of the tower's tensors before
-        they were quantized.
+    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}; the digest is of the tower's
+        tensors before they were brought to another image size or quantized.
     """
 
     visual: nn.Module
@@ -78,6 +83,9 @@ def load_vision(
     revision: str | None = None,
     quantization: Quantization | None = None,
     device: torch.device | str | None = None,
+    *,
+    image_size: int | None = None,
+    resize_mode: str | None = None,
 ) -> VisionBackbone:
     """Load a tower, frozen and in eval mode.
 
@@ -86,22 +94,27 @@ def load_vision(
     revision: commit, branch or tag of the Hub repository that holds the weights; None is its main branch.
     quantization: how its matrices are kept; the rest of it is then in the compute dtype.
     device: where it goes; None leaves it on the CPU, or with quantization puts it on the GPU where there is one.
+    image_size: pixels (height and width) that it takes, position embeddings interpolated; None for its own.
+    resize_mode: "shortest" (then cropped), "longest" (then padded) or "squash"; None for its own.
 
     A tag trained with QuickGELU gets QuickGELU, whatever the architecture's name says: OpenCLIP 3 only warns
     (as for ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights know.
     A file with weights is taken to fit the architecture as named, with OpenCLIP's default preprocessing.
 
-    Raises UserError for an unknown name or tag, a download that fails, weights that do not fit, and a tower without
-    matrices that could be quantized.
+    Raises UserError for an unknown name or tag, a download that fails, weights that do not fit, a tower without
+    matrices that could be quantized, and one that cannot take the image size.
     """
     if quantization is not None:
         require_bitsandbytes(f"quantization {quantization.format}")
     located = _locate(name, pretrained, revision)
     if revision and located.revision is None:
         raise UserError(f"revision {revision} asked of {name}, which is not on the Hub; remove the revision")
+    config = _at_size(name, located.config, image_size)
     visual, stored = _load_lean(located) if quantization else (_load(located), None)
     visual.eval().requires_grad_(False)
     sha256 = tensors_sha256(visual if stored is None else stored)
+    if "image_size" in config:
+        set_image_size(visual, image_size)
     if quantization is not None:
         device = device or default_device()
         quantize_tower(visual, quantization, device)
@@ -109,8 +122,8 @@ def load_vision(
         visual.to(quantization.dtype)
     return VisionBackbone(
         visual=visual if device is None else visual.to(device),
-        config=located.config,
-        preprocess=tower_preprocess(visual, located.preprocess),
+        config=config,
+        preprocess=tower_preprocess(visual, located.preprocess, resize_mode),
         width=token_width(visual),
         source=dict(
             name=name,
@@ -118,12 +131,17 @@ def load_vision(
             revision=located.revision,
             sha256=sha256,
             quantization=quantization.record() if quantization else None,
+            image_size=image_size,
         ),
     )
 
 
-def tower_config(name: str, pretrained: str | None = None) -> dict:
+def tower_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> dict:
     """A `VisionBackbone.config` by what `load_vision` takes; of a Hub repository only it is fetched. UserError as there."""
+    return _at_size(name, _native_config(name, pretrained), image_size)
+
+
+def _native_config(name: str, pretrained: str | None) -> dict:
     if not name.startswith("hf-hub:"):
         architecture = name.replace("/", "-")
         if pretrained and architecture in open_clip.list_models():
@@ -143,7 +161,28 @@ def build_visual(config: dict) -> nn.Module:
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
     vision_cfg = {**config["vision_cfg"], "timm_model_pretrained": False}  # else ImageNet weights are fetched
     quick_gelu = config.get("quick_gelu", False)
-    return open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
+    visual = open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
+    if config.get("image_size"):
+        set_image_size(visual, config["image_size"])
+    return visual
+
+
+def _at_size(name: str, config: dict, image_size: int | None) -> dict:
+    """``config`` with another image size, after a try on the meta device. UserError where the tower cannot take it."""
+    native = config["vision_cfg"].get("image_size", 224)
+    if image_size is None or native in (image_size, [image_size, image_size]):
+        return config
+    sized = {**config, "image_size": image_size}
+    try:
+        with torch.device("meta"):
+            refuse_part_of_a_patch(build_visual(config), name, image_size)
+            spatial_tokens(build_visual(sized), torch.zeros(1, 3, image_size, image_size))
+    except UNSIZEABLE as error:
+        raise UserError(
+            f"vision tower {name} is made for images of {native} pixels and cannot take {image_size} "
+            f"({_one_line(error)}); leave image_size out, or choose a ViT"
+        ) from error
+    return sized
 
 
 def non_persistent_buffers(config: dict) -> dict[str, Tensor]:
@@ -380,10 +419,10 @@ def _tower_config(model_cfg: dict) -> dict:
     }
 
 
-def tower_preprocess(visual: nn.Module, overrides: dict) -> dict:
-    """OpenCLIP's rule: its defaults, then the overrides, then always the tower's own image size."""
-    size = {"size": visual.image_size}
-    fields = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), overrides), size)
+def tower_preprocess(visual: nn.Module, overrides: dict, resize_mode: str | None = None) -> dict:
+    """OpenCLIP's rule: its defaults, then the overrides, then always the tower's image size; and what is wished for."""
+    wanted = {"size": visual.image_size, "resize_mode": resize_mode}
+    fields = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), overrides), wanted)
     return json.loads(json.dumps(fields))  # tuples become lists, as they will be once stored
 
 

@@ -24,13 +24,29 @@ def open_medium(medium: Medium, where: str | None = None, video_frames: int = 8)
     if not isinstance(medium, Video):
         return [_open_image(medium, where)]
     if medium.file is not None:
-        return read_frames(_content(medium.file, where), video_frames, _named(medium.file, where))
+        return list(read_frames(_content(medium.file, where), video_frames, name_in(medium.file, where)).values())
     return [_open_image(medium.frames[i], where) for i in even_positions(len(medium.frames), video_frames)]
 
 
 def open_image(path: str | Path, where: str | None = None) -> PillowImage.Image:
     """A local image file as RGB, upright. UserError naming the file when it cannot be read."""
     return _decoded(path, path, where)
+
+
+def read_content(image: Image, where: str | None = None) -> bytes:
+    """The bytes of an image or video file. UserError, beginning with ``where``, for one that cannot be read."""
+    content = _content(image, where)
+    if isinstance(content, bytes):
+        return content
+    try:
+        return Path(content).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name_in(image, where)}: cannot be read ({error.strerror}); replace it") from None
+
+
+def open_content(content: bytes, image: Image, where: str | None = None) -> PillowImage.Image:
+    """The picture in the bytes of ``image``. UserError, beginning with ``where``, for bytes that are none."""
+    return _decoded(content, image, where)
 
 
 def _open_image(image: Image, where: str | None) -> PillowImage.Image:
@@ -46,10 +62,10 @@ def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str
     try:
         return decode(content)
     except UnreadableImage as error:
-        raise UserError(f"{_named(medium, where)}: not a readable image ({error}); replace it") from None
+        raise UserError(f"{name_in(medium, where)}: not a readable image ({error}); replace it") from None
 
 
-def _named(medium: str | Path | bytes, where: str | None) -> str:
-    """The sample and the file, whose bytes alone have no name."""
+def name_in(medium: str | Path | bytes, where: str | None) -> str:
+    """What errors call a file: the sample and its path; bytes alone have no name."""
     name = f"{len(medium)} bytes" if isinstance(medium, bytes) else shortened(medium)
     return f"{where}: {name}" if where else name

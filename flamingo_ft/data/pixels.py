@@ -39,7 +39,9 @@ def decode(content: str | Path | bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged metadata, of sizes that are checked below
-            with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_formats()) as image:
+            with Image.open(
+                io.BytesIO(content) if isinstance(content, bytes) else content, formats=_formats()
+            ) as image:
                 _check_size(image.size)
                 image.load()
                 return ImageOps.exif_transpose(to_rgb(image))
@@ -77,7 +79,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits, or of floats, to 8 bits: by what its numbers reach, 1, 255, 65,535 or else their largest."""
+    """Grey of 16 or 32 bits, or of floats, to 8 bits: white is 1, 255, 65,535 or their largest, as they reach."""
     grey = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0, neginf=0).clip(min=0)
     largest = grey.max(initial=0)
     if image.mode.startswith("I;16"):

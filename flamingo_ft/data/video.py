@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -24,20 +25,36 @@ def even_positions(total: int, wanted: int) -> list[int]:
     return [int((index + 0.5) * total / wanted) for index in range(wanted)]
 
 
-def read_frames(file: str | Path | bytes, wanted: int, where: str) -> list[Image.Image]:
-    """``wanted`` evenly spaced frames as upright RGB, or all of a video with fewer. UserError for a file that is no video."""
+def read_frames(file: str | Path | bytes, wanted: int, where: str) -> dict[int, Image.Image]:
+    """``wanted`` evenly spaced frames as upright RGB, by their number in the video, or all of a video with fewer.
+
+    Raises UserError for a file that is no video, and without PyAV.
+    """
     av = _pyav(where)
-    try:
-        total = _claimed_frames(av, file)
-        frames = _frames_at(av, file, even_positions(total, wanted))
-        if len(frames) < min(total, wanted) or not total:  # the file's own number is missing or wrong
+    with _readable(av, where):
+        positions = even_positions(_claimed_frames(av, file), wanted)
+        frames = _frames_at(av, file, positions)
+        if len(frames) < len(positions) or not positions:  # the file's own number is missing or wrong
             frames = _frames_at(av, file, even_positions(_count_frames(av, file), wanted))
-    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: not a readable video ({reason}); replace it") from None
     if not frames:
         raise UserError(f"{where}: not a readable video (no frame in it); replace it")
     return frames
+
+
+def frame_positions(file: str | Path | bytes, wanted: int, where: str) -> list[int]:
+    """The numbers of the frames that `read_frames` gives, where the file tells how many it has; else none."""
+    av = _pyav(where)
+    with _readable(av, where):
+        return even_positions(_claimed_frames(av, file), wanted)
+
+
+@contextmanager
+def _readable(av: ModuleType, where: str) -> Iterator[None]:
+    try:
+        yield
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where}: not a readable video ({reason}); replace it") from None
 
 
 def _pyav(where: str) -> ModuleType:
@@ -62,13 +79,13 @@ def _count_frames(av: ModuleType, file: str | Path | bytes) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def _frames_at(av: ModuleType, file: str | Path | bytes, positions: Sequence[int]) -> list[Image.Image]:
-    wanted, frames = set(positions), []
+def _frames_at(av: ModuleType, file: str | Path | bytes, positions: Sequence[int]) -> dict[int, Image.Image]:
+    wanted, frames = set(positions), {}
     with _open(av, file) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
                 # FFmpeg counts a turn to the left as positive, as Pillow does.
-                frames.append(frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True))
+                frames[number] = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
             if len(frames) == len(wanted):
                 break
     return frames

@@ -25,7 +25,7 @@ from flamingo_ft.backbones.decoder_layers import residual_streams
 
 Visibility = Literal["immediate", "all_preceding", "following"]
 
-# Where families keep the past: all but RWKV under the first name from transformers 5.24 on, under the others before.
+# Where families keep the past: all but a few (``state``) under the first name, before transformers 5.24 under the others.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
 
 
@@ -96,7 +96,8 @@ def cache_length(cache: object | None) -> int:
 def cache_in(values: Mapping[str, object] | tuple) -> object | None:
     """The key/value cache among a forward's keyword arguments or a model's outputs."""
     if isinstance(values, Mapping):
-        return next((values[name] for name in CACHE_ARGUMENTS if values.get(name) is not None), None)
+        kept = (value for name, value in values.items() if name in CACHE_ARGUMENTS)
+        return next((value for value in kept if value is not None), None)
     return next((value for value in values if hasattr(value, "get_seq_length")), None)
 
 

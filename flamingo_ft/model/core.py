@@ -1,6 +1,6 @@
 """What both faces of the model share: the bridge, attached to the two backbones.
 
-Shapes: B samples, R rows of text, M media, F frames, C channels, H height, W width, T text tokens.
+Shapes: R rows of text, T text tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flamingo_ft.errors import UserError
 from .conditioning import Media, MediaConditioning, Visibility, cache_in, cache_length, past_of
 from .cross_attention import GatedCrossAttentionBlock
 from .media import are_of_the_end, check_counts, encode_media, extend, no_media
+from .media_input import MediaInput
 from .perceiver import PerceiverResampler
 from .token_rows import TokenRows
 
@@ -64,60 +65,60 @@ class FlamingoCore(nn.Module):
         if self.token_rows is not None:
             self.token_rows.attach(lm, self.conditioning)
 
-    def media_for(self, input_ids: Tensor, pixels: Tensor | None, cache: object | None = None) -> Media:
+    def media_for(self, input_ids: Tensor, given: MediaInput | None, cache: object | None = None) -> Media:
         """The media that ``input_ids`` (R, T), the tokens after those in ``cache``, are to be read with.
 
-        ``pixels`` (B, M, [F,] C, H, W) are all media of the text so far, or only those of the new tokens; those of
-        the cached part are remembered. Without pixels: the held or remembered ones, or none. Raises UserError
-        when text and images do not match.
+        ``given`` are all media of the text so far, or only those of the new tokens; those of the cached part are
+        remembered. Without it: the held or remembered ones, or none. Raises UserError when text and images do not
+        match.
         """
         mentioned = (input_ids == self.conditioning.media_token_id).sum(-1)
         length, past = cache_length(cache), past_of(cache)
         seen = past.counts_at(length) if past is not None and length else torch.zeros_like(mentioned)
-        if pixels is None:
-            return self._media_without_pixels(mentioned, seen, past.media if length and past is not None else None)
-        if len(pixels) != len(input_ids):
-            raise UserError(f"found {len(pixels)} rows of images for {len(input_ids)} rows of text; give one each")
-        if seen.any() and are_of_the_end(seen, mentioned, pixels.shape[1]):
-            new = encode_media(self.vision_encoder, self.perceiver, pixels, mentioned)
+        if given is None:
+            return self._known_media(mentioned, seen, past.media if length and past is not None else None)
+        if len(given.frames) != len(input_ids):
+            raise UserError(f"found {len(given.frames)} rows of images for {len(input_ids)} rows of text; give one each")
+        if seen.any() and are_of_the_end(seen, mentioned, given.slots):
+            new = encode_media(self.vision_encoder, self.perceiver, given, mentioned)
             return extend(past, seen, new)
-        return encode_media(self.vision_encoder, self.perceiver, pixels, seen + mentioned)
+        return encode_media(self.vision_encoder, self.perceiver, given, seen + mentioned)
 
-    def _media_without_pixels(self, mentioned: Tensor, seen: Tensor, remembered: Media | None) -> Media:
+    def _known_media(self, mentioned: Tensor, seen: Tensor, remembered: Media | None) -> Media:
         known = self.conditioning.held or remembered
         check_counts(mentioned + seen, 0 if known is None else int(known.counts.max()))
         return known or no_media(self.perceiver, mentioned)
 
     def looking_at(
-        self, input_ids: Tensor, pixels: Tensor | None, cache: object | None = None
+        self, input_ids: Tensor, given: MediaInput | None, cache: object | None = None
     ) -> AbstractContextManager[None]:
         """Open the language model onto the media of ``input_ids``, for one forward."""
-        return self.conditioning.open(self.media_for(input_ids, pixels, cache))
+        return self.conditioning.open(self.media_for(input_ids, given, cache))
 
     @torch.no_grad()
-    def generate_text(self, input_ids: Tensor | None, pixels: Tensor | None, **kwargs: Any) -> Any:
+    def generate_text(self, input_ids: Tensor | None, given: MediaInput | None, **kwargs: Any) -> Any:
         """Run the language model's own ``generate`` with the media open; each is encoded and projected once."""
         if input_ids is None:
             raise UserError("generate: found no input_ids; a Flamingo finds its media in them, pass the prompt as ids")
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         continues = mask is not None and mask.shape[1] > input_ids.shape[1]  # only the new tokens were passed
         new_ids = input_ids if continues else input_ids[:, cache_length(cache) :]
-        media = self.media_for(new_ids, pixels, cache)
+        media = self.media_for(new_ids, given, cache)
         no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), no_media_token])
         with ExitStack() as opened:
             opened.enter_context(self.conditioning.open(media))
             assistant = kwargs.get("assistant_model")
             if isinstance(assistant, FlamingoCore):
-                opened.enter_context(assistant.looking_at(new_ids, pixels))
+                opened.enter_context(assistant.looking_at(new_ids, given))
                 kwargs["assistant_model"] = assistant.lang_encoder
             return self.lang_encoder.generate(input_ids, **kwargs)
 
     @torch.no_grad()
-    def hold_media(self, input_ids: Tensor, pixels: Tensor) -> None:
-        """Encode ``pixels`` once and keep them, without a graph, for every forward until `uncache_media`."""
+    def hold_media(self, input_ids: Tensor, given: MediaInput) -> None:
+        """Encode ``given`` once and keep them, without a graph, for every forward until `uncache_media`."""
         self.conditioning.release()
-        self.conditioning.hold(self.media_for(input_ids, pixels), input_ids)
+        self.conditioning.hold(self.media_for(input_ids, given), input_ids)
 
     def uncache_media(self) -> None:
         """Forget media kept by ``cache_media``."""

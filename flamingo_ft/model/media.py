@@ -1,6 +1,7 @@
 """From pixels to `Media`: checking the images against the text, the frozen tower, the perceiver.
 
-Shapes: B samples, M media, F frames, C channels, H height, W width, V visual tokens, D width, L latents, T text.
+Shapes: B samples, M media, N of them or of their frames, C channels, H height, W width, V visual tokens, D width,
+L latents.
 """
 
 from __future__ import annotations
@@ -12,31 +13,48 @@ from flamingo_ft.backbones.vision import spatial_tokens
 from flamingo_ft.errors import UserError
 
 from .conditioning import Media, Past, repeat_rows
+from .copies import find_copies
+from .media_input import MediaInput
 from .perceiver import PerceiverResampler
 
 
-def encode_media(vision: nn.Module, perceiver: PerceiverResampler, pixels: Tensor, counts: Tensor) -> Media:
-    """Encode the first ``counts`` (B,) media of each sample of ``pixels`` (B, M, [F,] C, H, W); the rest is padding.
+def encode_media(vision: nn.Module, perceiver: PerceiverResampler, given: MediaInput, counts: Tensor) -> Media:
+    """Encode the first ``counts`` (B,) media of each sample of ``given``; the rest is padding.
 
-    Padding never reaches the tower. Raises UserError when ``counts`` ask for more than M, or for another shape.
+    Padding never reaches the tower, nor do copies of an image. Media are resampled with those that have as many
+    frames. Raises UserError when ``counts`` ask for more than there are.
     """
-    if pixels.dim() not in (5, 6):
-        raise UserError(
-            f"pixel values have shape {tuple(pixels.shape)}; wanted (samples, media, channels, height, width), "
-            "or with frames after media; add the missing axes"
-        )
-    check_counts(counts, pixels.shape[1])
-    pixels = pixels[:, :, None] if pixels.dim() == 5 else pixels
-    real = torch.arange(pixels.shape[1], device=counts.device) < counts[:, None]
+    check_counts(counts, given.slots)
+    real = torch.arange(given.slots, device=counts.device) < counts[:, None]
     if not real.any():
         return no_media(perceiver, counts)
-    frames = pixels.shape[2]
-    tokens = spatial_tokens(vision, pixels[real].flatten(0, 1)).unflatten(0, (-1, frames))
-    slots = real.nonzero()[:, 1]
-    encoded = perceiver(tokens[None], slots[None])[0]
+    frames, lengths = given.of(real)
+    tokens = frames if given.are_tokens else tokens_of_distinct(vision, frames)
+    encoded = _resample(perceiver, tokens, lengths, slots=real.nonzero()[:, 1])
     latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
     latents[real] = encoded
     return Media(latents, counts)
+
+
+def tokens_of_distinct(vision: nn.Module, images: Tensor) -> Tensor:
+    """The tower's tokens (N, V, D) of images (N, C, H, W), each encoded once however often it is there."""
+    first, source = find_copies(images)
+    if len(first) == len(images):
+        return spatial_tokens(vision, images)
+    return spatial_tokens(vision, images[first])[source]
+
+
+def _resample(perceiver: PerceiverResampler, tokens: Tensor, lengths: list[int], slots: Tensor) -> Tensor:
+    """Latents (N, L, D) of N media from the tokens of all their frames; lengths and slots (N,) are of each medium."""
+    if len(set(lengths)) == 1:
+        return perceiver(tokens.unflatten(0, (len(lengths), -1))[None], slots[None])[0]
+    media, encoded, order = tokens.split(lengths), [], []
+    for length in sorted(set(lengths)):
+        group = [index for index, found in enumerate(lengths) if found == length]
+        together = torch.stack([media[index] for index in group])
+        encoded.append(perceiver(together[None], slots[group][None])[0])
+        order += group
+    return torch.cat(encoded)[torch.tensor(order, device=tokens.device).argsort()]
 
 
 def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:

@@ -19,6 +19,7 @@ from .conditioning import cache_in
 from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
+from .media_input import media_input
 from .perceiver import PerceiverResampler
 from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
 
@@ -95,19 +96,23 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         labels: Tensor | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = None,
+        vision_tokens: Tensor | None = None,
+        frame_counts: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over input_ids (B, T), with one media token per image or video.
 
         pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order, padded at the
-        end of M where a row has fewer. With ``past_key_values``: the media of all tokens, those of the new tokens (M
+        end of M where a row has fewer. vision_tokens (B, M, F, V, D) in their place are the tower's spatial tokens of
+        them, and the tower is not run. frame_counts (B, M): how many of the F frames each medium has, where not all
+        have F; the others are padding, which changes nothing. With ``past_key_values``: the media of all tokens, those of the new tokens (M
         as many as the row with most mentions), or None to go on with those seen. Other arguments go to the language
         model, whose output this returns. Raises UserError when a row has more media tokens than media.
         """
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
         given |= {"use_cache": use_cache, **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
-        with self.looking_at(input_ids, pixel_values, cache_in(given)):
+        with self.looking_at(input_ids, media_input(pixel_values, vision_tokens, frame_counts), cache_in(given)):
             return self.lang_encoder(input_ids=input_ids, **given)
 
     def generate(
@@ -117,19 +122,21 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         *,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        frame_counts: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The language model's own ``generate`` (beams, sampling, streamers, assisted decoding, ...) over the media.
 
-        Takes pixel_values as `forward` does and returns what the language model's ``generate`` returns.
+        Takes pixel_values and frame_counts as `forward` does and returns what the language model's ``generate`` returns.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        return self.generate_text(inputs if input_ids is None else input_ids, pixel_values, **kwargs)
+        given = media_input(pixel_values, frame_counts=frame_counts)
+        return self.generate_text(inputs if input_ids is None else input_ids, given, **kwargs)
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
         """Encode the media of ``input_ids`` (B, T) once, for every forward without media until `uncache_media`."""
-        self.hold_media(input_ids, pixel_values)
+        self.hold_media(input_ids, media_input(pixel_values))
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -190,13 +197,15 @@ class Backbone(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: Any | None = None,
         use_cache: bool | None = None,
+        vision_tokens: Tensor | None = None,
+        frame_counts: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         (model,) = self._model
         given = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         cache, conditioning = cache_in(given), model.conditioning
-        with model.looking_at(input_ids, pixel_values, cache):
+        with model.looking_at(input_ids, media_input(pixel_values, vision_tokens, frame_counts), cache):
             conditioning.start(input_ids, cache)
             output = _body_of(model.lang_encoder)(input_ids=input_ids, **given)
             conditioning.finish(cache_in(output) if cache is None else cache)

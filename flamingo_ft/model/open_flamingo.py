@@ -20,6 +20,7 @@ from flamingo_ft.backbones.vision import image_transform, load_vision
 from .checkpoints import is_open_flamingo, load_open_flamingo
 from .core import FlamingoCore
 from .layers import CheckpointedBlock
+from .media_input import media_input
 from .quantized import mark_quantized
 from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
 
@@ -83,7 +84,7 @@ class Flamingo(FlamingoCore):
         if not self._media_cached and vision_x is not None:
             self.conditioning.release()
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
-        media = self.media_for(lang_x, vision_x, past_key_values)
+        media = self.media_for(lang_x, media_input(vision_x), past_key_values)
         with self.conditioning.open(media):
             output = self.lang_encoder(
                 input_ids=lang_x, use_cache=use_cache, **{k: v for k, v in given.items() if v is not None}
@@ -98,14 +99,14 @@ class Flamingo(FlamingoCore):
         Returns lang_x (B, T) with the generated tokens appended.
         """
         kwargs.setdefault("eos_token_id", self.eoc_token_id)
-        return self.generate_text(lang_x, vision_x, attention_mask=attention_mask, **kwargs)
+        return self.generate_text(lang_x, media_input(vision_x), attention_mask=attention_mask, **kwargs)
 
     def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
         """Encode vision_x (B, M, F, C, H, W) once, for forwards without media until `uncache_media`.
 
         Text without media tokens is read as what follows input_ids (B, T).
         """
-        self.hold_media(input_ids, vision_x)
+        self.hold_media(input_ids, media_input(vision_x))
         self._media_cached = True
 
     def uncache_media(self) -> None:

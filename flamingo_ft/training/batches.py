@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
-from flamingo_ft.data.collate import collate
-from flamingo_ft.data.encode import Encoder
-from flamingo_ft.data.packing import check_packing, packed
-from flamingo_ft.data.pixel_reader import PixelReader
-from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order
+from flamingo_ft.data.collate import collate_text
+from flamingo_ft.data.encode import text_of
+from flamingo_ft.data.features import FrozenFeatures, open_features, pending_media
+from flamingo_ft.data.media_reader import PixelReader, StoredReader
+from flamingo_ft.data.packing import collate_packed
+from flamingo_ft.data.stack import stack_media
+from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order, packed
 from flamingo_ft.data.stream.order import Draw, Order
-from flamingo_ft.data.stream.prepare import Preparing
+from flamingo_ft.data.stream.prepare import Prepared, Preparing
 from flamingo_ft.data.stream.tally import Tally
+from flamingo_ft.data.too_long import encode_within
+from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+
+from .packing_check import check_packing
+from .precision import computes_in_bf16
+
+ENDLESS = 2**31  # the context of a language model that has none
 
 
 def training_batches(
@@ -25,4 +39,87 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """Endless batches of ``data``, those of process ``rank`` of ``world_size``. UserError for a wish that cannot be had."""
+    """Endless batches of ``data``, those of process ``rank`` of ``world_size``.
+
+    Raises UserError where the recipe wants of its data or its language model what they cannot give.
+    """
+    _refuse_preferences(data)
+    wanted, limit = recipe.data, text_limit(model, recipe.data.max_text_tokens)
+    if wanted.packing:
+        _check_packing(model, limit)
+    features = _features(model, processor, recipe, world_size)
+    encode = partial(encode_within, processor, max_text_tokens=limit, policy=wanted.too_long)
+    order = Order(data.train, recipe.train.seed, wanted.shuffle_buffer)
+    return Batches(
+        order=_order_of(order, data, recipe),
+        prepare=Preparing([mixed.source for mixed in data.train], encode, _media_reader(processor, recipe, features)),
+        fill=packed(recipe.train.batch_size, limit) if wanted.packing else in_order(recipe.train.batch_size),
+        assemble=partial(assemble, processor.tokenizer.pad_token_id, wanted.packing, features),
+        tally=Tally(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
+        loading=Loading(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
+    )
+
+
+def text_limit(model: FlamingoForConditionalGeneration, wanted: int | None) -> int:
+    """Longest sample in text tokens: as wanted, within the language model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(limit for limit in (wanted, context, ENDLESS) if limit)
+
+
+def assemble(
+    pad_token_id: int, packing: bool, features: FrozenFeatures | None, rows: list[list[Prepared]]
+) -> dict[str, Tensor]:
+    """The tensors of a batch of ``rows``, each of one sample, or of several where they are packed."""
+    texts = [[sample.encoded for sample in row] for row in rows]
+    text = collate_packed(texts, pad_token_id) if packing else collate_text([one for (one,) in texts], pad_token_id)
+    media = [[medium for sample in row for medium in sample.media] for row in rows]
+    if features is None:
+        return text | stack_media(media)
+    return features.complete(text | pending_media(media))
+
+
+def _refuse_preferences(data: OpenedData) -> None:
+    for mixed in data.train:
+        if mixed.source.format == "preference":
+            raise UserError(
+                f"{mixed.source.name}: found preference pairs, wanted samples with one answer; "
+                "train on them with trl.DPOTrainer, or name another format"
+            )
+
+
+def _check_packing(model: FlamingoForConditionalGeneration, limit: int) -> None:
+    if limit == ENDLESS:
+        raise UserError("data.packing: found no length for a row; set data.max_text_tokens")
+    check_packing(model)
+
+
+def _features(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe, writers: int
+) -> FrozenFeatures | None:
+    if recipe.data.cache is None:
+        return None
+    autocast = torch.bfloat16 if computes_in_bf16(recipe.train.precision) else None
+    preprocess = processor.image_processor.open_clip_preprocess
+    return open_features(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
+
+
+def _media_reader(processor: FlamingoProcessor, recipe: Recipe, features: FrozenFeatures | None) -> Any:
+    if features is not None:
+        return StoredReader(processor, recipe.data.video_frames, features.store)
+    return PixelReader(processor, recipe.data.video_frames, recipe.data.augmentation, recipe.train.seed)
+
+
+def _order_of(order: Order, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
+    if not recipe.data.group_by_length:
+        return order.draws
+    return by_length(order, partial(_characters, data), recipe.train.batch_size)
+
+
+def _characters(data: OpenedData, draw: Draw) -> int:
+    """Of a draw's text, about: what its length is judged by before it is encoded."""
+    source = data.train[draw.source].source
+    try:
+        sample = source.sample(draw.row, source.raw(draw.row) if draw.raw is None else draw.raw)
+    except UserError:
+        return 0
+    return sum(len(text_of(message)) for message in sample.messages)

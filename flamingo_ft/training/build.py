@@ -29,7 +29,12 @@ def build_model(
     """
     wanted, device = recipe.model, default_device()
     vision = load_vision(
-        wanted.vision.name, wanted.vision.pretrained, quantization=Quantization.of(wanted.vision), device=device
+        wanted.vision.name,
+        wanted.vision.pretrained,
+        quantization=Quantization.of(wanted.vision),
+        device=device,
+        image_size=wanted.vision.image_size,
+        resize_mode=wanted.vision.resize_mode,
     )
     language = load_language(
         wanted.language.name, wanted.language.revision, quantization=Quantization.of(wanted.language), device=device

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.stream.batches import Batches
@@ -21,6 +22,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from .batches import training_batches
 from .loss_check import check_loss
 from .optimizer import OPTIMIZERS, make_optimizer
+from .precision import computes_in_bf16
 
 LOOKED_AT = 16  # batches, gone over until the directions settle
 QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -94,6 +96,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         logging_nan_inf_filter=False,  # by default a loss that is no number is logged as a good one
         seed=wanted.seed,
         bf16=computes_in_bf16(wanted.precision),
+        use_cpu=default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -101,13 +104,6 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
         remove_unused_columns=False,
         max_length=None,
     )
-
-
-def computes_in_bf16(precision: str) -> bool:
-    """Whether to compute in bfloat16; ``auto`` does so where the GPU supports it."""
-    if precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return precision == "bf16"
 
 
 def first_batches(

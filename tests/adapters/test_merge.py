@@ -108,7 +108,8 @@ def test_a_merged_model_is_quantized_again_by_transformers(small_run, options):
 
 def test_a_merged_model_is_written_quantized_where_that_is_asked(small_run):
     expected = adapter(LORA)
-    merge_adapter("adapter", "merged", dtype=torch.float32, quantization=Quantization("nf4"))
+    report = merge_adapter("adapter", "merged", dtype=torch.float32, quantization=Quantization("nf4"))
+    assert report["quantization"]["format"] == "nf4"
     model, processor = load_trained("merged")
     assert formats_in(model) == {"4bit"}
     assert distance(logits(model, processor), expected) < 0.25

@@ -230,7 +230,7 @@ def test_a_local_folder_loads_frozen_and_as_open_clip_loads_it(name, tmp_path):
     assert loaded.width == token_width(saved)
     assert loaded.source == {
         "name": str(tmp_path), "pretrained": None, "revision": None, "sha256": tensors_sha256(saved),
-        "quantization": None,
+        "quantization": None, "image_size": None,
     }
     assert not loaded.visual.training and not any(p.requires_grad for p in loaded.visual.parameters())
     image = Image.effect_noise((90, 50), 80).convert("RGB")

@@ -102,7 +102,8 @@ def sharegpt(folder):
 @fixture
 def alpaca(folder):
     return as_json(
-        folder, [{"instruction": QUESTION, "input": "", "output": answer, "image": put(folder, s)} for s, answer in FACTS]
+        folder,
+        [{"instruction": QUESTION, "input": "", "output": answer, "image": put(folder, s)} for s, answer in FACTS],
     )
 
 
@@ -119,7 +120,11 @@ def vqa(folder):
     return jsonl(
         folder,
         [
-            {"question": QUESTION, "answers": [{"answer": "Seven."}, *[{"answer": answer}] * 2], "image": put(folder, s)}
+            {
+                "question": QUESTION,
+                "answers": [{"answer": "Seven."}, *[{"answer": answer}] * 2],
+                "image": put(folder, s),
+            }
             for s, answer in FACTS
         ],
     )
@@ -141,7 +146,9 @@ def caption(folder):
 def mimicit(folder):
     """The later rows have the first as their example."""
     keys = [f"D_IMG_{index}" for index in range(len(FACTS))]
-    (folder / "D_images.json").write_text(json.dumps({key: base64_of(s) for key, (s, _) in zip(keys, FACTS, strict=True)}))
+    (folder / "D_images.json").write_text(
+        json.dumps({key: base64_of(s) for key, (s, _) in zip(keys, FACTS, strict=True)})
+    )
     data = {
         f"D_INS_{index}": {
             "instruction": QUESTION,
@@ -168,7 +175,9 @@ def interleaved_obelics(folder):
         "texts": [DOCUMENT[0], None, DOCUMENT[1], None, DOCUMENT[2], DOCUMENT[3]],
         "images": [None, struct(FACTS[0][0]), None, struct(FACTS[1][0]), None, None],
     }
-    features = datasets.Features({"texts": datasets.List(datasets.Value("string")), "images": datasets.List(datasets.Image())})
+    features = datasets.Features(
+        {"texts": datasets.List(datasets.Value("string")), "images": datasets.List(datasets.Image())}
+    )
     return parquet(folder, [row], features)
 
 

@@ -114,8 +114,8 @@ MALFORMED = {
         ": messages[0].content[1]: found null, wanted a block of type text, image or video",
     ),
     "a block of another type": (
-        with_content([{"type": "video"}]),
-        ": messages[0].content[0].type: found 'video', wanted text, image or video",
+        with_content([{"type": "audio"}]),
+        ": messages[0].content[0].type: found 'audio', wanted text, image or video",
     ),
     "a block without type": (
         with_content([{"text": "x"}]),
@@ -129,15 +129,11 @@ MALFORMED = {
         with_content([{"type": "text", "text": None}]),
         ": messages[0].content[0]: text: found null, wanted text",
     ),
-    "a marker inside a text block": (
-        {**with_content([{"type": "text", "text": "see <image>"}]), "images": ["a.png"]},
-        ": messages[0].content[0].text: found <image> inside text; use a block of type image in its place",
-    ),
     "images text": ({"messages": TURNS, "images": "a.png"}, ": images: found text, wanted a list"),
     "images an object": ({"messages": TURNS, "images": {"0": "a.png"}}, ": images: found an object, wanted a list"),
-    "a single image": (
-        {"messages": TURNS, "image": "a.png"},
-        ": image: no such field; wanted images, a list of paths",
+    "image and images": (
+        {"messages": TURNS, "image": "a.png", "images": ["a.png"]},
+        ": found both image and images, wanted one of them; join them into images",
     ),
     "a task of the wrong type": ({"messages": TURNS, "task": ["colour"]}, ": task: found a list, wanted text"),
     "an image of null": (
@@ -145,7 +141,7 @@ MALFORMED = {
         ": images[1]: found null, wanted the path of an image",
     ),
     "an image of bytes": (
-        {"messages": TURNS, "images": [{"bytes": ""}]},
+        {"messages": TURNS, "images": [{"content": ""}]},
         ": images[0]: found an object, wanted the path of an image",
     ),
     "a missing image": (
@@ -192,21 +188,22 @@ def test_a_malformed_row_is_refused_in_one_line(folder, row, complaint):
     assert refused(whole) == f"FILE: row 1{complaint}"
 
 
-def test_base64_data_in_place_of_a_path_is_refused_in_a_short_line(folder):
-    message = refused(jsonl(folder, {"messages": TURNS, "images": ["data:image/png;base64," + "A" * 10_000]}))
-    assert "row 0: images[0]: no such image FOLDER/data:image/png;base64,AAA" in message and len(message) < 500
+def test_a_long_text_in_place_of_a_path_is_refused_in_a_short_line(folder):
+    message = refused(jsonl(folder, {"messages": TURNS, "images": ["A" * 10_000]}))
+    assert "row 0: images[0]: no such image FOLDER/AAA" in message and len(message) < 500
 
 
+LIST_WANTED = "wanted a list of rows (one object a line belongs in a .jsonl file)"
 BROKEN_FILES = {
     "empty": ("x.jsonl", b"", "FILE: found no rows; wanted at least one sample"),
     "blank lines alone": ("x.jsonl", b"\n \n", "FILE: found no rows; wanted at least one sample"),
     "an empty list": ("x.json", b"[]", "FILE: found no rows; wanted at least one sample"),
-    "an empty JSON file": ("x.json", b"", "FILE: not JSON (Expecting value at character 0); wanted a list of rows"),
+    "an empty JSON file": ("x.json", b"", f"FILE: not JSON (Expecting value at character 0); {LIST_WANTED}"),
     "an object": ("x.json", b"{}", "FILE: found an object, wanted a list of rows"),
     "lines in a JSON file": (
         "x.json",
         b"{}\n{}",
-        "FILE: not JSON (Extra data at character 3); wanted a list of rows",
+        f"FILE: not JSON (Extra data at character 3); {LIST_WANTED}",
     ),
     "no JSON": (
         "x.jsonl",
@@ -218,7 +215,9 @@ BROKEN_FILES = {
         json.dumps({"messages": TURNS}).encode() + b'\n{"messages": [',
         "FILE: row 1: not JSON (Expecting value at character 14); wanted one object a line",
     ),
-    "Latin-1": ("x.jsonl", b'{"messages": "\xe9"}', "FILE: byte 14 is not UTF-8; save the file as UTF-8"),
+    "Latin-1": ("x.jsonl", b'{"messages": "\xe9"}', "FILE: row 0: byte 14 is not UTF-8; save the file as UTF-8"),
+    "Latin-1 in JSON": ("x.json", b'[{"messages": "\xe9"}]', "FILE: byte 15 is not UTF-8; save the file as UTF-8"),
+    "UTF-16": ("x.jsonl", "{}".encode("utf-16"), "FILE: found UTF-16, wanted UTF-8; save the file as UTF-8"),
 }
 
 
@@ -228,9 +227,10 @@ def test_a_broken_file_is_refused_in_one_line(tmp_path, name, content, complaint
     assert refused(tmp_path / name) == complaint
 
 
-def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for path in (tmp_path / "gone.jsonl", tmp_path):
-        assert "FILE: no such data file; check the path" in refused(path)
+def test_a_missing_file_and_an_empty_folder_are_refused(tmp_path):
+    for name in ("gone.jsonl", "*.jsonl"):
+        assert "FILE: no such data file; check the path" in refused(tmp_path / name)
+    assert "FILE: cannot be read" in refused(tmp_path)
 
 
 def test_each_marker_in_a_text_is_an_image(folder):
@@ -265,9 +265,11 @@ def test_image_paths_start_from_the_image_root_or_the_file(folder):
     (folder / "lists").mkdir()
     path = jsonl(folder / "lists", row)
     assert "no such image" in refused(path)
+    outside = jsonl(folder / "lists", {**row, "images": [str(folder / "a.png")]}, name="outside.jsonl")
+    assert "which leads out of FOLDER" in refused(outside)
     assert read_samples(path, folder)[0].images == [str(folder / "a.png")]
     absolute = jsonl(folder / "lists", {**row, "images": [str(folder / "a.png")]})
-    assert read_samples(absolute)[0].images == [str(folder / "a.png")]
+    assert read_samples(absolute, folder)[0].images == [str(folder / "a.png")]
 
 
 def rows_alone(samples):

@@ -43,9 +43,7 @@ def document(*parts):
 
 QUESTIONS = [asked(*fact) for fact in FACTS]
 CAPTIONS = [(document(IMAGE, answer), [scan]) for scan, answer in FACTS]
-INTERLEAVED = [
-    (document(DOCUMENT[0], IMAGE, DOCUMENT[1], IMAGE, DOCUMENT[2], DOCUMENT[3]), [FACTS[0][0], FACTS[1][0]])
-]
+INTERLEAVED = [(document(DOCUMENT[0], IMAGE, DOCUMENT[1], IMAGE, DOCUMENT[2], DOCUMENT[3]), [FACTS[0][0], FACTS[1][0]])]
 IN_CONTEXT = [
     QUESTIONS[0],
     *[(QUESTIONS[0][0] + messages, QUESTIONS[0][1] + images) for messages, images in QUESTIONS[1:]],
@@ -203,8 +201,16 @@ def test_an_image_may_be_given_twice_and_kept_at_its_places(tmp_path):
     for scan, _ in FACTS:
         (tmp_path / scan).write_bytes((SCANS / scan).read_bytes())
     names = [scan for scan, _ in FACTS]
-    content = [{"type": "image", "image": names[2]}, {"type": "image"}, {"type": "text", "text": "?"}, {"type": "image"}]
-    row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "!"}], "images": names[:2]}
+    content = [
+        {"type": "image", "image": names[2]},
+        {"type": "image"},
+        {"type": "text", "text": "?"},
+        {"type": "image"},
+    ]
+    row = {
+        "messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "!"}],
+        "images": names[:2],
+    }
     (sample,) = read_samples(DataSource(**jsonl(tmp_path, [row])))
     assert sample.images == [str(tmp_path / name) for name in (names[2], names[0], names[1])]
 
@@ -223,7 +229,9 @@ def test_a_malformed_row_fails_alone(tmp_path, streaming):
     good = json.dumps({"question": "Q?", "answer": "A."}).encode()
     bad = [b'{"question": "\xff"}', b"{", b'{"question": "Q?"}', b"null"]
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, *bad, b" ", good]))
-    (tmp_path / "x.csv").write_bytes(b'question,answer\nQ?,A.\nQ?\nQ?,A.,more\n"Q,\xff",A.\nQ?,\n"Q,?","A\n."\n"open,A.\n')
+    (tmp_path / "x.csv").write_bytes(
+        b'question,answer\nQ?,A.\nQ?\nQ?,A.,more\n"Q,\xff",A.\nQ?,\n"Q,?","A\n."\n"open,A.\n'
+    )
     for name, outcome in [("x.jsonl", "gbbbbg"), ("x.csv", "gbbbbgb")]:
         source = opened({"path": str(tmp_path / name), "streaming": streaming})
         found = ""

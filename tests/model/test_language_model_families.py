@@ -14,7 +14,6 @@ from transformers.utils import logging
 from flamingo_ft.backbones.vision import build_visual
 from flamingo_ft.model.open_flamingo import Flamingo
 
-from .conftest import PASSED
 from .tiny import VISION_CONFIG, VISION_WIDTH, images, open_gates
 from .tiny_language_models import FAMILIES, KNOWN, LEFT_OUT, make_tiny
 
@@ -40,9 +39,9 @@ def visual() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def passed(request) -> list[str]:
-    """Families on which the law was seen to hold; the terminal summary counts them."""
-    return request.config.stash.setdefault(PASSED, [])
+def passed() -> list[str]:
+    """Families on which the law was seen to hold."""
+    return []
 
 
 def flamingo_of(lm: PreTrainedModel, visual: torch.nn.Module) -> Flamingo:

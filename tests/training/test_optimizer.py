@@ -132,3 +132,11 @@ def test_checkpointed_training_through_quantized_backbones_gives_the_same_losses
     plain, checkpointed = trained(*overrides), trained(*overrides, "train.gradient_checkpointing=true")
     for name in plain:
         torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [None, "nf4", "int8"])
+def test_computing_in_bf16_needs_no_gpu(small_run, form):
+    """And leaves the trained weights in the number format that was declared for them."""
+    overrides = ("train.precision=bf16", *REGIMES["bridge and LoRA"], *(quantized(form) if form else ()))
+    after = trained(*overrides)
+    assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in after.values())

@@ -48,6 +48,8 @@ CASES = {
     "8-bit AdamW": ["train.optimizer=adamw_8bit"],
     "a step inside the backward pass": ["train.optimizer_in_backward=true"],
     "bf16": ["trainable.dtype=bf16"],
+    "computing in bf16": ["train.precision=bf16"],
+    "computing in bf16, nf4": ["train.precision=bf16", "model.language.quantization=nf4"],
     "accumulation": ["train.gradient_accumulation_steps=2"],
 }
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flamingo_ft.data.fields import kind, text_field, whole
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 from .draft import Given
-from flamingo_ft.data.fields import kind, text_field, whole
 
 VIDEO_MARKER = "<video>"
 IMAGE_BLOCKS = ("image", "image_url")

@@ -20,7 +20,10 @@ def compose(draft: Draft, task: str | None, where: str, locator: Locator) -> Sam
     contents = [read_content(turn.content, turn.where, bool(draft.videos)) for turn in draft.turns]
     contents = _placed(draft, contents, where)
     media = [
-        _located(part.medium, part.video, locator) for content in contents for part in content if isinstance(part, Place)
+        _located(part.medium, part.video, locator)
+        for content in contents
+        for part in content
+        if isinstance(part, Place)
     ]
     messages = [_message(turn, content) for turn, content in zip(draft.turns, contents, strict=True)]
     return Sample(messages, media, task or UNNAMED_TASK, where, _rejected(draft))
@@ -41,9 +44,13 @@ def check_roles(turns: Sequence[Turn], where: str) -> None:
         if turn.role == "system" and index > 0:
             raise UserError(f"{turn.where}: found a system message here, wanted it first; move or join it")
         if turn.role == "assistant" and previous == "system":
-            raise UserError(f"{_dialogue(turns, where)}: found an assistant turn first, wanted what it answers before it")
+            raise UserError(
+                f"{_dialogue(turns, where)}: found an assistant turn first, wanted what it answers before it"
+            )
         if turn.role == previous and index > 0:
-            raise UserError(f"{turn.where}: found {turn.role} after {turn.role}, wanted user and assistant in turn; join them")
+            raise UserError(
+                f"{turn.where}: found {turn.role} after {turn.role}, wanted user and assistant in turn; join them"
+            )
         previous = turn.role
 
 

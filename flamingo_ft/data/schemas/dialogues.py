@@ -44,7 +44,7 @@ def read_llava(row: Row, where: str) -> Draft:
 def conversation_of(row: Row, where: str) -> list[Turn]:
     turns = list_field(row, "conversations", where)
     place = f"{where}: conversations"
-    if any(isinstance(turn, Mapping) and given(turn, "role") for turn in turns):
+    if not turns or any(isinstance(turn, Mapping) and given(turn, "role") for turn in turns):
         return messages_of(turns, place)
     return [_spoken(turn, f"{place}[{index}]") for index, turn in enumerate(turns)]
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flamingo_ft.data.fields import MEMBERS, Row, given, kind, list_field, text_field, words, words_field
+from flamingo_ft.data.fields import MEMBERS, Row, given, kind, list_field, text_field, words
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.errors import UserError
 

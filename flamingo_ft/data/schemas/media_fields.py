@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from flamingo_ft.data.fields import Row, given, list_field
 from flamingo_ft.errors import UserError
 
@@ -20,7 +23,7 @@ def videos_of(row: Row, where: str) -> list[Given]:
     return _media(row, "video", where, lambda value, place: [Given(value, place)])
 
 
-def _media(row: Row, name: str, where: str, single) -> list[Given]:
+def _media(row: Row, name: str, where: str, single: Callable[[Any, str], list[Given]]) -> list[Given]:
     several = f"{name}s"
     one = single(row[name], f"{where}: {name}") if given(row, name) and row[name] not in ("", []) else []
     listed = list_field(row, several, where) if given(row, several) and row[several] != "" else []
@@ -29,7 +32,7 @@ def _media(row: Row, name: str, where: str, single) -> list[Given]:
     return one or [Given(value, f"{where}: {several}[{index}]") for index, value in enumerate(listed)]
 
 
-def _one_or_more(value: object, place: str) -> list[Given]:
+def _one_or_more(value: Any, place: str) -> list[Given]:
     if isinstance(value, list):
         return [Given(one, f"{place}[{index}]") for index, one in enumerate(value)]
     return [Given(value, place)]

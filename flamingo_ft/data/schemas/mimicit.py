@@ -54,12 +54,14 @@ def images_file(instructions: Path, named: str | None, root: Path) -> Path:
     found = next((path for path in candidates if path.is_file() and path != instructions), None)
     if found is None:
         names = ", ".join(path.name for path in candidates)
-        raise UserError(f"{instructions}: found no file of its images ({names}); name it: columns: {{{IMAGES_FILE}: PATH}}")
+        raise UserError(
+            f"{instructions}: found no file of its images ({names}); name it: columns: {{{IMAGES_FILE}: PATH}}"
+        )
     return found
 
 
 def read_mimicit(row: Row, where: str, find: Callable[[str], Row | None], images: ImagesById) -> Draft:
-    """The row's examples (``rel_ins_ids``) in order, then its own instruction, each after its images, and its answer."""
+    """The row's examples (``rel_ins_ids``) in order, then its own instruction; images, instruction, answer of each."""
     turns, media = [], []
     examples = list_field(row, "rel_ins_ids", where) if given(row, "rel_ins_ids") else []
     for index, key in enumerate(examples):

@@ -15,7 +15,7 @@ from .questions import said
 
 
 def read_preference(row: Row, where: str) -> Draft:
-    """prompt, chosen and rejected, each text or messages; without prompt it is what both answers begin with, as in TRL."""
+    """prompt, chosen and rejected, each text or messages; a prompt may stand in both answers instead, as in TRL."""
     chosen, rejected = (said(row, name, "assistant", where) for name in ("chosen", "rejected"))
     prompt, chosen, rejected = _prompt_and_answers(row, chosen, rejected, where)
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
@@ -29,11 +29,15 @@ def read_preference(row: Row, where: str) -> Draft:
 def _prompt_and_answers(
     row: Row, chosen: list[Turn], rejected: list[Turn], where: str
 ) -> tuple[list[Turn], list[Turn], list[Turn]]:
-    whole = chosen and chosen[0].role != "assistant"  # the prompt stands in the answers, whether in ``prompt`` too or not
+    whole = (
+        chosen and chosen[0].role != "assistant"
+    )  # the prompt stands in the answers, whether in ``prompt`` too or not
     if given(row, "prompt") and not whole:
         return said(row, "prompt", "user", where), chosen, rejected
     pairs = zip(chosen, rejected, strict=False)
-    shared = len(list(takewhile(lambda pair: _told(pair[:1]) == _told(pair[1:]) and pair[0].role != "assistant", pairs)))
+    shared = len(
+        list(takewhile(lambda pair: _told(pair[:1]) == _told(pair[1:]) and pair[0].role != "assistant", pairs))
+    )
     if not shared:
         raise UserError(f"{where}: prompt: found none, wanted text or messages that chosen and rejected answer")
     return chosen[:shared], chosen[shared:], rejected[shared:]

@@ -19,7 +19,9 @@ def read_alpaca(row: Row, where: str) -> Draft:
     question = words_field(row, "instruction", where)
     more = optional_text(row, "input", where)
     user = Turn("user", question if more is None else f"{question}\n{more}", f"{where}: instruction")
-    return _answered([*system_of(row, where), user], _answer(words_field(row, "output", where), f"{where}: output"), row, where)
+    return _answered(
+        [*system_of(row, where), user], _answer(words_field(row, "output", where), f"{where}: output"), row, where
+    )
 
 
 def read_prompt_completion(row: Row, where: str) -> Draft:

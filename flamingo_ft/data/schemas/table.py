@@ -39,7 +39,9 @@ def recognise(row: Any, where: str) -> str:
     if name is None:
         found = ", ".join(column for column in row if column != MEMBERS) or "none"
         known = "; ".join(f"{name} ({schema.wants})" for name, schema in SCHEMAS.items())
-        raise UserError(f"{where}: found the columns {found}, wanted those of {known}; name them with columns and format")
+        raise UserError(
+            f"{where}: found the columns {found}, wanted those of {known}; name them with columns and format"
+        )
     return name
 
 
@@ -105,7 +107,10 @@ SCHEMAS = {
         questions.read_alpaca,
     ),
     "prompt_completion": Schema(
-        ("prompt", "completion"), "prompt, completion, images", _has("prompt", "completion"), questions.read_prompt_completion
+        ("prompt", "completion"),
+        "prompt, completion, images",
+        _has("prompt", "completion"),
+        questions.read_prompt_completion,
     ),
     "interleaved": Schema(
         ("text_list", "image_info", "texts"),
@@ -113,6 +118,8 @@ SCHEMAS = {
         _is_interleaved,
         documents.read_interleaved,
     ),
-    "vqa": Schema(("question", "answer", "answers", "system"), "question, answer or answers, image", _is_vqa, questions.read_vqa),
+    "vqa": Schema(
+        ("question", "answer", "answers", "system"), "question, answer or answers, image", _is_vqa, questions.read_vqa
+    ),
     "caption": Schema(documents.CAPTION_FIELDS, "image, caption or text", _is_caption, documents.read_caption),
 }

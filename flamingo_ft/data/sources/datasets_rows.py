@@ -20,7 +20,16 @@ from huggingface_hub.errors import HfHubHTTPError
 from flamingo_ft.errors import UserError
 
 # What loading was seen to raise for what is not there, is offline, or is damaged.
-FAILURES = (DatasetsError, HfHubHTTPError, OSError, ValueError, RuntimeError, NotImplementedError, KeyError, pa.ArrowException)
+FAILURES = (
+    DatasetsError,
+    HfHubHTTPError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    KeyError,
+    pa.ArrowException,
+)
 BATCH_ROWS = 64
 LONGEST_REASON = 300  # characters
 REMOTE = re.compile(r"(zip://[^:]*::)?hf://")  # a file on the Hub, or in an archive there

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_ft.data.fields import kind
+from flamingo_ft.data.mapped_file import MappedFile, text_start
 from flamingo_ft.errors import UserError
 
-from flamingo_ft.data.mapped_file import MappedFile, text_start
 from .text_rows import parse_json
 
 WANTED = "a list of rows"

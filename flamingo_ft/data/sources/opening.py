@@ -65,7 +65,9 @@ def _open_file(path: Path, streaming: bool) -> Rows:
     name = path.name.lower()
     suffix = next((suffix for suffix in READERS if name.endswith(suffix)), None)
     if suffix is None:
-        raise UserError(f"{path}: found a {path.suffix or 'nameless'} file, wanted one of {KINDS}, or a folder of images")
+        raise UserError(
+            f"{path}: found a {path.suffix or 'nameless'} file, wanted one of {KINDS}, or a folder of images"
+        )
     reader = READERS[suffix]
     return datasets_rows.load_files(path, streaming) if reader is None else reader(path, indexed=not streaming)
 

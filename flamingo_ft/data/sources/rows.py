@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+
 class RawRow(NamedTuple):
     """A row as it stands in its file, and which it is: enough to parse it, and to say where it came from."""
 

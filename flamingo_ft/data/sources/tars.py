@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flamingo_ft.data.fields import MEMBERS, kind
+from flamingo_ft.data.mapped_file import MappedFile
 from flamingo_ft.errors import UserError
 
-from flamingo_ft.data.mapped_file import MappedFile
 from .text_rows import parse_json
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "jp2")

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_ft.errors import UserError
-
 from flamingo_ft.data.mapped_file import MappedFile, text_start
+from flamingo_ft.errors import UserError
 
 CHUNK_BYTES = 1 << 22
 WHITESPACE = b" \t\r\n\v\f"
@@ -113,7 +112,7 @@ class DelimitedRows(TextRows):
         return np.fromiter((start for start, _ in self._records()), np.int64)[1:]
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
-        """Each record and the byte it starts at; one is several lines where line breaks are quoted. Blank ones left out."""
+        """Each record but blank ones, and the byte it starts at; it has several lines where line breaks are quoted."""
         csv.field_size_limit(LONGEST_FIELD)
         with open(self.name, "rb") as file:
             file.seek(self._begin)

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from flamingo_ft.data.packing import pack
+
 from .order import Draw, Order, grouped
 from .prepare import Prepared
 from .tally import LeftOut, Tally
 
 WINDOW = 50  # batches among whose samples those of like length are put together
 
-Placed = tuple[int, Prepared]  # a row that trains, and its place in the order
-Fill = Callable[[Iterator[Placed]], Iterator[list[Placed]]]
+Placed = tuple[int, Prepared]  # a sample that trains, and its place in the order
+Fill = Callable[[Iterator[Placed]], Iterator[list[list[Placed]]]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Loading:
 class Batches:
     """Iterate over it for batches, without an end; `state_dict` tells where the last one given out ends.
 
-    prepare: from a draw to what it gives, in the workers. fill: from rows that train to the rows of one batch after
-    another; it may keep some back for later ones. assemble: from a batch's rows to its tensors.
+    prepare: from a draw to what it gives, in the workers. fill: from samples that train to the rows of one batch after
+    another, each of one sample or several; it may keep some back for later ones, as long as it would place those in the
+    same way without the ones given out. assemble: from a batch's rows to its tensors.
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Batches:
         order: Callable[[int], Iterator[Draw]],
         prepare: Dataset,
         fill: Fill,
-        assemble: Callable[[list[Prepared]], dict[str, torch.Tensor]],
+        assemble: Callable[[list[list[Prepared]]], dict[str, torch.Tensor]],
         tally: Tally,
         loading: Loading,
     ):
@@ -60,10 +63,10 @@ class Batches:
         self._waiting: list[int] = []
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for rows in self.fill(self._rows_that_train()):
-            given = {place for place, _ in rows}
+        for rows in self.fill(self._samples_that_train()):
+            given = {place for row in rows for place, _ in row}
             self._waiting = [place for place in self._waiting if place not in given]
-            yield self.assemble([prepared for _, prepared in rows])
+            yield self.assemble([[prepared for _, prepared in row] for row in rows])
 
     def state_dict(self) -> dict[str, Any]:
         """The next draw, those that were drawn before it and kept back, and the counts so far."""
@@ -74,8 +77,8 @@ class Batches:
         self._next, self._waiting = state["next"], list(state["waiting"])
         self.tally.load_state_dict(state["tally"])
 
-    def _rows_that_train(self) -> Iterator[Placed]:
-        """From where the state stands: first the rows that were kept back, which are counted already."""
+    def _samples_that_train(self) -> Iterator[Placed]:
+        """From where the state stands: first those that were kept back, which are counted already."""
         start, kept_back = self._next, {*self._waiting}
         for place, result in self._results(min([start, *kept_back]), kept_back, start):
             if place >= start:
@@ -89,7 +92,7 @@ class Batches:
         if isinstance(result, LeftOut):
             self.tally.leave_out(result)
         else:
-            self.tally.use(result.encoded.shortened)
+            self.tally.use(result.encoded.cut)
 
     def _results(self, begin: int, kept_back: set[int], start: int) -> Iterator[tuple[int, Prepared | LeftOut]]:
         """What this process's draws from place ``begin`` on give, but those between that were given out already."""
@@ -128,9 +131,19 @@ class _Placing(Dataset):
 
 
 def in_order(batch_size: int) -> Fill:
-    """Batches of ``batch_size`` rows as they come."""
+    """Batches of ``batch_size`` rows, a sample each, as they come."""
 
-    def fill(rows: Iterator[Placed]) -> Iterator[list[Placed]]:
+    def fill(samples: Iterator[Placed]) -> Iterator[list[list[Placed]]]:
+        return iter(lambda: [[sample] for sample in itertools.islice(samples, batch_size)], [])
+
+    return fill
+
+
+def packed(batch_size: int, row_length: int) -> Fill:
+    """Batches of ``batch_size`` rows, each with as many samples as fit into ``row_length`` text tokens."""
+
+    def fill(samples: Iterator[Placed]) -> Iterator[list[list[Placed]]]:
+        rows = pack(samples, lambda placed: len(placed[1].encoded.input_ids), row_length)
         return iter(lambda: list(itertools.islice(rows, batch_size)), [])
 
     return fill

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flamingo_ft.data.encode import Cut
 from flamingo_ft.errors import UserError
 
 JUDGED_FROM = 100  # rows, before which a share means little; fewer where an epoch has fewer
@@ -36,14 +37,16 @@ class Tally:
     bad: int = 0
     dropped: int = 0
     shortened: Counter = field(default_factory=Counter)
-    left_out: dict[str, str] = field(default_factory=dict)
+    bad_rows: dict[str, str] = field(default_factory=dict)
+    dropped_rows: dict[str, str] = field(default_factory=dict)
     _in_a_row: int = 0
 
-    def use(self, shortened: dict[str, int]) -> None:
-        """Count a row that trains, and what a policy took away of it (turns, text tokens, images)."""
+    def use(self, cut: Cut) -> None:
+        """Count a row that trains, and what a policy took away of it."""
         self.seen += 1
         self._in_a_row = 0
-        self.shortened.update({name: count for name, count in shortened.items() if count})
+        if cut != Cut():
+            self.shortened.update({"samples": 1, **asdict(cut)})
 
     def leave_out(self, row: LeftOut) -> None:
         """Count a row that does not train."""
@@ -52,22 +55,29 @@ class Tally:
         self.seen += 1
         self.bad += row.bad
         self.dropped += not row.bad
-        self.left_out.setdefault(row.where, row.reason)
+        (self.bad_rows if row.bad else self.dropped_rows).setdefault(row.where, row.reason)
         self._in_a_row += 1
-        self._check_share(row)
+        self._check_share()
         if self._in_a_row >= (self.epoch_length or 10_000):
             raise UserError(f"data.train: found no sample to train on among {self._in_a_row} rows, the last: {row.reason}")
 
-    def _check_share(self, row: LeftOut) -> None:
-        judged = max(self.seen, min(JUDGED_FROM, self.epoch_length or JUDGED_FROM))
-        if row.bad and self.bad > self.max_bad_share * judged:
+    def _check_share(self) -> None:
+        """Of different rows: those of later epochs are the same ones again."""
+        bad, seen = len(self.bad_rows), min(self.seen, self.epoch_length or self.seen)
+        judged = max(seen, min(JUDGED_FROM, self.epoch_length or JUDGED_FROM))
+        if bad > self.max_bad_share * judged:
             raise UserError(
-                f"data.max_bad_share: found {self.bad} of {self.seen} rows bad, more than {self.max_bad_share:g} of them "
-                f"(the last: {row.reason}); mend them, or raise data.max_bad_share"
+                f"data.max_bad_share: found {bad} of {seen} rows bad, more than {self.max_bad_share:g} of them "
+                f"(the last: {next(reversed(self.bad_rows.values()))}); mend them, or raise data.max_bad_share"
             )
 
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Where each row is that did not train, and why."""
+        return self.bad_rows | self.dropped_rows
+
     def record(self) -> dict[str, Any]:
-        """The counts, as ``metrics.json`` has them."""
+        """The counts, as ``metrics.json`` has them; a row counts each time that it is looked at."""
         return {
             "rows": self.seen,
             "skipped": self.bad,
@@ -77,10 +87,11 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on later has to know."""
-        return self.record() | {"left_out": dict(self.left_out), "in_a_row": self._in_a_row}
+        rows = {"bad_rows": dict(self.bad_rows), "dropped_rows": dict(self.dropped_rows), "in_a_row": self._in_a_row}
+        return self.record() | rows
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self.seen, self.bad, self.dropped = state["rows"], state["skipped"], state["dropped"]
-        self.shortened, self.left_out = Counter(state["shortened"]), dict(state["left_out"])
-        self._in_a_row = state["in_a_row"]
+        self.bad_rows, self.dropped_rows = dict(state["bad_rows"]), dict(state["dropped_rows"])
+        self.shortened, self._in_a_row = Counter(state["shortened"]), state["in_a_row"]

@@ -14,7 +14,7 @@ from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.training.trainer import text_limit
+from flamingo_ft.training.batches import text_limit
 
 from .batch import Batch, find_batch
 from .devices import Device
@@ -78,8 +78,9 @@ class Planner:
         self.device = device
         self._sizes = {"text_tokens": text_tokens, "images": images}
         wanted = recipe.model
-        self._backbones = tower_config(wanted.vision.name, wanted.vision.pretrained), *language_files(
-            wanted.language.name, wanted.language.revision
+        self._backbones = (
+            tower_config(wanted.vision.name, wanted.vision.pretrained, wanted.vision.image_size),
+            *language_files(wanted.language.name, wanted.language.revision),
         )
 
     def plan(self, recipe: Recipe) -> Plan:

@@ -75,7 +75,8 @@ def meta_vision(config: dict, wanted: VisionSection, device: Device) -> VisionBa
         visual.to(compute_dtype(quantization, device))
         pack_linears(visual, quantization, compute_dtype(quantization, device), device == "cuda")
     source = {"name": wanted.name, "pretrained": wanted.pretrained, "revision": None, "sha256": None}
-    return VisionBackbone(visual, config, tower_preprocess(visual, {}), token_width(visual), source)
+    preprocess = tower_preprocess(visual, {}, wanted.resize_mode)
+    return VisionBackbone(visual, config, preprocess, token_width(visual), source)
 
 
 def meta_language(

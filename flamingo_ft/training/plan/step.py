@@ -21,6 +21,7 @@ from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import no_media
+from flamingo_ft.model.media_input import MediaInput
 
 from .batch import Batch
 from .devices import Device, behaving_like, recomputing_like
@@ -128,21 +129,21 @@ def _scored(hidden: Tensor) -> Tensor:
 @contextmanager
 def _one_batch_of_media(model: FlamingoForConditionalGeneration) -> Iterator[None]:
     """Let ``model`` take its media from full batches, in place of counting markers in ids that have no content."""
-    model.media_for = lambda input_ids, pixels, cache=None: _media(model, input_ids, pixels)
+    model.media_for = lambda input_ids, given, cache=None: _media(model, input_ids, given)
     try:
         yield
     finally:
         del model.media_for
 
 
-def _media(model: FlamingoForConditionalGeneration, input_ids: Tensor, pixels: Tensor | None) -> Media:
-    """`encode_media` where every slot holds an image: pixels (B, M, 3, H, W)."""
-    if pixels is None:
+def _media(model: FlamingoForConditionalGeneration, input_ids: Tensor, given: MediaInput | None) -> Media:
+    """`encode_media` where every slot holds an image, each another."""
+    if given is None:
         return no_media(model.perceiver, input_ids.new_zeros(len(input_ids)))
-    samples, images = pixels.shape[:2]
+    samples, images = given.frames.shape[:2]
     rows = torch.arange(samples).repeat_interleave(images)
     slots = torch.arange(images).repeat(samples)
-    tokens = spatial_tokens(model.vision_encoder, pixels[rows, slots]).unflatten(0, (-1, 1))
+    tokens = spatial_tokens(model.vision_encoder, given.frames[rows, slots].flatten(0, 1)).unflatten(0, (-1, 1))
     encoded = model.perceiver(tokens[None], slots[None])[0]
     latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
     latents[rows, slots] = encoded

@@ -1,0 +1,12 @@
+"""The number format that a run computes in."""
+
+from __future__ import annotations
+
+import torch
+
+
+def computes_in_bf16(precision: str) -> bool:
+    """Whether to compute in bfloat16; ``auto`` does so where the GPU supports it."""
+    if precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bf16"

@@ -1,0 +1,158 @@
+"""Batches are the same whatever the number of workers, go on where they stopped, and leave out what is bad."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import pytest
+import torch
+
+from flamingo_ft.data.encode import Encoded
+from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order, packed
+from flamingo_ft.data.stream.order import Mixed, Order
+from flamingo_ft.data.stream.prepare import Preparing
+from flamingo_ft.data.stream.tally import Tally
+from flamingo_ft.data.too_long import Dropped
+from flamingo_ft.errors import UserError
+
+from .fakes import Numbers
+
+
+@dataclass(frozen=True)
+class Encode:
+    """A number to some tokens; those in ``dropped`` are dropped."""
+
+    dropped: frozenset[int] = frozenset()
+
+    def __call__(self, sample: Sample) -> Encoded | Dropped:
+        number = int(sample.messages[0]["content"][0]["text"])
+        if number in self.dropped:
+            return Dropped(f"{sample.where}: too long")
+        ids = [number] * (1 + number % 5)
+        return Encoded(ids, ids)
+
+
+def draw_number(sample: Sample, kept: int, number: int) -> list[int]:
+    return [number]
+
+
+def assemble(rows) -> dict[str, list]:
+    samples = [sample for row in rows for sample in row]
+    return {
+        "rows": [[sample.encoded.input_ids[0] for sample in row] for row in rows],
+        "draws": {sample.media[0]: sample.encoded.input_ids[0] for sample in samples},
+    }
+
+
+def batches(*sources, size=4, workers=0, dropped=(), skip=True, share=1.0, grouping=False, fill=None, rank=0, world=1):
+    order = Order([Mixed(source) for source in sources], seed=3, shuffle_buffer=5)
+    tally = Tally(skip, share, order.epoch_length)
+    draws = by_length(order, lambda draw: draw.row, size) if grouping else order.draws
+    prepare = Preparing(sources, Encode(frozenset(dropped)), draw_number)
+    return Batches(draws, prepare, fill or in_order(size), assemble, tally, Loading(size, workers, rank, world))
+
+
+def taken(made: Batches, count: int) -> list[list[list[int]]]:
+    """The numbers in the rows of the next batches."""
+    return [batch["rows"] for batch in islice(made, count)]
+
+
+def flat(batches_taken) -> list[int]:
+    return [number for batch in batches_taken for row in batch for number in row]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
+BAD = frozenset({1, 8, 13})
+SOURCES = {
+    "indexed": lambda: (Numbers(20, bad=BAD), Numbers(7)),
+    "streamed": lambda: (Numbers(20, indexed=False, bad=BAD), Numbers(7)),
+}
+
+
+WAYS = {"plain": {}, "grouped": {"grouping": True}, "packed": {"fill": packed(2, 9)}}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_the_number_of_workers_changes_nothing(kind, options):
+    expected = taken(batches(*SOURCES[kind](), dropped=[2], **options), 12)
+    assert taken(batches(*SOURCES[kind](), dropped=[2], workers=1, **options), 12) == expected
+    assert taken(batches(*SOURCES[kind](), dropped=[2], workers=3, **options), 12) == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+def test_a_run_goes_on_at_the_exact_sample(kind, options, workers):
+    whole = batches(*SOURCES[kind](), dropped=[2], **options)
+    expected = taken(whole, 12)
+    first = batches(*SOURCES[kind](), dropped=[2], workers=workers, **options)
+    before = taken(first, 5)
+    second = batches(*SOURCES[kind](), dropped=[2], workers=workers, **options)
+    second.load_state_dict(first.state_dict())
+    assert before + taken(second, 7) == expected
+    assert second.tally.record() == whole.tally.record()
+
+
+def test_what_is_random_of_a_draw_depends_on_its_number_alone():
+    plain, grouped = ({}, {})
+    for batch in islice(batches(Numbers(30)), 6):
+        plain |= batch["draws"]
+    for batch in islice(batches(Numbers(30), grouping=True, workers=2), 6):
+        grouped |= batch["draws"]
+    assert {*plain} & {*grouped} and all(plain[number] == row for number, row in grouped.items() if number in plain)
+
+
+def test_packed_rows_are_no_longer_than_asked_and_hold_every_sample_once():
+    made = batches(Numbers(40), fill=packed(2, 9))
+    rows = [row for batch in taken(made, 12) for row in batch]
+    assert all(sum(1 + number % 5 for number in row) <= 9 for row in rows)
+    assert max(map(len, rows)) > 1
+    given = [number for row in rows for number in row]
+    assert len(given) == made.tally.seen - len(made.state_dict()["waiting"])
+
+
+def test_processes_share_the_draws_out():
+    everything = sorted(flat(taken(batches(Numbers(24)), 6)))
+    shares = [taken(batches(Numbers(24), rank=rank, world=3), 2) for rank in range(3)]
+    assert sorted(number for share in shares for number in flat(share)) == everything
+
+
+def test_bad_rows_are_left_out_counted_and_named():
+    made = batches(Numbers(20, bad=BAD), dropped=[5, 6])
+    rows = flat(taken(made, 15))
+    assert not {*rows} & {*BAD, 5, 6} and {*rows} == {*range(20)} - {*BAD, 5, 6}
+    record = made.tally.record()
+    assert record["rows"] == len(rows) + record["skipped"] + record["dropped"]
+    assert {*made.tally.left_out} == {f"numbers: row {row}" for row in (*BAD, 5, 6)}
+    assert made.tally.left_out["numbers: row 5"] == "numbers: row 5: too long"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_row_ends_a_run_that_does_not_skip_with_its_own_line(workers):
+    with pytest.raises(UserError) as caught:
+        taken(batches(Numbers(20, bad=BAD), skip=False, workers=workers), 10)
+    assert str(caught.value) in {f"numbers: row {row}: found nothing, wanted a number; remove the row" for row in BAD}
+
+
+def test_too_many_bad_rows_end_a_run_that_skips():
+    assert taken(batches(Numbers(20, bad=BAD), share=0.15), 20)  # three of twenty, epoch after epoch
+    with pytest.raises(UserError, match=r"data.max_bad_share: found 3 of \d+ rows bad, more than 0.1 of them .* mend them"):
+        taken(batches(Numbers(20, bad=BAD), share=0.1), 20)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_run_without_a_single_sample_ends(indexed):
+    everything = frozenset(range(6))
+    with pytest.raises(UserError, match="found no sample to train on among"):
+        taken(batches(Numbers(6, indexed), dropped=everything), 1)
+
+
+def test_loading_leaves_the_random_numbers_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    taken(batches(Numbers(20)), 3)
+    assert torch.equal(torch.rand(1), expected)

@@ -1,0 +1,65 @@
+"""What is held out is never trained on, nor are its images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flamingo_ft.data.held_out import hold_out
+from flamingo_ft.data.sample import Sample
+from flamingo_ft.errors import UserError
+
+from .stream.fakes import Numbers
+
+
+class Shown(Numbers):
+    """Rows that show the images listed for them."""
+
+    def __init__(self, images: list[list[str]], bad: frozenset[int] = frozenset()):
+        super().__init__(len(images), bad=bad)
+        self.images = images
+
+    def sample(self, i: int, raw: int) -> Sample:
+        return Sample(super().sample(i, raw).messages, self.images[i], "", f"row {i}")
+
+
+rows_of_images = st.lists(st.lists(st.sampled_from("abcdefghijklmnop"), max_size=2), min_size=2, max_size=30)
+
+
+@given(rows_of_images, st.floats(0.05, 0.9), st.integers(0, 9))
+def test_the_two_parts_are_all_rows_and_share_no_image(images, fraction, seed):
+    source = Shown(images)
+    try:
+        trained, held = hold_out(source, fraction, seed)
+    except UserError as error:
+        assert "could be held out" in str(error)
+        return
+    assert sorted([*trained, *held]) == list(range(len(images)))
+    assert len(trained) and len(held)
+    assert not {i for row in trained for i in images[row]} & {i for row in held for i in images[row]}
+
+
+def test_the_share_is_that_asked_for_and_another_seed_holds_out_others():
+    source = Numbers(1000)
+    first, again, other = (hold_out(source, 0.1, seed)[1] for seed in (0, 0, 1))
+    assert len(first) == 100
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_what_is_held_out_does_not_depend_on_the_order_of_rows():
+    images = [[f"{i}.png"] for i in range(40)]
+    held = {images[row][0] for row in hold_out(Shown(images), 0.2, 0)[1]}
+    turned = images[::-1]
+    assert held == {turned[row][0] for row in hold_out(Shown(turned), 0.2, 0)[1]}
+
+
+def test_rows_that_cannot_be_read_are_left_to_training_which_tells_of_them():
+    trained, held = hold_out(Shown([[f"{i}.png"] for i in range(10)], bad=frozenset({3, 4})), 0.5, 0)
+    assert {3, 4} <= set(trained) and len(held) == 5
+
+
+def test_rows_that_all_hang_together_cannot_be_held_out():
+    with pytest.raises(UserError, match="could be held out .* name a held-out file in data.eval"):
+        hold_out(Shown([["a.png"]] * 5), 0.2, 0)

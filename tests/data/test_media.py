@@ -1,0 +1,253 @@
+"""Images and videos of every kind to upright RGB, and what must not be opened."""
+
+import base64
+import http.server
+import io
+import socket
+import struct
+import sys
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flamingo_ft.data import download, open_medium
+from flamingo_ft.data.locate import Locator, lossless_bytes
+from flamingo_ft.data.media import open_image
+from flamingo_ft.data.sample import Video
+from flamingo_ft.errors import UserError
+
+from .fixtures import FACTS, SCANS
+
+SCAN = SCANS / FACTS[0][0]
+
+
+def file_of(image: Image.Image, form: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def opened(content: bytes) -> np.ndarray:
+    (image,) = open_medium(content, "row 0")
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def refused(medium, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        open_medium(medium, "x.jsonl: row 0: images[0]", **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def photo() -> Image.Image:
+    """A real scan, enlarged, with a gradient over it in colour."""
+    grey = np.asarray(Image.open(SCAN).convert("L").resize((48, 32))).astype(int)
+    ramp = np.linspace(0, 255, 48).astype(int)[None, :].repeat(32, 0)
+    return Image.fromarray(np.stack([grey, ramp, 255 - grey], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"])
+def test_every_format_shows_the_same(form):
+    tolerance = {"JPEG": 8, "WEBP": 8, "GIF": 12}.get(form, 0)
+    shown = opened(file_of(photo(), form))
+    assert np.abs(shown - np.asarray(photo()).astype(int)).mean() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_every_mode_becomes_its_colours(mode):
+    image = photo().convert(mode)
+    form = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
+    tolerance = 4 if form == "JPEG" else 0
+    shown = opened(file_of(image, form, **({"quality": 98, "subsampling": 0} if form == "JPEG" else {})))
+    assert np.abs(shown - np.asarray(image.convert("RGB")).astype(int)).mean() <= tolerance
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_not_clipped(form):
+    grey = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+    shown = opened(file_of(Image.fromarray(grey), form))
+    assert np.abs(shown[..., 0].ravel() - np.arange(256)).max() <= 1
+    dark = opened(file_of(Image.fromarray(grey // 256), form))
+    assert dark.max() == 1
+
+
+def test_floats_are_scaled_by_what_they_reach():
+    for top in (1, 255, 65535):
+        values = np.linspace(0, top, 256, dtype=np.float32).reshape(16, 16)
+        shown = opened(file_of(Image.fromarray(values), "TIFF"))
+        assert np.abs(shown[..., 0].ravel() - np.arange(256)).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "palette"])
+def test_what_is_transparent_is_white(mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((0, 0), (0, 0, 0, 255))
+    options = {}
+    if mode == "palette":
+        image, options = Image.new("P", (4, 4), 0), {"transparency": 0}
+        image.putpalette([9, 9, 9, 0, 0, 0])
+        image.putpixel((0, 0), 1)
+    elif mode == "LA":
+        image = image.convert("LA")
+    shown = opened(file_of(image, "PNG", **options))
+    assert (shown[0, 0] == 0).all() and shown.sum() == 15 * 3 * 255
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_camera_held_sideways_gives_an_upright_image(form, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+    stored = photo().transpose(turned[orientation])
+    shown = opened(file_of(stored, form, exif=exif))
+    assert shown.shape == (32, 48, 3) and np.abs(shown - np.asarray(photo()).astype(int)).mean() < 8
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_seen(form):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    options = {"lossless": True} if form == "WEBP" else {}
+    shown = opened(file_of(first, form, save_all=True, append_images=[second], **options))
+    assert (shown == [255, 0, 0]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16", "F", "1", "LA"])
+def test_a_pillow_image_is_kept_without_loss(mode):
+    image = photo().convert("L").convert(mode) if mode in ("I;16", "F") else photo().convert(mode)
+    content = Locator(None, False).image(image, "row 0: image")
+    kept = Image.open(io.BytesIO(content))
+    assert kept.mode == image.mode and kept.tobytes() == image.tobytes()
+    assert content == lossless_bytes(image)
+
+
+BROKEN = {
+    "an empty file": (b"", "an empty file"),
+    "text": (b"not an image", "of no known image format"),
+    "a truncated JPEG": (file_of(photo(), "JPEG")[:-200], "truncated"),
+    "a truncated PNG": (file_of(photo(), "PNG")[:200], "truncated"),
+    "a JPEG's head alone": (file_of(photo(), "JPEG")[:30], ""),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "of no known image format"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_image_is_refused_in_one_line(tmp_path, content, reason):
+    message = refused(content)
+    assert message.startswith("x.jsonl: row 0: images[0]: ") and reason in message and "not a readable image" in message
+    (tmp_path / "a.png").write_bytes(content)
+    assert f"row 0: images[0]: {tmp_path / 'a.png'}: not a readable image" in refused(str(tmp_path / "a.png"))
+
+
+def test_a_missing_file_and_a_folder_are_no_images(tmp_path):
+    for path, reason in [(tmp_path / "a.png", "no such file"), (tmp_path, "directory")]:
+        with pytest.raises(UserError, match=reason):
+            open_image(path)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few hundred bytes that claims to be enormous."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+    )
+
+
+def test_a_decompression_bomb_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(Image.Image, "load", None)
+    for size in [(12_000, 10_000), (60_000, 60_000)]:
+        assert "pixels" in refused(bomb(*size))
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        answers = {
+            "/scan%20one.png": (200, SCAN.read_bytes()),
+            "/scan.png": (200, SCAN.read_bytes()),
+            "/big": (200, b"0" * 5000),
+        }
+        status, content = answers.get(self.path, (404, b""))
+        targets = {"/moved": "/scan.png", "/file": SCAN.as_uri(), "/ftp": "ftp://127.0.0.1/x", "/loop": "/loop"}
+        self.send_response(302 if self.path in targets else status)
+        if self.path in targets:
+            self.send_header("Location", targets[self.path])
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_address[1]}"
+        running.shutdown()
+
+
+@pytest.mark.parametrize("path", ["/scan.png", "/moved", "/scan one.png", "/scan%20one.png"])
+def test_an_image_is_fetched_from_its_url(server, path):
+    (image,) = open_medium(server + path)
+    assert (np.asarray(image) == np.asarray(Image.open(SCAN).convert("RGB"))).all()
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("/gone", "404"), ("/file", ""), ("/ftp", ""), ("/loop", ""), ("/big", "larger than 0 MiB")]
+)
+def test_what_cannot_be_fetched_is_refused_in_one_line(server, path, reason, monkeypatch):
+    monkeypatch.setattr(download, "MOST_BYTES", 4000)
+    message = refused(server + path)
+    assert f"cannot fetch {server + path}" in message and reason in message
+
+
+def test_a_silent_server_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        assert "timed out" in refused(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png")
+
+
+def test_a_slow_server_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(download, "LONGEST_SECONDS", -1.0)
+    assert "slower than" in refused(f"{server}/scan.png")
+
+
+def test_a_video_file_without_pyav_names_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "a video file needs PyAV; pip install av" in refused(Video(file=b"video"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a video", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"])
+def test_a_broken_video_is_refused_in_one_line(content):
+    assert "images[0]" in refused(Video(file=content)) and "not a readable video" in refused(Video(file=content))
+
+
+def test_a_list_of_files_to_open_is_no_video(tmp_path):
+    """FFmpeg would open what a playlist names, wherever it is."""
+    playlist = tmp_path / "x.m3u8"
+    playlist.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n")
+    assert "not a readable video" in refused(Video(file=str(playlist)))
+
+
+def test_base64_with_and_without_its_header_is_the_file():
+    content = SCAN.read_bytes()
+    text = base64.b64encode(content).decode()
+    for value in (
+        text,
+        f"data:image/png;base64,{text}",
+        text[:80] + "\n" + text[80:],
+        {"bytes": text},
+        {"bytes": content},
+    ):
+        assert Locator(None, False).image(value, "row 0: image") == content

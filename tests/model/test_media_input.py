@@ -1,0 +1,162 @@
+"""What the model is shown: pixels or the tower's tokens of them, media with frames, and the same image twice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from trl.trainer.utils import add_fused_lm_head
+
+from flamingo_ft.adapters.lora import add_lora
+from flamingo_ft.backbones.vision import spatial_tokens
+from flamingo_ft.config.schema import LoraPart, LoraSection
+from flamingo_ft.errors import UserError
+from flamingo_ft.model.copies import find_copies
+from flamingo_ft.model.media_input import media_input
+
+from .tiny import ids, images, tiny_flamingo
+
+TEXT = ids("aIbIc", "dIefg")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_flamingo(perceiver={"max_num_frames": 3, "max_num_media": 2})
+
+
+@pytest.fixture
+def seen(model):
+    """How many images the tower was given, call by call."""
+    counts: list[int] = []
+    hook = model.vision_encoder.conv1.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    yield counts
+    hook.remove()
+
+
+def tokens_of(model, pixels: Tensor) -> Tensor:
+    """(B, M, F, C, H, W) -> (B, M, F, V, D)."""
+    return spatial_tokens(model.vision_encoder, pixels.flatten(0, 2)).unflatten(0, pixels.shape[:3])
+
+
+# Tokens in place of pixels
+
+
+def test_tokens_of_the_tower_stand_for_the_pixels_without_running_it(model, seen):
+    pixels = images(2, 2, 3)
+    tokens = tokens_of(model, pixels)
+    expected = model(TEXT, pixels).logits
+    before = len(seen)
+    torch.testing.assert_close(model(TEXT, vision_tokens=tokens).logits, expected)
+    torch.testing.assert_close(model.backbone(TEXT, vision_tokens=tokens)[0], model.backbone(TEXT, pixels)[0])
+    assert len(seen) == before + 1
+
+
+def test_pixels_and_tokens_together_are_refused(model):
+    with pytest.raises(UserError, match="found both pixel_values and vision_tokens"):
+        model(TEXT, images(2, 2), vision_tokens=torch.zeros(2, 2, 1, 4, 32))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"vision_tokens": torch.zeros(2, 2, 4, 32)}, r"vision tokens have shape \(2, 2, 4, 32\)"),
+        ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"pixel values have shape \(2, 3, 16, 16\)"),
+        ({"pixel_values": images(2, 2), "frame_counts": torch.ones(2)}, r"frame_counts have shape \(2,\)"),
+        ({"pixel_values": images(2, 2, 3), "frame_counts": torch.tensor([[1, 4], [1, 0]])}, "found 4 frames"),
+        ({"pixel_values": images(2, 2, 3), "frame_counts": torch.tensor([[1, 0], [1, 0]])}, "found 0 frames"),
+    ],
+)
+def test_what_has_another_shape_is_refused(model, given, message):
+    with pytest.raises(UserError, match=message):
+        model(TEXT, **given)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tokens_and_frame_counts_reach_the_model_under_trls_fused_head(fused):
+    model = tiny_flamingo(perceiver={"max_num_frames": 3})
+    pixels, frames = images(2, 2, 3), torch.tensor([[3, 1], [2, 0]])
+    labels = TEXT.clone()
+    plain = model(TEXT, pixels, labels=labels, frame_counts=frames).loss
+    add_fused_lm_head(model)
+    options = {"fused_lm_head": fused, "labels": labels, "frame_counts": frames}
+    for given in ({"pixel_values": pixels}, {"vision_tokens": tokens_of(model, pixels)}):
+        torch.testing.assert_close(model(input_ids=TEXT, **given, **options).loss, plain)
+
+
+# Media with different numbers of frames
+
+
+def latents(model, text: Tensor, **given) -> Tensor:
+    with torch.no_grad():
+        return model.media_for(text, media_input(**given)).latents
+
+
+def test_an_image_among_videos_gives_exactly_the_latents_it_gives_alone():
+    model = tiny_flamingo(perceiver={"max_num_frames": 3})
+    tokens = tokens_of(model, images(2, 2, 3))
+    frames = torch.tensor([[3, 1], [3, 0]])
+    mixed = latents(model, TEXT, pixel_values=None, vision_tokens=tokens, frame_counts=frames)
+    alone = latents(model, ids("aI"), pixel_values=None, vision_tokens=tokens[:1, 1:, :1])
+    assert torch.equal(mixed[0, 1], alone[0, 0])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 3), min_size=4, max_size=4), st.integers(0, 99))
+def test_padding_frames_change_nothing_and_never_reach_the_tower(model, lengths, seed):
+    frames = torch.tensor(lengths).view(2, 2)
+    pixels, text = images(2, 2, 3, seed=seed), ids("aIbIc", "dIeIg")
+    counts = []
+    hook = model.vision_encoder.conv1.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    found = latents(model, text, pixel_values=pixels, frame_counts=frames)
+    hook.remove()
+    assert counts == [sum(lengths)]
+    spoilt = pixels.clone()
+    spoilt[torch.arange(3) >= frames[..., None]] = torch.nan
+    assert torch.equal(found, latents(model, text, pixel_values=spoilt, frame_counts=frames))
+    for row in range(2):
+        for slot in range(2):
+            video = pixels[row : row + 1, : slot + 1, : lengths[2 * row + slot]]
+            alone = latents(model, ids("I" * (slot + 1)), pixel_values=video)
+            torch.testing.assert_close(found[row, slot], alone[0, slot])
+
+
+# The same image twice
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_copies_are_found_whatever_their_order_and_nothing_else_is(names, dtype):
+    kinds = images(2).to(dtype)
+    kinds = torch.stack([*kinds, kinds[0].flip(-1), kinds[0] + torch.nan])  # the flip has the sum of the first
+    first, source = find_copies(kinds[names])
+    assert [names[index] for index in first] == list(dict.fromkeys(names))
+    assert [names[first[number]] for number in source] == names
+
+
+def test_an_image_that_is_there_twice_is_encoded_once_and_read_as_if_twice(model, seen):
+    pixels = images(2, 2, 3)
+    pixels[1, 0] = pixels[0, 1]
+    pixels[0, 0, 2] = pixels[0, 0, 0]
+    expected = model(TEXT, vision_tokens=tokens_of(model, pixels)).logits
+    seen.clear()
+    torch.testing.assert_close(model(TEXT, pixels).logits, expected)
+    assert seen == [5]  # the text mentions nine frames; one video of three is a copy, and one frame of another
+
+
+def test_lora_in_the_tower_learns_from_each_of_two_copies():
+    gradients = []
+    for copies in (False, True):
+        model = tiny_flamingo()
+        torch.manual_seed(0)
+        add_lora(model, LoraSection(vision=LoraPart(r=2)))
+        updates = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+        for parameter in updates.values():
+            torch.nn.init.normal_(parameter, std=0.1).requires_grad_(True)
+        pixels = images(2, 1)
+        pixels[1] = pixels[0] if copies else pixels[0] + 1e-6
+        model(ids("aIb", "Icd"), pixels).logits.square().sum().backward()
+        gradients.append([parameter.grad for parameter in updates.values()])
+    for once, twice in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, twice, rtol=1e-3, atol=1e-3)
