@@ -74,14 +74,14 @@ def policy_table(too_long: Mapping[str, Any]) -> Table:
 
 def repeat_lines(repeats: Mapping[str, Any]) -> Iterator[str]:
     """What is there more than one time."""
-    if repeats["copies"]:
-        yield f"{repeats['copies']:,} training samples equal an earlier one"
-    if repeats["leaked"]:
-        yield f"{repeats['leaked']:,} held-out samples equal one that is trained on"
-    if repeats["leaked_images"]:
-        yield f"{repeats['leaked_images']:,} held-out samples show an image that is trained on"
-    if repeats["repeated_images"]:
-        yield f"{repeats['repeated_images']:,} of {repeats['images']:,} images are in more than one place"
+    for name, told in {
+        "copies": "training samples that equal an earlier one",
+        "leaked": "held-out samples that equal one that is trained on",
+        "leaked_images": "held-out samples that show an image that is trained on",
+        "repeated_images": "images in more than one place",
+    }.items():
+        if repeats[name]:
+            yield f"{told}: {repeats[name]:,}" + (f" of {repeats['images']:,}" if name == "repeated_images" else "")
 
 
 def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:
