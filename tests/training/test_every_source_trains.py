@@ -1,0 +1,132 @@
+"""Data of every schema and every kind of source, of real images, trains a model."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers.trainer_utils import set_seed
+from trl import DPOConfig, DPOTrainer
+
+from flamingo_ft.config import Recipe
+from flamingo_ft.data import open_data
+from flamingo_ft.data.preference import preference_row
+from flamingo_ft.errors import UserError
+from flamingo_ft.training.build import build_model
+from flamingo_ft.training.trainer import make_trainer
+from tests.data.fixtures import FIXTURES
+
+STEPS = 8
+PREFERENCES = [name for name in FIXTURES if name.startswith("preference")]
+
+
+def recipe(entry: dict, folder: Path, **data) -> Recipe:
+    small = {"heads": 2, "dim_head": 8}
+    return Recipe.model_validate(
+        {
+            "model": {
+                "vision": {"name": "nano"},
+                "language": {"name": "nano"},
+                "perceiver": {"num_latents": 3, "depth": 1, **small},
+                "cross_attention": small,
+            },
+            "data": {"train": [entry], "video_frames": 2, **data},
+            "train": {
+                "output_dir": str(folder / "run"),
+                "max_steps": STEPS,
+                "batch_size": 3,
+                "learning_rate": 1e-2,
+                "lr_scheduler": "constant",
+                "logging_steps": 1,
+                "num_workers": 0,
+            },
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def trained(entry: dict, folder: Path, **data):
+    """A trainer after its run over the entry's data."""
+    wanted = recipe(entry, folder, **data)
+    set_seed(0)
+    model, processor = build_model(wanted)
+    trainer = make_trainer(model, processor, open_data(wanted.data, 0), wanted, [])
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("name", [name for name in FIXTURES if name not in PREFERENCES])
+def test_the_loss_falls_and_no_row_is_lost(name, tmp_path):
+    trainer = trained(FIXTURES[name](tmp_path), tmp_path)
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    record = trainer.batches.tally.record()
+    assert record["rows"] == 3 * STEPS and not record["skipped"] and not record["dropped"]
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preference_pairs_train_in_an_unmodified_dpo_trainer(name, tmp_path):
+    wanted = recipe(FIXTURES[name](tmp_path), tmp_path)
+    model, processor = build_model(wanted)
+    data = open_data(wanted.data, 0)
+    rows = [preference_row(sample) for sample in data.samples(data.train)]
+    options = {"per_device_train_batch_size": len(rows), "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    arguments = DPOConfig(
+        output_dir=str(tmp_path / "dpo"), bf16=False, use_cpu=True, report_to="none", save_strategy="no", **options
+    )
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"])
+    trainer = DPOTrainer(
+        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=lora
+    )
+    trainer.train()
+    margins = [float(entry["rewards/margins"]) for entry in trainer.state.log_history if "rewards/margins" in entry]
+    assert margins[-1] > margins[0]
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preference_pairs_are_refused_where_one_answer_is_learned(name, tmp_path):
+    with pytest.raises(UserError, match="found preference pairs, wanted samples with one answer; train on them with"):
+        trained(FIXTURES[name](tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["messages_two_images", "caption", "interleaved_mmc4", "frames", "tar_captions"])
+@pytest.mark.parametrize("way", [{"packing": True, "max_text_tokens": 200}, {"group_by_length": True}])
+def test_packed_and_grouped_batches_train_too(name, way, tmp_path):
+    trainer = trained(FIXTURES[name](tmp_path), tmp_path, **way)
+    losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["messages", "caption", "video", "frames", "jsonl_base64", "tar_captions"])
+def test_stored_tokens_give_the_same_losses_cold_and_warm(name, tmp_path):
+    cache = {"folder": str(tmp_path / "cache"), "dtype": "fp32"}
+    entry = FIXTURES[name](tmp_path)
+    runs = [trained(entry, tmp_path, cache=one) for one in (None, cache, cache)]
+    plain, cold, warm = [[e["loss"] for e in run.state.log_history if "loss" in e] for run in runs]
+    assert warm == cold
+    torch.testing.assert_close(torch.tensor(cold), torch.tensor(plain), rtol=1e-4, atol=1e-4)
+    assert any((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_run_that_stops_goes_on_with_the_batches_it_would_have_had(tmp_path):
+    wanted = recipe(FIXTURES["messages"](tmp_path), tmp_path)
+    model, processor = build_model(wanted)
+
+    def batches():
+        return make_trainer(model, processor, open_data(wanted.data, 0), wanted, []).batches
+
+    expected = list(itertools.islice(batches(), 6))
+    first, second = batches(), batches()
+    found = list(itertools.islice(first, 2))
+    second.load_state_dict(first.state_dict())
+    found += itertools.islice(second, 4)
+    for one, other in zip(expected, found, strict=True):
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
