@@ -14,12 +14,16 @@ from flamingo_ft.config import ModelSection
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tokens import add_media_tokens
 
+ENDLESS = 2**31  # the context of a language model that has none
+
 
 @dataclass(frozen=True)
 class BackboneFiles:
-    """tower: a `VisionBackbone.config`; language, tokenizer: the language model's."""
+    """tower: a `VisionBackbone.config`, and resize_mode how images are brought to its size; language, tokenizer: the
+    language model's."""
 
     tower: dict
+    resize_mode: str | None
     language: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
 
@@ -28,17 +32,18 @@ class BackboneFiles:
         tokenizer = copy.deepcopy(self.tokenizer)
         add_media_tokens(tokenizer)
         with torch.device("meta"):
-            preprocess = tower_preprocess(build_visual(self.tower), {})
+            preprocess = tower_preprocess(build_visual(self.tower), {}, self.resize_mode)
         return FlamingoProcessor.for_backbones(preprocess, tokenizer)
-
-    def text_limit(self, wanted: int | None) -> int:
-        """Longest sample in text tokens: as wanted, within the language model's context."""
-        context = getattr(self.language.get_text_config(), "max_position_embeddings", None)
-        return min(limit for limit in (wanted, context, 2**31) if limit)
 
 
 def backbone_files(model: ModelSection) -> BackboneFiles:
     """Fetch what is not there of them, never weights. UserError for backbones that do not exist."""
     vision, language = model.vision, model.language
-    tower = tower_config(vision.name, vision.pretrained)
-    return BackboneFiles(tower, *language_files(language.name, language.revision))
+    tower = tower_config(vision.name, vision.pretrained, vision.image_size)
+    return BackboneFiles(tower, vision.resize_mode, *language_files(language.name, language.revision))
+
+
+def text_limit(config: PreTrainedConfig, wanted: int | None) -> int:
+    """Longest sample in text tokens: as wanted, within the context that a model's configuration tells."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(limit for limit in (wanted, context, ENDLESS) if limit)

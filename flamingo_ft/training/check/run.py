@@ -10,7 +10,7 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.data.templates import apply_template
-from flamingo_ft.training.backbone_files import backbone_files
+from flamingo_ft.training.backbone_files import backbone_files, text_limit
 from flamingo_ft.training.callbacks import progress_bars
 
 from .account import Account
@@ -36,7 +36,7 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
         files = backbone_files(recipe.model)
         processor = files.processor()
         apply_template(processor, recipe.data)
-        encoding = Encoding(processor, recipe.data, files.text_limit(recipe.data.max_text_tokens))
+        encoding = Encoding(processor, recipe.data, text_limit(files.language, recipe.data.max_text_tokens))
         data = open_data(recipe.data, recipe.train.seed)
         mixture = [*data.train, *data.held_out]
         account = Account(data, encoding.limit, ProblemList(new / PROBLEMS_FILE))
