@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -65,8 +64,7 @@ def share_figure(share: Distribution) -> Figure:
 def _histogram(title: str, values: Distribution) -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZE, layout="constrained", facecolor="white")
     axes = figure.subplots()
-    gaps = np.diff(values.edges)
-    axes.bar(values.edges[:-1], values.counts, gaps, align="edge", color=BLUE, edgecolor="white", linewidth=0.6)
+    axes.stairs(values.counts, values.edges, fill=True, color=BLUE)
     axes.set_title(title, loc="left", color=INK)
     axes.set_ylabel("samples")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))

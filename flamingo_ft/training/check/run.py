@@ -51,7 +51,7 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
 def _look_at_all(mixture: Sequence[Mixed], encoding: Encoding, account: Account, workers: int) -> None:
     looking = Looking([mixed.source for mixed in mixture], encoding, account.section.video_frames)
     total = sum(mixed.size for mixed in mixture) if all(mixed.source.indexed for mixed in mixture) else None
-    with progress_bars() as progress:
+    with progress_bars(stderr=True) as progress:
         bar = progress.add_task("checking", total=total, note="")
         for seen in look(mixture, looking, workers):
             account.add(seen)

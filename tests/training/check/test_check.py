@@ -20,11 +20,15 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.recipe_library import find_recipe
 from flamingo_ft.training.check import run
 from tests.data.dialogues import nano_processor
-from tests.data.fixtures import FIXTURES, SCANS, put
+from tests.data.fixtures import FACTS, FIXTURES, SCANS
 from tests.data.test_bad_data import BAD_ROWS, GOOD, SCAN
 
 from .recipes import asked, checked, problem_lines, recipe, write_rows
 
+GOOD_DOCUMENTS = {  # with something to learn, which text without images is not
+    "mmc4": {"text_list": ["A."], "image_info": [{"image_name": "a.png", "matched_text_index": 0}]},
+    "obelics": {"texts": [None, "A."], "images": ["a.png", None]},
+}
 NUMBER = re.compile(r"(image|video) \d+ of \d+: ")  # which of a row's images; errors of a run name the file alone
 
 
@@ -35,9 +39,9 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """With a readable image and others that are not."""
-    put(tmp_path, "1442.png").encode()
+    """With two readable images and others that are not."""
     (tmp_path / "a.png").write_bytes(SCAN)
+    (tmp_path / "b.png").write_bytes((SCANS / FACTS[1][0]).read_bytes())
     (tmp_path / "cut.png").write_bytes(SCAN[: len(SCAN) // 2])
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "words.png").write_text("no image")
@@ -54,7 +58,7 @@ def test_every_kind_of_bad_row_is_listed_with_its_row(tmp_path):
         path.write_bytes(SCAN)
     (inside / "link.png").symlink_to(tmp_path / "b.png")
     entries, expected = [], []
-    for schema, good in GOOD.items():
+    for schema, good in {**GOOD, **GOOD_DOCUMENTS}.items():
         bad = [(row, complaint) for of, row, complaint in BAD_ROWS.values() if of == schema]
         entries.append(write_rows(inside / f"{schema}.jsonl", [good, *(row for row, _ in bad), good]))
         expected += [f"FOLDER/{schema}.jsonl: row {i}: {told}" for i, (_, told) in enumerate(bad, start=1)]
@@ -150,10 +154,9 @@ def test_data_of_any_schema_and_source_is_fit_to_train(folder, name):
 
 def test_samples_that_equal_and_images_that_repeat_are_found_by_their_content(folder):
     (folder / "copy.png").write_bytes(SCAN)
-    same, also, other = (asked("<image>?", "A", (name,)) for name in ("a.png", "copy.png", "1442.png"))
+    same, also, other = (asked("<image>?", "A", (name,)) for name in ("a.png", "copy.png", "b.png"))
     train = write_rows(folder / "x.jsonl", [same, asked("?", "B"), also, asked("<image>!", "A", ("a.png",))])
     held_out = write_rows(folder / "y.jsonl", [other, same, asked("<image>new", "A", ("copy.png",))])
-    (folder / "1442.png").write_bytes((SCANS / "0690.png").read_bytes())
     repeats = checked(folder, [train], eval=[held_out]).repeats
     assert repeats.copies == 1
     assert [(group.times, group.rows) for group in repeats.copy_groups] == [(2, {train["path"]: [0, 2]})]
@@ -163,7 +166,7 @@ def test_samples_that_equal_and_images_that_repeat_are_found_by_their_content(fo
 
 
 def test_rows_held_out_by_a_fraction_are_counted_apart_and_none_leaks(folder):
-    rows = [asked(f"<image>{i}?", "A", (("a.png", "1442.png")[i % 2],)) for i in range(10)]
+    rows = [asked(f"<image>{i}?", "A", (("a.png", "b.png")[i % 2],)) for i in range(10)]
     findings = checked(folder, [write_rows(folder / "x.jsonl", rows)], eval_fraction=0.5)
     train, held_out = findings.parts
     assert (train.split, held_out.split) == ("train", "held out")
@@ -194,7 +197,7 @@ def test_what_policies_take_away_is_what_they_take_in_training(folder, policy):
 
 
 def test_the_record_is_the_same_whatever_the_number_of_workers(folder):
-    rows = [asked(f"<image>{i}?", "A", (("a.png", "cut.png", "1442.png")[i % 3],)) for i in range(50)]
+    rows = [asked(f"<image>{i}?", "A", (("a.png", "cut.png", "b.png")[i % 3],)) for i in range(50)]
     entries = [write_rows(folder / "x.jsonl", rows), FIXTURES["parquet_streamed"](folder)]
     records = [checked(folder, entries, workers).record() for workers in (0, 2)]
     assert records[0] == records[1] and records[0]["bad"] == 17
