@@ -10,7 +10,7 @@ from PIL import Image
 
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.config import Recipe, load_recipe
-from flamingo_ft.data import read_samples
+from flamingo_ft.data import open_data
 from flamingo_ft.training.build import build_model
 from flamingo_ft.training.trainer import make_trainer
 
@@ -70,8 +70,7 @@ def build(*overrides: str):
 def trainer(model, processor, *overrides: str):
     """A trainer over the recipe's data."""
     wanted = recipe(*overrides)
-    sources = [read_samples(source.path, source.image_root) for source in wanted.data.train]
-    return make_trainer(model, processor, sources, wanted, [])
+    return make_trainer(model, processor, open_data(wanted.data, wanted.train.seed), wanted, [])
 
 
 @torch.no_grad()

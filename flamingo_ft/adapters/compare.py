@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flamingo_ft.config import RECIPE_FILE, load_recipe
 from flamingo_ft.data.encode import encode, text_message
-from flamingo_ft.data.collate import load_pixels
+from flamingo_ft.data.collate import load_media
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -43,7 +43,7 @@ def sample_prompts(processor: FlamingoProcessor, folder: Path) -> tuple[list[dic
     samples = _samples_of(folder)
     if not samples:
         return _made_up(processor), "made up: the run's own samples were not found"
-    prompts = [_inputs(processor, sample.messages, load_pixels(processor, [vars(sample)])) for sample in samples]
+    prompts = [_inputs(processor, sample.messages, load_media(processor, [vars(sample)])) for sample in samples]
     return prompts, "the run's own samples"
 
 

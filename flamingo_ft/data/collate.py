@@ -1,6 +1,6 @@
-"""Samples to a batch of tensors.
+"""Encoded samples to a batch of tensors.
 
-Shapes: B samples, T text tokens, M images, C channels, H height, W width.
+Shapes: B samples, T text tokens, M media, F frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -11,51 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
 
-from .encode import IGNORED, Encoded, encode
-from .media import open_image
+from .encode import IGNORED, Encoded
+from .media_reader import read_pixels
+from .stack import stack_media
 
 
-class Collator:
-    """Rows of a dataset (the fields of `Sample`) to input_ids, attention_mask, labels (B, T) and pixel_values.
-
-    Raises UserError for a sample longer than ``max_text_tokens`` or without a word to learn, a dialogue that the
-    chat template refuses, and an image that cannot be read.
-    """
-
-    def __init__(self, processor: FlamingoProcessor, max_text_tokens: int):
-        self.processor = processor
-        self.max_text_tokens = max_text_tokens
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        encoded = [self._encode(row) for row in rows]
-        pad_token_id = self.processor.tokenizer.pad_token_id
-        batch = pad_ids([sample.input_ids for sample in encoded], pad_token_id, "right")
-        batch["labels"] = pad([sample.labels for sample in encoded], IGNORED, "right")
-        return batch | load_pixels(self.processor, rows)
-
-    def _encode(self, row: Mapping[str, Any]) -> Encoded:
-        try:
-            sample = encode(self.processor, row["messages"])
-        except UserError as error:
-            raise UserError(f"{row['where']}: {error}") from None
-        found = len(sample.input_ids)
-        if found > self.max_text_tokens:
-            raise UserError(
-                f"{row['where']}: found {found} text tokens, the limit is {self.max_text_tokens}; "
-                "shorten the sample or raise data.max_text_tokens (up to the language model's context)"
-            )
-        if all(label == IGNORED for label in sample.labels):
-            raise UserError(f"{row['where']}: found no word of the assistant's to learn; remove the sample")
-        return sample
+def collate_text(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels (B, T) of encoded samples, padded at the end."""
+    batch = pad_ids([sample.input_ids for sample in samples], pad_token_id, "right")
+    return batch | {"labels": pad([sample.labels for sample in samples], IGNORED, "right")}
 
 
-def load_pixels(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """pixel_values (B, M, C, H, W) of the rows' image files; nothing where no row has any."""
-    images = [[open_image(path, row["where"]) for path in row["images"]] for row in rows]
-    return {"pixel_values": processor.pixel_values(images)} if any(images) else {}
+def load_media(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What `stack_media` makes of the rows' ``images``; ``where`` is the row in errors. UserError for an unreadable one."""
+    return stack_media([[read_pixels(processor, medium, row["where"]) for medium in row["images"]] for row in rows])
 
 
 def pad_ids(

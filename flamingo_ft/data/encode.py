@@ -93,6 +93,11 @@ def text_of(message: Mapping[str, Any]) -> str:
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
+def readable(message: Mapping[str, Any]) -> str:
+    """A message for people to read, ``<image>`` where an image stands."""
+    return "".join(block["text"] if block["type"] == "text" else MEDIA_TOKEN for block in message["content"])
+
+
 def _messages(sample: Sample | Messages) -> Messages:
     return sample.messages if isinstance(sample, Sample) else sample
 

@@ -16,6 +16,9 @@ from .sources import Source, open_source
 from .stream.order import Mixed
 
 
+SOON_READ = 50_000  # rows; some seconds
+
+
 @dataclass(frozen=True)
 class OpenedData:
     """Sources of a recipe. ``train``: with weights; ``held_out``: never trained on."""
@@ -28,6 +31,16 @@ class OpenedData:
         """The samples of some of the sources, one after the other, in the order of their rows; bad ones end it or are
         left out, as the recipe says."""
         return itertools.chain.from_iterable(_samples(mixed, self.section) for mixed in mixture)
+
+    def look_through(self) -> None:
+        """Read the rows of training sources that are soon read, so that a run that bad rows end is not begun.
+
+        Raises UserError for the first bad one. Images are not opened.
+        """
+        for mixed in self.train:
+            if mixed.source.indexed and mixed.size <= SOON_READ:
+                for _ in _samples(mixed, self.section):
+                    pass
 
     def held_out_samples(self, most_per_source: int | None = None) -> list[Sample]:
         """The first held-out samples of each source, their images looked at: an evaluation must not fail after training."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.data.encode import readable
 from flamingo_ft.data.preview import preview
-from flamingo_ft.model.processor import flatten
 
 from .accuracy import accuracy, accuracy_by_task
 from .questions import Question
@@ -60,6 +60,6 @@ def _row(question: Question) -> dict[str, Any]:
         "where": question.where,
         "task": question.task,
         "images": [preview(medium) for medium in question.images],
-        "question": flatten(question.messages[-1])["content"].strip(),
+        "question": readable(question.messages[-1]).strip(),
         "answer": question.answer,
     }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from flamingo_ft.adapters import load_trained
-from flamingo_ft.data.collate import load_pixels, pad_ids
+from flamingo_ft.data.collate import load_media, pad_ids
 from flamingo_ft.data.encode import encode_prompt, end_token_id
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.schemas.blocks import split_markers
@@ -60,7 +60,7 @@ def answer_batch(
     """
     tokenizer = processor.tokenizer
     prompts = [encode_prompt(processor, question["messages"]) for question in questions]
-    batch = pad_ids(prompts, tokenizer.pad_token_id, "left") | load_pixels(processor, questions)
+    batch = pad_ids(prompts, tokenizer.pad_token_id, "left") | load_media(processor, questions)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     ends = end_token_ids(model, processor)
     options = {"eos_token_id": ends or None, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}

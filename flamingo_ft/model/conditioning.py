@@ -46,15 +46,29 @@ class Media:
         """Shared, not copied: copies of a cache (one prompt, many continuations) look at the same images."""
         return self
 
-    def visible(self, times: Tensor, is_media: Tensor, visibility: Visibility) -> Tensor | None:
-        """Which media each token sees, by its text time: times, is_media (R, T) -> (R, T, M) bool."""
+    def visible(
+        self, times: Tensor, is_media: Tensor, visibility: Visibility, documents: Tensor | None = None
+    ) -> Tensor | None:
+        """Which media each token sees, by its text time: times, is_media (R, T) -> (R, T, M) bool.
+
+        Where rows hold several documents (R, T), a token sees those of its own alone.
+        """
         if self.latents is None:
             return None
         slot = torch.arange(1, self.latents.shape[1] + 1, device=times.device)
         target = (times + ~is_media if visibility == "following" else times)[..., None]
         seen = slot <= target if visibility == "all_preceding" else slot == target
         counts = repeat_rows(self.counts, len(times))
-        return seen & (slot <= counts[:, None, None])
+        seen = seen & (slot <= counts[:, None, None])
+        if documents is None:
+            return seen
+        return seen & (documents[..., None] == _documents_of_media(times, is_media, documents, len(slot))[:, None])
+
+
+def _documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
+    """The document that each of ``slots`` media stands in, by its media token: (R, T) thrice -> (R, slots)."""
+    places = torch.where(is_media, times - 1, slots)  # all other tokens write into one slot more
+    return documents.new_zeros(len(documents), slots + 1).scatter(1, places, documents)[:, :slots]
 
 
 @dataclass(eq=False)
@@ -127,15 +141,18 @@ class MediaConditioning:
         return self._now.media is not None
 
     @contextmanager
-    def open(self, media: Media) -> Iterator[None]:
-        """Condition the language model on ``media`` inside the block, and only there."""
+    def open(self, media: Media, documents: Tensor | None = None) -> Iterator[None]:
+        """Condition the language model on ``media`` inside the block, and only there.
+
+        documents (R, T): which tokens belong together, where a row holds several documents.
+        """
         now = self._now
-        outer = now.media, now.call, now.past
-        now.media, now.call, now.past = media, None, None
+        outer = now.media, now.call, now.past, now.documents
+        now.media, now.call, now.past, now.documents = media, None, None, documents
         try:
             yield
         finally:
-            now.media, now.call, now.past = outer
+            now.media, now.call, now.past, now.documents = outer
 
     def hold(self, media: Media, input_ids: Tensor) -> None:
         """Keep ``media`` until `release`; text that carries on without media tokens follows ``input_ids`` (B, T)."""
@@ -147,11 +164,12 @@ class MediaConditioning:
 
     def start(self, input_ids: Tensor, cache: object | None) -> None:
         """Work out what the tokens of one forward, input_ids (R, T) after those in ``cache``, are looking at."""
-        media = self._now.media
+        media, documents = self._now.media, self._now.documents
         is_media = input_ids == self.media_token_id
         before, start = self._times_before(media, is_media, cache)
         times = start[:, None] + is_media.cumsum(-1)
-        self._now.call = _Call(torch.cat([before, times], dim=1), media.visible(times, is_media, self.visibility))
+        visible = media.visible(times, is_media, self.visibility, documents)
+        self._now.call = _Call(torch.cat([before, times], dim=1), visible)
 
     def finish(self, cache: object | None) -> None:
         """End one forward; what it learned of text times goes with the cache that it filled."""
@@ -224,6 +242,7 @@ class _Now(threading.local):
     media: Media | None = None
     call: _Call | None = None
     past: Past | None = None
+    documents: Tensor | None = None
 
     def __reduce__(self) -> tuple:
         return _Now, ()

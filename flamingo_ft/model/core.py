@@ -90,10 +90,14 @@ class FlamingoCore(nn.Module):
         return known or no_media(self.perceiver, mentioned)
 
     def looking_at(
-        self, input_ids: Tensor, given: MediaInput | None, cache: object | None = None
+        self,
+        input_ids: Tensor,
+        given: MediaInput | None,
+        cache: object | None = None,
+        documents: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Open the language model onto the media of ``input_ids``, for one forward."""
-        return self.conditioning.open(self.media_for(input_ids, given, cache))
+        return self.conditioning.open(self.media_for(input_ids, given, cache), documents)
 
     @torch.no_grad()
     def generate_text(self, input_ids: Tensor | None, given: MediaInput | None, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
 from .media_input import media_input
+from .packed import for_language_model
 from .perceiver import PerceiverResampler
 from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
 
@@ -98,6 +99,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         use_cache: bool | None = None,
         vision_tokens: Tensor | None = None,
         frame_counts: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over input_ids (B, T), with one media token per image or video.
@@ -105,14 +107,16 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order, padded at the
         end of M where a row has fewer. vision_tokens (B, M, F, V, D) in their place are the tower's spatial tokens of
         them, and the tower is not run. frame_counts (B, M): how many of the F frames each medium has, where not all
-        have F; the others are padding, which changes nothing. With ``past_key_values``: the media of all tokens, those of the new tokens (M
-        as many as the row with most mentions), or None to go on with those seen. Other arguments go to the language
-        model, whose output this returns. Raises UserError when a row has more media tokens than media.
+        have F; the others are padding, which changes nothing. With ``past_key_values``: the media of all tokens, those
+        of the new tokens (M as many as the row with most mentions), or None to go on with those seen. With
+        ``document_ids`` (B, T) a row holds several documents, and a token sees the media of its own; ``position_ids``
+        that begin anew with each keep them apart in the language model. Other arguments go to the language model, whose
+        output this returns. Raises UserError when a row has more media tokens than media.
         """
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
-        given |= {"use_cache": use_cache, **kwargs}
-        given = {name: value for name, value in given.items() if value is not None}
-        with self.looking_at(input_ids, media_input(pixel_values, vision_tokens, frame_counts), cache_in(given)):
+        given = for_language_model(self.lang_encoder, given | {"use_cache": use_cache, **kwargs}, document_ids)
+        media = media_input(pixel_values, vision_tokens, frame_counts)
+        with self.looking_at(input_ids, media, cache_in(given), document_ids):
             return self.lang_encoder(input_ids=input_ids, **given)
 
     def generate(
@@ -199,13 +203,15 @@ class Backbone(nn.Module):
         use_cache: bool | None = None,
         vision_tokens: Tensor | None = None,
         frame_counts: Tensor | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         (model,) = self._model
         given = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = for_language_model(model.lang_encoder, given, document_ids)
         cache, conditioning = cache_in(given), model.conditioning
-        with model.looking_at(input_ids, media_input(pixel_values, vision_tokens, frame_counts), cache):
+        media = media_input(pixel_values, vision_tokens, frame_counts)
+        with model.looking_at(input_ids, media, cache, document_ids):
             conditioning.start(input_ids, cache)
             output = _body_of(model.lang_encoder)(input_ids=input_ids, **given)
             conditioning.finish(cache_in(output) if cache is None else cache)

@@ -42,9 +42,13 @@ class FlamingoImageProcessor(BaseImageProcessor):
 
     model_input_names = ["pixel_values"]
 
-    def __init__(self, open_clip_preprocess: Mapping[str, Any] | None = None, **kwargs: Any):
+    def __init__(
+        self, open_clip_preprocess: Mapping[str, Any] | None = None, video_frames: int = 8, **kwargs: Any
+    ):
+        """video_frames: how many frames of a video are looked at; kept here so that it is the same after training."""
         super().__init__(**kwargs)
         self.open_clip_preprocess = dict(open_clip_preprocess or {})
+        self.video_frames = video_frames
 
     def preprocess(self, images: Image.Image | Sequence[Image.Image], **kwargs: Any) -> BatchFeature:
         """Images to pixel_values (N, C, H, W)."""

@@ -45,7 +45,7 @@ def training_batches(
     _refuse_preferences(data)
     wanted, limit = recipe.data, text_limit(model.config, recipe.data.max_text_tokens)
     if wanted.packing:
-        _check_packing(model, limit)
+        _check_packing(model, limit, recipe.train.batch_size)
     features = _features(model, processor, recipe, world_size)
     encode = partial(encode_within, processor, max_text_tokens=limit, policy=wanted.too_long)
     order = Order(data.train, recipe.train.seed, wanted.shuffle_buffer)
@@ -80,10 +80,10 @@ def _refuse_preferences(data: OpenedData) -> None:
             )
 
 
-def _check_packing(model: FlamingoForConditionalGeneration, limit: int) -> None:
+def _check_packing(model: FlamingoForConditionalGeneration, limit: int, rows: int) -> None:
     if limit == ENDLESS:
         raise UserError("data.packing: found no length for a row; set data.max_text_tokens")
-    check_packing(model)
+    check_packing(model, rows)
 
 
 def _features(
@@ -98,8 +98,8 @@ def _features(
 
 def _media_reader(processor: FlamingoProcessor, recipe: Recipe, features: FrozenFeatures | None) -> Any:
     if features is not None:
-        return StoredReader(processor, recipe.data.video_frames, features.store)
-    return PixelReader(processor, recipe.data.video_frames, recipe.data.augmentation, recipe.train.seed)
+        return StoredReader(processor, features.store)
+    return PixelReader(processor, recipe.data.augmentation, recipe.train.seed)
 
 
 def _order_of(order: Order, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:

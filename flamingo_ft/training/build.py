@@ -14,6 +14,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
+from flamingo_ft.data.templates import apply_template
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
 # From the model and its processor to some training batches.
@@ -49,6 +50,8 @@ def build_model(
         cross_attention=wanted.cross_attention.model_dump(),
         decoder_layers_attr_name=wanted.language.decoder_layers_attr_name,
     )
+    apply_template(processor, recipe.data)
+    processor.image_processor.video_frames = recipe.data.video_frames
     if wanted.init_from is not None:
         start_bridge(model, wanted.init_from)
     model.to(device)

@@ -22,13 +22,13 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
+from flamingo_ft.data.encode import readable
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.preview import open_preview
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import normalise
 from flamingo_ft.evaluation.results import AFTER, PREDICTIONS_FILE, load_predictions
-from flamingo_ft.model.processor import flatten
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 from .run import LOG_FILE
@@ -133,7 +133,7 @@ def _is_right(prediction: dict[str, Any], time: str) -> bool:
 def _unanswered(sample: Sample) -> _Cell:
     """A dialogue: its first words above the images, the rest below."""
     turns = [message for message in sample.messages if message["role"] != "system"]
-    texts = _mark_images([flatten(message)["content"] for message in turns])
+    texts = _mark_images([readable(message) for message in turns])
     looks = {"user": (QUESTION_LINES, INK), "assistant": (ANSWER_LINES, BLUE)}
     told = []
     for message, text in zip(turns, texts, strict=True):

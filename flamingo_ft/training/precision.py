@@ -6,7 +6,7 @@ import torch
 
 
 def computes_in_bf16(precision: str) -> bool:
-    """Whether to compute in bfloat16; ``auto`` does so where the GPU supports it."""
+    """Whether to compute in bfloat16; ``auto`` does so where the GPU has it (a T4 only emulates it)."""
     if precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return precision == "bf16"

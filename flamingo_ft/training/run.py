@@ -40,6 +40,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     output_dir = recipe.train.output_dir
     prepare_output_dir(output_dir)
     data = open_data(recipe.data, recipe.train.seed)
+    data.look_through()
     held_out = data.held_out_samples(recipe.eval.max_samples)
     model, processor = build_model(recipe, partial(first_batches, data, recipe))
     (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 from flamingo_ft import build_flamingo, load_language, load_vision
-from flamingo_ft.adapters import load_adapter, prepare_training, save_adapter
+from flamingo_ft.adapters import Adapters, load_adapter, save_adapter, set_trainable
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import build_visual, image_transform, spatial_tokens, tower_config
-from flamingo_ft.config import TrainableSection
+from flamingo_ft.config.schema import TrainableSection, VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.training.plan.model import meta_vision
 
 from .test_vision import CLIP_CFG, TOWERS, timm_config, write_folder
 
@@ -27,7 +28,7 @@ SIZED = {
     "vit": (TOWERS["vit"][0], 192, 144),
     "vit-registers": (TOWERS["vit-registers"][0], 128, 64),
     "eva-rotary": (TOWERS["eva-rotary"][0], 140, 100),
-    "swin": (timm_config("test_swin", 160), 192, 36) if False else (TOWERS["convnext"][0], 224, 49),
+    "convnext": (TOWERS["convnext"][0], 224, 49),
     "resnet": (TOWERS["resnet"][0], 128, 16),
 }
 
@@ -48,15 +49,14 @@ def test_another_size_gives_its_number_of_tokens_from_the_same_weights(sized):
     assert loaded.preprocess == {**native.preprocess, "size": json.loads(json.dumps(loaded.visual.image_size))}
 
 
-def test_tokens_at_another_size_are_open_clips(sized):
-    folder, size, images, _ = sized
-    if "layers" in json.loads(open(f"{folder}/open_clip_config.json").read())["model_cfg"]["vision_cfg"]:
-        pytest.importorskip("open_clip")
-    try:
-        peer = open_clip.create_model(f"local-dir:{folder}", force_image_size=size).visual.eval()
-    except RuntimeError:
-        pytest.skip("open_clip cannot bring a ResNet's pooling to another size")
-    torch.testing.assert_close(spatial_tokens(load_vision(folder, image_size=size).visual, images), spatial_tokens(peer, images))
+@pytest.mark.parametrize("name", [name for name in SIZED if name != "resnet"])  # open_clip resizes no ResNet's pooling
+def test_tokens_at_another_size_are_open_clips(name, tmp_path):
+    config, size, _ = SIZED[name]
+    write_folder(tmp_path, config)
+    images = torch.randn(2, 3, size, size)
+    peer = open_clip.create_model(f"local-dir:{tmp_path}", force_image_size=size).visual.eval()
+    ours = load_vision(str(tmp_path), image_size=size).visual
+    torch.testing.assert_close(spatial_tokens(ours, images), spatial_tokens(peer, images))
 
 
 def test_the_tower_is_rebuilt_from_its_configuration_and_state_dict(sized):
@@ -94,7 +94,8 @@ def test_a_quantized_tower_at_another_size_stays_near_the_unquantized_one(name, 
     [
         (TOWERS["clip"][0], 50, "wants a multiple of its patches' 8 pixels; use 48 or 56"),
         (TOWERS["vit"][0], 7, "use 16"),
-        (timm_config("test_vit4", 160), 100, "use 96 or 112") if False else (TOWERS["vit"][0], 100, "use 96 or 112"),
+        (TOWERS["vit"][0], 100, "use 96 or 112"),
+        ({"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "image_size": [32, 16]}}, 48, "made for images of .* cannot take 48"),
     ],
 )
 def test_a_size_that_the_tower_cannot_take_is_refused_in_one_line(config, size, message, tmp_path):
@@ -139,9 +140,57 @@ def test_padding_to_a_square_keeps_the_whole_image_and_cropping_does_not():
 # Through an adapter and a saved model
 
 
-@pytest.fixture(scope="module")
-def at_48(tmp_path_factory):
-    """A Flamingo around the nano tower at another size, its gates open."""
-    vision = load_vision("nano", image_size=96, resize_mode="longest")
+def nano(**options):
+    """A small Flamingo around the nano tower, its gates open, and its processor."""
+    torch.manual_seed(0)
     sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
-    return build_flamingo(vision, load_language("nano"), perceiver=sizes)
+    model, processor = build_flamingo(load_vision("nano", **options), load_language("nano"), perceiver=sizes)
+    set_trainable(model, TrainableSection())
+    with torch.no_grad():
+        for block in filter(None, model.gated_cross_attn_layers):
+            block.attn_gate.fill_(1)
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def at_96():
+    return nano(image_size=96, resize_mode="longest")
+
+
+@torch.no_grad()
+def logits(model, processor) -> torch.Tensor:
+    return model(**processor(images=left_and_right(300, 200), text="<image> Which digit?", return_tensors="pt")).logits
+
+
+def test_an_adapter_loads_its_base_at_the_size_it_was_trained_at(at_96, tmp_path):
+    save_adapter(*at_96, tmp_path)
+    loaded, processor = load_adapter(tmp_path)
+    assert loaded.vision_encoder.image_size == (96, 96)
+    preprocess = processor.image_processor.open_clip_preprocess
+    assert preprocess["size"] == [96, 96] and preprocess["resize_mode"] == "longest"
+    assert torch.equal(logits(loaded, processor), logits(*at_96))
+
+
+def test_an_adapter_of_another_size_does_not_go_beside_one(at_96, tmp_path):
+    for name, (model, processor) in {"native": nano(), "sized": at_96}.items():
+        save_adapter(model, processor, tmp_path / name)
+    adapters = Adapters(tmp_path / "native")
+    with pytest.raises(UserError, match="has its own size or transform"):
+        adapters.load(tmp_path / "sized", "sized")
+
+
+def test_a_saved_model_is_rebuilt_at_its_size(at_96, tmp_path):
+    at_96[0].save_pretrained(tmp_path)
+    loaded = FlamingoForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded.eval(), at_96[1]), logits(*at_96))
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_plan_builds_the_tower_that_the_recipe_does(quantization):
+    section = VisionSection(name="nano", image_size=64, resize_mode="squash", quantization=quantization)
+    real = load_vision("nano", image_size=64, resize_mode="squash", quantization=Quantization.of(section), device="cpu")
+    with torch.device("meta"):
+        planned = meta_vision(tower_config("nano", None, 64), section, "cpu")
+    assert planned.config == real.config
+    assert all(planned.preprocess[name] == real.preprocess[name] for name in ("size", "resize_mode"))
+    assert planned.visual.positional_embedding.shape == real.visual.positional_embedding.shape

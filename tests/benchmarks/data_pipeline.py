@@ -78,7 +78,7 @@ def our_batches(path: Path, made: FlamingoProcessor, workers: int, streaming: bo
     encode = partial(encode_within, made, max_text_tokens=512)
     return Batches(
         order.draws,
-        Preparing([mixed.source for mixed in data.train], encode, PixelReader(made, section.video_frames)),
+        Preparing([mixed.source for mixed in data.train], encode, PixelReader(made)),
         in_order(BATCH),
         lambda rows: collate_text([one.encoded for (one,) in rows], 0) | stack_media([one.media for (one,) in rows]),
         Tally(False, 0.05, order.epoch_length),

@@ -33,7 +33,7 @@ from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone, langua
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe, load_recipe
-from flamingo_ft.data import read_samples
+from flamingo_ft.data import open_data
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.training.build import build_model
 from flamingo_ft.training.plan import plan_memory
@@ -148,8 +148,7 @@ def run(recipe: Recipe, device: str, live: bool) -> dict[str, float]:
         _load_all_code()
     before = _status("VmRSS")
     model, processor = build(recipe, device)
-    samples = [read_samples(entry.path, entry.image_root) for entry in recipe.data.train]
-    trainer = make_trainer(model, processor, samples, recipe, [])
+    trainer = make_trainer(model, processor, open_data(recipe.data, recipe.train.seed), recipe, [])
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         trainer.train()
@@ -167,8 +166,7 @@ def _load_all_code() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe("quickstart", ["train.max_steps=2", f"train.output_dir={folder}", "train.batch_size=2"])
         model, processor = build_model(recipe)
-        samples = [read_samples(entry.path, entry.image_root) for entry in recipe.data.train]
-        make_trainer(model, processor, samples, recipe, []).train()
+        make_trainer(model, processor, open_data(recipe.data, recipe.train.seed), recipe, []).train()
     del model
     gc.collect()
 

@@ -367,7 +367,12 @@ BAD_FILES = {
     "open quote": (
         "x.csv",
         'question,answer\nQ,A\n"Q,A\n',
-        "row 1: not ','-separated text (unexpected end of data); close every quote",
+        "row 1: not ','-separated text (unexpected end of data); close every quote and end lines with a line feed",
+    ),
+    "line ends of old": (
+        "x.csv",
+        "question,answer\rQ,A\r",
+        "not ','-separated text (new-line character seen in unquoted field",
     ),
     "columns twice": (
         "x.csv",

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from flamingo_ft.data import Collator
-from flamingo_ft.data.collate import load_pixels, open_image
+from flamingo_ft.data.collate import collate_text, load_media
 from flamingo_ft.data.encode import IGNORED, encode
+from flamingo_ft.data.media import open_image
+from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
 
@@ -37,8 +39,11 @@ def row(folder, images: int, answer: str = "Seven.", first: int = 0):
     return {"messages": [user(*[IMAGE] * images, "Which?"), assistant(answer)], "images": paths, "where": "row 5"}
 
 
-def collate(*rows, limit=100):
-    return Collator(nano_processor(), limit)(rows)
+def collate(*rows, limit=100, processor=None):
+    processor = processor or nano_processor()
+    samples = [Sample(each["messages"], each["images"], "", each["where"]) for each in rows]
+    encoded = [encode_within(processor, sample, limit) for sample in samples]
+    return collate_text(encoded, processor.tokenizer.pad_token_id) | load_media(processor, rows)
 
 
 def test_a_batch_holds_its_samples_padded_at_the_end(folder):
@@ -63,7 +68,7 @@ def test_the_end_token_is_learned_even_where_it_is_the_padding_token(folder):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
     tokenizer.pad_token = tokenizer.eos_token
     processor = FlamingoProcessor(processor.image_processor, tokenizer)
-    batch = Collator(processor, 100)([row(folder, 0, "A."), row(folder, 0, "A much longer answer.")])
+    batch = collate(row(folder, 0, "A."), row(folder, 0, "A much longer answer."), processor=processor)
     assert (batch["labels"] == tokenizer.eos_token_id).sum(1).tolist() == [1, 1]
 
 
@@ -88,20 +93,20 @@ def test_a_sample_as_long_as_the_limit_passes_and_a_longer_one_is_refused(folder
         collate(row(folder, 1), limit=length - 1)
     assert str(caught.value) == (
         f"row 5: found {length} text tokens, the limit is {length - 1}; "
-        "shorten the sample or raise data.max_text_tokens (up to the language model's context)"
+        "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
     )
 
 
 def test_what_the_chat_template_refuses_is_told_with_its_sample(folder):
     strict = nano_processor("{{ raise_exception('system role not supported') }}")
     with pytest.raises(UserError, match=r"^row 5: chat template: refuses the dialogue \(system role not supported\)"):
-        Collator(strict, 100)([{**row(folder, 0), "messages": [system("Be brief."), user("x"), assistant("y")]}])
+        collate({**row(folder, 0), "messages": [system("Be brief."), user("x"), assistant("y")]}, processor=strict)
 
 
 def test_a_sample_with_nothing_to_learn_is_refused(folder):
     marks_nothing = "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="^row 5: found no word of the assistant's to learn; remove the sample$"):
-        Collator(nano_processor(marks_nothing), 100)([row(folder, 0)])
+        collate(row(folder, 0), processor=nano_processor(marks_nothing))
 
 
 def bytes_of(image: Image.Image, kind: str) -> bytes:
@@ -165,6 +170,6 @@ def test_a_photo_is_seen_upright_in_training_as_through_the_processor(tmp_path):
     upright.rotate(90).save(tmp_path / "photo.png", exif=exif)
     processor, path = nano_processor(), str(tmp_path / "photo.png")
     expected = processor.image_processor.transform(upright)
-    trained_on = load_pixels(processor, [{"images": [path], "where": ""}])["pixel_values"]
+    trained_on = load_media(processor, [{"images": [path], "where": ""}])["pixel_values"]
     asked_about = processor(images=path, text="<image>")["pixel_values"]
     assert torch.equal(trained_on[0, 0], expected) and torch.equal(asked_about[0, 0], expected)

@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.data import read_samples
+from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import build_flamingo
 from flamingo_ft.training.trainer import make_trainer
@@ -21,7 +21,8 @@ def trainer_for(model_type: str, **options):
     language = LanguageBackbone(AutoModelForCausalLM.from_config(config), tokenizer, {"name": model_type})
     sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
     model, processor = build_flamingo(load_vision("nano"), language, perceiver=sizes)
-    return make_trainer(model.requires_grad_(True), processor, [read_samples(recipe().data.train[0].path)], recipe(), [])
+    wanted = recipe()
+    return make_trainer(model.requires_grad_(True), processor, open_data(wanted.data, 0), wanted, [])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "gemma2", "cohere"])

@@ -21,6 +21,7 @@ from flamingo_ft.errors import UserError
 CHUNK_BYTES = 1 << 22
 WHITESPACE = b" \t\r\n\v\f"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+WELL_FORMED = "close every quote and end lines with a line feed"
 LONGEST_FIELD = (1 << 31) - 1  # an image as base64 is longer than the 131,072 characters that csv allows by itself
 
 
@@ -133,7 +134,7 @@ class DelimitedRows(TextRows):
             lines = io.StringIO(text, newline="\n")
             return next(csv.reader(lines, delimiter=self._delimiter, strict=True), [])
         except csv.Error as error:
-            raise UserError(f"{where}: not {self._delimiter!r}-separated text ({error}); close every quote") from None
+            raise UserError(f"{where}: not {self._delimiter!r}-separated text ({error}); {WELL_FORMED}") from None
 
 
 def parse_json(text: str, where: str, wanted: str) -> Any:

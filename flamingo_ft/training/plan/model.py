@@ -18,6 +18,7 @@ from flamingo_ft.backbones.quantization import DTYPES, Quantization
 from flamingo_ft.backbones.quantized_tower import refuse_without_matrices
 from flamingo_ft.backbones.vision import VisionBackbone, build_visual, token_width, tower_preprocess
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
+from flamingo_ft.data.templates import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
@@ -42,6 +43,7 @@ def build_on_meta(
             cross_attention=wanted.cross_attention.model_dump(),
             decoder_layers_attr_name=wanted.language.decoder_layers_attr_name,
         )
+        apply_template(processor, recipe.data)
         set_trainable(model, recipe.trainable)
         pack_frozen_bridge(model, recipe, device)
         # What updates start from takes weights to look at, and no memory.

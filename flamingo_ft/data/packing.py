@@ -1,0 +1,64 @@
+"""Several samples in one row, each blind to the others: less padding where samples are of different lengths.
+
+Shapes: B rows, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .encode import IGNORED, Encoded
+
+OPEN_ROWS = 16  # rows that a sample may still go to
+PADDING = -1  # the document of padding
+
+Item = TypeVar("Item")
+
+
+def pack(
+    items: Iterable[Item], length: Callable[[Item], int], row_length: int, open_rows: int = OPEN_ROWS
+) -> Iterator[list[Item]]:
+    """Rows of items that together are at most ``row_length`` long, the same ones for the same order of arrival.
+
+    An item goes into the oldest row that has room for it. Rows beyond ``open_rows`` are given out, fullest first, so that
+    an item waits for a bounded number of others. Raises ValueError for an item that no row has room for.
+    """
+    rows: list[tuple[int, list[Item]]] = []
+    for item in items:
+        size = length(item)
+        if size > row_length:
+            raise ValueError(f"found an item of length {size}, a row holds {row_length}")
+        place = next((index for index, (filled, _) in enumerate(rows) if filled + size <= row_length), len(rows))
+        filled, held = rows[place] if place < len(rows) else (0, [])
+        rows[place : place + 1] = [(filled + size, [*held, item])]
+        if len(rows) > open_rows:
+            yield rows.pop(max(range(len(rows)), key=lambda index: rows[index][0]))[1]
+    yield from (held for _, held in rows)
+
+
+def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> dict[str, Tensor]:
+    """input_ids, labels, document_ids and position_ids (B, T) of rows of encoded samples.
+
+    Positions begin anew with each sample, and its first token has no label: nothing before it may predict it. There is
+    no attention mask: language models tell samples apart by their positions, and only where no mask is given.
+    """
+    length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
+    laid = [_lay(row, length, pad_token_id) for row in rows]
+    return {name: torch.tensor([row[name] for row in laid]) for name in laid[0]}
+
+
+def _lay(row: Sequence[Encoded], length: int, pad_token_id: int) -> dict[str, list[int]]:
+    """One row; its padding is a document of its own."""
+    rest = length - sum(len(sample.input_ids) for sample in row)
+    parts = [*row, Encoded([pad_token_id] * rest, [IGNORED] * rest)]
+    numbers = [*range(len(row)), PADDING]
+    return {
+        "input_ids": [token for part in parts for token in part.input_ids],
+        "labels": [label for part in parts for label in [IGNORED, *part.labels[1:]][: len(part.labels)]],
+        "document_ids": [number for number, part in zip(numbers, parts, strict=True) for _ in part.input_ids],
+        "position_ids": [position for part in parts for position in range(len(part.input_ids))],
+    }
