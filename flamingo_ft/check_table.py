@@ -88,8 +88,8 @@ def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:
     """The first problems, a line each, and how many more there are."""
     for problem in record["first_problems"]:
         row = None if problem["row"] is None else f"row {problem['row']}"
-        told = ": ".join(part for part in (problem["file"], row, problem["field"], problem["problem"]) if part is not None)
-        yield " ".join(told.split())
+        parts = (problem["file"], row, problem["field"], problem["problem"])
+        yield " ".join(": ".join(part for part in parts if part is not None).split())
     if record["problems"] > len(record["first_problems"]):
         yield f"and {record['problems'] - len(record['first_problems']):,} more problems"
 

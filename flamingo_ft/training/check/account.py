@@ -60,11 +60,11 @@ class Account:
         numbers, trains = self.numbers, self.numbers.column("part") < self.trained
         tokens, learned = numbers.column("text_tokens")[trains], numbers.column("label_tokens")[trains]
         return {
-            "turns": Distribution.of(numbers.column("turns")[trains], least=0),
-            "images": Distribution.of(numbers.column("media")[trains], least=0),
-            "text_tokens": Distribution.of(tokens, least=0),
-            "label_tokens": Distribution.of(learned, least=0),
-            "loss_share": Distribution.of(learned / np.maximum(tokens, 1), whole=False, least=0, most=1),
+            "turns": Distribution.of(numbers.column("turns")[trains]),
+            "images": Distribution.of(numbers.column("media")[trains]),
+            "text_tokens": Distribution.of(tokens),
+            "label_tokens": Distribution.of(learned),
+            "loss_share": Distribution.of(learned / np.maximum(tokens, 1), whole=False, most=1),
         }
 
     def _repeats(self) -> Repeats:

@@ -1,4 +1,4 @@
-"""Numbers that tell contents apart: 64 bits, by which two of a million differ with all but certainty (3 in 100 million)."""
+"""Numbers that tell contents apart: 64 bits, the same for two of a million with a chance of 3 in 100 million."""
 
 from __future__ import annotations
 

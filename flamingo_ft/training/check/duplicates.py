@@ -24,9 +24,9 @@ class Group:
 class Duplicates:
     """What is there more than once.
 
-    copies: samples trained on that another one before them equals; groups of them. leaked: held-out samples that are
-    trained on too. pictures: distinct ones; repeated: those in more than one place. leaked_pictures: held-out samples with
-    a picture that is trained on too.
+    copies: training samples that equal an earlier one; groups of them. leaked: held-out samples that are trained on
+    too. pictures: distinct ones; repeated: those in more than one place. leaked_pictures: held-out samples with a
+    picture that is trained on too.
     """
 
     copies: int
@@ -61,7 +61,7 @@ def find_duplicates(numbers: Numbers, first_held_out: int) -> Duplicates:
 
 
 def _groups(keys: np.ndarray, rows: np.ndarray, only: np.ndarray | None = None) -> Iterator[Group]:
-    """The largest groups of equal keys, earlier ones first where they are as large; only: those with one of these keys."""
+    """The largest groups of equal keys, of two of a size the earlier first; only: those with one of these keys."""
     order = np.argsort(keys, kind="stable")
     distinct, starts, counts = np.unique(keys[order], return_index=True, return_counts=True)
     wanted = np.flatnonzero(counts > 1 if only is None else np.isin(distinct, only))

@@ -19,8 +19,8 @@ UNLIMITED = 2**62  # text tokens
 class Text:
     """A sample's text.
 
-    encoded: what trains; None where the recipe drops the sample, or there is a ``problem``. losses: of a sample that is too
-    long, what each policy takes away of it: samples, turns (exchanges), tokens and images.
+    encoded: what trains; None where the recipe drops the sample, or there is a ``problem``. losses: of a sample that is
+    too long, what each policy takes away of it: samples, turns (exchanges), tokens and images.
     """
 
     encoded: Encoded | None = None

@@ -34,14 +34,10 @@ def token_figure(tokens: Distribution, limit: int) -> Figure:
     figure, axes = _histogram("Text tokens of a sample", tokens)
     axes.set_xlabel("text tokens")
     axes.axvline(tokens.median, color=INK, linewidth=1, linestyle=":")
-    axes.annotate(
-        f" median {tokens.median:,.0f}", (tokens.median, 1), xycoords=("data", "axes fraction"), va="top", color=INK, fontsize=8
-    )
+    _note(axes, f" median {tokens.median:,.0f}", (tokens.median, 1), color=INK)
     if limit <= 1.5 * tokens.most:
         axes.axvline(limit, color=RED, linewidth=1)
-        axes.annotate(
-            f"limit {limit:,} ", (limit, 0.9), xycoords=("data", "axes fraction"), va="top", ha="right", color=RED, fontsize=8
-        )
+        _note(axes, f"limit {limit:,} ", (limit, 0.9), color=RED, ha="right")
     return figure
 
 
@@ -59,6 +55,11 @@ def share_figure(share: Distribution) -> Figure:
     axes.set(xlabel="tokens with loss, of all of a sample", xlim=(0, 1))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
+
+
+def _note(axes: Axes, text: str, place: tuple[float, float], **looks: str) -> None:
+    """Small words at a number of tokens, and a height in 0..1."""
+    axes.annotate(text, place, xycoords=("data", "axes fraction"), va="top", fontsize=8, **looks)
 
 
 def _histogram(title: str, values: Distribution) -> tuple[Figure, Axes]:

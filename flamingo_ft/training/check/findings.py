@@ -47,7 +47,7 @@ class Part:
 
 @dataclass
 class TooLong:
-    """limit: text tokens. samples: longer training samples. policies: what each takes away, samples that it drops among it."""
+    """limit: text tokens. samples: longer training samples. policies: what each takes away of them."""
 
     limit: int
     policy: str
@@ -129,5 +129,5 @@ class Findings:
 
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        told = {"usable": self.objection is None, "objection": self.objection, "bad": self.bad, "bad_share": self.bad_share}
-        return {"made_by": MADE_BY, **told, **asdict(self)}
+        verdict = {"usable": self.objection is None, "objection": self.objection}
+        return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self)}

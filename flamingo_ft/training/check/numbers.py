@@ -13,7 +13,7 @@ BINS = 40
 
 
 class Numbers:
-    """Columns over the rows that can be used and that no policy drops, in order; ``picture`` and ``of`` over their media."""
+    """Columns over the rows that train or are held out, in order; ``picture`` and ``of`` (its row) over their media."""
 
     def __init__(self) -> None:
         self._columns = {
@@ -45,7 +45,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Distribution:
-    """Of numbers over samples. counts[i]: how many lie from edges[i] to below edges[i + 1], in the last bin up to it."""
+    """Of numbers over samples. counts[i]: how many lie from edges[i] to below edges[i + 1]."""
 
     least: float
     median: float
@@ -55,19 +55,18 @@ class Distribution:
     counts: list[int]
 
     @classmethod
-    def of(cls, values: np.ndarray, whole: bool = True, least: float | None = None, most: float | None = None) -> Distribution:
-        """whole: of whole numbers, which bins keep apart or group evenly. least, most: where the bins begin and end."""
+    def of(cls, values: np.ndarray, whole: bool = True, most: float | None = None) -> Distribution:
+        """In bins from 0 to ``most``, or the largest. whole: of whole numbers, which bins group evenly."""
         if not len(values):
             return cls(0, 0, 0, 0, [0, 1], [0])
-        low = values.min() if least is None else least
         high = values.max() if most is None else most
-        edges = _whole_edges(int(low), int(high)) if whole else np.linspace(low, high, BINS // 2 + 1)
+        edges = _whole_edges(int(high)) if whole else np.linspace(0, high, BINS // 2 + 1)
         counts, _ = np.histogram(values, edges)
         numbers = (values.min(), np.median(values), values.mean(), values.max())
         return cls(*(float(number) for number in numbers), edges.tolist(), counts.tolist())
 
 
-def _whole_edges(low: int, high: int) -> np.ndarray:
-    """Edges between whole numbers, the same count of them in every bin, at most `BINS` bins."""
-    width = -(-(high - low + 1) // BINS)
-    return np.arange(low, high + width + 1, width) - 0.5
+def _whole_edges(high: int) -> np.ndarray:
+    """Edges between whole numbers from 0 on, the same count of them in every bin, at most `BINS` bins."""
+    width = -(-(high + 1) // BINS)
+    return np.arange(0, high + width + 1, width) - 0.5

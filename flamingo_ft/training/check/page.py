@@ -31,7 +31,8 @@ def write_page(
     What users wrote is escaped, and the page may run no scripts.
     """
     loader = PackageLoader("flamingo_ft.training.check", "")
-    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, **blocks)
     page = environment.get_template("check.html.jinja").stream(
         version=__version__,
         findings=findings,

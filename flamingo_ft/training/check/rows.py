@@ -47,17 +47,13 @@ class Problem:
     field: str | None
     problem: str
 
-    def line(self) -> str:
-        row = None if self.row is None else f"row {self.row}"
-        return ": ".join(part for part in (self.file, row, self.field, self.problem) if part is not None)
-
 
 @dataclass(frozen=True)
 class Seen:
     """What became of a row. file, row: where it stands.
 
-    Without problems: its turns, and of what trains its images, videos and tokens. dropped: by the recipe. losses: see `Text`.
-    content: digest of the sample. pictures: digests of its images and videos.
+    Without problems: its turns, and of what trains its images, videos and tokens. dropped: by the
+    recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
     """
 
     part: int
@@ -76,7 +72,7 @@ class Seen:
 
 
 class Looking(Dataset):
-    """From `Row` to `Seen`: parsed, encoded, every image decoded. All problems of a row are found, not the first alone."""
+    """From `Row` to `Seen`: parsed, encoded, every image decoded. Tells every problem of a row, not the first alone."""
 
     def __init__(self, sources: Sequence[Source], encoding: Encoding, video_frames: int):
         self.sources, self.encoding = sources, encoding

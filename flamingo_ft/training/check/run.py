@@ -27,10 +27,10 @@ PROBLEMS_FILE = "problems.jsonl"
 
 
 def check(recipe: Recipe, name: str, folder: Path) -> Findings:
-    """Look at every row of the recipe's data, and write check.html, check.json, problems.jsonl and figures to ``folder``.
+    """Look at every row of the recipe's data; write check.html, check.json, problems.jsonl and figures to ``folder``.
 
-    No weights are fetched or loaded. name: what the recipe is called. Raises UserError for a source that cannot be opened,
-    for backbones that do not exist, and for a folder that holds something else than an earlier check.
+    No weights are fetched or loaded. name: what the recipe is called. Raises UserError for a source that cannot be
+    opened, for backbones that do not exist, and for a folder that holds something else than an earlier check.
     """
     with check_folder(folder) as new:
         files = backbone_files(recipe.model)
@@ -55,4 +55,5 @@ def _look_at_all(mixture: Sequence[Mixed], encoding: Encoding, account: Account,
         bar = progress.add_task("checking", total=total, note="")
         for seen in look(mixture, looking, workers):
             account.add(seen)
-            progress.update(bar, advance=1, note=f"{account.problems.count:,} problems" if account.problems.count else "")
+            found = account.problems.count
+            progress.update(bar, advance=1, note=f"problems: {found:,}" if found else "")

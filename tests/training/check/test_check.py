@@ -13,8 +13,8 @@ import transformers
 from flamingo_ft import cli
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_source
-from flamingo_ft.data.collate import Collator
-from flamingo_ft.data.encode import IGNORED
+from flamingo_ft.data.collate import collate_text
+from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.data.too_long import Dropped, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.recipe_library import find_recipe
@@ -111,7 +111,8 @@ def test_a_sample_that_is_too_long_or_has_nothing_to_learn_is_a_problem_of_its_r
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """Its recipe, the first 60 training and 20 held-out rows of it, and what a check finds."""
-    wanted = load_recipe(find_recipe("quickstart"), ["data.train.0.limit=60", "data.eval.0.limit=20", "train.num_workers=0"])
+    few = ["data.train.0.limit=60", "data.eval.0.limit=20", "train.num_workers=0"]
+    wanted = load_recipe(find_recipe("quickstart"), few)
     return wanted, run.check(wanted, "quickstart", tmp_path_factory.mktemp("quickstart") / "check")
 
 
@@ -129,7 +130,7 @@ def test_token_counts_equal_those_of_batches(quickstart):
     wanted, findings = quickstart
     source = open_source(wanted.data.train[0], wanted.data)
     samples = [source.sample(i, raw) for i, raw in enumerate(source.stream())]
-    batch = Collator(nano_processor(), 512)([vars(sample) for sample in samples])
+    batch = collate_text([encode(nano_processor(), sample) for sample in samples], pad_token_id=0)
     lengths, learned = batch["attention_mask"].sum(1), (batch["labels"] != IGNORED).sum(1)
     for name, values in (("text_tokens", lengths), ("label_tokens", learned), ("loss_share", learned / lengths)):
         found = findings.distributions[name]
@@ -146,7 +147,9 @@ def test_videos_are_read_and_counted(folder):
     assert (part.samples, part.images, part.videos) == (1, 0, 1) and findings.objection is None
 
 
-@pytest.mark.parametrize("name", ["preference", "interleaved_mmc4", "csv_captions", "tar_shards", "parquet_streamed", "llava"])
+@pytest.mark.parametrize(
+    "name", ["preference", "interleaved_mmc4", "csv_captions", "tar_shards", "parquet_streamed", "llava"]
+)
 def test_data_of_any_schema_and_source_is_fit_to_train(folder, name):
     findings = checked(folder, [FIXTURES[name](folder)])
     assert findings.objection is None and findings.parts[0].samples == findings.parts[0].rows > 0
@@ -208,7 +211,8 @@ def test_no_weights_are_touched(folder, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("weights were loaded")
 
-    for place in ("torch.load", "safetensors.torch.load_file", "safetensors.safe_open", "transformers.modeling_utils.safe_open"):
+    readers = ("safetensors.torch.load_file", "safetensors.safe_open", "transformers.modeling_utils.safe_open")
+    for place in ("torch.load", *readers):
         monkeypatch.setattr(place, refuse)
     monkeypatch.setattr(transformers.PreTrainedModel, "__init__", refuse)
     monkeypatch.setattr("flamingo_ft.backbones.language.load_language", refuse)

@@ -132,7 +132,7 @@ def test_repetitions_are_those_of_a_plain_count(trained, held_out):
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=50))
 def test_a_histogram_counts_every_number_in_bins_of_whole_numbers(values):
-    found = Distribution.of(np.array(values), least=0)
+    found = Distribution.of(np.array(values))
     assert sum(found.counts) == len(values) and len(found.counts) <= 40
     assert (found.least, found.most) == (min(values), max(values))
     assert found.mean == pytest.approx(sum(values) / len(values)) and found.median == np.median(values)
