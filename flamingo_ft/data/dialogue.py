@@ -39,8 +39,8 @@ def _without(spans: list[Span], speaking: list[int], silent: set[int]) -> list[S
     """The spans of the turns that are learned."""
     if len(spans) != len(speaking):
         raise UserError(
-            f"chat template: marks {len(spans)} parts as the assistant's in a dialogue with {len(speaking)} such turns, so "
-            "it cannot be told which is the one without loss; use a template that marks each turn once"
+            f"chat template: marks {len(spans)} parts as the assistant's among {len(speaking)} such turns, "
+            "so it cannot be told which is the one without loss; use a template that marks each turn once"
         )
     return [span for span, index in zip(spans, speaking, strict=True) if index not in silent]
 

@@ -1,4 +1,4 @@
-"""From a dialogue or document to token ids and labels: loss on what the assistant says and its end token, nothing else."""
+"""From a dialogue or document to token ids and labels: loss on what the assistant says and its end, nothing else."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def pack(
 ) -> Iterator[list[Item]]:
     """Rows of items that together are at most ``row_length`` long, the same ones for the same order of arrival.
 
-    An item goes into the oldest row that has room for it. Rows beyond ``open_rows`` are given out, fullest first, so that
-    an item waits for a bounded number of others. Raises ValueError for an item that no row has room for.
+    An item goes into the oldest row that has room for it. Rows beyond ``open_rows`` are given out, fullest first. Raises
+    ValueError for an item that no row has room for.
     """
     rows: list[tuple[int, list[Item]]] = []
     for item in items:

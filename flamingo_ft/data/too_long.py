@@ -1,4 +1,4 @@
-"""What becomes of a sample with more text tokens than fit: an error, nothing, or less of it, its images with their text."""
+"""What becomes of a sample with more text tokens than fit: an error, nothing, or less of it, images with their text."""
 
 from __future__ import annotations
 

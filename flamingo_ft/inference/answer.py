@@ -16,7 +16,7 @@ from flamingo_ft.data.media import open_image
 from flamingo_ft.data.schemas.blocks import split_markers
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN
 
 
 def answer(adapter: str | Path, images: Sequence[Path], prompt: str, max_new_tokens: int = 64) -> str:
@@ -71,7 +71,8 @@ def answer_batch(
 
 
 def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:
-    """The tokens that end an answer: the language model's own, and the chat template's where that is another."""
+    """The tokens that end an answer: the language model's own, the chat template's, and the end of a chunk."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
-    return sorted({token for token in (*own, end_token_id(processor)) if token is not None})
+    end_of_chunk = processor.tokenizer.convert_tokens_to_ids(EOC_TOKEN)
+    return sorted({token for token in (*own, end_token_id(processor), end_of_chunk) if token is not None})

@@ -14,16 +14,16 @@ from transformers import PreTrainedModel
 
 from .conditioning import cache_in
 
-# Families whose positions or slopes (ALiBi) suit packed rows, and that build their mask without a look at positions: they
-# get the whole mask. None of them has layers that see a window alone.
+# Families whose positions or slopes (ALiBi) suit packed rows, and that build their mask without a look at positions:
+# they get the whole mask. None of them has layers that see a window alone.
 TAKE_A_MASK = ("biogpt", "mpt", "opt", "xglm")
 
 
 def for_language_model(lm: PreTrainedModel, given: Mapping[str, Any], document_ids: Tensor | None) -> dict[str, Any]:
     """The arguments that are not None; for documents (B, T), with what keeps them apart in self-attention.
 
-    transformers tells documents apart by positions that begin anew with each, and only where there is neither a mask nor
-    a cache. Raises ValueError where these are given, or no positions.
+    transformers tells documents apart by positions that begin anew with each, and only where there is neither a mask
+    nor a cache. Raises ValueError where these are given, or no positions.
     """
     given = {name: value for name, value in given.items() if value is not None}
     if document_ids is None:

@@ -92,9 +92,9 @@ class FlamingoProcessor(ProcessorMixin):
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, path, URL or base64 text. Keyword arguments go to the tokenizer. What `apply_chat_template` wrote may hold
-        stand-ins for special tokens that are only text (`special_text`); they are none here either. Raises UserError
-        when images and markers do not match, and when a marker is lost to truncation.
+        image, path, URL or base64 text. Keyword arguments go to the tokenizer. Special tokens that stand-ins stand for
+        (`special_text`), as `apply_chat_template` writes them, are text. Raises UserError when images and markers do
+        not match, and when a marker is lost to truncation.
         """
         if text is None:
             raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")

@@ -92,21 +92,26 @@ def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
 
 def _with_typed_as_text(tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens) -> Tokens:
     """The tokens with each stretch between two genuine special tokens read as text where something is typed in it."""
-    specials = _specials(tokenizer, len(tokenizer))
-    ids, offsets, stretch = [], [], []
-    begin = 0
-    for token, span in [*zip(tokens.ids, tokens.offsets, strict=True), (None, (len(text), len(text)))]:
-        literal = specials.by_id.get(token)
-        spoken = literal is not None and (span[0] == span[1] or literal in text[slice(*span)])
-        if token is not None and not (spoken and not _overlaps(span, typed)):
-            stretch.append((token, span))
-            continue
-        added = span[0] == span[1]  # by the tokenizer, before the text or after it
-        for part in _stretch(tokenizer, text, (begin, len(text) if added else span[0]), typed, stretch), [(token, span)]:
-            ids += [each for each, _ in part]
-            offsets += [where for _, where in part]
-        stretch, begin = [], max(begin, span[1])
-    return Tokens(ids[:-1], offsets[:-1])
+    pairs = list(zip(tokens.ids, tokens.offsets, strict=True))
+    found, token, begin = [], 0, 0
+    for place in [*_genuine(tokenizer, text, typed, pairs), len(pairs)]:
+        first, last = pairs[place][1] if place < len(pairs) else (len(text), len(text))
+        end = len(text) if first == last else first  # one without characters was added at an end of the text
+        found += _stretch(tokenizer, text, (begin, end), typed, pairs[token:place]) + pairs[place : place + 1]
+        token, begin = place + 1, max(begin, last)
+    return Tokens([each for each, _ in found], [span for _, span in found])
+
+
+def _genuine(
+    tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], pairs: list[tuple[int, Span]]
+) -> list[int]:
+    """Places of the special tokens that were not typed; one that stands for other characters (a byte) is none."""
+    literals = _specials(tokenizer, len(tokenizer)).by_id
+    return [
+        place
+        for place, (token, (a, b)) in enumerate(pairs)
+        if token in literals and (a == b or literals[token] in text[a:b]) and not _overlaps((a, b), typed)
+    ]
 
 
 def _stretch(

@@ -56,4 +56,4 @@ def _marks(ids: Tensor, rows: int) -> dict[str, Tensor]:
 
 def _message(model: FlamingoForConditionalGeneration, reason: str) -> str:
     family = model.config.get_text_config().model_type
-    return f"data.packing: a {family} model {reason}; set data.packing to false (data.group_by_length saves padding too)"
+    return f"data.packing: a {family} model {reason}; set data.packing to false (data.group_by_length saves too)"

@@ -23,6 +23,15 @@ LLAMA_2 = (
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}"
     "{% endfor %}"
 )
+# As LLaVA v1 and Vicuna write a dialogue; without marks.
+VICUNA = (
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] + ' ' }}"
+    "{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+    "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
 END_OUTSIDE_THE_MARKS = (
     "{% for m in messages %}{{ m['role'] + ':\n' }}"
     "{%- if m['role'] == 'assistant' -%}{% generation %}{{ m['content'] }}{% endgeneration %}"
@@ -62,6 +71,7 @@ TEMPLATES = {
     "marked": (None, lambda words: f"{words}<|im_end|>"),
     "chatml": (CHATML, lambda words: f"{words}<|im_end|>"),
     "llama-2": (LLAMA_2, lambda words: f" {words} <|im_end|>"),
+    "vicuna": (VICUNA, lambda words: f" {words}<|im_end|>"),
     "chunk": (CHUNK_TEMPLATE, lambda words: f" {words}<|endofchunk|>"),
     "end outside the marks": (END_OUTSIDE_THE_MARKS, lambda words: words),
 }

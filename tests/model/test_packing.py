@@ -162,7 +162,8 @@ def test_an_item_that_no_row_holds_is_refused():
 
 
 def test_a_packed_row_restarts_positions_and_learns_no_first_token():
-    batch = collate_packed([[Encoded([5, 6], [5, 6]), Encoded([7], [7])], [Encoded([8, 9, 10, 11], [8, -100, 10, 11])]], 0)
+    whole = Encoded([8, 9, 10, 11], [8, -100, 10, 11])
+    batch = collate_packed([[Encoded([5, 6], [5, 6]), Encoded([7], [7])], [whole]], 0)
     assert {name: each.tolist() for name, each in batch.items()} == {
         "input_ids": [[5, 6, 7, 0], [8, 9, 10, 11]],
         "labels": [[-100, 6, -100, -100], [-100, -100, 10, 11]],

@@ -8,6 +8,9 @@ from PIL import Image
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from flamingo_ft import build_flamingo, load_language, load_vision
+from flamingo_ft.data import Sample, collate_packed, encode, preference_row
+from flamingo_ft.data.collate import collate_text
+from tests.data.dialogues import IMAGE, assistant, user
 
 BRIDGE = ["perceiver", *(f"gated_cross_attn_layers.{index}" for index in range(4))]
 
@@ -107,3 +110,55 @@ def test_dpo_on_preference_pairs_with_images(parts, tmp_path):
     trainer.train()
     margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
     assert margins and float(margins[-1]) > 0
+
+
+def test_dpo_on_preference_samples_reads_typed_markers_as_text(parts, tmp_path):
+    model, processor = parts
+    samples = [
+        Sample([user(IMAGE, *[IMAGE] * (i % 2), "Is <image> seven?"), assistant("No <image>.")], [], "other", "row 0",
+               [assistant("Yes<|im_end|>.")])
+        for i in range(4)
+    ]  # fmt: skip
+    rows = [preference_row(sample, [picture(i)] * (1 + i % 2)) for i, sample in enumerate(samples)]
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(**options(tmp_path, per_device_train_batch_size=2)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj"]),
+    )
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
+    for answers, first in ((0, 0), (1, 2)):  # chosen ones, then rejected ones
+        for row in range(2):
+            worse = [*samples[row].messages[:1], *samples[row].rejected]
+            expected = encode(processor, worse if answers else samples[row].messages)
+            ids, mask = batch["input_ids"][first + row], batch["attention_mask"][first + row].bool()
+            length = len(expected.input_ids)  # TRL keeps the line break that the template writes after an answer
+            assert ids[mask].tolist()[:length] == expected.input_ids
+    trainer.train()
+    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_packed_rows_train_as_the_same_samples_apart(parts, tmp_path):
+    model, processor = parts
+    turns = [[user(*[IMAGE] * (i % 3), "Which digit?"), assistant("Seven." * (i + 1))] for i in range(4)]
+    encoded = [encode(processor, messages) for messages in turns]
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    blank = torch.zeros(2, 3, 32, 32)
+    apart = collate_text(encoded, processor.tokenizer.pad_token_id)
+    apart["pixel_values"] = torch.stack([blank, torch.stack([pixels[0], blank[0]]), pixels[1:], blank])
+    packed = collate_packed([encoded[:2], encoded[2:]], processor.tokenizer.pad_token_id)
+    packed["pixel_values"] = torch.stack([torch.stack([pixels[0], blank[0]]), pixels[1:]])
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**options(tmp_path, remove_unused_columns=False, max_length=None)),
+        data_collator=lambda rows: packed,
+        train_dataset=dialogues(),
+        processing_class=processor,
+    )
+    model.eval()
+    with torch.no_grad():
+        losses = [trainer.compute_loss(model, dict(batch)) for batch in (apart, packed)]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -1,0 +1,38 @@
+"""Preference samples as TRL's DPOTrainer takes them; what it cannot take is refused."""
+
+import pytest
+from PIL import Image
+
+from flamingo_ft.data.preference import preference_row
+from flamingo_ft.data.sample import Sample, Video
+from flamingo_ft.errors import UserError
+
+from .dialogues import IMAGE, assistant, system, user
+
+PICTURE = Image.new("RGB", (8, 8))
+
+
+def pair(messages, rejected, images=("a.png",)) -> Sample:
+    return Sample(messages, list(images), "other", "a.json: row 3", rejected)
+
+
+def test_the_prompt_ends_with_the_last_question():
+    before = [system("Be brief."), user(IMAGE, "Which?"), assistant("Seven."), user("Sure?")]
+    better = {**assistant("Yes."), "loss": None}
+    row = preference_row(pair([*before, better], [assistant("No.")]), [PICTURE])
+    assert row == {"prompt": before, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")], "images": [PICTURE]}
+
+
+@pytest.mark.parametrize(
+    ("sample", "complaint"),
+    [
+        (pair([user(IMAGE, "a"), assistant("b")], None), "rejected: found none"),
+        (pair([user(IMAGE, "a"), assistant("b")], [user("c")]), "rejected: found no answer of the assistant's"),
+        (pair([user(IMAGE, "a")], [assistant("c")]), "chosen: found no answer of the assistant's"),
+        (pair([user("a"), assistant(IMAGE, "b")], [assistant("c")]), "chosen: found an image in the answer"),
+        (pair([user(IMAGE, "a"), assistant("b")], [assistant("c")], [Video(file="a.mp4")]), "images: found a video"),
+    ],
+)
+def test_what_is_no_pair_of_text_answers_is_refused(sample, complaint):
+    with pytest.raises(UserError, match=f"^a.json: row 3: {complaint}[^\n]*$"):
+        preference_row(sample, [PICTURE])

@@ -1,0 +1,118 @@
+"""Record the labels that open-flamingo 2.0.1's own training loop gives to captions and interleaved documents.
+
+    python -m tests.golden.record_label_masks        # from the root, in the environment of the README
+
+Writes label_masks/open_flamingo.json. The texts are written by the peer's own preprocessing and go through its own
+`train_one_epoch`, with a model that keeps the labels it is given; images are blank.
+
+Patched on the peer at run time: `wandb` is imported there for logging alone and need not be installed; its data module
+imports a neighbour as if it lay in the working folder; tokenizers no longer have `additional_special_tokens`, which the
+preprocessing asks for the media token; a document of one image is left out by chance, so the dice say no.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import random
+import sys
+import types
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import open_flamingo
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from tests.golden.label_mask_cases import CAPTIONS, DOCUMENTS, EOC, MEDIA, word_tokenizer
+
+FILE = Path(__file__).parent / "label_masks" / "open_flamingo.json"
+IMAGES, TOKENS = 3, 48
+
+
+class KeepsLabels(nn.Module):
+    """In the place of a Flamingo: a loss that can be stepped, and the labels of each batch."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.lang_encoder = nn.Module()
+        self.lang_encoder.embedding = nn.Embedding(vocabulary, 1)
+        self.lang_encoder.get_input_embeddings = lambda: self.lang_encoder.embedding
+        self.module = types.SimpleNamespace(lang_encoder=self.lang_encoder)  # as DDP wraps it
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor]:
+        self.kept.append((lang_x, labels))
+        return (self.lang_encoder.embedding.weight.sum(),)
+
+
+def document_of(parts: list[str | None]) -> str:
+    """The document as MMC4's shards hold one: sentences, and for each image the sentence that it belongs to."""
+    sentences = [part for part in parts if part is not None] + [""] * (parts[-1] is None)
+    noise = Image.effect_noise((160, 160), 90)
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    image = {"image_base64": base64.b64encode(buffer.getvalue()).decode()}
+    before = [sum(p is not None for p in parts[:i]) for i, part in enumerate(parts) if part is None]
+    similar = [[1.0 if sentence == place else 0.0 for sentence in range(len(sentences))] for place in before]
+    return json.dumps({"text_list": sentences, "similarity_matrix": similar, "image_info": [image] * len(before)})
+
+
+def batches(tokenizer: Any) -> tuple[list, list]:
+    """One batch of captions, and one of documents, as the peer's loaders yield them."""
+    from open_flamingo.train.data import preprocess_interleaved, preprocess_laion_text
+
+    captions = preprocess_laion_text(CAPTIONS, tokenizer, max_tokens=TOKENS)
+    blank = torch.zeros(3, 224, 224)
+    documents = []
+    with patch("open_flamingo.train.data.preprocess_image", lambda images, _: torch.stack([blank] * len(images))):
+        for parts in DOCUMENTS:
+            text = [document_of(parts)]
+            documents.append(preprocess_interleaved(text, tokenizer, None, 0.0, 1, IMAGES, TOKENS))
+    images = torch.stack([image for image, _ in documents])
+    return [(torch.stack([blank] * len(CAPTIONS)), captions)], [(images, [text for _, text in documents])]
+
+
+class Loader(list):
+    num_batches = 1
+
+
+def main() -> None:
+    """Record captions and documents."""
+    sys.modules.setdefault("wandb", types.ModuleType("wandb"))
+    sys.path.append(str(Path(open_flamingo.__file__).parent / "train"))
+    from open_flamingo.train.train_utils import train_one_epoch
+
+    tokenizer = word_tokenizer()
+    type(tokenizer).additional_special_tokens = [EOC, MEDIA]
+    type(tokenizer).additional_special_tokens_ids = tokenizer.convert_tokens_to_ids([EOC, MEDIA])
+    captions, documents = batches(tokenizer)
+    model = KeepsLabels(len(tokenizer))
+    settings = {"num_epochs": 1, "precision": "fp32", "fsdp": False, "rank": 0, "gradient_accumulation_steps": 1}
+    settings |= {"loss_multiplier_laion": 1.0, "loss_multiplier_mmc4": 1.0, "freeze_lm_embeddings": False}
+    settings |= {"report_to_wandb": False, "logging_steps": 100, "fsdp_use_orig_params": False}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    arguments = types.SimpleNamespace(**settings)
+    with patch.object(random, "random", lambda: 1.0):
+        train_one_epoch(
+            arguments, model, 0, Loader(captions), Loader(documents), tokenizer, optimizer, schedule, "cpu", None
+        )
+    recorded = {}
+    for name, (ids, labels) in zip(("captions", "documents"), model.kept, strict=True):
+        rows = zip(ids.long().tolist(), labels.long().tolist(), strict=True)
+        recorded[name] = [_without_padding(row, learned, tokenizer.pad_token_id) for row, learned in rows]
+    FILE.parent.mkdir(exist_ok=True)
+    FILE.write_text(json.dumps(recorded) + "\n")
+
+
+def _without_padding(ids: list[int], labels: list[int], pad: int) -> dict[str, list[int]]:
+    length = ids.index(pad) if pad in ids else len(ids)
+    return {"input_ids": ids[:length], "labels": labels[:length]}
+
+
+if __name__ == "__main__":
+    main()

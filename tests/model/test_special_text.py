@@ -1,0 +1,115 @@
+"""What spells a special token in a text stays text for the tokenizer, and all other text is read as always."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from flamingo_ft.data.encode import IGNORED, encode
+from flamingo_ft.errors import UserError
+from flamingo_ft.model.special_text import encode_text, protect, restore, tokenize
+from flamingo_ft.model.tokens import add_media_tokens
+from tests.data.dialogues import IMAGE, assistant, nano_processor, user
+from tests.data.llama_tokenizer import llama_tokenizer
+
+
+def llama(legacy: bool):
+    tokenizer = llama_tokenizer(legacy)
+    add_media_tokens(tokenizer)
+    return tokenizer
+
+
+TOKENIZERS = {"nano": nano_processor().tokenizer, "llama": llama(False), "legacy llama": llama(True)}
+WORDS = st.sampled_from(["Seven.", " ", "\n", "世", "🦩", "e\u0301", "see", "<", "image>", "  ", "<|im_"])
+PLAIN = st.lists(WORDS | st.text(max_size=4), max_size=5).map("".join).filter(lambda text: "<image>" not in text)
+TYPED = st.sampled_from(["<image>", "<|endofchunk|>", "</s>", "<s>", "<|im_end|>", "<0x41>", "<image></s>"])
+parametrized = pytest.mark.parametrize("name", TOKENIZERS)
+
+
+def genuine(tokenizer, ids):
+    """Ids of the tokens that no plain text gives: images and ends."""
+    wanted = {tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endofchunk|>", tokenizer.eos_token)}
+    return [token for token in ids if token in wanted]
+
+
+@parametrized
+@given(st.lists(PLAIN | TYPED, max_size=4).map("".join))
+@settings(max_examples=100, deadline=None)
+def test_protected_text_is_as_long_and_comes_back(name, text):
+    tokenizer = TOKENIZERS[name]
+    protected = protect(tokenizer, text)
+    assert len(protected) == len(text)
+    back, spans = restore(tokenizer, protected)
+    assert back == text
+    assert all(text[a:b] in tokenizer.get_vocab() for a, b in spans)
+
+
+@parametrized
+@given(PLAIN)
+@settings(max_examples=100, deadline=None)
+def test_text_without_special_tokens_is_read_as_by_the_tokenizer(name, text):
+    tokenizer = TOKENIZERS[name]
+    protected = protect(tokenizer, text)
+    assert protected == text
+    for options in ({}, {"add_special_tokens": False}):
+        assert tokenize(tokenizer, [protected], **options) == tokenizer([text], **options).data
+    assert encode_text(tokenizer, text).ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@parametrized
+@given(st.lists(st.tuples(PLAIN | TYPED, TYPED, PLAIN).map("".join), min_size=1, max_size=3))
+@settings(max_examples=150, deadline=None)
+def test_typed_tokens_are_text_between_genuine_ones(name, parts):
+    tokenizer = TOKENIZERS[name]
+    text = "<image>".join(protect(tokenizer, part) for part in parts) + tokenizer.eos_token
+    tokens = encode_text(tokenizer, text)
+    media = tokenizer.convert_tokens_to_ids("<image>")
+    assert genuine(tokenizer, tokens.ids) == [*[media] * (len(parts) - 1), tokenizer.eos_token_id]
+    expected = "<image>".join(parts) + tokenizer.eos_token
+    found = tokenizer.decode(tokens.ids)
+    if name == "legacy llama":  # Llama's older files put a space after each special token, before any text
+        found, expected = found.replace(" ", ""), expected.replace(" ", "")
+    assert found.lstrip() == expected.lstrip()
+
+
+@parametrized
+def test_offsets_say_where_each_token_stands(name):
+    tokenizer = TOKENIZERS[name]
+    text = f"a{tokenizer.eos_token}" + protect(tokenizer, "see <image> 世")
+    tokens = encode_text(tokenizer, text)
+    whole = restore(tokenizer, text)[0]
+    covered = {place for a, b in tokens.offsets for place in range(a, b)}
+    assert covered >= {place for place, char in enumerate(whole) if not char.isspace()}
+    pieces = {whole[a:b].strip() for a, b in tokens.offsets}
+    assert all(len(piece) < len("<image>") for piece in pieces - {tokenizer.eos_token})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_truncation_and_offsets_go_as_in_the_tokenizer(side):
+    tokenizer = TOKENIZERS["nano"]
+    texts = ["one two", "see <image> there, and <image>"]
+    found = tokenize(
+        tokenizer, [protect(tokenizer, text) for text in texts],
+        padding=True, padding_side=side, return_offsets_mapping=True, truncation=True, max_length=9,
+    )  # fmt: skip
+    whole = tokenizer(
+        texts, padding=True, padding_side=side, return_offsets_mapping=True, truncation=True, max_length=9,
+        split_special_tokens=True,
+    )  # fmt: skip
+    assert found == whole.data
+
+
+def test_the_processor_and_its_chat_template_give_the_ids_of_training():
+    processor = nano_processor()
+    shown = {**IMAGE, "image": Image.new("RGB", (8, 8))}
+    turns = [user(shown, "Is <image> this <|im_end|>?"), assistant("No <image>.")]
+    expected = encode(processor, turns)
+    text = processor.apply_chat_template(turns)
+    assert restore(processor.tokenizer, text)[0].count("<image>") == 3 and text.count("<image>") == 1
+    marks = {"return_dict": True, "return_assistant_tokens_mask": True}
+    found = processor.apply_chat_template(turns, tokenize=True, **marks)
+    again = processor(images=turns[0]["content"][0]["image"], text=text, add_special_tokens=False)
+    assert found["input_ids"] == again["input_ids"] == [expected.input_ids]
+    assert [label != IGNORED for label in expected.labels] == [mask == 1 for mask in found["assistant_masks"][0]]
+    with pytest.raises(UserError, match="text 0 has 1 <image> markers but 0 images"):
+        processor(text=text)
