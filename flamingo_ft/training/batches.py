@@ -25,10 +25,9 @@ from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .backbone_files import ENDLESS, text_limit
 from .packing_check import check_packing
 from .precision import computes_in_bf16
-
-ENDLESS = 2**31  # the context of a language model that has none
 
 
 def training_batches(
@@ -44,7 +43,7 @@ def training_batches(
     Raises UserError where the recipe wants of its data or its language model what they cannot give.
     """
     _refuse_preferences(data)
-    wanted, limit = recipe.data, text_limit(model, recipe.data.max_text_tokens)
+    wanted, limit = recipe.data, text_limit(model.config, recipe.data.max_text_tokens)
     if wanted.packing:
         _check_packing(model, limit, recipe.train.batch_size)
     features = _features(model, processor, recipe, world_size)
@@ -58,12 +57,6 @@ def training_batches(
         tally=Tally(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
         loading=Loading(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
     )
-
-
-def text_limit(model: FlamingoForConditionalGeneration, wanted: int | None) -> int:
-    """Longest sample in text tokens: as wanted, within the language model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(limit for limit in (wanted, context, ENDLESS) if limit)
 
 
 def assemble(
