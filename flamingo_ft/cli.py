@@ -31,6 +31,10 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List the packaged recipes, or copy one to edit it.")
 app.add_typer(recipes_app, name="recipes")
 
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10.")
+]
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a trained adapter, or a merged model.")]
 
 
@@ -49,11 +53,8 @@ def _root(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move an earlier run in train.output_dir aside.")
     ] = False,
@@ -79,11 +80,8 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.batch_size=2."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     text_tokens: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Text tokens of the longest sample, if not the data's.")
     ] = None,
@@ -105,11 +103,8 @@ def plan(
 
 @app.command()
 def check(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as data.max_text_tokens=512."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder to write, by default runs/check_RECIPE.")
     ] = None,
