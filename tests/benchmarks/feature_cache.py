@@ -26,7 +26,7 @@ from flamingo_ft.adapters import add_lora, set_trainable, trainable_parameters
 from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone
 from flamingo_ft.config.data import CacheSection
 from flamingo_ft.config.schema import LoraPart, LoraSection, TrainableSection
-from flamingo_ft.data.collate import open_image
+from flamingo_ft.data.media import open_image
 from flamingo_ft.data.features import find_frame, open_features, pending_media
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
