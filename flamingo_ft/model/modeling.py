@@ -105,9 +105,11 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order, padded at the
         end of M where a row has fewer. vision_tokens (B, M, F, V, D) in their place are the tower's spatial tokens of
         them, and the tower is not run. frame_counts (B, M): how many of the F frames each medium has, where not all
-        have F; the others are padding, which changes nothing. With ``past_key_values``: the media of all tokens, those of the new tokens (M
-        as many as the row with most mentions), or None to go on with those seen. Other arguments go to the language
-        model, whose output this returns. Raises UserError when a row has more media tokens than media.
+        have F; the others are padding, which changes nothing.
+
+        With ``past_key_values``: the media of all tokens, those of the new tokens (M as many as the row with most
+        mentions), or None to go on with those seen. Other arguments go to the language model, whose output this
+        returns. Raises UserError when a row has more media tokens than media.
         """
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
         given |= {"use_cache": use_cache, **kwargs}
@@ -127,7 +129,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     ) -> Any:
         """The language model's own ``generate`` (beams, sampling, streamers, assisted decoding, ...) over the media.
 
-        Takes pixel_values and frame_counts as `forward` does and returns what the language model's ``generate`` returns.
+        Takes pixel_values and frame_counts as `forward` does; returns what the language model's ``generate`` returns.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config

@@ -2,10 +2,12 @@
 
 A ViT-B/32 and an OPT-125M with random weights on the CPU, JPEG files of 224 pixels made from the quickstart's images, 32
 text tokens and four images a sample, and whole training steps: files to batch, forward, backward, AdamW; all in one
-process. What is saved is the tower's work and the decoding, what stays is the language model's: the more images a sample
-has, the more it is worth. The first epoch with the cache fills it; its later ones are set against epochs without. Both are measured in turn, epoch by
-epoch, and the fastest of each counts; on a machine that does other things beside, run with OMP_NUM_THREADS=1 and
---cpu-time, which counts the seconds that this process had.
+process. What is saved is the tower's work and the decoding, what stays is the language model's: the more images a
+sample has, the more it is worth.
+
+The first epoch with the cache fills it; its later ones are set against epochs without. Both are measured in turn, and the
+fastest of each counts. On a machine that does other things beside, run with OMP_NUM_THREADS=1 and --cpu-time, which
+counts the seconds that this process had.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ IMAGES = Path(__file__).parents[2] / "recipes" / "quickstart" / "images"
 TOKENS = 32
 # What trains: LoRA on the language model beside a trained bridge that stays, the cross-attention, or the whole bridge.
 REGIMES = {
-    "lora": (TrainableSection(perceiver=False, cross_attention=False, new_tokens=False), LoraSection(language=LoraPart())),
+    "lora": (
+        TrainableSection(perceiver=False, cross_attention=False, new_tokens=False),
+        LoraSection(language=LoraPart()),
+    ),
     "cross_attention": (TrainableSection(perceiver=False), LoraSection()),
     "bridge": (TrainableSection(), LoraSection()),
 }
@@ -62,7 +67,8 @@ def main() -> None:
                 seconds[name].append(epoch(media))
     best = {name: min(times) for name, times in seconds.items()}
     print(f"{wanted.regime}, a cross-attention block every {wanted.every} layers, {torch.get_num_threads()} threads")
-    print(f"{len(samples)} samples of {wanted.images_per_sample} images, batches of {wanted.batch_size}; first epoch with the cache {first:.1f} s")
+    print(f"{len(samples)} samples of {wanted.images_per_sample} images, batches of {wanted.batch_size}")
+    print(f"first epoch with the cache {first:.1f} s")
     print("  ".join(f"{name} the cache {best[name]:.1f} s" for name in ways))
     print(f"later epochs are {best['without'] / best['with']:.2f} times as fast with the cache")
 
