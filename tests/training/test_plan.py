@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -59,9 +60,12 @@ def quickstart(*overrides: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def sample() -> Sample:
-    samples = read_samples(QUICKSTART.parent / "quickstart" / "train.jsonl")
-    return next(sample for sample in samples if len(sample.images) == 2)
+def samples() -> list[Sample]:
+    """A hundred with the same text and two images each, no image twice: copies would be encoded once."""
+    read = read_samples(QUICKSTART.parent / "quickstart" / "train.jsonl")
+    images = list(dict.fromkeys(image for sample in read for image in sample.images))
+    sample = next(sample for sample in read if len(sample.images) == 2)
+    return [replace(sample, images=images[2 * index : 2 * index + 2]) for index in range(100)]
 
 
 # --- against a real step ---
@@ -82,12 +86,12 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
-def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, sample, overrides):
+def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, samples, overrides):
     recipe = quickstart(f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)
-    tokens = len(encode(processor, sample.messages).input_ids)
+    tokens = len(encode(processor, samples[0].messages).input_ids)
     plan = plan_memory(recipe, device="cpu", text_tokens=tokens, images=2)
-    trainer = make_trainer(model, processor, [[sample] * 100], recipe, [])
+    trainer = make_trainer(model, processor, [samples], recipe, [])
     with LiveBytes() as live:
         weights = live.hold(all_tensors(model))
         live.restart()
