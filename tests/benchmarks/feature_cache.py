@@ -30,8 +30,8 @@ from flamingo_ft.adapters import add_lora, set_trainable, trainable_parameters
 from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone
 from flamingo_ft.config.data import CacheSection
 from flamingo_ft.config.schema import LoraPart, LoraSection, TrainableSection
-from flamingo_ft.data.media import open_image
 from flamingo_ft.data.features import Frame, FrozenFeatures, find_frame, open_features, pending_media
+from flamingo_ft.data.media import open_image
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 IMAGES = Path(__file__).parents[2] / "recipes" / "quickstart" / "images"
