@@ -147,6 +147,12 @@ def test_the_data_say_how_long_a_sample_is():
     assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
 
 
+def test_packed_rows_are_full():
+    batch = plan_memory(load_recipe(QUICKSTART, ["data.packing=true", "data.max_text_tokens=280"])).batch
+    assert (batch.text_tokens, batch.where_from) == (280, "rows packed full")
+    assert 15 <= batch.images <= 18  # ten samples of 28.1 tokens and 1.6 images on average
+
+
 def test_without_the_data_the_limit_says_so(tmp_path):
     source = f"data.train=[{{path: {tmp_path}/none.jsonl}}]"
     recipe = load_recipe(QUICKSTART, [source, "data.max_text_tokens=20"], require=())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from flamingo_ft.config.loading import is_there
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.encode import encode, text_of
 from flamingo_ft.errors import UserError
+from flamingo_ft.training.backbone_files import ENDLESS
 from flamingo_ft.model import FlamingoProcessor
 
 LOOKED_AT = 50_000  # samples
@@ -55,8 +57,18 @@ def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[i
     samples = list(itertools.islice(data.samples(data.train), LOOKED_AT))
     likely = sorted(samples, key=_length)[-CANDIDATES:]
     tokens = max(len(encode(processor, sample.messages).input_ids) for sample in likely)
+    images = max(len(sample.images) for sample in samples)
+    if recipe.data.packing and limit < ENDLESS:
+        return limit, max(images, _images_packed(samples, tokens, limit)), "rows packed full"
     where_from = "the longest of the data" if len(samples) < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
-    return min(tokens, limit), max(len(sample.images) for sample in samples), where_from
+    return min(tokens, limit), images, where_from
+
+
+def _images_packed(samples: Sequence[Sample], longest: int, row: int) -> int:
+    """Images in a row of ``row`` text tokens, about; ``longest``: text tokens of the longest sample."""
+    lengths = [_length(sample) for sample in samples]
+    tokens = sum(lengths) * longest / max(lengths)
+    return math.ceil(row * sum(len(sample.images) for sample in samples) / tokens)
 
 
 def find_batch(
@@ -76,7 +88,7 @@ def find_batch(
         found = longest(recipe, processor, limit) or (limit, 1, "the limit")
         where_from = found[2] if tokens is None else where_from
         tokens, images = (own if own is not None else other for own, other in zip((tokens, images), found, strict=False))
-    if tokens >= 2**31:
+    if tokens >= ENDLESS:
         raise UserError("data.max_text_tokens: found neither data nor a limit to plan for; set it, or --text-tokens")
     return Batch(recipe.train.batch_size, tokens, images, size, where_from)
 
