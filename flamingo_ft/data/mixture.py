@@ -43,7 +43,7 @@ class OpenedData:
                     pass
 
     def held_out_samples(self, most_per_source: int | None = None) -> list[Sample]:
-        """The first held-out samples of each source, their images looked at: an evaluation must not fail after training."""
+        """The first held-out samples of each source, their images looked at: evaluation must not fail after training."""
         return [
             sample
             for mixed in self.held_out
@@ -59,7 +59,7 @@ def open_data(section: DataSection, seed: int) -> OpenedData:
     train = [Mixed(open_source(entry, section), entry.weight) for entry in section.train]
     held_out = [Mixed(open_source(entry, section)) for entry in section.eval]
     if section.eval_fraction:
-        splits = [hold_out(mixed.source, section.eval_fraction, seed) for mixed in train]
+        splits = hold_out([mixed.source for mixed in train], section.eval_fraction, seed)
         held_out += [Mixed(mixed.source, rows=rows) for mixed, (_, rows) in zip(train, splits, strict=True)]
         train = [Mixed(mixed.source, mixed.weight, rows) for mixed, (rows, _) in zip(train, splits, strict=True)]
     return OpenedData(section, train, held_out)
