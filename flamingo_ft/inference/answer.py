@@ -18,6 +18,9 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN
 
+CONTEXT = ("max_position_embeddings", "max_seq_len")  # what configurations call its length; MPT and DBRX the second
+ENDLESS = 2**31  # the context of a language model that has none
+
 
 def answer(adapter: str | Path, images: Sequence[Path], prompt: str, max_new_tokens: int = 64) -> str:
     """What the adapter's model says to one prompt.
@@ -54,20 +57,40 @@ def answer_batch(
     questions: Sequence[Mapping[str, Any]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to dialogues that end where the assistant is to speak.
+    """Greedy answers to dialogues that end where the assistant is to speak, as long as the context has room for.
 
-    Each question has ``messages``, ``images`` (paths) and ``where``.
+    Each question has ``messages``, ``images`` and ``where``. Raises UserError for a prompt that fills the context.
     """
     tokenizer = processor.tokenizer
-    prompts = [encode_prompt(processor, question["messages"]) for question in questions]
+    prompts = encode_prompts(model, processor, questions)
     batch = pad_ids(prompts, tokenizer.pad_token_id, "left") | load_media(processor, questions)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     ends = end_token_ids(model, processor)
     options = {"eos_token_id": ends or None, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
-    out = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
+    room = min(max_new_tokens, context_length(model) - max(map(len, prompts)))
+    out = model.generate(**batch, max_new_tokens=room, **options)
     new = out[:, batch["input_ids"].shape[1] :].tolist()
     answers = [list(takewhile(lambda token: token not in ends, row)) for row in new]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def encode_prompts(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, questions: Sequence[Mapping[str, Any]]
+) -> list[list[int]]:
+    """The token ids of each question. UserError, naming its ``where``, for one without room for an answer."""
+    limit, prompts = context_length(model), []
+    for question in questions:
+        prompts.append(encode_prompt(processor, question["messages"]))
+        if len(prompts[-1]) >= limit:
+            found = f"found {len(prompts[-1])} text tokens to answer, the language model's context is {limit}"
+            raise UserError(f"{question['where']}: {found}; shorten the prompt")
+    return prompts
+
+
+def context_length(model: FlamingoForConditionalGeneration) -> int:
+    """The most text tokens that the language model was made for; `ENDLESS` where it does not say."""
+    config = model.config.get_text_config()
+    return next((length for length in (getattr(config, name, None) for name in CONTEXT) if length), ENDLESS)
 
 
 def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:

@@ -23,12 +23,11 @@ from flamingo_ft.data.stream.prepare import Prepared, Preparing
 from flamingo_ft.data.stream.tally import Tally
 from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.errors import UserError
+from flamingo_ft.inference.answer import ENDLESS, context_length
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .packing_check import check_packing
 from .precision import computes_in_bf16
-
-ENDLESS = 2**31  # the context of a language model that has none
 
 
 def training_batches(
@@ -62,8 +61,7 @@ def training_batches(
 
 def text_limit(model: FlamingoForConditionalGeneration, wanted: int | None) -> int:
     """Longest sample in text tokens: as wanted, within the language model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(limit for limit in (wanted, context, ENDLESS) if limit)
+    return min(wanted or ENDLESS, context_length(model))
 
 
 def assemble(
