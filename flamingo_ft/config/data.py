@@ -86,7 +86,8 @@ class DataSection(Section):
     eval: Annotated[tuple[DataSource, ...], LAX] = ()
     """Sources of the held-out samples. Empty: none but those of `eval_fraction`."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of the training rows that is held out instead of trained on; rows with the same images stay together."""
+    """Share of each source's rows that is held out instead of trained on; rows with the same images, in whichever source,
+    stay together."""
     template: Literal["auto", "chat", "flamingo"] = "auto"
     """How a dialogue is written as text: the language model's chat template (chat), Flamingo's own form (flamingo).
     auto: the first where there is one."""

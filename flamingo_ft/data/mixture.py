@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.errors import UserError
@@ -21,11 +22,15 @@ SOON_READ = 50_000  # rows; some seconds
 
 @dataclass(frozen=True)
 class OpenedData:
-    """Sources of a recipe. ``train``: with weights; ``held_out``: never trained on."""
+    """Sources of a recipe. ``train``: with weights; ``held_out``: never trained on.
+
+    left_out: where each held-out row is that was looked at and cannot be used, and why.
+    """
 
     section: DataSection
     train: list[Mixed]
     held_out: list[Mixed]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def samples(self, mixture: Sequence[Mixed]) -> Iterator[Sample]:
         """The samples of some of the sources, one after the other, in the order of their rows; bad ones end it or are
@@ -35,20 +40,19 @@ class OpenedData:
     def look_through(self) -> None:
         """Read the rows of training sources that are soon read, so that a run that bad rows end is not begun.
 
-        Raises UserError for the first bad one. Images are not opened.
+        Raises UserError for the first bad one, where they are not skipped. Images are not opened.
         """
+        if self.section.on_bad_sample == "skip":
+            return
         for mixed in self.train:
             if mixed.source.indexed and mixed.size <= SOON_READ:
                 for _ in _samples(mixed, self.section):
                     pass
 
     def held_out_samples(self, most_per_source: int | None = None) -> list[Sample]:
-        """The first held-out samples of each source, their images looked at: an evaluation must not fail after training."""
-        return [
-            sample
-            for mixed in self.held_out
-            for sample in itertools.islice(_samples(mixed, self.section, look=True), most_per_source)
-        ]
+        """The first held-out samples of each source, their images looked at: evaluation must not fail after training."""
+        read = partial(_samples, section=self.section, look=True, left_out=self.left_out)
+        return [sample for mixed in self.held_out for sample in itertools.islice(read(mixed), most_per_source)]
 
 
 def open_data(section: DataSection, seed: int) -> OpenedData:
@@ -59,14 +63,16 @@ def open_data(section: DataSection, seed: int) -> OpenedData:
     train = [Mixed(open_source(entry, section), entry.weight) for entry in section.train]
     held_out = [Mixed(open_source(entry, section)) for entry in section.eval]
     if section.eval_fraction:
-        splits = [hold_out(mixed.source, section.eval_fraction, seed) for mixed in train]
+        splits = hold_out([mixed.source for mixed in train], section.eval_fraction, seed)
         held_out += [Mixed(mixed.source, rows=rows) for mixed, (_, rows) in zip(train, splits, strict=True)]
         train = [Mixed(mixed.source, mixed.weight, rows) for mixed, (rows, _) in zip(train, splits, strict=True)]
     return OpenedData(section, train, held_out)
 
 
-def _samples(mixed: Mixed, section: DataSection, look: bool = False) -> Iterator[Sample]:
-    """The samples of a source; look: only those whose images can be read."""
+def _samples(
+    mixed: Mixed, section: DataSection, look: bool = False, left_out: dict[str, str] | None = None
+) -> Iterator[Sample]:
+    """The samples of a source; look: only those whose images can be read. left_out: gets where others are, and why."""
     source = mixed.source
     rows = enumerate(source.stream()) if mixed.rows is None else ((row, source.raw(row)) for row in mixed.rows.tolist())
     for row, raw in rows:
@@ -74,8 +80,10 @@ def _samples(mixed: Mixed, section: DataSection, look: bool = False) -> Iterator
             sample = source.sample(row, raw)
             for medium in sample.images if look else ():
                 open_medium(medium, sample.where, section.video_frames)
-        except UserError:
+        except UserError as error:
             if section.on_bad_sample == "error":
                 raise
+            if left_out is not None:
+                left_out[f"{source.name}: row {row}"] = str(error)
             continue
         yield sample

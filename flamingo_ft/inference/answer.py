@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flamingo_ft.adapters import load_trained
+from flamingo_ft.backbones.context import context_length
 from flamingo_ft.data.collate import load_media, pad_ids
 from flamingo_ft.data.encode import encode_prompt, end_token_id
 from flamingo_ft.data.media import open_image
@@ -54,20 +55,34 @@ def answer_batch(
     questions: Sequence[Mapping[str, Any]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to dialogues that end where the assistant is to speak.
+    """Greedy answers to dialogues that end where the assistant is to speak, as long as the context has room for.
 
-    Each question has ``messages``, ``images`` (paths) and ``where``.
+    Each question has ``messages``, ``images`` and ``where``. Raises UserError for a prompt that fills the context.
     """
     tokenizer = processor.tokenizer
-    prompts = [encode_prompt(processor, question["messages"]) for question in questions]
+    prompts = encode_prompts(model, processor, questions)
     batch = pad_ids(prompts, tokenizer.pad_token_id, "left") | load_media(processor, questions)
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     ends = end_token_ids(model, processor)
     options = {"eos_token_id": ends or None, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
-    out = model.generate(**batch, max_new_tokens=max_new_tokens, **options)
+    room = min(max_new_tokens, context_length(model.config) - max(map(len, prompts)))
+    out = model.generate(**batch, max_new_tokens=room, **options)
     new = out[:, batch["input_ids"].shape[1] :].tolist()
     answers = [list(takewhile(lambda token: token not in ends, row)) for row in new]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def encode_prompts(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, questions: Sequence[Mapping[str, Any]]
+) -> list[list[int]]:
+    """The token ids of each question. UserError, naming its ``where``, for one without room for an answer."""
+    limit, prompts = context_length(model.config), []
+    for question in questions:
+        prompts.append(encode_prompt(processor, question["messages"]))
+        if len(prompts[-1]) >= limit:
+            found = f"found {len(prompts[-1])} text tokens to answer, the language model's context is {limit}"
+            raise UserError(f"{question['where']}: {found}; shorten the prompt")
+    return prompts
 
 
 def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from flamingo_ft.backbones.context import ENDLESS, context_length
 from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import build_visual, tower_config, tower_preprocess
 from flamingo_ft.config import ModelSection
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tokens import add_media_tokens
-
-ENDLESS = 2**31  # the context of a language model that has none
 
 
 @dataclass(frozen=True)
@@ -45,5 +44,4 @@ def backbone_files(model: ModelSection) -> BackboneFiles:
 
 def text_limit(config: PreTrainedConfig, wanted: int | None) -> int:
     """Longest sample in text tokens: as wanted, within the context that a model's configuration tells."""
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return min(limit for limit in (wanted, context, ENDLESS) if limit)
+    return min(wanted or ENDLESS, context_length(config))

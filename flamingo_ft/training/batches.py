@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo_ft.backbones.context import ENDLESS
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.collate import collate_text
@@ -25,7 +26,7 @@ from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .backbone_files import ENDLESS, text_limit
+from .backbone_files import text_limit
 from .packing_check import check_packing
 from .precision import computes_in_bf16
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.evaluation.accuracy import answer_questions
-from flamingo_ft.evaluation.questions import questions_of, with_other_images
+from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, Results
+from flamingo_ft.inference.answer import encode_prompts
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .build import build_model
@@ -43,6 +44,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     data.look_through()
     held_out = data.held_out_samples(recipe.eval.max_samples)
     model, processor = build_model(recipe, partial(first_batches, data, recipe))
+    encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])  # refuses too long ones
     (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     with progress_bars() as progress:
         examination = _Examination(model, processor, held_out, recipe, progress)
@@ -101,15 +103,21 @@ def _train(
         callbacks.append(KeepAdapter(processor, recipe.train.save_steps, partial(adapter_folder, output_dir)))
     trainer = make_trainer(model, processor, data, recipe, callbacks)
     began = time.monotonic()
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
     seconds = time.monotonic() - began
     lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
     (output_dir / LOG_FILE).write_text("".join(lines), encoding="utf-8")
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "trainable_parameters": parameters}
-    tally = trainer.batches.tally
-    if tally.left_out:
-        left_out = [json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in tally.left_out.items()]
-        (output_dir / LEFT_OUT_FILE).write_text("".join(left_out), encoding="utf-8")
-    return record | {"data": tally.record()}
+    counts = trainer.batches.tally.record()
+    return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
 
+
+def _list_left_out(reasons: Mapping[str, str], output_dir: Path) -> None:
+    """Where each row is that was not used, and why; a run that too many of them end has the list too."""
+    if reasons:
+        lines = [json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in reasons.items()]
+        (output_dir / LEFT_OUT_FILE).write_text("".join(lines), encoding="utf-8")

@@ -1,5 +1,7 @@
 """Answers: alone or together the same, ended where the assistant ends, from an adapter on disk as from memory."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,7 @@ class Speaker:
     """In a model's place: says given words after any prompt, and remembers how it was asked."""
 
     device = "cpu"
+    config = SimpleNamespace(get_text_config=lambda: None)
 
     def __init__(self, tokenizer, words: str, own_end: int | list[int] | None):
         self.generation_config = type("", (), {"eos_token_id": own_end})

@@ -139,3 +139,32 @@ def test_an_earlier_run_is_never_overwritten(folder):
     with pytest.raises(UserError, match="already holds a run"):
         train(recipe("data.eval=[]"))
     assert (folder / "run" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_question_longer_than_the_context_is_told_before_training(folder):
+    question = {"question": "Which shade? " * 400, "answer": "Dark.", "image": "0.png"}
+    Path("eval.jsonl").write_text(json.dumps(question))
+    with pytest.raises(UserError, match=r"eval.jsonl: row 0: found \d+ text tokens .* context is 512; shorten"):
+        train(recipe())
+    assert not (folder / "run" / "log.jsonl").exists()
+
+
+def test_an_answer_ends_where_the_context_does(folder):
+    train(recipe("eval.max_new_tokens=2000", "train.max_steps=1"))
+    said = [json.loads(line)["after"] for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert len(said) == 6
+
+
+def test_skipped_rows_are_counted_and_listed_those_held_out_and_of_a_run_that_too_many_end_too(folder):
+    Path("0.png").write_bytes(b"no image")
+    held_out = json.dumps(row(0, 2)) + "\n" + json.dumps(row(1, 1))
+    Path("eval.jsonl").write_text(held_out)
+    Path("train.jsonl").write_text("\n".join(json.dumps(row(index, 1)) for index in range(8)))
+    skip = "data.on_bad_sample=skip"
+    metrics = train(recipe(skip, "data.max_bad_share=0.2"))
+    assert metrics["train"]["data"]["held_out_skipped"] == 1 and metrics["train"]["data"]["skipped"] >= 1
+    listed = [json.loads(line)["where"] for line in Path("run/left_out.jsonl").read_text().splitlines()]
+    assert listed == [f"{folder}/eval.jsonl: row 0", f"{folder}/train.jsonl: row 0"]
+    with pytest.raises(UserError, match="max_bad_share"):
+        train(recipe(skip, "data.max_bad_share=0.1", "train.output_dir=ended"))
+    assert "train.jsonl: row 0" in Path("ended/left_out.jsonl").read_text()

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from flamingo_ft.data.packing import pack
 
 from .order import Draw, Order, grouped
+from .parcel import unwrap, wrap
 from .prepare import Prepared
 from .tally import LeftOut, Tally
 
@@ -110,13 +111,14 @@ class Batches:
     def _prepared(self, draws: Iterator[tuple[int, Draw]]) -> Iterable[list[tuple[int, Prepared | LeftOut]]]:
         """The draws prepared, in their order, as many at a time as a batch has rows."""
         batches = iter(lambda: list(itertools.islice(draws, self.loading.batch_size)), [])
-        return DataLoader(
+        loader = DataLoader(
             _Placing(self.prepare),
             batch_sampler=batches,
             num_workers=self.loading.workers,
-            collate_fn=list,
+            collate_fn=wrap if self.loading.workers else list,
             generator=torch.Generator(),  # one of its own, so that loading leaves torch's random numbers alone
         )
+        return map(unwrap, loader) if self.loading.workers else loader
 
 
 class _Placing(Dataset):

@@ -1,0 +1,58 @@
+"""Rows come from workers as they were sent, and hold no files open."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import dataclass
+from itertools import count, islice
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from flamingo_ft.data.encode import Encoded
+from flamingo_ft.data.features import Frame
+from flamingo_ft.data.stream.batches import Batches, Loading, packed
+from flamingo_ft.data.stream.order import Draw
+from flamingo_ft.data.stream.parcel import unwrap, wrap
+from flamingo_ft.data.stream.prepare import Prepared
+from flamingo_ft.data.stream.tally import Tally
+
+OPEN_FILES = "/proc/self/fd"
+
+
+def test_a_parcel_holds_what_was_put_in():
+    pixels, tokens = torch.randn(2, 3, 4, 5), torch.randn(4, 6).bfloat16().t()
+    rows = [
+        (7, Prepared("a: row 0", Encoded([1, 2], [-100, 2], 2), [pixels, torch.empty(0, 3)])),
+        (8, Prepared("a: row 1", Encoded([1], [1], 1), [[Frame("k", tokens=tokens), Frame("l", pixels=pixels[0])]])),
+        (9, "left out"),
+    ]
+    (_, one), (_, two), last = unwrap(pickle.loads(pickle.dumps(wrap(rows))))
+    assert (one.where, one.encoded, last) == ("a: row 0", rows[0][1].encoded, (9, "left out"))
+    assert torch.equal(one.media[0], pixels) and one.media[1].shape == (0, 3)
+    assert torch.equal(two.media[0][0].tokens, tokens) and two.media[0][0].tokens.dtype == torch.bfloat16
+    assert two.media[0][0].pixels is None and torch.equal(two.media[0][1].pixels, pixels[0])
+
+
+@dataclass(frozen=True)
+class Picture(Dataset):
+    """Rows of one image and a few tokens."""
+
+    def __getitem__(self, draw: Draw) -> Prepared:
+        return Prepared("", Encoded([draw.number] * 3, [draw.number] * 3, 1), [torch.full((1, 3, 4, 4), draw.number)])
+
+
+@pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="counts this process's open files as Linux shows them")
+def test_rows_kept_back_for_packing_hold_no_files_open():
+    draws = lambda start: (Draw(number, 0, number) for number in count(start))  # noqa: E731
+    tally = Tally(skip_bad=False, max_bad_share=0, epoch_length=None)
+    assemble = lambda rows: [(one.encoded.input_ids[0], int(one.media[0][0, 0, 0, 0])) for row in rows for one in row]  # noqa: E731
+    before = len(os.listdir(OPEN_FILES))
+    batches = iter(Batches(draws, Picture(), packed(1, 90), assemble, tally, Loading(1, workers=1)))
+    first = next(batches)
+    assert len(first) == 30 and all(token == shown for token, shown in first)
+    assert tally.seen > 400  # samples in rows that are still open
+    assert len(os.listdir(OPEN_FILES)) - before < 50
+    assert all(token == shown for batch in islice(batches, 3) for token, shown in batch)
