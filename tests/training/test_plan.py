@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import GPTNeoXConfig, MptConfig, PreTrainedConfig
 
@@ -21,7 +22,7 @@ from flamingo_ft.training.plan import Planner, plan_memory
 from flamingo_ft.training.plan.advice import advise, with_values
 from flamingo_ft.training.plan.gpus import GPUS
 from flamingo_ft.training.plan.tracker import LiveBytes
-from flamingo_ft.training.trainer import make_trainer
+from flamingo_ft.training.trainer import first_batches, make_trainer
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 CASES = {
@@ -149,10 +150,23 @@ def test_the_data_say_how_long_a_sample_is():
     assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
 
 
-def test_packed_rows_are_full():
-    batch = plan_memory(load_recipe(QUICKSTART, ["data.packing=true", "data.max_text_tokens=280"])).batch
-    assert (batch.text_tokens, batch.where_from) == (280, "rows packed full")
-    assert 15 <= batch.images <= 18  # ten samples of 28.1 tokens and 1.6 images on average
+def test_packed_rows_are_planned_as_long_as_they_become_with_the_images_of_all_their_samples():
+    packing = ("data.packing=true", "data.max_text_tokens=200", "train.batch_size=4")
+    batch = plan_memory(quickstart(*packing)).batch
+    assert batch.text_tokens == 200 and batch.where_from == "rows packed of the first 256 samples"
+    recipe = quickstart(*packing)
+    model, processor = build_model(recipe)
+    real = [row["pixel_values"].shape[1] for row in first_batches(open_data(recipe.data, 0), recipe, model, processor)]
+    assert abs(batch.images - max(real)) <= 2  # the rows looked at are not those of the run
+
+
+def test_frames_of_videos_are_planned_as_images(tmp_path):
+    frames = [[str(tmp_path / "a.png")] * count for count in (3, 12)]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = [{"question": "What?", "answer": "It.", "videos": frames}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    batch = plan_memory(quickstart(f"data.train=[{{path: {tmp_path}/rows.jsonl}}]")).batch
+    assert batch.images == 3 + 8
 
 
 def test_without_the_data_the_limit_says_so(tmp_path):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +16,21 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.config.loading import is_there
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.encode import encode, text_of
+from flamingo_ft.data.packing import pack
+from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
 LOOKED_AT = 50_000  # samples
 CANDIDATES = 256  # of them that look longest, whose tokens are counted
+PACKED_ROWS = 256  # laid out to see how many images a row gets
 TURN = 24  # characters that a chat template writes around a message, about
 
 
 @dataclass(frozen=True)
 class Batch:
-    """samples texts of text_tokens tokens each, with images images of (3, height, width) to a sample.
+    """samples texts (packed: rows) of text_tokens tokens each, with images images of (3, height, width) to each; a
+    video's frames count as so many images.
 
     where_from: how text_tokens was found.
     """
@@ -49,26 +53,34 @@ TEXT = ("input_ids", "attention_mask", "labels")
 
 
 def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:
-    """Text tokens and images of the longest of the recipe's first samples, and where they were found; None without its
-    files, or where they are on the Hub: a plan downloads no data."""
+    """Text tokens and images of the longest of the recipe's first samples, or of rows packed of them, and where they were
+    found; None without its files, or where they are on the Hub: a plan downloads no data."""
     if not all(source.path is not None and is_there(source.path) for source in recipe.data.train):
         return None
     data = open_data(recipe.data, recipe.train.seed)
-    samples = list(itertools.islice(data.samples(data.train), LOOKED_AT))
-    likely = sorted(samples, key=_length)[-CANDIDATES:]
-    tokens = max(len(encode(processor, sample.messages).input_ids) for sample in likely)
-    images = max(len(sample.images) for sample in samples)
+    samples = itertools.islice(data.samples(data.train), LOOKED_AT)
     if recipe.data.packing and limit < ENDLESS:
-        return limit, max(images, _images_packed(samples, tokens, limit)), "rows packed full"
-    where_from = "the longest of the data" if len(samples) < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
+        return _fullest_row(itertools.islice(samples, CANDIDATES), recipe, processor, limit)
+    count, images, likely = 0, 0, []
+    for count, sample in enumerate(samples, start=1):
+        images = max(images, _frames(sample, recipe))
+        add = heapq.heappush if count <= CANDIDATES else heapq.heappushpop
+        add(likely, (_length(sample), count, sample))
+    tokens = max(len(encode(processor, sample.messages).input_ids) for *_, sample in likely)
+    where_from = "the longest of the data" if count < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
     return min(tokens, limit), images, where_from
 
 
-def _images_packed(samples: Sequence[Sample], longest: int, row: int) -> int:
-    """Images in a row of ``row`` text tokens, about; ``longest``: text tokens of the longest sample."""
-    lengths = [_length(sample) for sample in samples]
-    tokens = sum(lengths) * longest / max(lengths)
-    return math.ceil(row * sum(len(sample.images) for sample in samples) / tokens)
+def _fullest_row(
+    samples: Iterable[Sample], recipe: Recipe, processor: FlamingoProcessor, limit: int
+) -> tuple[int, int, str]:
+    """The same of packed rows: as long as a row may be, with the most images of some rows of these samples."""
+    sizes = [(len(encode(processor, one.messages).input_ids), _frames(one, recipe)) for one in samples]
+    fitting = [size for size in sizes if size[0] <= limit]
+    times = 1 + PACKED_ROWS * limit // max(1, sum(tokens for tokens, _ in fitting))
+    rows = pack(fitting * times, lambda size: size[0], limit)
+    images = max((sum(frames for _, frames in row) for row in rows), default=1)
+    return limit, images, f"rows packed of the first {len(sizes)} samples"
 
 
 def find_batch(
@@ -91,6 +103,13 @@ def find_batch(
     if tokens >= ENDLESS:
         raise UserError("data.max_text_tokens: found neither data nor a limit to plan for; set it, or --text-tokens")
     return Batch(recipe.train.batch_size, tokens, images, size, where_from)
+
+
+def _frames(sample: Sample, recipe: Recipe) -> int:
+    """Images for the tower; a video file has as many frames as are taken of one."""
+    most = recipe.data.video_frames
+    videos = [min(len(m.frames) or most, most) for m in sample.images if isinstance(m, Video)]
+    return len(sample.images) - len(videos) + sum(videos)
 
 
 def _length(sample: Sample) -> int:
