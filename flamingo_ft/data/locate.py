@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,10 @@ class Locator:
 
     root: Path | None
     allow_urls: bool
+
+    @cached_property
+    def _real_root(self) -> str:
+        return os.path.realpath(self.root)
 
     def image(self, value: Any, where: str) -> Image:
         """An image: path, URL, data URI or base64 text, bytes, {"bytes", "path"}, or a Pillow image."""
@@ -84,7 +89,7 @@ class Locator:
             raise UserError(f"{where}: found the path {shortened(text)}; set image_root to the folder it starts from")
         path = self.root / text
         try:
-            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.root))
+            inside = Path(os.path.realpath(path)).is_relative_to(self._real_root)
         except (OSError, ValueError):  # a name too long, or with a null byte
             raise _not_there(path, where, noun) from None
         if not inside:

@@ -16,6 +16,8 @@ import numpy as np
 from flamingo_ft.data.sources.source import Source
 from flamingo_ft.errors import UserError
 
+AT_ONCE = 4096  # numbers
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -83,7 +85,7 @@ class Order:
             begin, end = self._shown_before(epoch), self._shown_before(epoch + 1)
             if end <= number:
                 continue
-            for source, row in self._epoch(epoch)[number - begin :].tolist():
+            for source, row in _few_at_a_time(self._epoch(epoch)[number - begin :]):
                 yield Draw(number, source, row)
                 number += 1
 
@@ -126,7 +128,7 @@ class Order:
         mixed = self.mixture[index]
         for number in itertools.count():
             if mixed.source.indexed:
-                yield from ((row, None) for row in self._pass(index, number).tolist())
+                yield from ((row, None) for row in _few_at_a_time(self._pass(index, number)))
                 continue
             rng = np.random.default_rng([self.seed, index, number])
             shown = 0
@@ -134,6 +136,12 @@ class Order:
                 yield pair
             if not shown:
                 raise UserError(f"{mixed.source.name}: found no rows; wanted at least one sample")
+
+
+def _few_at_a_time(numbers: np.ndarray) -> Iterator[Any]:
+    """What ``numbers.tolist()`` has, without a list that takes ten times the array's memory."""
+    for begin in range(0, len(numbers), AT_ONCE):
+        yield from numbers[begin : begin + AT_ONCE].tolist()
 
 
 def grouped(draws: Iterator[Draw], size_of: Callable[[Draw], int], batch: int, window: int, seed: int) -> Iterator[Draw]:
