@@ -48,7 +48,8 @@ class DataSource(Section):
     columns: Annotated[dict[str, str], LAX] = {}
     """Where a schema's fields stand: {answer: label, image: photo_path}. Fields not named are under their own names."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often a row of this source is shown, relative to the rows of the other sources."""
+    """How often a row of this source is shown, relative to the rows of the other sources. Where any source is streamed:
+    this source's share of the rows shown, relative to the other sources."""
     limit: Count | None = None
     """Only the first so many rows. null: all."""
     image_root: FilePath | None = None

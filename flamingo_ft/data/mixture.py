@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.errors import UserError
 
+from .download import is_url
 from .held_out import hold_out
-from .media import open_medium
-from .sample import Sample
+from .media import open_medium, read_content
+from .sample import Medium, Sample, Video
 from .sources import Source, open_source
 from .stream.order import Mixed
 
@@ -78,8 +79,7 @@ def _samples(
     for row, raw in rows:
         try:
             sample = source.sample(row, raw)
-            for medium in sample.images if look else ():
-                open_medium(medium, sample.where, section.video_frames)
+            sample = _looked_at(sample, section.video_frames) if look else sample
         except UserError as error:
             if section.on_bad_sample == "error":
                 raise
@@ -87,3 +87,22 @@ def _samples(
                 left_out[f"{source.name}: row {row}"] = str(error)
             continue
         yield sample
+
+
+def _looked_at(sample: Sample, video_frames: int) -> Sample:
+    """The sample, its images opened once; those from the network are kept, which may be gone when they are asked for
+    again. UserError for one that cannot be read."""
+    images = []
+    for medium in sample.images:
+        images.append(_at_hand(medium, sample.where))
+        fetched = isinstance(medium, str) and is_url(medium)
+        open_medium(images[-1], f"{sample.where}: {medium}" if fetched else sample.where, video_frames)
+    return replace(sample, images=images)
+
+
+def _at_hand(medium: Medium, where: str) -> Medium:
+    """The medium with the content of URLs in their place."""
+    if not isinstance(medium, Video):
+        return read_content(medium, where) if isinstance(medium, str) and is_url(medium) else medium
+    file = None if medium.file is None else _at_hand(medium.file, where)
+    return Video(tuple(_at_hand(frame, where) for frame in medium.frames), file)

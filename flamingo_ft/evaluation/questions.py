@@ -25,7 +25,7 @@ class Question:
 
 
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
-    """One question for each assistant turn; the turns before it are given as they should have been.
+    """One question for each assistant turn but those without loss; the turns before it are given as they should be.
 
     Of a document, one: what follows its last image, its beginning given. Without an image, none.
     """
@@ -34,7 +34,7 @@ def questions_of(samples: Sequence[Sample]) -> list[Question]:
 
 def _questions(sample: Sample, number: int) -> Iterator[Question]:
     for turn, message in enumerate(sample.messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message.get("loss") is not False:
             yield _question(sample, number, sample.messages[:turn], text_of(message))
         elif message["role"] == DOCUMENT and sample.images:
             blocks = message["content"]

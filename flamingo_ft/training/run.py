@@ -45,7 +45,6 @@ def train(recipe: Recipe) -> dict[str, Any]:
     held_out = data.held_out_samples(recipe.eval.max_samples)
     model, processor = build_model(recipe, partial(first_batches, data, recipe))
     encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])  # refuses too long ones
-    (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     with progress_bars() as progress:
         examination = _Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.before:
@@ -102,6 +101,7 @@ def _train(
     if recipe.train.save_steps:
         callbacks.append(KeepAdapter(processor, recipe.train.save_steps, partial(adapter_folder, output_dir)))
     trainer = make_trainer(model, processor, data, recipe, callbacks)
+    (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
     began = time.monotonic()
     try:
         trainer.train()

@@ -77,6 +77,12 @@ def test_every_assistant_turn_is_a_question_about_what_was_seen_before_it():
     assert (last.sample, last.task, last.images) == (1, "all", ["d"])
 
 
+def test_an_answer_without_loss_is_no_question_but_stands_before_the_next():
+    dialogue = [user("A?"), assistant("Wrong.") | {"loss": False}, user("B?"), assistant("Right.")]
+    (only,) = questions_of([Sample(dialogue, [], "", "row 0")])
+    assert only.answer == "Right." and only.messages == dialogue[:3]
+
+
 def test_questions_about_other_images_are_the_same_questions():
     samples = [sample("a", question="1?"), sample("b", question="2?"), sample("c", "d"), sample("e", "f")]
     for before, after in zip(questions_of(samples), questions_of(with_other_images(samples)), strict=True):

@@ -168,3 +168,10 @@ def test_skipped_rows_are_counted_and_listed_those_held_out_and_of_a_run_that_to
     with pytest.raises(UserError, match="max_bad_share"):
         train(recipe(skip, "data.max_bad_share=0.1", "train.output_dir=ended"))
     assert "train.jsonl: row 0" in Path("ended/left_out.jsonl").read_text()
+
+
+def test_data_that_a_run_does_not_take_leave_its_folder_free_for_the_next(folder):
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "Which shade?", "chosen": "Dark.", "rejected": "Light."}))
+    with pytest.raises(UserError, match="found preference pairs"):
+        train(recipe("data.train=[{path: pairs.jsonl}]"))
+    train(recipe("train.max_steps=1"))

@@ -53,8 +53,8 @@ TEXT = ("input_ids", "attention_mask", "labels")
 
 
 def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:
-    """Text tokens and images of the longest of the recipe's first samples, or of rows packed of them, and where they were
-    found; None without its files, or where they are on the Hub: a plan downloads no data."""
+    """Text tokens and images of the longest of the recipe's first samples, or of rows packed of them, and where they
+    were found; None without its files, or where they are on the Hub: a plan downloads no data."""
     if not all(source.path is not None and is_there(source.path) for source in recipe.data.train):
         return None
     data = open_data(recipe.data, recipe.train.seed)

@@ -1,0 +1,76 @@
+"""Held-out samples are at hand when they are asked about; what cannot be used is left out and listed."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flamingo_ft.config import DataSection
+from flamingo_ft.data import open_data, open_medium
+from flamingo_ft.errors import UserError
+
+
+class Once(http.server.BaseHTTPRequestHandler):
+    """Gives each image a single time, and is gone afterwards."""
+
+    content = b""
+    given: set[str] = set()
+
+    def do_GET(self):
+        if self.path in self.given:
+            self.send_error(404)
+            return
+        self.given.add(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def url(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    handler = type("Handler", (Once,), {"content": (tmp_path / "red.png").read_bytes(), "given": set()})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def held_out(folder: Path, rows: list[dict], **options):
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = {"path": str(folder / "rows.jsonl")}
+    return open_data(DataSection.model_validate({"train": [source], "eval": [source], **options}), 0)
+
+
+def question(**media) -> dict:
+    return {"question": "Which colour?", "answer": "Red."} | media
+
+
+def test_images_of_held_out_samples_are_fetched_once(tmp_path, url):
+    rows = [question(image=f"{url}/a.png"), question(videos=[[f"{url}/b.png", "red.png"]])]
+    samples = held_out(tmp_path, rows, allow_urls=True).held_out_samples()
+    for _ in range(2):
+        frames = [open_medium(medium) for sample in samples for medium in sample.images]
+        assert [len(pictures) for pictures in frames] == [1, 2]
+        assert all(picture.getpixel((0, 0)) == (255, 0, 0) for pictures in frames for picture in pictures)
+
+
+def test_a_held_out_image_that_cannot_be_fetched_is_told_with_its_url(tmp_path, url):
+    data = held_out(tmp_path, [question(image=f"{url}/a.png"), question(image=f"{url}/a.png")], allow_urls=True)
+    with pytest.raises(UserError, match=rf"row 1: .*{url}/a.png"):
+        data.held_out_samples()
+
+
+def test_held_out_rows_that_are_skipped_are_listed(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    data = held_out(tmp_path, [question(image="red.png"), question(image="none.png")], on_bad_sample="skip")
+    assert len(data.held_out_samples()) == 1
+    assert list(data.left_out) == [f"{tmp_path}/rows.jsonl: row 1"]
