@@ -95,7 +95,8 @@ class Order:
         for index, mixed in enumerate(self.mixture):
             rows = self._rows(index, mixed.shown_before(epoch), mixed.shown_before(epoch + 1))
             parts.append(np.stack([np.full_like(rows, index), rows], axis=1))
-        return np.random.default_rng([self.seed, epoch]).permutation(np.concatenate(parts))
+        draws = np.concatenate(parts)
+        return draws[np.random.default_rng([self.seed, epoch]).permutation(len(draws))]
 
     def _rows(self, index: int, begin: int, end: int) -> np.ndarray:
         """Places ``begin`` to ``end`` of a source's rows, shuffled pass after pass."""
