@@ -31,6 +31,10 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List the packaged recipes, or copy one to edit it.")
 app.add_typer(recipes_app, name="recipes")
 
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10.")
+]
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a trained adapter, or a merged model.")]
 
 
@@ -49,11 +53,8 @@ def _root(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move an earlier run in train.output_dir aside.")
     ] = False,
@@ -79,11 +80,8 @@ def train(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.batch_size=2."),
-    ] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
     text_tokens: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Text tokens of the longest sample, if not the data's.")
     ] = None,
@@ -101,6 +99,31 @@ def plan(
     from flamingo_ft.training.plan import report
 
     _print_plan(report.make_report(settings, text_tokens, images).record(), as_json)
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder to write, by default runs/check_RECIPE.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Read all data of RECIPE, without a model's weights: what is in it, and every row and image that cannot be used."""
+    from flamingo_ft.config import load_recipe
+    from flamingo_ft.recipe_library import find_recipe
+
+    path = find_recipe(recipe)
+    settings = load_recipe(path, overrides or (), require=("data",))
+    folder = out or Path("runs") / f"check_{path.stem}"
+
+    from flamingo_ft.training.check import run
+
+    found = run.check(settings, path.stem, folder).record()
+    _print_findings(found, as_json, folder)
+    if found["objection"]:
+        raise typer.Exit(_refuse(found["objection"]))
 
 
 @app.command("eval")
@@ -225,6 +248,24 @@ def _print_plan(record: dict, as_json: bool) -> None:
         return
     for part in plan_tables(record):
         Console().print(part)
+
+
+def _print_findings(record: dict, as_json: bool, folder: Path) -> None:
+    import json
+
+    from rich.console import Console
+
+    from flamingo_ft.check_table import check_tables, problem_lines
+
+    kind = "error" if record["on_bad_sample"] == "error" else "skipped"
+    for line in problem_lines(record):
+        print(f"{kind}: {line}", file=sys.stderr)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+        return
+    for part in check_tables(record):
+        Console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    typer.echo(f"all of it, and the first samples with their tokens, in {folder / 'check.html'}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ ORDER = (
     "training",
     "report_table",
     "plan_table",
+    "check_table",
     "cli",
     "__main__",
 )

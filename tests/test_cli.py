@@ -95,7 +95,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["train", "--help"], ["plan", "--help"], ["recipes", "--help"], ["--version"]]
+    "arguments", [[], ["--help"], ["train", "--help"], ["plan", "--help"], ["check", "--help"], ["recipes", "--help"], ["--version"]]
 )
 def test_help_comes_without_heavy_imports(here, arguments):
     done = run(*arguments)
@@ -105,7 +105,7 @@ def test_help_comes_without_heavy_imports(here, arguments):
 
 def test_help_names_every_verb():
     shown = run("--help").stdout
-    assert all(verb in shown for verb in ("train", "plan", "eval", "generate", "recipes"))
+    assert all(verb in shown for verb in ("train", "plan", "check", "eval", "generate", "recipes"))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,7 @@ def test_help_names_every_verb():
         (["merge", "run"], "Missing argument 'OUT'"),
         (["merge", "run", "out", "--base", "int8"], "'int8' is not one of 'bf16', 'dequantized'"),
         (["plan", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
+        (["check", "recipe.yaml", "data.too_lon=error"], "did you mean data.too_long?"),
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here, arguments, told):

@@ -257,6 +257,30 @@ def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):
     )
 
 
+EXCLUSIVE = {
+    ("data.cache={folder: tokens}", "data.augmentation={flip: 0.5}"): "data.cache: tokens of an image that changes each",
+    ("data.cache={folder: tokens}", "lora.vision={r: 2}"): "data.cache: lora.vision changes the tower",
+    ("data.packing=true", "data.group_by_length=true"): "data.group_by_length: packed rows are all of one length",
+    ("data.eval_fraction=0.1", "data.train.0.streaming=true"): "data.eval_fraction: a share of a stream cannot be held out",
+    ("data.train.0.hub=org/name",): "data.train.0: found both path and hub; give one of them",
+    ("data.train.0.config=small",): "data.train.0.config: goes with hub",
+    ("data.train.0.revision=main",): "data.train.0.revision: goes with hub",
+}
+
+
+@pytest.mark.parametrize("overrides", EXCLUSIVE, ids=" ".join)
+def test_wishes_for_data_that_exclude_each_other_are_refused_in_one_line(folder, overrides):
+    message = refusal(write(folder), *overrides)
+    assert EXCLUSIVE[overrides] in message and "\n" not in message
+
+
+def test_a_data_path_may_be_a_folder_or_a_pattern_of_files_that_is_there(folder):
+    (folder / "photos").mkdir()
+    for path in ("photos", "*.jsonl"):
+        assert load_recipe(write(folder), [f"data.train.0.path={folder}/{path}"])
+    assert "found no file" in refusal(write(folder), f"data.train.0.path={folder}/*.tar")
+
+
 def test_every_problem_has_a_line_of_its_own_in_the_order_of_the_file(folder):
     text = MINIMAL.replace("vision", "vison").replace("10", "ten") + "  seed: -1\n"
     lines = refusal(write(folder, text)).splitlines()

@@ -1,4 +1,4 @@
-"""Vision towers at an image size that they were not made for: position embeddings interpolated to more or fewer patches.
+"""Vision towers at an image size that they were not made for: position embeddings interpolated to other patches.
 
 What open_clip does for ``force_image_size``, on a tower that has its weights already, or is on the meta device.
 """

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flamingo_ft.adapters import load_trained
+from flamingo_ft.backbones.context import context_length
 from flamingo_ft.data.collate import load_media, pad_ids
 from flamingo_ft.data.encode import encode_prompt, end_token_id
 from flamingo_ft.data.media import open_image
@@ -17,9 +18,6 @@ from flamingo_ft.data.schemas.blocks import split_markers
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN
-
-CONTEXT = ("max_position_embeddings", "max_seq_len")  # what configurations call its length; MPT and DBRX the second
-ENDLESS = 2**31  # the context of a language model that has none
 
 
 def answer(adapter: str | Path, images: Sequence[Path], prompt: str, max_new_tokens: int = 64) -> str:
@@ -67,7 +65,7 @@ def answer_batch(
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     ends = end_token_ids(model, processor)
     options = {"eos_token_id": ends or None, "pad_token_id": tokenizer.pad_token_id, "do_sample": False}
-    room = min(max_new_tokens, context_length(model) - max(map(len, prompts)))
+    room = min(max_new_tokens, context_length(model.config) - max(map(len, prompts)))
     out = model.generate(**batch, max_new_tokens=room, **options)
     new = out[:, batch["input_ids"].shape[1] :].tolist()
     answers = [list(takewhile(lambda token: token not in ends, row)) for row in new]
@@ -78,19 +76,13 @@ def encode_prompts(
     model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, questions: Sequence[Mapping[str, Any]]
 ) -> list[list[int]]:
     """The token ids of each question. UserError, naming its ``where``, for one without room for an answer."""
-    limit, prompts = context_length(model), []
+    limit, prompts = context_length(model.config), []
     for question in questions:
         prompts.append(encode_prompt(processor, question["messages"]))
         if len(prompts[-1]) >= limit:
             found = f"found {len(prompts[-1])} text tokens to answer, the language model's context is {limit}"
             raise UserError(f"{question['where']}: {found}; shorten the prompt")
     return prompts
-
-
-def context_length(model: FlamingoForConditionalGeneration) -> int:
-    """The most text tokens that the language model was made for; `ENDLESS` where it does not say."""
-    config = model.config.get_text_config()
-    return next((length for length in (getattr(config, name, None) for name in CONTEXT) if length), ENDLESS)
 
 
 def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:

@@ -78,7 +78,8 @@ class FlamingoCore(nn.Module):
         if given is None:
             return self._known_media(mentioned, seen, past.media if length and past is not None else None)
         if len(given.frames) != len(input_ids):
-            raise UserError(f"found {len(given.frames)} rows of images for {len(input_ids)} rows of text; give one each")
+            found = len(given.frames)
+            raise UserError(f"found {found} rows of images for {len(input_ids)} rows of text; give one each")
         if seen.any() and are_of_the_end(seen, mentioned, given.slots):
             new = encode_media(self.vision_encoder, self.perceiver, given, mentioned)
             return extend(past, seen, new)

@@ -51,7 +51,7 @@ def media_input(
     Raises UserError for both at once and for another shape.
     """
     if pixel_values is not None and vision_tokens is not None:
-        raise UserError("found both pixel_values and vision_tokens; give one of them, the tokens are of the same images")
+        raise UserError("found both pixel_values and vision_tokens; the tokens stand for the images: give one")
     if pixel_values is None and vision_tokens is None:
         return None
     frames = _frames_of_pixels(pixel_values) if vision_tokens is None else _frames_of_tokens(vision_tokens)

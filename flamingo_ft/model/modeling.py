@@ -131,7 +131,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     ) -> Any:
         """The language model's own ``generate`` (beams, sampling, streamers, assisted decoding, ...) over the media.
 
-        Takes pixel_values and frame_counts as `forward` does and returns what the language model's ``generate`` returns.
+        Takes pixel_values and frame_counts as `forward` does; returns what the language model's ``generate`` returns.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config

@@ -140,7 +140,7 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool, first:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> Tokens:
-    out = tokenizer(text, **{"add_special_tokens": False, **options}, return_offsets_mapping=True)
+    out = tokenizer(text, **{"add_special_tokens": False, **options}, return_offsets_mapping=True, verbose=False)
     return Tokens(out["input_ids"], out["offset_mapping"])
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo_ft.backbones.context import ENDLESS
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.collate import collate_text
@@ -23,9 +24,9 @@ from flamingo_ft.data.stream.prepare import Prepared, Preparing
 from flamingo_ft.data.stream.tally import Tally
 from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.answer import ENDLESS, context_length
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .backbone_files import text_limit
 from .packing_check import check_packing
 from .precision import computes_in_bf16
 
@@ -43,7 +44,7 @@ def training_batches(
     Raises UserError where the recipe wants of its data or its language model what they cannot give.
     """
     _refuse_preferences(data)
-    wanted, limit = recipe.data, text_limit(model, recipe.data.max_text_tokens)
+    wanted, limit = recipe.data, text_limit(model.config, recipe.data.max_text_tokens)
     if wanted.packing:
         _check_packing(model, limit, recipe.train.batch_size)
     features = _features(model, processor, recipe, world_size)
@@ -57,11 +58,6 @@ def training_batches(
         tally=Tally(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
         loading=Loading(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
     )
-
-
-def text_limit(model: FlamingoForConditionalGeneration, wanted: int | None) -> int:
-    """Longest sample in text tokens: as wanted, within the language model's context."""
-    return min(wanted or ENDLESS, context_length(model))
 
 
 def assemble(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -12,8 +13,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
 
-def progress_bars() -> Progress:
-    """Bars for training and evaluation alike."""
+def progress_bars(stderr: bool = False) -> Progress:
+    """Bars for training, evaluation and checks alike; stderr: away from what a command prints."""
     return Progress(
         TextColumn("{task.description:<22}"),
         BarColumn(),
@@ -21,6 +22,7 @@ def progress_bars() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True) if stderr else None,
     )
 
 

@@ -45,7 +45,8 @@ def test_nothing_asked_for_changes_nothing():
 
 @pytest.mark.parametrize("chance", [0.0, 0.3, 1.0])
 def test_flips_come_as_often_as_asked_for(chance):
-    flips = [augment([coordinates(2, 1)], AugmentationSection(flip=chance), seed)[0].getpixel((0, 0))[0] for seed in range(300)]
+    wanted = AugmentationSection(flip=chance)
+    flips = [augment([coordinates(2, 1)], wanted, seed)[0].getpixel((0, 0))[0] for seed in range(300)]
     assert abs(np.mean(flips) - chance) < 0.1 and (chance not in (0, 1) or np.mean(flips) == chance)
 
 

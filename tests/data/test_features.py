@@ -26,6 +26,7 @@ from flamingo_ft.config.data import CacheSection
 from flamingo_ft.config.schema import LoraPart, LoraSection
 from flamingo_ft.data.features import FeatureStore, FeatureWriter, find_frame, open_features, pending_media
 from flamingo_ft.data.features import encoder as encoder_module
+from flamingo_ft.data.features import key as key_module
 from flamingo_ft.data.features.encoder import FrozenTower
 from flamingo_ft.data.features.writer import bytes_under
 from flamingo_ft.errors import UserError
@@ -74,16 +75,10 @@ def test_a_completed_batch_holds_the_towers_tokens_of_every_frame_rounded(tmp_pa
     torch.testing.assert_close(batch["vision_tokens"][0, 1, 1].float(), expected[2], rtol=1e-2, atol=1e-2)
     assert torch.equal(batch["vision_tokens"][1, 0, 0], batch["vision_tokens"][0, 1, 1])
     assert not batch["vision_tokens"][1, 1].any() and not batch["vision_tokens"][0, 0, 1].any()
-    torch.testing.assert_close(
-        model(**batch).logits,
-        model(
-            ids("II", "Ia"),
-            torch.stack([torch.stack([pixels(n) for n in row]) for row in ((0, 0, 1, 2), (2, 2, 0, 0))]).unflatten(1, (2, 2)),
-            frame_counts=batch["frame_counts"],
-        ).logits,
-        rtol=0.05,
-        atol=0.05,
-    )
+    rows = (0, 0, 1, 2), (2, 2, 0, 0)
+    shown = torch.stack([torch.stack([pixels(n) for n in row]) for row in rows]).unflatten(1, (2, 2))
+    from_pixels = model(batch["input_ids"], shown, frame_counts=batch["frame_counts"]).logits
+    torch.testing.assert_close(model(**batch).logits, from_pixels, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -189,8 +184,6 @@ def test_another_transform_or_number_format_misses(options, tmp_path):
 
 @pytest.mark.parametrize("package", ["torch", "torchvision", "open_clip_torch", "pillow"])
 def test_other_software_misses(package, tmp_path, monkeypatch):
-    from flamingo_ft.data.features import key as key_module
-
     before, real = opened(tmp_path).store.folder, key_module.version
     monkeypatch.setattr(key_module, "version", lambda name: "0.0" if name == package else real(name))
     assert opened(tmp_path).store.folder != before
@@ -203,7 +196,7 @@ def test_the_same_tower_hits_in_another_process_and_says_what_it_is(tmp_path):
     assert opened(tmp_path, copy.deepcopy(quantized)).store.folder == folder
     described = json.loads((opened(tmp_path, model).store.folder / "key.json").read_text())
     assert described["preprocess"] == PREPROCESS and described["device"] == "cpu" and described["dtype"] == "bf16"
-    assert described["versions"]["torch"] == torch.__version__.split("+")[0] or described["versions"]["torch"]
+    assert {"torch", "torchvision", "open_clip_torch", "pillow"} <= described["versions"].keys()
 
 
 def test_other_bytes_or_another_frame_are_another_image():
@@ -308,7 +301,8 @@ def test_ranks_share_the_budget(store):
 
 def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data.cache.folder: .*file/cache cannot be written \(Not a directory\)") as told:
+    message = r"data.cache.folder: .*file/cache cannot be written \(Not a directory\)"
+    with pytest.raises(UserError, match=message) as told:
         opened(tmp_path / "file" / "cache")
     assert "\n" not in str(told.value)
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BloomConfig, GPT2Config, MptConfig, OPTConfig
 
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.answer import ENDLESS, answer, answer_batch, context_length, end_token_ids, place_images
+from flamingo_ft.inference.answer import answer, answer_batch, end_token_ids, place_images
 from flamingo_ft.model import build_flamingo
 from flamingo_ft.model.processor import CHUNK_TEMPLATE
 from tests.data.dialogues import IMAGE, assistant, nano_processor, user
@@ -135,16 +134,3 @@ def test_a_bad_prompt_or_image_is_told_before_the_model_is_loaded(tmp_path):
         answer(tmp_path / "no adapter", [broken], "What?")
     with pytest.raises(UserError, match="2 <image> markers but 1 images"):
         answer(tmp_path / "no adapter", [broken], "<image><image>")
-
-
-@pytest.mark.parametrize(
-    ("config", "length"),
-    [
-        (OPTConfig(max_position_embeddings=64), 64),
-        (MptConfig(max_seq_len=32), 32),
-        (GPT2Config(n_positions=16), 16),
-        (BloomConfig(), ENDLESS),
-    ],
-)
-def test_the_context_is_what_the_language_model_was_made_for(config, length):
-    assert context_length(SimpleNamespace(config=config)) == length

@@ -1,7 +1,7 @@
 """The frozen tower's tokens of every image, computed once and kept on disk.
 
-Workers look images up (`FeatureStore`, `find_frame`) and send along what they found (`pending_media`); the training process
-encodes and keeps what was missing (`FrozenFeatures.complete`).
+Workers look images up (`FeatureStore`, `find_frame`) and send along what they found (`pending_media`); the training
+process encodes and keeps what was missing (`FrozenFeatures.complete`).
 """
 
 from .encoder import FrozenFeatures, open_features

@@ -1,7 +1,7 @@
 """A batch whose images are partly tokens already: what workers send to the training process.
 
-Shapes: B samples, M media, F frames, S frames found, P frames to encode, C channels, H height, W width, V visual tokens,
-D width.
+Shapes: B samples, M media, F frames, S frames found, P frames to encode, C channels, H height, W width, V visual
+tokens, D width.
 """
 
 from __future__ import annotations

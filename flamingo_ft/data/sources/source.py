@@ -68,10 +68,11 @@ class Source:
 
     def sample(self, i: int, raw: RawRow) -> Sample:
         """The sample of a row. UserError "FILE: row N: field: ...", N its 0-based number in that file."""
-        file, where = self._files[raw.file], self._where(raw)
+        file, where = self._files[raw.file], self.where(raw)
         return self._reader.read(file.parse(raw.content, where), where, file.name, file.find)
 
-    def _where(self, raw: RawRow) -> str:
+    def where(self, raw: RawRow) -> str:
+        """What errors call a row: "FILE: row N"."""
         return f"{self._files[raw.file].name}: row {raw.row}"
 
     def _recognised(self, entry: DataSource) -> str:
@@ -79,9 +80,9 @@ class Source:
         first_error = None
         for raw in islice(self.stream(), ROWS_TRIED):
             try:
-                row = self._files[raw.file].parse(raw.content, self._where(raw))
+                row = self._files[raw.file].parse(raw.content, self.where(raw))
             except UserError as error:
                 first_error = first_error or error
                 continue
-            return entry.format if entry.format != "auto" else schema_of(row, entry.columns, self._where(raw))
+            return entry.format if entry.format != "auto" else schema_of(row, entry.columns, self.where(raw))
         raise first_error or UserError(f"{self.name}: found no rows; wanted at least one sample")

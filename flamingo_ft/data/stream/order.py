@@ -16,7 +16,8 @@ import numpy as np
 from flamingo_ft.data.sources.source import Source
 from flamingo_ft.errors import UserError
 
-AT_ONCE = 4096  # numbers
+
+CHUNK = 4096  # draws
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Order:
             begin, end = self._shown_before(epoch), self._shown_before(epoch + 1)
             if end <= number:
                 continue
-            for source, row in _few_at_a_time(self._epoch(epoch)[number - begin :]):
+            for source, row in _pairs(self._epoch(epoch)[number - begin :]):
                 yield Draw(number, source, row)
                 number += 1
 
@@ -95,7 +96,8 @@ class Order:
         for index, mixed in enumerate(self.mixture):
             rows = self._rows(index, mixed.shown_before(epoch), mixed.shown_before(epoch + 1))
             parts.append(np.stack([np.full_like(rows, index), rows], axis=1))
-        return np.random.default_rng([self.seed, epoch]).permutation(np.concatenate(parts))
+        draws = np.concatenate(parts)
+        return draws[np.random.default_rng([self.seed, epoch]).permutation(len(draws))]
 
     def _rows(self, index: int, begin: int, end: int) -> np.ndarray:
         """Places ``begin`` to ``end`` of a source's rows, shuffled pass after pass."""
@@ -128,7 +130,7 @@ class Order:
         mixed = self.mixture[index]
         for number in itertools.count():
             if mixed.source.indexed:
-                yield from ((row, None) for row in _few_at_a_time(self._pass(index, number)))
+                yield from ((row, None) for row in self._pass(index, number).tolist())
                 continue
             rng = np.random.default_rng([self.seed, index, number])
             shown = 0
@@ -136,12 +138,6 @@ class Order:
                 yield pair
             if not shown:
                 raise UserError(f"{mixed.source.name}: found no rows; wanted at least one sample")
-
-
-def _few_at_a_time(numbers: np.ndarray) -> Iterator[Any]:
-    """What ``numbers.tolist()`` has, without a list that takes ten times the array's memory."""
-    for begin in range(0, len(numbers), AT_ONCE):
-        yield from numbers[begin : begin + AT_ONCE].tolist()
 
 
 def grouped(draws: Iterator[Draw], size_of: Callable[[Draw], int], batch: int, window: int, seed: int) -> Iterator[Draw]:
@@ -155,6 +151,12 @@ def grouped(draws: Iterator[Draw], size_of: Callable[[Draw], int], batch: int, w
         batches = [block[i : i + batch] for i in range(0, len(block), batch)]
         np.random.default_rng([seed, min(draw.number for draw in block)]).shuffle(batches)
         yield from itertools.chain.from_iterable(batches)
+
+
+def _pairs(draws: np.ndarray) -> Iterator[list[int]]:
+    """The rows of an array (N, 2), some at a time: a million of Python's own numbers take 150 MB."""
+    for start in range(0, len(draws), CHUNK):
+        yield from draws[start : start + CHUNK].tolist()
 
 
 def _shuffled(items: Iterator[Any], size: int, rng: np.random.Generator) -> Iterator[Any]:

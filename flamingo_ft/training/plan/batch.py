@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo_ft.backbones.context import ENDLESS
 from flamingo_ft.config import Recipe
 from flamingo_ft.config.loading import is_there
 from flamingo_ft.data import Sample, open_data
@@ -18,7 +19,6 @@ from flamingo_ft.data.encode import encode, text_of
 from flamingo_ft.data.packing import pack
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.answer import ENDLESS
 from flamingo_ft.model import FlamingoProcessor
 
 LOOKED_AT = 50_000  # samples

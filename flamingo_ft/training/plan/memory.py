@@ -10,11 +10,9 @@ from itertools import chain
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flamingo_ft.backbones.language import language_files
-from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.training.batches import text_limit
+from flamingo_ft.training.backbone_files import backbone_files, text_limit
 
 from .batch import Batch, find_batch
 from .devices import Device
@@ -77,15 +75,12 @@ class Planner:
         self.recipe = recipe
         self.device = device
         self._sizes = {"text_tokens": text_tokens, "images": images}
-        wanted = recipe.model
-        self._backbones = (
-            tower_config(wanted.vision.name, wanted.vision.pretrained, wanted.vision.image_size),
-            *language_files(wanted.language.name, wanted.language.revision),
-        )
+        self._files = backbone_files(recipe.model)
 
     def plan(self, recipe: Recipe) -> Plan:
         """The plan of ``recipe``."""
-        model, processor = build_on_meta(recipe, *copy.deepcopy(self._backbones), self.device)
+        files = copy.deepcopy(self._files)
+        model, processor = build_on_meta(recipe, files.tower, files.language, files.tokenizer, self.device)
         batch = self._batch(recipe, model, processor)
         components = tuple(_components(model, recipe, self.device))
         with FakeTensorMode():
@@ -94,7 +89,7 @@ class Planner:
         return Plan(self.device, batch, components, step)
 
     def _batch(self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Batch:
-        limit = text_limit(model, recipe.data.max_text_tokens)
+        limit = text_limit(model.config, recipe.data.max_text_tokens)
         batch = find_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
         self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
         return batch

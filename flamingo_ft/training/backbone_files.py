@@ -1,0 +1,47 @@
+"""What a recipe's backbones tell of themselves before any of their weights are there."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from flamingo_ft.backbones.context import ENDLESS, context_length
+from flamingo_ft.backbones.language import language_files
+from flamingo_ft.backbones.vision import build_visual, tower_config, tower_preprocess
+from flamingo_ft.config import ModelSection
+from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.tokens import add_media_tokens
+
+
+@dataclass(frozen=True)
+class BackboneFiles:
+    """tower: a `VisionBackbone.config`, and resize_mode how images are brought to its size; language, tokenizer: the
+    language model's."""
+
+    tower: dict
+    resize_mode: str | None
+    language: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def processor(self) -> FlamingoProcessor:
+        """The processor of the Flamingo that they make, as `build_flamingo` gives it."""
+        tokenizer = copy.deepcopy(self.tokenizer)
+        add_media_tokens(tokenizer)
+        with torch.device("meta"):
+            preprocess = tower_preprocess(build_visual(self.tower), {}, self.resize_mode)
+        return FlamingoProcessor.for_backbones(preprocess, tokenizer)
+
+
+def backbone_files(model: ModelSection) -> BackboneFiles:
+    """Fetch what is not there of them, never weights. UserError for backbones that do not exist."""
+    vision, language = model.vision, model.language
+    tower = tower_config(vision.name, vision.pretrained, vision.image_size)
+    return BackboneFiles(tower, vision.resize_mode, *language_files(language.name, language.revision))
+
+
+def text_limit(config: PreTrainedConfig, wanted: int | None) -> int:
+    """Longest sample in text tokens: as wanted, within the context that a model's configuration tells."""
+    return min(wanted or ENDLESS, context_length(config))
