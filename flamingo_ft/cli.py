@@ -8,11 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from flamingo_ft.errors import UserError
+
+if TYPE_CHECKING:
+    from flamingo_ft.data import OpenedData
 
 MISTAKE, INTERRUPTED = 2, 130  # exit codes
 _FILES_OF_THE_USER = (
@@ -73,7 +76,7 @@ def train(
 
     from flamingo_ft.training import run
 
-    metrics = run.train(settings)
+    metrics = run.train(settings, _tell_sources)
     _print_metrics(metrics)
     typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 
@@ -223,6 +226,13 @@ def _list_recipes() -> None:
     for name, path in packaged_recipes().items():
         table.add_row(name, summary(path))
     Console().print(table)
+
+
+def _tell_sources(data: OpenedData) -> None:
+    for part, mixture in (("train", data.train), ("held out", data.held_out)):
+        for mixed in mixture:
+            rows = f"{mixed.size:,} rows" if mixed.source.indexed else "streamed"
+            typer.echo(f"{mixed.source.name} ({part}): {rows} of schema {mixed.source.format}", err=True)
 
 
 def _print_metrics(metrics: dict) -> None:

@@ -260,7 +260,8 @@ def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):
 EXCLUSIVE = {
     ("data.cache={folder: tokens}", "data.augmentation={flip: 0.5}"): "data.cache: tokens of an image that changes each",
     ("data.cache={folder: tokens}", "lora.vision={r: 2}"): "data.cache: lora.vision changes the tower",
-    ("data.packing=true", "data.group_by_length=true"): "data.group_by_length: packed rows are all of one length",
+    ("data.packing=true",): "data.packing: a row has to be of some length; set data.max_text_tokens",
+    ("data.packing=true", "data.max_text_tokens=64", "data.group_by_length=true"): "data.group_by_length: packed rows are all of one length",
     ("data.eval_fraction=0.1", "data.train.0.streaming=true"): "data.eval_fraction: a share of a stream cannot be held out",
     ("data.train.0.hub=org/name",): "data.train.0: found both path and hub; give one of them",
     ("data.train.0.config=small",): "data.train.0.config: goes with hub",

@@ -127,6 +127,8 @@ def contradictions_of_data(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ..
         yield ("data", "cache"), "tokens of an image that changes each time cannot be kept; drop the cache or augmentation"
     if data.cache and recipe.lora.vision:
         yield ("data", "cache"), "lora.vision changes the tower, so its tokens cannot be kept; set one of them to null"
+    if data.packing and data.max_text_tokens is None:
+        yield ("data", "packing"), "a row has to be of some length; set data.max_text_tokens, or packing to false"
     if data.packing and data.group_by_length:
         yield ("data", "group_by_length"), "packed rows are all of one length; set it or data.packing to false"
     if data.eval_fraction and any(source.streaming for source in data.train):

@@ -84,7 +84,7 @@ def _samples(
             if section.on_bad_sample == "error":
                 raise
             if left_out is not None:
-                left_out[f"{source.name}: row {row}"] = str(error)
+                left_out[source.where(raw)] = str(error)
             continue
         yield sample
 

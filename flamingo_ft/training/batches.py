@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo_ft.backbones.context import ENDLESS
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.collate import collate_text
@@ -46,7 +45,7 @@ def training_batches(
     _refuse_preferences(data)
     wanted, limit = recipe.data, text_limit(model.config, recipe.data.max_text_tokens)
     if wanted.packing:
-        _check_packing(model, limit, recipe.train.batch_size)
+        check_packing(model, recipe.train.batch_size)
     features = _features(model, processor, recipe, world_size)
     encode = partial(encode_within, processor, max_text_tokens=limit, policy=wanted.too_long)
     order = Order(data.train, recipe.train.seed, wanted.shuffle_buffer)
@@ -79,12 +78,6 @@ def _refuse_preferences(data: OpenedData) -> None:
                 f"{mixed.source.name}: found preference pairs, wanted samples with one answer; "
                 "train on them with trl.DPOTrainer, or name another format"
             )
-
-
-def _check_packing(model: FlamingoForConditionalGeneration, limit: int, rows: int) -> None:
-    if limit == ENDLESS:
-        raise UserError("data.packing: found no length for a row; set data.max_text_tokens")
-    check_packing(model, rows)
 
 
 def _features(

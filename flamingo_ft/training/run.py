@@ -31,16 +31,17 @@ LOG_FILE = "log.jsonl"
 LEFT_OUT_FILE = "left_out.jsonl"
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
+def train(recipe: Recipe, tell: Callable[[OpenedData], None] = lambda data: None) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
-    Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
+    tell: hears of the data once it is open. Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
     not do, before training.
     """
     check_machine(recipe.train)
     output_dir = recipe.train.output_dir
     prepare_output_dir(output_dir)
     data = open_data(recipe.data, recipe.train.seed)
+    tell(data)
     data.look_through()
     held_out = data.held_out_samples(recipe.eval.max_samples)
     model, processor = build_model(recipe, partial(first_batches, data, recipe))

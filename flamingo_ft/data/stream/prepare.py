@@ -47,8 +47,8 @@ class Preparing(Dataset):
         where = f"{source.name}: row {draw.row}"
         try:
             raw = source.raw(draw.row) if draw.raw is None else draw.raw
+            where = source.where(raw)
             sample = source.sample(draw.row, raw)
-            where = sample.where
             encoded = self.encode(sample)
             if isinstance(encoded, Dropped):
                 return LeftOut(draw.number, where, encoded.reason, bad=False)

@@ -28,6 +28,9 @@ class Numbers:
     def stream(self) -> Iterator[Any]:
         return iter(range(self.count))
 
+    def where(self, raw: int) -> str:
+        return f"{self.name}: row {raw}"
+
     def sample(self, i: int, raw: Any) -> Sample:
         if raw in self.bad:
             raise UserError(f"{self.name}: row {i}: found nothing, wanted a number; remove the row")
