@@ -113,7 +113,7 @@ def check(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
-    """Read all data of RECIPE, without a model's weights: what is in it, and every row and image that cannot be used."""
+    """Read all data of RECIPE, without weights: what is in it, and every row and image that cannot be used."""
     from flamingo_ft.config import load_recipe
     from flamingo_ft.recipe_library import find_recipe
 

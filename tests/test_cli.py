@@ -202,7 +202,7 @@ def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
 def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point, capsys):
     calls = entry_point(training, "run", "train", METRICS)
     assert cli.main(["train", "recipe.yaml", "train.max_steps=3", "train.learning_rate=1e-3"]) == 0
-    ((recipe,),) = calls
+    ((recipe, _),) = calls
     assert (recipe.train.max_steps, recipe.train.learning_rate) == (3, 1e-3)
     assert Path("run").is_dir()
     shown = capsys.readouterr().out
