@@ -312,6 +312,7 @@ def test_projections_kept_for_inference_are_not_used_where_gradients_are(model):
     assert to_kv.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_compiled_forwards_equal_eager_ones(model):
     compiled = torch.compile(model, backend="eager")
     for text, count in (("aIb", 1), ("abcd", 0), ("IIa", 2)):

@@ -80,7 +80,20 @@ def test_zero_gates_leave_the_language_model_unchanged(family, visual, passed):
     passed.append(family)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# What people start from, and one of every kind of layer and cache; the others' further laws are among the slow tests.
+COMMON = {
+    "bamba", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gptj", "jamba",
+    "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_next",
+    "recurrent_gemma", "rwkv", "smollm3", "stablelm", "starcoder2", "xglm", "xlstm", "zamba2",
+}  # fmt: skip
+
+
+def common_first(families) -> list:
+    """The families as parameters, the uncommon ones marked slow."""
+    return [family if family in COMMON else pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+@pytest.mark.parametrize("family", common_first(FAMILIES))
 def test_every_parameter_of_the_bridge_gets_a_gradient(family, visual):
     model = flamingo_of(make_tiny(family, vocab_size=VOCABULARY).requires_grad_(False), visual)
     open_gates(model)
@@ -96,7 +109,7 @@ def test_every_parameter_of_the_bridge_gets_a_gradient(family, visual):
 NO_CACHE_TO_COMPARE = {"blt", "rwkv"}
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_CACHE_TO_COMPARE])
+@pytest.mark.parametrize("family", common_first(one for one in FAMILIES if one not in NO_CACHE_TO_COMPARE))
 @torch.no_grad()
 def test_cached_generation_looks_at_the_same_images_as_uncached(family, visual):
     model = flamingo_of(make_tiny(family, vocab_size=VOCABULARY), visual)
@@ -120,3 +133,7 @@ def test_the_law_holds_for_at_least_150_families(passed):
 
 def test_a_family_left_out_has_a_reason():
     assert set(LEFT_OUT) <= set(KNOWN) and all(LEFT_OUT.values())
+
+
+def test_the_common_families_are_families():
+    assert set(FAMILIES) >= COMMON

@@ -52,6 +52,7 @@ CASES = {
     "computing in bf16, nf4": ["train.precision=bf16", "model.language.quantization=nf4"],
     "accumulation": ["train.gradient_accumulation_steps=2"],
 }
+MIXED = {"nf4, single", "LoRA", "nf4", "int8", "checkpointing", "computing in bf16, nf4"}  # others have each of these
 
 
 def quickstart(*overrides: str) -> Recipe:
@@ -88,7 +89,9 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] * (name in MIXED)) for name in CASES]
+)
 def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides):
     recipe = quickstart(data, f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)
