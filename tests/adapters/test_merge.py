@@ -37,7 +37,13 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 KINDS = ("lora.use_dora=true", "lora.use_rslora=true", "lora.init_lora_weights=pissa")
-OF_EACH_KIND = [(regime, (kind,)) for regime in REGIMES if regime != "bridge" for kind in KINDS]
+EVERYWHERE = "LoRA everywhere"  # has what the other regimes have, whose kinds are among the slow tests
+OF_EACH_KIND = [
+    pytest.param(regime, (kind,), marks=[pytest.mark.slow] * (regime != EVERYWHERE))
+    for regime in REGIMES
+    if regime != "bridge"
+    for kind in KINDS
+]
 
 
 @pytest.mark.parametrize(("regime", "extra"), [*((regime, ()) for regime in REGIMES), *OF_EACH_KIND])
