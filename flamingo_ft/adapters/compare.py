@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from flamingo_ft.config import RECIPE_FILE, load_recipe
-from flamingo_ft.data.encode import encode, text_message
-from flamingo_ft.data.collate import load_media
 from flamingo_ft.data import Sample, open_data
+from flamingo_ft.data.collate import load_media
+from flamingo_ft.data.encode import encode, text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 

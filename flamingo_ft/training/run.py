@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ LEFT_OUT_FILE = "left_out.jsonl"
 def train(recipe: Recipe, tell: Callable[[OpenedData], None] = lambda data: None) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
-    tell: hears of the data once it is open. Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
-    not do, before training.
+    tell: hears of the data once it is open. Returns what is written to ``metrics.json``. Raises UserError for data,
+    backbones or an output directory that will not do, before training.
     """
     check_machine(recipe.train)
     output_dir = recipe.train.output_dir

@@ -73,8 +73,9 @@ def _forward_and_backward(
     model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device
 ) -> None:
     """All micro-batches of a step; their tensors are there together, as the trainer fetches them."""
-    ahead = 1 if device == "cpu" else 0  # accelerate's loader has the next batch ready, in the computer's memory
-    batches = [batch.tensors() for _ in range(wanted.gradient_accumulation_steps + ahead)]
+    # The samples that the last batch was put together from are still there, in the computer's memory.
+    samples = 1 if device == "cpu" else 0
+    batches = [batch.tensors() for _ in range(wanted.gradient_accumulation_steps + samples)]
     bf16 = computes_in_bf16(wanted.precision, device)
     for inputs in batches[: min(wanted.gradient_accumulation_steps, 2)]:  # from the second on, all are alike
         with _offloaded(wanted.activation_offload and device == "cuda"):
