@@ -19,7 +19,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
 

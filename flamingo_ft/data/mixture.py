@@ -14,7 +14,7 @@ from .download import is_url
 from .held_out import hold_out
 from .media import open_medium, read_content
 from .sample import Medium, Sample, Video
-from .sources import Source, open_source
+from .sources import open_source
 from .stream.order import Mixed
 
 

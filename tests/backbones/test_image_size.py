@@ -18,7 +18,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.training.plan.model import meta_vision
 
-from .test_vision import CLIP_CFG, TOWERS, timm_config, write_folder
+from .test_vision import CLIP_CFG, TOWERS, write_folder
 
 # name: configuration, another size, tokens there
 SIZED = {

@@ -81,8 +81,8 @@ def test_tokens_and_frame_counts_reach_the_model_under_trls_fused_head(fused):
     plain = model(TEXT, pixels, labels=labels, frame_counts=frames).loss
     add_fused_lm_head(model)
     options = {"fused_lm_head": fused, "labels": labels, "frame_counts": frames}
-    for given in ({"pixel_values": pixels}, {"vision_tokens": tokens_of(model, pixels)}):
-        torch.testing.assert_close(model(input_ids=TEXT, **given, **options).loss, plain)
+    for media in ({"pixel_values": pixels}, {"vision_tokens": tokens_of(model, pixels)}):
+        torch.testing.assert_close(model(input_ids=TEXT, **media, **options).loss, plain)
 
 
 # Media with different numbers of frames

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flamingo_ft.backbones.vision import build_visual
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 VOCABULARY, MEDIA, EOC = 60, 58, 59
