@@ -7,7 +7,6 @@ from flamingo_ft.config.data import AugmentationSection, CacheSection, DataSecti
 from flamingo_ft.config.loading import RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.config.schema import (
     CrossAttentionSection,
-    EvalSection,
     LanguageSection,
     LoraPart,
     LoraSection,
@@ -15,9 +14,9 @@ from flamingo_ft.config.schema import (
     PerceiverSection,
     Recipe,
     TrainableSection,
-    TrainSection,
     VisionSection,
 )
+from flamingo_ft.config.train import DecaysSection, DpoSection, EvalSection, RatesSection, TrainSection
 
 __all__ = [
     "AugmentationSection",
@@ -25,12 +24,15 @@ __all__ = [
     "CrossAttentionSection",
     "DataSection",
     "DataSource",
+    "DecaysSection",
+    "DpoSection",
     "EvalSection",
     "LanguageSection",
     "LoraPart",
     "LoraSection",
     "ModelSection",
     "PerceiverSection",
+    "RatesSection",
     "Recipe",
     "TrainSection",
     "TrainableSection",

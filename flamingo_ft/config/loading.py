@@ -30,7 +30,7 @@ _BACKBONES: tuple[Location, ...] = (
 def load_recipe(
     path_or_name: str | Path, overrides: Sequence[str] = (), *, require: Collection[str] = ("data", "start")
 ) -> Recipe:
-    """Read and check a recipe; its paths come back absolute, but for `train.output_dir`.
+    """Read and check a recipe; its paths come back absolute, but for those that are written to.
 
     path_or_name: a YAML file, or the name of a packaged recipe.
     overrides: `key=value`, the value read as YAML, a list's entry by its index: `data.train.0.weight=2`.
@@ -105,7 +105,7 @@ def _user_error(sources: _Sources, found: Sequence[tuple[Location, str]]) -> Use
 
 
 def _make_absolute(values: dict[str, Any], sources: _Sources) -> None:
-    """Make the paths among the plain values absolute, in place; `train.output_dir` only loses its `~`."""
+    """Make the paths among the plain values absolute, in place; those that are written to only lose their `~`."""
     for location in _BACKBONES:
         if _is_explicit_path(_get(values, location)):
             _put_absolute(values, location, sources)
@@ -114,12 +114,14 @@ def _make_absolute(values: dict[str, Any], sources: _Sources) -> None:
         for index in range(len(entries) if isinstance(entries, list) else 0):
             for key in ("path", "image_root"):
                 _put_absolute(values, ("data", split, index, key), sources)
-    output_dir, start = _get(values, ("train", "output_dir")), _get(values, ("model", "init_from"))
+    start = _get(values, ("model", "init_from"))
     cache = _get(values, ("data", "cache", "folder"))
     if isinstance(cache, str):
         values["data"]["cache"]["folder"] = str(Path(cache).expanduser().absolute())
-    if isinstance(output_dir, str):
-        values["train"]["output_dir"] = str(Path(output_dir).expanduser())
+    for key in ("output_dir", "checkpoint_dir"):
+        folder = _get(values, ("train", key))
+        if isinstance(folder, str):
+            values["train"][key] = str(Path(folder).expanduser())
     if isinstance(start, str):  # another run's output_dir: from the current directory too, but kept for later ones
         values["model"]["init_from"] = str(Path(start).expanduser().absolute())
 

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data import DataSection, contradictions_of_data
 from flamingo_ft.config.section import ComputeDtype, Count, FilePath, Names, QuantizationFormat, Section
+from flamingo_ft.config.train import EvalSection, TrainSection, contradictions_of_training
 
 CONTRADICTION = "contradiction"  # the kind of an error between values; its context has the location
 
@@ -160,63 +161,6 @@ class LoraSection(Section):
         return {name: part for name, part in named.items() if part is not None}
 
 
-class TrainSection(Section):
-    """How training goes."""
-
-    output_dir: FilePath
-    """Folder that the run is written to, relative to the current directory. Must be new or empty."""
-    max_steps: Count
-    """Optimizer steps."""
-    batch_size: Count = 8
-    """Samples per device and forward pass."""
-    gradient_accumulation_steps: Count = 1
-    """Forward passes per optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate of AdamW."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    """AdamW's decoupled weight decay."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises from zero."""
-    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The gradient is scaled down to this norm where it is longer."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    activation_offload: bool = False
-    """Keep activations in the computer's memory between forward and backward. On a GPU only."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW with its state in 32 or 8 bits; paged: moved to the computer's memory where the GPU's is full."""
-    optimizer_in_backward: bool = False
-    """Step each parameter as soon as its gradient is there, so that gradients are never held together. One process, no
-    accumulation, no loss scaling; gradients are clipped one by one."""
-    save_steps: Count | None = None
-    """Steps between checkpoints. null: only the final adapter is saved."""
-    logging_steps: Count = 10
-    """Steps between two logged losses."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the initial weights and of the order of samples."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the computation. auto: bf16 where the GPU supports it, else fp32."""
-    num_workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that prepare batches beside the training process. 0: none."""
-
-
-class EvalSection(Section):
-    """How the held-out samples are judged."""
-
-    batch_size: Count = 8
-    """Samples answered at once."""
-    max_new_tokens: Count = 32
-    """Longest answer in tokens."""
-    max_samples: Count | None = None
-    """Only the first samples of each source. null: all."""
-    before: bool = True
-    """Also answer before training, for comparison."""
-    shuffled_images: bool = True
-    """Also answer with another sample's images, to show what is really read from them."""
-
-
 class Recipe(Section):
     """A run: which backbones, which bridge, what trains, on what, how, and how it is judged."""
 
@@ -255,9 +199,4 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]
     elif recipe.model.bridge_quantization != "none" and {"perceiver", "cross_attention"} <= set(trained):
         yield ("model", "bridge_quantization"), "all of the bridge trains, and what trains cannot be quantized; use none"
     yield from contradictions_of_data(recipe)
-    if recipe.train.optimizer_in_backward and recipe.train.gradient_accumulation_steps > 1:
-        reason = (
-            f"found gradient_accumulation_steps {recipe.train.gradient_accumulation_steps}; "
-            "a step inside the backward pass sees one batch: use 1 and a larger batch_size, or set it to false"
-        )
-        yield ("train", "optimizer_in_backward"), reason
+    yield from contradictions_of_training(recipe)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,15 @@ from rich.progress import Progress
 
 from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
-from flamingo_ft.data import OpenedData, Sample, open_data
-from flamingo_ft.evaluation.accuracy import answer_questions
+from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER, Results
+from flamingo_ft.evaluation.results import AFTER
 from flamingo_ft.inference.answer import encode_prompts
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .build import build_model
 from .callbacks import KeepAdapter, ProgressBar, StopOnNonFiniteLoss, progress_bars
+from .examination import Examination
 from .optimizer import check_machine
 from .output_dir import prepare_output_dir
 from .trainer import adapter_folder, first_batches, make_trainer
@@ -47,7 +47,7 @@ def train(recipe: Recipe, tell: Callable[[OpenedData], None] = lambda data: None
     model, processor = build_model(recipe, partial(first_batches, data, recipe))
     encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])  # refuses too long ones
     with progress_bars() as progress:
-        examination = _Examination(model, processor, held_out, recipe, progress)
+        examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.before:
             examination.take("before", held_out)
         training = _train(model, processor, data, recipe, progress)
@@ -62,31 +62,6 @@ def train(recipe: Recipe, tell: Callable[[OpenedData], None] = lambda data: None
     write_card(model, output_dir, metrics.get("eval"))
     (output_dir / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     return metrics
-
-
-class _Examination:
-    """The same questions, asked at several times of a run."""
-
-    def __init__(
-        self,
-        model: FlamingoForConditionalGeneration,
-        processor: FlamingoProcessor,
-        held_out: Sequence[Sample],
-        recipe: Recipe,
-        progress: Progress,
-    ):
-        self.results = Results(questions_of(held_out))
-        self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
-        self._answer = partial(answer_questions, model, processor)
-        self._progress = progress
-
-    def take(self, name: str, samples: Sequence[Sample]) -> None:
-        """Ask about ``samples``, the held-out ones or those with their images exchanged."""
-        questions = questions_of(samples)
-        if questions:
-            bar = self._progress.add_task(f"evaluating, {name.replace('_', ' ')}", total=len(questions), note="")
-            advance = partial(self._progress.advance, bar)
-            self.results.answers[name] = self._answer(questions, advance=advance, **self._options)
 
 
 def _train(

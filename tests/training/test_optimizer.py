@@ -10,7 +10,7 @@ from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.in_backward import InBackward
 from flamingo_ft.training.optimizer import check_machine, make_optimizer
-from flamingo_ft.training.trainer import trainer_arguments
+from flamingo_ft.training.arguments import trainer_arguments
 
 from ..regimes import REGIMES, build, inputs, quantized, recipe, shake, trainer
 

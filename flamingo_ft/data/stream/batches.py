@@ -7,6 +7,7 @@ batches are the same whatever the number of workers, and a run goes on at the ex
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.packing import pack
 
 from .order import Draw, Order, grouped
@@ -21,6 +23,7 @@ from .parcel import unwrap, wrap
 from .prepare import Prepared
 from .tally import LeftOut, Tally
 
+REMEMBERED = 1024  # batches, of which it is told what is in them
 WINDOW = 50  # batches among whose samples those of like length are put together
 
 Placed = tuple[int, Prepared]  # a sample that trains, and its place in the order
@@ -41,8 +44,19 @@ class Loading:
     world_size: int = 1
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What is in a batch. rows: where each of its samples is; label_tokens: tokens that are learned."""
+
+    rows: tuple[str, ...]
+    label_tokens: int
+    images: int
+
+
 class Batches:
     """Iterate over it for batches, without an end; `state_dict` tells where the last one given out ends.
+
+    contents: of the last batches given out, oldest first, until somebody takes them away.
 
     prepare: from a draw to what it gives, in the workers. fill: from samples that train to the rows of one batch after
     another, each of one sample or several; it may keep some back for later ones, as long as it would place those in the
@@ -60,6 +74,7 @@ class Batches:
     ):
         self.order, self.prepare, self.fill, self.assemble = order, prepare, fill, assemble
         self.tally, self.loading = tally, loading
+        self.contents: deque[Contents] = deque(maxlen=REMEMBERED)
         self._next: int = 0
         self._waiting: list[int] = []
 
@@ -67,6 +82,7 @@ class Batches:
         for rows in self.fill(self._samples_that_train()):
             given = {place for row in rows for place, _ in row}
             self._waiting = [place for place in self._waiting if place not in given]
+            self.contents.append(_contents(prepared for row in rows for _, prepared in row))
             yield self.assemble([[prepared for _, prepared in row] for row in rows])
 
     def state_dict(self) -> dict[str, Any]:
@@ -119,6 +135,12 @@ class Batches:
             generator=torch.Generator(),  # one of its own, so that loading leaves torch's random numbers alone
         )
         return map(unwrap, loader) if self.loading.workers else loader
+
+
+def _contents(samples: Iterable[Prepared]) -> Contents:
+    texts = [(sample.where, sample.encoded) for sample in samples]
+    labels = sum(label != IGNORED for _, text in texts for label in text.labels[1:])  # each is told by the one before
+    return Contents(tuple(where for where, _ in texts), labels, sum(text.images for _, text in texts))
 
 
 class _Placing(Dataset):

@@ -1,0 +1,46 @@
+"""What every training method adds to TRL's trainer: batches that come ready made, and an eye on what is in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from flamingo_ft.data.stream.batches import Batches, Contents
+
+
+class Engine:
+    """Mixed into a trainer of TRL's, before it.
+
+    contents: of the batches of this step that were not trained on yet, the next one first. trained_on: the one that is
+    trained on, or was last. counts: samples, label tokens and images since somebody set it back.
+    """
+
+    def __init__(self, batches: Batches, **arguments: Any):
+        # TRL looks at a dataset to learn that there are images in it; rows are drawn by `batches` alone.
+        super().__init__(train_dataset=Dataset.from_list([{"messages": [], "images": []}]), **arguments)
+        self.batches = batches
+        self.contents: list[Contents] = []
+        self.trained_on: Contents | None = None
+        self.counts: Counter = Counter()
+
+    def get_train_dataloader(self) -> Batches:
+        """Endless; the recipe's number of steps ends the run."""
+        return self.batches
+
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
+        """The batches of one optimizer step."""
+        self.batches.contents.clear()
+        samples = super().get_batch_samples(*arguments, **options)
+        self.contents = list(self.batches.contents)
+        return samples
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Forward and backward of one batch."""
+        self.trained_on = self.contents.pop(0)
+        loss = super().training_step(*arguments, **options)
+        rows, label_tokens, images = len(self.trained_on.rows), self.trained_on.label_tokens, self.trained_on.images
+        self.counts.update(samples=rows, label_tokens=label_tokens, images=images)
+        return loss

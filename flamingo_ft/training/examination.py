@@ -1,0 +1,40 @@
+"""The same held-out questions, asked at several times of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from rich.progress import Progress
+
+from flamingo_ft.config import Recipe
+from flamingo_ft.data import Sample
+from flamingo_ft.evaluation.accuracy import answer_questions
+from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.results import Results
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+
+
+class Examination:
+    """Asks the questions of ``held_out``; ``results`` has what was answered each time."""
+
+    def __init__(
+        self,
+        model: FlamingoForConditionalGeneration,
+        processor: FlamingoProcessor,
+        held_out: Sequence[Sample],
+        recipe: Recipe,
+        progress: Progress,
+    ):
+        self.results = Results(questions_of(held_out))
+        self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
+        self._answer = partial(answer_questions, model, processor)
+        self._progress = progress
+
+    def take(self, name: str, samples: Sequence[Sample]) -> None:
+        """Ask about ``samples``, the held-out ones or those with their images exchanged."""
+        questions = questions_of(samples)
+        if questions:
+            bar = self._progress.add_task(f"evaluating, {name.replace('_', ' ')}", total=len(questions), note="")
+            advance = partial(self._progress.advance, bar)
+            self.results.answers[name] = self._answer(questions, advance=advance, **self._options)
