@@ -8,3 +8,8 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+def one_line(error: Exception) -> str:
+    """What another library said, on one line and no longer than a line should be, to be quoted in a `UserError`."""
+    return " ".join(str(error).split())[:200]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo_ft.errors import UserError
+from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
 
@@ -48,7 +48,7 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
     except UserError:
         raise
     except DAMAGED as error:
-        raise UserError(f"{folder}: config.json is damaged ({_one_line(error)}); copy the folder again") from None
+        raise UserError(f"{folder}: config.json is damaged ({one_line(error)}); copy the folder again") from None
 
 
 def read_processor(folder: Path) -> FlamingoProcessor:
@@ -56,7 +56,7 @@ def read_processor(folder: Path) -> FlamingoProcessor:
     try:
         return FlamingoProcessor.from_pretrained(folder)
     except DAMAGED as error:
-        raise UserError(f"{folder}: the processor does not load ({_one_line(error)}); copy the folder again") from None
+        raise UserError(f"{folder}: the processor does not load ({one_line(error)}); copy the folder again") from None
 
 
 def read_lora_config(folder: Path) -> LoraConfig | None:
@@ -66,7 +66,7 @@ def read_lora_config(folder: Path) -> LoraConfig | None:
     try:
         config = LoraConfig.from_pretrained(str(folder))
     except DAMAGED as error:
-        raise UserError(f"{folder}: {LORA_CONFIG} is damaged ({_one_line(error)}); copy the adapter again") from None
+        raise UserError(f"{folder}: {LORA_CONFIG} is damaged ({one_line(error)}); copy the adapter again") from None
     return None if config.target_modules == DUMMY_TARGET_MODULES else config
 
 
@@ -77,7 +77,3 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flamingo_ft.backbones.attention import open_attention
-from flamingo_ft.backbones.vision import layers_after_tokens
+from flamingo_ft.backbones.tower import layers_after_tokens
 from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration

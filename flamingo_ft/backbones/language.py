@@ -40,7 +40,7 @@ from transformers.models.auto.modeling_auto import (
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import files_sha256
 from flamingo_ft.backbones.quantization import Quantization, settle
-from flamingo_ft.errors import UserError
+from flamingo_ft.errors import UserError, one_line
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 
@@ -187,7 +187,7 @@ def _download(name: str, revision: str | None, local_files_only: bool, patterns:
             "check the name and the network, or give a folder"
         ) from None
     except (HfHubHTTPError, OSError) as error:
-        problem = f"{asked} could not be downloaded: {_one_line(error)}"
+        problem = f"{asked} could not be downloaded: {one_line(error)}"
         raise UserError(f"{problem}; try again, or give a folder") from error
 
 
@@ -241,14 +241,10 @@ def _load(auto_class: type, folder: Path, name: str, **options: object) -> objec
         remedy = "check that its files are there, whole, and not newer than the installed transformers"
         if "trust_remote_code" in str(error):
             remedy = "it comes with code of its own: pass trust_remote_code=True if you trust that"
-        problem = f"language model {name} does not load ({auto_class.__name__}): {_one_line(error)}"
+        problem = f"language model {name} does not load ({auto_class.__name__}): {one_line(error)}"
         raise UserError(f"{problem}; {remedy}") from error
 
 
 def _commit(folder: Path) -> str | None:
     """The commit of a folder in the Hugging Face cache, .../snapshots/<commit>; None elsewhere."""
     return folder.name if folder.parent.name == "snapshots" else None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -19,7 +19,7 @@ class FlamingoConfig(PreTrainedConfig):
 
     Args:
         text_config: the causal language model's own configuration.
-        vision_config: the OpenCLIP tower's architecture (`backbones.vision.build_visual` builds from it).
+        vision_config: the OpenCLIP tower's architecture (`backbones.tower.build_visual` builds from it).
         vision_preprocess: the tower's image transform, as OpenCLIP's ``PreprocessCfg``.
         vision_width: width of the tower's spatial tokens.
         cross_attn_every_n_layers: a gated cross-attention block before decoder layer k where (k + 1) is a multiple.

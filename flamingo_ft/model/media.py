@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flamingo_ft.backbones.vision import spatial_tokens
+from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.errors import UserError
 
 from .conditioning import Media, Past, repeat_rows

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo_ft.backbones.attention import is_open, open_attention
-from flamingo_ft.backbones.vision import build_visual, non_persistent_buffers
+from flamingo_ft.backbones.tower import build_visual, non_persistent_buffers
 
 from .conditioning import cache_in
 from .configuration import FlamingoConfig

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.vision import image_transform, load_vision
+from flamingo_ft.backbones.tower import image_transform
+from flamingo_ft.backbones.vision import load_vision
 
 from .checkpoints import is_open_flamingo, load_open_flamingo
 from .core import FlamingoCore

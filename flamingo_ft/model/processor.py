@@ -18,7 +18,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import load_image
 
-from flamingo_ft.backbones.vision import image_transform
+from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
 
 from .special_text import protect, tokenize

@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from flamingo_ft.backbones.context import ENDLESS, context_length
 from flamingo_ft.backbones.language import language_files
-from flamingo_ft.backbones.vision import build_visual, tower_config, tower_preprocess
+from flamingo_ft.backbones.tower import build_visual, tower_preprocess
+from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import ModelSection
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tokens import add_media_tokens

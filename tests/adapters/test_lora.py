@@ -16,7 +16,8 @@ from flamingo_ft.adapters.lora import _pattern, add_lora, find_targets
 from flamingo_ft.adapters.originals import Originals
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.quantization import dequantized
-from flamingo_ft.backbones.vision import build_visual, layers_after_tokens, load_vision
+from flamingo_ft.backbones.tower import build_visual, layers_after_tokens
+from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import LoraPart, LoraSection, TrainableSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import build_flamingo

@@ -12,7 +12,7 @@ from timm.models.swin_transformer_v2 import WindowAttention
 from torch import nn
 
 from flamingo_ft.backbones.attention import close_attention, is_open, open_attention
-from flamingo_ft.backbones.vision import build_visual, spatial_tokens
+from flamingo_ft.backbones.tower import build_visual, spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TOWERS
 

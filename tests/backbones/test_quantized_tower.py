@@ -17,7 +17,8 @@ from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, dequantize_linears, formats_in, is_quantized
 from flamingo_ft.backbones.quantized_tower import quantize_tower
-from flamingo_ft.backbones.vision import VisionBackbone, build_visual, image_transform, load_vision, spatial_tokens
+from flamingo_ft.backbones.tower import build_visual, image_transform, spatial_tokens
+from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TEXT_CFG, TOWERS, checkpoint, timm_config, write_folder
 

@@ -16,17 +16,16 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from flamingo_ft.backbones import vision
+from flamingo_ft.backbones import tower_source
 from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.vision import (
-    VisionBackbone,
+from flamingo_ft.backbones.tower import (
     build_visual,
     image_transform,
-    load_vision,
     non_persistent_buffers,
     spatial_tokens,
     token_width,
 )
+from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.errors import UserError
 
 CLIP_CFG = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}
@@ -217,7 +216,7 @@ def tiny_architecture(monkeypatch, tmp_path) -> VisionBackbone:
         assert repository == "org/tiny" and revision in (None, "0a1b2c")
         return str(snapshot / (filename or "open_clip_model.safetensors"))
 
-    monkeypatch.setattr(vision, "download_pretrained_from_hf", download)
+    monkeypatch.setattr(tower_source, "download_pretrained_from_hf", download)
     return visual
 
 
@@ -277,7 +276,7 @@ def test_a_file_with_weights_loads_into_the_architecture_as_named(tiny_architect
 
 
 def test_without_weights_the_tower_is_random_and_nothing_is_downloaded(tiny_architecture, monkeypatch):
-    monkeypatch.setattr(vision, "download_pretrained_from_hf", None)
+    monkeypatch.setattr(tower_source, "download_pretrained_from_hf", None)
     torch.manual_seed(3)
     first = load_vision("tiny")
     torch.manual_seed(3)
@@ -285,9 +284,9 @@ def test_without_weights_the_tower_is_random_and_nothing_is_downloaded(tiny_arch
     assert first.source["sha256"] == same.source["sha256"] != other.source["sha256"]
 
 
-@pytest.mark.skipif(not vision.NANO_FOLDER.is_dir(), reason="the nano tower has not been built")
+@pytest.mark.skipif(not tower_source.NANO_FOLDER.is_dir(), reason="the nano tower has not been built")
 def test_the_nano_tower_is_a_local_folder_like_any_other():
-    nano, folder = load_vision("nano"), load_vision(str(vision.NANO_FOLDER))
+    nano, folder = load_vision("nano"), load_vision(str(tower_source.NANO_FOLDER))
     assert nano.source["name"] == "nano" and nano.source["sha256"] == folder.source["sha256"]
     images = torch.randn(2, 3, *nano.visual.image_size)
     assert spatial_tokens(nano.visual, images).shape[::2] == (2, nano.width)

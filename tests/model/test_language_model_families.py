@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from flamingo_ft.backbones.vision import build_visual
+from flamingo_ft.backbones.tower import build_visual
 from flamingo_ft.model.open_flamingo import Flamingo
 
 from .tiny import VISION_CONFIG, VISION_WIDTH, images, open_gates

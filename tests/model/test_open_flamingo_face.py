@@ -9,7 +9,7 @@ from PIL import Image
 from flamingo_ft import Flamingo, create_model_and_transforms
 
 from .tiny import EOC, MEDIA, PERCEIVER, VISION_CONFIG, VISION_WIDTH, ids, images, open_gates, tiny_language_model
-from flamingo_ft.backbones.vision import build_visual
+from flamingo_ft.backbones.tower import build_visual
 
 
 def flamingo(**options) -> Flamingo:

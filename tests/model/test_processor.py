@@ -9,7 +9,7 @@ from tokenizers import processors
 from transformers import AutoProcessor
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from flamingo_ft.backbones.vision import NANO_FOLDER
+from flamingo_ft.backbones.tower_source import NANO_FOLDER
 from flamingo_ft.data.encode import encode, encode_prompt
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import CHUNK_TEMPLATE, FlamingoProcessor

@@ -6,7 +6,7 @@ import json
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from flamingo_ft.backbones.vision import non_persistent_buffers
+from flamingo_ft.backbones.tower import non_persistent_buffers
 
 from .tiny import ids, images, tiny_flamingo, tiny_language_model
 from .tiny_language_models import make_tiny

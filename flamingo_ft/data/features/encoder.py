@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_ft.backbones.quantization import DTYPES, formats_in
-from flamingo_ft.backbones.vision import spatial_tokens
+from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.config.data import CacheSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration

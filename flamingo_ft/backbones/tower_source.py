@@ -1,0 +1,134 @@
+"""Where a vision tower comes from: an OpenCLIP architecture and tag, a folder, or a repository on the Hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import open_clip
+from open_clip.pretrained import download_pretrained_from_hf
+
+from flamingo_ft.errors import UserError, one_line
+
+NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
+CONFIG_FILE = "open_clip_config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a local-dir
+
+
+@dataclass(frozen=True)
+class Located:
+    """A tower found but not loaded yet. `model` and `weights` are what `open_clip.create_model` takes."""
+
+    model: str
+    config: dict
+    weights: str | None = None
+    has_weights: bool = True
+    preprocess: dict = field(default_factory=dict)
+    revision: str | None = None
+
+
+def locate(name: str, pretrained: str | None, revision: str | None) -> Located:
+    architecture = name.replace("/", "-")  # "ViT-B/32", as OpenCLIP reads it
+    if architecture in open_clip.list_models():
+        return _locate_architecture(architecture, pretrained, revision)
+    if pretrained:
+        raise UserError(f"pretrained {pretrained} goes with an OpenCLIP architecture, not {name}; remove it")
+    if name == "nano":
+        return _locate_folder(NANO_FOLDER)
+    if name.startswith("hf-hub:"):
+        return _locate_on_hub(name.removeprefix("hf-hub:"), revision)
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if folder.is_dir():
+        return _locate_folder(folder)
+    nearest = difflib.get_close_matches(architecture, ["nano", *open_clip.list_models()], n=3, cutoff=0.4)
+    raise UserError(
+        f"vision tower {name} is no folder, no hf-hub:ORG/NAME and no OpenCLIP architecture; nearest known: "
+        + (", ".join(nearest) or "none, see open_clip.list_models()")
+    )
+
+
+def native_config(name: str, pretrained: str | None) -> dict:
+    if not name.startswith("hf-hub:"):
+        architecture = name.replace("/", "-")
+        if pretrained and architecture in open_clip.list_models():
+            _refuse_unknown_tag(architecture, pretrained)
+        return locate(name, None, None).config
+    file = _download(name.removeprefix("hf-hub:"), CONFIG_FILE, None)
+    return _read_config(file)[0]
+
+
+def _locate_architecture(name: str, pretrained: str | None, revision: str | None) -> Located:
+    model_cfg = open_clip.get_model_config(name)
+    if not pretrained:
+        return Located(name, _tower_config(model_cfg), has_weights=False)
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if tag:
+        repository, file = os.path.split(tag["hf_hub"])
+        weights = _download(repository, file or None, revision)
+        model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
+        return Located(name, _tower_config(model_cfg), str(weights), True, tag, _commit(weights))
+    _refuse_unknown_tag(name, pretrained)
+    return Located(name, _tower_config(model_cfg), pretrained)
+
+
+def _refuse_unknown_tag(name: str, pretrained: str) -> None:
+    if not open_clip.get_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise UserError(
+            f"{name} has no pretrained tag {pretrained}, nor is that a file; "
+            f"tags of {name}: {tags}; or give a file with weights"
+        )
+
+
+def _locate_on_hub(repository: str, revision: str | None) -> Located:
+    config_file = _download(repository, CONFIG_FILE, revision)
+    _download(repository, None, _commit(config_file))
+    return _locate_folder(config_file.parent, _commit(config_file))
+
+
+def _locate_folder(folder: Path, revision: str | None = None) -> Located:
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(f"{folder} has no {CONFIG_FILE}; give a folder in OpenCLIP's local-dir format")
+    config, preprocess = _read_config(file)
+    if not any(entry.suffix in WEIGHT_SUFFIXES for entry in folder.iterdir()):
+        raise UserError(f"{folder} holds no weights; add open_clip_model.safetensors")
+    return Located(f"local-dir:{folder}", config, preprocess=preprocess, revision=revision)
+
+
+def _read_config(file: Path) -> tuple[dict, dict]:
+    """The tower's configuration, and what the file says of the image transform."""
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        return _tower_config(contents["model_cfg"]), contents.get("preprocess_cfg", {})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no OpenCLIP configuration ({one_line(error)}); correct it") from error
+
+
+def _download(repository: str, file: str | None, revision: str | None) -> Path:
+    """Fetch one file of a Hub repository (None: its weights) into the cache, unless it is there."""
+    try:
+        return Path(download_pretrained_from_hf(repository, filename=file, revision=revision))
+    except FileNotFoundError as error:  # open_clip turns every failure into this one
+        raise UserError(
+            f"{one_line(error)} (revision {revision or 'main'}); "
+            "check the name, the revision and the network, or give a folder"
+        ) from error
+
+
+def _commit(file: Path) -> str | None:
+    """The commit in a path of the Hugging Face cache, .../snapshots/<commit>/...; None elsewhere."""
+    found = re.search(r".*/snapshots/([^/]+)/", file.as_posix())
+    return found.group(1) if found else None
+
+
+def _tower_config(model_cfg: dict) -> dict:
+    return {
+        "embed_dim": model_cfg["embed_dim"],
+        "vision_cfg": model_cfg["vision_cfg"],
+        "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+    }
