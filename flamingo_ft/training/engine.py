@@ -1,8 +1,11 @@
-"""What every training method adds to TRL's trainer: batches that come ready made, and an eye on what is in them."""
+"""What every training method adds to TRL's trainer: batches that come ready made, an eye on what is in them, and
+checkpoints that nothing spoils."""
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,18 +13,22 @@ from datasets import Dataset
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
+from .checkpoints import TRAINING, Keeping, restore, save_checkpoint
+
 
 class Engine:
     """Mixed into a trainer of TRL's, before it.
 
     contents: of the batches of this step that were not trained on yet, the next one first. trained_on: the one that is
-    trained on, or was last. counts: samples, label tokens and images since somebody set it back.
+    trained on, or was last. counts: samples, label tokens and images since somebody set it back. keeping: how checkpoints
+    are kept. seconds_before: of training before this process took over.
     """
 
-    def __init__(self, batches: Batches, **arguments: Any):
+    def __init__(self, batches: Batches, keeping: Keeping, **arguments: Any):
         # TRL looks at a dataset to learn that there are images in it; rows are drawn by `batches` alone.
         super().__init__(train_dataset=Dataset.from_list([{"messages": [], "images": []}]), **arguments)
-        self.batches = batches
+        self.batches, self.keeping = batches, keeping
+        self.seconds_before, self._began = 0.0, time.monotonic()
         self.contents: list[Contents] = []
         self.trained_on: Contents | None = None
         self.counts: Counter = Counter()
@@ -44,3 +51,23 @@ class Engine:
         rows, label_tokens, images = len(self.trained_on.rows), self.trained_on.label_tokens, self.trained_on.images
         self.counts.update(samples=rows, label_tokens=label_tokens, images=images)
         return loss
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the recipe's last step, from the first one or from a checkpoint."""
+        self._began = time.monotonic()
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint / TRAINING))
+
+    def seconds(self) -> float:
+        """Of training so far, in this process and those before it."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        progress = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)  # as wished now, not as in the run that is gone on with
+        return progress
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save_checkpoint(self, self.keeping)
+
+    def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+        restore(self, Path(folder).parent)

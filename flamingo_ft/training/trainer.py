@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
@@ -17,6 +16,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 from .arguments import trainer_arguments
 from .batches import training_batches
+from .checkpoints import Keeping, checkpoint_root
 from .engine import Engine
 from .loss_check import check_loss
 from .optimizer import make_optimizer
@@ -43,6 +43,7 @@ def make_trainer(
     with as_if_unquantized(model):
         trainer = FlamingoTrainer(
             batches,
+            Keeping(checkpoint_root(recipe.train), recipe.train.save_total_limit, recipe.train.output_dir, processor, rows_of(data)),
             model=model,
             args=arguments,
             processing_class=processor,
@@ -71,6 +72,6 @@ def first_batches(
     return list(itertools.islice(training_batches(data, model, processor, recipe), LOOKED_AT))
 
 
-def adapter_folder(output_dir: Path, step: int) -> Path:
-    """Where the adapter of an unfinished run is kept."""
-    return output_dir / "checkpoints" / f"step-{step}"
+def rows_of(data: OpenedData) -> dict[str, int | None]:
+    """How many rows each source of training data has; None for a stream."""
+    return {mixed.source.name: mixed.size if mixed.source.indexed else None for mixed in data.train}
