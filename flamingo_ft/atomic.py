@@ -67,9 +67,13 @@ def remove_folder(folder: Path) -> None:
 
 def sweep(parent: Path) -> None:
     """Remove what killed processes left half written or half removed in ``parent``."""
-    for ending in (PARTIAL, REPLACED):
-        for path in parent.glob(f".*{ending}"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in filter(is_leftover, parent.iterdir()):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this has a name that only something half written or half removed has."""
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, REPLACED))
 
 
 def sync(path: Path) -> None:

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
-from .checkpoints import TRAINING, Keeping, restore, save_checkpoint
+from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
+from .stopping import Stopping
 
 
 class Engine:
@@ -53,9 +56,18 @@ class Engine:
         return loss
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the recipe's last step, from the first one or from a checkpoint."""
+        """Train to the end, from the first step or from a checkpoint; one that was written there is only restored."""
         self._began = time.monotonic()
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint / TRAINING))
+        if checkpoint is not None and read_manifest(checkpoint)["ended"]:
+            restore(self, checkpoint)
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINING / TRAINER_STATE_NAME))
+        else:  # Trainer would go on after the last step
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint / TRAINING))
+
+    def ended(self) -> bool:
+        """Whether training is over; one that a signal stops is not."""
+        told = any(one.number is not None for one in self.callback_handler.callbacks if isinstance(one, Stopping))
+        return self.state.global_step >= self.state.max_steps or (self.control.should_training_stop and not told)
 
     def seconds(self) -> float:
         """Of training so far, in this process and those before it."""

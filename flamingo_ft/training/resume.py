@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 
@@ -53,7 +52,6 @@ def find_start(recipe: Recipe) -> Start:
     if checkpoint is not None:
         _refuse_another(recipe, checkpoint)
     aside = [f"set aside as {path}" for path in set_aside_after(root, checkpoint)]
-    atomic.sweep(root)
     notes = [f"damaged: {problem}" for problem in wrong] + aside
     found = f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {root}; beginning with the first step"
     return Start(checkpoint, notes=[*notes, found])

@@ -19,7 +19,7 @@ from flamingo_ft.inference.answer import encode_prompts
 
 from .build import build_model
 from .callbacks import ProgressBar, StopOnNonFiniteLoss, progress_bars
-from .checkpoints import check_fits, checkpoint_root, checkpoints
+from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
 from .examination import Examination
 from .optimizer import check_machine
 from .output_dir import METRICS_FILE, prepare_output_dir
@@ -51,6 +51,7 @@ def train(
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     prepare_output_dir(recipe.train.output_dir, resume=resume)
+    prepare_root(checkpoint_root(recipe.train))
     stopping = Stopping()
     with stopping.listening():
         return _run(recipe, start, stopping, tell)
