@@ -12,6 +12,9 @@ from flamingo_ft.config import Recipe
 from .optimizer import OPTIMIZERS
 from .precision import computes_in_bf16
 
+# The recipe's names -> transformers', whose "constant" knows no warm-up.
+SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
 
 def trainer_arguments(recipe: Recipe) -> SFTConfig:
     """What `make_trainer` gives its trainer."""
@@ -29,7 +32,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "learning_rate": wanted.learning_rate,
         "weight_decay": wanted.weight_decay,
         "warmup_steps": wanted.warmup_steps,
-        "lr_scheduler_type": wanted.lr_scheduler,
+        "lr_scheduler_type": SCHEDULERS[wanted.lr_scheduler],
         # Stepping in the backward pass, each gradient is clipped by itself.
         "max_grad_norm": 0.0 if wanted.optimizer_in_backward else wanted.max_grad_norm,
         "optim": OPTIMIZERS[wanted.optimizer],
