@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
 
 from .optimizer import OPTIMIZERS
-from .precision import computes_in_bf16
+from .precision import computes_in
 
 # The recipe's names -> transformers', whose "constant" knows no warm-up.
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -41,7 +42,8 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "logging_steps": wanted.logging_steps,
         "logging_nan_inf_filter": False,  # by default a loss that is no number is logged as a good one
         "seed": wanted.seed,
-        "bf16": computes_in_bf16(wanted.precision),
+        "bf16": computes_in(wanted.precision) == torch.bfloat16,
+        "fp16": computes_in(wanted.precision) == torch.float16,
         "use_cpu": default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
         "save_strategy": "no",
         "report_to": "none",

@@ -44,7 +44,10 @@ def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: Trai
     make = partial(kind, **options)
     groups = parameter_groups(model, wanted)
     if not wanted.optimizer_in_backward:
-        return make(groups)
+        optimizer = make(groups)
+        # A fused step takes the scaler's part and counts as taken where the gradient overflowed; schedules would go on.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise UserError(
             f"train.optimizer_in_backward: found {max(arguments.world_size, arguments.n_gpu)} processes or GPUs; gradients "

@@ -24,6 +24,7 @@ from .callbacks import KeepAdapter, ProgressBar, StopOnNonFiniteLoss, progress_b
 from .examination import Examination
 from .optimizer import check_machine
 from .output_dir import prepare_output_dir
+from .precision import check_precision
 from .trainer import adapter_folder, first_batches, make_trainer
 
 METRICS_FILE = "metrics.json"
@@ -38,6 +39,7 @@ def train(recipe: Recipe, tell: Callable[[OpenedData], None] = lambda data: None
     backbones or an output directory that will not do, before training.
     """
     check_machine(recipe.train)
+    check_precision(recipe)
     output_dir = recipe.train.output_dir
     prepare_output_dir(output_dir)
     data = open_data(recipe.data, recipe.train.seed)
