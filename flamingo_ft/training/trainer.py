@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
@@ -18,6 +19,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from .arguments import trainer_arguments
 from .batches import training_batches
 from .engine import Engine
+from .label_positions import at_label_positions
 from .loss_check import check_loss
 from .optimizer import make_optimizer
 
@@ -26,7 +28,10 @@ QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 class FlamingoTrainer(Engine, SFTTrainer):
-    """Supervised fine-tuning: the loss is that of the label tokens."""
+    """Supervised fine-tuning: the loss is that of the label tokens, and nothing else is scored."""
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        return super().compute_loss(model, at_label_positions(inputs), *arguments, **options)
 
 
 def make_trainer(

@@ -109,7 +109,7 @@ def _loss(model: FlamingoForConditionalGeneration, inputs: dict[str, Tensor], de
     hidden, labels = output.last_hidden_state[:, :-1], inputs["labels"][:, 1:]
     head = model.get_output_embeddings()
     log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-        _scored(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1]),
+        _scored(_scored(hidden)[None]) if device == "cuda" else _scored(hidden),  # there, TRL selects once more
         head.weight,
         head.bias,
         labels.clamp(min=0).reshape(-1),
