@@ -9,7 +9,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft.adapters import save_adapter
-from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
 
@@ -58,14 +57,3 @@ class KeepAdapter(TrainerCallback):
     ) -> None:
         if state.global_step % self.every == 0:
             save_adapter(model, self.processor, self.folder_of_step(state.global_step))
-
-
-class StopOnNonFiniteLoss(TrainerCallback):
-    """A loss that is no number ends the run instead of being trained on."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not float("-inf") < float(loss) < float("inf"):
-            raise UserError(f"training: loss is {loss} at step {state.global_step}; lower train.learning_rate")

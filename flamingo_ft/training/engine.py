@@ -10,6 +10,9 @@ from datasets import Dataset
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
+from .in_backward import inside_backward
+from .non_finite import Finite
+
 
 class Engine:
     """Mixed into a trainer of TRL's, before it.
@@ -18,13 +21,14 @@ class Engine:
     trained on, or was last. counts: samples, label tokens and images since somebody set it back.
     """
 
-    def __init__(self, batches: Batches, **arguments: Any):
+    def __init__(self, batches: Batches, non_finite: str = "stop", **arguments: Any):
         # TRL looks at a dataset to learn that there are images in it; rows are drawn by `batches` alone.
         super().__init__(train_dataset=Dataset.from_list([{"messages": [], "images": []}]), **arguments)
         self.batches = batches
         self.contents: list[Contents] = []
         self.trained_on: Contents | None = None
         self.counts: Counter = Counter()
+        self.finite = Finite(skips=non_finite == "skip_step")
 
     def get_train_dataloader(self) -> Batches:
         """Endless; the recipe's number of steps ends the run."""
@@ -35,6 +39,7 @@ class Engine:
         self.batches.contents.clear()
         samples = super().get_batch_samples(*arguments, **options)
         self.contents = list(self.batches.contents)
+        self.finite.begin(samples[0], self.contents)
         return samples
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -43,4 +48,19 @@ class Engine:
         loss = super().training_step(*arguments, **options)
         rows, label_tokens, images = len(self.trained_on.rows), self.trained_on.label_tokens, self.trained_on.images
         self.counts.update(samples=rows, label_tokens=label_tokens, images=images)
+        return self.finite.note(loss)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """The method's own; looked at before the backward pass where that steps."""
+        loss = super().compute_loss(*arguments, **options)
+        if torch.is_grad_enabled() and inside_backward(self.optimizer) is not None:
+            self.finite.check_loss(self, loss)
         return loss
+
+    def _get_grad_norm(self, *arguments: Any, **options: Any) -> torch.Tensor | float:
+        """The norm of the whole gradient, looked at before the step. Of steps inside the backward pass: of what was
+        stepped with."""
+        inside = inside_backward(self.optimizer)
+        norm = super()._get_grad_norm(*arguments, **options) if inside is None else inside.take_norm()
+        self.finite.check(self, norm)
+        return norm

@@ -20,8 +20,9 @@ from flamingo_ft.inference.answer import encode_prompts
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .build import build_model
-from .callbacks import KeepAdapter, ProgressBar, StopOnNonFiniteLoss, progress_bars
+from .callbacks import KeepAdapter, ProgressBar, progress_bars
 from .examination import Examination
+from .non_finite import SKIPPED, skipped_steps
 from .optimizer import check_machine
 from .output_dir import prepare_output_dir
 from .precision import check_precision
@@ -75,7 +76,7 @@ def _train(
 ) -> dict[str, Any]:
     """Run the trainer; what ``metrics.json`` says of it."""
     output_dir = recipe.train.output_dir
-    callbacks = [ProgressBar(progress), StopOnNonFiniteLoss()]
+    callbacks = [ProgressBar(progress)]
     if recipe.train.save_steps:
         callbacks.append(KeepAdapter(processor, recipe.train.save_steps, partial(adapter_folder, output_dir)))
     trainer = make_trainer(model, processor, data, recipe, callbacks)
@@ -90,6 +91,8 @@ def _train(
     (output_dir / LOG_FILE).write_text("".join(lines), encoding="utf-8")
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "trainable_parameters": parameters}
+    skipped = skipped_steps(trainer.state.log_history)
+    record |= {SKIPPED: skipped} if skipped else {}
     counts = trainer.batches.tally.record()
     return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
 

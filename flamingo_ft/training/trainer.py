@@ -48,6 +48,7 @@ def make_trainer(
     with as_if_unquantized(model):
         trainer = FlamingoTrainer(
             batches,
+            recipe.train.non_finite,
             model=model,
             args=arguments,
             processing_class=processor,
