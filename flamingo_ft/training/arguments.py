@@ -24,7 +24,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
 
 def _common(recipe: Recipe) -> dict[str, Any]:
     """What holds for every method."""
-    wanted = recipe.train
+    wanted, judged = recipe.train, recipe.eval
     return {
         "output_dir": str(wanted.output_dir),
         "max_steps": wanted.max_steps,
@@ -45,6 +45,11 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "bf16": computes_in(wanted.precision) == torch.bfloat16,
         "fp16": computes_in(wanted.precision) == torch.float16,
         "use_cpu": default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
+        "eval_strategy": "no" if judged.steps is None else "steps",
+        "eval_steps": judged.steps,
+        "per_device_eval_batch_size": judged.batch_size,
+        "metric_for_best_model": judged.metric if judged.steps else None,
+        "greater_is_better": judged.metric == "accuracy",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

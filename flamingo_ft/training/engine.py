@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from datasets import Dataset
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
+from .held_out import HeldOut, judge
 from .in_backward import inside_backward
 from .non_finite import Finite
+from .out_of_memory import told_if_full
 
 
 class Engine:
@@ -22,17 +25,31 @@ class Engine:
     """
 
     def __init__(self, batches: Batches, non_finite: str = "stop", **arguments: Any):
-        # TRL looks at a dataset to learn that there are images in it; rows are drawn by `batches` alone.
-        super().__init__(train_dataset=Dataset.from_list([{"messages": [], "images": []}]), **arguments)
+        # TRL looks at datasets to learn that there are images in them; rows come from `batches` and `held_out` alone.
+        rows = Dataset.from_list([{"messages": [], "images": []}])
+        super().__init__(train_dataset=rows, eval_dataset=rows, **arguments)
         self.batches = batches
         self.contents: list[Contents] = []
         self.trained_on: Contents | None = None
         self.counts: Counter = Counter()
+        self.held_out: HeldOut | None = None
+        self.share_right: Callable[[], float] | None = None
         self.finite = Finite(skips=non_finite == "skip_step")
 
     def get_train_dataloader(self) -> Batches:
         """Endless; the recipe's number of steps ends the run."""
         return self.batches
+
+    def get_eval_dataloader(self, *_: Any) -> HeldOut:
+        """Every held-out sample once, with what its batch weighs in the mean."""
+        return self.held_out
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and accuracy on the held-out samples."""
+        with told_if_full("evaluation"):
+            metrics = judge(self, self.get_eval_dataloader(), self.share_right)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
         """The batches of one optimizer step."""
