@@ -50,7 +50,10 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "per_device_eval_batch_size": judged.batch_size,
         "metric_for_best_model": judged.metric if judged.steps else None,
         "greater_is_better": judged.metric == "accuracy",
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
+        "ignore_data_skip": True,  # batches know themselves where they were
+        "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flamingo_ft import atomic
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.contents import adapter_tensors
 from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .checkpoints import checkpoint_root
+
 
 def best_folder(wanted: TrainSection) -> Path:
     """Where the adapter of a run's best evaluation is."""
-    return (wanted.checkpoint_dir or wanted.output_dir / "checkpoints") / "best"
+    return checkpoint_root(wanted) / "best"
 
 
 def evaluation_callbacks(recipe: Recipe, processor: FlamingoProcessor) -> list[TrainerCallback]:
@@ -29,6 +31,12 @@ def evaluation_callbacks(recipe: Recipe, processor: FlamingoProcessor) -> list[T
         return []
     keep = KeepBest(processor, best_folder(recipe.train))
     return [keep] if recipe.eval.patience is None else [keep, EarlyStoppingCallback(recipe.eval.patience)]
+
+
+def ended_early(callbacks: Iterable[TrainerCallback]) -> bool:
+    """Whether a run that is gone on with had its last evaluation already."""
+    ends = [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
+    return any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in ends)
 
 
 class KeepBest(TrainerCallback):
@@ -41,8 +49,6 @@ class KeepBest(TrainerCallback):
         self.processor, self.folder = processor, folder
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero and _aside(self.folder).is_dir() and not self.folder.exists():
-            _aside(self.folder).rename(self.folder)  # a run was killed between two renames
         if state.best_metric is not None and not self.folder.is_dir():
             state.best_metric = state.best_global_step = None  # a best that is lost is not to be compared with
 
@@ -74,31 +80,9 @@ def is_better(value: float, best: float | None, greater: bool) -> bool:
 
 
 def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
-    """Put the adapter in ``folder``, whole or not at all: under another name, synced, then in place of the one there."""
-    unfinished, aside = folder.with_name(f".{folder.name}.unfinished"), _aside(folder)
-    for left_over in (unfinished, aside):
-        shutil.rmtree(left_over, ignore_errors=True)
-    save_adapter(model, processor, unfinished)
-    for path in (*unfinished.rglob("*"), unfinished):
-        _sync(path)
-    if folder.exists():
-        folder.rename(aside)
-    unfinished.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.before")
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Put the adapter in ``folder``, whole or not at all, in place of the one there."""
+    save_adapter(model, processor, atomic.begin_folder(folder))
+    atomic.finish_folder(folder)
 
 
 @torch.no_grad()

@@ -1,9 +1,13 @@
-"""What every training method adds to TRL's trainer: batches that come ready made, and an eye on what is in them."""
+"""What every training method adds to TRL's trainer: batches that come ready made, an eye on what is in them, and
+checkpoints that nothing spoils."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +15,9 @@ from datasets import Dataset
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
+from .best import ended_early
+from .checkpoints import TRAINING, Keeping, restore, save_checkpoint
+from .examination import Examination
 from .held_out import HeldOut, judge
 from .in_backward import inside_backward
 from .non_finite import Finite
@@ -21,14 +28,16 @@ class Engine:
     """Mixed into a trainer of TRL's, before it.
 
     contents: of the batches of this step that were not trained on yet, the next one first. trained_on: the one that is
-    trained on, or was last. counts: samples, label tokens and images since somebody set it back.
+    trained on, or was last. counts: samples, label tokens and images since somebody set it back. keeping: how checkpoints
+    are kept. seconds_before: of training before this process took over.
     """
 
-    def __init__(self, batches: Batches, non_finite: str = "stop", **arguments: Any):
+    def __init__(self, batches: Batches, keeping: Keeping, non_finite: str = "stop", **arguments: Any):
         # TRL looks at datasets to learn that there are images in them; rows come from `batches` and `held_out` alone.
         rows = Dataset.from_list([{"messages": [], "images": []}])
         super().__init__(train_dataset=rows, eval_dataset=rows, **arguments)
-        self.batches = batches
+        self.batches, self.keeping = batches, keeping
+        self.seconds_before, self._began = 0.0, time.monotonic()
         self.contents: list[Contents] = []
         self.trained_on: Contents | None = None
         self.counts: Counter = Counter()
@@ -39,6 +48,11 @@ class Engine:
     def get_train_dataloader(self) -> Batches:
         """Endless; the recipe's number of steps ends the run."""
         return self.batches
+
+    def judge_by(self, held_out: HeldOut, examination: Examination | None) -> None:
+        """What evaluations during training go by: the loss of ``held_out``, the answers in an examination."""
+        self.held_out = held_out
+        self.share_right = None if examination is None else examination.share_right
 
     def get_eval_dataloader(self, *_: Any) -> HeldOut:
         """Every held-out sample once, with what its batch weighs in the mean."""
@@ -81,3 +95,23 @@ class Engine:
         norm = super()._get_grad_norm(*arguments, **options) if inside is None else inside.take_norm()
         self.finite.check(self, norm)
         return norm
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the recipe's last step, from the first one or from a checkpoint."""
+        self._began = time.monotonic()
+        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint / TRAINING))
+
+    def seconds(self) -> float:
+        """Of training so far, in this process and those before it."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        progress = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(self.args, max_steps)  # as wished now, not as in the run that is gone on with
+        return (sys.maxsize, 0) if ended_early(self.callback_handler.callbacks) else progress  # epochs that are over
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        save_checkpoint(self, self.keeping)
+
+    def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+        restore(self, Path(folder).parent)

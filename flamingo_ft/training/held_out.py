@@ -21,6 +21,7 @@ from flamingo_ft.data.too_long import Dropped, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
+from . import processes
 from .backbone_files import text_limit
 from .batches import assemble
 
@@ -29,7 +30,7 @@ Weighed = tuple[dict[str, Tensor], int]  # a batch, and how many label tokens it
 
 class HeldOut:
     """Iterate over it for batches of the held-out samples, each sample once, in one order, as process ``rank`` of
-    ``world_size`` takes them. Every process gets as many batches; the last may be one that counts for nothing.
+    ``world_size`` (None: this one) takes them. Every process gets as many batches; the last may be one that counts for nothing.
 
     Raises UserError for samples that the recipe's ``data.too_long`` refuses, and where none has anything to judge.
     """
@@ -40,8 +41,8 @@ class HeldOut:
         model: FlamingoForConditionalGeneration,
         processor: FlamingoProcessor,
         recipe: Recipe,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
     ):
         limit = text_limit(model.config, recipe.data.max_text_tokens)
         encode = partial(encode_within, processor, max_text_tokens=limit, policy=recipe.data.too_long)
@@ -54,7 +55,8 @@ class HeldOut:
         self._batches = [kept[start : start + size] for start in range(0, len(kept), size)]
         self._read = PixelReader(processor)
         self._assemble = partial(assemble, processor.tokenizer.pad_token_id, False, None)
-        self._rank, self._world_size = rank, world_size
+        self._rank = processes.rank() if rank is None else rank
+        self._world_size = world_size or processes.world_size()
 
     def __iter__(self) -> Iterator[Weighed]:
         turns = -(-len(self._batches) // self._world_size)

@@ -99,6 +99,11 @@ def skipped_steps(log: Sequence[dict[str, Any]]) -> int:
     return max((entry.get(SKIPPED, 0) for entry in log), default=0)
 
 
+def skipped_record(log: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """What ``metrics.json`` says of them, where there are any."""
+    return {SKIPPED: skipped_steps(log)} if skipped_steps(log) else {}
+
+
 def _overflowed(trainer: Any) -> bool:
     """Whether a bad gradient may be the doing of the scaled loss: the scaler leaves such steps out, and scales less."""
     scaler = trainer.accelerator.scaler

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 from .arguments import trainer_arguments
 from .batches import training_batches
+from .checkpoints import Keeping, checkpoint_root
 from .engine import Engine
 from .label_positions import at_label_positions
 from .loss_check import check_loss
@@ -48,6 +48,7 @@ def make_trainer(
     with as_if_unquantized(model):
         trainer = FlamingoTrainer(
             batches,
+            Keeping(checkpoint_root(recipe.train), recipe.train.save_total_limit, recipe.train.output_dir, processor, rows_of(data)),
             recipe.train.non_finite,
             model=model,
             args=arguments,
@@ -77,6 +78,6 @@ def first_batches(
     return list(itertools.islice(training_batches(data, model, processor, recipe), LOOKED_AT))
 
 
-def adapter_folder(output_dir: Path, step: int) -> Path:
-    """Where the adapter of an unfinished run is kept."""
-    return output_dir / "checkpoints" / f"step-{step}"
+def rows_of(data: OpenedData) -> dict[str, int | None]:
+    """How many rows each source of training data has; None for a stream."""
+    return {mixed.source.name: mixed.size if mixed.source.indexed else None for mixed in data.train}

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from flamingo_ft import atomic
 from flamingo_ft.adapters import load_adapter, trainable_parameters
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.best import KeepBest, put_back, write_best
+from flamingo_ft.training.build import build_model
+from flamingo_ft.training.engine import Engine
 from flamingo_ft.training.held_out import HeldOut, judge
 from flamingo_ft.training.run import train
+from flamingo_ft.training.trainer import make_trainer
 
 from ..regimes import LORA, build, shake
-from ..regimes import recipe as small_recipe
 from ..regimes import trainer as make
 from .test_run import folder, recipe  # noqa: F401  (a fixture)
 
@@ -60,9 +63,6 @@ def test_the_loss_is_the_mean_over_the_label_tokens_of_every_sample_once(folder,
 
 
 def built(wanted):
-    from flamingo_ft.training.build import build_model
-    from flamingo_ft.training.trainer import make_trainer
-
     model, processor = build_model(wanted)
     shake(model, 0.3)
     data = open_data(wanted.data, 0)
@@ -98,7 +98,7 @@ def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_w
     monkeypatch.setattr("flamingo_ft.training.best.write_best", lambda *a: (written.append(0), write_best(*a)))
     metrics = train(recipe(NO_ANSWERS, f"eval.keep={keep}", "train.max_steps=8"))
     best = Path("run/checkpoints/best")
-    assert len(written) == 2 and {path.name for path in best.parent.iterdir()} == {"best"}
+    assert len(written) == 2 and {path.name for path in best.parent.iterdir()} == {"best", "step-8"}
     assert metrics["train"]["best"] == {"step": 4, "loss": 1.0} and metrics["train"]["steps"] == 8
     assert (best.joinpath(WEIGHTS).read_bytes() == Path("run", WEIGHTS).read_bytes()) == (keep == "best")
     loaded, _ = load_adapter(best)
@@ -118,6 +118,36 @@ def test_accuracy_tells_the_best_where_asked(folder):  # noqa: F811
     assert best["accuracy"] == max(accuracies.values()) == accuracies[best["step"]] == metrics["eval"]["accuracy"]
 
 
+@pytest.mark.parametrize("interrupted_at", [5, 8])
+def test_best_and_patience_go_on_after_a_resume(folder, monkeypatch, interrupted_at):  # noqa: F811
+    """Step 8 is the last one: the evaluation there is the second in a row without a better one."""
+    losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.25, 10: 0.5}
+
+    def scripted(trainer, *_):
+        metrics = {"eval_loss": losses[trainer.state.global_step]}
+        trainer.log(dict(metrics))
+        return metrics
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def step(self, *arguments, **options):
+        return killed() if self.state.global_step == interrupted_at else training_step(self, *arguments, **options)
+
+    monkeypatch.setattr("flamingo_ft.training.engine.judge", scripted)
+    wanted = (NO_ANSWERS, "eval.patience=2", "eval.keep=best", "train.max_steps=40", "train.save_steps=2")
+    whole = train(recipe(*wanted, "train.output_dir=whole"))
+    training_step = Engine.training_step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "training_step", step)
+        patch.setattr("flamingo_ft.training.run.take_best", killed)
+        train(recipe(*wanted))
+    resumed = train(recipe(*wanted), resume=True)
+    assert whole["train"]["steps"] == resumed["train"]["steps"] == 8
+    assert whole["train"]["best"] == resumed["train"]["best"] == {"step": 4, "loss": 1.0}
+    assert Path("whole", WEIGHTS).read_bytes() == Path("run", WEIGHTS).read_bytes()
+
+
 @pytest.mark.parametrize("start", ["default", "pissa"])
 def test_the_best_adapter_put_back_is_the_model_that_it_was_written_of(small_run, start):
     model, processor = build(LORA, f"lora.init_lora_weights={start}")
@@ -130,16 +160,15 @@ def test_the_best_adapter_put_back_is_the_model_that_it_was_written_of(small_run
     assert all(torch.equal(parameter, then[name]) for name, parameter in trainable_parameters(model).items())
 
 
-def test_a_kill_between_the_renames_loses_no_best(small_run):
+def test_a_kill_between_two_renames_loses_no_best(small_run):
     model, processor = build()
-    best = Path("best")
+    best = Path("checkpoints/best")
     write_best(model, processor, best)
     weights = (best / WEIGHTS).read_bytes()
-    best.rename(".best.before")
-    made = make(model, processor, "train.max_steps=1")
-    made.state.best_metric, made.state.is_world_process_zero = 1.0, True
-    KeepBest(processor, best).on_train_begin(made.args, made.state, made.control)
-    assert (best / WEIGHTS).read_bytes() == weights and made.state.best_metric == 1.0
+    best.rename(best.with_name(".best.replaced"))
+    atomic.begin_folder(best)
+    atomic.sweep(best.parent)
+    assert (best / WEIGHTS).read_bytes() == weights and [path.name for path in best.parent.iterdir()] == ["best"]
 
 
 def test_a_best_that_is_lost_is_not_compared_with(small_run):

@@ -1,7 +1,5 @@
 """Number formats: what a machine computes in, what stays exact beside it, what a scaled loss does when it overflows."""
 
-import json
-from pathlib import Path
 
 import pytest
 import torch
