@@ -160,5 +160,22 @@ def contradictions_of_training(recipe: Recipe) -> Iterator[tuple[tuple[str | int
         yield ("eval", "steps"), "there is nothing to evaluate on; name data.eval or data.eval_fraction, or set it to null"
     if judged.metric == "accuracy" and not judged.answers and judged.steps:
         yield ("eval", "metric"), "accuracy comes from answers; set eval.answers to true, or use loss"
+    yield from _settings_of_what_stays_frozen(recipe)
     if train.dpo != DpoSection() and train.method != "dpo":
         yield ("train", "dpo"), f"found train.method {train.method}, which has no use for it; use dpo, or remove it"
+
+
+def _settings_of_what_stays_frozen(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Rates and decays of parts that do not train would be without effect."""
+    trains = recipe.trainable.model_dump(exclude={"dtype"}) | {"lora": bool(recipe.lora.parts)}
+    for section in ("learning_rates", "weight_decays"):
+        for part in getattr(recipe.train, section).model_dump(exclude_none=True):
+            if not trains[part]:
+                yield ("train", section, part), _frozen(part, part in recipe.lora.parts)
+
+
+def _frozen(part: str, has_lora: bool) -> str:
+    if part == "lora":
+        return "no part has LoRA; give one LoRA, or remove this value"
+    remedy = "its LoRA goes by the value named lora" if has_lora else "remove this value, or let it train"
+    return f"found trainable.{part} false; {remedy}"

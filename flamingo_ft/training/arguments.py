@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
 
 from .optimizer import OPTIMIZERS
-from .precision import computes_in_bf16
+from .precision import computes_in
+
+# The recipe's names -> transformers', whose "constant" knows no warm-up.
+SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 def trainer_arguments(recipe: Recipe) -> SFTConfig:
@@ -20,7 +24,7 @@ def trainer_arguments(recipe: Recipe) -> SFTConfig:
 
 def _common(recipe: Recipe) -> dict[str, Any]:
     """What holds for every method."""
-    wanted = recipe.train
+    wanted, judged = recipe.train, recipe.eval
     return {
         "output_dir": str(wanted.output_dir),
         "max_steps": wanted.max_steps,
@@ -29,7 +33,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "learning_rate": wanted.learning_rate,
         "weight_decay": wanted.weight_decay,
         "warmup_steps": wanted.warmup_steps,
-        "lr_scheduler_type": wanted.lr_scheduler,
+        "lr_scheduler_type": SCHEDULERS[wanted.lr_scheduler],
         # Stepping in the backward pass, each gradient is clipped by itself.
         "max_grad_norm": 0.0 if wanted.optimizer_in_backward else wanted.max_grad_norm,
         "optim": OPTIMIZERS[wanted.optimizer],
@@ -38,8 +42,14 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "logging_steps": wanted.logging_steps,
         "logging_nan_inf_filter": False,  # by default a loss that is no number is logged as a good one
         "seed": wanted.seed,
-        "bf16": computes_in_bf16(wanted.precision),
+        "bf16": computes_in(wanted.precision) == torch.bfloat16,
+        "fp16": computes_in(wanted.precision) == torch.float16,
         "use_cpu": default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
+        "eval_strategy": "no" if judged.steps is None else "steps",
+        "eval_steps": judged.steps,
+        "per_device_eval_batch_size": judged.batch_size,
+        "metric_for_best_model": judged.metric if judged.steps else None,
+        "greater_is_better": judged.metric == "accuracy",
         "save_strategy": "steps",
         "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
         "ignore_data_skip": True,  # batches know themselves where they were

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flamingo_ft.config import Recipe
@@ -27,7 +26,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 from .backbone_files import text_limit
 from .packing_check import check_packing
-from .precision import computes_in_bf16
+from .precision import computes_in
 
 
 def training_batches(
@@ -85,7 +84,7 @@ def _features(
 ) -> FrozenFeatures | None:
     if recipe.data.cache is None:
         return None
-    autocast = torch.bfloat16 if computes_in_bf16(recipe.train.precision) else None
+    autocast = computes_in(recipe.train.precision)
     preprocess = processor.image_processor.open_clip_preprocess
     return open_features(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
 

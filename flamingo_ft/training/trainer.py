@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
@@ -18,6 +19,7 @@ from .arguments import trainer_arguments
 from .batches import training_batches
 from .checkpoints import Keeping, checkpoint_root
 from .engine import Engine
+from .label_positions import at_label_positions
 from .loss_check import check_loss
 from .optimizer import make_optimizer
 
@@ -26,7 +28,10 @@ QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 class FlamingoTrainer(Engine, SFTTrainer):
-    """Supervised fine-tuning: the loss is that of the label tokens."""
+    """Supervised fine-tuning: the loss is that of the label tokens, and nothing else is scored."""
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        return super().compute_loss(model, at_label_positions(inputs), *arguments, **options)
 
 
 def make_trainer(
@@ -44,6 +49,7 @@ def make_trainer(
         trainer = FlamingoTrainer(
             batches,
             Keeping(checkpoint_root(recipe.train), recipe.train.save_total_limit, recipe.train.output_dir, processor, rows_of(data)),
+            recipe.train.non_finite,
             model=model,
             args=arguments,
             processing_class=processor,

@@ -18,6 +18,7 @@ from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.training.build import build_model
+from flamingo_ft.training.label_positions import at_label_positions
 from flamingo_ft.training.plan import Planner, plan_memory
 from flamingo_ft.training.plan.advice import advise, with_values
 from flamingo_ft.training.plan.gpus import GPUS
@@ -92,7 +93,12 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     "overrides", [pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] * (name in MIXED)) for name in CASES]
 )
-def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides):
+def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
+    """Of one that learns every token: the plan counts no labels."""
+    def learn_all(inputs):
+        return at_label_positions(inputs | {"labels": inputs["input_ids"]})
+
+    monkeypatch.setattr("flamingo_ft.training.trainer.at_label_positions", learn_all)
     recipe = quickstart(data, f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)
     plan = plan_memory(recipe, device="cpu")

@@ -64,9 +64,10 @@ def dry_step(model: FlamingoForConditionalGeneration, batch: Batch, wanted: Trai
     )
 
 
-def computes_in_bf16(precision: str, device: Device) -> bool:
-    """Whether the trainer computes in bfloat16 on ``device``."""
-    return precision == "bf16" or (precision == "auto" and device == "cuda")
+def computes_in(precision: str, device: Device) -> torch.dtype | None:
+    """The format of the trainer's autocast on ``device``, None for none. What an older GPU chooses is as large."""
+    automatic = "bf16" if device == "cuda" else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[automatic if precision == "auto" else precision]
 
 
 def _forward_and_backward(
@@ -76,10 +77,10 @@ def _forward_and_backward(
     # The samples that the last batch was put together from are still there, in the computer's memory.
     samples = 1 if device == "cpu" else 0
     batches = [batch.tensors() for _ in range(wanted.gradient_accumulation_steps + samples)]
-    bf16 = computes_in_bf16(wanted.precision, device)
+    autocast = computes_in(wanted.precision, device)
     for inputs in batches[: min(wanted.gradient_accumulation_steps, 2)]:  # from the second on, all are alike
         with _offloaded(wanted.activation_offload and device == "cuda"):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = _loss(model, inputs, device)
             loss.backward()
         del loss
@@ -108,7 +109,7 @@ def _loss(model: FlamingoForConditionalGeneration, inputs: dict[str, Tensor], de
     hidden, labels = output.last_hidden_state[:, :-1], inputs["labels"][:, 1:]
     head = model.get_output_embeddings()
     log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-        _scored(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1]),
+        _scored(_scored(hidden)[None]) if device == "cuda" else _scored(hidden),  # there, TRL selects once more
         head.weight,
         head.bias,
         labels.clamp(min=0).reshape(-1),
