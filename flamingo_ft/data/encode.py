@@ -42,6 +42,11 @@ class Encoded:
     cut: Cut = Cut()
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens in all."""
+        return len(self.input_ids)
+
+    @property
     def label_tokens(self) -> int:
         """Tokens that are learned; each is told by the one before."""
         return sum(label != IGNORED for label in self.labels[1:])

@@ -36,6 +36,11 @@ class EncodedPair:
         return self.chosen.images
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of the longer half."""
+        return max(self.chosen.text_tokens, self.rejected.text_tokens)
+
+    @property
     def label_tokens(self) -> int:
         """Tokens of both answers."""
         return self.chosen.label_tokens + self.rejected.label_tokens

@@ -15,7 +15,6 @@ from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
-from flamingo_ft.data.stream.batches import Batches
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .arguments import trainer_arguments
@@ -36,9 +35,9 @@ class FlamingoTrainer(Engine, SFTTrainer):
 class FlamingoDpoTrainer(Engine, DPOTrainer):
     """Direct preference optimisation (arXiv:2305.18290) against the model that it starts from, neither with dropout."""
 
-    def __init__(self, batches: Batches, model: FlamingoForConditionalGeneration, **arguments: Any):
+    def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         drop_nothing(model)
-        super().__init__(batches, model=model, ref_model=frozen_copy(model), **arguments)
+        super().__init__(*given, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         answer_alike(self.ref_model, self.model.training)
