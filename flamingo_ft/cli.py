@@ -5,6 +5,7 @@ Everything slow is imported inside the verb that needs it, so that help and refu
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flamingo_ft.errors import UserError
+from flamingo_ft.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
 
-MISTAKE, INTERRUPTED = 2, 130  # exit codes
+MISTAKE, INTERRUPTED, SIGNALLED = 2, 130, 128  # exit codes; the last plus a signal's number
 _FILES_OF_THE_USER = (
     FileExistsError,
     FileNotFoundError,
@@ -61,6 +62,9 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Move an earlier run in train.output_dir aside.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, if there is one.")
+    ] = False,
 ) -> None:
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
     from flamingo_ft.config import load_recipe
@@ -70,13 +74,15 @@ def train(
     path = find_recipe(recipe)
     settings = load_recipe(path, overrides or ())
     folder = settings.train.output_dir
-    earlier = prepare_output_dir(folder, overwrite=overwrite)
+    if overwrite and resume:
+        raise UserError("found --overwrite and --resume; one begins anew, the other goes on: give one of them")
+    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume)
     if earlier:
         typer.echo(f"moved the earlier run to {earlier}", err=True)
 
     from flamingo_ft.training import run
 
-    metrics = run.train(settings, _tell_sources)
+    metrics = run.train(settings, _tell_sources, resume=resume, say=_say)
     _print_metrics(metrics)
     typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 
@@ -214,6 +220,10 @@ def copy_recipe(
         typer.echo(path)
 
 
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
 def _list_recipes() -> None:
     from rich.console import Console
     from rich.table import Table
@@ -284,6 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
     except UserError as error:
         return _refuse(str(error))
+    except Stopped as stopped:
+        return _tell_how_to_go_on(stopped, sys.argv[1:] if arguments is None else arguments)
     except typer.TyperException as error:
         return _refuse(f"{error.format_message().rstrip('.')}; see {_command_of(error)} --help")
     except _FILES_OF_THE_USER as error:
@@ -293,6 +305,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code
+
+
+def _tell_how_to_go_on(stopped: Stopped, arguments: Sequence[str]) -> int:
+    command = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")
+    return SIGNALLED + stopped.number
 
 
 def _command_of(error: typer.TyperException) -> str:

@@ -1,6 +1,8 @@
-"""The one error a user is meant to read."""
+"""What ends a command in a way that a user is meant to read."""
 
 from __future__ import annotations
+
+import signal
 
 
 class UserError(ValueError):
@@ -8,6 +10,15 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class Stopped(BaseException):
+    """A run ended as it was told to, by a signal. step: of the checkpoint that it saved, if it did."""
+
+    def __init__(self, number: int, step: int | None = None):
+        saved = "" if step is None else f" after step {step}, which is saved"
+        super().__init__(f"stopped by {signal.Signals(number).name}{saved}")
+        self.number, self.step = number, step
 
 
 def one_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import flamingo_ft
 PACKAGE = Path(flamingo_ft.__file__).parent
 ORDER = (
     "errors",
+    "atomic",
     "registration",
     "recipe_library",
     "config",

@@ -5,6 +5,7 @@ from .load import load_adapter, load_base, load_trained
 from .lora import add_lora
 from .merge import merge_adapter
 from .prepare import prepare_training
+from .restore import restore_trainable
 from .save import save_adapter
 from .several import Adapters
 from .start import start_bridge
@@ -18,6 +19,7 @@ __all__ = [
     "load_trained",
     "merge_adapter",
     "prepare_training",
+    "restore_trainable",
     "save_adapter",
     "set_trainable",
     "start_bridge",

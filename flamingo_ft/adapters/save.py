@@ -16,6 +16,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flamingo_ft.atomic import file_in_place
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .card import write_card
@@ -39,7 +40,8 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     tensors, config = _as_plain_lora(model, tensors, adapter)
     contiguous = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    with file_in_place(folder / WEIGHTS) as file:
+        save_file(contiguous, file, metadata={"format": "pt"})
     config.save_pretrained(folder)
     _own_config(model).save_pretrained(folder)
     for key in HOW_IT_WAS_LOADED:

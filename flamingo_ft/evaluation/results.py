@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.atomic import file_in_place
 from flamingo_ft.data.encode import readable
 from flamingo_ft.data.preview import preview
 
 from .accuracy import accuracy, accuracy_by_task
 from .questions import Question
 
-AFTER = "after"
+BEFORE, AFTER = "before", "after"
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
@@ -43,10 +44,17 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Every question, ``<image>`` where an image stands, with its right answer and what the model said each time."""
-        with (folder / PREDICTIONS_FILE).open("w", encoding="utf-8") as file:
+        with file_in_place(folder / PREDICTIONS_FILE) as place, place.open("w", encoding="utf-8") as file:
             for index, question in enumerate(self.questions):
                 said = {name: answers[index] for name, answers in self.answers.items()}
                 file.write(json.dumps(_row(question) | said, ensure_ascii=False) + "\n")
+
+    def recall(self, name: str, folder: Path) -> None:
+        """Take the answers of one time from what `save` wrote, where it is there and has these questions."""
+        rows = load_predictions(folder) if (folder / PREDICTIONS_FILE).is_file() else []
+        same = [row["where"] for row in rows] == [question.where for question in self.questions]
+        if same and all(name in row for row in rows):
+            self.answers[name] = [row[name] for row in rows]
 
 
 def load_predictions(folder: Path) -> list[dict[str, Any]]:

@@ -54,7 +54,10 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "seed": wanted.seed,
         "bf16": computes_in_bf16(wanted.precision),
         "use_cpu": default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
+        "ignore_data_skip": True,  # batches know themselves where they were
+        "restore_callback_states_from_checkpoint": True,
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",

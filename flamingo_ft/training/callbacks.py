@@ -1,4 +1,4 @@
-"""What a run shows and keeps while it trains."""
+"""What a run shows while it trains."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flamingo_ft.adapters import save_adapter
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoProcessor
 
 
 def progress_bars(stderr: bool = False) -> Progress:
@@ -43,21 +41,6 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.progress.update(self.task, note=f"loss {float(logs['loss']):.4f}")
-
-
-class KeepAdapter(TrainerCallback):
-    """Saves the adapter every so many steps."""
-
-    def __init__(self, processor: FlamingoProcessor, every: int, folder_of_step: Any):
-        self.processor = processor
-        self.every = every
-        self.folder_of_step = folder_of_step
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        if state.global_step % self.every == 0:
-            save_adapter(model, self.processor, self.folder_of_step(state.global_step))
 
 
 class StopOnNonFiniteLoss(TrainerCallback):

@@ -3,54 +3,78 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
+from flamingo_ft import atomic
 from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
-from flamingo_ft.data import OpenedData, open_data
+from flamingo_ft.data import OpenedData, Sample, open_data
+from flamingo_ft.errors import Stopped, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER
+from flamingo_ft.evaluation.results import AFTER, BEFORE
 from flamingo_ft.inference.answer import encode_prompts
-from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .build import build_model
-from .callbacks import KeepAdapter, ProgressBar, StopOnNonFiniteLoss, progress_bars
+from .callbacks import ProgressBar, StopOnNonFiniteLoss, progress_bars
+from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
 from .examination import Examination
 from .optimizer import check_machine
-from .output_dir import prepare_output_dir
-from .trainer import adapter_folder, first_batches, make_trainer
+from .output_dir import METRICS_FILE, prepare_output_dir
+from .resume import Start, find_start
+from .stopping import Stopping
+from .trainer import FlamingoTrainer, first_batches, make_trainer, rows_of
 
-METRICS_FILE = "metrics.json"
 LOG_FILE = "log.jsonl"
 LEFT_OUT_FILE = "left_out.jsonl"
 
 
-def train(recipe: Recipe, tell: Callable[[OpenedData], None] = lambda data: None) -> dict[str, Any]:
+def train(
+    recipe: Recipe,
+    tell: Callable[[OpenedData], None] = lambda data: None,
+    *,
+    resume: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
-    tell: hears of the data once it is open. Returns what is written to ``metrics.json``. Raises UserError for data,
-    backbones or an output directory that will not do, before training.
+    tell: hears of the data once it is open. resume: go on with what there is of this run; say: hears from where.
+    Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
+    not do, before training, and Stopped where a signal ended the run.
     """
     check_machine(recipe.train)
+    start = find_start(recipe) if resume else Start()
+    for note in start.notes:
+        say(note)
+    if start.finished:
+        return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    prepare_output_dir(recipe.train.output_dir, resume=resume)
+    prepare_root(checkpoint_root(recipe.train))
+    stopping = Stopping()
+    with stopping.listening():
+        return _run(recipe, start, stopping, tell)
+
+
+def _run(recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None]) -> dict[str, Any]:
+    """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
-    prepare_output_dir(output_dir)
     data = open_data(recipe.data, recipe.train.seed)
     tell(data)
     data.look_through()
+    if start.checkpoint:
+        check_fits(start.checkpoint, rows_of(data))
     held_out = data.held_out_samples(recipe.eval.max_samples)
     model, processor = build_model(recipe, partial(first_batches, data, recipe))
     encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])  # refuses too long ones
     with progress_bars() as progress:
+        trainer = make_trainer(model, processor, data, recipe, [ProgressBar(progress), StopOnNonFiniteLoss(), stopping])
+        atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.before:
-            examination.take("before", held_out)
-        training = _train(model, processor, data, recipe, progress)
+            _examine_before(examination, held_out, start.checkpoint, output_dir)
+        training = _train(trainer, data, recipe, start.checkpoint, stopping)
         save_adapter(model, processor, output_dir)
         examination.take(AFTER, held_out)
         if recipe.eval.shuffled_images:
@@ -60,40 +84,51 @@ def train(recipe: Recipe, tell: Callable[[OpenedData], None] = lambda data: None
     metrics = {"eval": examination.results.summary()} if held_out else {}
     metrics["train"] = training
     write_card(model, output_dir, metrics.get("eval"))
-    (output_dir / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
+def _examine_before(
+    examination: Examination, held_out: Sequence[Sample], checkpoint: Path | None, output_dir: Path
+) -> None:
+    """The answers from before training: given now, or those that a checkpoint kept."""
+    if checkpoint is None:
+        examination.take(BEFORE, held_out)
+    else:
+        examination.results.recall(BEFORE, checkpoint)
+    examination.results.save(output_dir)
+
+
 def _train(
-    model: FlamingoForConditionalGeneration,
-    processor: FlamingoProcessor,
-    data: OpenedData,
-    recipe: Recipe,
-    progress: Progress,
+    trainer: FlamingoTrainer, data: OpenedData, recipe: Recipe, checkpoint: Path | None, stopping: Stopping
 ) -> dict[str, Any]:
     """Run the trainer; what ``metrics.json`` says of it."""
     output_dir = recipe.train.output_dir
-    callbacks = [ProgressBar(progress), StopOnNonFiniteLoss()]
-    if recipe.train.save_steps:
-        callbacks.append(KeepAdapter(processor, recipe.train.save_steps, partial(adapter_folder, output_dir)))
-    trainer = make_trainer(model, processor, data, recipe, callbacks)
-    (output_dir / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
-    began = time.monotonic()
     try:
-        trainer.train()
+        trainer.train_from(checkpoint)
+    except UserError as error:
+        raise UserError(f"{error}{_where_to_go_on(recipe)}") from error
     finally:
         _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
-    seconds = time.monotonic() - began
+    if stopping.number is not None:
+        raise Stopped(stopping.number, trainer.state.global_step)
     lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
-    (output_dir / LOG_FILE).write_text("".join(lines), encoding="utf-8")
-    parameters = sum(p.numel() for p in trainable_parameters(model).values())
-    record = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "trainable_parameters": parameters}
+    atomic.write_text(output_dir / LOG_FILE, "".join(lines))
+    parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
+    record = {"steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 1)}
+    record |= {"trainable_parameters": parameters}
     counts = trainer.batches.tally.record()
     return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
+
+
+def _where_to_go_on(recipe: Recipe) -> str:
+    """A line for a run that an error ended, where it has a checkpoint."""
+    newest = next(iter(checkpoints(checkpoint_root(recipe.train)).values()), None)
+    return f"\n{newest}: the last checkpoint; mend what is wrong, and go on from there with --resume" if newest else ""
 
 
 def _list_left_out(reasons: Mapping[str, str], output_dir: Path) -> None:
     """Where each row is that was not used, and why; a run that too many of them end has the list too."""
     if reasons:
         lines = [json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in reasons.items()]
-        (output_dir / LEFT_OUT_FILE).write_text("".join(lines), encoding="utf-8")
+        atomic.write_text(output_dir / LEFT_OUT_FILE, "".join(lines))

@@ -6,7 +6,6 @@ import itertools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 from .arguments import trainer_arguments
 from .batches import training_batches
+from .checkpoints import Keeping, checkpoint_root
 from .engine import Engine
 from .loss_check import check_loss
 from .optimizer import make_optimizer
@@ -66,6 +66,7 @@ def make_trainer(
     with as_if_unquantized(model):
         trainer = TRAINERS[recipe.train.method](
             batches,
+            Keeping(checkpoint_root(recipe.train), recipe.train.save_total_limit, recipe.train.output_dir, processor, rows_of(data)),
             model=model,
             args=arguments,
             processing_class=processor,
@@ -95,6 +96,6 @@ def first_batches(
     return [{name: tensor for name, tensor in batch.items() if name != "completion_mask"} for batch in batches]
 
 
-def adapter_folder(output_dir: Path, step: int) -> Path:
-    """Where the adapter of an unfinished run is kept."""
-    return output_dir / "checkpoints" / f"step-{step}"
+def rows_of(data: OpenedData) -> dict[str, int | None]:
+    """How many rows each source of training data has; None for a stream."""
+    return {mixed.source.name: mixed.size if mixed.source.indexed else None for mixed in data.train}

@@ -7,6 +7,7 @@ batches are the same whatever the number of workers, and a run goes on at the ex
 from __future__ import annotations
 
 import itertools
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -132,9 +133,15 @@ class Batches:
             batch_sampler=batches,
             num_workers=self.loading.workers,
             collate_fn=wrap if self.loading.workers else list,
+            worker_init_fn=_leave_interrupts_to_the_main_process,
             generator=torch.Generator(),  # one of its own, so that loading leaves torch's random numbers alone
         )
         return map(unwrap, loader) if self.loading.workers else loader
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides, and still wants its batches until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _contents(samples: Iterable[Prepared]) -> Contents:
