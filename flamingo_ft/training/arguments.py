@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
@@ -17,9 +17,23 @@ from .precision import computes_in
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
-def trainer_arguments(recipe: Recipe) -> SFTConfig:
+def trainer_arguments(recipe: Recipe) -> SFTConfig | DPOConfig:
     """What `make_trainer` gives its trainer."""
+    if recipe.train.method == "dpo":
+        return DPOConfig(**_common(recipe), **_dpo(recipe))
     return SFTConfig(**_common(recipe))
+
+
+def _dpo(recipe: Recipe) -> dict[str, Any]:
+    wanted = recipe.train.dpo
+    return {
+        "beta": wanted.beta,
+        # TRL's sigmoid loss knows no wrong labels; the robust one (arXiv:2403.00409) is the same where there are none.
+        "loss_type": ["robust" if wanted.label_smoothing else wanted.loss_type],
+        "label_smoothing": wanted.label_smoothing,
+        # Policy and reference differ by what was learned, not by which units a backbone happened to drop.
+        "disable_dropout": True,
+    }
 
 
 def _common(recipe: Recipe) -> dict[str, Any]:
