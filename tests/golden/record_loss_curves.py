@@ -20,7 +20,7 @@ TEN_STEPS = (
 CASES = {
     "bridge": ("quickstart",),
     "bridge and LoRA, nf4": ("bridge_lora",),
-    "dpo": ("dpo", "model.init_from=null", "train.learning_rate=3.0e-3"),
+    "dpo": ("dpo", "model.init_from=null", "train.learning_rate=1.0e-3"),
 }
 
 
