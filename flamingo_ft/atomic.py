@@ -72,9 +72,13 @@ def sweep(parent: Path) -> None:
         place = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED))
         if not place.exists():
             path.rename(place)
-    for ending in (PARTIAL, REPLACED, REMOVED):
-        for path in parent.glob(f".*{ending}"):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in filter(is_leftover, list(parent.iterdir())):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether this has a name that only something half written or half removed has."""
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, REPLACED, REMOVED))
 
 
 def sync(path: Path) -> None:

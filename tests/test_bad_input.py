@@ -1,6 +1,7 @@
 """Bad input through the real commands: one line that says what, where and what to do; exit code 2; nothing lost."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,10 @@ MESSAGES = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
     {"role": "assistant", "content": "That."},
 ]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write_rows(*rows):
@@ -160,18 +165,16 @@ def test_a_merge_of_what_is_no_adapter(here, capsys):
 
 def test_an_earlier_run_is_never_overwritten(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
-    before = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    before = contents(Path("run"))
     line = refused(capsys, "train", "recipe.yaml")
-    assert "run already holds a run; choose another with train.output_dir=FOLDER" in line
-    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == before
+    assert "run already holds a run; go on with it with --resume, move it aside with --overwrite" in line
+    assert contents(Path("run")) == before
 
 
 def test_an_adapter_of_another_base(trained, here, capsys):
     config = json.loads((trained / "run" / "config.json").read_text())
     config["backbones"]["vision"]["sha256"] = "0" * 64
-    Path("other").mkdir()
-    for path in (trained / "run").iterdir():
-        Path("other", path.name).write_bytes(path.read_bytes())
+    shutil.copytree(trained / "run", "other")
     Path("other", "config.json").write_text(json.dumps(config))
     line = refused(capsys, "generate", "other", "--image", "a.png", "--prompt", "What?")
     assert "other: adapter of another base: vision backbone nano had content 000000000000" in line

@@ -63,7 +63,7 @@ def entry_point(monkeypatch):
     def replace(package, module: str, function: str, answer):
         calls = []
 
-        def stand_in(*arguments):
+        def stand_in(*arguments, **options):
             calls.append(arguments)
             if isinstance(answer, BaseException):
                 raise answer

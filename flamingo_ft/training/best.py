@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,6 @@ def evaluation_callbacks(recipe: Recipe, processor: FlamingoProcessor) -> list[T
         return []
     keep = KeepBest(processor, best_folder(recipe.train))
     return [keep] if recipe.eval.patience is None else [keep, EarlyStoppingCallback(recipe.eval.patience)]
-
-
-def ended_early(callbacks: Iterable[TrainerCallback]) -> bool:
-    """Whether a run that is gone on with had its last evaluation already."""
-    ends = [one for one in callbacks if isinstance(one, EarlyStoppingCallback)]
-    return any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in ends)
 
 
 class KeepBest(TrainerCallback):

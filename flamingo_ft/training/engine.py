@@ -3,7 +3,6 @@ checkpoints that nothing spoils."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -12,16 +11,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
-from .best import ended_early
-from .checkpoints import TRAINING, Keeping, restore, save_checkpoint
+from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
 from .examination import Examination
 from .held_out import HeldOut, judge
 from .in_backward import inside_backward
 from .non_finite import Finite
 from .out_of_memory import told_if_full
+from .stopping import Stopping
 
 
 class Engine:
@@ -97,9 +98,18 @@ class Engine:
         return norm
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the recipe's last step, from the first one or from a checkpoint."""
+        """Train to the end, from the first step or from a checkpoint; one that was written there is only restored."""
         self._began = time.monotonic()
-        self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint / TRAINING))
+        if checkpoint is not None and read_manifest(checkpoint)["ended"]:
+            restore(self, checkpoint)
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINING / TRAINER_STATE_NAME))
+        else:  # Trainer would go on after the last step
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint / TRAINING))
+
+    def ended(self) -> bool:
+        """Whether training is over; one that a signal stops is not."""
+        told = any(one.number is not None for one in self.callback_handler.callbacks if isinstance(one, Stopping))
+        return self.state.global_step >= self.state.max_steps or (self.control.should_training_stop and not told)
 
     def seconds(self) -> float:
         """Of training so far, in this process and those before it."""
@@ -108,7 +118,7 @@ class Engine:
     def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
         progress = super()._init_training_state(max_steps, *arguments)
         self.state.compute_steps(self.args, max_steps)  # as wished now, not as in the run that is gone on with
-        return (sys.maxsize, 0) if ended_early(self.callback_handler.callbacks) else progress  # epochs that are over
+        return progress
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         save_checkpoint(self, self.keeping)

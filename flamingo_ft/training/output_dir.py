@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
 
@@ -13,25 +14,30 @@ METRICS_FILE = "metrics.json"
 
 
 def prepare_output_dir(folder: Path, *, overwrite: bool = False, resume: bool = False) -> Path | None:
-    """Make sure that `folder` is there and empty, or holds a run to go on with.
+    """Make sure that `folder` is there and without files, or holds a run to go on with.
 
     overwrite: an earlier run in it is moved to a folder of its own beside it, whose path is returned.
     resume: an earlier run in it stays.
 
     Raises UserError when the folder holds a run and `overwrite` is not given, when it holds anything else,
-    and when a file is in the way. A folder that is there and empty is fine, so preparing twice is too.
+    and when a file is in the way. A folder that is there and holds no file is fine, so preparing twice is too.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"train.output_dir: {folder} is a file; choose another: train.output_dir=FOLDER")
     earlier = None
     if resume and (folder / RECIPE_FILE).is_file():
         return None
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and _holds_something(folder):
         _check_replaceable(folder, overwrite)
         earlier = _free_name_beside(folder)
         folder.rename(earlier)
     folder.mkdir(parents=True, exist_ok=True)
     return earlier
+
+
+def _holds_something(folder: Path) -> bool:
+    """Any file; empty folders and half written files are what a run leaves that was killed before it began."""
+    return any((path.is_file() or path.is_symlink()) and not atomic.is_leftover(path) for path in folder.rglob("*"))
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:

@@ -49,11 +49,12 @@ def find_start(recipe: Recipe) -> Start:
         _refuse_another(recipe, output_dir)
         if (output_dir / METRICS_FILE).is_file():
             return Start(finished=True)
+    if root.is_dir():
+        atomic.sweep(root)
     checkpoint, wrong = newest_good(root)
     if checkpoint is not None:
         _refuse_another(recipe, checkpoint)
     aside = [f"set aside as {path}" for path in set_aside_after(root, checkpoint)]
-    atomic.sweep(root)
     notes = [f"damaged: {problem}" for problem in wrong] + aside
     found = f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {root}; beginning with the first step"
     return Start(checkpoint, notes=[*notes, found])

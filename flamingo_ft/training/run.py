@@ -20,7 +20,7 @@ from flamingo_ft.inference.answer import encode_prompts
 from .best import evaluation_callbacks, take_best
 from .build import build_model
 from .callbacks import ProgressBar, progress_bars
-from .checkpoints import check_fits, checkpoint_root, checkpoints
+from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
 from .examination import Examination
 from .held_out import HeldOut
 from .non_finite import skipped_record
@@ -67,6 +67,7 @@ def _whole_run(
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     prepare_output_dir(recipe.train.output_dir, resume=resume)
+    prepare_root(checkpoint_root(recipe.train))
     stopping = Stopping()
     with stopping.listening():
         return _run(recipe, start, stopping, tell)

@@ -32,7 +32,7 @@ def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path):
 def test_a_folder_that_holds_a_run_is_refused_with_both_remedies(run):
     before = contents(run)
     with pytest.raises(
-        UserError, match=r"already holds a run; choose another with train\.output_dir=.* --overwrite"
+        UserError, match=r"already holds a run; go on with it with --resume, .* --overwrite, .* train\.output_dir="
     ):
         prepare_output_dir(run)
     assert contents(run) == before
@@ -66,3 +66,12 @@ def test_a_file_in_the_way_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="is a file; choose another"):
         prepare_output_dir(tmp_path / "run", overwrite=True)
+
+
+def test_what_a_run_leaves_that_was_killed_before_it_began_is_not_in_the_way(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".resolved_recipe.yaml.partial").write_text("half")
+    assert prepare_output_dir(tmp_path / "run") is None
+    (tmp_path / "run" / "checkpoints" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files but no run"):
+        prepare_output_dir(tmp_path / "run", resume=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,18 @@ from .manifest import verify
 def checkpoint_root(train: TrainSection) -> Path:
     """The folder that holds them."""
     return train.checkpoint_dir or train.output_dir / "checkpoints"
+
+
+def prepare_root(root: Path) -> None:
+    """Make sure, before hours of training, that checkpoints can be written there. UserError where they cannot."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        atomic.sweep(root)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        found = f"{root}: {error.strerror}"
+        raise UserError(f"train.checkpoint_dir: cannot write checkpoints to {found}; name a folder that can be") from None
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:

@@ -102,6 +102,7 @@ def _facts(engine: Engine, keeping: Keeping) -> dict[str, Any]:
         "step": engine.state.global_step,
         "processes": processes.world_size(),
         "seconds": round(engine.seconds(), 1),
+        "ended": engine.ended(),
         "sources": dict(keeping.sources),
     }
 

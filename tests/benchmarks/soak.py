@@ -1,0 +1,112 @@
+"""Kill training runs at random moments and at chosen ones, resume them, and compare what they learn, bit by bit.
+
+    python -m tests.benchmarks.soak [--kills 50] [--seed 0]
+
+Every case runs once undisturbed. Then runs of it are killed again and again, until each has ended, and its adapter is
+compared with the undisturbed one's. Half of the kills fall anywhere; the others wait for a moment when something is half
+done: a checkpoint is being written, or removed, or the final adapter or the answers are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from tests import killing, regimes
+
+BASE = ("train.max_steps=12", "train.save_steps=1", "train.save_total_limit=2", "train.warmup_steps=2")
+JUDGED = ("data.eval=[{path: train.jsonl}]", "eval={batch_size: 2, max_new_tokens: 4, steps: 5}")
+DROPOUT = (regimes.LORA, "lora.lora_dropout=0.3")
+CASES = {
+    "bridge": (),
+    "bridge and LoRA, dropout, accumulated, judged": (*DROPOUT, "train.gradient_accumulation_steps=2", *JUDGED),
+    "two workers, grouped by length": ("train.num_workers=2", "data.group_by_length=true"),
+    "LoRA only on nf4": (*regimes.REGIMES["LoRA only"], *regimes.quantized("nf4", "LoRA only"), "lora.lora_dropout=0.3"),
+}
+MOMENTS = {
+    "checkpoint half written": ("run/checkpoints", ".step-*.partial"),
+    "checkpoint half removed": ("run/checkpoints", ".step-*.replaced"),
+    "adapter half written": ("run", ".adapter_model.safetensors.partial"),
+    "answers half written": ("run", ".predictions.jsonl.partial"),
+    "metrics half written": ("run", ".metrics.json.partial"),
+}
+WEIGHTS = "run/adapter_model.safetensors"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    dice, kills, runs = random.Random(wanted.seed), Counter(), Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        cases = [prepare(Path(scratch) / str(number), case) for number, case in enumerate(CASES.values())]
+        while kills.total() < wanted.kills:
+            for (folder, arguments, seconds), name in zip(cases, CASES, strict=True):
+                same = disturb(folder, arguments, seconds, dice, kills)
+                runs[name, "the same" if same else "DIFFERENT"] += 1
+                print(f"{kills.total():4d} kills; {name}: {'the same' if same else 'DIFFERENT'}", flush=True)
+    report(kills, runs)
+
+
+def prepare(folder: Path, overrides: tuple[str, ...]) -> tuple[Path, list[str], float]:
+    """A folder with the undisturbed run of a case, its command, and how many seconds it took."""
+    folder.mkdir()
+    regimes.write_run(folder)
+    here = Path.cwd()
+    os.chdir(folder)
+    regimes.write_start(folder / "start")
+    os.chdir(here)
+    arguments = ["train", "./recipe.yaml", *BASE, *overrides]
+    began = time.monotonic()
+    if code := killing.wait(killing.start(arguments, folder, folder / "log.txt")):
+        raise SystemExit(f"{(folder / 'log.txt').read_text()}\nexit code {code}")
+    seconds = time.monotonic() - began
+    (folder / "run").rename(folder / "undisturbed")
+    return folder, [*arguments, "--resume"], seconds
+
+
+def disturb(folder: Path, arguments: list[str], seconds: float, dice: random.Random, kills: Counter) -> bool:
+    """Kill a run until it has ended; whether it learned what the undisturbed one did."""
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    code = killing.KILLED
+    while code == killing.KILLED:
+        name = dice.choice(["anywhere"] * len(MOMENTS) + list(MOMENTS))
+        moment = killing.after(dice.uniform(0, seconds)) if name == "anywhere" else aimed(folder, name, dice, seconds)
+        code = killing.kill_when(killing.start(arguments, folder, folder / "log.txt"), moment)
+        kills[name] += code == killing.KILLED
+    if code:
+        raise SystemExit(f"{(folder / 'log.txt').read_text()}\nexit code {code}")
+    kept = (folder / "undisturbed" / "adapter_model.safetensors").read_bytes()
+    return (folder / WEIGHTS).read_bytes() == kept
+
+
+def aimed(folder: Path, name: str, dice: random.Random, seconds: float):
+    """A moment of that name, not before some part of the run has passed."""
+    place, pattern = MOMENTS[name]
+    late, there = killing.after(dice.uniform(0, 0.8 * seconds)), killing.file_there(folder / place, pattern)
+    return lambda: late() and there()
+
+
+def report(kills: Counter, runs: Counter) -> None:
+    for name, count in kills.most_common():
+        print(f"killed {count} times: {name}")
+    for (name, result), count in sorted(runs.items()):
+        print(f"{count} runs {result}: {name}")
+    different = sum(count for (_, result), count in runs.items() if result != "the same")
+    print(f"{kills.total()} kills, {runs.total()} runs, {different} of them not the same to the last bit")
+    raise SystemExit(1 if different else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What is written in place is there whole or not at all."""
+
+import pytest
+
+from flamingo_ft import atomic
+
+
+def test_a_file_that_fails_half_way_leaves_the_one_before_it(tmp_path):
+    file = tmp_path / "notes.txt"
+    atomic.write_text(file, "first")
+    with pytest.raises(ZeroDivisionError), atomic.file_in_place(file) as hidden:
+        hidden.write_text("sec")
+        raise ZeroDivisionError
+    assert file.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_takes_the_place_of_the_one_before_it_only_when_it_is_finished(tmp_path):
+    place = tmp_path / "place"
+    for content in ("first", "second"):
+        (atomic.begin_folder(place) / "file").write_text(content)
+        assert not place.exists() if content == "first" else (place / "file").read_text() == "first"
+        atomic.finish_folder(place)
+        assert (place / "file").read_text() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+
+
+def test_sweeping_removes_leftovers_and_nothing_else(tmp_path):
+    for name in (".step-3.partial", ".step-1.removed", ".step-2.replaced", "step-2"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    for name in (".config.json.partial", ".hidden", "notes.partial"):
+        (tmp_path / name).write_text("")
+    atomic.sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial", "step-2"]
+
+
+def test_what_was_to_be_replaced_and_is_not_comes_back(tmp_path):
+    (tmp_path / ".step-2.replaced" / "inside").mkdir(parents=True)
+    atomic.sweep(tmp_path)
+    assert (tmp_path / "step-2" / "inside").is_dir() and len(list(tmp_path.iterdir())) == 1

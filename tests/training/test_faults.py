@@ -1,0 +1,116 @@
+"""What a disk or lost data do to a run: one clear line, and the last good checkpoint intact."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+
+import pytest
+
+from flamingo_ft import atomic
+from flamingo_ft.cli import main
+from flamingo_ft.training.checkpoints import checkpoints, verify
+from tests import killing, regimes
+
+COMMAND = ["train", "./recipe.yaml", "train.max_steps=6", "train.save_steps=2"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    regimes.write_run(tmp_path)
+    return tmp_path
+
+
+def told(capfd, *more: str) -> str:
+    """What a run that fails says, which is a few lines and no traceback."""
+    assert main([*COMMAND, *more]) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    return "".join(line for line in said.splitlines(keepends=True) if line.startswith("error: "))
+
+
+def finish(folder) -> bytes:
+    assert main([*COMMAND, "--resume"]) == 0
+    return (folder / "run" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """What the run learns when nothing hinders it."""
+    folder = tmp_path_factory.mktemp("unhindered")
+    regimes.write_run(folder)
+    assert killing.wait(killing.start(COMMAND, folder, folder / "log.txt")) == 0
+    return (folder / "run" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it(folder, monkeypatch, capfd, weights):
+    def full_at_step_4(path):
+        if ".step-4" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "sync", full_at_step_4)
+        said = told(capfd)
+    assert "run/checkpoints/step-4: cannot write this checkpoint" in said and "No space left on device" in said
+    assert "the last one is run/checkpoints/step-2" in said and "--resume" in said
+    assert list(checkpoints(folder / "run" / "checkpoints")) == [2]
+    verify(folder / "run" / "checkpoints" / "step-2")
+    assert finish(folder) == weights
+
+
+def test_a_file_that_may_not_grow_so_large_is_told_in_a_line(folder):
+    process = os.fork()
+    if not process:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        os._exit(killing.wait(killing.start(COMMAND, folder, folder / "log.txt")))
+    assert killing.wait(process) == 2
+    said = (folder / "log.txt").read_text()
+    assert "step-2: cannot write this checkpoint" in said and "there is none yet" in said and "Traceback" not in said
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_loaded(folder, monkeypatch, capfd):
+    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    said = told(capfd, "train.checkpoint_dir=/proc/checkpoints")
+    assert "train.checkpoint_dir: cannot write checkpoints to /proc/checkpoints" in said
+
+
+def stopped_after_step_2(folder) -> None:
+    there = killing.file_there(folder / "run" / "checkpoints", "step-2")
+    process = killing.start(COMMAND, folder, folder / "log.txt")
+    assert killing.kill_when(process, there, signal.SIGTERM) == 128 + signal.SIGTERM, (folder / "log.txt").read_text()
+
+
+def test_a_lost_data_file_is_told_and_the_run_goes_on_once_it_is_back(folder, capfd, weights):
+    stopped_after_step_2(folder)
+    rows = folder / "train.jsonl"
+    rows.rename(folder / "elsewhere.jsonl")
+    assert f"found no file {rows}" in told(capfd, "--resume")
+    (folder / "elsewhere.jsonl").rename(rows)
+    assert finish(folder) == weights
+
+
+def lose(path) -> bool:
+    path.rename(path.with_name("elsewhere"))
+    return True
+
+
+def test_an_image_lost_while_it_trains_ends_the_run_with_its_name(folder):
+    arguments = [*COMMAND, "train.max_steps=400", "train.save_steps=2", "train.lr_scheduler=constant"]
+    process = killing.start(arguments, folder, folder / "log.txt")
+    there = killing.file_there(folder / "run" / "checkpoints", "step-2")
+    assert killing.kill_when(process, lambda: there() and lose(folder / "0.png"), number=0) == 2
+    said = (folder / "log.txt").read_text()
+    assert "train.jsonl: row 0" in said and "0.png" in said and "Traceback" not in said
+    assert "the last checkpoint; mend what is wrong, and go on from there with --resume" in said
+
+
+def test_other_rows_than_the_run_began_with_are_refused(folder, capfd):
+    stopped_after_step_2(folder)
+    first, second = (folder / "train.jsonl").read_text().splitlines()
+    (folder / "train.jsonl").write_text("\n".join([first, second, json.dumps(json.loads(first))]))
+    assert "train.jsonl had 2 rows when it was written, found 3" in told(capfd, "--resume")
