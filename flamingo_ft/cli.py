@@ -5,6 +5,7 @@ Everything slow is imported inside the verb that needs it, so that help and refu
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flamingo_ft.errors import Stopped, UserError
+from flamingo_ft.errors import Stopped, ToldElsewhere, UserError
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
@@ -76,15 +77,17 @@ def train(
     folder = settings.train.output_dir
     if overwrite and resume:
         raise UserError("found --overwrite and --resume; one begins anew, the other goes on: give one of them")
-    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume)
+    main_process = os.environ.get("RANK", "0") == "0"
+    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume) if main_process else None
     if earlier:
         typer.echo(f"moved the earlier run to {earlier}", err=True)
 
     from flamingo_ft.training import run
 
     metrics = run.train(settings, _tell_sources, resume=resume, say=_say)
-    _print_metrics(metrics)
-    typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
+    if main_process:
+        _print_metrics(metrics)
+        typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 
 
 @app.command()
@@ -292,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is told in a line, without a traceback."""
     try:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
+    except ToldElsewhere:
+        return MISTAKE
     except UserError as error:
         return _refuse(str(error))
     except Stopped as stopped:

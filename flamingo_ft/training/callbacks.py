@@ -10,6 +10,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from flamingo_ft.errors import UserError
 
+from . import processes
+
 
 def progress_bars(stderr: bool = False) -> Progress:
     """Bars for training, evaluation and checks alike; stderr: away from what a command prints."""
@@ -21,6 +23,7 @@ def progress_bars(stderr: bool = False) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True) if stderr else None,
+        disable=not processes.is_main(),
     )
 
 

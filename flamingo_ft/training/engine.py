@@ -3,8 +3,10 @@ checkpoints that nothing spoils."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
+from . import processes
 from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
 from .stopping import Stopping
 
@@ -40,10 +43,12 @@ class Engine:
         """Endless; the recipe's number of steps ends the run."""
         return self.batches
 
-    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
-        """The batches of one optimizer step."""
+    def get_batch_samples(self, batches: Iterator, number: int, *arguments: Any) -> Any:
+        """The batches of one optimizer step; a bad row of one process ends all."""
         self.batches.contents.clear()
-        samples = super().get_batch_samples(*arguments, **options)
+        with processes.failing_together():
+            drawn = list(itertools.islice(batches, number))
+        samples = super().get_batch_samples(iter(drawn), number, *arguments)
         self.contents = list(self.batches.contents)
         return samples
 

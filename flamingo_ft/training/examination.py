@@ -10,9 +10,12 @@ from rich.progress import Progress
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.evaluation.accuracy import answer_questions
-from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.results import Results
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.sharding import is_sharded
+
+from . import processes
 
 
 class Examination:
@@ -29,12 +32,17 @@ class Examination:
         self.results = Results(questions_of(held_out))
         self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
         self._answer = partial(answer_questions, model, processor)
-        self._progress = progress
+        self._progress, self._model = progress, model
 
     def take(self, name: str, samples: Sequence[Sample]) -> None:
         """Ask about ``samples``, the held-out ones or those with their images exchanged."""
         questions = questions_of(samples)
         if questions:
-            bar = self._progress.add_task(f"evaluating, {name.replace('_', ' ')}", total=len(questions), note="")
-            advance = partial(self._progress.advance, bar)
-            self.results.answers[name] = self._answer(questions, advance=advance, **self._options)
+            self.results.answers[name] = self._answers(f"evaluating, {name.replace('_', ' ')}", questions)
+
+    def _answers(self, told: str, questions: Sequence[Question]) -> list[str]:
+        """In the order of ``questions``, which the processes share out; all of a sharded model run as one."""
+        mine = questions if is_sharded(self._model) else processes.share(questions)
+        bar = self._progress.add_task(told, total=len(mine), note="")
+        answers = self._answer(mine, advance=partial(self._progress.advance, bar), **self._options)
+        return answers if is_sharded(self._model) else processes.joined(answers)
