@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flamingo_ft.errors import Stopped, ToldElsewhere, UserError
+from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
@@ -259,7 +259,7 @@ def _print_metrics(metrics: dict) -> None:
         typer.echo(training_line(metrics["train"]))
 
 
-def _print_plan(record: dict, as_json: bool) -> None:
+def _print_plan(record: dict, as_json: bool, stderr: bool = False) -> None:
     import json
 
     from rich.console import Console
@@ -270,7 +270,7 @@ def _print_plan(record: dict, as_json: bool) -> None:
         typer.echo(json.dumps(record, indent=2))
         return
     for part in plan_tables(record):
-        Console().print(part)
+        Console(stderr=stderr).print(part)
 
 
 def _print_findings(record: dict, as_json: bool, folder: Path) -> None:
@@ -297,6 +297,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
     except ToldElsewhere:
         return MISTAKE
+    except OutOfMemory as error:
+        code = _refuse(str(error))
+        if error.plan:
+            _print_plan(error.plan, as_json=False, stderr=True)
+        return code
     except UserError as error:
         return _refuse(str(error))
     except Stopped as stopped:

@@ -1,59 +1,66 @@
-"""A model divided over several devices by PyTorch's `fully_shard` (FSDP2).
+"""A Flamingo over several devices, each holding a part of every weight: torch's FSDP2 (`fully_shard`).
 
-Units are gathered when they are called, so they have to be called equally often on every device. Decoder layers and
-cross-attention blocks are: once a forward, for plain text too. How often the tower and the perceiver run depends on the
-batch (no image, videos of several lengths, stored tokens), so they belong to the root, which is gathered once a forward.
+Units that are gathered one at a time: each decoder layer, each gated cross-attention block, the perceiver resampler. The
+rest, the vision tower with it, is one unit: a process whose batch has no image does not run the tower, and would not
+take part in gathering its blocks one by one.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
+import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers
-from flamingo_ft.errors import UserError
 
 from .core import FlamingoCore
 
 
-def units(model: FlamingoCore) -> list[nn.Module]:
-    """The modules that are gathered one at a time; all else is with the root."""
-    _, layers = find_decoder_layers(model.lang_encoder, model.decoder_layers_attr_name)
-    return [*layers, *(block for block in model.gated_cross_attn_layers if block is not None)]
+def shard(model: FlamingoCore, **options: Any) -> FlamingoCore:
+    """Shard ``model`` in place over all processes, or over the ``mesh`` among the options of `fully_shard`.
 
-
-def unit_classes(model: FlamingoCore) -> list[str]:
-    """The names of the units' classes, by which accelerate finds them."""
-    return sorted({type(unit).__name__ for unit in units(model)})
-
-
-def shard(model: FlamingoCore, mesh: DeviceMesh) -> None:
-    """Divide ``model`` in place over ``mesh``; before an optimizer is made, for parameters become others.
-
-    Raises UserError where a unit trains in several number formats, whose gradients cannot travel together.
+    Parameters of another number format than most of their unit (gates beside bfloat16 matrices) stay whole in every
+    process, and their gradients are averaged. Make the optimizer afterwards, with `foreach` off where some stay whole.
     """
-    for part in [*units(model), model]:
-        _check_one_dtype(part)
-    for part in [*units(model), model]:
-        fully_shard(part, mesh=mesh)
+    _, layers = find_decoder_layers(model.lang_encoder, model.decoder_layers_attr_name)
+    blocks = [block for block in model.gated_cross_attn_layers if block is not None]
+    for unit in (*layers, *blocks):
+        fully_shard(unit, ignored_params=_keep_whole(unit), **options)
+    # Called once for each number of frames in a batch: it stays gathered, so that processes gather it equally often.
+    fully_shard(model.perceiver, reshard_after_forward=False, ignored_params=_keep_whole(model.perceiver), **options)
+    units = {parameter for unit in (*layers, *blocks, model.perceiver) for parameter in unit.parameters()}
+    fully_shard(model, ignored_params=_keep_whole(model, units), **options)
+    return model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether its forward waits for those of other devices."""
+    """Whether its forward waits for those of other processes."""
     return isinstance(model, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all that lies on other devices, which all have to ask."""
+    """A tensor with all its values, gathered from every process where it is sharded; all have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _check_one_dtype(part: nn.Module) -> None:
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in part.parameters() if p.requires_grad}
-    if len(dtypes) > 1:
-        raise UserError(
-            f"trainable.dtype: {type(part).__name__} trains in {' and '.join(sorted(dtypes))} (gates stay in float32), "
-            "and a sharded one in one format alone; use fp32"
-        )
+def _keep_whole(unit: nn.Module, others: set[nn.Parameter] = frozenset()) -> set[nn.Parameter]:
+    """The parameters of a unit, but ``others``, that cannot be in one buffer with most of it."""
+    sizes: Counter = Counter()
+    own = [parameter for parameter in unit.parameters() if parameter not in others]
+    for parameter in own:
+        sizes[parameter.dtype] += parameter.numel()
+    common = max(sizes, key=sizes.__getitem__, default=None)
+    apart = {parameter for parameter in own if parameter.dtype != common}
+    for parameter in apart:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average)
+    return apart
+
+
+def _average(parameter: nn.Parameter) -> None:
+    torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
+    parameter.grad /= torch.distributed.get_world_size()

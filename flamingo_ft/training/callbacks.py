@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flamingo_ft.errors import UserError
 
 from . import processes
 
@@ -46,12 +45,3 @@ class ProgressBar(TrainerCallback):
             self.progress.update(self.task, note=f"loss {float(logs['loss']):.4f}")
 
 
-class StopOnNonFiniteLoss(TrainerCallback):
-    """A loss that is no number ends the run instead of being trained on."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not float("-inf") < float(loss) < float("inf"):
-            raise UserError(f"training: loss is {loss} at step {state.global_step}; lower train.learning_rate")

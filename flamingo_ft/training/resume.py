@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 
@@ -48,6 +49,8 @@ def find_start(recipe: Recipe) -> Start:
         _refuse_another(recipe, output_dir)
         if (output_dir / METRICS_FILE).is_file():
             return Start(finished=True)
+    if root.is_dir():
+        atomic.sweep(root)
     checkpoint, wrong = newest_good(root)
     if checkpoint is not None:
         _refuse_another(recipe, checkpoint)

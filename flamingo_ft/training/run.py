@@ -14,18 +14,23 @@ from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.stream.tally import added
-from flamingo_ft.errors import Stopped, ToldElsewhere, UserError
+from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE
 from flamingo_ft.inference.answer import encode_prompts
 
 from . import processes
+from .best import evaluation_callbacks, take_best
 from .build import build_model
-from .callbacks import ProgressBar, StopOnNonFiniteLoss, progress_bars
+from .callbacks import ProgressBar, progress_bars
 from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
 from .examination import Examination
+from .held_out import HeldOut
+from .non_finite import skipped_record
 from .optimizer import check_machine
+from .out_of_memory import told_if_full, with_plan
 from .output_dir import METRICS_FILE, prepare_output_dir
+from .precision import check_precision
 from .resume import Start, find_start
 from .stopping import Stopping
 from .trainer import FlamingoTrainer, first_batches, make_trainer, rows_of
@@ -45,9 +50,20 @@ def train(
 
     tell: hears of the data once it is open. resume: go on with what there is of this run; say: hears from where.
     Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
-    not do, before training, and Stopped where a signal ended the run.
+    not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
     """
+    try:
+        return _whole_run(recipe, tell, resume, say)
+    except OutOfMemory as error:
+        failed = error
+    raise with_plan(failed, recipe)
+
+
+def _whole_run(
+    recipe: Recipe, tell: Callable[[OpenedData], None], resume: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     check_machine(recipe.train)
+    check_precision(recipe)
     start = processes.from_main(partial(find_start, recipe)) if resume else Start()
     for note in start.notes:
         say(note)
@@ -71,14 +87,17 @@ def _run(recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[Opene
         with processes.failing_together():
             data = _open(recipe, start, tell)
             held_out = data.held_out_samples(recipe.eval.max_samples)
-            model, processor = build_model(recipe, partial(first_batches, data, recipe))
+            with told_if_full("loading"):
+                model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
-            callbacks = [ProgressBar(progress), StopOnNonFiniteLoss(), stopping]
+            callbacks = [ProgressBar(progress), *evaluation_callbacks(recipe, processor), stopping]
             trainer = make_trainer(model, processor, data, recipe, callbacks)
         if processes.is_main():
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
+        if recipe.eval.steps:
+            trainer.judge_by(HeldOut(held_out, model, processor, recipe), examination if recipe.eval.answers else None)
         if recipe.eval.before:
             _examine_before(examination, held_out, start.checkpoint, output_dir)
         training = _train(trainer, data, recipe, start.checkpoint, stopping)
@@ -126,11 +145,13 @@ def _train(
     """Run the trainer; what ``metrics.json`` says of it."""
     output_dir = recipe.train.output_dir
     try:
-        trainer.train_from(checkpoint)
+        with told_if_full("training"):
+            trainer.train_from(checkpoint)
     except ToldElsewhere:
         raise
     except UserError as error:
-        raise UserError(f"{error}{_where_to_go_on(recipe)}") from error
+        error.args = (f"{error}{_where_to_go_on(recipe)}",)
+        raise
     finally:
         if processes.is_main():
             _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
@@ -143,7 +164,7 @@ def _train(
         atomic.write_text(output_dir / LOG_FILE, "".join(lines))
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 1)}
-    record |= {"trainable_parameters": parameters}
+    record |= {"trainable_parameters": parameters} | skipped_record(trainer.state.log_history) | take_best(trainer, recipe)
     counts = added([counted for counted, _ in tallies])
     return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
 
