@@ -77,15 +77,14 @@ def train(
     folder = settings.train.output_dir
     if overwrite and resume:
         raise UserError("found --overwrite and --resume; one begins anew, the other goes on: give one of them")
-    main_process = os.environ.get("RANK", "0") == "0"
-    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume) if main_process else None
+    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume) if _is_main_process() else None
     if earlier:
         typer.echo(f"moved the earlier run to {earlier}", err=True)
 
     from flamingo_ft.training import run
 
     metrics = run.train(settings, _tell_sources, resume=resume, say=_say)
-    if main_process:
+    if _is_main_process():
         _print_metrics(metrics)
         typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 
@@ -317,9 +316,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _is_main_process() -> bool:
+    """As launchers tell it, before anything slow is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _tell_how_to_go_on(stopped: Stopped, arguments: Sequence[str]) -> int:
     command = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
-    _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")
+    if _is_main_process():
+        _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")
     return SIGNALLED + stopped.number
 
 

@@ -65,7 +65,7 @@ def _whole_run(
     check_machine(recipe.train)
     check_precision(recipe)
     start = processes.from_main(partial(find_start, recipe)) if resume else Start()
-    for note in start.notes:
+    for note in start.notes if processes.is_main() else ():
         say(note)
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))

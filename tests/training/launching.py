@@ -38,18 +38,21 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def write_data(folder: Path, media: Sequence[Sequence[str]]) -> list[dict]:
-    """A recipe, and a row for each of ``media``, the kinds of media in it: "image", or "video"."""
+def write_data(folder: Path, media: Sequence[Sequence[int]]) -> list[dict]:
+    """A recipe, and a row for each of ``media``: how many frames each medium in it has; 0: an image."""
     for shade in range(4):
         Image.new("RGB", (32, 32), (30 + 60 * shade,) * 3).save(folder / f"{shade}.png")
-    rows = [_row(number, kinds) for number, kinds in enumerate(media)]
+    rows = [_row(number, frames) for number, frames in enumerate(media)]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "recipe.yaml").write_text(RECIPE)
     return rows
 
 
-def _row(number: int, kinds: Sequence[str]) -> dict:
-    blocks = [*({"type": kind} for kind in kinds), {"type": "text", "text": f"Which shade, number {number}?"}]
+def _row(number: int, frames: Sequence[int]) -> dict:
+    blocks = [*({"type": "video" if count else "image"} for count in frames)]
+    blocks.append({"type": "text", "text": f"Which shade, number {number}?"})
     answer = ("Dark.", "Light, and a longer answer.")[number % 2]
     messages = [{"role": "user", "content": blocks}, {"role": "assistant", "content": answer}]
-    return {"messages": messages, "images": [f"{(number + place) % 4}.png" for place in range(len(kinds))]}
+    images = [f"{(number + place) % 4}.png" for place, count in enumerate(frames) if not count]
+    videos = [[f"{frame % 4}.png" for frame in range(count)] for count in frames if count]
+    return {"messages": messages} | ({"videos": videos} if videos else {"images": images})

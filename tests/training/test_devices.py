@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from flamingo_ft.training import processes
 from tests.regimes import LORA, NOTHING_WHOLE, write_start
 from tests.training.launching import losses, train, write_data
 
-MIXED = [["image"], ["image", "image"], [], []] * 2  # some batches of two are plain text
+MIXED = [[0], [0, 0], [], []] * 2  # some batches of two are plain text
+VIDEOS = [[2], [3], [2], [2]] * 2  # the perceiver runs once for each number of frames in a batch
 STEPS = ("train.max_steps=3", "data.eval=[{path: train.jsonl}]")
 
 
@@ -58,6 +60,26 @@ def test_lora_trains_alike_with_accumulation(tmp_path, monkeypatch, regime):
 
 
 @pytest.mark.slow
+def test_videos_of_other_lengths_in_each_process_train_alike(tmp_path):
+    write_data(tmp_path, VIDEOS)
+    succeed(tmp_path, "one", "train.batch_size=4", "train.max_steps=3", processes=1)
+    succeed(tmp_path, "two", "train.max_steps=3")
+    assert_trained_alike(tmp_path, "one", "two")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_a_checkpoint(tmp_path):
+    write_data(tmp_path, MIXED)
+    succeed(tmp_path, "whole", "train.max_steps=4", "train.save_steps=2")
+    succeed(tmp_path, "again", "train.max_steps=4", "train.save_steps=2")
+    (tmp_path / "again" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-4")
+    succeed(tmp_path, "again", "train.max_steps=4", "train.save_steps=2", "--resume")
+    first, second = ((tmp_path / run / WEIGHTS).read_bytes() for run in ("whole", "again"))
+    assert first == second
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_is_told_once_and_ends_all(tmp_path):
     rows = write_data(tmp_path, MIXED)
     rows[5]["images"][0] = "missing.png"
@@ -67,6 +89,14 @@ def test_an_error_of_one_process_is_told_once_and_ends_all(tmp_path):
     assert done.returncode != 0
     assert len(told) == 1 and "row 5: images[0]: no such image" in told[0]
     assert "exitcode  : 2" in done.stderr
+
+
+def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
+    write_data(tmp_path, MIXED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", "./recipe.yaml"]) == 2
+    assert "flamingo_ft.model.sharding.shard" in capsys.readouterr().err
 
 
 def test_what_is_shared_out_comes_back_in_order(monkeypatch):
