@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class ToldElsewhere(UserError):
+    """The same, in a process that leaves telling it to the main one."""
+
+
 class Stopped(BaseException):
     """A run ended as it was told to, by a signal. step: of the checkpoint that it saved, if it did."""
 

@@ -39,6 +39,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _no_split_modules = ["GatedCrossAttentionBlock"]  # beside those of the language model
     _keep_in_fp32_modules_strict = ["attn_gate", "ff_gate"]  # too fine for fewer bits
 
     def __init__(

@@ -68,6 +68,9 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
         "ignore_data_skip": True,  # batches know themselves where they were
         "restore_callback_states_from_checkpoint": True,
+        # Every parameter that trains has a gradient in every batch, of plain text too: looking for others, as TRL does
+        # by default, would only cost a walk through the graph.
+        "ddp_find_unused_parameters": False,
         "report_to": "none",
         "disable_tqdm": True,
         "log_level": "error",

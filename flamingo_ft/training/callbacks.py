@@ -9,6 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
+from . import processes
+
 
 def progress_bars(stderr: bool = False) -> Progress:
     """Bars for training, evaluation and checks alike; stderr: away from what a command prints."""
@@ -20,6 +22,7 @@ def progress_bars(stderr: bool = False) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(stderr=True) if stderr else None,
+        disable=not processes.is_main(),
     )
 
 

@@ -3,9 +3,10 @@ checkpoints that nothing spoils."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
+from . import processes
 from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
 from .examination import Examination
 from .held_out import HeldOut, judge
@@ -66,10 +68,12 @@ class Engine:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
-        """The batches of one optimizer step."""
+    def get_batch_samples(self, batches: Iterator, number: int, *arguments: Any) -> Any:
+        """The batches of one optimizer step; a bad row of one process ends all."""
         self.batches.contents.clear()
-        samples = super().get_batch_samples(*arguments, **options)
+        with processes.failing_together():
+            drawn = list(itertools.islice(batches, number))
+        samples = super().get_batch_samples(iter(drawn), number, *arguments)
         self.contents = list(self.batches.contents)
         self.finite.begin(samples[0], self.contents)
         return samples

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -13,6 +15,7 @@ from flamingo_ft.backbones.quantization import require_bitsandbytes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
 
+from . import processes
 from .in_backward import InBackward
 
 # Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
@@ -32,10 +35,30 @@ OPTIMIZERS = {
 
 def check_machine(wanted: TrainSection) -> None:
     """Refuse what this machine cannot do, before anything is loaded."""
+    _refuse_gpus_in_one_process(torch.cuda.device_count())
+    _refuse_sharding(os.environ)
     if wanted.optimizer != "adamw":
         require_bitsandbytes(f"train.optimizer: {wanted.optimizer}", instead="adamw")
     if wanted.activation_offload and not torch.cuda.is_available():
         raise UserError("train.activation_offload: found no GPU to move activations away from; set it to false")
+
+
+def _refuse_gpus_in_one_process(gpus: int) -> None:
+    """Trainer would copy the model to each GPU in every step (`nn.DataParallel`), slowly, and with wrong gradients here."""
+    if gpus > 1 and processes.world_size() == 1:
+        raise UserError(
+            f"found {gpus} GPUs and one process; use one GPU with CUDA_VISIBLE_DEVICES=0, or all with "
+            f"torchrun --nproc-per-node {gpus} -m flamingo_ft train ..."
+        )
+
+
+def _refuse_sharding(environment: Mapping[str, str]) -> None:
+    """Trainer makes the optimizer of a sharded model itself, without the groups and rates of the parts here."""
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(
+            "accelerate: found a configuration of FSDP, which runs of a recipe do not take yet; use one without it "
+            "(recipes/accelerate/ddp.yaml), or shard in a loop of your own with flamingo_ft.model.sharding.shard"
+        )
 
 
 def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments) -> torch.optim.Optimizer:

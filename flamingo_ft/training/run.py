@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ from flamingo_ft import atomic
 from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
-from flamingo_ft.errors import OutOfMemory, Stopped, UserError
+from flamingo_ft.data.stream.tally import added
+from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE
 from flamingo_ft.inference.answer import encode_prompts
 
+from . import processes
 from .best import evaluation_callbacks, take_best
 from .build import build_model
 from .callbacks import ProgressBar, progress_bars
@@ -61,51 +64,67 @@ def _whole_run(
 ) -> dict[str, Any]:
     check_machine(recipe.train)
     check_precision(recipe)
-    start = find_start(recipe) if resume else Start()
-    for note in start.notes:
+    start = processes.from_main(partial(find_start, recipe)) if resume else Start()
+    for note in start.notes if processes.is_main() else ():
         say(note)
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
-    prepare_output_dir(recipe.train.output_dir, resume=resume)
-    prepare_root(checkpoint_root(recipe.train))
+    processes.from_main(partial(_prepare_folders, recipe, resume))
     stopping = Stopping()
     with stopping.listening():
         return _run(recipe, start, stopping, tell)
 
 
+def _prepare_folders(recipe: Recipe, resume: bool) -> None:
+    prepare_output_dir(recipe.train.output_dir, resume=resume)
+    prepare_root(checkpoint_root(recipe.train))
+
+
 def _run(recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None]) -> dict[str, Any]:
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
-    data = open_data(recipe.data, recipe.train.seed)
-    tell(data)
-    data.look_through()
-    if start.checkpoint:
-        check_fits(start.checkpoint, rows_of(data))
-    held_out = data.held_out_samples(recipe.eval.max_samples)
-    with told_if_full("loading"):
-        model, processor = build_model(recipe, partial(first_batches, data, recipe))
-    encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])  # refuses too long ones
     with progress_bars() as progress:
-        callbacks = [ProgressBar(progress), *evaluation_callbacks(recipe, processor), stopping]
-        trainer = make_trainer(model, processor, data, recipe, callbacks)
-        atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
+        with processes.failing_together():
+            data = _open(recipe, start, tell)
+            held_out = data.held_out_samples(recipe.eval.max_samples)
+            with told_if_full("loading"):
+                model, processor = build_model(recipe, partial(first_batches, data, recipe))
+            # refuses too long ones
+            encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
+            callbacks = [ProgressBar(progress), *evaluation_callbacks(recipe, processor), stopping]
+            trainer = make_trainer(model, processor, data, recipe, callbacks)
+        if processes.is_main():
+            atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.steps:
             trainer.judge_by(HeldOut(held_out, model, processor, recipe), examination if recipe.eval.answers else None)
         if recipe.eval.before:
             _examine_before(examination, held_out, start.checkpoint, output_dir)
         training = _train(trainer, data, recipe, start.checkpoint, stopping)
-        save_adapter(model, processor, output_dir)
+        save_adapter(model, processor, output_dir, write=processes.is_main())
         examination.take(AFTER, held_out)
         if recipe.eval.shuffled_images:
             examination.take("shuffled_images", with_other_images(held_out, recipe.train.seed))
         progress.refresh()  # notebooks would show the last bar as it was a moment before
-    examination.results.save(output_dir)
     metrics = {"eval": examination.results.summary()} if held_out else {}
     metrics["train"] = training
-    write_card(model, output_dir, metrics.get("eval"))
-    atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    if processes.is_main():
+        examination.results.save(output_dir)
+        write_card(model, output_dir, metrics.get("eval"))
+        atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    processes.barrier()
     return metrics
+
+
+def _open(recipe: Recipe, start: Start, tell: Callable[[OpenedData], None]) -> OpenedData:
+    """The data, told of and looked through, and those that the checkpoint to go on from was trained on."""
+    data = open_data(recipe.data, recipe.train.seed)
+    if processes.is_main():
+        tell(data)
+    data.look_through()
+    if start.checkpoint:
+        check_fits(start.checkpoint, rows_of(data))
+    return data
 
 
 def _examine_before(
@@ -116,7 +135,8 @@ def _examine_before(
         examination.take(BEFORE, held_out)
     else:
         examination.results.recall(BEFORE, checkpoint)
-    examination.results.save(output_dir)
+    if processes.is_main():
+        examination.results.save(output_dir)
 
 
 def _train(
@@ -127,19 +147,25 @@ def _train(
     try:
         with told_if_full("training"):
             trainer.train_from(checkpoint)
+    except ToldElsewhere:
+        raise
     except UserError as error:
         error.args = (f"{error}{_where_to_go_on(recipe)}",)
         raise
     finally:
-        _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
+        if processes.is_main():
+            _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
     if stopping.number is not None:
         raise Stopped(stopping.number, trainer.state.global_step)
-    lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
-    atomic.write_text(output_dir / LOG_FILE, "".join(lines))
+    tallies = processes.everyones((trainer.batches.tally.record(), trainer.batches.tally.left_out))
+    if processes.is_main():
+        _list_left_out(dict(ChainMap(data.left_out, *(rows for _, rows in tallies))), output_dir)
+        lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
+        atomic.write_text(output_dir / LOG_FILE, "".join(lines))
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 1)}
     record |= {"trainable_parameters": parameters} | skipped_record(trainer.state.log_history) | take_best(trainer, recipe)
-    counts = trainer.batches.tally.record()
+    counts = added([counted for counted, _ in tallies])
     return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
 
 
