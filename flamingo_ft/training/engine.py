@@ -21,6 +21,7 @@ from . import processes
 from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
 from .examination import Examination
 from .held_out import HeldOut, judge
+from .hub import Pushing
 from .in_backward import inside_backward
 from .non_finite import Finite
 from .out_of_memory import told_if_full
@@ -46,6 +47,7 @@ class Engine:
         self.counts: Counter = Counter()
         self.held_out: HeldOut | None = None
         self.share_right: Callable[[], float] | None = None
+        self.pushing: Pushing | None = None
         self.finite = Finite(skips=non_finite == "skip_step")
 
     def get_train_dataloader(self) -> Batches:
@@ -125,7 +127,9 @@ class Engine:
         return progress
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        save_checkpoint(self, self.keeping)
+        folder = save_checkpoint(self, self.keeping)
+        if self.pushing is not None:
+            self.pushing.push_checkpoint(folder)
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         restore(self, Path(folder).parent)

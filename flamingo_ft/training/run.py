@@ -25,6 +25,7 @@ from .callbacks import ProgressBar, progress_bars
 from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
 from .examination import Examination
 from .held_out import HeldOut
+from .hub import Pushing, prepare_repository, pushing
 from .non_finite import skipped_record
 from .optimizer import check_machine
 from .out_of_memory import told_if_full, with_plan
@@ -68,18 +69,25 @@ def _whole_run(
         say(note)
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
-    processes.from_main(partial(_prepare_folders, recipe, resume))
-    stopping = Stopping()
-    with stopping.listening():
-        return _run(recipe, start, stopping, tell)
+    processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
+    stopping, wanted = Stopping(), recipe.train
+    with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
+        metrics = _run(recipe, start, stopping, tell, uploads)
+        if uploads is not None:
+            uploads.push_run(wanted.output_dir)
+    return metrics
 
 
-def _prepare_folders(recipe: Recipe, resume: bool) -> None:
-    prepare_output_dir(recipe.train.output_dir, resume=resume)
+def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
+    prepare_output_dir(recipe.train.output_dir, resume=resume, has_checkpoint=has_checkpoint)
     prepare_root(checkpoint_root(recipe.train))
+    if recipe.train.push_to_hub:
+        prepare_repository(recipe.train.push_to_hub)
 
 
-def _run(recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None]) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None], uploads: Pushing | None
+) -> dict[str, Any]:
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
     with progress_bars() as progress:
@@ -92,6 +100,7 @@ def _run(recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[Opene
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
             callbacks = [ProgressBar(progress), *evaluation_callbacks(recipe, processor), stopping]
             trainer = make_trainer(model, processor, data, recipe, callbacks)
+            trainer.pushing = uploads
         if processes.is_main():
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
