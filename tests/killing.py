@@ -8,15 +8,17 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+from accelerate.state import AcceleratorState
 
 from flamingo_ft.cli import main
 
 KILLED = -signal.SIGKILL
 
 
-def start(arguments: Sequence[str], folder: Path, log: Path) -> int:
+def start(arguments: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str] | None = None) -> int:
     """Run ``flamingo-ft ARGUMENTS`` in ``folder``, what it prints appended to ``log``; gives its process number."""
     process = os.fork()
     if process:
@@ -25,6 +27,8 @@ def start(arguments: Sequence[str], folder: Path, log: Path) -> int:
     try:
         os.setsid()
         os.chdir(folder)
+        os.environ |= environment or {}
+        AcceleratorState._reset_state(reset_partial_state=True)  # how many processes there are is asked anew
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(output, stream)

@@ -1,9 +1,10 @@
-"""Runs of the real command line by several processes on CPUs."""
+"""Runs of the command line by several processes on CPUs."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,25 +12,37 @@ from pathlib import Path
 
 from PIL import Image
 
+from tests import killing
 from tests.regimes import RECIPE
 
 ROOT = Path(__file__).parents[2]
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def launch(folder: Path, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """``torchrun ... ARGUMENTS`` in ``folder``, or python alone for one process."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launcher, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
-
-
-def train(folder: Path, output: str, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+def command(output: str, *overrides: str) -> list[str]:
     """``flamingo-ft train`` of the folder's recipe."""
-    command = ("-m", "flamingo_ft", "train", "./recipe.yaml", f"train.output_dir={output}", *overrides)
-    return launch(folder, *command, processes=processes)
+    return ["train", "./recipe.yaml", f"train.output_dir={output}", *overrides]
+
+
+def torchrun(folder: Path, output: str, *overrides: str) -> subprocess.CompletedProcess:
+    """Two processes as a user starts them."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = [sys.executable, *LAUNCHER, "-m", "flamingo_ft", *command(output, *overrides)]
+    return subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def train(folder: Path, output: str, *overrides: str, processes: int = 2) -> tuple[list[int], str]:
+    """The same, started as torchrun starts them but forked from this process, which has imported everything: exit codes,
+    and what they print."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    log = folder / f"{output}.txt"
+    ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
+    started = [killing.start(command(output, *overrides), folder, log, rank) for rank in ranks]
+    return [killing.wait(process) for process in started], log.read_text()
 
 
 def losses(folder: Path) -> list[float]:

@@ -15,7 +15,7 @@ from flamingo_ft.cli import main
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.training import processes
 from tests.regimes import LORA, NOTHING_WHOLE, write_start
-from tests.training.launching import losses, train, write_data
+from tests.training.launching import losses, torchrun, train, write_data
 
 MIXED = [[0], [0, 0], [], []] * 2  # some batches of two are plain text
 VIDEOS = [[2], [3], [2], [2]] * 2  # the perceiver runs once for each number of frames in a batch
@@ -27,24 +27,24 @@ def assert_trained_alike(folder, one: str, two: str) -> None:
     first, second = (load_file(folder / run / WEIGHTS) for run in (one, two))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-5)
+        # AdamW makes a share of the learning rate, 0.01, of what rounding does to a gradient near zero.
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-3)
 
 
-def succeed(*arguments, **options) -> None:
-    done = train(*arguments, **options)
-    assert done.returncode == 0, done.stdout + done.stderr
+def succeed(*arguments, processes: int = 2) -> str:
+    codes, said = train(*arguments, processes=processes)
+    assert codes == [0] * processes, said
+    return said
 
 
 def test_two_processes_train_what_one_trains_with_twice_the_batch(tmp_path):
     write_data(tmp_path, MIXED)
     succeed(tmp_path, "one", "train.batch_size=4", *STEPS, processes=1)
-    done = train(tmp_path, "two", *STEPS)
-    assert done.returncode == 0, done.stderr
+    said = succeed(tmp_path, "two", *STEPS)
     assert_trained_alike(tmp_path, "one", "two")
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
     assert first["eval"] == second["eval"] and first["train"]["data"] == second["train"]["data"]
-    assert (done.stdout + done.stderr).count("adapter in two") == 1
-    assert (done.stdout + done.stderr).count("rows of schema") == 2
+    assert said.count("adapter in two") == 1 and said.count("rows of schema") == 2
     load_adapter(tmp_path / "two")
 
 
@@ -84,7 +84,7 @@ def test_an_error_of_one_process_is_told_once_and_ends_all(tmp_path):
     rows = write_data(tmp_path, MIXED)
     rows[5]["images"][0] = "missing.png"
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    done = train(tmp_path, "two", "train.max_steps=8")
+    done = torchrun(tmp_path, "two", "train.max_steps=8")
     told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert done.returncode != 0
     assert len(told) == 1 and "row 5: images[0]: no such image" in told[0]
