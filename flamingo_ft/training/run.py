@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -159,7 +158,8 @@ def _train(
         raise Stopped(stopping.number, trainer.state.global_step)
     tallies = processes.everyones((trainer.batches.tally.record(), trainer.batches.tally.left_out))
     if processes.is_main():
-        _list_left_out(dict(ChainMap(data.left_out, *(rows for _, rows in tallies))), output_dir)
+        left_out = [data.left_out, *(rows for _, rows in tallies)]
+        _list_left_out({where: why for rows in left_out for where, why in rows.items()}, output_dir)
         lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
         atomic.write_text(output_dir / LOG_FILE, "".join(lines))
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
