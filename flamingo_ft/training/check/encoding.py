@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.data.encode import Encoded
+from flamingo_ft.data.pair import EncodedPair, encode_pair
 from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.too_long import Dropped, encode_within
+from flamingo_ft.data.too_long import Dropped, TooLong, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
@@ -17,45 +18,54 @@ UNLIMITED = 2**62  # text tokens
 
 @dataclass(frozen=True)
 class Text:
-    """A sample's text.
+    """A sample's text, or both texts of a pair.
 
     encoded: what trains; None where the recipe drops the sample, or there is a ``problem``. losses: of a sample that is
     too long, what each policy takes away of it: samples, turns (exchanges), tokens and images.
     """
 
-    encoded: Encoded | None = None
+    encoded: Encoded | EncodedPair | None = None
     problem: str | None = None
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
-class Encoding:
-    """From samples to their `Text`, as a recipe has them encoded."""
+def texts_of(encoded: Encoded | EncodedPair) -> tuple[Encoded, ...]:
+    """What is encoded: one text, or those of a pair, the better answer's first."""
+    return (encoded.chosen, encoded.rejected) if isinstance(encoded, EncodedPair) else (encoded,)
 
-    def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int):
-        self.processor, self.policy, self.limit = processor, data.too_long, limit
+
+class Encoding:
+    """From samples to their `Text`, as a recipe has them encoded; pairs: both their texts, where ``compares``."""
+
+    def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int, compares: bool = False):
+        self.processor, self.policy, self.limit, self.compares = processor, data.too_long, limit, compares
 
     def __call__(self, sample: Sample) -> Text:
         try:
-            whole = encode_within(self.processor, sample, UNLIMITED, "drop_sample")
-            if isinstance(whole, Encoded) and len(whole.input_ids) <= self.limit:
+            whole = self._within(sample, UNLIMITED, "drop_sample")
+            if not isinstance(whole, Dropped) and whole.text_tokens <= self.limit:
                 return Text(whole)
         except UserError as error:
             return Text(problem=str(error))
-        losses = self._losses(sample, whole) if isinstance(whole, Encoded) else {}
+        losses = {} if isinstance(whole, Dropped) else self._losses(sample, whole)
         try:
-            chosen = encode_within(self.processor, sample, self.limit, self.policy)
+            chosen = self._within(sample, self.limit, self.policy)
         except UserError as error:
             return Text(problem=str(error), losses=losses)
         return Text(None if isinstance(chosen, Dropped) else chosen, losses=losses)
 
-    def _losses(self, sample: Sample, whole: Encoded) -> dict[str, dict[str, int]]:
+    def _within(self, sample: Sample, limit: int, policy: TooLong) -> Encoded | EncodedPair | Dropped:
+        encode = encode_pair if self.compares and sample.rejected else encode_within
+        return encode(self.processor, sample, limit, policy)
+
+    def _losses(self, sample: Sample, whole: Encoded | EncodedPair) -> dict[str, dict[str, int]]:
         everything = {
             "samples": 1,
             "turns": max(1, sum(message["role"] == "assistant" for message in sample.messages)),
-            "tokens": len(whole.input_ids),
+            "tokens": sum(text.text_tokens for text in texts_of(whole)),
             "images": whole.images,
         }
-        outcomes = {policy: encode_within(self.processor, sample, self.limit, policy) for policy in POLICIES}
+        outcomes = {policy: self._within(sample, self.limit, policy) for policy in POLICIES}
         return {
             policy: everything if isinstance(outcome, Dropped) else {"samples": 0, **asdict(outcome.cut)}
             for policy, outcome in outcomes.items()

@@ -14,7 +14,7 @@ from flamingo_ft.data.sample import Medium, Video
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.errors import UserError
 
-from .encoding import Encoding
+from .encoding import Encoding, texts_of
 from .rows import Row, rows_of
 from .tokens import Token, shown_tokens
 
@@ -35,7 +35,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Shown:
-    """A sample to look at. more_tokens, more_pictures: how many are not shown."""
+    """A sample to look at, of a pair both texts, one after the other. more_tokens, more_pictures: how many are not shown."""
 
     where: str
     task: str
@@ -71,7 +71,8 @@ def _shown(mixed: Mixed, row: Row, encoding: Encoding, video_frames: int) -> Ite
         pictures = [_picture(medium, video_frames) for medium in sample.images[: encoded.images]]
     except UserError:
         return
-    tokens = shown_tokens(encoding.processor, encoded.input_ids, encoded.labels)
+    texts = texts_of(encoded)
+    tokens = [token for text in texts for token in shown_tokens(encoding.processor, text.input_ids, text.labels)]
     yield Shown(
         sample.where,
         sample.task,

@@ -18,7 +18,7 @@ from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.errors import UserError
 
 from .digests import Pictures, sample_digest
-from .encoding import Encoding
+from .encoding import Encoding, texts_of
 
 ROWS_AT_A_TIME = 16
 FIELD = re.compile(r"([A-Za-z_][\w.\[\]-]*): ")
@@ -51,8 +51,8 @@ class Problem:
 class Seen:
     """What became of a row. file, row: where it stands.
 
-    Without problems: its turns, and of what trains its images, videos and tokens. dropped: by the
-    recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
+    Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
+    dropped: by the recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
     """
 
     part: int
@@ -99,6 +99,7 @@ class Looking(Dataset):
         if problems or text.encoded is None:
             return Seen(part, raw.file, raw.row, problems, dropped=not problems, losses=text.losses)
         kept = sample.images[: text.encoded.images]
+        longest = max(texts_of(text.encoded), key=lambda one: one.text_tokens)
         videos = sum(isinstance(medium, Video) for medium in kept)
         return Seen(
             part,
@@ -107,8 +108,8 @@ class Looking(Dataset):
             turns=sum(message["role"] != "system" for message in sample.messages),
             images=len(kept) - videos,
             videos=videos,
-            text_tokens=len(text.encoded.input_ids),
-            label_tokens=sum(label != IGNORED for label in text.encoded.labels),
+            text_tokens=longest.text_tokens,
+            label_tokens=sum(label != IGNORED for label in longest.labels),
             losses=text.losses,
             content=sample_digest(sample, pictures),
             pictures=pictures[: len(kept)],

@@ -36,7 +36,8 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
         files = backbone_files(recipe.model)
         processor = files.processor()
         apply_template(processor, recipe.data)
-        encoding = Encoding(processor, recipe.data, text_limit(files.language, recipe.data.max_text_tokens))
+        limit = text_limit(files.language, recipe.data.max_text_tokens)
+        encoding = Encoding(processor, recipe.data, limit, compares=recipe.train.method == "dpo")
         data = open_data(recipe.data, recipe.train.seed)
         mixture = [*data.train, *data.held_out]
         account = Account(data, encoding.limit, ProblemList(new / PROBLEMS_FILE))

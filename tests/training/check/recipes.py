@@ -11,19 +11,19 @@ from flamingo_ft.training.check.findings import Findings
 from flamingo_ft.training.check.run import check
 
 
-def recipe(folder: Path, train: list, workers: int = 0, **data: Any) -> Recipe:
+def recipe(folder: Path, train: list, workers: int = 0, method: str = "sft", **data: Any) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"vision": {"name": "nano"}, "language": {"name": "nano"}},
             "data": {"train": train, **data},
-            "train": {"output_dir": str(folder / "run"), "max_steps": 1, "num_workers": workers},
+            "train": {"output_dir": str(folder / "run"), "max_steps": 1, "num_workers": workers, "method": method},
         }
     )
 
 
-def checked(folder: Path, train: list, workers: int = 0, **data: Any) -> Findings:
+def checked(folder: Path, train: list, workers: int = 0, method: str = "sft", **data: Any) -> Findings:
     """What a check finds, its files being in ``folder`` / "check"."""
-    return check(recipe(folder, train, workers, **data), "test", folder / "check")
+    return check(recipe(folder, train, workers, method, **data), "test", folder / "check")
 
 
 def write_rows(path: Path, rows: list) -> dict[str, str]:
