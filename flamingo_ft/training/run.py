@@ -22,10 +22,11 @@ from . import processes
 from .best import evaluation_callbacks, take_best
 from .build import build_model
 from .callbacks import ProgressBar, progress_bars
-from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
+from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root, refuse_earlier
 from .examination import Examination
 from .held_out import HeldOut
 from .hub import Pushing, prepare_repository, pushing
+from .machine_faults import told_if_hindered
 from .non_finite import skipped_record
 from .optimizer import check_machine
 from .out_of_memory import told_if_full, with_plan
@@ -53,7 +54,8 @@ def train(
     not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
     """
     try:
-        return _whole_run(recipe, tell, resume, say)
+        with told_if_hindered(recipe.train):
+            return _whole_run(recipe, tell, resume, say)
     except OutOfMemory as error:
         failed = error
     raise with_plan(failed, recipe)
@@ -79,10 +81,13 @@ def _whole_run(
 
 
 def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
+    root = checkpoint_root(recipe.train)
+    if not has_checkpoint:
+        refuse_earlier(root)
     prepare_output_dir(recipe.train.output_dir, resume=resume, has_checkpoint=has_checkpoint)
-    prepare_root(checkpoint_root(recipe.train))
+    prepare_root(root)
     if recipe.train.push_to_hub:
-        prepare_repository(recipe.train.push_to_hub)
+        prepare_repository(recipe.train.push_to_hub, begins=not has_checkpoint)
 
 
 def _run(

@@ -67,6 +67,14 @@ def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, 
     load_adapter(folder / "run")
 
 
+def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, capfd):
+    assert main([*COMMAND, "train.max_steps=2"]) == 0
+    before = hub.files(REPO)
+    assert main([*COMMAND, "train.output_dir=second"]) == 2
+    assert f"{REPO} holds step-2 of an earlier run; go on with that run with --resume" in told(capfd)
+    assert hub.files(REPO) == before
+
+
 @pytest.mark.parametrize("status", [500, None])
 def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -74,6 +75,16 @@ def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, fresh, number):
     assert "go on with: flamingo-ft train ./recipe.yaml train.max_steps=8" in said and said.strip().endswith("--resume")
     assert not (fresh / WEIGHTS).exists()
     assert finish(fresh) == (uninterrupted[0] / WEIGHTS).read_bytes()
+
+
+def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_the_main_one(fresh):
+    """As batch systems, systemd and `timeout` send it."""
+    arguments = ["train", "./recipe.yaml", "train.max_steps=4000", "train.num_workers=2", "train.save_steps=2"]
+    process = killing.start(arguments, fresh, fresh / "log.txt")
+    there = killing.file_there(fresh / "run" / "checkpoints", "step-4")
+    code = killing.kill_when(process, there, signal.SIGTERM, send=os.killpg)
+    said = (fresh / "log.txt").read_text()
+    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in said and "Traceback" not in said
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(uninterrupted, fresh):
