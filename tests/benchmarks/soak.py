@@ -29,6 +29,8 @@ CASES = {
     "bridge": (),
     "bridge and LoRA, dropout, accumulated, judged": (*DROPOUT, "train.gradient_accumulation_steps=2", *JUDGED),
     "two workers, grouped by length": ("train.num_workers=2", "data.group_by_length=true"),
+    "8-bit steps in the backward pass": ("train.optimizer=adamw_8bit", "train.optimizer_in_backward=true"),
+    "the best kept, ended early": (*JUDGED[:1], "eval={steps: 2, keep: best, patience: 2}", "train.learning_rate=0.5"),
     "LoRA only on nf4": (*regimes.REGIMES["LoRA only"], *regimes.quantized("nf4", "LoRA only"), "lora.lora_dropout=0.3"),
 }
 MOMENTS = {
