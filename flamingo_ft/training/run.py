@@ -81,10 +81,10 @@ def _whole_run(
 
 
 def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
+    prepare_output_dir(recipe.train.output_dir, resume=resume, has_checkpoint=has_checkpoint)
     root = checkpoint_root(recipe.train)
     if not has_checkpoint:
         refuse_earlier(root)
-    prepare_output_dir(recipe.train.output_dir, resume=resume, has_checkpoint=has_checkpoint)
     prepare_root(root)
     if recipe.train.push_to_hub:
         prepare_repository(recipe.train.push_to_hub, begins=not has_checkpoint)
