@@ -35,7 +35,7 @@ CASES = {
 }
 MOMENTS = {
     "checkpoint half written": ("run/checkpoints", ".step-*.partial"),
-    "checkpoint half removed": ("run/checkpoints", ".step-*.replaced"),
+    "checkpoint half removed": ("run/checkpoints", ".step-*.removed"),
     "adapter half written": ("run", ".adapter_model.safetensors.partial"),
     "answers half written": ("run", ".predictions.jsonl.partial"),
     "metrics half written": ("run", ".metrics.json.partial"),
