@@ -44,7 +44,9 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
         "ignore_data_skip": True,  # batches know themselves where they were
         "restore_callback_states_from_checkpoint": True,
-        "report_to": "none",
+        "report_to": "none",  # see trackers.py
+        "project": "flamingo_ft",  # name of the run's project there, and of the run
+        "run_name": wanted.output_dir.name,
         "disable_tqdm": True,
         "log_level": "error",
         "remove_unused_columns": False,

@@ -16,6 +16,7 @@ from transformers.trainer_callback import TrainerState
 from flamingo_ft.data.stream.batches import Batches, Contents
 
 from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
+from .meter import Meter
 from .stopping import Stopping
 
 
@@ -35,6 +36,7 @@ class Engine:
         self.contents: list[Contents] = []
         self.trained_on: Contents | None = None
         self.counts: Counter = Counter()
+        self.meter = Meter()
 
     def get_train_dataloader(self) -> Batches:
         """Endless; the recipe's number of steps ends the run."""
@@ -58,6 +60,7 @@ class Engine:
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from the first step or from a checkpoint; one that was written there is only restored."""
         self._began = time.monotonic()
+        self.meter.start()
         if checkpoint is not None and read_manifest(checkpoint)["ended"]:
             restore(self, checkpoint)
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINING / TRAINER_STATE_NAME))
@@ -78,8 +81,16 @@ class Engine:
         self.state.compute_steps(self.args, max_steps)  # as wished now, not as in the run that is gone on with
         return progress
 
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log an entry; one about training with what the meter reads."""
+        if "loss" in logs:
+            logs |= self.meter.read(self.counts, self.model, self.optimizer) | {"seconds": round(self.seconds(), 1)}
+        with self.meter.paused():
+            super().log(logs, *arguments, **options)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        save_checkpoint(self, self.keeping)
+        with self.meter.paused():
+            save_checkpoint(self, self.keeping)
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         restore(self, Path(folder).parent)

@@ -21,13 +21,15 @@ from .build import build_model
 from .callbacks import ProgressBar, StopOnNonFiniteLoss, progress_bars
 from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
 from .examination import Examination
+from .log_file import LogFile, write_log
 from .optimizer import check_machine
 from .output_dir import METRICS_FILE, prepare_output_dir
+from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
 from .stopping import Stopping
+from .trackers import check_trackers, tracker_callbacks
 from .trainer import FlamingoTrainer, first_batches, make_trainer, rows_of
 
-LOG_FILE = "log.jsonl"
 LEFT_OUT_FILE = "left_out.jsonl"
 
 
@@ -45,6 +47,7 @@ def train(
     not do, before training, and Stopped where a signal ended the run.
     """
     check_machine(recipe.train)
+    check_trackers(recipe.train)
     start = find_start(recipe) if resume else Start()
     for note in start.notes:
         say(note)
@@ -53,7 +56,7 @@ def train(
     prepare_output_dir(recipe.train.output_dir, resume=resume)
     prepare_root(checkpoint_root(recipe.train))
     stopping = Stopping()
-    with stopping.listening():
+    with stopping.listening(), leaving_a_report(recipe.train.output_dir):
         return _run(recipe, start, stopping, tell)
 
 
@@ -69,7 +72,8 @@ def _run(recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[Opene
     model, processor = build_model(recipe, partial(first_batches, data, recipe))
     encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])  # refuses too long ones
     with progress_bars() as progress:
-        trainer = make_trainer(model, processor, data, recipe, [ProgressBar(progress), StopOnNonFiniteLoss(), stopping])
+        seen = [*tracker_callbacks(recipe.train), LogFile(output_dir), ProgressBar(progress), LiveReport(output_dir)]
+        trainer = make_trainer(model, processor, data, recipe, [*seen, StopOnNonFiniteLoss(), stopping])
         atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.before:
@@ -112,8 +116,7 @@ def _train(
         _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
     if stopping.number is not None:
         raise Stopped(stopping.number, trainer.state.global_step)
-    lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
-    atomic.write_text(output_dir / LOG_FILE, "".join(lines))
+    write_log(output_dir, trainer.state.log_history)
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 1)}
     record |= {"trainable_parameters": parameters}
