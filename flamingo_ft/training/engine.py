@@ -16,7 +16,7 @@ from transformers.trainer_callback import TrainerState
 from flamingo_ft.data.stream.batches import Batches, Contents
 
 from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
-from .meter import Meter
+from .meter import Meter, gates, learning_rates
 from .stopping import Stopping
 
 
@@ -84,7 +84,8 @@ class Engine:
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
         """Log an entry; one about training with what the meter reads."""
         if "loss" in logs:
-            logs |= self.meter.read(self.counts, self.model, self.optimizer) | {"seconds": round(self.seconds(), 1)}
+            logs |= {"seconds": round(self.seconds(), 1)} | self.meter.read(self.counts) | gates(self.model)
+            logs |= learning_rates(self.optimizer, logs.get("learning_rate", 0.0))
         with self.meter.paused():
             super().log(logs, *arguments, **options)
 

@@ -40,7 +40,7 @@ class Meter:
         finally:
             self._paused = before + time.monotonic() - began
 
-    def read(self, counts: Counter, model: torch.nn.Module, optimizer: Any) -> dict[str, float]:
+    def read(self, counts: Counter) -> dict[str, float]:
         """Scalars for an entry of the log, over what was trained since the last; ``counts`` and the clock start anew.
 
         ``label_tokens_per_second`` and the like are sums over all processes, ``memory_gib`` is the largest of them.
@@ -51,7 +51,7 @@ class Meter:
         counts.clear()
         self.start()
         rates = {f"{name}_per_second": total / seconds for name, total in zip(COUNTED, totals, strict=True)}
-        return rates | {"memory_gib": memory} | learning_rates(optimizer) | gates(model)
+        return rates | {"memory_gib": memory}
 
 
 def memory_gib() -> float:
@@ -61,9 +61,12 @@ def memory_gib() -> float:
     return psutil.Process().memory_info().rss / GIB
 
 
-def learning_rates(optimizer: Any) -> dict[str, float]:
-    """Of each part that the optimizer's groups are named after."""
-    return {f"learning_rate/{group['name']}": group["lr"] for group in optimizer.param_groups if "name" in group}
+def learning_rates(optimizer: Any, first: float) -> dict[str, float]:
+    """Of each part that the optimizer's groups are named after, in the step in which the first group's was ``first``;
+    the scheduler moves all of them in proportion."""
+    groups = optimizer.param_groups
+    named = [group for group in groups if "name" in group and "initial_lr" in group]
+    return {f"learning_rate/{group['name']}": first * group["initial_lr"] / groups[0]["initial_lr"] for group in named}
 
 
 def gates(model: torch.nn.Module) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -21,6 +21,7 @@ MOST_POINTS = 2000  # of a curve; more are finer than a pixel
 WIDE_RANGE = 50  # ratio of values from which on their axis is logarithmic
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
 RATE = "learning_rate"
+Write = Callable[[float], str]  # a value, for people to read
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def rate_figure(entries: Sequence[Entry]) -> Figure | None:
     curves = [Curve(", ".join(parts), *points) for points, parts in same.items()]
     figure = _figure("Learning rate", "learning rate", curves, from_zero=True)
     if figure is not None:
-        figure.axes[0].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        figure.axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
     return figure
 
 
@@ -85,16 +86,20 @@ def norm_figure(entries: Sequence[Entry]) -> Figure | None:
 
 def throughput_figure(entries: Sequence[Entry]) -> Figure | None:
     """Label tokens and images a second."""
-    rows = {unit: curve(entries, f"{key}_per_second") for unit, key in (("label tokens", "label_tokens"), ("images", "images"))}
+    keys = {"label tokens": "label_tokens_per_second", "images": "images_per_second"}
+    rows = {unit: curve(entries, key) for unit, key in keys.items()}
     shown = {unit: found for unit, found in rows.items() if found and any(found.values)}
     if not shown:
         return None
     figure = Figure(figsize=SIZE, layout="constrained", facecolor="white")
     all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for axes, colour, (unit, found) in zip(all_axes, COLOURS, shown.items(), strict=False):
-        dress(axes, "Throughput" if axes is all_axes[0] else "", f"{unit}/s", "" if axes is not all_axes[-1] else "optimizer step")
-        _draw(axes, [found], [colour], from_zero=True)
+        dress(axes, "", f"{unit}/s", "")
+        _draw(axes, [found], [colour], from_zero=True, write=_short)
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    dress(all_axes[0], "Throughput", all_axes[0].get_ylabel(), all_axes[0].get_xlabel())
+    all_axes[-1].set_xlabel("optimizer step")
     figure.align_ylabels()
     return figure
 
@@ -129,7 +134,7 @@ def _figure(
     if not curves:
         return None
     figure, axes = new_axes(title, ylabel)
-    _draw(axes, curves, COLOURS, from_zero=from_zero)
+    _draw(axes, curves, COLOURS, from_zero=from_zero, write=_percent if share else _short)
     if share:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -138,13 +143,15 @@ def _figure(
     return figure
 
 
-def _draw(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], *, from_zero: bool) -> None:
+def _draw(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], *, from_zero: bool, write: Write) -> None:
     for one, colour in zip(curves, cycle(colours), strict=False):
         few = len(one.steps) <= 12
-        axes.plot(one.steps, one.values, color=colour, linewidth=1.8, label=one.label, marker="o" if few else "", markersize=4)
+        label = f"{one.label} {write(one.values[-1])}"
+        axes.plot(one.steps, one.values, color=colour, linewidth=1.8, label=label, marker="o" if few else "", markersize=4)
         if not few:
             axes.plot(one.steps[-1], one.values[-1], "o", color=colour, markersize=5)
-        _name_last(axes, one, colour)
+        if len(curves) == 1:  # the legend has those of several, which would lie over each other
+            _name_last(axes, one, colour, write)
     steps = [step for one in curves for step in one.steps]
     axes.set_xlim(0, max(steps) * 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
@@ -152,14 +159,18 @@ def _draw(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], *, from_z
     _set_height(axes, [value for one in curves for value in one.values], from_zero)
 
 
-def _name_last(axes: Axes, one: Curve, colour: str) -> None:
+def _name_last(axes: Axes, one: Curve, colour: str, write: Write) -> None:
     """The last value, right of the curve's end."""
-    beside = {"xytext": (7, 0), "textcoords": "offset points", "ha": "left", "va": "center"}
-    axes.annotate(_short(one.values[-1]), (one.steps[-1], one.values[-1]), color=colour, fontsize=9, **beside)
+    beside = {"xytext": (7, 5), "textcoords": "offset points", "ha": "left", "va": "center"}
+    axes.annotate(write(one.values[-1]), (one.steps[-1], one.values[-1]), color=colour, fontsize=9, **beside)
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
 
 
 def _set_height(axes: Axes, values: Sequence[float], from_zero: bool) -> None:

@@ -70,7 +70,7 @@ def _open(axes: Axes, one: Curve, colour: tuple, label: str) -> None:
     """The curve of one gate."""
     marker = "o" if len(one.steps) <= 3 else ""
     values = [abs(value) for value in one.values]
-    axes.plot(one.steps, values, color=colour, linewidth=1.5, label=label, marker=marker, markersize=4)
+    axes.plot(one.steps, values, color=colour, linewidth=1.2, label=label, marker=marker, markersize=4)
 
 
 def _scale(panels: Sequence[Axes], gates: dict[str, dict[int, Curve]]) -> None:

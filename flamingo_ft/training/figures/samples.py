@@ -35,6 +35,7 @@ from .look import BLUE, GREEN, INK, RED, check_run
 CELL_INCHES, LINE_INCHES = 2.7, 0.165  # width of a cell of a grid, height of a line of its captions
 PAD_INCHES = 0.1  # around a cell
 FONT_POINTS, QUESTION_LINES, ANSWER_LINES = 9, 3, 2  # of captions, and where they are cut
+WIDEST = 60  # characters of a caption's line
 GAP = 0.1  # between two images of a cell, in heights of an image
 SCAN_PIXELS = 128  # smaller images are enlarged pixel by pixel, larger ones smoothly
 
@@ -140,7 +141,8 @@ def _mark_images(texts: Sequence[str]) -> list[str]:
 
 def _cut(text: str, lines: int) -> str:
     """Text in at most so many lines of about the same length, none wider than a cell."""
-    fits = [width for width in range(5, 60) if all(map(_fits, textwrap.wrap(text, width)))]
+    text = text[: WIDEST * (lines + 1)]  # what is certainly cut off need not be measured
+    fits = [width for width in range(5, WIDEST) if all(map(_fits, textwrap.wrap(text, width)))]
     needed = len(textwrap.wrap(text, fits[-1]))
     if needed > lines:
         return "\n".join(textwrap.wrap(text, fits[-1], max_lines=lines, placeholder=" …"))

@@ -78,7 +78,7 @@ class RunFolder:
         seen = {"curves": f"tensorboard --logdir {folder}/tensorboard"}
         watched = seen if "tensorboard" in self.recipe.train.report_to else {}
         if not self.finished:
-            return {"go on": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"} | watched
+            return {"go on after a stop": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"} | watched
         return {
             "ask": f"flamingo-ft generate {folder} --image FILE --prompt TEXT",
             "judge": f"flamingo-ft eval {folder} --data FILE",

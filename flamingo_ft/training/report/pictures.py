@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def _answers(run: RunFolder, path: Path) -> Path:
 
 
 def _save(figure: Figure, path: Path) -> Path:
-    with atomic.file_in_place(path) as place:
+    with atomic.file_in_place(path) as place, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)  # shown as an empty box
         figure.savefig(place, dpi=DPI, format="png")
     return path
