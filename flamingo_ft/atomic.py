@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTIAL, REPLACED = ".partial", ".replaced"  # endings of hidden names beside the place
+PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"  # endings of hidden names beside the place
 
 
 @contextmanager
@@ -53,27 +53,32 @@ def finish_folder(place: Path) -> None:
         sync(path)
     sync(hidden)
     if place.exists():
-        place.rename(_replaced(place))
+        place.rename(_free(place, REPLACED))
     hidden.rename(place)
     sync(place.parent)
-    shutil.rmtree(_replaced(place), ignore_errors=True)
+    _free(place, REPLACED)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; half of it is never left under its name."""
-    folder.rename(_replaced(folder))
-    shutil.rmtree(_replaced(folder), ignore_errors=True)
+    folder.rename(_free(folder, REMOVED))
+    _free(folder, REMOVED)
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed processes left half written or half removed in ``parent``."""
-    for path in filter(is_leftover, parent.iterdir()):
+    """Remove what killed processes left half written or half removed in ``parent``; what was to be replaced, and is not,
+    comes back."""
+    for path in parent.glob(f".*{REPLACED}"):
+        place = path.with_name(path.name.removeprefix(".").removesuffix(REPLACED))
+        if not place.exists():
+            path.rename(place)
+    for path in filter(is_leftover, list(parent.iterdir())):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def is_leftover(path: Path) -> bool:
     """Whether this has a name that only something half written or half removed has."""
-    return path.name.startswith(".") and path.name.endswith((PARTIAL, REPLACED))
+    return path.name.startswith(".") and path.name.endswith((PARTIAL, REPLACED, REMOVED))
 
 
 def sync(path: Path) -> None:
@@ -85,7 +90,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _replaced(place: Path) -> Path:
-    name = place.with_name(f".{place.name}{REPLACED}")
+def _free(place: Path, ending: str) -> Path:
+    """The hidden name beside ``place`` with this ending, nothing under it."""
+    name = place.with_name(f".{place.name}{ending}")
     shutil.rmtree(name, ignore_errors=True)
     return name

@@ -5,6 +5,7 @@ Everything slow is imported inside the verb that needs it, so that help and refu
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flamingo_ft.errors import Stopped, UserError
+from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
@@ -76,15 +77,16 @@ def train(
     folder = settings.train.output_dir
     if overwrite and resume:
         raise UserError("found --overwrite and --resume; one begins anew, the other goes on: give one of them")
-    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume)
+    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume) if _is_main_process() else None
     if earlier:
         typer.echo(f"moved the earlier run to {earlier}", err=True)
 
     from flamingo_ft.training import run
 
     metrics = run.train(settings, _tell_sources, resume=resume, say=_say)
-    _print_metrics(metrics)
-    typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
+    if _is_main_process():
+        _print_metrics(metrics)
+        typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
 
 
 @app.command()
@@ -256,7 +258,7 @@ def _print_metrics(metrics: dict) -> None:
         typer.echo(training_line(metrics["train"]))
 
 
-def _print_plan(record: dict, as_json: bool) -> None:
+def _print_plan(record: dict, as_json: bool, stderr: bool = False) -> None:
     import json
 
     from rich.console import Console
@@ -267,7 +269,7 @@ def _print_plan(record: dict, as_json: bool) -> None:
         typer.echo(json.dumps(record, indent=2))
         return
     for part in plan_tables(record):
-        Console().print(part)
+        Console(stderr=stderr).print(part)
 
 
 def _print_findings(record: dict, as_json: bool, folder: Path) -> None:
@@ -292,6 +294,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is told in a line, without a traceback."""
     try:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
+    except ToldElsewhere:
+        return MISTAKE
+    except OutOfMemory as error:
+        code = _refuse(str(error))
+        if error.plan:
+            _print_plan(error.plan, as_json=False, stderr=True)
+        return code
     except UserError as error:
         return _refuse(str(error))
     except Stopped as stopped:
@@ -307,9 +316,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _is_main_process() -> bool:
+    """As launchers tell it, before anything slow is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _tell_how_to_go_on(stopped: Stopped, arguments: Sequence[str]) -> int:
     command = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
-    _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")
+    if _is_main_process():
+        _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")
     return SIGNALLED + stopped.number
 
 

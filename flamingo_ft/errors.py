@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 
 class UserError(ValueError):
@@ -10,6 +11,10 @@ class UserError(ValueError):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class ToldElsewhere(UserError):
+    """The same, in a process that leaves telling it to the main one."""
 
 
 class Stopped(BaseException):
@@ -24,3 +29,9 @@ class Stopped(BaseException):
 def one_line(error: Exception) -> str:
     """What another library said, on one line and no longer than a line should be, to be quoted in a `UserError`."""
     return " ".join(str(error).split())[:200]
+
+
+class OutOfMemory(UserError):
+    """A run that did not fit into memory. plan: what `flamingo-ft plan --json` tells of it, where that could be made."""
+
+    plan: dict[str, Any] | None = None

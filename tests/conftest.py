@@ -1,9 +1,10 @@
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 
-from . import regimes
+from . import hub_server, regimes
 
 # Tiny models gain nothing from a second thread, and threads that wait for each other on a busy machine cost minutes.
 torch.set_num_threads(1)
@@ -26,3 +27,16 @@ def small_run(trained_start, tmp_path, monkeypatch):
     shutil.copytree(trained_start, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine, which the client takes for the real one; nobody is logged in."""
+    with hub_server.serving() as hub:
+        values = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        values["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values |= {"HF_HUB_CACHE": str(tmp_path / "hub_cache"), "HF_TOKEN_PATH": str(tmp_path / "no_token")}
+        for name, value in values.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        yield hub

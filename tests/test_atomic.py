@@ -25,9 +25,15 @@ def test_a_folder_takes_the_place_of_the_one_before_it_only_when_it_is_finished(
 
 
 def test_sweeping_removes_leftovers_and_nothing_else(tmp_path):
-    for name in (".step-2.partial", ".step-1.replaced"):
+    for name in (".step-3.partial", ".step-1.removed", ".step-2.replaced", "step-2"):
         (tmp_path / name / "inside").mkdir(parents=True)
     for name in (".config.json.partial", ".hidden", "notes.partial"):
         (tmp_path / name).write_text("")
     atomic.sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial", "step-2"]
+
+
+def test_what_was_to_be_replaced_and_is_not_comes_back(tmp_path):
+    (tmp_path / ".step-2.replaced" / "inside").mkdir(parents=True)
+    atomic.sweep(tmp_path)
+    assert (tmp_path / "step-2" / "inside").is_dir() and len(list(tmp_path.iterdir())) == 1

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.sharding import whole
 
 from .card import write_card
 from .contents import adapter_tensors, name_in_file
@@ -29,14 +30,22 @@ HOW_IT_WAS_LOADED = ("is_local", "local_files_only")  # tokenizers write these d
 
 
 def save_adapter(
-    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: str | Path, adapter: str = ADAPTER
+    model: FlamingoForConditionalGeneration,
+    processor: FlamingoProcessor,
+    folder: str | Path,
+    adapter: str = ADAPTER,
+    write: bool = True,
 ) -> None:
     """Write the adapter. Raises RuntimeError, before writing, if a parameter that trains would be missing from it.
 
-    adapter: PEFT's name of the LoRA to write, where the model has several.
+    adapter: PEFT's name of the LoRA to write, where the model has several. write: false in all but one of several
+    processes, which all have to come here, for the tensors of a sharded model to be gathered.
     """
-    folder, tensors = Path(folder), adapter_tensors(model, adapter)
+    folder = Path(folder)
+    tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model, adapter).items()}
     check_complete(model, tensors, adapter)
+    if not write:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     tensors, config = _as_plain_lora(model, tensors, adapter)
     contiguous = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}

@@ -6,6 +6,7 @@ QLoRA's 4-bit formats (arXiv:2305.14314): a scale per block of 64 weights, which
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -148,6 +149,17 @@ def settle(module: nn.Module) -> None:
             part.support_avx512bf16_for_cpu = False
         elif type(part) is bnb.nn.Linear8bitLt:
             part.__class__ = Linear8bit
+
+
+def shared_state(module: nn.Module) -> dict[int, Any]:
+    """For `copy.deepcopy`: what a quantized matrix keeps beside its bytes, so that a copy with the same weight shares it."""
+    if not is_quantized(module):
+        return {}
+    if isinstance(module, bnb.nn.Linear4bit):
+        return {id(module.quant_state): module.quant_state}
+    if module.weight.CB is not None:
+        module.init_8bit_state()  # else the first of both to run would take the scales for itself
+    return {id(module.state): copy.copy(module.state)}
 
 
 def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:

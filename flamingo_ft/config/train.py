@@ -48,7 +48,8 @@ class DpoSection(Section):
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
     """DPO's own loss, a hinge (SLiC, arXiv:2305.10425) or IPO's (arXiv:2310.12036)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be labelled the wrong way round; with the sigmoid loss."""
+    """Share of the pairs that are taken to be labelled the wrong way round (robust DPO, arXiv:2403.00409); with the
+    sigmoid loss."""
 
 
 class TrainSection(Section):
@@ -160,5 +161,38 @@ def contradictions_of_training(recipe: Recipe) -> Iterator[tuple[tuple[str | int
         yield ("eval", "steps"), "there is nothing to evaluate on; name data.eval or data.eval_fraction, or set it to null"
     if judged.metric == "accuracy" and not judged.answers and judged.steps:
         yield ("eval", "metric"), "accuracy comes from answers; set eval.answers to true, or use loss"
+    yield from _settings_of_what_stays_frozen(recipe)
+    yield from _contradictions_of_dpo(recipe)
     if train.dpo != DpoSection() and train.method != "dpo":
         yield ("train", "dpo"), f"found train.method {train.method}, which has no use for it; use dpo, or remove it"
+
+
+def _settings_of_what_stays_frozen(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """Rates and decays of parts that do not train would be without effect."""
+    trains = recipe.trainable.model_dump(exclude={"dtype"}) | {"lora": bool(recipe.lora.parts)}
+    for section in ("learning_rates", "weight_decays"):
+        for part in getattr(recipe.train, section).model_dump(exclude_none=True):
+            if not trains[part]:
+                yield ("train", section, part), _frozen(part, part in recipe.lora.parts)
+
+
+def _frozen(part: str, has_lora: bool) -> str:
+    if part == "lora":
+        return "no part has LoRA; give one LoRA, or remove this value"
+    remedy = "its LoRA goes by the value named lora" if has_lora else "remove this value, or let it train"
+    return f"found trainable.{part} false; {remedy}"
+
+
+def _contradictions_of_dpo(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    if recipe.train.method != "dpo":
+        return
+    wanted = recipe.train.dpo
+    if wanted.label_smoothing and wanted.loss_type != "sigmoid":
+        reason = f"found loss_type {wanted.loss_type}, which has none; use sigmoid, or set it to 0"
+        yield ("train", "dpo", "label_smoothing"), reason
+    if recipe.data.packing:
+        reason = "pairs are compared row by row, so dpo lays no samples together; set it to false (group_by_length saves too)"
+        yield ("data", "packing"), reason
+    if recipe.lora.lora_dropout:
+        reason = f"found {recipe.lora.lora_dropout:g}; dpo compares two models, and drops units of neither; set it to 0"
+        yield ("lora", "lora_dropout"), reason

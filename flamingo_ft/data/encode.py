@@ -41,6 +41,16 @@ class Encoded:
     images: int = 0
     cut: Cut = Cut()
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens in all."""
+        return len(self.input_ids)
+
+    @property
+    def label_tokens(self) -> int:
+        """Tokens that are learned; each is told by the one before."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
 
 def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
     """Token ids and labels of a whole dialogue, or of a document in OpenFlamingo's form.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flamingo_ft.data.encode import text_of
+from flamingo_ft.data.preference import answer_begins
 from flamingo_ft.data.sample import DOCUMENT, Medium, Sample
 
 
@@ -27,14 +28,16 @@ class Question:
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
     """One question for each assistant turn but those without loss; the turns before it are given as they should be.
 
-    Of a document, one: what follows its last image, its beginning given. Without an image, none.
+    Of a document, one: what follows its last image, its beginning given. Without an image, none. Of a pair of answers,
+    the better one's: what is said before belongs to the prompt.
     """
     return [question for number, sample in enumerate(samples) for question in _questions(sample, number)]
 
 
 def _questions(sample: Sample, number: int) -> Iterator[Question]:
+    first = answer_begins(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
-        if message["role"] == "assistant" and message.get("loss") is not False:
+        if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
             yield _question(sample, number, sample.messages[:turn], text_of(message))
         elif message["role"] == DOCUMENT and sample.images:
             blocks = message["content"]

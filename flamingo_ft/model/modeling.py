@@ -39,6 +39,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _no_split_modules = ["GatedCrossAttentionBlock"]  # beside those of the language model
     _keep_in_fp32_modules_strict = ["attn_gate", "ff_gate"]  # too fine for fewer bits
 
     def __init__(
@@ -186,7 +187,8 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 class Backbone(nn.Module):
     """A view of a Flamingo that stops before the output head; it owns no parameters.
 
-    forward takes what `FlamingoForConditionalGeneration.forward` takes, but labels, and returns ``last_hidden_state``.
+    forward takes what `FlamingoForConditionalGeneration.forward` takes, but labels, and returns ``last_hidden_state``
+    (B, T, D); with ``predicting`` (N, 2), rows and columns, that of those positions alone: (1, N, D).
     """
 
     def __init__(self, model: FlamingoForConditionalGeneration):
@@ -203,6 +205,7 @@ class Backbone(nn.Module):
         vision_tokens: Tensor | None = None,
         frame_counts: Tensor | None = None,
         document_ids: Tensor | None = None,
+        predicting: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         (model,) = self._model
@@ -214,6 +217,8 @@ class Backbone(nn.Module):
             conditioning.start(input_ids, cache)
             output = _body_of(model.lang_encoder)(input_ids=input_ids, **given)
             conditioning.finish(cache_in(output) if cache is None else cache)
+        if predicting is not None:
+            output.last_hidden_state = output.last_hidden_state[predicting[:, 0], predicting[:, 1]][None]
         return output
 
 

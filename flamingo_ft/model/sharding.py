@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers
@@ -35,6 +35,11 @@ def shard(model: FlamingoCore, **options: Any) -> FlamingoCore:
     units = {parameter for unit in (*layers, *blocks, model.perceiver) for parameter in unit.parameters()}
     fully_shard(model, ignored_params=_keep_whole(model, units), **options)
     return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether its forward waits for those of other processes."""
+    return isinstance(model, FSDPModule)
 
 
 def whole(tensor: Tensor) -> Tensor:

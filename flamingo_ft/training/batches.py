@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flamingo_ft.config import Recipe
-from flamingo_ft.data import OpenedData
+from flamingo_ft.data import OpenedData, Sample
 from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.encode import text_of
 from flamingo_ft.data.features import FrozenFeatures, open_features, pending_media
 from flamingo_ft.data.media_reader import PixelReader, StoredReader
 from flamingo_ft.data.packing import collate_packed
+from flamingo_ft.data.pair import collate_pairs, encode_pair, twice
 from flamingo_ft.data.stack import stack_media
 from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order, packed
-from flamingo_ft.data.stream.order import Draw, Order
+from flamingo_ft.data.stream.order import Draw, Mixed, Order
 from flamingo_ft.data.stream.prepare import Prepared, Preparing
 from flamingo_ft.data.stream.tally import Tally
 from flamingo_ft.data.too_long import encode_within
@@ -27,7 +27,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 from .backbone_files import text_limit
 from .packing_check import check_packing
-from .precision import computes_in_bf16
+from .precision import computes_in
 
 
 def training_batches(
@@ -42,18 +42,18 @@ def training_batches(
 
     Raises UserError where the recipe wants of its data or its language model what they cannot give.
     """
-    _refuse_preferences(data)
+    check_method(data.train, recipe.train.method)
     wanted, limit = recipe.data, text_limit(model.config, recipe.data.max_text_tokens)
     if wanted.packing:
         check_packing(model, recipe.train.batch_size)
     features = _features(model, processor, recipe, world_size)
-    encode = partial(encode_within, processor, max_text_tokens=limit, policy=wanted.too_long)
+    encode = encoder(processor, recipe, limit)
     order = Order(data.train, recipe.train.seed, wanted.shuffle_buffer)
     return Batches(
         order=_order_of(order, data, recipe),
         prepare=Preparing([mixed.source for mixed in data.train], encode, _media_reader(processor, recipe, features)),
         fill=packed(recipe.train.batch_size, limit) if wanted.packing else in_order(recipe.train.batch_size),
-        assemble=partial(assemble, processor.tokenizer.pad_token_id, wanted.packing, features),
+        assemble=partial(ASSEMBLE[recipe.train.method], processor.tokenizer.pad_token_id, wanted.packing, features),
         tally=Tally(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
         loading=Loading(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
     )
@@ -65,18 +65,44 @@ def assemble(
     """The tensors of a batch of ``rows``, each of one sample, or of several where they are packed."""
     texts = [[sample.encoded for sample in row] for row in rows]
     text = collate_packed(texts, pad_token_id) if packing else collate_text([one for (one,) in texts], pad_token_id)
+    return text | _media(features, rows)
+
+
+def assemble_pairs(
+    pad_token_id: int, packing: bool, features: FrozenFeatures | None, rows: list[list[Prepared]]
+) -> dict[str, Tensor]:
+    """The tensors of a batch of pairs, one to a row, the chosen halves before the rejected ones."""
+    text = collate_pairs([pair.encoded for (pair,) in rows], pad_token_id)
+    return text | twice(_media(features, rows))
+
+
+ASSEMBLE = {"sft": assemble, "dpo": assemble_pairs}
+ENCODE = {"sft": encode_within, "dpo": encode_pair}
+
+
+def encoder(processor: FlamingoProcessor, recipe: Recipe, limit: int) -> Callable[[Sample], Any]:
+    """From a sample to the tokens, at most ``limit`` in each text, that the recipe's method learns from."""
+    return partial(ENCODE[recipe.train.method], processor, max_text_tokens=limit, policy=recipe.data.too_long)
+
+
+def _media(features: FrozenFeatures | None, rows: list[list[Prepared]]) -> dict[str, Tensor]:
     media = [[medium for sample in row for medium in sample.media] for row in rows]
-    if features is None:
-        return text | stack_media(media)
-    return features.complete(text | pending_media(media))
+    return stack_media(media) if features is None else features.complete(pending_media(media))
 
 
-def _refuse_preferences(data: OpenedData) -> None:
-    for mixed in data.train:
-        if mixed.source.format == "preference":
+def check_method(sources: Sequence[Mixed], method: str) -> None:
+    """Refuse sources that do not have what ``method`` learns from."""
+    for mixed in sources:
+        are_pairs = mixed.source.format == "preference"
+        if are_pairs and method == "sft":
             raise UserError(
                 f"{mixed.source.name}: found preference pairs, wanted samples with one answer; "
-                "train on them with trl.DPOTrainer, or name another format"
+                "set train.method to dpo, or name another format"
+            )
+        if not are_pairs and method == "dpo":
+            raise UserError(
+                f"{mixed.source.name}: found {mixed.source.format} samples, wanted preference pairs (prompt, chosen, "
+                "rejected) for train.method dpo; name such data, or set train.method to sft"
             )
 
 
@@ -85,7 +111,7 @@ def _features(
 ) -> FrozenFeatures | None:
     if recipe.data.cache is None:
         return None
-    autocast = torch.bfloat16 if computes_in_bf16(recipe.train.precision) else None
+    autocast = computes_in(recipe.train.precision)
     preprocess = processor.image_processor.open_clip_preprocess
     return open_features(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
 
@@ -109,4 +135,4 @@ def _characters(data: OpenedData, draw: Draw) -> int:
         sample = source.sample(draw.row, source.raw(draw.row) if draw.raw is None else draw.raw)
     except UserError:
         return 0
-    return sum(len(text_of(message)) for message in sample.messages)
+    return sum(len(text_of(message)) for message in [*sample.messages, *(sample.rejected or ())])

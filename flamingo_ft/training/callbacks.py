@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flamingo_ft.errors import UserError
+from . import processes
 
 WIDEST_BAR, NARROWEST_BAR = 40, 4
 BESIDE_BAR = 64  # columns of a terminal that the bar leaves to words and numbers
@@ -37,6 +37,7 @@ def progress_bars(stderr: bool = False) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
+        disable=not processes.is_main(),
     )
 
 
@@ -64,7 +65,7 @@ class ProgressBar(TrainerCallback):
             return
         loss, figures = f"loss {float(logs['loss']):.4f}", " · ".join(_figures(logs))
         self.progress.update(self.task, completed=state.global_step, note=loss, below=f"  {figures}")
-        if not self.alive:
+        if not self.alive and state.is_world_process_zero:
             left = self.progress.tasks[self.task].time_remaining
             when = [] if left is None else [f"{_clock(left)} left"]
             line = " · ".join([f"step {state.global_step}/{state.max_steps}", loss, figures, *when])
@@ -89,14 +90,3 @@ def rate(value: float) -> str:
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-class StopOnNonFiniteLoss(TrainerCallback):
-    """A loss that is no number ends the run instead of being trained on."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not float("-inf") < float(loss) < float("inf"):
-            raise UserError(f"training: loss is {loss} at step {state.global_step}; lower train.learning_rate")

@@ -3,8 +3,10 @@ checkpoints that nothing spoils."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,15 @@ from transformers.trainer_callback import TrainerState
 
 from flamingo_ft.data.stream.batches import Batches, Contents
 
+from . import processes
 from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
+from .examination import Examination
+from .held_out import HeldOut, judge
+from .hub import Pushing
+from .in_backward import inside_backward
 from .meter import Meter, gates, learning_rates
+from .non_finite import Finite
+from .out_of_memory import told_if_full
 from .stopping import Stopping
 
 
@@ -24,29 +33,54 @@ class Engine:
     """Mixed into a trainer of TRL's, before it.
 
     contents: of the batches of this step that were not trained on yet, the next one first. trained_on: the one that is
-    trained on, or was last. counts: samples, label tokens and images since somebody set it back. keeping: how checkpoints
+    trained on, or was last. counts: samples, label tokens and images since the last entry of the log, which ``meter``
+    reads. keeping: how checkpoints
     are kept. seconds_before: of training before this process took over.
     """
 
-    def __init__(self, batches: Batches, keeping: Keeping, **arguments: Any):
-        # TRL looks at a dataset to learn that there are images in it; rows are drawn by `batches` alone.
-        super().__init__(train_dataset=Dataset.from_list([{"messages": [], "images": []}]), **arguments)
+    def __init__(self, batches: Batches, keeping: Keeping, non_finite: str = "stop", **arguments: Any):
+        # TRL looks at datasets to learn that there are images in them; rows come from `batches` and `held_out` alone.
+        rows = Dataset.from_list([{"messages": [], "images": []}])
+        super().__init__(train_dataset=rows, eval_dataset=rows, **arguments)
         self.batches, self.keeping = batches, keeping
         self.seconds_before, self._began = 0.0, time.monotonic()
         self.contents: list[Contents] = []
         self.trained_on: Contents | None = None
         self.counts: Counter = Counter()
         self.meter = Meter()
+        self.held_out: HeldOut | None = None
+        self.share_right: Callable[[], float] | None = None
+        self.pushing: Pushing | None = None
+        self.finite = Finite(skips=non_finite == "skip_step")
 
     def get_train_dataloader(self) -> Batches:
         """Endless; the recipe's number of steps ends the run."""
         return self.batches
 
-    def get_batch_samples(self, *arguments: Any, **options: Any) -> Any:
-        """The batches of one optimizer step."""
+    def judge_by(self, held_out: HeldOut, examination: Examination | None) -> None:
+        """What evaluations during training go by: the loss of ``held_out``, the answers in an examination."""
+        self.held_out = held_out
+        self.share_right = None if examination is None else examination.share_right
+
+    def get_eval_dataloader(self, *_: Any) -> HeldOut:
+        """Every held-out sample once, with what its batch weighs in the mean."""
+        return self.held_out
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Loss and accuracy on the held-out samples."""
+        with self.meter.paused(), told_if_full("evaluation"):
+            metrics = judge(self, self.get_eval_dataloader(), self.share_right)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def get_batch_samples(self, batches: Iterator, number: int, *arguments: Any) -> Any:
+        """The batches of one optimizer step; a bad row of one process ends all."""
         self.batches.contents.clear()
-        samples = super().get_batch_samples(*arguments, **options)
+        with processes.failing_together():
+            drawn = list(itertools.islice(batches, number))
+        samples = super().get_batch_samples(iter(drawn), number, *arguments)
         self.contents = list(self.batches.contents)
+        self.finite.begin(samples[0], self.contents)
         return samples
 
     def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -55,7 +89,22 @@ class Engine:
         loss = super().training_step(*arguments, **options)
         rows, label_tokens, images = len(self.trained_on.rows), self.trained_on.label_tokens, self.trained_on.images
         self.counts.update(samples=rows, label_tokens=label_tokens, images=images)
+        return self.finite.note(loss)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """The method's own; looked at before the backward pass where that steps."""
+        loss = super().compute_loss(*arguments, **options)
+        if torch.is_grad_enabled() and inside_backward(self.optimizer) is not None:
+            self.finite.check_loss(self, loss)
         return loss
+
+    def _get_grad_norm(self, *arguments: Any, **options: Any) -> torch.Tensor | float:
+        """The norm of the whole gradient, looked at before the step. Of steps inside the backward pass: of what was
+        stepped with."""
+        inside = inside_backward(self.optimizer)
+        norm = super()._get_grad_norm(*arguments, **options) if inside is None else inside.take_norm()
+        self.finite.check(self, norm)
+        return norm
 
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from the first step or from a checkpoint; one that was written there is only restored."""
@@ -91,7 +140,9 @@ class Engine:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.meter.paused():
-            save_checkpoint(self, self.keeping)
+            folder = save_checkpoint(self, self.keeping)
+            if self.pushing is not None:
+                self.pushing.push_checkpoint(folder)
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         restore(self, Path(folder).parent)

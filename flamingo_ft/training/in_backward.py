@@ -23,6 +23,7 @@ class InBackward(torch.optim.Optimizer):
     def __init__(self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], max_norm: float):
         super().__init__(groups, defaults=make(groups).defaults)
         self.max_norm = max_norm
+        self._norms: list[torch.Tensor] = []
         self._optimizers = {p: make([{**g, "params": [p]}]) for g in self.param_groups for p in g["params"]}
         self._share()
         for parameter in self._optimizers:
@@ -38,6 +39,11 @@ class InBackward(torch.optim.Optimizer):
         super().load_state_dict(state_dict)  # makes new groups and a new state; accelerate does this before training
         self._share()
 
+    def take_norm(self) -> torch.Tensor:
+        """The norm of all gradients that were stepped with since it was asked for last, before they were clipped."""
+        norms, self._norms = self._norms, []
+        return nn.utils.get_total_norm(norms)
+
     def _share(self) -> None:
         """One state for all, so that it is saved and loaded as any optimizer's, and the groups that schedulers change."""
         self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
@@ -47,6 +53,12 @@ class InBackward(torch.optim.Optimizer):
     def _step_one(self, parameter: nn.Parameter) -> None:
         optimizer = self._optimizers[parameter]
         optimizer.param_groups[0]["lr"] = self._groups[parameter]["lr"]
-        nn.utils.clip_grad_norm_([parameter], self.max_norm)
+        self._norms.append(nn.utils.clip_grad_norm_([parameter], self.max_norm))
         optimizer.step()
         parameter.grad = None
+
+
+def inside_backward(optimizer: Any) -> InBackward | None:
+    """The optimizer of a trainer, where it is one that steps inside the backward pass."""
+    own = getattr(optimizer, "optimizer", optimizer)  # accelerate's wrapper
+    return own if isinstance(own, InBackward) else None

@@ -10,9 +10,10 @@ from typing import Any
 
 import psutil
 import torch
-from accelerate.utils import gather_object
 
 from flamingo_ft.model.sharding import whole
+
+from . import processes
 
 COUNTED = ("samples", "images", "label_tokens")
 GATES = {"attention": "attn_gate", "feed_forward": "ff_gate"}  # in the log -> in a block
@@ -85,5 +86,5 @@ def gates(model: torch.nn.Module) -> dict[str, float]:
 
 def _over_processes(measured: list[float]) -> list[float]:
     """Counts summed over the processes, seconds and memory the largest."""
-    *counts, seconds, memory = zip(*gather_object([measured]), strict=True)
+    *counts, seconds, memory = zip(*processes.everyones(measured), strict=True)
     return [*map(sum, counts), max(seconds), max(memory)]

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from transformers import Trainer, TrainingArguments
 
 from flamingo_ft.adapters import trainable_parameters
+from flamingo_ft.adapters.trainable import BRIDGE, is_lora
 from flamingo_ft.backbones.quantization import require_bitsandbytes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
 
+from . import processes
 from .in_backward import InBackward
 
 # Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
 UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
+
+LORA = "lora"
+PARTS = (*BRIDGE, LORA)  # as train.learning_rates names them
 
 # The recipe's names -> transformers'. The fused AdamW needs no memory of its own.
 OPTIMIZERS = {
@@ -28,19 +35,42 @@ OPTIMIZERS = {
 
 def check_machine(wanted: TrainSection) -> None:
     """Refuse what this machine cannot do, before anything is loaded."""
+    _refuse_gpus_in_one_process(torch.cuda.device_count())
+    _refuse_sharding(os.environ)
     if wanted.optimizer != "adamw":
         require_bitsandbytes(f"train.optimizer: {wanted.optimizer}", instead="adamw")
     if wanted.activation_offload and not torch.cuda.is_available():
         raise UserError("train.activation_offload: found no GPU to move activations away from; set it to false")
 
 
+def _refuse_gpus_in_one_process(gpus: int) -> None:
+    """Trainer would copy the model to each GPU in every step (`nn.DataParallel`), slowly, and with wrong gradients here."""
+    if gpus > 1 and processes.world_size() == 1:
+        raise UserError(
+            f"found {gpus} GPUs and one process; use one GPU with CUDA_VISIBLE_DEVICES=0, or all with "
+            f"torchrun --nproc-per-node {gpus} -m flamingo_ft train ..."
+        )
+
+
+def _refuse_sharding(environment: Mapping[str, str]) -> None:
+    """Trainer makes the optimizer of a sharded model itself, without the groups and rates of the parts here."""
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError(
+            "accelerate: found a configuration of FSDP, which runs of a recipe do not take yet; use one without it "
+            "(recipes/accelerate/ddp.yaml), or shard in a loop of your own with flamingo_ft.model.sharding.shard"
+        )
+
+
 def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments) -> torch.optim.Optimizer:
     """An optimizer over what trains. UserError for a step inside the backward pass where that cannot be."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     make = partial(kind, **options)
-    groups = parameter_groups(model, wanted.weight_decay)
+    groups = parameter_groups(model, wanted)
     if not wanted.optimizer_in_backward:
-        return make(groups)
+        optimizer = make(groups)
+        # A fused step takes the scaler's part and counts as taken where the gradient overflowed; schedules would go on.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise UserError(
             f"train.optimizer_in_backward: found {max(arguments.world_size, arguments.n_gpu)} processes or GPUs; gradients "
@@ -54,12 +84,30 @@ def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: Trai
     return InBackward(groups, make, wanted.max_grad_norm)
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters for the optimizer: matrices decay; gates, norms, latents and token rows do not."""
+def parameter_groups(model: torch.nn.Module, wanted: TrainSection) -> list[dict]:
+    """The trainable parameters for the optimizer: by part, and in each what decays before what does not.
+
+    Each group has the ``name`` of its part. Matrices decay; gates, norms, biases, latents and token rows do not. The order
+    depends on the names of the parameters alone, so a state that was saved fits any later run of the recipe.
+    """
     named = trainable_parameters(model)
-    decayed = {name for name, p in named.items() if p.dim() >= 2 and not name.startswith(UNDECAYED)}
-    groups = [
-        {"params": [named[name] for name in sorted(decayed)], "weight_decay": weight_decay},
-        {"params": [named[name] for name in sorted(named.keys() - decayed)], "weight_decay": 0.0},
-    ]
+    groups = []
+    for part in PARTS:
+        of_part = sorted(name for name in named if part_of(name) == part)
+        decayed = [name for name in of_part if named[name].dim() >= 2 and not name.startswith(UNDECAYED)]
+        undecayed = [name for name in of_part if name not in {*decayed}]
+        rate = getattr(wanted.learning_rates, part) or wanted.learning_rate
+        for names, decay in ((decayed, _decay(wanted, part)), (undecayed, 0.0)):
+            groups.append({"params": [named[n] for n in names], "name": part, "lr": rate, "weight_decay": decay})
     return [group for group in groups if group["params"]]
+
+
+def part_of(name: str) -> str:
+    """The part, one of ``PARTS``, that a trainable parameter counts to; LoRA is one wherever it is."""
+    return LORA if is_lora(name) else next(part for part, prefix in BRIDGE.items() if name.startswith(prefix))
+
+
+def _decay(wanted: TrainSection, part: str) -> float:
+    """Of a part's matrices. Token rows are named nowhere: none of them decays."""
+    own = getattr(wanted.weight_decays, part, None)
+    return wanted.weight_decay if own is None else own

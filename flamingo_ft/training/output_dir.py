@@ -13,11 +13,13 @@ METRICS_FILE = "metrics.json"
 """The last file that a run writes: a folder with it holds a finished one."""
 
 
-def prepare_output_dir(folder: Path, *, overwrite: bool = False, resume: bool = False) -> Path | None:
+def prepare_output_dir(
+    folder: Path, *, overwrite: bool = False, resume: bool = False, has_checkpoint: bool = False
+) -> Path | None:
     """Make sure that `folder` is there and without files, or holds a run to go on with.
 
     overwrite: an earlier run in it is moved to a folder of its own beside it, whose path is returned.
-    resume: an earlier run in it stays.
+    resume: an earlier run in it stays; has_checkpoint: or what there is of one, which is a checkpoint.
 
     Raises UserError when the folder holds a run and `overwrite` is not given, when it holds anything else,
     and when a file is in the way. A folder that is there and holds no file is fine, so preparing twice is too.
@@ -25,7 +27,8 @@ def prepare_output_dir(folder: Path, *, overwrite: bool = False, resume: bool = 
     if folder.exists() and not folder.is_dir():
         raise UserError(f"train.output_dir: {folder} is a file; choose another: train.output_dir=FOLDER")
     earlier = None
-    if resume and (folder / RECIPE_FILE).is_file():
+    if resume and (has_checkpoint or (folder / RECIPE_FILE).is_file()):
+        folder.mkdir(parents=True, exist_ok=True)
         return None
     if folder.is_dir() and _holds_something(folder):
         _check_replaceable(folder, overwrite)

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 
-from .checkpoints import checkpoint_root, newest_good, set_aside_after
+from .checkpoints import checkpoint_root, newest_good, read_manifest, set_aside_after
+from .hub import fetch_newer
 from .output_dir import METRICS_FILE
 
 # Keys that may change within a run: where it is kept and shown, and how fast its data come.
@@ -48,13 +50,19 @@ def find_start(recipe: Recipe) -> Start:
         _refuse_another(recipe, output_dir)
         if (output_dir / METRICS_FILE).is_file():
             return Start(finished=True)
+    if root.is_dir():
+        atomic.sweep(root)
     checkpoint, wrong = newest_good(root)
+    notes = [f"damaged: {problem}" for problem in wrong]
+    if recipe.train.push_to_hub:
+        newest_here = -1 if checkpoint is None else read_manifest(checkpoint)["step"]
+        notes += fetch_newer(recipe.train.push_to_hub, root, newest_here)
+        checkpoint, _ = newest_good(root)
     if checkpoint is not None:
         _refuse_another(recipe, checkpoint)
     aside = [f"set aside as {path}" for path in set_aside_after(root, checkpoint)]
-    notes = [f"damaged: {problem}" for problem in wrong] + aside
     found = f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {root}; beginning with the first step"
-    return Start(checkpoint, notes=[*notes, found])
+    return Start(checkpoint, notes=[*notes, *aside, found])
 
 
 def _refuse_another(recipe: Recipe, folder: Path) -> None:

@@ -12,18 +12,26 @@ from flamingo_ft import atomic
 from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
-from flamingo_ft.errors import Stopped, UserError
+from flamingo_ft.data.stream.tally import added
+from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE
 from flamingo_ft.inference.answer import encode_prompts
 
+from . import processes
+from .best import evaluation_callbacks, take_best
 from .build import build_model
-from .callbacks import ProgressBar, StopOnNonFiniteLoss, progress_bars
+from .callbacks import ProgressBar, progress_bars
 from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
 from .examination import Examination
+from .held_out import HeldOut
+from .hub import Pushing, prepare_repository, pushing
 from .log_file import LogFile, write_log
+from .non_finite import skipped_record
 from .optimizer import check_machine
+from .out_of_memory import told_if_full, with_plan
 from .output_dir import METRICS_FILE, prepare_output_dir
+from .precision import check_precision
 from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
 from .stopping import Stopping
@@ -44,52 +52,92 @@ def train(
 
     tell: hears of the data once it is open. resume: go on with what there is of this run; say: hears from where.
     Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
-    not do, before training, and Stopped where a signal ended the run.
+    not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
     """
+    try:
+        return _whole_run(recipe, tell, resume, say)
+    except OutOfMemory as error:
+        failed = error
+    raise with_plan(failed, recipe)
+
+
+def _whole_run(
+    recipe: Recipe, tell: Callable[[OpenedData], None], resume: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
     check_machine(recipe.train)
+    check_precision(recipe)
     check_trackers(recipe.train)
-    start = find_start(recipe) if resume else Start()
-    for note in start.notes:
+    start = processes.from_main(partial(find_start, recipe)) if resume else Start()
+    for note in start.notes if processes.is_main() else ():
         say(note)
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
-    prepare_output_dir(recipe.train.output_dir, resume=resume)
+    processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
+    stopping, wanted = Stopping(), recipe.train
+    with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
+        with leaving_a_report(wanted.output_dir):
+            metrics = _run(recipe, start, stopping, tell, uploads)
+        if uploads is not None:
+            uploads.push_run(wanted.output_dir)
+    return metrics
+
+
+def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
+    prepare_output_dir(recipe.train.output_dir, resume=resume, has_checkpoint=has_checkpoint)
     prepare_root(checkpoint_root(recipe.train))
-    stopping = Stopping()
-    with stopping.listening(), leaving_a_report(recipe.train.output_dir):
-        return _run(recipe, start, stopping, tell)
+    if recipe.train.push_to_hub:
+        prepare_repository(recipe.train.push_to_hub)
 
 
-def _run(recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None]) -> dict[str, Any]:
+def _run(
+    recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None], uploads: Pushing | None
+) -> dict[str, Any]:
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
-    data = open_data(recipe.data, recipe.train.seed)
-    tell(data)
-    data.look_through()
-    if start.checkpoint:
-        check_fits(start.checkpoint, rows_of(data))
-    held_out = data.held_out_samples(recipe.eval.max_samples)
-    model, processor = build_model(recipe, partial(first_batches, data, recipe))
-    encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])  # refuses too long ones
     with progress_bars() as progress:
-        seen = [*tracker_callbacks(recipe.train), LogFile(output_dir), ProgressBar(progress), LiveReport(output_dir)]
-        trainer = make_trainer(model, processor, data, recipe, [*seen, StopOnNonFiniteLoss(), stopping])
-        atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
+        with processes.failing_together():
+            data = _open(recipe, start, tell)
+            held_out = data.held_out_samples(recipe.eval.max_samples)
+            with told_if_full("loading"):
+                model, processor = build_model(recipe, partial(first_batches, data, recipe))
+            # refuses too long ones
+            encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
+            seen = [*tracker_callbacks(recipe.train), LogFile(output_dir), ProgressBar(progress), LiveReport(output_dir)]
+            callbacks = [*seen, *evaluation_callbacks(recipe, processor), stopping]
+            trainer = make_trainer(model, processor, data, recipe, callbacks)
+            trainer.pushing = uploads
+        if processes.is_main():
+            atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
+        if recipe.eval.steps:
+            trainer.judge_by(HeldOut(held_out, model, processor, recipe), examination if recipe.eval.answers else None)
         if recipe.eval.before:
             _examine_before(examination, held_out, start.checkpoint, output_dir)
         training = _train(trainer, data, recipe, start.checkpoint, stopping)
-        save_adapter(model, processor, output_dir)
+        save_adapter(model, processor, output_dir, write=processes.is_main())
         examination.take(AFTER, held_out)
         if recipe.eval.shuffled_images:
             examination.take("shuffled_images", with_other_images(held_out, recipe.train.seed))
         progress.refresh()  # notebooks would show the last bar as it was a moment before
-    examination.results.save(output_dir)
     metrics = {"eval": examination.results.summary()} if held_out else {}
     metrics["train"] = training
-    write_card(model, output_dir, metrics.get("eval"))
-    atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    if processes.is_main():
+        examination.results.save(output_dir)
+        write_card(model, output_dir, metrics.get("eval"))
+        atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
+    processes.barrier()
     return metrics
+
+
+def _open(recipe: Recipe, start: Start, tell: Callable[[OpenedData], None]) -> OpenedData:
+    """The data, told of and looked through, and those that the checkpoint to go on from was trained on."""
+    data = open_data(recipe.data, recipe.train.seed)
+    if processes.is_main():
+        tell(data)
+    data.look_through()
+    if start.checkpoint:
+        check_fits(start.checkpoint, rows_of(data))
+    return data
 
 
 def _examine_before(
@@ -100,7 +148,8 @@ def _examine_before(
         examination.take(BEFORE, held_out)
     else:
         examination.results.recall(BEFORE, checkpoint)
-    examination.results.save(output_dir)
+    if processes.is_main():
+        examination.results.save(output_dir)
 
 
 def _train(
@@ -109,18 +158,27 @@ def _train(
     """Run the trainer; what ``metrics.json`` says of it."""
     output_dir = recipe.train.output_dir
     try:
-        trainer.train_from(checkpoint)
+        with told_if_full("training"):
+            trainer.train_from(checkpoint)
+    except ToldElsewhere:
+        raise
     except UserError as error:
-        raise UserError(f"{error}{_where_to_go_on(recipe)}") from error
+        error.args = (f"{error}{_where_to_go_on(recipe)}",)
+        raise
     finally:
-        _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
+        if processes.is_main():
+            _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
     if stopping.number is not None:
         raise Stopped(stopping.number, trainer.state.global_step)
-    write_log(output_dir, trainer.state.log_history)
+    tallies = processes.everyones((trainer.batches.tally.record(), trainer.batches.tally.left_out))
+    if processes.is_main():
+        left_out = [data.left_out, *(rows for _, rows in tallies)]
+        _list_left_out({where: why for rows in left_out for where, why in rows.items()}, output_dir)
+        write_log(output_dir, trainer.state.log_history)
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 1)}
-    record |= {"trainable_parameters": parameters}
-    counts = trainer.batches.tally.record()
+    record |= {"trainable_parameters": parameters} | skipped_record(trainer.state.log_history) | take_best(trainer, recipe)
+    counts = added([counted for counted, _ in tallies])
     return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
@@ -18,15 +20,37 @@ from .arguments import trainer_arguments
 from .batches import training_batches
 from .checkpoints import Keeping, checkpoint_root
 from .engine import Engine
+from .label_positions import at_label_positions
 from .loss_check import check_loss
 from .optimizer import make_optimizer
+from .reference import answer_alike, drop_nothing, frozen_copy
 
 LOOKED_AT = 16  # batches, gone over until the directions settle
 QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 
 
 class FlamingoTrainer(Engine, SFTTrainer):
-    """Supervised fine-tuning: the loss is that of the label tokens."""
+    """Supervised fine-tuning: the loss is that of the label tokens, and nothing else is scored."""
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        return super().compute_loss(model, at_label_positions(inputs), *arguments, **options)
+
+
+class FlamingoDpoTrainer(Engine, DPOTrainer):
+    """Direct preference optimisation (arXiv:2305.18290) against the model that it starts from, neither with dropout."""
+
+    def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
+        drop_nothing(model)
+        super().__init__(*given, model=model, ref_model=frozen_copy(model), **arguments)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        answer_alike(self.ref_model, self.model.training)
+        with warnings.catch_warnings():  # TRL 1.16 asks transformers for the old name of activation checkpointing
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return super().compute_loss(*arguments, **options)
+
+
+TRAINERS = {"sft": FlamingoTrainer, "dpo": FlamingoDpoTrainer}
 
 
 def make_trainer(
@@ -35,15 +59,19 @@ def make_trainer(
     data: OpenedData,
     recipe: Recipe,
     callbacks: list[TrainerCallback],
-) -> FlamingoTrainer:
-    """A trainer over the recipe's data. UserError where its loss would be a wrong one."""
+) -> FlamingoTrainer | FlamingoDpoTrainer:
+    """A trainer over the recipe's data. UserError where its loss would be a wrong one.
+
+    ``model`` is what dpo compares with: a run that goes on restores what was trained afterwards.
+    """
     arguments = trainer_arguments(recipe)
     optimizer = make_optimizer(model, recipe.train, arguments)
     batches = training_batches(data, model, processor, recipe, arguments.process_index, arguments.world_size)
     with as_if_unquantized(model):
-        trainer = FlamingoTrainer(
+        trainer = TRAINERS[recipe.train.method](
             batches,
             Keeping(checkpoint_root(recipe.train), recipe.train.save_total_limit, recipe.train.output_dir, processor, rows_of(data)),
+            recipe.train.non_finite,
             model=model,
             args=arguments,
             processing_class=processor,
@@ -69,7 +97,8 @@ def first_batches(
     data: OpenedData, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
 ) -> list[dict[str, torch.Tensor]]:
     """Some of the batches that will be trained on, for an initialisation that looks at them."""
-    return list(itertools.islice(training_batches(data, model, processor, recipe), LOOKED_AT))
+    batches = itertools.islice(training_batches(data, model, processor, recipe), LOOKED_AT)
+    return [{name: tensor for name, tensor in batch.items() if name != "completion_mask"} for batch in batches]
 
 
 def rows_of(data: OpenedData) -> dict[str, int | None]:

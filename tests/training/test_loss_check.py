@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from flamingo_ft.adapters import set_trainable
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.data import open_data
@@ -22,7 +23,8 @@ def trainer_for(model_type: str, **options):
     sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
     model, processor = build_flamingo(load_vision("nano"), language, perceiver=sizes)
     wanted = recipe()
-    return make_trainer(model.requires_grad_(True), processor, open_data(wanted.data, 0), wanted, [])
+    set_trainable(model, wanted.trainable)
+    return make_trainer(model, processor, open_data(wanted.data, 0), wanted, [])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "gemma2", "cohere"])

@@ -5,14 +5,15 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.in_backward import InBackward
-from flamingo_ft.training.optimizer import check_machine, make_optimizer
+from flamingo_ft.training.optimizer import check_machine, make_optimizer, part_of
 from flamingo_ft.training.arguments import trainer_arguments
 
-from ..regimes import REGIMES, build, inputs, quantized, recipe, shake, trainer
+from ..regimes import LORA, REGIMES, build, inputs, quantized, recipe, shake, trainer
 
 STEPS = "train.max_steps=3"
 
@@ -105,6 +106,97 @@ def test_matrices_decay_and_what_stands_for_itself_does_not(small_run):
     for name, parameter in trainable_parameters(model).items():
         decayed = parameter.dim() >= 2 and "latents" not in name and "token_rows" not in name
         assert decay[id(parameter)] == (0.1 if decayed else 0.0), name
+
+
+RATES = "train.learning_rates={perceiver: 0.001, cross_attention: 0.002, new_tokens: 0.003, lora: 0.004}"
+DECAYS = "train.weight_decays={perceiver: 0.1, cross_attention: 0.0, lora: 0.3}"
+
+
+def test_each_part_has_its_own_rate_and_decay(small_run):
+    model, processor = build(LORA, "trainable.new_tokens=true")
+    groups = trainer(model, processor, LORA, RATES, DECAYS).optimizer.param_groups
+    assert [group["name"] for group in groups] == [
+        "perceiver", "perceiver", "cross_attention", "cross_attention", "new_tokens", "lora"
+    ]
+    rates, decays = ({g["name"]: g[key] for g in groups[::-1]} for key in ("lr", "weight_decay"))
+    assert rates == {"perceiver": 0.001, "cross_attention": 0.002, "new_tokens": 0.003, "lora": 0.004}
+    assert decays == {"perceiver": 0.1, "cross_attention": 0.0, "new_tokens": 0.0, "lora": 0.3}
+    held = {id(p): group["name"] for group in groups for p in group["params"]}
+    for name, parameter in trainable_parameters(model).items():
+        assert held[id(parameter)] == part_of(name), name
+    assert len(held) == len(trainable_parameters(model))
+
+
+@pytest.mark.parametrize("settings", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "inside"])
+def test_a_part_with_a_rate_near_nothing_stays_where_it_is_under_every_optimizer(small_run, settings):
+    """Adam's first steps are as long as the learning rate."""
+    inside, name = settings == "inside", "adamw" if settings == "inside" else settings
+    options = (f"train.optimizer={name}", f"train.optimizer_in_backward={str(inside).lower()}")
+    still = ("train.learning_rates.perceiver=1.0e-12", "train.weight_decay=0")
+    model, processor = build("model.init_from=start", LORA)
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    trainer(model, processor, "model.init_from=start", LORA, STEPS, *still, *options).train()
+    moved = {"perceiver": 0.0, "cross_attention": 0.0, "lora": 0.0, "new_tokens": 0.0}
+    for name, parameter in trainable_parameters(model).items():
+        change = (parameter.detach() - before[name]).abs().max().item()
+        moved[part_of(name)] = max(moved[part_of(name)], change)
+    assert moved["perceiver"] < 1e-6 and min(moved[part] for part in ("cross_attention", "lora")) > 1e-3
+
+
+def test_a_saved_state_of_groups_fits_the_same_recipe_again(small_run):
+    """Under the same names, in the same order, whatever order the model names its parameters in."""
+    first, second = (trainer(*build(LORA), LORA, RATES, STEPS) for _ in range(2))
+    first.train()
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    for name, parameter in trainable_parameters(first.model).items():
+        kept, loaded = first.optimizer.state[parameter], second.optimizer.state[second.model.get_parameter(name)]
+        assert all(torch.equal(kept[key], loaded[key]) for key in kept), name
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "shares"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447]),
+    ],
+)
+def test_warm_up_and_course_are_counted_in_optimizer_steps(small_run, scheduler, shares):
+    """Of every group alike, as shares of its peak."""
+    course = ("train.max_steps=6", "train.warmup_steps=2", f"train.lr_scheduler={scheduler}", RATES, LORA)
+    settings = (*course, "train.gradient_accumulation_steps=3", "train.batch_size=1")
+    made, seen = trainer(*build(LORA), *settings), []
+    made.add_callback(_Rates(seen))
+    made.train()
+    for peak, rates in zip((0.001, 0.001, 0.002, 0.002, 0.003, 0.004), zip(*seen, strict=True), strict=True):
+        torch.testing.assert_close(torch.tensor(rates) / peak, torch.tensor(shares).float(), rtol=1e-4, atol=1e-6)
+
+
+class _Rates(TrainerCallback):
+    """Notes what each group was stepped with."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
+        self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["train.learning_rates.lora=0.1"], "train.learning_rates.lora: no part has LoRA"),
+        (["train.weight_decays.lora=0.1"], "train.weight_decays.lora: no part has LoRA"),
+        (["trainable.new_tokens=false", "train.learning_rates.new_tokens=0.1"], "found trainable.new_tokens false; remove"),
+        (
+            ["trainable.perceiver=false", "lora.perceiver={r: 2}", "train.learning_rates.perceiver=0.1"],
+            "its LoRA goes by the value named lora",
+        ),
+    ],
+)
+def test_a_rate_of_what_does_not_train_is_refused(small_run, settings, told):
+    with pytest.raises(UserError, match=told):
+        recipe(*settings)
 
 
 @pytest.mark.parametrize(

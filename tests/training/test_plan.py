@@ -18,6 +18,7 @@ from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.training.build import build_model
+from flamingo_ft.training.label_positions import at_label_positions
 from flamingo_ft.training.plan import Planner, plan_memory
 from flamingo_ft.training.plan.advice import advise, with_values
 from flamingo_ft.training.plan.gpus import GPUS
@@ -51,6 +52,14 @@ CASES = {
     "computing in bf16": ["train.precision=bf16"],
     "computing in bf16, nf4": ["train.precision=bf16", "model.language.quantization=nf4"],
     "accumulation": ["train.gradient_accumulation_steps=2"],
+    "dpo": ["train.method=dpo"],
+    "dpo, nf4, LoRA alone, checkpointing": [
+        "train.method=dpo",
+        "model.language.quantization=nf4",
+        "lora.language={r: 8}",
+        "trainable={perceiver: false, cross_attention: false, new_tokens: false}",
+        "train.gradient_checkpointing=true",
+    ],
 }
 MIXED = {"nf4, single", "LoRA", "nf4", "int8", "checkpointing", "computing in bf16, nf4"}  # others have each of these
 
@@ -60,16 +69,22 @@ def quickstart(*overrides: str) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> str:
-    """A hundred samples with the same text and two images each, no image twice: copies would be encoded once."""
+def data(tmp_path_factory) -> dict[str, str]:
+    """For each method a hundred samples with the same text and two images each, no image twice: copies would be encoded
+    once."""
     folder = QUICKSTART.parent / "quickstart"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     images = list(dict.fromkeys(image for row in rows for image in row["images"]))
     row = next(row for row in rows if len(row["images"]) == 2)
     alike = [row | {"images": images[2 * index : 2 * index + 2]} for index in range(100)]
-    path = tmp_path_factory.mktemp("data") / "alike.jsonl"
-    path.write_text("\n".join(map(json.dumps, alike)))
-    return f"data.train=[{{path: {path}, image_root: {folder}}}]"
+    *prompt, answer = row["messages"]
+    pairs = [
+        {"prompt": prompt, "chosen": [answer], "rejected": "No one can tell.", "images": one["images"]} for one in alike
+    ]
+    path = tmp_path_factory.mktemp("data")
+    for method, rows in (("sft", alike), ("dpo", pairs)):
+        (path / f"{method}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]" for method in ("sft", "dpo")}
 
 
 # --- against a real step ---
@@ -92,14 +107,21 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     "overrides", [pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] * (name in MIXED)) for name in CASES]
 )
-def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides):
-    recipe = quickstart(data, f"train.output_dir={tmp_path}", *overrides)
+def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
+    """Of one that learns every token: the plan counts no labels."""
+    def learn_all(inputs):
+        return at_label_positions(inputs | {"labels": inputs["input_ids"]})
+
+    monkeypatch.setattr("flamingo_ft.training.trainer.at_label_positions", learn_all)
+    source = data["dpo" if "train.method=dpo" in overrides else "sft"]
+    recipe = quickstart(source, f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)
     plan = plan_memory(recipe, device="cpu")
     assert (plan.batch.images, plan.batch.where_from) == (2, "the longest of the data")
     trainer = make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
     with LiveBytes() as live:
         weights = live.hold(all_tensors(model))
+        weights += live.hold(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
         live.restart()
         trainer.train()
     assert plan.step.weights == weights

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from flamingo_ft.adapters import load_adapter
+from flamingo_ft.cli import main
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.run import evaluate_adapter
@@ -87,14 +89,22 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(folder):
     assert first != other
 
 
-def test_accumulated_steps_see_the_same_samples(folder):
-    losses = []
+def test_accumulated_steps_are_the_steps_of_one_large_batch(folder):
+    """Through the command, with answers of unequal lengths: a mean of the batches' means would be another."""
+    rows = [row(index, index % 3) for index in range(8)]
+    for index, one in enumerate(rows):
+        one["messages"][1]["content"] = "Dark, " * index + "or light."
+    Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    losses, adapters = [], []
     for name, batch, accumulate in (("whole", 8, 1), ("accumulated", 1, 8)):
         settings = [f"train.batch_size={batch}", f"train.gradient_accumulation_steps={accumulate}", "data.eval=[]"]
-        train(recipe(f"train.output_dir={name}", *settings))
+        assert main(["train", "./recipe.yaml", f"train.output_dir={name}", *settings]) == 0
         lines = [json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()]
         losses.append(torch.tensor([entry["loss"] for entry in lines if "loss" in entry]))
+        adapters.append(load_file(Path(name, "adapter_model.safetensors")))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=1e-3, msg=name)
 
 
 def test_save_steps_keep_the_adapter_on_the_way(folder):
@@ -121,16 +131,11 @@ def test_checkpointed_training_gives_the_same_losses(folder):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
-def test_a_diverged_run_stops_in_one_line(folder):
-    with pytest.raises(UserError, match=r"loss is .* at step \d+; lower train.learning_rate"):
-        train(recipe("train.learning_rate=1.0e+30", "train.max_steps=20", "train.max_grad_norm=1.0e+30", "data.eval=[]"))
-
-
 def test_bad_data_is_told_before_anything_is_written(folder):
     Path("train.jsonl").write_text(json.dumps(row(0, 1) | {"images": []}))
     with pytest.raises(UserError, match="row 0: found 1 <image> markers but 0 images"):
         train(recipe())
-    assert not any((folder / "run").iterdir())
+    assert not any(path.is_file() for path in (folder / "run").rglob("*"))
 
 
 def test_an_earlier_run_is_never_overwritten(folder):

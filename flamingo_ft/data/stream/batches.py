@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.packing import pack
 
 from .order import Draw, Order, grouped
@@ -47,7 +46,8 @@ class Loading:
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a batch. rows: where each of its samples is; label_tokens: tokens that are learned."""
+    """What is in a batch. rows: where each of its samples, or pairs, is; label_tokens: tokens that are learned, of pairs
+    those of both answers; images: of each sample or pair."""
 
     rows: tuple[str, ...]
     label_tokens: int
@@ -146,8 +146,8 @@ def _leave_interrupts_to_the_main_process(worker: int) -> None:
 
 def _contents(samples: Iterable[Prepared]) -> Contents:
     texts = [(sample.where, sample.encoded) for sample in samples]
-    labels = sum(label != IGNORED for _, text in texts for label in text.labels[1:])  # each is told by the one before
-    return Contents(tuple(where for where, _ in texts), labels, sum(text.images for _, text in texts))
+    labels, images = (sum(getattr(text, name) for _, text in texts) for name in ("label_tokens", "images"))
+    return Contents(tuple(where for where, _ in texts), labels, images)
 
 
 class _Placing(Dataset):

@@ -9,6 +9,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from flamingo_ft.data.encode import Encoded
+from flamingo_ft.data.pair import EncodedPair
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.data.sources import Source
 from flamingo_ft.data.too_long import Dropped
@@ -20,10 +21,10 @@ from .tally import LeftOut
 
 @dataclass(frozen=True)
 class Prepared:
-    """A row that trains: its text in token ids and its media as tensors, in order."""
+    """A row that trains: its text in token ids, or both texts of a pair, and its media as tensors, in order."""
 
     where: str
-    encoded: Encoded
+    encoded: Encoded | EncodedPair
     media: list[Any]
 
 
@@ -37,7 +38,7 @@ class Preparing(Dataset):
     def __init__(
         self,
         sources: Sequence[Source],
-        encode: Callable[[Sample], Encoded | Dropped],
+        encode: Callable[[Sample], Encoded | EncodedPair | Dropped],
         read_media: Callable[[Sample, int, int], list[Any]],
     ):
         self.sources, self.encode, self.read_media = sources, encode, read_media

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -95,3 +96,9 @@ class Tally:
         self.seen, self.bad, self.dropped = state["rows"], state["skipped"], state["dropped"]
         self.bad_rows, self.dropped_rows = dict(state["bad_rows"]), dict(state["dropped_rows"])
         self.shortened, self._in_a_row = Counter(state["shortened"]), state["in_a_row"]
+
+
+def added(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of what several processes counted, each as `Tally.record` gives it."""
+    whole = {key: sum(record[key] for record in records) for key in ("rows", "skipped", "dropped")}
+    return whole | {"shortened": dict(sum((Counter(record["shortened"]) for record in records), Counter()))}

@@ -76,10 +76,11 @@ def _write(engine: Engine, keeping: Keeping, folder: Path) -> None:
     engine._save_scaler(str(training))
     engine._save_rng_state(str(training))
     (training / data_file(processes.rank())).write_text(json.dumps(engine.batches.state_dict()), encoding="utf-8")
+    model = engine.accelerator.unwrap_model(engine.model)
+    save_adapter(model, keeping.processor, folder, write=processes.is_main())
     if processes.is_main():
         _note_callbacks(engine)
         engine.state.save_to_json(str(training / TRAINER_STATE_NAME))
-        save_adapter(engine.accelerator.unwrap_model(engine.model), keeping.processor, folder)
         for name in (RECIPE_FILE, PREDICTIONS_FILE):
             if (keeping.run / name).is_file():
                 shutil.copyfile(keeping.run / name, folder / name)

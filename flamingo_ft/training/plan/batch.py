@@ -17,6 +17,7 @@ from flamingo_ft.config.loading import is_there
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.encode import encode, text_of
 from flamingo_ft.data.packing import pack
+from flamingo_ft.data.preference import prompt_and_answers
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
@@ -32,7 +33,7 @@ class Batch:
     """samples texts (packed: rows) of text_tokens tokens each, with images images of (3, height, width) to each; a
     video's frames count as so many images.
 
-    where_from: how text_tokens was found.
+    where_from: how text_tokens was found. answers: texts of each sample: of a pair two, which show the same images.
     """
 
     samples: int
@@ -40,13 +41,19 @@ class Batch:
     images: int
     image_size: tuple[int, int]
     where_from: str = "as given"
+    answers: int = 1
 
     def tensors(self) -> dict[str, Tensor]:
         """A batch as the collator makes it: ids, mask and labels (B, T), pixels (B, M, 3, H, W)."""
-        text = {name: torch.zeros(self.samples, self.text_tokens, dtype=torch.long) for name in TEXT}
+        rows = self.samples * self.answers
+        text = {name: torch.zeros(rows, self.text_tokens, dtype=torch.long) for name in TEXT}
         if not self.images:
             return text
-        return text | {"pixel_values": torch.zeros(self.samples, self.images, 3, *self.image_size)}
+        return text | {"pixel_values": torch.zeros(rows, self.images, 3, *self.image_size)}
+
+    def media(self) -> Tensor:
+        """The images of all samples, as they are before a batch is put together of them."""
+        return torch.zeros(self.samples, self.images, 3, *self.image_size)
 
 
 TEXT = ("input_ids", "attention_mask", "labels")
@@ -66,7 +73,7 @@ def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[i
         images = max(images, _frames(sample, recipe))
         add = heapq.heappush if count <= CANDIDATES else heapq.heappushpop
         add(likely, (_length(sample), count, sample))
-    tokens = max(len(encode(processor, sample.messages).input_ids) for *_, sample in likely)
+    tokens = max(_text_tokens(processor, sample) for *_, sample in likely)
     where_from = "the longest of the data" if count < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
     return min(tokens, limit), images, where_from
 
@@ -102,7 +109,7 @@ def find_batch(
         tokens, images = (own if own is not None else other for own, other in zip((tokens, images), found, strict=False))
     if tokens >= ENDLESS:
         raise UserError("data.max_text_tokens: found neither data nor a limit to plan for; set it, or --text-tokens")
-    return Batch(recipe.train.batch_size, tokens, images, size, where_from)
+    return Batch(recipe.train.batch_size, tokens, images, size, where_from, 2 if recipe.train.method == "dpo" else 1)
 
 
 def _frames(sample: Sample, recipe: Recipe) -> int:
@@ -114,4 +121,16 @@ def _frames(sample: Sample, recipe: Recipe) -> int:
 
 def _length(sample: Sample) -> int:
     """In characters, about."""
-    return sum(len(text_of(message)) + TURN for message in sample.messages)
+    return max(sum(len(text_of(message)) + TURN for message in text) for text in _texts(sample))
+
+
+def _text_tokens(processor: FlamingoProcessor, sample: Sample) -> int:
+    return max(len(encode(processor, text).input_ids) for text in _texts(sample))
+
+
+def _texts(sample: Sample) -> list[list[dict[str, Any]]]:
+    """The sample's text; of a pair both."""
+    if not sample.rejected:
+        return [sample.messages]
+    prompt, *answers = prompt_and_answers(sample)
+    return [[*prompt, *answer] for answer in answers]

@@ -106,7 +106,7 @@ def plan_memory(
 
 
 def _components(model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device) -> Iterable[Component]:
-    """The parts of the model, and LoRA beside each."""
+    """The parts of the model, and LoRA beside each; what dpo's reference has of its own."""
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # what is tied is there once
     for name, prefix in COMPONENTS.items():
         own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
@@ -114,6 +114,9 @@ def _components(model: FlamingoForConditionalGeneration, recipe: Recipe, device:
         yield _component(name, [own[key] for key in own.keys() - updates.keys()], recipe.train, device)
         if updates:
             yield _component(f"LoRA on {name}", updates.values(), recipe.train, device)
+    if recipe.train.method == "dpo":
+        kept = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
+        yield Component("reference", frozen=kept, trainable_parameters=0, trainable=0, gradients=0, optimizer=0)
 
 
 def _component(name: str, tensors: Iterable[Tensor], wanted: TrainSection, device: Device) -> Component:

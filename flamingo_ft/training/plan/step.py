@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import no_media
 from flamingo_ft.model.media_input import MediaInput
+from flamingo_ft.training.reference import frozen_copy
 
 from .batch import Batch
 from .devices import Device, behaving_like, recomputing_like
@@ -31,6 +32,7 @@ from .tracker import CUDA_BLOCK, LiveBytes
 STASH = 5  # activations that TRL's offloading keeps on the GPU while they are copied (OffloadActivations)
 SMALLEST_OFFLOADED = 1024  # bytes
 METRICS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
+DPO_METRICS = ("log_probs", "entropy", "mean_logits", "is_top1")  # DPOTrainer, of the policy
 
 
 @dataclass(frozen=True)
@@ -51,38 +53,41 @@ def dry_step(model: FlamingoForConditionalGeneration, batch: Batch, wanted: Trai
     trained = trainable_parameters(model).values()
     if wanted.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing_like, device)})
+    models = [model, frozen_copy(model)] if wanted.method == "dpo" else [model]
     model.train()
-    with LiveBytes(CUDA_BLOCK if device == "cuda" else 1) as live, behaving_like(device), _one_batch_of_media(model):
-        weights = live.hold(chain(model.parameters(), model.buffers()))
+    with LiveBytes(CUDA_BLOCK if device == "cuda" else 1) as live, behaving_like(device), _full_batch(models, batch):
+        weights = live.hold(tensor for one in models for tensor in chain(one.parameters(), one.buffers()))
         state = [optimizer_state(parameter, wanted.optimizer, device) for parameter in trained]
         optimizer = live.current - weights
         gradients = _watch_gradients(trained, live, wanted.optimizer_in_backward)
         live.restart()
-        _forward_and_backward(model, batch, wanted, device)
+        _forward_and_backward(models, batch, wanted, device)
     return StepMemory(
         weights, optimizer, sum(paged for _, paged in state), sum(gradients.values()), live.peak, live.gradients_at_peak
     )
 
 
-def computes_in_bf16(precision: str, device: Device) -> bool:
-    """Whether the trainer computes in bfloat16 on ``device``."""
-    return precision == "bf16" or (precision == "auto" and device == "cuda")
+def computes_in(precision: str, device: Device) -> torch.dtype | None:
+    """The format of the trainer's autocast on ``device``, None for none. What an older GPU chooses is as large."""
+    automatic = "bf16" if device == "cuda" else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[automatic if precision == "auto" else precision]
 
 
 def _forward_and_backward(
-    model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device
+    models: Sequence[FlamingoForConditionalGeneration], batch: Batch, wanted: TrainSection, device: Device
 ) -> None:
     """All micro-batches of a step; their tensors are there together, as the trainer fetches them."""
     # The samples that the last batch was put together from are still there, in the computer's memory.
-    samples = 1 if device == "cpu" else 0
-    batches = [batch.tensors() for _ in range(wanted.gradient_accumulation_steps + samples)]
-    bf16 = computes_in_bf16(wanted.precision, device)
+    samples = batch.media() if device == "cpu" else None
+    batches = [batch.tensors() for _ in range(wanted.gradient_accumulation_steps)]
+    autocast = computes_in(wanted.precision, device)
     for inputs in batches[: min(wanted.gradient_accumulation_steps, 2)]:  # from the second on, all are alike
         with _offloaded(wanted.activation_offload and device == "cuda"):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                loss = _loss(model, inputs, device)
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                loss = _loss(*models, inputs=inputs, device=device)
             loss.backward()
         del loss
+    del samples
 
 
 def _watch_gradients(trained: Any, live: LiveBytes, at_once: bool) -> dict[int, int]:
@@ -101,14 +106,37 @@ def _watch_gradients(trained: Any, live: LiveBytes, at_once: bool) -> dict[int, 
     return sizes
 
 
-def _loss(model: FlamingoForConditionalGeneration, inputs: dict[str, Tensor], device: Device) -> Tensor:
+def _loss(
+    model: FlamingoForConditionalGeneration,
+    reference: FlamingoForConditionalGeneration | None = None,
+    *,
+    inputs: dict[str, Tensor],
+    device: Device,
+) -> Tensor:
+    """The mean over labels, or beside a ``reference`` what follows from both models' log-probabilities."""
+    alone = reference is None
+    log_probs, *metrics = _scores(model, inputs, device, METRICS if alone else DPO_METRICS, labels_alone=alone)
+    if alone:
+        return -log_probs.sum() / inputs["labels"][:, 1:].numel()
+    with torch.no_grad():
+        compared, *_ = _scores(reference, inputs, device, METRICS[:1])
+    return (compared - log_probs).sum()
+
+
+def _scores(
+    model: FlamingoForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    device: Device,
+    metrics: Sequence[str],
+    labels_alone: bool = False,
+) -> tuple[Tensor | None, ...]:
     """TRL's fused head (trl.trainer.utils.add_fused_lm_head); every position counts as one with a label."""
     masks = {"attention_mask": inputs["attention_mask"]} if len(inputs["input_ids"]) > 1 else {}  # alone: no padding
     output = model.backbone(inputs["input_ids"], inputs.get("pixel_values"), use_cache=False, **masks)
     hidden, labels = output.last_hidden_state[:, :-1], inputs["labels"][:, 1:]
     head = model.get_output_embeddings()
-    log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-        _scored(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1]),
+    return ChunkedLogProbFunction.apply(
+        _given_to_the_head(hidden, device, labels_alone),
         head.weight,
         head.bias,
         labels.clamp(min=0).reshape(-1),
@@ -116,9 +144,15 @@ def _loss(model: FlamingoForConditionalGeneration, inputs: dict[str, Tensor], de
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE,
         getattr(model.config.get_text_config(), "final_logit_softcapping", None),
         1.0,
-        METRICS,
+        metrics,
     )
-    return -log_probs.sum() / labels.numel()
+
+
+def _given_to_the_head(hidden: Tensor, device: Device, labels_alone: bool) -> Tensor:
+    """Hidden states (B * T, D) of (B, T, D): given label positions alone, and on a GPU selected by TRL itself."""
+    if labels_alone:
+        hidden = _scored(hidden)[None]
+    return _scored(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1])
 
 
 def _scored(hidden: Tensor) -> Tensor:
@@ -128,23 +162,33 @@ def _scored(hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_batch_of_media(model: FlamingoForConditionalGeneration) -> Iterator[None]:
-    """Let ``model`` take its media from full batches, in place of counting markers in ids that have no content."""
-    model.media_for = lambda input_ids, given, cache=None: _media(model, input_ids, given)
+def _full_batch(models: Sequence[FlamingoForConditionalGeneration], batch: Batch) -> Iterator[None]:
+    """Let the models take their media from full batches, in place of counting markers in ids that have no content."""
+    for model in models:
+        model.media_for = partial(_media, model, batch.answers)
     try:
         yield
     finally:
-        del model.media_for
+        for model in models:
+            del model.media_for
 
 
-def _media(model: FlamingoForConditionalGeneration, input_ids: Tensor, given: MediaInput | None) -> Media:
-    """`encode_media` where every slot holds an image, each another."""
+def _media(
+    model: FlamingoForConditionalGeneration,
+    copies: int,
+    input_ids: Tensor,
+    given: MediaInput | None,
+    cache: object | None = None,
+) -> Media:
+    """`encode_media` where every slot holds an image, each there ``copies`` times and run through the tower once."""
     if given is None:
         return no_media(model.perceiver, input_ids.new_zeros(len(input_ids)))
     samples, images = given.frames.shape[:2]
     rows = torch.arange(samples).repeat_interleave(images)
     slots = torch.arange(images).repeat(samples)
-    tokens = spatial_tokens(model.vision_encoder, given.frames[rows, slots].flatten(0, 1)).unflatten(0, (-1, 1))
+    frames = given.frames[rows, slots].flatten(0, 1)
+    tokens = spatial_tokens(model.vision_encoder, frames if copies == 1 else frames[torch.arange(len(frames) // copies)])
+    tokens = (tokens if copies == 1 else tokens[torch.arange(len(tokens)).repeat(copies)]).unflatten(0, (-1, 1))
     encoded = model.perceiver(tokens[None], slots[None])[0]
     latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
     latents[rows, slots] = encoded

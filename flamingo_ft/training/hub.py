@@ -1,0 +1,212 @@
+"""Checkpoints on the Hugging Face Hub, for machines that are gone tomorrow: pushed as they come, and gone on from.
+
+A checkpoint becomes one commit, so that whoever looks sees all of it or nothing; the same commit removes the oldest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from flamingo_ft import atomic
+from flamingo_ft.errors import UserError, one_line
+
+from . import processes
+from .checkpoints import checkpoint_folder, verify
+
+FOLDER = "checkpoints"
+ATTEMPTS, FIRST_WAIT = 3, 2.0  # uploads of one commit, and seconds before the second, doubled for each after it
+NOT_OF_A_RUN = ["checkpoints/*", "tensorboard/*", ".*"]  # what is not pushed of its output folder
+# What the client raises for a network or a Hub; the first base is the error of whichever HTTP library it uses.
+UNLIKE_LOCAL = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
+
+
+def prepare_repository(repository: str) -> None:
+    """Make sure, before hours of training, that it is there and may be written to. UserError where not."""
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.auth_check(repository, write=True)
+    except (HFValidationError, *UNLIKE_LOCAL) as error:
+        raise UserError(f"train.push_to_hub: {repository}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, LocalTokenNotFoundError) or status == 401:
+        return "found no valid token; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+    if status == 403 or isinstance(error, RepositoryNotFoundError):
+        return "the token may not write there; use one that may, or name a repository of your own"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set; unset it, or set train.push_to_hub to null"
+    if isinstance(error, HFValidationError):
+        return f"no name of a repository ({one_line(error)})"
+    return f"the Hub does not answer ({one_line(error)}); try again, or set train.push_to_hub to null"
+
+
+@contextmanager
+def pushing(repository: str | None, limit: int, say: Callable[[str], None]) -> Iterator[Pushing | None]:
+    """What pushes to ``repository``, None for none; however the block ends, uploads are waited for."""
+    if repository is None or not processes.is_main():
+        yield None
+        return
+    uploads = Pushing(repository, limit, say)
+    try:
+        yield uploads
+    finally:
+        uploads.finish()
+
+
+class Pushing:
+    """Uploads in the background, one at a time; a checkpoint that waits gives way to a newer one.
+
+    limit: how many checkpoints stay on the Hub. say: hears in a line of what could not be uploaded.
+    """
+
+    def __init__(self, repository: str, limit: int, say: Callable[[str], None]):
+        self.repository, self.limit, self.say = repository, limit, say
+        self._api = HfApi()
+        self._one_by_one = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
+        self._newest: Future | None = None
+
+    def push_checkpoint(self, folder: Path) -> None:
+        """Upload a checkpoint as it is now; it may be removed at any time after this."""
+        if self._newest is not None:
+            self._newest.cancel()
+        held = _hold(folder)
+        self._newest = self._one_by_one.submit(self._told, self._commit_checkpoint, folder.name, held)
+        self._newest.add_done_callback(lambda _: shutil.rmtree(held, ignore_errors=True))
+
+    def push_run(self, output_dir: Path) -> None:
+        """Upload a finished run's own files, so that people find the adapter under the repository's name."""
+        self._one_by_one.submit(self._told, self._commit_run, output_dir)
+
+    def finish(self) -> None:
+        """Wait for all uploads."""
+        self._one_by_one.shutdown()
+
+    def _told(self, commit: Callable[..., None], *arguments: object) -> bool:
+        """Try several times; a failure is told, and ends nothing."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with _without_bars():
+                    commit(*arguments)
+                return True
+            except UNLIKE_LOCAL as error:
+                failed = error
+                time.sleep(FIRST_WAIT * 2**attempt if attempt + 1 < ATTEMPTS else 0)
+        self.say(f"not pushed to {self.repository}: {Path(str(arguments[0])).name} ({one_line(failed)})")
+        return False
+
+    def _commit_checkpoint(self, name: str, held: Path) -> None:
+        added = [
+            CommitOperationAdd(f"{FOLDER}/{name}/{path.relative_to(held).as_posix()}", path)
+            for path in sorted(held.rglob("*"))
+            if path.is_file()
+        ]
+        others = [step for step in checkpoints_of(self._api, self.repository) if f"step-{step}" != name]
+        gone = [CommitOperationDelete(f"{FOLDER}/step-{step}/", is_folder=True) for step in others[self.limit - 1 :]]
+        message = f"Checkpoint of {name.replace('-', ' ')}"
+        self._api.create_commit(self.repository, [*added, *gone], commit_message=message)
+
+    def _commit_run(self, output_dir: Path) -> None:
+        self._api.upload_folder(
+            repo_id=self.repository,
+            folder_path=output_dir,
+            ignore_patterns=NOT_OF_A_RUN,
+            commit_message="The trained adapter",
+        )
+
+
+def _hold(folder: Path) -> Path:
+    """The same files under a name that nobody removes; links, which cost nothing, where the disk has them."""
+    held = atomic.beside(folder.with_name(f"{folder.name}.pushed"))
+    shutil.rmtree(held, ignore_errors=True)
+    try:
+        shutil.copytree(folder, held, copy_function=os.link)
+    except (OSError, shutil.Error):
+        shutil.rmtree(held, ignore_errors=True)
+        shutil.copytree(folder, held)
+    return held
+
+
+def checkpoints_of(api: HfApi, repository: str) -> list[int]:
+    """Steps of the checkpoints on the Hub, newest first."""
+    paths = api.list_repo_files(repository)
+    found = {int(match[1]) for path in paths if (match := re.match(rf"{FOLDER}/step-(\d+)/", path))}
+    return sorted(found, reverse=True)
+
+
+def fetch_newer(repository: str, root: Path, than: int) -> Iterator[str]:
+    """Bring the newest whole checkpoint after step ``than`` from the Hub into ``root``; says what it did.
+
+    Raises UserError where the Hub does not answer and there is nothing to go on from here.
+    """
+    api = HfApi()
+    try:
+        steps = [step for step in checkpoints_of(api, repository) if step > than]
+        for step in steps:
+            try:
+                yield f"fetched {_fetch(repository, root, step)} from {repository}"
+                return
+            except UserError as error:
+                yield f"damaged on the Hub: {error}"
+    except RepositoryNotFoundError:
+        return
+    except UNLIKE_LOCAL as error:
+        if than < 0:
+            raise UserError(f"train.push_to_hub: {repository}: {_reason(error)}") from None
+        yield f"{repository} was not looked at ({one_line(error)})"
+
+
+def _fetch(repository: str, root: Path, step: int) -> Path:
+    """Download, verify, and put in place."""
+    folder = checkpoint_folder(root, step)
+    with _scratch(root) as scratch, _without_bars():
+        snapshot_download(repository, allow_patterns=[f"{FOLDER}/{folder.name}/*"], local_dir=scratch)
+        downloaded = scratch / FOLDER / folder.name
+        verify(downloaded)
+        hidden = atomic.begin_folder(folder)
+        hidden.rmdir()
+        downloaded.rename(hidden)
+    atomic.finish_folder(folder)
+    return folder
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The client's own progress bars would run through the training's."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    """A folder on the same disk that is gone afterwards."""
+    root.mkdir(parents=True, exist_ok=True)
+    scratch = atomic.begin_folder(root / "download")
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

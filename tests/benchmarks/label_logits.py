@@ -1,0 +1,100 @@
+"""What it costs to score all positions of a batch: `python -m tests.benchmarks.label_logits`.
+
+A step's forward, loss and backward over a language model of random weights with a large vocabulary, long prompts and short
+answers, in three ways: the model's own loss over all logits at once, TRL's fused head over every position (what it does
+without a GPU), and the trainer's over the positions that predict a label. Prints tokens per second, the most bytes of
+tensors alive on top of the weights (counted operator by operator), and the loss, which is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import SFTTrainer
+
+from flamingo_ft.adapters import set_trainable
+from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.config import load_recipe
+from flamingo_ft.data import open_data
+from flamingo_ft.model import build_flamingo
+from flamingo_ft.training.plan.tracker import LiveBytes
+from flamingo_ft.training.trainer import FlamingoTrainer, make_trainer
+
+MIB = 2**20
+RECIPE = """\
+model: {vision: {name: nano}, language: {name: nano}}
+data: {train: [{path: train.jsonl}]}
+train: {output_dir: run, max_steps: 1, batch_size: 4, num_workers: 0}
+"""
+
+
+def make(vocabulary: int, width: int, words: int) -> FlamingoTrainer:
+    """A trainer in the current directory, over samples of ``words`` words of prompt and three of answer."""
+    Image.new("RGB", (32, 32)).save("blank.png")
+    turns = [{"role": "user", "content": "<image>" + "digit " * words}, {"role": "assistant", "content": "one or two"}]
+    Path("train.jsonl").write_text("\n".join([json.dumps({"messages": turns, "images": ["blank.png"]})] * 8))
+    Path("recipe.yaml").write_text(RECIPE)
+    recipe = load_recipe("./recipe.yaml")
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)).requires_grad_(False)
+    tokenizer = AutoTokenizer.from_pretrained(NANO_FOLDER)
+    language = LanguageBackbone(lm, tokenizer, {"name": "random", "revision": None, "sha256": "random"})
+    model, processor = build_flamingo(load_vision("nano"), language, cross_attn_every_n_layers=1)
+    set_trainable(model, recipe.trainable)
+    return make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
+
+
+def ways(trainer: FlamingoTrainer, batch: dict) -> dict[str, Callable[[], torch.Tensor]]:
+    """The three losses."""
+    model = trainer.model.train()
+    return {
+        "all logits at once": lambda: model(**batch, use_cache=False).loss,
+        "fused, every position": lambda: SFTTrainer.compute_loss(trainer, model, dict(batch)),
+        "label positions": lambda: trainer.compute_loss(model, dict(batch)),
+    }
+
+
+def measure(trainer: FlamingoTrainer, loss_of: Callable[[], torch.Tensor], steps: int) -> tuple[float, int, float]:
+    """Seconds of a step, the most bytes alive in one on top of the weights, and the loss."""
+    with LiveBytes() as live:
+        weights = live.hold([*trainer.model.parameters(), *trainer.model.buffers()])
+        loss_of().backward()
+    trainer.model.zero_grad()
+    began = time.perf_counter()
+    for _ in range(steps):
+        loss = loss_of()
+        loss.backward()
+        trainer.model.zero_grad()
+    return (time.perf_counter() - began) / steps, live.peak - weights, loss.item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vocabulary", type=int, default=150_000)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--words", type=int, default=250, help="of a prompt")
+    parser.add_argument("--steps", type=int, default=3)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        trainer = make(given.vocabulary, given.width, given.words)
+        batch = next(iter(trainer.batches))
+        tokens, labels = batch["input_ids"].numel(), int((batch["labels"][:, 1:] != -100).sum())
+        print(f"{tokens} text tokens, {labels} of them learned, vocabulary {given.vocabulary:,}, width {given.width}")
+        for name, loss_of in ways(trainer, batch).items():
+            seconds, peak, loss = measure(trainer, loss_of, given.steps)
+            print(f"{name:22} {tokens / seconds:9,.0f} tokens/s {peak / MIB:9,.0f} MiB   loss {loss:.5f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Pairs of answers: only the answers are learned, every policy takes both halves or none, and TRL's collator agrees."""
+
+import copy
+
+import pytest
+import torch
+from PIL import Image
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from flamingo_ft.data.encode import IGNORED, Cut, encode
+from flamingo_ft.data.locate import lossless_bytes
+from flamingo_ft.data.media_reader import PixelReader
+from flamingo_ft.data.pair import encode_pair
+from flamingo_ft.data.preference import preference_row
+from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.stream.prepare import Prepared
+from flamingo_ft.data.too_long import Dropped
+from flamingo_ft.errors import UserError
+from flamingo_ft.training.batches import assemble_pairs
+
+from .dialogues import IMAGE, TEMPLATES, assistant, nano_processor, system, user
+
+BEFORE = [system("Be brief."), user(IMAGE, "Which?"), assistant("Seven."), user("Are you sure of that?")]
+
+
+def pair(chosen="Yes, I am.", rejected="No.", before=BEFORE) -> Sample:
+    images = [
+        lossless_bytes(Image.new("RGB", (32, 32), (40 * number, 9, 90)))
+        for number in range(sum(block == IMAGE for message in before for block in message["content"]))
+    ]
+    return Sample([*before, assistant(chosen)], images, "other", "a.json: row 3", [assistant(rejected)])
+
+
+def halves(sample: Sample, template=None):
+    """Token ids of both whole texts."""
+    worse = [*sample.messages[:-1], *sample.rejected]
+    return [encode(nano_processor(template), text).input_ids for text in (sample.messages, worse)]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_only_the_answers_have_labels_not_what_the_assistant_said_before(name):
+    template, written = TEMPLATES[name]
+    processor = nano_processor(template)
+    found = encode_pair(processor, pair(), 500)
+    for half, ids, words in zip((found.chosen, found.rejected), halves(pair(), template), ("Yes, I am.", "No."), strict=True):
+        assert half.input_ids == ids
+        learned = [label for label in half.labels if label != IGNORED]
+        assert processor.tokenizer.decode(learned).strip() == written(words).strip()
+    assert (found.images, found.cut) == (1, Cut())
+    assert found.label_tokens == found.chosen.label_tokens + found.rejected.label_tokens
+
+
+@pytest.mark.parametrize("policy", ["error", "drop_sample", "drop_turns", "truncate_text"])
+def test_a_pair_that_fits_stays_as_it_is(policy):
+    limit = max(map(len, halves(pair())))
+    assert encode_pair(nano_processor(), pair(), limit, policy) == encode_pair(nano_processor(), pair(), 500)
+
+
+@pytest.mark.parametrize("policy", ["drop_sample", "drop_turns"])
+@pytest.mark.parametrize("answers", [("Yes, I am.", "No."), ("No.", "Yes, I am.")])
+def test_one_half_that_is_too_long_drops_both(policy, answers):
+    sample = pair(*answers)
+    found = encode_pair(nano_processor(), sample, max(map(len, halves(sample))) - 1, policy)
+    assert isinstance(found, Dropped) and found.too_long
+
+
+def test_a_pair_that_is_too_long_is_an_error_that_says_where():
+    with pytest.raises(UserError, match=r"^a.json: row 3: found \d+ text tokens, the limit is 9; shorten [^\n]*$"):
+        encode_pair(nano_processor(), pair(), 9)
+
+
+def test_answers_are_truncated_each_for_itself_and_keep_the_images():
+    long, short = (len(ids) for ids in halves(pair()))
+    found = encode_pair(nano_processor(), pair(), short, "truncate_text")
+    assert [len(half.input_ids) for half in (found.chosen, found.rejected)] == [short, short]
+    assert (found.images, found.cut) == (1, Cut(tokens=long - short))
+
+
+def test_answers_that_are_alike_as_far_as_they_go_are_no_pair():
+    sample = pair("Yes. I am.", "Yes. I do.")
+    long = len(halves(sample)[0])
+    found = [encode_pair(nano_processor(), sample, limit, "truncate_text") for limit in (long, long - 5)]
+    assert not isinstance(found[0], Dropped) and isinstance(found[1], Dropped) and found[1].too_long
+    with pytest.raises(UserError, match="^a.json: row 3: found the same tokens in chosen and rejected; remove the row$"):
+        encode_pair(nano_processor(), pair("Yes.", "Yes."), 500)
+
+
+def test_a_batch_is_what_trls_collator_makes_of_the_same_rows():
+    processor = nano_processor()
+    two = [user(IMAGE, "One.", IMAGE, "Are they the same digit?")]
+    samples = [pair(), pair("Seven.", "It is a two.", [user(IMAGE, "Which?")]), pair("Yes.", "No.", two)]
+    read = PixelReader(processor)
+    rows = []
+    for number, sample in enumerate(samples):
+        encoded = encode_pair(processor, sample, 500)
+        rows.append([Prepared(sample.where, encoded, read(sample, encoded.images, number))])
+    ours = assemble_pairs(processor.tokenizer.pad_token_id, False, None, rows)
+    theirs = DataCollatorForVisionPreference(processor)([copy.deepcopy(preference_row(sample)) for sample in samples])
+    torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=0)
+    assert {*ours} == {*theirs}
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(ours[name], theirs[name]), name
+    # TRL's goes on after the end of the answer, to the line break that the template writes there.
+    last = theirs["attention_mask"].sum(1, keepdim=True) - 1
+    assert torch.equal(ours["completion_mask"], theirs["completion_mask"].scatter(1, last, 0))

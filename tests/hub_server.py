@@ -1,0 +1,319 @@
+"""A Hub on this machine: enough of its HTTP API for the real `huggingface_hub` client, over plain LFS.
+
+Repositories of models with a history of commits; regular files inside a commit, large ones uploaded before it by their
+SHA-256. `fail` makes requests go wrong: with a status, or a connection that is dropped.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+WRITER, READER = "hf_thewritingtoken", "hf_thereadingtoken"
+LARGE = 1000  # bytes, from which a file goes through LFS
+PAGE = 50  # entries of a folder in one answer
+
+
+@dataclass
+class Commit:
+    """files: path -> SHA-256 of its content."""
+
+    oid: str
+    title: str
+    files: dict[str, str]
+
+
+@dataclass
+class Repository:
+    private: bool
+    history: list[Commit] = field(default_factory=lambda: [Commit("0" * 40, "initial commit", {})])
+
+    def at(self, revision: str) -> Commit | None:
+        """The newest commit for main, else the one of that name."""
+        if revision == "main":
+            return self.history[-1]
+        return next((commit for commit in self.history if commit.oid == revision), None)
+
+
+@dataclass
+class Failure:
+    pattern: str
+    times: int
+    status: int | None
+
+
+class Hub:
+    """What is stored, and what is to go wrong. requests: method and path of each request so far."""
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, Repository] = {}
+        self.contents: dict[str, bytes] = {}
+        self.failures: list[Failure] = []
+        self.requests: list[str] = []
+        self.lock = threading.Lock()
+        self.url = ""
+
+    def fail(self, pattern: str, times: int = 1, status: int | None = None) -> None:
+        """The next ``times`` requests ("METHOD /path") that fit get ``status``, or a dropped connection for None."""
+        self.failures.append(Failure(pattern, times, status))
+
+    def failing(self, request: str) -> Failure | None:
+        with self.lock:
+            self.requests.append(request)
+            found = next((one for one in self.failures if one.times and re.search(one.pattern, request)), None)
+            if found:
+                found.times -= 1
+            return found
+
+    def store(self, content: bytes) -> str:
+        digest = hashlib.sha256(content).hexdigest()
+        self.contents[digest] = content
+        return digest
+
+    def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
+        """What a repository holds."""
+        commit = self.repositories[repository].at(revision)
+        return {path: self.contents[digest] for path, digest in commit.files.items()}
+
+    def commit(self, repository: Repository, lines: list[dict[str, Any]]) -> Commit:
+        """Apply the lines of a commit, all or none."""
+        files, title = dict(repository.history[-1].files), ""
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                title = value["summary"]
+            elif line["key"] == "file":
+                files[value["path"]] = self.store(base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = value["oid"]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+            elif line["key"] == "deletedFolder":
+                files = {path: digest for path, digest in files.items() if not path.startswith(value["path"])}
+        if missing := set(files.values()) - self.contents.keys():
+            raise ValueError(f"content that was never uploaded: {sorted(missing)}")
+        oid = hashlib.sha1(json.dumps([len(repository.history), files]).encode()).hexdigest()
+        repository.history.append(Commit(oid, title, files))
+        return repository.history[-1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_GET(self) -> None:  # noqa: N802
+        self._answer()
+
+    do_POST = do_PUT = do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _answer(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(length)
+        parts = urlsplit(self.path)
+        self.query, path = parse_qs(parts.query), unquote(parts.path)
+        failure = self.hub.failing(f"{self.command} {path}")
+        if failure and failure.status is None:
+            self.close_connection = True
+            self.connection.close()
+        elif failure:
+            self._error(failure.status, "as asked")
+        else:
+            self._route(path)
+
+    def _route(self, path: str) -> None:
+        for methods, pattern, handle in ROUTES:
+            found = re.fullmatch(pattern, path)
+            if found and self.command in methods:
+                return handle(self, **found.groupdict())
+        self._error(404, f"no such address: {self.command} {path}")
+
+    # --- who may do what ---
+
+    def _token(self) -> str | None:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+
+    def _repository(self, name: str, write: bool = False) -> Repository | None:
+        """The repository, or None after an answer that says why not."""
+        token, found = self._token(), self.hub.repositories.get(name)
+        if token not in (None, WRITER, READER):
+            return self._error(401, "Invalid credentials in Authorization header")
+        if found is None or (found.private and token is None):
+            return self._error(401 if token is None else 404, "Repository not found", "RepoNotFound")
+        if write and token != WRITER:
+            return self._error(403, "You don't have the rights to write to this repository")
+        return found
+
+    # --- answers ---
+
+    def _json(self, value: Any, status: int = 200, **headers: str) -> None:
+        self._bytes(json.dumps(value).encode(), status, **{"Content-Type": "application/json", **headers})
+
+    def _error(self, status: int, message: str, code: str | None = None) -> None:
+        named = {"X-Error-Code": code} if code else {}
+        self._json({"error": message}, status, **{"X-Error-Message": message, **named})
+
+    def _bytes(self, content: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    # --- what is asked ---
+
+    def whoami(self) -> None:
+        if self._token() not in (WRITER, READER):
+            return self._error(401, "Invalid username or password.")
+        self._json({"type": "user", "name": "somebody", "auth": {"type": "access_token"}})
+
+    def create(self) -> None:
+        wanted = json.loads(self.body)
+        name = f"{wanted.get('organization') or 'somebody'}/{wanted['name']}"
+        if self._token() not in (WRITER, READER):
+            return self._error(401, "Invalid username or password.")
+        if name in self.hub.repositories:
+            found = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+            return self._json(found, 409)
+        if self._token() != WRITER:
+            return self._error(403, "You don't have the rights to create a model under this namespace")
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        self.hub.repositories[name] = Repository(private)
+        self._json({"url": f"{self.hub.url}/{name}", "id": name})
+
+    def card_is_valid(self) -> None:
+        self._json({"errors": [], "warnings": []})
+
+    def may_write(self, name: str) -> None:
+        if self._repository(name, write=True):
+            self._json({})
+
+    def info(self, name: str, revision: str | None = None) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        commit = repository.at(revision or "main")
+        if commit is None:
+            return self._error(404, "Invalid rev id", "RevisionNotFound")
+        siblings = [{"rfilename": path} for path in sorted(commit.files)]
+        self._json({"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
+
+    def preupload(self, name: str, revision: str) -> None:
+        if self._repository(name, write=True) is None:
+            return
+        files = [
+            {"path": one["path"], "uploadMode": "lfs" if one["size"] >= LARGE else "regular", "shouldIgnore": False}
+            for one in json.loads(self.body)["files"]
+        ]
+        self._json({"files": files})
+
+    def lfs_batch(self, name: str) -> None:
+        if self._repository(name, write=True) is None:
+            return
+        objects = []
+        for one in json.loads(self.body)["objects"]:
+            there = one["oid"] in self.hub.contents
+            actions = {} if there else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}
+            objects.append({"oid": one["oid"], "size": one["size"], **actions})
+        self._json({"transfer": "basic", "objects": objects}, **{"Content-Type": "application/vnd.git-lfs+json"})
+
+    def lfs_upload(self, digest: str) -> None:
+        if hashlib.sha256(self.body).hexdigest() != digest:
+            return self._error(400, "content does not match its SHA-256")
+        self.hub.store(self.body)
+        self._bytes(b"")
+
+    def commit(self, name: str, revision: str) -> None:
+        repository = self._repository(name, write=True)
+        if repository is None:
+            return
+        with self.hub.lock:
+            made = self.hub.commit(repository, [json.loads(line) for line in self.body.splitlines() if line])
+        self._json({"commitOid": made.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{made.oid}", "pullRequestUrl": None})
+
+    def tree(self, name: str, revision: str, folder: str | None = None) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        commit, folder = repository.at(revision), f"{folder}/" if folder else ""
+        if commit is None:
+            return self._error(404, "Invalid rev id", "RevisionNotFound")
+        paths = [path for path in sorted(commit.files) if path.startswith(folder)]
+        if folder and not paths:
+            return self._error(404, f"{folder} does not exist", "EntryNotFound")
+        begin = int(self.query.get("cursor", ["0"])[0])
+        page = [self._entry(path, commit.files[path]) for path in paths[begin : begin + PAGE]]
+        more = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={begin + PAGE}>; rel="next"'}
+        self._json(page, **(more if begin + PAGE < len(paths) else {}))
+
+    def _entry(self, path: str, digest: str) -> dict[str, Any]:
+        size = len(self.hub.contents[digest])
+        lfs = {"lfs": {"oid": digest, "size": size, "pointerSize": 134}} if size >= LARGE else {}
+        return {"type": "file", "path": path, "oid": digest[:40], "size": size, **lfs}
+
+    def resolve(self, name: str, revision: str, path: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        commit = repository.at(revision)
+        if commit is None or path not in commit.files:
+            return self._error(404, "Entry not found", "EntryNotFound")
+        digest = commit.files[path]
+        content = self.hub.contents[digest]
+        headers = {"ETag": f'"{digest}"', "X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if asked is None:
+            return self._bytes(content, **headers)
+        begin, end = int(asked[1]), int(asked[2] or len(content) - 1)
+        headers["Content-Range"] = f"bytes {begin}-{end}/{len(content)}"
+        self._bytes(content[begin : end + 1], 206, **headers)
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is nothing to speak of."""
+
+
+NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
+    (("GET",), "/api/whoami-v2", Handler.whoami),
+    (("POST",), "/api/repos/create", Handler.create),
+    (("POST",), "/api/validate-yaml", Handler.card_is_valid),
+    (("GET",), f"/api/models/{NAME}/auth-check/write", Handler.may_write),
+    (("GET",), f"/api/models/{NAME}", Handler.info),
+    (("GET",), f"/api/models/{NAME}/revision/{REVISION}", Handler.info),
+    (("POST",), f"/api/models/{NAME}/preupload/{REVISION}", Handler.preupload),
+    (("POST",), f"/api/models/{NAME}/commit/{REVISION}", Handler.commit),
+    (("GET",), f"/api/models/{NAME}/tree/{REVISION}(/(?P<folder>.+))?", Handler.tree),
+    (("POST",), f"/{NAME}.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (("PUT",), r"/lfs/(?P<digest>[0-9a-f]{64})", Handler.lfs_upload),
+    (("GET", "HEAD"), f"/{NAME}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
+]
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A Hub at ``hub.url`` for as long as the block lasts."""
+    hub = Hub()
+    server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,59 @@
+"""The Hub on this machine, asked by the real client: what goes up comes down, and what goes wrong is told."""
+
+import pytest
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+from .hub_server import LARGE, READER, WRITER
+
+REPO = "somebody/things"
+
+
+@pytest.fixture
+def api(hub):
+    api = HfApi(endpoint=hub.url, token=WRITER)
+    api.create_repo(REPO, private=True)
+    return api
+
+
+def test_small_and_large_files_come_down_as_they_went_up(hub, api, tmp_path):
+    folder = tmp_path / "up"
+    (folder / "inside").mkdir(parents=True)
+    (folder / "small.txt").write_bytes(b"small")
+    (folder / "inside" / "large.bin").write_bytes(bytes(range(256)) * LARGE)
+    api.upload_folder(repo_id=REPO, folder_path=folder, commit_message="both")
+    assert any(request.startswith("PUT /lfs/") for request in hub.requests)
+    down = snapshot_download(REPO, endpoint=hub.url, token=READER, local_dir=tmp_path / "down")
+    for path in ("small.txt", "inside/large.bin"):
+        assert (tmp_path / "down" / path).read_bytes() == (folder / path).read_bytes(), down
+    assert [commit.title for commit in hub.repositories[REPO].history] == ["initial commit", "both"]
+
+
+def test_a_file_that_is_there_is_not_uploaded_again(hub, api):
+    for path in ("a.bin", "b.bin"):
+        api.upload_file(repo_id=REPO, path_or_fileobj=b"x" * LARGE, path_in_repo=path)
+    assert sum(request.startswith("PUT /lfs/") for request in hub.requests) == 1
+    assert hub.files(REPO) == {"a.bin": b"x" * LARGE, "b.bin": b"x" * LARGE}
+
+
+def test_long_listings_come_in_pages(hub, api):
+    digest = hub.store(b"x")
+    hub.repositories[REPO].history[-1].files |= {f"{index:03}.txt": digest for index in range(120)}
+    assert len(list(api.list_repo_tree(REPO, recursive=True))) == 120
+
+
+def test_who_may_not_is_told(hub, api):
+    with pytest.raises(RepositoryNotFoundError):
+        HfApi(endpoint=hub.url, token=False).model_info(REPO)
+    with pytest.raises(HfHubHTTPError, match="403"):
+        HfApi(endpoint=hub.url, token=READER).upload_file(repo_id=REPO, path_or_fileobj=b"x", path_in_repo="a")
+    with pytest.raises(EntryNotFoundError):
+        hf_hub_download(REPO, "nothing", endpoint=hub.url, token=READER)
+
+
+@pytest.mark.parametrize("status", [429, 500, None])
+def test_requests_fail_as_asked_and_then_no_more(hub, api, status):
+    hub.fail("GET /api/whoami", times=1, status=status)
+    with pytest.raises(Exception, match="rate limit|500|disconnected|reset|closed"):
+        api.whoami()
+    assert api.whoami()["name"] == "somebody"

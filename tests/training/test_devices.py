@@ -1,0 +1,126 @@
+"""Several processes train what one trains with the same samples to a step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flamingo_ft.adapters import load_adapter
+from flamingo_ft.adapters.files import WEIGHTS
+from flamingo_ft.cli import main
+from flamingo_ft.data.stream.tally import added
+from flamingo_ft.training import processes
+from tests.regimes import LORA, NOTHING_WHOLE, write_start
+from tests.training.launching import losses, train, write_data
+
+MIXED = [[0], [0, 0], [], []] * 2  # some batches of two are plain text
+VIDEOS = [[2], [3], [2], [2]] * 2  # the perceiver runs once for each number of frames in a batch
+STEPS = ("train.max_steps=3", "data.eval=[{path: train.jsonl}]")
+
+
+def assert_trained_alike(folder, one: str, two: str) -> None:
+    assert losses(folder / two) == pytest.approx(losses(folder / one), rel=1e-5)
+    first, second = (load_file(folder / run / WEIGHTS) for run in (one, two))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def succeed(*arguments, **options) -> None:
+    done = train(*arguments, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_processes_train_what_one_trains_with_twice_the_batch(tmp_path):
+    write_data(tmp_path, MIXED)
+    succeed(tmp_path, "one", "train.batch_size=4", *STEPS, processes=1)
+    done = train(tmp_path, "two", *STEPS)
+    assert done.returncode == 0, done.stderr
+    assert_trained_alike(tmp_path, "one", "two")
+    first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
+    assert first["eval"] == second["eval"] and first["train"]["data"] == second["train"]["data"]
+    assert (done.stdout + done.stderr).count("adapter in two") == 1
+    assert (done.stdout + done.stderr).count("rows of schema") == 2
+    load_adapter(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", [(LORA,), (NOTHING_WHOLE, LORA, "model.init_from=start")], ids=["LoRA", "LoRA only"])
+def test_lora_trains_alike_with_accumulation(tmp_path, monkeypatch, regime):
+    write_data(tmp_path, MIXED)
+    monkeypatch.chdir(tmp_path)
+    write_start(tmp_path / "start")
+    succeed(tmp_path, "one", "train.batch_size=4", "train.gradient_accumulation_steps=2", *regime, *STEPS, processes=1)
+    succeed(tmp_path, "two", "train.gradient_accumulation_steps=2", *regime, *STEPS)
+    assert_trained_alike(tmp_path, "one", "two")
+
+
+@pytest.mark.slow
+def test_videos_of_other_lengths_in_each_process_train_alike(tmp_path):
+    write_data(tmp_path, VIDEOS)
+    succeed(tmp_path, "one", "train.batch_size=4", "train.max_steps=3", processes=1)
+    succeed(tmp_path, "two", "train.max_steps=3")
+    assert_trained_alike(tmp_path, "one", "two")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_from_a_checkpoint(tmp_path):
+    write_data(tmp_path, MIXED)
+    succeed(tmp_path, "whole", "train.max_steps=4", "train.save_steps=2")
+    succeed(tmp_path, "again", "train.max_steps=4", "train.save_steps=2")
+    (tmp_path / "again" / "metrics.json").unlink()
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-4")
+    succeed(tmp_path, "again", "train.max_steps=4", "train.save_steps=2", "--resume")
+    first, second = ((tmp_path / run / WEIGHTS).read_bytes() for run in ("whole", "again"))
+    assert first == second
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_told_once_and_ends_all(tmp_path):
+    rows = write_data(tmp_path, MIXED)
+    rows[5]["images"][0] = "missing.png"
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    done = train(tmp_path, "two", "train.max_steps=8")
+    told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0
+    assert len(told) == 1 and "row 5: images[0]: no such image" in told[0]
+    assert "exitcode  : 2" in done.stderr
+
+
+def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
+    write_data(tmp_path, MIXED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(["train", "./recipe.yaml"]) == 2
+    assert "flamingo_ft.model.sharding.shard" in capsys.readouterr().err
+
+
+def test_what_is_shared_out_comes_back_in_order(monkeypatch):
+    everything, parts = list(range(7)), []
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        parts.append(processes.share(everything))
+    monkeypatch.setattr(processes, "everyones", lambda part: parts)
+    assert processes.joined(parts[0]) == everything
+
+
+def test_counts_of_processes_add_up():
+    one = {"rows": 3, "skipped": 1, "dropped": 0, "shortened": {"samples": 1}}
+    both = {"rows": 7, "skipped": 1, "dropped": 2, "shortened": {"samples": 1, "turns": 2}}
+    other = {"rows": 4, "skipped": 0, "dropped": 2, "shortened": {"turns": 2}}
+    assert added([one, other]) == both
+
+
+def test_two_gpus_in_one_process_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    write_data(tmp_path, MIXED)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    assert main(["train", "./recipe.yaml"]) == 2
+    told = capsys.readouterr().err
+    assert "CUDA_VISIBLE_DEVICES=0" in told and "torchrun --nproc-per-node 2 -m flamingo_ft train" in told

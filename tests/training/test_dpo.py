@@ -1,0 +1,219 @@
+"""Preference training through a recipe: against the model as it was before, on the recipe's pairs."""
+
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from flamingo_ft.adapters import trainable_parameters
+from flamingo_ft.config import load_recipe
+from flamingo_ft.data import open_data
+from flamingo_ft.errors import UserError
+from flamingo_ft.training.reference import drop_nothing, frozen_copy
+from flamingo_ft.training.run import train
+from tests import regimes
+
+DPO = ("train.method=dpo", "data.train=[{path: pairs.jsonl}]", "train.max_steps=3")
+CASES = {  # each of what trains, and what is frozen in each format
+    "bridge": ("bridge", "none"),
+    "bridge and LoRA, nf4": ("bridge and LoRA", "nf4"),
+    "LoRA only": ("LoRA only", "none"),
+    "LoRA everywhere, int8": ("LoRA everywhere", "int8"),
+}
+
+
+@pytest.fixture
+def pairs(small_run):
+    """The small run with a pair of answers about each image."""
+    answers = ("Dark.", "Light.")
+    rows = [
+        {"prompt": "Which shade?", "chosen": answers[i], "rejected": answers[1 - i], "images": [f"{i}.png"]} for i in range(2)
+    ]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return small_run
+
+
+def overrides(case: str) -> tuple[str, ...]:
+    regime, form = CASES[case]
+    return (*DPO, *regimes.REGIMES[regime], *(regimes.quantized(form, regime) if form != "none" else ()))
+
+
+def a_trainer(case: str, *more: str):
+    model, processor = regimes.build(*overrides(case), *more)
+    return regimes.trainer(model, processor, *overrides(case), *more)
+
+
+def scores(trainer, model, batch) -> torch.Tensor:
+    """Log-probabilities of the chosen answers, then of the rejected ones; both models in the same mode."""
+    model.eval()
+    return torch.cat(trainer.compute_ref_log_probs(model, batch))
+
+
+def storages(model) -> set[int]:
+    """Where its tensors lie, and what quantized matrices keep beside theirs."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        state = getattr(module, "quant_state", None)
+        outer = getattr(state, "state2", None)
+        tensors += [getattr(owner, "absmax", None) for owner in (state, outer)]
+        tensors += [getattr(getattr(module, "state", None), "SCB", None)]
+    return {tensor.data_ptr() for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.numel()}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", [*list(CASES)[:-1], pytest.param(list(CASES)[-1], marks=pytest.mark.slow)])
+def test_the_reference_stays_what_the_policy_was_before_training(pairs, case):
+    trainer = a_trainer(case)
+    policy, reference, batch = trainer.model, trainer.ref_model, next(iter(trainer.batches))
+    before = scores(trainer, policy, batch)
+    assert torch.equal(scores(trainer, reference, batch), before)
+    trainer.batches.load_state_dict({"next": 0, "waiting": [], "tally": trainer.batches.tally.state_dict()})
+    trainer.train()
+    assert torch.equal(scores(trainer, reference, batch), before)
+    assert (scores(trainer, policy, batch) - before).abs().max() > 1e-2
+    losses = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)  # both are one model yet
+    assert losses[0]["rewards/margins"] == 0 and losses[-1]["rewards/margins"] > 0
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_reference_owns_no_more_than_a_copy_of_what_trains(pairs, case):
+    model, _ = regimes.build(*overrides(case))
+    trained = trainable_parameters(model).values()
+    reference = frozen_copy(model)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert len(storages(reference) - storages(model)) == len(trained)
+    assert storages(model) - storages(reference) == {parameter.data_ptr() for parameter in trained}
+
+
+def test_a_reference_runs_its_own_bridge_and_the_model_its_own(pairs):
+    model, processor = regimes.build(*overrides("bridge and LoRA, nf4"))
+    regimes.shake(model)
+    reference = frozen_copy(model)
+    before = regimes.logits(model, processor)
+    assert torch.equal(regimes.logits(reference, processor), before)
+    regimes.shake(model, seed=1)
+    moved = regimes.logits(model, processor)
+    assert not torch.equal(moved, before)
+    assert torch.equal(regimes.logits(reference, processor), before)
+    for parameter in reference.parameters():
+        if not any(parameter is own for own in model.parameters()):
+            parameter.data.zero_()
+    assert torch.equal(regimes.logits(model, processor), moved)
+
+
+def test_the_reference_of_a_run_that_goes_on_is_that_of_its_beginning(pairs):
+    first, again = (a_trainer("bridge and LoRA, nf4") for _ in range(2))
+    first.train()  # a run that goes on builds its model anew, and takes what was trained into it afterwards
+    for one, other in zip(first.ref_model.parameters(), again.ref_model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_that_goes_on_ends_with_the_same_adapter(pairs):
+    kept = ("train.max_steps=4", "train.save_steps=2", "train.save_total_limit=3", "train.checkpoint_dir=kept")
+    steps = (*DPO, *regimes.REGIMES["bridge and LoRA"], *kept)
+    train(regimes.recipe(*steps, "train.output_dir=whole"))
+    shutil.rmtree("kept/step-4")
+    told: list[str] = []
+    train(regimes.recipe(*steps, "train.output_dir=resumed"), resume=True, say=told.append)
+    assert "step-2" in "".join(told)
+    whole, resumed = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed"))
+    assert resumed == whole
+
+
+def test_neither_model_drops_units_where_rates_are_numbers():
+    layer = torch.nn.Linear(2, 2)
+    layer.attention_dropout, layer.dropped = 0.1, True
+    drop_nothing(torch.nn.Sequential(layer))
+    assert (layer.attention_dropout, layer.dropped) == (0.0, True)
+
+
+def contents(*more: str) -> list:
+    """What is said to be in the first batches of a run, and the batches."""
+    model, processor = regimes.build(*DPO, *more)
+    batches = regimes.trainer(model, processor, *DPO, *more).batches
+    taken = list(islice(batches, 4))
+    return list(zip(batches.contents, taken, strict=True))
+
+
+def test_a_batch_tells_its_pairs_the_tokens_of_both_answers_and_each_image_once(pairs):
+    for told, batch in contents("train.batch_size=2"):
+        assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 4
+        assert (len(told.rows), told.images, told.label_tokens) == (2, 2, int(batch["completion_mask"].sum()))
+
+
+@pytest.mark.parametrize("more", [["train.num_workers=2"], ["data.cache={folder: cache}"], ["data.group_by_length=true"]])
+def test_pairs_come_the_same_way_as_other_samples(pairs, more):
+    plain, other = contents(), contents(*more)
+    if "data.cache={folder: cache}" in more:
+        assert all("vision_tokens" in batch and len(batch["vision_tokens"]) == 4 for _, batch in other)
+        other = contents(*more)  # now from the cache
+    for (told, batch), (told_too, batch_too) in zip(plain, other, strict=True):
+        if more != ["data.group_by_length=true"]:
+            assert told == told_too and torch.equal(batch["input_ids"], batch_too["input_ids"])
+        assert sorted(told.rows) == sorted(told_too.rows)
+
+
+def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
+    rows = Path("pairs.jsonl").read_text()
+    Path("pairs.jsonl").write_text(rows + "\n" + json.dumps({"prompt": "What?", "chosen": "A.", "rejected": "A."}))
+    held_out = "data.eval=[{path: held_out.jsonl}]"
+    Path("held_out.jsonl").write_text(rows)
+    with pytest.raises(UserError, match="pairs.jsonl: row 2: rejected: found the same as chosen"):
+        train(regimes.recipe(*DPO, held_out))
+    more = ("data.on_bad_sample=skip", "data.max_bad_share=0.5", "train.output_dir=skipped", "train.max_steps=2")
+    metrics = train(regimes.recipe(*DPO, held_out, *more))
+    assert {"accuracy", "accuracy_before", "accuracy_shuffled_images"} <= set(metrics["eval"])
+    answers = [json.loads(line)["answer"] for line in Path("skipped/predictions.jsonl").read_text().splitlines()]
+    assert answers == ["Dark.", "Light."]
+    assert [json.loads(line)["where"][-5:] for line in Path("skipped/left_out.jsonl").read_text().splitlines()] == ["row 2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["data.train=[{path: train.jsonl}]"], "train.jsonl: found messages samples, wanted preference pairs"),
+        (["train.method=sft"], "pairs.jsonl: found preference pairs, wanted samples with one answer; set train.method to dpo"),
+        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: pairs are compared row by row"),
+        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: found 0.1; dpo compares"),
+        (["train.dpo={loss_type: ipo, label_smoothing: 0.1}"], "train.dpo.label_smoothing: found loss_type ipo"),
+    ],
+)
+def test_what_does_not_go_with_pairs_is_told_in_one_line(pairs, more, complaint):
+    with pytest.raises(UserError, match=complaint) as told:
+        wanted = load_recipe("./recipe.yaml", [*DPO, *more])
+        model, processor = regimes.build_model(wanted)
+        regimes.make_trainer(model, processor, open_data(wanted.data, 0), wanted, [])
+    assert len([line for line in str(told.value).splitlines() if line]) <= 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss"),
+    [
+        ("{}", lambda x: -torch.nn.functional.logsigmoid(0.1 * x)),
+        ("{beta: 0.5, loss_type: hinge}", lambda x: (1 - 0.5 * x).relu()),
+        (
+            "{beta: 0.5, label_smoothing: 0.2}",
+            lambda x: -(0.8 * torch.nn.functional.logsigmoid(0.5 * x) - 0.2 * torch.nn.functional.logsigmoid(-0.5 * x)) / 0.6,
+        ),
+    ],
+)
+def test_the_loss_is_that_of_the_paper(pairs, settings, loss):
+    trainer = a_trainer("bridge", f"train.dpo={settings}", "train.learning_rate=0.1")
+    trainer.train()
+    batch = next(iter(trainer.batches))
+    policy, reference = (scores(trainer, model, batch) for model in (trainer.model, trainer.ref_model))
+    chosen, rejected = (policy - reference).chunk(2)
+    assert (chosen - rejected).abs().min() > 0.01
+    with torch.no_grad():
+        found = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(found, loss(chosen - rejected).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_first_batches_are_read_as_a_model_reads_them(pairs):
+    eva = ("lora.language={r: 2}", "lora.init_lora_weights=eva")
+    wanted = load_recipe("./recipe.yaml", [*DPO, *eva])
+    assert train(wanted)["train"]["steps"] == 3

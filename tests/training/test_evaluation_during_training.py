@@ -1,0 +1,184 @@
+"""Held-out samples during training: what is measured, what is kept of it, and that training does not notice."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flamingo_ft import atomic
+from flamingo_ft.adapters import load_adapter, trainable_parameters
+from flamingo_ft.data import open_data
+from flamingo_ft.errors import UserError
+from flamingo_ft.training.best import KeepBest, put_back, write_best
+from flamingo_ft.training.build import build_model
+from flamingo_ft.training.engine import Engine
+from flamingo_ft.training.held_out import HeldOut, judge
+from flamingo_ft.training.run import train
+from flamingo_ft.training.trainer import make_trainer
+
+from ..regimes import LORA, build, shake
+from ..regimes import trainer as make
+from .test_run import folder, recipe  # noqa: F401  (a fixture)
+
+WEIGHTS = "adapter_model.safetensors"
+STEPS = "eval.steps=2"
+NO_ANSWERS = "eval={steps: 2, answers: false, before: false, shuffled_images: false}"
+
+
+def log(name: str = "run") -> list[dict]:
+    return [json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()]
+
+
+def test_loss_and_accuracy_are_logged_and_that_of_the_last_step_is_that_of_the_run(folder):  # noqa: F811
+    metrics = train(recipe(STEPS, "train.max_steps=5"))
+    judged = [entry for entry in log() if "eval_loss" in entry]
+    assert [entry["step"] for entry in judged] == [2, 4, 5]
+    assert judged[-1]["eval_accuracy"] == metrics["eval"]["accuracy"]
+    assert [entry["step"] for entry in log() if "loss" in entry] == [1, 2, 3, 4, 5]
+    assert all({"entropy", "mean_token_accuracy"} <= entry.keys() for entry in log() if "loss" in entry)
+
+
+@pytest.mark.parametrize("size", [1, 4, 6])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_loss_is_the_mean_over_the_label_tokens_of_every_sample_once(folder, size, processes):  # noqa: F811
+    """Whatever the size of a batch, and however many processes share them."""
+    wanted = recipe(f"eval.batch_size={size}", STEPS)
+    model, processor, samples, made = built(wanted)
+    total, tokens, batches = 0.0, 0, []
+    for rank in range(processes):
+        batches.append(list(HeldOut(samples, model, processor, wanted, rank, processes)))
+        for inputs, labels in batches[-1]:
+            loss = model(**inputs).loss.item() if labels else 0.0
+            total, tokens = total + loss * labels, tokens + labels
+    assert len({len(of_rank) for of_rank in batches}) == 1
+    alone = [model(**inputs) for inputs, _ in HeldOut(samples, model, processor, recipe("eval.batch_size=1"))]
+    counts = [labels for _, labels in HeldOut(samples, model, processor, recipe("eval.batch_size=1"))]
+    assert len(counts) == 6 and sum(counts) == tokens and len({*counts}) > 1
+    expected = sum(output.loss.item() * count for output, count in zip(alone, counts, strict=True)) / tokens
+    assert total / tokens == pytest.approx(expected, rel=1e-5)
+    found = judge(made, HeldOut(samples, model, processor, wanted), None)["eval_loss"]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert model.training
+
+
+def built(wanted):
+    model, processor = build_model(wanted)
+    shake(model, 0.3)
+    data = open_data(wanted.data, 0)
+    return model, processor, data.held_out_samples(), make_trainer(model.train(), processor, data, wanted, [])
+
+
+def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(folder):  # noqa: F811
+    """With LoRA's dropout, which draws random numbers as it goes."""
+    dropout = ("lora={language: {r: 2}, lora_dropout: 0.2}", "eval.before=false", "eval.shuffled_images=false")
+    train(recipe("train.output_dir=without", *dropout))
+    train(recipe("train.output_dir=with", STEPS, *dropout))
+    assert Path("without", WEIGHTS).read_bytes() == Path("with", WEIGHTS).read_bytes()
+    losses = [[entry["loss"] for entry in log(name) if "loss" in entry] for name in ("without", "with")]
+    assert losses[0] == losses[1]
+
+
+def by_script(monkeypatch, values: list[float]) -> None:
+    """Let evaluations find these losses, one after the other."""
+    left = list(values)
+
+    def scripted(trainer, *_):
+        metrics = {"eval_loss": left.pop(0)}
+        trainer.log(dict(metrics))
+        return metrics
+
+    monkeypatch.setattr("flamingo_ft.training.engine.judge", scripted)
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_where_asked(folder, monkeypatch, keep):  # noqa: F811
+    by_script(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
+    written = []
+    monkeypatch.setattr("flamingo_ft.training.best.write_best", lambda *a: (written.append(0), write_best(*a)))
+    metrics = train(recipe(NO_ANSWERS, f"eval.keep={keep}", "train.max_steps=8"))
+    best = Path("run/checkpoints/best")
+    assert len(written) == 2 and {path.name for path in best.parent.iterdir()} == {"best", "step-8"}
+    assert metrics["train"]["best"] == {"step": 4, "loss": 1.0} and metrics["train"]["steps"] == 8
+    assert (best.joinpath(WEIGHTS).read_bytes() == Path("run", WEIGHTS).read_bytes()) == (keep == "best")
+    loaded, _ = load_adapter(best)
+    assert loaded.perceiver.latents.isfinite().all()
+
+
+def test_training_ends_after_evaluations_without_a_better_one(folder, monkeypatch):  # noqa: F811
+    by_script(monkeypatch, [2.0, 1.0, 1.1, 1.2, 0.5])
+    metrics = train(recipe(NO_ANSWERS, "eval.patience=2", "train.max_steps=40"))
+    assert metrics["train"]["steps"] == 8 and metrics["train"]["best"]["step"] == 4
+
+
+def test_accuracy_tells_the_best_where_asked(folder):  # noqa: F811
+    metrics = train(recipe(STEPS, "eval.metric=accuracy", "eval.keep=best", "train.max_steps=6"))
+    accuracies = {entry["step"]: entry["eval_accuracy"] for entry in log() if "eval_accuracy" in entry}
+    best = metrics["train"]["best"]
+    assert best["accuracy"] == max(accuracies.values()) == accuracies[best["step"]] == metrics["eval"]["accuracy"]
+
+
+@pytest.mark.parametrize("interrupted_at", [5, 8])
+def test_best_and_patience_go_on_after_a_resume(folder, monkeypatch, interrupted_at):  # noqa: F811
+    """Step 8 is the last one: the evaluation there is the second in a row without a better one."""
+    losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.25, 10: 0.5}
+
+    def scripted(trainer, *_):
+        metrics = {"eval_loss": losses[trainer.state.global_step]}
+        trainer.log(dict(metrics))
+        return metrics
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def step(self, *arguments, **options):
+        return killed() if self.state.global_step == interrupted_at else training_step(self, *arguments, **options)
+
+    monkeypatch.setattr("flamingo_ft.training.engine.judge", scripted)
+    wanted = (NO_ANSWERS, "eval.patience=2", "eval.keep=best", "train.max_steps=40", "train.save_steps=2")
+    whole = train(recipe(*wanted, "train.output_dir=whole"))
+    training_step = Engine.training_step
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "training_step", step)
+        patch.setattr("flamingo_ft.training.run.take_best", killed)
+        train(recipe(*wanted))
+    resumed = train(recipe(*wanted), resume=True)
+    assert whole["train"]["steps"] == resumed["train"]["steps"] == 8
+    assert whole["train"]["best"] == resumed["train"]["best"] == {"step": 4, "loss": 1.0}
+    assert Path("whole", WEIGHTS).read_bytes() == Path("run", WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("start", ["default", "pissa"])
+def test_the_best_adapter_put_back_is_the_model_that_it_was_written_of(small_run, start):
+    model, processor = build(LORA, f"lora.init_lora_weights={start}")
+    shake(model)
+    then = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    best = Path("best")
+    write_best(model, processor, best)
+    shake(model, seed=1)
+    put_back(model, best)
+    assert all(torch.equal(parameter, then[name]) for name, parameter in trainable_parameters(model).items())
+
+
+def test_a_kill_between_two_renames_loses_no_best(small_run):
+    model, processor = build()
+    best = Path("checkpoints/best")
+    write_best(model, processor, best)
+    weights = (best / WEIGHTS).read_bytes()
+    best.rename(best.with_name(".best.replaced"))
+    atomic.begin_folder(best)
+    atomic.sweep(best.parent)
+    assert (best / WEIGHTS).read_bytes() == weights and [path.name for path in best.parent.iterdir()] == ["best"]
+
+
+def test_a_best_that_is_lost_is_not_compared_with(small_run):
+    made = make(*build(), "train.max_steps=1")
+    made.state.best_metric = 1.0
+    KeepBest(made.processing_class, Path("best")).on_train_begin(made.args, made.state, made.control)
+    assert made.state.best_metric is None
+
+
+def test_held_out_samples_that_are_all_too_long_are_told_before_training(folder):  # noqa: F811
+    too_long = ("data.too_long=drop_sample", "data.max_text_tokens=8", "eval.before=false")
+    with pytest.raises(UserError, match="eval.steps: found no held-out sample with anything to learn"):
+        train(recipe(STEPS, *too_long))

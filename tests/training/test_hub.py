@@ -1,0 +1,86 @@
+"""Checkpoints pushed to a Hub and gone on from, with the real client."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from flamingo_ft.adapters import load_adapter
+from flamingo_ft.cli import main
+from flamingo_ft.training import hub as pushing
+from tests import killing, regimes
+from tests.hub_server import READER, WRITER
+
+REPO = "somebody/run"
+COMMAND = ["train", "./recipe.yaml", "train.max_steps=6", "train.save_steps=1", f"train.push_to_hub={REPO}"]
+WEIGHTS = "run/adapter_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr(pushing, "FIRST_WAIT", 0.01)
+    regimes.write_run(tmp_path)
+    return tmp_path
+
+
+def told(capfd) -> str:
+    said = "".join(capfd.readouterr())
+    assert WRITER not in said and READER not in said and "Traceback" not in said
+    return said
+
+
+def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
+    assert main(COMMAND) == 0, told(capfd)
+    files, history = hub.files(REPO), hub.repositories[REPO].history
+    steps = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
+    assert hub.repositories[REPO].private and "step-6" in steps and len(steps) == 2
+    assert files["adapter_model.safetensors"] == (folder / WEIGHTS).read_bytes()
+    assert not any("step-6" in path for path in history[-2].files) or history[-1].title == "The trained adapter"
+    for commit in history:  # all of a checkpoint, or nothing
+        for step in {path.split("/")[1] for path in commit.files if path.startswith("checkpoints/")}:
+            assert f"checkpoints/{step}/checkpoint.json" in commit.files
+    told(capfd)
+
+
+def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder, hub, capfd):
+    assert main(["train", "./recipe.yaml", "train.max_steps=6", "train.output_dir=alone"]) == 0
+    pushed = lambda: any("step-2/" in path for path in hub.files(REPO)) if REPO in hub.repositories else False  # noqa: E731
+    assert killing.kill_when(killing.start(COMMAND, folder, folder / "log.txt"), pushed) == killing.KILLED
+    shutil.rmtree(folder / "run")
+    assert main([*COMMAND, "--resume"]) == 0
+    said = told(capfd)
+    assert f"from {REPO}" in said and "going on from run/checkpoints/step-" in said
+    assert (folder / WEIGHTS).read_bytes() == (folder / "alone" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, capfd):
+    assert main(COMMAND) == 0
+    shutil.rmtree(folder / "run")
+    files = hub.repositories[REPO].history[-1].files
+    files["checkpoints/step-6/training/optimizer.pt"] = hub.store(b"not what it was")
+    assert main([*COMMAND, "--resume"]) == 0
+    said = told(capfd)
+    assert "damaged on the Hub" in said and "going on from run/checkpoints/step-5" in said
+    load_adapter(folder / "run")
+
+
+@pytest.mark.parametrize("status", [500, None])
+def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status):
+    hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)
+    assert main([*COMMAND, "train.max_steps=2"]) == 0
+    assert f"not pushed to {REPO}: step-2" in told(capfd)
+    assert (folder / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [(None, "found no valid token"), ("hf_wrong", "found no valid token"), (READER, "the token may not write there")],
+)
+def test_who_may_not_write_is_told_before_anything_is_loaded(folder, hub, monkeypatch, capfd, token, reason):
+    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    assert main(COMMAND) == 2
+    assert f"train.push_to_hub: {REPO}: {reason}" in told(capfd)

@@ -1,0 +1,69 @@
+"""The loss of the positions that predict a label is the loss of all, its gradients and what is logged of it too."""
+
+import pytest
+import torch
+from trl import SFTTrainer
+
+from flamingo_ft.adapters import trainable_parameters
+
+from ..regimes import LORA, build, shake, trainer
+
+
+def a_batch(made) -> dict[str, torch.Tensor]:
+    return next(iter(made.batches))
+
+
+@pytest.fixture
+def made(small_run):
+    model, processor = build(LORA)
+    shake(model, 0.3)
+    return trainer(model, processor, LORA)
+
+
+def stepped(made, compute, inputs) -> tuple[float, dict, dict]:
+    """Loss, gradients and metrics of TRL's `compute_loss` on a batch."""
+    made.model.zero_grad()
+    loss = compute(made, made.model, dict(inputs), num_items_in_batch=torch.tensor(5))
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in trainable_parameters(made.model).items() if p.grad is not None}
+    metrics = {name: values.pop() for name, values in made._metrics["train"].items()}
+    return loss.item(), gradients, metrics
+
+
+def test_nothing_but_what_is_computed_differs_from_trl(made):
+    made.model.train()
+    batch = a_batch(made)
+    batch["labels"][0, -2:] = -100  # rows of unequal label counts
+    loss, gradients, metrics = stepped(made, type(made).compute_loss, batch)
+    made._total_train_tokens = 0
+    whole, expected, logged = stepped(made, SFTTrainer.compute_loss, batch)
+    assert loss == pytest.approx(whole, rel=1e-6) and metrics == pytest.approx(logged, rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name in gradients:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_only_positions_that_predict_a_label_reach_the_output_head(made, monkeypatch):
+    from trl.trainer import utils
+
+    scored, head = [], utils._ChunkedLogProbFunction
+
+    class Watched:
+        @staticmethod
+        def apply(hidden, *rest):
+            scored.append(len(hidden))
+            return head.apply(hidden, *rest)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Watched)
+    batch = a_batch(made)
+    made.compute_loss(made.model, dict(batch))
+    assert scored == [int((batch["labels"][:, 1:] != -100).sum())]
+
+
+def test_a_batch_without_labels_is_a_zero_that_every_parameter_takes_part_in(made):
+    made.model.train()
+    batch = a_batch(made)
+    batch["labels"][:] = -100
+    loss, gradients, _ = stepped(made, type(made).compute_loss, batch)
+    assert loss == 0 and gradients
+    assert all(not gradient.any() for gradient in gradients.values())

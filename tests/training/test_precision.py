@@ -1,0 +1,91 @@
+"""Number formats: what a machine computes in, what stays exact beside it, what a scaled loss does when it overflows."""
+
+
+import pytest
+import torch
+
+from flamingo_ft.adapters import trainable_parameters
+from flamingo_ft.errors import UserError
+from flamingo_ft.training import arguments, precision
+from flamingo_ft.training.run import train
+
+from ..regimes import LORA, build, quantized, recipe, trainer
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=["none", "T4", "A100"])
+def machine(request, monkeypatch):
+    """What torch says of a machine's GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param != "none")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: request.param == "A100")
+    return request.param
+
+
+def test_auto_is_what_the_machine_has(machine):
+    assert precision.computes_in("auto") == {"none": None, "T4": FP16, "A100": BF16}[machine]
+    assert [precision.computes_in(word) for word in ("fp32", "bf16", "fp16")] == [None, BF16, FP16]
+
+
+def test_auto_is_the_same_for_4_bit_matrices_and_for_what_is_around_them(small_run, machine):
+    precision.check_precision(recipe(*quantized("nf4")))
+
+
+@pytest.mark.parametrize("machine", ["A100"], indirect=True)
+def test_two_half_formats_in_one_model_are_refused(small_run, machine):
+    settings = ("train.precision=fp16", *quantized("nf4"))
+    with pytest.raises(UserError, match=r"model.vision.compute_dtype: auto is bfloat16 here.*use fp16 for both"):
+        precision.check_precision(recipe(*settings))
+    same = ("model.vision.compute_dtype=fp16", "model.language.compute_dtype=fp16")
+    precision.check_precision(recipe(*settings, *same))
+
+
+@pytest.mark.parametrize("machine", ["T4"], indirect=True)
+@pytest.mark.parametrize("setting", ["trainable.dtype=bf16", "train.optimizer_in_backward=true"])
+def test_float16_by_itself_refuses_what_it_refuses_by_name(small_run, machine, setting):
+    with pytest.raises(UserError, match=setting.partition("=")[0] + ": .*auto is float16 on this GPU"):
+        precision.check_precision(recipe(setting))
+
+
+def test_float16_without_a_gpu_is_refused_before_anything_is_loaded(small_run, monkeypatch):
+    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    with pytest.raises(UserError, match="train.precision: fp16 computes on a GPU, and found none; use fp32, bf16 or auto"):
+        train(recipe("train.precision=fp16"))
+
+
+def float16_trainer(monkeypatch, *overrides, scale=2.0**10):
+    """A trainer that computes in float16 on the CPU, through accelerate's scaler and torch's for the CPU."""
+    monkeypatch.setattr(arguments, "computes_in", lambda wanted: FP16)
+    made = trainer(*build("model.init_from=start", LORA), "model.init_from=start", LORA, *overrides)
+    made.accelerator.native_amp = True
+    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return made
+
+
+def losses(made) -> list[float]:
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+def test_float16_learns_and_leaves_what_trains_in_float32(small_run, monkeypatch):
+    made = float16_trainer(monkeypatch, "train.max_steps=6")
+    seen = set()
+    layer = made.model.gated_cross_attn_layers[0].ff[1]
+    layer.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    made.train()
+    assert seen == {FP16}
+    assert losses(made)[-1] < 0.8 * losses(made)[0]
+    assert made.accelerator.scaler.get_scale() == 2.0**10
+    for name, parameter in trainable_parameters(made.model).items():
+        assert parameter.dtype == torch.float32 and parameter.isfinite().all(), name
+        assert all(value.dtype == torch.float32 for value in made.optimizer.state[parameter].values()), name
+
+
+def test_an_overflow_costs_a_step_and_not_one_of_the_schedule(small_run, monkeypatch):
+    """A scale beyond float16 overflows until it was halved often enough; the rate goes on from where it was."""
+    course = ("train.max_steps=3", "train.warmup_steps=4", "train.lr_scheduler=constant")
+    made = float16_trainer(monkeypatch, *course, scale=2.0**40)
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(made.model).items()}
+    made.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainable_parameters(made.model).items())
+    assert made.accelerator.scaler.get_scale() == 2.0**37
+    assert [entry["learning_rate"] for entry in made.state.log_history if "loss" in entry] == [0.0] * 3
