@@ -34,8 +34,7 @@ class Engine:
 
     contents: of the batches of this step that were not trained on yet, the next one first. trained_on: the one that is
     trained on, or was last. counts: samples, label tokens and images since the last entry of the log, which ``meter``
-    reads. keeping: how checkpoints
-    are kept. seconds_before: of training before this process took over.
+    reads. keeping: how checkpoints are kept. seconds_before: of training before this process took over.
     """
 
     def __init__(self, batches: Batches, keeping: Keeping, non_finite: str = "stop", **arguments: Any):

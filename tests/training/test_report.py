@@ -22,7 +22,8 @@ def entries(steps: int, layers: int = 2) -> list[dict]:
     """A log that has everything."""
     numbers = {"grad_norm": 1.0, "memory_gib": 1.5, "images_per_second": 9.0, "label_tokens_per_second": 99.0}
     opened = {f"gate/{kind}/{layer}": -0.1 * layer for kind in ("attention", "feed_forward") for layer in range(layers)}
-    return [{"loss": 1 / n, "learning_rate": 1e-3, "seconds": 2.0 * n, "step": n, **numbers, **opened} for n in range(1, steps + 1)]
+    numbers |= {"learning_rate": 1e-3} | opened
+    return [{"loss": 1 / step, "seconds": 2.0 * step, "step": step, **numbers} for step in range(1, steps + 1)]
 
 
 @pytest.fixture
@@ -43,7 +44,8 @@ def write(folder, log: list[dict], predictions: list[dict] | None = None) -> Non
 
 def finish(folder) -> None:
     task = {"accuracy": 0.75, "samples": 4, "before": 0.25, "shuffled_images": 0.5}
-    evaluation = {"accuracy": 0.75, "accuracy_before": 0.25, "accuracy_shuffled_images": 0.5, "per_task": {"shade": task}}
+    evaluation = {"accuracy": 0.75, "accuracy_before": 0.25, "accuracy_shuffled_images": 0.5}
+    evaluation["per_task"] = {"shade": task}
     trained = {"steps": 8, "seconds": 75.0, "trainable_parameters": 12_345}
     (folder / "metrics.json").write_text(json.dumps({"eval": evaluation, "train": trained}))
 
@@ -76,7 +78,10 @@ def test_a_finished_run_shows_its_accuracies_and_stays_as_it_is(folder):
 
 @pytest.mark.parametrize(
     "error, told",
-    [(Stopped(15, 4), "stopped at step 4 of 8 by SIGTERM"), (UserError("loss is nan\nmore"), "by an error: loss is nan")],
+    [
+        (Stopped(15, 4), "stopped at step 4 of 8 by SIGTERM"),
+        (UserError("loss is nan\nmore"), "by an error: loss is nan"),
+    ],
 )
 def test_a_run_that_was_ended_says_by_what(folder, error, told):
     with pytest.raises(type(error)), leaving_a_report(folder):

@@ -133,7 +133,8 @@ def test_a_tracker_that_is_not_installed_is_refused_by_name_before_anything_is_l
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     for name in ("wandb", "trackio"):
-        with pytest.raises(UserError, match=rf"report_to: {name} is not installed; pip install 'flamingo_ft\[{name}\]'"):
+        refusal = rf"report_to: {name} is not installed; pip install 'flamingo_ft\[{name}\]'"
+        with pytest.raises(UserError, match=refusal):
             train(recipe(f"train.report_to=[{name}]"))
     assert not (tmp_path / "run").exists()
 
