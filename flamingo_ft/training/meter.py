@@ -1,4 +1,4 @@
-"""What the log says of a run beside its loss: throughput, memory, learning rates by part, and how far gates are open."""
+"""What the log says of a run beside its loss: throughput, memory, learning rates by part, how far gates are open."""
 
 from __future__ import annotations
 

@@ -102,8 +102,9 @@ def _run(
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
-            seen = [*tracker_callbacks(recipe.train), LogFile(output_dir), ProgressBar(progress), LiveReport(output_dir)]
-            callbacks = [*seen, *evaluation_callbacks(recipe, processor), stopping]
+            shown = [ProgressBar(progress), LiveReport(output_dir)]
+            callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
+            callbacks += [*evaluation_callbacks(recipe, processor), stopping]
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
         if processes.is_main():

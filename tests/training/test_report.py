@@ -21,7 +21,8 @@ REFRESH = 'http-equiv="refresh"'
 def entries(steps: int, layers: int = 2) -> list[dict]:
     """A log that has everything."""
     numbers = {"grad_norm": 1.0, "memory_gib": 1.5, "images_per_second": 9.0, "label_tokens_per_second": 99.0}
-    opened = {f"gate/{kind}/{layer}": -0.1 * layer for kind in ("attention", "feed_forward") for layer in range(layers)}
+    gate_names = [(kind, layer) for kind in ("attention", "feed_forward") for layer in range(layers)]
+    opened = {f"gate/{kind}/{layer}": -0.1 * layer for kind, layer in gate_names}
     numbers |= {"learning_rate": 1e-3} | opened
     return [{"loss": 1 / step, "seconds": 2.0 * step, "step": step, **numbers} for step in range(1, steps + 1)]
 

@@ -147,7 +147,8 @@ def _draw(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], *, from_z
     for one, colour in zip(curves, cycle(colours), strict=False):
         few = len(one.steps) <= 12
         label = f"{one.label} {write(one.values[-1])}"
-        axes.plot(one.steps, one.values, color=colour, linewidth=1.8, label=label, marker="o" if few else "", markersize=4)
+        points = {"marker": "o" if few else "", "markersize": 4}
+        axes.plot(one.steps, one.values, color=colour, linewidth=1.8, label=label, **points)
         if not few:
             axes.plot(one.steps[-1], one.values[-1], "o", color=colour, markersize=5)
         if len(curves) == 1:  # the legend has those of several, which would lie over each other

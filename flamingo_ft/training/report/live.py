@@ -39,7 +39,7 @@ class LiveReport(TrainerCallback):
 
 @contextmanager
 def leaving_a_report(folder: Path) -> Iterator[None]:
-    """Write the report of a run when the block ends, in whatever way; of none that did not get as far as its recipe."""
+    """Write the report of a run when the block ends, in whatever way; none where no run began."""
     try:
         yield
     except BaseException as error:
