@@ -13,7 +13,9 @@ from PIL import Image
 
 from flamingo_ft.data import Sample
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.figures import GREEN, RED, answer_grid, loss_curve, sample_grid, spread
+from flamingo_ft.training.figures import answer_grid, loss_curve, sample_grid
+from flamingo_ft.training.figures.look import GREEN, RED
+from flamingo_ft.training.figures.samples import spread
 
 LONG = "A question that goes on and on about all there is to see, WITH WORDS IN CAPITALS, to the end " * 3
 
