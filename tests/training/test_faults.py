@@ -89,6 +89,7 @@ def stopped_after_step_2(folder) -> None:
     assert killing.kill_when(process, there, signal.SIGTERM) == 128 + signal.SIGTERM, (folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_lost_data_file_is_told_and_the_run_goes_on_once_it_is_back(folder, capfd, weights):
     stopped_after_step_2(folder)
     rows = folder / "train.jsonl"
@@ -113,6 +114,7 @@ def test_an_image_lost_while_it_trains_ends_the_run_with_its_name(folder):
     assert "the last checkpoint; mend what is wrong, and go on from there with --resume" in said
 
 
+@pytest.mark.slow
 def test_other_rows_than_the_run_began_with_are_refused(folder, capfd):
     stopped_after_step_2(folder)
     first, second = (folder / "train.jsonl").read_text().splitlines()
@@ -120,6 +122,7 @@ def test_other_rows_than_the_run_began_with_are_refused(folder, capfd):
     assert "train.jsonl had 2 rows when it was written, found 3" in told(capfd, "--resume")
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder, monkeypatch, capfd, weights):
     def full(*_, **__):
         raise SafetensorError("No space left on device")  # as safetensors says it; open files say an OSError without a name
@@ -132,6 +135,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder,
     assert finish(folder) == weights
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_told_in_a_line(folder):
     arguments = [*COMMAND, "train.max_steps=4000", "train.num_workers=2"]
     process = killing.start(arguments, folder, folder / "log.txt")

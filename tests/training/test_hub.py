@@ -56,6 +56,7 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder
     assert (folder / WEIGHTS).read_bytes() == (folder / "alone" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, capfd):
     assert main(COMMAND) == 0
     shutil.rmtree(folder / "run")
@@ -67,6 +68,7 @@ def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, 
     load_adapter(folder / "run")
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, capfd):
     assert main([*COMMAND, "train.max_steps=2"]) == 0
     before = hub.files(REPO)
@@ -75,7 +77,7 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, 
     assert hub.files(REPO) == before
 
 
-@pytest.mark.parametrize("status", [500, None])
+@pytest.mark.parametrize("status", [pytest.param(500, marks=pytest.mark.slow), None])
 def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)
     assert main([*COMMAND, "train.max_steps=2"]) == 0

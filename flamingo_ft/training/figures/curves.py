@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from flamingo_ft.errors import UserError
 
@@ -96,7 +96,7 @@ def throughput_figure(entries: Sequence[Entry]) -> Figure | None:
     for axes, colour, (unit, found) in zip(all_axes, COLOURS, shown.items(), strict=False):
         dress(axes, "", f"{unit}/s", "")
         _draw(axes, [found], [colour], from_zero=True, write=_short)
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.4g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     dress(all_axes[0], "Throughput", all_axes[0].get_ylabel(), all_axes[0].get_xlabel())
     all_axes[-1].set_xlabel("optimizer step")

@@ -50,7 +50,7 @@ def save_figures(run: RunFolder) -> Mapping[str, Path]:
 
 def _answers(run: RunFolder, path: Path) -> Path:
     """The answers, drawn anew only where there are new ones: it is the slowest figure."""
-    if path.is_file() and path.stat().st_mtime >= (run.folder / PREDICTIONS_FILE).stat().st_mtime:
+    if path.is_file() and path.stat().st_mtime > (run.folder / PREDICTIONS_FILE).stat().st_mtime:
         return path
     return _save(samples.answers_figure(run.predictions, *SHOWN_ANSWERS), path)
 
