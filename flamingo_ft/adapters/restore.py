@@ -8,6 +8,7 @@ import torch
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.sharding import fill, let_go
 
 from .contents import name_in_file
 from .files import read_config, read_tensors
@@ -24,6 +25,7 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
     """
     _check_base(model, folder)
     tensors = read_tensors(folder)
+    let_go(model)
     for name, parameter in trainable_parameters(model).items():
         stored = tensors.get(name_in_file(name))
         if stored is None:
@@ -33,7 +35,7 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
         if stored.shape != parameter.shape:
             found = f"{name} has shape {tuple(stored.shape)}, wanted {tuple(parameter.shape)}"
             raise UserError(f"{folder}: {found}; resume with the recipe of its run")
-        parameter.copy_(stored)
+        fill(parameter, stored)
 
 
 def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:

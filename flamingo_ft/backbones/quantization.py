@@ -50,18 +50,21 @@ class Quantization:
 
     double_quantization: keep the scales of 4-bit blocks in 8 bits.
     compute_dtype: auto is bf16 or fp16, what the GPU has, and fp32 without one.
+    shardable: keep the bytes of 4-bit matrices as numbers of the compute dtype, which FSDP can share out among processes;
+        what they stand for is the same, so no adapter records it.
     """
 
     format: Literal["int8", "nf4", "fp4"]
     double_quantization: bool = True
     compute_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    shardable: bool = False
 
     @classmethod
-    def of(cls, section: QuantizedSection) -> Quantization | None:
+    def of(cls, section: QuantizedSection, shardable: bool = False) -> Quantization | None:
         """What a section of a recipe asks for; None for unquantized."""
         if section.quantization == "none":
             return None
-        return cls(section.quantization, section.double_quantization, section.compute_dtype)
+        return cls(section.quantization, section.double_quantization, section.compute_dtype, shardable)
 
     @classmethod
     def from_record(cls, record: dict[str, Any] | None) -> Quantization | None:
@@ -70,7 +73,7 @@ class Quantization:
 
     def record(self) -> dict[str, Any]:
         """As an adapter's configuration keeps it."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "shardable"}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,6 +94,7 @@ class Quantization:
             bnb_4bit_quant_type=self.format,
             bnb_4bit_compute_dtype=self.dtype,
             bnb_4bit_use_double_quant=self.double_quantization,
+            bnb_4bit_quant_storage=self.dtype if self.shardable else torch.uint8,
         )
 
 

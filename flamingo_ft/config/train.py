@@ -93,6 +93,8 @@ class TrainSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the computation. auto: bf16 where the GPU has it, fp16 with a scaled loss on an older one, fp32
     without a GPU. Weights that train are kept as trainable.dtype says, in fp32 beside fp16."""
+    fsdp: bool = False
+    """Shard every weight over the processes (FSDP2), instead of the whole model in each of them."""
     non_finite: Literal["stop", "skip_step"] = "stop"
     """What a loss or gradient that is no number does: end the run, naming samples and module, or cost that step only."""
     seed: Annotated[int, Field(ge=0)] = 0
@@ -163,6 +165,7 @@ def contradictions_of_training(recipe: Recipe) -> Iterator[tuple[tuple[str | int
         yield ("eval", "metric"), "accuracy comes from answers; set eval.answers to true, or use loss"
     yield from _settings_of_what_stays_frozen(recipe)
     yield from _contradictions_of_dpo(recipe)
+    yield from _contradictions_of_fsdp(recipe)
     if train.dpo != DpoSection() and train.method != "dpo":
         yield ("train", "dpo"), f"found train.method {train.method}, which has no use for it; use dpo, or remove it"
 
@@ -181,6 +184,20 @@ def _frozen(part: str, has_lora: bool) -> str:
         return "no part has LoRA; give one LoRA, or remove this value"
     remedy = "its LoRA goes by the value named lora" if has_lora else "remove this value, or let it train"
     return f"found trainable.{part} false; {remedy}"
+
+
+def _contradictions_of_fsdp(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    train, model = recipe.train, recipe.model
+    if not train.fsdp:
+        return
+    if train.method == "dpo":
+        yield ("train", "fsdp"), "dpo's reference shares the weights that would be sharded; use sft, or set it to false"
+    if train.optimizer != "adamw" or train.optimizer_in_backward:
+        yield ("train", "optimizer"), "sharded weights take adamw alone, after the backward pass; use it, or no train.fsdp"
+    if recipe.data.cache:
+        yield ("data", "cache"), "its tower runs outside the sharded model; set it to null, or train.fsdp to false"
+    if "int8" in (model.vision.quantization, model.language.quantization) or model.bridge_quantization != "none":
+        yield ("train", "fsdp"), "8-bit matrices and a quantized bridge cannot be sharded; use nf4 or none, or set it to false"
 
 
 def _contradictions_of_dpo(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.errors import UserError
@@ -61,9 +62,9 @@ def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:
     """The media of a batch of plain text, with ``counts`` (B,) of zeros.
 
     While training, an unseen dummy goes through the bridge in their place, so that every parameter takes part in
-    every step and on every rank.
+    every step and on every rank; of a sharded bridge always, for other ranks gather its weights.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() and not isinstance(perceiver, FSDPModule):
         return Media(None, counts)
     width = perceiver.norm.normalized_shape[0]
     return Media(perceiver(torch.zeros(len(counts), 1, 1, 1, width, device=counts.device)), counts)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers
 
@@ -25,6 +25,7 @@ def shard(model: FlamingoCore, **options: Any) -> FlamingoCore:
 
     Parameters of another number format than most of their unit (gates beside bfloat16 matrices) stay whole in every
     process, and their gradients are averaged. Make the optimizer afterwards, with `foreach` off where some stay whole.
+    Every process has to call `forward` and `generate` as often as the others, and `generate` with the same prompts.
     """
     _, layers = find_decoder_layers(model.lang_encoder, model.decoder_layers_attr_name)
     blocks = [block for block in model.gated_cross_attn_layers if block is not None]
@@ -34,6 +35,7 @@ def shard(model: FlamingoCore, **options: Any) -> FlamingoCore:
     fully_shard(model.perceiver, reshard_after_forward=False, ignored_params=_keep_whole(model.perceiver), **options)
     units = {parameter for unit in (*layers, *blocks, model.perceiver) for parameter in unit.parameters()}
     fully_shard(model, ignored_params=_keep_whole(model, units), **options)
+    register_fsdp_forward_method(model, "generate")
     return model
 
 
@@ -45,6 +47,20 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its values, gathered from every process where it is sharded; all have to ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def let_go(model: nn.Module) -> None:
+    """Drop what a forward has gathered of a sharded model and keeps: what is written into it would be lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Copy ``values``, which every process has whole, into a tensor, or into the part of it that this process holds."""
+    if isinstance(tensor, DTensor):
+        values = distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+    tensor.copy_(values)
 
 
 def _keep_whole(unit: nn.Module, others: set[nn.Parameter] = frozenset()) -> set[nn.Parameter]:

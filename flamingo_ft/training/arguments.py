@@ -66,6 +66,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "greater_is_better": judged.metric == "accuracy",
         "save_strategy": "steps",
         "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
+        "save_only_model": wanted.fsdp,  # Trainer knows no checkpoints of a sharded model, and does not write them here
         "ignore_data_skip": True,  # batches know themselves where they were
         "restore_callback_states_from_checkpoint": True,
         # Every parameter that trains has a gradient in every batch, of plain text too: looking for others, as TRL does

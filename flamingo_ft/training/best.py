@@ -15,7 +15,9 @@ from flamingo_ft.adapters.contents import adapter_tensors
 from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.sharding import fill, let_go
 
+from . import processes
 from .checkpoints import checkpoint_root
 
 
@@ -61,8 +63,7 @@ class KeepBest(TrainerCallback):
         value = (metrics or {}).get(f"eval_{args.metric_for_best_model}", math.nan)
         if is_better(value, state.best_metric, args.greater_is_better):
             state.best_global_step = state.global_step
-            if state.is_world_process_zero:
-                write_best(model, self.processor, self.folder)
+            write_best(model, self.processor, self.folder)
 
 
 def is_better(value: float, best: float | None, greater: bool) -> bool:
@@ -73,18 +74,24 @@ def is_better(value: float, best: float | None, greater: bool) -> bool:
 
 
 def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
-    """Put the adapter in ``folder``, whole or not at all, in place of the one there."""
-    save_adapter(model, processor, atomic.begin_folder(folder))
-    atomic.finish_folder(folder)
+    """Put the adapter in ``folder``, whole or not at all, in place of the one there; every process has to come here."""
+    main = processes.is_main()
+    if main:
+        atomic.begin_folder(folder)
+    save_adapter(model, processor, atomic.beside(folder), write=main)
+    if main:
+        atomic.finish_folder(folder)
+    processes.barrier()
 
 
 @torch.no_grad()
 def put_back(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     """Give ``model`` the adapter that `write_best` wrote of it."""
     stored = read_tensors(folder)
+    let_go(model)
     for name, tensor in adapter_tensors(model).items():
         # Updates that started from the base (PiSSA) are stored with their start behind them.
-        tensor.copy_(stored[name][tuple(slice(size) for size in tensor.shape)])
+        fill(tensor, stored[name][tuple(slice(size) for size in tensor.shape)])
 
 
 def take_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:

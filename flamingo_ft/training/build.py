@@ -32,13 +32,16 @@ def build_model(
     vision = load_vision(
         wanted.vision.name,
         wanted.vision.pretrained,
-        quantization=Quantization.of(wanted.vision),
+        quantization=Quantization.of(wanted.vision, shardable=recipe.train.fsdp),
         device=device,
         image_size=wanted.vision.image_size,
         resize_mode=wanted.vision.resize_mode,
     )
     language = load_language(
-        wanted.language.name, wanted.language.revision, quantization=Quantization.of(wanted.language), device=device
+        wanted.language.name,
+        wanted.language.revision,
+        quantization=Quantization.of(wanted.language, shardable=recipe.train.fsdp),
+        device=device,
     )
     torch.manual_seed(recipe.train.seed)
     model, processor = build_flamingo(

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from flamingo_ft.data.stream.batches import Batches, Contents
+from flamingo_ft.model.sharding import is_sharded
 
 from . import processes
-from .checkpoints import TRAINING, Keeping, read_manifest, restore, save_checkpoint
+from .checkpoints import TRAINING, Keeping, load_parts, read_manifest, restore, save_checkpoint, save_parts
 from .examination import Examination
 from .held_out import HeldOut, judge
 from .hub import Pushing
@@ -142,6 +144,27 @@ class Engine:
             folder = save_checkpoint(self, self.keeping)
             if self.pushing is not None:
                 self.pushing.push_checkpoint(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            save_parts(self.optimizer, self.lr_scheduler, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and is_sharded(self.model):
+            load_parts(self.optimizer, self.lr_scheduler, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Gradients of a sharded model are added up where they are until the last batch of a step."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         restore(self, Path(folder).parent)

@@ -36,7 +36,12 @@ OPTIMIZERS = {
 def check_machine(wanted: TrainSection) -> None:
     """Refuse what this machine cannot do, before anything is loaded."""
     _refuse_gpus_in_one_process(torch.cuda.device_count())
-    _refuse_sharding(os.environ)
+    _refuse_accelerates_sharding(os.environ)
+    if wanted.fsdp and processes.world_size() == 1:
+        raise UserError(
+            "train.fsdp: found one process, nothing to share with; start several (torchrun --nproc-per-node 2 -m "
+            "flamingo_ft train ...), or set it to false"
+        )
     if wanted.optimizer != "adamw":
         require_bitsandbytes(f"train.optimizer: {wanted.optimizer}", instead="adamw")
     if wanted.activation_offload and not torch.cuda.is_available():
@@ -52,12 +57,12 @@ def _refuse_gpus_in_one_process(gpus: int) -> None:
         )
 
 
-def _refuse_sharding(environment: Mapping[str, str]) -> None:
-    """Trainer makes the optimizer of a sharded model itself, without the groups and rates of the parts here."""
+def _refuse_accelerates_sharding(environment: Mapping[str, str]) -> None:
+    """Which knows nothing of the units here, nor Trainer then of the optimizer's groups."""
     if environment.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError(
-            "accelerate: found a configuration of FSDP, which runs of a recipe do not take yet; use one without it "
-            "(recipes/accelerate/ddp.yaml), or shard in a loop of your own with flamingo_ft.model.sharding.shard"
+            "accelerate: found a configuration of FSDP, which does not know how a Flamingo is sharded; use one without it "
+            "(recipes/accelerate/ddp.yaml), and set train.fsdp to true"
         )
 
 

@@ -15,6 +15,7 @@ from trl import DPOTrainer, SFTTrainer
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.sharding import shard
 
 from .arguments import trainer_arguments
 from .batches import training_batches
@@ -64,6 +65,8 @@ def make_trainer(
 
     ``model`` is what dpo compares with: a run that goes on restores what was trained afterwards.
     """
+    if recipe.train.fsdp:
+        _shard(model)
     arguments = trainer_arguments(recipe)
     optimizer = make_optimizer(model, recipe.train, arguments)
     batches = training_batches(data, model, processor, recipe, arguments.process_index, arguments.world_size)
@@ -81,6 +84,12 @@ def make_trainer(
     check_loss(trainer)
     trainer.remove_callback(PrinterCallback)  # it prints every log entry through the progress bar
     return trainer
+
+
+def _shard(model: FlamingoForConditionalGeneration) -> None:
+    """Over all processes. Trainer takes it for a model that was sharded while it was loaded, and leaves it so."""
+    shard(model)
+    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
 
 
 @contextmanager

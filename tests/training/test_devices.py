@@ -59,6 +59,32 @@ def test_lora_trains_alike_with_accumulation(tmp_path, monkeypatch, regime):
     assert_trained_alike(tmp_path, "one", "two")
 
 
+SHARDED = {
+    "bridge": (),
+    "bridge and LoRA, checkpointed, accumulated": (
+        LORA, "train.gradient_checkpointing=true", "train.gradient_accumulation_steps=2"
+    ),
+    "nf4": ("model.language.quantization=nf4", "model.vision.quantization=nf4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * bool(SHARDED[name])) for name in SHARDED])
+def test_a_sharded_run_trains_alike_and_goes_on(tmp_path, case):
+    write_data(tmp_path, MIXED)
+    options = ("train.save_steps=2", "eval={steps: 2, keep: best, batch_size: 2, max_new_tokens: 4}", *STEPS, *SHARDED[case])
+    succeed(tmp_path, "one", "train.batch_size=4", *options, processes=1)
+    succeed(tmp_path, "two", "train.fsdp=true", *options)
+    assert_trained_alike(tmp_path, "one", "two")
+    first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
+    assert first["eval"] == second["eval"] and first["train"]["best"]["step"] == second["train"]["best"]["step"]
+    weights = (tmp_path / "two" / WEIGHTS).read_bytes()
+    for name in ("metrics.json", WEIGHTS):
+        (tmp_path / "two" / name).unlink()
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-3")
+    succeed(tmp_path, "two", "train.fsdp=true", *options, "--resume")
+    assert (tmp_path / "two" / WEIGHTS).read_bytes() == weights
+
+
 @pytest.mark.slow
 def test_videos_of_other_lengths_in_each_process_train_alike(tmp_path):
     write_data(tmp_path, VIDEOS)
@@ -96,7 +122,7 @@ def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "./recipe.yaml"]) == 2
-    assert "flamingo_ft.model.sharding.shard" in capsys.readouterr().err
+    assert "set train.fsdp to true" in capsys.readouterr().err
 
 
 def test_what_is_shared_out_comes_back_in_order(monkeypatch):

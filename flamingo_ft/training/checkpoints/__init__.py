@@ -12,6 +12,7 @@ from .folders import (
 from .load import check_fits, restore
 from .manifest import read_manifest, verify
 from .save import TRAINING, Keeping, save_checkpoint
+from .sharded import load_parts, save_parts
 
 __all__ = [
     "Keeping",
@@ -20,12 +21,14 @@ __all__ = [
     "checkpoint_folder",
     "checkpoint_root",
     "checkpoints",
+    "load_parts",
     "newest_good",
     "prepare_root",
     "read_manifest",
     "refuse_earlier",
     "restore",
     "save_checkpoint",
+    "save_parts",
     "set_aside_after",
     "verify",
 ]
