@@ -1,8 +1,8 @@
 """A Hub on this machine: enough of its HTTP API for the real `huggingface_hub` client, over plain LFS.
 
-Repositories of models with a history of commits; regular files inside a commit, large ones uploaded before it by their
-SHA-256. `fail` makes requests go wrong: with a status, or a connection that is dropped, at once or half-way through the
-answer; `hold` makes them wait.
+Repositories of models with a history of commits; regular files inside a commit, large ones uploaded before it by
+their SHA-256. `fail` makes requests go wrong: with a status, or a connection that is dropped, at once or half-way
+through the answer; `hold` makes them wait.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 WRITER, READER = "hf_thewritingtoken", "hf_thereadingtoken"
 LARGE = 1000  # bytes, from which a file goes through LFS
 PAGE = 50  # entries of a folder in one answer
+LONG = 15.0  # seconds that a request is held at most
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Hub:
         self.failures.append(Failure(pattern, times, status, half_way))
 
     def hold(self, pattern: str) -> Held:
-        """Requests that fit get no answer until they are released."""
+        """Requests that fit get no answer until they are released, or a test has waited for long enough."""
         self.held.append(Held(pattern))
         return self.held[-1]
 
@@ -89,7 +90,7 @@ class Hub:
         for held in self.held:
             if re.search(held.pattern, request):
                 held.reached.set()
-                held.released.wait()
+                held.released.wait(LONG)
 
     def failing(self, request: str) -> Failure | None:
         with self.lock:
@@ -278,7 +279,8 @@ class Handler(BaseHTTPRequestHandler):
                 made = self.hub.commit(repository, lines)
         except (KeyError, ValueError) as error:
             return self._error(400, f"nothing was committed: {error}")
-        self._json({"commitOid": made.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{made.oid}", "pullRequestUrl": None})
+        url = f"{self.hub.url}/{name}/commit/{made.oid}"
+        self._json({"commitOid": made.oid, "commitUrl": url, "pullRequestUrl": None})
 
     def tree(self, name: str, revision: str, folder: str | None = None) -> None:
         repository = self._repository(name)
@@ -348,7 +350,7 @@ def serving() -> Iterator[Hub]:
     hub = Hub()
     server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield hub
     finally:

@@ -89,8 +89,8 @@ def pushing(repository: str | None, limit: int, say: Callable[[str], None]) -> I
 class Pushing:
     """Uploads in the background, one at a time; a checkpoint that waits gives way to a newer one.
 
-    limit: how many checkpoints stay on the Hub. say: hears in a line of what could not be uploaded. missing: what is to be
-    on the Hub and is not yet: the newest checkpoint, the adapter.
+    limit: how many checkpoints stay on the Hub. say: hears in a line of what could not be uploaded. missing: what is
+    to be on the Hub and is not yet: the newest checkpoint, the adapter.
     """
 
     def __init__(self, repository: str, limit: int, say: Callable[[str], None]):
@@ -110,7 +110,7 @@ class Pushing:
             self.missing = [folder.name]
         try:
             held = _hold(folder)
-        except (OSError, shutil.Error) as error:
+        except OSError as error:
             self.say(f"not pushed to {self.repository}: {folder.name} ({one_line(error)})")
             return
         with self._lock:
@@ -166,8 +166,10 @@ class Pushing:
     def _commit_checkpoint(self, name: str, held: Path) -> None:
         others = [step for step in checkpoints_of(self._api, self.repository) if f"step-{step}" != name]
         gone = [CommitOperationDelete(f"{FOLDER}/step-{step}/", is_folder=True) for step in others[self.limit - 1 :]]
-        added = _additions(held, f"{FOLDER}/{name}/")
-        self._api.create_commit(self.repository, [*added, *gone], commit_message=f"Checkpoint of {name.replace('-', ' ')}")
+        message = f"Checkpoint of {name.replace('-', ' ')}"
+        self._api.create_commit(
+            self.repository, [*_additions(held, f"{FOLDER}/{name}/"), *gone], commit_message=message
+        )
 
     def _commit_run(self, output_dir: Path) -> None:
         # The client's own upload of a folder may take several commits, and people load an adapter between them.
@@ -206,7 +208,7 @@ def _hold(folder: Path) -> Path:
         shutil.rmtree(held, ignore_errors=True)
         try:
             shutil.copytree(folder, held, copy_function=copy)
-        except (OSError, shutil.Error) as error:
+        except OSError as error:
             failed = error
         else:
             return held

@@ -176,4 +176,17 @@ def test_the_newest_whole_checkpoint_is_fetched_and_one_from_here_wins(root, hub
     assert list(pushing.fetch_newer(REPO, tmp_path / "other", 2)) == []
     assert not any("/resolve/" in request for request in hub.requests)
     assert len(list(pushing.fetch_newer(REPO, tmp_path / "other", -1))) == 1
-    assert contents(tmp_path / "other") == {f"step-2/{path}": bytes_ for path, bytes_ in contents(root / "step-2").items()}
+    assert contents(tmp_path / "other" / "step-2") == contents(root / "step-2")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize("damaged", ["adapter.bin", "checkpoint.json"])
+def test_one_that_is_damaged_on_the_hub_gives_way_to_the_one_before_it(root, hub, said, tmp_path, damaged):
+    for step in (1, 2):
+        with pushing.pushing(REPO, 2, said.append) as uploads:
+            uploads.push_checkpoint(checkpoint(root, step))
+    hub.repositories[REPO].history[-1].files[f"checkpoints/step-2/{damaged}"] = hub.store(b"not what it was")
+    notes = list(pushing.fetch_newer(REPO, tmp_path / "other", -1))
+    assert len(notes) == 2 and notes[0].startswith("damaged on the Hub: ")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-1"]
+    assert contents(tmp_path / "other" / "step-1") == contents(root / "step-1")
