@@ -70,14 +70,16 @@ def train(
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
     from flamingo_ft.config import load_recipe
     from flamingo_ft.recipe_library import find_recipe
-    from flamingo_ft.training.output_dir import prepare_output_dir
+    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_elsewhere
 
     path = find_recipe(recipe)
     settings = load_recipe(path, overrides or ())
     folder = settings.train.output_dir
     if overwrite and resume:
         raise UserError("found --overwrite and --resume; one begins anew, the other goes on: give one of them")
-    earlier = prepare_output_dir(folder, overwrite=overwrite, resume=resume) if _is_main_process() else None
+    if resume:
+        refuse_elsewhere(path, settings.train)
+    earlier = prepare_output_dir(folder, overwrite=overwrite) if _is_main_process() and not resume else None
     if earlier:
         typer.echo(f"moved the earlier run to {earlier}", err=True)
 

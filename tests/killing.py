@@ -48,14 +48,21 @@ def wait(process: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def kill_when(process: int, moment: Callable[[], bool], number: int = signal.SIGKILL, poll: float = 0.0005) -> int:
-    """Send a signal as soon as ``moment`` has come; its exit code, which is its own if it ended before."""
+def kill_when(
+    process: int,
+    moment: Callable[[], bool],
+    number: int = signal.SIGKILL,
+    poll: float = 0.0005,
+    send: Callable[[int, int], None] = os.kill,
+) -> int:
+    """Send a signal as soon as ``moment`` has come; its exit code, which is its own if it ended before. send: os.killpg
+    for one to its workers too."""
     while not moment():
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(poll)
-    os.kill(process, number)
+    send(process, number)
     return wait(process)
 
 

@@ -71,7 +71,9 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         # Every parameter that trains has a gradient in every batch, of plain text too: looking for others, as TRL does
         # by default, would only cost a walk through the graph.
         "ddp_find_unused_parameters": False,
-        "report_to": "none",
+        "report_to": "none",  # see trackers.py
+        "project": "flamingo_ft",  # name of the run's project there, and of the run
+        "run_name": wanted.output_dir.name,
         "disable_tqdm": True,
         "log_level": "error",
         "remove_unused_columns": False,

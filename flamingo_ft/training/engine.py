@@ -23,6 +23,7 @@ from .examination import Examination
 from .held_out import HeldOut, judge
 from .hub import Pushing
 from .in_backward import inside_backward
+from .meter import Meter, gates, learning_rates
 from .non_finite import Finite
 from .out_of_memory import told_if_full
 from .stopping import Stopping
@@ -32,8 +33,8 @@ class Engine:
     """Mixed into a trainer of TRL's, before it.
 
     contents: of the batches of this step that were not trained on yet, the next one first. trained_on: the one that is
-    trained on, or was last. counts: samples, label tokens and images since somebody set it back. keeping: how checkpoints
-    are kept. seconds_before: of training before this process took over.
+    trained on, or was last. counts: samples, label tokens and images since the last entry of the log, which ``meter``
+    reads. keeping: how checkpoints are kept. seconds_before: of training before this process took over.
     """
 
     def __init__(self, batches: Batches, keeping: Keeping, non_finite: str = "stop", **arguments: Any):
@@ -45,6 +46,7 @@ class Engine:
         self.contents: list[Contents] = []
         self.trained_on: Contents | None = None
         self.counts: Counter = Counter()
+        self.meter = Meter()
         self.held_out: HeldOut | None = None
         self.share_right: Callable[[], float] | None = None
         self.pushing: Pushing | None = None
@@ -65,7 +67,7 @@ class Engine:
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss and accuracy on the held-out samples."""
-        with told_if_full("evaluation"):
+        with self.meter.paused(), told_if_full("evaluation"):
             metrics = judge(self, self.get_eval_dataloader(), self.share_right)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -106,6 +108,7 @@ class Engine:
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from the first step or from a checkpoint; one that was written there is only restored."""
         self._began = time.monotonic()
+        self.meter.start()
         if checkpoint is not None and read_manifest(checkpoint)["ended"]:
             restore(self, checkpoint)
             self.state = TrainerState.load_from_json(str(checkpoint / TRAINING / TRAINER_STATE_NAME))
@@ -126,10 +129,19 @@ class Engine:
         self.state.compute_steps(self.args, max_steps)  # as wished now, not as in the run that is gone on with
         return progress
 
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log an entry; one about training with what the meter reads."""
+        if "loss" in logs:
+            logs |= {"seconds": round(self.seconds(), 1)} | self.meter.read(self.counts) | gates(self.model)
+            logs |= learning_rates(self.optimizer, logs.get("learning_rate", 0.0))
+        with self.meter.paused():
+            super().log(logs, *arguments, **options)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        folder = save_checkpoint(self, self.keeping)
-        if self.pushing is not None:
-            self.pushing.push_checkpoint(folder)
+        with self.meter.paused():
+            folder = save_checkpoint(self, self.keeping)
+            if self.pushing is not None:
+                self.pushing.push_checkpoint(folder)
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         restore(self, Path(folder).parent)

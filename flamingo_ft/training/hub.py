@@ -49,14 +49,21 @@ NOT_OF_A_RUN = re.compile(r"^(checkpoints|tensorboard)/|^\.|(^|/)step-\d+/")  # 
 UNLIKE_LOCAL = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
 
 
-def prepare_repository(repository: str) -> None:
-    """Make sure, before hours of training, that it is there and may be written to. UserError where not."""
+def prepare_repository(repository: str, begins: bool) -> None:
+    """Make sure, before hours of training, that it is there and may be written to. UserError where not, and where a run
+    begins beside the checkpoints of another: its own would be the oldest of all."""
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
         api.auth_check(repository, write=True)
+        earlier = checkpoints_of(api, repository) if begins else []
     except (HFValidationError, *UNLIKE_LOCAL) as error:
         raise UserError(f"train.push_to_hub: {repository}: {_reason(error)}") from None
+    if earlier:
+        raise UserError(
+            f"train.push_to_hub: {repository} holds step-{earlier[0]} of an earlier run; go on with that run with --resume, "
+            f"remove its {FOLDER}, or name another repository"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -37,12 +37,21 @@ class InBackward(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)  # makes new groups and a new state; accelerate does this before training
+        self._take_as_it_was_kept(state_dict)
         self._share()
 
     def take_norm(self) -> torch.Tensor:
         """The norm of all gradients that were stepped with since it was asked for last, before they were clipped."""
         norms, self._norms = self._norms, []
         return nn.utils.get_total_norm(norms)
+
+    def _take_as_it_was_kept(self, state_dict: dict[str, Any]) -> None:
+        """torch casts all state to the format of its parameter, which makes nonsense of a state in 8 bits."""
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(saved, self._optimizers, strict=True):
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def _share(self) -> None:
         """One state for all, so that it is saved and loaded as any optimizer's, and the groups that schedulers change."""

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 from flamingo_ft import atomic
-from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.config import RECIPE_FILE, TrainSection
 from flamingo_ft.errors import UserError
 
 METRICS_FILE = "metrics.json"
@@ -36,6 +36,18 @@ def prepare_output_dir(
         folder.rename(earlier)
     folder.mkdir(parents=True, exist_ok=True)
     return earlier
+
+
+def refuse_elsewhere(recipe: Path, train: TrainSection) -> None:
+    """Refuse, with a UserError, to begin anew with the recipe of a run that is to go on, where its folders are not those
+    that ``train`` names: they may be relative to another directory."""
+    places = [train.output_dir, train.checkpoint_dir or train.output_dir]
+    if recipe.name != RECIPE_FILE or train.push_to_hub or any(_holds_something(place) for place in places):
+        return
+    raise UserError(
+        f"train.output_dir: found nothing to go on with in {train.output_dir}, though {recipe} is the recipe of a run; "
+        f"change to the directory that it was started in, or set train.output_dir={recipe.parent}"
+    )
 
 
 def _holds_something(folder: Path) -> bool:

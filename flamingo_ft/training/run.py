@@ -22,20 +22,23 @@ from . import processes
 from .best import evaluation_callbacks, take_best
 from .build import build_model
 from .callbacks import ProgressBar, progress_bars
-from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root
+from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root, refuse_earlier
 from .examination import Examination
 from .held_out import HeldOut
 from .hub import Pushing, prepare_repository, pushing
+from .log_file import LogFile, write_log
+from .machine_faults import told_if_hindered
 from .non_finite import skipped_record
 from .optimizer import check_machine
 from .out_of_memory import told_if_full, with_plan
 from .output_dir import METRICS_FILE, prepare_output_dir
 from .precision import check_precision
+from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
 from .stopping import Stopping
+from .trackers import check_trackers, tracker_callbacks
 from .trainer import FlamingoTrainer, first_batches, make_trainer, rows_of
 
-LOG_FILE = "log.jsonl"
 LEFT_OUT_FILE = "left_out.jsonl"
 
 
@@ -53,7 +56,8 @@ def train(
     not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
     """
     try:
-        return _whole_run(recipe, tell, resume, say)
+        with told_if_hindered(recipe.train):
+            return _whole_run(recipe, tell, resume, say)
     except OutOfMemory as error:
         failed = error
     raise with_plan(failed, recipe)
@@ -64,6 +68,7 @@ def _whole_run(
 ) -> dict[str, Any]:
     check_machine(recipe.train)
     check_precision(recipe)
+    check_trackers(recipe.train)
     start = processes.from_main(partial(find_start, recipe)) if resume else Start()
     for note in start.notes if processes.is_main() else ():
         say(note)
@@ -72,7 +77,8 @@ def _whole_run(
     processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
-        metrics = _run(recipe, start, stopping, tell, uploads)
+        with leaving_a_report(wanted.output_dir):
+            metrics = _run(recipe, start, stopping, tell, uploads)
         if uploads is not None:
             uploads.push_run(wanted.output_dir)
     return metrics
@@ -80,9 +86,12 @@ def _whole_run(
 
 def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
     prepare_output_dir(recipe.train.output_dir, resume=resume, has_checkpoint=has_checkpoint)
-    prepare_root(checkpoint_root(recipe.train))
+    root = checkpoint_root(recipe.train)
+    if not has_checkpoint:
+        refuse_earlier(root)
+    prepare_root(root)
     if recipe.train.push_to_hub:
-        prepare_repository(recipe.train.push_to_hub)
+        prepare_repository(recipe.train.push_to_hub, begins=not has_checkpoint)
 
 
 def _run(
@@ -98,7 +107,9 @@ def _run(
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
-            callbacks = [ProgressBar(progress), *evaluation_callbacks(recipe, processor), stopping]
+            shown = [ProgressBar(progress), LiveReport(output_dir)]
+            callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
+            callbacks += [*evaluation_callbacks(recipe, processor), stopping]
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
         if processes.is_main():
@@ -169,8 +180,7 @@ def _train(
     if processes.is_main():
         left_out = [data.left_out, *(rows for _, rows in tallies)]
         _list_left_out({where: why for rows in left_out for where, why in rows.items()}, output_dir)
-        lines = [json.dumps(entry) + "\n" for entry in trainer.state.log_history]
-        atomic.write_text(output_dir / LOG_FILE, "".join(lines))
+        write_log(output_dir, trainer.state.log_history)
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 1)}
     record |= {"trainable_parameters": parameters} | skipped_record(trainer.state.log_history) | take_best(trainer, recipe)

@@ -76,6 +76,7 @@ def test_merged_into_the_unquantized_base_is_the_base_with_the_adapters_update(s
     torch.testing.assert_close(merged[f"{name}.weight"].double(), original.double() + 2 * b @ a, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_merged_model_is_one_of_transformers_after_the_import_alone(small_run):
     expected = adapter(LORA, "lora.vision={r: 2}")
     merge_adapter("adapter", "merged", dtype=torch.float32)

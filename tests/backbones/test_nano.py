@@ -202,6 +202,7 @@ def test_the_script_still_writes_the_corpus_that_the_language_model_read():
     assert made.chat_template == TOKENIZER.chat_template
 
 
+@pytest.mark.slow
 def test_building_twice_from_one_seed_gives_the_same_files(tmp_path):
     train, _ = split_scans(load_scans())
     for name in ("first", "second"):

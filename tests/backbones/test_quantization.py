@@ -187,6 +187,7 @@ def test_without_bitsandbytes_quantization_is_refused_with_the_remedy(monkeypatc
     assert formats_in(load_vision("nano").visual) == set() and load_language("nano").model is not None
 
 
+@pytest.mark.slow
 def test_the_package_works_without_bitsandbytes():
     program = (
         "import sys; sys.modules['bitsandbytes'] = None\n"

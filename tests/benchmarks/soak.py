@@ -29,11 +29,13 @@ CASES = {
     "bridge": (),
     "bridge and LoRA, dropout, accumulated, judged": (*DROPOUT, "train.gradient_accumulation_steps=2", *JUDGED),
     "two workers, grouped by length": ("train.num_workers=2", "data.group_by_length=true"),
+    "8-bit steps in the backward pass": ("train.optimizer=adamw_8bit", "train.optimizer_in_backward=true"),
+    "the best kept, ended early": (*JUDGED[:1], "eval={steps: 2, keep: best, patience: 2}", "train.learning_rate=0.5"),
     "LoRA only on nf4": (*regimes.REGIMES["LoRA only"], *regimes.quantized("nf4", "LoRA only"), "lora.lora_dropout=0.3"),
 }
 MOMENTS = {
     "checkpoint half written": ("run/checkpoints", ".step-*.partial"),
-    "checkpoint half removed": ("run/checkpoints", ".step-*.replaced"),
+    "checkpoint half removed": ("run/checkpoints", ".step-*.removed"),
     "adapter half written": ("run", ".adapter_model.safetensors.partial"),
     "answers half written": ("run", ".predictions.jsonl.partial"),
     "metrics half written": ("run", ".metrics.json.partial"),

@@ -368,6 +368,7 @@ for number in range(100000):
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_only_whole_files_and_its_remains_go_later(tmp_path):
     store = FeatureStore(tmp_path, (400, 768), torch.float32)
     writing = subprocess.Popen([sys.executable, "-c", FILL, str(tmp_path)], stdout=subprocess.PIPE)

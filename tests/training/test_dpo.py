@@ -112,6 +112,7 @@ def test_the_reference_of_a_run_that_goes_on_is_that_of_its_beginning(pairs):
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_ends_with_the_same_adapter(pairs):
     kept = ("train.max_steps=4", "train.save_steps=2", "train.save_total_limit=3", "train.checkpoint_dir=kept")
     steps = (*DPO, *regimes.REGIMES["bridge and LoRA"], *kept)
@@ -213,6 +214,7 @@ def test_the_loss_is_that_of_the_paper(pairs, settings, loss):
     torch.testing.assert_close(found, loss(chosen - rejected).mean(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_first_batches_are_read_as_a_model_reads_them(pairs):
     eva = ("lora.language={r: 2}", "lora.init_lora_weights=eva")
     wanted = load_recipe("./recipe.yaml", [*DPO, *eva])

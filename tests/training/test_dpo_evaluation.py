@@ -49,6 +49,7 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
         assert len(shares[0]) == len(shares[1]) and sum(count for share in shares for _, count in share) == 3
 
 
+@pytest.mark.slow
 def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(held_out):
     metrics = train(regimes.recipe(*HELD_OUT, "train.output_dir=with"))
     train(regimes.recipe(*HELD_OUT, "eval.steps=null", "train.output_dir=without"))

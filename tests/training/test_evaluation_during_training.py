@@ -111,6 +111,7 @@ def test_training_ends_after_evaluations_without_a_better_one(folder, monkeypatc
     assert metrics["train"]["steps"] == 8 and metrics["train"]["best"]["step"] == 4
 
 
+@pytest.mark.slow
 def test_accuracy_tells_the_best_where_asked(folder):  # noqa: F811
     metrics = train(recipe(STEPS, "eval.metric=accuracy", "eval.keep=best", "train.max_steps=6"))
     accuracies = {entry["step"]: entry["eval_accuracy"] for entry in log() if "eval_accuracy" in entry}
@@ -118,6 +119,7 @@ def test_accuracy_tells_the_best_where_asked(folder):  # noqa: F811
     assert best["accuracy"] == max(accuracies.values()) == accuracies[best["step"]] == metrics["eval"]["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interrupted_at", [5, 8])
 def test_best_and_patience_go_on_after_a_resume(folder, monkeypatch, interrupted_at):  # noqa: F811
     """Step 8 is the last one: the evaluation there is the second in a row without a better one."""

@@ -7,12 +7,16 @@ import json
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from flamingo_ft import atomic
 from flamingo_ft.cli import main
-from flamingo_ft.training.checkpoints import checkpoints, verify
+from flamingo_ft.errors import UserError
+from flamingo_ft.training.checkpoints import checkpoints, newest_good, verify
+from flamingo_ft.training.checkpoints.manifest import FORMAT, MANIFEST, seal
 from tests import killing, regimes
 
 COMMAND = ["train", "./recipe.yaml", "train.max_steps=6", "train.save_steps=2"]
@@ -85,6 +89,7 @@ def stopped_after_step_2(folder) -> None:
     assert killing.kill_when(process, there, signal.SIGTERM) == 128 + signal.SIGTERM, (folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_lost_data_file_is_told_and_the_run_goes_on_once_it_is_back(folder, capfd, weights):
     stopped_after_step_2(folder)
     rows = folder / "train.jsonl"
@@ -109,8 +114,70 @@ def test_an_image_lost_while_it_trains_ends_the_run_with_its_name(folder):
     assert "the last checkpoint; mend what is wrong, and go on from there with --resume" in said
 
 
+@pytest.mark.slow
 def test_other_rows_than_the_run_began_with_are_refused(folder, capfd):
     stopped_after_step_2(folder)
     first, second = (folder / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join([first, second, json.dumps(json.loads(first))]))
     assert "train.jsonl had 2 rows when it was written, found 3" in told(capfd, "--resume")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder, monkeypatch, capfd, weights):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")  # as safetensors says it; open files say an OSError without a name
+
+    with monkeypatch.context() as patch:
+        patch.setattr("flamingo_ft.training.run.save_adapter", full)
+        said = told(capfd)
+    assert "run: cannot be written to (No space left on device)" in said
+    assert "go on from run/checkpoints/step-6 with --resume" in said
+    assert finish(folder) == weights
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_told_in_a_line(folder):
+    arguments = [*COMMAND, "train.max_steps=4000", "train.num_workers=2"]
+    process = killing.start(arguments, folder, folder / "log.txt")
+    there = killing.file_there(folder / "run" / "checkpoints", "step-2")
+
+    def kill_a_worker(main_process, number):
+        children = Path(f"/proc/{main_process}/task/{main_process}/children").read_text().split()
+        os.kill(int(children[-1]), number)
+
+    assert killing.kill_when(process, there, send=kill_a_worker) == 2
+    said = (folder / "log.txt").read_text()
+    assert "train.num_workers: a process that prepares batches ended" in said and "Traceback" not in said
+
+
+def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, capfd):
+    """They would count as the newer ones: its own would be removed as soon as they are written."""
+    assert main([*COMMAND, "train.checkpoint_dir=drive"]) == 0
+    said = told(capfd, "train.checkpoint_dir=drive", "train.output_dir=second")
+    assert "train.checkpoint_dir: drive holds step-6 of an earlier run" in said and not list((folder / "second").iterdir())
+
+
+def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
+    (tmp_path / "weights").write_bytes(b"content")
+    seal(tmp_path, {"step": 12, "processes": 1, "seconds": 3.5, "ended": False, "sources": {"a": 2}})
+    manifest = tmp_path / MANIFEST
+    record, written = verify(tmp_path), manifest.read_bytes()
+    for place in range(len(written)):
+        for changed in (written[:place], written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :]):
+            manifest.write_bytes(changed)
+            try:
+                assert verify(tmp_path) == record
+            except UserError:
+                pass
+
+
+def test_a_checkpoint_of_a_later_version_is_not_taken_for_a_damaged_one(tmp_path):
+    for step in (1, 2):
+        (tmp_path / f"step-{step}").mkdir()
+        seal(tmp_path / f"step-{step}", {"step": step})
+    manifest = tmp_path / "step-2" / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": FORMAT + 1}))
+    with pytest.raises(UserError, match="upgrade flamingo_ft"):
+        newest_good(tmp_path)
+    manifest.write_text("{")
+    assert newest_good(tmp_path)[0] == tmp_path / "step-1"

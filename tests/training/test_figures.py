@@ -13,7 +13,9 @@ from PIL import Image
 
 from flamingo_ft.data import Sample
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.figures import GREEN, RED, answer_grid, loss_curve, sample_grid, spread
+from flamingo_ft.training.figures import answer_grid, loss_curve, sample_grid
+from flamingo_ft.training.figures.look import GREEN, RED
+from flamingo_ft.training.figures.samples import spread
 
 LONG = "A question that goes on and on about all there is to see, WITH WORDS IN CAPITALS, to the end " * 3
 
@@ -128,7 +130,7 @@ def test_every_task_has_its_turn():
     assert spread(items[:1], 5, lambda item: item[0]) == ["a1"]
 
 
-@pytest.mark.parametrize("columns", [1, 2, 4])
+@pytest.mark.parametrize("columns", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_long_captions_lie_over_nothing_and_stay_inside(run, paint, columns):
     images = [[paint(8, 8)], [paint(600, 300)] * 2, [paint(300, 600)], [paint(8, 8)] * 5]
     asked = [{"images": some, "question": LONG, "before": "W" * 200, "after": LONG} for some in images]

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW32bit
 from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
@@ -57,13 +58,15 @@ def test_no_gradient_is_held_and_each_is_clipped_to_its_own_norm(small_run):
         torch.testing.assert_close(parameter, before[name] - step, rtol=0, atol=1e-6)
 
 
-def test_the_state_of_steps_inside_the_backward_pass_is_saved_and_goes_on(small_run):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamW8bit, PagedAdamW32bit])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_state_of_steps_inside_the_backward_pass_is_saved_and_goes_on(kind, dtype):
     torch.manual_seed(0)
-    parameter, other = torch.nn.Parameter(torch.randn(4)), None
-    gradients = torch.randn(4, 4)
+    parameter, other = torch.nn.Parameter(torch.randn(8192, dtype=dtype)), None
+    gradients = torch.randn(4, 8192, dtype=dtype)
 
     def optimizer(p):
-        return InBackward([{"params": [p], "lr": 0.1}], partial(torch.optim.AdamW, lr=0.1), max_norm=1e9)
+        return InBackward([{"params": [p], "lr": 0.1}], partial(kind, lr=0.1), max_norm=1e9)
 
     first = optimizer(parameter)
     for gradient in gradients[:2]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.output_dir import RECIPE_FILE, prepare_output_dir
+from flamingo_ft.config import TrainSection
+from flamingo_ft.training.output_dir import RECIPE_FILE, prepare_output_dir, refuse_elsewhere
 
 
 @pytest.fixture
@@ -75,3 +76,12 @@ def test_what_a_run_leaves_that_was_killed_before_it_began_is_not_in_the_way(tmp
     (tmp_path / "run" / "checkpoints" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files but no run"):
         prepare_output_dir(tmp_path / "run", resume=True)
+
+
+def test_the_recipe_of_a_run_does_not_begin_another_one_elsewhere(run, tmp_path):
+    recipe, elsewhere = run / RECIPE_FILE, tmp_path / "elsewhere"
+    with pytest.raises(UserError, match=rf"nothing to go on with in {elsewhere}, .* train\.output_dir={run}"):
+        refuse_elsewhere(recipe, TrainSection(output_dir=elsewhere, max_steps=1))
+    refuse_elsewhere(recipe, TrainSection(output_dir=run, max_steps=1))
+    refuse_elsewhere(recipe, TrainSection(output_dir=elsewhere, checkpoint_dir=run, max_steps=1))
+    refuse_elsewhere(tmp_path / "mine.yaml", TrainSection(output_dir=elsewhere, max_steps=1))

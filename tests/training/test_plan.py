@@ -62,6 +62,7 @@ CASES = {
     ],
 }
 MIXED = {"nf4, single", "LoRA", "nf4", "int8", "checkpointing", "computing in bf16, nf4"}  # others have each of these
+MIXED |= {"LoRA in the tower and the bridge", "dpo, nf4, LoRA alone, checkpointing", "nf4, the tower too"}
 
 
 def quickstart(*overrides: str) -> Recipe:
@@ -141,7 +142,14 @@ def test_a_bigger_batch_never_needs_less(device):
     assert peaks == sorted(peaks)
 
 
-@pytest.mark.parametrize("overrides", [[], ["lora.language={r: 8}"], ["model.language.quantization=int8"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        pytest.param(["lora.language={r: 8}"], marks=pytest.mark.slow),
+        pytest.param(["model.language.quantization=int8"], marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_checkpointing_never_needs_more(device, overrides):
     kept = planned(*overrides, device=device)
@@ -170,11 +178,13 @@ def test_state_that_is_paged_is_not_counted_as_memory_of_the_gpu():
     assert paged.step.optimizer < pinned.step.optimizer
 
 
+@pytest.mark.slow
 def test_the_data_say_how_long_a_sample_is():
     batch = plan_memory(quickstart()).batch
     assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
 
 
+@pytest.mark.slow
 def test_packed_rows_are_planned_as_long_as_they_become_with_the_images_of_all_their_samples():
     packing = ("data.packing=true", "data.max_text_tokens=200", "train.batch_size=4")
     batch = plan_memory(quickstart(*packing)).batch
@@ -235,7 +245,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("config, every, millions", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(
+    "config, every, millions",
+    [pytest.param(*SHAPES[name], id=name, marks=[pytest.mark.slow] * (name != "9B")) for name in SHAPES],
+)
 def test_open_flamingos_bridges_have_the_sizes_it_reports(tmp_path, config, every, millions):
     plan = plan_memory(shape(tmp_path, config, every), text_tokens=16, images=1)
     parts = {part.name: part.trainable_parameters for part in plan.components}

@@ -20,7 +20,7 @@ COMMIT = f"POST /api/models/{REPO}/commit"
 def root(tmp_path, monkeypatch, hub):
     monkeypatch.setenv("HF_TOKEN", WRITER)
     monkeypatch.setattr(pushing, "FIRST_WAIT", 0.01)
-    pushing.prepare_repository(REPO)
+    pushing.prepare_repository(REPO, begins=True)
     return tmp_path / "root"
 
 

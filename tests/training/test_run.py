@@ -122,6 +122,7 @@ def test_sources_are_drawn_by_weight(folder):
     assert train(recipe(sources, "data.eval=[]"))["train"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_checkpointed_training_gives_the_same_losses(folder):
     losses = []
     for name, switch in (("plain", "false"), ("checkpointed", "true")):
@@ -175,6 +176,7 @@ def test_skipped_rows_are_counted_and_listed_those_held_out_and_of_a_run_that_to
     assert "train.jsonl: row 0" in Path("ended/left_out.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_data_that_a_run_does_not_take_leave_its_folder_free_for_the_next(folder):
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "Which shade?", "chosen": "Dark.", "rejected": "Light."}))
     with pytest.raises(UserError, match="found preference pairs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
@@ -64,7 +65,7 @@ def test_killed_at_five_random_moments_the_adapter_is_the_same_to_the_last_bit(u
     assert finish(fresh) == (whole / WEIGHTS).read_bytes(), moments
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, fresh, number):
     first = killing.file_there(fresh / "run" / "checkpoints", "step-2")
     code = killing.kill_when(killing.start(command(), fresh, fresh / "log.txt"), first, number)
@@ -76,6 +77,18 @@ def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, fresh, number):
     assert finish(fresh) == (uninterrupted[0] / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_the_main_one(fresh):
+    """As batch systems, systemd and `timeout` send it."""
+    arguments = ["train", "./recipe.yaml", "train.max_steps=4000", "train.num_workers=2", "train.save_steps=2"]
+    process = killing.start(arguments, fresh, fresh / "log.txt")
+    there = killing.file_there(fresh / "run" / "checkpoints", "step-4")
+    code = killing.kill_when(process, there, signal.SIGTERM, send=os.killpg)
+    said = (fresh / "log.txt").read_text()
+    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(uninterrupted, fresh):
     second = killing.file_there(fresh / "run" / "checkpoints", "step-4")
     killing.kill_when(killing.start(command(), fresh, fresh / "log.txt"), second)
@@ -118,6 +131,7 @@ def test_killed_after_its_last_step_a_run_does_not_train_on(uninterrupted, fresh
     assert not (fresh / "run" / "checkpoints" / "step-9").exists()
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_folder_alone_a_run_goes_on(uninterrupted, fresh):
     drive = fresh / "drive"
     where = f"train.checkpoint_dir={drive}"

@@ -26,11 +26,13 @@ def printed(monkeypatch, capsys, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_plain_sft_script_falls(printed):
     losses = printed("sft_script.py")
     assert len(losses) == 24 and statistics.mean(losses[-4:]) < 0.6 * statistics.mean(losses[:4])
 
 
+@pytest.mark.slow
 def test_the_margins_of_a_plain_dpo_script_rise(printed):
     margins = printed("dpo_script.py")
     assert len(margins) == 12 and margins[0] == 0 and statistics.mean(margins[-3:]) > 1

@@ -7,7 +7,9 @@ batches are the same whatever the number of workers, and a run goes on at the ex
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -133,15 +135,26 @@ class Batches:
             batch_sampler=batches,
             num_workers=self.loading.workers,
             collate_fn=wrap if self.loading.workers else list,
-            worker_init_fn=_leave_interrupts_to_the_main_process,
+            worker_init_fn=_leave_signals_to_the_main_process,
             generator=torch.Generator(),  # one of its own, so that loading leaves torch's random numbers alone
         )
         return map(unwrap, loader) if self.loading.workers else loader
 
 
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides, and still wants its batches until then."""
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, and a batch system's or systemd's SIGTERM every one of a job; the main
+    process decides, and still wants its batches until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_main_process_says, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_the_main_process_says(main_process: int) -> None:
+    """Wait for the SIGTERM by which a `DataLoader` ends its workers; those of others are passed over."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != main_process:
+        pass
+    os._exit(0)
 
 
 def _contents(samples: Iterable[Prepared]) -> Contents:

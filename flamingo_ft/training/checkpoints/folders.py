@@ -11,7 +11,7 @@ from flamingo_ft import atomic
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
 
-from .manifest import verify
+from .manifest import NewerFormat, verify
 
 
 def checkpoint_root(train: TrainSection) -> Path:
@@ -31,6 +31,16 @@ def prepare_root(root: Path) -> None:
         raise UserError(f"train.checkpoint_dir: cannot write checkpoints to {found}; name a folder that can be") from None
 
 
+def refuse_earlier(root: Path) -> None:
+    """Refuse, with a UserError, to begin where another run's checkpoints are: the new ones would be the oldest of all."""
+    earlier = next(iter(checkpoints(root).values()), None)
+    if earlier is not None:
+        raise UserError(
+            f"train.checkpoint_dir: {root} holds {earlier.name} of an earlier run; go on with that run with --resume, "
+            "remove its checkpoints, or name another folder"
+        )
+
+
 def checkpoint_folder(root: Path, step: int) -> Path:
     """The checkpoint that was written after so many optimizer steps."""
     return root / f"step-{step}"
@@ -43,11 +53,13 @@ def checkpoints(root: Path) -> dict[int, Path]:
 
 
 def newest_good(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those after it."""
+    """The newest checkpoint that is whole, and what is wrong with those after it. NewerFormat for one of a later version."""
     wrong: list[str] = []
     for path in checkpoints(root).values():
         try:
             verify(path)
+        except NewerFormat:
+            raise
         except UserError as error:
             wrong.append(str(error))
         else:

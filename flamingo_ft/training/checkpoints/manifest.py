@@ -14,6 +14,10 @@ FORMAT = 1
 PIECE = 2**20  # bytes read at once
 
 
+class NewerFormat(UserError):
+    """A checkpoint that is whole, and written by a later version."""
+
+
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of all files in ``folder``, and ``facts`` beside them."""
     files = {
@@ -22,6 +26,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
         if path.is_file()
     }
     record = {"format": FORMAT, **facts, "files": files}
+    record["sha256"] = _sha256_of(record)
     (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -29,27 +34,47 @@ def verify(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint that is whole. UserError, saying what is wrong with it, for any other."""
     record = read_manifest(folder)
     for name, wanted in record["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{path}: not there, though the checkpoint had it")
-        found = path.stat().st_size
-        if found != wanted["bytes"]:
-            raise UserError(f"{path}: found {found:,} bytes, wanted {wanted['bytes']:,}; it was cut off")
-        if _sha256(path) != wanted["sha256"]:
-            raise UserError(f"{path}: its content is not what was written (SHA-256 differs)")
+        _verify_file(folder / name, wanted)
     return record
+
+
+def _verify_file(path: Path, wanted: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: not there, though the checkpoint had it")
+    found = path.stat().st_size
+    if found != wanted["bytes"]:
+        raise UserError(f"{path}: found {found:,} bytes, wanted {wanted['bytes']:,}; it was cut off")
+    try:
+        same = _sha256(path) == wanted["sha256"]
+    except PermissionError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    if not same:
+        raise UserError(f"{path}: its content is not what was written (SHA-256 differs)")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, files unchecked. UserError where there is none, or one of a newer version."""
+    """The manifest alone, files unchecked. UserError where there is none, NewerFormat for one of a later flamingo_ft."""
+    path = folder / MANIFEST
     try:
-        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        version = record["format"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        newer = record["format"] > FORMAT
+        whole = newer or record.pop("sha256") == _sha256_of(record)
+    except PermissionError:
+        raise  # nothing is wrong with the file
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{folder}: no checkpoint, its {MANIFEST} is missing or damaged") from None
-    if version > FORMAT:
-        raise UserError(f"{folder}: checkpoint of format {version}, newer than {FORMAT}; upgrade flamingo_ft")
+        newer = whole = False
+    if newer:
+        raise NewerFormat(f"{folder}: checkpoint of format {record['format']}, newer than {FORMAT}; upgrade flamingo_ft")
+    if not whole:
+        raise UserError(f"{folder}: no checkpoint, its {MANIFEST} is missing or damaged")
     return record
+
+
+def _sha256_of(record: dict[str, Any]) -> str:
+    """Of a manifest without this sum, however it is laid out."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

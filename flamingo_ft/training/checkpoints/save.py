@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -63,6 +64,8 @@ def save_checkpoint(engine: Engine, keeping: Keeping) -> Path:
             seal(beside, _facts(engine, keeping))
             atomic.finish_folder(folder)
             keep_newest(keeping.root, keeping.limit)
+    except torch.OutOfMemoryError:
+        raise
     except UNWRITABLE as error:
         raise UserError(_message(folder, keeping.root, error)) from error
     processes.barrier()

@@ -1,4 +1,4 @@
-"""Pictures of samples and of a finished run: matplotlib figures, outside pyplot's global state.
+"""Pictures of samples, and of questions with the answers to them.
 
 Captions are plain text in them: a dollar sign in an answer stays a dollar sign.
 """
@@ -6,7 +6,6 @@ Captions are plain text in them: a dollar sign in an answer stays a dollar sign.
 from __future__ import annotations
 
 import itertools
-import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -28,40 +27,19 @@ from flamingo_ft.data.preview import open_preview
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import normalise
-from flamingo_ft.evaluation.results import AFTER, PREDICTIONS_FILE, load_predictions
+from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
-from .run import LOG_FILE
+from .look import BLUE, GREEN, INK, RED, check_run
 
-INK, BLUE, GREEN, RED = "#24292f", "#1f5fa8", "#1a7f37", "#c0272d"
 CELL_INCHES, LINE_INCHES = 2.7, 0.165  # width of a cell of a grid, height of a line of its captions
 PAD_INCHES = 0.1  # around a cell
 FONT_POINTS, QUESTION_LINES, ANSWER_LINES = 9, 3, 2  # of captions, and where they are cut
+WIDEST = 60  # characters of a caption's line
 GAP = 0.1  # between two images of a cell, in heights of an image
 SCAN_PIXELS = 128  # smaller images are enlarged pixel by pixel, larger ones smoothly
 
 Item = TypeVar("Item")
-
-
-def loss_curve(run: str | Path) -> Figure:
-    """Training loss (nats per label token) over optimizer steps. UserError where a run has logged none."""
-    logged = [(entry["step"], entry["loss"]) for entry in _log(Path(run)) if "loss" in entry]
-    if not logged:
-        remedy = "train with train.logging_steps below train.max_steps"
-        raise UserError(f"{run}: {LOG_FILE} has no loss; {remedy}")
-    steps, losses = zip(*logged, strict=True)
-    figure = Figure(figsize=(7, 3), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color=BLUE, linewidth=1.8)
-    axes.plot(steps[-1], losses[-1], "o", color=BLUE)
-    above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
-    axes.annotate(f"{losses[-1]:.3g}", logged[-1], color=BLUE, **above)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per label token)", xlim=(0, None))
-    axes.set_ylim(0, 1.08 * max(losses))
-    axes.set_title("Training loss", loc="left", color=INK)
-    axes.grid(axis="y", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def answer_grid(run: str | Path, rows: int = 3, columns: int = 4) -> Figure:
@@ -69,9 +47,15 @@ def answer_grid(run: str | Path, rows: int = 3, columns: int = 4) -> Figure:
 
     Right answers are green and ticked, wrong ones red and crossed. UserError where a run has no answers.
     """
-    predictions = _predictions(Path(run))
+    check_run(Path(run), PREDICTIONS_FILE)
+    predictions = load_predictions(Path(run))
     if not predictions:
         raise UserError(f"{run}: {PREDICTIONS_FILE} has no answers; train with held-out samples in data.eval")
+    return answers_figure(predictions, rows, columns)
+
+
+def answers_figure(predictions: Sequence[dict[str, Any]], rows: int = 3, columns: int = 4) -> Figure:
+    """The same, of the rows of a run's predictions; where it goes on, with the answers so far."""
     shown = spread(predictions, rows * columns, lambda prediction: prediction["task"])
     return _grid([_answered(prediction) for prediction in shown], columns)
 
@@ -114,8 +98,9 @@ class _Cell:
 def _answered(prediction: dict[str, Any]) -> _Cell:
     """A question, the answers of each time, and what would have been right where the last one was not."""
     (question,) = _mark_images([prediction["question"]])
-    below = [_judged(time, prediction) for time in ("before", AFTER) if time in prediction]
-    if not _is_right(prediction, AFTER):
+    times = [time for time in (BEFORE, AFTER) if time in prediction]
+    below = [_judged(time, prediction) for time in times]
+    if not times or not _is_right(prediction, times[-1]):
         below.append((_cut(f"right: {prediction['answer']}", ANSWER_LINES), INK))
     return _Cell([open_preview(image) for image in prediction["images"]], _cut(question, QUESTION_LINES), below)
 
@@ -156,7 +141,8 @@ def _mark_images(texts: Sequence[str]) -> list[str]:
 
 def _cut(text: str, lines: int) -> str:
     """Text in at most so many lines of about the same length, none wider than a cell."""
-    fits = [width for width in range(5, 60) if all(map(_fits, textwrap.wrap(text, width)))]
+    text = text[: WIDEST * (lines + 1)]  # what is certainly cut off need not be measured
+    fits = [width for width in range(5, WIDEST) if all(map(_fits, textwrap.wrap(text, width)))]
     needed = len(textwrap.wrap(text, fits[-1]))
     if needed > lines:
         return "\n".join(textwrap.wrap(text, fits[-1], max_lines=lines, placeholder=" …"))
@@ -217,18 +203,3 @@ def _write_below(axes: Axes, lines: Iterable[tuple[str, str]]) -> None:
     place = {"xycoords": "axes fraction", "boxcoords": "offset points", "box_alignment": (0.5, 1)}
     looks = {"frameon": False, "annotation_clip": False, "pad": 0}
     axes.add_artist(AnnotationBbox(packed, xy=(0.5, 0), xybox=(0, -5), **place, **looks))
-
-
-def _log(run: Path) -> list[dict[str, Any]]:
-    _check(run, LOG_FILE)
-    return [json.loads(line) for line in (run / LOG_FILE).read_text(encoding="utf-8").splitlines()]
-
-
-def _predictions(run: Path) -> list[dict[str, Any]]:
-    _check(run, PREDICTIONS_FILE)
-    return load_predictions(run)
-
-
-def _check(run: Path, name: str) -> None:
-    if not (run / name).is_file():
-        raise UserError(f"{run}: not the folder of a finished run, {name} not found; give a run's output_dir")

@@ -1,0 +1,68 @@
+"""The numbers at the head of a report, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .folder import RunFolder
+
+MEASURES = (  # name, key in the log, how it is written
+    ("loss", "loss", "{:.4g}"),
+    ("held-out loss", "eval_loss", "{:.4g}"),
+    ("held-out accuracy", "eval_accuracy", "{:.1%}"),
+    ("reward margin", "rewards/margins", "{:.3g}"),
+    ("pairs ranked rightly", "rewards/accuracies", "{:.1%}"),
+    ("label tokens/s", "label_tokens_per_second", "{:,.3g}"),
+    ("images/s", "images_per_second", "{:,.3g}"),
+    ("memory", "memory_gib", "{:.2f} GiB"),
+    ("steps left out", "skipped_steps", "{:,}"),
+)
+
+
+def facts(run: RunFolder) -> dict[str, str]:
+    """Name -> value of what is known of a run; of what changes, the newest entry of the log."""
+    trained = run.metrics.get("train", {})
+    known = {"parameters trained": f"{trained['trainable_parameters']:,}"} if trained else {}
+    if run.seconds is not None:
+        known["training time"] = clock(run.seconds)
+    for name, key, form in MEASURES:
+        value = run.last(key)
+        if value is not None:
+            known[name] = _written(form, value)
+    return known | ({"best evaluation": f"step {trained['best']['step']:,}"} if "best" in trained else {})
+
+
+def accuracy_table(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Accuracies in 0..1: {"columns": headers, "rows": {task: (samples, *accuracies)}, "all": likewise}."""
+    if not evaluation:
+        return None
+    columns = {"before": "before", "after": "accuracy", "with another image": "shuffled_images"}
+    overall = {"before": "accuracy_before", "accuracy": "accuracy", "shuffled_images": "accuracy_shuffled_images"}
+    measured = {header: key for header, key in columns.items() if evaluation.get(overall[key]) is not None}
+    tasks = evaluation["per_task"]
+    rows = {name: (task["samples"], *(task.get(key) for key in measured.values())) for name, task in tasks.items()}
+    total = sum(task["samples"] for task in tasks.values())
+    return {
+        "columns": [*measured],
+        "rows": rows,
+        "all": (total, *(evaluation[overall[key]] for key in measured.values())),
+    }
+
+
+def clock(seconds: float) -> str:
+    """1 h 2 min, 3 min 20 s or 45 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def percent(share: float | None) -> str:
+    """42.0 %, or nothing where nothing was measured."""
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _written(form: str, value: float) -> str:
+    """Large numbers have no places after the point."""
+    return f"{value:,.0f}" if form == "{:,.3g}" and value >= 100 else form.format(value).replace("%", " %")
