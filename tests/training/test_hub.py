@@ -42,6 +42,7 @@ def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
     for commit in history:  # all of a checkpoint, or nothing
         for step in {path.split("/")[1] for path in commit.files if path.startswith("checkpoints/")}:
             assert f"checkpoints/{step}/checkpoint.json" in commit.files
+    assert not any(WRITER.encode() in content for content in files.values())
     told(capfd)
 
 
