@@ -1,7 +1,8 @@
 """A Hub on this machine: enough of its HTTP API for the real `huggingface_hub` client, over plain LFS.
 
-Repositories of models with a history of commits; regular files inside a commit, large ones uploaded before it by their
-SHA-256. `fail` makes requests go wrong: with a status, or a connection that is dropped.
+Repositories of models with a history of commits; regular files inside a commit, large ones uploaded before it by
+their SHA-256. `fail` makes requests go wrong: with a status, or a connection that is dropped, at once or half-way
+through the answer; `hold` makes them wait.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 WRITER, READER = "hf_thewritingtoken", "hf_thereadingtoken"
 LARGE = 1000  # bytes, from which a file goes through LFS
 PAGE = 50  # entries of a folder in one answer
+LONG = 15.0  # seconds that a request is held at most
 
 
 @dataclass
@@ -49,6 +52,16 @@ class Failure:
     pattern: str
     times: int
     status: int | None
+    half_way: bool
+
+
+@dataclass
+class Held:
+    """reached: a request waits here. released: it may go on."""
+
+    pattern: str
+    reached: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
 
 
 class Hub:
@@ -58,13 +71,26 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.contents: dict[str, bytes] = {}
         self.failures: list[Failure] = []
+        self.held: list[Held] = []
         self.requests: list[str] = []
         self.lock = threading.Lock()
         self.url = ""
 
-    def fail(self, pattern: str, times: int = 1, status: int | None = None) -> None:
-        """The next ``times`` requests ("METHOD /path") that fit get ``status``, or a dropped connection for None."""
-        self.failures.append(Failure(pattern, times, status))
+    def fail(self, pattern: str, times: int = 1, status: int | None = None, half_way: bool = False) -> None:
+        """The next ``times`` requests ("METHOD /path") that fit get ``status``, or a dropped connection for None;
+        half_way: after the first half of the answer's content."""
+        self.failures.append(Failure(pattern, times, status, half_way))
+
+    def hold(self, pattern: str) -> Held:
+        """Requests that fit get no answer until they are released, or a test has waited for long enough."""
+        self.held.append(Held(pattern))
+        return self.held[-1]
+
+    def wait(self, request: str) -> None:
+        for held in self.held:
+            if re.search(held.pattern, request):
+                held.reached.set()
+                held.released.wait(LONG)
 
     def failing(self, request: str) -> Failure | None:
         with self.lock:
@@ -124,13 +150,18 @@ class Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.query, path = parse_qs(parts.query), unquote(parts.path)
         failure = self.hub.failing(f"{self.command} {path}")
-        if failure and failure.status is None:
-            self.close_connection = True
-            self.connection.close()
-        elif failure:
-            self._error(failure.status, "as asked")
-        else:
+        self.hub.wait(f"{self.command} {path}")
+        self.half_way = failure is not None and failure.half_way
+        if failure is None or self.half_way:
             self._route(path)
+        elif failure.status is None:
+            self._drop()
+        else:
+            self._error(failure.status, "as asked")
+
+    def _drop(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _route(self, path: str) -> None:
         for methods, pattern, handle in ROUTES:
@@ -169,8 +200,11 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
+        if self.command == "HEAD":
+            return
+        self.wfile.write(content[: len(content) // 2] if self.half_way else content)
+        if self.half_way:
+            self._drop()
 
     # --- what is asked ---
 
@@ -239,9 +273,14 @@ class Handler(BaseHTTPRequestHandler):
         repository = self._repository(name, write=True)
         if repository is None:
             return
-        with self.hub.lock:
-            made = self.hub.commit(repository, [json.loads(line) for line in self.body.splitlines() if line])
-        self._json({"commitOid": made.oid, "commitUrl": f"{self.hub.url}/{name}/commit/{made.oid}", "pullRequestUrl": None})
+        lines = [json.loads(line) for line in self.body.splitlines() if line]
+        try:
+            with self.hub.lock:
+                made = self.hub.commit(repository, lines)
+        except (KeyError, ValueError) as error:
+            return self._error(400, f"nothing was committed: {error}")
+        url = f"{self.hub.url}/{name}/commit/{made.oid}"
+        self._json({"commitOid": made.oid, "commitUrl": url, "pullRequestUrl": None})
 
     def tree(self, name: str, revision: str, folder: str | None = None) -> None:
         repository = self._repository(name)
@@ -311,9 +350,11 @@ def serving() -> Iterator[Hub]:
     hub = Hub()
     server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield hub
     finally:
+        for held in hub.held:
+            held.released.set()
         server.shutdown()
         server.server_close()

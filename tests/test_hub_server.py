@@ -1,8 +1,8 @@
 """The Hub on this machine, asked by the real client: what goes up comes down, and what goes wrong is told."""
 
 import pytest
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import BadRequestError, EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 
 from .hub_server import LARGE, READER, WRITER
 
@@ -57,3 +57,27 @@ def test_requests_fail_as_asked_and_then_no_more(hub, api, status):
     with pytest.raises(Exception, match="rate limit|500|disconnected|reset|closed"):
         api.whoami()
     assert api.whoami()["name"] == "somebody"
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_was(hub, api):
+    content = bytes(range(256)) * LARGE
+    api.upload_file(repo_id=REPO, path_or_fileobj=content, path_in_repo="large.bin")
+    hub.fail("GET .*/resolve/", half_way=True)
+    with open(hf_hub_download(REPO, "large.bin", endpoint=hub.url, token=READER), "rb") as file:
+        assert file.read() == content
+    assert sum(request.startswith("GET") and "/resolve/" in request for request in hub.requests) == 2
+
+
+def test_a_commit_is_all_or_nothing(hub, api):
+    operations = [CommitOperationAdd("a.txt", b"a"), CommitOperationDelete("not_there.txt", is_folder=False)]
+    with pytest.raises(BadRequestError, match="nothing was committed"):
+        api.create_commit(REPO, operations, commit_message="half")
+    assert hub.files(REPO) == {} and len(hub.repositories[REPO].history) == 1
+
+
+def test_a_commit_adds_and_removes_at_once(hub, api):
+    api.create_commit(REPO, [CommitOperationAdd(f"{name}/x", b"x") for name in "ab"], commit_message="two")
+    operations = [CommitOperationAdd("c/x", b"c"), CommitOperationDelete("a/", is_folder=True)]
+    made = api.create_commit(REPO, operations, commit_message="one more")
+    assert hub.files(REPO, made.oid) == {"b/x": b"x", "c/x": b"c"}
+    assert set(hub.files(REPO, hub.repositories[REPO].history[-2].oid)) == {"a/x", "b/x"}

@@ -10,11 +10,20 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock, Thread
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_session,
+    set_client_factory,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -32,7 +41,10 @@ from .checkpoints import checkpoint_folder, verify
 
 FOLDER = "checkpoints"
 ATTEMPTS, FIRST_WAIT = 3, 2.0  # uploads of one commit, and seconds before the second, doubled for each after it
-NOT_OF_A_RUN = ["checkpoints/*", "tensorboard/*", ".*"]  # what is not pushed of its output folder
+SILENCE = 120.0  # seconds without a byte, after which a connection counts as lost
+PATIENCE = 2.0  # seconds until it is said that uploads are waited for
+ADAPTER = "the adapter"
+NOT_OF_A_RUN = re.compile(r"^(checkpoints|tensorboard)/|^\.|(^|/)step-\d+/")  # what is not pushed of its output folder
 # What the client raises for a network or a Hub; the first base is the error of whichever HTTP library it uses.
 UNLIKE_LOCAL = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
 
@@ -73,84 +85,142 @@ def pushing(repository: str | None, limit: int, say: Callable[[str], None]) -> I
     if repository is None or not processes.is_main():
         yield None
         return
-    uploads = Pushing(repository, limit, say)
-    try:
-        yield uploads
-    finally:
-        uploads.finish()
+    with _silence_ends():
+        uploads = Pushing(repository, limit, say)
+        try:
+            yield uploads
+        finally:
+            uploads.finish()
 
 
 class Pushing:
     """Uploads in the background, one at a time; a checkpoint that waits gives way to a newer one.
 
-    limit: how many checkpoints stay on the Hub. say: hears in a line of what could not be uploaded.
+    limit: how many checkpoints stay on the Hub. say: hears in a line of what could not be uploaded. missing: what is
+    to be on the Hub and is not yet: the newest checkpoint, the adapter.
     """
 
     def __init__(self, repository: str, limit: int, say: Callable[[str], None]):
         self.repository, self.limit, self.say = repository, limit, say
+        self.missing: list[str] = []
         self._api = HfApi()
-        self._one_by_one = ThreadPoolExecutor(max_workers=1, thread_name_prefix="push")
-        self._newest: Future | None = None
+        self._todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._waiting: list[tuple[str, Path]] = []  # at most one checkpoint, and its files
+        self._lock = Lock()
+        # A daemon, so that who is tired of waiting for a Hub that does not answer can leave.
+        self._thread = Thread(target=self._work, name="push", daemon=True)
+        self._thread.start()
 
     def push_checkpoint(self, folder: Path) -> None:
         """Upload a checkpoint as it is now; it may be removed at any time after this."""
-        if self._newest is not None:
-            self._newest.cancel()
-        held = _hold(folder)
-        self._newest = self._one_by_one.submit(self._told, self._commit_checkpoint, folder.name, held)
-        self._newest.add_done_callback(lambda _: shutil.rmtree(held, ignore_errors=True))
+        with self._lock:
+            self.missing = [folder.name]
+        try:
+            held = _hold(folder)
+        except OSError as error:
+            self.say(f"not pushed to {self.repository}: {folder.name} ({one_line(error)})")
+            return
+        with self._lock:
+            replaced, self._waiting = self._waiting, [(folder.name, held)]
+        for _, files in replaced:
+            shutil.rmtree(files, ignore_errors=True)
+        self._todo.put(self._upload_waiting)
 
     def push_run(self, output_dir: Path) -> None:
         """Upload a finished run's own files, so that people find the adapter under the repository's name."""
-        self._one_by_one.submit(self._told, self._commit_run, output_dir)
+        with self._lock:
+            self.missing = [*self.missing, ADAPTER]
+        self._todo.put(partial(self._upload, ADAPTER, partial(self._commit_run, output_dir)))
 
     def finish(self) -> None:
-        """Wait for all uploads."""
-        self._one_by_one.shutdown()
+        """Wait for all uploads, and say what is not on the Hub."""
+        self._todo.put(None)
+        try:
+            self._thread.join(PATIENCE)
+            if self._thread.is_alive():
+                self.say(f"waiting for uploads to {self.repository}; Ctrl-C leaves them on this machine alone")
+                self._thread.join()
+        finally:
+            if self.missing:
+                self.say(f"{self.repository} lacks {' and '.join(self.missing)}, on this machine alone")
 
-    def _told(self, commit: Callable[..., None], *arguments: object) -> bool:
+    def _work(self) -> None:
+        while (upload := self._todo.get()) is not None:
+            upload()
+
+    def _upload_waiting(self) -> None:
+        with self._lock:
+            taken, self._waiting = self._waiting, []
+        for name, held in taken:  # none, where it gave way to a newer one that is uploaded by now
+            self._upload(name, partial(self._commit_checkpoint, name, held))
+            shutil.rmtree(held, ignore_errors=True)
+
+    def _upload(self, name: str, commit: Callable[[], None]) -> None:
         """Try several times; a failure is told, and ends nothing."""
         for attempt in range(ATTEMPTS):
             try:
                 with _without_bars():
-                    commit(*arguments)
-                return True
+                    commit()
             except UNLIKE_LOCAL as error:
                 failed = error
                 time.sleep(FIRST_WAIT * 2**attempt if attempt + 1 < ATTEMPTS else 0)
-        self.say(f"not pushed to {self.repository}: {Path(str(arguments[0])).name} ({one_line(failed)})")
-        return False
+            else:
+                with self._lock:
+                    self.missing = [one for one in self.missing if one != name]
+                return
+        self.say(f"not pushed to {self.repository}: {name} ({one_line(failed)})")
 
     def _commit_checkpoint(self, name: str, held: Path) -> None:
-        added = [
-            CommitOperationAdd(f"{FOLDER}/{name}/{path.relative_to(held).as_posix()}", path)
-            for path in sorted(held.rglob("*"))
-            if path.is_file()
-        ]
         others = [step for step in checkpoints_of(self._api, self.repository) if f"step-{step}" != name]
         gone = [CommitOperationDelete(f"{FOLDER}/step-{step}/", is_folder=True) for step in others[self.limit - 1 :]]
         message = f"Checkpoint of {name.replace('-', ' ')}"
-        self._api.create_commit(self.repository, [*added, *gone], commit_message=message)
+        self._api.create_commit(
+            self.repository, [*_additions(held, f"{FOLDER}/{name}/"), *gone], commit_message=message
+        )
 
     def _commit_run(self, output_dir: Path) -> None:
-        self._api.upload_folder(
-            repo_id=self.repository,
-            folder_path=output_dir,
-            ignore_patterns=NOT_OF_A_RUN,
-            commit_message="The trained adapter",
-        )
+        # The client's own upload of a folder may take several commits, and people load an adapter between them.
+        own = [one for one in _additions(output_dir) if not NOT_OF_A_RUN.search(one.path_in_repo)]
+        self._api.create_commit(self.repository, own, commit_message="The trained adapter")
+
+
+def _additions(folder: Path, below: str = "") -> list[CommitOperationAdd]:
+    """All files of ``folder``, each read from the disk as it goes up."""
+    return [
+        CommitOperationAdd(f"{below}{path.relative_to(folder).as_posix()}", path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+
+
+@contextmanager
+def _silence_ends() -> Iterator[None]:
+    """The client waits for ever for a Hub that falls silent, as one does behind a network that is gone; not here."""
+    usual = get_session()
+
+    def client(timeout: object) -> object:
+        return type(usual)(event_hooks=usual.event_hooks, follow_redirects=True, timeout=timeout)
+
+    set_client_factory(partial(client, SILENCE))
+    try:
+        yield
+    finally:
+        set_client_factory(partial(client, usual.timeout))
 
 
 def _hold(folder: Path) -> Path:
     """The same files under a name that nobody removes; links, which cost nothing, where the disk has them."""
     held = atomic.beside(folder.with_name(f"{folder.name}.pushed"))
-    shutil.rmtree(held, ignore_errors=True)
-    try:
-        shutil.copytree(folder, held, copy_function=os.link)
-    except (OSError, shutil.Error):
+    for copy in (os.link, shutil.copy2):
         shutil.rmtree(held, ignore_errors=True)
-        shutil.copytree(folder, held)
-    return held
+        try:
+            shutil.copytree(folder, held, copy_function=copy)
+        except OSError as error:
+            failed = error
+        else:
+            return held
+    shutil.rmtree(held, ignore_errors=True)
+    raise failed
 
 
 def checkpoints_of(api: HfApi, repository: str) -> list[int]:

@@ -38,16 +38,20 @@ def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
     steps = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
     assert hub.repositories[REPO].private and "step-6" in steps and len(steps) == 2
     assert files["adapter_model.safetensors"] == (folder / WEIGHTS).read_bytes()
-    assert not any("step-6" in path for path in history[-2].files) or history[-1].title == "The trained adapter"
+    assert history[-1].title == "The trained adapter" and "adapter_model.safetensors" not in history[-2].files
     for commit in history:  # all of a checkpoint, or nothing
         for step in {path.split("/")[1] for path in commit.files if path.startswith("checkpoints/")}:
             assert f"checkpoints/{step}/checkpoint.json" in commit.files
+    assert not any(WRITER.encode() in content for content in files.values())
     told(capfd)
 
 
 def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder, hub, capfd):
     assert main(["train", "./recipe.yaml", "train.max_steps=6", "train.output_dir=alone"]) == 0
-    pushed = lambda: any("step-2/" in path for path in hub.files(REPO)) if REPO in hub.repositories else False  # noqa: E731
+
+    def pushed() -> bool:  # the first of all, which gives way to none; the run ends no sooner than the last is
+        return REPO in hub.repositories and any(path.startswith("checkpoints/") for path in hub.files(REPO))
+
     assert killing.kill_when(killing.start(COMMAND, folder, folder / "log.txt"), pushed) == killing.KILLED
     shutil.rmtree(folder / "run")
     assert main([*COMMAND, "--resume"]) == 0
@@ -62,9 +66,10 @@ def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, 
     shutil.rmtree(folder / "run")
     files = hub.repositories[REPO].history[-1].files
     files["checkpoints/step-6/training/optimizer.pt"] = hub.store(b"not what it was")
+    before = next(path.split("/")[1] for path in files if path.endswith("/checkpoint.json") and "step-6" not in path)
     assert main([*COMMAND, "--resume"]) == 0
     said = told(capfd)
-    assert "damaged on the Hub" in said and "going on from run/checkpoints/step-5" in said
+    assert "damaged on the Hub" in said and f"going on from run/checkpoints/{before}" in said
     load_adapter(folder / "run")
 
 
@@ -81,7 +86,8 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, 
 def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)
     assert main([*COMMAND, "train.max_steps=2"]) == 0
-    assert f"not pushed to {REPO}: step-2" in told(capfd)
+    said = told(capfd)
+    assert f"not pushed to {REPO}: step-2" in said and f"{REPO} lacks step-2 and the adapter" in said
     assert (folder / WEIGHTS).is_file()
 
 
@@ -93,4 +99,11 @@ def test_who_may_not_write_is_told_before_anything_is_loaded(folder, hub, monkey
     monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     assert main(COMMAND) == 2
-    assert f"train.push_to_hub: {REPO}: {reason}" in told(capfd)
+    said = told(capfd)
+    assert f"train.push_to_hub: {REPO}: {reason}" in said and "hf_wrong" not in said
+
+
+def test_what_is_no_name_is_told_before_the_hub_is_asked(folder, hub, capfd):
+    assert main([*COMMAND, "train.push_to_hub=some--body/run"]) == 2
+    assert "train.push_to_hub: some--body/run: no name of a repository" in told(capfd)
+    assert hub.requests == []
