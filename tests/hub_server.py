@@ -65,7 +65,8 @@ class Held:
 
 
 class Hub:
-    """What is stored, and what is to go wrong. requests: method and path of each request so far."""
+    """What is stored, and what is to go wrong. requests: method and path of each request so far. constants: what
+    `huggingface_hub.constants` are for a client of it."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -75,6 +76,7 @@ class Hub:
         self.requests: list[str] = []
         self.lock = threading.Lock()
         self.url = ""
+        self.constants: dict[str, Any] = {}
 
     def fail(self, pattern: str, times: int = 1, status: int | None = None, half_way: bool = False) -> None:
         """The next ``times`` requests ("METHOD /path") that fit get ``status``, or a dropped connection for None;

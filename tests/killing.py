@@ -1,38 +1,68 @@
 """Runs of the real command line that are killed: each in a process of its own, forked from one that has imported
-everything, so that a kill falls into the run and not into its imports."""
+everything and done nothing, so that a kill falls into the run and not into its imports."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-from accelerate.state import AcceleratorState
-
-from flamingo_ft.cli import main
+from typing import Any
 
 KILLED = -signal.SIGKILL
+PRELOADED = ["flamingo_ft.training.run", "flamingo_ft.recipe_library", "tests.killing"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(PRELOADED)
 
 
-def start(arguments: Sequence[str], folder: Path, log: Path, environment: Mapping[str, str] | None = None) -> int:
-    """Run ``flamingo-ft ARGUMENTS`` in ``folder``, what it prints appended to ``log``; gives its process number."""
-    process = os.fork()
-    if process:
-        return process
+@dataclass(frozen=True)
+class Around:
+    """What a run finds. environment: variables beside the usual ones; file_limit: bytes that no file may exceed; hub: what
+    `huggingface_hub.constants` are; spoil: called in the run's process before it begins, a function of a module."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    file_limit: int | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    spoil: Callable[[], None] | None = None
+
+
+def start(arguments: Sequence[str], folder: Path, log: Path, around: Around = Around()) -> BaseProcess:
+    """Run ``flamingo-ft ARGUMENTS`` in ``folder``, what it prints appended to ``log``."""
+    process = FORKS.Process(target=_run, args=(list(arguments), str(folder), str(log), around))
+    process.start()
+    return process
+
+
+def _run(arguments: list[str], folder: str, log: str, around: Around) -> None:
+    import huggingface_hub
+    import torch
+
+    from flamingo_ft.cli import main
+
     code = 1
     try:
         os.setsid()
         os.chdir(folder)
-        os.environ |= environment or {}
-        AcceleratorState._reset_state(reset_partial_state=True)  # how many processes there are is asked anew
+        os.environ |= around.environment
+        torch.set_num_threads(1)
+        for name, value in around.hub.items():
+            setattr(huggingface_hub.constants, name, value)
+        if around.file_limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (around.file_limit, around.file_limit))
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(output, stream)
         sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
+        if around.spoil is not None:
+            around.spoil()
         code = main(arguments)
     except BaseException:
         traceback.print_exc()
@@ -42,14 +72,14 @@ def start(arguments: Sequence[str], folder: Path, log: Path, environment: Mappin
         os._exit(code)
 
 
-def wait(process: int) -> int:
+def wait(process: BaseProcess) -> int:
     """The exit code of a process, or minus the signal that ended it."""
-    _, status = os.waitpid(process, 0)
-    return os.waitstatus_to_exitcode(status)
+    process.join()
+    return process.exitcode
 
 
 def kill_when(
-    process: int,
+    process: BaseProcess,
     moment: Callable[[], bool],
     number: int = signal.SIGKILL,
     poll: float = 0.0005,
@@ -58,11 +88,11 @@ def kill_when(
     """Send a signal as soon as ``moment`` has come; its exit code, which is its own if it ended before. send: os.killpg
     for one to its workers too."""
     while not moment():
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        if process.exitcode is not None:
+            return process.exitcode
         time.sleep(poll)
-    send(process, number)
+    if process.exitcode is None:
+        send(process.pid, number)
     return wait(process)
 
 

@@ -86,8 +86,9 @@ class Finite:
         """Raise what is wrong, found by computing the batches once more."""
         finding = cause_in(trainer, [batch for batch, _ in self._batches])
         rows = _rows(self._batches, bad if finding is None else [place == finding[0] for place in range(len(bad))])
-        found = gather_object([(_named(rows), None if finding is None else finding[1])])
-        samples, cause = next((one for one in found if one[1]), (found[0][0], "not seen when computed once more"))
+        found = gather_object([(not any(bad), _named(rows), None if finding is None else finding[1])])
+        found.sort(key=lambda one: one[0])  # own bad losses first: gradients may be bad in all, having been added up
+        samples, cause = next((one[1:] for one in found if one[2]), (found[0][1], "not seen when computed once more"))
         again = f" for the {self.in_a_row}th time in a row" if self.skips else ""
         raise UserError(
             f"training: {what} is {value} at step {trainer.state.global_step + 1}{again}; {samples}: {cause}; {_remedy(trainer)}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from .in_backward import inside_backward
@@ -68,8 +69,13 @@ def _gradient_watcher(name: str, causes: list[str]) -> Any:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether all numbers in the tensors of a nested structure are numbers."""
-    return all(bool(leaf.isfinite().all()) for leaf in _tensors(value))
+    """Whether all numbers in the tensors of a nested structure are numbers; of sharded ones, in this process's part."""
+    return all(bool(_held_here(leaf).isfinite().all()) for leaf in _tensors(value))
+
+
+def _held_here(tensor: Tensor) -> Tensor:
+    """To look at the whole of a sharded tensor, every process would have to; only some come here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -110,6 +110,7 @@ def _run(
             shown = [ProgressBar(progress), LiveReport(output_dir)]
             callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
             callbacks += [*evaluation_callbacks(recipe, processor), stopping]
+        with processes.failing_together():  # apart: a sharded model waits for all, which refuse the same from here on
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
         if processes.is_main():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -95,6 +96,22 @@ def test_the_record_gives_the_quantization_back():
     for wanted in (Quantization("nf4", double_quantization=False, compute_dtype="bf16"), Quantization("int8"), None):
         record = json.loads(json.dumps(wanted.record())) if wanted else None
         assert Quantization.from_record(record) == wanted
+
+
+@pytest.mark.parametrize("wanted", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_4_bit_matrices_that_can_be_sharded_are_stored_otherwise_and_mean_the_same(wanted, dtype):
+    torch.manual_seed(0)
+    usual, shardable = (Quantization(wanted, compute_dtype=dtype, shardable=choice) for choice in (False, True))
+    linear, holders = nn.Linear(64, 48), []
+    for choice in (usual, shardable):
+        holders.append(nn.ModuleDict({"linear": copy.deepcopy(linear)}))
+        quantize_linears(holders[-1], choice)
+    first, second = (holder["linear"] for holder in holders)
+    assert first.weight.dtype == torch.uint8 and second.weight.dtype == shardable.dtype
+    x = torch.randn(5, 64, dtype=shardable.dtype)
+    assert torch.equal(first(x), second(x)) and torch.equal(dequantized(first), dequantized(second))
+    assert shardable.record() == usual.record()
 
 
 # Language models

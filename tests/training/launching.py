@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +16,7 @@ from tests import killing
 from tests.regimes import RECIPE
 
 ROOT = Path(__file__).parents[2]
+LIMIT = 180  # seconds of a run
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -31,9 +32,11 @@ def torchrun(folder: Path, output: str, *overrides: str) -> subprocess.Completed
     return subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
 
 
-def train(folder: Path, output: str, *overrides: str, processes: int = 2) -> tuple[list[int], str]:
-    """The same, started as torchrun starts them but forked from this process, which has imported everything: exit codes,
-    and what they print."""
+def train(
+    folder: Path, output: str, *overrides: str, processes: int = 2, spoil: Callable[[], None] | None = None
+) -> tuple[list[int], str]:
+    """The same, started as torchrun starts them but forked from a process that has imported everything: exit codes,
+    and what they print. spoil: what is called in each of them first."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -41,8 +44,10 @@ def train(folder: Path, output: str, *overrides: str, processes: int = 2) -> tup
     world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     log = folder / f"{output}.txt"
     ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
-    started = [killing.start(command(output, *overrides), folder, log, rank) for rank in ranks]
-    return [killing.wait(process) for process in started], log.read_text()
+    arounds = [killing.Around(environment=rank, spoil=spoil) for rank in ranks]
+    started = [killing.start(command(output, *overrides), folder, log, around) for around in arounds]
+    ended = [killing.kill_when(process, killing.after(LIMIT)) for process in started]  # one may wait for another for ever
+    return ended, log.read_text()
 
 
 def losses(folder: Path) -> list[float]:

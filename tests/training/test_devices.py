@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from flamingo_ft.adapters import load_adapter
 from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.cli import main
 from flamingo_ft.data.stream.tally import added
-from flamingo_ft.training import processes
+from flamingo_ft.errors import UserError
+from flamingo_ft.training import processes, run
+from flamingo_ft.training.trainer import FlamingoTrainer
 from tests.regimes import LORA, NOTHING_WHOLE, write_start
 from tests.training.launching import losses, torchrun, train, write_data
 
@@ -115,6 +119,45 @@ def test_an_error_of_one_process_is_told_once_and_ends_all(tmp_path):
     assert done.returncode != 0
     assert len(told) == 1 and "row 5: images[0]: no such image" in told[0]
     assert "exitcode  : 2" in done.stderr
+
+
+def loads_in_one_process_alone() -> None:
+    def fail(*_):
+        if os.environ.get("RANK") == "1":
+            raise UserError("cannot be loaded here")
+
+    run.encode_prompts = fail
+
+
+def test_what_one_process_cannot_load_ends_a_sharded_run(tmp_path):
+    write_data(tmp_path, MIXED)
+    codes, said = train(tmp_path, "two", "train.fsdp=true", *STEPS, spoil=loads_in_one_process_alone)
+    assert codes == [2, 2], said
+    assert said.count("error: process 1: cannot be loaded here") == 1
+
+
+def bad_numbers_in_one_process() -> None:
+    trained_on = FlamingoTrainer.training_step
+
+    def spoil(trainer, model, inputs, *arguments, **options):
+        if os.environ.get("RANK") == "1":
+            inputs["pixel_values"].fill_(float("nan"))
+            Path("spoiled.json").write_text(json.dumps(trainer.contents[0].rows))
+        return trained_on(trainer, model, inputs, *arguments, **options)
+
+    FlamingoTrainer.training_step = spoil
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["false", "true"])
+def test_bad_numbers_of_one_process_are_told_with_its_samples(tmp_path, sharded):
+    rows = write_data(tmp_path, [[0]] * 8)
+    options = (f"train.fsdp={sharded}", "train.max_steps=1", "eval.before=false")
+    codes, said = train(tmp_path, "two", *options, spoil=bad_numbers_in_one_process)
+    assert codes == [2, 2], said
+    spoiled = json.loads((tmp_path / "spoiled.json").read_text())
+    assert 0 < len(spoiled) < len(rows)
+    assert f"trained on {', '.join(spoiled)}: pixel_values of the batch is not finite" in said
 
 
 def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import signal
 from pathlib import Path
 
@@ -67,11 +66,7 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it(folder, 
 
 
 def test_a_file_that_may_not_grow_so_large_is_told_in_a_line(folder):
-    process = os.fork()
-    if not process:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        os._exit(killing.wait(killing.start(COMMAND, folder, folder / "log.txt")))
+    process = killing.start(COMMAND, folder, folder / "log.txt", killing.Around(file_limit=200_000))
     assert killing.wait(process) == 2
     said = (folder / "log.txt").read_text()
     assert "step-2: cannot write this checkpoint" in said and "there is none yet" in said and "Traceback" not in said

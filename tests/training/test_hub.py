@@ -52,7 +52,8 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder
     def pushed() -> bool:  # the first of all, which gives way to none; the run ends no sooner than the last is
         return REPO in hub.repositories and any(path.startswith("checkpoints/") for path in hub.files(REPO))
 
-    assert killing.kill_when(killing.start(COMMAND, folder, folder / "log.txt"), pushed) == killing.KILLED
+    around = killing.Around({"HF_TOKEN": WRITER}, hub=hub.constants)
+    assert killing.kill_when(killing.start(COMMAND, folder, folder / "log.txt", around), pushed) == killing.KILLED
     shutil.rmtree(folder / "run")
     assert main([*COMMAND, "--resume"]) == 0
     said = told(capfd)
