@@ -19,6 +19,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
@@ -37,12 +38,13 @@ def load_adapter(
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The model in eval mode, all of it frozen, on the GPU where there is one, and its processor.
 
+    folder: or ``org/name[@revision]`` on the Hub, as everywhere that an adapter or a model is named.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training.
 
     Raises UserError when the folder is no adapter, the base is another than the one it was trained on, or its weights
     are missing, damaged or do not fit.
     """
-    folder = Path(folder)
+    folder = fetch_model(folder)
     model = load_base(folder, start=start)
     put_adapter(model, folder)
     return model.eval().requires_grad_(False), read_processor(folder)
@@ -50,7 +52,7 @@ def load_adapter(
 
 def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
-    folder = Path(folder)
+    folder = fetch_model(folder)
     is_whole = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
     return (load_whole(folder), read_processor(folder)) if is_whole else load_adapter(folder)
 
@@ -75,7 +77,7 @@ def load_base(
     quantized: as in training; otherwise nothing is. dtype: of the unquantized language model. Raises UserError as
     `load_adapter` does.
     """
-    folder = Path(folder)
+    folder = fetch_model(folder)
     device = default_device() if device is None else torch.device(device)
     config = read_config(folder)
     loaded = {part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")}
@@ -85,7 +87,7 @@ def load_base(
     grow_vocabulary(lm, config.text_config.vocab_size)
     model = FlamingoForConditionalGeneration(config, loaded["vision"].visual, lm)
     if config.bridge_init:
-        restart_bridge(model, folder, None if start is None else Path(start))
+        restart_bridge(model, folder, start)
     model.to(device)
     if quantized and config.bridge_quantization:
         quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
