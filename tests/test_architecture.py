@@ -18,6 +18,7 @@ ORDER = (
     "recipe_library",
     "config",
     "backbones",
+    "formats",
     "model",
     "data",
     "adapters",
