@@ -26,6 +26,7 @@ from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .answering import answer_greedily
 from .card import write_card
 from .compare import difference, logits_on, sample_prompts
 from .files import WEIGHTS, read_config, read_flamingo_config, read_processor, read_tensors
@@ -119,6 +120,7 @@ def _write(
     parts = fold_lora(model)
     close_attention(model.vision_encoder)
     cast(model, dtype)
+    answer_greedily(model, processor)
     _as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)

@@ -26,6 +26,8 @@ from .files import PREFIX, WEIGHTS
 from .lora import ADAPTER, base_name, has_lora
 from .trainable import trainable_parameters
 
+# What AutoPeftModel makes the base with, from the composition that the adapter names.
+AUTO_MAPPING = {"base_model_class": FlamingoForConditionalGeneration.__name__, "parent_library": "flamingo_ft"}
 HOW_IT_WAS_LOADED = ("is_local", "local_files_only")  # tokenizers write these down; they say nothing of the adapter
 
 
@@ -53,10 +55,15 @@ def save_adapter(
         save_file(contiguous, file, metadata={"format": "pt"})
     config.save_pretrained(folder)
     _own_config(model).save_pretrained(folder)
+    save_processor(processor, folder)
+    write_card(model, folder)
+
+
+def save_processor(processor: FlamingoProcessor, folder: Path) -> None:
+    """Write the processor's files, the same wherever it was loaded from."""
     for key in HOW_IT_WAS_LOADED:
         processor.tokenizer.init_kwargs.pop(key, None)
     processor.save_pretrained(folder)
-    write_card(model, folder)
 
 
 def check_complete(model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor], adapter: str) -> None:
@@ -75,9 +82,10 @@ def _as_plain_lora(
     """
     if not has_lora(model, adapter):
         empty = LoraConfig(base_model_name_or_path=base_name(model), target_modules=DUMMY_TARGET_MODULES)
-        return tensors, dataclasses.replace(empty, inference_mode=True)
+        return tensors, dataclasses.replace(empty, inference_mode=True, auto_mapping=AUTO_MAPPING)
     # The weights are in the file: nothing is to be made up, or taken out of the base, when it is loaded.
-    config = dataclasses.replace(model.peft_config[adapter], inference_mode=True, init_lora_weights=True)
+    loaded_as = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": AUTO_MAPPING}
+    config = dataclasses.replace(model.peft_config[adapter], **loaded_as)
     start = getattr(model, "lora_start", None)
     if not start:
         return tensors, config
