@@ -21,6 +21,7 @@ def answer_greedily(model: FlamingoForConditionalGeneration, processor: Flamingo
     config.eos_token_id = end_token_ids(model, processor) or None
     config.pad_token_id = processor.tokenizer.pad_token_id
     config.max_new_tokens, config.max_length = MAX_NEW_TOKENS, None
+    config._from_model_config = False  # else it would be made anew from what the language model says
     model.generation_config = config
 
 
