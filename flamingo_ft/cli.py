@@ -170,6 +170,18 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Adapter,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a model over an OpenAI-style HTTP API, until interrupted."""
+    from flamingo_ft.inference import serve
+
+    serve.serve(model, host, port)
+
+
+@app.command()
 def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, which must not exist.")],
