@@ -38,6 +38,7 @@ def hub(monkeypatch, tmp_path):
         values |= {"HF_HUB_CACHE": str(tmp_path / "hub_cache"), "HF_TOKEN_PATH": str(tmp_path / "no_token")}
         for name, value in values.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # PEFT asks this one, made on import
         hub.constants = values
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub

@@ -17,11 +17,11 @@ from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
+from flamingo_ft.model.parts import named_composition
 
 from .files import (
     BRIDGE_FILE,
     WEIGHTS,
-    read_base_name,
     read_bridge,
     read_config,
     read_flamingo_config,
@@ -109,8 +109,8 @@ def _whereabouts(folder: Path, recorded: Path, start: Path | None) -> Path:
 
 def _bridge_of_base(folder: Path) -> Path | None:
     """The bridge in the composition that an adapter names as its base; None where it names only its language model."""
-    name = read_base_name(folder)
-    if name is None or name == read_config(folder).backbones["language"]["name"]:
+    name = named_composition(folder)
+    if name is None:
         return None
     bridge = fetch_model(name) / BRIDGE_FILE
     return bridge if bridge.is_file() else None

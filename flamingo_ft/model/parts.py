@@ -6,6 +6,7 @@ it is needed, as it stands on this part of the package.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,11 +16,13 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 
 from .quantized import stored_config
 
 PUTS_TOGETHER = "flamingo_ft.adapters.from_parts"
+OF_THE_CLIENT = ("cache_dir", "force_download", "local_files_only", "token")  # options that say how files are fetched
 WHOLE = ("model*.safetensors", "pytorch_model*.bin")  # the weights of a model that needs no other
 
 
@@ -46,13 +49,16 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
     if name is None or (Path(name).is_dir() and not holds_parts(Path(name))):
         return None
     if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
-        return Parts(_fetch(name, options), _fetch(adapter, options["adapter_kwargs"]))
+        return Parts(_fetch(name, options), _fetch(adapter, {**options, "revision": None, **options["adapter_kwargs"]}))
     if not Path(name).is_dir() and stored_config(name, options).merged:
         return None
     folder = _fetch(name, options)
     if not holds_parts(folder):
         return None
-    return Parts(None, folder) if (folder / ADAPTER_CONFIG_NAME).is_file() else Parts(folder, None)
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        return Parts(folder, None)
+    base = None if Path(name).is_dir() else named_composition(folder)
+    return Parts(base and _fetch(base, {**options, "revision": None}), folder)
 
 
 def holds_parts(folder: Path) -> bool:
@@ -60,9 +66,18 @@ def holds_parts(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file() and not any(any(folder.glob(weights)) for weights in WHOLE)
 
 
+def named_composition(adapter: Path) -> str | None:
+    """The composition that an adapter names as its base; None where it names its language model alone."""
+    config, peft = (json.loads((adapter / file).read_text(encoding="utf-8")) for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    named = peft.get("base_model_name_or_path")
+    return None if named == ((config.get("backbones") or {}).get("language") or {}).get("name") else named
+
+
 def _fetch(name: Any, options: Mapping[str, Any]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder / (options.get("subfolder") or "")
-    revision = options.get("revision")
-    return fetch_model(f"{name}@{revision}" if revision else name)
+    if options.get("subfolder"):
+        raise UserError(f"{name}: parts of a model are looked for at the top of a repository; leave subfolder out")
+    revision, given = options.get("revision"), {key: options[key] for key in OF_THE_CLIENT if options.get(key) is not None}
+    return fetch_model(f"{name}@{revision}" if revision else name, **given)
