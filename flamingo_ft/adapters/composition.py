@@ -25,7 +25,7 @@ from .card import CARD
 from .files import BRIDGE_FILE, LORA_CONFIG, read_config, read_flamingo_config, read_lora_config, read_processor
 from .load import join_backbones, put_together
 from .lora import updates_the_tower
-from .save import save_processor
+from .save import forget_place, save_processor
 from .start import bridge_of, put_as_stored
 
 
@@ -43,6 +43,7 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     bridge = _bridge_below(adapter, config, start) if config.bridge_init else None
     lora = read_lora_config(adapter)
     config.open_attention = config.open_attention or (lora is not None and updates_the_tower(lora))
+    forget_place(config)
     out.mkdir(parents=True)
     if bridge is not None:
         config.bridge_init["path"] = BRIDGE_FILE

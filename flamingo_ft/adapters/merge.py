@@ -32,6 +32,7 @@ from .compare import difference, logits_on, sample_prompts
 from .files import WEIGHTS, read_config, read_flamingo_config, read_processor, read_tensors
 from .fold import cast, fold_lora
 from .load import load_adapter, load_base, load_whole, put_adapter
+from .save import forget_place
 
 Base = Literal["bf16", "dequantized"]
 MERGE_FILE = "merge.json"
@@ -146,6 +147,7 @@ def _as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
     config.open_attention = False
     config.text_config.quantization_config = None
+    forget_place(config)
     config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
 
 

@@ -103,9 +103,15 @@ def _with_start(name: str, tensor: Tensor, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor, first], dim=0) if ".lora_A." in name else torch.cat([tensor, -first], dim=1)
 
 
+def forget_place(config: FlamingoConfig) -> None:
+    """Leave out in which folder of this machine the language model lay; what it was asked for by stays."""
+    config.text_config._name_or_path = ((config.backbones or {}).get("language") or {}).get("name") or ""
+
+
 def _own_config(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
     """The model's configuration without what the language model's loader left in it: how it was quantized this time."""
     config = FlamingoConfig.from_dict(model.config.to_dict())
+    forget_place(config)
     if ((config.backbones or {}).get("language") or {}).get("quantization"):
         config.text_config.quantization_config = None
     return config
