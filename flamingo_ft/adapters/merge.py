@@ -28,6 +28,7 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, 
 
 from .answering import answer_greedily
 from .card import write_card
+from .code import write_code
 from .compare import difference, logits_on, sample_prompts
 from .files import WEIGHTS, read_config, read_flamingo_config, read_processor, read_tensors
 from .fold import cast, fold_lora
@@ -52,6 +53,7 @@ def merge_adapter(
     quantization: Quantization | None = None,
     tolerance: float | None = None,
     start: str | Path | None = None,
+    with_code: bool = False,
 ) -> dict[str, Any]:
     """Write the merged model to ``out``: safetensors shards, configuration, processor, and what the check found.
 
@@ -59,6 +61,7 @@ def merge_adapter(
     dtype: of the merged weights; gates stay in float32. quantization: how the written model is kept.
     tolerance: the largest relative difference of its logits from the adapter's.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+    with_code: put the package's code beside the model, for transformers where the package is not.
 
     Returns what is written to ``merge.json``. Raises UserError when ``out`` exists, ``adapter`` is a merged model
     already, its base is another than it was trained on, and when the merged model differs from it beyond ``tolerance``:
@@ -82,6 +85,8 @@ def merge_adapter(
         report = {"adapter": str(adapter), "trained_in": sorted(formats), **kept, **asdict(found)}
         report |= {"prompts_from": where_from, "tolerance": limit}
         _check_close(report)
+        if with_code:
+            write_code(folder)
         (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if (adapter / RECIPE_FILE).is_file():
             shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)

@@ -133,10 +133,11 @@ def test_every_kind_has_its_configuration_and_processor(adapters, tmp_path):
 
 
 def test_a_merged_model_loads_as_before(adapters, tmp_path):
-    merge_adapter(adapters / "bridge and LoRA", tmp_path / "merged", dtype=torch.float32)
+    merge_adapter(adapters / "bridge and LoRA", tmp_path / "merged", dtype=torch.float32, with_code=True)
     expected, processor = load_adapter(adapters / "bridge and LoRA")
     difference = regimes.logits(auto(tmp_path / "merged"), processor) - regimes.logits(expected, processor)
     assert difference.abs().max() < 1e-4
+    assert (tmp_path / "merged" / "flamingo_model_modeling.py").is_file()
 
 
 def test_a_dtype_is_that_of_all_weights_but_the_gates(adapters):
