@@ -25,11 +25,14 @@ from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .answering import answer_greedily
 from .card import write_card
+from .code import write_code
 from .compare import difference, logits_on, sample_prompts
 from .files import WEIGHTS, read_config, read_flamingo_config, read_processor, read_tensors
 from .fold import cast, fold_lora
 from .load import load_adapter, load_base, load_whole, put_adapter
+from .save import forget_place
 
 Base = Literal["bf16", "dequantized"]
 MERGE_FILE = "merge.json"
@@ -49,6 +52,7 @@ def merge_adapter(
     quantization: Quantization | None = None,
     tolerance: float | None = None,
     start: str | Path | None = None,
+    with_code: bool = False,
 ) -> dict[str, Any]:
     """Write the merged model to ``out``: safetensors shards, configuration, processor, and what the check found.
 
@@ -56,6 +60,7 @@ def merge_adapter(
     dtype: of the merged weights; gates stay in float32. quantization: how the written model is kept.
     tolerance: the largest relative difference of its logits from the adapter's.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+    with_code: put the package's code beside the model, for transformers where the package is not.
 
     Returns what is written to ``merge.json``. Raises UserError when ``out`` exists, ``adapter`` is a merged model
     already, its base is another than it was trained on, and when the merged model differs from it beyond ``tolerance``:
@@ -79,6 +84,8 @@ def merge_adapter(
         report = {"adapter": str(adapter), "trained_in": sorted(formats), **kept, **asdict(found)}
         report |= {"prompts_from": where_from, "tolerance": limit}
         _check_close(report)
+        if with_code:
+            write_code(folder)
         (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if (adapter / RECIPE_FILE).is_file():
             shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
@@ -118,6 +125,7 @@ def _write(
     parts = fold_lora(model)
     close_attention(model.vision_encoder)
     cast(model, dtype)
+    answer_greedily(model, processor)
     as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
@@ -143,6 +151,7 @@ def as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any])
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
     config.open_attention = False
     config.text_config.quantization_config = None
+    forget_place(config)
     config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
 
 
