@@ -1,6 +1,6 @@
 """A Hub on this machine: enough of its HTTP API for the real `huggingface_hub` client, over plain LFS.
 
-Repositories of models with a history of commits; regular files inside a commit, large ones uploaded before it by
+Repositories of models with branches of commits; regular files inside a commit, large ones uploaded before it by
 their SHA-256. `fail` makes requests go wrong: with a status, or a connection that is dropped, at once or half-way
 through the answer; `hold` makes them wait.
 """
@@ -37,14 +37,22 @@ class Commit:
 
 @dataclass
 class Repository:
+    """gated: who has not accepted its terms, which is whoever may only read, gets none of its files."""
+
     private: bool
-    history: list[Commit] = field(default_factory=lambda: [Commit("0" * 40, "initial commit", {})])
+    gated: bool = False
+    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit("0" * 40, "initial commit", {})]})
+
+    @property
+    def history(self) -> list[Commit]:
+        """The commits of the main branch."""
+        return self.branches["main"]
 
     def at(self, revision: str) -> Commit | None:
-        """The newest commit for main, else the one of that name."""
-        if revision == "main":
-            return self.history[-1]
-        return next((commit for commit in self.history if commit.oid == revision), None)
+        """The newest commit of a branch, or the one of that name."""
+        if revision in self.branches:
+            return self.branches[revision][-1]
+        return next((one for branch in self.branches.values() for one in branch if one.oid == revision), None)
 
 
 @dataclass
@@ -112,9 +120,10 @@ class Hub:
         commit = self.repositories[repository].at(revision)
         return {path: self.contents[digest] for path, digest in commit.files.items()}
 
-    def commit(self, repository: Repository, lines: list[dict[str, Any]]) -> Commit:
+    def commit(self, repository: Repository, branch: str, lines: list[dict[str, Any]]) -> Commit:
         """Apply the lines of a commit, all or none."""
-        files, title = dict(repository.history[-1].files), ""
+        history = repository.branches[branch]
+        files, title = dict(history[-1].files), ""
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
@@ -129,9 +138,9 @@ class Hub:
                 files = {path: digest for path, digest in files.items() if not path.startswith(value["path"])}
         if missing := set(files.values()) - self.contents.keys():
             raise ValueError(f"content that was never uploaded: {sorted(missing)}")
-        oid = hashlib.sha1(json.dumps([len(repository.history), files]).encode()).hexdigest()
-        repository.history.append(Commit(oid, title, files))
-        return repository.history[-1]
+        oid = hashlib.sha1(json.dumps([len(history), files]).encode()).hexdigest()
+        history.append(Commit(oid, title, files))
+        return history[-1]
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -246,6 +255,15 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         self._json({"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
 
+    def create_branch(self, name: str, branch: str) -> None:
+        repository = self._repository(name, write=True)
+        if repository is None:
+            return
+        if branch in repository.branches:
+            return self._error(409, f"Reference already exists: refs/heads/{branch}")
+        repository.branches[branch] = [*repository.history]
+        self._json({})
+
     def preupload(self, name: str, revision: str) -> None:
         if self._repository(name, write=True) is None:
             return
@@ -275,10 +293,12 @@ class Handler(BaseHTTPRequestHandler):
         repository = self._repository(name, write=True)
         if repository is None:
             return
+        if revision not in repository.branches:
+            return self._error(404, "Invalid rev id", "RevisionNotFound")
         lines = [json.loads(line) for line in self.body.splitlines() if line]
         try:
             with self.hub.lock:
-                made = self.hub.commit(repository, lines)
+                made = self.hub.commit(repository, revision, lines)
         except (KeyError, ValueError) as error:
             return self._error(400, f"nothing was committed: {error}")
         url = f"{self.hub.url}/{name}/commit/{made.oid}"
@@ -308,6 +328,8 @@ class Handler(BaseHTTPRequestHandler):
         repository = self._repository(name)
         if repository is None:
             return
+        if repository.gated and self._token() != WRITER:
+            return self._error(403, f"Access to model {name} is restricted", "GatedRepo")
         commit = repository.at(revision)
         if commit is None or path not in commit.files:
             return self._error(404, "Entry not found", "EntryNotFound")
@@ -337,6 +359,7 @@ ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
     (("GET",), f"/api/models/{NAME}/auth-check/write", Handler.may_write),
     (("GET",), f"/api/models/{NAME}", Handler.info),
     (("GET",), f"/api/models/{NAME}/revision/{REVISION}", Handler.info),
+    (("POST",), f"/api/models/{NAME}/branch/(?P<branch>.+)", Handler.create_branch),
     (("POST",), f"/api/models/{NAME}/preupload/{REVISION}", Handler.preupload),
     (("POST",), f"/api/models/{NAME}/commit/{REVISION}", Handler.commit),
     (("GET",), f"/api/models/{NAME}/tree/{REVISION}(/(?P<folder>.+))?", Handler.tree),

@@ -14,6 +14,7 @@ PACKAGE = Path(flamingo_ft.__file__).parent
 ORDER = (
     "errors",
     "atomic",
+    "hub",
     "registration",
     "recipe_library",
     "config",

@@ -1,0 +1,6 @@
+"""The Hugging Face Hub: names, fetching, pushing, and what goes wrong there in words."""
+
+from .fetch import fetch_model, pinned
+from .names import HubName, hub_name
+
+__all__ = ["HubName", "fetch_model", "hub_name", "pinned"]

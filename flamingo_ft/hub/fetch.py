@@ -1,0 +1,83 @@
+"""From a name on the Hub to a folder here, with no more in it than a model needs; a path stays a path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from flamingo_ft.errors import UserError
+
+from .errors import FAILURES, told
+from .names import HubName, commit_of, hub_name
+from .retry import patiently
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml")
+WEIGHTS = (("*.safetensors",), ("*.bin",), ("*.pt", "*.pth"))  # the first format that a repository has is taken
+# Checkpoints, figures and logs of a run lie in folders; what trainers of others leave beside the weights.
+NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
+CHECKPOINT_SUFFIXES = (".bin", ".pt", ".pth")
+
+
+def fetch_model(place: str | Path) -> Path:
+    """Where the files of an adapter, a model, a composition or a checkpoint lie on this machine.
+
+    place: a path, which comes back as it is, or ``org/name[@revision]`` on the Hub: then the folder of its snapshot in
+    the cache, or the one file of a repository that holds a checkpoint and no configuration. What is in the cache is not
+    fetched again. Raises UserError for what is not there, not to be had, or holds no model.
+    """
+    name = hub_name(place)
+    if name is None:
+        return Path(place)
+    folder = _fetch(name)
+    found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    if (folder / "config.json") in found:
+        return folder
+    checkpoints = [path for path in found if path.suffix in CHECKPOINT_SUFFIXES]
+    if len(checkpoints) != 1:
+        held = ", ".join(sorted(path.name for path in found)[:3]) or "no files of one"
+        raise UserError(f"{name}: holds no model (found {held}); name a repository with config.json or one checkpoint")
+    return checkpoints[0]
+
+
+def pinned(place: str | Path, found: Path) -> str:
+    """What to write down of ``place``, which `fetch_model` found: it leads to the same content later, or on a copy."""
+    name = hub_name(place)
+    return str(Path(place).resolve()) if name is None else str(HubName(name.repository, commit_of(found)))
+
+
+def _fetch(name: HubName) -> Path:
+    """Download the small files and the weights in one format; all of one commit."""
+    revision = name.revision
+    for patterns in WEIGHTS:
+        folder = download(str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED)
+        if any(path for pattern in patterns for path in folder.glob(pattern)):
+            break
+        revision = commit_of(folder)
+    return folder
+
+
+def download(
+    asked: str,
+    repository: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    skipped: Sequence[str] = (),
+    local_files_only: bool = False,
+) -> Path:
+    """Fetch the files of a repository that match ``patterns`` into the cache, unless they are there; their folder, which
+    does not exist where nothing matches. UserError, about ``asked``, where the Hub has or gives none."""
+    take = partial(
+        snapshot_download,
+        repository,
+        revision=revision,
+        allow_patterns=[*patterns],
+        ignore_patterns=[*skipped],
+        local_files_only=local_files_only,
+    )
+    try:
+        return Path(patiently(take))
+    except FAILURES as error:
+        raise told(asked, error) from None

@@ -1,0 +1,226 @@
+"""Names on the Hub lead to folders here, with what a model needs and no more, and once only."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.hub import HubName, fetch_model, hub_name, pinned
+from flamingo_ft.hub.retry import ATTEMPTS
+from tests.hub_server import READER, WRITER, Repository
+
+REPO = "org/some.model-1"
+
+
+def put(hub, files: dict[str, bytes], branch: str = "main", **options) -> str:
+    """Put files on a branch; the commit."""
+    repository = hub.repositories.setdefault(REPO, Repository(**{"private": False, **options}))
+    repository.branches.setdefault(branch, [*repository.history])
+    digests = {path: hub.store(content) for path, content in files.items()}
+    lines = [{"key": "lfsFile", "value": {"path": path, "oid": oid}} for path, oid in digests.items()]
+    return hub.commit(repository, branch, [{"key": "header", "value": {"summary": "put"}}, *lines]).oid
+
+
+def refusal(place: str | Path) -> str:
+    with pytest.raises(UserError) as caught:
+        fetch_model(place)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400 and READER not in message and WRITER not in message
+    return message
+
+
+def held(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("place", "wanted"),
+    [
+        ("org/name", HubName("org/name")),
+        ("org/name@v1", HubName("org/name", "v1")),
+        ("org/name@refs/pr/1", HubName("org/name", "refs/pr/1")),
+        (Path("org/name@main"), HubName("org/name", "main")),
+        *((path, None) for path in ("name", "./org/name", "/org/name", "../name", "~/name", "a/b/c", "org/name@", "o n/e")),
+    ],
+)
+def test_what_is_a_name_on_the_hub(place, wanted):
+    assert hub_name(place) == wanted
+    assert wanted is None or hub_name(str(wanted)) == wanted
+
+
+def test_what_exists_here_is_a_path_and_is_left_alone(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in (REPO, f"{REPO}@main"):
+        Path(place).mkdir(parents=True)
+        assert fetch_model(place) == Path(place) and pinned(place, Path(place)) == str(tmp_path / place)
+    assert fetch_model("/not/there/at/all") == Path("/not/there/at/all")
+    assert hub.requests == []
+
+
+def test_only_what_a_model_needs_is_fetched(hub):
+    needed = {"config.json": b"{}", "adapter_model.safetensors": b"a" * 2000, "chat_template.jinja": b"c"}
+    needed |= {"resolved_recipe.yaml": b"r", "tokenizer.json": b"t"}
+    others = ["checkpoints/step-1/adapter_model.safetensors", "tensorboard/events", "figures/loss.png", "report.html"]
+    others += ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "log.jsonl", "README.md"]
+    put(hub, needed | {path: path.encode() for path in others})
+    folder = fetch_model(REPO)
+    assert held(folder) == {*needed}
+    assert all((folder / name).read_bytes() == content for name, content in needed.items())
+
+
+def test_weights_in_another_format_are_taken_where_there_are_no_safetensors(hub):
+    put(hub, {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"b" * 2000, "final.pt": b"p"})
+    assert held(fetch_model(REPO)) == {"config.json", "pytorch_model-00001-of-00001.bin"}
+
+
+def test_a_repository_of_one_checkpoint_is_that_file(hub):
+    put(hub, {"checkpoint.pt": b"p" * 2000, "README.md": b"r"})
+    found = fetch_model(REPO)
+    assert found.name == "checkpoint.pt" and found.read_bytes() == b"p" * 2000
+
+
+def test_a_composition_without_weights_is_a_folder(hub):
+    put(hub, {"config.json": b"{}", "tokenizer.json": b"t"})
+    assert held(fetch_model(REPO)) == {"config.json", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("files", [{}, {"README.md": b"r"}, {"a.pt": b"a", "b.pt": b"b"}, {"weights.safetensors": b"w"}])
+def test_a_repository_without_a_model_is_told(hub, files):
+    put(hub, files)
+    assert f"{REPO}: holds no model (found " in refusal(REPO)
+
+
+def test_revisions_are_told_apart_and_a_pinned_name_stays(hub):
+    put(hub, {"config.json": b"1", "model.safetensors": b"w" * 2000})
+    put(hub, {"config.json": b"2"}, branch="next")
+    first, second = fetch_model(REPO), fetch_model(f"{REPO}@next")
+    assert [(folder / "config.json").read_bytes() for folder in (first, second)] == [b"1", b"2"]
+    name = pinned(REPO, first)
+    assert name == f"{REPO}@{hub.repositories[REPO].history[-1].oid}"
+    put(hub, {"config.json": b"3"})
+    assert (fetch_model(name) / "config.json").read_bytes() == b"1"
+    assert (fetch_model(REPO) / "config.json").read_bytes() == b"3"
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(hub):
+    put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
+    first = fetch_model(REPO)
+    hub.requests.clear()
+    assert fetch_model(REPO) == first
+    assert [request for request in hub.requests if "/api/" not in request] == []
+    hub.requests.clear()
+    assert fetch_model(pinned(REPO, first)) == first and hub.requests == []
+
+
+def test_of_a_new_commit_only_what_changed_is_fetched(hub):
+    put(hub, {"config.json": b"1", "model.safetensors": b"w" * 2000})
+    fetch_model(REPO)
+    put(hub, {"config.json": b"2"})
+    hub.requests.clear()
+    assert (fetch_model(REPO) / "config.json").read_bytes() == b"2"
+    fetched = [request for request in hub.requests if request.startswith("GET") and "/resolve/" in request]
+    assert len(fetched) == 1 and fetched[0].endswith("config.json")
+
+
+def test_without_a_network_the_cache_serves(hub, monkeypatch):
+    put(hub, {"config.json": b"{}", "checkpoint.pt": b"p" * 2000})
+    found = fetch_model(REPO)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    assert fetch_model(REPO) == found and hub.requests == []
+
+
+def test_offline_what_is_not_in_the_cache_is_told(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refusal(REPO)
+    assert message.startswith(f"{REPO}: HF_HUB_OFFLINE is set, and it is not whole in the cache") and hub.requests == []
+
+
+def test_offline_what_is_partly_in_the_cache_is_told(hub, monkeypatch):
+    put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
+    (fetch_model(REPO) / "model.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "not whole in the cache" in refusal(REPO)
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "told"),
+    [
+        ({"private": True}, None, "is no folder here, and not on the Hub, or is private; check the name, or log in"),
+        ({"private": True}, "hf_unknown", "found no valid token; log in with `hf auth login`"),
+        ({"gated": True}, READER, "is gated; accept its terms on its page of the Hub"),
+        ({"gated": True}, None, "is gated; accept its terms on its page of the Hub"),
+    ],
+)
+def test_what_may_not_be_had_is_told(hub, monkeypatch, options, token, told):
+    put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000}, **options)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    message = refusal(REPO)
+    assert message.startswith(f"{REPO}: {told}") and "hf_unknown" not in message
+
+
+def test_what_may_be_had_with_a_token_is_fetched(hub, monkeypatch):
+    put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000}, private=True, gated=True)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
+
+
+def test_what_is_not_there_is_told(hub):
+    assert "runs/quickstrat: is no folder here, and not on the Hub" in refusal("runs/quickstrat")
+    put(hub, {"config.json": b"{}"})
+    assert f"{REPO}@nothing: is not on the Hub, though the repository is; check the revision" in refusal(f"{REPO}@nothing")
+    assert "some--body/run: no name of a repository (" in refusal("some--body/run")
+
+
+@pytest.mark.parametrize("request_", [f"GET /api/models/{REPO}/revision", "GET .*/resolve/.*/config.json"])
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (403, "the token may not read there"),
+        (429, "the Hub takes no more requests from here for a while (429)"),
+        (500, "the Hub is in trouble (500)"),
+        (None, "the connection to the Hub broke off ("),
+    ],
+)
+def test_a_hub_in_trouble_is_told_and_what_passes_is_tried_again(hub, monkeypatch, request_, status, told):
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", Impatient)
+    put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
+    hub.fail(request_, times=1000, status=status)
+    assert told in refusal(REPO)
+    hub.failures.clear()
+    hub.fail(request_, times=1 if status == 403 else ATTEMPTS - 1, status=status)
+    if status == 403:
+        refusal(REPO)
+    assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
+
+
+class Impatient:
+    """The client's own waits, shortened."""
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        pass
+
+
+def test_where_there_is_no_hub_that_is_told(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "the Hub cannot be reached (" in refusal(REPO)
+
+
+def test_a_download_that_is_cut_off_goes_on(hub):
+    content = bytes(range(256)) * 40
+    put(hub, {"config.json": b"{}", "model.safetensors": content})
+    hub.fail("GET .*/resolve/.*safetensors", half_way=True)
+    assert (fetch_model(REPO) / "model.safetensors").read_bytes() == content
+
+
+def test_a_cache_that_is_gone_is_filled_again(hub, tmp_path):
+    put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
+    fetch_model(REPO)
+    shutil.rmtree(tmp_path / "hub_cache")
+    assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
