@@ -2,7 +2,6 @@
 
 It is MPT with layer norms on all queries and all keys of an attention (arXiv:2302.05442, section 2.1) and names of its
 own for the same parts. What it shares with transformers' MPT, the forward around the blocks included, is taken from there.
-After an import of this file the Auto classes load it without that code.
 
 Shapes: B samples, T text tokens, S tokens in the cache and these, H heads, D hidden width.
 """
@@ -108,8 +107,9 @@ class MosaicGptAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_index)
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + position_bias[..., -key.shape[-2] :]
-        scores = scores.masked_fill(attention_mask, torch.finfo(query.dtype).min)
-        weights = scores.float().softmax(-1).to(value.dtype)
+        # In float32 at least, as the bias is; rows of padding see nothing, and finite numbers keep theirs from being none.
+        scores = scores.masked_fill(attention_mask, torch.finfo(scores.dtype).min)
+        weights = scores.softmax(-1).to(value.dtype)
         return self.out_proj((weights @ value).transpose(1, 2).flatten(-2)), weights
 
 
@@ -194,5 +194,7 @@ def _layer_norm(config: MosaicGptConfig) -> nn.LayerNorm:
     return nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon, bias=False)
 
 
-AutoConfig.register(MosaicGptConfig.model_type, MosaicGptConfig)
-AutoModelForCausalLM.register(MosaicGptConfig, MosaicGptForCausalLM)
+def register_mosaic_gpt() -> None:
+    """Make transformers' Auto classes know the architecture."""
+    AutoConfig.register(MosaicGptConfig.model_type, MosaicGptConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MosaicGptConfig, MosaicGptForCausalLM, exist_ok=True)

@@ -34,9 +34,15 @@ def loss_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of the left-padded batch, and the gradient of every parameter."""
     batch = left_padded()
     logits = _logits(model, batch)
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels(batch)[:, 1:].flatten())
     parameters = dict(model.named_parameters())
     return loss.detach(), gradients(model, parameters, loss)
+
+
+def labels(batch: Batch) -> Tensor:
+    """The batch's labels without those that padding would predict."""
+    behind_padding = F.pad(batch.attention_mask, (1, -1), value=1) == 0
+    return batch.labels.masked_fill(behind_padding, -100)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -1,0 +1,109 @@
+"""Language models in the form in which the Hub has those of the released Flamingos, as small as one likes.
+
+The configurations are those of anas-awadalla/mpt-1b-redpajama-200b, anas-awadalla/mpt-7b and
+togethercomputer/RedPajama-INCITE-Base-3B-v1, the first two with the code of their own that they name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+MOSAIC_GPT = {
+    "alibi": True, "alibi_bias_max": 8, "architectures": ["MosaicGPT"], "attn_clip_qkv": None, "attn_impl": "torch",
+    "attn_pdrop": 0, "attn_qk_ln": True, "attn_uses_sequence_id": False,
+    "auto_map": {
+        "AutoConfig": "configuration_mosaic_gpt.MosaicGPTConfig", "AutoModelForCausalLM": "mosaic_gpt.MosaicGPT",
+    },
+    "d_model": 2048, "emb_init_std": None, "emb_init_uniform_lim": None, "emb_pdrop": 0, "embedding_fraction": 1.0,
+    "fan_mode": "fan_in", "init_device": "cpu", "init_div_is_residual": True, "init_gain": 0,
+    "init_nonlinearity": "relu", "init_std": 0.02, "logit_scale": None, "low_precision_layernorm": True,
+    "max_seq_len": 2048, "mlp_ratio": 4, "model_type": "mosaic_gpt", "n_heads": 16, "n_layers": 24, "no_bias": True,
+    "param_init_fn": "kaiming_normal_", "prefix_lm": False, "resid_pdrop": 0, "softmax_scale": None,
+    "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "float32", "transformers_version": "4.27.4",
+    "use_cache": False, "verbose": 0, "vocab_size": 50432,
+}  # fmt: skip
+MPT = {
+    "architectures": ["MPTForCausalLM"],
+    "attn_config": {
+        "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "attn_type": "multihead_attention",
+        "attn_uses_sequence_id": False, "clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
+    },
+    "auto_map": {
+        "AutoConfig": "configuration_mpt.MPTConfig", "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM",
+    },
+    "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4,
+    "init_config": {
+        "emb_init_std": None, "emb_init_uniform_lim": None, "fan_mode": "fan_in", "init_div_is_residual": True,
+        "init_gain": 0, "init_nonlinearity": "relu", "init_std": 0.02, "name": "kaiming_normal_", "verbose": 0,
+    },
+    "init_device": "cpu", "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048, "model_type": "mpt",
+    "n_heads": 32, "n_layers": 32, "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0,
+    "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "bfloat16", "transformers_version": "4.28.1",
+    "use_cache": False, "verbose": 0, "vocab_size": 50432,
+}  # fmt: skip
+GPT_NEOX = {
+    "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+    "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 10240, "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "rotary_emb_base": 10000, "rotary_pct": 1.0, "tie_word_embeddings": False, "torch_dtype": "float16",
+    "transformers_version": "4.28.1", "use_cache": True, "use_parallel_residual": False, "vocab_size": 50432,
+}  # fmt: skip
+
+
+def write_language_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write configuration, weights in two shards (without a head that is the embeddings again) and a tokenizer."""
+    folder.mkdir(parents=True)
+    tied = config.get("tie_word_embeddings", True)
+    kept = {name: tensor for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
+    names = list(kept)
+    halves = names[: len(names) // 2], names[len(names) // 2 :]
+    files = {f"pytorch_model-0000{index}-of-00002.bin": half for index, half in enumerate(halves, 1)}
+    for file, half in files.items():
+        torch.save({name: kept[name].clone() for name in half}, folder / file)
+    places = {name: file for file, half in files.items() for name in half}
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in kept.values())}, "weight_map": places}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    bytes_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """GPT-NeoX's tokenizer without merges: <|endoftext|>, no padding token, and the bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"<|endoftext|>": 0} | {byte: index for index, byte in enumerate(alphabet, 1)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+# Sizes of stand-ins, by the model type: width 48, 4 heads, as many layers as are to be.
+SMALL = {
+    "mosaic_gpt": (MOSAIC_GPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 256, "vocab_size": 320}, "n_layers"),
+    "mpt": (MPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 256, "vocab_size": 320}, "n_layers"),
+    "gpt_neox": (
+        GPT_NEOX,
+        {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 256,
+         "vocab_size": 320},
+        "num_hidden_layers",
+    ),
+}  # fmt: skip
+
+
+def write_stand_in(folder: Path, model_type: str, layers: int = 4) -> Path:
+    """A small language model with random weights in the form of a released one."""
+    config, sizes, depth = SMALL[model_type]
+    small = {**config, **sizes, depth: layers}
+    torch.manual_seed(0)
+    known = {key: value for key, value in small.items() if key not in ("auto_map", "torch_dtype")}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
+    return write_language_model(folder, small, model.state_dict())
