@@ -4,6 +4,7 @@ from .card import write_card
 from .load import load_adapter, load_base, load_trained
 from .lora import add_lora
 from .merge import merge_adapter
+from .pairing import check_start
 from .prepare import prepare_training
 from .restore import restore_trainable
 from .save import save_adapter
@@ -14,6 +15,7 @@ from .trainable import set_trainable, trainable_parameters
 __all__ = [
     "Adapters",
     "add_lora",
+    "check_start",
     "load_adapter",
     "load_base",
     "load_trained",
