@@ -1,4 +1,4 @@
-"""Language models in the form in which the Hub has those of the released Flamingos, as small as one likes.
+"""What the Hub has of the released Flamingos, in its form, as small as one likes: language models, tower, checkpoints.
 
 The configurations are those of anas-awadalla/mpt-1b-redpajama-200b, anas-awadalla/mpt-7b and
 togethercomputer/RedPajama-INCITE-Base-3B-v1, the first two with the code of their own that they name.
@@ -11,10 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from flamingo_ft.adapters.released import Released
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.model import FlamingoForConditionalGeneration, build_flamingo
+from tests.regimes import shake
 
 MOSAIC_GPT = {
     "alibi": True, "alibi_bias_max": 8, "architectures": ["MosaicGPT"], "attn_clip_qkv": None, "attn_impl": "torch",
@@ -88,11 +96,11 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 
 # Sizes of stand-ins, by the model type: width 48, 4 heads, as many layers as are to be.
 SMALL = {
-    "mosaic_gpt": (MOSAIC_GPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 256, "vocab_size": 320}, "n_layers"),
-    "mpt": (MPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 256, "vocab_size": 320}, "n_layers"),
+    "mosaic_gpt": (MOSAIC_GPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 512, "vocab_size": 320}, "n_layers"),
+    "mpt": (MPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 512, "vocab_size": 320}, "n_layers"),
     "gpt_neox": (
         GPT_NEOX,
-        {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 256,
+        {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 512,
          "vocab_size": 320},
         "num_hidden_layers",
     ),
@@ -107,3 +115,41 @@ def write_stand_in(folder: Path, model_type: str, layers: int = 4) -> Path:
     known = {key: value for key, value in small.items() if key not in ("auto_map", "torch_dtype")}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**known))
     return write_language_model(folder, small, model.state_dict())
+
+
+TOWER = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 28, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14},
+    "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def write_tower(folder: Path) -> Path:
+    """The weights of an OpenCLIP model of the architecture `TOWER`, as the repository of a tag has them."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    weights = open_clip.CLIP(**TOWER, quick_gelu=True).state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "open_clip_model.safetensors")
+    return folder
+
+
+def write_checkpoint(folder: Path, model: Released, language: Path, tower: str, pretrained: str) -> Path:
+    """A released model's checkpoint.pt around small backbones: bridge and embeddings under OpenFlamingo's names."""
+    backbones = load_vision(tower, pretrained), load_language(str(language))
+    flamingo, _ = build_flamingo(*backbones, cross_attn_every_n_layers=model.interval)
+    shake(flamingo.requires_grad_(True), 0.1)
+    folder.mkdir(parents=True)
+    torch.save(open_flamingo_names(flamingo, model.layers_path), folder / "checkpoint.pt")
+    return folder
+
+
+def open_flamingo_names(flamingo: FlamingoForConditionalGeneration, layers_path: str) -> dict[str, Tensor]:
+    """The bridge under the names that OpenFlamingo saves it by."""
+    found = {}
+    for name, tensor in flamingo.state_dict().items():
+        if name.startswith("perceiver."):
+            found[name] = tensor
+        elif name.startswith("gated_cross_attn_layers."):
+            _, k, rest = name.split(".", 2)
+            found[f"lang_encoder.{layers_path}.{k}.gated_cross_attn_layer.{rest}"] = tensor
+    return found

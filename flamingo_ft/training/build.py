@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.adapters import check_start, prepare_training, start_bridge
+from flamingo_ft.adapters import prepare_training, start_bridge
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
@@ -29,7 +29,6 @@ def build_model(
     some_batches: for the one initialisation of LoRA that looks at data.
     """
     wanted, device = recipe.model, default_device()
-    check_start(wanted)
     vision = load_vision(
         wanted.vision.name,
         wanted.vision.pretrained,
