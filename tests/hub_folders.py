@@ -87,7 +87,8 @@ def write_language_model(folder: Path, config: Mapping[str, Any], tensors: Mappi
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
     """GPT-NeoX's tokenizer without merges: <|endoftext|>, no padding token, and the bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({"<|endoftext|>": 0} | {byte: index for index, byte in enumerate(alphabet, 1)}, []))
+    vocabulary = {token: index for index, token in enumerate(["<|endoftext|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")

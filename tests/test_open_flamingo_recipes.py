@@ -1,4 +1,4 @@
-"""The packaged recipes that start from a released Flamingo train it, from a Hub that holds small ones of the same names."""
+"""The packaged recipes that start from a released Flamingo train it, from a Hub with small ones of the same names."""
 
 from __future__ import annotations
 

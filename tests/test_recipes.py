@@ -1,5 +1,5 @@
-"""Every packaged recipe trains: a few steps of each, in the order in which they build on each other; those whose backbones
-come from the Hub in test_open_flamingo_recipes.py."""
+"""Every packaged recipe trains: a few steps of each, in the order in which they build on each other; those whose
+backbones come from the Hub in test_open_flamingo_recipes.py."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whether what a run starts from goes with its backbones: asked of names and configurations, before weights are fetched.
+"""Whether what a run starts from goes with its backbones: asked of names and configurations, before weights are there.
 
 Released models are known by their names, other checkpoints by the shapes of their tensors.
 """
@@ -23,14 +23,15 @@ from flamingo_ft.formats import Checkpoint, read_checkpoint
 
 from .released import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, Released, released
 
+_QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
 QUICK_GELU = "-quickgelu"  # what OpenCLIP calls an architecture with it, which tag openai has under both names
 
 
 def check_start(wanted: ModelSection) -> None:
     """Refuse a released model, or a checkpoint's file, that was trained with another model than the recipe's.
 
-    Of backbones on the Hub no more than configuration and tokenizer is fetched. Adapters and merged models say themselves
-    what they belong to, when they are loaded. Raises UserError that names what the start needs.
+    Of backbones on the Hub no more than configuration and tokenizer is fetched. Adapters and merged models say
+    themselves what they belong to, when they are loaded. Raises UserError that names what the start needs.
     """
     start = wanted.init_from
     if start is None:
@@ -126,8 +127,8 @@ def _check_shapes(start: Path, wanted: ModelSection) -> None:
 
 def _shape_of(checkpoint: Checkpoint) -> _Shape | None:
     """None where the file holds no bridge that shows it: what loads it tells what it lacks."""
-    pattern = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
-    queries = {int(match[1]): tensor for name, tensor in checkpoint.bridge.items() if (match := pattern.fullmatch(name))}
+    matches = ((_QUERY.fullmatch(name), tensor) for name, tensor in checkpoint.bridge.items())
+    queries = {int(match[1]): tensor for match, tensor in matches if match}
     latents = checkpoint.bridge.get("perceiver.latents")
     if not queries or latents is None:
         return None
@@ -152,8 +153,9 @@ def _hint(found: _Shape) -> str:
 
 
 def _has_shape(model: Released, found: _Shape) -> bool:
-    paths = (None, model.layers_path)
-    return found.layers_path in paths and (model.blocks, model.width, TOWER_WIDTH) == (found.blocks, found.width, found.tower)
+    if found.layers_path not in (None, model.layers_path):
+        return False
+    return (found.blocks, found.width, found.tower) == (model.blocks, model.width, TOWER_WIDTH)
 
 
 def _some(numbers: Iterable[int]) -> str:

@@ -1,7 +1,7 @@
 """The Flamingos that OpenFlamingo released (arXiv:2308.01390), and what each of them was trained with.
 
-Names, language models and intervals are those of the table in OpenFlamingo's README and, for its first release, of that
-README before v2. Their perceiver and cross-attention have the sizes that a recipe has by itself.
+Names, language models and intervals are those of the table in OpenFlamingo's README and, for its first release, of
+that README before v2. Their perceiver and cross-attention have the sizes that a recipe has by itself.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ TOWER_WIDTH = 1024
 class Released:
     """A checkpoint on the Hub.
 
-    languages: names of its language model on the Hub, the one to use first; it has ``width``, ``layers`` decoder layers,
-    and keeps them at ``layers_path``. interval: cross_attn_every_n_layers. visibility: what its text may look at, the one
-    to use first.
+    languages: names of its language model on the Hub, the one to use first; it has ``width`` and ``layers`` decoder
+    layers, at ``layers_path``. interval: cross_attn_every_n_layers. visibility: which images its text may look at, the
+    one to use first.
     """
 
     name: str
@@ -87,7 +87,7 @@ _IN_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<model>[^/]+)/snapshots/
 
 
 def released(place: str | Path) -> Released | None:
-    """The released model that a name on the Hub, or a file of it in the Hugging Face cache, belongs to; None for others."""
+    """The released model that a name on the Hub, or a file in the Hugging Face cache, belongs to; None for others."""
     name = hub_name(place)
     if name is not None:
         return RELEASED.get(name.repository.lower())

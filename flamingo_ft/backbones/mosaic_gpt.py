@@ -1,7 +1,8 @@
-"""MosaicGPT, the architecture of MPT-1B (mpt-1b-redpajama-200b), which transformers knows only through code on the Hub.
+"""MosaicGPT, the architecture of MPT-1B (mpt-1b-redpajama-200b), which transformers has only through code on the Hub.
 
 It is MPT with layer norms on all queries and all keys of an attention (arXiv:2302.05442, section 2.1) and names of its
-own for the same parts. What it shares with transformers' MPT, the forward around the blocks included, is taken from there.
+own for the same parts. What it shares with transformers' MPT, the forward around the blocks included, is taken from
+there.
 
 Shapes: B samples, T text tokens, S tokens in the cache and these, H heads, D hidden width.
 """
@@ -14,7 +15,14 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, MptForCausalLM, MptModel, MptPreTrainedModel, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    MptForCausalLM,
+    MptModel,
+    MptPreTrainedModel,
+    PreTrainedConfig,
+)
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -97,8 +105,8 @@ class MosaicGptAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_bias: Tensor, attention_mask: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, D), position_bias (H, 1, max_seq_len), attention_mask (B, 1, T, S) true where nothing may
-        be seen -> (B, T, D) and the attention's weights (B, H, T, S)."""
+        """hidden_states (B, T, D), position_bias (H, 1, max_seq_len), attention_mask (B, 1, T, S) true where nothing
+        may be seen -> (B, T, D) and the attention's weights (B, H, T, S)."""
         query, key, value = self.Wqkv(hidden_states).chunk(3, dim=-1)
         query, key, value = (
             part.to(value.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -107,7 +115,7 @@ class MosaicGptAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_index)
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + position_bias[..., -key.shape[-2] :]
-        # In float32 at least, as the bias is; rows of padding see nothing, and finite numbers keep theirs from being none.
+        # In float32 at least, as the bias is. Padding sees nothing: finite numbers keep its softmax from being none.
         scores = scores.masked_fill(attention_mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).to(value.dtype)
         return self.out_proj((weights @ value).transpose(1, 2).flatten(-2)), weights
@@ -172,8 +180,8 @@ class MosaicGptModel(MosaicGptPreTrainedModel, MptModel):
     def build_mpt_alibi_tensor(
         self, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: torch.device | None = None
     ) -> Tensor:
-        """ALiBi (arXiv:2108.12409), (H, 1, sequence_length) float32: what a key's place adds to its scores. Slopes fall
-        geometrically whatever the number of heads."""
+        """ALiBi (arXiv:2108.12409), (H, 1, sequence_length) float32: what a key's place adds to its scores. Slopes
+        fall geometrically, whatever the number of heads."""
         places = torch.arange(1 - sequence_length, 1, device=device, dtype=torch.float32)
         heads = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
         slopes = 2.0 ** (-heads * self.config.alibi_bias_max / num_heads)

@@ -1,8 +1,9 @@
-"""A released Flamingo, or a checkpoint of its shapes, starts a run with the backbones it was trained with, and no other:
-told in one line that names the right ones, before any weights are fetched."""
+"""A released Flamingo, or a checkpoint of its shapes, starts a run with the backbones it was trained with, and no
+other: told in one line that names the right ones, before any weights are fetched."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,10 +65,10 @@ def test_each_released_model_goes_with_what_it_needs_and_says_so_of_what_it_does
 
 
 WRONG = {
-    "language={name: nano}": ({"language": {"name": "nano"}}, "model.language.name nano"),
+    "nano": ({"language": {"name": "nano"}}, "model.language.name nano"),
     "another model on the Hub": ({"language": {"name": "org/other"}}, "model.language.name org/other"),
-    "another tower": ({"vision": {"name": "ViT-B-32", "pretrained": "openai"}}, "model.vision {name: ViT-B-32, pretrained: openai}"),
-    "other weights": ({"vision": {**VISION, "pretrained": "laion2b_s32b_b82k"}}, "{name: ViT-L-14, pretrained: laion2b_s32b_b82k}"),
+    "another tower": ({"vision": {**VISION, "name": "ViT-B-32"}}, "model.vision {name: ViT-B-32, pretrained: openai}"),
+    "other weights": ({"vision": {**VISION, "pretrained": "laion2b"}}, "vision {name: ViT-L-14, pretrained: laion2b}"),
     "no weights": ({"vision": {"name": "ViT-L-14"}}, "model.vision {name: ViT-L-14, pretrained: null}"),
     "nano tower": ({"vision": {"name": "nano"}}, "model.vision {name: nano, pretrained: null}"),
     "interval": ({"cross_attn_every_n_layers": 1}, "cross_attn_every_n_layers 1"),
@@ -98,6 +99,19 @@ def test_other_names_of_the_same_tower_are_the_same_tower(vision, no_hub):
     check_start(section(MODELS[0], vision=vision))
 
 
+def test_a_copy_of_the_tower_is_known_by_its_architecture_or_in_a_folder_by_its_shape(tmp_path, no_hub):
+    (tmp_path / "weights.pt").write_bytes(b"")
+    check_start(section(MODELS[0], vision={**VISION, "pretrained": str(tmp_path / "weights.pt")}))
+    file = tmp_path / "open_clip_config.json"
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
+    shape = {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}
+    file.write_text(json.dumps({"model_cfg": {"embed_dim": 768, "vision_cfg": shape}}))
+    check_start(section(MODELS[0], vision={"name": str(tmp_path)}))
+    file.write_text(json.dumps({"model_cfg": {"embed_dim": 768, "vision_cfg": {**shape, "patch_size": 16}}}))
+    message = refusal(section(MODELS[0], vision={"name": str(tmp_path)}))
+    assert message.endswith(f"the recipe has model.vision {{name: {tmp_path}, pretrained: null}}")
+
+
 def test_a_revision_and_a_copy_in_the_cache_are_still_the_released_model(tmp_path):
     name = "openflamingo/OpenFlamingo-4B-vitl-rpj3b"
     cached = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40) / "checkpoint.pt"
@@ -123,8 +137,9 @@ def checkpoint(path: Path, model, **changes) -> Path:
     """A file with the names and shapes of a released checkpoint, of one matrix each."""
     sizes = {"width": model.width, "tower": 1024, "layers_path": model.layers_path, "blocks": model.blocks} | changes
     matrix = torch.zeros(1).expand(512, sizes["width"])
-    names = [f"lang_encoder.{sizes['layers_path']}.{k}.gated_cross_attn_layer.attn.to_q.weight" for k in sizes["blocks"]]
-    tensors = {name: matrix for name in names} | {"perceiver.latents": torch.zeros(1).expand(64, sizes["tower"])}
+    layers = f"lang_encoder.{sizes['layers_path']}"
+    tensors = {f"{layers}.{k}.gated_cross_attn_layer.attn.to_q.weight": matrix for k in sizes["blocks"]}
+    tensors["perceiver.latents"] = torch.zeros(1).expand(64, sizes["tower"])
     torch.save(tensors, path)
     return path
 
@@ -138,9 +153,10 @@ def test_a_file_of_other_shapes_is_refused_with_the_released_model_that_has_them
     wanted = recipe("model.init_from=mine.pt")
     message = refusal(wanted.model)
     assert message == (
-        f"model.init_from: {path} has cross-attention before gpt_neox.layers 1, 3, 5, ... of width 2560 on tower tokens of "
-        "width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of width 128 on tower tokens of width "
-        "64; openflamingo/OpenFlamingo-4B-vitl-rpj3b (language model togethercomputer/RedPajama-INCITE-Base-3B-v1) or "
+        f"model.init_from: {path} has cross-attention before gpt_neox.layers 1, 3, 5, ... of width 2560 on tower "
+        "tokens of width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of width 128 on "
+        "tower tokens of width 64; openflamingo/OpenFlamingo-4B-vitl-rpj3b (language model "
+        "togethercomputer/RedPajama-INCITE-Base-3B-v1) or "
         "openflamingo/OpenFlamingo-4B-vitl-rpj3b-langinstruct (language model "
         "togethercomputer/RedPajama-INCITE-Instruct-3B-v1) has this geometry, with tower ViT-L-14 openai and "
         "cross_attn_every_n_layers 2"

@@ -1,5 +1,5 @@
-"""The language models of the released Flamingos, as the Hub has them, carry bridges and LoRA like any other: quantized,
-saved, loaded again, merged; and none of their code runs."""
+"""The language models of the released Flamingos, as the Hub has them, carry bridges and LoRA like any other:
+quantized, saved, loaded again, merged; and none of their code runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LINEAR = {
     "gpt_neox": {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
 }
 LAYERS = 2
-OTHERS = ("mpt", "gpt_neox")  # transformers' own
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("mpt", "gpt_neox")]  # transformers' own
 
 
 @pytest.fixture
@@ -33,7 +33,8 @@ def family(request, small_run) -> str:
 @pytest.mark.parametrize("family", SMALL, indirect=True)
 def test_they_load_whole_without_their_code(family):
     loaded = load_language("./lm")
-    assert loaded.model.config.model_type == family and type(loaded.model).__module__.split(".")[0] != "transformers_modules"
+    assert loaded.model.config.model_type == family
+    assert type(loaded.model).__module__.split(".")[0] in ("transformers", "flamingo_ft")
     stored = {name: tensor for file in Path("lm").glob("*.bin") for name, tensor in torch.load(file).items()}
     state = loaded.model.state_dict()
     assert state.keys() - stored.keys() <= {"lm_head.weight"} and not stored.keys() - state.keys()
@@ -42,7 +43,7 @@ def test_they_load_whole_without_their_code(family):
     assert loaded.tokenizer.decode(words) == "Which digit is this?"
 
 
-@pytest.mark.parametrize("family", ["mosaic_gpt", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)], indirect=True)
+@pytest.mark.parametrize("family", ["mosaic_gpt", *OTHERS], indirect=True)
 def test_an_adapter_of_them_comes_back_in_four_bits_and_merges(family):
     settings = ("model.language.name=./lm", *quantized("nf4"), LORA)
     model, processor = build(*settings)

@@ -1,4 +1,4 @@
-"""MPT-1B without its remote code: the original's numbers (tests/golden), from files as they lie on the Hub, and everything
+"""MPT-1B without its remote code: the original's numbers (tests/golden), from files as they lie on the Hub, and all
 that other language models can."""
 
 from __future__ import annotations
