@@ -1,7 +1,7 @@
 """What the Hub has of the released Flamingos, in its form, as small as one likes: language models, tower, checkpoints.
 
-The configurations are those of anas-awadalla/mpt-1b-redpajama-200b, anas-awadalla/mpt-7b and
-togethercomputer/RedPajama-INCITE-Base-3B-v1, the first two with the code of their own that they name.
+The configurations are those of anas-awadalla/mpt-1b-redpajama-200b, anas-awadalla/mpt-7b (both name code of their own),
+togethercomputer/RedPajama-INCITE-Base-3B-v1 and huggyllama/llama-7b.
 """
 
 from __future__ import annotations
@@ -64,6 +64,13 @@ GPT_NEOX = {
     "rotary_emb_base": 10000, "rotary_pct": 1.0, "tie_word_embeddings": False, "torch_dtype": "float16",
     "transformers_version": "4.28.1", "use_cache": True, "use_parallel_residual": False, "vocab_size": 50432,
 }  # fmt: skip
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 2048,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": 0, "rms_norm_eps": 1e-06,
+    "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.28.0.dev0", "use_cache": True,
+    "vocab_size": 32000,
+}  # fmt: skip
 
 
 def write_language_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
@@ -99,12 +106,15 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
 SMALL = {
     "mosaic_gpt": (MOSAIC_GPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 512, "vocab_size": 320}, "n_layers"),
     "mpt": (MPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 512, "vocab_size": 320}, "n_layers"),
-    "gpt_neox": (
-        GPT_NEOX,
-        {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 512,
-         "vocab_size": 320},
-        "num_hidden_layers",
-    ),
+    **{
+        config["model_type"]: (
+            config,
+            {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 512,
+             "vocab_size": 320},
+            "num_hidden_layers",
+        )
+        for config in (GPT_NEOX, LLAMA)
+    },
 }  # fmt: skip
 
 
@@ -135,18 +145,22 @@ def write_tower(folder: Path) -> Path:
 
 
 def write_checkpoint(folder: Path, model: Released, language: Path, tower: str, pretrained: str) -> Path:
-    """A released model's checkpoint.pt around small backbones: bridge and embeddings under OpenFlamingo's names."""
-    backbones = load_vision(tower, pretrained), load_language(str(language))
-    flamingo, _ = build_flamingo(*backbones, cross_attn_every_n_layers=model.interval)
+    """A released model's checkpoint.pt around small backbones: the bridge, and embeddings without rows of padding."""
+    vision, lm = load_vision(tower, pretrained), load_language(str(language))
+    flamingo, _ = build_flamingo(vision, lm, cross_attn_every_n_layers=model.interval)
     shake(flamingo.requires_grad_(True), 0.1)
     folder.mkdir(parents=True)
-    torch.save(open_flamingo_names(flamingo, model.layers_path), folder / "checkpoint.pt")
+    torch.save(open_flamingo_names(flamingo, model.layers_path, len(lm.tokenizer)), folder / "checkpoint.pt")
     return folder
 
 
-def open_flamingo_names(flamingo: FlamingoForConditionalGeneration, layers_path: str) -> dict[str, Tensor]:
-    """The bridge under the names that OpenFlamingo saves it by."""
-    found = {}
+def open_flamingo_names(
+    flamingo: FlamingoForConditionalGeneration, layers_path: str, vocabulary: int
+) -> dict[str, Tensor]:
+    """The bridge and the first rows of the embeddings under the names that OpenFlamingo v2 saves them by."""
+    embeddings = flamingo.lang_encoder.get_input_embeddings().weight
+    names = (name for name, parameter in flamingo.named_parameters() if parameter is embeddings)
+    found = {next(names): embeddings.detach()[:vocabulary].clone()}
     for name, tensor in flamingo.state_dict().items():
         if name.startswith("perceiver."):
             found[name] = tensor

@@ -19,7 +19,7 @@ from . import hub_folders
 from .hub_server import Hub, Repository
 from .recipe_needs import needs_the_hub
 
-FAMILIES = {"mpt-1b": "mosaic_gpt", "RedPajama": "gpt_neox", "mpt-7b": "mpt"}
+FAMILIES = {"mpt-1b": "mosaic_gpt", "RedPajama": "gpt_neox", "mpt-7b": "mpt", "llama": "llama"}
 RECIPES = [name for name, path in packaged_recipes().items() if needs_the_hub(path)]
 FEW = ["train.max_steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.num_workers=0", "eval.max_samples=1",
        "eval.batch_size=8", "eval.max_new_tokens=2"]  # fmt: skip
@@ -61,11 +61,23 @@ def test_each_language_model_that_was_released_with_has_a_recipe():
     assert kinds == {model.layers_path + str(model.width) for model in MODELS if "deprecated" not in model.name}
 
 
-@pytest.mark.parametrize("name", [RECIPES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in RECIPES[1:])])
-def test_a_recipe_trains_the_released_model_and_its_adapter_loads_again(name, hub, here):
-    model = released(load_recipe(name).model.init_from)
+def starting_from(model: Released) -> list[str]:
+    """The recipe of a model of this shape, and what makes it start from this one."""
+    recipe = next(name for name in RECIPES if released(load_recipe(name).model.init_from).width == model.width)
+    start = {"init_from": model.name, "language.name": model.languages[0], "media_visibility": model.visibility[0]}
+    return [recipe, *(f"model.{key}={value}" for key, value in start.items())]
+
+
+CASES = [pytest.param([name], marks=[pytest.mark.slow] * (name != RECIPES[0]), id=name) for name in RECIPES]
+OTHERS = [pytest.param(starting_from(MODELS[i]), marks=pytest.mark.slow, id=MODELS[i].name) for i in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("arguments", [*CASES, *OTHERS])
+def test_a_recipe_trains_the_released_model_and_its_adapter_loads_again(arguments, hub, here):
+    name, *overrides = arguments
+    model = released(load_recipe(name, overrides).model.init_from)
     stored = stand_in(hub, model, here)
-    assert cli.main(["train", name, *FEW, "train.learning_rate=1.0e-9"]) == 0
+    assert cli.main(["train", *arguments, *FEW, "train.learning_rate=1.0e-9"]) == 0
     run = Path("runs", name)
     assert json.loads((run / "metrics.json").read_text())["train"]["steps"] == 2
     config = json.loads((run / "config.json").read_text())
@@ -74,8 +86,8 @@ def test_a_recipe_trains_the_released_model_and_its_adapter_loads_again(name, hu
     place = config["bridge_init"]["path"]
     assert place == f"{model.name}@{hub.repositories[model.name].history[-1].oid}"
 
-    loaded, _ = load_adapter(run)
-    found = hub_folders.open_flamingo_names(loaded, model.layers_path)
+    loaded, processor = load_adapter(run)
+    found = hub_folders.open_flamingo_names(loaded, model.layers_path, len(processor.tokenizer))
     assert found.keys() == stored.keys()
     for key, tensor in stored.items():  # a rate of nearly nothing leaves what the Hub's checkpoint held, in 16 bits
         assert torch.allclose(found[key].float(), tensor, rtol=0.01, atol=1e-3), key

@@ -12,7 +12,7 @@ from flamingo_ft.adapters import load_adapter, load_trained, merge_adapter, save
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import formats_in
 
-from ..hub_folders import SMALL, write_stand_in
+from ..hub_folders import write_stand_in
 from ..regimes import LORA, build, logits, quantized, shake
 
 LINEAR = {
@@ -30,7 +30,7 @@ def family(request, small_run) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("family", SMALL, indirect=True)
+@pytest.mark.parametrize("family", LINEAR, indirect=True)
 def test_they_load_whole_without_their_code(family):
     loaded = load_language("./lm")
     assert loaded.model.config.model_type == family
