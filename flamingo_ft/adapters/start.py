@@ -178,12 +178,13 @@ def is_foreign(start: Path) -> bool:
 
 
 def _check_visibility(wanted: FlamingoConfig, start: Path) -> None:
-    """Refuse text that sees other images than the checkpoint was trained to see; all_preceding is more of the same."""
+    """Refuse text that sees images which it was not trained to see: version 1 saw the one before it or after it, by chance."""
     found = read_checkpoint(start)
-    if (found.visibility == "following") != (wanted.media_visibility == "following"):
+    fitting = ("following", "immediate") if found.visibility == "following" else ("immediate", "all_preceding")
+    if wanted.media_visibility not in fitting:
         raise UserError(
-            f"model.init_from: {start} is a checkpoint of {found.format}, whose text sees the {found.visibility} image; the "
-            f"recipe has media_visibility {wanted.media_visibility}: give it {found.visibility}"
+            f"model.init_from: {start} is a checkpoint of {found.format}, made for media_visibility {fitting[0]}; the recipe "
+            f"has {wanted.media_visibility}: give it {' or '.join(fitting)}"
         )
 
 
