@@ -170,6 +170,18 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Adapter,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a model over an OpenAI-style HTTP API, until interrupted."""
+    from flamingo_ft.inference import serve
+
+    serve.serve(model, host, port)
+
+
+@app.command()
 def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, which must not exist.")],
@@ -190,6 +202,9 @@ def merge(
     start: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.")
     ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Put the code beside it, for transformers without this package.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base: one standalone model, checked against the adapter."""
     from rich.console import Console
@@ -199,10 +214,46 @@ def merge(
     from flamingo_ft.report_table import merge_table
 
     kept_as = None if quantization == "none" else Quantization(quantization)
-    options = {"quantization": kept_as, "tolerance": tolerance, "start": start}
+    options = {"quantization": kept_as, "tolerance": tolerance, "start": start, "with_code": with_code}
     report = merge_adapter(adapter, out, base=base, dtype=DTYPES[dtype], **options)
     Console().print(merge_table(report))
     typer.echo(f"merged model in {out}; ask it: flamingo-ft generate {out} --image FILE --prompt TEXT")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint, an adapter or a model: path or org/name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write, which must not exist.")],
+    to: Annotated[
+        Literal["auto", "adapter", "model", "open_flamingo", "otter"],
+        typer.Option(help="What to write; auto: an adapter, or a model where the backbones were changed."),
+    ] = "auto",
+    language: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The language model it was trained with, as in a recipe.")
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its tower, by default OpenAI's ViT-L-14.")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The checkpoint that SRC builds on, or where its bridge is now.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(min=0, metavar="X", help="Of LoRA in a checkpoint that does not tell it.")
+    ] = None,
+) -> None:
+    """Bring in a checkpoint of OpenFlamingo, Otter or Multimodal-GPT, or write one for OpenFlamingo or Otter."""
+    from flamingo_ft import convert as converting
+
+    if to in ("open_flamingo", "otter"):
+        export = converting.export_otter if to == "otter" else converting.export_open_flamingo
+        found = export(source, out, start=start)
+    else:
+        known = converting.Backbones(language, vision, pretrained)
+        found = converting.import_checkpoint(source, out, known, to=to, start=start, lora_alpha=lora_alpha)
+    for line in (f"{found.source} -> {found.result}", *found.lines):
+        typer.echo(line)
+    typer.echo(f"{found.result} in {found.out}")
 
 
 @recipes_app.callback(invoke_without_command=True)

@@ -1,4 +1,4 @@
-"""Where a bridge starts from: an adapter, a merged model, or an OpenFlamingo checkpoint.
+"""Where a bridge starts from: an adapter, a merged model, or a checkpoint of OpenFlamingo or Otter.
 
 What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the adapter
 records with a content hash and finds again when it is loaded.
@@ -15,10 +15,21 @@ from torch import Tensor
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
+from flamingo_ft.formats import read_checkpoint
+from flamingo_ft.formats.stored import stored_config
 from flamingo_ft.hub import fetch_model, hub_name, pinned
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
+from flamingo_ft.model.parts import named_composition
 
-from .files import WEIGHTS, read_config, read_flamingo_config, read_lora_config, read_tensors
+from .files import (
+    BRIDGE_FILE,
+    WEIGHTS,
+    read_bridge,
+    read_config,
+    read_flamingo_config,
+    read_lora_config,
+    read_tensors,
+)
 from .trainable import BRIDGE, cast_parameter, is_lora
 
 # What must be the same for a bridge to mean the same in another model.
@@ -32,7 +43,9 @@ def start_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> 
     bridge that the model would go without (its language model was merged with LoRA).
     """
     place = fetch_model(start)
-    if not place.is_file():
+    if is_foreign(place):
+        _check_visibility(model.config, place)
+    else:
         _check_same(model.config, _config(place), place)
     _put_start(model, place)
     model.config.bridge_init = {"path": pinned(start, place), "sha256": tensors_sha256(bridge_of(model))}
@@ -51,7 +64,9 @@ def restart_bridge(
 
 def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
-    if start.is_file():
+    if start.name == BRIDGE_FILE:
+        put_bridge(model, read_bridge(start))
+    elif is_foreign(start):
         load_open_flamingo(model, start)
     elif not (start / WEIGHTS).is_file():
         put_bridge(model, _tensors(start))
@@ -67,6 +82,16 @@ def _put_recorded(
 ) -> None:
     """Put in place what the adapter in ``folder`` builds on, as it was when that was trained; UserError when it is gone or
     another."""
+    put_as_stored(model, folder, record, start)
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(BRIDGE.values())):
+            cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
+
+
+def put_as_stored(
+    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: str | Path | None = None
+) -> None:
+    """The same in the number formats that it is stored in, which its content hash is of."""
     path = _whereabouts(folder, record["path"], start)
     _put_start(model, path)
     found = tensors_sha256(bridge_of(model))
@@ -75,16 +100,14 @@ def _put_recorded(
             f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
             f"found {found[:12]}; restore the one that the adapter was trained on"
         )
-    for name, parameter in model.named_parameters():
-        if name.startswith(tuple(BRIDGE.values())):
-            cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
 
 
 def _whereabouts(folder: Path, recorded: str, start: str | Path | None) -> Path:
-    """Where a bridge lies now: as said, where it lay, beside the adapter that builds on it, or on the Hub."""
+    """Where a bridge lies now: as said, where it lay, beside the adapter that builds on it, in the adapter's base, or on
+    the Hub."""
     said = None if start is None else fetch_model(start)
-    beside = folder.resolve().parent / Path(recorded).name
-    path = next((place for place in (said, Path(recorded), beside) if place and place.exists()), None)
+    places = (said, Path(recorded), folder.resolve().parent / Path(recorded).name)
+    path = next((place for place in places if place and place.exists()), None) or _bridge_of_base(folder)
     if path is None and hub_name(recorded):
         return fetch_model(recorded)
     if path is None:
@@ -93,6 +116,15 @@ def _whereabouts(folder: Path, recorded: str, start: str | Path | None) -> Path:
             "it is now (--start PATH, start=...)"
         )
     return path
+
+
+def _bridge_of_base(folder: Path) -> Path | None:
+    """The bridge in the composition that an adapter names as its base; None where it names only its language model."""
+    name = named_composition(folder)
+    if name is None:
+        return None
+    bridge = fetch_model(name) / BRIDGE_FILE
+    return bridge if bridge.is_file() else None
 
 
 def starting_lora(start: str | Path | None) -> dict[str, Tensor]:
@@ -120,7 +152,7 @@ def put_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Te
 
 def bridge_at(folder: Path) -> dict[str, Tensor]:
     """The whole bridge of an adapter or a whole model, by name; what an adapter builds on comes from there."""
-    if folder.is_file():
+    if is_foreign(folder):
         raise UserError(f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it")
     record = read_config(folder).bridge_init if (folder / WEIGHTS).is_file() else None
     below = bridge_at(_whereabouts(folder, record["path"], None)) if record else {}
@@ -144,6 +176,24 @@ def _config(folder: Path) -> FlamingoConfig:
             f"model.init_from: {folder} holds no adapter, no merged model and is no checkpoint; give one of these"
         )
     return read_flamingo_config(folder)
+
+
+def is_foreign(start: Path) -> bool:
+    """Whether this is another Flamingo's checkpoint: a file, or a folder that says so."""
+    if start.is_file():
+        return start.name != BRIDGE_FILE
+    return stored_config(start).get("model_type") == "otter"
+
+
+def _check_visibility(wanted: FlamingoConfig, start: Path) -> None:
+    """Refuse text that sees images which it was not trained to see: version 1 saw the one before it or after it, by chance."""
+    found = read_checkpoint(start)
+    fitting = ("following", "immediate") if found.visibility == "following" else ("immediate", "all_preceding")
+    if wanted.media_visibility not in fitting:
+        raise UserError(
+            f"model.init_from: {start} is a checkpoint of {found.format}, made for media_visibility {fitting[0]}; the recipe "
+            f"has {wanted.media_visibility}: give it {' or '.join(fitting)}"
+        )
 
 
 def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> None:
