@@ -41,6 +41,7 @@ _HOMES = {
     "load_recipe": "flamingo_ft.config",
     "load_vision": "flamingo_ft.backbones.vision",
     "merge_adapter": "flamingo_ft.adapters",
+    "push": "flamingo_ft.publish",
     "save_adapter": "flamingo_ft.adapters",
     "train": "flamingo_ft.training.run",
 }
