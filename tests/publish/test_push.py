@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters.card import card_text
+from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.cli import main
 from flamingo_ft.hub import retry
 from flamingo_ft.publish import push
@@ -242,6 +243,18 @@ def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):
     (adapter / "config.json").write_text(json.dumps(config))
     data = ModelCard(card_text(adapter)).data
     assert data.base_model == ["org/words", "org/eyes"] and data.license is None
+
+
+def test_an_adapter_of_backbones_on_this_machine_is_pushed_with_a_word_of_it(adapter, hub, capfd, tmp_path):
+    copied = shutil.copytree(NANO_FOLDER, tmp_path / "words")
+    config = json.loads((adapter / "config.json").read_text())
+    config["backbones"]["language"]["name"] = str(copied)
+    (adapter / "config.json").write_text(json.dumps(config))
+    assert main(["push", "run", REPO]) == 0
+    assert "its language backbone is a folder of this machine, which nobody else has" in told(capfd)
+    for name in (REPO, BASE):
+        found = json.loads(hub.files(name)["config.json"])
+        assert found["backbones"]["language"]["name"] == "words" and str(tmp_path) not in str(found)
 
 
 def test_a_silent_hub_is_given_up(adapter, hub, monkeypatch, capfd):
