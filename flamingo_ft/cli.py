@@ -170,6 +170,18 @@ def generate(
 
 
 @app.command()
+def serve(
+    model: Adapter,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+) -> None:
+    """Serve a model over an OpenAI-style HTTP API, until interrupted."""
+    from flamingo_ft.inference import serve
+
+    serve.serve(model, host, port)
+
+
+@app.command()
 def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, which must not exist.")],
@@ -191,6 +203,9 @@ def merge(
         Path | None,
         typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.", exists=True),
     ] = None,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Put the code beside it, for transformers without this package.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base: one standalone model, checked against the adapter."""
     from rich.console import Console
@@ -200,7 +215,7 @@ def merge(
     from flamingo_ft.report_table import merge_table
 
     kept_as = None if quantization == "none" else Quantization(quantization)
-    options = {"quantization": kept_as, "tolerance": tolerance, "start": start}
+    options = {"quantization": kept_as, "tolerance": tolerance, "start": start, "with_code": with_code}
     report = merge_adapter(adapter, out, base=base, dtype=DTYPES[dtype], **options)
     Console().print(merge_table(report))
     typer.echo(f"merged model in {out}; ask it: flamingo-ft generate {out} --image FILE --prompt TEXT")

@@ -3,6 +3,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 
 from . import hub_server, regimes
 
@@ -38,6 +39,8 @@ def hub(monkeypatch, tmp_path):
         values |= {"HF_HUB_CACHE": str(tmp_path / "hub_cache"), "HF_TOKEN_PATH": str(tmp_path / "no_token")}
         for name, value in values.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # PEFT's, made on import
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made when it is first asked
         hub.constants = values
         monkeypatch.delenv("HF_TOKEN", raising=False)
         yield hub

@@ -1,6 +1,7 @@
 """What trains, and how it is kept."""
 
 from .card import write_card
+from .composition import load_composition, name_base, write_composition
 from .load import load_adapter, load_base, load_trained
 from .lora import add_lora
 from .merge import merge_adapter
@@ -18,8 +19,10 @@ __all__ = [
     "check_start",
     "load_adapter",
     "load_base",
+    "load_composition",
     "load_trained",
     "merge_adapter",
+    "name_base",
     "prepare_training",
     "restore_trainable",
     "save_adapter",
@@ -27,4 +30,5 @@ __all__ = [
     "start_bridge",
     "trainable_parameters",
     "write_card",
+    "write_composition",
 ]

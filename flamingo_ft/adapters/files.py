@@ -18,6 +18,7 @@ from flamingo_ft.model.configuration import FORMAT_VERSION
 
 WEIGHTS = "adapter_model.safetensors"
 LORA_CONFIG = "adapter_config.json"
+BRIDGE_FILE = "bridge.safetensors"  # beside a composition: the bridge that adapters of it build on
 PREFIX = "base_model.model."  # PEFT's, for everything inside the model it wraps
 
 # What json, transformers and PEFT raise for files that are missing, cut or of another kind.
@@ -61,19 +62,32 @@ def read_processor(folder: Path) -> FlamingoProcessor:
 
 def read_lora_config(folder: Path) -> LoraConfig | None:
     """PEFT's configuration of an adapter with LoRA; None for a bridge alone."""
+    config = _read_peft_config(folder)
+    return None if config.target_modules == DUMMY_TARGET_MODULES else config
+
+
+def read_base_name(folder: Path) -> str | None:
+    """What an adapter names as its base: the language model, or a composition, which has both backbones."""
+    return _read_peft_config(folder).base_model_name_or_path
+
+
+def _read_peft_config(folder: Path) -> LoraConfig:
     if not (folder / LORA_CONFIG).is_file():
         raise UserError(f"{folder}: not an adapter, {LORA_CONFIG} not found; give the folder a run wrote")
     try:
-        config = LoraConfig.from_pretrained(str(folder))
+        return LoraConfig.from_pretrained(str(folder))
     except DAMAGED as error:
         raise UserError(f"{folder}: {LORA_CONFIG} is damaged ({one_line(error)}); copy the adapter again") from None
-    return None if config.target_modules == DUMMY_TARGET_MODULES else config
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors under the model's names."""
-    path = folder / WEIGHTS
+    return {name.removeprefix(PREFIX): tensor for name, tensor in read_bridge(folder / WEIGHTS).items()}
+
+
+def read_bridge(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. UserError where it is damaged."""
     try:
-        return {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+        return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None

@@ -19,12 +19,21 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
 
+from .answering import answer_greedily
 from .contents import adapter_tensors, kept_parts
-from .files import WEIGHTS, read_config, read_flamingo_config, read_lora_config, read_processor, read_tensors
+from .files import (
+    WEIGHTS,
+    read_base_name,
+    read_config,
+    read_flamingo_config,
+    read_lora_config,
+    read_processor,
+    read_tensors,
+)
 from .lora import ADAPTER, inject, open_what_is_updated
 from .start import restart_bridge
 from .trainable import BRIDGE, is_lora
@@ -33,19 +42,21 @@ WHOLE = "model*.safetensors"  # the weights of a model that is no adapter
 
 
 def load_adapter(
-    folder: str | Path, *, start: str | Path | None = None
+    folder: str | Path, *, start: str | Path | None = None, device: torch.device | str | None = None
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The model in eval mode, all of it frozen, on the GPU where there is one, and its processor.
+    """The model in eval mode, all of it frozen, and its processor. Its ``generate`` answers greedily by itself.
 
-    start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+    start: where the bridge that the adapter builds on lies now, if not where it lay in training. device: where the model
+    goes, by default to the GPU where there is one.
 
     Raises UserError when the folder is no adapter, the base is another than the one it was trained on, or its weights
     are missing, damaged or do not fit.
     """
     folder = Path(folder)
-    model = load_base(folder, start=start)
+    model, processor = load_base(folder, start=start, device=device), read_processor(folder)
     put_adapter(model, folder)
-    return model.eval().requires_grad_(False), read_processor(folder)
+    answer_greedily(model, processor)
+    return model.eval().requires_grad_(False), processor
 
 
 def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
@@ -76,22 +87,43 @@ def load_base(
     `load_adapter` does.
     """
     folder = Path(folder)
+    options = {"quantized": quantized, "dtype": dtype, "device": device}
+    model = put_together(folder, read_config(folder), None if start is None else Path(start), **options)
+    if (lora := read_lora_config(folder)) is not None:
+        open_what_is_updated(model, lora)
+    return model
+
+
+def put_together(
+    folder: Path,
+    config: FlamingoConfig,
+    start: Path | None,
+    *,
+    quantized: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> FlamingoForConditionalGeneration:
+    """The model of a configuration, read from ``folder``, out of its parts; otherwise as `load_base`."""
     device = default_device() if device is None else torch.device(device)
-    config = read_config(folder)
+    model = join_backbones(folder, config, quantized, dtype, device)
+    if config.bridge_init:
+        restart_bridge(model, folder, start)
+    model.to(device)
+    if quantized and config.bridge_quantization:
+        quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
+    return model
+
+
+def join_backbones(
+    folder: Path, config: FlamingoConfig, quantized: bool, dtype: torch.dtype | None, device: torch.device
+) -> FlamingoForConditionalGeneration:
+    """The backbones that a configuration names, which must be those it records, with a bridge of random weights."""
     loaded = {part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")}
     for part, backbone in loaded.items():
         check_backbone(folder, part, config.backbones[part], backbone.source)
     lm = loaded["language"].model
     grow_vocabulary(lm, config.text_config.vocab_size)
-    model = FlamingoForConditionalGeneration(config, loaded["vision"].visual, lm)
-    if config.bridge_init:
-        restart_bridge(model, folder, None if start is None else Path(start))
-    model.to(device)
-    if quantized and config.bridge_quantization:
-        quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
-    if (lora := read_lora_config(folder)) is not None:
-        open_what_is_updated(model, lora)
-    return model
+    return FlamingoForConditionalGeneration(config, loaded["vision"].visual, lm)
 
 
 def put_adapter(model: FlamingoForConditionalGeneration, folder: Path) -> None:
@@ -101,6 +133,7 @@ def put_adapter(model: FlamingoForConditionalGeneration, folder: Path) -> None:
         inject(model, lora)
     check_tensors(folder, tensors, adapter_tensors(model))
     put_bridge_parts(model, {name: tensor for name, tensor in tensors.items() if not is_lora(name)})
+    model.adapter_base = read_base_name(folder)
     if lora is not None:
         put_lora(model, {name: tensor for name, tensor in tensors.items() if is_lora(name)})
 

@@ -68,8 +68,13 @@ def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
 
 def open_what_is_updated(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
     """Give the tower linear layers for all its matrices where ``config`` updates some of them."""
-    if re.escape(PREFIXES["vision"]) in config.target_modules:
+    if updates_the_tower(config):
         open_attention(model.vision_encoder)
+
+
+def updates_the_tower(config: LoraConfig) -> bool:
+    """Whether a configuration of this package has updates to matrices of the vision tower."""
+    return re.escape(PREFIXES["vision"]) in config.target_modules
 
 
 def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: LoraPart) -> list[str]:
@@ -120,8 +125,8 @@ def lora_config(
 
 
 def base_name(model: FlamingoForConditionalGeneration) -> str | None:
-    """What PEFT records as the base model: the language model's name."""
-    return ((model.config.backbones or {}).get("language") or {}).get("name")
+    """What PEFT records as the base model: what the adapter that was loaded named, else the language model."""
+    return getattr(model, "adapter_base", None) or ((model.config.backbones or {}).get("language") or {}).get("name")
 
 
 def peft_initialisation(lora: LoraSection) -> bool | str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, dequantize_linears
@@ -26,11 +25,14 @@ from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
+from .answering import answer_greedily
 from .card import write_card
+from .code import write_code
 from .compare import difference, logits_on, sample_prompts
 from .files import WEIGHTS, read_config, read_flamingo_config, read_processor, read_tensors
 from .fold import cast, fold_lora
 from .load import load_adapter, load_base, load_whole, put_adapter
+from .save import forget_place
 
 Base = Literal["bf16", "dequantized"]
 MERGE_FILE = "merge.json"
@@ -50,6 +52,7 @@ def merge_adapter(
     quantization: Quantization | None = None,
     tolerance: float | None = None,
     start: str | Path | None = None,
+    with_code: bool = False,
 ) -> dict[str, Any]:
     """Write the merged model to ``out``: safetensors shards, configuration, processor, and what the check found.
 
@@ -57,6 +60,7 @@ def merge_adapter(
     dtype: of the merged weights; gates stay in float32. quantization: how the written model is kept.
     tolerance: the largest relative difference of its logits from the adapter's.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+    with_code: put the package's code beside the model, for transformers where the package is not.
 
     Returns what is written to ``merge.json``. Raises UserError when ``out`` exists, ``adapter`` is a merged model
     already, its base is another than it was trained on, and when the merged model differs from it beyond ``tolerance``:
@@ -70,7 +74,7 @@ def merge_adapter(
     rounded = quantization is not None or {dtype, *computed_in} != {torch.float32}
     formats = _formats(read_config(adapter))
     limit = _tolerance(formats, base, rounded, quantization is not None) if tolerance is None else tolerance
-    with _unfinished(out) as folder:
+    with folder_in_place(out) as folder:
         parts = _write(adapter, folder, processor, base, dtype, start)
         if quantization is not None:
             _quantize(folder, quantization)
@@ -80,6 +84,8 @@ def merge_adapter(
         report = {"adapter": str(adapter), "trained_in": sorted(formats), **kept, **asdict(found)}
         report |= {"prompts_from": where_from, "tolerance": limit}
         _check_close(report)
+        if with_code:
+            write_code(folder)
         (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         if (adapter / RECIPE_FILE).is_file():
             shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
@@ -119,7 +125,8 @@ def _write(
     parts = fold_lora(model)
     close_attention(model.vision_encoder)
     cast(model, dtype)
-    _as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
+    answer_greedily(model, processor)
+    as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
     write_card(model, folder)
@@ -137,13 +144,14 @@ def _check_mergeable(adapter: Path, model: FlamingoForConditionalGeneration) -> 
         )
 
 
-def _as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
+def as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
     """The configuration of a model that builds on nothing else."""
     for source in config.backbones.values():
         source["quantization"] = None
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
     config.open_attention = False
     config.text_config.quantization_config = None
+    forget_place(config)
     config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
 
 
@@ -153,20 +161,6 @@ def _quantize(folder: Path, quantization: Quantization) -> None:
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
-
-
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name once all in it is done, and is gone if that fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-        folder.rename(out)
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder)
 
 
 def _formats(config: FlamingoConfig) -> set[str]:

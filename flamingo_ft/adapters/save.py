@@ -26,6 +26,8 @@ from .files import PREFIX, WEIGHTS
 from .lora import ADAPTER, base_name, has_lora
 from .trainable import trainable_parameters
 
+# What AutoPeftModel makes the base with, from the composition that the adapter names.
+AUTO_MAPPING = {"base_model_class": FlamingoForConditionalGeneration.__name__, "parent_library": "flamingo_ft"}
 HOW_IT_WAS_LOADED = ("is_local", "local_files_only")  # tokenizers write these down; they say nothing of the adapter
 
 
@@ -53,10 +55,15 @@ def save_adapter(
         save_file(contiguous, file, metadata={"format": "pt"})
     config.save_pretrained(folder)
     _own_config(model).save_pretrained(folder)
+    save_processor(processor, folder)
+    write_card(model, folder)
+
+
+def save_processor(processor: FlamingoProcessor, folder: Path) -> None:
+    """Write the processor's files, the same wherever it was loaded from."""
     for key in HOW_IT_WAS_LOADED:
         processor.tokenizer.init_kwargs.pop(key, None)
     processor.save_pretrained(folder)
-    write_card(model, folder)
 
 
 def check_complete(model: FlamingoForConditionalGeneration, tensors: dict[str, Tensor], adapter: str) -> None:
@@ -75,9 +82,10 @@ def _as_plain_lora(
     """
     if not has_lora(model, adapter):
         empty = LoraConfig(base_model_name_or_path=base_name(model), target_modules=DUMMY_TARGET_MODULES)
-        return tensors, dataclasses.replace(empty, inference_mode=True)
+        return tensors, dataclasses.replace(empty, inference_mode=True, auto_mapping=AUTO_MAPPING)
     # The weights are in the file: nothing is to be made up, or taken out of the base, when it is loaded.
-    config = dataclasses.replace(model.peft_config[adapter], inference_mode=True, init_lora_weights=True)
+    loaded_as = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": AUTO_MAPPING}
+    config = dataclasses.replace(model.peft_config[adapter], **loaded_as)
     start = getattr(model, "lora_start", None)
     if not start:
         return tensors, config
@@ -95,9 +103,15 @@ def _with_start(name: str, tensor: Tensor, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor, first], dim=0) if ".lora_A." in name else torch.cat([tensor, -first], dim=1)
 
 
+def forget_place(config: FlamingoConfig) -> None:
+    """Leave out in which folder of this machine the language model lay; what it was asked for by stays."""
+    config.text_config._name_or_path = ((config.backbones or {}).get("language") or {}).get("name") or ""
+
+
 def _own_config(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
     """The model's configuration without what the language model's loader left in it: how it was quantized this time."""
     config = FlamingoConfig.from_dict(model.config.to_dict())
+    forget_place(config)
     if ((config.backbones or {}).get("language") or {}).get("quantization"):
         config.text_config.quantization_config = None
     return config

@@ -30,6 +30,8 @@ from .trainable import is_lora
 
 # What adapters must have in common for their updates to be combined entry by entry.
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")
+# ... and for one to take the other's place.
+REPLACEABLE = (*COMBINABLE, "lora_alpha", "alpha_pattern", "use_rslora")
 
 Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
@@ -66,6 +68,26 @@ class Adapters:
             updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
             wanted = {n: t for n, t in adapter_tensors(self.model, name).items() if is_lora(n)}
             check_tensors(folder, updates, wanted)
+            put_lora(self.model, updates, name)
+        self._folders[name] = folder
+        self.use(name)
+
+    def replace(self, name: str, folder: str | Path) -> None:
+        """Put the adapter in ``folder`` in the place of a loaded one, LoRA into the memory of its LoRA, and use it.
+
+        Raises UserError for another base, and for LoRA of other matrices, ranks or scales.
+        """
+        folder = Path(folder)
+        self._check_known(name)
+        _check_same_base(folder, self._base, read_config(folder))
+        lora = read_lora_config(folder)
+        there = self._peft.peft_config[name] if self._has_lora(name) else None
+        differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(there, key, None)]
+        if differing:
+            raise UserError(f"{folder}: differs from adapter {name} in {differing[0]} of LoRA; load it under another name")
+        updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
+        check_tensors(folder, updates, {n: t for n, t in adapter_tensors(self.model, name).items() if is_lora(n)})
+        if updates:
             put_lora(self.model, updates, name)
         self._folders[name] = folder
         self.use(name)

@@ -15,9 +15,19 @@ from torch import Tensor
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
+from flamingo_ft.model.parts import named_composition
 
-from .files import WEIGHTS, read_config, read_flamingo_config, read_lora_config, read_tensors
+from .files import (
+    BRIDGE_FILE,
+    WEIGHTS,
+    read_bridge,
+    read_config,
+    read_flamingo_config,
+    read_lora_config,
+    read_tensors,
+)
 from .trainable import BRIDGE, cast_parameter, is_lora
 
 # What must be the same for a bridge to mean the same in another model.
@@ -47,7 +57,9 @@ def restart_bridge(model: FlamingoForConditionalGeneration, folder: Path, start:
 
 def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
-    if start.is_file():
+    if start.name == BRIDGE_FILE:
+        put_bridge(model, read_bridge(start))
+    elif start.is_file():
         load_open_flamingo(model, start)
     elif not (start / WEIGHTS).is_file():
         put_bridge(model, _tensors(start))
@@ -63,6 +75,16 @@ def _put_recorded(
 ) -> None:
     """Put in place what the adapter in ``folder`` builds on, as it was when that was trained; UserError when it is gone or
     another."""
+    put_as_stored(model, folder, record, start)
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(BRIDGE.values())):
+            cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
+
+
+def put_as_stored(
+    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: Path | None = None
+) -> None:
+    """The same in the number formats that it is stored in, which its content hash is of."""
     path = _whereabouts(folder, Path(record["path"]), start)
     _put_start(model, path)
     found = tensors_sha256(bridge_of(model))
@@ -71,20 +93,27 @@ def _put_recorded(
             f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
             f"found {found[:12]}; restore the one that the adapter was trained on"
         )
-    for name, parameter in model.named_parameters():
-        if name.startswith(tuple(BRIDGE.values())):
-            cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
 
 
 def _whereabouts(folder: Path, recorded: Path, start: Path | None) -> Path:
-    """Where a bridge lies now: as said, where it lay, or beside the adapter that builds on it."""
-    path = next((p for p in (start, recorded, folder.resolve().parent / recorded.name) if p and p.exists()), None)
+    """Where a bridge lies now: as said, where it lay, beside the adapter that builds on it, or in the adapter's base."""
+    places = (start, recorded, folder.resolve().parent / recorded.name)
+    path = next((place for place in places if place and place.exists()), None) or _bridge_of_base(folder)
     if path is None:
         raise UserError(
             f"{folder}: builds on the bridge of {recorded}, which is not there; put it beside the adapter, or say where "
             "it is now (--start PATH, start=...)"
         )
     return path
+
+
+def _bridge_of_base(folder: Path) -> Path | None:
+    """The bridge in the composition that an adapter names as its base; None where it names only its language model."""
+    name = named_composition(folder)
+    if name is None:
+        return None
+    bridge = fetch_model(name) / BRIDGE_FILE
+    return bridge if bridge.is_file() else None
 
 
 def starting_lora(start: Path | None) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -80,7 +80,7 @@ class LanguageBackbone:
 def load_language(
     name: str,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     *,
     tokenizer: str | None = None,
     local_files_only: bool = False,
@@ -92,8 +92,8 @@ def load_language(
 
     name: "nano", a folder, or a Hub repository.
     revision: of a Hub repository, a commit, branch or tag; the commit it resolves to is recorded.
-    dtype: of the parameters; None is the checkpoint's own with a GPU and float32 without one, or with quantization
-        its compute dtype.
+    dtype: of the parameters; "auto" is the checkpoint's own; None is that with a GPU and float32 without one, or with
+        quantization its compute dtype.
     tokenizer: its own "nano", folder or Hub repository, where it does not come with the model and the model's
         configuration does not name it.
     local_files_only: take nothing from the Hub that is not in the cache.
@@ -128,7 +128,7 @@ def load_language(
 
 
 def _placed(
-    dtype: torch.dtype | None, quantization: Quantization | None, device: torch.device | str | None
+    dtype: torch.dtype | Literal["auto"] | None, quantization: Quantization | None, device: torch.device | str | None
 ) -> dict[str, Any]:
     """What `from_pretrained` is told of format, dtype and device. It streams: a shard at a time is in memory."""
     if quantization is not None:

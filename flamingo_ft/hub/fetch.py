@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
@@ -21,17 +22,17 @@ NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_sta
 CHECKPOINT_SUFFIXES = (".bin", ".pt", ".pth")
 
 
-def fetch_model(place: str | Path) -> Path:
+def fetch_model(place: str | Path, **options: Any) -> Path:
     """Where the files of an adapter, a model, a composition or a checkpoint lie on this machine.
 
     place: a path, which comes back as it is, or ``org/name[@revision]`` on the Hub: then the folder of its snapshot in
     the cache, or the one file of a repository that holds a checkpoint and no configuration. What is in the cache is not
-    fetched again. Raises UserError for what is not there, not to be had, or holds no model.
+    fetched again. options: the client's ``token``, ``cache_dir``, ``local_files_only``, ... Raises UserError for what is not there, not to be had, or holds no model.
     """
     name = hub_name(place)
     if name is None:
         return Path(place)
-    folder = _fetch(name)
+    folder = _fetch(name, options)
     found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     if (folder / "config.json") in found:
         return folder
@@ -48,11 +49,11 @@ def pinned(place: str | Path, found: Path) -> str:
     return str(Path(place).resolve()) if name is None else str(HubName(name.repository, commit_of(found)))
 
 
-def _fetch(name: HubName) -> Path:
+def _fetch(name: HubName, options: Mapping[str, Any]) -> Path:
     """Download the small files and the weights in one format; all of one commit."""
     revision = name.revision
     for patterns in WEIGHTS:
-        folder = download(str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED)
+        folder = download(str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED, **options)
         if any(path for pattern in patterns for path in folder.glob(pattern)):
             break
         revision = commit_of(folder)
@@ -65,7 +66,7 @@ def download(
     revision: str | None,
     patterns: Sequence[str],
     skipped: Sequence[str] = (),
-    local_files_only: bool = False,
+    **options: Any,
 ) -> Path:
     """Fetch the files of a repository that match ``patterns`` into the cache, unless they are there; their folder, which
     does not exist where nothing matches. UserError, about ``asked``, where the Hub has or gives none."""
@@ -75,7 +76,7 @@ def download(
         revision=revision,
         allow_patterns=[*patterns],
         ignore_patterns=[*skipped],
-        local_files_only=local_files_only,
+        **options,
     )
     try:
         return Path(patiently(take))

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from flamingo_ft.adapters import load_trained
+from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.context import context_length
 from flamingo_ft.data.collate import load_media, pad_ids
-from flamingo_ft.data.encode import encode_prompt, end_token_id
+from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.schemas.blocks import split_markers
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN
+from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 
 def answer(adapter: str | Path, images: Sequence[Path], prompt: str, max_new_tokens: int = 64) -> str:
@@ -83,11 +84,3 @@ def encode_prompts(
             found = f"found {len(prompts[-1])} text tokens to answer, the language model's context is {limit}"
             raise UserError(f"{question['where']}: {found}; shorten the prompt")
     return prompts
-
-
-def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:
-    """The tokens that end an answer: the language model's own, the chat template's, and the end of a chunk."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    end_of_chunk = processor.tokenizer.convert_tokens_to_ids(EOC_TOKEN)
-    return sorted({token for token in (*own, end_token_id(processor), end_of_chunk) if token is not None})

@@ -20,6 +20,7 @@ from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
 from .media_input import media_input
 from .packed import for_language_model
+from .parts import from_parts
 from .perceiver import PerceiverResampler
 from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
 
@@ -73,8 +74,12 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As every model of transformers. With a ``quantization_config`` of bitsandbytes, the tower is quantized
-        whole, its fused attention too, and the language model's output head is not."""
+        """As every model of transformers, and for an adapter's folder or a composition that names its backbones (`parts`):
+        base and adapter. With a ``quantization_config`` of bitsandbytes, the tower is quantized whole, its fused attention
+        too, and the language model's output head is not."""
+        joined = from_parts(pretrained_model_name_or_path, kwargs)
+        if joined is not None:
+            return joined
         wanted = kwargs.get("quantization_config")
         config = stored_config(pretrained_model_name_or_path, kwargs) if wanted is not None else None
         is_new = config is not None and getattr(config, "quantization_config", None) is None

@@ -133,11 +133,9 @@ class FlamingoProcessor(ProcessorMixin):
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
         images = [_images_in(messages) for messages in conversations]
-        if any(images) and kwargs.get("tokenize"):
-            kwargs["processor_kwargs"] = {
-                **(kwargs.get("processor_kwargs") or {}),
-                "images": images[0] if single else images,
-            }
+        if kwargs.get("tokenize"):  # the template has written all special tokens, the text's first one too
+            found = {"images": images[0] if single else images} if any(images) else {}
+            kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {}), **found}
         texts = [[flatten(message, self.tokenizer) for message in messages] for messages in conversations]
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
 

@@ -1,0 +1,33 @@
+"""How a model answers when it is asked for nothing else: greedily, up to the end of what the assistant says."""
+
+from __future__ import annotations
+
+import copy
+
+from flamingo_ft.data.encode import end_token_id
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.tokens import EOC_TOKEN
+
+MAX_NEW_TOKENS = 64
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
+def answer_greedily(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> None:
+    """Let plain ``model.generate`` choose and stop as answers are wanted. What else its configuration says stays."""
+    config = copy.deepcopy(model.generation_config)
+    config.do_sample = False
+    for option in SAMPLING:
+        setattr(config, option, None)
+    config.eos_token_id = end_token_ids(model, processor) or None
+    config.pad_token_id = processor.tokenizer.pad_token_id
+    config.max_new_tokens, config.max_length = MAX_NEW_TOKENS, None
+    config._from_model_config = False  # else it would be made anew from what the language model says
+    model.generation_config = config
+
+
+def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:
+    """The tokens that end an answer: the language model's own, the chat template's, and the end of a chunk."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    end_of_chunk = processor.tokenizer.convert_tokens_to_ids(EOC_TOKEN)
+    return sorted({token for token in (*own, end_token_id(processor), end_of_chunk) if token is not None})

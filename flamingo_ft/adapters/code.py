@@ -1,0 +1,113 @@
+"""The package's code as files beside a merged model, for those who do not have the package.
+
+transformers runs code that lies beside a model (``trust_remote_code``) when ``auto_map`` in its configuration says which
+class to take from which file. It wants all files in one folder, importing each other relatively. So what configuration,
+model and processor need is collected by following their imports, and each file gets the name of its place in the package.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import flamingo_ft.errors
+
+from .card import CARD
+
+PACKAGE = Path(flamingo_ft.errors.__file__).parent
+ROOT = PACKAGE.name
+
+CONFIG, MODEL, PROCESSOR = (f"{ROOT}.model.{name}" for name in ("configuration", "modeling", "processor"))
+WITHOUT_THE_PACKAGE = """
+## Without flamingo_ft
+
+The code it needs is in this folder. With `transformers` and `open_clip_torch` installed, and if you trust the code:
+
+```python
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model="this/folder", trust_remote_code=True)
+```
+"""
+# Which class an Auto class is to take, by the file that says so and the key in it that holds what the class is made of.
+AUTO_MAPS = {
+    ("config.json", None): {
+        "AutoConfig": (CONFIG, "FlamingoConfig"),
+        "AutoModelForImageTextToText": (MODEL, "FlamingoForConditionalGeneration"),
+    },
+    ("processor_config.json", None): {"AutoProcessor": (PROCESSOR, "FlamingoProcessor")},
+    ("processor_config.json", "image_processor"): {"AutoImageProcessor": (PROCESSOR, "FlamingoImageProcessor")},
+}
+
+
+def write_code(folder: Path) -> None:
+    """Put the code beside the model in ``folder``, and name its classes there."""
+    for (file, part), classes in AUTO_MAPS.items():
+        path = folder / file
+        values = json.loads(path.read_text(encoding="utf-8"))
+        (values if part is None else values[part])["auto_map"] = {
+            auto: f"{flat_name(module)}.{name}" for auto, (module, name) in classes.items()
+        }
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for module in needed([CONFIG, MODEL, PROCESSOR]):
+        (folder / f"{flat_name(module)}.py").write_text(flattened(module), encoding="utf-8")
+    with (folder / CARD).open("a", encoding="utf-8") as card:
+        card.write(WITHOUT_THE_PACKAGE)
+
+
+def needed(modules: list[str]) -> list[str]:
+    """The modules of the package that some of its modules need, themselves first."""
+    found = list(dict.fromkeys(modules))
+    for module in found:  # grows while it is gone through
+        used = (home for _, names in own_imports(module) for home in names)
+        found += dict.fromkeys(home for home in used if home not in found)
+    return found
+
+
+def flattened(module: str) -> str:
+    """The module's text with imports of the package's own modules as from files of one folder."""
+    lines = _source(module).splitlines()
+    for node, names in sorted(own_imports(module), key=lambda found: -found[0].lineno):
+        indent = " " * node.col_offset
+        new = [f"{indent}from .{flat_name(home)} import {', '.join(taken)}" for home, taken in names.items()]
+        lines[node.lineno - 1 : node.end_lineno] = new
+    return "\n".join(lines) + "\n"
+
+
+def own_imports(module: str) -> Iterator[tuple[ast.ImportFrom, dict[str, list[str]]]]:
+    """The imports from the package in a module, each with what it takes from which module."""
+    parent = module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(_source(module))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        above = parent.split(".")[: len(parent.split(".")) - node.level + 1] if node.level else []
+        place = ".".join([*above, *filter(None, [node.module])])
+        if place.split(".")[0] == ROOT:
+            names: dict[str, list[str]] = {}
+            for alias in node.names:
+                home = _home(place, alias.name)
+                names.setdefault(home, []).append(alias.name if alias.asname is None else f"{alias.name} as {alias.asname}")
+            yield node, names
+
+
+def flat_name(module: str) -> str:
+    """``flamingo_ft.model.core`` -> ``flamingo_model_core``."""
+    return "_".join(["flamingo", *module.split(".")[1:]])
+
+
+def _home(place: str, name: str) -> str:
+    """The module that defines a name: the one it is imported from, or the one that a package takes it from."""
+    if not _path(place).is_dir():
+        return place
+    package = f"{place}.__init__"
+    return next(home for _, names in own_imports(package) for home, taken in names.items() if name in taken)
+
+
+def _path(module: str) -> Path:
+    return PACKAGE.joinpath(*module.split(".")[1:])
+
+
+def _source(module: str) -> str:
+    return _path(module).with_suffix(".py").read_text(encoding="utf-8")

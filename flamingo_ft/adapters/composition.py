@@ -1,0 +1,108 @@
+"""A composition: the base of adapters as a folder without the weights of its backbones.
+
+It holds the Flamingo's configuration, which names both backbones with their revisions and content hashes, the processor's
+files, a card, and ``bridge.safetensors`` where adapters build on a bridge. An adapter names it as its base, so that
+transformers and PEFT find all that the adapter needs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import save_file
+
+from flamingo_ft import __version__
+from flamingo_ft.atomic import file_in_place
+from flamingo_ft.errors import UserError
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
+
+from .answering import answer_greedily
+from .card import CARD
+from .files import BRIDGE_FILE, LORA_CONFIG, read_config, read_flamingo_config, read_lora_config, read_processor
+from .load import join_backbones, put_together
+from .lora import updates_the_tower
+from .save import forget_place, save_processor
+from .start import bridge_of, put_as_stored
+
+
+def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path | None = None) -> None:
+    """Write the base of ``adapter`` to ``out``. The same base gives the same bytes.
+
+    start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+
+    Raises UserError when ``out`` exists, ``adapter`` is no adapter, and where it builds on a bridge that is gone or another.
+    """
+    adapter, out = Path(adapter), Path(out)
+    if out.exists():
+        raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
+    config, processor = read_config(adapter), read_processor(adapter)
+    bridge = _bridge_below(adapter, config, start) if config.bridge_init else None
+    lora = read_lora_config(adapter)
+    config.open_attention = config.open_attention or (lora is not None and updates_the_tower(lora))
+    forget_place(config)
+    out.mkdir(parents=True)
+    if bridge is not None:
+        config.bridge_init["path"] = BRIDGE_FILE
+        with file_in_place(out / BRIDGE_FILE) as file:
+            save_file(bridge, file, metadata={"format": "pt"})
+    config.save_pretrained(out)
+    save_processor(processor, out)
+    _write_card(config, out)
+
+
+def load_composition(folder: str | Path, **options: Any) -> FlamingoForConditionalGeneration:
+    """The model of a composition, which is the base of its adapters. Takes the options of `load_base`.
+
+    Raises UserError when a backbone or the bridge is not the recorded one.
+    """
+    folder = Path(folder)
+    config = read_flamingo_config(folder)
+    _check_named(folder, config)
+    bridge = folder / BRIDGE_FILE
+    if config.bridge_init:
+        config.bridge_init["path"] = str(bridge.resolve())
+    model = put_together(folder, config, bridge, **options)
+    answer_greedily(model, read_processor(folder))
+    return model.eval().requires_grad_(False)
+
+
+def name_base(adapter: str | Path, base: str) -> None:
+    """Write into an adapter's folder which composition is its base: a folder, or ``org/name`` on the Hub."""
+    path = Path(adapter) / LORA_CONFIG
+    values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _bridge_below(
+    adapter: Path, config: FlamingoConfig, start: str | Path | None
+) -> dict[str, torch.Tensor]:
+    """The bridge that an adapter builds on, as its content hash is of it.
+
+    The backbones are loaded along: rows that a checkpoint gives to new tokens are read through the language model.
+    """
+    model = join_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
+    put_as_stored(model, adapter, config.bridge_init, None if start is None else Path(start))
+    return {name: tensor.contiguous() for name, tensor in sorted(bridge_of(model).items())}
+
+
+def _check_named(folder: Path, config: FlamingoConfig) -> None:
+    if not all((config.backbones or {}).get(part) for part in ("vision", "language")):
+        raise UserError(
+            f"{folder}: has neither weights nor the names of its backbones, so there is nothing to load; copy it again"
+        )
+
+
+def _write_card(config: FlamingoConfig, folder: Path) -> None:
+    environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
+    text = environment.get_template("composition.md.jinja").render(
+        version=__version__,
+        vision=config.backbones["vision"],
+        language=config.backbones["language"],
+        bridge_init=config.bridge_init,
+        kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
+    )
+    (folder / CARD).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,83 @@
+"""Models that are not stored whole: an adapter's folder, or a composition that names its two backbones.
+
+`FlamingoForConditionalGeneration.from_pretrained` takes them too. What puts them together is imported by its name when
+it is needed, as it stands on this part of the package.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
+
+from .quantized import stored_config
+
+PUTS_TOGETHER = "flamingo_ft.adapters.from_parts"
+OF_THE_CLIENT = ("cache_dir", "force_download", "local_files_only", "token")  # options that say how files are fetched
+WHOLE = ("model*.safetensors", "pytorch_model*.bin")  # the weights of a model that needs no other
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a model lie; one of the two may be missing.
+
+    base: a composition's folder; adapter: an adapter's.
+    """
+
+    base: Path | None
+    adapter: Path | None
+
+
+def from_parts(name: Any, options: Mapping[str, Any]) -> PreTrainedModel | tuple[PreTrainedModel, dict] | None:
+    """What ``from_pretrained(name, **options)`` gives where that is an adapter or a composition; None elsewhere."""
+    parts = find_parts(name, options)
+    return None if parts is None else import_module(PUTS_TOGETHER).load_parts(parts, options)
+
+
+def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
+    """The parts that a model consists of; None for a whole one, and for what transformers has to say no to."""
+    adapter = (options.get("adapter_kwargs") or {}).get("_adapter_model_path")
+    if name is None or (Path(name).is_dir() and not holds_parts(Path(name))):
+        return None
+    if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
+        return Parts(_fetch(name, options), _fetch(adapter, {**options, "revision": None, **options["adapter_kwargs"]}))
+    if not Path(name).is_dir() and stored_config(name, options).merged:
+        return None
+    folder = _fetch(name, options)
+    if not holds_parts(folder):
+        return None
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        return Parts(folder, None)
+    base = None if Path(name).is_dir() else named_composition(folder)
+    return Parts(base and _fetch(base, {**options, "revision": None}), folder)
+
+
+def holds_parts(folder: Path) -> bool:
+    """Whether a folder has a Flamingo's configuration, and not the weights of a whole one."""
+    return (folder / CONFIG_NAME).is_file() and not any(any(folder.glob(weights)) for weights in WHOLE)
+
+
+def named_composition(adapter: Path) -> str | None:
+    """The composition that an adapter names as its base; None where it names its language model alone."""
+    config, peft = (json.loads((adapter / file).read_text(encoding="utf-8")) for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    named = peft.get("base_model_name_or_path")
+    return None if named == ((config.get("backbones") or {}).get("language") or {}).get("name") else named
+
+
+def _fetch(name: Any, options: Mapping[str, Any]) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder / (options.get("subfolder") or "")
+    if options.get("subfolder"):
+        raise UserError(f"{name}: parts of a model are looked for at the top of a repository; leave subfolder out")
+    revision, given = options.get("revision"), {key: options[key] for key in OF_THE_CLIENT if options.get(key) is not None}
+    return fetch_model(f"{name}@{revision}" if revision else name, **given)

@@ -1,0 +1,175 @@
+"""transformers' own ways of loading: merged models, adapters, and compositions that name their backbones."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModel
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import flamingo_ft
+from flamingo_ft.adapters import load_adapter, load_base, merge_adapter, name_base, save_adapter, write_composition
+from flamingo_ft.adapters.files import BRIDGE_FILE
+from flamingo_ft.errors import UserError
+
+from .. import regimes
+
+PACKAGE = Path(flamingo_ft.__file__).parent
+RUNS = {
+    "bridge": regimes.REGIMES["bridge"],
+    "bridge and LoRA": regimes.REGIMES["bridge and LoRA"],
+    "LoRA everywhere": regimes.REGIMES["LoRA everywhere"],
+    "quantized": (*regimes.REGIMES["LoRA everywhere"], *regimes.quantized("nf4", "LoRA")),
+}
+
+
+@pytest.fixture(scope="module")
+def adapters(trained_start, tmp_path_factory):
+    """A folder with an adapter of each kind, and what they start from."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(trained_start, folder, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, overrides in RUNS.items():
+            model, processor = regimes.build(*overrides)
+            regimes.shake(model, 0.3)
+            save_adapter(model, processor, folder / name)
+    return folder
+
+
+def auto(folder, **options):
+    return AutoModelForImageTextToText.from_pretrained(folder, **options)
+
+
+def adapter_with_base(adapters, kind, tmp_path):
+    """A copy of the adapter that names its composition, alone with it."""
+    write_composition(adapters / kind, tmp_path / "base")
+    shutil.copytree(adapters / kind, tmp_path / "adapter")
+    name_base(tmp_path / "adapter", str(tmp_path / "base"))
+    return tmp_path / "adapter", tmp_path / "base"
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_an_adapters_folder_loads_as_load_adapter_loads_it(adapters, kind):
+    expected, processor = load_adapter(adapters / kind)
+    found = auto(adapters / kind)
+    assert torch.equal(regimes.logits(found, processor), regimes.logits(expected, processor))
+    assert {n: p.dtype for n, p in found.named_parameters()} == {n: p.dtype for n, p in expected.named_parameters()}
+    assert not any(parameter.requires_grad for parameter in found.parameters())
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_composition_loads_as_the_base_of_its_adapter(adapters, kind, tmp_path):
+    write_composition(adapters / kind, tmp_path / "base")
+    torch.manual_seed(0)
+    expected = load_base(adapters / kind)
+    torch.manual_seed(0)
+    found, processor = auto(tmp_path / "base"), AutoProcessor.from_pretrained(tmp_path / "base")
+    assert torch.equal(regimes.logits(found, processor), regimes.logits(expected, processor))
+    assert sorted(found.state_dict()) == sorted(expected.state_dict())
+    assert (tmp_path / "base" / BRIDGE_FILE).exists() == (kind in ("LoRA everywhere", "quantized"))
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_peft_puts_an_adapter_that_names_its_composition_together(adapters, kind, tmp_path):
+    adapter, _ = adapter_with_base(adapters, kind, tmp_path)
+    expected, processor = load_adapter(adapters / kind)
+    found = AutoPeftModel.from_pretrained(adapter, import_allowlist=["flamingo_ft"])
+    assert torch.equal(regimes.logits(found, processor), regimes.logits(expected, processor))
+    assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in expected.parameters())
+
+
+def test_an_adapter_finds_the_bridge_that_it_builds_on_in_its_composition(adapters, tmp_path):
+    adapter, _ = adapter_with_base(adapters, "LoRA everywhere", tmp_path)
+    expected, processor = load_adapter(adapters / "LoRA everywhere")
+    (adapters / "start").rename(adapters / "gone")
+    try:
+        with pytest.raises(UserError, match="is not there"):
+            load_adapter(adapters / "LoRA everywhere")
+        assert torch.equal(regimes.logits(auto(adapter), processor), regimes.logits(expected, processor))
+    finally:
+        (adapters / "gone").rename(adapters / "start")
+
+
+def test_saving_an_adapter_that_names_its_composition_keeps_every_byte(adapters, tmp_path):
+    for kind in ("bridge", "LoRA everywhere"):
+        adapter, _ = adapter_with_base(adapters, kind, tmp_path / kind)
+        save_adapter(*load_adapter(adapter), tmp_path / kind / "again")
+        for path in adapter.iterdir():
+            assert path.read_bytes() == (tmp_path / kind / "again" / path.name).read_bytes(), path.name
+
+
+def test_a_composition_is_the_same_bytes_for_each_adapter_of_a_base_and_tells_no_path(adapters, tmp_path):
+    again = shutil.copytree(adapters / "LoRA everywhere", tmp_path / "again")
+    shutil.copytree(adapters / "start", tmp_path / "start")
+    for number, adapter in enumerate((adapters / "LoRA everywhere", again)):
+        write_composition(adapter, tmp_path / f"{number}")
+    for path in (tmp_path / "0").iterdir():
+        assert path.read_bytes() == (tmp_path / "1" / path.name).read_bytes(), path.name
+        for place in (adapters, PACKAGE):
+            assert str(place).encode() not in path.read_bytes(), path.name
+    with pytest.raises(UserError, match="exists already"):
+        write_composition(adapters / "bridge", tmp_path / "0")
+
+
+def test_a_changed_bridge_in_a_composition_is_refused(adapters, tmp_path):
+    _, base = adapter_with_base(adapters, "LoRA everywhere", tmp_path)
+    weights = base / BRIDGE_FILE
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="adapter of another base: the bridge of"):
+        auto(base)
+    assert load_file(weights)
+
+
+def test_every_kind_has_its_configuration_and_processor(adapters, tmp_path):
+    adapter, base = adapter_with_base(adapters, "bridge", tmp_path)
+    for folder in (adapter, base):
+        assert isinstance(AutoConfig.from_pretrained(folder), flamingo_ft.FlamingoConfig)
+        assert isinstance(AutoProcessor.from_pretrained(folder), flamingo_ft.FlamingoProcessor)
+
+
+def test_a_merged_model_loads_as_before(adapters, tmp_path):
+    merge_adapter(adapters / "bridge and LoRA", tmp_path / "merged", dtype=torch.float32, with_code=True)
+    expected, processor = load_adapter(adapters / "bridge and LoRA")
+    difference = regimes.logits(auto(tmp_path / "merged"), processor) - regimes.logits(expected, processor)
+    assert difference.abs().max() < 1e-4
+    assert (tmp_path / "merged" / "flamingo_model_modeling.py").is_file()
+
+
+def test_a_dtype_is_that_of_all_weights_but_the_gates(adapters):
+    model = auto(adapters / "bridge and LoRA", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name.endswith("_gate") else torch.bfloat16), name
+    kept = auto(adapters / "quantized", dtype="bfloat16")
+    assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32, torch.bfloat16, torch.uint8}
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])
+def test_one_device_is_understood(adapters, device_map):
+    if not (device_map == "auto" and torch.cuda.is_available()):
+        assert auto(adapters / "bridge", device_map=device_map).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device_map": {"perceiver": 0, "": "cpu"}}, "is not one device"),
+        ({"device_map": "balanced"}, "is not one device"),
+        ({"quantization_config": {"load_in_4bit": True}}, "in no other quantization"),
+        ({"state_dict": {}}, "cannot take state_dict"),
+        ({"dtype": "small"}, "no number format"),
+    ],
+)
+def test_options_that_parts_cannot_have_are_refused_in_one_line(adapters, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapters / "bridge", **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_loading_report_says_that_nothing_is_missing(adapters):
+    _, report = auto(adapters / "bridge", output_loading_info=True)
+    assert not any(report.values())

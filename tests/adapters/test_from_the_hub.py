@@ -1,0 +1,70 @@
+"""An adapter and its composition on the Hub, by the adapter's name alone, through transformers and PEFT."""
+
+import shutil
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import AutoPeftModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+
+import flamingo_ft
+from flamingo_ft.adapters import load_adapter, name_base, save_adapter, write_composition
+from flamingo_ft.errors import UserError
+
+from .. import regimes
+from ..hub_server import READER, WRITER
+
+
+@pytest.fixture
+def pushed(hub, small_run):
+    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it builds on is
+    here no longer."""
+    adapter, base = "somebody/digits", "somebody/digits-base"
+    model, processor = regimes.build(*regimes.REGIMES["LoRA everywhere"])
+    regimes.shake(model, 0.3)
+    save_adapter(model, processor, "adapter")
+    write_composition("adapter", "base")
+    expected = regimes.logits(*load_adapter("adapter"))
+    processor.save_pretrained("processor")
+    name_base("adapter", base)
+    api = HfApi(endpoint=hub.url, token=WRITER)
+    for repository, folder in ((adapter, "adapter"), (base, "base")):
+        api.create_repo(repository)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    for folder in ("start", "adapter", "base"):
+        shutil.rmtree(folder)
+    return adapter, base, expected
+
+
+def test_the_adapters_name_is_enough(pushed):
+    adapter, _, expected = pushed
+    processor = AutoProcessor.from_pretrained(adapter)
+    for found in (
+        AutoModelForImageTextToText.from_pretrained(adapter),
+        AutoModelForImageTextToText.from_pretrained(adapter, revision="main"),
+        flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter),
+        pipeline("image-text-to-text", model=adapter).model,
+        AutoPeftModel.from_pretrained(adapter, import_allowlist=["flamingo_ft"]),
+    ):
+        assert torch.equal(regimes.logits(found, processor), expected)
+
+
+def test_a_composition_on_the_hub_is_the_base(pushed):
+    _, base, _ = pushed
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    assert model.config.bridge_init and not hasattr(model, "peft_config")
+
+
+def test_revision_token_and_cache_are_those_that_were_given(pushed, hub, tmp_path):
+    adapter, base, expected = pushed
+    commit = hub.repositories[adapter].history[-1].oid
+    HfApi(endpoint=hub.url, token=WRITER).upload_file(repo_id=adapter, path_or_fileobj=b"{}", path_in_repo="config.json")
+    hub.repositories[adapter].private = hub.repositories[base].private = True
+    given = {"revision": commit, "token": READER, "cache_dir": tmp_path / "elsewhere"}
+    with pytest.raises(UserError, match="private"):
+        flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter, config=AutoConfig.for_model("flamingo"))
+    found = flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter, **given)
+    assert len(list((tmp_path / "elsewhere").glob("models--*"))) == 2
+    assert not (tmp_path / "hub_cache").exists()
+    assert torch.equal(regimes.logits(found, AutoProcessor.from_pretrained(tmp_path / "processor")), expected)

@@ -1,0 +1,55 @@
+"""A model that ends early and that tells images apart, on disk in each form."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flamingo_ft.adapters import merge_adapter, save_adapter
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.inference.answer import answer_batch, place_images
+from flamingo_ft.model import build_flamingo
+
+PROMPT = "Which digit is this?"
+
+
+def make_flamingo():
+    """Around the nano backbones, with a random bridge that lets images matter, and sampling as its language model's wish."""
+    torch.manual_seed(0)
+    small = {"heads": 2, "dim_head": 8}
+    language = load_language("nano")
+    language.model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
+    model, processor = build_flamingo(
+        load_vision("nano"), language, perceiver={"num_latents": 2, "depth": 1, **small}, cross_attention=small
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("perceiver.", "gated_cross_attn_layers.")):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval(), processor
+
+
+@torch.no_grad()
+def end_in_the_middle(model, processor, paths) -> None:
+    """Let the end of a chunk, which the language model does not know as an end, be likelier than a late word of its answer."""
+    head, rows = model.lang_encoder.get_output_embeddings().weight, model.token_rows.output.weight
+    question = {"messages": [{"role": "user", "content": place_images(PROMPT, 1)}], "images": paths[:1], "where": "here"}
+    said = processor.tokenizer(answer_batch(model, processor, [question], 64)[0], add_special_tokens=False)["input_ids"]
+    end = model.token_rows.token_ids.index(model.config.eoc_token_id)
+    rows[end] = 1.01 * head[next(word for word in said if word not in said[:4])]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """A folder with an adapter and what it is merged to, and two images."""
+    folder = tmp_path_factory.mktemp("models")
+    paths = [folder / f"{index}.png" for index in range(2)]
+    for index, path in enumerate(paths):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).save(path)
+    model, processor = make_flamingo()
+    end_in_the_middle(model, processor, paths)
+    save_adapter(model, processor, folder / "adapter")
+    merge_adapter(folder / "adapter", folder / "merged", dtype=torch.float32)
+    return folder, paths

@@ -1,0 +1,48 @@
+"""transformers' own generation says what `flamingo-ft generate` says: plain, through a pipeline, from each kind of folder."""
+
+import pytest
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
+
+from flamingo_ft.inference.answer import answer
+
+from .conftest import PROMPT
+
+
+@pytest.fixture(scope="module", params=["adapter", "merged"])
+def asked(request, folders):
+    """A folder, and for one and for two images what `flamingo-ft generate` says."""
+    folder, paths = folders
+    place = folder / request.param
+    return place, {n: (paths[:n], answer(place, paths[:n], PROMPT)) for n in (1, 2)}
+
+
+def chat(paths, kind="image"):
+    return [{"role": "user", "content": [*({"type": "image", kind: str(p)} for p in paths), {"type": "text", "text": PROMPT}]}]
+
+
+def test_the_answers_differ_and_one_ends_early(asked):
+    _, expected = asked
+    (one, two) = (said for _, said in expected.values())
+    assert one != two and 10 < len(one) < 60
+
+
+def test_a_pipeline_says_what_generate_says(asked):
+    folder, expected = asked
+    ask = pipeline("image-text-to-text", model=str(folder))
+    for paths, said in expected.values():
+        (found,) = ask(text=chat(paths), return_full_text=False)
+        assert found["generated_text"].strip() == said
+        text = ask.processor.apply_chat_template(chat(paths), add_generation_prompt=True)
+        (found,) = ask(images=[Image.open(path) for path in paths], text=text, return_full_text=False)
+        assert found["generated_text"].strip() == said
+
+
+def test_plain_generate_says_what_generate_says(asked):
+    folder, expected = asked
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    for paths, said in expected.values():
+        inputs = processor.apply_chat_template(chat(paths, "path"), **how)
+        new = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+        assert processor.decode(new, skip_special_tokens=True).strip() == said

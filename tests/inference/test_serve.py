@@ -1,0 +1,86 @@
+"""A served model answers over HTTP what `flamingo-ft generate` answers."""
+
+import base64
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+import flamingo_ft
+from flamingo_ft.errors import UserError
+from flamingo_ft.inference import serve
+from flamingo_ft.inference.answer import answer
+
+from .conftest import PROMPT
+
+LONGEST_START = 120  # seconds
+
+
+@pytest.fixture(scope="module", params=["adapter", "merged"])
+def served(request, folders):
+    """A folder, the images beside it, and a client of its server, which ends well when it is told to."""
+    folder, paths = folders
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "flamingo_ft", "serve", str(folder / request.param), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    log = folder / f"{request.param}.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
+    try:
+        wait_for(f"http://localhost:{port}/health", process, log)
+        yield folder / request.param, paths, OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none")
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+    finally:
+        process.kill()
+
+
+def wait_for(url, process, log):
+    end = time.monotonic() + LONGEST_START
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            return urllib.request.urlopen(url)
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    raise AssertionError(log.read_text())
+
+
+def dialogue(paths):
+    links = ["data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() for path in paths]
+    images = [{"type": "image_url", "image_url": {"url": link}} for link in links]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": PROMPT}]}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_served_model_says_what_generate_says_whole_and_streamed(served, images):
+    folder, paths, client = served
+    expected = answer(folder, paths[:images], PROMPT)
+    request = {"model": str(folder), "messages": dialogue(paths[:images]), "max_tokens": 64}
+    found = client.chat.completions.create(**request)
+    assert found.choices[0].message.content.strip() == expected
+    pieces = [piece.choices[0].delta.content or "" for piece in client.chat.completions.create(**request, stream=True)]
+    assert len(pieces) > 3 and "".join(pieces).strip() == expected
+
+
+def test_without_the_servers_packages_the_command_to_install_them_is_told(monkeypatch):
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    with pytest.raises(UserError, match=r'not installed; run: pip install "flamingo_ft\[serve\]"$'):
+        serve.serve("anywhere", "localhost", 8000)
+
+
+def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path):
+    with pytest.raises(UserError, match="no adapter and no merged model"):
+        serve.serve(str(tmp_path), "localhost", 8000)
+    folder, _ = folders
+    with socket.create_server(("localhost", 0)) as taken, pytest.raises(UserError, match="give another --port"):
+        serve.serve(str(folder / "adapter"), "localhost", taken.getsockname()[1])
