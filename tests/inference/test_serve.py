@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,21 @@ def test_a_served_model_says_what_generate_says_whole_and_streamed(served, image
     assert found.choices[0].message.content.strip() == expected
     pieces = [piece.choices[0].delta.content or "" for piece in client.chat.completions.create(**request, stream=True)]
     assert len(pieces) > 3 and "".join(pieces).strip() == expected
+
+
+@pytest.mark.slow
+def test_requests_at_the_same_time_get_the_answers_to_their_own_images(served):
+    folder, paths, client = served
+    asked = [paths[:1], paths[1:], paths, paths[::-1]]
+    expected = [answer(folder, images, PROMPT) for images in asked]
+
+    def ask(images):
+        found = client.chat.completions.create(model=str(folder), messages=dialogue(images), max_tokens=64)
+        return found.choices[0].message.content.strip()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, asked * 3)) == expected * 3
+    assert len(set(expected)) > 1
 
 
 def test_without_the_servers_packages_the_command_to_install_them_is_told(monkeypatch):
