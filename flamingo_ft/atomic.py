@@ -59,6 +59,17 @@ def finish_folder(place: Path) -> None:
     _free(place, REPLACED)
 
 
+@contextmanager
+def folder_in_place(place: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the name ``place`` once the block ends without an error, and is gone otherwise."""
+    hidden = begin_folder(place)
+    try:
+        yield hidden
+        finish_folder(place)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder; half of it is never left under its name."""
     folder.rename(_free(folder, REMOVED))

@@ -19,6 +19,7 @@ ORDER = (
     "recipe_library",
     "config",
     "backbones",
+    "formats",
     "model",
     "data",
     "adapters",

@@ -13,6 +13,8 @@ import pytest
 
 from flamingo_ft.recipe_library import packaged_recipes
 
+from .recipe_needs import needs_the_hub
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -22,9 +24,11 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The README's flamingo-ft commands, in order."""
+    """The README's flamingo-ft commands, in order, but for those with a recipe whose backbones come from the Hub."""
     lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
-    return [shlex.split(line) for line in lines if line.startswith("flamingo-ft")]
+    found = [shlex.split(line) for line in lines if line.startswith("flamingo-ft")]
+    away = {name for name, path in packaged_recipes().items() if needs_the_hub(path)}
+    return [command for command in found if not away & {Path(word).stem for word in command}]
 
 
 def tree() -> list[str]:

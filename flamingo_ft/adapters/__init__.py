@@ -5,6 +5,7 @@ from .composition import load_composition, name_base, write_composition
 from .load import load_adapter, load_base, load_trained
 from .lora import add_lora
 from .merge import merge_adapter
+from .pairing import check_start
 from .prepare import prepare_training
 from .restore import restore_trainable
 from .save import save_adapter
@@ -15,6 +16,7 @@ from .trainable import set_trainable, trainable_parameters
 __all__ = [
     "Adapters",
     "add_lora",
+    "check_start",
     "load_adapter",
     "load_base",
     "load_composition",

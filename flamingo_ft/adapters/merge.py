@@ -9,9 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, dequantize_linears
@@ -75,7 +74,7 @@ def merge_adapter(
     rounded = quantization is not None or {dtype, *computed_in} != {torch.float32}
     formats = _formats(read_config(adapter))
     limit = _tolerance(formats, base, rounded, quantization is not None) if tolerance is None else tolerance
-    with _unfinished(out) as folder:
+    with folder_in_place(out) as folder:
         parts = _write(adapter, folder, processor, base, dtype, start)
         if quantization is not None:
             _quantize(folder, quantization)
@@ -127,7 +126,7 @@ def _write(
     close_attention(model.vision_encoder)
     cast(model, dtype)
     answer_greedily(model, processor)
-    _as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
+    as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
     write_card(model, folder)
@@ -145,7 +144,7 @@ def _check_mergeable(adapter: Path, model: FlamingoForConditionalGeneration) -> 
         )
 
 
-def _as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
+def as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
     """The configuration of a model that builds on nothing else."""
     for source in config.backbones.values():
         source["quantization"] = None
@@ -162,20 +161,6 @@ def _quantize(folder: Path, quantization: Quantization) -> None:
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
-
-
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name once all in it is done, and is gone if that fails."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{out.name}.unfinished-", dir=out.parent))
-    folder.chmod(0o755)
-    try:
-        yield folder
-        folder.rename(out)
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder)
 
 
 def _formats(config: FlamingoConfig) -> set[str]:

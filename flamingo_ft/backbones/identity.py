@@ -101,6 +101,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in shards]
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's vocabulary."""
+    return any(len(_existing(folder, files)) == len(files) for files in VOCABULARY_FILES)
+
+
 def _tokenizer_files(folder: Path) -> list[Path]:
     complete = (files for files in VOCABULARY_FILES if len(_existing(folder, files)) == len(files))
     return _existing(folder, next(complete, ()) + TOKENIZER_FILES)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -38,7 +38,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flamingo_ft.backbones.device import default_device
-from flamingo_ft.backbones.identity import files_sha256
+from flamingo_ft.backbones.identity import files_sha256, has_vocabulary
+from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.quantization import Quantization, settle
 from flamingo_ft.errors import UserError, one_line
 
@@ -56,6 +57,8 @@ UNLOADABLE = (
     OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError,
     pickle.UnpicklingError, SafetensorError, StrictDataclassError,
 )
+
+register_mosaic_gpt()
 
 # Encoders: causal only where their configuration says that they were trained as a decoder.
 ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
@@ -77,7 +80,7 @@ class LanguageBackbone:
 def load_language(
     name: str,
     revision: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     *,
     tokenizer: str | None = None,
     local_files_only: bool = False,
@@ -89,9 +92,10 @@ def load_language(
 
     name: "nano", a folder, or a Hub repository.
     revision: of a Hub repository, a commit, branch or tag; the commit it resolves to is recorded.
-    dtype: of the parameters; None is the checkpoint's own with a GPU and float32 without one, or with quantization
-        its compute dtype.
-    tokenizer: where it does not come with the model, its own "nano", folder or Hub repository.
+    dtype: of the parameters; "auto" is the checkpoint's own; None is that with a GPU and float32 without one, or with
+        quantization its compute dtype.
+    tokenizer: its own "nano", folder or Hub repository, where it does not come with the model and the model's
+        configuration does not name it.
     local_files_only: take nothing from the Hub that is not in the cache.
     trust_remote_code: run code that comes with the model, for architectures that transformers does not have.
     quantization: how its matrices are kept, all but the output head's.
@@ -109,10 +113,11 @@ def load_language(
     _refuse_encoder(model.config, name)
     _refuse_missing(report["missing_keys"], name)
     settle(model)
-    words = folder if tokenizer in (None, name) else language_folder(tokenizer, None, local_files_only, weights=False)
+    tokenizer = tokenizer or _tokenizer_elsewhere(folder, config) or name
+    words = folder if tokenizer == name else language_folder(tokenizer, None, local_files_only, weights=False)
     return LanguageBackbone(
         model=model.eval().requires_grad_(False),
-        tokenizer=_load(AutoTokenizer, words, tokenizer or name, **code),
+        tokenizer=_load(AutoTokenizer, words, tokenizer, **code),
         source={
             "name": name,
             "revision": _commit(folder),
@@ -123,7 +128,7 @@ def load_language(
 
 
 def _placed(
-    dtype: torch.dtype | None, quantization: Quantization | None, device: torch.device | str | None
+    dtype: torch.dtype | Literal["auto"] | None, quantization: Quantization | None, device: torch.device | str | None
 ) -> dict[str, Any]:
     """What `from_pretrained` is told of format, dtype and device. It streams: a shard at a time is in memory."""
     if quantization is not None:
@@ -136,7 +141,15 @@ def _placed(
 def language_files(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Configuration and tokenizer of a language model, which say all of it but its weights; only they are fetched."""
     folder = language_folder(name, revision, weights=False)
-    return _causal_config(folder, name, trust_remote_code=False), _load(AutoTokenizer, folder, name)
+    config = _causal_config(folder, name, trust_remote_code=False)
+    elsewhere = _tokenizer_elsewhere(folder, config)
+    words = language_folder(elsewhere, None, weights=False) if elsewhere else folder
+    return config, _load(AutoTokenizer, words, elsewhere or name)
+
+
+def _tokenizer_elsewhere(folder: Path, config: PreTrainedConfig) -> str | None:
+    """The tokenizer's own name, where it does not come with the model and its configuration says (MosaicML's do)."""
+    return None if has_vocabulary(folder) else getattr(config, "tokenizer_name", None)
 
 
 def language_folder(

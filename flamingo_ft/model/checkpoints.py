@@ -1,14 +1,7 @@
-"""Checkpoints of OpenFlamingo v2, read into either face of the model.
-
-Their keys hold the cross-attention inside the language model's layers, which they wrap:
-``lang_encoder.<layers>.{k}.gated_cross_attn_layer.*`` beside ``lang_encoder.<layers>.{k}.decoder_layer.*``. Training
-checkpoints wrap the whole in ``model_state_dict``, with a ``module.`` prefix where they come from several devices.
-"""
+"""Foreign checkpoints, read into either face of the model."""
 
 from __future__ import annotations
 
-import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +11,11 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.formats import Checkpoint, parse, read_checkpoint
+from flamingo_ft.formats.recognise import BRIDGE, is_foreign
+from flamingo_ft.formats.stored import some, unwrap
 
 from .core import FlamingoCore
-
-_BLOCK = re.compile(r"lang_encoder\.(?P<layers>.+)\.(?P<k>\d+)\.gated_cross_attn_layer\.(?P<rest>.+)")
-_BLOCK_AGAIN = re.compile(r"lang_encoder\.gated_cross_attn_layers\.(?P<k>\d+)\.(?P<rest>.+)")
-_LAYER = re.compile(r"lang_encoder\.(?P<layers>.+)\.(?P<k>\d+)\.decoder_layer\.(?P<rest>.+)")
-_LAYER_AGAIN = re.compile(r"lang_encoder\.old_decoder_blocks\.")
-_BRIDGE = ("perceiver.", "gated_cross_attn_layers.")
 
 
 @dataclass
@@ -44,22 +34,23 @@ class LoadReport:
 
 def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
     """Whether the keys are OpenFlamingo's, bare or as its training saved them."""
-    keys = _unwrap(state_dict).keys()
-    return any(_BLOCK.fullmatch(key) or _BLOCK_AGAIN.fullmatch(key) for key in keys)
+    content = state_dict.get("model_state_dict", state_dict)
+    return is_foreign([str(key).removeprefix("module.") for key in content])
 
 
 def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str, Any]) -> LoadReport:
-    """Load an OpenFlamingo v2 checkpoint (a path, or its state dict) into ``model``, in place.
+    """Load a checkpoint of OpenFlamingo or Otter (a path, or its state dict) into ``model``, in place.
 
     Every weight of the bridge must be there and fit; of the backbones, what the file holds is taken. Raises
     UserError, with nothing loaded, when the file is for another language model or interval or lacks a bridge weight.
     """
-    state_dict = checkpoint if isinstance(checkpoint, Mapping) else read_tensors(Path(checkpoint))
-    tensors = _unwrap(state_dict)
-    _check_tensors(tensors)
-    tensors = _translate(tensors, model.decoder_layers_attr_name)
+    is_read = isinstance(checkpoint, Mapping)
+    found = parse(unwrap(checkpoint, Path("checkpoint"))) if is_read else read_checkpoint(Path(checkpoint))
+    check_belongs(model, found)
+    if found.lora:
+        raise UserError(f"{found.where}: holds LoRA, which would be lost here; bring it in with flamingo-ft convert")
+    tensors = found.tensors()
     targets = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")}
-    _check_interval(model, tensors)
     report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
     _check(report)
     with torch.no_grad():
@@ -70,56 +61,15 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     return report
 
 
-def read_tensors(path: Path) -> Mapping[str, Any]:
-    """The content of a torch file, which may hold tensors and plain containers only."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a whole checkpoint file") from None
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, AttributeError) as error:
-        reason = (str(error) or "it is empty").splitlines()[0]
-        raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict") from None
-
-
-def _unwrap(state_dict: Any) -> dict[str, Tensor]:
-    """The state dict under its bare names; empty where the content is none."""
-    content = state_dict.get("model_state_dict", state_dict) if isinstance(state_dict, Mapping) else {}
-    return {str(key).removeprefix("module."): value for key, value in content.items()}
-
-
-def _check_tensors(state_dict: Mapping[str, Any]) -> None:
-    other = [key for key, value in state_dict.items() if not isinstance(value, Tensor)]
-    if other or not state_dict:
-        found = f"{_some(other)} as something else" if other else "no names at all"
-        raise UserError(f"checkpoint is no dict of names and tensors: found {found}; give a model's state dict")
-
-
-def _translate(state_dict: Mapping[str, Tensor], layers_path: str) -> dict[str, Tensor]:
-    """The state dict under this package's names."""
-    return {
-        _translate_key(key, layers_path): value for key, value in state_dict.items() if not _LAYER_AGAIN.match(key)
-    }
-
-
-def _translate_key(key: str, layers_path: str) -> str:
-    if match := _BLOCK.fullmatch(key):
-        _check_layers_path(match["layers"], layers_path)
-        return f"gated_cross_attn_layers.{match['k']}.{match['rest']}"
-    if match := _BLOCK_AGAIN.fullmatch(key):
-        return f"gated_cross_attn_layers.{match['k']}.{match['rest']}"
-    if match := _LAYER.fullmatch(key):
-        return f"lang_encoder.{match['layers']}.{match['k']}.{match['rest']}"
-    return key
-
-
-def _check_layers_path(found: str, wanted: str) -> None:
-    if found != wanted:
+def check_belongs(model: FlamingoCore, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint of another language model or interval than the model has."""
+    found, wanted = checkpoint.layers, model.decoder_layers_attr_name
+    if found not in (None, wanted):
         raise UserError(
             f"checkpoint is for another language model: its decoder layers are at {found}, this model's at {wanted}; "
             "build the model around the language model that the checkpoint was trained with"
         )
+    _check_interval(model, checkpoint.bridge)
 
 
 def _check_interval(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
@@ -127,7 +77,7 @@ def _check_interval(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
     found = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("gated_cross_attn_layers.")})
     if found and found != wanted:
         raise UserError(
-            f"checkpoint has cross-attention before layers {_some(found)}, this model before {_some(wanted)}; "
+            f"checkpoint has cross-attention before layers {some(found)}, this model before {some(wanted)}; "
             f"build the model with cross_attn_every_n_layers={found[0] + 1} and the language model of the checkpoint"
         )
 
@@ -155,15 +105,11 @@ def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
 
 def _check(report: LoadReport) -> None:
     missing, unknown = (
-        [name for name in names if name.startswith(_BRIDGE)] for names in (report.missing, report.unexpected)
+        [name for name in names if name.startswith(BRIDGE)] for names in (report.missing, report.unexpected)
     )
     for what, names in (("lacks", missing), ("does not fit", report.mismatched), ("has unknown", unknown)):
         if names:
             raise UserError(
-                f"checkpoint {what} {len(names)} of the model's weights: {_some(names)}; "
+                f"checkpoint {what} {len(names)} of the model's weights: {some(names)}; "
                 "build the model with the sizes of the checkpoint"
             )
-
-
-def _some(items: list) -> str:
-    return ", ".join(map(str, items[:4])) + (", ..." if len(items) > 4 else "")

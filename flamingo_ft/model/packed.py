@@ -16,7 +16,7 @@ from .conditioning import cache_in
 
 # Families whose positions or slopes (ALiBi) suit packed rows, and that build their mask without a look at positions:
 # they get the whole mask. None of them has layers that see a window alone.
-TAKE_A_MASK = ("biogpt", "mpt", "opt", "xglm")
+TAKE_A_MASK = ("biogpt", "mosaic_gpt", "mpt", "opt", "xglm")
 
 
 def for_language_model(lm: PreTrainedModel, given: Mapping[str, Any], document_ids: Tensor | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_ft import atomic
-from flamingo_ft.adapters import save_adapter, trainable_parameters, write_card
+from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.stream.tally import added
@@ -74,6 +74,7 @@ def _whole_run(
         say(note)
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
+    check_start(recipe.model)
     processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:

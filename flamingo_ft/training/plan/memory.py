@@ -10,6 +10,7 @@ from itertools import chain
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flamingo_ft.adapters import check_start
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.training.backbone_files import backbone_files, text_limit
@@ -75,6 +76,7 @@ class Planner:
         self.recipe = recipe
         self.device = device
         self._sizes = {"text_tokens": text_tokens, "images": images}
+        check_start(recipe.model)
         self._files = backbone_files(recipe.model)
 
     def plan(self, recipe: Recipe) -> Plan:

@@ -1,0 +1,60 @@
+"""The language models of the released Flamingos, as the Hub has them, carry bridges and LoRA like any other:
+quantized, saved, loaded again, merged; and none of their code runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flamingo_ft.adapters import load_adapter, load_trained, merge_adapter, save_adapter
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.quantization import formats_in
+
+from ..hub_folders import write_stand_in
+from ..regimes import LORA, build, logits, quantized, shake
+
+LINEAR = {
+    "mosaic_gpt": {"attn.Wqkv", "attn.out_proj", "mlp.mlp_up", "mlp.mlp_down"},
+    "mpt": {"attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"},
+    "gpt_neox": {"attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"},
+}
+LAYERS = 2
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("mpt", "gpt_neox")]  # transformers' own
+
+
+@pytest.fixture
+def family(request, small_run) -> str:
+    write_stand_in(Path("lm"), request.param, LAYERS)
+    return request.param
+
+
+@pytest.mark.parametrize("family", LINEAR, indirect=True)
+def test_they_load_whole_without_their_code(family):
+    loaded = load_language("./lm")
+    assert loaded.model.config.model_type == family
+    assert type(loaded.model).__module__.split(".")[0] in ("transformers", "flamingo_ft")
+    stored = {name: tensor for file in Path("lm").glob("*.bin") for name, tensor in torch.load(file).items()}
+    state = loaded.model.state_dict()
+    assert state.keys() - stored.keys() <= {"lm_head.weight"} and not stored.keys() - state.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in stored.items())
+    words = loaded.tokenizer.encode("Which digit is this?")
+    assert loaded.tokenizer.decode(words) == "Which digit is this?"
+
+
+@pytest.mark.parametrize("family", ["mosaic_gpt", *OTHERS], indirect=True)
+def test_an_adapter_of_them_comes_back_in_four_bits_and_merges(family):
+    settings = ("model.language.name=./lm", *quantized("nf4"), LORA)
+    model, processor = build(*settings)
+    assert formats_in(model.lang_encoder) == {"4bit"}
+    updated = {name.split(".lora_A")[0] for name, _ in model.lang_encoder.named_parameters() if "lora_A" in name}
+    assert len(updated) == LAYERS * len(LINEAR[family])
+    assert {name.split(".", 3)[3] for name in updated} == LINEAR[family]
+    shake(model, 0.03)
+    save_adapter(model, processor, Path("adapter"))
+    expected = logits(model, processor)
+    assert torch.equal(logits(*load_adapter("adapter")), expected)
+    merge_adapter("adapter", "merged", base="dequantized", dtype=torch.float32)
+    merged = logits(*load_trained("merged"))
+    assert (merged - expected).abs().max() < 1e-4 * expected.abs().max()

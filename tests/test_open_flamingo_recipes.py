@@ -1,0 +1,104 @@
+"""The packaged recipes that start from a released Flamingo train it, from a Hub with small ones of the same names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from open_clip.factory import _MODEL_CONFIGS
+
+from flamingo_ft import cli
+from flamingo_ft.adapters import load_adapter
+from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
+from flamingo_ft.config import load_recipe
+from flamingo_ft.recipe_library import packaged_recipes
+
+from . import hub_folders
+from .hub_server import Hub, Repository
+from .recipe_needs import needs_the_hub
+
+FAMILIES = {"mpt-1b": "mosaic_gpt", "RedPajama": "gpt_neox", "mpt-7b": "mpt", "llama": "llama"}
+RECIPES = [name for name, path in packaged_recipes().items() if needs_the_hub(path)]
+FEW = ["train.max_steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.num_workers=0", "eval.max_samples=1",
+       "eval.batch_size=8", "eval.max_new_tokens=2"]  # fmt: skip
+TOWER_REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
+
+
+def put(hub: Hub, name: str, folder: Path) -> None:
+    """A repository with the files of a folder."""
+    repository = hub.repositories.setdefault(name, Repository(private=False))
+    files = {path.name: hub.store(path.read_bytes()) for path in folder.iterdir()}
+    lines = [{"key": "lfsFile", "value": {"path": path, "oid": digest}} for path, digest in files.items()]
+    hub.commit(repository, "main", [{"key": "header", "value": {"summary": "put"}}, *lines])
+
+
+def stand_in(hub: Hub, model: Released, folder: Path) -> dict[str, torch.Tensor]:
+    """Put a small model in the place of a released one, with its backbones; what its checkpoint holds."""
+    family = next(family for part, family in FAMILIES.items() if part in model.languages[0])
+    language = hub_folders.write_stand_in(folder / "language", family)
+    put(hub, TOWER_REPOSITORY, hub_folders.write_tower(folder / "tower"))
+    put(hub, model.languages[0], language)
+    checkpoint = hub_folders.write_checkpoint(folder / "checkpoint", model, language, *TOWER)
+    (checkpoint / "README.md").write_text("# OpenFlamingo")
+    put(hub, model.name, checkpoint)
+    return torch.load(checkpoint / "checkpoint.pt")
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty current directory; OpenCLIP takes ViT-L-14 for something small."""
+    monkeypatch.setitem(_MODEL_CONFIGS, TOWER[0], hub_folders.TOWER)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path
+
+
+def test_each_language_model_that_was_released_with_has_a_recipe():
+    starts = {released(load_recipe(name).model.init_from) for name in RECIPES}
+    kinds = {model.layers_path + str(model.width) for model in starts}
+    assert kinds == {model.layers_path + str(model.width) for model in MODELS if "deprecated" not in model.name}
+
+
+def starting_from(model: Released) -> list[str]:
+    """The recipe of a model of this shape, and what makes it start from this one."""
+    recipe = next(name for name in RECIPES if released(load_recipe(name).model.init_from).width == model.width)
+    start = {"init_from": model.name, "language.name": model.languages[0], "media_visibility": model.visibility[0]}
+    return [recipe, *(f"model.{key}={value}" for key, value in start.items())]
+
+
+CASES = [pytest.param([name], marks=[pytest.mark.slow] * (name != RECIPES[0]), id=name) for name in RECIPES]
+OTHERS = [pytest.param(starting_from(MODELS[i]), marks=pytest.mark.slow, id=MODELS[i].name) for i in (1, 3, 5)]
+
+
+@pytest.mark.parametrize("arguments", [*CASES, *OTHERS])
+def test_a_recipe_trains_the_released_model_and_its_adapter_loads_again(arguments, hub, here):
+    name, *overrides = arguments
+    model = released(load_recipe(name, overrides).model.init_from)
+    stored = stand_in(hub, model, here)
+    assert cli.main(["train", *arguments, *FEW, "train.learning_rate=1.0e-9"]) == 0
+    run = Path("runs", name)
+    assert json.loads((run / "metrics.json").read_text())["train"]["steps"] == 2
+    config = json.loads((run / "config.json").read_text())
+    assert config["backbones"]["language"]["name"] == model.languages[0]
+    assert config["backbones"]["vision"]["quantization"] and config["backbones"]["language"]["quantization"]
+    place = config["bridge_init"]["path"]
+    assert place == f"{model.name}@{hub.repositories[model.name].history[-1].oid}"
+
+    loaded, processor = load_adapter(run)
+    found = hub_folders.open_flamingo_names(loaded, model.layers_path, len(processor.tokenizer))
+    assert found.keys() == stored.keys()
+    for key, tensor in stored.items():  # a rate of nearly nothing leaves what the Hub's checkpoint held, in 16 bits
+        assert torch.allclose(found[key].float(), tensor, rtol=0.01, atol=1e-3), key
+    assert any(tensor.dtype == torch.bfloat16 for tensor in found.values())
+
+
+@pytest.mark.parametrize("wrong", ["model.language.name=togethercomputer/RedPajama-INCITE-Instruct-3B-v1",
+                                   "model.cross_attn_every_n_layers=1"])  # fmt: skip
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_another_pairing_is_refused_without_a_request(command, wrong, hub, here, capsys):
+    assert cli.main([command, "open_flamingo_4b", wrong]) == 2
+    told = capsys.readouterr().err
+    assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b goes with model.language.name togethercomputer/" in told
+    assert hub.requests == []
