@@ -54,7 +54,7 @@ def with_code(folders, tmp_path):
 def test_the_files_import_each_other_and_what_a_reader_has(with_code):
     folder, _ = with_code
     files = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
-    assert len(files) > 10
+    assert len(files) > 10 and "flamingo_backbones_mosaic_gpt" in files  # an architecture that transformers lacks
     for name, tree in files.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
