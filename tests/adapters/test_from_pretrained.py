@@ -176,6 +176,11 @@ def test_options_that_parts_cannot_have_are_refused_in_one_line(adapters, option
     assert "\n" not in str(error.value)
 
 
+def test_an_attention_implementation_reaches_the_language_model(adapters):
+    model = auto(adapters / "bridge", attn_implementation="eager")
+    assert model.lang_encoder.config._attn_implementation == "eager" != auto(adapters / "bridge").config._attn_implementation
+
+
 @pytest.mark.parametrize("change", [{"media_visibility": "all_preceding"}, {"output_hidden_states": True}])
 def test_a_configuration_that_was_changed_is_refused(adapters, change):
     with pytest.raises(UserError, match=f"cannot take {next(iter(change))} "):

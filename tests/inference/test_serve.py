@@ -16,6 +16,7 @@ import pytest
 from openai import OpenAI
 
 import flamingo_ft
+from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import serve
 from flamingo_ft.inference.answer import answer
@@ -94,9 +95,11 @@ def test_without_the_servers_packages_the_command_to_install_them_is_told(monkey
         serve.serve("anywhere", "localhost", 8000)
 
 
-def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path):
-    with pytest.raises(UserError, match="no adapter and no merged model"):
-        serve.serve(str(tmp_path), "localhost", 8000)
+def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path, capsys):
+    assert main(["serve", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "no adapter and no merged model; give the folder that a run or a merge wrote\n"
+    )
     folder, _ = folders
     with socket.create_server(("localhost", 0)) as taken, pytest.raises(UserError, match="give another --port"):
         serve.serve(str(folder / "adapter"), "localhost", taken.getsockname()[1])
