@@ -221,6 +221,42 @@ def merge(
     typer.echo(f"merged model in {out}; ask it: flamingo-ft generate {out} --image FILE --prompt TEXT")
 
 
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint, an adapter or a model: path or org/name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write, which must not exist.")],
+    to: Annotated[
+        Literal["auto", "adapter", "model", "open_flamingo", "otter"],
+        typer.Option(help="What to write; auto: an adapter, or a model where the backbones were changed."),
+    ] = "auto",
+    language: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The language model it was trained with, as in a recipe.")
+    ] = None,
+    vision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its tower, by default OpenAI's ViT-L-14.")
+    ] = None,
+    pretrained: Annotated[str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The checkpoint that SRC builds on, or where its bridge is now.")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(min=0, metavar="X", help="Of LoRA in a checkpoint that does not tell it.")
+    ] = None,
+) -> None:
+    """Bring in a checkpoint of OpenFlamingo, Otter or Multimodal-GPT, or write one for OpenFlamingo or Otter."""
+    from flamingo_ft import convert as converting
+
+    if to in ("open_flamingo", "otter"):
+        export = converting.export_otter if to == "otter" else converting.export_open_flamingo
+        found = export(source, out, start=start)
+    else:
+        known = converting.Backbones(language, vision, pretrained)
+        found = converting.import_checkpoint(source, out, known, to=to, start=start, lora_alpha=lora_alpha)
+    for line in (f"{found.source} -> {found.result}", *found.lines):
+        typer.echo(line)
+    typer.echo(f"{found.result} in {found.out}")
+
+
 @recipes_app.callback(invoke_without_command=True)
 def _recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:

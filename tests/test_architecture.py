@@ -23,6 +23,7 @@ ORDER = (
     "model",
     "data",
     "adapters",
+    "convert",
     "inference",
     "evaluation",
     "training",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import set_peft_model_state_dict
@@ -78,7 +78,7 @@ def load_base(
     *,
     start: str | Path | None = None,
     quantized: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
     """What an adapter was trained on: its backbones and the bridge it builds on, a random one where it builds on none.
@@ -100,7 +100,7 @@ def put_together(
     start: Path | None,
     *,
     quantized: bool = True,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
     """The model of a configuration, read from ``folder``, out of its parts; otherwise as `load_base`."""
@@ -115,7 +115,7 @@ def put_together(
 
 
 def join_backbones(
-    folder: Path, config: FlamingoConfig, quantized: bool, dtype: torch.dtype | None, device: torch.device
+    folder: Path, config: FlamingoConfig, quantized: bool, dtype: torch.dtype | Literal["auto"] | None, device: torch.device
 ) -> FlamingoForConditionalGeneration:
     """The backbones that a configuration names, which must be those it records, with a bridge of random weights."""
     loaded = {part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")}
@@ -171,7 +171,7 @@ def check_backbone(folder: Path, part: str, wanted: Mapping[str, Any], found: Ma
         )
 
 
-def _load(part: str, source: Mapping[str, Any], quantized: bool, dtype: torch.dtype | None, device: torch.device):
+def _load(part: str, source: Mapping[str, Any], quantized: bool, dtype: torch.dtype | Literal["auto"] | None, device: torch.device):
     """A backbone as an adapter records it."""
     quantization = Quantization.from_record(source.get("quantization")) if quantized else None
     options = {"name": source["name"], "revision": source["revision"], "quantization": quantization, "device": device}

@@ -1,4 +1,4 @@
-"""Where a bridge starts from: an adapter, a merged model, or an OpenFlamingo checkpoint.
+"""Where a bridge starts from: an adapter, a merged model, or a checkpoint of OpenFlamingo or Otter.
 
 What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the adapter
 records with a content hash and finds again when it is loaded.
@@ -15,6 +15,8 @@ from torch import Tensor
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
+from flamingo_ft.formats import read_checkpoint
+from flamingo_ft.formats.stored import stored_config
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import named_composition
@@ -40,7 +42,9 @@ def start_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
     Raises UserError for a bridge of another shape or of other backbones, and where ``start`` has learned more than a
     bridge that the model would go without (its language model was merged with LoRA).
     """
-    if not start.is_file():
+    if is_foreign(start):
+        _check_visibility(model.config, start)
+    else:
         _check_same(model.config, _config(start), start)
     _put_start(model, start)
     model.config.bridge_init = {"path": str(start.resolve()), "sha256": tensors_sha256(bridge_of(model))}
@@ -59,7 +63,7 @@ def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
     if start.name == BRIDGE_FILE:
         put_bridge(model, read_bridge(start))
-    elif start.is_file():
+    elif is_foreign(start):
         load_open_flamingo(model, start)
     elif not (start / WEIGHTS).is_file():
         put_bridge(model, _tensors(start))
@@ -140,7 +144,7 @@ def put_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Te
 
 def bridge_at(folder: Path) -> dict[str, Tensor]:
     """The whole bridge of an adapter or a whole model, by name; what an adapter builds on comes from there."""
-    if folder.is_file():
+    if is_foreign(folder):
         raise UserError(f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it")
     record = read_config(folder).bridge_init if (folder / WEIGHTS).is_file() else None
     below = bridge_at(_whereabouts(folder, Path(record["path"]), None)) if record else {}
@@ -164,6 +168,24 @@ def _config(folder: Path) -> FlamingoConfig:
             f"model.init_from: {folder} holds no adapter, no merged model and is no checkpoint; give one of these"
         )
     return read_flamingo_config(folder)
+
+
+def is_foreign(start: Path) -> bool:
+    """Whether this is another Flamingo's checkpoint: a file, or a folder that says so."""
+    if start.is_file():
+        return start.name != BRIDGE_FILE
+    return stored_config(start).get("model_type") == "otter"
+
+
+def _check_visibility(wanted: FlamingoConfig, start: Path) -> None:
+    """Refuse text that sees images which it was not trained to see: version 1 saw the one before it or after it, by chance."""
+    found = read_checkpoint(start)
+    fitting = ("following", "immediate") if found.visibility == "following" else ("immediate", "all_preceding")
+    if wanted.media_visibility not in fitting:
+        raise UserError(
+            f"model.init_from: {start} is a checkpoint of {found.format}, made for media_visibility {fitting[0]}; the recipe "
+            f"has {wanted.media_visibility}: give it {' or '.join(fitting)}"
+        )
 
 
 def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> None:

@@ -39,7 +39,7 @@ class Stored:
 
 def read_stored(path: Path) -> Stored:
     """Read a checkpoint's file or folder. UserError where it is missing, damaged or holds no dict of tensors."""
-    config = _config(path if path.is_dir() else path.parent)
+    config = stored_config(path if path.is_dir() else path.parent)
     contents = [_read(file) for file in _files(path)]
     if len(contents) == 1:
         return unwrap(contents[0], path, config)
@@ -87,7 +87,8 @@ def _read(file: Path) -> Any:
         raise UserError(f"{file}: not a readable safetensors file ({one_line(error)}); copy it again") from None
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def stored_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json, {} where there is none. UserError where it is damaged."""
     file = folder / "config.json"
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_ft.backbones.language import LanguageBackbone
@@ -24,15 +24,16 @@ def build_flamingo(
     perceiver: Mapping[str, Any] | None = None,
     cross_attention: Mapping[str, Any] | None = None,
     decoder_layers_attr_name: str | None = None,
+    extra_tokens: Sequence[str] = (),
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """A Flamingo with a new bridge, all of it frozen, and the processor that feeds it.
 
-    The tokenizer gains ``<image>`` and ``<|endofchunk|>``; the options are those of `FlamingoConfig`. Raises
-    UserError when the language model's decoder layers cannot be found.
+    The tokenizer gains ``<|endofchunk|>``, ``<image>`` and ``extra_tokens``, whose rows train like theirs; the other
+    options are those of `FlamingoConfig`. Raises UserError when the language model's decoder layers cannot be found.
     """
     lm, tokenizer = language.model, language.tokenizer
     known_rows = len(tokenizer)
-    new_token_ids = add_media_tokens(tokenizer)
+    new_token_ids = add_media_tokens(tokenizer, extra_tokens)
     grow_vocabulary(lm, len(tokenizer))
     config = FlamingoConfig(
         text_config=lm.config,

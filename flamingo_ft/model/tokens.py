@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,14 +12,15 @@ EOC_TOKEN = "<|endofchunk|>"
 PAD_TOKEN = "<PAD>"  # OpenFlamingo's choice where a tokenizer has none
 
 
-def add_media_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Add the media, end-of-chunk and, where there is none, padding token; returns the ids that were not there."""
+def add_media_tokens(tokenizer: PreTrainedTokenizerBase, extra: Sequence[str] = ()) -> list[int]:
+    """Add the end-of-chunk, media, ``extra`` and, where there is none, padding token, in this order; returns the ids that
+    were not there."""
     known = set(tokenizer.get_vocab())
-    tokenizer.add_special_tokens({"additional_special_tokens": [EOC_TOKEN, MEDIA_TOKEN]}, False)
+    tokenizer.add_special_tokens({"additional_special_tokens": [EOC_TOKEN, MEDIA_TOKEN, *extra]}, False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary[t] for t in (MEDIA_TOKEN, EOC_TOKEN, tokenizer.pad_token) if t not in known)
+    return sorted(vocabulary[t] for t in (MEDIA_TOKEN, EOC_TOKEN, *extra, tokenizer.pad_token) if t not in known)
 
 
 @torch.no_grad()

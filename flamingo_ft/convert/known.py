@@ -1,0 +1,47 @@
+"""The backbones that a checkpoint was trained with: as said, as its name says, or as its shapes leave no other choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
+from flamingo_ft.errors import UserError
+from flamingo_ft.formats import Checkpoint
+from flamingo_ft.formats.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Backbones:
+    """Names of both, as a recipe's ``model.language`` and ``model.vision`` have them; None for what is not known."""
+
+    language: str | None = None
+    vision: str | None = None
+    pretrained: str | None = None
+
+
+def backbones_for(source: str, checkpoint: Checkpoint, shape: Geometry, wanted: Backbones) -> Backbones:
+    """Complete what is ``wanted``. The tower is OpenAI's ViT-L-14, as of all released Flamingos, unless it is named.
+
+    Raises UserError where the language model is not named and the checkpoint does not tell which.
+    """
+    named = released(source)
+    if wanted.language is None:
+        alike = [named] if named else [model for model in MODELS if _has_shape(model, checkpoint, shape)]
+        wanted = Backbones(_the_only(source, alike, checkpoint), wanted.vision, wanted.pretrained)
+    if wanted.vision is not None:
+        return wanted
+    return Backbones(wanted.language, *TOWER)
+
+
+def _the_only(source: str, alike: list[Released], checkpoint: Checkpoint) -> str:
+    told = (checkpoint.config.get("text_config") or {}).get("_name_or_path")
+    if len(alike) == 1 and not told:
+        return alike[0].languages[0]
+    names = [told] if told else [model.languages[0] for model in alike]
+    hint = f"; it may be {' or '.join(names)}" if names else ""
+    raise UserError(f"{source}: the checkpoint does not tell its language model for certain{hint}: name it with --language")
+
+
+def _has_shape(model: Released, checkpoint: Checkpoint, shape: Geometry) -> bool:
+    same_layers = checkpoint.layers in (None, model.layers_path)
+    return same_layers and (shape.blocks, shape.width) == (model.blocks, model.width)

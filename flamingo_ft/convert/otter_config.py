@@ -1,0 +1,64 @@
+"""Otter's configuration of a Flamingo: the tower as transformers' CLIP, the language model's as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.formats.otter import ANSWER_TOKEN
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+
+WIDTH = 1024  # of the tower's tokens, a constant of Otter's code
+OPENED = {"llama": "LlamaForCausalLM", "mpt": "MPTForCausalLM", "mosaic_gpt": "MosaicGPT"}  # and its names of the classes
+_PLAIN_VIT = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_ratio"}
+
+
+def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dict[str, Any]:
+    """What Otter's config.json says. UserError for a tower that is no CLIP ViT."""
+    config = model.config
+    text = config.text_config.to_dict() | {"vocab_size": config.text_config.vocab_size}
+    text["architectures"] = [OPENED.get(text["model_type"]) or type(model.lang_encoder).__name__]
+    text["_name_or_path"] = ((config.backbones or {}).get("language") or {}).get("name") or ""
+    frames = (config.perceiver or {}).get("max_num_frames")
+    return {
+        "model_type": "otter",
+        "architectures": ["OtterForConditionalGeneration"],
+        "cross_attn_every_n_layers": config.cross_attn_every_n_layers,
+        "use_media_placement_augmentation": False,
+        "only_attend_previous": True,
+        "text_config": text,
+        "vision_config": _clip_config(config.vision_config, source),
+        **({"max_num_frames": frames} if frames else {}),
+    }
+
+
+def _clip_config(tower: dict[str, Any], source: object) -> dict[str, Any]:
+    vision = tower["vision_cfg"]
+    other = sorted(key for key, value in vision.items() if key not in _PLAIN_VIT and value not in (None, False))
+    if other or not isinstance(vision.get("layers"), int):
+        raise UserError(f"{source}: Otter takes a plain CLIP ViT, this tower has {other or vision['layers']}; it cannot be converted")
+    width, ratio = vision["width"], vision.get("mlp_ratio", 4.0)
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": int(width * ratio),
+        "num_hidden_layers": vision["layers"],
+        "num_attention_heads": width // vision.get("head_width", 64),
+        "image_size": tower.get("image_size") or vision.get("image_size", 224),
+        "patch_size": vision.get("patch_size", 16),
+        "hidden_act": "quick_gelu" if tower.get("quick_gelu") else "gelu",
+        "projection_dim": tower["embed_dim"],
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def otter_notes(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[str]:
+    """What keeps Otter's own code from opening the folder as it is."""
+    kind, notes = model.config.text_config.model_type, []
+    if kind not in OPENED:
+        notes.append(f"Otter's own code opens {', '.join(OPENED)} language models alone, not {kind}")
+    if model.config.vision_width != WIDTH:
+        notes.append(f"Otter's own code takes towers of width {WIDTH} alone, this one has {model.config.vision_width}")
+    if ANSWER_TOKEN not in processor.tokenizer.get_vocab():
+        notes.append(f"its tokenizer has no {ANSWER_TOKEN}, which Otter adds behind <image>: use the tokenizer of the folder")
+    return notes

@@ -1,0 +1,45 @@
+"""LoRA of a foreign checkpoint, put into the model as this package's adapters have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from flamingo_ft.adapters.load import put_lora
+from flamingo_ft.adapters.lora import inject, linear_layers, lora_config
+from flamingo_ft.adapters.trainable import PREFIXES
+from flamingo_ft.config import LoraPart, LoraSection
+from flamingo_ft.errors import UserError
+from flamingo_ft.formats.stored import some
+from flamingo_ft.model import FlamingoForConditionalGeneration
+
+_A = ".lora_A.weight"
+
+
+def add_updates(
+    model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], alpha: float | None, where: Path
+) -> None:
+    """Put updates beside the matrices that they are of. UserError for one without a matrix, and where alpha is not known."""
+    if alpha is None:
+        raise UserError(f"{where}: its LoRA comes without lora_alpha; say what it was trained with (--lora-alpha)")
+    targets = {part: names for part in PREFIXES if (names := _targets(tensors, PREFIXES[part]))}
+    known = {part: set(linear_layers(model, part)) for part in targets}
+    foreign = [name for part, names in targets.items() for name in names if name not in known[part]]
+    if foreign:
+        raise UserError(f"{where}: has updates of {some(foreign)}, which the language model lacks; name its own (--language)")
+    parts = {part: LoraPart(r=_rank(tensors, names, where), lora_alpha=int(alpha)) for part, names in targets.items()}
+    inject(model, lora_config(model, LoraSection(**parts), targets))
+    put_lora(model, tensors)
+
+
+def _targets(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
+    return [name.removesuffix(_A) for name in tensors if name.startswith(prefix) and name.endswith(_A)]
+
+
+def _rank(tensors: Mapping[str, Tensor], names: list[str], where: Path) -> int:
+    ranks = {len(tensors[name + _A]) for name in names}
+    if len(ranks) > 1:
+        raise UserError(f"{where}: updates of one part have ranks {sorted(ranks)}; only one rank for each part can be kept")
+    return ranks.pop()

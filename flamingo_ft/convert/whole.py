@@ -1,0 +1,51 @@
+"""A foreign checkpoint as a whole model of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flamingo_ft.adapters import write_card
+from flamingo_ft.adapters.answering import answer_greedily
+from flamingo_ft.adapters.fold import fold_lora
+from flamingo_ft.adapters.merge import LARGEST_SHARD, as_whole
+from flamingo_ft.adapters.save import save_processor
+from flamingo_ft.backbones.attention import close_attention
+from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.formats import Checkpoint
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+
+
+def save_whole(
+    model: FlamingoForConditionalGeneration,
+    processor: FlamingoProcessor,
+    folder: Path,
+    changed: Mapping[str, Tensor],
+    checkpoint: Checkpoint,
+) -> None:
+    """Write the model with the backbones' tensors that are the checkpoint's own, in the number formats that it has."""
+    replace_tensors(model, changed)
+    parts = fold_lora(model)
+    close_attention(model.vision_encoder)
+    formats = {parameter.dtype for parameter in model.parameters()}
+    origin = {"converted_from": checkpoint.format, "sha256": tensors_sha256(checkpoint.tensors()), "lora": parts}
+    answer_greedily(model, processor)
+    as_whole(model.config, reduce(torch.promote_types, formats), origin)
+    model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
+    save_processor(processor, folder)
+    write_card(model, folder)
+
+
+@torch.no_grad()
+def replace_tensors(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors in place of the model's, of a vocabulary's matrix the rows that there are."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        own = parameters[name]
+        whole = own.data.to(tensor.dtype, copy=True)
+        whole[: len(tensor)] = tensor
+        own.data = whole

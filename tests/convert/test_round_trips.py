@@ -1,0 +1,132 @@
+"""What comes in goes out again, tensor by tensor and byte by byte, and computes what it computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flamingo_ft.adapters import load_adapter, load_trained
+from flamingo_ft.adapters.files import read_tensors
+from flamingo_ft.convert import export_open_flamingo, export_otter, import_checkpoint
+from flamingo_ft.formats.stored import read_stored
+from flamingo_ft.model import Flamingo, FlamingoForConditionalGeneration, load_open_flamingo
+from tests.golden import cases
+from tests.golden.recorded import TOLERANCE, Golden
+from tests.golden.tiny_flamingo import untrained_flamingo
+
+from . import foreign
+from .backbones import FAMILIES
+
+EVERY = 2
+SOME = [pytest.param(family, marks=() if family in ("llama", "mpt") else pytest.mark.slow) for family in FAMILIES]
+
+
+@torch.no_grad()
+def logits(model: FlamingoForConditionalGeneration | Flamingo, family: str) -> Tensor:
+    batch = cases.interleaved(family)
+    if isinstance(model, Flamingo):
+        return model(batch.vision_x, batch.input_ids, batch.attention_mask).logits
+    return model(input_ids=batch.input_ids, pixel_values=batch.vision_x).logits
+
+
+def assert_holds(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert wanted.keys() <= found.keys(), sorted(wanted.keys() - found.keys())
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_flamingo_s_own_checkpoint_becomes_an_adapter_with_its_logits_and_back(family, backbones, tmp_path):
+    source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo(family))
+    found = import_checkpoint(source, tmp_path / "adapter", backbones[family])
+    assert (found.source, found.result) == ("OpenFlamingo v2 checkpoint", "adapter")
+    model, _ = load_adapter(tmp_path / "adapter")
+    assert Golden(family, EVERY).distance("logits", logits(model, family)) < TOLERANCE
+    export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
+    assert_holds(read_stored(tmp_path / "back.pt").tensors, foreign.open_flamingo(family))
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_version_1_sees_the_following_image_and_goes_back_under_both_names(family, backbones, tmp_path):
+    source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1(family))
+    assert import_checkpoint(source, tmp_path / "adapter", backbones[family]).source == "OpenFlamingo v1 checkpoint"
+    model, _ = load_adapter(tmp_path / "adapter")
+    reference = untrained_flamingo(family, EVERY, media_visibility="following")
+    load_open_flamingo(reference, foreign.open_flamingo(family))
+    expected = logits(reference, family)
+    assert torch.allclose(logits(model, family), expected, atol=1e-5 * float(expected.abs().max()))
+    assert export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt").result == "OpenFlamingo v1 checkpoint"
+    assert_holds(read_stored(tmp_path / "back.pt").tensors, foreign.open_flamingo_1(family))
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_otter_s_trained_weights_go_through_an_adapter_with_its_own_token(family, backbones, tmp_path):
+    source = foreign.save(tmp_path / "final_weights.pt", foreign.otter_trained(family))
+    assert import_checkpoint(source, tmp_path / "adapter", backbones[family]).source == "Otter checkpoint"
+    _, processor = load_adapter(tmp_path / "adapter")
+    assert processor.tokenizer.convert_tokens_to_ids("<answer>") == foreign.ANSWER
+    export_otter(tmp_path / "adapter", tmp_path / "otter")
+    assert_holds(read_stored(tmp_path / "otter").tensors, foreign.otter_trained(family))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
+@pytest.mark.parametrize("family", SOME)
+def test_a_whole_otter_becomes_a_whole_model_and_back(family, dtype, backbones, tmp_path):
+    tensors = foreign.in_dtype(foreign.otter_whole, dtype)(family)
+    found = import_checkpoint(foreign.save_otter(tmp_path / "otter", tensors), tmp_path / "model", backbones[family])
+    assert (found.source, found.result) == ("Otter checkpoint", "model")
+    export_otter(tmp_path / "model", tmp_path / "back")
+    back = read_stored(tmp_path / "back")
+    assert_holds(back.tensors, tensors)
+    assert back.config["vision_config"]["hidden_size"] == 32
+    again = import_checkpoint(tmp_path / "back", tmp_path / "again", backbones[family])
+    assert again.result == "model"
+    models = (load_trained(tmp_path / name)[0] for name in ("model", "again"))
+    assert torch.equal(*(logits(model, family) for model in models))
+
+
+@pytest.mark.parametrize(
+    "adapter", ["default.", pytest.param("", marks=pytest.mark.slow)], ids=["PEFT since 0.3", "PEFT before"]
+)
+@pytest.mark.parametrize("family", SOME)
+def test_multimodal_gpt_s_updates_are_kept_as_they_are_on_the_checkpoint_they_build_on(
+    family, adapter, backbones, tmp_path
+):
+    below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1(family))
+    tensors = foreign.multimodal_gpt(family, adapter)
+    source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", tensors, alpha=3)
+    found = import_checkpoint(source, tmp_path / "adapter", backbones[family], start=below)
+    assert found.source == "Multimodal-GPT checkpoint (inside model_state_dict) (module. prefix)"
+    own = read_tensors(tmp_path / "adapter")
+    assert sorted(t.numpy().tobytes() for t in own.values()) == sorted(t.numpy().tobytes() for t in tensors.values())
+    model, _ = load_adapter(tmp_path / "adapter")
+    expected = logits(folded(family, tensors, alpha=3), family)
+    assert torch.allclose(logits(model, family), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def folded(family: str, tensors: dict[str, Tensor], alpha: int) -> Flamingo:
+    """The model that the updates stand for: W + alpha / r B A, written out."""
+    model = untrained_flamingo(family, EVERY, media_visibility="following")
+    load_open_flamingo(model, foreign.open_flamingo(family))
+    layers, parameters = foreign.LAYERS[family], dict(model.named_parameters())
+    for name, a in tensors.items():
+        if ".lora_A." not in name:
+            continue
+        b = tensors[name.replace(".lora_A.", ".lora_B.")]
+        bare = name.replace("base_model.model.", "").split(".lora_A.")[0]
+        k, _, rest = bare.removeprefix(f"{layers}.").partition(".")
+        own = rest.removeprefix("gated_cross_attn_layer.")
+        target = f"{layers}.{k}.{rest.removeprefix('decoder_layer.')}" if own == rest else f"gated_cross_attn_layers.{k}.{own}"
+        parameters[f"{target}.weight"].data += alpha / foreign.RANK * b @ a
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
+def test_the_bridge_keeps_the_number_format_it_came_in(dtype, backbones, tmp_path):
+    tensors = foreign.in_dtype(foreign.open_flamingo, dtype)("mpt")
+    bridge = {n: t for n, t in tensors.items() if "wte" not in n and "lm_head" not in n}
+    import_checkpoint(foreign.save(tmp_path / "checkpoint.pt", bridge), tmp_path / "adapter", backbones["mpt"])
+    export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
+    assert_holds(read_stored(tmp_path / "back.pt").tensors, bridge)
