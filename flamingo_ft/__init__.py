@@ -41,8 +41,10 @@ _HOMES = {
     "load_recipe": "flamingo_ft.config",
     "load_vision": "flamingo_ft.backbones.vision",
     "merge_adapter": "flamingo_ft.adapters",
+    "name_base": "flamingo_ft.adapters",
     "save_adapter": "flamingo_ft.adapters",
     "train": "flamingo_ft.training.run",
+    "write_composition": "flamingo_ft.adapters",
 }
 
 __all__ = ["__version__", *_HOMES]

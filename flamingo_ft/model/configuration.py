@@ -9,6 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
+
+register_mosaic_gpt()  # a text_config may be one
+
 # Raised when a key or a file of an adapter or a saved model changes its meaning.
 FORMAT_VERSION = 1
 

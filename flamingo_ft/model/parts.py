@@ -19,7 +19,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 
-from .quantized import stored_config
+from .configuration import FlamingoConfig
+from .quantized import WHERE
 
 PUTS_TOGETHER = "flamingo_ft.adapters.from_parts"
 OF_THE_CLIENT = ("cache_dir", "force_download", "local_files_only", "token")  # options that say how files are fetched
@@ -50,7 +51,7 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
         return None
     if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
         return Parts(_fetch(name, options), _fetch(adapter, {**options, "revision": None, **options["adapter_kwargs"]}))
-    if not Path(name).is_dir() and stored_config(name, options).merged:
+    if not Path(name).is_dir() and _is_merged(name, options):
         return None
     folder = _fetch(name, options)
     if not holds_parts(folder):
@@ -59,6 +60,20 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
         return Parts(folder, None)
     base = None if Path(name).is_dir() else named_composition(folder)
     return Parts(base and _fetch(base, {**options, "revision": None}), folder)
+
+
+def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a repository holds a merged model, by its configuration. UserError where it is another model's."""
+    if isinstance(options.get("config"), FlamingoConfig):
+        return bool(options["config"].merged)
+    where = {key: options[key] for key in WHERE if key in options}
+    config, _ = FlamingoConfig.get_config_dict(name, **where)
+    if config.get("model_type") != FlamingoConfig.model_type:
+        raise UserError(
+            f"{name}: holds a {config.get('model_type')} model, no Flamingo; where an adapter names it as its base, load the "
+            "adapter's folder itself, or let the adapter name a composition"
+        )
+    return bool(config.get("merged"))
 
 
 def holds_parts(folder: Path) -> bool:
