@@ -24,11 +24,9 @@ def save_whole(
     model: FlamingoForConditionalGeneration,
     processor: FlamingoProcessor,
     folder: Path,
-    changed: Mapping[str, Tensor],
     checkpoint: Checkpoint,
 ) -> None:
-    """Write the model with the backbones' tensors that are the checkpoint's own, in the number formats that it has."""
-    replace_tensors(model, changed)
+    """Write a model that the checkpoint was put into, updates folded in, in the number formats that it has."""
     parts = fold_lora(model)
     close_attention(model.vision_encoder)
     formats = {parameter.dtype for parameter in model.parameters()}

@@ -1,6 +1,6 @@
 """open-flamingo 2.0.1 itself: it loads what is written for it, and what it saves comes in, with equal logits.
 
-    pip install --no-deps open-flamingo==2.0.1 einops einops-exts webdataset braceexpand
+    pip install --no-deps open-flamingo==2.0.1 einops einops-exts
 
 Without it, the same is held against what was recorded from it (`test_round_trips`, tests/golden).
 """
@@ -26,6 +26,7 @@ from .backbones import FAMILIES
 from .test_round_trips import EVERY, logits
 
 pytest.importorskip("open_flamingo")
+pytestmark = pytest.mark.slow
 LORA = LoraSection(**dict.fromkeys(("language", "cross_attention", "vision"), LoraPart(r=2)))
 
 
