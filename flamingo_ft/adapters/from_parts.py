@@ -10,7 +10,7 @@ import torch
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import Parts
 
 from .composition import load_composition
