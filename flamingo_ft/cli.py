@@ -40,7 +40,7 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10.")
 ]
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of a trained adapter, or a merged model.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a merged model's, or org/name[@revision].")]
 
 
 @app.callback(invoke_without_command=True)
@@ -200,8 +200,7 @@ def merge(
         typer.Option(min=0, metavar="X", help="Largest relative logit difference from the adapter to accept."),
     ] = None,
     start: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.", exists=True),
+        str | None, typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.")
     ] = None,
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Put the code beside it, for transformers without this package.")

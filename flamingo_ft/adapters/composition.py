@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from flamingo_ft import __version__
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 from .answering import answer_greedily
@@ -37,7 +38,7 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     Raises UserError when ``out`` exists, ``adapter`` is no adapter, and where it builds on a bridge that is gone or
     another.
     """
-    adapter, out = Path(adapter), Path(out)
+    adapter, out = fetch_model(adapter), Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
     config, processor = read_config(adapter), read_processor(adapter)
@@ -86,7 +87,7 @@ def _bridge_below(
     The backbones are loaded along: rows that a checkpoint gives to new tokens are read through the language model.
     """
     model = join_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
-    put_as_stored(model, adapter, config.bridge_init, None if start is None else Path(start))
+    put_as_stored(model, adapter, config.bridge_init, start)
     return {name: tensor.contiguous() for name, tensor in sorted(bridge_of(model).items())}
 
 

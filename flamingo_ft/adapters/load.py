@@ -19,6 +19,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
@@ -46,13 +47,14 @@ def load_adapter(
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The model in eval mode, all of it frozen, and its processor. Its ``generate`` answers greedily by itself.
 
+    folder: or ``org/name[@revision]`` on the Hub, as everywhere that an adapter or a model is named.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training. device: where the model
     goes, by default to the GPU where there is one.
 
     Raises UserError when the folder is no adapter, the base is another than the one it was trained on, or its weights
     are missing, damaged or do not fit.
     """
-    folder = Path(folder)
+    folder = fetch_model(folder)
     model, processor = load_base(folder, start=start, device=device), read_processor(folder)
     put_adapter(model, folder)
     answer_greedily(model, processor)
@@ -61,7 +63,7 @@ def load_adapter(
 
 def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
-    folder = Path(folder)
+    folder = fetch_model(folder)
     is_whole = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
     return (load_whole(folder), read_processor(folder)) if is_whole else load_adapter(folder)
 
@@ -86,9 +88,9 @@ def load_base(
     quantized: as in training; otherwise nothing is. dtype: of the unquantized language model. Raises UserError as
     `load_adapter` does.
     """
-    folder = Path(folder)
+    folder = fetch_model(folder)
     options = {"quantized": quantized, "dtype": dtype, "device": device}
-    model = put_together(folder, read_config(folder), None if start is None else Path(start), **options)
+    model = put_together(folder, read_config(folder), start, **options)
     if (lora := read_lora_config(folder)) is not None:
         open_what_is_updated(model, lora)
     return model
@@ -97,7 +99,7 @@ def load_base(
 def put_together(
     folder: Path,
     config: FlamingoConfig,
-    start: Path | None,
+    start: str | Path | None,
     *,
     quantized: bool = True,
     dtype: torch.dtype | Literal["auto"] | None = None,

@@ -23,6 +23,7 @@ from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, dequantize_linears
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .answering import answer_greedily
@@ -66,7 +67,7 @@ def merge_adapter(
     already, its base is another than it was trained on, and when the merged model differs from it beyond ``tolerance``:
     then nothing is left at ``out``.
     """
-    adapter, out = Path(adapter), Path(out)
+    named, adapter, out = str(adapter), fetch_model(adapter), Path(out)
     _check_places(adapter, out)
     processor = read_processor(adapter)
     prompts, where_from = sample_prompts(processor, adapter)
@@ -81,7 +82,7 @@ def merge_adapter(
         found = difference(_logits(lambda: load_whole(folder), prompts)[0], expected)
         kept = {"base": base, "dtype": str(dtype).removeprefix("torch."), "lora": parts}
         kept["quantization"] = None if quantization is None else quantization.record()
-        report = {"adapter": str(adapter), "trained_in": sorted(formats), **kept, **asdict(found)}
+        report = {"adapter": named, "trained_in": sorted(formats), **kept, **asdict(found)}
         report |= {"prompts_from": where_from, "tolerance": limit}
         _check_close(report)
         if with_code:

@@ -12,6 +12,7 @@ from flamingo_ft.backbones.attention import open_attention
 from flamingo_ft.backbones.language import language_folder
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.backbones.weight_files import WeightFiles
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .start import bridge_at
@@ -52,4 +53,4 @@ class Originals:
 
     @cached_property
     def _bridge(self) -> dict[str, Tensor]:
-        return bridge_at(Path(self._model.config.bridge_init["path"]))
+        return bridge_at(fetch_model(self._model.config.bridge_init["path"]))

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .files import read_lora_config
@@ -44,7 +45,7 @@ def prepare_training(model: FlamingoForConditionalGeneration, recipe: Recipe, ba
 
 
 def _check_same_lora(start: Path, config: LoraConfig | None) -> None:
-    earlier = read_lora_config(start)
+    earlier = read_lora_config(fetch_model(start))
     differing = [key for key in LORA_SHAPE if config is None or getattr(config, key) != getattr(earlier, key)]
     if differing:
         found = "none" if config is None else getattr(config, differing[0])

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 from .contents import adapter_tensors, kept_parts
@@ -44,9 +45,10 @@ class Adapters:
 
     def __init__(self, folder: str | Path, name: str = "first", *, start: str | Path | None = None):
         """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter` does."""
+        folder = fetch_model(folder)
         self.model: FlamingoForConditionalGeneration = load_base(folder, start=start).eval().requires_grad_(False)
-        self.processor = read_processor(Path(folder))
-        self._base = read_config(Path(folder))
+        self.processor = read_processor(folder)
+        self._base = read_config(folder)
         self._folders: dict[str, Path] = {}
         self._peft: PeftModel | None = None
         self.in_use: str = ""
@@ -59,8 +61,8 @@ class Adapters:
 
     def load(self, folder: str | Path, name: str) -> None:
         """Load another adapter of the same base, and use it. UserError for a name that is taken and for another base."""
-        folder = Path(folder)
         self._check_new(name)
+        folder = fetch_model(folder)
         _check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
         if lora is not None:
@@ -77,7 +79,7 @@ class Adapters:
 
         Raises UserError for another base, and for LoRA of other matrices, ranks or scales.
         """
-        folder = Path(folder)
+        folder = fetch_model(folder)
         self._check_known(name)
         _check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)

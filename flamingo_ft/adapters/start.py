@@ -17,7 +17,7 @@ from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
 from flamingo_ft.formats.stored import stored_config
-from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub import fetch_model, hub_name, pinned
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import named_composition
 
@@ -36,21 +36,24 @@ from .trainable import BRIDGE, cast_parameter, is_lora
 GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
 
 
-def start_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
+def start_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> None:
     """Give ``model`` the bridge of ``start`` and record it in the model's configuration.
 
     Raises UserError for a bridge of another shape or of other backbones, and where ``start`` has learned more than a
     bridge that the model would go without (its language model was merged with LoRA).
     """
-    if is_foreign(start):
-        _check_visibility(model.config, start)
+    place = fetch_model(start)
+    if is_foreign(place):
+        _check_visibility(model.config, place)
     else:
-        _check_same(model.config, _config(start), start)
-    _put_start(model, start)
-    model.config.bridge_init = {"path": str(start.resolve()), "sha256": tensors_sha256(bridge_of(model))}
+        _check_same(model.config, _config(place), place)
+    _put_start(model, place)
+    model.config.bridge_init = {"path": pinned(start, place), "sha256": tensors_sha256(bridge_of(model))}
 
 
-def restart_bridge(model: FlamingoForConditionalGeneration, folder: Path, start: Path | None = None) -> None:
+def restart_bridge(
+    model: FlamingoForConditionalGeneration, folder: Path, start: str | Path | None = None
+) -> None:
     """Give ``model`` the bridge that its configuration, read from ``folder``, records.
 
     start: where that bridge lies now, if neither where it lay nor beside ``folder``. Raises UserError when it is not
@@ -75,7 +78,7 @@ def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
 
 
 def _put_recorded(
-    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: Path | None = None
+    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: str | Path | None = None
 ) -> None:
     """Put in place what the adapter in ``folder`` builds on, as it was when that was trained; UserError when it is gone or
     another."""
@@ -86,10 +89,10 @@ def _put_recorded(
 
 
 def put_as_stored(
-    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: Path | None = None
+    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: str | Path | None = None
 ) -> None:
     """The same in the number formats that it is stored in, which its content hash is of."""
-    path = _whereabouts(folder, Path(record["path"]), start)
+    path = _whereabouts(folder, record["path"], start)
     _put_start(model, path)
     found = tensors_sha256(bridge_of(model))
     if found != record["sha256"]:
@@ -99,10 +102,14 @@ def put_as_stored(
         )
 
 
-def _whereabouts(folder: Path, recorded: Path, start: Path | None) -> Path:
-    """Where a bridge lies now: as said, where it lay, beside the adapter that builds on it, or in the adapter's base."""
-    places = (start, recorded, folder.resolve().parent / recorded.name)
+def _whereabouts(folder: Path, recorded: str, start: str | Path | None) -> Path:
+    """Where a bridge lies now: as said, where it lay, beside the adapter that builds on it, in the adapter's base, or on
+    the Hub."""
+    said = None if start is None else fetch_model(start)
+    places = (said, Path(recorded), folder.resolve().parent / Path(recorded).name)
     path = next((place for place in places if place and place.exists()), None) or _bridge_of_base(folder)
+    if path is None and hub_name(recorded):
+        return fetch_model(recorded)
     if path is None:
         raise UserError(
             f"{folder}: builds on the bridge of {recorded}, which is not there; put it beside the adapter, or say where "
@@ -120,11 +127,12 @@ def _bridge_of_base(folder: Path) -> Path | None:
     return bridge if bridge.is_file() else None
 
 
-def starting_lora(start: Path | None) -> dict[str, Tensor]:
+def starting_lora(start: str | Path | None) -> dict[str, Tensor]:
     """The LoRA tensors that an adapter to start from has; none for anything else."""
-    if start is None or not (start / WEIGHTS).is_file() or read_lora_config(start) is None:
+    folder = None if start is None else fetch_model(start)
+    if folder is None or not (folder / WEIGHTS).is_file() or read_lora_config(folder) is None:
         return {}
-    return {name: tensor for name, tensor in read_tensors(start).items() if is_lora(name)}
+    return {name: tensor for name, tensor in read_tensors(folder).items() if is_lora(name)}
 
 
 def bridge_of(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
@@ -147,7 +155,7 @@ def bridge_at(folder: Path) -> dict[str, Tensor]:
     if is_foreign(folder):
         raise UserError(f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it")
     record = read_config(folder).bridge_init if (folder / WEIGHTS).is_file() else None
-    below = bridge_at(_whereabouts(folder, Path(record["path"]), None)) if record else {}
+    below = bridge_at(_whereabouts(folder, record["path"], None)) if record else {}
     return below | _tensors(folder)
 
 

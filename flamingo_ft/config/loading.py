@@ -15,6 +15,7 @@ from flamingo_ft.config.overrides import Override, apply_overrides, parse_overri
 from flamingo_ft.config.problems import dotted, problems
 from flamingo_ft.config.schema import Recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.names import hub_name
 from flamingo_ft.recipe_library import find_recipe
 
 RECIPE_FILE = "resolved_recipe.yaml"
@@ -122,7 +123,7 @@ def _make_absolute(values: dict[str, Any], sources: _Sources) -> None:
         folder = _get(values, ("train", key))
         if isinstance(folder, str):
             values["train"][key] = str(Path(folder).expanduser())
-    if isinstance(start, str):  # another run's output_dir: from the current directory too, but kept for later ones
+    if isinstance(start, str) and hub_name(start) is None:  # another run's output_dir: from the current directory too, but kept for later ones
         values["model"]["init_from"] = str(Path(start).expanduser().absolute())
 
 
@@ -152,7 +153,7 @@ def _put_absolute(values: dict[str, Any], location: Location, sources: _Sources)
 
 def _missing_start(recipe: Recipe) -> Iterator[tuple[Location, str]]:
     start = recipe.model.init_from
-    if start is not None and not start.exists():
+    if start is not None and hub_name(start) is None and not start.exists():
         yield ("model", "init_from"), f"model.init_from: found nothing at {start}; it starts from the current directory"
 
 

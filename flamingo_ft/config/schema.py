@@ -100,7 +100,7 @@ class ModelSection(Section):
     """Images a text token sees: the last before it, all before it, or the next after it (OpenFlamingo v1)."""
     init_from: FilePath | None = None
     """An adapter's folder, a merged model's, or an OpenFlamingo checkpoint to start from, relative to the current
-    directory. null: a fresh bridge."""
+    directory, or org/name[@revision] on the Hub. null: a fresh bridge."""
     bridge_quantization: QuantizationFormat = "none"
     """How the matrices of the bridge's parts that stay frozen are kept in memory."""
     perceiver: PerceiverSection = PerceiverSection()

@@ -9,6 +9,7 @@ from flamingo_ft.adapters import load_trained
 from flamingo_ft.config import RECIPE_FILE, DataSource, Recipe, load_recipe
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 
 from .accuracy import answer_questions
 from .questions import questions_of
@@ -17,7 +18,8 @@ from .results import AFTER, Results
 
 def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, Any]:
     """Accuracy of an adapter on the samples of ``data``, by default on the held-out samples of its recipe."""
-    recipe_file = Path(adapter) / RECIPE_FILE
+    folder = fetch_model(adapter)
+    recipe_file = folder / RECIPE_FILE
     if not recipe_file.is_file():
         remedy = "give a run's output directory"
         raise UserError(f"{adapter}: not the folder of a run, {RECIPE_FILE} not found; {remedy}")
@@ -25,7 +27,7 @@ def evaluate_adapter(adapter: str | Path, data: str | None = None) -> dict[str, 
     samples = held_out_samples(recipe if data is None else on_other_data(recipe, Path(data)))
     if not samples:
         raise UserError(f"{recipe_file}: data.eval is empty; name samples with --data FILE")
-    model, processor = load_trained(adapter)
+    model, processor = load_trained(folder)
     questions = questions_of(samples)
     options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
     answers = answer_questions(model, processor, questions, **options)

@@ -106,6 +106,11 @@ def passes(error: Exception) -> bool:
     return status_of(first) in PASSING or isinstance(first, HTTP.TransportError)
 
 
+def is_unreachable(error: Exception) -> bool:
+    """Whether there was no way to the Hub at all."""
+    return isinstance(cause(error), HTTP.ConnectError)
+
+
 def quoted(error: BaseException) -> str:
     """What the client said, on one line, without a token and without what a signed address carries."""
     text = one_line(error) or type(error).__name__

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 from flamingo_ft.errors import UserError
 
-from .errors import FAILURES, told
+from .errors import FAILURES, is_unreachable, passes, told
 from .names import HubName, commit_of, hub_name
 from .retry import patiently
 
@@ -79,6 +79,6 @@ def download(
         **options,
     )
     try:
-        return Path(patiently(take))
+        return Path(patiently(take, lambda error: passes(error) and not is_unreachable(error)))
     except FAILURES as error:
         raise told(asked, error) from None

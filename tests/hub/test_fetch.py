@@ -187,8 +187,7 @@ def test_what_is_not_there_is_told(hub):
         (None, "the connection to the Hub broke off ("),
     ],
 )
-def test_a_hub_in_trouble_is_told_and_what_passes_is_tried_again(hub, monkeypatch, request_, status, told):
-    monkeypatch.setattr(huggingface_hub.utils._http, "time", Impatient)
+def test_a_hub_in_trouble_is_told_and_what_passes_is_tried_again(hub, request_, status, told):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     hub.fail(request_, times=1000, status=status)
     assert told in refusal(REPO)
@@ -197,14 +196,6 @@ def test_a_hub_in_trouble_is_told_and_what_passes_is_tried_again(hub, monkeypatc
     if status == 403:
         refusal(REPO)
     assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
-
-
-class Impatient:
-    """The client's own waits, shortened."""
-
-    @staticmethod
-    def sleep(seconds: float) -> None:
-        pass
 
 
 def test_where_there_is_no_hub_that_is_told(hub, monkeypatch):
