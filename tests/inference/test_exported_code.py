@@ -61,7 +61,8 @@ def test_the_files_import_each_other_and_what_a_reader_has(with_code):
                 assert node.level == 1 and node.module in files, name
                 defined = {getattr(each, "name", None) for each in files[node.module].body}
                 targets = (t for each in files[node.module].body if isinstance(each, ast.Assign) for t in each.targets)
-                assert {a.name for a in node.names} <= defined | {t.id for t in targets if isinstance(t, ast.Name)}, name
+                defined |= {target.id for target in targets if isinstance(target, ast.Name)}
+                assert {alias.name for alias in node.names} <= defined, name
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 assert {module.split(".")[0] for module in modules} <= ROOTS | sys.stdlib_module_names, name
