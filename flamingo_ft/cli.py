@@ -256,6 +256,31 @@ def convert(
     typer.echo(f"{found.result} in {found.out}")
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, an adapter or a merged model.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name, made where it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make repositories that are not there private.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to push to, by default main.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter, and push the whole model.")] = False,
+    base: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Share this base on the Hub; by default REPO-base is made.")
+    ] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", metavar="NAME", help="For the card, such as apache-2.0.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.")
+    ] = None,
+) -> None:
+    """Push an adapter and its base, or a merged model, to the Hugging Face Hub."""
+    from flamingo_ft import publish
+
+    options = {"private": private, "revision": revision, "merged": merged, "base": base, "license": license_}
+    pushed = publish.push(folder, repository, start=start, say=_say, **options)
+    typer.echo(f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else ""))
+
+
 @recipes_app.callback(invoke_without_command=True)
 def _recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:

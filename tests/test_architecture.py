@@ -26,6 +26,7 @@ ORDER = (
     "convert",
     "inference",
     "evaluation",
+    "publish",
     "training",
     "report_table",
     "plan_table",

@@ -1,19 +1,29 @@
-"""The README.md of an adapter: what it is, what it belongs to, how to use it, what it reached."""
+"""The README.md of an adapter or a merged model: what it is, what it belongs to, how to use it, what it reached.
+
+It is rendered from what lies in the folder; what is missing there is missing in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import html
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from torch import Tensor
+from safetensors import safe_open
 
 from flamingo_ft import __version__
-from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.hub.places import without_places
+from flamingo_ft.model import FlamingoConfig
 
-from .contents import adapter_tensors, kept_parts
-from .lora import has_lora
+from .card_metadata import metadata
+from .contents import kept_parts
+from .files import WEIGHTS, read_flamingo_config, read_lora_config
 
 CARD = "README.md"
 PART_NAMES = {
@@ -21,36 +31,93 @@ PART_NAMES = {
     "cross_attention": "the gated cross-attention",
     "new_tokens": "the embedding rows of the new tokens",
 }
+FIGURES = {"loss.png": "Loss in the course of training", "gates.png": "How far the gates are open"}
+SAMPLES = 5  # predictions that are shown
 
 
-def write_card(
-    model: FlamingoForConditionalGeneration, folder: Path, evaluation: Mapping[str, Any] | None = None
-) -> None:
-    """Write the card; ``evaluation`` is the ``eval`` part of ``metrics.json``, where there is one."""
+def write_card(folder: Path, metrics: Mapping[str, Any] | None = None, license: str | None = None) -> None:
+    """Write the card. metrics: what ``metrics.json`` will say, where it is not there yet."""
+    (folder / CARD).write_text(card_text(folder, None, license, metrics), encoding="utf-8")
+
+
+def card_text(
+    folder: Path, name: str | None = None, license: str | None = None, metrics: Mapping[str, Any] | None = None
+) -> str:
+    """The card of what lies in ``folder``. name: on the Hub, where it goes there."""
+    config = read_flamingo_config(folder)
+    metrics = metrics or _read_json(folder / "metrics.json") or {}
+    evaluation, recipe = metrics.get("eval"), _read_recipe(folder)
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
     text = environment.get_template("card.md.jinja").render(
         version=__version__,
-        vision=model.config.backbones["vision"],
-        language=model.config.backbones["language"],
-        config=model.config,
-        contents=", ".join(_contents(model)),
-        parameters=sum(tensor.numel() for tensor in _tensors(model)),
+        name=name or "this/folder",
+        vision=without_places(config.backbones["vision"]),
+        language=without_places(config.backbones["language"]),
+        config=config,
+        bridge=without_places(config.bridge_init),
+        contents=", ".join(_contents(folder, config)),
+        parameters=_parameters(folder),
         kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
+        recipe=recipe and yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        training=metrics.get("train"),
+        losses=_losses(folder),
         evaluation=evaluation and _complete(evaluation),
         percent=lambda share: "" if share is None else f"{100 * share:.1f} %",
+        figures={file: told for file, told in FIGURES.items() if (folder / "figures" / file).is_file()},
+        samples=_samples(folder),
+        cell=_cell,
     )
-    (folder / CARD).write_text(text + "\n", encoding="utf-8")
+    head = metadata(config, recipe, evaluation, license, (name or folder.resolve().name).rpartition("/")[2])
+    return f"---\n{head}\n---\n{text}\n"
 
 
-def _tensors(model: FlamingoForConditionalGeneration) -> Iterable[Tensor]:
-    """What is in the folder that the card describes."""
-    return model.parameters() if model.config.merged else adapter_tensors(model).values()
-
-
-def _contents(model: FlamingoForConditionalGeneration) -> list[str]:
+def _contents(folder: Path, config: FlamingoConfig) -> list[str]:
     """What the adapter holds, in words."""
-    parts = [PART_NAMES[part] for part in kept_parts(model.config)]
-    return parts + (["LoRA"] if has_lora(model) else [])
+    if config.merged or not (folder / WEIGHTS).is_file():
+        return []
+    parts = [PART_NAMES[part] for part in kept_parts(config)]
+    return parts + (["LoRA"] if read_lora_config(folder) is not None else [])
+
+
+def _parameters(folder: Path) -> int:
+    """In the folder's weights; only their headers are read."""
+    total = 0
+    adapter = folder / WEIGHTS
+    for file in [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
+    return total
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def _read_recipe(folder: Path) -> dict[str, Any] | None:
+    path = folder / RECIPE_FILE
+    return without_places(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def _losses(folder: Path) -> tuple[float, float] | None:
+    """The first and the last that the log has."""
+    found = [entry["loss"] for entry in _read_lines(folder / "log.jsonl") if "loss" in entry]
+    return (found[0], found[-1]) if found else None
+
+
+def _samples(folder: Path) -> list[dict[str, Any]]:
+    """The first predictions with an answer from after training."""
+    found = [row for row in _read_lines(folder / "predictions.jsonl") if row.get("after") is not None]
+    return [{"before": None, **row} for row in found[:SAMPLES]]
+
+
+def _cell(text: str | None) -> str:
+    """Text that stands in a table's cell as it is."""
+    return html.escape(" ".join((text or "").split()), quote=False).replace("|", "\\|").replace("*", "\\*")
 
 
 def _complete(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _write(
     as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
-    write_card(model, folder)
+    write_card(folder)
     return parts
 
 

@@ -56,7 +56,7 @@ def save_adapter(
     config.save_pretrained(folder)
     _own_config(model).save_pretrained(folder)
     save_processor(processor, folder)
-    write_card(model, folder)
+    write_card(folder)
 
 
 def save_processor(processor: FlamingoProcessor, folder: Path) -> None:

@@ -61,6 +61,16 @@ def native_config(name: str, pretrained: str | None) -> dict:
     return _read_config(file)[0]
 
 
+def hub_repository(name: str, pretrained: str | None) -> str | None:
+    """The repository on the Hub that a tower's weights come from; None where they come from elsewhere."""
+    if name.startswith("hf-hub:"):
+        return name.removeprefix("hf-hub:")
+    architecture = name.replace("/", "-")
+    known = pretrained and architecture in open_clip.list_models()
+    tag = open_clip.get_pretrained_cfg(architecture, pretrained) if known else {}
+    return os.path.split(tag.get("hf_hub") or "")[0] or None
+
+
 def _locate_architecture(name: str, pretrained: str | None, revision: str | None) -> Located:
     model_cfg = open_clip.get_model_config(name)
     if not pretrained:

@@ -35,7 +35,7 @@ def save_whole(
     as_whole(model.config, reduce(torch.promote_types, formats), origin)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     save_processor(processor, folder)
-    write_card(model, folder)
+    write_card(folder)
 
 
 @torch.no_grad()

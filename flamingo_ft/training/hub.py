@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,37 +15,23 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock, Thread
 
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    get_session,
-    set_client_factory,
-    snapshot_download,
-)
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from flamingo_ft import atomic
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.hub.connection import silence_ends, without_bars
+from flamingo_ft.hub.errors import FAILURES, quoted, reason
+from flamingo_ft.hub.retry import patiently
+from flamingo_ft.hub.upload import additions
+from flamingo_ft.publish import with_card
 
 from . import processes
 from .checkpoints import checkpoint_folder, verify
 
 FOLDER = "checkpoints"
-ATTEMPTS, FIRST_WAIT = 3, 2.0  # uploads of one commit, and seconds before the second, doubled for each after it
-SILENCE = 120.0  # seconds without a byte, after which a connection counts as lost
 PATIENCE = 2.0  # seconds until it is said that uploads are waited for
 ADAPTER = "the adapter"
-NOT_OF_A_RUN = re.compile(r"^(checkpoints|tensorboard)/|^\.|(^|/)step-\d+/")  # what is not pushed of its output folder
-# What the client raises for a network or a Hub; the first base is the error of whichever HTTP library it uses.
-UNLIKE_LOCAL = (HfHubHTTPError, HfHubHTTPError.__bases__[0], OSError, RuntimeError, ValueError)
 
 
 def prepare_repository(repository: str, begins: bool) -> None:
@@ -57,26 +42,13 @@ def prepare_repository(repository: str, begins: bool) -> None:
         api.create_repo(repository, private=True, exist_ok=True)
         api.auth_check(repository, write=True)
         earlier = checkpoints_of(api, repository) if begins else []
-    except (HFValidationError, *UNLIKE_LOCAL) as error:
-        raise UserError(f"train.push_to_hub: {repository}: {_reason(error)}") from None
+    except FAILURES as error:
+        raise UserError(f"train.push_to_hub: {repository}: {reason(error, writes=True)}") from None
     if earlier:
         raise UserError(
             f"train.push_to_hub: {repository} holds step-{earlier[0]} of an earlier run; go on with that run with --resume, "
             f"remove its {FOLDER}, or name another repository"
         )
-
-
-def _reason(error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, LocalTokenNotFoundError) or status == 401:
-        return "found no valid token; log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-    if status == 403 or isinstance(error, RepositoryNotFoundError):
-        return "the token may not write there; use one that may, or name a repository of your own"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set; unset it, or set train.push_to_hub to null"
-    if isinstance(error, HFValidationError):
-        return f"no name of a repository ({one_line(error)})"
-    return f"the Hub does not answer ({one_line(error)}); try again, or set train.push_to_hub to null"
 
 
 @contextmanager
@@ -85,7 +57,7 @@ def pushing(repository: str | None, limit: int, say: Callable[[str], None]) -> I
     if repository is None or not processes.is_main():
         yield None
         return
-    with _silence_ends():
+    with silence_ends():
         uploads = Pushing(repository, limit, say)
         try:
             yield uploads
@@ -157,55 +129,27 @@ class Pushing:
 
     def _upload(self, name: str, commit: Callable[[], None]) -> None:
         """Try several times; a failure is told, and ends nothing."""
-        for attempt in range(ATTEMPTS):
-            try:
-                with _without_bars():
-                    commit()
-            except UNLIKE_LOCAL as error:
-                failed = error
-                time.sleep(FIRST_WAIT * 2**attempt if attempt + 1 < ATTEMPTS else 0)
-            else:
-                with self._lock:
-                    self.missing = [one for one in self.missing if one != name]
-                return
-        self.say(f"not pushed to {self.repository}: {name} ({one_line(failed)})")
+        try:
+            with without_bars():
+                patiently(commit, lambda error: True)
+        except FAILURES as error:
+            self.say(f"not pushed to {self.repository}: {name} ({quoted(error)})")
+            return
+        with self._lock:
+            self.missing = [one for one in self.missing if one != name]
 
     def _commit_checkpoint(self, name: str, held: Path) -> None:
         others = [step for step in checkpoints_of(self._api, self.repository) if f"step-{step}" != name]
         gone = [CommitOperationDelete(f"{FOLDER}/step-{step}/", is_folder=True) for step in others[self.limit - 1 :]]
         message = f"Checkpoint of {name.replace('-', ' ')}"
         self._api.create_commit(
-            self.repository, [*_additions(held, f"{FOLDER}/{name}/"), *gone], commit_message=message
+            self.repository, [*additions(held, f"{FOLDER}/{name}/"), *gone], commit_message=message
         )
 
     def _commit_run(self, output_dir: Path) -> None:
         # The client's own upload of a folder may take several commits, and people load an adapter between them.
-        own = [one for one in _additions(output_dir) if not NOT_OF_A_RUN.search(one.path_in_repo)]
+        own = [CommitOperationAdd(path, content) for path, content in with_card(output_dir, self.repository).items()]
         self._api.create_commit(self.repository, own, commit_message="The trained adapter")
-
-
-def _additions(folder: Path, below: str = "") -> list[CommitOperationAdd]:
-    """All files of ``folder``, each read from the disk as it goes up."""
-    return [
-        CommitOperationAdd(f"{below}{path.relative_to(folder).as_posix()}", path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    ]
-
-
-@contextmanager
-def _silence_ends() -> Iterator[None]:
-    """The client waits for ever for a Hub that falls silent, as one does behind a network that is gone; not here."""
-    usual = get_session()
-
-    def client(timeout: object) -> object:
-        return type(usual)(event_hooks=usual.event_hooks, follow_redirects=True, timeout=timeout)
-
-    set_client_factory(partial(client, SILENCE))
-    try:
-        yield
-    finally:
-        set_client_factory(partial(client, usual.timeout))
 
 
 def _hold(folder: Path) -> Path:
@@ -246,16 +190,16 @@ def fetch_newer(repository: str, root: Path, than: int) -> Iterator[str]:
                 yield f"damaged on the Hub: {error}"
     except RepositoryNotFoundError:
         return
-    except UNLIKE_LOCAL as error:
+    except FAILURES as error:
         if than < 0:
-            raise UserError(f"train.push_to_hub: {repository}: {_reason(error)}") from None
-        yield f"{repository} was not looked at ({one_line(error)})"
+            raise UserError(f"train.push_to_hub: {repository}: {reason(error, writes=True)}") from None
+        yield f"{repository} was not looked at ({quoted(error)})"
 
 
 def _fetch(repository: str, root: Path, step: int) -> Path:
     """Download, verify, and put in place."""
     folder = checkpoint_folder(root, step)
-    with _scratch(root) as scratch, _without_bars():
+    with _scratch(root) as scratch, without_bars():
         snapshot_download(repository, allow_patterns=[f"{FOLDER}/{folder.name}/*"], local_dir=scratch)
         downloaded = scratch / FOLDER / folder.name
         verify(downloaded)
@@ -264,18 +208,6 @@ def _fetch(repository: str, root: Path, step: int) -> Path:
         downloaded.rename(hidden)
     atomic.finish_folder(folder)
     return folder
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """The client's own progress bars would run through the training's."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def _run(
     metrics["train"] = training
     if processes.is_main():
         examination.results.save(output_dir)
-        write_card(model, output_dir, metrics.get("eval"))
+        write_card(output_dir, metrics)
         atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     processes.barrier()
     return metrics

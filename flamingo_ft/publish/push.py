@@ -1,0 +1,162 @@
+"""``flamingo-ft push``: an adapter with its base, or a merged model, to repositories on the Hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from flamingo_ft.adapters import merge_adapter, write_composition
+from flamingo_ft.adapters.files import LORA_CONFIG, WEIGHTS, read_config, read_flamingo_config
+from flamingo_ft.errors import UserError
+from flamingo_ft.hub import HubName, fetch_model
+from flamingo_ft.hub.names import NAME
+from flamingo_ft.hub.upload import make_repository, upload
+from flamingo_ft.model import FlamingoConfig
+
+from .files import files_of, is_weights, json_bytes, with_card
+
+BASE_ENDING = "-base"
+WHOLE = "model*.safetensors"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """repository: name on the Hub; base: that of an adapter's composition, None for a model; url: of the commit."""
+
+    repository: str
+    base: str | None
+    url: str
+
+
+def push(
+    folder: str | Path,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    merged: bool = False,
+    base: str | None = None,
+    license: str | None = None,
+    start: str | Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Pushed:
+    """Push the adapter or the model in ``folder``, each repository in one commit.
+
+    folder: of a run, an adapter or a merged model; merged: merge an adapter first. private, revision: of repositories
+    that are not there yet, and the branch to commit to. base: a composition on the Hub to share, which is not written
+    to; by default the adapter's own goes to ``repository`` with "-base" behind it. license: for the card. start: where the
+    bridge that the adapter builds on lies now. say: hears what is done.
+
+    Raises UserError for a folder that holds neither, a name that is none, a base that is another, and what the Hub refuses.
+    """
+    _check_names(repository, base)
+    folder = Path(folder)
+    is_adapter = _check_folder(folder, merged, base)
+    if not is_adapter:
+        make_repository(repository, private, revision)
+        return _push_model(folder, repository, revision, license, say)
+    if merged:
+        make_repository(repository, private, revision)
+        with tempfile.TemporaryDirectory() as scratch:
+            say(f"merging {folder}")
+            merge_adapter(folder, Path(scratch) / "merged", start=start)
+            return _push_model(Path(scratch) / "merged", repository, revision, license, say)
+    return _push_adapter(folder, repository, base, private, revision, license, start, say)
+
+
+def _check_names(repository: str, base: str | None) -> None:
+    for name in filter(None, (repository, base)):
+        found = NAME.fullmatch(name)
+        if found is None or found["revision"]:
+            raise UserError(f"{name}: no name of a repository; give org/name")
+
+
+def _check_folder(folder: Path, merged: bool, base: str | None) -> bool:
+    """Whether it holds an adapter; UserError where it holds no merged model either."""
+    if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
+        read_config(folder)
+        if merged and base:
+            raise UserError(f"found --merged and --base {base}; a merged model builds on nothing: give one of them")
+        return True
+    if not folder.is_dir() or not (folder / "config.json").is_file() or not any(folder.glob(WHOLE)):
+        raise UserError(f"{folder}: holds no adapter and no merged model; give the folder that a run or a merge wrote")
+    read_flamingo_config(folder)
+    if merged or base:
+        raise UserError(f"{folder}: is a merged model already; push it without {'--merged' if merged else '--base'}")
+    return False
+
+
+def _push_model(
+    folder: Path, repository: str, branch: str | None, license: str | None, say: Callable[[str], None]
+) -> Pushed:
+    return Pushed(repository, None, _commit(repository, with_card(folder, repository, license), branch, say))
+
+
+def _push_adapter(
+    folder: Path,
+    repository: str,
+    shared: str | None,
+    private: bool,
+    branch: str | None,
+    license: str | None,
+    start: str | Path | None,
+    say: Callable[[str], None],
+) -> Pushed:
+    """The base first: an adapter that is there can be loaded."""
+    base = shared or repository + BASE_ENDING
+    _tell_local_parts(folder, read_config(folder), say)
+    with _composition(folder, start) as composition:
+        if shared:
+            _check_same_base(composition, shared)
+        for name in [repository] if shared else [base, repository]:
+            make_repository(name, private, branch)
+        if not shared:
+            _commit(base, files_of(composition), branch, say)
+    files = with_card(folder, repository, license)
+    named = base if branch is None or shared else str(HubName(base, branch))
+    files[LORA_CONFIG] = json_bytes(json.loads(files[LORA_CONFIG]) | {"base_model_name_or_path": named})
+    return Pushed(repository, base, _commit(repository, files, branch, say))
+
+
+@contextmanager
+def _composition(folder: Path, start: str | Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "base"
+        write_composition(folder, out, start=start)
+        yield out
+
+
+def _commit(repository: str, files: dict[str, bytes | Path], branch: str | None, say: Callable[[str], None]) -> str:
+    size = sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in files.values())
+    say(f"{repository}: {len(files)} files, {size / 1e6:,.1f} MB")
+    return upload(repository, files, "Pushed with flamingo_ft", branch=branch, replaced=is_weights, say=say)
+
+
+def _check_same_base(composition: Path, shared: str) -> None:
+    """Refuse to share a base that is another one."""
+    ours, theirs = (_content(read_flamingo_config(place)) for place in (composition, fetch_model(shared)))
+    for part, content in ours.items():
+        if theirs[part] != content:
+            raise UserError(
+                f"{shared}: another base: its {part} has content {str(theirs[part])[:12]}, the adapter's {str(content)[:12]}; "
+                "name the adapter's own, or leave --base out"
+            )
+
+
+def _content(config: FlamingoConfig) -> dict[str, str | None]:
+    parts = {f"{part} backbone": config.backbones[part]["sha256"] for part in ("vision", "language")}
+    return parts | {"bridge": (config.bridge_init or {}).get("sha256")}
+
+
+def _tell_local_parts(folder: Path, config: FlamingoConfig, say: Callable[[str], None]) -> None:
+    """What nobody else can load: an adapter of backbones that are folders here."""
+    for part, source in config.backbones.items():
+        if Path(source["name"].removeprefix("local-dir:")).is_absolute():
+            say(
+                f"{folder}: its {part} backbone is a folder of this machine, which nobody else has; "
+                "push that too and train with its name, or push with --merged"
+            )

@@ -1,0 +1,252 @@
+"""From a folder to the Hub and back, with the real client: the same answers, nothing else of this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+
+from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
+from flamingo_ft.adapters.card import card_text
+from flamingo_ft.cli import main
+from flamingo_ft.hub import retry
+from flamingo_ft.publish import push
+from tests import regimes
+from tests.hub_server import LARGE, READER, WRITER
+
+REPO = "somebody/digits"
+BASE = f"{REPO}-base"
+
+
+@pytest.fixture
+def adapter(hub, small_run, monkeypatch):
+    """A run's folder as a user has it: an adapter that builds on a bridge, and what a run leaves beside."""
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    model, processor = regimes.build(*regimes.REGIMES["LoRA only"])
+    regimes.shake(model, 0.3)
+    folder = small_run / "run"
+    save_adapter(model, processor, folder)
+    leave_a_run(folder, small_run)
+    return folder
+
+
+def leave_a_run(folder: Path, here: Path) -> None:
+    recipe = regimes.recipe(*regimes.REGIMES["LoRA only"]).model_dump(mode="json")
+    (folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    found = {"accuracy": 0.5, "samples": 2}
+    evaluation = {"accuracy": 0.5, "per_task": {"shades": found}}
+    training = {"steps": 1, "seconds": 1.0, "trainable_parameters": 10}
+    (folder / "metrics.json").write_text(json.dumps({"eval": evaluation, "train": training}))
+    row = {"where": f"{here}/train.jsonl: row 0", "task": "shades", "images": [f"{here}/0.png"]}
+    row |= {"question": "<image>Which | shade?", "answer": "Dark.", "after": "/Light."}
+    (folder / "predictions.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "log.jsonl").write_text('{"loss": 2.0, "step": 1}\n{"loss": 1.0, "step": 2}\n')
+    (folder / "figures").mkdir()
+    for name in ("loss.png", "gates.png", "answers.png"):
+        (folder / "figures" / name).write_bytes(b"png")
+    for path in ("checkpoints/step-1/adapter_model.safetensors", "tensorboard/events", ".hidden/x.json", "report.html"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(str(here))
+
+
+def told(capfd) -> str:
+    said = "".join(capfd.readouterr())
+    assert WRITER not in said and READER not in said and "Traceback" not in said
+    return said
+
+
+def test_what_is_pushed_answers_as_what_was_pushed(adapter, hub, capfd):
+    asked = ["--image", "0.png", "--prompt", "Which shade?"]
+    assert main(["generate", "run", *asked]) == 0
+    answered = capfd.readouterr().out
+    expected = regimes.logits(*load_adapter(adapter))
+    assert main(["push", "run", REPO]) == 0
+    said = told(capfd)
+    assert f"{REPO} is at {hub.url}/{REPO}/commit/" in said and f"its base in {BASE}" in said
+    for folder in ("run", "start"):  # nothing of it is here any more
+        shutil.rmtree(folder)
+    assert torch.equal(regimes.logits(*load_adapter(REPO)), expected)
+    assert main(["generate", REPO, *asked]) == 0
+    assert capfd.readouterr().out == answered
+    assert main(["eval", REPO, "--data", "train.jsonl"]) == 0
+
+
+def test_only_what_belongs_to_it_is_pushed_and_no_place_of_this_machine(adapter, hub, tmp_path):
+    push(adapter, REPO)
+    files = hub.files(REPO)
+    assert {path for path in files if "/" in path} == {"figures/loss.png", "figures/gates.png"}
+    assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "config.json", "metrics.json"} <= {*files}
+    assert "report.html" not in files and not any(path.startswith(".") for path in files)
+    for name, content in [*files.items(), *hub.files(BASE).items()]:
+        for secret in (str(tmp_path), str(Path.home()), WRITER):
+            assert secret.encode() not in content, (name, secret)
+    row = json.loads(files["predictions.jsonl"])
+    assert (row["where"], row["images"]) == ("train.jsonl: row 0", ["0.png"])
+    assert (row["question"], row["after"]) == ("<image>Which | shade?", "/Light.")
+    assert yaml.safe_load(files["resolved_recipe.yaml"])["data"]["train"][0]["path"] == "train.jsonl"
+
+
+def test_each_repository_is_one_commit_and_the_base_comes_first(adapter, hub):
+    pushed = push(adapter, REPO, private=True)
+    assert pushed.base == BASE
+    for name in (REPO, BASE):
+        assert hub.repositories[name].private and len(hub.repositories[name].history) == 2
+    commits = [request for request in hub.requests if "/commit/" in request]
+    assert [BASE in commit for commit in commits] == [True, False]
+    named = json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"]
+    assert named == BASE and "bridge.safetensors" in hub.files(BASE)
+
+
+def test_a_base_is_shared_where_it_is_the_same_and_left_alone(adapter, hub, small_run):
+    push(adapter, REPO)
+    hub.requests.clear()
+    push(adapter, "somebody/second", base=BASE)
+    assert not any(BASE in request and not request.startswith(("GET", "HEAD")) for request in hub.requests)
+    assert "somebody/second-base" not in hub.repositories
+    regimes.write_start(small_run / "other")
+    assert main(["push", "other", "somebody/third", "--base", BASE]) == 2
+    assert "somebody/third" not in hub.repositories
+
+
+def test_a_branch_is_pushed_to_and_main_left_alone(adapter, hub):
+    push(adapter, REPO)
+    before = hub.files(REPO)
+    push(adapter, REPO, revision="next", license="mit")
+    assert hub.files(REPO) == before and b"license: mit" in hub.files(REPO, "next")["README.md"]
+    load_adapter(f"{REPO}@next")
+
+
+@pytest.mark.slow
+def test_a_merged_model_is_pushed_whole(adapter, hub, capfd):
+    assert main(["push", "run", REPO, "--merged"]) == 0
+    assert BASE not in hub.repositories and "model.safetensors" in hub.files(REPO)
+    assert str(adapter.parent).encode() not in hub.files(REPO)["merge.json"]
+    expected, _ = load_adapter(adapter)
+    found, processor = load_trained(REPO)
+    assert (regimes.logits(found, processor) - regimes.logits(expected, processor)).abs().max() < 0.2
+    assert main(["merge", "run", "merged"]) == 0 and main(["push", "merged", REPO]) == 0
+    assert main(["push", "merged", REPO, "--merged"]) == 2
+    assert "is a merged model already" in told(capfd)
+
+
+def test_weights_of_an_earlier_push_do_not_stay(adapter, hub):
+    push(adapter, REPO)
+    digest = hub.store(b"w" * LARGE)
+    hub.repositories[REPO].history[-1].files |= {"model-00001-of-00002.safetensors": digest, "notes.txt": digest}
+    push(adapter, REPO)
+    assert "model-00001-of-00002.safetensors" not in hub.files(REPO) and "notes.txt" in hub.files(REPO)
+
+
+def test_what_was_uploaded_before_a_connection_dropped_is_not_sent_again(adapter, hub):
+    def uploads() -> list[str]:
+        return [request for request in hub.requests if request.startswith("PUT /lfs/")]
+
+    hub.fail(f"POST /api/models/{REPO}/commit", times=1000)
+    assert main(["push", "run", REPO]) == 2
+    sent = uploads()
+    assert len(sent) == len({*sent}) > 1 and len(hub.repositories[REPO].history) == 1
+    hub.failures.clear()
+    hub.requests.clear()
+    assert main(["push", "run", REPO]) == 0
+    assert uploads() == [] and len(hub.repositories[REPO].history) == 2
+
+
+@pytest.mark.parametrize("status", [429, 500, None])
+def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
+    hub.fail(f"POST /api/models/{REPO}/commit", times=retry.ATTEMPTS - 1, status=status)
+    assert main(["push", "run", REPO]) == 0
+    assert told(capfd).count("trying again in ") == retry.ATTEMPTS - 1
+    assert len(hub.repositories[REPO].history) == 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "reason"),
+    [
+        ("POST /api/repos/create", 429, "the Hub takes no more requests from here for a while (429)"),
+        (f"POST /api/models/{REPO}/commit", 500, "the Hub is in trouble (500)"),
+        (f"POST /api/models/{REPO}/commit", 403, "the token may not write there"),
+        (f"POST /api/models/{REPO}/commit", 404, "failed ("),
+        (f"POST /api/models/{REPO}/commit", None, "the connection to the Hub broke off ("),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(adapter, hub, capfd, request_, status, reason):
+    hub.fail(request_, times=1000, status=status)
+    assert main(["push", "run", REPO]) == 2
+    assert f"error: somebody/digits{'-base' if 'create' in request_ else ''}: {reason}" in told(capfd)
+    assert REPO not in hub.repositories or hub.files(REPO) == {}
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [(None, "found no valid token"), ("hf_wrong", "found no valid token"), (READER, "the token may not write there")],
+)
+def test_who_may_not_write_is_told(adapter, hub, monkeypatch, capfd, token, reason):
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    assert main(["push", "run", REPO]) == 2
+    said = told(capfd)
+    assert f"error: {BASE}: {reason}" in said and "hf_wrong" not in said
+
+
+def test_offline_nothing_is_pushed(adapter, hub, monkeypatch, capfd):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(["push", "run", REPO]) == 2
+    assert f"{BASE}: HF_HUB_OFFLINE is set; unset it" in told(capfd) and hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["run", "digits"], "digits: no name of a repository"),
+        (["run", "a/b/c"], "a/b/c: no name of a repository"),
+        (["run", "some--body/digits"], "no name of a repository ("),
+        (["empty", REPO], "empty: holds no adapter and no merged model"),
+        (["nowhere", REPO], "nowhere: holds no adapter and no merged model"),
+        (["foreign", REPO], "foreign: holds a llama model"),
+        (["run", REPO, "--merged", "--base", BASE], "found --merged and --base"),
+    ],
+)
+def test_what_cannot_be_pushed_is_told_in_one_line(adapter, hub, capfd, arguments, reason):
+    Path("empty").mkdir()
+    Path("foreign").mkdir()
+    Path("foreign/config.json").write_text('{"model_type": "llama"}')
+    Path("foreign/model.safetensors").write_bytes(b"")
+    assert main(["push", *arguments]) == 2
+    lines = [line for line in told(capfd).splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and reason in lines[0] and not hub.repositories
+
+
+def test_the_card_says_what_it_is_and_the_hub_can_read_it(adapter, hub):
+    push(adapter, REPO, license="apache-2.0")
+    text = hub.files(REPO)["README.md"].decode()
+    card = ModelCard(text)
+    data = card.data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "peft", "image-text-to-text")
+    assert data.model_name == "digits" and [one.metric_value for one in data.eval_results] == [0.5]
+    card.validate()
+    assert f'answer("{REPO}"' in text and f'from_pretrained("{REPO}")' in text
+    assert "figures/loss.png" in text and "figures/gates.png" in text and "<details>" in text
+    assert "| &lt;image&gt;Which \\| shade? | Dark. |  | /Light. |" in text
+    assert re.search(r"The loss went from 2 to 1\.", text)
+
+
+def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):
+    config = json.loads((adapter / "config.json").read_text())
+    config["backbones"]["language"] |= {"name": "org/words", "revision": "0" * 40}
+    config["backbones"]["vision"] |= {"name": "hf-hub:org/eyes"}
+    (adapter / "config.json").write_text(json.dumps(config))
+    data = ModelCard(card_text(adapter)).data
+    assert data.base_model == ["org/words", "org/eyes"] and data.license is None
+
+
+def test_a_silent_hub_is_given_up(adapter, hub, monkeypatch, capfd):
+    monkeypatch.setattr("flamingo_ft.hub.connection.SILENCE", 0.2)
+    monkeypatch.setattr(retry, "ATTEMPTS", 1)
+    hub.hold(f"POST /api/models/{REPO}/commit")
+    assert main(["push", "run", REPO]) == 2
+    assert "the connection to the Hub broke off (" in told(capfd)
