@@ -71,6 +71,7 @@ def import_checkpoint(
             f"{source}: holds {len(changed)} tensors of the backbones that are not theirs ({some(changed)}), which an "
             "adapter cannot keep; write a whole model (--to model)"
         )
+    model.config.converted_from = checkpoint.format
     replace_tensors(model, {name: checkpoint.tensors()[name] for name in changed})
     if checkpoint.lora:
         add_updates(model, checkpoint.lora, checkpoint.lora_alpha if lora_alpha is None else lora_alpha, checkpoint.where)
