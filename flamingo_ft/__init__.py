@@ -34,6 +34,9 @@ _HOMES = {
     "UserError": "flamingo_ft.errors",
     "build_flamingo": "flamingo_ft.model",
     "create_model_and_transforms": "flamingo_ft.model",
+    "export_open_flamingo": "flamingo_ft.convert",
+    "export_otter": "flamingo_ft.convert",
+    "import_checkpoint": "flamingo_ft.convert",
     "load_adapter": "flamingo_ft.adapters",
     "load_base": "flamingo_ft.adapters",
     "load_language": "flamingo_ft.backbones.language",
@@ -41,9 +44,11 @@ _HOMES = {
     "load_recipe": "flamingo_ft.config",
     "load_vision": "flamingo_ft.backbones.vision",
     "merge_adapter": "flamingo_ft.adapters",
+    "name_base": "flamingo_ft.adapters",
     "push": "flamingo_ft.publish",
     "save_adapter": "flamingo_ft.adapters",
     "train": "flamingo_ft.training.run",
+    "write_composition": "flamingo_ft.adapters",
 }
 
 __all__ = ["__version__", *_HOMES]

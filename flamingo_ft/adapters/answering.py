@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 from flamingo_ft.data.encode import end_token_id
+from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.tokens import EOC_TOKEN
 
@@ -30,4 +31,12 @@ def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoPr
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     end_of_chunk = processor.tokenizer.convert_tokens_to_ids(EOC_TOKEN)
-    return sorted({token for token in (*own, end_token_id(processor), end_of_chunk) if token is not None})
+    return sorted({token for token in (*own, _end_in_template(processor), end_of_chunk) if token is not None})
+
+
+def _end_in_template(processor: FlamingoProcessor) -> int | None:
+    """The token that ends an answer in the chat template; None also for a template that does not show one."""
+    try:
+        return end_token_id(processor)
+    except UserError:
+        return None

@@ -17,6 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
 from flamingo_ft import __version__
+from flamingo_ft.atomic import name_in_place
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.hub.places import without_places
 from flamingo_ft.model import FlamingoConfig
@@ -67,7 +68,7 @@ def card_text(
         samples=_samples(folder),
         cell=_cell,
     )
-    head = metadata(config, recipe, evaluation, license, (name or folder.resolve().name).rpartition("/")[2])
+    head = metadata(config, recipe, evaluation, license, (name or name_in_place(folder)).rpartition("/")[2])
     return f"---\n{head}\n---\n{text}\n"
 
 

@@ -1,8 +1,9 @@
 """The package's code as files beside a merged model, for those who do not have the package.
 
-transformers runs code that lies beside a model (``trust_remote_code``) when ``auto_map`` in its configuration says which
-class to take from which file. It wants all files in one folder, importing each other relatively. So what configuration,
-model and processor need is collected by following their imports, and each file gets the name of its place in the package.
+transformers runs code that lies beside a model (``trust_remote_code``) when ``auto_map`` in its configuration says
+which class to take from which file. It wants all files in one folder, importing each other relatively. So what
+configuration, model and processor need is collected by following their imports, and each file gets the name of its
+place in the package.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from transformers import pipeline
 ask = pipeline("image-text-to-text", model="this/folder", trust_remote_code=True)
 ```
 """
-# Which class an Auto class is to take, by the file that says so and the key in it that holds what the class is made of.
+# Which class an Auto class is to take, by the file that says so and the key in it with what the class is made of.
 AUTO_MAPS = {
     ("config.json", None): {
         "AutoConfig": (CONFIG, "FlamingoConfig"),
@@ -88,7 +89,7 @@ def own_imports(module: str) -> Iterator[tuple[ast.ImportFrom, dict[str, list[st
             names: dict[str, list[str]] = {}
             for alias in node.names:
                 home = _home(place, alias.name)
-                names.setdefault(home, []).append(alias.name if alias.asname is None else f"{alias.name} as {alias.asname}")
+                names.setdefault(home, []).append(ast.unparse(alias))
             yield node, names
 
 

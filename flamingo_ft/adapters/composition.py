@@ -1,8 +1,8 @@
 """A composition: the base of adapters as a folder without the weights of its backbones.
 
-It holds the Flamingo's configuration, which names both backbones with their revisions and content hashes, the processor's
-files, a card, and ``bridge.safetensors`` where adapters build on a bridge. An adapter names it as its base, so that
-transformers and PEFT find all that the adapter needs.
+It holds the Flamingo's configuration, which names both backbones with their revisions and content hashes, the
+processor's files, a card, and ``bridge.safetensors`` where adapters build on a bridge. An adapter names it as its base,
+so that transformers and PEFT find all that the adapter needs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
 
     start: where the bridge that the adapter builds on lies now, if not where it lay in training.
 
-    Raises UserError when ``out`` exists, ``adapter`` is no adapter, and where it builds on a bridge that is gone or another.
+    Raises UserError when ``out`` exists, ``adapter`` is no adapter, and where it builds on a bridge that is gone or
+    another.
     """
     adapter, out = fetch_model(adapter), Path(out)
     if out.exists():

@@ -10,7 +10,7 @@ import torch
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import Parts
 
 from .composition import load_composition
@@ -24,6 +24,11 @@ OF_NO_MATTER = {
     "local_files_only", "low_cpu_mem_usage", "proxies", "revision", "subfolder", "token", "tqdm_class",
     "trust_remote_code", "use_safetensors", "weights_only",
 }
+# Of a configuration: formats, which are options of their own, and in what an adapter's and its base's may differ.
+MAY_DIFFER = {
+    "_name_or_path", "adapter_parts", "architectures", "bridge_init", "dtype", "open_attention", "text_config",
+    "transformers_version", "auto_map",
+}
 UNDERSTOOD = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
 
 
@@ -31,8 +36,8 @@ def load_parts(parts: Parts, options: Mapping[str, Any]) -> Any:
     """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a composition's as
     `load_composition`.
 
-    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each part keeps
-    the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is one; without one the
+    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each part
+    keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is one; without one the
     CPU, or for quantized parts as with "auto". Raises UserError for options that say more than can be done.
     """
     folder = parts.adapter or parts.base
@@ -55,14 +60,24 @@ def load_parts(parts: Parts, options: Mapping[str, Any]) -> Any:
 def _refuse(folder: Path, options: Mapping[str, Any]) -> None:
     known = OF_NO_MATTER | UNDERSTOOD
     unknown = sorted(key for key, value in options.items() if key not in known and value is not None)
+    unknown += _changed(options.get("config"), read_flamingo_config(folder))
     if "quantization_config" in unknown:
         remedy = "merge it and load that with a quantization_config"
         raise UserError(f"{folder}: its backbones are kept as it records, in no other quantization; {remedy}")
     if unknown:
         raise UserError(
-            f"{folder}: from_pretrained cannot take {', '.join(unknown)} where a model is put together from its backbones; "
-            "leave it out, or merge the adapter and load that"
+            f"{folder}: from_pretrained cannot take {', '.join(unknown)} where a model is put together from its "
+            "backbones; leave it out, or merge the adapter and load that"
         )
+
+
+def _changed(given: Any, stored: FlamingoConfig) -> list[str]:
+    """What a configuration that was passed says otherwise than the stored one: what a caller changed, since Auto
+    classes pass on what they read."""
+    if not isinstance(given, FlamingoConfig):
+        return []
+    ours, theirs = stored.to_dict(), given.to_dict()
+    return [key for key in sorted(theirs) if key not in MAY_DIFFER and theirs[key] != ours.get(key)]
 
 
 def _device(folder: Path, device_map: Any) -> torch.device:
@@ -76,7 +91,7 @@ def _device(folder: Path, device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
         raise UserError(
-            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to spread it out"
+            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to spread it"
         ) from None
 
 

@@ -22,7 +22,7 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 from .contents import adapter_tensors, kept_parts
-from .files import read_config, read_lora_config, read_processor, read_tensors
+from .files import read_base_name, read_config, read_lora_config, read_processor, read_tensors
 from .load import check_backbone, check_tensors, load_base, put_bridge_parts, put_lora
 from .lora import open_what_is_updated
 from .save import save_adapter
@@ -104,7 +104,7 @@ class Adapters:
             self._peft.base_model.disable_adapter_layers()
         if bridge:
             put_bridge_parts(self.model, self._bridge(name))
-        self.in_use = name
+        self.in_use, self.model.adapter_base = name, read_base_name(self._folders[name])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

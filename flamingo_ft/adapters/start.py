@@ -1,4 +1,4 @@
-"""Where a bridge starts from: an adapter, a merged model, or a checkpoint of OpenFlamingo or Otter.
+"""Where a bridge starts from: an adapter, a merged model, a composition, or another Flamingo's checkpoint.
 
 What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the adapter
 records with a content hash and finds again when it is loaded.
@@ -19,7 +19,7 @@ from flamingo_ft.formats import read_checkpoint
 from flamingo_ft.formats.stored import stored_config
 from flamingo_ft.hub import fetch_model, hub_name, pinned
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
-from flamingo_ft.model.parts import named_composition
+from flamingo_ft.model.parts import holds_parts, named_composition
 
 from .files import (
     BRIDGE_FILE,
@@ -64,9 +64,7 @@ def restart_bridge(
 
 def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
-    if start.name == BRIDGE_FILE:
-        put_bridge(model, read_bridge(start))
-    elif is_foreign(start):
+    if is_foreign(start):
         load_open_flamingo(model, start)
     elif not (start / WEIGHTS).is_file():
         put_bridge(model, _tensors(start))
@@ -160,8 +158,14 @@ def bridge_at(folder: Path) -> dict[str, Tensor]:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the bridge that are in a folder, under the names they have in a model without LoRA."""
+    """The tensors of the bridge that are in a folder, or are such a file, under the names they have in a model without LoRA."""
+    if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
+        return read_bridge(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
     if not (folder / WEIGHTS).is_file():
+        if holds_parts(folder):
+            raise UserError(
+                f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from an adapter"
+            )
         with WeightFiles(folder) as files:
             return {name: files[name] for name in files.names() if name.startswith(tuple(BRIDGE.values()))}
     own = read_tensors(folder)

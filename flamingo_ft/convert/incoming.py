@@ -28,7 +28,7 @@ from .known import Backbones, backbones_for
 from .report import Conversion, about
 from .updates import add_updates
 from .vocabulary import take_rows, vocabulary_names
-from .whole import save_whole
+from .whole import replace_tensors, save_whole
 
 Target = Literal["auto", "adapter", "model"]
 
@@ -59,25 +59,26 @@ def import_checkpoint(
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
     checkpoint = read_checkpoint(path)
-    below = None if start is None else fetch_model(start)
-    bridge = read_checkpoint(below) if below is not None else checkpoint
+    bridge = checkpoint if start is None else read_checkpoint(fetch_model(start))
     if not bridge.bridge:
         raise UserError(f"{source}: {checkpoint.format} checkpoint of LoRA alone; name the one that it builds on with --start")
     shape = geometry(bridge.bridge, bridge.where)
     model, processor = _build(checkpoint, shape, backbones_for(str(source), bridge, shape, wanted))
-    lines = _fill(model, checkpoint, below)
+    lines = _fill(model, checkpoint, start)
     changed = _changed(model, checkpoint)
     if to == "adapter" and changed:
         raise UserError(
             f"{source}: holds {len(changed)} tensors of the backbones that are not theirs ({some(changed)}), which an "
             "adapter cannot keep; write a whole model (--to model)"
         )
+    model.config.converted_from = checkpoint.format
+    replace_tensors(model, {name: checkpoint.tensors()[name] for name in changed})
     if checkpoint.lora:
         add_updates(model, checkpoint.lora, checkpoint.lora_alpha if lora_alpha is None else lora_alpha, checkpoint.where)
     is_whole = to == "model" or bool(changed)
     with folder_in_place(out) as folder:
         if is_whole:
-            save_whole(model, processor, folder, {name: checkpoint.tensors()[name] for name in changed}, checkpoint)
+            save_whole(model, processor, folder, checkpoint)
         else:
             save_adapter(model, processor, folder)
     lines += [f"{len(changed)} tensors of the backbones are the checkpoint's own ({some(changed)})"] if changed else []
@@ -117,16 +118,16 @@ def _extra_tokens(checkpoint: Checkpoint) -> tuple[str, ...]:
     return () if told and not any(ANSWER_TOKEN in text for text in told) else (ANSWER_TOKEN,)
 
 
-def _fill(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, below: Path | None) -> list[str]:
+def _fill(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, start: str | Path | None) -> list[str]:
     """Put the bridge in place, in the number formats it is kept in; what it builds on first. Returns what to tell."""
     check_belongs(model, checkpoint)
-    if below is not None:
-        start_bridge(model, below)
+    if start is not None:
+        start_bridge(model, start)
         model.config.adapter_parts = _parts(checkpoint)
-    _check_whole(model, checkpoint, below is not None)
+    _check_whole(model, checkpoint, start is not None)
     put_bridge(model, checkpoint.bridge)
-    if below is not None:
-        return [f"it builds on {below}, which the adapter records"]
+    if start is not None:
+        return [f"it builds on {start}, which the adapter records"]
     without = take_rows(model, checkpoint.language, checkpoint.where)
     return [f"rows of the new tokens are not in the file for {some(without)}: they are the language model's"] if without else []
 

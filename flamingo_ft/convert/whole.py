@@ -24,15 +24,13 @@ def save_whole(
     model: FlamingoForConditionalGeneration,
     processor: FlamingoProcessor,
     folder: Path,
-    changed: Mapping[str, Tensor],
     checkpoint: Checkpoint,
 ) -> None:
-    """Write the model with the backbones' tensors that are the checkpoint's own, in the number formats that it has."""
-    replace_tensors(model, changed)
+    """Write a model that the checkpoint was put into, updates folded in, in the number formats that it has."""
     parts = fold_lora(model)
     close_attention(model.vision_encoder)
     formats = {parameter.dtype for parameter in model.parameters()}
-    origin = {"converted_from": checkpoint.format, "sha256": tensors_sha256(checkpoint.tensors()), "lora": parts}
+    origin = {"checkpoint_sha256": tensors_sha256(checkpoint.tensors()), "lora": parts}
     answer_greedily(model, processor)
     as_whole(model.config, reduce(torch.promote_types, formats), origin)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)

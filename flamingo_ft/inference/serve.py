@@ -40,11 +40,12 @@ def _check_free(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise UserError(f"serve: {host}:{port} cannot be listened on ({error.strerror}); give another --port") from None
+        problem = f"serve: {host}:{port} cannot be listened on ({error.strerror})"
+        raise UserError(f"{problem}; give another --port") from None
 
 
 def _introduce() -> None:
-    """The server finds class and kind of a model in transformers' table of names, which registering does not extend."""
+    """The server finds class and kind of a model in transformers' table of names, which registering leaves alone."""
     AutoModelForMultimodalLM.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
     names = {FlamingoConfig.model_type: FlamingoForConditionalGeneration.__name__}
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(names)

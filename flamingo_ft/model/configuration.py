@@ -9,6 +9,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
+
+register_mosaic_gpt()  # a text_config may be one
+
 # Raised when a key or a file of an adapter or a saved model changes its meaning.
 FORMAT_VERSION = 1
 
@@ -36,6 +40,7 @@ class FlamingoConfig(PreTrainedConfig):
         bridge_quantization: how the frozen parts of the bridge were kept, None for unquantized.
         adapter_parts: the parts of the bridge that adapters of this model hold, None for all; the base has the others.
         merged: what was merged into this model, None for a model that is no merge.
+        converted_from: the format of another Flamingo's checkpoint that the bridge came from, None for one trained here.
         open_attention: whether the tower's attention has linear layers for its matrices (`backbones.attention`), which
             is how a quantized tower is stored.
         format_version: version of this package's file format.
@@ -62,6 +67,7 @@ class FlamingoConfig(PreTrainedConfig):
     bridge_quantization: dict[str, Any] | None = None
     adapter_parts: list[str] | None = None
     merged: dict[str, Any] | None = None
+    converted_from: str | None = None
     format_version: int = FORMAT_VERSION
     tie_word_embeddings: bool = False
 

@@ -19,7 +19,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 
-from .quantized import stored_config
+from .configuration import FlamingoConfig
+from .quantized import WHERE
 
 PUTS_TOGETHER = "flamingo_ft.adapters.from_parts"
 OF_THE_CLIENT = ("cache_dir", "force_download", "local_files_only", "token")  # options that say how files are fetched
@@ -49,8 +50,9 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
     if name is None or (Path(name).is_dir() and not holds_parts(Path(name))):
         return None
     if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
-        return Parts(_fetch(name, options), _fetch(adapter, {**options, "revision": None, **options["adapter_kwargs"]}))
-    if not Path(name).is_dir() and stored_config(name, options).merged:
+        of_adapter = {**options, "revision": None, **options["adapter_kwargs"]}
+        return Parts(_fetch(name, options), _fetch(adapter, of_adapter))
+    if not Path(name).is_dir() and _is_merged(name, options):
         return None
     folder = _fetch(name, options)
     if not holds_parts(folder):
@@ -61,6 +63,20 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
     return Parts(base and _fetch(base, {**options, "revision": None}), folder)
 
 
+def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
+    """Whether a repository holds a merged model, by its configuration. UserError where it is another model's."""
+    if isinstance(options.get("config"), FlamingoConfig):
+        return bool(options["config"].merged)
+    where = {key: options[key] for key in WHERE if key in options}
+    config, _ = FlamingoConfig.get_config_dict(name, **where)
+    if config.get("model_type") != FlamingoConfig.model_type:
+        raise UserError(
+            f"{name}: holds a {config.get('model_type')} model, no Flamingo; where an adapter names it as its base, load "
+            "the adapter's folder itself, or let the adapter name a composition"
+        )
+    return bool(config.get("merged"))
+
+
 def holds_parts(folder: Path) -> bool:
     """Whether a folder has a Flamingo's configuration, and not the weights of a whole one."""
     return (folder / CONFIG_NAME).is_file() and not any(any(folder.glob(weights)) for weights in WHOLE)
@@ -68,7 +84,8 @@ def holds_parts(folder: Path) -> bool:
 
 def named_composition(adapter: Path) -> str | None:
     """The composition that an adapter names as its base; None where it names its language model alone."""
-    config, peft = (json.loads((adapter / file).read_text(encoding="utf-8")) for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    texts = ((adapter / file).read_text(encoding="utf-8") for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    config, peft = map(json.loads, texts)
     named = peft.get("base_model_name_or_path")
     return None if named == ((config.get("backbones") or {}).get("language") or {}).get("name") else named
 
@@ -79,5 +96,6 @@ def _fetch(name: Any, options: Mapping[str, Any]) -> Path:
         return folder / (options.get("subfolder") or "")
     if options.get("subfolder"):
         raise UserError(f"{name}: parts of a model are looked for at the top of a repository; leave subfolder out")
-    revision, given = options.get("revision"), {key: options[key] for key in OF_THE_CLIENT if options.get(key) is not None}
+    given = {key: options[key] for key in OF_THE_CLIENT if options.get(key) is not None}
+    revision = options.get("revision")
     return fetch_model(f"{name}@{revision}" if revision else name, **given)

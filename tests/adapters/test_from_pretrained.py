@@ -24,6 +24,11 @@ RUNS = {
     "quantized": (*regimes.REGIMES["LoRA everywhere"], *regimes.quantized("nf4", "LoRA")),
 }
 
+SLOW = ("bridge and LoRA", "quantized")
+each_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in SLOW else kind for kind in RUNS]
+)
+
 
 @pytest.fixture(scope="module")
 def adapters(trained_start, tmp_path_factory):
@@ -51,7 +56,7 @@ def adapter_with_base(adapters, kind, tmp_path):
     return tmp_path / "adapter", tmp_path / "base"
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@each_kind
 def test_an_adapters_folder_loads_as_load_adapter_loads_it(adapters, kind):
     expected, processor = load_adapter(adapters / kind)
     found = auto(adapters / kind)
@@ -60,7 +65,7 @@ def test_an_adapters_folder_loads_as_load_adapter_loads_it(adapters, kind):
     assert not any(parameter.requires_grad for parameter in found.parameters())
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@each_kind
 def test_a_composition_loads_as_the_base_of_its_adapter(adapters, kind, tmp_path):
     write_composition(adapters / kind, tmp_path / "base")
     torch.manual_seed(0)
@@ -72,7 +77,7 @@ def test_a_composition_loads_as_the_base_of_its_adapter(adapters, kind, tmp_path
     assert (tmp_path / "base" / BRIDGE_FILE).exists() == (kind in ("LoRA everywhere", "quantized"))
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@each_kind
 def test_peft_puts_an_adapter_that_names_its_composition_together(adapters, kind, tmp_path):
     adapter, _ = adapter_with_base(adapters, kind, tmp_path)
     expected, processor = load_adapter(adapters / kind)
@@ -132,6 +137,7 @@ def test_every_kind_has_its_configuration_and_processor(adapters, tmp_path):
         assert isinstance(AutoProcessor.from_pretrained(folder), flamingo_ft.FlamingoProcessor)
 
 
+@pytest.mark.slow
 def test_a_merged_model_loads_as_before(adapters, tmp_path):
     merge_adapter(adapters / "bridge and LoRA", tmp_path / "merged", dtype=torch.float32, with_code=True)
     expected, processor = load_adapter(adapters / "bridge and LoRA")
@@ -168,6 +174,18 @@ def test_options_that_parts_cannot_have_are_refused_in_one_line(adapters, option
     with pytest.raises(UserError, match=message) as error:
         flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapters / "bridge", **options)
     assert "\n" not in str(error.value)
+
+
+def test_an_attention_implementation_reaches_the_language_model(adapters):
+    model, usual = auto(adapters / "bridge", attn_implementation="eager"), auto(adapters / "bridge")
+    assert model.lang_encoder.config._attn_implementation == "eager"
+    assert usual.lang_encoder.config._attn_implementation != "eager"
+
+
+@pytest.mark.parametrize("change", [{"media_visibility": "all_preceding"}, {"output_hidden_states": True}])
+def test_a_configuration_that_was_changed_is_refused(adapters, change):
+    with pytest.raises(UserError, match=f"cannot take {next(iter(change))} "):
+        auto(adapters / "bridge", **change)
 
 
 def test_a_loading_report_says_that_nothing_is_missing(adapters):

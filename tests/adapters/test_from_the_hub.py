@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import AutoPeftModel
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 
 import flamingo_ft
 from flamingo_ft.adapters import load_adapter, name_base, save_adapter, write_composition
@@ -18,8 +18,8 @@ from ..hub_server import READER, WRITER
 
 @pytest.fixture
 def pushed(hub, small_run):
-    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it builds on is
-    here no longer."""
+    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it builds on
+    is here no longer."""
     adapter, base = "somebody/digits", "somebody/digits-base"
     model, processor = regimes.build(*regimes.REGIMES["LoRA everywhere"])
     regimes.shake(model, 0.3)
@@ -50,6 +50,18 @@ def test_the_adapters_name_is_enough(pushed):
         assert torch.equal(regimes.logits(found, processor), expected)
 
 
+@pytest.mark.slow
+def test_an_adapter_that_names_its_language_model_alone_is_told_what_it_lacks(pushed, hub, tmp_path):
+    api = HfApi(endpoint=hub.url, token=WRITER)
+    api.create_repo("somebody/lm")
+    api.upload_file(repo_id="somebody/lm", path_or_fileobj=b'{"model_type": "opt"}', path_in_repo="config.json")
+    with pytest.raises(UserError, match="somebody/lm: holds a opt model, no Flamingo"):
+        flamingo_ft.FlamingoForConditionalGeneration.from_pretrained("somebody/lm")
+    fetched = [request for request in hub.requests if "somebody/lm/resolve/" in request]
+    assert fetched and all(request.endswith("config.json") for request in fetched)
+
+
+@pytest.mark.slow
 def test_a_composition_on_the_hub_is_the_base(pushed):
     _, base, _ = pushed
     model = AutoModelForImageTextToText.from_pretrained(base)
@@ -59,11 +71,12 @@ def test_a_composition_on_the_hub_is_the_base(pushed):
 def test_revision_token_and_cache_are_those_that_were_given(pushed, hub, tmp_path):
     adapter, base, expected = pushed
     commit = hub.repositories[adapter].history[-1].oid
-    HfApi(endpoint=hub.url, token=WRITER).upload_file(repo_id=adapter, path_or_fileobj=b"{}", path_in_repo="config.json")
+    api = HfApi(endpoint=hub.url, token=WRITER)
+    api.upload_file(repo_id=adapter, path_or_fileobj=b"{}", path_in_repo="config.json")
     hub.repositories[adapter].private = hub.repositories[base].private = True
     given = {"revision": commit, "token": READER, "cache_dir": tmp_path / "elsewhere"}
-    with pytest.raises(UserError, match="private"):
-        flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter, config=AutoConfig.for_model("flamingo"))
+    with pytest.raises(OSError, match="private"):
+        flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter)
     found = flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter, **given)
     assert len(list((tmp_path / "elsewhere").glob("models--*"))) == 2
     assert not (tmp_path / "hub_cache").exists()

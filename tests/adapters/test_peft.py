@@ -39,9 +39,9 @@ def pairs(trained_start, tmp_path_factory):
     return found
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["bridge and LoRA", pytest.param("LoRA", marks=pytest.mark.slow)])
 def pair(request, pairs):
-    """Both folders of a kind, what each adapter says, and what the first one's LoRA says with the second one's bridge."""
+    """Both folders of a kind, what each adapter says, and what the first one's LoRA says with the other's bridge."""
     first, second = pairs[request.param]
     (model, processor), (other, _) = load_adapter(first), load_adapter(second)
     said = [regimes.logits(model, processor), regimes.logits(other, processor)]
@@ -101,6 +101,7 @@ def test_replacing_an_adapter_takes_its_bridge_along_and_no_more_memory(pair):
     assert adapters.names == ["first"]
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_shape_takes_no_ones_place(pairs, trained_start, tmp_path, monkeypatch):
     monkeypatch.chdir(trained_start)
     model, processor = regimes.build("lora.language={r: 3, lora_alpha: 8}")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flamingo_ft.adapters import load_adapter, merge_adapter, save_adapter
+from flamingo_ft.adapters import load_adapter, merge_adapter, save_adapter, write_composition
 from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.errors import UserError
@@ -26,6 +26,24 @@ def test_a_second_stage_starts_where_the_first_ended(small_run, what):
     start = {"an adapter": "start", "a merged model": "merged"}[what]
     torch.testing.assert_close(logits(*build(f"model.init_from={start}")), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(logits(*build(*LORA_ONLY, f"model.init_from={start}")), expected, rtol=0, atol=1e-5)
+
+
+def test_a_run_may_start_from_the_base_of_other_adapters_and_shares_it(small_run):
+    model, processor = build(*LORA_ONLY)
+    save_adapter(model, processor, Path("first"))
+    write_composition("first", "base")
+    shutil.rmtree("start")
+    other, _ = build(*LORA_ONLY, "model.init_from=base")
+    assert torch.equal(logits(other, processor), logits(model, processor))
+    assert other.config.bridge_init["sha256"] == model.config.bridge_init["sha256"]
+    save_adapter(other, processor, Path("second"))
+    write_composition("second", "again")
+    for path in Path("base").iterdir():
+        assert path.read_bytes() == (Path("again") / path.name).read_bytes(), path.name
+    write_start(Path("whole"))
+    write_composition("whole", "bare")
+    with pytest.raises(UserError, match="has no bridge; leave it out"):
+        build("model.init_from=bare")
 
 
 def test_a_second_stage_may_quantize_what_the_first_did_not(small_run):

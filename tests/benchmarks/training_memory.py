@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MptConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from flamingo_ft.adapters import add_lora, set_trainable
@@ -41,11 +41,11 @@ from flamingo_ft.training.plan.tracker import LiveBytes
 from flamingo_ft.training.trainer import make_trainer
 
 GIB = 2**30
-# MPT-7B, MPT-1B (as an MPT of transformers), and something that trains on a CPU: width, layers, tower, interval.
+# MPT-7B, MPT-1B, and something that trains on a CPU: type, width, layers, tower, interval.
 SHAPES = {
-    "openflamingo-9b": (4096, 32, "ViT-L-14", 4),
-    "openflamingo-3b": (2048, 24, "ViT-L-14", 1),
-    "scaled": (1024, 8, "ViT-B-32", 2),
+    "openflamingo-9b": ("mpt", 4096, 32, "ViT-L-14", 4),
+    "openflamingo-3b": ("mosaic_gpt", 2048, 24, "ViT-L-14", 1),
+    "scaled": ("mpt", 1024, 8, "ViT-B-32", 2),
 }
 TARGETS_GIB = {("openflamingo-9b", "bridge"): 12, ("openflamingo-9b", "lora"): 8, ("openflamingo-3b", "bridge"): 8}
 SMALL = ["train.gradient_checkpointing=true", "trainable.dtype=bf16", "train.optimizer=paged_adamw_8bit"]
@@ -67,9 +67,9 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps freed tensor
 
 def write_recipe(folder: Path, shape: str, text_tokens: int, images: int) -> Path:
     """The shape's language model as far as a plan needs it, samples of one size, and a recipe over both."""
-    width, layers, tower, every = SHAPES[shape]
+    model_type, width, layers, tower, every = SHAPES[shape]
     sizes = {"d_model": width, "n_layers": layers, "n_heads": width // 128, "vocab_size": VOCABULARY}
-    MptConfig(**sizes, dtype="bfloat16", architectures=["MptForCausalLM"]).save_pretrained(folder / "lm")
+    AutoConfig.for_model(model_type, **sizes, dtype="bfloat16").save_pretrained(folder / "lm")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(NANO_FOLDER / name, folder / "lm" / name)
     write_samples(folder, AutoTokenizer.from_pretrained(folder / "lm"), text_tokens, images)
@@ -120,9 +120,7 @@ def source(section: object) -> dict:
     return {"name": section.name, "revision": None, "sha256": "random"}
 
 
-def random_language(
-    config: MptConfig, quantization: Quantization, device: str
-) -> PreTrainedModel:
+def random_language(config: PreTrainedConfig, quantization: Quantization, device: str) -> PreTrainedModel:
     """A language model of random weights; no more than one matrix of it is ever there unquantized."""
     dtype = quantization.dtype
     with torch.device("meta"):

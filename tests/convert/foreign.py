@@ -132,10 +132,10 @@ def save_multimodal_gpt(path: Path, tensors: Tensors, alpha: int = 16) -> Path:
     return path
 
 
-def save_otter(folder: Path, tensors: Tensors, shards: int = 2) -> Path:
+def save_otter(folder: Path, tensors: Tensors, shards: int = 2, **config: object) -> Path:
     """A folder of transformers' with several files."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "otter", "cross_attn_every_n_layers": 2}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "otter", "cross_attn_every_n_layers": 2, **config}))
     names = sorted(tensors)
     parts = {f"pytorch_model-{i + 1:05}-of-{shards:05}.bin": names[i::shards] for i in range(shards)}
     for file, part in parts.items():

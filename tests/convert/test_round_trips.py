@@ -130,3 +130,19 @@ def test_the_bridge_keeps_the_number_format_it_came_in(dtype, backbones, tmp_pat
     import_checkpoint(foreign.save(tmp_path / "checkpoint.pt", bridge), tmp_path / "adapter", backbones["mpt"])
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
     assert_holds(read_stored(tmp_path / "back.pt").tensors, bridge)
+
+
+@pytest.mark.parametrize("family", ["mpt"])
+def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbones, tmp_path):
+    whole = foreign.otter_whole(family)
+    updates = {name: t for name, t in foreign.multimodal_gpt(family).items() if "decoder_layer" in name}
+    wrapped = {name.replace("lang_encoder.", "lang_encoder.base_model.model."): t for name, t in whole.items()} | updates
+    folder = foreign.save_otter(tmp_path / "otter", wrapped, lora_config={"r": foreign.RANK, "lora_alpha": 4})
+    import_checkpoint(folder, tmp_path / "model", backbones[family])
+    export_otter(tmp_path / "model", tmp_path / "back")
+    back = read_stored(tmp_path / "back").tensors
+    for name, tensor in whole.items():
+        bare = name.replace("lang_encoder.", "lang_encoder.base_model.model.").removesuffix(".weight")
+        a, b = (updates.get(f"{bare}.lora_{which}.default.weight") for which in "AB")
+        expected = tensor if a is None else tensor + 4 / foreign.RANK * b @ a
+        assert torch.allclose(back[name], expected, atol=1e-6), name

@@ -15,7 +15,7 @@ PROMPT = "Which digit is this?"
 
 
 def make_flamingo():
-    """Around the nano backbones, with a random bridge that lets images matter, and sampling as its language model's wish."""
+    """Around the nano backbones, with a random bridge that lets images matter; its language model wishes to sample."""
     torch.manual_seed(0)
     small = {"heads": 2, "dim_head": 8}
     language = load_language("nano")
@@ -32,10 +32,11 @@ def make_flamingo():
 
 @torch.no_grad()
 def end_in_the_middle(model, processor, paths) -> None:
-    """Let the end of a chunk, which the language model does not know as an end, be likelier than a late word of its answer."""
+    """Let the end of a chunk, which the language model does not know as an end, be likelier than a late word."""
     head, rows = model.lang_encoder.get_output_embeddings().weight, model.token_rows.output.weight
-    question = {"messages": [{"role": "user", "content": place_images(PROMPT, 1)}], "images": paths[:1], "where": "here"}
-    said = processor.tokenizer(answer_batch(model, processor, [question], 64)[0], add_special_tokens=False)["input_ids"]
+    messages = [{"role": "user", "content": place_images(PROMPT, 1)}]
+    (words,) = answer_batch(model, processor, [{"messages": messages, "images": paths[:1], "where": "here"}], 64)
+    said = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
     end = model.token_rows.token_ids.index(model.config.eoc_token_id)
     rows[end] = 1.01 * head[next(word for word in said if word not in said[:4])]
 

@@ -1,4 +1,4 @@
-"""transformers' own generation says what `flamingo-ft generate` says: plain, through a pipeline, from each kind of folder."""
+"""transformers' own generation, plain and through a pipeline, says what `flamingo-ft generate` says."""
 
 import pytest
 from PIL import Image
@@ -18,7 +18,8 @@ def asked(request, folders):
 
 
 def chat(paths, kind="image"):
-    return [{"role": "user", "content": [*({"type": "image", kind: str(p)} for p in paths), {"type": "text", "text": PROMPT}]}]
+    images = [{"type": "image", kind: str(path)} for path in paths]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": PROMPT}]}]
 
 
 def test_the_answers_differ_and_one_ends_early(asked):

@@ -9,12 +9,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from openai import OpenAI
 
 import flamingo_ft
+from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import serve
 from flamingo_ft.inference.answer import answer
@@ -72,15 +74,32 @@ def test_a_served_model_says_what_generate_says_whole_and_streamed(served, image
     assert len(pieces) > 3 and "".join(pieces).strip() == expected
 
 
+@pytest.mark.slow
+def test_requests_at_the_same_time_get_the_answers_to_their_own_images(served):
+    folder, paths, client = served
+    asked = [paths[:1], paths[1:], paths, paths[::-1]]
+    expected = [answer(folder, images, PROMPT) for images in asked]
+
+    def ask(images):
+        found = client.chat.completions.create(model=str(folder), messages=dialogue(images), max_tokens=64)
+        return found.choices[0].message.content.strip()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, asked * 3)) == expected * 3
+    assert len(set(expected)) > 1
+
+
 def test_without_the_servers_packages_the_command_to_install_them_is_told(monkeypatch):
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     with pytest.raises(UserError, match=r'not installed; run: pip install "flamingo_ft\[serve\]"$'):
         serve.serve("anywhere", "localhost", 8000)
 
 
-def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path):
-    with pytest.raises(UserError, match="no adapter and no merged model"):
-        serve.serve(str(tmp_path), "localhost", 8000)
+def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path, capsys):
+    assert main(["serve", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(
+        "no adapter and no merged model; give the folder that a run or a merge wrote\n"
+    )
     folder, _ = folders
     with socket.create_server(("localhost", 0)) as taken, pytest.raises(UserError, match="give another --port"):
         serve.serve(str(folder / "adapter"), "localhost", taken.getsockname()[1])

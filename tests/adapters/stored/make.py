@@ -21,7 +21,12 @@ SMALL = {"heads": 1, "dim_head": 8, "ff_mult": 1}
 TARGETS = {
     "bridge": {},
     "bridge_and_lora": {"language": ["q_proj", "v_proj"]},
-    "lora_on_a_bridge": {"language": ["q_proj"], "cross_attention": ["to_q"], "perceiver": ["to_kv"], "vision": ["in_proj"]},
+    "lora_on_a_bridge": {
+        "language": ["q_proj"],
+        "cross_attention": ["to_q"],
+        "perceiver": ["to_kv"],
+        "vision": ["in_proj"],
+    },
 }
 START = "1_bridge"  # beside the folder that is written
 

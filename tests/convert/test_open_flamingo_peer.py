@@ -1,0 +1,91 @@
+"""open-flamingo 2.0.1 itself: it loads what is written for it, and what it saves comes in, with equal logits.
+
+    pip install --no-deps open-flamingo==2.0.1 einops einops-exts
+
+Without it, the same is held against what was recorded from it (`test_round_trips`, tests/golden).
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+import torch
+
+from flamingo_ft.adapters import add_lora, load_adapter, save_adapter, set_trainable
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.config import LoraPart, LoraSection, TrainableSection
+from flamingo_ft.convert import export_open_flamingo, import_checkpoint
+from flamingo_ft.model import build_flamingo
+from tests.golden.recorded import TOLERANCE
+from tests.regimes import shake
+
+from .backbones import FAMILIES
+from .test_round_trips import EVERY, logits
+
+pytest.importorskip("open_flamingo")
+pytestmark = pytest.mark.slow
+LORA = LoraSection(**dict.fromkeys(("language", "cross_attention", "vision"), LoraPart(r=2)))
+
+
+def peer(family):
+    from tests.golden.record_open_flamingo import peer_flamingo
+
+    return peer_flamingo(family, EVERY)[0]
+
+
+@torch.no_grad()
+def peer_logits(model, family):
+    from tests.golden import cases
+
+    batch = cases.interleaved(family)
+    return model.double()(batch.vision_x.double(), batch.input_ids, batch.attention_mask).logits
+
+
+def our_logits(folder, family):
+    return logits(load_adapter(folder)[0].double(), family)
+
+
+def distance(found, expected):
+    """In units of the largest; both were computed in float64, so that what differs are the weights."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["bridge", "with LoRA"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_loads_an_adapter_written_for_it(family, lora, backbones, tmp_path):
+    vision, language = load_vision(backbones[family].vision), load_language(backbones[family].language)
+    model, processor = build_flamingo(vision, language, cross_attn_every_n_layers=EVERY)
+    set_trainable(model, TrainableSection())
+    shake(model, 0.3)
+    if lora is not None:
+        add_lora(model, lora)
+        set_trainable(model, TrainableSection(cross_attention=True), lora)
+        shake(model, 0.1, seed=1)
+    save_adapter(model, processor, tmp_path / "adapter")
+    export_open_flamingo(tmp_path / "adapter", tmp_path / "checkpoint.pt")
+    other = peer(family)
+    keys = other.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True), strict=False)
+    assert not keys.unexpected_keys
+    assert not [key for key in keys.missing_keys if key.startswith("perceiver.") or "layers.gated" in key]
+    assert distance(peer_logits(other, family), our_logits(tmp_path / "adapter", family)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_it_saves_comes_in(family, backbones, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # imported there, not used
+    from open_flamingo.train.train_utils import filter_state_dict_to_trainable
+
+    other = peer(family)
+    other.requires_grad_(False)
+    for part in (other.perceiver, other.lang_encoder.gated_cross_attn_layers, other.lang_encoder.get_input_embeddings()):
+        part.requires_grad_(True)
+    with torch.no_grad():  # training moves the rows of its own two tokens, and of its bridge all
+        other.lang_encoder.get_input_embeddings().weight[-2:] += 0.5
+    state = filter_state_dict_to_trainable(other, other.state_dict())
+    torch.save({"epoch": 0, "model_state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "checkpoint_0.pt")
+    found = import_checkpoint(tmp_path / "checkpoint_0.pt", tmp_path / "adapter", backbones[family])
+    assert found.result == "adapter"
+    assert distance(our_logits(tmp_path / "adapter", family), peer_logits(other, family)) < TOLERANCE
