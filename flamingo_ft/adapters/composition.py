@@ -19,6 +19,7 @@ from flamingo_ft import __version__
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub.places import without_places
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 from .answering import answer_greedily
@@ -102,8 +103,8 @@ def _write_card(config: FlamingoConfig, folder: Path) -> None:
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
     text = environment.get_template("composition.md.jinja").render(
         version=__version__,
-        vision=config.backbones["vision"],
-        language=config.backbones["language"],
+        vision=without_places(config.backbones["vision"]),
+        language=without_places(config.backbones["language"]),
         bridge_init=config.bridge_init,
         kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
     )

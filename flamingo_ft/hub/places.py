@@ -6,7 +6,7 @@ import re
 from pathlib import PurePath
 from typing import Any
 
-_PLACE = re.compile(r"(?P<kind>local-dir:)?(?P<path>(/|~)[^\n]*)")
+_PLACE = re.compile(r"(?P<kind>local-dir:)?(?P<path>(/|~/)[^/\n][^\n]*)")
 
 
 def without_places(value: Any) -> Any:

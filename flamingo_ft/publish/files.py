@@ -12,25 +12,28 @@ from typing import Any
 import yaml
 
 from flamingo_ft.adapters.card import CARD, card_text
+from flamingo_ft.adapters.code import WITHOUT_THE_PACKAGE
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.hub.places import without_places
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-# Of a run's figures not the one that shows samples: its images are the user's.
 BELONGING = (
     *WEIGHTS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.py", "README.md", RECIPE_FILE,
-    PREDICTIONS_FILE, "log.jsonl", "figures/*.png",
+    PREDICTIONS_FILE, "log.jsonl",
 )  # fmt: skip
-NOT_BELONGING = ("figures/answers.png", "*/*/*", ".*", "*/.*")
-# Large, and read or written by tokenizers alone.
-AS_IT_IS = ("tokenizer.json", "vocab.json", "*.index.json")
+FIGURES, OF_SAMPLES = re.compile(r"figures/\w+\.png"), "figures/answers.png"  # the images in the latter are the user's
+# Their text is a model's vocabulary, where a slash is a slash.
+AS_IT_IS = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
+TOKENIZER = "tokenizer_config.json"
 PLACES_IN_PREDICTIONS = ("where", "images")
 
 
 def belongs(path: str) -> bool:
     """Whether a file, by its path in a folder, is of the adapter or the model there, and not of what else a run leaves."""
-    return any(fnmatch(path, one) for one in BELONGING) and not any(fnmatch(path, one) for one in NOT_BELONGING)
+    if "/" in path:
+        return bool(FIGURES.fullmatch(path)) and path != OF_SAMPLES
+    return any(fnmatch(path, one) for one in BELONGING) and not path.startswith(".")
 
 
 def is_weights(path: str) -> bool:
@@ -47,7 +50,11 @@ def files_of(folder: Path) -> dict[str, bytes | Path]:
 
 def with_card(folder: Path, repository: str, license: str | None = None) -> dict[str, bytes | Path]:
     """The same with a card of what lies there, under its name on the Hub."""
-    return files_of(folder) | {CARD: card_text(folder, repository, license).encode()}
+    files = files_of(folder)
+    text = card_text(folder, repository, license)
+    if any(name.endswith(".py") for name in files):
+        text += WITHOUT_THE_PACKAGE.replace("this/folder", repository)
+    return files | {CARD: text.encode()}
 
 
 def json_bytes(values: Any) -> bytes:
@@ -63,6 +70,8 @@ def _shown(name: str, path: Path) -> bytes | Path:
 def _rewriting(name: str) -> Callable[[str], bytes] | None:
     if any(fnmatch(name, one) for one in AS_IT_IS):
         return None
+    if name == TOKENIZER:
+        return lambda text: json_bytes(_tokenizer(json.loads(text)))
     if name == PREDICTIONS_FILE:
         return lambda text: b"".join(_prediction(line) for line in text.splitlines())
     if name.endswith(".json"):
@@ -72,6 +81,10 @@ def _rewriting(name: str) -> Callable[[str], bytes] | None:
             without_places(yaml.safe_load(text)), sort_keys=False, allow_unicode=True
         ).encode()
     return None
+
+
+def _tokenizer(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: without_places(one) if key.endswith(("_path", "_file")) else one for key, one in values.items()}
 
 
 def _prediction(line: str) -> bytes:
