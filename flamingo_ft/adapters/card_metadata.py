@@ -30,7 +30,7 @@ def metadata(
         eval_results=_results(evaluation, sources[1]),
         library_name="transformers" if config.merged else "peft",
         license=license,
-        model_name=name,
+        model_name=name if evaluation else None,
         pipeline_tag=TASK,
         tags=["flamingo_ft", "flamingo"],
         base_model_relation=("finetune" if config.merged else "adapter") if base_models(config) else None,

@@ -113,7 +113,7 @@ def is_unreachable(error: Exception) -> bool:
 
 def quoted(error: BaseException) -> str:
     """What the client said, on one line, without a token and without what a signed address carries."""
-    text = one_line(error) or type(error).__name__
+    text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", TOKEN.sub("hf_...", str(error)))
     for secret in filter(None, [get_token()]):
         text = text.replace(secret, "...")
-    return re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", TOKEN.sub("hf_...", text))
+    return one_line(RuntimeError(text)) or type(error).__name__
