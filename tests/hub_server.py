@@ -168,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
         elif failure.status is None:
             self._drop()
         else:
-            self._error(failure.status, "as asked")
+            self._error(failure.status, f"as asked, by who has {self._token()}")  # a Hub that tells it
 
     def _drop(self) -> None:
         self.close_connection = True

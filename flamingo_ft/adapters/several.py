@@ -63,7 +63,7 @@ class Adapters:
         """Load another adapter of the same base, and use it. UserError for a name that is taken and for another base."""
         self._check_new(name)
         folder = fetch_model(folder)
-        _check_same_base(folder, self._base, read_config(folder))
+        check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
         if lora is not None:
             self._inject(name, lora)
@@ -81,7 +81,7 @@ class Adapters:
         """
         folder = fetch_model(folder)
         self._check_known(name)
-        _check_same_base(folder, self._base, read_config(folder))
+        check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
         there = self._peft.peft_config[name] if self._has_lora(name) else None
         differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(there, key, None)]
@@ -185,7 +185,7 @@ class Adapters:
             raise UserError(f"no adapter named {name}; loaded are {', '.join(self._folders)}")
 
 
-def _check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -> None:
+def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -> None:
     """Refuse an adapter whose base is another, in backbones, bridge or what it holds of the bridge."""
     for part in ("vision", "language"):
         check_backbone(folder, part, found.backbones[part], base.backbones[part])

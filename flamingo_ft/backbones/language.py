@@ -14,15 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    StrictDataclassError,
-)
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -42,6 +34,8 @@ from flamingo_ft.backbones.identity import files_sha256, has_vocabulary
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.quantization import Quantization, settle
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.hub.fetch import download
+from flamingo_ft.hub.names import commit_of
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 
@@ -120,7 +114,7 @@ def load_language(
         tokenizer=_load(AutoTokenizer, words, tokenizer, **code),
         source={
             "name": name,
-            "revision": _commit(folder),
+            "revision": commit_of(folder),
             "sha256": files_sha256(folder),
             "quantization": quantization.record() if quantization else None,
         },
@@ -165,43 +159,13 @@ def language_folder(
         raise UserError(f"the nano language model is missing from {folder}; install the package again")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"language model {name!r} is no folder and no Hub repository; check the path")
+    asked = f"language model {name}" + (f" (revision {revision})" if revision else "")
     formats = ["*.safetensors", "*.bin"] if weights else ["*.json"]
     for form in formats:
-        folder = _download(name, revision, local_files_only, [*SMALL_FILES, form])
+        folder = download(asked, name, revision, [*SMALL_FILES, form], NOT_NEEDED, local_files_only=local_files_only)
         if any(folder.glob(form)):
             break
     return folder
-
-
-def _download(name: str, revision: str | None, local_files_only: bool, patterns: list[str]) -> Path:
-    """Fetch the files of a Hub repository that match `patterns` into the cache, unless they are there."""
-    asked = f"language model {name}" + (f" (revision {revision})" if revision else "")
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_files_only,
-                allow_patterns=patterns,
-                ignore_patterns=NOT_NEEDED,
-            )
-        )
-    except GatedRepoError:
-        remedy = "accept its terms on huggingface.co, then run `hf auth login`"
-        raise UserError(f"{asked} is gated; {remedy}") from None
-    except RevisionNotFoundError:
-        raise UserError(f"{asked} is not on the Hub, though the repository is; check the revision") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"{asked} is no folder and not on the Hub, or is private; check the name") from None
-    except LocalEntryNotFoundError:
-        reached = "was not to be asked" if local_files_only else "could not be reached"
-        raise UserError(
-            f"{asked} is no folder and not in the cache, and the Hub {reached}; "
-            "check the name and the network, or give a folder"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        problem = f"{asked} could not be downloaded: {one_line(error)}"
-        raise UserError(f"{problem}; try again, or give a folder") from error
 
 
 def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
@@ -256,8 +220,3 @@ def _load(auto_class: type, folder: Path, name: str, **options: object) -> objec
             remedy = "it comes with code of its own: pass trust_remote_code=True if you trust that"
         problem = f"language model {name} does not load ({auto_class.__name__}): {one_line(error)}"
         raise UserError(f"{problem}; {remedy}") from error
-
-
-def _commit(folder: Path) -> str | None:
-    """The commit of a folder in the Hugging Face cache, .../snapshots/<commit>; None elsewhere."""
-    return folder.name if folder.parent.name == "snapshots" else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import open_clip
 from open_clip.pretrained import download_pretrained_from_hf
 
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.hub.errors import told
+from flamingo_ft.hub.names import commit_of
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
 CONFIG_FILE = "open_clip_config.json"
@@ -80,7 +81,7 @@ def _locate_architecture(name: str, pretrained: str | None, revision: str | None
         repository, file = os.path.split(tag["hf_hub"])
         weights = _download(repository, file or None, revision)
         model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
-        return Located(name, _tower_config(model_cfg), str(weights), True, tag, _commit(weights))
+        return Located(name, _tower_config(model_cfg), str(weights), True, tag, commit_of(weights))
     _refuse_unknown_tag(name, pretrained)
     return Located(name, _tower_config(model_cfg), pretrained)
 
@@ -96,8 +97,8 @@ def _refuse_unknown_tag(name: str, pretrained: str) -> None:
 
 def _locate_on_hub(repository: str, revision: str | None) -> Located:
     config_file = _download(repository, CONFIG_FILE, revision)
-    _download(repository, None, _commit(config_file))
-    return _locate_folder(config_file.parent, _commit(config_file))
+    _download(repository, None, commit_of(config_file))
+    return _locate_folder(config_file.parent, commit_of(config_file))
 
 
 def _locate_folder(folder: Path, revision: str | None = None) -> Located:
@@ -124,16 +125,8 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
     try:
         return Path(download_pretrained_from_hf(repository, filename=file, revision=revision))
     except FileNotFoundError as error:  # open_clip turns every failure into this one
-        raise UserError(
-            f"{one_line(error)} (revision {revision or 'main'}); "
-            "check the name, the revision and the network, or give a folder"
-        ) from error
-
-
-def _commit(file: Path) -> str | None:
-    """The commit in a path of the Hugging Face cache, .../snapshots/<commit>/...; None elsewhere."""
-    found = re.search(r".*/snapshots/([^/]+)/", file.as_posix())
-    return found.group(1) if found else None
+        wanted = f"{file or 'weights'} of vision tower {repository} (revision {revision or 'main'})"
+        raise told(wanted, error) from None
 
 
 def _tower_config(model_cfg: dict) -> dict:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from flamingo_ft.adapters import merge_adapter, write_composition
 from flamingo_ft.adapters.files import LORA_CONFIG, WEIGHTS, read_config, read_flamingo_config
+from flamingo_ft.adapters.several import check_same_base
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import HubName, fetch_model
 from flamingo_ft.hub.names import NAME
@@ -108,48 +108,41 @@ def _push_adapter(
 ) -> Pushed:
     """The base first: an adapter that is there can be loaded."""
     base = shared or repository + BASE_ENDING
-    _tell_local_parts(folder, read_config(folder), say)
-    with _composition(folder, start) as composition:
-        if shared:
-            _check_same_base(composition, shared)
-        for name in [repository] if shared else [base, repository]:
-            make_repository(name, private, branch)
-        if not shared:
-            _commit(base, files_of(composition), branch, say)
+    config = read_config(folder)
+    _tell_local_parts(folder, config, say)
+    if shared:
+        check_same_base(folder, read_flamingo_config(fetch_model(shared)), config)
+        make_repository(repository, private, branch)
+    else:
+        _push_base(folder, base, repository, private, branch, start, say)
     files = with_card(folder, repository, license)
     named = base if branch is None or shared else str(HubName(base, branch))
     files[LORA_CONFIG] = json_bytes(json.loads(files[LORA_CONFIG]) | {"base_model_name_or_path": named})
     return Pushed(repository, base, _commit(repository, files, branch, say))
 
 
-@contextmanager
-def _composition(folder: Path, start: str | Path | None) -> Iterator[Path]:
+def _push_base(
+    folder: Path,
+    base: str,
+    repository: str,
+    private: bool,
+    branch: str | None,
+    start: str | Path | None,
+    say: Callable[[str], None],
+) -> None:
+    """Write the adapter's composition and push it, where the adapter may be pushed too."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "base"
-        write_composition(folder, out, start=start)
-        yield out
+        composition = Path(scratch) / "base"
+        write_composition(folder, composition, start=start)
+        for name in (base, repository):
+            make_repository(name, private, branch)
+        _commit(base, files_of(composition), branch, say)
 
 
 def _commit(repository: str, files: dict[str, bytes | Path], branch: str | None, say: Callable[[str], None]) -> str:
     size = sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in files.values())
     say(f"{repository}: {len(files)} files, {size / 1e6:,.1f} MB")
     return upload(repository, files, "Pushed with flamingo_ft", branch=branch, replaced=is_weights, say=say)
-
-
-def _check_same_base(composition: Path, shared: str) -> None:
-    """Refuse to share a base that is another one."""
-    ours, theirs = (_content(read_flamingo_config(place)) for place in (composition, fetch_model(shared)))
-    for part, content in ours.items():
-        if theirs[part] != content:
-            raise UserError(
-                f"{shared}: another base: its {part} has content {str(theirs[part])[:12]}, the adapter's {str(content)[:12]}; "
-                "name the adapter's own, or leave --base out"
-            )
-
-
-def _content(config: FlamingoConfig) -> dict[str, str | None]:
-    parts = {f"{part} backbone": config.backbones[part]["sha256"] for part in ("vision", "language")}
-    return parts | {"bridge": (config.bridge_init or {}).get("sha256")}
 
 
 def _tell_local_parts(folder: Path, config: FlamingoConfig, say: Callable[[str], None]) -> None:

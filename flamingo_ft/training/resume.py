@@ -14,6 +14,7 @@ from flamingo_ft.errors import UserError
 from .checkpoints import checkpoint_root, newest_good, read_manifest, set_aside_after
 from .hub import fetch_newer
 from .output_dir import METRICS_FILE
+from .start_from import as_pinned
 
 # Keys that may change within a run: where it is kept and shown, and how fast its data come.
 FREE = {
@@ -67,7 +68,8 @@ def find_start(recipe: Recipe) -> Start:
 
 def _refuse_another(recipe: Recipe, folder: Path) -> None:
     earlier = load_recipe(folder / RECIPE_FILE, require=())
-    differing = list(_differences(earlier.model_dump(mode="json"), recipe.model_dump(mode="json")))
+    now = as_pinned(recipe, earlier)
+    differing = list(_differences(earlier.model_dump(mode="json"), now.model_dump(mode="json")))
     if differing:
         raise UserError("\n".join(f"{folder}: a run of another recipe: {line}" for line in differing))
 

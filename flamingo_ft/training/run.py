@@ -35,6 +35,7 @@ from .output_dir import METRICS_FILE, prepare_output_dir
 from .precision import check_precision
 from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
+from .start_from import with_pinned_start
 from .stopping import Stopping
 from .trackers import check_trackers, tracker_callbacks
 from .trainer import FlamingoTrainer, first_batches, make_trainer, rows_of
@@ -75,6 +76,7 @@ def _whole_run(
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     check_start(recipe.model)
+    recipe = processes.from_main(partial(with_pinned_start, recipe, start.checkpoint))
     processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
-from flamingo_ft.backbones import language
 from flamingo_ft.backbones.identity import files_sha256
 from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch
 from tests.model.tiny_language_models import make_tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -108,7 +108,7 @@ def test_weights_are_fetched_in_one_format_and_safetensors_first(folder, monkeyp
         asked.append([pattern for pattern in allow_patterns if pattern in ("*.safetensors", "*.bin")])
         return str(folder)
 
-    monkeypatch.setattr(language, "snapshot_download", download)
+    monkeypatch.setattr(fetch, "snapshot_download", download)
     load_language("org/tiny")
     assert asked == [["*.safetensors"]]
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -134,28 +134,28 @@ def test_parameters_are_float32_without_a_gpu_unless_asked_otherwise(tmp_path):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no", "no/such/folder", "~/no", "a b", ""])
 def test_a_path_that_leads_nowhere_is_an_error_without_a_download(name, monkeypatch):
-    monkeypatch.delattr(language, "snapshot_download")
+    monkeypatch.delattr(fetch, "snapshot_download")
     assert "is no folder" in refusal(name)
 
 
 def test_a_model_that_is_not_in_the_cache_is_an_error_when_the_hub_is_not_to_be_asked(hub):
-    assert "not in the cache" in refusal("org/tiny", local_files_only=True)
+    assert "in the cache" in refusal("org/tiny", local_files_only=True)
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RepositoryNotFoundError, "not on the Hub, or is private"),
+        (RepositoryNotFoundError, "is no folder here, and not on the Hub, or is private"),
         (GatedRepoError, "is gated; accept its terms"),
-        (RevisionNotFoundError, "check the revision"),
-        (HfHubHTTPError, "could not be downloaded: 500"),
+        (RevisionNotFoundError, "though the repository is; check the revision"),
+        (HfHubHTTPError, "failed (500 and more); try again"),
     ],
 )
 def test_what_the_hub_refuses_is_told_in_one_line(error, told, monkeypatch):
     def download(*args, **options):
-        raise error("500\nand more", response=MagicMock(headers={}))
+        raise error("500\nand more", response=MagicMock(headers={}, status_code=418))
 
-    monkeypatch.setattr(language, "snapshot_download", download)
+    monkeypatch.setattr(fetch, "snapshot_download", download)
     message = refusal("org/tiny", revision="v2")
     assert "org/tiny (revision v2)" in message
     assert told in message

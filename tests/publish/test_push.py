@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 
 from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters.card import card_text
+from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.cli import main
 from flamingo_ft.hub import retry
 from flamingo_ft.publish import push
@@ -26,14 +27,20 @@ BASE = f"{REPO}-base"
 
 @pytest.fixture
 def adapter(hub, small_run, monkeypatch):
-    """A run's folder as a user has it: an adapter that builds on a bridge, and what a run leaves beside."""
+    """A run's folder as a user has it: an adapter, and what a run leaves beside."""
     monkeypatch.setenv("HF_TOKEN", WRITER)
+    shutil.copytree("start", "run")
+    leave_a_run(small_run / "run", small_run)
+    return small_run / "run"
+
+
+@pytest.fixture
+def on_a_bridge(adapter):
+    """The same with LoRA on the bridge of another adapter."""
     model, processor = regimes.build(*regimes.REGIMES["LoRA only"])
     regimes.shake(model, 0.3)
-    folder = small_run / "run"
-    save_adapter(model, processor, folder)
-    leave_a_run(folder, small_run)
-    return folder
+    save_adapter(model, processor, adapter)
+    return adapter
 
 
 def leave_a_run(folder: Path, here: Path) -> None:
@@ -61,11 +68,11 @@ def told(capfd) -> str:
     return said
 
 
-def test_what_is_pushed_answers_as_what_was_pushed(adapter, hub, capfd):
+def test_what_is_pushed_answers_as_what_was_pushed(on_a_bridge, hub, capfd):
     asked = ["--image", "0.png", "--prompt", "Which shade?"]
     assert main(["generate", "run", *asked]) == 0
     answered = capfd.readouterr().out
-    expected = regimes.logits(*load_adapter(adapter))
+    expected = regimes.logits(*load_adapter(on_a_bridge))
     assert main(["push", "run", REPO]) == 0
     said = told(capfd)
     assert f"{REPO} is at {hub.url}/{REPO}/commit/" in said and f"its base in {BASE}" in said
@@ -77,8 +84,8 @@ def test_what_is_pushed_answers_as_what_was_pushed(adapter, hub, capfd):
     assert main(["eval", REPO, "--data", "train.jsonl"]) == 0
 
 
-def test_only_what_belongs_to_it_is_pushed_and_no_place_of_this_machine(adapter, hub, tmp_path):
-    push(adapter, REPO)
+def test_only_what_belongs_to_it_is_pushed_and_no_place_of_this_machine(on_a_bridge, hub, tmp_path):
+    push(on_a_bridge, REPO)
     files = hub.files(REPO)
     assert {path for path in files if "/" in path} == {"figures/loss.png", "figures/gates.png"}
     assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "config.json", "metrics.json"} <= {*files}
@@ -92,8 +99,9 @@ def test_only_what_belongs_to_it_is_pushed_and_no_place_of_this_machine(adapter,
     assert yaml.safe_load(files["resolved_recipe.yaml"])["data"]["train"][0]["path"] == "train.jsonl"
 
 
-def test_each_repository_is_one_commit_and_the_base_comes_first(adapter, hub):
-    pushed = push(adapter, REPO, private=True)
+@pytest.mark.slow
+def test_each_repository_is_one_commit_and_the_base_comes_first(on_a_bridge, hub):
+    pushed = push(on_a_bridge, REPO, private=True)
     assert pushed.base == BASE
     for name in (REPO, BASE):
         assert hub.repositories[name].private and len(hub.repositories[name].history) == 2
@@ -109,11 +117,12 @@ def test_a_base_is_shared_where_it_is_the_same_and_left_alone(adapter, hub, smal
     push(adapter, "somebody/second", base=BASE)
     assert not any(BASE in request and not request.startswith(("GET", "HEAD")) for request in hub.requests)
     assert "somebody/second-base" not in hub.repositories
-    regimes.write_start(small_run / "other")
+    regimes.write_start(small_run / "other", "model.cross_attn_every_n_layers=2")
     assert main(["push", "other", "somebody/third", "--base", BASE]) == 2
     assert "somebody/third" not in hub.repositories
 
 
+@pytest.mark.slow
 def test_a_branch_is_pushed_to_and_main_left_alone(adapter, hub):
     push(adapter, REPO)
     before = hub.files(REPO)
@@ -124,6 +133,9 @@ def test_a_branch_is_pushed_to_and_main_left_alone(adapter, hub):
 
 @pytest.mark.slow
 def test_a_merged_model_is_pushed_whole(adapter, hub, capfd):
+    model, processor = regimes.build(regimes.LORA)
+    regimes.shake(model, 0.02)
+    save_adapter(model, processor, adapter)
     assert main(["push", "run", REPO, "--merged"]) == 0
     assert BASE not in hub.repositories and "model.safetensors" in hub.files(REPO)
     assert str(adapter.parent).encode() not in hub.files(REPO)["merge.json"]
@@ -135,6 +147,7 @@ def test_a_merged_model_is_pushed_whole(adapter, hub, capfd):
     assert "is a merged model already" in told(capfd)
 
 
+@pytest.mark.slow
 def test_weights_of_an_earlier_push_do_not_stay(adapter, hub):
     push(adapter, REPO)
     digest = hub.store(b"w" * LARGE)
@@ -157,7 +170,7 @@ def test_what_was_uploaded_before_a_connection_dropped_is_not_sent_again(adapter
     assert uploads() == [] and len(hub.repositories[REPO].history) == 2
 
 
-@pytest.mark.parametrize("status", [429, 500, None])
+@pytest.mark.parametrize("status", [429, *(pytest.param(one, marks=pytest.mark.slow) for one in (500, None))])
 def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=retry.ATTEMPTS - 1, status=status)
     assert main(["push", "run", REPO]) == 0
@@ -169,10 +182,12 @@ def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
     ("request_", "status", "reason"),
     [
         ("POST /api/repos/create", 429, "the Hub takes no more requests from here for a while (429)"),
-        (f"POST /api/models/{REPO}/commit", 500, "the Hub is in trouble (500)"),
-        (f"POST /api/models/{REPO}/commit", 403, "the token may not write there"),
+        pytest.param(f"POST /api/models/{REPO}/commit", 500, "the Hub is in trouble (500)", marks=pytest.mark.slow),
+        pytest.param(f"POST /api/models/{REPO}/commit", 403, "the token may not write there", marks=pytest.mark.slow),
         (f"POST /api/models/{REPO}/commit", 404, "failed ("),
-        (f"POST /api/models/{REPO}/commit", None, "the connection to the Hub broke off ("),
+        pytest.param(
+            f"POST /api/models/{REPO}/commit", None, "the connection to the Hub broke off (", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(adapter, hub, capfd, request_, status, reason):
@@ -242,6 +257,19 @@ def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):
     (adapter / "config.json").write_text(json.dumps(config))
     data = ModelCard(card_text(adapter)).data
     assert data.base_model == ["org/words", "org/eyes"] and data.license is None
+
+
+@pytest.mark.slow
+def test_an_adapter_of_backbones_on_this_machine_is_pushed_with_a_word_of_it(adapter, hub, capfd, tmp_path):
+    copied = shutil.copytree(NANO_FOLDER, tmp_path / "words")
+    config = json.loads((adapter / "config.json").read_text())
+    config["backbones"]["language"]["name"] = str(copied)
+    (adapter / "config.json").write_text(json.dumps(config))
+    assert main(["push", "run", REPO]) == 0
+    assert "its language backbone is a folder of this machine, which nobody else has" in told(capfd)
+    for name in (REPO, BASE):
+        found = json.loads(hub.files(name)["config.json"])
+        assert found["backbones"]["language"]["name"] == "words" and str(tmp_path) not in str(found)
 
 
 def test_a_silent_hub_is_given_up(adapter, hub, monkeypatch, capfd):

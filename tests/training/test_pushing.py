@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import threading
 
@@ -150,23 +151,26 @@ def test_a_disk_without_links_gets_copies(root, hub, said, monkeypatch):
     assert on_hub(hub, 1) == contents(root / "step-1") and said == []
 
 
-def test_what_is_there_already_is_not_uploaded_again(root, hub, said):
+def test_what_is_there_already_is_not_uploaded_again(root, hub, said, trained_start):
+    folder = shutil.copytree(trained_start / "start", root / "step-1")
+    seal(folder, {"step": 1})
     with pushing.pushing(REPO, 2, said.append) as uploads:
-        uploads.push_checkpoint(checkpoint(root, 1))
-        uploads.push_run(run)
+        uploads.push_checkpoint(folder)
+        uploads.push_run(folder)
     assert titles(hub) == ["Checkpoint of step 1", "The trained adapter"]
-    assert sum(request.startswith("PUT /lfs/") for request in hub.requests) == 1
-    assert hub.files(REPO)["adapter.bin"] == bytes([1]) * LARGE
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert hub.requests.count(f"PUT /lfs/{hashlib.sha256(weights).hexdigest()}") == 1
+    assert hub.files(REPO)["adapter_model.safetensors"] == weights
 
 
-def test_a_run_is_pushed_without_checkpoints_wherever_they_are(tmp_path, root, hub, said):
-    run = tmp_path / "run"
+def test_a_run_is_pushed_without_checkpoints_wherever_they_are(tmp_path, root, hub, said, trained_start):
+    run = shutil.copytree(trained_start / "start", tmp_path / "run")
+    wanted = {path.name for path in run.iterdir()}
     for where in ("checkpoints", "kept/here"):
         checkpoint(run / where, 1)
-    (run / "adapter.bin").write_bytes(b"x")
     with pushing.pushing(REPO, 2, said.append) as uploads:
         uploads.push_run(run)
-    assert hub.files(REPO) == {"adapter.bin": b"x"}
+    assert {*hub.files(REPO)} == wanted and f'"{REPO}"'.encode() in hub.files(REPO)["README.md"]
 
 
 def test_the_newest_whole_checkpoint_is_fetched_and_one_from_here_wins(root, hub, said, tmp_path):
