@@ -38,12 +38,6 @@ def beside(place: Path) -> Path:
     return place.with_name(f".{place.name}{PARTIAL}")
 
 
-def name_in_place(path: Path) -> str:
-    """The name of a file or folder, or the one it will have once it is at its place."""
-    name = path.resolve().name
-    return name.removeprefix(".").removesuffix(PARTIAL) if name.endswith(PARTIAL) else name
-
-
 def begin_folder(place: Path) -> Path:
     """An empty folder beside ``place``, for `finish_folder` to put there."""
     hidden = beside(place)

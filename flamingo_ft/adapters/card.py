@@ -17,7 +17,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
 from flamingo_ft import __version__
-from flamingo_ft.atomic import name_in_place
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.hub.places import without_places
 from flamingo_ft.model import FlamingoConfig
@@ -27,6 +26,7 @@ from .contents import kept_parts
 from .files import WEIGHTS, read_flamingo_config, read_lora_config
 
 CARD = "README.md"
+UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
 PART_NAMES = {
     "perceiver": "the perceiver resampler",
     "cross_attention": "the gated cross-attention",
@@ -68,7 +68,7 @@ def card_text(
         samples=_samples(folder),
         cell=_cell,
     )
-    head = metadata(config, recipe, evaluation, license, (name or name_in_place(folder)).rpartition("/")[2])
+    head = metadata(config, recipe, evaluation, license, (name or UNNAMED).rpartition("/")[2])
     return f"---\n{head}\n---\n{text}\n"
 
 
