@@ -49,7 +49,8 @@ def reason(error: Exception, writes: bool = False) -> str:
     if isinstance(first, HFValidationError):
         return f"no name of a repository ({quoted(first)}); give org/name"
     if isinstance(first, OfflineModeIsEnabled) or (isinstance(error, LocalEntryNotFoundError) and is_offline_mode()):
-        return "HF_HUB_OFFLINE is set" + ("; unset it" if writes else ", and it is not whole in the cache; unset it, or give a folder")
+        remedy = "; unset it" if writes else ", and it is not whole in the cache; unset it, or give a folder"
+        return f"HF_HUB_OFFLINE is set{remedy}"
     if isinstance(first, LocalTokenNotFoundError) or (status == 401 and not _is_missing(first)):
         return f"found no valid token; {LOG_IN}" + (" to a token that may write" if writes else "")
     if _is_missing(first) or status == 403:

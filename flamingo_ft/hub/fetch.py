@@ -27,7 +27,8 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
 
     place: a path, which comes back as it is, or ``org/name[@revision]`` on the Hub: then the folder of its snapshot in
     the cache, or the one file of a repository that holds a checkpoint and no configuration. What is in the cache is not
-    fetched again. options: the client's ``token``, ``cache_dir``, ``local_files_only``, ... Raises UserError for what is not there, not to be had, or holds no model.
+    fetched again. options: the client's ``token``, ``cache_dir``, ``local_files_only``, ... Raises UserError for what is
+    not there, not to be had, or holds no model.
     """
     name = hub_name(place)
     if name is None:

@@ -111,6 +111,7 @@ def test_each_repository_is_one_commit_and_the_base_comes_first(on_a_bridge, hub
     assert named == BASE and "bridge.safetensors" in hub.files(BASE)
 
 
+@pytest.mark.slow
 def test_a_base_is_shared_where_it_is_the_same_and_left_alone(adapter, hub, small_run):
     push(adapter, REPO)
     hub.requests.clear()
