@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub import fetch_model, hub_name
 
 from .configuration import FlamingoConfig
 from .quantized import WHERE
@@ -86,8 +86,10 @@ def named_composition(adapter: Path) -> str | None:
     """The composition that an adapter names as its base; None where it names its language model alone."""
     texts = ((adapter / file).read_text(encoding="utf-8") for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
     config, peft = map(json.loads, texts)
-    named = peft.get("base_model_name_or_path")
-    return None if named == ((config.get("backbones") or {}).get("language") or {}).get("name") else named
+    named, revision = peft.get("base_model_name_or_path"), peft.get("revision")
+    if named == ((config.get("backbones") or {}).get("language") or {}).get("name"):
+        return None
+    return f"{named}@{revision}" if revision and hub_name(named) else named
 
 
 def _fetch(name: Any, options: Mapping[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from flamingo_ft.adapters import merge_adapter, write_composition
 from flamingo_ft.adapters.files import LORA_CONFIG, WEIGHTS, read_config, read_flamingo_config
 from flamingo_ft.adapters.several import check_same_base
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import HubName, fetch_model
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.names import NAME
 from flamingo_ft.hub.upload import make_repository, upload
 from flamingo_ft.model import FlamingoConfig
@@ -116,8 +116,8 @@ def _push_adapter(
     else:
         _push_base(folder, base, repository, private, branch, start, say)
     files = with_card(folder, repository, license)
-    named = base if branch is None or shared else str(HubName(base, branch))
-    files[LORA_CONFIG] = json_bytes(json.loads(files[LORA_CONFIG]) | {"base_model_name_or_path": named})
+    named = {"base_model_name_or_path": base, "revision": None if shared else branch}  # as PEFT keeps them
+    files[LORA_CONFIG] = json_bytes(json.loads(files[LORA_CONFIG]) | named)
     return Pushed(repository, base, _commit(repository, files, branch, say))
 
 

@@ -39,7 +39,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 KINDS = ("lora.use_dora=true", "lora.use_rslora=true", "lora.init_lora_weights=pissa")
 EVERYWHERE = "LoRA everywhere"  # has what the other regimes have, whose kinds are among the slow tests
 OF_EACH_KIND = [
-    pytest.param(regime, (kind,), marks=[pytest.mark.slow] * (regime != EVERYWHERE))
+    pytest.param(regime, (kind,), marks=[pytest.mark.slow] * ((regime, kind) != (EVERYWHERE, KINDS[0])))
     for regime in REGIMES
     if regime != "bridge"
     for kind in KINDS
@@ -130,6 +130,7 @@ def test_large_models_are_written_in_shards(small_run, monkeypatch):
     assert distance(logits(*load_trained("merged")), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_what_a_quantized_base_stands_for_does_not_depend_on_the_merged_number_format(small_run):
     adapter(LORA, *quantized("nf4"))
     trained = load_adapter("adapter")[0].get_submodule("lang_encoder.model.layers.0.mlp.up_proj")
@@ -146,6 +147,7 @@ def test_an_adapter_in_bf16_is_not_held_to_what_float32_rounds(small_run):
     assert merge_adapter("adapter", "merged", dtype=torch.float32)["tolerance"] == merging.ROUNDED
 
 
+@pytest.mark.slow
 def test_a_folder_that_looks_unfinished_is_left_alone(small_run):
     adapter(LORA)
     Path("merged.unfinished").mkdir()

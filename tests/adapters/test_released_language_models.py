@@ -43,6 +43,7 @@ def test_they_load_whole_without_their_code(family):
     assert loaded.tokenizer.decode(words) == "Which digit is this?"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mosaic_gpt", *OTHERS], indirect=True)
 def test_an_adapter_of_them_comes_back_in_four_bits_and_merges(family):
     settings = ("model.language.name=./lm", *quantized("nf4"), LORA)

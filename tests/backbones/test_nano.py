@@ -98,6 +98,7 @@ def test_no_held_out_image_is_among_those_the_tower_was_trained_on():
     assert not {name for row in rows_of("train") for name in row["images"]} & set(held_out_images())
 
 
+@pytest.mark.slow
 def test_the_language_model_speaks_the_tasks_and_guesses_without_images(language):
     model, tokenizer = language
     said: dict[str, list[bool]] = {}

@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from peft import AutoPeftModel
+from transformers import AutoModelForImageTextToText
 
 from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters.card import card_text
@@ -125,11 +127,25 @@ def test_a_base_is_shared_where_it_is_the_same_and_left_alone(adapter, hub, smal
 
 @pytest.mark.slow
 def test_a_branch_is_pushed_to_and_main_left_alone(adapter, hub):
-    push(adapter, REPO)
+    push("start", REPO)
     before = hub.files(REPO)
     push(adapter, REPO, revision="next", license="mit")
     assert hub.files(REPO) == before and b"license: mit" in hub.files(REPO, "next")["README.md"]
     load_adapter(f"{REPO}@next")
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_branch_has_its_base_on_that_branch(on_a_bridge, hub):
+    push("start", REPO)
+    expected = regimes.logits(*load_adapter(on_a_bridge))
+    push(on_a_bridge, REPO, revision="next")
+    shutil.rmtree("start")  # now the bridge is in the base alone
+    model, processor = load_adapter(f"{REPO}@next")
+    assert torch.equal(regimes.logits(model, processor), expected)
+    plain = AutoModelForImageTextToText.from_pretrained(REPO, revision="next")
+    assert torch.equal(regimes.logits(plain, processor), expected)
+    wrapped = AutoPeftModel.from_pretrained(REPO, revision="next", import_allowlist=["flamingo_ft"])
+    assert torch.equal(regimes.logits(wrapped, processor), expected)
 
 
 @pytest.mark.slow
@@ -157,6 +173,7 @@ def test_weights_of_an_earlier_push_do_not_stay(adapter, hub):
     assert "model-00001-of-00002.safetensors" not in hub.files(REPO) and "notes.txt" in hub.files(REPO)
 
 
+@pytest.mark.slow
 def test_what_was_uploaded_before_a_connection_dropped_is_not_sent_again(adapter, hub):
     def uploads() -> list[str]:
         return [request for request in hub.requests if request.startswith("PUT /lfs/")]

@@ -72,6 +72,7 @@ SHARDED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * bool(SHARDED[name])) for name in SHARDED])
 def test_a_sharded_run_trains_alike_and_goes_on(tmp_path, case):
     write_data(tmp_path, MIXED)

@@ -22,6 +22,7 @@ def four(pairs):  # noqa: F811
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_one_step_of_four_pairs_equals_accumulated_ones(four):
     found = []

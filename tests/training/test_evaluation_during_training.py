@@ -69,6 +69,7 @@ def built(wanted):
     return model, processor, data.held_out_samples(), make_trainer(model.train(), processor, data, wanted, [])
 
 
+@pytest.mark.slow
 def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(folder):  # noqa: F811
     """With LoRA's dropout, which draws random numbers as it goes."""
     dropout = ("lora={language: {r: 2}, lora_dropout: 0.2}", "eval.before=false", "eval.shuffled_images=false")
@@ -91,7 +92,7 @@ def by_script(monkeypatch, values: list[float]) -> None:
     monkeypatch.setattr("flamingo_ft.training.engine.judge", scripted)
 
 
-@pytest.mark.parametrize("keep", ["last", "best"])
+@pytest.mark.parametrize("keep", [pytest.param("last", marks=pytest.mark.slow), "best"])
 def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_where_asked(folder, monkeypatch, keep):  # noqa: F811
     by_script(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
     written = []
@@ -105,6 +106,7 @@ def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_w
     assert loaded.perceiver.latents.isfinite().all()
 
 
+@pytest.mark.slow
 def test_training_ends_after_evaluations_without_a_better_one(folder, monkeypatch):  # noqa: F811
     by_script(monkeypatch, [2.0, 1.0, 1.1, 1.2, 0.5])
     metrics = train(recipe(NO_ANSWERS, "eval.patience=2", "train.max_steps=40"))

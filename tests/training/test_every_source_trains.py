@@ -122,7 +122,9 @@ def test_packed_and_grouped_batches_train_too(name, way, train, tmp_path):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["messages", "video", "frames", "jsonl_base64"])
+@pytest.mark.parametrize(
+    "name", ["messages", *(pytest.param(name, marks=pytest.mark.slow) for name in ("video", "frames", "jsonl_base64"))]
+)
 def test_stored_tokens_give_the_same_losses_cold_and_warm(name, train, tmp_path):
     cache = {"folder": str(tmp_path / "cache"), "dtype": "fp32"}
     entry = FIXTURES[name](tmp_path)

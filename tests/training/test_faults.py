@@ -50,6 +50,7 @@ def weights(tmp_path_factory):
     return (folder / "run" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it(folder, monkeypatch, capfd, weights):
     def full_at_step_4(path):
         if ".step-4" in str(path):

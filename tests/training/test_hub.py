@@ -46,6 +46,7 @@ def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
     told(capfd)
 
 
+@pytest.mark.slow
 def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder, hub, capfd):
     assert main(["train", "./recipe.yaml", "train.max_steps=6", "train.output_dir=alone"]) == 0
 
@@ -83,6 +84,7 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, 
     assert hub.files(REPO) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [pytest.param(500, marks=pytest.mark.slow), None])
 def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)

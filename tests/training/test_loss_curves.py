@@ -8,7 +8,7 @@ from tests.golden.record_loss_curves import CASES, FILE, losses_of
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c != "bridge")) for c in CASES])
 def test_ten_steps_give_the_recorded_losses(tmp_path, case):
     recorded = json.loads(FILE.read_text(encoding="utf-8"))[case]
     assert len(recorded) == 10 and len(set(recorded)) > 5

@@ -118,6 +118,7 @@ def test_a_good_run_is_the_same_whatever_is_to_be_done_about_a_bad_one(small_run
     assert _same(*map(state, runs))
 
 
+@pytest.mark.slow
 def test_steps_left_out_are_in_the_metrics_and_a_diverged_run_stops_in_one_line(small_run, monkeypatch):
     diverging = ("train.learning_rate=1.0e+30", "train.max_grad_norm=1.0e+30", "train.lr_scheduler=constant")
     with pytest.raises(UserError, match=r"at step \d+; trained on .*lower train.learning_rate"):

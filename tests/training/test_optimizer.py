@@ -80,7 +80,10 @@ def test_the_state_of_steps_inside_the_backward_pass_is_saved_and_goes_on(kind, 
     assert torch.equal(parameter, other)
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+PLAINER = ("adamw_8bit", "paged_adamw")  # the third is both
+
+
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in PLAINER), "paged_adamw_8bit"])
 @pytest.mark.parametrize("inside", ["false", "true"])
 def test_lean_optimizers_learn_what_adamw_learns(small_run, name, inside):
     """The first steps have the sign of the gradient and the length of the learning rate: roughly, in 8 bits."""

@@ -62,7 +62,7 @@ CASES = {
     ],
 }
 MIXED = {"nf4, single", "LoRA", "nf4", "int8", "checkpointing", "computing in bf16, nf4"}  # others have each of these
-MIXED |= {"LoRA in the tower and the bridge", "dpo, nf4, LoRA alone, checkpointing", "nf4, the tower too"}
+MIXED |= {"DoRA", "computing in bf16", "LoRA in the tower and the bridge", "dpo, nf4, LoRA alone, checkpointing", "nf4, the tower too"}
 
 
 def quickstart(*overrides: str) -> Recipe:
@@ -136,6 +136,7 @@ def planned(*overrides: str, device: str = "cuda"):
     return plan_memory(quickstart(*overrides), device=device, text_tokens=40, images=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_bigger_batch_never_needs_less(device):
     peaks = [planned(f"train.batch_size={size}", device=device).peak for size in (1, 2, 4)]

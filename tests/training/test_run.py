@@ -73,6 +73,7 @@ def test_a_run_leaves_its_adapter_recipe_metrics_answers_and_log(folder):
     assert load_recipe(run / "resolved_recipe.yaml") == recipe().model_copy()
 
 
+@pytest.mark.slow
 def test_the_reloaded_adapter_evaluates_as_the_run_did(folder):
     metrics = train(recipe("train.max_steps=12"))
     found = evaluate_adapter("run")
@@ -81,6 +82,7 @@ def test_the_reloaded_adapter_evaluates_as_the_run_did(folder):
         assert result["accuracy"] == metrics["eval"]["per_task"][task]["accuracy"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(folder):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         train(recipe(f"train.output_dir={name}", f"train.seed={seed}", "data.eval=[]"))

@@ -34,6 +34,7 @@ def move_on(hub) -> None:
     HfApi(endpoint=hub.url, token=WRITER).upload_folder(repo_id=START, folder_path="other")
 
 
+@pytest.mark.slow
 def test_a_run_keeps_to_the_commit_that_it_began_with(commit, hub, small_run, capsys):
     assert main([*COMMAND, "train.save_steps=1"]) == 0
     record = json.loads((small_run / "run" / "config.json").read_text())["bridge_init"]

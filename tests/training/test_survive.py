@@ -124,6 +124,7 @@ def test_a_run_of_another_recipe_is_refused_key_by_key(uninterrupted, capfd):
     assert "save_steps" not in said.split("another recipe")[-1]
 
 
+@pytest.mark.slow
 def test_killed_after_its_last_step_a_run_does_not_train_on(uninterrupted, fresh):
     last = killing.file_there(fresh / "run" / "checkpoints", "step-8")
     assert killing.kill_when(killing.start(command(), fresh, fresh / "log.txt"), last) == killing.KILLED
