@@ -212,6 +212,11 @@ def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> N
             raise UserError(f"model.init_from: {start} belongs to another {part} backbone, {name}; use that one")
     if getattr(found, "quantization_config", None):
         raise UserError(f"model.init_from: {start} was written quantized; start from the adapter, or from an unquantized merge")
+    if (found.merged or {}).get("own_backbones"):
+        raise UserError(
+            f"model.init_from: {start} has backbones of its own, which would be lost; start from the checkpoint that it was "
+            "converted from"
+        )
     folded = (found.merged or {}).get("lora") or []
     if any(part in ("language", "vision") for part in folded):
         raise UserError(

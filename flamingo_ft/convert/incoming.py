@@ -78,7 +78,7 @@ def import_checkpoint(
     is_whole = to == "model" or bool(changed)
     with folder_in_place(out) as folder:
         if is_whole:
-            save_whole(model, processor, folder, checkpoint)
+            save_whole(model, processor, folder, checkpoint, bool(changed))
         else:
             save_adapter(model, processor, folder)
     lines += [f"{len(changed)} tensors of the backbones are the checkpoint's own ({some(changed)})"] if changed else []

@@ -25,12 +25,16 @@ def save_whole(
     processor: FlamingoProcessor,
     folder: Path,
     checkpoint: Checkpoint,
+    own_backbones: bool,
 ) -> None:
-    """Write a model that the checkpoint was put into, updates folded in, in the number formats that it has."""
+    """Write a model that the checkpoint was put into, updates folded in, in the number formats that it has.
+
+    own_backbones: whether weights of its backbones are not those of their names.
+    """
     parts = fold_lora(model)
     close_attention(model.vision_encoder)
     formats = {parameter.dtype for parameter in model.parameters()}
-    origin = {"checkpoint_sha256": tensors_sha256(checkpoint.tensors()), "lora": parts}
+    origin = {"checkpoint_sha256": tensors_sha256(checkpoint.tensors()), "lora": parts, "own_backbones": own_backbones}
     answer_greedily(model, processor)
     as_whole(model.config, reduce(torch.promote_types, formats), origin)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)

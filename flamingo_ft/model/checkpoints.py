@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo_ft.backbones.quantization import formats_in
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, parse, read_checkpoint
 from flamingo_ft.formats.recognise import BRIDGE, is_foreign
@@ -41,7 +42,8 @@ def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
 def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str, Any]) -> LoadReport:
     """Load a checkpoint of OpenFlamingo or Otter (a path, or its state dict) into ``model``, in place.
 
-    Every weight of the bridge must be there and fit; of the backbones, what the file holds is taken. Raises
+    Every weight of the bridge must be there and fit; of the backbones, what the file holds is taken: an Otter's folder
+    brings its own. Raises
     UserError, with nothing loaded, when the file is for another language model or interval or lacks a bridge weight.
     """
     is_read = isinstance(checkpoint, Mapping)
@@ -52,7 +54,7 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     tensors = found.tensors()
     targets = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")}
     report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
-    _check(report)
+    _check(report, bool(formats_in(model)))
     with torch.no_grad():
         for name in report.loaded:
             targets[name][: len(tensors[name])].copy_(tensors[name])
@@ -103,13 +105,13 @@ def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
     return is_vocabulary and tensor.shape[1] == target.shape[1] and len(tensor) < vocabulary
 
 
-def _check(report: LoadReport) -> None:
+def _check(report: LoadReport, quantized: bool) -> None:
     missing, unknown = (
         [name for name in names if name.startswith(BRIDGE)] for names in (report.missing, report.unexpected)
     )
+    remedy = "build the model with the sizes of the checkpoint"
+    if quantized:
+        remedy += ", its backbones unquantized where the checkpoint holds their layers"
     for what, names in (("lacks", missing), ("does not fit", report.mismatched), ("has unknown", unknown)):
         if names:
-            raise UserError(
-                f"checkpoint {what} {len(names)} of the model's weights: {some(names)}; "
-                "build the model with the sizes of the checkpoint"
-            )
+            raise UserError(f"checkpoint {what} {len(names)} of the model's weights: {some(names)}; {remedy}")

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo_ft.adapters import load_adapter, load_trained
+from flamingo_ft.adapters import load_adapter, load_trained, save_adapter, set_trainable, start_bridge
 from flamingo_ft.adapters.files import read_tensors
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.config import TrainableSection
 from flamingo_ft.convert import export_open_flamingo, export_otter, import_checkpoint
+from flamingo_ft.errors import UserError
 from flamingo_ft.formats.stored import read_stored
-from flamingo_ft.model import Flamingo, FlamingoForConditionalGeneration, load_open_flamingo
+from flamingo_ft.model import Flamingo, FlamingoForConditionalGeneration, build_flamingo, load_open_flamingo
 from tests.golden import cases
 from tests.golden.recorded import TOLERANCE, Golden
 from tests.golden.tiny_flamingo import untrained_flamingo
@@ -19,6 +23,8 @@ from . import foreign
 from .backbones import FAMILIES
 
 EVERY = 2
+HEADS = {"heads": 8, "dim_head": 64, "ff_mult": 4}  # of every foreign bridge
+SIZES = {"num_latents": 64, "depth": 6, **HEADS}
 SOME = [pytest.param(family, marks=() if family in ("llama", "mpt") else pytest.mark.slow) for family in FAMILIES]
 
 
@@ -146,3 +152,39 @@ def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbone
         a, b = (updates.get(f"{bare}.lora_{which}.default.weight") for which in "AB")
         expected = tensor if a is None else tensor + 4 / foreign.RANK * b @ a
         assert torch.allclose(back[name], expected, atol=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["OpenFlamingo v2", "OpenFlamingo v1", "an Otter's folder"])
+def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, backbones, tmp_path):
+    visibility = "following" if kind == "OpenFlamingo v1" else "immediate"
+    make = foreign.open_flamingo_1 if kind == "OpenFlamingo v1" else foreign.open_flamingo
+    start = foreign.save(tmp_path / "checkpoint.pt", make("mpt"))
+    if kind == "an Otter's folder":
+        import_checkpoint(start, tmp_path / "adapter", backbones["mpt"])
+        export_otter(tmp_path / "adapter", tmp_path / "otter")
+        start = tmp_path / "otter"
+    vision, language = load_vision(backbones["mpt"].vision), load_language(backbones["mpt"].language)
+    model, processor = build_flamingo(vision, language, cross_attn_every_n_layers=EVERY, media_visibility=visibility)
+    start_bridge(model, start)
+    reference = untrained_flamingo("mpt", EVERY, media_visibility=visibility)
+    load_open_flamingo(reference, foreign.open_flamingo("mpt"))
+    expected = logits(reference, "mpt")
+    assert torch.allclose(logits(model.eval(), "mpt"), expected, atol=1e-5 * float(expected.abs().max()))
+    set_trainable(model, TrainableSection(perceiver=False, cross_attention=False))
+    save_adapter(model, processor, tmp_path / "trained")
+    found, _ = load_adapter(tmp_path / "trained")
+    assert torch.equal(logits(found, "mpt"), logits(model, "mpt"))
+
+
+def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
+    folder = foreign.save_otter(tmp_path / "otter", foreign.otter_whole("mpt"))
+    import_checkpoint(folder, tmp_path / "model", backbones["mpt"])
+    vision, language = load_vision(backbones["mpt"].vision), load_language(backbones["mpt"].language)
+    model, _ = build_flamingo(
+        vision, language, cross_attn_every_n_layers=EVERY, extra_tokens=("<answer>",), perceiver=SIZES, cross_attention=HEADS
+    )
+    with pytest.raises(UserError, match="has backbones of its own, which would be lost"):
+        start_bridge(model, tmp_path / "model")
+    lora = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", foreign.multimodal_gpt("mpt"))
+    with pytest.raises(UserError, match="holds LoRA.*flamingo-ft convert"):
+        load_open_flamingo(model, lora)
