@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from flamingo_ft import __version__
 from flamingo_ft.atomic import file_in_place
+from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.places import without_places
@@ -29,6 +30,7 @@ from .load import join_backbones, put_together
 from .lora import updates_the_tower
 from .save import forget_place, save_processor
 from .start import bridge_of, put_as_stored
+from .trainable import BACKBONES
 
 
 def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path | None = None) -> None:
@@ -88,8 +90,22 @@ def _bridge_below(
     The backbones are loaded along: rows that a checkpoint gives to new tokens are read through the language model.
     """
     model = join_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
+    before = _backbones_sha256(model)
     put_as_stored(model, adapter, config.bridge_init, start)
+    if _backbones_sha256(model) != before:
+        raise UserError(
+            f"{adapter}: builds on a checkpoint that has backbones of its own, which a composition cannot name; merge the "
+            "adapter, and give the merged model"
+        )
     return {name: tensor.contiguous() for name, tensor in sorted(bridge_of(model).items())}
+
+
+def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
+    """Digest of both backbones, without the rows that the Flamingo has tables of its own for."""
+    lm, ids = model.lang_encoder, torch.tensor(model.config.new_token_ids or [], dtype=torch.long)
+    vocabulary = [id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module]
+    named = ((name, p) for name, p in model.named_parameters() if name.startswith(tuple(BACKBONES.values())))
+    return tensors_sha256({name: p.detach().index_fill(0, ids, 0) if id(p) in vocabulary else p for name, p in named})
 
 
 def _check_named(folder: Path, config: FlamingoConfig) -> None:

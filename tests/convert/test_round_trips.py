@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo_ft.adapters import load_adapter, load_trained, save_adapter, set_trainable, start_bridge
+from flamingo_ft.adapters import load_adapter, load_trained, save_adapter, set_trainable, start_bridge, write_composition
 from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
@@ -14,7 +14,13 @@ from flamingo_ft.config import TrainableSection
 from flamingo_ft.convert import export_open_flamingo, export_otter, import_checkpoint
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats.stored import read_stored
-from flamingo_ft.model import Flamingo, FlamingoForConditionalGeneration, build_flamingo, load_open_flamingo
+from flamingo_ft.model import (
+    Flamingo,
+    FlamingoForConditionalGeneration,
+    FlamingoProcessor,
+    build_flamingo,
+    load_open_flamingo,
+)
 from tests.golden import cases
 from tests.golden.recorded import TOLERANCE, Golden
 from tests.golden.tiny_flamingo import untrained_flamingo
@@ -174,6 +180,9 @@ def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, bac
     save_adapter(model, processor, tmp_path / "trained")
     found, _ = load_adapter(tmp_path / "trained")
     assert torch.equal(logits(found, "mpt"), logits(model, "mpt"))
+    write_composition(tmp_path / "trained", tmp_path / "base")
+    based, _ = load_adapter(tmp_path / "trained", start=tmp_path / "base" / "bridge.safetensors")
+    assert torch.equal(logits(based, "mpt"), logits(model, "mpt"))
 
 
 def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
@@ -185,6 +194,10 @@ def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
     )
     with pytest.raises(UserError, match="has backbones of its own, which would be lost"):
         start_bridge(model, tmp_path / "model")
+    start_bridge(model, folder)
+    save_adapter(model, FlamingoProcessor.for_backbones(vision.preprocess, language.tokenizer), tmp_path / "trained")
+    with pytest.raises(UserError, match="backbones of its own, which a composition cannot name"):
+        write_composition(tmp_path / "trained", tmp_path / "base")
     lora = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", foreign.multimodal_gpt("mpt"))
     with pytest.raises(UserError, match="holds LoRA.*flamingo-ft convert"):
         load_open_flamingo(model, lora)
