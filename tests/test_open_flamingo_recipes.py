@@ -105,3 +105,14 @@ def test_another_pairing_is_refused_without_a_request(command, wrong, hub, here,
     told = capsys.readouterr().err
     assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b goes with model.language.name togethercomputer/" in told
     assert hub.requests == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [pytest.param(model, id=model.name) for model in MODELS[:-1]])
+def test_its_name_alone_brings_one_in_and_it_goes_out_as_it_was(model, hub, here):
+    stored = stand_in(hub, model, here)
+    assert cli.main(["convert", model.name, "adapter"]) == 0
+    assert cli.main(["convert", "adapter", "back.pt", "--to", "open_flamingo"]) == 0
+    back = torch.load("back.pt", weights_only=True)
+    for key, tensor in stored.items():
+        assert back[key].equal(tensor), key
