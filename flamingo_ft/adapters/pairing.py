@@ -22,6 +22,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, read_checkpoint
 
 from .released import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, Released, released
+from .start import is_foreign
 
 _QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
 QUICK_GELU = "-quickgelu"  # what OpenCLIP calls an architecture with it, which tag openai has under both names
@@ -38,7 +39,7 @@ def check_start(wanted: ModelSection) -> None:
         return
     if (model := released(start)) is not None:
         _check_named(model, wanted)
-    elif start.is_file():
+    elif is_foreign(start):
         _check_shapes(start, wanted)
 
 

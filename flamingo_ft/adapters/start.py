@@ -16,7 +16,7 @@ from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
-from flamingo_ft.formats.stored import stored_config
+from flamingo_ft.formats.stored import OF_TRAINING, stored_config
 from flamingo_ft.hub import fetch_model, hub_name, pinned
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import holds_parts, named_composition
@@ -183,10 +183,11 @@ def _config(folder: Path) -> FlamingoConfig:
 
 
 def is_foreign(start: Path) -> bool:
-    """Whether this is another Flamingo's checkpoint: a file, or a folder that says so."""
+    """Whether this is another Flamingo's checkpoint: a file, a folder that says so, or one with such a file alone."""
     if start.is_file():
         return start.name != BRIDGE_FILE
-    return stored_config(start).get("model_type") == "otter"
+    config = stored_config(start)
+    return config.get("model_type") == "otter" or (not config and any((start / name).is_file() for name in OF_TRAINING))
 
 
 def _check_visibility(wanted: FlamingoConfig, start: Path) -> None:

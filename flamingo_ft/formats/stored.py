@@ -18,7 +18,8 @@ from .tensors_only import load_tensors
 
 # What a folder's weights are called, in the order in which they are preferred.
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-WHOLE = ("model.safetensors", "pytorch_model.bin", "final_weights.pt", "checkpoint.pt")
+OF_TRAINING = ("final_weights.pt", "checkpoint.pt")  # Otter's and OpenFlamingo's
+WHOLE = ("model.safetensors", "pytorch_model.bin", *OF_TRAINING)
 WRAPPING = "model_state_dict"  # where training loops put the weights, beside optimizer and schedule
 OF_SEVERAL_DEVICES = "module."
 

@@ -160,11 +160,13 @@ def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbone
         assert torch.allclose(back[name], expected, atol=1e-6), name
 
 
-@pytest.mark.parametrize("kind", ["OpenFlamingo v2", "OpenFlamingo v1", "an Otter's folder"])
+@pytest.mark.parametrize("kind", ["OpenFlamingo v2", "OpenFlamingo v1", "a repository's folder", "an Otter's folder"])
 def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, backbones, tmp_path):
     visibility = "following" if kind == "OpenFlamingo v1" else "immediate"
     make = foreign.open_flamingo_1 if kind == "OpenFlamingo v1" else foreign.open_flamingo
     start = foreign.save(tmp_path / "checkpoint.pt", make("mpt"))
+    if kind == "a repository's folder":
+        start = tmp_path
     if kind == "an Otter's folder":
         import_checkpoint(start, tmp_path / "adapter", backbones["mpt"])
         export_otter(tmp_path / "adapter", tmp_path / "otter")
