@@ -239,7 +239,7 @@ def convert(
         str | None, typer.Option(metavar="PATH", help="The checkpoint that SRC builds on, or where its bridge is now.")
     ] = None,
     lora_alpha: Annotated[
-        float | None, typer.Option(min=0, metavar="X", help="Of LoRA in a checkpoint that does not tell it.")
+        int | None, typer.Option(min=1, metavar="N", help="Of LoRA in a checkpoint that does not tell it.")
     ] = None,
 ) -> None:
     """Bring in a checkpoint of OpenFlamingo, Otter or Multimodal-GPT, or write one for OpenFlamingo or Otter."""

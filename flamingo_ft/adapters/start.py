@@ -16,7 +16,8 @@ from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
-from flamingo_ft.formats.stored import OF_TRAINING, stored_config
+from flamingo_ft.formats.recognise import MADE_ANEW
+from flamingo_ft.formats.stored import OF_TRAINING, some, stored_config
 from flamingo_ft.hub import fetch_model, hub_name, pinned
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import holds_parts, named_composition
@@ -65,7 +66,9 @@ def restart_bridge(
 def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
     if is_foreign(start):
-        load_open_flamingo(model, start)
+        report = load_open_flamingo(model, start)
+        if lost := [name for name in report.unexpected if not MADE_ANEW.fullmatch(name)]:
+            raise UserError(f"model.init_from: {start} holds {some(lost)}, for which the model has no place")
     elif not (start / WEIGHTS).is_file():
         put_bridge(model, _tensors(start))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import copy
 from pathlib import Path
 from typing import Literal
 
@@ -12,17 +12,19 @@ from torch import Tensor
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.start import put_bridge, start_bridge
 from flamingo_ft.atomic import folder_in_place
-from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.decoder_layers import hidden_size
+from flamingo_ft.backbones.language import LanguageBackbone, load_language
+from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats import Checkpoint, read_checkpoint
+from flamingo_ft.formats import Checkpoint, clip, read_checkpoint
 from flamingo_ft.formats.geometry import Geometry, geometry
 from flamingo_ft.formats.otter import ANSWER_TOKEN
-from flamingo_ft.formats.recognise import OTTER
+from flamingo_ft.formats.recognise import MADE_ANEW, OTTER
 from flamingo_ft.formats.stored import some
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.model.checkpoints import check_belongs
+from flamingo_ft.model.tokens import add_media_tokens
 
 from .known import Backbones, backbones_for
 from .report import Conversion, about
@@ -31,10 +33,6 @@ from .vocabulary import take_rows, vocabulary_names
 from .whole import replace_tensors, save_whole
 
 Target = Literal["auto", "adapter", "model"]
-
-# Buffers of the language models of earlier transformers, which today's make themselves.
-_MADE_ANEW = re.compile(r".*(rotary_emb\.inv_freq|\.masked_bias|attention\.bias|attn\.bias)$")
-
 
 def import_checkpoint(
     source: str | Path,
@@ -63,8 +61,9 @@ def import_checkpoint(
     if not bridge.bridge:
         raise UserError(f"{source}: {checkpoint.format} checkpoint of LoRA alone; name the one that it builds on with --start")
     shape = geometry(bridge.bridge, bridge.where)
-    model, processor = _build(checkpoint, shape, backbones_for(str(source), bridge, shape, wanted))
-    lines = _fill(model, checkpoint, start)
+    known = backbones_for(str(source), bridge, shape, wanted)
+    model, processor, lines = _build(checkpoint, bridge.visibility, shape, known)
+    lines += _fill(model, checkpoint, start)
     changed = _changed(model, checkpoint)
     if to == "adapter" and changed:
         raise UserError(
@@ -90,32 +89,59 @@ def _called(checkpoint: Checkpoint) -> str:
 
 
 def _build(
-    checkpoint: Checkpoint, shape: Geometry, wanted: Backbones
-) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The backbones, unquantized and on the CPU, with a bridge of the checkpoint's shape."""
-    vision = load_vision(wanted.vision, wanted.pretrained)
-    if vision.width != shape.vis_dim:
-        raise UserError(
-            f"{checkpoint.where}: was trained on tower tokens of width {shape.vis_dim}, {wanted.vision} has {vision.width}; "
-            "name its tower with --vision and --pretrained"
-        )
-    return build_flamingo(
+    checkpoint: Checkpoint, visibility: str, shape: Geometry, known: Backbones
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor, list[str]]:
+    """The backbones, unquantized and on the CPU, with a bridge of the checkpoint's shape; and what to tell of it."""
+    vision, language = load_vision(known.vision, known.pretrained), load_language(known.language, dtype="auto")
+    _check_backbones(checkpoint, shape, known, vision, language)
+    extra, lines = _extra_tokens(checkpoint, language)
+    model, processor = build_flamingo(
         vision,
-        load_language(wanted.language, dtype="auto"),
+        language,
         cross_attn_every_n_layers=shape.every,
-        media_visibility=checkpoint.visibility,
+        media_visibility=visibility,
         perceiver=shape.perceiver,
         cross_attention=shape.cross_attention,
-        extra_tokens=_extra_tokens(checkpoint),
+        extra_tokens=extra,
     )
+    tower = " ".join(filter(None, [known.vision, known.pretrained]))
+    return model, processor, [f"around language model {known.language} and tower {tower}", *lines]
 
 
-def _extra_tokens(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Otter's own token, unless a tokenizer beside its weights does without."""
+def _check_backbones(
+    checkpoint: Checkpoint, shape: Geometry, known: Backbones, vision: VisionBackbone, language: LanguageBackbone
+) -> None:
+    """Refuse backbones whose widths or activation are not those of the checkpoint."""
+    where, width = checkpoint.where, hidden_size(language.model.config)
+    if vision.width != shape.vis_dim:
+        raise UserError(
+            f"{where}: was trained on tower tokens of width {shape.vis_dim}, {known.vision} has {vision.width}; "
+            "name its tower with --vision and --pretrained"
+        )
+    if width != shape.width:
+        raise UserError(
+            f"{where}: was trained with a language model of width {shape.width}, {known.language} has {width}; name it with "
+            "--language"
+        )
+    activation = (checkpoint.config.get("vision_config") or {}).get("hidden_act")
+    if activation is not None and ("quick" in activation) != vision.config["quick_gelu"]:
+        raise UserError(f"{where}: its tower computes with {activation}, {known.vision} with another; name it with --vision")
+
+
+def _extra_tokens(checkpoint: Checkpoint, language: LanguageBackbone) -> tuple[tuple[str, ...], list[str]]:
+    """Otter's own token, unless a tokenizer beside its weights does without or its vocabulary has no row for it."""
     if checkpoint.format != OTTER:
-        return ()
+        return (), []
     told = [file.read_text(encoding="utf-8") for file in checkpoint.where.glob("*token*.json")]
-    return () if told and not any(ANSWER_TOKEN in text for text in told) else (ANSWER_TOKEN,)
+    if told:
+        return ((ANSWER_TOKEN,) if any(ANSWER_TOKEN in text for text in told) else ()), []
+    tokenizer = copy.deepcopy(language.tokenizer)
+    add_media_tokens(tokenizer, (ANSWER_TOKEN,))
+    embedding = next(name for name, module in language.model.named_modules() if module is language.model.get_input_embeddings())
+    rows = len(checkpoint.language.get(f"lang_encoder.{embedding}.weight", language.model.get_input_embeddings().weight))
+    if f"lang_encoder.{embedding}.weight" in checkpoint.language and rows < len(tokenizer):
+        return (), [f"its vocabulary has no row for {ANSWER_TOKEN}, which is left out"]
+    return (ANSWER_TOKEN,), [f"{ANSWER_TOKEN} is taken to be among its tokens, as with all of Otter"]
 
 
 def _fill(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, start: str | Path | None) -> list[str]:
@@ -123,19 +149,22 @@ def _fill(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, start
     check_belongs(model, checkpoint)
     if start is not None:
         start_bridge(model, start)
-        model.config.adapter_parts = _parts(checkpoint)
+        model.config.adapter_parts = _parts(model, checkpoint)
+    elif model.token_rows is not None:
+        model.token_rows.copy_from(model.lang_encoder)
     _check_whole(model, checkpoint, start is not None)
     put_bridge(model, checkpoint.bridge)
-    if start is not None:
-        return [f"it builds on {start}, which the adapter records"]
     without = take_rows(model, checkpoint.language, checkpoint.where)
+    if start is not None:
+        return [f"it builds on {start}"]
     return [f"rows of the new tokens are not in the file for {some(without)}: they are the language model's"] if without else []
 
 
-def _parts(checkpoint: Checkpoint) -> list[str]:
+def _parts(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint) -> list[str]:
     """The parts of the bridge that a checkpoint on top of another holds whole."""
     prefixes = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers."}
-    return [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in checkpoint.bridge)]
+    parts = [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in checkpoint.bridge)]
+    return parts + ["new_tokens"] * bool(vocabulary_names(model).keys() & checkpoint.language.keys())
 
 
 def _check_whole(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, has_start: bool) -> None:
@@ -154,9 +183,12 @@ def _changed(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint) ->
     Raises UserError for a tensor that the backbones have no place for.
     """
     own, changed = model.state_dict(), []
+    tower = {name for name in own if name.startswith(clip.HERE)} - {clip.HERE + clip.NOT_USED}
+    if checkpoint.vision and (lacking := sorted(tower - checkpoint.vision.keys())):
+        raise UserError(f"{checkpoint.where}: its tower lacks {len(lacking)} tensors ({some(lacking)}); give the whole checkpoint")
     for name, tensor in (checkpoint.language | checkpoint.vision).items():
         target = own.get(name)
-        if target is None and _MADE_ANEW.fullmatch(name):
+        if target is None and MADE_ANEW.fullmatch(name):
             checkpoint.left_out[name] = "today's language model makes itself"
         elif target is None or not _has_room(model, name, target, tensor):
             found = f"{name} {tuple(tensor.shape)}" + ("" if target is None else f", wanted {tuple(target.shape)}")

@@ -8,6 +8,7 @@ from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint
 from flamingo_ft.formats.geometry import Geometry
+from flamingo_ft.formats.recognise import OPEN_FLAMINGO, OPEN_FLAMINGO_1
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ def backbones_for(source: str, checkpoint: Checkpoint, shape: Geometry, wanted: 
 
     Raises UserError where the language model is not named and the checkpoint does not tell which.
     """
-    named = released(source)
+    named, theirs = released(source), checkpoint.format in (OPEN_FLAMINGO, OPEN_FLAMINGO_1)
+    if wanted.pretrained is not None and wanted.vision is None:
+        raise UserError(f"found --pretrained {wanted.pretrained} without --vision; name the tower that it is a tag of")
     if wanted.language is None:
-        alike = [named] if named else [model for model in MODELS if _has_shape(model, checkpoint, shape)]
+        alike = [named] if named else [model for model in MODELS if theirs and _has_shape(model, checkpoint, shape)]
         wanted = Backbones(_the_only(source, alike, checkpoint), wanted.vision, wanted.pretrained)
     if wanted.vision is not None:
         return wanted

@@ -39,13 +39,14 @@ EMBEDDING = "embed"  # what OpenFlamingo saves of the language model though it i
 @dataclass(frozen=True)
 class Loaded:
     """A Flamingo in the computer's memory, LoRA folded in. kind: what it came from; folded: names of the matrices that
-    took an update in; holds_all: whether its backbones' weights are nowhere else."""
+    took an update in; holds_all: whether its backbones' weights are nowhere else. notes: what else there is to tell."""
 
     model: FlamingoForConditionalGeneration
     processor: FlamingoProcessor
     kind: str
     folded: tuple[str, ...]
     holds_all: bool
+    notes: tuple[str, ...]
 
 
 def export_open_flamingo(source: str | Path, out: str | Path, *, start: str | Path | None = None) -> Conversion:
@@ -58,11 +59,12 @@ def export_open_flamingo(source: str | Path, out: str | Path, *, start: str | Pa
     out, loaded = Path(out), _load(source, out, start)
     _check_theirs(loaded, source, "OpenFlamingo", ("immediate", "following"))
     is_first = loaded.model.config.media_visibility == "following"
-    tensors = _bridge(loaded, also=is_first) | _language(loaded, whole=loaded.holds_all) | _vision(loaded)
+    language = _language(loaded, len(loaded.processor.tokenizer), whole=loaded.holds_all)
+    tensors = _bridge(loaded, also=is_first) | language | _vision(loaded)
     out.parent.mkdir(parents=True, exist_ok=True)
     with file_in_place(out) as file:
         torch.save(tensors, file)
-    lines = [f"{len(tensors)} tensors", *_about_loading(loaded)]
+    lines = [f"{len(tensors)} tensors", *loaded.notes, *_about_loading(loaded)]
     return Conversion(loaded.kind, f"{OPEN_FLAMINGO_1 if is_first else OPEN_FLAMINGO} checkpoint", out, lines)
 
 
@@ -75,36 +77,41 @@ def export_otter(source: str | Path, out: str | Path, *, start: str | Path | Non
     _check_theirs(loaded, source, "Otter", ("immediate",), positions=("max_num_frames",))
     config = otter_config(loaded.model, source)
     tower = {name: t for name, t in loaded.model.state_dict().items() if name.startswith(clip.HERE)}
-    tensors = _bridge(loaded) | _language(loaded, whole=True) | clip.from_open_clip(tower)
+    # Its constructor makes as many rows as the configuration says, and changes that for no family but LLaMA.
+    tensors = _bridge(loaded) | _language(loaded, None, whole=True) | clip.from_open_clip(tower)
     tensors = {otter.to_otter(name): tensor.contiguous() for name, tensor in tensors.items()}
     with folder_in_place(out) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _write_shards(tensors, folder)
         loaded.processor.tokenizer.save_pretrained(folder)
-    lines = [f"{len(tensors)} tensors", *otter_notes(loaded.model, loaded.processor)]
+    lines = [f"{len(tensors)} tensors", *loaded.notes, *otter_notes(loaded.model, loaded.processor)]
     return Conversion(loaded.kind, f"{OTTER} folder", out, lines)
 
 
 def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
     folder = fetch_model(source)
+    if not folder.exists():
+        raise UserError(f"{source}: no such folder; check the path")
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another place")
     if not (folder / "config.json").is_file():
         raise UserError(f"{source}: no adapter and no model of this package; give the folder that a run or a merge wrote")
+    config = read_flamingo_config(folder)
     processor = read_processor(folder)
     if not (folder / WEIGHTS).is_file():
-        read_flamingo_config(folder)
         model = FlamingoForConditionalGeneration.from_pretrained(folder)
         if formats_in(model):
             raise UserError(f"{source}: was written quantized; convert the adapter, or an unquantized merge")
-        return Loaded(model.eval(), processor, "model", (), True)
+        return Loaded(model.eval(), processor, "model", (), True, ())
     read_config(folder)
+    kept = sorted({record["format"] for source in config.backbones.values() if (record := source.get("quantization"))})
+    notes = [f"it was trained on backbones in {' and '.join(kept)}; this is of the unquantized ones"] if kept else []
     model = load_base(folder, start=start, quantized=False, dtype="auto", device="cpu")
     put_adapter(model, folder)
     folded = tuple(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LoraLayer))
     fold_lora(model)
     close_attention(model.vision_encoder)
-    return Loaded(model.eval(), processor, "adapter", folded, False)
+    return Loaded(model.eval(), processor, "adapter", folded, False, tuple(notes))
 
 
 def _check_theirs(
@@ -146,11 +153,11 @@ def _as_its_part(name: str, tensor: Tensor, model: FlamingoForConditionalGenerat
     return rounded if rounded.to(tensor.dtype).equal(tensor) else tensor
 
 
-def _language(loaded: Loaded, whole: bool) -> dict[str, Tensor]:
-    """The vocabulary's matrices and what else is embedded, as OpenFlamingo keeps them, and all the others or those that took
+def _language(loaded: Loaded, vocabulary: int | None, whole: bool) -> dict[str, Tensor]:
+    """The matrices of the vocabulary, as many rows as asked for, and what else is embedded, as OpenFlamingo keeps them, and all the others or those that took
     an update in, under the wrapped layers' names."""
-    vocabulary = whole_matrices(loaded.model, len(loaded.processor.tokenizer))
-    layers, found = f"{LANGUAGE}{loaded.model.decoder_layers_attr_name}.", dict(vocabulary)
+    layers = f"{LANGUAGE}{loaded.model.decoder_layers_attr_name}."
+    found = whole_matrices(loaded.model, vocabulary)
     tied = set(loaded.model.lang_encoder.all_tied_weights_keys)
     for name, parameter in loaded.model.lang_encoder.state_dict().items():
         name_here = LANGUAGE + name

@@ -28,12 +28,12 @@ def vocabulary_names(model: FlamingoForConditionalGeneration) -> dict[str, nn.Mo
 def take_rows(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], where: object) -> list[str]:
     """Give the model's token rows what the matrices of a checkpoint have for them. Returns the matrices it lacks.
 
-    Raises UserError for a matrix that ends before them: its tokens are others.
+    Raises UserError for a matrix that ends before them: its tokens are others; and for one matrix of the model that is two
+    in the checkpoint.
     """
     if model.token_rows is None:
         return []
-    model.token_rows.copy_from(model.lang_encoder)
-    ids, names, given = list(model.token_rows.token_ids), vocabulary_names(model), []
+    ids, names, given = list(model.token_rows.token_ids), vocabulary_names(model), {}
     for name, rows in names.items():
         matrix = tensors.get(name)
         if matrix is None:
@@ -43,13 +43,14 @@ def take_rows(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Ten
                 f"{where}: its vocabulary ends at {len(matrix)} ({name}), the tokens added to the language model's reach "
                 f"{max(ids)}; name the language model, and with it the tokenizer, that it was trained with"
             )
+        if not matrix.equal(tensors[given.setdefault(rows, name)]):
+            raise UserError(f"{where}: {' and '.join(names)} are one matrix in this language model, and two in the checkpoint")
         rows.weight.data = matrix[ids].clone()
-        given.append(rows)
     return [name for name, rows in names.items() if rows not in given]
 
 
-def whole_matrices(model: FlamingoForConditionalGeneration, size: int) -> dict[str, Tensor]:
-    """The matrices of the vocabulary with the token rows in place, the first ``size`` rows: (size, D)."""
+def whole_matrices(model: FlamingoForConditionalGeneration, size: int | None) -> dict[str, Tensor]:
+    """The matrices of the vocabulary with the token rows in place, the first ``size`` rows, or all: (size, D)."""
     state, found = model.lang_encoder.state_dict(), {}
     embedding, *heads = vocabulary_names(model).items()
     for name, rows in (embedding, *heads):
@@ -61,4 +62,5 @@ def whole_matrices(model: FlamingoForConditionalGeneration, size: int) -> dict[s
             matrix = matrix.to(torch.promote_types(matrix.dtype, rows.weight.dtype), copy=True)
             matrix[list(model.token_rows.token_ids)] = rows.weight.detach().to(matrix.dtype)
         found[name] = matrix[:size].contiguous()
-    return found
+    bias = getattr(model.lang_encoder.get_output_embeddings(), "bias", None)
+    return found if bias is None else found | {name.removesuffix("weight") + "bias": bias.detach()[:size]}

@@ -48,6 +48,9 @@ def replace_tensors(model: FlamingoForConditionalGeneration, tensors: Mapping[st
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, tensor in tensors.items():
         own = parameters[name]
+        if own.shape == tensor.shape:  # as it is mapped from the disk, without a copy
+            own.data = tensor
+            continue
         whole = own.data.to(tensor.dtype, copy=True)
         whole[: len(tensor)] = tensor
         own.data = whole

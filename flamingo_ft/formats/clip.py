@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from flamingo_ft.errors import UserError
+
 HERE, THERE = "vision_encoder.", "vision_encoder.vision_model."
 _TOP = {
     "embeddings.class_embedding": "class_embedding",
@@ -33,6 +35,7 @@ _LAYER = re.compile(r"encoder\.layers\.(?P<k>\d+)\.(?P<module>.+)\.(?P<leaf>weig
 _BLOCK = re.compile(r"transformer\.resblocks\.(?P<k>\d+)\.(?P<module>.+)\.(?P<leaf>weight|bias)")
 _STACKED = re.compile(r"transformer\.resblocks\.(?P<k>\d+)\.attn\.in_proj_(?P<leaf>weight|bias)")
 _QKV = ("q", "k", "v")
+POSITIONS = "embeddings.position_ids"  # a buffer of earlier versions of transformers
 NOT_USED = "proj"  # OpenCLIP's last projection, which the tokens of a Flamingo do not go through
 
 
@@ -44,13 +47,21 @@ def to_open_clip(tensors: Mapping[str, Tensor], left_out: dict[str, str]) -> dic
         bare = name.removeprefix(THERE).removeprefix(HERE)
         if bare in _TOP:
             found[HERE + _TOP[bare]] = tensor
-        elif match := _LAYER.fullmatch(bare):
+        elif (match := _LAYER.fullmatch(bare)) and _has_place(match["module"]):
             _sort_in(found, stacks, match, tensor)
-        else:
+        elif bare == POSITIONS:
             left_out[name] = "follows from the architecture"
+        else:
+            found[name] = tensor  # for who puts it in place to find none
     for name, parts in stacks.items():
+        if lacking := [which for which in _QKV if which not in parts]:
+            raise UserError(f"checkpoint's tower lacks {', '.join(lacking)} of {name}; give the whole checkpoint")
         found[name] = torch.cat([parts[which] for which in _QKV])
     return found
+
+
+def _has_place(module: str) -> bool:
+    return module in _IN_LAYER or module in [f"self_attn.{which}_proj" for which in _QKV]
 
 
 def _sort_in(

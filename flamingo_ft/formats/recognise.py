@@ -27,9 +27,12 @@ OTTER, MULTIMODAL_GPT = "Otter", "Multimodal-GPT"
 _BLOCK = re.compile(r"lang_encoder\.(?P<layers>.+)\.(?P<k>\d+)\.gated_cross_attn_layer\.(?P<rest>.+)")
 _BLOCK_AGAIN = re.compile(r"lang_encoder\.gated_cross_attn_layers\.(?P<k>\d+)\.(?P<rest>.+)")
 _LAYER = re.compile(r"lang_encoder\.(?P<layers>.+)\.(?P<k>\d+)\.decoder_layer\.(?P<rest>.+)")
-_LAYER_AGAIN = "lang_encoder.old_decoder_blocks."
+_LAYER_AGAIN = re.compile(r"lang_encoder\.old_decoder_blocks\.(?P<k>\d+)\.(?P<rest>.+)")
 _PERCEIVER = "perceiver."
 BRIDGE = (_PERCEIVER, "gated_cross_attn_layers.")
+
+# Buffers of the language models of earlier versions of transformers, which today's make themselves.
+MADE_ANEW = re.compile(r".*(rotary_emb\.inv_freq|\.masked_bias|attention\.bias|attn\.bias)$")
 
 
 @dataclass
@@ -70,6 +73,8 @@ def parse(stored: Stored | Mapping[str, Any]) -> Checkpoint:
     stored = stored if isinstance(stored, Stored) else unwrap(stored, Path("state dict"))
     names = [updates.without_wrapper(name) for name in stored.tensors]
     found = Checkpoint(_format(stored, names), stored.where, config=stored.config, wrapped=stored.wrapped)
+    layers = (match["layers"] for name in names if (match := _BLOCK.fullmatch(name) or _LAYER.fullmatch(name)))
+    found.layers = next(layers, None)
     found.visibility = "following" if found.format in (OPEN_FLAMINGO_1, MULTIMODAL_GPT) else "immediate"
     found.lora_alpha = updates.alpha_of(stored.beside, stored.config)
     for name, (original, tensor) in zip(names, stored.tensors.items(), strict=True):
@@ -86,6 +91,8 @@ def is_foreign(names: Mapping[str, Any] | list[str]) -> bool:
 
 
 def _format(stored: Stored, names: list[str]) -> str:
+    if any(name.startswith("token_rows.") for name in names):
+        raise UserError(f"{stored.where}: is of this package already; write it for others from its folder")
     has_lora = any(updates.is_update(name) for name in names)
     if any(otter.is_its_own(name) for name in names) or stored.config.get("model_type") == "otter":
         return OTTER
@@ -96,7 +103,7 @@ def _format(stored: Stored, names: list[str]) -> str:
             f"{stored.where}: no checkpoint of a known format: it has names such as {some(names)}; known are OpenFlamingo's "
             "v1 and v2, Otter's and Multimodal-GPT's"
         )
-    twice, whole = (any(name.startswith(p) for name in names) for p in ("lang_encoder.gated_cross_attn_layers.", _LAYER_AGAIN))
+    twice, whole = (any(pattern.fullmatch(name) for name in names) for pattern in (_BLOCK_AGAIN, _LAYER_AGAIN))
     return OPEN_FLAMINGO_1 if twice and not whole else OPEN_FLAMINGO
 
 
@@ -104,16 +111,14 @@ def _sort_in(found: Checkpoint, name: str, original: str, tensor: Tensor) -> Non
     """Put one tensor where it belongs, under its name here."""
     name = otter.renamed(name) if found.format == OTTER else name
     own = _own_name(found, name)
-    if own is None:
-        found.left_out[original] = "is there under another name too"
-    elif updates.is_update(own):
+    if updates.is_update(own):
         found.lora[updates.plain(own)] = tensor
     elif own.startswith(BRIDGE):
         _add(found.bridge, own, original, tensor, found)
     elif own.startswith("vision_encoder."):
         found.vision[own] = tensor
     else:
-        found.language[own] = tensor
+        _add(found.language, own, original, tensor, found)
 
 
 def _add(part: dict[str, Tensor], own: str, original: str, tensor: Tensor, found: Checkpoint) -> None:
@@ -126,14 +131,12 @@ def _add(part: dict[str, Tensor], own: str, original: str, tensor: Tensor, found
     found.left_out[original] = "is there under another name too"
 
 
-def _own_name(found: Checkpoint, name: str) -> str | None:
-    """The name here, None for what only repeats another."""
-    if name.startswith(_LAYER_AGAIN):
-        return None
-    if match := _BLOCK_AGAIN.fullmatch(name):
+def _own_name(found: Checkpoint, name: str) -> str:
+    """The name here."""
+    if match := _BLOCK_AGAIN.fullmatch(name) or _BLOCK.fullmatch(name):
         return f"gated_cross_attn_layers.{match['k']}.{match['rest']}"
-    for pattern, own in ((_BLOCK, "gated_cross_attn_layers.{k}.{rest}"), (_LAYER, "lang_encoder.{layers}.{k}.{rest}")):
-        if match := pattern.fullmatch(name):
-            found.layers = found.layers or match["layers"]
-            return own.format(**match.groupdict())
+    if match := _LAYER.fullmatch(name):
+        return f"lang_encoder.{match['layers']}.{match['k']}.{match['rest']}"
+    if (match := _LAYER_AGAIN.fullmatch(name)) and found.layers:
+        return f"lang_encoder.{found.layers}.{match['k']}.{match['rest']}"
     return name

@@ -22,6 +22,7 @@ OF_TRAINING = ("final_weights.pt", "checkpoint.pt")  # Otter's and OpenFlamingo'
 WHOLE = ("model.safetensors", "pytorch_model.bin", *OF_TRAINING)
 WRAPPING = "model_state_dict"  # where training loops put the weights, beside optimizer and schedule
 OF_SEVERAL_DEVICES = "module."
+OWN = "flamingo"  # the model_type of this package's models
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,12 @@ class Stored:
 def read_stored(path: Path) -> Stored:
     """Read a checkpoint's file or folder. UserError where it is missing, damaged or holds no dict of tensors."""
     config = stored_config(path if path.is_dir() else path.parent)
+    if path.is_dir() and config.get("model_type") == OWN:
+        raise UserError(f"{path}: is of this package already; write it for others with --to open_flamingo or --to otter")
     contents = [_read(file) for file in _files(path)]
     if len(contents) == 1:
         return unwrap(contents[0], path, config)
-    together = {name: tensor for content in contents for name, tensor in content.items()}
+    together = {name: tensor for content in contents for name, tensor in unwrap(content, path).tensors.items()}
     return unwrap(together, path, config)
 
 
@@ -69,12 +72,18 @@ def _files(path: Path) -> list[Path]:
         return [path]
     for index in (path / name for name in INDEXES):
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [path / shard for shard in sorted(shards)]
+            return [path / shard for shard in sorted(_shards(index))]
     found = [path / name for name in WHOLE if (path / name).is_file()]
     if not found:
         raise UserError(f"{path}: found no weights there ({', '.join(WHOLE)}); give a checkpoint's file or folder")
     return found[:1]
+
+
+def _shards(index: Path) -> set[str]:
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: is no index of weights ({one_line(error)}); copy the checkpoint again") from None
 
 
 def _read(file: Path) -> Any:
@@ -92,9 +101,12 @@ def stored_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, {} where there is none. UserError where it is damaged."""
     file = folder / "config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
         raise UserError(f"{file}: is no JSON ({one_line(error)}); copy the checkpoint again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: is no configuration (found a {type(found).__name__}); copy the checkpoint again")
+    return found
 
 
 def _check_tensors(tensors: Mapping[str, Any], where: Path) -> None:

@@ -58,10 +58,12 @@ class Remembered(dict):
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(named)
+        self.__setstate__(arguments)
 
     def __setstate__(self, state: Any) -> None:
-        if isinstance(state, Mapping):
-            self.update(state)
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, Mapping):
+                self.update(part)
 
     def __call__(self, *arguments: Any, **named: Any) -> Remembered:
         return Remembered()

@@ -55,12 +55,25 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     targets = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")}
     report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
     _check(report, bool(formats_in(model)))
+    _check_rows(model, tensors)
     with torch.no_grad():
         for name in report.loaded:
             targets[name][: len(tensors[name])].copy_(tensors[name])
     if model.token_rows is not None:
         model.token_rows.copy_from(model.lang_encoder)
     return report
+
+
+def _check_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a vocabulary that ends before the tokens whose rows the model takes from it."""
+    if model.token_rows is None:
+        return
+    name, own = next((n, p) for n, p in model.named_parameters() if p is model.lang_encoder.get_input_embeddings().weight)
+    if name in tensors and len(tensors[name]) <= max(model.token_rows.token_ids):
+        raise UserError(
+            f"checkpoint's vocabulary ends at {len(tensors[name])}, the model's new tokens reach "
+            f"{max(model.token_rows.token_ids)} of {len(own)}; build the model with the tokenizer of the checkpoint"
+        )
 
 
 def check_belongs(model: FlamingoCore, checkpoint: Checkpoint) -> None:

@@ -21,11 +21,20 @@ LAYERS = {family: f"lang_encoder.{path}" for family, path in DECODER_LAYERS.item
 
 
 class ConfigDict(dict):
-    """Settings in a class that whoever reads them need not have, with attributes beside its entries."""
+    """Settings in a class that whoever reads them need not have."""
+
+
+class Config:
+    """Settings from a file, with a state that is no dict, as mmengine keeps them."""
 
     def __init__(self, **entries: object):
-        super().__init__(entries)
-        self.source = "a file"
+        self.entries = ConfigDict(tuning_config=ConfigDict(entries))
+
+    def __getstate__(self) -> tuple:
+        return (self.entries, "lora_config.py", "the file's text", {})
+
+    def __setstate__(self, state: tuple) -> None:
+        self.entries = state[0]
 
 
 def open_flamingo(family: str) -> Tensors:
@@ -126,7 +135,7 @@ def save(path: Path, tensors: Tensors) -> Path:
 
 def save_multimodal_gpt(path: Path, tensors: Tensors, alpha: int = 16) -> Path:
     """As its training loop does: several devices, settings in a class of their own beside the weights."""
-    settings = ConfigDict(lora=True, lora_r=RANK, lora_alpha=alpha, arguments=argparse.Namespace(epochs=3))
+    settings = Config(lora=True, lora_r=RANK, lora_alpha=alpha, arguments=argparse.Namespace(epochs=3))
     weights = {f"module.{name}": tensor for name, tensor in tensors.items()}
     torch.save({"epoch": 3, "model_state_dict": weights, "tuning_config": settings}, path)
     return path

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flamingo_ft import cli
-from flamingo_ft.adapters import save_adapter
+from flamingo_ft.adapters import load_adapter, save_adapter
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.convert import Backbones, export_open_flamingo, export_otter, import_checkpoint
@@ -107,3 +107,77 @@ def test_the_command_line_tells_what_it_found_and_what_is_wrong(backbones, tmp_p
     for arguments in (["checkpoint.pt", "adapter", *names], ["nowhere.pt", "new"], ["adapter", "back.pt", "--to", "otter"]):
         assert cli.main(["convert", *arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+LORA_A, LORA_B = ".self_attn.q_proj.lora_A.default.weight", ".self_attn.q_proj.lora_B.default.weight"
+LAYER = "lang_encoder.base_model.model.model.layers.0.decoder_layer"
+INCOMPLETE = {
+    "half of an update": (without(f"layers.0.decoder_layer{LORA_B}"), "lora_B"),
+    "the other half": (without(f"layers.0.decoder_layer{LORA_A}"), "lora_B"),
+    "DoRA": (with_(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector.default.weight", torch.ones(32)), "magnitude"),
+    "another width": (with_(f"{LAYER}{LORA_A}", torch.ones(2, 48)), r"\(32, 32\) by"),
+}
+
+
+@pytest.mark.parametrize("wrong", INCOMPLETE)
+def test_no_update_is_lost_in_silence(wrong, backbones, tmp_path):
+    change, words = INCOMPLETE[wrong]
+    below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
+    source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", change(foreign.multimodal_gpt("llama")))
+    with pytest.raises(UserError, match=words) as error:
+        import_checkpoint(source, tmp_path / "out", backbones["llama"], start=below)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_rows_of_new_tokens_beside_lora_are_kept(backbones, tmp_path):
+    name = "lang_encoder.base_model.model.model.embed_tokens.weight"
+    below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
+    moved = foreign.open_flamingo("llama")["lang_encoder.model.embed_tokens.weight"].clone()
+    moved[-2:] += 5
+    source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", foreign.multimodal_gpt("llama") | {name: moved})
+    assert import_checkpoint(source, tmp_path / "out", backbones["llama"], start=below).result == "adapter"
+    model, _ = load_adapter(tmp_path / "out")
+    assert torch.equal(model.token_rows.input.weight, moved[-2:])
+
+
+TOWER = "vision_encoder.vision_model."
+TOWERS = {
+    "an unknown tensor": (with_(f"{TOWER}extra.weight", torch.ones(2)), {}, "no place for .*extra"),
+    "a lost projection": (without("layers.0.self_attn.k_proj.weight"), {}, "tower lacks k of"),
+    "lost layers": (without("mlp.fc1"), {}, "its tower lacks 4 tensors"),
+    "another activation": (dict, {"vision_config": {"hidden_act": "quick_gelu"}}, "computes with quick_gelu"),
+}
+
+
+@pytest.mark.parametrize("wrong", TOWERS)
+def test_an_otter_s_tower_is_whole_or_not_taken(wrong, backbones, tmp_path):
+    change, config, words = TOWERS[wrong]
+    folder = foreign.save_otter(tmp_path / "otter", change(foreign.otter_whole("llama")), **config)
+    with pytest.raises(UserError, match=words):
+        import_checkpoint(folder, tmp_path / "out", backbones["llama"])
+
+
+def test_what_is_of_this_package_already_is_no_foreign_checkpoint(backbones, tmp_path):
+    source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
+    import_checkpoint(source, tmp_path / "model", backbones["llama"], to="model")
+    for place in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
+        with pytest.raises(UserError, match="is of this package already"):
+            import_checkpoint(place, tmp_path / "out", backbones["llama"])
+
+
+def test_a_layer_that_is_there_under_its_old_name_alone_is_not_taken_for_a_repetition(backbones, tmp_path):
+    changed = with_("lang_encoder.old_decoder_blocks.0.self_attn.q_proj.weight", torch.ones(32, 32))
+    source = foreign.save(tmp_path / "checkpoint.pt", changed(foreign.open_flamingo("llama")))
+    assert import_checkpoint(source, tmp_path / "out", backbones["llama"]).result == "model"
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": 3}'])
+def test_a_damaged_folder_is_told_in_a_line(content, backbones, tmp_path):
+    folder = foreign.save_otter(tmp_path / "otter", foreign.otter_whole("llama"))
+    for file in ("pytorch_model.bin.index.json", "config.json"):
+        (folder / file).write_text(content)
+        if content.startswith('{"') and file == "config.json":
+            continue
+        with pytest.raises(UserError, match=file) as error:
+            import_checkpoint(folder, tmp_path / "out", backbones["llama"])
+        assert "\n" not in str(error.value)
