@@ -150,14 +150,15 @@ def write_checkpoint(folder: Path, model: Released, language: Path, tower: str, 
     flamingo, _ = build_flamingo(vision, lm, cross_attn_every_n_layers=model.interval)
     shake(flamingo.requires_grad_(True), 0.1)
     folder.mkdir(parents=True)
-    torch.save(open_flamingo_names(flamingo, model.layers_path, len(lm.tokenizer)), folder / "checkpoint.pt")
+    torch.save(open_flamingo_names(flamingo, model, len(lm.tokenizer)), folder / "checkpoint.pt")
     return folder
 
 
 def open_flamingo_names(
-    flamingo: FlamingoForConditionalGeneration, layers_path: str, vocabulary: int
+    flamingo: FlamingoForConditionalGeneration, model: Released, vocabulary: int
 ) -> dict[str, Tensor]:
-    """The bridge and the first rows of the embeddings under the names that OpenFlamingo v2 saves them by."""
+    """The bridge and the first rows of the embeddings under the names that OpenFlamingo saves them by; version 1, whose text
+    could see the following image, saved the cross-attention under a second one too."""
     embeddings = flamingo.lang_encoder.get_input_embeddings().weight
     names = (name for name, parameter in flamingo.named_parameters() if parameter is embeddings)
     found = {next(names): embeddings.detach()[:vocabulary].clone()}
@@ -166,5 +167,7 @@ def open_flamingo_names(
             found[name] = tensor
         elif name.startswith("gated_cross_attn_layers."):
             _, k, rest = name.split(".", 2)
-            found[f"lang_encoder.{layers_path}.{k}.gated_cross_attn_layer.{rest}"] = tensor
+            found[f"lang_encoder.{model.layers_path}.{k}.gated_cross_attn_layer.{rest}"] = tensor
+            if "following" in model.visibility:
+                found[f"lang_encoder.{name}"] = tensor
     return found
