@@ -246,6 +246,9 @@ def convert(
     from flamingo_ft import convert as converting
 
     if to in ("open_flamingo", "otter"):
+        given = {"--language": language, "--vision": vision, "--pretrained": pretrained, "--lora-alpha": lora_alpha}
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise UserError(f"found {unused[0]} with --to {to}, which writes what SRC records; leave it out")
         export = converting.export_otter if to == "otter" else converting.export_open_flamingo
         found = export(source, out, start=start)
     else:

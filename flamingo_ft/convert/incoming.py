@@ -80,6 +80,9 @@ def import_checkpoint(
             save_whole(model, processor, folder, checkpoint, bool(changed))
         else:
             save_adapter(model, processor, folder)
+    formats = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
+    if is_whole and len(formats) > 1:
+        lines.append(f"its weights are in {' and '.join(sorted(formats))}, and are loaded in the widest unless dtype says another")
     lines += [f"{len(changed)} tensors of the backbones are the checkpoint's own ({some(changed)})"] if changed else []
     return Conversion(_called(checkpoint), "model" if is_whole else "adapter", out, about(checkpoint) + lines)
 

@@ -104,6 +104,8 @@ def test_the_command_line_tells_what_it_found_and_what_is_wrong(backbones, tmp_p
     assert cli.main(["convert", "adapter", "otter", "--to", "otter"]) == 0
     assert Path("back.pt").is_file() and Path("otter/config.json").is_file()
     capsys.readouterr()
+    assert cli.main(["convert", "adapter", "other.pt", "--to", "open_flamingo", *names]) == 2
+    assert "--language with --to open_flamingo" in capsys.readouterr().err
     for arguments in (["checkpoint.pt", "adapter", *names], ["nowhere.pt", "new"], ["adapter", "back.pt", "--to", "otter"]):
         assert cli.main(["convert", *arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
