@@ -34,6 +34,7 @@ from .whole import replace_tensors, save_whole
 
 Target = Literal["auto", "adapter", "model"]
 
+
 def import_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -140,9 +141,9 @@ def _extra_tokens(checkpoint: Checkpoint, language: LanguageBackbone) -> tuple[t
         return ((ANSWER_TOKEN,) if any(ANSWER_TOKEN in text for text in told) else ()), []
     tokenizer = copy.deepcopy(language.tokenizer)
     add_media_tokens(tokenizer, (ANSWER_TOKEN,))
-    embedding = next(name for name, module in language.model.named_modules() if module is language.model.get_input_embeddings())
-    rows = len(checkpoint.language.get(f"lang_encoder.{embedding}.weight", language.model.get_input_embeddings().weight))
-    if f"lang_encoder.{embedding}.weight" in checkpoint.language and rows < len(tokenizer):
+    embedding = language.model.get_input_embeddings().weight
+    name = next(name for name, parameter in language.model.named_parameters() if parameter is embedding)
+    if len(checkpoint.language.get(f"lang_encoder.{name}", tokenizer)) < len(tokenizer):
         return (), [f"its vocabulary has no row for {ANSWER_TOKEN}, which is left out"]
     return (ANSWER_TOKEN,), [f"{ANSWER_TOKEN} is taken to be among its tokens, as with all of Otter"]
 

@@ -16,7 +16,7 @@ _PLAIN_VIT = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_
 def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dict[str, Any]:
     """What Otter's config.json says. UserError for a tower that is no CLIP ViT."""
     config = model.config
-    text = config.text_config.to_dict() | {"vocab_size": config.text_config.vocab_size}
+    text = config.text_config.to_dict() | {"vocab_size": len(model.get_input_embeddings().weight)}
     text["architectures"] = [OPENED.get(text["model_type"]) or type(model.lang_encoder).__name__]
     text["_name_or_path"] = ((config.backbones or {}).get("language") or {}).get("name") or ""
     frames = (config.perceiver or {}).get("max_num_frames")

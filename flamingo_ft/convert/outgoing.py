@@ -23,7 +23,6 @@ from flamingo_ft.formats import clip, otter
 from flamingo_ft.formats.recognise import BRIDGE, OPEN_FLAMINGO, OPEN_FLAMINGO_1, OTTER
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN
 
 from .otter_config import ANSWER_TOKEN, otter_config, otter_notes
 from .report import Conversion
@@ -104,7 +103,7 @@ def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
             raise UserError(f"{source}: was written quantized; convert the adapter, or an unquantized merge")
         return Loaded(model.eval(), processor, "model", (), True, ())
     read_config(folder)
-    kept = sorted({record["format"] for source in config.backbones.values() if (record := source.get("quantization"))})
+    kept = sorted({record["format"] for part in config.backbones.values() if (record := part.get("quantization"))})
     notes = [f"it was trained on backbones in {' and '.join(kept)}; this is of the unquantized ones"] if kept else []
     model = load_base(folder, start=start, quantized=False, dtype="auto", device="cpu")
     put_adapter(model, folder)
@@ -154,8 +153,8 @@ def _as_its_part(name: str, tensor: Tensor, model: FlamingoForConditionalGenerat
 
 
 def _language(loaded: Loaded, vocabulary: int | None, whole: bool) -> dict[str, Tensor]:
-    """The matrices of the vocabulary, as many rows as asked for, and what else is embedded, as OpenFlamingo keeps them, and all the others or those that took
-    an update in, under the wrapped layers' names."""
+    """The matrices of the vocabulary, ``vocabulary`` rows or all, and what else is embedded, as OpenFlamingo keeps them; and
+    all the others, or those that took an update in, under the wrapped layers' names."""
     layers = f"{LANGUAGE}{loaded.model.decoder_layers_attr_name}."
     found = whole_matrices(loaded.model, vocabulary)
     tied = set(loaded.model.lang_encoder.all_tied_weights_keys)
@@ -184,8 +183,7 @@ def _about_loading(loaded: Loaded) -> list[str]:
         f"to be loaded beside language model {names[0]} and tower {names[1]}, cross_attn_every_n_layers "
         f"{config.cross_attn_every_n_layers}, with load_state_dict(torch.load(FILE), strict=False)"
     ]
-    known, added = loaded.processor.tokenizer.get_vocab(), {MEDIA_TOKEN, EOC_TOKEN}
-    if ANSWER_TOKEN in known and ANSWER_TOKEN not in added:
+    if ANSWER_TOKEN in loaded.processor.tokenizer.get_vocab():
         lines.append(f"its tokenizer has {ANSWER_TOKEN}, which open-flamingo's lacks: use the one of {loaded.kind}")
     return lines
 

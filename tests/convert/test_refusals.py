@@ -183,3 +183,10 @@ def test_a_damaged_folder_is_told_in_a_line(content, backbones, tmp_path):
         with pytest.raises(UserError, match=file) as error:
             import_checkpoint(folder, tmp_path / "out", backbones["llama"])
         assert "\n" not in str(error.value)
+
+
+def test_one_matrix_under_two_names_has_one_content(backbones, tmp_path):
+    changed = with_("lang_encoder.lm_head.weight", torch.ones(128, 32))
+    source = foreign.save(tmp_path / "checkpoint.pt", changed(foreign.open_flamingo("mpt")))
+    with pytest.raises(UserError, match="are one matrix in this language model, and two in the checkpoint"):
+        import_checkpoint(source, tmp_path / "out", backbones["mpt"])

@@ -11,7 +11,7 @@ from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import TrainableSection
-from flamingo_ft.convert import export_open_flamingo, export_otter, import_checkpoint
+from flamingo_ft.convert import Backbones, export_open_flamingo, export_otter, import_checkpoint
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats.stored import read_stored
 from flamingo_ft.model import (
@@ -24,9 +24,10 @@ from flamingo_ft.model import (
 from tests.golden import cases
 from tests.golden.recorded import TOLERANCE, Golden
 from tests.golden.tiny_flamingo import untrained_flamingo
+from tests.golden.tiny_models import tiny_language_model
 
 from . import foreign
-from .backbones import FAMILIES
+from .backbones import FAMILIES, words
 
 EVERY = 2
 HEADS = {"heads": 8, "dim_head": 64, "ff_mult": 4}  # of every foreign bridge
@@ -203,3 +204,26 @@ def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
     lora = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", foreign.multimodal_gpt("mpt"))
     with pytest.raises(UserError, match="holds LoRA.*flamingo-ft convert"):
         load_open_flamingo(model, lora)
+
+
+def test_padding_rows_of_the_vocabulary_are_cut_for_open_flamingo_and_kept_for_otter(backbones, tmp_path):
+    padded = tiny_language_model("mpt")
+    padded.resize_token_embeddings(140)
+    padded.save_pretrained(tmp_path / "padded")
+    words().save_pretrained(tmp_path / "padded")
+    known = Backbones(str(tmp_path / "padded"), backbones["mpt"].vision)
+    import_checkpoint(foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("mpt")), tmp_path / "adapter", known)
+    export_otter(tmp_path / "adapter", tmp_path / "otter")
+    export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
+    otter, back = read_stored(tmp_path / "otter"), read_stored(tmp_path / "back.pt")
+    embedding = "lang_encoder.transformer.wte.weight"
+    assert len(otter.tensors[embedding]) == otter.config["text_config"]["vocab_size"] == 140
+    assert torch.equal(back.tensors[embedding], foreign.open_flamingo("mpt")[embedding])
+
+
+def test_otter_s_own_token_is_left_out_where_the_vocabulary_has_no_row_for_it(backbones, tmp_path):
+    tensors = {name: t[: foreign.ANSWER] if t.shape[:1] == (foreign.OTTERS,) else t for name, t in
+               foreign.otter_trained("llama").items()}  # fmt: skip
+    found = import_checkpoint(foreign.save(tmp_path / "final_weights.pt", tensors), tmp_path / "adapter", backbones["llama"])
+    assert any("no row for <answer>" in line for line in found.lines)
+    assert "<answer>" not in load_adapter(tmp_path / "adapter")[1].tokenizer.get_vocab()
