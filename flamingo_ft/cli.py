@@ -107,7 +107,7 @@ def plan(
     from flamingo_ft.config import load_recipe
     from flamingo_ft.recipe_library import find_recipe
 
-    settings = load_recipe(find_recipe(recipe), overrides or (), require=())
+    settings = load_recipe(find_recipe(recipe), overrides or (), require=("backbones",))
 
     from flamingo_ft.training.plan import report
 
@@ -128,7 +128,7 @@ def check(
     from flamingo_ft.recipe_library import find_recipe
 
     path = find_recipe(recipe)
-    settings = load_recipe(path, overrides or (), require=("data",))
+    settings = load_recipe(path, overrides or (), require=("data", "backbones"))
     folder = out or Path("runs") / f"check_{path.stem}"
 
     from flamingo_ft.training.check import run

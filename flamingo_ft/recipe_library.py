@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.missing import nearest_path
 
 
 def library_folder() -> Path:
@@ -18,6 +19,12 @@ def library_folder() -> Path:
         if folder.is_dir():
             return folder
     raise UserError(f"found no recipes beside {package}; install flamingo_ft again")
+
+
+def is_packaged(recipe: Path) -> bool:
+    """Whether a recipe's file is one that ships with the package."""
+    package = Path(__file__).resolve().parent
+    return recipe.resolve().parent in (package / "recipes", package.parent / "recipes")
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -38,7 +45,9 @@ def find_recipe(path_or_name: str | Path) -> Path:
         return known[str(path_or_name)]
     kind = "a folder, not a recipe file" if path.is_dir() else "no such file or packaged recipe"
     near = difflib.get_close_matches(path.stem, known, n=1) or sorted(known)
-    raise UserError(f"recipe {path_or_name}: {kind}; packaged recipes have plain names: {', '.join(near)}")
+    nearest = None if path.is_dir() or not path.suffix else nearest_path(path)
+    meant = f"did you mean {nearest}? " if nearest else ""
+    raise UserError(f"recipe {path_or_name}: {kind}; {meant}packaged recipes have plain names: {', '.join(near)}")
 
 
 def summary(recipe: Path) -> str:

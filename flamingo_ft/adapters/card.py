@@ -18,7 +18,8 @@ from safetensors import safe_open
 
 from flamingo_ft import __version__
 from flamingo_ft.config import RECIPE_FILE
-from flamingo_ft.hub.places import without_places
+from flamingo_ft.config.paths import strip_recipe_paths
+from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.model import FlamingoConfig
 
 from .card_metadata import metadata
@@ -52,10 +53,10 @@ def card_text(
     text = environment.get_template("card.md.jinja").render(
         version=__version__,
         name=name or "this/folder",
-        vision=without_places(config.backbones["vision"]),
-        language=without_places(config.backbones["language"]),
+        vision=strip_local_paths(config.backbones["vision"], BACKBONE_KEYS),
+        language=strip_local_paths(config.backbones["language"], BACKBONE_KEYS),
         config=config,
-        bridge=without_places(config.bridge_init),
+        bridge=strip_local_paths(config.bridge_init),
         contents=", ".join(_contents(folder, config)),
         parameters=_parameters(folder),
         kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
@@ -95,13 +96,13 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines if line]
 
 
 def _read_recipe(folder: Path) -> dict[str, Any] | None:
     path = folder / RECIPE_FILE
-    return without_places(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    return strip_recipe_paths(yaml.safe_load(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def _losses(folder: Path) -> tuple[float, float] | None:

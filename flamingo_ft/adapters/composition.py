@@ -19,8 +19,8 @@ from flamingo_ft import __version__
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import fetch_model
-from flamingo_ft.hub.places import without_places
+from flamingo_ft.hub import existing, fetch_model
+from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 from .answering import answer_greedily
@@ -64,7 +64,7 @@ def load_composition(folder: str | Path, **options: Any) -> FlamingoForCondition
 
     Raises UserError when a backbone or the bridge is not the recorded one.
     """
-    folder = Path(folder)
+    folder = existing(folder)
     config = read_flamingo_config(folder)
     _check_named(folder, config)
     bridge = folder / BRIDGE_FILE
@@ -119,8 +119,8 @@ def _write_card(config: FlamingoConfig, folder: Path) -> None:
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
     text = environment.get_template("composition.md.jinja").render(
         version=__version__,
-        vision=without_places(config.backbones["vision"]),
-        language=without_places(config.backbones["language"]),
+        vision=strip_local_paths(config.backbones["vision"], BACKBONE_KEYS),
+        language=strip_local_paths(config.backbones["language"], BACKBONE_KEYS),
         bridge_init=config.bridge_init,
         kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
+from flamingo_ft.model.parts import named_composition
 
 WEIGHTS = "adapter_model.safetensors"
 LORA_CONFIG = "adapter_config.json"
@@ -67,8 +68,8 @@ def read_lora_config(folder: Path) -> LoraConfig | None:
 
 
 def read_base_name(folder: Path) -> str | None:
-    """What an adapter names as its base: the language model, or a composition, which has both backbones."""
-    return _read_peft_config(folder).base_model_name_or_path
+    """The composition that an adapter names as its base; None where it names its language model, by whatever path."""
+    return _read_peft_config(folder).base_model_name_or_path if named_composition(folder) else None
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:

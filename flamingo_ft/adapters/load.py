@@ -36,6 +36,7 @@ from .files import (
     read_tensors,
 )
 from .lora import ADAPTER, inject, open_what_is_updated
+from .recorded import with_places
 from .start import restart_bridge
 from .trainable import BRIDGE, is_lora
 
@@ -119,7 +120,11 @@ def put_together(
 def join_backbones(
     folder: Path, config: FlamingoConfig, quantized: bool, dtype: torch.dtype | Literal["auto"] | None, device: torch.device
 ) -> FlamingoForConditionalGeneration:
-    """The backbones that a configuration names, which must be those it records, with a bridge of random weights."""
+    """The backbones that a configuration names, which must be those it records, with a bridge of random weights.
+
+    The model's own configuration has the places where local ones lie now.
+    """
+    config = with_places(folder, config)
     loaded = {part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")}
     for part, backbone in loaded.items():
         check_backbone(folder, part, config.backbones[part], backbone.source)

@@ -20,6 +20,7 @@ from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import CrossAttentionSection, LanguageSection, ModelSection, PerceiverSection, VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, read_checkpoint
+from flamingo_ft.hub.names import NANO, local_language, local_tower, local_weights
 
 from .released import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, Released, released
 from .start import is_foreign
@@ -67,7 +68,7 @@ def _departures(model: Released, wanted: ModelSection) -> Iterator[str]:
 
 def _is_its_language(model: Released, wanted: LanguageSection) -> bool:
     """By name on the Hub; a copy in a folder, by its shape."""
-    if wanted.name != "nano" and not Path(wanted.name).expanduser().is_dir():
+    if wanted.name != NANO and local_language(wanted.name, wanted.revision) is None:
         return wanted.name.lower() in [name.lower() for name in model.languages]
     shape = _language_shape(wanted)
     return shape == _LanguageShape(model.layers_path, model.width, model.layers)
@@ -78,9 +79,9 @@ def _is_its_tower(wanted: VisionSection) -> bool:
     name, pretrained = wanted.name.replace("/", "-").removesuffix(QUICK_GELU), wanted.pretrained
     if (name, pretrained) == TOWER or (wanted.name, pretrained) == SAME_TOWER:
         return True
-    if name == TOWER[0] and pretrained and Path(pretrained).is_file():
+    if name == TOWER[0] and pretrained and local_weights(pretrained) is not None:
         return True
-    if not Path(wanted.name).expanduser().is_dir():
+    if local_tower(wanted.name, pretrained) is None:
         return False
     theirs, ours = (tower_config(tower)["vision_cfg"] for tower in (TOWER[0], wanted.name))
     return all(ours.get(key) == theirs[key] for key in ("width", "layers", "patch_size"))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.sharding import fill, let_go
 
 from .contents import name_in_file
 from .files import read_config, read_tensors
 from .trainable import trainable_parameters
 
-BASE = ("backbones", "bridge_init")  # what an adapter's configuration says of the model that it belongs to
+PLACES = ("name", "pretrained", "revision", "path")  # of a base: where it was, which may change; its content may not
 
 
 @torch.no_grad()
@@ -39,10 +41,18 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
 
 
 def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    stored = read_config(folder)
-    for key in BASE:
-        if getattr(stored, key) != getattr(model.config, key):
-            raise UserError(
-                f"{folder}: trained on {getattr(stored, key)}, found {getattr(model.config, key)} ({key}); "
-                "restore what it was trained on"
-            )
+    stored, here = _base_of(read_config(folder)), _base_of(model.config)
+    for part, record in stored.items():
+        if _content(record) != _content(here[part]):
+            raise UserError(f"{folder}: trained on {part} {record}, got {here[part]}; restore what it was trained on")
+
+
+def _base_of(config: FlamingoConfig) -> dict[str, Mapping[str, Any]]:
+    """What an adapter's configuration records of each part of the model that it belongs to."""
+    parts = {f"{part} backbone": source for part, source in (config.backbones or {}).items()}
+    return {"bridge of": config.bridge_init or {}, "vision backbone": {}, "language backbone": {}, **parts}
+
+
+def _content(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what copies of the same content differ in."""
+    return {key: value for key, value in record.items() if key not in PLACES}

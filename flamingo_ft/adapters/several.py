@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
-
+from urllib.parse import quote
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -35,6 +35,15 @@ COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")
 REPLACEABLE = (*COMBINABLE, "lora_alpha", "alpha_pattern", "use_rslora")
 
 Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
+
+
+def peft_name(name: str) -> str:
+    """PEFT's name of the adapter ``name``: one that no module has, and that is valid as a module's.
+
+    PEFT tells adapters apart by their names among the components of a tensor's name. One that is called as a module is
+    (mlp, model, q_proj) would take that module's tensors away from the others.
+    """
+    return f"adapter:{quote(name, safe='').replace('.', '%2E')}"
 
 
 class Adapters:
@@ -68,9 +77,9 @@ class Adapters:
         if lora is not None:
             self._inject(name, lora)
             updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
-            wanted = {n: t for n, t in adapter_tensors(self.model, name).items() if is_lora(n)}
+            wanted = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
             check_tensors(folder, updates, wanted)
-            put_lora(self.model, updates, name)
+            put_lora(self.model, updates, peft_name(name))
         self._folders[name] = folder
         self.use(name)
 
@@ -83,14 +92,15 @@ class Adapters:
         self._check_known(name)
         check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
-        there = self._peft.peft_config[name] if self._has_lora(name) else None
+        there = self._peft.peft_config[peft_name(name)] if self._has_lora(name) else None
         differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(there, key, None)]
         if differing:
             raise UserError(f"{folder}: differs from adapter {name} in {differing[0]} of LoRA; load it under another name")
         updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
-        check_tensors(folder, updates, {n: t for n, t in adapter_tensors(self.model, name).items() if is_lora(n)})
+        wanted = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
+        check_tensors(folder, updates, wanted)
         if updates:
-            put_lora(self.model, updates, name)
+            put_lora(self.model, updates, peft_name(name))
         self._folders[name] = folder
         self.use(name)
 
@@ -99,7 +109,7 @@ class Adapters:
         self._check_known(name)
         if self._has_lora(name):
             self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(name, inference_mode=True)
+            self._peft.set_adapter(peft_name(name), inference_mode=True)
         elif self._peft is not None:
             self._peft.base_model.disable_adapter_layers()
         if bridge:
@@ -128,19 +138,20 @@ class Adapters:
         first = self._same_lora(list(weights))
         pruned = {} if method == "linear" else {"density": density}
         lora = self._peft.base_model
-        lora.add_weighted_adapter(list(weights), list(weights.values()), name, combination_type=method, **pruned)
+        names, combined = [peft_name(one) for one in weights], peft_name(name)
+        lora.add_weighted_adapter(names, list(weights.values()), combined, combination_type=method, **pruned)
         # The scaling of each is in the combination by now. PEFT forgets that parts have ranks of their own.
         own = {"lora_alpha": first.r, "alpha_pattern": dict(first.rank_pattern), "use_rslora": False}
-        lora.peft_config[name] = dataclasses.replace(first, **own)
+        lora.peft_config[combined] = dataclasses.replace(first, **own)
         for layer in lora.model.modules():
             if isinstance(layer, LoraLayer):
-                layer.scaling[name] = 1.0
+                layer.scaling[combined] = 1.0
         self._folders[name] = self._folders[next(iter(weights))]
         self.use(name)
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in use, as `save_adapter` does."""
-        save_adapter(self.model, self.processor, folder, self.in_use)
+        save_adapter(self.model, self.processor, folder, peft_name(self.in_use))
 
     def _same_lora(self, names: list[str]) -> LoraConfig:
         """The configuration that adapters to combine have in common. UserError where they have none."""
@@ -150,7 +161,7 @@ class Adapters:
             self._check_known(name)
             if not self._has_lora(name):
                 raise UserError(f"adapter {name} has no LoRA to combine; combine adapters with LoRA")
-        first, *others = (self._peft.peft_config[name] for name in names)
+        first, *others = (self._peft.peft_config[peft_name(name)] for name in names)
         differing = [key for key in COMBINABLE for other in others if getattr(first, key) != getattr(other, key)]
         if differing:
             raise UserError(f"adapters {', '.join(names)} differ in {differing[0]}; combine adapters of the same shape")
@@ -161,18 +172,18 @@ class Adapters:
     def _check_new(self, name: str) -> None:
         if name in self._folders:
             raise UserError(f"an adapter named {name} is loaded already; give another name")
-        if not name or "." in name:
-            raise UserError(f"found {name!r} as an adapter's name; give one without dots")
+        if not name:
+            raise UserError("an adapter's name is empty; give it one")
 
     def _inject(self, name: str, lora: LoraConfig) -> None:
         open_what_is_updated(self.model, lora)
         if self._peft is None:
-            self._peft = PeftModel(self.model, lora, adapter_name=name, autocast_adapter_dtype=False)
+            self._peft = PeftModel(self.model, lora, adapter_name=peft_name(name), autocast_adapter_dtype=False)
         else:
-            self._peft.add_adapter(name, lora, autocast_adapter_dtype=False)
+            self._peft.add_adapter(peft_name(name), lora, autocast_adapter_dtype=False)
 
     def _has_lora(self, name: str) -> bool:
-        return self._peft is not None and name in self._peft.peft_config
+        return self._peft is not None and peft_name(name) in self._peft.peft_config
 
     def _bridge(self, name: str) -> dict[str, Tensor]:
         """The tensors of an adapter's bridge under the names they have beside the updates that are there now."""

@@ -31,6 +31,7 @@ from .files import (
     read_lora_config,
     read_tensors,
 )
+from .recorded import places_of
 from .trainable import BRIDGE, cast_parameter, is_lora
 
 # What must be the same for a bridge to mean the same in another model.
@@ -104,17 +105,19 @@ def put_as_stored(
 
 
 def _whereabouts(folder: Path, recorded: str, start: str | Path | None) -> Path:
-    """Where a bridge lies now: as said, where it lay, beside the adapter that builds on it, in the adapter's base, or on
-    the Hub."""
-    said = None if start is None else fetch_model(start)
-    places = (said, Path(recorded), folder.resolve().parent / Path(recorded).name)
-    path = next((place for place in places if place and place.exists()), None) or _bridge_of_base(folder)
+    """Where a bridge lies now: at ``start`` where that is given, else where it lay, beside the adapter that builds on it,
+    in the adapter's base, or on the Hub."""
+    if start is not None:
+        return fetch_model(start)
+    places = places_of(folder, recorded)
+    path = next((place for place in places if place.exists()), None) or _bridge_of_base(folder)
     if path is None and hub_name(recorded):
         return fetch_model(recorded)
     if path is None:
+        looked = ", ".join(str(place.absolute()) for place in places)
         raise UserError(
-            f"{folder}: builds on the bridge of {recorded}, which is not there; put it beside the adapter, or say where "
-            "it is now (--start PATH, start=...)"
+            f"{folder}: builds on the bridge of {recorded}, which is not there (looked at {looked}); put it beside the "
+            "adapter, or say where it is now (--start PATH, start=...)"
         )
     return path
 

@@ -35,7 +35,8 @@ from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.quantization import Quantization, settle
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.hub.fetch import download
-from flamingo_ft.hub.names import commit_of
+from flamingo_ft.hub.missing import missing
+from flamingo_ft.hub.names import NANO, commit_of, local_language
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 
@@ -62,8 +63,9 @@ ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 class LanguageBackbone:
     """A causal language model, the tokenizer that goes with it, and what it can be recognised by.
 
-    source: {"name", "revision", "sha256", "quantization"}: what was asked for, its Hub commit (None for a folder), the
-    digest of configuration, weights and tokenizer, and how its matrices are kept (None: as they were stored).
+    source: {"name", "revision", "sha256", "quantization"}: what was asked for (a folder by its absolute path), its Hub
+    commit (None for a folder), the digest of configuration, weights and tokenizer, and how its matrices are kept (None: as
+    they were stored).
     """
 
     model: PreTrainedModel
@@ -99,6 +101,7 @@ def load_language(
     it cannot be reached or read, is no causal LM, or is already quantized and was to be quantized.
     """
     folder = language_folder(name, revision, local_files_only)
+    is_local = local_language(name, revision) is not None
     config = _causal_config(folder, name, trust_remote_code)
     _refuse_twice_quantized(config, name, quantization)
     code = {"trust_remote_code": trust_remote_code}
@@ -113,8 +116,8 @@ def load_language(
         model=model.eval().requires_grad_(False),
         tokenizer=_load(AutoTokenizer, words, tokenizer, **code),
         source={
-            "name": name,
-            "revision": commit_of(folder),
+            "name": str(folder.absolute()) if is_local else name,
+            "revision": None if is_local else commit_of(folder),
             "sha256": files_sha256(folder),
             "quantization": quantization.record() if quantization else None,
         },
@@ -150,15 +153,17 @@ def language_folder(
     name: str, revision: str | None, local_files_only: bool = False, weights: bool = True
 ) -> Path:
     """The folder that holds the files of `name`, after fetching what is missing."""
-    folder = NANO_FOLDER if name == "nano" else Path(name).expanduser()
-    if name and folder.is_dir():
+    folder = NANO_FOLDER if name == NANO else local_language(name, revision)
+    if folder is not None and folder.is_dir():
         if revision is not None:
             raise UserError(f"revision {revision} was asked of {name}, which is no Hub repository; remove it")
         return folder
-    if name == "nano":
+    if name == NANO:
         raise UserError(f"the nano language model is missing from {folder}; install the package again")
+    if folder is not None:
+        raise UserError(f"language model: {missing(name, on_hub=f'{name} with revision main')}")
     if not HUB_NAME.fullmatch(name):
-        raise UserError(f"language model {name!r} is no folder and no Hub repository; check the path")
+        raise UserError(f"language model {name!r}: neither a folder nor a name on the Hub; check the name")
     asked = f"language model {name}" + (f" (revision {revision})" if revision else "")
     formats = ["*.safetensors", "*.bin"] if weights else ["*.json"]
     for form in formats:

@@ -13,7 +13,8 @@ from open_clip.pretrained import download_pretrained_from_hf
 
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.hub.errors import told
-from flamingo_ft.hub.names import commit_of
+from flamingo_ft.hub.missing import missing
+from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, commit_of, local_tower, local_weights
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
 CONFIG_FILE = "open_clip_config.json"
@@ -32,19 +33,30 @@ class Located:
     revision: str | None = None
 
 
+def is_architecture(name: str) -> bool:
+    """Whether OpenCLIP has an architecture of this name."""
+    return name.replace("/", "-") in open_clip.list_models()  # "ViT-B/32", as OpenCLIP reads it
+
+
+def local_source(name: str, pretrained: str | None) -> tuple[str, str | None]:
+    """The same two names, absolute where they are paths: what to record of a tower."""
+    folder = _local_folder(name, pretrained)
+    file = local_weights(pretrained) if pretrained and not _has_tag(name, pretrained) else None
+    return (str(folder.absolute()) if folder else name), (str(file.absolute()) if file else pretrained)
+
+
 def locate(name: str, pretrained: str | None, revision: str | None) -> Located:
-    architecture = name.replace("/", "-")  # "ViT-B/32", as OpenCLIP reads it
-    if architecture in open_clip.list_models():
+    folder, architecture = _local_folder(name, pretrained), name.replace("/", "-")
+    if folder is None and is_architecture(name):
         return _locate_architecture(architecture, pretrained, revision)
     if pretrained:
         raise UserError(f"pretrained {pretrained} goes with an OpenCLIP architecture, not {name}; remove it")
-    if name == "nano":
+    if name == NANO:
         return _locate_folder(NANO_FOLDER)
-    if name.startswith("hf-hub:"):
-        return _locate_on_hub(name.removeprefix("hf-hub:"), revision)
-    folder = Path(name.removeprefix("local-dir:")).expanduser()
-    if folder.is_dir():
-        return _locate_folder(folder)
+    if name.startswith(ON_HUB):
+        return _locate_on_hub(name.removeprefix(ON_HUB), revision)
+    if folder is not None:
+        return _locate_folder(folder, name=name)
     nearest = difflib.get_close_matches(architecture, ["nano", *open_clip.list_models()], n=3, cutoff=0.4)
     raise UserError(
         f"vision tower {name} is no folder, no hf-hub:ORG/NAME and no OpenCLIP architecture; nearest known: "
@@ -52,20 +64,29 @@ def locate(name: str, pretrained: str | None, revision: str | None) -> Located:
     )
 
 
+def _local_folder(name: str, pretrained: str | None) -> Path | None:
+    """The folder that a tower's name stands for; None for one that comes from elsewhere."""
+    folder = local_tower(name, pretrained)
+    if folder is None or (is_architecture(name) and not folder.is_dir()):
+        return None
+    return folder
+
+
 def native_config(name: str, pretrained: str | None) -> dict:
-    if not name.startswith("hf-hub:"):
+    if pretrained and is_architecture(name):
         architecture = name.replace("/", "-")
-        if pretrained and architecture in open_clip.list_models():
-            _refuse_unknown_tag(architecture, pretrained)
+        _refuse_unknown_tag(architecture, pretrained)
+        return _locate_architecture(architecture, None, None).config
+    if not name.startswith(ON_HUB):
         return locate(name, None, None).config
-    file = _download(name.removeprefix("hf-hub:"), CONFIG_FILE, None)
+    file = _download(name.removeprefix(ON_HUB), CONFIG_FILE, None)
     return _read_config(file)[0]
 
 
 def hub_repository(name: str, pretrained: str | None) -> str | None:
     """The repository on the Hub that a tower's weights come from; None where they come from elsewhere."""
-    if name.startswith("hf-hub:"):
-        return name.removeprefix("hf-hub:")
+    if name.startswith(ON_HUB):
+        return name.removeprefix(ON_HUB)
     architecture = name.replace("/", "-")
     known = pretrained and architecture in open_clip.list_models()
     tag = open_clip.get_pretrained_cfg(architecture, pretrained) if known else {}
@@ -83,11 +104,19 @@ def _locate_architecture(name: str, pretrained: str | None, revision: str | None
         model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
         return Located(name, _tower_config(model_cfg), str(weights), True, tag, commit_of(weights))
     _refuse_unknown_tag(name, pretrained)
-    return Located(name, _tower_config(model_cfg), pretrained)
+    return Located(name, _tower_config(model_cfg), str(local_weights(pretrained)))
+
+
+def _has_tag(name: str, pretrained: str) -> bool:
+    """Whether OpenCLIP has weights of this tag for an architecture."""
+    return is_architecture(name) and bool(open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained))
 
 
 def _refuse_unknown_tag(name: str, pretrained: str) -> None:
-    if not open_clip.get_pretrained_cfg(name, pretrained) and not Path(pretrained).is_file():
+    file = None if _has_tag(name, pretrained) else local_weights(pretrained)
+    if file is not None and not file.is_file():
+        raise UserError(f"weights of {name}: {missing(pretrained)}")
+    if file is None and not _has_tag(name, pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
             f"{name} has no pretrained tag {pretrained}, nor is that a file; "
@@ -101,7 +130,10 @@ def _locate_on_hub(repository: str, revision: str | None) -> Located:
     return _locate_folder(config_file.parent, commit_of(config_file))
 
 
-def _locate_folder(folder: Path, revision: str | None = None) -> Located:
+def _locate_folder(folder: Path, revision: str | None = None, name: str | None = None) -> Located:
+    """name: what the folder was asked for by, where it may not exist."""
+    if name is not None and not folder.is_dir():
+        raise UserError(f"vision tower: {missing(name.removeprefix(LOCAL_DIR), on_hub=f'{ON_HUB}{name}')}")
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"{folder} has no {CONFIG_FILE}; give a folder in OpenCLIP's local-dir format")

@@ -24,7 +24,7 @@ from flamingo_ft.backbones.tower import (
     token_width,
     tower_preprocess,
 )
-from flamingo_ft.backbones.tower_source import Located, locate, native_config
+from flamingo_ft.backbones.tower_source import Located, local_source, locate, native_config
 from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, let_go_of_file, weights_file
 from flamingo_ft.errors import UserError, one_line
 
@@ -41,8 +41,8 @@ class VisionBackbone:
         than the architecture's.
     preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
     width: D, the width of its spatial tokens.
-    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}; the digest is of the tower's
-        tensors before they were brought to another image size or quantized.
+    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, folders and files by their absolute
+        paths; the digest is of the tower's tensors before they were brought to another image size or quantized.
     """
 
     visual: nn.Module
@@ -101,8 +101,7 @@ def load_vision(
         preprocess=tower_preprocess(visual, located.preprocess, resize_mode),
         width=token_width(visual),
         source=dict(
-            name=name,
-            pretrained=pretrained,
+            **dict(zip(("name", "pretrained"), local_source(name, pretrained))),
             revision=located.revision,
             sha256=sha256,
             quantization=quantization.record() if quantization else None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from flamingo_ft.config.section import LAX, Count, FilePath, Section
+from flamingo_ft.config.section import LAX, Count, InputPath, Section, SharedPath
 
 if TYPE_CHECKING:
     from flamingo_ft.config.schema import Recipe
@@ -30,9 +30,9 @@ DataFormat = Literal[
 class DataSource(Section):
     """Samples with their images: files, a folder of images, or a dataset on the Hub."""
 
-    path: FilePath | None = None
+    path: InputPath | None = None
     """File of samples (JSON, JSONL, CSV, TSV, Parquet, Arrow, a tar of a WebDataset), a pattern of such files
-    (`shards/*.tar`), or a folder of images; relative to the recipe."""
+    (`shards/*.tar`), or a folder of images; relative to the recipe file, in an override to the current directory."""
     hub: str | None = None
     """A dataset on the Hugging Face Hub, org/name, in place of a path."""
     config: str | None = None
@@ -52,9 +52,9 @@ class DataSource(Section):
     this source's share of the rows shown, relative to the other sources."""
     limit: Count | None = None
     """Only the first so many rows. null: all."""
-    image_root: FilePath | None = None
-    """Folder that the samples' image paths start from and must stay in, relative to the recipe. null: the folder of
-    `path`."""
+    image_root: InputPath | None = None
+    """Folder that the samples' image paths start from and must stay in; relative to the recipe file, in an override to the
+    current directory. null: the folder of `path`."""
 
 
 class AugmentationSection(Section):
@@ -71,7 +71,7 @@ class AugmentationSection(Section):
 class CacheSection(Section):
     """The frozen tower's tokens of every image, kept on disk, so that each image is encoded once."""
 
-    folder: FilePath
+    folder: SharedPath
     """Folder of the cache, relative to the current directory. Several runs may share it."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format that tokens are rounded to, stored or fresh."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,46 +15,55 @@ from pydantic import ValidationError
 
 from flamingo_ft.config.document import Document, Location, parse
 from flamingo_ft.config.overrides import Override, apply_overrides, parse_override
+from flamingo_ft.config.paths import path_locations, resolve_paths, value_at
 from flamingo_ft.config.problems import dotted, problems
 from flamingo_ft.config.schema import Recipe
+from flamingo_ft.config.section import PathKind
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub.names import hub_name
-from flamingo_ft.recipe_library import find_recipe
+from flamingo_ft.hub.missing import missing
+from flamingo_ft.hub.names import ON_HUB
+from flamingo_ft.recipe_library import find_recipe, is_packaged
 
 RECIPE_FILE = "resolved_recipe.yaml"
 """The recipe with every default, the first file that a run writes: a folder with it holds a run."""
 
-_BACKBONES: tuple[Location, ...] = (
-    ("model", "vision", "name"),
-    ("model", "vision", "pretrained"),
-    ("model", "language", "name"),
-)
+NEEDS = {
+    "data": {PathKind.INPUT},
+    "backbones": {PathKind.TOWER, PathKind.WEIGHTS, PathKind.LANGUAGE},
+    "start": {PathKind.START},
+}
+"""What a recipe may be required to find, and the keys that name it."""
 
 
 def load_recipe(
-    path_or_name: str | Path, overrides: Sequence[str] = (), *, require: Collection[str] = ("data", "start")
+    path_or_name: str | Path, overrides: Sequence[str] = (), *, require: Collection[str] = tuple(NEEDS)
 ) -> Recipe:
     """Read and check a recipe; its paths come back absolute, but for those that are written to.
 
     path_or_name: a YAML file, or the name of a packaged recipe.
     overrides: `key=value`, the value read as YAML, a list's entry by its index: `data.train.0.weight=2`.
-        Paths in the file start from the file's folder, paths in overrides from the current directory.
-    require: refuse files of `data`, image folders included, and a `start` (model.init_from) that are not there.
+        Paths in the file start from the file's folder, paths in overrides from the current directory
+        (`flamingo_ft.config.paths`).
+    require: refuse files of `data`, image folders included, folders and files of `backbones`, and a `start`
+        (model.init_from) that are not there.
 
-    Raises UserError with one line per problem, each naming the file and line, or the override, it comes from.
+    Raises UserError with one line per problem, each naming the file and line, or the override, it comes from. Warns of
+    models that are found where only earlier versions looked.
     """
     path = find_recipe(path_or_name)
     sources = _Sources(_read(path), path.parent, [parse_override(text) for text in overrides])
     values = apply_overrides(sources.file.values, sources.overrides)
-    _make_absolute(values, sources)
+    given = copy.deepcopy(values)
+    warned = list(resolve_paths(values, sources.start))
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise _user_error(sources, problems(Recipe, error)) from None
-    missing = list(_missing_start(recipe)) if "start" in require else []
-    missing += _missing_files(recipe, sources) if "data" in require else ()
-    if missing:
-        raise _user_error(sources, missing)
+        raise _user_error(sources, problems(Recipe, error, values)) from None
+    lost = list(_missing_paths(values, given, sources, {kind for need in require for kind in NEEDS[need]}))
+    if lost:
+        raise _user_error(sources, lost)
+    for location, warning in warned if path.name != RECIPE_FILE else ():  # a run's own has what its recipe had
+        warnings.warn(f"{sources.line_and_name(location)[1]}: {dotted(location)}: {warning}", stacklevel=2)
     return recipe
 
 
@@ -82,9 +94,13 @@ class _Sources:
             override = next(inside, None)
         return (0, override.name) if override else (line, f"{self.file.name}:{line}")
 
-    def base(self, location: Location) -> Path:
+    def start(self, location: Location, kind: PathKind) -> Path:
         """The folder that a relative path at `location` starts from."""
-        return Path.cwd() if self.override_of(location) else self.folder
+        # A packaged recipe starts from what another one wrote, and runs are not written into the package.
+        is_written = kind in (PathKind.OUTPUT, PathKind.SHARED) or (
+            kind is PathKind.START and is_packaged(Path(self.file.name))
+        )
+        return Path.cwd() if is_written or self.override_of(location) else self.folder
 
 
 def _read(path: Path) -> Document:
@@ -105,73 +121,22 @@ def _user_error(sources: _Sources, found: Sequence[tuple[Location, str]]) -> Use
     return UserError("\n".join(f"{name}: {message}" for _, name, message in placed))
 
 
-def _make_absolute(values: dict[str, Any], sources: _Sources) -> None:
-    """Make the paths among the plain values absolute, in place; those that are written to only lose their `~`."""
-    for location in _BACKBONES:
-        if _is_explicit_path(_get(values, location)):
-            _put_absolute(values, location, sources)
-    for split in ("train", "eval"):
-        entries = _get(values, ("data", split))
-        for index in range(len(entries) if isinstance(entries, list) else 0):
-            for key in ("path", "image_root"):
-                _put_absolute(values, ("data", split, index, key), sources)
-    start = _get(values, ("model", "init_from"))
-    cache = _get(values, ("data", "cache", "folder"))
-    if isinstance(cache, str):
-        values["data"]["cache"]["folder"] = str(Path(cache).expanduser().absolute())
-    for key in ("output_dir", "checkpoint_dir"):
-        folder = _get(values, ("train", key))
-        if isinstance(folder, str):
-            values["train"][key] = str(Path(folder).expanduser())
-    if isinstance(start, str) and hub_name(start) is None:  # another run's output_dir: from the current directory too, but kept for later ones
-        values["model"]["init_from"] = str(Path(start).expanduser().absolute())
-
-
-def _is_explicit_path(name: Any) -> bool:
-    """Whether a backbone's name can only be a path; `org/name` may be one on the Hub."""
-    return isinstance(name, str) and name.startswith(("./", "../", "~", "/"))
-
-
-def _get(values: Any, location: Location) -> Any:
-    """The value at `location`, or None where there is none."""
-    for step in location:
-        if isinstance(values, dict):
-            values = values.get(step)
-        elif isinstance(values, list) and isinstance(step, int):
-            values = values[step]
-        else:
-            return None
-    return values
-
-
-def _put_absolute(values: dict[str, Any], location: Location, sources: _Sources) -> None:
-    text = _get(values, location)
-    if isinstance(text, str):
-        path = sources.base(location) / Path(text).expanduser()
-        _get(values, location[:-1])[location[-1]] = str(path.absolute())
-
-
-def _missing_start(recipe: Recipe) -> Iterator[tuple[Location, str]]:
-    start = recipe.model.init_from
-    if start is not None and hub_name(start) is None and not start.exists():
-        yield ("model", "init_from"), f"model.init_from: found nothing at {start}; it starts from the current directory"
-
-
-def _missing_files(recipe: Recipe, sources: _Sources) -> Iterator[tuple[Location, str]]:
-    for split, entries in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        for index, entry in enumerate(entries):
-            location = ("data", split, index)
-            if entry.path is not None and not is_there(entry.path):
-                yield _not_there("file", entry.path, (*location, "path"), sources)
-            if entry.image_root is not None and not entry.image_root.is_dir():
-                yield _not_there("folder", entry.image_root, (*location, "image_root"), sources)
+def _missing_paths(
+    values: Any, given: Any, sources: _Sources, kinds: Collection[PathKind]
+) -> Iterator[tuple[Location, str]]:
+    """Location and message of each path of some kinds that leads nowhere. given: the values before they were resolved."""
+    for location, kind in path_locations(values):
+        path = Path(value_at(values, location))
+        there = path.is_dir() if location[-1] == "image_root" else is_there(path)
+        if kind not in kinds or not path.is_absolute() or there:
+            continue
+        name = value_at(given, location)
+        on_hub = {PathKind.LANGUAGE: f"{name} with revision main", PathKind.TOWER: f"{ON_HUB}{name}"}.get(kind)
+        start = "the recipe's folder" if sources.start(location, kind) == sources.folder else "the current directory"
+        problem = missing(path, name=name, on_hub=on_hub, remedy=f"relative paths here start from {start}")
+        yield location, f"{dotted(location)}: {problem}"
 
 
 def is_there(path: Path) -> bool:
     """Whether there is such a file or folder, or one that fits where the name is a pattern."""
-    return path.exists() or (any(mark in path.name for mark in "*?[") and any(path.parent.glob(path.name)))
-
-
-def _not_there(kind: str, path: Path, location: Location, sources: _Sources) -> tuple[Location, str]:
-    start = "the current directory" if sources.override_of(location) else "the recipe's folder"
-    return location, f"{dotted(location)}: found no {kind} {path}; relative paths here start from {start}"
+    return os.path.exists(path) or (any(mark in path.name for mark in "*?[") and any(path.parent.glob(path.name)))

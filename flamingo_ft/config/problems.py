@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from flamingo_ft.config.cross_field import cross_field_errors, cross_field_errors_beside, single_errors
 from flamingo_ft.config.document import Location
-from flamingo_ft.config.schema import CONTRADICTION
+from flamingo_ft.config.foreign_keys import FOREIGN_KEYS
+from flamingo_ft.config.section import section_of
 
 _WANTED = {
     "string_type": "text",
@@ -25,6 +27,7 @@ _WANTED = {
     "greater_than_equal": "{ge} or more",
 }
 _SHOWN_CHARACTERS = 60
+_LISTED_KEYS = 12  # of one section; more are no help
 
 
 def dotted(location: Location) -> str:
@@ -32,26 +35,25 @@ def dotted(location: Location) -> str:
     return " ".join(".".join(map(str, location)).split())
 
 
-def problems(schema: type[BaseModel], error: ValidationError) -> list[tuple[Location, str]]:
-    """Location and message of every problem; a misspelt required key is told once, not also as missing."""
-    found = error.errors(include_url=False)
+def problems(schema: type[BaseModel], error: ValidationError, values: Any = None) -> list[tuple[Location, str]]:
+    """Location and message of every problem; a misspelt required key is reported once, not also as missing.
+
+    values: the plain values, to report those that contradict each other beside the ones that are wrong by themselves.
+    """
+    found = single_errors(error)
     meant = [
         keys
         for problem in found
         if problem["type"] == "extra_forbidden"
         for keys in _nearest_keys(schema, problem["loc"])
     ]
-    return [
-        (_location(problem), f"{dotted(_location(problem)) or 'the recipe'}: {_message(schema, problem)}")
+    own = [
+        (problem["loc"], f"{dotted(problem['loc']) or 'the recipe'}: {_message(schema, problem)}")
         for problem in found
         if not (problem["type"] == "missing" and problem["loc"] in meant)
-        and not (problem["type"] == "too_short" and problem["input"])  # its entries' own problems say more
     ]
-
-
-def _location(problem: dict[str, Any]) -> Location:
-    """Where the value stands; a contradiction says itself which of its values to look at first."""
-    return problem["ctx"]["location"] if problem["type"] == CONTRADICTION else problem["loc"]
+    between = cross_field_errors(error) or cross_field_errors_beside(schema, values, [problem["loc"] for problem in found])
+    return own + [(location, f"{dotted(location) or 'the recipe'}: {reason}") for location, reason in between]
 
 
 def _message(schema: type[BaseModel], problem: dict[str, Any]) -> str:
@@ -93,17 +95,20 @@ def _unknown_key(schema: type[BaseModel], location: Location) -> str:
     nearest = _nearest_keys(schema, location)
     if nearest:
         return f"unknown key; did you mean {' or '.join(map(dotted, nearest))}?"
-    known = ", ".join(_section_at(schema, location[:-1]).model_fields)
-    return f"unknown key; known here are {known}"
+    known = list(_section_at(schema, location[:-1]).model_fields)
+    if len(known) > _LISTED_KEYS:
+        return f"unknown key; see flamingo-ft recipes keys {dotted(location[:-1])}"
+    return f"unknown key; known here are {', '.join(known)}"
 
 
 def _nearest_keys(schema: type[BaseModel], location: Location) -> list[Location]:
-    """Known keys that may be meant: of the same name, else spelt alike beside it, else anywhere."""
+    """Known keys that may be meant: of the same name, what another trainer calls so, spelt alike beside it or anywhere."""
     *parent, name = location
     everywhere = list(_keys(schema))
     same = [keys for keys in everywhere if keys[-1] == name]
-    if same:
-        return same
+    foreign = [keys for keys in everywhere if dotted(keys) == FOREIGN_KEYS.get(str(name).lower())]
+    if same or foreign:
+        return same or foreign
     beside = difflib.get_close_matches(str(name), _section_at(schema, tuple(parent)).model_fields, n=1)
     if beside:
         return [(*parent, beside[0])]
@@ -116,7 +121,7 @@ def _keys(schema: type[BaseModel], parent: Location = ()) -> Iterator[Location]:
     for name, field in schema.model_fields.items():
         here = (*parent, name)
         yield here
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         if section:
             yield from _keys(section, (*here, 0) if get_origin(field.annotation) is tuple else here)
 
@@ -126,11 +131,5 @@ def _section_at(schema: type[BaseModel], location: Location) -> type[BaseModel] 
     section: type[BaseModel] | None = schema
     for step in location:
         if not isinstance(step, int):  # a list's entries are of the section that its key named
-            section = _section_of(section.model_fields[step].annotation)
+            section = section_of(section.model_fields[step].annotation)
     return section
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field is, may be, or is a list of."""
-    inside = get_args(annotation) or (annotation,)
-    return next((one for one in inside if isinstance(one, type) and issubclass(one, BaseModel)), None)

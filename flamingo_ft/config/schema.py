@@ -1,7 +1,7 @@
 """The keys of a recipe, their types, defaults and meaning.
 
-Values are strict (no text where a number is wanted) and frozen; a key that is not declared here is an error. Values that
-contradict each other are refused in words, so that no recipe is quietly run as something else.
+Values are strict (no text where a number is wanted) and frozen; a key that is not declared here is an error. All values
+that contradict each other are reported, so that no recipe is quietly run as something else.
 """
 
 from __future__ import annotations
@@ -13,19 +13,32 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data import DataSection, contradictions_of_data
-from flamingo_ft.config.section import ComputeDtype, Count, FilePath, Names, QuantizationFormat, Section
+from flamingo_ft.config.section import (
+    ComputeDtype,
+    Count,
+    LanguageName,
+    Names,
+    QuantizationFormat,
+    Section,
+    StartPath,
+    TowerName,
+    WeightsName,
+)
 from flamingo_ft.config.train import EvalSection, TrainSection, contradictions_of_training
 
-CONTRADICTION = "contradiction"  # the kind of an error between values; its context has the location
+CONTRADICTION = "contradiction"  # the kind of an error between values; `found` in its context has location and reason of each
 
 
 class VisionSection(Section):
     """The frozen vision tower, from OpenCLIP."""
 
-    name: str
-    """`nano`, an OpenCLIP architecture, `hf-hub:org/name`, or a folder (from `/`, `./`, `../` or `~` on)."""
-    pretrained: str | None = None
-    """OpenCLIP's tag of the weights, or their file. null: the name's own; random for an architecture."""
+    name: TowerName
+    """`nano`, an OpenCLIP architecture, `hf-hub:org/name`, or a folder in OpenCLIP's local-dir format: one that holds
+    open_clip_config.json. A folder is relative to the recipe file, in an override to the current directory; `./` before it
+    makes it a folder in any case."""
+    pretrained: WeightsName | None = None
+    """OpenCLIP's tag of the weights, or their file, relative to the recipe file, in an override to the current directory.
+    null: the name's own; random for an architecture."""
     image_size: Count | None = None
     """Height and width in pixels that images are brought to; the tower's position embeddings are interpolated. null:
     the tower's own."""
@@ -43,8 +56,9 @@ class VisionSection(Section):
 class LanguageSection(Section):
     """The frozen language model, any causal LM of transformers."""
 
-    name: str
-    """`nano`, a name on the Hugging Face Hub, or a folder (from `/`, `./`, `../` or `~` on)."""
+    name: LanguageName
+    """`nano`, a name on the Hugging Face Hub, or a folder that holds config.json, relative to the recipe file, in an
+    override to the current directory. `./` before it makes it a folder in any case, a revision one on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. null: the default branch, whose commit is recorded."""
     quantization: QuantizationFormat = "none"
@@ -98,9 +112,10 @@ class ModelSection(Section):
     """One cross-attention block before every n-th decoder layer."""
     media_visibility: Literal["immediate", "all_preceding", "following"] = "immediate"
     """Images a text token sees: the last before it, all before it, or the next after it (OpenFlamingo v1)."""
-    init_from: FilePath | None = None
-    """An adapter's folder, a merged model's, or an OpenFlamingo checkpoint to start from, relative to the current
-    directory, or org/name[@revision] on the Hub. null: a fresh bridge."""
+    init_from: StartPath | None = None
+    """An adapter's folder, a merged model's, or an OpenFlamingo checkpoint to start from, relative to the recipe file, in an
+    override (and in a packaged recipe) to the current directory; or org/name[@revision] on the Hub. null: a fresh
+    bridge."""
     bridge_quantization: QuantizationFormat = "none"
     """How the matrices of the bridge's parts that stay frozen are kept in memory."""
     perceiver: PerceiverSection = PerceiverSection()
@@ -179,8 +194,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        for location, reason in contradictions(self):
-            raise PydanticCustomError(CONTRADICTION, "{reason}", {"location": location, "reason": reason})
+        if found := list(contradictions(self)):
+            reasons = "; ".join(f"{'.'.join(map(str, location))}: {reason}" for location, reason in found)
+            raise PydanticCustomError(CONTRADICTION, "{reasons}", {"found": found, "reasons": reasons})
         return self
 
 

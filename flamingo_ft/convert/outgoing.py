@@ -89,8 +89,6 @@ def export_otter(source: str | Path, out: str | Path, *, start: str | Path | Non
 
 def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
     folder = fetch_model(source)
-    if not folder.exists():
-        raise UserError(f"{source}: no such folder; check the path")
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another place")
     if not (folder / "config.json").is_file():

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.hub.missing import existing
 
 from .tensors_only import load_tensors
 
@@ -41,6 +42,7 @@ class Stored:
 
 def read_stored(path: Path) -> Stored:
     """Read a checkpoint's file or folder. UserError where it is missing, damaged or holds no dict of tensors."""
+    path = existing(path)
     config = stored_config(path if path.is_dir() else path.parent)
     if path.is_dir() and config.get("model_type") == OWN:
         raise UserError(f"{path}: is of this package already; write it for others with --to open_flamingo or --to otter")

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from flamingo_ft.errors import UserError
 
 from .errors import FAILURES, is_unreachable, passes, told
+from .missing import existing
 from .names import HubName, commit_of, hub_name
 from .retry import patiently
 
@@ -25,14 +26,14 @@ CHECKPOINT_SUFFIXES = (".bin", ".pt", ".pth")
 def fetch_model(place: str | Path, **options: Any) -> Path:
     """Where the files of an adapter, a model, a composition or a checkpoint lie on this machine.
 
-    place: a path, which comes back as it is, or ``org/name[@revision]`` on the Hub: then the folder of its snapshot in
-    the cache, or the one file of a repository that holds a checkpoint and no configuration. What is in the cache is not
-    fetched again. options: the client's ``token``, ``cache_dir``, ``local_files_only``, ... Raises UserError for what is
-    not there, not to be had, or holds no model.
+    place: a path, or ``org/name[@revision]`` on the Hub: then the folder of its snapshot in the cache, or the one file of
+    a repository that holds a checkpoint and no configuration. What is in the cache is not fetched again. options: the
+    client's ``token``, ``cache_dir``, ``local_files_only``, ... Raises UserError for a path that does not exist, and for
+    what is not on the Hub, not to be had, or holds no model.
     """
     name = hub_name(place)
     if name is None:
-        return Path(place)
+        return existing(place)
     folder = _fetch(name, options)
     found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     if (folder / "config.json") in found:

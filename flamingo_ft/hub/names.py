@@ -1,12 +1,35 @@
-"""Names on the Hugging Face Hub, wherever a path may stand: ``org/name``, ``org/name@revision``."""
+"""What a name stands for wherever a path may stand: a path on this machine, or a model elsewhere.
+
+Names on the Hugging Face Hub are ``org/name`` and ``org/name@revision``. A name is a path if
+
+- it exists,
+- it is written as only a path can be (`looks_like_path`), or
+- its first component exists: ``runs/quickstrt`` beside a folder ``runs`` is a mistyped path, and not the repository
+  of a user called "runs".
+
+An explicit revision always means the Hub, unless the name exists as a path.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w.-][\w./-]*))?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+NANO = "nano"  # both backbones that come with the package
+ON_HUB = "hf-hub:"  # OpenCLIP's prefix of a tower on the Hub
+LOCAL_DIR = "local-dir:"  # OpenCLIP's prefix of a tower in a folder
+MODEL_CONFIGS = ("config.json", "open_clip_config.json")
+FILE_SUFFIXES = {
+    ".bin", ".ckpt", ".csv", ".gguf", ".json", ".jsonl", ".npz", ".parquet", ".pt", ".pth", ".safetensors", ".tar",
+    ".yaml", ".yml", ".zip",
+}  # fmt: skip
+HERE = (Path(),)  # relative paths start from the current directory
 
 
 @dataclass(frozen=True)
@@ -21,11 +44,83 @@ class HubName:
 
 
 def hub_name(place: str | Path) -> HubName | None:
-    """What ``place`` names on the Hub; None for a path. What exists on this machine is always a path."""
+    """What ``place`` names on the Hub; None for a path."""
     found = NAME.fullmatch(str(place))
-    if found is None or Path(place).exists():
+    if found is None or local_path(str(place)) is not None:
         return None
     return HubName(found["repository"], found["revision"])
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether ``name`` is written as only a path can be: ``./x``, ``/x``, ``~/x``, ``x/``, ``a/b/c``, ``a\\b``, ``x/y.pt``."""
+    on_hub = NAME.fullmatch(name)
+    if on_hub is not None:
+        return on_hub["revision"] is None and PurePath(name).suffix.lower() in FILE_SUFFIXES
+    marks = name.startswith((".", "/", "~", LOCAL_DIR)) or name.endswith("/") or "\\" in name or name.count("/") > 1
+    return marks or PurePath(name).suffix.lower() in FILE_SUFFIXES
+
+
+def local_path(
+    name: str, folders: Sequence[Path] = HERE, counts: Callable[[Path], bool] = os.path.exists
+) -> Path | None:
+    """The path that ``name`` stands for, which may not exist; None for a name elsewhere.
+
+    folders: where a relative path may start, the first one preferred. counts: which existing paths a name that does not
+    look like a path may stand for.
+    """
+    text = os.path.expanduser(name.removeprefix(LOCAL_DIR))
+    if not text:
+        return None
+    places = [folder / text for folder in folders]
+    existing = next((place for place in places if os.path.exists(place)), None)
+    if looks_like_path(name):
+        return existing or places[0]
+    if existing is not None and counts(existing):
+        return existing
+    on_hub = NAME.fullmatch(name)
+    if "/" not in text or (on_hub is not None and on_hub["revision"]):
+        return None
+    first = Path(text).parts[0]
+    return existing or next((place for place, folder in zip(places, folders) if os.path.isdir(folder / first)), None)
+
+
+def local_start(name: str, folders: Sequence[Path] = HERE) -> Path | None:
+    """The path of a model to start from; None for a repository on the Hub."""
+    path = local_path(name, folders)
+    return folders[0] / os.path.expanduser(name) if path is None and NAME.fullmatch(name) is None else path
+
+
+def local_language(name: str, revision: str | None, folders: Sequence[Path] = HERE) -> Path | None:
+    """The folder of a language model; None for the nano one and for a repository on the Hub.
+
+    A name with a commit is always on the Hub, so that an adapter's record means the same in every directory.
+    """
+    if name == NANO:
+        return None
+    path = local_path(name, folders, is_model_folder)
+    if path is None or revision is None or looks_like_path(name):
+        return path
+    return path if path.is_dir() and not COMMIT.fullmatch(revision) else None
+
+
+def local_tower(name: str, pretrained: str | None, folders: Sequence[Path] = HERE) -> Path | None:
+    """The folder of a vision tower; None for the nano one, a repository on the Hub and an architecture of OpenCLIP.
+
+    With ``pretrained`` a plain name is an architecture, even beside a folder of the same name.
+    """
+    if name == NANO or name.startswith(ON_HUB) or (pretrained and not looks_like_path(name)):
+        return None
+    return local_path(name, folders, is_model_folder)
+
+
+def local_weights(pretrained: str, folders: Sequence[Path] = HERE) -> Path | None:
+    """The file of a tower's weights; None for one of OpenCLIP's tags."""
+    return local_path(pretrained, folders, os.path.isfile)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a folder holds the configuration of a language model or a vision tower."""
+    return any(os.path.isfile(path / file) for file in MODEL_CONFIGS)
 
 
 def commit_of(path: Path) -> str | None:

@@ -7,6 +7,7 @@ it is needed, as it stands on this part of the package.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,6 +19,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model, hub_name
+from flamingo_ft.hub.missing import missing
+from flamingo_ft.hub.names import NAME, HubName
 
 from .configuration import FlamingoConfig
 from .quantized import WHERE
@@ -52,6 +55,8 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
     if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
         of_adapter = {**options, "revision": None, **options["adapter_kwargs"]}
         return Parts(_fetch(name, options), _fetch(adapter, of_adapter))
+    if not Path(name).is_dir() and hub_name(name) is None and not os.path.isfile(name):
+        raise UserError(missing(name))
     if not Path(name).is_dir() and _is_merged(name, options):
         return None
     folder = _fetch(name, options)
@@ -87,9 +92,10 @@ def named_composition(adapter: Path) -> str | None:
     texts = ((adapter / file).read_text(encoding="utf-8") for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
     config, peft = map(json.loads, texts)
     named, revision = peft.get("base_model_name_or_path"), peft.get("revision")
-    if named == ((config.get("backbones") or {}).get("language") or {}).get("name"):
+    if named is None or named == ((config.get("backbones") or {}).get("language") or {}).get("name"):
         return None
-    return f"{named}@{revision}" if revision and hub_name(named) else named
+    # With a revision it is the Hub's name, whatever folders the current directory has.
+    return named if os.path.exists(named) or not NAME.fullmatch(named) else str(HubName(named, revision or "main"))
 
 
 def _fetch(name: Any, options: Mapping[str, Any]) -> Path:

@@ -13,9 +13,11 @@ import yaml
 
 from flamingo_ft.adapters.card import CARD, card_text
 from flamingo_ft.adapters.code import WITHOUT_THE_PACKAGE
+from flamingo_ft.adapters.merge import MERGE_FILE
 from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
-from flamingo_ft.hub.places import without_places
+from flamingo_ft.hub.places import strip_local_path, strip_local_paths
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 BELONGING = (
@@ -26,6 +28,7 @@ FIGURES, OF_SAMPLES = re.compile(r"figures/\w+\.png"), "figures/answers.png"  # 
 # Their text is a model's vocabulary, where a slash is a slash.
 AS_IT_IS = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
 TOKENIZER = "tokenizer_config.json"
+KEYS_OF_FILES = {MERGE_FILE: ("adapter",)}  # where a path stands under a key that may mean something else elsewhere
 PLACES_IN_PREDICTIONS = ("where", "images")
 
 
@@ -73,18 +76,19 @@ def _rewriting(name: str) -> Callable[[str], bytes] | None:
     if name == TOKENIZER:
         return lambda text: json_bytes(_tokenizer(json.loads(text)))
     if name == PREDICTIONS_FILE:
-        return lambda text: b"".join(_prediction(line) for line in text.splitlines())
+        return lambda text: b"".join(_prediction(line) for line in text.split("\n") if line)
     if name.endswith(".json"):
-        return lambda text: json_bytes(without_places(json.loads(text)))
-    if name.endswith(".yaml"):
+        keys = KEYS_OF_FILES.get(name, ())
+        return lambda text: json_bytes(strip_local_paths(json.loads(text), keys))
+    if name == RECIPE_FILE:
         return lambda text: yaml.safe_dump(
-            without_places(yaml.safe_load(text)), sort_keys=False, allow_unicode=True
+            strip_recipe_paths(yaml.safe_load(text)), sort_keys=False, allow_unicode=True
         ).encode()
     return None
 
 
 def _tokenizer(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: without_places(one) if key.endswith(("_path", "_file")) else one for key, one in values.items()}
+    return {key: strip_local_path(one) if key.endswith(("_path", "_file")) else one for key, one in values.items()}
 
 
 def _prediction(line: str) -> bytes:

@@ -12,8 +12,8 @@ from flamingo_ft.adapters import merge_adapter, write_composition
 from flamingo_ft.adapters.files import LORA_CONFIG, WEIGHTS, read_config, read_flamingo_config
 from flamingo_ft.adapters.several import check_same_base
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import fetch_model
-from flamingo_ft.hub.names import NAME
+from flamingo_ft.hub import existing, fetch_model
+from flamingo_ft.hub.names import NAME, looks_like_path
 from flamingo_ft.hub.upload import make_repository, upload
 from flamingo_ft.model import FlamingoConfig
 
@@ -54,7 +54,7 @@ def push(
     Raises UserError for a folder that holds neither, a name that is none, a base that is another, and what the Hub refuses.
     """
     _check_names(repository, base)
-    folder = Path(folder)
+    folder = existing(folder)
     is_adapter = _check_folder(folder, merged, base)
     if not is_adapter:
         make_repository(repository, private, revision)
@@ -82,7 +82,7 @@ def _check_folder(folder: Path, merged: bool, base: str | None) -> bool:
         if merged and base:
             raise UserError(f"found --merged and --base {base}; a merged model builds on nothing: give one of them")
         return True
-    if not folder.is_dir() or not (folder / "config.json").is_file() or not any(folder.glob(WHOLE)):
+    if not (folder / "config.json").is_file() or not any(folder.glob(WHOLE)):
         raise UserError(f"{folder}: holds no adapter and no merged model; give the folder that a run or a merge wrote")
     read_flamingo_config(folder)
     if merged or base:
@@ -148,7 +148,7 @@ def _commit(repository: str, files: dict[str, bytes | Path], branch: str | None,
 def _tell_local_parts(folder: Path, config: FlamingoConfig, say: Callable[[str], None]) -> None:
     """What nobody else can load: an adapter of backbones that are folders here."""
     for part, source in config.backbones.items():
-        if Path(source["name"].removeprefix("local-dir:")).is_absolute():
+        if looks_like_path(source["name"]):
             say(
                 f"{folder}: its {part} backbone is a folder of this machine, which nobody else has; "
                 "push that too and train with its name, or push with --merged"

@@ -7,6 +7,7 @@ import torch
 
 from flamingo_ft import Adapters
 from flamingo_ft.adapters import load_adapter, save_adapter
+from flamingo_ft.adapters.several import peft_name
 from flamingo_ft.errors import UserError
 
 from ..regimes import LORA, build, logits, quantized, shake
@@ -77,9 +78,10 @@ def test_a_linear_combination_averages_the_factors_of_every_update(folders):
             m for n, m in adapters.model.named_modules() if n.startswith(prefix) and hasattr(m, "lora_A") and m.lora_A
         )
         for matrix in (layer.lora_A, layer.lora_B):
-            root = (0.5 * layer.scaling["a"]) ** 0.5
-            torch.testing.assert_close(matrix["mean"].weight, root * (matrix["a"].weight + matrix["b"].weight))
-        assert layer.scaling["mean"] == 1.0
+            root = (0.5 * layer.scaling[peft_name("a")]) ** 0.5
+            a, b, mean = (matrix[peft_name(name)].weight for name in ("a", "b", "mean"))
+            torch.testing.assert_close(mean, root * (a + b))
+        assert layer.scaling[peft_name("mean")] == 1.0
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "dare_ties"])
@@ -149,12 +151,38 @@ def test_adapters_whose_names_begin_alike_do_not_meet(small_run):
     assert torch.equal(logits(adapters.model, adapters.processor), logits(*load_adapter("x")))
 
 
-def test_a_combination_takes_no_name_that_is_taken_or_has_dots(folders):
+def test_a_combination_takes_no_name_that_is_taken_or_empty(folders):
     adapters = load_all()
-    for name, told in {"a": "an adapter named a is loaded already", "a.b": "give one without dots"}.items():
+    for name, told in {"a": "an adapter named a is loaded already", "": "an adapter's name is empty"}.items():
         with pytest.raises(UserError, match=told):
             adapters.combine({"a": 0.5, "b": 0.5}, name)
     with pytest.raises(UserError, match="found no adapters to combine"):
         adapters.combine({}, "none")
     adapters.use("a")
     assert torch.equal(logits(adapters.model, adapters.processor), folders["a"])
+
+
+NAMES = ["mlp", "model", "layers", "weight", "q_proj", "lora_A", "base_layer", "0", "default", "keys", "a.b", "a/b", "a%2Fb", "ä ö"]
+
+
+def test_an_adapter_may_have_the_name_of_a_module_or_any_other(small_run):
+    for seed, name in enumerate("ab"):
+        model, processor = build(LORA)
+        shake(model, 0.2, seed)
+        save_adapter(model, processor, Path(name))
+    expected = [logits(*load_adapter(name)) for name in "ab"]
+    adapters = Adapters("a", NAMES[0])
+    for number, name in enumerate(NAMES[1:], start=1):
+        adapters.load("ab"[number % 2], name)
+    assert adapters.names == NAMES
+    for number, name in enumerate(NAMES):
+        adapters.use(name)
+        assert adapters.in_use == name
+        assert torch.equal(logits(adapters.model, adapters.processor), expected[number % 2]), name
+    adapters.save("again")
+    assert torch.equal(logits(*load_adapter("again")), logits(adapters.model, adapters.processor))
+    adapters.replace("mlp", "b")
+    assert torch.equal(logits(adapters.model, adapters.processor), expected[1])
+    adapters.combine({"mlp": 0.5, "q_proj": 0.5}, "layers.0")
+    adapters.save("both")
+    assert torch.equal(logits(*load_adapter("both")), logits(adapters.model, adapters.processor))
