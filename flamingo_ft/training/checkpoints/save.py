@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -24,6 +23,7 @@ from flamingo_ft.adapters import save_adapter
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
+from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.training import processes
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from flamingo_ft.training.engine import Engine
 
 TRAINING = "training"
-# What torch, safetensors and Python raise for a disk that is full or may not be written to.
-UNWRITABLE = (OSError, SafetensorError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,9 @@ def save_checkpoint(engine: Engine, keeping: Keeping) -> Path:
             seal(beside, _facts(engine, keeping))
             atomic.finish_folder(folder)
             keep_newest(keeping.root, keeping.limit)
-    except torch.OutOfMemoryError:
-        raise
-    except UNWRITABLE as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, OSError) and disk_failure(error) is None:
+            raise  # an incomplete adapter, a GPU that failed: nothing that room on the disk would cure
         raise UserError(_message(folder, keeping.root, error)) from error
     processes.barrier()
     return folder
