@@ -1,6 +1,7 @@
 """A checkpoint on disk: the adapter so far, and everything that training needs to go on as if never interrupted.
 
-``step-N/`` is an adapter's folder like any other, the recipe and the answers from before training beside it;
+``step-N/`` is an adapter's folder like any other, the recipe and the answers from before training beside it; ``best/`` in
+it is the adapter of the best evaluation so far, if there was one;
 ``training/`` in it has what `transformers.Trainer` keeps (optimizer, schedule, loss scale, random numbers, log) and each
 process's place in the data; ``checkpoint.json`` says that all of it is there.
 """
@@ -27,7 +28,7 @@ from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.training import processes
 
-from .folders import checkpoint_folder, checkpoints, keep_newest
+from .folders import best_folder, checkpoint_folder, checkpoints, keep_newest
 from .manifest import seal
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def _write(engine: Engine, keeping: Keeping, folder: Path) -> None:
         for name in (RECIPE_FILE, PREDICTIONS_FILE):
             if (keeping.run / name).is_file():
                 shutil.copyfile(keeping.run / name, folder / name)
+        if engine.state.best_global_step is not None and best_folder(keeping.root).is_dir():
+            atomic.link_folder(best_folder(keeping.root), best_folder(folder))
 
 
 def data_file(rank: int) -> str:
