@@ -391,9 +391,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _refuse(f"{error.filename}: {error.strerror}")
+    except (MemoryError, OSError, RuntimeError) as error:
+        return _refuse(_machine_problem(error))
     if code == INTERRUPTED:
         print("interrupted", file=sys.stderr)
     return code
+
+
+def _machine_problem(error: Exception) -> str:
+    """The line for full memory or a full disk, where a command does not say it better itself. Raises other errors."""
+    from flamingo_ft.machine_errors import disk_failure, out_of_memory
+
+    if full := out_of_memory(error):
+        return f"{full}; answer fewer questions at once, use a quantized model, or free memory"
+    if full := disk_failure(error):
+        return f"cannot write ({full}); make room on that disk"
+    raise error
 
 
 def _is_main_process() -> bool:

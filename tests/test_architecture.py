@@ -13,6 +13,7 @@ import flamingo_ft
 PACKAGE = Path(flamingo_ft.__file__).parent
 ORDER = (
     "errors",
+    "machine_errors",
     "atomic",
     "hub",
     "registration",

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
 from flamingo_ft.model.parts import named_composition
@@ -50,6 +51,7 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
     except UserError:
         raise
     except DAMAGED as error:
+        reraise_machine_error(error)
         raise UserError(f"{folder}: config.json is damaged ({one_line(error)}); copy the folder again") from None
 
 
@@ -58,6 +60,7 @@ def read_processor(folder: Path) -> FlamingoProcessor:
     try:
         return FlamingoProcessor.from_pretrained(folder)
     except DAMAGED as error:
+        reraise_machine_error(error)
         raise UserError(f"{folder}: the processor does not load ({one_line(error)}); copy the folder again") from None
 
 
@@ -78,6 +81,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     try:
         return LoraConfig.from_pretrained(str(folder))
     except DAMAGED as error:
+        reraise_machine_error(error)
         raise UserError(f"{folder}: {LORA_CONFIG} is damaged ({one_line(error)}); copy the adapter again") from None
 
 
@@ -91,4 +95,5 @@ def read_bridge(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
+        reraise_machine_error(error)
         raise UserError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None

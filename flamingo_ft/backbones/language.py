@@ -6,9 +6,11 @@ online, offline and from the package, and its content hash is that of the files 
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +39,7 @@ from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.hub.fetch import download
 from flamingo_ft.hub.missing import missing
 from flamingo_ft.hub.names import NANO, commit_of, local_language
+from flamingo_ft.machine_errors import is_machine_error, reraise_machine_error
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 
@@ -216,12 +219,34 @@ def _refuse_missing(keys: Iterable[str], name: str) -> None:
 
 
 def _load(auto_class: type, folder: Path, name: str, **options: object) -> object:
-    """`auto_class.from_pretrained` on `folder`, offline, its failures told in one line."""
+    """`auto_class.from_pretrained` on `folder`, offline; its failures become one line, those of the machine stay."""
     try:
-        return auto_class.from_pretrained(folder, local_files_only=True, **options)
+        with _conversion_errors():
+            return auto_class.from_pretrained(folder, local_files_only=True, **options)
     except UNLOADABLE as error:
+        reraise_machine_error(error)
         remedy = "check that its files are there, whole, and not newer than the installed transformers"
         if "trust_remote_code" in str(error):
             remedy = "it comes with code of its own: pass trust_remote_code=True if you trust that"
         problem = f"language model {name} does not load ({auto_class.__name__}): {one_line(error)}"
         raise UserError(f"{problem}; {remedy}") from error
+
+
+@contextmanager
+def _conversion_errors() -> Iterator[None]:
+    """Raise the machine's error that stopped transformers from converting or quantizing a weight.
+
+    transformers catches any exception there, logs its traceback as a warning, and raises a RuntimeError without it.
+    """
+    logged: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: logged.append(record.getMessage())
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addHandler(handler)
+    try:
+        yield
+    except RuntimeError as error:
+        lines = (RuntimeError(line.strip()) for text in logged for line in text.splitlines())
+        raise next(filter(is_machine_error, lines), error) from None
+    finally:
+        logger.removeHandler(handler)

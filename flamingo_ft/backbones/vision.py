@@ -27,6 +27,7 @@ from flamingo_ft.backbones.tower import (
 from flamingo_ft.backbones.tower_source import Located, local_source, locate, native_config
 from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, let_go_of_file, weights_file
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.machine_errors import reraise_machine_error
 
 # What open_clip, torch and safetensors raise for files that are missing, broken or of another architecture.
 UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)
@@ -154,6 +155,7 @@ def _told(located: Located) -> Iterator[None]:
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} holds more than plain weights, or is damaged; save it again") from error
     except UNLOADABLE as error:
+        reraise_machine_error(error)
         raise UserError(
             f"cannot load {file} as {located.model}: {one_line(error)}; "
             "check that weights and architecture belong together"

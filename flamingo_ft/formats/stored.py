@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.hub.missing import existing
+from flamingo_ft.machine_errors import reraise_machine_error
 
 from .tensors_only import load_tensors
 
@@ -96,6 +97,7 @@ def _read(file: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{file}: no such checkpoint; check the path") from None
     except SafetensorError as error:
+        reraise_machine_error(error)
         raise UserError(f"{file}: not a readable safetensors file ({one_line(error)}); copy it again") from None
 
 

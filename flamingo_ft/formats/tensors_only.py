@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.machine_errors import reraise_machine_error
 
 # What torch and pickle raise for files that are cut, damaged or of another kind.
 UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError)
@@ -33,8 +34,10 @@ def load_tensors(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint; check the path") from None
     except OSError as error:
+        reraise_machine_error(error)
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a whole checkpoint file") from None
     except UNREADABLE as error:
+        reraise_machine_error(error)
         reason = one_line(error) or "it is empty"
         raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict") from None
 

@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.machine_errors import disk_failure
 
 # Whichever HTTP library the client uses: its errors are those that have no answer of a Hub.
 HTTP = import_module(HfHubHTTPError.__bases__[0].__module__)
@@ -42,6 +43,8 @@ def reason(error: Exception, writes: bool = False) -> str:
     """What was found, and what to do about it. writes: whether something was to be written there."""
     first = cause(error)
     status = status_of(first)
+    if full := disk_failure(first):
+        return f"cannot be kept on this machine ({full}); make room, or set HF_HOME to a folder on another disk"
     if isinstance(first, GatedRepoError):
         return f"is gated; accept its terms on its page of the Hub, then {LOG_IN}"
     if isinstance(first, RevisionNotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +13,21 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl,
 from flamingo_ft import atomic
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.contents import adapter_tensors
-from flamingo_ft.adapters.files import read_tensors
-from flamingo_ft.config import Recipe, TrainSection
+from flamingo_ft.adapters.files import WEIGHTS, read_tensors
+from flamingo_ft.config import Recipe
+from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import fill, let_go
 
 from . import processes
-from .checkpoints import checkpoint_root
-
-
-def best_folder(wanted: TrainSection) -> Path:
-    """Where the adapter of a run's best evaluation is."""
-    return checkpoint_root(wanted) / "best"
+from .checkpoints import best_folder, checkpoint_root
 
 
 def evaluation_callbacks(recipe: Recipe, processor: FlamingoProcessor) -> list[TrainerCallback]:
     """What evaluations during training, where there are any, lead to."""
     if recipe.eval.steps is None:
         return []
-    keep = KeepBest(processor, best_folder(recipe.train))
+    keep = KeepBest(processor, best_folder(checkpoint_root(recipe.train)))
     return [keep] if recipe.eval.patience is None else [keep, EarlyStoppingCallback(recipe.eval.patience)]
 
 
@@ -45,7 +42,12 @@ class KeepBest(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.best_metric is not None and not self.folder.is_dir():
-            state.best_metric = state.best_global_step = None  # a best that is lost is not to be compared with
+            warnings.warn(
+                f"{self.folder}: the adapter of the best evaluation (step {state.best_global_step}) is not there; "
+                "the best is now looked for among the evaluations from here on",
+                stacklevel=2,
+            )
+            state.best_metric = state.best_global_step = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -87,6 +89,8 @@ def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProce
 @torch.no_grad()
 def put_back(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     """Give ``model`` the adapter that `write_best` wrote of it."""
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder}: the best adapter is gone; resume with eval.keep=last to end with the last one")
     stored = read_tensors(folder)
     let_go(model)
     for name, tensor in adapter_tensors(model).items():
@@ -97,7 +101,7 @@ def put_back(model: FlamingoForConditionalGeneration, folder: Path) -> None:
 def take_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:
     """Give the model the adapter of its best evaluation, where the recipe ends with that; what `metrics.json` says of
     the best."""
-    state, folder = trainer.state, best_folder(recipe.train)
+    state, folder = trainer.state, best_folder(checkpoint_root(recipe.train))
     if recipe.eval.steps is None or state.best_global_step is None:
         return {}
     if recipe.eval.keep == "best":

@@ -27,7 +27,7 @@ from .hub import Pushing
 from .in_backward import inside_backward
 from .meter import Meter, gates, learning_rates
 from .non_finite import Finite
-from .out_of_memory import told_if_full
+from .out_of_memory import oom_as_user_error
 from .stopping import Stopping
 
 
@@ -69,7 +69,7 @@ class Engine:
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Loss and accuracy on the held-out samples."""
-        with self.meter.paused(), told_if_full("evaluation"):
+        with self.meter.paused(), oom_as_user_error("evaluation"):
             metrics = judge(self, self.get_eval_dataloader(), self.share_right)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -16,7 +16,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from flamingo_ft.model.sharding import is_sharded
 
 from . import processes
-from .out_of_memory import told_if_full
+from .out_of_memory import oom_as_user_error
 
 
 class Examination:
@@ -51,7 +51,7 @@ class Examination:
         together = is_sharded(self._model)
         mine = questions if together else processes.share(questions)
         bar = self._progress.add_task(told, total=len(mine), note="")
-        with told_if_full("evaluation"):
+        with oom_as_user_error("evaluation"):
             answers = self._answer(mine, advance=partial(self._progress.advance, bar), **self._options)
         if not stays:
             self._progress.remove_task(bar)

@@ -5,7 +5,6 @@ A checkpoint becomes one commit, so that whoever looks sees all of it or nothing
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -153,18 +152,10 @@ class Pushing:
 
 
 def _hold(folder: Path) -> Path:
-    """The same files under a name that nobody removes; links, which cost nothing, where the disk has them."""
+    """The same files under a name that nobody removes."""
     held = atomic.beside(folder.with_name(f"{folder.name}.pushed"))
-    for copy in (os.link, shutil.copy2):
-        shutil.rmtree(held, ignore_errors=True)
-        try:
-            shutil.copytree(folder, held, copy_function=copy)
-        except OSError as error:
-            failed = error
-        else:
-            return held
-    shutil.rmtree(held, ignore_errors=True)
-    raise failed
+    atomic.link_folder(folder, held)
+    return held
 
 
 def checkpoints_of(api: HfApi, repository: str) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from trl import SFTTrainer
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.machine_errors import reraise_machine_error
 
 EXACT, ROUNDED = 1e-4, 0.02  # relative tolerance in float32, and where anything is rounded to fewer bits
 
@@ -27,6 +28,7 @@ def check_loss(trainer: SFTTrainer) -> None:
         try:
             fused = float(model(input_ids=ids, labels=ids, fused_lm_head=True).loss)
         except (RuntimeError, AttributeError) as error:
+            reraise_machine_error(error)
             raise UserError(_message(model, f"TRL cannot compute it ({str(error).splitlines()[0]})")) from None
     model.train(training)
     exact = model.lang_encoder.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)

@@ -1,8 +1,7 @@
-"""What a machine does to a run, told in a line: a disk that takes no more, a process beside it that was killed."""
+"""Errors of the machine that end a run, reported in a line: a full disk, a worker process that was killed."""
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,32 +9,35 @@ from safetensors import SafetensorError
 
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.machine_errors import disk_failure
 
 from .checkpoints import checkpoint_root, checkpoints
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # what a disk says that takes no more
 WORKER_DIED = "DataLoader worker"  # how torch's error begins
 
 
 @contextmanager
-def told_if_hindered(wanted: TrainSection) -> Iterator[None]:
-    """A full disk under the output folder and a killed worker process become a UserError; checkpoints have their own."""
+def io_errors_as_user_error(train: TrainSection) -> Iterator[None]:
+    """A full disk and a killed worker process become a UserError; checkpoints have their own."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in FULL:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if str(error).startswith(WORKER_DIED):
+            raise UserError(_worker_died(error, train)) from error
+        full = disk_failure(error)
+        if full is None:
             raise
-        found = f"{wanted.output_dir}: cannot be written to ({one_line(error)})"
-        raise UserError(f"{found}; make room there, and {_go_on(wanted)}") from error
-    except RuntimeError as error:
-        if not str(error).startswith(WORKER_DIED):
-            raise
-        raise UserError(
-            f"train.num_workers: a process that prepares batches ended ({one_line(error)}), most likely for want of "
-            f"memory; lower train.num_workers, or set it to 0, and {_go_on(wanted)}"
-        ) from error
+        found = f"{train.output_dir}: cannot write ({' '.join(full.split())[:200]})"
+        raise UserError(f"{found}; make room on that disk, and {_resume(train)}") from error
 
 
-def _go_on(wanted: TrainSection) -> str:
-    newest = next(iter(checkpoints(checkpoint_root(wanted)).values()), None)
-    return f"go on from {newest} with --resume" if newest else "begin again with --resume"
+def _worker_died(error: Exception, train: TrainSection) -> str:
+    return (
+        f"train.num_workers: a process that prepares batches ended ({one_line(error)}), most likely for lack of "
+        f"memory; lower train.num_workers, or set it to 0, and {_resume(train)}"
+    )
+
+
+def _resume(train: TrainSection) -> str:
+    newest = next(iter(checkpoints(checkpoint_root(train)).values()), None)
+    return f"resume from {newest} with --resume" if newest else "start again with --resume"

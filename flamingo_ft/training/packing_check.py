@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 LENGTHS = (7, 5, 9)  # of documents, in tokens
@@ -29,6 +30,7 @@ def check_packing(model: FlamingoForConditionalGeneration, rows: int = 1) -> Non
     try:
         packed = model(input_ids=ids.expand(rows, -1), **_marks(ids, rows)).logits[-1]
     except (TypeError, ValueError, RuntimeError) as error:
+        reraise_machine_error(error)
         raise UserError(_message(model, f"cannot be told where each begins ({str(error).splitlines()[0]})")) from None
     finally:
         model.train(training)

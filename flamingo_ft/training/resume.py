@@ -27,6 +27,7 @@ FREE = {
     "train.report_to",
     "train.num_workers",
     "eval.batch_size",
+    "eval.keep",
 }
 
 

@@ -27,10 +27,10 @@ from .examination import Examination
 from .held_out import HeldOut
 from .hub import Pushing, prepare_repository, pushing
 from .log_file import LogFile, write_log
-from .machine_faults import told_if_hindered
+from .machine_faults import io_errors_as_user_error
 from .non_finite import skipped_record
 from .optimizer import check_machine
-from .out_of_memory import told_if_full, with_plan
+from .out_of_memory import oom_as_user_error, with_plan
 from .output_dir import METRICS_FILE, prepare_output_dir
 from .precision import check_precision
 from .report import LiveReport, leaving_a_report
@@ -57,7 +57,7 @@ def train(
     not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
     """
     try:
-        with told_if_hindered(recipe.train):
+        with io_errors_as_user_error(recipe.train):
             return _whole_run(recipe, tell, resume, say)
     except OutOfMemory as error:
         failed = error
@@ -106,7 +106,7 @@ def _run(
         with processes.failing_together():
             data = _open(recipe, start, tell)
             held_out = data.held_out_samples(recipe.eval.max_samples)
-            with told_if_full("loading"):
+            with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
@@ -168,7 +168,7 @@ def _train(
     """Run the trainer; what ``metrics.json`` says of it."""
     output_dir = recipe.train.output_dir
     try:
-        with told_if_full("training"):
+        with oom_as_user_error("training"):
             trainer.train_from(checkpoint)
     except ToldElsewhere:
         raise

@@ -1,6 +1,7 @@
 """Held-out samples during training: what is measured, what is kept of it, and that training does not notice."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.best import KeepBest, put_back, write_best
 from flamingo_ft.training.build import build_model
+from flamingo_ft.training.checkpoints import read_manifest
+from flamingo_ft.training.checkpoints.manifest import MANIFEST, seal
 from flamingo_ft.training.engine import Engine
 from flamingo_ft.training.held_out import HeldOut, judge
 from flamingo_ft.training.run import train
@@ -23,6 +26,7 @@ from .test_run import folder, recipe  # noqa: F401  (a fixture)
 
 WEIGHTS = "adapter_model.safetensors"
 STEPS = "eval.steps=2"
+FACTS = ("step", "processes", "seconds", "ended", "sources")  # of a checkpoint's manifest
 NO_ANSWERS = "eval={steps: 2, answers: false, before: false, shuffled_images: false}"
 
 
@@ -104,6 +108,36 @@ def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_w
     assert (best.joinpath(WEIGHTS).read_bytes() == Path("run", WEIGHTS).read_bytes()) == (keep == "best")
     loaded, _ = load_adapter(best)
     assert loaded.perceiver.latents.isfinite().all()
+
+
+def test_the_best_adapter_comes_back_from_a_checkpoint_alone(folder, monkeypatch):  # noqa: F811
+    """As on another machine, which fetched the newest checkpoint from the Hub and has nothing else."""
+    by_script(monkeypatch, [2.0, 1.0, 1.25, 1.5])
+    wanted = recipe(NO_ANSWERS, "eval.keep=best", "train.max_steps=8")
+    metrics, weights = train(wanted), Path("run", WEIGHTS).read_bytes()
+    Path("run/checkpoints").rename("checkpoints")
+    shutil.rmtree("run")
+    shutil.copytree("checkpoints/step-8", "run/checkpoints/step-8")
+    resumed = train(wanted, resume=True)
+    assert resumed["train"]["best"] == metrics["train"]["best"] == {"step": 4, "loss": 1.0}
+    assert Path("run", WEIGHTS).read_bytes() == Path("run/checkpoints/best", WEIGHTS).read_bytes() == weights
+
+
+def test_a_best_adapter_that_is_lost_is_reported(folder, monkeypatch):  # noqa: F811
+    """Checkpoints of earlier versions do not hold it."""
+    by_script(monkeypatch, [1.0, 2.0])
+    wanted = recipe(NO_ANSWERS, "eval.keep=best", "train.max_steps=4")
+    train(wanted)
+    checkpoint = Path("run/checkpoints/step-4")
+    for best in (checkpoint / "best", checkpoint.with_name("best")):
+        shutil.rmtree(best)
+    facts = {key: value for key, value in read_manifest(checkpoint).items() if key in FACTS}
+    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint, facts)
+    Path("run/metrics.json").unlink()
+    with pytest.raises(UserError, match="the best adapter is gone; resume with eval.keep=last"):
+        train(wanted, resume=True)
+    assert train(recipe(NO_ANSWERS, "eval.keep=last", "train.max_steps=4"), resume=True)["train"]["steps"] == 4
 
 
 @pytest.mark.slow

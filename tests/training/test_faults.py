@@ -126,8 +126,8 @@ def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder,
     with monkeypatch.context() as patch:
         patch.setattr("flamingo_ft.training.run.save_adapter", full)
         said = told(capfd)
-    assert "run: cannot be written to (No space left on device)" in said
-    assert "go on from run/checkpoints/step-6 with --resume" in said
+    assert "run: cannot write (No space left on device)" in said
+    assert "resume from run/checkpoints/step-6 with --resume" in said
     assert finish(folder) == weights
 
 
@@ -177,3 +177,13 @@ def test_a_checkpoint_of_a_later_version_is_not_taken_for_a_damaged_one(tmp_path
         newest_good(tmp_path)
     manifest.write_text("{")
     assert newest_good(tmp_path)[0] == tmp_path / "step-1"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("2 trained parameters would not be saved"), RuntimeError("NCCL error: unhandled")])
+def test_a_fault_that_is_not_the_disks_is_not_reported_as_a_full_one(folder, monkeypatch, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("flamingo_ft.training.checkpoints.save.save_adapter", fails)
+    with pytest.raises(RuntimeError, match=str(error)):
+        main([*COMMAND, "train.max_steps=1"])

@@ -1,6 +1,7 @@
 """A language model whose loss TRL computes otherwise is refused before it trains."""
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from flamingo_ft.adapters import set_trainable
@@ -9,6 +10,8 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import build_flamingo
+from flamingo_ft.training.loss_check import check_loss
+from flamingo_ft.training.packing_check import check_packing
 from flamingo_ft.training.trainer import make_trainer
 
 from .test_run import folder, recipe  # noqa: F401  (a fixture)
@@ -36,3 +39,15 @@ def test_families_with_a_plain_head_train(folder, family):  # noqa: F811
 def test_families_with_a_transform_in_the_head_are_refused(folder, family, options):  # noqa: F811
     with pytest.raises(UserError, match=f"the training loss of a {family} model is not its own"):
         trainer_for(family, **options)
+
+
+def test_memory_that_runs_out_in_a_check_is_not_the_model_familys_fault(folder, monkeypatch):  # noqa: F811
+    def gpu_is_full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    trainer = trainer_for("llama", num_key_value_heads=2, head_dim=16)
+    monkeypatch.setattr(trainer.model, "forward", gpu_is_full)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_loss(trainer)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_packing(trainer.model)

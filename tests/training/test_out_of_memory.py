@@ -30,13 +30,13 @@ def python_is_full(*_, **__):
 @pytest.mark.parametrize(
     ("fails", "owner", "more"),
     [
-        (gpu_is_full, "the GPU's", " (tried to allocate 2.50 GiB more)"),
-        (computer_is_full, "the computer's", " (tried to allocate 4503599627370496 bytes more)"),
-        (python_is_full, "the computer's", ""),
+        (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB more)"),
+        (computer_is_full, "host", " (tried to allocate 4503599627370496 bytes more)"),
+        (python_is_full, "host", ""),
     ],
 )
 def test_a_step_that_does_not_fit_is_told_in_a_line(fails, owner, more):
-    with pytest.raises(OutOfMemory) as error, out_of_memory.told_if_full("training"):
+    with pytest.raises(OutOfMemory) as error, out_of_memory.oom_as_user_error("training"):
         fails()
     assert str(error.value).startswith(f"training: {owner} memory is full{more}; lower train.batch_size or change")
 
@@ -45,7 +45,7 @@ def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys
     monkeypatch.setattr(Engine, "training_step", computer_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
     told = capsys.readouterr().err
-    assert "error: training: the computer's memory is full" in told and "Traceback" not in told
+    assert "error: training: host memory is full" in told and "Traceback" not in told
     assert "memory of a training step on a GPU, GiB" in told and "language model" in told
 
 
@@ -53,14 +53,14 @@ def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys
 def test_evaluations_that_do_not_fit_have_their_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)
     monkeypatch.setattr(out_of_memory, "make_report", lambda recipe: _Report())
-    with pytest.raises(OutOfMemory, match="evaluation: the GPU's memory is full.*lower eval.batch_size"):
+    with pytest.raises(OutOfMemory, match="evaluation: GPU memory is full.*lower eval.batch_size"):
         run.train(recipe("eval.steps=1", f"eval.before={str('judge' not in place).lower()}"))
 
 
 def test_a_model_that_does_not_fit_is_told_as_such(folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(run, "build_model", gpu_is_full)
     monkeypatch.setattr(out_of_memory, "make_report", lambda recipe: _Report())
-    with pytest.raises(OutOfMemory, match="loading: the GPU's memory is full.*quantize the backbones"):
+    with pytest.raises(OutOfMemory, match="loading: GPU memory is full.*quantize the backbones"):
         run.train(recipe())
 
 
@@ -83,7 +83,7 @@ def test_memory_that_is_too_short_for_a_plan_leaves_the_line(folder, monkeypatch
     monkeypatch.setattr(Engine, "training_step", gpu_is_full)
     monkeypatch.setattr(out_of_memory, "make_report", computer_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
-    assert "error: training: the GPU's memory is full" in capsys.readouterr().err
+    assert "error: training: GPU memory is full" in capsys.readouterr().err
 
 
 def test_another_error_stays_what_it_is(folder, monkeypatch):  # noqa: F811

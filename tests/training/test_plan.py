@@ -294,3 +294,21 @@ def test_the_command_prints_tables_or_the_same_as_json(capsys):
     record = json.loads(capsys.readouterr().out)
     assert record["cuda"]["peak"] > 0 and record["gpus"][0]["fits"]
     assert torch.cuda.is_available() or record["cpu"]["peak"] > 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_huge_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
+    sizes = {"text_tokens": 42, "images": 2}
+    large = quickstart("train.batch_size=96")
+    direct = plan_memory(large, device=device, **sizes).peak
+    monkeypatch.setattr("flamingo_ft.training.plan.memory.MOST_POSITIONS", 42 * 32)
+    assert plan_memory(large, device=device, **sizes).peak == pytest.approx(direct, rel=1e-3)
+    huge = plan_memory(quickstart("train.batch_size=5000000"), device=device, **sizes)
+    assert huge.batch.samples == 5_000_000 and huge.peak > 10**12
+
+
+def test_batches_that_wait_in_accumulation_are_counted_and_not_made(monkeypatch):
+    sizes = {"text_tokens": 64, "images": 1}
+    two, three = (plan_memory(quickstart(f"train.gradient_accumulation_steps={n}"), **sizes).peak for n in (2, 3))
+    many = plan_memory(quickstart("train.gradient_accumulation_steps=1000000"), **sizes).peak
+    assert many - three == (three - two) * (1_000_000 - 3)

@@ -18,6 +18,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.machine_errors import reraise_machine_error
 
 # What loading was seen to raise for what is not there, is offline, or is damaged.
 FAILURES = (
@@ -105,6 +106,7 @@ def reading(where: str) -> Iterator[None]:
     except UserError:
         raise
     except FAILURES as error:
+        reraise_machine_error(error)
         remedy = "check the name, config and split, the files, and the network (or HF_HUB_OFFLINE)"
         raise UserError(f"{where}: cannot be read ({_reason(error)}); {remedy}") from None
     finally:

@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, checked when they are read, gone on from to the last bit."""
 
 from .folders import (
+    best_folder,
     checkpoint_folder,
     checkpoint_root,
     checkpoints,
@@ -15,6 +16,7 @@ from .save import TRAINING, Keeping, save_checkpoint
 from .sharded import load_parts, save_parts
 
 __all__ = [
+    "best_folder",
     "Keeping",
     "TRAINING",
     "check_fits",

@@ -19,6 +19,11 @@ def checkpoint_root(train: TrainSection) -> Path:
     return train.checkpoint_dir or train.output_dir / "checkpoints"
 
 
+def best_folder(place: Path) -> Path:
+    """The adapter of the best evaluation so far: of a run, beside its checkpoints; of a checkpoint, inside it."""
+    return place / "best"
+
+
 def prepare_root(root: Path) -> None:
     """Make sure, before hours of training, that checkpoints can be written there. UserError where they cannot."""
     try:

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flamingo_ft import atomic
 from flamingo_ft.adapters import restore_trainable
 from flamingo_ft.errors import UserError
 from flamingo_ft.training import processes
 
+from .folders import best_folder
 from .manifest import read_manifest
 from .save import TRAINING, data_file
 
@@ -33,8 +35,19 @@ def check_fits(folder: Path, sources: Mapping[str, int | None]) -> None:
 
 
 def restore(engine: Engine, folder: Path) -> None:
-    """Trained parameters and the place in the data; `Trainer` itself reads the rest from ``training/``."""
+    """Trained parameters, the place in the data and the best adapter; `Trainer` itself reads the rest from ``training/``."""
     restore_trainable(engine.accelerator.unwrap_model(engine.model), folder)
     state = (folder / TRAINING / data_file(processes.rank())).read_text(encoding="utf-8")
     engine.batches.load_state_dict(json.loads(state))
     engine.seconds_before = read_manifest(folder)["seconds"]
+    if processes.is_main():
+        _restore_best(folder, engine.keeping.root)
+    processes.barrier()
+
+
+def _restore_best(folder: Path, root: Path) -> None:
+    """Put the checkpoint's best adapter beside the checkpoints. Earlier checkpoints have none: what is there stays."""
+    if best_folder(folder).is_dir():
+        atomic.begin_folder(best_folder(root)).rmdir()
+        atomic.link_folder(best_folder(folder), atomic.beside(best_folder(root)))
+        atomic.finish_folder(best_folder(root))

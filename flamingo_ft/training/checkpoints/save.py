@@ -1,6 +1,7 @@
 """A checkpoint on disk: the adapter so far, and everything that training needs to go on as if never interrupted.
 
-``step-N/`` is an adapter's folder like any other, the recipe and the answers from before training beside it;
+``step-N/`` is an adapter's folder like any other, the recipe and the answers from before training beside it; ``best/`` in
+it is the adapter of the best evaluation so far, if there was one;
 ``training/`` in it has what `transformers.Trainer` keeps (optimizer, schedule, loss scale, random numbers, log) and each
 process's place in the data; ``checkpoint.json`` says that all of it is there.
 """
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
@@ -24,18 +24,17 @@ from flamingo_ft.adapters import save_adapter
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
+from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.training import processes
 
-from .folders import checkpoint_folder, checkpoints, keep_newest
+from .folders import best_folder, checkpoint_folder, checkpoints, keep_newest
 from .manifest import seal
 
 if TYPE_CHECKING:
     from flamingo_ft.training.engine import Engine
 
 TRAINING = "training"
-# What torch, safetensors and Python raise for a disk that is full or may not be written to.
-UNWRITABLE = (OSError, SafetensorError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ def save_checkpoint(engine: Engine, keeping: Keeping) -> Path:
             seal(beside, _facts(engine, keeping))
             atomic.finish_folder(folder)
             keep_newest(keeping.root, keeping.limit)
-    except torch.OutOfMemoryError:
-        raise
-    except UNWRITABLE as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if not isinstance(error, OSError) and disk_failure(error) is None:
+            raise  # an incomplete adapter, a GPU that failed: nothing that room on the disk would cure
         raise UserError(_message(folder, keeping.root, error)) from error
     processes.barrier()
     return folder
@@ -87,6 +86,8 @@ def _write(engine: Engine, keeping: Keeping, folder: Path) -> None:
         for name in (RECIPE_FILE, PREDICTIONS_FILE):
             if (keeping.run / name).is_file():
                 shutil.copyfile(keeping.run / name, folder / name)
+        if engine.state.best_global_step is not None and best_folder(keeping.root).is_dir():
+            atomic.link_folder(best_folder(keeping.root), best_folder(folder))
 
 
 def data_file(rank: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch import Tensor
@@ -20,6 +20,10 @@ from .devices import Device
 from .model import build_on_meta, move_to_fake
 from .optimizer import optimizer_state
 from .step import StepMemory, dry_step
+
+# A larger batch is extrapolated from two smaller ones: a dry run loops over the positions of a batch in chunks.
+MOST_POSITIONS = 65_536  # text tokens of all samples
+LEAST_SAMPLES = 16
 
 COMPONENTS = {  # as the table names them -> where they live in the model
     "vision tower": "vision_encoder.",
@@ -81,20 +85,36 @@ class Planner:
 
     def plan(self, recipe: Recipe) -> Plan:
         """The plan of ``recipe``."""
-        files = copy.deepcopy(self._files)
-        model, processor = build_on_meta(recipe, files.tower, files.language, files.tokenizer, self.device)
+        model, processor = self._build(recipe)
         batch = self._batch(recipe, model, processor)
         components = tuple(_components(model, recipe, self.device))
+        largest = max(LEAST_SAMPLES, MOST_POSITIONS // batch.text_tokens)
+        if batch.samples <= largest:
+            return Plan(self.device, batch, components, self._step(model, batch, recipe.train))
+        half = self._step(model, replace(batch, samples=largest // 2), recipe.train)
+        whole = self._step(self._build(recipe)[0], replace(batch, samples=largest), recipe.train)
+        return Plan(self.device, batch, components, extrapolate(half, largest // 2, whole, largest, batch.samples))
+
+    def _build(self, recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+        files = copy.deepcopy(self._files)
+        return build_on_meta(recipe, files.tower, files.language, files.tokenizer, self.device)
+
+    def _step(self, model: FlamingoForConditionalGeneration, batch: Batch, train: TrainSection) -> StepMemory:
         with FakeTensorMode():
             move_to_fake(model)
-            step = dry_step(model, batch, recipe.train, self.device)
-        return Plan(self.device, batch, components, step)
+            return dry_step(model, batch, train, self.device)
 
     def _batch(self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Batch:
         limit = text_limit(model.config, recipe.data.max_text_tokens)
         batch = find_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
         self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
         return batch
+
+
+def extrapolate(first: StepMemory, samples: int, second: StepMemory, more_samples: int, to: int) -> StepMemory:
+    """The step of a batch of ``to`` samples, from those of two smaller ones: every activation grows with the batch."""
+    grown = (second.peak - first.peak) * (to - more_samples) // (more_samples - samples)
+    return replace(second, peak=second.peak + grown)
 
 
 def plan_memory(

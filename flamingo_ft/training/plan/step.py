@@ -79,15 +79,23 @@ def _forward_and_backward(
     """All micro-batches of a step; their tensors are there together, as the trainer fetches them."""
     # The samples that the last batch was put together from are still there, in the computer's memory.
     samples = batch.media() if device == "cpu" else None
-    batches = [batch.tensors() for _ in range(wanted.gradient_accumulation_steps)]
+    steps = wanted.gradient_accumulation_steps
+    batches = [batch.tensors() for _ in range(min(steps, 2))]  # from the second on, all are alike
+    waiting = _waiting(batches[0], steps - len(batches), CUDA_BLOCK if device == "cuda" else 1)
     autocast = computes_in(wanted.precision, device)
-    for inputs in batches[: min(wanted.gradient_accumulation_steps, 2)]:  # from the second on, all are alike
+    for inputs in batches:
         with _offloaded(wanted.activation_offload and device == "cuda"):
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
                 loss = _loss(*models, inputs=inputs, device=device)
             loss.backward()
         del loss
-    del samples
+    del samples, waiting
+
+
+def _waiting(inputs: dict[str, Tensor], batches: int, block: int) -> list[Tensor]:
+    """The memory of so many further batches like ``inputs``, each tensor in whole blocks of the allocator."""
+    sizes = [-(-tensor.nbytes // block) * block for tensor in inputs.values()]
+    return [torch.zeros(batches, size, dtype=torch.uint8) for size in sizes] if batches else []
 
 
 def _watch_gradients(trained: Any, live: LiveBytes, at_once: bool) -> dict[int, int]:
