@@ -15,6 +15,9 @@ from pydantic import ValidationError
 
 from flamingo_ft.config import Recipe, dump_recipe, load_recipe
 from flamingo_ft.config.document import parse
+from flamingo_ft.config.foreign_keys import FOREIGN_KEYS
+from flamingo_ft.config.paths import strip_recipe_paths
+from flamingo_ft.config.section import section_of
 from flamingo_ft.errors import UserError
 
 MINIMAL = """\
@@ -129,18 +132,129 @@ def test_the_output_folder_starts_from_the_current_directory(folder):
     assert load_recipe(write(folder), ["train.output_dir=~/x"]).train.output_dir == Path.home() / "x"
 
 
-def test_only_an_explicit_path_to_a_backbone_is_taken_for_a_path(folder):
-    text = MINIMAL.replace("language: {name: nano}", "language: {name: ./lm}")
-    recipe = load_recipe(write(folder, text), ["model.vision.name=org/tower"])
-    assert recipe.model.language.name == str(folder / "lm")
-    assert recipe.model.vision.name == "org/tower"
+def make_models(folder: Path) -> None:
+    """Folders of both backbones, a file of weights and a run, as far as names are looked for."""
+    for path in ("models/lm/config.json", "lm/config.json", "eyes/open_clip_config.json", "runs/first/config.json"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("{}")
+    (folder / "eyes.pt").write_text("")
+
+
+def names(recipe: Recipe) -> list[str]:
+    model = recipe.model
+    found = (model.vision.name, model.vision.pretrained, model.language.name, model.init_from)
+    return [None if name is None else str(name) for name in found]
+
+
+LOCAL = MINIMAL.replace("vision: {name: nano}", "vision: {name: eyes}").replace("{name: nano}\ndata", "{name: models/lm}\n  init_from: runs/first\ndata")
+
+
+def test_all_that_a_recipe_reads_starts_from_the_recipe_in_every_directory(folder, monkeypatch):
+    make_models(folder)
+    expected = [str(folder / "eyes"), None, str(folder / "models/lm"), str(folder / "runs/first")]
+    for directory in (folder, folder / "elsewhere", folder / "runs"):
+        monkeypatch.chdir(directory)
+        assert names(load_recipe(write(folder, LOCAL))) == expected
+    for name, found in {"./lm": folder / "lm", "lm": folder / "lm", "../lm": folder / "../lm", "~/lm": Path.home() / "lm"}.items():
+        recipe = load_recipe(write(folder, LOCAL.replace("models/lm", name)), require=())
+        assert recipe.model.language.name == str(found)
+    weights = LOCAL.replace("{name: eyes}", "{name: ViT-B-32, pretrained: eyes.pt}")
+    assert names(load_recipe(write(folder, weights)))[:2] == ["ViT-B-32", str(folder / "eyes.pt")]
+
+
+def test_an_overrides_path_to_a_model_starts_from_the_current_directory(folder):
+    make_models(folder / "elsewhere")
+    overrides = ["model.vision.name=eyes", "model.language={name: models/lm}", "model.init_from=runs/first"]
+    here = folder / "elsewhere"
+    expected = [str(here / "eyes"), None, str(here / "models/lm"), str(here / "runs/first")]
+    assert names(load_recipe(write(folder), overrides)) == expected
+    assert load_recipe(write(folder), ["model.vision={name: ViT-B-32, pretrained: eyes.pt}"]).model.vision.pretrained == str(here / "eyes.pt")
+
+
+def test_names_from_elsewhere_stay_names(folder):
+    make_models(folder)
+    (folder / "gpt2").mkdir()
+    (folder / "openai").mkdir()
+    for vision in ("{name: nano}", "{name: hf-hub:org/eyes}", "{name: ViT-L-14, pretrained: openai}", "{name: eyes, pretrained: x}"):
+        for language in ("{name: gpt2}", "{name: org/lm}", "{name: nano}", "{name: models/other, revision: main}"):
+            text = MINIMAL.replace("vision: {name: nano}", f"vision: {vision}")
+            text = text.replace("language: {name: nano}", f"language: {language}\n  init_from: org/start@v1")
+            recipe, given = load_recipe(write(folder, text)), yaml.safe_load(text)["model"]
+            assert recipe.model.vision.name == given["vision"]["name"]
+            assert recipe.model.vision.pretrained == given["vision"].get("pretrained")
+            assert recipe.model.language.name == given["language"]["name"]
+            assert str(recipe.model.init_from) == "org/start@v1"
+
+
+def test_models_where_only_earlier_versions_looked_are_used_with_a_warning(folder):
+    here = folder / "elsewhere"
+    make_models(here)
+    with pytest.warns(UserWarning) as warned:
+        recipe = load_recipe(write(folder, LOCAL))
+    assert names(recipe) == [str(here / "eyes"), None, str(here / "models/lm"), str(here / "runs/first")]
+    lines = [str(one.message).removeprefix(str(folder)) for one in warned]
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["/recipe.yaml:2", "model.vision.name"],
+        ["/recipe.yaml:3", "model.language.name"],
+        ["/recipe.yaml:4", "model.init_from"],
+    ]
+    assert all("from the current directory, as earlier versions did" in line for line in lines)
+
+
+def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_is_taken_now(folder):
+    make_models(folder)
+    make_models(folder / "elsewhere")
+    with pytest.warns(UserWarning, match=f"using {folder}/runs/first; earlier versions used {folder}/elsewhere/runs/first"):
+        assert load_recipe(write(folder, LOCAL)).model.init_from == folder / "runs" / "first"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "told"),
+    [
+        ("name: eyes", "name: ./eyse", "2: model.vision.name: no folder {}/eyse; did you mean {}/eyes?"),
+        ("name: eyes", "name: ViT-B-32, pretrained: eye.pt", "2: model.vision.pretrained: no file {}/eye.pt; did you mean {}/eyes.pt?"),
+        (
+            "models/lm",
+            "models/ml",
+            "3: model.language.name: no folder {}/models/ml; relative paths here start from the recipe's folder "
+            "(on the Hub: models/ml with revision main)",
+        ),
+        (
+            "runs/first",
+            "runs/frist",
+            "4: model.init_from: no folder {}/runs/frist; did you mean {}/runs/first? (on the Hub: runs/frist@main)",
+        ),
+        ("path: train.jsonl", "path: trian.jsonl", "7: data.train.0.path: no file {}/trian.jsonl; did you mean {}/train.jsonl?"),
+        ("jsonl", "jsonl\n      image_root: fotos", "8: data.train.0.image_root: no folder {}/fotos; did you mean {}/photos?"),
+    ],
+)
+def test_a_mistyped_path_is_refused_with_its_line_and_the_nearest_one(folder, right, wrong, told):
+    make_models(folder)
+    (folder / "photos").mkdir()
+    assert right in LOCAL
+    assert refusal(write(folder, LOCAL.replace(right, wrong))) == f"recipe.yaml:{told.replace('{}', str(folder))}"
+
+
+def test_a_home_directory_that_nobody_has_is_a_folder_that_is_not_there(folder):
+    message = refusal(write(folder), "data.train.0.path=~nobody-at-all/x.jsonl")
+    assert "data.train.0.path: no file " in message
+
+
+def test_the_paths_of_a_recipe_are_stripped_and_its_text_is_not(folder):
+    make_models(folder)
+    extra = "  system_prompt: /no_think Answer.\n  cache: {folder: /home/me/tokens}\n"
+    text = LOCAL.replace("train:\n  output", extra + "train:\n  output").replace("jsonl", "jsonl\n      columns: {answer: /label}")
+    shown = strip_recipe_paths(yaml.safe_load(dump_recipe(load_recipe(write(folder, text)))))
+    assert str(folder) not in yaml.safe_dump(shown) and shown["data"]["cache"]["folder"] == "tokens"
+    assert shown["model"]["language"]["name"] == "lm" and shown["model"]["init_from"] == "first"
+    assert shown["data"]["system_prompt"] == "/no_think Answer." and shown["data"]["train"][0]["columns"] == {"answer": "/label"}
 
 
 def test_a_missing_file_is_refused_with_its_line_unless_files_are_not_wanted(folder):
     path = write(folder, MINIMAL.replace("train.jsonl", "gone.jsonl"))
     missing = folder / "gone.jsonl"
     assert refusal(path) == (
-        f"recipe.yaml:6: data.train.0.path: found no file {missing}; "
+        f"recipe.yaml:6: data.train.0.path: no file {missing}; "
         "relative paths here start from the recipe's folder"
     )
     assert load_recipe(path, require=()).data.train[0].path == missing
@@ -233,7 +347,8 @@ def test_training_nothing_is_refused(folder):
             "model.bridge_quantization: all of the bridge trains, and what trains cannot be quantized",
         ),
         ("lora.language={r: 0}", "lora.language.r: found 0; want 1 or more"),
-        ("lora.language={rank: 8}", "lora.language.rank: unknown key; known here are r, lora_alpha, target_modules"),
+        ("lora.language={rank: 8}", "lora.language.rank: unknown key; did you mean lora.language.r?"),
+        ("lora.language={zzz: 8}", "lora.language.zzz: unknown key; known here are r, lora_alpha, target_modules"),
         ("lora.language={target_modules: 3}", "lora.language.target_modules: found 3; want a list"),
         ("lora.langage={}", "lora.langage: unknown key; did you mean lora.language?"),
     ],
@@ -244,7 +359,7 @@ def test_a_value_that_contradicts_another_or_fits_no_lora_is_refused_in_one_line
 
 def test_a_run_to_start_from_is_kept_by_its_absolute_path_and_must_be_there(folder):
     message = refusal(write(folder), "model.init_from=gone")
-    assert f"model.init_from: found nothing at {folder}/elsewhere/gone; it starts from the current directory" in message
+    assert f"model.init_from: no folder {folder}/elsewhere/gone; relative paths here start from the current directory" in message
     recipe = load_recipe(write(folder), ["model.init_from=gone"], require=("data",))
     assert recipe.model.init_from == folder / "elsewhere" / "gone"
 
@@ -279,13 +394,96 @@ def test_a_data_path_may_be_a_folder_or_a_pattern_of_files_that_is_there(folder)
     (folder / "photos").mkdir()
     for path in ("photos", "*.jsonl"):
         assert load_recipe(write(folder), [f"data.train.0.path={folder}/{path}"])
-    assert "found no file" in refusal(write(folder), f"data.train.0.path={folder}/*.tar")
+    assert ": no file " in refusal(write(folder), f"data.train.0.path={folder}/*.tar")
 
 
 def test_every_problem_has_a_line_of_its_own_in_the_order_of_the_file(folder):
     text = MINIMAL.replace("vision", "vison").replace("10", "ten") + "  seed: -1\n"
     lines = refusal(write(folder, text)).splitlines()
     assert [line.split(": ")[0] for line in lines] == ["recipe.yaml:2", "recipe.yaml:9", "recipe.yaml:10"]
+
+
+SEVERAL = """\
+model:
+  vision: {name: nano}
+  language: {name: nano}
+data:
+  packing: true
+  eval_fraction: 0.1
+  train:
+    - path: train.jsonl
+      streaming: true
+      config: small
+train:
+  output_dir: runs/one
+  max_steps: 10
+  optimizer_in_backward: true
+  gradient_accumulation_steps: 2
+lora: {perceiver: {}}
+"""
+
+
+def lines_of(message: str) -> list[int]:
+    return [int(line.split(":")[1]) for line in message.splitlines()]
+
+
+def test_every_mistake_between_values_has_a_line_of_its_own_in_the_order_of_the_file(folder):
+    message = refusal(write(folder, SEVERAL))
+    assert lines_of(message) == [5, 6, 10, 14, 16]
+    with pytest.raises(ValidationError, match="data.packing: .*; data.eval_fraction: "):
+        Recipe.model_validate(yaml.safe_load(SEVERAL))
+
+
+def test_mistakes_between_values_are_reported_beside_those_of_single_values(folder):
+    wrong = SEVERAL.replace("max_steps: 10", "max_steps: ten\n  report_to: [nowhere]").replace("  packing", "  paking: 1\n  packing")
+    assert lines_of(refusal(write(folder, wrong))) == [5, 6, 7, 11, 14, 15, 16, 18]
+
+
+def test_what_may_follow_from_a_wrong_value_is_not_reported_as_a_mistake_between_values(folder):
+    unknown = SEVERAL.replace("packing: true", "packing: true\n  max_text_tokens: many").replace("lora:", "trainable: {perceiver: 'no'}\nlora:")
+    message = refusal(write(folder, unknown))
+    assert "data.packing" not in message and "lora.perceiver" not in message
+    assert lines_of(message) == [6, 7, 11, 15, 17]
+    assert "nothing would train" not in refusal(write(folder), "trainable={perceiver: 3, cross_attention: false, new_tokens: false}")
+
+
+@pytest.mark.parametrize("text", ["model: 3\ndata: {}\ntrain: []\n", "data: {packing: true}\n", "train: {optimizer_in_backward: true}\n"])
+def test_a_recipe_that_lacks_whole_sections_is_refused_all_the_same(folder, text):
+    assert "missing" in refusal(write(folder, text))
+
+
+def known_keys(section: type, prefix: str = "") -> set[str]:
+    found = set()
+    for name, field in section.model_fields.items():
+        found.add(prefix + name)
+        inside = section_of(field.annotation)
+        if inside is not None:
+            found |= known_keys(inside, f"{prefix}{name}." + ("0." if "tuple" in str(field.annotation) else ""))
+    return found
+
+
+def test_every_foreign_spelling_leads_to_a_key_and_is_none_itself():
+    known = known_keys(Recipe)
+    assert {*FOREIGN_KEYS.values()} - known <= {"train.epochs", "train.warmup_ratio"}
+    assert not {*FOREIGN_KEYS} & {key.rpartition(".")[2] for key in known} and all(key == key.lower() for key in FOREIGN_KEYS)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("train.lr=1e-4", "train.lr: unknown key; did you mean train.learning_rate?"),
+        ("train.LR=1e-4", "train.LR: unknown key; did you mean train.learning_rate?"),
+        ("train.per_device_train_batch_size=2", "did you mean train.batch_size?"),
+        ("max_seq_length=10", "max_seq_length: unknown key; did you mean data.max_text_tokens?"),
+        ("model.load_in_4bit=true", "did you mean model.language.quantization?"),
+        ("model_name_or_path=gpt2", "did you mean model.language.name?"),
+        ("lora.lora_r=8", "did you mean lora.language.r?"),
+        ("dataset=x", "did you mean data.train?"),
+        ("train.zzz=1", "train.zzz: unknown key; see flamingo-ft recipes keys train"),
+    ],
+)
+def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, override, told):
+    assert refusal(write(folder), override).endswith(told)
 
 
 @pytest.mark.parametrize(

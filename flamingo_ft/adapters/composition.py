@@ -41,7 +41,7 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     Raises UserError when ``out`` exists, ``adapter`` is no adapter, and where it builds on a bridge that is gone or
     another.
     """
-    adapter, out = fetch_model(adapter), Path(out)
+    adapter, start, out = fetch_model(adapter), None if start is None else fetch_model(start), Path(out)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
     config, processor = read_config(adapter), read_processor(adapter)

@@ -89,7 +89,7 @@ def load_base(
     quantized: as in training; otherwise nothing is. dtype: of the unquantized language model. Raises UserError as
     `load_adapter` does.
     """
-    folder = fetch_model(folder)
+    folder, start = fetch_model(folder), None if start is None else fetch_model(start)
     options = {"quantized": quantized, "dtype": dtype, "device": device}
     model = put_together(folder, read_config(folder), start, **options)
     if (lora := read_lora_config(folder)) is not None:

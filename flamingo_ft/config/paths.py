@@ -98,9 +98,9 @@ def _model_path(
 ) -> tuple[Path | None, str | None]:
     """The path that the name of a model stands for, None for a name elsewhere; and a warning where earlier versions took
     another path, or only they would have found it."""
-    here = Path.cwd()
-    path, plain = _as_path(kind, text, section, (start, here)), os.path.expanduser(text.removeprefix(LOCAL_DIR))
-    earlier = here / plain
+    here, plain = Path.cwd(), os.path.expanduser(text.removeprefix(LOCAL_DIR))
+    always = kind is not PathKind.START and plain.startswith(("./", "../"))  # that started from the recipe's folder
+    path, earlier = _as_path(kind, text, section, (start,) if always else (start, here)), here / plain
     if path is None or os.path.isabs(plain) or not earlier.exists() or start.samefile(here):
         return path, None
     rule = "relative paths in a recipe start from the recipe's folder"

@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 from flamingo_ft.errors import UserError
 
-from .names import FILE_SUFFIXES, NAME
+from .names import FILE_SUFFIXES, NAME, hub_name
 
 MOST_ENTRIES = 10_000  # of one folder that are compared
 ALIKE = 0.7  # smallest similarity of a suggestion, as difflib measures it
@@ -21,6 +21,12 @@ def existing(place: str | Path) -> Path:
     if str(place) and os.path.exists(path):
         return path
     raise UserError(missing(place))
+
+
+def refuse_missing(place: str | Path) -> None:
+    """Raise UserError where ``place`` is a path, and not a name on the Hub, that leads nowhere."""
+    if hub_name(place) is None:
+        existing(place)
 
 
 def missing(

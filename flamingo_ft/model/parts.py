@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import fetch_model, hub_name
-from flamingo_ft.hub.missing import missing
+from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub.missing import refuse_missing
 from flamingo_ft.hub.names import NAME, HubName
 
 from .configuration import FlamingoConfig
@@ -54,9 +54,8 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
         return None
     if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
         of_adapter = {**options, "revision": None, **options["adapter_kwargs"]}
-        return Parts(_fetch(name, options), _fetch(adapter, of_adapter))
-    if not Path(name).is_dir() and hub_name(name) is None and not os.path.isfile(name):
-        raise UserError(missing(name))
+        return Parts(_fetch(name if options.get("revision") else _as_recorded(str(name)), options), _fetch(adapter, of_adapter))
+    refuse_missing(name)
     if not Path(name).is_dir() and _is_merged(name, options):
         return None
     folder = _fetch(name, options)
@@ -94,8 +93,13 @@ def named_composition(adapter: Path) -> str | None:
     named, revision = peft.get("base_model_name_or_path"), peft.get("revision")
     if named is None or named == ((config.get("backbones") or {}).get("language") or {}).get("name"):
         return None
-    # With a revision it is the Hub's name, whatever folders the current directory has.
-    return named if os.path.exists(named) or not NAME.fullmatch(named) else str(HubName(named, revision or "main"))
+    return _as_recorded(named, revision)
+
+
+def _as_recorded(name: str, revision: str | None = None) -> str:
+    """A name that an adapter records, as one that means the same beside any folders: with a revision it is the Hub's."""
+    found = None if os.path.exists(name) else NAME.fullmatch(name)
+    return str(HubName(found["repository"], revision or found["revision"] or "main")) if found else name
 
 
 def _fetch(name: Any, options: Mapping[str, Any]) -> Path:

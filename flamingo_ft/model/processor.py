@@ -20,6 +20,7 @@ from transformers.image_utils import load_image
 
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.missing import refuse_missing
 
 from .special_text import protect, tokenize
 from .tokens import EOC_TOKEN, MEDIA_TOKEN
@@ -87,6 +88,12 @@ class FlamingoProcessor(ProcessorMixin):
     def for_backbones(cls, preprocess: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> FlamingoProcessor:
         """From a tower's transform and a tokenizer that already has the media tokens."""
         return cls(FlamingoImageProcessor(preprocess), tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> FlamingoProcessor:
+        """As every processor of transformers. Raises UserError for a path that leads nowhere."""
+        refuse_missing(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.

@@ -111,8 +111,10 @@ def test_a_bridge_that_moved_is_found_where_it_is_said_to_be(small_run):
     shake(model)
     save_adapter(model, processor, Path("adapter"))
     shutil.move("start", "elsewhere")
-    with pytest.raises(UserError, match=r"adapter: builds on the bridge of .*start, which is not there; put it beside"):
+    with pytest.raises(UserError, match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it beside"):
         load_adapter("adapter")
+    with pytest.raises(UserError, match="no folder elsewher; did you mean elsewhere?"):
+        load_adapter("adapter", start="elsewher")
     assert torch.equal(logits(*load_adapter("adapter", start="elsewhere")), logits(model, processor))
 
 

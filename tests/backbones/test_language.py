@@ -132,10 +132,21 @@ def test_parameters_are_float32_without_a_gpu_unless_asked_otherwise(tmp_path):
     assert load_language(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "no/such/folder", "~/no", "a b", ""])
-def test_a_path_that_leads_nowhere_is_an_error_without_a_download(name, monkeypatch):
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "no/such/folder", "~/no", "models/worsd", "models/word/"])
+def test_a_path_that_leads_nowhere_is_an_error_without_a_download(name, tmp_path, monkeypatch):
     monkeypatch.delattr(fetch, "snapshot_download")
-    assert "is no folder" in refusal(name)
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert refusal(name).startswith(f"language model: no folder {name}; check the path")
+    (tmp_path / "models" / "words").mkdir()
+    if name.startswith("models"):
+        assert f"no folder {name}; did you mean models/words?" in refusal(name)
+
+
+@pytest.mark.parametrize("name", ["a b", ""])
+def test_what_is_no_name_is_an_error_without_a_download(name, monkeypatch):
+    monkeypatch.delattr(fetch, "snapshot_download")
+    assert f"language model {name!r}: neither a folder nor a name on the Hub" in refusal(name)
 
 
 def test_a_model_that_is_not_in_the_cache_is_an_error_when_the_hub_is_not_to_be_asked(hub):

@@ -57,7 +57,7 @@ def test_what_exists_here_is_a_path_and_is_left_alone(hub, tmp_path, monkeypatch
     for place in (REPO, f"{REPO}@main"):
         Path(place).mkdir(parents=True)
         assert fetch_model(place) == Path(place) and pinned(place, Path(place)) == str(tmp_path / place)
-    assert fetch_model("/not/there/at/all") == Path("/not/there/at/all")
+    assert refusal("/not/there/at/all") == "no folder /not/there/at/all; check the path"
     assert hub.requests == []
 
 
@@ -170,7 +170,8 @@ def test_what_may_be_had_with_a_token_is_fetched(hub, monkeypatch):
     assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
 
 
-def test_what_is_not_there_is_told(hub):
+def test_what_is_not_there_is_told(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "runs/quickstrat: is no folder here, and not on the Hub" in refusal("runs/quickstrat")
     put(hub, {"config.json": b"{}"})
     assert f"{REPO}@nothing: is not on the Hub, though the repository is; check the revision" in refusal(f"{REPO}@nothing")

@@ -1,0 +1,155 @@
+"""Backbones in local folders: an adapter finds them from every directory, after a move too, and shows no path of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from flamingo_ft.adapters import load_adapter, save_adapter, write_composition
+from flamingo_ft.adapters.restore import restore_trainable
+from flamingo_ft.backbones.language import NANO_FOLDER as WORDS
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.tower_source import NANO_FOLDER as EYES
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.config import load_recipe
+from flamingo_ft.errors import UserError
+from flamingo_ft.publish.files import files_of, with_card
+from flamingo_ft.training.backbone_files import backbone_files
+
+from ..regimes import RECIPE, build, logits, shake
+
+LOCAL = RECIPE.replace("vision: {name: nano}", "vision: {name: models/eyes}").replace("language: {name: nano}", "language: {name: words}")
+
+
+@pytest.fixture(scope="module")
+def made(trained_start, tmp_path_factory):
+    """A folder with a recipe that names both backbones relative to itself, an adapter of it, and what that says."""
+    folder = tmp_path_factory.mktemp("local")
+    shutil.copytree(trained_start, folder, dirs_exist_ok=True)
+    shutil.copytree(WORDS, folder / "words")
+    shutil.copytree(EYES, folder / "models" / "eyes")
+    (folder / "recipe.yaml").write_text(LOCAL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        model, processor = build()
+        shake(model, 0.3)
+        save_adapter(model, processor, folder / "runs" / "one")
+    return folder, logits(model, processor)
+
+
+@pytest.fixture
+def local(made, tmp_path, monkeypatch):
+    """A copy of it that moved as a whole; the current directory is another one."""
+    folder, expected = made
+    here = tmp_path / "moved"
+    shutil.copytree(folder, here)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return here, expected
+
+
+def backbones(adapter: Path) -> dict:
+    return json.loads((adapter / "config.json").read_text())["backbones"]
+
+
+def rewrite(adapter: Path, **names: str) -> None:
+    """Give backbones of an adapter other names, as earlier versions recorded them."""
+    config = json.loads((adapter / "config.json").read_text())
+    for part, name in names.items():
+        config["backbones"][part]["name"] = name
+    (adapter / "config.json").write_text(json.dumps(config))
+    peft = json.loads((adapter / "adapter_config.json").read_text())
+    peft["base_model_name_or_path"] = names.get("language", peft["base_model_name_or_path"])
+    (adapter / "adapter_config.json").write_text(json.dumps(peft))
+
+
+def test_an_adapter_records_absolute_paths_and_loads_from_every_directory(made, tmp_path, monkeypatch):
+    folder, expected = made
+    assert {part: one["name"] for part, one in backbones(folder / "runs/one").items()} == {
+        "vision": str(folder / "models" / "eyes"),
+        "language": str(folder / "words"),
+    }
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(*load_adapter(folder / "runs/one")), expected)
+
+
+def test_backbones_beside_a_moved_adapter_are_found_and_recorded_there(local, made, monkeypatch):
+    here, expected = local
+    names = {"vision": "/gone/models/eyes", "language": "/gone/words"}
+    rewrite(here / "runs/one", **names)
+    with pytest.raises(UserError) as caught:
+        load_adapter(here / "runs/one")
+    message = str(caught.value)
+    assert f"one: language backbone /gone/words is not there (looked at /gone/words, {here}/runs/words); put it" in message
+    for place in ("words", "models/eyes"):
+        shutil.move(here / place, here / "runs")
+    model, processor = load_adapter(here / "runs/one")
+    assert torch.equal(logits(model, processor), expected)
+    save_adapter(model, processor, here / "again")
+    assert backbones(here / "again")["language"]["name"] == str(here / "runs" / "words")
+    assert json.loads((here / "again/adapter_config.json").read_text())["base_model_name_or_path"] == str(here / "runs" / "words")
+    assert torch.equal(logits(*load_adapter(here / "again")), expected)
+
+
+def test_an_adapter_with_names_relative_to_its_training_directory_still_loads(local):
+    here, expected = local
+    rewrite(here / "runs/one", vision="models/eyes", language="words")
+    assert torch.equal(logits(*load_adapter(here / "runs/one")), expected)
+
+
+def test_a_folder_of_the_same_name_in_the_current_directory_is_not_taken_for_a_backbone_on_the_hub(local, monkeypatch):
+    """A commit is of the Hub, whatever lies here."""
+    here, _ = local
+    monkeypatch.chdir(here)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set|not in the cache"):
+        load_language("words", "0" * 40, local_files_only=True)
+
+
+def test_a_checkpoint_goes_on_where_its_backbones_lie_elsewhere_by_now(local, made, monkeypatch):
+    here, _ = local
+    monkeypatch.chdir(here)
+    model, processor = build()
+    restore_trainable(model, here / "runs/one")
+    shake(model, 0.3)
+    with pytest.raises(UserError, match="trained on language backbone"):
+        config = json.loads((here / "runs/one/config.json").read_text())
+        config["backbones"]["language"]["sha256"] = "0" * 64
+        (here / "runs/one/config.json").write_text(json.dumps(config))
+        restore_trainable(model, here / "runs/one")
+
+
+def test_what_is_pushed_has_no_path_of_a_local_backbone(made, tmp_path):
+    folder, _ = made
+    write_composition(folder / "runs/one", tmp_path / "base")
+    pushed = {**with_card(folder / "runs/one", "org/name"), **files_of(tmp_path / "base")}
+    assert {"config.json", "adapter_config.json", "README.md"} <= pushed.keys()
+    for name, content in pushed.items():
+        content = content if isinstance(content, bytes) else content.read_bytes()
+        assert str(folder).encode() not in content, name
+
+
+def test_backbones_by_relative_names_are_recorded_by_absolute_ones(local, monkeypatch):
+    here, _ = local
+    monkeypatch.chdir(here)
+    assert load_language("words").source["name"] == str(here / "words")
+    assert load_vision("models/eyes").source["name"] == str(here / "models" / "eyes")
+    assert load_vision("local-dir:models/eyes").source["name"] == str(here / "models" / "eyes")
+    assert load_language("nano").source["name"] == "nano" == load_vision("nano").source["name"]
+
+
+def test_a_model_in_a_folder_of_the_hubs_cache_is_a_folder(local, monkeypatch):
+    here, _ = local
+    place = here / "models--org--words" / "snapshots" / ("0" * 40)
+    shutil.copytree(here / "words", place)
+    source = load_language(str(place)).source
+    assert (source["name"], source["revision"]) == (str(place), None)
+
+
+def test_planning_and_checking_read_the_backbones_of_the_recipes_folder(local):
+    here, _ = local
+    files = backbone_files(load_recipe(here / "recipe.yaml").model)
+    assert files.language.num_hidden_layers and files.tower["vision_cfg"]
+    with pytest.raises(UserError, match="no folder .*/elsewhere/words"):
+        load_recipe(here / "recipe.yaml", ["model.language.name=./words"], require=("backbones",))
