@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
 
 MISTAKE, INTERRUPTED, SIGNALLED = 2, 130, 128  # exit codes; the last plus a signal's number
+LONGEST_MESSAGE = 200  # characters
 _FILES_OF_THE_USER = (
     FileExistsError,
     FileNotFoundError,
@@ -386,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         return _tell_how_to_go_on(stopped, sys.argv[1:] if arguments is None else arguments)
     except typer.TyperException as error:
-        return _refuse(f"{error.format_message().rstrip('.')}; see {_command_of(error)} --help")
+        return _refuse(f"{_usage_problem(error)}; see {_command_of(error)} --help")
     except _FILES_OF_THE_USER as error:
         if error.filename is None:
             raise
@@ -419,6 +420,15 @@ def _tell_how_to_go_on(stopped: Stopped, arguments: Sequence[str]) -> int:
     if _is_main_process():
         _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")
     return SIGNALLED + stopped.number
+
+
+def _usage_problem(error: typer.TyperException) -> str:
+    """What is wrong with the arguments, however many of them a shell's pattern became."""
+    message = error.format_message().rstrip(".")
+    if len(message) <= LONGEST_MESSAGE:
+        return message
+    remedy = "; give an option that takes several values once for each of them" if "extra argument" in message else ""
+    return f"{message[:LONGEST_MESSAGE]} ... ({len(message.split()):,} words){remedy}"
 
 
 def _command_of(error: typer.TyperException) -> str:

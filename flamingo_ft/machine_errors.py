@@ -10,7 +10,6 @@ import errno
 import re
 from collections.abc import Iterator
 
-import torch
 from safetensors import SafetensorError
 
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
@@ -28,18 +27,19 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 def out_of_memory(error: BaseException) -> str | None:
     """Which memory is full, and how much was requested; None for any other error."""
     text = str(error)
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(part in text for part in _ALLOCATION):
+    full = isinstance(error, MemoryError) or _is_torch_error(error, "OutOfMemoryError")
+    if not full and not any(part in text for part in _ALLOCATION):
         return None
     size = _REQUESTED.search(text)
-    on_gpu = isinstance(error, torch.OutOfMemoryError) or "CUDA" in text or "CUBLAS" in text
+    on_gpu = _is_torch_error(error, "OutOfMemoryError") or "CUDA" in text or "CUBLAS" in text
     return f"{'GPU' if on_gpu else 'host'} memory is full" + (f" (tried to allocate {size[1]} more)" if size else "")
 
 
 def is_device_failure(error: BaseException) -> bool:
     """Whether a GPU, its driver or the communication between processes failed."""
-    return isinstance(error, (torch.AcceleratorError, torch.distributed.DistError)) or (
-        isinstance(error, RuntimeError) and bool(_DEVICE.search(str(error)))
-    )
+    if _is_torch_error(error, "AcceleratorError", "DistError"):
+        return True
+    return isinstance(error, RuntimeError) and bool(_DEVICE.search(str(error)))
 
 
 def disk_failure(error: BaseException) -> str | None:
@@ -66,6 +66,14 @@ def reraise_machine_error(error: BaseException) -> None:
     for one in _chain(error):
         if is_machine_error(one):
             raise one
+
+
+def _is_torch_error(error: BaseException, *names: str) -> bool:
+    """Whether the exception type, or one that it inherits from, is torch's and has one of these names.
+
+    By name, because importing torch takes seconds, and a command's refusals come without it.
+    """
+    return any(one.__name__ in names and one.__module__.startswith("torch") for one in type(error).__mro__)
 
 
 def _is_disk_errno(text: str) -> bool:

@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "machine_errors",
     "atomic",
+    "progress",
     "hub",
     "registration",
     "recipe_library",

@@ -257,3 +257,13 @@ def test_recipes_are_listed_with_what_they_do_and_copied_by_name(here, monkeypat
     assert capsys.readouterr().out.split() == ["mine/one.yaml", "mine/one"]
     assert cli.main(["recipes", "copy", "one", "mine"]) == 2
     assert "mine/one.yaml: exists already" in capsys.readouterr().err
+
+
+def test_arguments_that_a_shell_made_of_a_pattern_are_not_all_echoed(here, capsys):
+    images = [f"photos/{number:05}.png" for number in range(10_000)]
+    for name in ("a.png", *images[:1]):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert cli.main(["generate", "runs/a", "--prompt", "What?", "--image", "a.png", *images]) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 500 and "photos/00000.png" in said and "once for each of them" in said

@@ -136,6 +136,7 @@ class Engine:
         if "loss" in logs:
             logs |= {"seconds": round(self.seconds(), 1)} | self.meter.read(self.counts) | gates(self.model)
             logs |= learning_rates(self.optimizer, logs.get("learning_rate", 0.0))
+        self.state.epoch = self.batches.epoch  # Trainer's own counts an endless loader as one epoch
         with self.meter.paused():
             super().log(logs, *arguments, **options)
 

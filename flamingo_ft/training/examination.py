@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from rich.progress import Progress
-
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.evaluation.accuracy import accuracy, answer_questions
@@ -14,6 +12,7 @@ from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.results import Results
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import is_sharded
+from flamingo_ft.progress import Bars
 
 from . import processes
 from .out_of_memory import oom_as_user_error
@@ -28,7 +27,7 @@ class Examination:
         processor: FlamingoProcessor,
         held_out: Sequence[Sample],
         recipe: Recipe,
-        progress: Progress,
+        progress: Bars,
     ):
         self.results = Results(questions_of(held_out))
         self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}

@@ -21,6 +21,7 @@ from flamingo_ft.data.stream.prepare import Prepared
 from flamingo_ft.data.too_long import Dropped
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.progress import Bars
 
 from . import processes
 from .backbone_files import text_limit
@@ -43,6 +44,7 @@ class HeldOut:
         model: FlamingoForConditionalGeneration,
         processor: FlamingoProcessor,
         recipe: Recipe,
+        progress: Bars | None = None,
         rank: int | None = None,
         world_size: int | None = None,
     ):
@@ -60,16 +62,27 @@ class HeldOut:
         self._read = PixelReader(processor)
         self._assemble = partial(ASSEMBLE[recipe.train.method], processor.tokenizer.pad_token_id, False, None)
         self._weigh = WEIGHTS[recipe.train.method]
+        self._progress = progress
         self._rank = processes.rank() if rank is None else rank
         self._world_size = world_size or processes.world_size()
 
     def __iter__(self) -> Iterator[Weighed]:
         turns = -(-len(self._batches) // self._world_size)
-        for place in range(self._rank, turns * self._world_size, self._world_size):
+        places = range(self._rank, turns * self._world_size, self._world_size)
+        for place in places if self._progress is None else _shown(self._progress, places):
             batch = self._batches[min(place, len(self._batches) - 1)]
             rows = [[Prepared(sample.where, text, self._read(sample, text.images, 0))] for sample, text in batch]
             inputs = self._assemble(rows)
             yield inputs, self._weigh(inputs) if place < len(self._batches) else 0
+
+
+def _shown(progress: Bars, places: range) -> Iterator[int]:
+    """The places, with a bar as long as they are gone through."""
+    bar = progress.add_task("held-out loss", total=len(places), note="")
+    for place in places:
+        yield place
+        progress.advance(bar)
+    progress.remove_task(bar)
 
 
 def _refuse_single_answers(samples: Sequence[Sample]) -> None:

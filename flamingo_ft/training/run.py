@@ -17,11 +17,12 @@ from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE
 from flamingo_ft.inference.answer import encode_prompts
+from flamingo_ft.progress import progress_bars
 
 from . import processes
 from .best import evaluation_callbacks, take_best
 from .build import build_model
-from .callbacks import ProgressBar, progress_bars
+from .callbacks import ProgressBar
 from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root, refuse_earlier
 from .examination import Examination
 from .held_out import HeldOut
@@ -102,7 +103,7 @@ def _run(
 ) -> dict[str, Any]:
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
-    with progress_bars() as progress:
+    with progress_bars(disable=not processes.is_main()) as progress:
         with processes.failing_together():
             data = _open(recipe, start, tell)
             held_out = data.held_out_samples(recipe.eval.max_samples)
@@ -120,7 +121,7 @@ def _run(
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.steps:
-            trainer.judge_by(HeldOut(held_out, model, processor, recipe), examination if recipe.eval.answers else None)
+            trainer.judge_by(HeldOut(held_out, model, processor, recipe, progress), examination if recipe.eval.answers else None)
         if recipe.eval.before:
             _examine_before(examination, held_out, start.checkpoint, output_dir)
         training = _train(trainer, data, recipe, start.checkpoint, stopping)

@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
         of_size = regimes.recipe(*HELD_OUT, f"eval.batch_size={size}")
         found = judge(trainer, HeldOut(samples, model, processor, of_size), None)["eval_loss"]
         assert found == pytest.approx(sum(alone) / 3, rel=1e-5)
-        shares = [list(HeldOut(samples, model, processor, of_size, rank, 2)) for rank in range(2)]
+        shares = [list(HeldOut(samples, model, processor, of_size, rank=rank, world_size=2)) for rank in range(2)]
         assert len(shares[0]) == len(shares[1]) and sum(count for share in shares for _, count in share) == 3
 
 

@@ -51,7 +51,7 @@ def test_the_loss_is_the_mean_over_the_label_tokens_of_every_sample_once(folder,
     model, processor, samples, made = built(wanted)
     total, tokens, batches = 0.0, 0, []
     for rank in range(processes):
-        batches.append(list(HeldOut(samples, model, processor, wanted, rank, processes)))
+        batches.append(list(HeldOut(samples, model, processor, wanted, rank=rank, world_size=processes)))
         for inputs, labels in batches[-1]:
             loss = model(**inputs).loss.item() if labels else 0.0
             total, tokens = total + loss * labels, tokens + labels

@@ -158,3 +158,9 @@ def test_no_report_is_left_where_no_run_began(tmp_path):
     with leaving_a_report(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("method", "said"), [("sft", "Cross-entropy of the reference answers"), ("dpo", "The preference loss")])
+def test_the_loss_is_described_as_that_of_the_runs_method(folder, method, said):
+    (folder / "resolved_recipe.yaml").write_text(dump_recipe(recipe("train.max_steps=8", f"train.method={method}")))
+    assert said in words(write_report(folder).read_text())

@@ -15,9 +15,11 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerControl, TrainerState
 
+from flamingo_ft import progress as progress_module
 from flamingo_ft.errors import UserError
-from flamingo_ft.training import callbacks, meter, trackers
-from flamingo_ft.training.callbacks import ProgressBar, progress_bars
+from flamingo_ft.progress import LINE_SECONDS, progress_bars
+from flamingo_ft.training import meter, trackers
+from flamingo_ft.training.callbacks import ProgressBar
 from flamingo_ft.training.log_file import LogFile, read_log, write_log
 from flamingo_ft.training.report import LiveReport
 from flamingo_ft.training.run import train
@@ -165,7 +167,7 @@ def test_wandb_and_trackio_stay_on_this_machine_unless_the_environment_says_othe
 def test_no_line_of_the_bars_is_wider_than_the_terminal(monkeypatch, width, terminal):
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
-    monkeypatch.setattr(callbacks, "Console", lambda **_: console)
+    monkeypatch.setattr(progress_module, "Console", lambda **_: console)
     progress, state = progress_bars(), TrainerState(max_steps=123_456, global_step=4_567)
     bar, logs = ProgressBar(progress), {"loss": 0.1234, "memory_gib": 71.234}
     logs |= {"label_tokens_per_second": 123_456.7, "images_per_second": 1_234.5}
@@ -177,6 +179,44 @@ def test_no_line_of_the_bars_is_wider_than_the_terminal(monkeypatch, width, term
     if not terminal or width >= 80:
         for words in ("loss 0.1234", "123,457 label tokens/s", "1,234 images/s", "71.23 GiB"):
             assert words in shown
+
+
+def test_the_epoch_in_the_log_is_how_often_the_data_were_gone_through(run):
+    """Two rows, two to a step; `Trainer` would count the endless loader as one epoch."""
+    assert [entry["epoch"] for entry in read_log(run) if "loss" in entry] == [1, 2, 3, 4]
+
+
+def without_a_terminal(monkeypatch) -> tuple[io.StringIO, list[float]]:
+    """What the bars print to a file, and the clock."""
+    out, now = io.StringIO(), [0.0]
+    console = Console(file=out, width=200, force_terminal=False)
+    monkeypatch.setattr(progress_module, "Console", lambda **_: console)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return out, now
+
+
+def test_without_a_terminal_an_evaluation_is_a_line(monkeypatch):
+    out, _ = without_a_terminal(monkeypatch)
+    progress, state = progress_bars(), TrainerState(max_steps=300, global_step=50)
+    bar = ProgressBar(progress)
+    bar.on_train_begin(None, state, None)
+    bar.on_log(None, state, None, logs={"eval_loss": 1.25, "eval_accuracy": 0.715})
+    bar.on_log(None, state, None, logs={"eval_loss": 1.5})
+    assert out.getvalue().splitlines() == [
+        "step 50/300 · held-out loss 1.2500 · accuracy 71.5 %",
+        "step 50/300 · held-out loss 1.5000",
+    ]
+
+
+def test_without_a_terminal_a_long_task_prints_a_line_every_half_minute(monkeypatch):
+    out, now = without_a_terminal(monkeypatch)
+    progress = progress_bars()
+    task = progress.add_task("evaluating", total=1000, note="")
+    for _ in range(100):
+        now[0] += 1.5
+        progress.advance(task)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 150 // LINE_SECONDS and lines[0].startswith("evaluating: 20/1,000")
 
 
 def test_a_report_is_rare_however_much_is_logged(tmp_path, monkeypatch):

@@ -88,6 +88,12 @@ class Batches:
             self.contents.append(_contents(prepared for row in rows for _, prepared in row))
             yield self.assemble([[prepared for _, prepared in row] for row in rows])
 
+    @property
+    def epoch(self) -> float | None:
+        """How often the training data were gone through so far; None where a source is streamed."""
+        length = self.tally.epoch_length
+        return None if length is None else round(self._next / length, 4)
+
     def state_dict(self) -> dict[str, Any]:
         """The next draw, those that were drawn before it and kept back, and the counts so far."""
         return {"next": self._next, "waiting": list(self._waiting), "tally": self.tally.state_dict()}

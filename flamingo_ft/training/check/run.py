@@ -10,8 +10,8 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.data.templates import apply_template
+from flamingo_ft.progress import progress_bars
 from flamingo_ft.training.backbone_files import backbone_files, text_limit
-from flamingo_ft.training.callbacks import progress_bars
 
 from .account import Account
 from .encoding import Encoding

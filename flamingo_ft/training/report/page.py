@@ -14,6 +14,10 @@ from .folder import RunFolder
 from .pictures import save_figures
 
 REPORT_FILE = "report.html"
+LOSS_CAPTIONS = {
+    "sft": "Cross-entropy of the reference answers: how surprised the model is by them.",
+    "dpo": "The preference loss (sigmoid: 0.69 for no preference, towards 0 as the chosen answers win).",
+}
 REFRESH_SECONDS = 30  # between two looks of a browser at the page of a run that goes on
 
 
@@ -36,6 +40,7 @@ def write_report(folder: str | Path, *, goes_on: bool = False, stopped: str | No
         pictures=pictures,
         accuracy=accuracy_table(run.metrics.get("eval") or {}),
         facts=facts(run),
+        loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
         percent=percent,
         clock=clock,
     )
