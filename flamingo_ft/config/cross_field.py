@@ -18,7 +18,7 @@ from flamingo_ft.config.document import Location
 from flamingo_ft.config.schema import CONTRADICTION
 from flamingo_ft.config.section import section_of
 
-_ROUNDS = 6  # sections that stand in for missing ones lack keys of their own, as deep as a recipe is
+_ROUNDS = 6  # a section put in for a missing one lacks keys of its own, down to the deepest
 
 
 def cross_field_errors(error: ValidationError) -> list[tuple[Location, str]]:
@@ -36,7 +36,7 @@ def single_errors(error: ValidationError) -> list[dict[str, Any]]:
 def cross_field_errors_beside(
     schema: type[BaseModel], values: Any, wrong: Sequence[Location]
 ) -> list[tuple[Location, str]]:
-    """Cross-field errors among the valid values, as far as they can be told. wrong: locations of the invalid ones."""
+    """Cross-field errors among the valid values, as far as they can be determined. wrong: locations of the invalid ones."""
     if not isinstance(values, dict):
         return []
     values = copy.deepcopy(values)
@@ -47,7 +47,7 @@ def cross_field_errors_beside(
             if found := cross_field_errors(error):
                 return [(where, why) for where, why in found if not any(_concerns(where, why, one) for one in wrong)]
             for problem in single_errors(error):
-                _mend(schema, values, problem["loc"], problem["type"] == "missing")
+                _repair(schema, values, problem["loc"], problem["type"] == "missing")
         else:
             break
     return []
@@ -59,7 +59,7 @@ def _concerns(location: Location, reason: str, wrong: Location) -> bool:
     return location[:depth] == wrong[:depth] or re.search(rf"\b{re.escape(str(wrong[-1]))}\b", reason) is not None
 
 
-def _mend(schema: type[BaseModel], values: Any, location: Location, is_missing: bool) -> None:
+def _repair(schema: type[BaseModel], values: Any, location: Location, is_missing: bool) -> None:
     """Take an invalid value out, in place, or put a valid one where a required one is missing."""
     *way, last = location
     section: type[BaseModel] | None = schema
@@ -78,7 +78,7 @@ def _mend(schema: type[BaseModel], values: Any, location: Location, is_missing: 
 
 
 def _stand_in(schema: type[BaseModel], name: str) -> Any:
-    """Something for a required key: an empty section, which is filled in the next round, or text, or a number."""
+    """A valid value for a required key: an empty section, which the next round fills, or text, or a number."""
     annotation = schema.model_fields[name].annotation
     section = section_of(annotation)
     if section is not None:

@@ -37,7 +37,7 @@ def missing(
     on_hub: str | None = None,
     remedy: str = "check the path",
 ) -> str:
-    """What to say of a path that leads nowhere.
+    """The text of the error for a path that leads nowhere.
 
     kind: file or folder, by default as the suffix says. name: what was given for ``place``, where that is another. on_hub:
     how to name the repository on the Hub that it may mean, by default with a revision. remedy: what to do where no

@@ -19,7 +19,7 @@ from flamingo_ft.adapters.card import card_text
 from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.cli import main
 from flamingo_ft.hub import retry
-from flamingo_ft.publish import push
+from flamingo_ft.publish import push, with_card
 from tests import regimes
 from tests.hub_server import LARGE, READER, WRITER
 
@@ -299,3 +299,20 @@ def test_a_silent_hub_is_given_up(adapter, hub, monkeypatch, capfd):
     hub.hold(f"POST /api/models/{REPO}/commit")
     assert main(["push", "run", REPO]) == 2
     assert "the connection to the Hub broke off (" in told(capfd)
+
+
+def test_text_that_begins_with_a_slash_is_pushed_as_it_is(adapter):
+    path = adapter / "resolved_recipe.yaml"
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"] |= {"system_prompt": "/no_think Answer in one word."}
+    recipe["data"]["train"][0]["columns"] = {"answer": "/label"}
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    evaluation = {"accuracy": 0.5, "per_task": {"/sign language/": {"accuracy": 0.5, "samples": 2}}}
+    (adapter / "metrics.json").write_text(json.dumps({"eval": evaluation}))
+    files = with_card(adapter, REPO)
+    shown = yaml.safe_load(files["resolved_recipe.yaml"])["data"]
+    assert shown["system_prompt"] == "/no_think Answer in one word."
+    assert shown["train"][0]["columns"] == {"answer": "/label"} and shown["train"][0]["path"] == "train.jsonl"
+    card = files["README.md"].decode()
+    assert "system_prompt: /no_think Answer in one word." in card and "| /sign language/ | 2 |" in card
+    assert list(json.loads(files["metrics.json"])["eval"]["per_task"]) == ["/sign language/"]
