@@ -331,10 +331,12 @@ def _tell_sources(data: OpenedData) -> None:
 def _print_metrics(metrics: dict) -> None:
     from rich.console import Console
 
-    from flamingo_ft.report_table import accuracy_table, training_line
+    from flamingo_ft.report_table import accuracy_table, evaluation_lines, training_line
 
     if metrics.get("eval"):
         Console().print(accuracy_table(metrics["eval"]))
+        for line in evaluation_lines(metrics["eval"]):
+            typer.echo(line)
     if metrics.get("train"):
         typer.echo(training_line(metrics["train"]))
 

@@ -15,7 +15,7 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER, BEFORE
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
 from flamingo_ft.inference.answer import encode_prompts
 from flamingo_ft.progress import progress_bars
 
@@ -128,7 +128,7 @@ def _run(
         save_adapter(model, processor, output_dir, write=processes.is_main())
         examination.take(AFTER, held_out)
         if recipe.eval.shuffled_images:
-            examination.take("shuffled_images", with_other_images(held_out, recipe.train.seed))
+            examination.take(SHUFFLED, with_other_images(held_out, recipe.train.seed))
         progress.refresh()  # notebooks would show the last bar as it was a moment before
     metrics = {"eval": examination.results.summary()} if held_out else {}
     metrics["train"] = training

@@ -22,6 +22,9 @@ from flamingo_ft.model import build_flamingo
 from tests.data.dialogues import IMAGE, assistant, user
 
 
+PLAIN = {"free_text": False, "classes": None}  # of a task with few samples
+
+
 def sample(task: str, answer: str, question: str = "Which?") -> Sample:
     return Sample([user(question), assistant(answer)], [], task, f"row of {task}")
 
@@ -56,9 +59,11 @@ def test_a_summary_has_every_accuracy_overall_and_per_task():
         "accuracy": 0.5,
         "accuracy_before": 0.25,
         "accuracy_shuffled_images": 0.5,
+        "accuracy_majority": 0.5,
+        "verdict": None,
         "per_task": {
-            "a": {"accuracy": 0.0, "samples": 1, "before": 1.0, "shuffled_images": 1.0},
-            "b": {"accuracy": 2 / 3, "samples": 3, "before": 0.0, "shuffled_images": 1 / 3},
+            "a": {"accuracy": 0.0, "samples": 1, "before": 1.0, "shuffled_images": 1.0, "majority": 1.0, **PLAIN},
+            "b": {"accuracy": 2 / 3, "samples": 3, "before": 0.0, "shuffled_images": 1 / 3, "majority": 1 / 3, **PLAIN},
         },
     }
 
@@ -66,8 +71,8 @@ def test_a_summary_has_every_accuracy_overall_and_per_task():
 def test_a_summary_of_one_examination_has_no_others():
     questions = results().questions
     summary = Results(questions, {"after": ["1", "1", "2", "é世🦩"]}).summary()
-    assert summary["accuracy"] == 1.0 and set(summary) == {"accuracy", "per_task"}
-    assert summary["per_task"]["a"] == {"accuracy": 1.0, "samples": 1}
+    assert summary["accuracy"] == 1.0 and set(summary) == {"accuracy", "accuracy_majority", "per_task"}
+    assert summary["per_task"]["a"] == {"accuracy": 1.0, "samples": 1, "majority": 1.0, **PLAIN}
 
 
 @pytest.mark.parametrize("task", [UNNAMED_TASK, "all", "accuracy"])
