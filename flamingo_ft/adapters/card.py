@@ -55,6 +55,7 @@ def card_text(
         name=name or "this/folder",
         vision=without_places(config.backbones["vision"]),
         language=without_places(config.backbones["language"]),
+        licenses={"vision": None, "language": None} | (config.licenses or {}),
         config=config,
         bridge=without_places(config.bridge_init),
         contents=", ".join(_contents(folder, config)),

@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import files_sha256, has_vocabulary
+from flamingo_ft.backbones.license import CARD, license_in
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.quantization import Quantization, settle
 from flamingo_ft.errors import UserError, one_line
@@ -46,7 +47,7 @@ NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 # What loading needs of a repository: not its subfolders, nor the weights once more in their authors' format.
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", CARD]
 NOT_NEEDED = ["*/*", "consolidated*"]
 
 # What transformers, torch and safetensors raise for files that are missing, broken or of another kind.
@@ -67,11 +68,13 @@ class LanguageBackbone:
 
     source: {"name", "revision", "sha256", "quantization"}: what was asked for, its Hub commit (None for a folder), the
     digest of configuration, weights and tokenizer, and how its matrices are kept (None: as they were stored).
+    license: as its model card states it, None where it does not.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: dict
+    license: str | None = None
 
 
 def load_language(
@@ -121,6 +124,7 @@ def load_language(
             "sha256": files_sha256(folder),
             "quantization": quantization.record() if quantization else None,
         },
+        license=license_in(folder.parent if name == "nano" else folder),
     )
 
 

@@ -12,6 +12,8 @@ from flamingo_ft import atomic
 from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
+from flamingo_ft.data.mixture import SOON_READ
+from flamingo_ft.data.overlap import find_overlap
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
@@ -29,6 +31,7 @@ from .held_out import HeldOut
 from .hub import Pushing, prepare_repository, pushing
 from .log_file import LogFile, write_log
 from .machine_faults import io_errors_as_user_error
+from .memory_line import memory_line
 from .non_finite import skipped_record
 from .optimizer import check_machine
 from .out_of_memory import oom_as_user_error, with_plan
@@ -49,11 +52,12 @@ def train(
     tell: Callable[[OpenedData], None] = lambda data: None,
     *,
     resume: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
-    tell: hears of the data once it is open. resume: go on with what there is of this run; say: hears from where.
+    tell: called with the data once it is open. resume: resume what there is of this run. say: called with lines for the
+    user: where it resumes, planned and free memory, held-out images that are trained on; None: none of that is looked at.
     Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
     not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
     """
@@ -66,8 +70,9 @@ def train(
 
 
 def _whole_run(
-    recipe: Recipe, tell: Callable[[OpenedData], None], resume: bool, say: Callable[[str], None]
+    recipe: Recipe, tell: Callable[[OpenedData], None], resume: bool, listener: Callable[[str], None] | None
 ) -> dict[str, Any]:
+    say = listener or (lambda line: None)
     check_machine(recipe.train)
     check_precision(recipe)
     check_trackers(recipe.train)
@@ -82,7 +87,9 @@ def _whole_run(
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
         with leaving_a_report(wanted.output_dir):
-            metrics = _run(recipe, start, stopping, tell, uploads)
+            if listener and processes.is_main():
+                say(memory_line(recipe))
+            metrics = _run(recipe, start, stopping, tell, uploads, listener)
         if uploads is not None:
             uploads.push_run(wanted.output_dir)
     return metrics
@@ -99,7 +106,12 @@ def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None
 
 
 def _run(
-    recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None], uploads: Pushing | None
+    recipe: Recipe,
+    start: Start,
+    stopping: Stopping,
+    tell: Callable[[OpenedData], None],
+    uploads: Pushing | None,
+    listener: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
@@ -107,6 +119,8 @@ def _run(
         with processes.failing_together():
             data = _open(recipe, start, tell)
             held_out = data.held_out_samples(recipe.eval.max_samples)
+            if listener and processes.is_main():
+                _warn_of_overlap(data, held_out, listener)
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
@@ -149,6 +163,17 @@ def _open(recipe: Recipe, start: Start, tell: Callable[[OpenedData], None]) -> O
     if start.checkpoint:
         check_fits(start.checkpoint, rows_of(data))
     return data
+
+
+def _warn_of_overlap(data: OpenedData, held_out: Sequence[Sample], say: Callable[[str], None]) -> None:
+    """A line where held-out images are trained on too. Streams are not read through for it."""
+    if held_out and all(mixed.source.indexed and mixed.size <= SOON_READ for mixed in data.train):
+        overlap = find_overlap(data.samples(data.train), held_out)
+        if overlap:
+            say(
+                f"warning: {overlap.count:,} of {len(held_out):,} held-out samples show an image that is trained on too "
+                f"(first {overlap.held_out}, trained on in {overlap.train}); accuracy on them says little: hold them out"
+            )
 
 
 def _examine_before(
