@@ -19,6 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from flamingo_ft.errors import UserError
 
+from .leftovers import is_leftover
+
 # What loading was seen to raise for what is not there, is offline, or is damaged.
 FAILURES = (
     DatasetsError,
@@ -73,8 +75,13 @@ def load_files(path: Path, streaming: bool) -> DatasetsRows:
 
 
 def load_image_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
-    """A folder of images with a metadata file, or in folders named for what they show (the column ``label``)."""
-    return _load(str(path), "imagefolder", data_dir=str(path), split=split, streaming=streaming)
+    """A folder of images with a metadata file, or in folders named for what they show (the column ``label``).
+
+    Images that operating systems left there (thumbnails) are no rows.
+    """
+    with reading(str(path)):
+        dataset = datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
+        return DatasetsRows(str(path), _without_leftovers(dataset, path))
 
 
 def load_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
@@ -116,6 +123,22 @@ def reading(where: str) -> Iterator[None]:
 def _load(where: str, *args: Any, **options: Any) -> DatasetsRows:
     with reading(where):
         return DatasetsRows(where, datasets.load_dataset(*args, **options))
+
+
+def _without_leftovers(
+    dataset: datasets.Dataset | datasets.IterableDataset, folder: Path
+) -> datasets.Dataset | datasets.IterableDataset:
+    def is_kept(image: Mapping[str, Any] | None) -> bool:
+        name = (image or {}).get("path") or ""
+        return not is_leftover(os.path.relpath(name, folder) if os.path.isabs(name) else name)
+
+    if not isinstance((dataset.features or {}).get("image"), datasets.Image):
+        return dataset
+    undecoded = dataset.cast_column("image", datasets.Image(decode=False))
+    if isinstance(dataset, datasets.IterableDataset):
+        return undecoded.filter(is_kept, input_columns="image")
+    kept = [row for row, image in enumerate(undecoded["image"]) if is_kept(image)]
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
 
 def _reason(error: BaseException) -> str:
