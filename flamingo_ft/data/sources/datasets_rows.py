@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 from datasets.utils.file_utils import xopen
@@ -80,8 +81,9 @@ def load_image_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
     Images that operating systems left there (thumbnails) are no rows.
     """
     with reading(str(path)):
-        dataset = datasets.load_dataset("imagefolder", data_dir=str(path), split=split, streaming=streaming)
-        return DatasetsRows(str(path), _without_leftovers(dataset, path))
+        files = _files_without_leftovers(path)
+    where = {"data_dir": str(path)} if files is None else {"data_files": files}
+    return _load(str(path), "imagefolder", **where, split=split, streaming=streaming)
 
 
 def load_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
@@ -125,20 +127,19 @@ def _load(where: str, *args: Any, **options: Any) -> DatasetsRows:
         return DatasetsRows(where, datasets.load_dataset(*args, **options))
 
 
-def _without_leftovers(
-    dataset: datasets.Dataset | datasets.IterableDataset, folder: Path
-) -> datasets.Dataset | datasets.IterableDataset:
-    def is_kept(image: Mapping[str, Any] | None) -> bool:
-        name = (image or {}).get("path") or ""
-        return not is_leftover(os.path.relpath(name, folder) if os.path.isabs(name) else name)
+def _files_without_leftovers(folder: Path) -> dict[str, list[str]] | None:
+    """The files of each split but what operating systems left there; None where there is nothing of that kind.
 
-    if not isinstance((dataset.features or {}).get("image"), datasets.Image):
-        return dataset
-    undecoded = dataset.cast_column("image", datasets.Image(decode=False))
-    if isinstance(dataset, datasets.IterableDataset):
-        return undecoded.filter(is_kept, input_columns="image")
-    kept = [row for row, image in enumerate(undecoded["image"]) if is_kept(image)]
-    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+    They are left out before `datasets` looks: it skips hidden ones alone, and takes folders at two depths for no labels.
+    """
+
+    def is_kept(path: str) -> bool:
+        return not is_leftover(Path(os.path.relpath(path, folder)).as_posix())
+
+    if all(is_kept(os.path.join(root, file)) for root, _, files in os.walk(folder) for file in files):
+        return None
+    splits = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    return {split: [*filter(is_kept, files)] for split, files in splits.items()}
 
 
 def _reason(error: BaseException) -> str:

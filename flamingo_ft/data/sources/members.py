@@ -86,7 +86,7 @@ class _Group:
 
     def is_complete_without(self, name: Name) -> bool:
         """Whether there is a sample already that a further member does not belong to."""
-        if not self._paired or self._named_by_key or self._owner(name) is not None:
+        if not self._paired or self._named_by_key or self._owner(name) is not None or name.stem in self._media_stems:
             return False
         return name.kind == MEDIA or name.kind in {other.kind for other, _ in self._members if other.kind in ANCHORS}
 
