@@ -1,4 +1,4 @@
-"""File names as users write them and as disks keep them: macOS decomposes accents (NFD), most other systems do not (NFC)."""
+"""File names as users write them and as disks keep them: macOS decomposes accents (NFD), others mostly do not (NFC)."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_a_column_that_looks_like_part_of_the_task_is_never_dropped_unasked(fold
 def test_a_csv_of_questions_and_labels_is_refused_until_columns_say_what_they_are(folder):
     for answer in ("label", "caption"):
         entry = write(folder, f"image,question,{answer}\na.png,What?,That.\n")
-        assert f"row 0: question: looks like part of the task, but schema caption" in refusal(entry)
+        assert "row 0: question: looks like part of the task, but schema caption" in refusal(entry)
         (sample,) = read({**entry, "columns": {"answer": answer}})
         assert sample.messages == [user(IMAGE, "What?"), assistant("That.")] and sample.unread == ()
 
@@ -185,7 +185,7 @@ def test_unknown_names_are_separated_by_what_makes_the_rows_fit(folder):
     assert read({**entry, "columns": columns})[0].messages == [user(IMAGE, "Was?"), assistant("Das, dort.")]
 
 
-def test_a_ragged_row_is_told_with_its_own_separator(folder):
+def test_a_ragged_row_is_refused_with_its_own_separator(folder):
     entry = write(folder, "image;caption\na.png;A\na.png;A;B\n")
     assert "row 1: found 3 cells, wanted 2 (image, caption); put text with semicolons in quotes" in refusal(entry)
 

@@ -66,7 +66,7 @@ def test_no_form_of_a_name_leads_out_of_the_image_root(tmp_path):
             read(root, name)
 
 
-def test_a_missing_name_is_told_as_it_was_written(tmp_path):
+def test_a_missing_name_is_reported_as_it_was_written(tmp_path):
     with pytest.raises(UserError, match="no such image .*Café/über 가.png; check"):
         read(tmp_path, NFC)
     assert on_disk(tmp_path / NFC) == tmp_path / NFC

@@ -98,7 +98,8 @@ def _check_alone(block: Mapping[str, Any], form: str, keys: Sequence[str], where
     content = ("text", *IMAGE_KEYS, *VIDEO_KEYS)
     other = next((key for key in content if key not in (keys or ("text",)) and has_content(block.get(key))), None)
     if other is not None:
-        raise UserError(f"{where}.{other}: lost in a block of type {form}, got {kind(block[other])}; give it its own block")
+        got = kind(block[other])
+        raise UserError(f"{where}.{other}: not read in a block of type {form}, got {got}; give it a block of its own")
     sources = [key for key in keys if not is_blank(block.get(key))]
     if len({str(block[key]) for key in sources}) > 1 and {*sources} != {"path", "bytes"}:
         raise UserError(f"{where}: one block has two images, got {' and '.join(sources)}; keep one of them")

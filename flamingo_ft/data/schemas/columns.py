@@ -13,19 +13,21 @@ from flamingo_ft.errors import UserError
 # answer_type or caption_source are metadata.
 TASK_COLUMNS = frozenset(
     """
-    answer answers audio audios caption captions choice choices chosen class_label cls completion completions context
-    contexts conversation conversations dialog dialogue explanation ground_truth groundtruth hint hints history input
-    inputs instruction instructions label labels lecture messages option options output outputs passage prompt prompts
-    queries query question questions rationale rationales reasoning reasoning_content rejected rejected_response
-    response responses solution solutions system system_message system_prompt target targets thinking
+    answer answers audio audios caption captions choice choices chosen class_label cls completion completions
+    context contexts conversation conversations dialog dialogue explanation ground_truth groundtruth hint hints
+    history input inputs instruction instructions label labels lecture loss_weight loss_weights messages option
+    options output outputs passage prompt prompts queries query question questions rationale rationales reasoning
+    reasoning_content rejected rejected_response response responses sample_weight solution solutions system
+    system_message system_prompt target targets thinking
     """.split()
 )
 NUMBERED = re.compile(
-    r"(answer|caption|choice|completion|image|img|input|instruction|label|option|output|prompt|question|response|target)"
-    r"s?_?([0-9]+|[a-h])"
+    r"(answer|caption|choice|completion|image|img|input|instruction|label|option|output|prompt|question|response"
+    r"|target)s?_?([0-9]+|[a-h])"
 )
 # Columns by these names, or with such values, hold the image of a row that has no other.
 IMAGE_COLUMNS = re.compile(r"(image|img|photo|picture|pic|video|frame)s?(_?(path|file|url|uri|name|id))?s?")
+NUMBER = re.compile(r"[+-]?[0-9][0-9.,eE+-]*")
 IMAGE_FILE = re.compile(r"\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|jp2|mp4|webm|mkv|avi|mov)", re.IGNORECASE)
 # They change what a chat template writes or which turns are learned, so a row is no longer itself without them.
 UNSUPPORTED = {
@@ -94,7 +96,8 @@ def image_column(unread: Mapping[str, Any]) -> str | None:
 
 
 def text_columns(unread: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in unread.items() if any(texts_in(value))]
+    """The columns of text; in files of text numbers are text too, and these do not count."""
+    return [name for name, value in unread.items() if not all(map(NUMBER.fullmatch, texts_in(value)))]
 
 
 def _is_image_column(name: str, value: Any) -> bool:

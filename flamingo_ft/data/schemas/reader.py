@@ -48,8 +48,9 @@ class RowReader:
 
     def read(self, row: Any, where: str, file: str, find: Find) -> Sample:
         """The sample of a parsed row of ``file``; ``find`` gives other rows of that file by their id."""
-        unread = self._unread(row, where)
-        row = self._renamed(row, where)
+        found = self._columns_in(row, where)
+        unread = self._unread(row, found, where)
+        row = _with_fields(row, found)
         task = optional_text(row, "task", where)
         if self.schema == MIMICIT:
             draft = read_mimicit(row, where, lambda key: self._other(find(key), where), self._images_of(file))
@@ -63,15 +64,20 @@ class RowReader:
     def unread(self, row: Any, where: str) -> tuple[str, ...]:
         """The columns of text that the schema does not read. UserError where one must not be left out of a guess."""
         try:
-            return tuple(text_columns(self._unread(row, where)))
+            return tuple(text_columns(self._unread(row, self._columns_in(row, where), where)))
         except UserError:
             if self._guessed:
                 raise
             return ()  # the row is refused when it is read
 
-    def _unread(self, row: Any, where: str) -> dict[str, Any]:
+    def _columns_in(self, row: Any, where: str) -> dict[str, str]:
+        """The column of each field. UserError for what is no row, or lacks a column."""
         schema = SCHEMAS[self.schema]
-        found = _columns_of(row, self._columns, self.schema, where)
+        return find_columns(_object(row, where, schema.wants), self._columns, (*schema.fields, *COMMON), where)
+
+    def _unread(self, row: Row, found: Mapping[str, str], where: str) -> dict[str, Any]:
+        """The columns that the schema does not read. UserError for those that must not be left out."""
+        schema = SCHEMAS[self.schema]
         fields = schema.reads({field: row[column] for field, column in found.items()})
         read = {field: found[field] for field in (*fields, *COMMON) if field in found}
         unread = unread_columns(row, read.values())
@@ -91,12 +97,8 @@ class RowReader:
             remedy = f"to train on answers, name their column: columns: {{answer: COLUMN}}; {remedy}"
         raise UserError(f"{where}: {column}: {reason}, got {kind(unread[column])}; {remedy}")
 
-    def _renamed(self, row: Any, where: str) -> Row:
-        found = _columns_of(row, self._columns, self.schema, where)
-        return {**row, **{field: row[column] for field, column in found.items()}}
-
     def _other(self, row: Row | None, where: str) -> Row | None:
-        return None if row is None else self._renamed(row, where)
+        return None if row is None else _with_fields(row, self._columns_in(row, where))
 
     def _images_of(self, file: str) -> ImagesById:
         if file not in self._images:
@@ -109,13 +111,12 @@ def schema_of(row: Any, columns: Mapping[str, str], where: str) -> str:
     """The schema that a row fits, once its columns have the names of fields."""
     columns = {field: column for field, column in columns.items() if field != IMAGES_FILE}
     found = find_columns(_object(row, where, "columns"), columns, ALL_FIELDS, where, strict=False)
-    return recognise({**row, **{field: row[column] for field, column in found.items()}}, where)
+    return recognise(_with_fields(row, found), where)
 
 
-def _columns_of(row: Any, columns: Mapping[str, str], schema: str, where: str) -> dict[str, str]:
-    """The column of each field. UserError for what is no row, or lacks a column."""
-    wants, fields = SCHEMAS[schema].wants, (*SCHEMAS[schema].fields, *COMMON)
-    return find_columns(_object(row, where, wants), columns, fields, where)
+def _with_fields(row: Row, found: Mapping[str, str]) -> Row:
+    """The row with the columns that hold fields under the fields' names too."""
+    return {**row, **{field: row[column] for field, column in found.items()}}
 
 
 def _object(row: Any, where: str, wants: str) -> Row:

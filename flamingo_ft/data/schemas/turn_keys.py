@@ -2,9 +2,11 @@
 
 Toolkits mark an assistant message that is not to be learned in several ways:
 
-    loss: false           ms-swift, this package         weight: 0        OpenAI, Mistral, Axolotl's ShareGPT
-    train, training: false   Axolotl                     loss_scale: 0    ms-swift (loss_weight: 0 elsewhere)
-    loss_mask: 0          a mask kept in each message
+    loss: false               ms-swift, this package
+    weight: 0                 OpenAI, Mistral, Axolotl's ShareGPT
+    train or training: false  Axolotl (`message_field_training`)
+    loss_scale: 0             ms-swift
+    loss_mask, loss_weight: 0 others
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ def _load(where: str, *args: Any, **options: Any) -> DatasetsRows:
 def _files_without_leftovers(folder: Path) -> dict[str, list[str]] | None:
     """The files of each split but what operating systems left there; None where there is nothing of that kind.
 
-    They are left out before `datasets` looks: it skips hidden ones alone, and takes folders at two depths for no labels.
+    They are left out before `datasets` looks, which skips hidden ones alone, and takes no labels from folders where
+    images are at several depths.
     """
 
     def is_kept(path: str) -> bool:

@@ -16,7 +16,7 @@ class Part:
     """One source of training or held-out samples, and sums over its rows.
 
     samples: rows that can be used. dropped: those that the policy for long samples drops. bad: those with problems.
-    unread: columns of text, and keys of messages, that the schema does not read, with the number of rows that have them.
+    unread: columns of text, and keys of messages, that the schema does not read, and in how many rows.
     """
 
     name: str

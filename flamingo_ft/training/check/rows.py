@@ -99,7 +99,8 @@ class Looking(Dataset):
             problems.append(problem_at(sample.where, raw.row, text.problem))
         pictures = list(self._digests(sample, raw, problems))
         if problems or text.encoded is None:
-            return Seen(part, raw.file, raw.row, problems, dropped=not problems, losses=text.losses, unread=sample.unread)
+            dropped, unread = not problems, sample.unread
+            return Seen(part, raw.file, raw.row, problems, dropped=dropped, losses=text.losses, unread=unread)
         kept = sample.images[: text.encoded.images]
         longest = max(texts_of(text.encoded), key=lambda one: one.text_tokens)
         videos = sum(isinstance(medium, Video) for medium in kept)
