@@ -75,7 +75,7 @@ def test_a_column_that_looks_like_part_of_the_task_is_never_dropped_unasked(fold
     entry = write(folder, [row], "x.jsonl")
     message = refusal(entry)
     assert message.startswith(f"{entry['path']}: row 0: {column}: looks like ") and "columns" in message
-    schema = message.partition("set format: ")[2].partition(" ")[0]
+    schema = message.rpartition("or format: ")[2].partition(" ")[0]
     (sample,) = read({**entry, "format": schema})
     assert column in opened({**entry, "format": schema}).unread or not isinstance(row[column], (str, list))
     assert column in sample.unread or not isinstance(row[column], (str, list))
@@ -85,7 +85,8 @@ def test_a_csv_of_questions_and_labels_is_refused_until_columns_say_what_they_ar
     for answer in ("label", "caption"):
         entry = write(folder, f"image,question,{answer}\na.png,What?,That.\n")
         assert "row 0: question: looks like part of the task, but schema caption" in refusal(entry)
-        (sample,) = read({**entry, "columns": {"answer": answer}})
+        assert f"set columns: {{question: question, answer: {answer}}} to ask it" in refusal(entry)
+        (sample,) = read({**entry, "columns": {"question": "question", "answer": answer}})
         assert sample.messages == [user(IMAGE, "What?"), assistant("That.")] and sample.unread == ()
 
 
@@ -103,10 +104,10 @@ METADATA = {
         "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes", "answer_id": 1}],
     },
     "LLaVA": {
-        "id": "7", "image": "a.png", "model": "m",
+        "id": "row 7", "image": "a.png", "model": "m",
         "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}],
     },
-    "img2dataset": {"image": "a.png", "url": "http://x/y.jpg", "key": "0", "caption": "A", "text": "A", "width": 4},
+    "img2dataset": {"image": "a.png", "url": "http://x/y.jpg", "key": "k0", "caption": "A", "text": "A", "width": 4},
     "a repeated prompt": {"prompt": "What?", "prompt_id": "x", "messages": ASK},
     "pandas' index": {"": 0, "image": "a.png", "caption": "A", "split": "train", "source": "web"},
     "nothing in them": {**VQA, "choices": None, "hint": "", "context": [], "label": {"name": None}},
@@ -204,3 +205,8 @@ def test_columns_that_change_the_prompt_or_the_loss_are_always_refused(folder, c
     entry = write(folder, [{"messages": ASK}, {"messages": ASK, column: value}], "x.jsonl") | {"format": schema}
     assert f"row 1: {column}: cannot be used, got " in refusal(entry)
     assert len(read(write(folder, [{"messages": ASK, column: type(value)()}], "x.jsonl"))) == 1
+
+
+def test_numbers_in_files_of_text_are_no_text(folder):
+    (sample,) = read(write(folder, "id,image,caption,score,author\n7,a.png,That.,-0.5e-3,Ann\n"))
+    assert sample.unread == ("author",)

@@ -26,7 +26,8 @@ from .mimicit import IMAGES_FILE, ImagesById, images_file, read_mimicit
 from .table import COMMON, MIMICIT, SCHEMAS, check_columns, recognise
 
 Find = Callable[[str], Row | None]
-CAPTION, QUESTION = "caption", "question"
+CAPTION = "caption"
+QUESTIONS = ("question", "query", "prompt", "instruction")  # columns that a caption may be the answer to
 ALL_FIELDS = frozenset((*COMMON, *(field for schema in SCHEMAS.values() for field in schema.fields)))
 
 
@@ -58,7 +59,7 @@ class RowReader:
             draft = SCHEMAS[self.schema].read(row, where)
         sample = compose(draft, task, where, self._locator)
         if self._guessed and not sample.images:
-            self._refuse_guess(image_column(unread), unread, "the image", where)
+            self._refuse_guess(image_column(unread), unread, found, "the image", where)
         return replace(sample, unread=(*text_columns(unread), *draft.unread))
 
     def unread(self, row: Any, where: str) -> tuple[str, ...]:
@@ -85,17 +86,22 @@ class RowReader:
         if self._guessed:
             asked = {name: value for name, value in unread.items() if plain(name) not in self._columns}
             lost = lost_column(asked, schema.fields, [row[column] for column in read.values()])
-            self._refuse_guess(lost, unread, "part of the task", where)
+            self._refuse_guess(lost, unread, read, "part of the task", where)
         return unread
 
-    def _refuse_guess(self, column: str | None, unread: Mapping[str, Any], what: str, where: str) -> None:
+    def _refuse_guess(
+        self, column: str | None, unread: Mapping[str, Any], read: Mapping[str, str], what: str, where: str
+    ) -> None:
+        """Refuse a row for an unread column, if there is one, and say how to read it. read: the column of each field."""
         if column is None:
             return
         reason = f"looks like {what}, but schema {self.schema} (recognised from the columns) does not read it"
-        remedy = f"map it to a field with columns, or set format: {self.schema} to leave it out"
-        if self.schema == CAPTION and plain(column) == QUESTION:
-            remedy = f"to train on answers, name their column: columns: {{answer: COLUMN}}; {remedy}"
-        raise UserError(f"{where}: {column}: {reason}, got {kind(unread[column])}; {remedy}")
+        remedy = "map it to a field with columns"
+        if self.schema == CAPTION and plain(column) in QUESTIONS:
+            answer = next(read[field] for field in SCHEMAS[CAPTION].fields if field in read)
+            remedy = f"set columns: {{question: {column}, answer: {answer}}} to ask it"
+        leave_out = f"or format: {self.schema} to leave it out"
+        raise UserError(f"{where}: {column}: {reason}, got {kind(unread[column])}; {remedy}, {leave_out}")
 
     def _other(self, row: Row | None, where: str) -> Row | None:
         return None if row is None else _with_fields(row, self._columns_in(row, where))
