@@ -30,6 +30,9 @@ def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the sources are called in the table below."""
     for number, part in enumerate(parts, start=1):
         yield f"source {number}: {part['name']} ({part['split']}, schema {part['format']})"
+        if part["unread"]:
+            names = ", ".join(f"{name} ({rows:,} rows)" for name, rows in part["unread"].items())
+            yield f"source {number}: columns of text that the schema does not read: {names}"
 
 
 def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:

@@ -326,6 +326,9 @@ def _tell_sources(data: OpenedData) -> None:
         for mixed in mixture:
             rows = f"{mixed.size:,} rows" if mixed.source.indexed else "streamed"
             typer.echo(f"{mixed.source.name} ({part}): {rows} of schema {mixed.source.format}", err=True)
+            if mixed.source.unread:
+                unread = ", ".join(mixed.source.unread)
+                typer.echo(f"{mixed.source.name}: columns of text that the schema does not read: {unread}", err=True)
 
 
 def _print_metrics(metrics: dict) -> None:

@@ -44,9 +44,12 @@ class DataSource(Section):
     streaming: bool = False
     """Read the rows in order, as they are needed, in constant memory; shuffled only within data.shuffle_buffer."""
     format: DataFormat = "auto"
-    """Schema of the samples. auto: recognised from the columns of the first row."""
+    """Schema of the samples. auto: recognised from the columns of the first row; a row is then rejected if a column
+    that looks like part of the task (question, answer, label, choices, ...) would not be read. With a schema named
+    here, other columns are left out; `check` and `train` list those with text."""
     columns: Annotated[dict[str, str], LAX] = {}
-    """Where a schema's fields stand: {answer: label, image: photo_path}. Fields not named are under their own names."""
+    """Where a schema's fields stand: {answer: label, image: photo_path}. Fields not named are under their own names, in
+    upper or lower case."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often a row of this source is shown, relative to the rows of the other sources. Where any source is streamed:
     this source's share of the rows shown, relative to the other sources."""

@@ -18,6 +18,7 @@ from PIL import Image as PillowImage
 from flamingo_ft.errors import UserError
 
 from .fields import kind
+from .file_names import on_disk
 from .sample import Image, Video
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -89,6 +90,7 @@ class Locator:
             raise UserError(f"{where}: found the path {shortened(text)}; set image_root to the folder it starts from")
         path = self.root / text
         try:
+            path = on_disk(path)
             inside = Path(os.path.realpath(path)).is_relative_to(self._real_root)
         except (OSError, ValueError):  # a name too long, or with a null byte
             raise _not_there(path, where, noun) from None

@@ -16,6 +16,7 @@ class Part:
     """One source of training or held-out samples, and sums over its rows.
 
     samples: rows that can be used. dropped: those that the policy for long samples drops. bad: those with problems.
+    unread: columns of text, and keys of messages, that the schema does not read, and in how many rows.
     """
 
     name: str
@@ -30,11 +31,14 @@ class Part:
     videos: int = 0
     text_tokens: int = 0
     label_tokens: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
 
     def add(self, seen: Seen) -> None:
         self.rows += 1
         self.bad += bool(seen.problems)
         self.dropped += seen.dropped
+        for name in seen.unread:
+            self.unread[name] = self.unread.get(name, 0) + 1
         if seen.problems or seen.dropped:
             return
         self.samples += 1

@@ -53,6 +53,7 @@ class Seen:
 
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
     dropped: by the recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
+    unread: see `Sample`.
     """
 
     part: int
@@ -68,6 +69,7 @@ class Seen:
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
     content: int = 0
     pictures: list[int] = field(default_factory=list)
+    unread: tuple[str, ...] = ()
 
 
 class Looking(Dataset):
@@ -97,7 +99,8 @@ class Looking(Dataset):
             problems.append(problem_at(sample.where, raw.row, text.problem))
         pictures = list(self._digests(sample, raw, problems))
         if problems or text.encoded is None:
-            return Seen(part, raw.file, raw.row, problems, dropped=not problems, losses=text.losses)
+            dropped, unread = not problems, sample.unread
+            return Seen(part, raw.file, raw.row, problems, dropped=dropped, losses=text.losses, unread=unread)
         kept = sample.images[: text.encoded.images]
         longest = max(texts_of(text.encoded), key=lambda one: one.text_tokens)
         videos = sum(isinstance(medium, Video) for medium in kept)
@@ -113,6 +116,7 @@ class Looking(Dataset):
             losses=text.losses,
             content=sample_digest(sample, pictures),
             pictures=pictures[: len(kept)],
+            unread=sample.unread,
         )
 
     def _digests(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[int]:

@@ -11,8 +11,9 @@ import torch
 import transformers
 
 from flamingo_ft import cli
+from flamingo_ft.check_table import check_tables
 from flamingo_ft.config import load_recipe
-from flamingo_ft.data import open_source
+from flamingo_ft.data import open_data, open_source
 from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.data.too_long import Dropped, encode_within
@@ -49,6 +50,17 @@ def folder(tmp_path):
 
 
 # --- what is wrong ---
+
+
+def test_columns_of_text_that_nothing_reads_are_reported_by_check_and_train(folder, capsys):
+    rows = [{**asked("<image>?", "A", ("a.png",)), "source": "web", "id": 3}] * 2 + [asked("?", "A", ())]
+    path = write_rows(folder / "x.jsonl", rows)["path"]
+    findings = checked(folder, [{"path": path}])
+    assert findings.parts[0].unread == {"source": 2} and findings.objection is None
+    line = "source 1: columns of text that the schema does not read: source (2 rows)"
+    assert line in [*check_tables(findings.record())]
+    cli._tell_sources(open_data(recipe(folder, [{"path": path}]).data, 0))
+    assert f"{path}: columns of text that the schema does not read: source\n" in capsys.readouterr().err
 
 
 def test_every_kind_of_bad_row_is_listed_with_its_row(tmp_path):
