@@ -174,11 +174,26 @@ def serve(
     model: Adapter,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+    allowed_media: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder whose image files requests may name (file:///...); by default none.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    image_urls: Annotated[
+        Literal["public", "any", "none"],
+        typer.Option(help="Fetch images from http(s) URLs: not from private networks, from anywhere, or not at all."),
+    ] = "public",
+    max_body_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Largest request in MiB.")] = 64,
 ) -> None:
-    """Serve a model over an OpenAI-style HTTP API, until interrupted."""
+    """Serve a model over an OpenAI-compatible HTTP API, until interrupted."""
     from flamingo_ft.inference import serve
 
-    serve.serve(model, host, port)
+    options = {"allowed_media": allowed_media, "image_urls": image_urls, "max_body_mib": max_body_mib}
+    serve.serve(model, host, port, **options)
 
 
 @app.command()

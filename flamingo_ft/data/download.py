@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import io
+import ipaddress
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -25,28 +27,63 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
 
 
-def download(url: str, where: str) -> bytes:
+def download(url: str, where: str, *, public_only: bool = False) -> bytes:
     """The content at an http(s) URL, redirections followed to no other scheme. UserError naming it when there is none,
-    it takes longer than `LONGEST_SECONDS`, or is larger than `MOST_BYTES`."""
+    it takes longer than `LONGEST_SECONDS`, or is larger than `MOST_BYTES`.
+
+    public_only: for URLs that strangers choose. Addresses of this machine and of private networks are refused, after a
+    redirection too, and no proxy is used: it would connect to them on its own.
+    """
     try:
         if not is_url(url) or not urlsplit(url).hostname:
             raise ValueError("not an http(s) URL with a host")
         request = urllib.request.Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": "flamingo_ft"})
-        with _opener().open(request, timeout=TIMEOUT_SECONDS) as response:
+        with _opener(public_only).open(request, timeout=TIMEOUT_SECONDS) as response:
             return _read(response)
     except FAILURES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{where}: cannot fetch {shortened(url)} ({reason}); check the URL and the network") from None
 
 
-def _opener() -> urllib.request.OpenerDirector:
+class _PublicConnection(http.client.HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        _check_public(self.sock)
+
+
+class _PublicSecureConnection(http.client.HTTPSConnection):
+    def connect(self) -> None:
+        super().connect()
+        _check_public(self.sock)
+
+
+class _PublicHTTPHandler(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_PublicConnection, request)
+
+
+class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_PublicSecureConnection, request)
+
+
+def _check_public(connection: socket.socket) -> None:
+    """Before anything is sent. The address connected to counts, not what the name led to when it was looked up before."""
+    address = ipaddress.ip_address(connection.getpeername()[0].partition("%")[0])
+    address = getattr(address, "ipv4_mapped", None) or address
+    if not address.is_global or address.is_multicast:
+        connection.close()
+        raise ValueError("not a public address")
+
+
+def _opener(public_only: bool) -> urllib.request.OpenerDirector:
     """http and https alone: urllib's usual one reads file: and ftp: too, also when it is sent there."""
     opener = urllib.request.OpenerDirector()
     for handler in (
-        urllib.request.ProxyHandler(),
+        urllib.request.ProxyHandler({} if public_only else None),
         urllib.request.UnknownHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        _PublicHTTPHandler() if public_only else urllib.request.HTTPHandler(),
+        _PublicHTTPSHandler() if public_only else urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPRedirectHandler(),
         urllib.request.HTTPErrorProcessor(),

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 import flamingo_ft
 from flamingo_ft.cli import main
@@ -69,9 +69,9 @@ def test_a_served_model_says_what_generate_says_whole_and_streamed(served, image
     expected = answer(folder, paths[:images], PROMPT)
     request = {"model": str(folder), "messages": dialogue(paths[:images]), "max_tokens": 64}
     found = client.chat.completions.create(**request)
-    assert found.choices[0].message.content.strip() == expected
+    assert found.choices[0].message.content == expected
     pieces = [piece.choices[0].delta.content or "" for piece in client.chat.completions.create(**request, stream=True)]
-    assert len(pieces) > 3 and "".join(pieces).strip() == expected
+    assert len(pieces) > 3 and "".join(pieces) == expected
 
 
 @pytest.mark.slow
@@ -82,11 +82,26 @@ def test_requests_at_the_same_time_get_the_answers_to_their_own_images(served):
 
     def ask(images):
         found = client.chat.completions.create(model=str(folder), messages=dialogue(images), max_tokens=64)
-        return found.choices[0].message.content.strip()
+        return found.choices[0].message.content
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, asked * 3)) == expected * 3
     assert len(set(expected)) > 1
+
+
+@pytest.mark.slow
+def test_a_served_model_stops_where_asked_and_rejects_what_it_cannot_do(served):
+    folder, paths, client = served
+    request = {"model": str(folder), "messages": dialogue(paths[:1]), "max_tokens": 64}
+    expected = answer(folder, paths[:1], PROMPT)
+    stopped = client.chat.completions.create(**request, stop=[expected[3]])
+    assert stopped.choices[0].message.content.strip() == expected[: expected.index(expected[3])].strip()
+    local = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(paths[0])}}]}]
+    broken = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}]
+    for change in ({"max_tokens": 0}, {"n": 2}, {"messages": []}, {"messages": local}, {"messages": broken}):
+        with pytest.raises(BadRequestError) as error:
+            client.chat.completions.create(**request | change)
+        assert error.value.param.startswith(next(iter(change)))
 
 
 def test_without_the_servers_packages_the_command_to_install_them_is_told(monkeypatch):
