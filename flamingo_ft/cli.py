@@ -142,15 +142,24 @@ def check(
 @app.command("eval")
 def evaluate(
     adapter: Adapter,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values of data.eval and eval to change, such as eval.max_samples=100."),
+    ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Other samples to judge by.", exists=True, dir_okay=False),
+        typer.Option(
+            metavar="FILE",
+            help="Other samples, as data.eval.0 of the recipe: data.eval.0.image_root=photos is their image folder.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
 ) -> None:
-    """Measure an adapter's accuracy on held-out samples."""
+    """Measure accuracy on held-out samples, of a run's adapter, a converted one or a merged model."""
     from flamingo_ft.evaluation import run
 
-    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data)))
+    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data), overrides or (), _say))
 
 
 @app.command()
