@@ -308,6 +308,17 @@ def push(
     typer.echo(f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else ""))
 
 
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """Print versions, hardware and missing extras for a bug report; nothing private is in it."""
+    import json
+
+    from flamingo_ft.environment import report
+
+    record = report.environment()
+    typer.echo(json.dumps(record, indent=2) if as_json else report.as_text(record))
+
+
 @recipes_app.callback(invoke_without_command=True)
 def _recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:

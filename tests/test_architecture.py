@@ -28,6 +28,7 @@ ORDER = (
     "evaluation",
     "publish",
     "training",
+    "environment",
     "report_table",
     "plan_table",
     "check_table",

@@ -20,6 +20,7 @@ LONGEST_SECONDS = 120.0  # in all
 MOST_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 16
 FAILURES = (OSError, http.client.HTTPException, ValueError)
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 
 
@@ -69,11 +70,19 @@ class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
 
 def _check_public(connection: socket.socket) -> None:
     """Before anything is sent. The address connected to counts, not what the name led to when it was looked up before."""
-    address = ipaddress.ip_address(connection.getpeername()[0].partition("%")[0])
-    address = getattr(address, "ipv4_mapped", None) or address
+    address = _ipv4_in(ipaddress.ip_address(connection.getpeername()[0].partition("%")[0]))
     if not address.is_global or address.is_multicast:
         connection.close()
         raise ValueError("not a public address")
+
+
+def _ipv4_in(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The IPv4 address that an IPv6 one leads to, where it does (mapped, 6to4, NAT64)."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    if address in NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return address.ipv4_mapped or address.sixtofour or address
 
 
 def _opener(public_only: bool) -> urllib.request.OpenerDirector:

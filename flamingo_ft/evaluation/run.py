@@ -40,8 +40,8 @@ def evaluate_adapter(
     recipe = recipe_for_evaluation(adapter, folder, data, overrides)
     opened = open_data(recipe.data, recipe.train.seed)
     samples = opened.held_out_samples(recipe.eval.max_samples)
-    for where, reason in opened.left_out.items():
-        say(f"skipped: {reason if reason.startswith(where) else f'{where}: {reason}'}")
+    for reason in opened.left_out.values():
+        say(f"skipped: {reason}")
     if not samples:
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")
     model, processor = load_trained(folder)

@@ -210,6 +210,41 @@ def test_what_cannot_be_fetched_is_refused_in_one_line(server, path, reason, mon
     assert f"cannot fetch {server + path}" in message and reason in message
 
 
+class Connected:
+    def __init__(self, address):
+        self.address, self.closed = address, False
+
+    def getpeername(self):
+        return (self.address, 80)
+
+    def close(self):
+        self.closed = True
+
+
+PRIVATE = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.0.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 ::1 fe80::1%eth0 fc00::1"
+
+
+@pytest.mark.parametrize("address", [*PRIVATE.split(), "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"])
+def test_an_address_of_this_machine_or_a_private_network_is_not_public(address):
+    connection = Connected(address)
+    with pytest.raises(ValueError, match="not a public address"):
+        download._check_public(connection)
+    assert connection.closed
+    download._check_public(Connected("8.8.8.8"))
+    download._check_public(Connected("2606:4700:4700::1111"))
+
+
+@pytest.mark.parametrize("path", ["/scan.png", "/moved"])
+def test_a_public_address_is_fetched_without_a_proxy_and_each_redirection_is_checked(server, path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="not a public address"):
+        download.download(server + path, "here", public_only=True)
+    checked = []
+    monkeypatch.setattr(download, "_check_public", checked.append)
+    assert download.download(server + path, "here", public_only=True) == SCAN.read_bytes()
+    assert len(checked) == (2 if path == "/moved" else 1)
+
+
 def test_a_silent_server_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     with socket.socket() as silent:
