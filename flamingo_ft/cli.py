@@ -144,7 +144,7 @@ def evaluate(
     adapter: Adapter,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values of data.eval and eval to change, such as eval.max_samples=100."),
+        typer.Argument(metavar="KEY=VALUE", help="Values of data.eval and eval to change: eval.max_samples=100."),
     ] = None,
     data: Annotated[
         Path | None,

@@ -63,7 +63,7 @@ def test_where_nothing_works_all_of_it_is_reported_as_broken(probed, monkeypatch
 
 def test_a_package_that_ends_the_process_does_not_hide_those_after_it(tmp_path, monkeypatch):
     modules = {
-        "sound_one": "print('noise')",
+        "sound_one": "print('noise', end='')",
         "dies": "import os; os._exit(11)",
         "raises": f"raise OSError('{tmp_path}/lib/libthing.so.3: cannot open shared object file')",
         "exits": "import sys; sys.exit('bad')",

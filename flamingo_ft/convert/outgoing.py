@@ -132,9 +132,9 @@ def _check_theirs(
 
 
 def _differences(section: str, found: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
-    """Each setting that differs from theirs; one that they lack has to be null, and one that is not given is the default,
-    which is theirs."""
-    for key, value in (dict(theirs) | dict(found)).items():
+    """Each setting that differs from theirs; one that is null or not given is the default, which is theirs."""
+    given = {key: value for key, value in found.items() if value is not None}
+    for key, value in (dict(theirs) | given).items():
         needed = theirs.get(key)
         if value != needed:
             yield f"{section}.{key} {value} (needs {'null' if needed is None else needed})"

@@ -48,14 +48,16 @@ def download(url: str, where: str, *, public_only: bool = False) -> bytes:
 
 class _PublicConnection(http.client.HTTPConnection):
     def connect(self) -> None:
+        _check_name(self.host, self.port)
         super().connect()
-        _check_public(self.sock)
+        _check_peer(self.sock)
 
 
 class _PublicSecureConnection(http.client.HTTPSConnection):
     def connect(self) -> None:
+        _check_name(self.host, self.port)
         super().connect()
-        _check_public(self.sock)
+        _check_peer(self.sock)
 
 
 class _PublicHTTPHandler(urllib.request.HTTPHandler):
@@ -68,11 +70,25 @@ class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
         return self.do_open(_PublicSecureConnection, request)
 
 
-def _check_public(connection: socket.socket) -> None:
-    """Before anything is sent. The address connected to counts, not what the name led to when it was looked up before."""
-    address = _ipv4_in(ipaddress.ip_address(connection.getpeername()[0].partition("%")[0]))
-    if not address.is_global or address.is_multicast:
+def _check_name(host: str, port: int) -> None:
+    """Before connecting: otherwise errors would say which ports of the private network are open."""
+    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        _check_public(address[0])
+
+
+def _check_peer(connection: socket.socket) -> None:
+    """Before the request is sent: the name may lead elsewhere than when it was checked."""
+    try:
+        _check_public(connection.getpeername()[0])
+    except ValueError:
         connection.close()
+        raise
+
+
+def _check_public(address: str) -> None:
+    """Raises ValueError for an address of this machine, of a private network or of no single machine."""
+    found = _ipv4_in(ipaddress.ip_address(address.partition("%")[0]))
+    if not found.is_global or found.is_multicast:
         raise ValueError("not a public address")
 
 

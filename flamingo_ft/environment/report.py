@@ -107,7 +107,7 @@ def _probe(steps: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, s
         output, error = _run_probe(waiting)
         done = [json.loads(line) for line in output.splitlines() if line.startswith('{"step": ')]
         found |= {one.pop("step"): one for one in done}
-        waiting = waiting[len(done) :]
+        waiting = [step for step in waiting if step not in found]
         if waiting:
             problems[waiting.pop(0)] = anonymous(error)
     return found, problems

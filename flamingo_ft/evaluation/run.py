@@ -18,10 +18,16 @@ from .accuracy import answer_questions
 from .questions import questions_of
 from .results import AFTER, Results
 
-
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
 _NOT_READ = 'data.train=[{"hub": "none/none"}]'  # training samples need not be there to evaluate on others
-_USED = ("data.eval", "data.allow_urls", "data.on_bad_sample", "eval.batch_size", "eval.max_new_tokens", "eval.max_samples")
+_USED = (
+    "data.eval",
+    "data.allow_urls",
+    "data.on_bad_sample",
+    "eval.batch_size",
+    "eval.max_new_tokens",
+    "eval.max_samples",
+)
 
 
 def evaluate_adapter(
@@ -68,7 +74,7 @@ def recipe_for_evaluation(
     recipe = load_recipe(file, [_NOT_READ, *values], require=("data",))
     sources = recipe.data.eval
     if not sources:
-        raise UserError(f"{file}: data.eval is empty; name samples with --data FILE")
+        raise UserError(f"{adapter}: data.eval is empty; name samples with --data FILE")
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": sources})})
 
 

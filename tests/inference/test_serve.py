@@ -110,6 +110,18 @@ def test_without_the_servers_packages_the_command_to_install_them_is_told(monkey
         serve.serve("anywhere", "localhost", 8000)
 
 
+def test_the_command_line_passes_where_images_may_come_from(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda *arguments, **options: calls.append((*arguments, options)))
+    assert main(["serve", "run"]) == 0
+    options = ["--allowed-media", str(tmp_path), "--image-urls", "none", "--max-body-mib", "5", "--port", "9"]
+    assert main(["serve", "run", *options]) == 0
+    default = {"allowed_media": None, "image_urls": "public", "max_body_mib": 64}
+    chosen = {"allowed_media": tmp_path, "image_urls": "none", "max_body_mib": 5}
+    assert calls == [("run", "localhost", 8000, default), ("run", "localhost", 9, chosen)]
+    assert main(["serve", "run", "--allowed-media", str(tmp_path / "gone")]) == 2
+
+
 def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path, capsys):
     assert main(["serve", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(

@@ -445,6 +445,13 @@ def test_a_failure_of_the_model_is_an_error_object_and_the_server_goes_on(client
     assert client.post(CHAT, json={"messages": user(text()), "max_tokens": 1}).status_code == 200
 
 
+def test_a_dialogue_that_the_chat_template_refuses_is_rejected(client, served, monkeypatch):
+    monkeypatch.setattr(served[1], "chat_template", "{{ raise_exception('roles must alternate') }}")
+    for route, body, field in ((CHAT, {"messages": user(text())}, "messages"), (RESPONSES, {"input": "a"}, "messages")):
+        error = rejected(client, body, route)
+        assert "roles must alternate" in error["message"] and error["param"] == field
+
+
 def test_bad_requests_leave_those_beside_them_alone(client, served, said):
     good = asked(served[2][0])
     bad = [{"messages": []}, {"messages": user(image("data:image/png;base64,AAAA"))}, {"messages": user(text("a " * 9999))}]

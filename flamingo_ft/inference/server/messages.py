@@ -12,6 +12,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 TEXT_BLOCKS = ("text", "input_text", "output_text")
 IMAGE_BLOCKS = ("image_url", "input_image")
 DETAILS = ("auto", "low", "high")  # a hint about cost: the tower has one resolution
+SHOWN_NAME = 80  # characters of a key in errors
 _MESSAGE_KEYS = ("role", "content", "type", "id", "status")
 
 
@@ -74,4 +75,4 @@ def _check_keys(value: dict[str, Any], field: str, known: Collection[str]) -> No
     """Reject what would be ignored; clients send empty values of keys that they do not use."""
     for key, content in value.items():
         if key not in known and content not in (None, [], {}, ""):
-            raise RequestError("not supported by this server; leave it out", f"{field}.{key[:80]}")
+            raise RequestError("not supported by this server; leave it out", f"{field}.{key[:SHOWN_NAME]}")

@@ -13,7 +13,7 @@ from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 from .errors import RequestError, shown
 from .images import ImageLink
-from .messages import read_messages
+from .messages import SHOWN_NAME, read_messages
 
 # Accepted and without effect: they are about OpenAI's accounts and storage, not about the answer.
 NO_EFFECT = frozenset(
@@ -79,7 +79,7 @@ Bias = dict[TokenId, Annotated[float, Field(ge=-100, le=100)]]
 class Sampling:
     """How an answer is chosen. Greedily, unless the request asks for a temperature or a top_p.
 
-    max_tokens: null for what the server allows. stop: texts at which the answer ends, themselves left out.
+    max_tokens: None for what the server allows. stop: texts at which the answer ends, themselves left out.
     """
 
     max_tokens: int | None = None
@@ -210,9 +210,6 @@ def _read_fields(
         first = error.errors(include_url=False)[0]
         reason = first["msg"].replace("Input should be", "must be").replace("Input should have", "must have")
         raise RequestError(f"{reason}, got {shown(first['input'])}", _path(first["loc"])) from None
-
-
-SHOWN_NAME = 80  # characters of a field's name in errors
 
 
 def _suggestion(name: str, known: set[str]) -> str:
