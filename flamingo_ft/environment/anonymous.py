@@ -17,7 +17,8 @@ LONGEST = 300
 def anonymous(text: str) -> str:
     """The text on one line. Of a file only its name stays."""
     text = " ".join(text.split())[-LONGEST:]
-    for folder in sorted({str(Path.home()), str(Path.cwd()), sys.prefix, sys.base_prefix} - {"/"}, key=len, reverse=True):
+    folders = {str(Path.home()), str(Path.cwd()), sys.prefix, sys.base_prefix} - {"/"}
+    for folder in sorted(folders, key=len, reverse=True):
         text = text.replace(folder, "/_")  # they may have spaces, at which a path seems to end
     text = _TOKEN.sub("<token>", _PATH.sub(_file_name, text))
     for name in _names():

@@ -199,4 +199,5 @@ def _size(found: Mapping[str, Any]) -> str:
 
 
 def _extra_line(name: str, found: Mapping[str, Any]) -> str:
-    return f"- missing extra {name} ({', '.join(found['missing'])}), for {found['for']}: pip install 'flamingo_ft[{name}]'"
+    missing = ", ".join(found["missing"])
+    return f"- missing extra {name} ({missing}), for {found['for']}: pip install 'flamingo_ft[{name}]'"

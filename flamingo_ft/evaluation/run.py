@@ -99,4 +99,4 @@ def _check_model(adapter: str | Path, folder: Path, has_samples: bool) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{adapter}: no adapter and no merged model; give the folder that a run or a conversion wrote")
     if not has_samples:
-        raise UserError(f"{adapter}: has no {RECIPE_FILE}, so no held-out samples of its own; name some with --data FILE")
+        raise UserError(f"{adapter}: has no {RECIPE_FILE}, so no held-out samples; name some with --data FILE")

@@ -247,7 +247,7 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("change", "field"), FIELDS, ids=[f"{field}-{number}" for number, (_, field) in enumerate(FIELDS)])
+@pytest.mark.parametrize(("change", "field"), FIELDS)
 def test_a_wrong_or_unsupported_field_is_rejected_by_name(client, change, field):
     assert rejected(client, {"messages": user(text()), **change})["param"] == field
 
@@ -285,7 +285,7 @@ def test_the_other_routes_reject_fields_by_name(client, route, body, field):
 
 def test_fields_that_ask_for_nothing_are_accepted(client):
     nothing = {"n": 1, "logprobs": False, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
-    nothing |= {"user": "u", "metadata": {"a": "b"}, "store": False, "stop": None, "seed": None, "audio": None, "top_p": 1}
+    nothing |= {"user": "u", "metadata": {"a": "b"}, "store": False, "stop": None, "audio": None, "top_p": 1}
     before = {"role": "assistant", "content": "Five.", "refusal": None, "tool_calls": None, "annotations": []}
     dialogue = [{"role": "developer", "content": "Be brief."}, *user(text()), before, *user(text("Sure?"))]
     assert client.post(CHAT, json={"messages": dialogue, "max_tokens": 2, **nothing}).status_code == 200
@@ -334,7 +334,8 @@ def test_an_image_that_cannot_be_read_is_rejected(client, url, words):
 
 def test_no_file_of_the_server_is_read(client, served):
     path = served[2][0]
-    found = [rejected(client, {"messages": user(image(url))}) for url in (str(path), path.as_uri(), "/no/such/file.png")]
+    urls = (str(path), path.as_uri(), "/no/such/file.png")
+    found = [rejected(client, {"messages": user(image(url))}) for url in urls]
     assert all("--allowed-media" in error["message"] for error in found)
 
 
@@ -352,7 +353,7 @@ def test_only_files_in_the_allowed_folder_are_read(served, tmp_path):
         for url in ((folder / "a b" / "x.png").as_uri(), str(folder / "a b" / "x.png"), "a b/x.png", "inside.png"):
             assert client.post(CHAT, json={"messages": user(image(url)), "max_tokens": 1}).status_code == 200, url
         outside = [secret.as_uri(), str(secret), "../secret.png", "link.png", "loop.png", "a b", "gone.png", "x" * 300]
-        outside += [f"file://elsewhere{secret}", "a\0b", (folder / "%2e%2e" / "secret.png").as_uri().replace("%25", "%")]
+        outside += [f"file://elsewhere{secret}", "a\0b", f"{folder.as_uri()}/%2e%2e/secret.png"]
         for url in outside:
             assert "not a file in the folder" in rejected(client, {"messages": user(image(url))})["message"], url
 
@@ -454,7 +455,8 @@ def test_a_dialogue_that_the_chat_template_refuses_is_rejected(client, served, m
 
 def test_bad_requests_leave_those_beside_them_alone(client, served, said):
     good = asked(served[2][0])
-    bad = [{"messages": []}, {"messages": user(image("data:image/png;base64,AAAA"))}, {"messages": user(text("a " * 9999))}]
+    broken = user(image("data:image/png;base64,AAAA"))
+    bad = [{"messages": []}, {"messages": broken}, {"messages": user(text("a " * 9999))}]
 
     def ask(body):
         reply = client.post(CHAT, json=body)

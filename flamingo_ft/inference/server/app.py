@@ -21,7 +21,7 @@ from .replies import ChatReply, CompletionReply, Reply, ResponseReply
 from .requests import GenerationRequest, chat_request, completion_request, response_request
 
 REQUEST_ID = "x-request-id"
-GONE_SECONDS = 0.5  # how often it is looked whether a client is still there
+GONE_SECONDS = 0.5  # between checks whether the client is still connected
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Api:
         """The handler of requests that ``read`` understands and ``reply`` answers."""
 
         async def handle(request: Request) -> Response:
-            wanted = read(await read_object(request, self.max_body))
-            self._check_model(wanted.model)
-            answer = await self.engine.ask(wanted)
-            form = reply(self.name, wanted.include_usage)
+            generation = read(await read_object(request, self.max_body))
+            self._check_model(generation.model)
+            answer = await self.engine.ask(generation)
+            form = reply(self.name, generation.include_usage)
             headers = {REQUEST_ID: request.headers.get(REQUEST_ID, form.number)}
-            if wanted.stream:
+            if generation.stream:
                 return StreamingResponse(_events(answer, form), media_type="text/event-stream", headers=headers)
             return JSONResponse(form.whole(await _whole_text(request, answer), answer), headers=headers)
 

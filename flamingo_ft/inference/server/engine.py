@@ -48,7 +48,7 @@ class Answer:
         self._loop, self._pieces = loop, asyncio.Queue[str | None]()
         self._future: Future[None] | None = None
 
-    def say(self, piece: str) -> None:
+    def push(self, piece: str) -> None:
         """Hand a piece of text to the client's side, from the model's thread."""
         if piece:
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
@@ -73,11 +73,11 @@ class Answer:
         self._future.cancel()
 
 
-class _Listener(StoppingCriteria):
-    """Hears each token that the model chooses, passes its text on, and says when the answer is complete.
+class _TokenReceiver(StoppingCriteria):
+    """Receives each token that the model chooses, passes its text on, and ends generation when the answer is complete.
 
-    A stopping criterion, not a streamer: these decide in the same step, and hear the tokens in every release of
-    transformers. It may be asked once more after the end.
+    A stopping criterion rather than a streamer: it decides in the same step as it sees the token, in every release of
+    transformers. It may be called once more after the end.
     """
 
     def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: list[int], text: VisibleText):
@@ -88,19 +88,19 @@ class _Listener(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if not self.complete and not self._answer.cancelled.is_set():
-            self._hear(int(input_ids[0, -1]))
+            self._receive(int(input_ids[0, -1]))
         done = self.complete or self._answer.cancelled.is_set()
         return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
 
-    def _hear(self, token: int) -> None:
+    def _receive(self, token: int) -> None:
         self._answer.completion_tokens += 1
         if token not in self._ends:
-            self._answer.say(self._text.feed(self._decoding.step(self._tokenizer, token) or ""))
+            self._answer.push(self._text.feed(self._decoding.step(self._tokenizer, token) or ""))
         self.complete = self._text.stopped or token in self._ends
 
     def finish(self) -> None:
         """The model has no more to say, or no more room."""
-        self._answer.say(self._text.end())
+        self._answer.push(self._text.end())
         self._answer.finish_reason = "stop" if self.complete else "length"
 
 
@@ -173,7 +173,7 @@ class Engine:
     def _generate(self, ids: list[int], media: dict[str, Tensor], request: GenerationRequest, answer: Answer) -> None:
         sampling, tokenizer = request.sampling, self._processor.tokenizer
         text = VisibleText(sampling.stop, strip=request.prompt is None)
-        listener = _Listener(answer, tokenizer, self._ends, text)
+        receiver = _TokenReceiver(answer, tokenizer, self._ends, text)
         batch = pad_ids([ids], tokenizer.pad_token_id, "left") | media
         if sampling.temperature:
             # Sampling without a seed must not repeat what an earlier request's seed led to.
@@ -184,11 +184,11 @@ class Engine:
             eos_token_id=self._ends or None,
             pad_token_id=tokenizer.pad_token_id,
             num_beams=1,
-            stopping_criteria=StoppingCriteriaList([listener]),
+            stopping_criteria=StoppingCriteriaList([receiver]),
             logits_processor=steer(sampling, len(ids)),
             **_choosing(sampling),
         )
-        listener.finish()
+        receiver.finish()
 
 
 def _choosing(sampling: Sampling) -> dict[str, Any]:

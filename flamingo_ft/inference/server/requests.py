@@ -229,8 +229,8 @@ def _same(value: Any, allowed: Any) -> bool:
 
 
 def _path(location: tuple[str | int, ...]) -> str:
-    first, *rest = location
-    return str(first) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in rest if step != "[key]")
+    first, *rest = (step for step in location if step != "[key]")
+    return str(first) + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in rest)
 
 
 def _text_sampling(fields: _TextFields, max_tokens: int | None) -> Sampling:
