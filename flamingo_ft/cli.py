@@ -143,15 +143,24 @@ def check(
 @app.command("eval")
 def evaluate(
     adapter: Adapter,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values of data.eval and eval to change: eval.max_samples=100."),
+    ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Other samples to judge by.", exists=True, dir_okay=False),
+        typer.Option(
+            metavar="FILE",
+            help="Other samples, as data.eval.0 of the recipe: data.eval.0.image_root=photos is their image folder.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
 ) -> None:
-    """Measure an adapter's accuracy on held-out samples."""
+    """Measure accuracy on held-out samples, of a run's adapter, a converted one or a merged model."""
     from flamingo_ft.evaluation import run
 
-    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data)))
+    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data), overrides or (), _say))
 
 
 @app.command()
@@ -175,11 +184,26 @@ def serve(
     model: Adapter,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+    allowed_media: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder whose image files requests may name (file:///...); by default none.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    image_urls: Annotated[
+        Literal["public", "any", "none"],
+        typer.Option(help="Fetch images from http(s) URLs: not from private networks, from anywhere, or not at all."),
+    ] = "public",
+    max_body_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Largest request in MiB.")] = 64,
 ) -> None:
-    """Serve a model over an OpenAI-style HTTP API, until interrupted."""
+    """Serve a model over an OpenAI-compatible HTTP API, until interrupted."""
     from flamingo_ft.inference import serve
 
-    serve.serve(model, host, port)
+    options = {"allowed_media": allowed_media, "image_urls": image_urls, "max_body_mib": max_body_mib}
+    serve.serve(model, host, port, **options)
 
 
 @app.command()
@@ -283,6 +307,17 @@ def push(
     options = {"private": private, "revision": revision, "merged": merged, "base": base, "license": license_}
     pushed = publish.push(folder, repository, start=start, say=_say, **options)
     typer.echo(f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else ""))
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """Print versions, hardware and missing extras for a bug report; nothing private is in it."""
+    import json
+
+    from flamingo_ft.environment import report
+
+    record = report.environment()
+    typer.echo(json.dumps(record, indent=2) if as_json else report.as_text(record))
 
 
 @recipes_app.callback(invoke_without_command=True)

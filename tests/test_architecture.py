@@ -30,6 +30,7 @@ ORDER = (
     "evaluation",
     "publish",
     "training",
+    "environment",
     "report_table",
     "plan_table",
     "check_table",

@@ -238,14 +238,15 @@ def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
     measured = {"eval": {"accuracy": 0.5, "per_task": {"which digit": {"accuracy": 0.5, "samples": 2}}}}
     calls = entry_point(evaluation, "run", "evaluate_adapter", measured)
     assert cli.main(["eval", "run", "--data", "train.jsonl"]) == 0
-    assert calls == [("run", "train.jsonl")]
+    assert [call[:3] for call in calls] == [("run", "train.jsonl", ())]
     shown = capsys.readouterr().out
     assert "accuracy" in shown and "50.0 %" in shown and "before" not in shown and "another" not in shown
 
 
 def test_eval_without_data_leaves_the_choice_to_the_adapter(here, entry_point):
     calls = entry_point(evaluation, "run", "evaluate_adapter", METRICS)
-    assert cli.main(["eval", "run"]) == 0 and calls == [("run", None)]
+    assert cli.main(["eval", "run", "eval.batch_size=2"]) == 0
+    assert [call[:3] for call in calls] == [("run", None, ["eval.batch_size=2"])]
 
 
 def test_generate_prints_the_answer_alone_and_keeps_the_order_of_images(here, entry_point, capsys):

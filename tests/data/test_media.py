@@ -210,6 +210,42 @@ def test_what_cannot_be_fetched_is_refused_in_one_line(server, path, reason, mon
     assert f"cannot fetch {server + path}" in message and reason in message
 
 
+PRIVATE = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.0.1 169.254.169.254 100.64.0.1 224.0.0.1 ::1 fe80::1%e0 fc00::1"
+
+
+@pytest.mark.parametrize("address", [*PRIVATE.split(), "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"])
+def test_an_address_of_this_machine_or_a_private_network_is_not_public(address):
+    with pytest.raises(ValueError, match="not a public address"):
+        download._check_public(address)
+    download._check_public("8.8.8.8")
+    download._check_public("2606:4700:4700::1111")
+
+
+def test_a_name_that_leads_to_a_private_address_after_it_was_checked_gets_no_request(server, monkeypatch):
+    monkeypatch.setattr(download, "_check_name", lambda host, port: None)
+    monkeypatch.setattr(Handler, "do_GET", lambda self: pytest.fail("a request was sent"))
+    with pytest.raises(UserError, match="not a public address"):
+        download.download(f"{server}/scan.png", "here", public_only=True)
+
+
+def test_no_connection_is_made_to_a_private_address():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="not a public address"):
+            download.download(f"http://127.0.0.1:{closed.getsockname()[1]}/a.png", "here", public_only=True)
+
+
+@pytest.mark.parametrize("path", ["/scan.png", "/moved"])
+def test_a_public_address_is_fetched_without_a_proxy_and_each_redirection_is_checked(server, path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="not a public address"):
+        download.download(server + path, "here", public_only=True)
+    checked = []
+    monkeypatch.setattr(download, "_check_public", checked.append)
+    assert download.download(server + path, "here", public_only=True) == SCAN.read_bytes()
+    assert checked == ["127.0.0.1"] * (4 if path == "/moved" else 2)
+
+
 def test_a_silent_server_is_not_waited_for(monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     with socket.socket() as silent:
