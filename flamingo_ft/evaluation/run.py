@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from flamingo_ft.config.overrides import parse_override
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
+from flamingo_ft.progress import progress_bars
 
 from .accuracy import answer_questions
 from .questions import questions_of
@@ -53,7 +55,9 @@ def evaluate_adapter(
     model, processor = load_trained(folder)
     questions = questions_of(samples)
     options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
-    answers = answer_questions(model, processor, questions, **options)
+    with progress_bars(stderr=True) as progress:
+        bar = progress.add_task("evaluating", total=len(questions), note="")
+        answers = answer_questions(model, processor, questions, **options, advance=partial(progress.advance, bar))
     return {"eval": Results(questions, {AFTER: answers}).summary()}
 
 
