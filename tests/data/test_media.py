@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_ft.data import download, open_medium
+from flamingo_ft.data import open_medium
 from flamingo_ft.data.locate import Locator, lossless_bytes
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
+from flamingo_ft.model import download
 
 from .fixtures import FACTS, SCANS
 

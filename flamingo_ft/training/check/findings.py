@@ -16,6 +16,7 @@ class Part:
     """One source of training or held-out samples, and sums over its rows.
 
     samples: rows that can be used. dropped: those that the policy for long samples drops. bad: those with problems.
+    conversions: how many images and videos the reader changed in which way, by the names of `images.CONVERSIONS`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Part:
     videos: int = 0
     text_tokens: int = 0
     label_tokens: int = 0
+    conversions: dict[str, int] = field(default_factory=dict)
 
     def add(self, seen: Seen) -> None:
         self.rows += 1
@@ -43,6 +45,8 @@ class Part:
         self.videos += seen.videos
         self.text_tokens += seen.text_tokens
         self.label_tokens += seen.label_tokens
+        for name, count in seen.conversions.items():
+            self.conversions[name] = self.conversions.get(name, 0) + count
 
 
 @dataclass
