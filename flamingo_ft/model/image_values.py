@@ -12,7 +12,8 @@ import torch
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 OVERSHOOT = 2  # times white: floats up to here are an image that resampling made a little too bright
-UNDERSHOOT = -0.25  # times white: floats of an array below this were normalised
+UNDERSHOOT = 0.25  # times the largest value: more below zero is no rounding, such values never were brightness
+DARKEST = 16  # floats between twice 1 and this are no picture in 0..255 if any is negative: they were normalised
 
 
 def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -20,8 +21,8 @@ def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
     bool and 8 bits: as they are. 16 bits without sign: 65,535 is white, however dark the image. Other integers and
     floats have no fixed white: it is the first of 255 and 65,535 (floats: 1, 255 and 65,535) that the largest value
-    does not exceed, or the largest value itself. Floats may exceed it up to twofold. Negative values and NaN are black,
-    values beyond white are white.
+    does not exceed, or the largest value itself. Floats may exceed it up to twofold. Values a little below zero and NaN
+    are black, values beyond white are white. ValueError for values far below zero (normalised pixels, temperatures).
     """
     if values.dtype == bool:
         return values.astype(np.uint8) * np.uint8(255), []
@@ -48,6 +49,8 @@ def channels_last(array: Any) -> np.ndarray:
     shape = tuple(values.shape)
     if values.size == 0:
         raise ValueError(f"got an array of shape {shape}, which has no pixels")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("got NaN or infinite pixel values")
     if len(shape) == 2:
         return values[..., None]
     if len(shape) == 4:
@@ -59,20 +62,6 @@ def channels_last(array: Any) -> np.ndarray:
     return np.moveaxis(values, 0, -1) if first else values
 
 
-def check_array(values: np.ndarray) -> None:
-    """Raise ValueError for floats that are no picture any more: normalised, or NaN."""
-    if values.dtype.kind != "f":
-        if values.min() < 0:
-            raise ValueError(f"got pixel values from {values.min()}; give integers from 0 on")
-        return
-    if not np.isfinite(values).all():
-        raise ValueError("got NaN or infinite pixel values")
-    lowest, highest = float(values.min()), float(values.max())
-    if lowest < UNDERSHOOT * _white(highest, floats=True):
-        found = f"got pixel values from {lowest:.3g} to {highest:.3g}"
-        raise ValueError(f"{found}; give floats in 0..1 or integers in 0..255, before any normalisation")
-
-
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
     tensor = tensor.detach().cpu()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
@@ -80,12 +69,15 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def _scaled(values: np.ndarray, floats: bool) -> tuple[np.ndarray, list[str]]:
     finite = values[np.isfinite(values)]
-    largest = float(finite.max(initial=0))
+    lowest, largest = float(finite.min(initial=0)), float(finite.max(initial=0))
+    if lowest < -_allowed_below_zero(largest, floats):
+        found = f"got pixel values from {lowest:.4g} to {largest:.4g}"
+        raise ValueError(f"{found}; give floats in 0..1 or integers in 0..255, before any normalisation")
     white = _white(largest, floats)
     notes = ["float" if floats else "32-bit integer"]
     if white not in (1, 255, 65_535):
         notes.append("scaled by its own maximum")
-    if len(finite) < values.size or largest > white or finite.min(initial=0) < 0:
+    if len(finite) < values.size or largest > white or lowest < 0:
         notes.append("clipped")
     values = np.nan_to_num(values, nan=0, posinf=white, neginf=0)
     return np.round(values.clip(0, white) * (255 / white)).astype(np.uint8), notes
@@ -97,3 +89,7 @@ def _white(largest: float, floats: bool) -> float:
         if largest <= limit:
             return limit / OVERSHOOT if floats else limit
     return largest
+
+
+def _allowed_below_zero(largest: float, floats: bool) -> float:
+    return 0 if floats and OVERSHOOT < largest < DARKEST else UNDERSHOOT * largest

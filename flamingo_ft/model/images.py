@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from .image_metadata import ORIENTATION, METADATA_ERRORS, split_metadata, stored_orientation
-from .image_values import channels_last, check_array, eight_bit
+from .image_values import channels_last, eight_bit
 
 READER_VERSION = 2  # raise it when the same file is to become other pixels: feature caches depend on it
 MAX_PIXELS = 89_478_485  # of one image or video frame; 256 MiB of RGB
@@ -54,7 +54,7 @@ CONVERSIONS = {
     "32-bit integer": "scaled by the smallest of 255 and 65,535 that the image does not exceed",
     "float": "scaled by the smallest of 1, 255 and 65,535 that the image does not exceed",
     "scaled by its own maximum": "values beyond 65,535: the image's largest value is white",
-    "clipped": "negative values and NaN are black, values beyond white are white",
+    "clipped": "values a little below zero and NaN are black, values beyond white are white",
     "transparent": "drawn over white",
     "palette": "colours of the palette",
     "greyscale": "the same value in red, green and blue",
@@ -105,7 +105,8 @@ def to_rgb(image: Any) -> Image.Image:
     """Convert a Pillow image, a numpy array or a torch tensor; the input stays as it is.
 
     Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool, integers, or floats
-    in 0..1 or 0..255. UnreadableImage for other shapes and values, batches and normalised pixels among them.
+    in 0..1 or 0..255. UnreadableImage for other shapes and values, such as batches and normalised
+    pixels.
     """
     if isinstance(image, Image.Image) and image.mode == "RGB" and NOTES in image.info:
         return image  # read here before
@@ -240,7 +241,6 @@ def _array_to_rgb(array: Any) -> Image.Image:
     values = channels_last(array)
     height, width, channels = values.shape
     check_size(width, height)
-    check_array(values)
     levels, notes = eight_bit(values)
     picture = Image.fromarray(np.ascontiguousarray(levels[..., 0] if channels == 1 else levels))
     rgb, more = _colours(picture)
