@@ -9,6 +9,7 @@ import sys
 import threading
 import zlib
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +19,7 @@ from flamingo_ft.data.locate import Locator, lossless_bytes
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
-from flamingo_ft.model import download
+from flamingo_ft.model import download, images
 
 from .fixtures import FACTS, SCANS
 
@@ -227,6 +228,41 @@ def test_a_slow_server_is_not_waited_for(server, monkeypatch):
 def test_a_video_file_without_pyav_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     assert "a video file needs PyAV; pip install av" in refused(Video(file=b"video"))
+
+
+def video_of(frame: np.ndarray, form: str, codec: str, pixels: str) -> bytes:
+    """Four times the same RGBA frame."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=4)
+        stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], pixels
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format=pixels)))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def half_hidden() -> np.ndarray:
+    """Blue to the left; to the right red that nobody is meant to see."""
+    frame = np.zeros((32, 32, 4), np.uint8)
+    frame[:, :16], frame[:, 16:] = (0, 0, 255, 255), (255, 0, 0, 0)
+    return frame
+
+
+def test_transparent_frames_of_a_video_are_drawn_over_white():
+    gif = io.BytesIO()
+    frames = [Image.fromarray(half_hidden())] * 2
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], disposal=2)
+    for content in (video_of(half_hidden(), "mov", "png", "rgba"), gif.getvalue()):
+        for frame in open_medium(Video(file=content), video_frames=2):
+            assert frame.getpixel((4, 9)) == (0, 0, 255) and frame.getpixel((28, 9)) == (255, 255, 255)
+            assert "transparent" in images.conversions(frame)
+
+
+def test_a_video_of_too_many_pixels_is_not_decoded(monkeypatch):
+    content = video_of(half_hidden(), "mov", "png", "rgba")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    assert "not a readable video (32 x 32 pixels, the limit is" in refused(Video(file=content))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"])
