@@ -101,11 +101,12 @@ class Locator:
         return str(path)
 
 
+@images.reading()
 def lossless_bytes(image: PillowImage.Image) -> bytes:
     """The image as a file that the reader reads as it reads the image: PNG, or TIFF where PNG has no such pixels.
 
-    A mode that neither has (HSV, RGBX, premultiplied alpha) is kept as the RGB that it is read as. Of the metadata only
-    the orientation stays. Raises `images.UnreadableImage`.
+    A mode that neither has (HSV, RGBX, premultiplied alpha) is kept as the RGB that the reader makes of it. Of the
+    metadata only the orientation stays. Raises `images.UnreadableImage`.
     """
     images.check_size(*image.size)
     if image.mode not in (*PNG_MODES, *TIFF_MODES):
@@ -127,8 +128,7 @@ def _saved(image: PillowImage.Image, form: str, **options: Any) -> bytes:
 
 def _kept(image: PillowImage.Image, where: str) -> bytes:
     try:
-        with images.reading():
-            return lossless_bytes(image)
+        return lossless_bytes(image)
     except images.UnreadableImage as error:
         raise UserError(f"{where}: not a readable image ({error}); replace it") from None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 ORIENTATION = 0x0112
@@ -37,7 +37,7 @@ _JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1..APP13, APP15, COM; AP
 # Tags that pixels depend on; all others of a TIFF file are metadata.
 _TIFF_PIXELS = {
     *(254, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325),
-    *(332, 334, 338, 339, 347, 529, 530, 531, 532),
+    *(332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532),
 }
 
 
@@ -91,7 +91,7 @@ def _head(source: str | os.PathLike[str] | bytes) -> bytes:
         return file.read(_HEAD_BYTES)
 
 
-def _splitter(head: bytes) -> Any:
+def _splitter(head: bytes) -> Callable[[bytes], tuple[bytes, dict[str, Any]]] | None:
     if head.startswith(_JPEG):
         return _split_jpeg
     if head.startswith(_PNG):

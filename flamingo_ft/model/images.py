@@ -219,12 +219,17 @@ def _colours(image: Image.Image) -> tuple[Image.Image, list[str]]:
     if image.mode.startswith("I") or image.mode == "F":
         return _scaled(image)
     notes = [_MODES[image.mode]] if image.mode in _MODES else []
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _may_be_transparent(image):
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         if rgba.getchannel("A").getextrema()[0] < 255:
             notes.append("transparent")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), notes
     return image.convert("RGB"), notes
+
+
+def _may_be_transparent(image: Image.Image) -> bool:
+    in_palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or in_palette or "transparency" in image.info
 
 
 def _scaled(image: Image.Image) -> tuple[Image.Image, list[str]]:
