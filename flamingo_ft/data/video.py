@@ -73,7 +73,8 @@ def _open(av: ModuleType, file: str | Path | bytes) -> Any:
 def _claimed_frames(av: ModuleType, file: str | Path | bytes) -> int:
     with _open(av, file) as container:
         stream = container.streams.video[0]
-        images.check_size(stream.width, stream.height)
+        if stream.codec_context is not None:  # None for a codec that this FFmpeg lacks; decoding tells of it
+            images.check_size(stream.codec_context.width, stream.codec_context.height)
         return stream.frames
 
 

@@ -43,7 +43,7 @@ def channels_last(array: Any) -> np.ndarray:
     elif isinstance(array, np.ndarray):
         values = array
     else:
-        raise ValueError(f"got {type(array).__name__}; give a path, a Pillow image, a numpy array or a torch tensor")
+        raise ValueError(f"got {type(array).__name__}; give a Pillow image, numpy array or torch tensor")
     if values.dtype.kind not in "buif":
         raise ValueError(f"got an array of {values.dtype}; give integers or floats")
     shape = tuple(values.shape)

@@ -104,9 +104,8 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
 def to_rgb(image: Any) -> Image.Image:
     """Convert a Pillow image, a numpy array or a torch tensor; the input stays as it is.
 
-    Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool, integers, or floats
-    in 0..1 or 0..255. UnreadableImage for other shapes and values, such as batches and normalised
-    pixels.
+    Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool, integers, or
+    floats in 0..1 or 0..255. UnreadableImage for other shapes and values, such as batches and normalised pixels.
     """
     if isinstance(image, Image.Image) and image.mode == "RGB" and NOTES in image.info:
         return image  # read here before

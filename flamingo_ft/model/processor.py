@@ -93,9 +93,10 @@ class FlamingoProcessor(ProcessorMixin):
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword arguments go to the tokenizer. Special tokens that stand-ins stand for
-        (`special_text`), as `apply_chat_template` writes them, are text. Raises UserError when images and markers do
-        not match, and when a marker is lost to truncation.
+        image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword arguments go to
+        the tokenizer. Special tokens that stand-ins stand for (`special_text`), as `apply_chat_template` writes them,
+        are text. Raises UserError when images and markers do not match, when a marker is lost to truncation, and for
+        an image that cannot be read.
         """
         if text is None:
             raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")

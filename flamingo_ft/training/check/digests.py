@@ -55,8 +55,9 @@ class Pictures:
 
     def _look_at(self, medium: Medium) -> Picture:
         frames = open_medium(medium, video_frames=self.video_frames)
+        parts = (part for frame in frames for part in (str(frame.size).encode(), frame.tobytes()))
         done = dict.fromkeys(name for frame in frames for name in conversions(frame))
-        return Picture(digest(part for frame in frames for part in (str(frame.size).encode(), frame.tobytes())), tuple(done))
+        return Picture(digest(parts), tuple(done))
 
 
 def sample_digest(sample: Sample, pictures: Iterable[int]) -> int:

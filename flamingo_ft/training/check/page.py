@@ -51,8 +51,12 @@ def write_page(
 
 def _conversions(findings: Findings) -> list[tuple[str, str, list[int]]]:
     """Each conversion that took place: its name, what is done, and for how many images of each source."""
-    counted = ((name, done, [part.conversions.get(name, 0) for part in findings.parts]) for name, done in CONVERSIONS.items())
-    return [(name, done, counts) for name, done, counts in counted if any(counts)]
+    rows = []
+    for name, done in CONVERSIONS.items():
+        counts = [part.conversions.get(name, 0) for part in findings.parts]
+        if any(counts):
+            rows.append((name, done, counts))
+    return rows
 
 
 def _common_folder(findings: Findings) -> str:
