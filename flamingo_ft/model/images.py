@@ -146,7 +146,10 @@ def _read(source: str | os.PathLike[str] | bytes, metadata: Mapping[str, Any] | 
     """Read an image file. metadata: what was taken out of it, in the form of a Pillow image's info."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with _quiet(), Image.open(file, formats=_formats()) as image:
-        return _picture_to_rgb(image, metadata)
+        rgb = _picture_to_rgb(image, metadata)
+        if _has_more_frames(image):
+            rgb.info[NOTES] += ("first frame",)
+        return rgb
 
 
 def _read_without_metadata(source: str | os.PathLike[str] | bytes) -> Image.Image | None:
@@ -186,7 +189,6 @@ def _picture_to_rgb(image: Image.Image, metadata: Mapping[str, Any] | None = Non
     facts = {
         "16-bit": deep,
         "rotated": {stored, turn} & {*_UPRIGHT},
-        "first frame": _has_more_frames(image),
         "damaged metadata": damaged or metadata is not None,
     }
     rgb.info = {NOTES: tuple(dict.fromkeys([*notes, *(name for name, holds in facts.items() if holds)]))}
@@ -197,16 +199,16 @@ def _stored_orientation(image: Image.Image) -> tuple[int, bool]:
     """The orientation in the metadata (1: upright), and whether Pillow stumbles over them."""
     try:
         exif = image.getexif()
-        orientation, damaged = exif.get(ORIENTATION), not exif and len(image.info.get("exif") or b"") > _EMPTY_EXIF
+        value, damaged = exif.get(ORIENTATION), not exif and len(image.info.get("exif") or b"") > _EMPTY_EXIF
     except METADATA_ERRORS:
-        orientation, damaged = None, True
-    if isinstance(orientation, int) and 1 <= orientation <= 8:
-        return orientation, damaged
+        value, damaged = None, True
+    if isinstance(value, int) and 1 <= value <= 8:
+        return value, damaged
     return stored_orientation(image.info) or 1, damaged
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    """Asked after loading: looking for the next frame of a damaged file would spoil the first."""
+    """Whether a file has. Asked after loading, since the search moves within the file."""
     try:
         return bool(getattr(image, "is_animated", False))
     except UNREADABLE:

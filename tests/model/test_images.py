@@ -132,6 +132,17 @@ def test_the_callers_image_is_not_changed(mode, processor):
     assert to_rgb(image) is not image
 
 
+def test_an_open_animation_stays_at_its_frame_and_keeps_what_was_painted_on_it():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    image = Image.open(io.BytesIO(file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])))
+    image.seek(1)
+    image.load()
+    image.putpixel((2, 3), (9, 9, 9))
+    for _ in range(2):
+        seen = to_rgb(image)
+        assert seen.getpixel((0, 0)) == (0, 255, 0) and seen.getpixel((2, 3)) == (9, 9, 9) and image.tell() == 1
+
+
 # Arrays
 
 
