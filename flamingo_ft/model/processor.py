@@ -6,7 +6,6 @@ Shapes: B samples, M images per sample, C channels, H height, W width.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,11 +15,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
 
+from .image_source import read_image
+from .images import to_rgb
 from .special_text import protect, tokenize
 from .tokens import EOC_TOKEN, MEDIA_TOKEN
 
@@ -50,14 +50,15 @@ class FlamingoImageProcessor(BaseImageProcessor):
         self.open_clip_preprocess = dict(open_clip_preprocess or {})
         self.video_frames = video_frames
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image], **kwargs: Any) -> BatchFeature:
-        """Images to pixel_values (N, C, H, W)."""
-        images = [images] if isinstance(images, Image.Image) else images
-        return BatchFeature({"pixel_values": torch.stack([self.transform(image) for image in images])})
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Images to pixel_values (N, C, H, W): one, or a list; each in any form that `read_image` takes."""
+        images = images if isinstance(images, (list, tuple)) else [images]
+        pixels = [self.transform(read_image(image)) for image in images]
+        return BatchFeature({"pixel_values": torch.stack(pixels)})
 
-    def transform(self, image: Image.Image) -> Tensor:
-        """One image to (C, H, W)."""
-        return self._transform(image.convert("RGB"))
+    def transform(self, image: Any) -> Tensor:
+        """A Pillow image, numpy array or torch tensor (`images.to_rgb`) to (C, H, W)."""
+        return self._transform(to_rgb(image))
 
     @cached_property
     def _transform(self) -> Callable[[Image.Image], Tensor]:
@@ -92,9 +93,10 @@ class FlamingoProcessor(ProcessorMixin):
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, path, URL or base64 text. Keyword arguments go to the tokenizer. Special tokens that stand-ins stand for
-        (`special_text`), as `apply_chat_template` writes them, are text. Raises UserError when images and markers do
-        not match, and when a marker is lost to truncation.
+        image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword arguments go to
+        the tokenizer. Special tokens that stand-ins stand for (`special_text`), as `apply_chat_template` writes them,
+        are text. Raises UserError when images and markers do not match, when a marker is lost to truncation, and for
+        an image that cannot be read.
         """
         if text is None:
             raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")
@@ -119,7 +121,7 @@ class FlamingoProcessor(ProcessorMixin):
 
     def pixel_values(self, nested: Sequence[Sequence[Any]]) -> Tensor:
         """Images per sample to (B, M, C, H, W), M the most that a sample has."""
-        rows = [[self.image_processor.transform(_open(image)) for image in row] for row in nested]
+        rows = [[self.image_processor.transform(read_image(image)) for image in row] for row in nested]
         blank = torch.zeros_like(next(image for row in rows for image in row))
         most = max(map(len, rows))
         return torch.stack([torch.stack([*row, *[blank] * (most - len(row))]) for row in rows])
@@ -204,11 +206,6 @@ def _image_of(block: Mapping[str, Any]) -> Any:
         link = block["image_url"]
         return link if isinstance(link, str) else link["url"]
     return next((block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None), None)
-
-
-def _open(image: Any) -> Image.Image:
-    """The image as RGB, upright."""
-    return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:

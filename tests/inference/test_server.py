@@ -19,7 +19,7 @@ from starlette.testclient import TestClient
 
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.backbones.context import context_length
-from flamingo_ft.data.pixels import MOST_PIXELS
+from flamingo_ft.model.images import MAX_PIXELS
 from flamingo_ft.inference.answer import answer
 from flamingo_ft.inference.server.app import build_app
 from flamingo_ft.inference.server.engine import Engine
@@ -320,8 +320,8 @@ def png(size=32):
         ("data:image/svg+xml,<svg/>", "must be data:image/TYPE;base64,DATA"),
         (data_url(png()[:400]), "not a readable image"),
         (data_url(b"%PDF-1.7\n%%EOF", "application/pdf"), "not a readable image"),
-        (data_url(bomb(1 + int(MOST_PIXELS**0.5))), "pixels"),
-        (data_url(bomb(10 * int(MOST_PIXELS**0.5))), "pixels"),
+        (data_url(bomb(1 + int(MAX_PIXELS**0.5))), "pixels"),
+        (data_url(bomb(10 * int(MAX_PIXELS**0.5))), "pixels"),
         ("ftp://example.com/a.png", "must be a data: or http"),
         ("iVBORw0KGgo", "must be a data: or http"),
         ("https://example.com/a.png", "fetches no URLs"),

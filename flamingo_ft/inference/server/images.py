@@ -10,9 +10,9 @@ from urllib.parse import unquote, urlsplit
 
 from PIL.Image import Image
 
-from flamingo_ft.data.download import download, is_url
-from flamingo_ft.data.pixels import UnreadableImage, decode
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.download import download, is_url
+from flamingo_ft.model.images import UnreadableImage, open_image
 
 from .errors import RequestError, shown
 
@@ -43,7 +43,7 @@ def open_link(link: ImageLink, policy: MediaPolicy) -> Image:
     """The image as RGB. Raises RequestError for one that is not allowed, cannot be fetched, or cannot be read."""
     content = _content(link, policy)
     try:
-        return decode(content)
+        return open_image(content)
     except UnreadableImage as error:
         raise RequestError(f"not a readable image ({error})", link.field) from None
 

@@ -17,6 +17,7 @@ class Part:
 
     samples: rows that can be used. dropped: those that the policy for long samples drops. bad: those with problems.
     unread: columns of text, and keys of messages, that the schema does not read, and in how many rows.
+    conversions: how many images and videos the reader changed in which way, by the names of `images.CONVERSIONS`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Part:
     text_tokens: int = 0
     label_tokens: int = 0
     unread: dict[str, int] = field(default_factory=dict)
+    conversions: dict[str, int] = field(default_factory=dict)
 
     def add(self, seen: Seen) -> None:
         self.rows += 1
@@ -47,6 +49,8 @@ class Part:
         self.videos += seen.videos
         self.text_tokens += seen.text_tokens
         self.label_tokens += seen.label_tokens
+        for name, count in seen.conversions.items():
+            self.conversions[name] = self.conversions.get(name, 0) + count
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,7 @@ from flamingo_ft.data.sources.rows import RawRow
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.errors import UserError
 
-from .digests import Pictures, sample_digest
+from .digests import Picture, Pictures, sample_digest
 from .encoding import Encoding, texts_of
 
 ROWS_AT_A_TIME = 16
@@ -54,6 +55,7 @@ class Seen:
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
     dropped: by the recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
     unread: see `Sample`.
+    conversions: of how many of them the reader changed what, by the names of `images.CONVERSIONS`.
     """
 
     part: int
@@ -70,6 +72,7 @@ class Seen:
     content: int = 0
     pictures: list[int] = field(default_factory=list)
     unread: tuple[str, ...] = ()
+    conversions: dict[str, int] = field(default_factory=dict)
 
 
 class Looking(Dataset):
@@ -97,7 +100,7 @@ class Looking(Dataset):
         text, problems = self.encoding(sample), []
         if text.problem is not None:
             problems.append(problem_at(sample.where, raw.row, text.problem))
-        pictures = list(self._digests(sample, raw, problems))
+        pictures = list(self._pictures(sample, raw, problems))
         if problems or text.encoded is None:
             dropped, unread = not problems, sample.unread
             return Seen(part, raw.file, raw.row, problems, dropped=dropped, losses=text.losses, unread=unread)
@@ -114,15 +117,16 @@ class Looking(Dataset):
             text_tokens=longest.text_tokens,
             label_tokens=sum(label != IGNORED for label in longest.labels),
             losses=text.losses,
-            content=sample_digest(sample, pictures),
-            pictures=pictures[: len(kept)],
             unread=sample.unread,
+            content=sample_digest(sample, [picture.digest for picture in pictures]),
+            pictures=[picture.digest for picture in pictures[: len(kept)]],
+            conversions=dict(Counter(name for picture in pictures[: len(kept)] for name in picture.conversions)),
         )
 
-    def _digests(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[int]:
+    def _pictures(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[Picture]:
         for number, medium in enumerate(sample.images, start=1):
             try:
-                yield self.pictures.digest(medium)
+                yield self.pictures.look_at(medium)
             except UserError as error:
                 name = f"{'video' if isinstance(medium, Video) else 'image'} {number} of {len(sample.images)}"
                 problems.append(Problem(file_of(sample.where, raw.row), raw.row, name, str(error)))

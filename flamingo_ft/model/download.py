@@ -1,4 +1,4 @@
-"""Files from the network, only for samples whose recipe allows it."""
+"""Files from the network: for samples whose recipe allows it, and for URLs that are given to the processor."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import urllib.error
 import urllib.request
 from urllib.parse import quote, urlsplit
 
-from flamingo_ft.errors import UserError
-
-from .locate import shortened
+from flamingo_ft.errors import UserError, shortened
 
 TIMEOUT_SECONDS = 20.0  # without an answer
 LONGEST_SECONDS = 120.0  # in all
