@@ -362,6 +362,8 @@ def _print_findings(record: dict, as_json: bool, folder: Path) -> None:
     kind = "error" if record["on_bad_sample"] == "error" else "skipped"
     for line in problem_lines(record):
         print(f"{kind}: {line}", file=sys.stderr)
+    for line in record["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return

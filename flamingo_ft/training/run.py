@@ -14,9 +14,11 @@ from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
+from flamingo_ft.evaluation.answer_lengths import measure_answers
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE
 from flamingo_ft.inference.answer import encode_prompts
+from flamingo_ft.model import FlamingoProcessor
 
 from . import processes
 from .best import evaluation_callbacks, take_best
@@ -31,10 +33,11 @@ from .machine_faults import told_if_hindered
 from .non_finite import skipped_record
 from .optimizer import check_machine
 from .out_of_memory import told_if_full, with_plan
-from .output_dir import METRICS_FILE, prepare_output_dir
+from .output_dir import METRICS_FILE, keep_earlier_metrics, prepare_output_dir
 from .precision import check_precision
 from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
+from .schedule import samples_per_epoch, with_max_steps
 from .start_from import with_pinned_start
 from .stopping import Stopping
 from .trackers import check_trackers, tracker_callbacks
@@ -70,6 +73,8 @@ def _whole_run(
     check_machine(recipe.train)
     check_precision(recipe)
     check_trackers(recipe.train)
+    if recipe.train.epochs is not None:
+        recipe = _with_counted_steps(recipe, say)
     start = processes.from_main(partial(find_start, recipe)) if resume else Start()
     for note in start.notes if processes.is_main() else ():
         say(note)
@@ -81,10 +86,21 @@ def _whole_run(
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
         with leaving_a_report(wanted.output_dir):
-            metrics = _run(recipe, start, stopping, tell, uploads)
+            metrics = _run(recipe, start, stopping, tell, uploads, say)
         if uploads is not None:
             uploads.push_run(wanted.output_dir)
     return metrics
+
+
+def _with_counted_steps(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
+    """The recipe with its epochs in optimizer steps, which are reported."""
+    with processes.failing_together():
+        data = open_data(recipe.data, recipe.train.seed)
+        counted = with_max_steps(recipe, data)
+    if processes.is_main():
+        samples = f"{recipe.train.epochs:g} x {samples_per_epoch(recipe, data):,} samples"
+        say(f"train.epochs: {samples} are {counted.train.max_steps:,} optimizer steps")
+    return counted
 
 
 def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
@@ -98,7 +114,12 @@ def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None
 
 
 def _run(
-    recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None], uploads: Pushing | None
+    recipe: Recipe,
+    start: Start,
+    stopping: Stopping,
+    tell: Callable[[OpenedData], None],
+    uploads: Pushing | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
@@ -110,6 +131,7 @@ def _run(
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
+            _warn_of_long_answers(processor, held_out, recipe.eval.max_new_tokens, say)
             shown = [ProgressBar(progress), LiveReport(output_dir)]
             callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
             callbacks += [*evaluation_callbacks(recipe, processor), stopping]
@@ -117,6 +139,7 @@ def _run(
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
         if processes.is_main():
+            keep_earlier_metrics(output_dir)
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.steps:
@@ -137,6 +160,15 @@ def _run(
         atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     processes.barrier()
     return metrics
+
+
+def _warn_of_long_answers(
+    processor: FlamingoProcessor, held_out: Sequence[Sample], max_new_tokens: int, say: Callable[[str], None]
+) -> None:
+    if processes.is_main():
+        warning = measure_answers(processor, held_out, max_new_tokens).warning
+        if warning:
+            say(f"warning: {warning}")
 
 
 def _open(recipe: Recipe, start: Start, tell: Callable[[OpenedData], None]) -> OpenedData:

@@ -52,7 +52,7 @@ class Seen:
     """What became of a row. file, row: where it stands.
 
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
-    dropped: by the recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
+    dropped: by the recipe. losses, answers: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
     """
 
     part: int
@@ -66,6 +66,7 @@ class Seen:
     label_tokens: int = 0
     dropped: bool = False
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
+    answers: tuple[int, ...] = ()
     content: int = 0
     pictures: list[int] = field(default_factory=list)
 
@@ -97,7 +98,8 @@ class Looking(Dataset):
             problems.append(problem_at(sample.where, raw.row, text.problem))
         pictures = list(self._digests(sample, raw, problems))
         if problems or text.encoded is None:
-            return Seen(part, raw.file, raw.row, problems, dropped=not problems, losses=text.losses)
+            dropped = not problems
+            return Seen(part, raw.file, raw.row, problems, dropped=dropped, losses=text.losses, answers=text.answers)
         kept = sample.images[: text.encoded.images]
         longest = max(texts_of(text.encoded), key=lambda one: one.text_tokens)
         videos = sum(isinstance(medium, Video) for medium in kept)
@@ -111,6 +113,7 @@ class Looking(Dataset):
             text_tokens=longest.text_tokens,
             label_tokens=sum(label != IGNORED for label in longest.labels),
             losses=text.losses,
+            answers=text.answers,
             content=sample_digest(sample, pictures),
             pictures=pictures[: len(kept)],
         )
