@@ -104,13 +104,11 @@ class Length:
     @property
     def line(self) -> str:
         """The same in words."""
+        steps = f"training: {self.max_steps:,} optimizer step{'' if self.max_steps == 1 else 's'}"
         if self.epochs is None:
-            return f"training: {self.max_steps:,} optimizer steps"
+            return steps
         about = "about " if self.estimated else ""
-        return (
-            f"training: {self.max_steps:,} optimizer steps, {about}{self.epochs:.3g} epochs of "
-            f"{self.samples_per_epoch:,} samples"
-        )
+        return f"{steps}, {about}{self.epochs:.3g} epochs of {self.samples_per_epoch:,} samples"
 
 
 @dataclass(frozen=True)
