@@ -59,8 +59,8 @@ def summary(recipe: Path) -> str:
 def copy_recipe(name: str, folder: Path) -> list[Path]:
     """Copy a packaged recipe, the folders of its data, and the JSON schema that editors use, into `folder`.
 
-    A schema that is there already stays. Data of another recipe that was copied there before is left as it is. Returns what was written. Raises UserError for
-    an unknown name and when anything else is there already.
+    A schema that is there already stays, and so does data of another recipe that was copied there before. Returns what
+    was written. Raises UserError for an unknown name and when anything else is there already.
     """
     known = packaged_recipes()
     _refuse_unknown(name, known)

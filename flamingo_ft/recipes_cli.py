@@ -57,7 +57,9 @@ def copy_recipe(
 
 @recipes_app.command("keys")
 def list_keys(
-    prefix: Annotated[str | None, typer.Argument(metavar="PREFIX", help="Only keys below it, such as train.dpo.")] = None,
+    prefix: Annotated[
+        str | None, typer.Argument(metavar="PREFIX", help="Only keys that begin with it, such as train.dpo.")
+    ] = None,
 ) -> None:
     """Describe every key of a recipe: its type, default and meaning."""
     from rich.console import Console
@@ -87,7 +89,7 @@ def new_recipe(
     ] = None,
     image_root: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder that image paths start from, if not found near the data.", exists=True),
+        typer.Option(metavar="DIR", help="Folder of the images, if it is not found near the data.", exists=True),
     ] = None,
     format_: Annotated[
         str, typer.Option("--format", metavar="NAME", help="Schema of the rows, if not recognised (vqa, caption, ...).")

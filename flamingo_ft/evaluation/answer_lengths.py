@@ -39,13 +39,13 @@ class AnswerLengths:
         verb = "is" if self.too_long == 1 else "are"
         return (
             f"eval.max_new_tokens: {self.too_long:,} of {self.answers:,} reference answers {verb} longer than "
-            f"{self.max_new_tokens} tokens (longest: {self.longest}, end token included), so a right answer would be cut "
-            f"off; use {self.longest} or more"
+            f"{self.max_new_tokens} tokens (longest: {self.longest}, end token included), "
+            f"so a right answer would be cut off; use {self.longest} or more"
         )
 
 
 def measure_answers(processor: FlamingoProcessor, samples: Iterable[Sample], max_new_tokens: int) -> AnswerLengths:
-    """The lengths of the reference answers of ``samples``, a dialogue's or a document's that cannot be encoded aside."""
+    """The lengths of the reference answers of ``samples``, leaving out samples that cannot be encoded."""
     lengths, ends = AnswerLengths(max_new_tokens), answer_ends(processor)
     for sample in samples:
         try:
@@ -57,8 +57,11 @@ def measure_answers(processor: FlamingoProcessor, samples: Iterable[Sample], max
 
 
 def answers_of(processor: FlamingoProcessor, sample: Sample, encoded: Encoded, ends: frozenset[int]) -> list[int]:
-    """Tokens of each answer that evaluation asks for: every assistant turn with loss, of a preference pair the last one,
-    of a document the text after its last image. ``encoded``: the whole sample."""
+    """Tokens of each answer that evaluation asks for, end token included.
+
+    These are all assistant turns with loss, of a preference pair the last one, of a document the text after its last
+    image. encoded: the whole sample.
+    """
     begin = 0
     if is_document(sample.messages):
         if processor.image_token_id not in encoded.input_ids:

@@ -109,7 +109,7 @@ class Engine:
         return norm
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end, from the first step or from a checkpoint; one with nothing left to train is only restored."""
+        """Train to the end, from the first step or from a checkpoint; if no step is left, only restore that."""
         self._began = time.monotonic()
         self.meter.start()
         if checkpoint is not None and self._nothing_left(checkpoint):

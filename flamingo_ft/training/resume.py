@@ -45,9 +45,9 @@ class Start:
 def find_start(recipe: Recipe) -> Start:
     """What there is of a run of ``recipe``, whose length is in steps, in its output folder and among its checkpoints.
 
-    A finished run is extended where the recipe has more steps than it had. Raises UserError, a line for each key, where
-    that is a run of another recipe, for fewer steps than are done, and for a finished run without a checkpoint to extend.
-    Damaged checkpoints newer than the one to resume from are renamed.
+    A finished run is extended where the recipe has more steps than it had. Damaged checkpoints newer than the one to
+    resume from are renamed. Raises UserError for a run of another recipe (a line for each key), for fewer steps than are
+    done, and for a finished run without a checkpoint to extend it from.
     """
     root, output_dir = checkpoint_root(recipe.train), recipe.train.output_dir
     done = None
@@ -71,8 +71,8 @@ def find_start(recipe: Recipe) -> Start:
         _refuse_fewer(recipe, read_manifest(checkpoint)["step"], checkpoint)
     elif done is not None:
         raise UserError(
-            f"{root}: no checkpoint of the finished run in {output_dir} is left to extend it from; restore step-{done}, "
-            f"or start a new run from its adapter with model.init_from={output_dir}"
+            f"{root}: no checkpoint of the finished run in {output_dir} is left to extend it from; "
+            f"restore step-{done}, or start a new run from its adapter with model.init_from={output_dir}"
         )
     aside = [f"set aside as {path}" for path in set_aside_after(root, checkpoint)]
     found = f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {root}; beginning with the first step"

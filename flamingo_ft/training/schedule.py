@@ -1,4 +1,4 @@
-"""The length of a run in optimizer steps, where the recipe gives it in epochs, and of its warmup, where it gives a ratio."""
+"""The length of a run and of its warmup in optimizer steps, where the recipe gives epochs and a ratio."""
 
 from __future__ import annotations
 

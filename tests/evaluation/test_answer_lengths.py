@@ -21,25 +21,33 @@ from tests.data.dialogues import CHATML, IMAGE, LLAMA_2, VICUNA, assistant, nano
 from tests.training.check.recipes import asked, checked, write_rows
 
 
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
 def sample(*messages, images: int = 0, **fields) -> Sample:
     return Sample(list(messages), ["a.png"] * images, "task", "here", **fields)
 
 
+UNLEARNED = {**assistant("Long words."), "loss": False}
 SAMPLES = {
     "one answer": sample(user(IMAGE, "Which digit?"), assistant("Three."), images=1),
     "two answers": sample(user("Which digit?"), assistant("Three, of all ten."), user("And?"), assistant("Two.")),
-    "one of two with loss": sample(user("A?"), {**assistant("Long words."), "loss": False}, user("B?"), assistant("B.")),
-    "a pair": sample(user("A?"), assistant("First."), user("B?"), assistant("Right."), rejected=[assistant("Wrong, it is.")]),
-    "a caption": sample({"role": DOCUMENT, "content": [IMAGE, {"type": "text", "text": "A digit."}]}, images=1),
+    "one of two with loss": sample(user("A?"), UNLEARNED, user("B?"), assistant("B.")),
+    "a pair": sample(user("A?"), assistant("First."), user("B?"), assistant("Right."), rejected=[assistant("Wrong.")]),
+    "a caption": sample({"role": DOCUMENT, "content": [IMAGE, text("A digit.")]}, images=1),
     "a document": sample(
-        {"role": DOCUMENT, "content": [IMAGE, {"type": "text", "text": "One long."}, IMAGE, {"type": "text", "text": "Two."}]},
+        {"role": DOCUMENT, "content": [IMAGE, text("One long."), IMAGE, text("Two.")]},
         images=2,
     ),
-    "a document without images": sample({"role": DOCUMENT, "content": [{"type": "text", "text": "Words."}]}),
+    "a document without images": sample({"role": DOCUMENT, "content": [text("Words.")]}),
 }
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA_2, VICUNA, CHUNK_TEMPLATE], ids=["chatml", "llama", "vicuna", "chunks"])
+TEMPLATES = {"chatml": CHATML, "llama": LLAMA_2, "vicuna": VICUNA, "chunks": CHUNK_TEMPLATE}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_an_answer_is_as_long_as_what_has_to_be_generated_after_its_prompt(name, template):
     processor, one = nano_processor(template), SAMPLES[name]
@@ -114,7 +122,8 @@ def test_check_counts_the_answers_that_are_evaluated_and_no_others(tmp_path):
 
 def test_check_stops_counting_at_max_samples_of_each_source(folder, capfd):
     for name in ("a", "b"):
-        Path(f"{name}.jsonl").write_text("\n".join(json.dumps(LONG | {"answer": text}) for text in ("A", "B", LONG["answer"])))
+        rows = [LONG | {"answer": answer} for answer in ("A", "B", LONG["answer"])]
+        Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     command = ["check", "./recipe.yaml", "data.eval=[{path: a.jsonl}, {path: b.jsonl}]", "eval.max_samples=2", "--json"]
     assert main([*command, "eval.max_new_tokens=4"]) == 0
     said = capfd.readouterr()

@@ -60,7 +60,8 @@ def test_an_epoch_draws_each_row_once_and_one_of_weight_w_w_times(folder, overri
 
 
 def test_held_out_rows_are_not_of_an_epoch(folder):
-    rows = [json.loads(line) | {"images": [f"{i}.png"]} for i, line in enumerate(Path("train.jsonl").read_text().splitlines())]
+    lines = Path("train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) | {"images": [f"{i}.png"]} for i, line in enumerate(lines)]
     for i in range(2, len(rows)):  # rows that share an image stay together: each gets its own
         shutil.copyfile(f"{i % 2}.png", f"{i}.png")
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -68,7 +69,7 @@ def test_held_out_rows_are_not_of_an_epoch(folder):
 
 
 def test_decimal_epochs_are_taken_as_they_are_written(folder):
-    """0.1 of 10 rows is one step of one row; in floating point 1.1 * 10 is 11.000000000000002, which rounds up to 12."""
+    """In floating point 1.1 * 10 is 11.000000000000002, which would be rounded up to 12."""
     assert counted("train.epochs=1.1", "train.batch_size=1").max_steps == 11
 
 

@@ -91,8 +91,9 @@ class Repeats:
 
 @dataclass(frozen=True)
 class Length:
-    """How long training would be, in one process. epochs: passes over ``samples_per_epoch`` draws; both None for streams.
+    """How long training would be, in one process.
 
+    epochs: passes over the data, of ``samples_per_epoch`` draws each; both None for streams.
     estimated: whether it depends on how samples are packed into rows, which is estimated from the first of them.
     """
 
@@ -115,8 +116,8 @@ class Length:
 class Findings:
     """What `flamingo-ft check` tells. distributions: over the training samples as they train.
 
-    problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all). answers: of the
-    samples that evaluation uses.
+    problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all).
+    answers: reference answers of the samples that evaluation uses.
     """
 
     recipe: str
@@ -162,4 +163,5 @@ class Findings:
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         verdict = {"usable": self.objection is None, "objection": self.objection}
-        return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self), "warnings": self.warnings, "training": self.length.line}
+        verdict |= {"warnings": self.warnings, "training": self.length.line}
+        return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self)}

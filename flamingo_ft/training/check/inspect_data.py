@@ -35,7 +35,9 @@ MESSAGE_TOKENS = 8  # that a chat template writes around a message, about
 
 # Column names that people use for a field, normalised; the first that a file has is taken.
 SYNONYMS = {
-    "image": ("image", "img", "image_path", "img_path", "image_file", "image_name", "file_name", "filename", "photo", "picture"),
+    "image": (
+        "image", "img", "image_path", "img_path", "image_file", "image_name", "file_name", "filename", "photo", "picture",
+    ),
     "question": ("question", "query", "prompt", "instruction", "input", "q"),
     "answer": ("answer", "label", "response", "reply", "output", "target", "completion", "ground_truth", "a"),
     "caption": ("caption", "text", "description", "title", "sentence"),
@@ -59,8 +61,8 @@ class Lengths:
 
 @dataclass
 class InspectedData:
-    """entry: with the schema, columns and image_root that fit. read: rows looked at of ``rows``; problems: of those that
-    cannot be used, why; urls: whether images are URLs."""
+    """entry: with the schema, columns and image_root that fit. read: how many of ``rows`` were read. problems: why some of
+    those cannot be used. urls: whether images are URLs."""
 
     entry: DataSource
     rows: int
@@ -161,7 +163,7 @@ def _first_columns(entry: DataSource) -> list[str]:
 
 
 def _with_image_root(entry: DataSource) -> DataSource:
-    """The entry with the folder in which the images of its first rows are, if they are not where they are looked for."""
+    """The entry with the image_root in which most of the first rows can be used."""
     if entry.image_root is not None or entry.path.is_dir() or _usable(entry) == ROWS_TRIED:
         return entry
     candidates = [entry, *(entry.model_copy(update={"image_root": root}) for root in _folders_near(entry.path.parent))]
@@ -194,7 +196,7 @@ def _section(entry: DataSource) -> DataSection:
 
 
 def _local_processor(language: str) -> tuple[FlamingoProcessor | None, int | None]:
-    """A processor with the tokenizer of a language model, and its context; nothing where that is not on this machine."""
+    """A processor with a language model's tokenizer, and its context length; None if it is not on this machine."""
     try:
         config, tokenizer = language_files(language, local_files_only=True)
     except UserError:

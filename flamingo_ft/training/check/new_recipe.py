@@ -111,7 +111,8 @@ def _tower(wishes: Wishes) -> tuple[str, str | None]:
 def _entry(path: Path, wishes: Wishes) -> DataSource:
     root = None if wishes.image_root is None else wishes.image_root.expanduser().absolute()
     if wishes.format not in get_args(DataFormat):
-        raise UserError(f"--format {wishes.format}: no schema of this name; use one of {', '.join(get_args(DataFormat))}")
+        known = ", ".join(get_args(DataFormat))
+        raise UserError(f"--format {wishes.format}: no schema of this name; use one of {known}")
     path = path.expanduser().absolute()
     return DataSource(path=path, image_root=root, format=wishes.format, columns=dict(wishes.columns))
 

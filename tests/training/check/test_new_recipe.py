@@ -1,4 +1,4 @@
-"""A recipe made for somebody's data loads, passes the check and trains, and nothing is downloaded or overwritten for it."""
+"""A recipe made for somebody's data loads, passes the check and trains; nothing is downloaded or overwritten for it."""
 
 from __future__ import annotations
 
@@ -69,9 +69,10 @@ def made(data: Path, **wishes):
     return recipe, findings
 
 
-@pytest.mark.parametrize(
-    "name", ["llava", "sharegpt", "alpaca", "vqa", "mimicit", "interleaved_mmc4", "csv_captions", "preference", "tar_shards"]
-)
+KINDS = ("llava", "sharegpt", "alpaca", "vqa", "mimicit", "interleaved_mmc4", "csv_captions", "preference", "tar_shards")
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_data_of_any_schema_gets_a_recipe_that_passes_the_check(tmp_path, name):
     entry = FIXTURES[name](tmp_path)
     recipe, findings = made(Path(entry["path"]), image_root=entry.get("image_root") and Path(entry["image_root"]))
@@ -110,7 +111,7 @@ def test_images_beside_the_folder_of_the_data_are_found(tmp_path):
     ("columns", "guess"),
     [
         (["image", "question", "label"], ("vqa", {"answer": "label"})),
-        (["Image File", "Prompt", "Response"], ("vqa", {"image": "Image File", "question": "Prompt", "answer": "Response"})),
+        (["Image File", "Prompt", "A"], ("vqa", {"image": "Image File", "question": "Prompt", "answer": "A"})),
         (["file_name", "title"], ("caption", {"image": "file_name", "caption": "title"})),
         (["query", "reply"], ("vqa", {"question": "query", "answer": "reply"})),
         (["a_column", "another"], None),
@@ -144,7 +145,7 @@ def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
 def test_evaluation_data_is_taken_and_measured(tmp_path):
     names = pictures(tmp_path, 6)
     train = rows_of(tmp_path / "x.jsonl", asked(names[:3]))
-    held_out = rows_of(tmp_path / "y.jsonl", asked(names[3:], answer="Words, and words, and words again, and more of them."))
+    held_out = rows_of(tmp_path / "y.jsonl", asked(names[3:], answer="Words, and words again, and more of them."))
     recipe, findings = made(train, eval=held_out)
     assert recipe.data.eval[0].path.resolve() == held_out and recipe.data.eval_fraction is None
     assert findings.answers.answers == 3
