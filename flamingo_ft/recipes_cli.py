@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -120,7 +121,7 @@ def new_recipe(
     )
     for note in write_new_recipe(file, wishes):
         typer.echo(f"note: {note}", err=True)
-    typer.echo(f"wrote {file}; look at it, then: flamingo-ft check {file}")
+    typer.echo(f"wrote {file}; look at it, then: flamingo-ft check {shlex.quote(str(file))}")
 
 
 def _columns(given: list[str] | tuple[()]) -> dict[str, str]:

@@ -49,7 +49,7 @@ def recipe_keys(prefix: str | None = None) -> list[RecipeKey]:
     keys = list(_keys(schema, schema["$defs"], ""))
     if prefix is None:
         return keys
-    wanted = ".".join("0" if step.isdecimal() else step for step in prefix.split("."))
+    wanted = ".".join("0" if step.isdecimal() else step for step in prefix.strip(".").split("."))
     found = [key for key in keys if f"{key.name}.".startswith(f"{wanted}.")]
     if not found:
         raise UserError(f"recipes keys: no key {prefix}; {_suggestion(wanted, [key.name for key in keys])}")

@@ -19,6 +19,7 @@ from flamingo_ft.data import Sample, apply_template, encode, open_source
 from flamingo_ft.data.download import is_url
 from flamingo_ft.data.encode import text_of
 from flamingo_ft.data.fields import MEMBERS
+from flamingo_ft.data.schemas.table import MIMICIT
 from flamingo_ft.data.sources.opening import open_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
@@ -171,12 +172,15 @@ def _with_image_root(entry: DataSource) -> DataSource:
 
 
 def _usable(entry: DataSource) -> int:
-    """How many of the first rows can be used; all of a file with few rows count as `ROWS_TRIED`."""
-    source = open_source(entry, _section(entry))
-    rows, usable = min(len(source), ROWS_TRIED), 0
-    for number in range(rows):
+    """How many of the first rows can be used; all of a file with few rows count as `ROWS_TRIED`.
+
+    They are streamed, so that a large file is not indexed for every folder; MIMIC-IT's rows refer to others by number.
+    """
+    trial = entry.model_copy(update={"streaming": entry.format != MIMICIT, "limit": ROWS_TRIED})
+    source, rows, usable = open_source(trial, _section(trial)), 0, 0
+    for rows, raw in enumerate(source.stream(), start=1):
         try:
-            source.sample(number, source.raw(number))
+            source.sample(rows - 1, raw)
         except UserError:
             continue
         usable += 1

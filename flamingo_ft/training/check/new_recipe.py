@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from flamingo_ft.config import DataSection, DataSource, load_recipe
 from flamingo_ft.config.data import DataFormat
 from flamingo_ft.config.document import parse
 from flamingo_ft.config.keys import MODELINE, schema_text
-from flamingo_ft.data import open_data
+from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.recipe_library import SCHEMA_FILE
 
@@ -80,7 +81,7 @@ def new_recipe_text(file: Path, wishes: Wishes) -> tuple[str, list[str]]:
     held_out = None if wishes.eval is None else inspect_data(_entry(wishes.eval, wishes), measure)
     values = {
         "file": file.name,
-        "command": os.path.relpath(file),
+        "command": shlex.quote(os.path.relpath(file)),
         "modeline": MODELINE,
         "language": _backbone_in(file, language),
         "vision": _backbone_in(file, vision),
@@ -136,8 +137,7 @@ def _lengths(inspected: list[InspectedData]) -> dict[str, Any]:
 
 def _schedule(train: InspectedData, held_out: InspectedData | None, most_in_batch: int) -> dict[str, Any]:
     """What is held out, and how long and in what batches to train."""
-    fraction = None if held_out else _eval_fraction(train)
-    data = open_data(_section(train, fraction), seed=0)
+    fraction, data = _split(train, holds_out=held_out is None)
     samples = sum(mixed.size for mixed in data.train)
     evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.held_out)
     batch = min(most_in_batch, samples)
@@ -153,18 +153,19 @@ def _schedule(train: InspectedData, held_out: InspectedData | None, most_in_batc
     }
 
 
-def _eval_fraction(train: InspectedData) -> float | None:
-    """Enough rows to measure on, at most a fifth; None where nothing can be held out, as their images are shared."""
+def _split(train: InspectedData, holds_out: bool) -> tuple[float | None, OpenedData]:
+    """The fraction to hold out, and the data split by it: enough rows to measure on, at most a fifth.
+
+    None where evaluation data was given, and where nothing can be held out because all rows share their images.
+    """
+    section = DataSection(train=(train.entry,), allow_urls=train.urls)
     fraction = max(0.01, round(min(MOST_HELD_OUT, EVALUATED / train.rows), 2))
-    try:
-        open_data(_section(train, fraction), seed=0)
-    except UserError:
-        return None
-    return fraction
-
-
-def _section(train: InspectedData, fraction: float | None) -> DataSection:
-    return DataSection(train=(train.entry,), eval_fraction=fraction, allow_urls=train.urls)
+    if holds_out:
+        try:
+            return fraction, open_data(section.model_copy(update={"eval_fraction": fraction}), seed=0)
+        except UserError:
+            pass  # as hold_out says; the recipe says so too
+    return None, open_data(section, seed=0)
 
 
 def _rounded(number: float, step: int) -> int:
