@@ -70,7 +70,12 @@ def test_required_keys_have_no_default():
 
 @pytest.mark.parametrize(
     ("prefix", "first", "count"),
-    [("train.dpo", "train.dpo", 4), ("train.dpo.", "train.dpo", 4), ("train.epochs", "train.epochs", 1), ("data.train.3.path", "data.train.0.path", 1)],
+    [
+        ("train.dpo", "train.dpo", 4),
+        ("train.dpo.", "train.dpo", 4),
+        ("train.epochs", "train.epochs", 1),
+        ("data.train.3.path", "data.train.0.path", 1),
+    ],
 )
 def test_a_prefix_selects_a_key_and_all_below_it(prefix, first, count):
     keys = recipe_keys(prefix)

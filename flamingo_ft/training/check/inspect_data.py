@@ -47,7 +47,7 @@ SYNONYMS = {
 
 @dataclass
 class Lengths:
-    """Of the samples read: the longest text and the longest answer, in tokens, and the most images.
+    """Of the samples read: the longest text and the longest answer, in tokens, and how many texts exceed the context.
 
     counted: with the language model's tokenizer; else estimated. context: of the language model; None: not known.
     """
@@ -56,7 +56,6 @@ class Lengths:
     context: int | None
     text_tokens: int = 0
     answer_tokens: int = 0
-    images: int = 0
     over_context: int = 0
 
 
@@ -93,7 +92,6 @@ class Measure:
             text, answers = encoded.text_tokens, answers_of(self.processor, sample, encoded, self._ends)
         lengths.text_tokens = max(lengths.text_tokens, text)
         lengths.answer_tokens = max([lengths.answer_tokens, *answers])
-        lengths.images = max(lengths.images, len(sample.images))
         lengths.over_context += self.context is not None and text > self.context
 
 
