@@ -64,7 +64,8 @@ def train(
         bool, typer.Option("--overwrite", help="Move an earlier run in train.output_dir aside.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, if there is one.")
+        bool,
+        typer.Option("--resume", help="Resume this run from its last checkpoint; with more steps or epochs, extend it."),
     ] = False,
 ) -> None:
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
