@@ -28,6 +28,7 @@ def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     if record["too_long"]["samples"]:
         yield policy_table(record["too_long"])
     yield from repeat_lines(record["repeats"])
+    yield record["training"]
 
 
 def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:

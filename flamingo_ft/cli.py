@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
+from flamingo_ft.recipes_cli import recipes_app
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
@@ -34,7 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="List the packaged recipes, or copy one to edit it.")
 app.add_typer(recipes_app, name="recipes")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")]
@@ -65,7 +65,8 @@ def train(
         bool, typer.Option("--overwrite", help="Move an earlier run in train.output_dir aside.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, if there is one.")
+        bool,
+        typer.Option("--resume", help="Resume this run from its last checkpoint; with more steps or epochs, extend it."),
     ] = False,
 ) -> None:
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
@@ -320,40 +321,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON."
     typer.echo(json.dumps(record, indent=2) if as_json else report.as_text(record))
 
 
-@recipes_app.callback(invoke_without_command=True)
-def _recipes(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        _list_recipes()
-
-
-@recipes_app.command("copy")
-def copy_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A packaged recipe's name.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to.")] = Path("."),
-) -> None:
-    """Copy a packaged recipe and its data, to edit it."""
-    from flamingo_ft import recipe_library
-
-    for path in recipe_library.copy_recipe(name, folder):
-        typer.echo(path)
-
-
 def _say(line: str) -> None:
     typer.echo(line, err=True)
-
-
-def _list_recipes() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from flamingo_ft.recipe_library import packaged_recipes, summary
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe")
-    table.add_column("what it does")
-    for name, path in packaged_recipes().items():
-        table.add_row(name, summary(path))
-    Console().print(table)
 
 
 def _tell_sources(data: OpenedData) -> None:
@@ -403,6 +372,8 @@ def _print_findings(record: dict, as_json: bool, folder: Path) -> None:
     kind = "error" if record["on_bad_sample"] == "error" else "skipped"
     for line in problem_lines(record):
         print(f"{kind}: {line}", file=sys.stderr)
+    for line in record["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return

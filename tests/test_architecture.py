@@ -34,6 +34,8 @@ ORDER = (
     "report_table",
     "plan_table",
     "check_table",
+    "key_list",
+    "recipes_cli",
     "cli",
     "__main__",
 )

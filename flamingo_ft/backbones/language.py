@@ -139,12 +139,17 @@ def _placed(
     return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **placed}
 
 
-def language_files(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a language model, which say all of it but its weights; only they are fetched."""
-    folder = language_folder(name, revision, weights=False)
+def language_files(
+    name: str, revision: str | None = None, local_files_only: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a language model, which say all of it but its weights; only they are fetched.
+
+    local_files_only: take nothing from the Hub that is not in the cache; UserError where something is missing.
+    """
+    folder = language_folder(name, revision, local_files_only, weights=False)
     config = _causal_config(folder, name, trust_remote_code=False)
     elsewhere = _tokenizer_elsewhere(folder, config)
-    words = language_folder(elsewhere, None, weights=False) if elsewhere else folder
+    words = language_folder(elsewhere, None, local_files_only, weights=False) if elsewhere else folder
     return config, _load(AutoTokenizer, words, elsewhere or name)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples
 Count = Annotated[int, Field(ge=1)]
 FilePath = Annotated[Path, LAX]
 Names = Annotated[
-    tuple[str, ...], LAX, Field(min_length=1), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+    tuple[str, ...],
+    LAX,
+    Field(min_length=1),
+    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 
 

@@ -12,8 +12,6 @@ from flamingo_ft import atomic
 from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
-from flamingo_ft.data.mixture import SOON_READ
-from flamingo_ft.data.overlap import find_overlap
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
@@ -31,14 +29,15 @@ from .held_out import HeldOut
 from .hub import Pushing, prepare_repository, pushing
 from .log_file import LogFile, write_log
 from .machine_faults import io_errors_as_user_error
-from .memory_line import memory_line
 from .non_finite import skipped_record
+from .notices import memory_line, warnings_about_evaluation
 from .optimizer import check_machine
 from .out_of_memory import oom_as_user_error, with_plan
-from .output_dir import METRICS_FILE, prepare_output_dir
+from .output_dir import METRICS_FILE, keep_earlier_metrics, prepare_output_dir
 from .precision import check_precision
 from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
+from .schedule import samples_per_epoch, with_max_steps
 from .start_from import with_pinned_start
 from .stopping import Stopping
 from .trackers import check_trackers, tracker_callbacks
@@ -76,6 +75,8 @@ def _whole_run(
     check_machine(recipe.train)
     check_precision(recipe)
     check_trackers(recipe.train)
+    if recipe.train.epochs is not None:
+        recipe = _with_counted_steps(recipe, say)
     start = processes.from_main(partial(find_start, recipe)) if resume else Start()
     for note in start.notes if processes.is_main() else ():
         say(note)
@@ -93,6 +94,17 @@ def _whole_run(
         if uploads is not None:
             uploads.push_run(wanted.output_dir)
     return metrics
+
+
+def _with_counted_steps(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
+    """The recipe with its epochs in optimizer steps, which are reported."""
+    with processes.failing_together():
+        data = open_data(recipe.data, recipe.train.seed)
+        counted = with_max_steps(recipe, data)
+    if processes.is_main():
+        samples = f"{recipe.train.epochs:g} x {samples_per_epoch(recipe, data):,} samples"
+        say(f"train.epochs: {samples} are {counted.train.max_steps:,} optimizer steps")
+    return counted
 
 
 def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
@@ -119,12 +131,13 @@ def _run(
         with processes.failing_together():
             data = _open(recipe, start, tell)
             held_out = data.held_out_samples(recipe.eval.max_samples)
-            if listener and processes.is_main():
-                _warn_of_overlap(data, held_out, listener)
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
+            if listener and processes.is_main():
+                for line in warnings_about_evaluation(data, held_out, processor, recipe.eval.max_new_tokens):
+                    listener(line)
             shown = [ProgressBar(progress), LiveReport(output_dir)]
             callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
             callbacks += [*evaluation_callbacks(recipe, processor), stopping]
@@ -132,6 +145,7 @@ def _run(
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
         if processes.is_main():
+            keep_earlier_metrics(output_dir)
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.steps:
@@ -163,17 +177,6 @@ def _open(recipe: Recipe, start: Start, tell: Callable[[OpenedData], None]) -> O
     if start.checkpoint:
         check_fits(start.checkpoint, rows_of(data))
     return data
-
-
-def _warn_of_overlap(data: OpenedData, held_out: Sequence[Sample], say: Callable[[str], None]) -> None:
-    """A line where held-out images are trained on too. Streams are not read through for it."""
-    if held_out and all(mixed.source.indexed and mixed.size <= SOON_READ for mixed in data.train):
-        overlap = find_overlap(data.samples(data.train), held_out)
-        if overlap:
-            say(
-                f"warning: {overlap.count:,} of {len(held_out):,} held-out samples show an image that is trained on too "
-                f"(first {overlap.held_out}, trained on in {overlap.train}); accuracy on them says little: hold them out"
-            )
 
 
 def _examine_before(

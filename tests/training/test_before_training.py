@@ -10,8 +10,8 @@ import pytest
 
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
-from flamingo_ft.training import memory_line as module
-from flamingo_ft.training.memory_line import memory_line
+from flamingo_ft.training import notices as module
+from flamingo_ft.training.notices import memory_line
 
 from ..regimes import recipe, write_run
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flamingo_ft.evaluation.answer_lengths import AnswerLengths
+
 from .numbers import Distribution
 from .rows import Problem, Seen
 
@@ -96,10 +98,34 @@ class Repeats:
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long training would be, in one process.
+
+    epochs: passes over the data, of ``samples_per_epoch`` draws each; both None for streams.
+    estimated: whether it depends on how samples are packed into rows, which is estimated from the first of them.
+    """
+
+    max_steps: int
+    epochs: float | None
+    samples_per_epoch: int | None
+    estimated: bool
+
+    @property
+    def line(self) -> str:
+        """The same in words."""
+        steps = f"training: {self.max_steps:,} optimizer step{'' if self.max_steps == 1 else 's'}"
+        if self.epochs is None:
+            return steps
+        about = "about " if self.estimated else ""
+        return f"{steps}, {about}{self.epochs:.3g} epochs of {self.samples_per_epoch:,} samples"
+
+
+@dataclass(frozen=True)
 class Findings:
     """What `flamingo-ft check` tells. distributions: over the training samples as they train.
 
     problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all).
+    answers: reference answers of the samples that evaluation uses.
     """
 
     recipe: str
@@ -111,6 +137,8 @@ class Findings:
     repeats: Repeats
     problems: int
     first_problems: list[Problem]
+    answers: AnswerLengths
+    length: Length
 
     @property
     def bad(self) -> int:
@@ -135,7 +163,13 @@ class Findings:
             return f"{share}; mend them, or raise data.max_bad_share"
         return None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a run on this data would do that its user hardly wants, a line each."""
+        return [line for line in (self.answers.warning,) if line]
+
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         verdict = {"usable": self.objection is None, "objection": self.objection}
+        verdict |= {"warnings": self.warnings, "training": self.length.line}
         return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self)}

@@ -53,9 +53,9 @@ class Seen:
     """What became of a row. file, row: where it stands.
 
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
-    dropped: by the recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
-    unread: see `Sample`.
-    conversions: of how many of them the reader changed what, by the names of `images.CONVERSIONS`.
+    dropped: by the recipe. losses, answers: see `Text`. content: digest of the sample. pictures: digests of its images
+    and videos. unread: see `Sample`. conversions: of how many of them the reader changed what, by the names of
+    `images.CONVERSIONS`.
     """
 
     part: int
@@ -69,6 +69,7 @@ class Seen:
     label_tokens: int = 0
     dropped: bool = False
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
+    answers: tuple[int, ...] = ()
     content: int = 0
     pictures: list[int] = field(default_factory=list)
     unread: tuple[str, ...] = ()
@@ -102,8 +103,8 @@ class Looking(Dataset):
             problems.append(problem_at(sample.where, raw.row, text.problem))
         pictures = list(self._pictures(sample, raw, problems))
         if problems or text.encoded is None:
-            dropped, unread = not problems, sample.unread
-            return Seen(part, raw.file, raw.row, problems, dropped=dropped, losses=text.losses, unread=unread)
+            own = {"losses": text.losses, "answers": text.answers, "unread": sample.unread}
+            return Seen(part, raw.file, raw.row, problems, dropped=not problems, **own)
         kept = sample.images[: text.encoded.images]
         longest = max(texts_of(text.encoded), key=lambda one: one.text_tokens)
         videos = sum(isinstance(medium, Video) for medium in kept)
@@ -117,6 +118,7 @@ class Looking(Dataset):
             text_tokens=longest.text_tokens,
             label_tokens=sum(label != IGNORED for label in longest.labels),
             losses=text.losses,
+            answers=text.answers,
             unread=sample.unread,
             content=sample_digest(sample, [picture.digest for picture in pictures]),
             pictures=[picture.digest for picture in pictures[: len(kept)]],
