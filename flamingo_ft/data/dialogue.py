@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.chat_template import Span, is_marked, render
 from flamingo_ft.model.processor import FlamingoProcessor, flatten
-
-GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-Span = tuple[int, int]
 
 
 def write_dialogue(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
@@ -22,7 +15,7 @@ def write_dialogue(processor: FlamingoProcessor, messages: Sequence[Mapping[str,
     turns = [flatten(message, processor.tokenizer) for message in messages]
     speaking = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     silent = {index for index in speaking if turns[index].get("loss") is False}
-    if GENERATION_MARK.search(processor.chat_template):
+    if is_marked(processor.chat_template):
         text, spans = _render(processor, turns, marked=True)
         return text, _without(spans, speaking, silent) if silent else spans
     text, _ = _render(processor, turns)
@@ -50,31 +43,29 @@ def _span(processor: FlamingoProcessor, turns: list[dict], index: int, text: str
     before, _ = _render(processor, turns[:index], add_generation_prompt=True)
     through, _ = _render(processor, turns[: index + 1])
     through = through.rstrip()
-    if not (text.startswith(through) and through.startswith(before)):
+    if text.startswith(through) and through.startswith(before):
+        return len(before), len(through)
+    return _span_by_marker(processor, turns, index, text, before)
+
+
+def _span_by_marker(processor: FlamingoProcessor, turns: list[dict], index: int, text: str, before: str) -> Span:
+    """The span of a turn that the template writes otherwise when turns follow it: where another answer would stand."""
+    marker = "qzanswer"
+    while marker in text:
+        marker += "z"
+    replaced = [*turns[:index], {**turns[index], "content": marker}, *turns[index + 1 :]]
+    head, found, tail = _render(processor, replaced)[0].partition(marker)
+    head = before if text.startswith(before) else head.rstrip(" ")
+    through = len(text) - len(tail)
+    if not (found and text.startswith(head) and text.endswith(tail) and len(head) <= through):
         raise UserError(
-            "chat template: cannot tell the assistant's words from the rest (it rewrites earlier turns); "
-            "mark them with {% generation %} in the tokenizer's chat template"
+            "chat template: cannot locate the assistant's answers (it rewrites earlier turns); mark them with "
+            "{% generation %} in the tokenizer's chat template, or set data.template to flamingo"
         )
-    return len(before), len(through)
+    end = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2].rstrip()
+    end = end if tail.startswith(end) else ""
+    return len(head), through + len(end) if end else max(len(head), len(text[:through].rstrip()))
 
 
-def _render(
-    processor: FlamingoProcessor, turns: list[dict], marked: bool = False, add_generation_prompt: bool = False
-) -> tuple[str, list[Span]]:
-    """A dialogue as the chat template writes it, and the spans that its generation marks enclose, if asked for.
-
-    transformers' own token mask is not used: it misses the last bytes of a span that ends in a character of several
-    tokens.
-    """
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[turns],
-            chat_template=processor.chat_template,
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=add_generation_prompt,
-            **processor.tokenizer.special_tokens_map,
-        )
-    except TemplateError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"chat template: refuses the dialogue ({problem}); change its roles or the template") from None
-    return texts[0], spans[0] if marked else []
+def _render(processor: FlamingoProcessor, turns: list[dict], **options: bool) -> tuple[str, list[Span]]:
+    return render(processor.answer_template, processor.tokenizer.special_tokens_map, turns, **options)

@@ -21,6 +21,7 @@ from transformers.image_utils import load_image
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
 
+from .chat_template import answer_template
 from .special_text import protect, tokenize
 from .tokens import EOC_TOKEN, MEDIA_TOKEN
 
@@ -92,7 +93,8 @@ class FlamingoProcessor(ProcessorMixin):
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, path, URL or base64 text. Keyword arguments go to the tokenizer. Special tokens that stand-ins stand for
+        image, path, URL or base64 text. Keyword arguments go to the tokenizer. It adds no special tokens to texts that
+        begin with one, as chat templates write them and training reads them. Special tokens that stand-ins stand for
         (`special_text`), as `apply_chat_template` writes them, are text. Raises UserError when images and markers do
         not match, and when a marker is lost to truncation.
         """
@@ -101,7 +103,8 @@ class FlamingoProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         nested = deal_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
-        data = tokenize(self.tokenizer, texts, **_text_arguments(kwargs))
+        arguments = {"add_special_tokens": not _are_complete(self.tokenizer, texts), **_text_arguments(kwargs)}
+        data = tokenize(self.tokenizer, texts, **arguments)
         self._check_media_tokens(data["input_ids"], [len(row) for row in nested])
         if any(nested):
             data["pixel_values"] = self.pixel_values(nested)
@@ -129,6 +132,7 @@ class FlamingoProcessor(ProcessorMixin):
 
         Images inside the blocks are processed along when ``tokenize=True``. A special token typed inside a text block
         stays text; in text that is returned, a stand-in marks it for the processor (``special_text.restore`` shows it).
+        The prompt for an answer (``add_generation_prompt``) is what stood before answers in training.
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
@@ -136,8 +140,15 @@ class FlamingoProcessor(ProcessorMixin):
         if kwargs.get("tokenize"):  # the template has written all special tokens, the text's first one too
             found = {"images": images[0] if single else images} if any(images) else {}
             kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {}), **found}
+        if not args and kwargs.get("chat_template") is None:
+            kwargs["chat_template"] = self.answer_template
         texts = [[flatten(message, self.tokenizer) for message in messages] for messages in conversations]
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
+
+    @property
+    def answer_template(self) -> str:
+        """The chat template, corrected where its prompt for an answer is not how it writes answers."""
+        return answer_template(self.tokenizer, self.chat_template).text
 
 
 def flatten(message: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -224,6 +235,12 @@ def chunk_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its first token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _are_complete(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:
+    """Whether all texts begin with a special token of the language model's own: then they have all they need."""
+    own = tuple(token for token in tokenizer.all_special_tokens if token not in (MEDIA_TOKEN, EOC_TOKEN))
+    return bool(own) and all(text.startswith(own) for text in texts)
 
 
 def _text_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
