@@ -19,6 +19,8 @@ _OF_A_SAMPLE = {
 def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     """What to print of the record of `Findings` (training/check/findings.py)."""
     yield from source_lines(record["parts"])
+    yield from record["text_lines"]
+    yield from (f"warning: {line}" for line in record["text_warnings"])
     yield source_table(record["parts"])
     yield sample_table(record["distributions"])
     if record["too_long"]["samples"]:

@@ -8,6 +8,7 @@ from typing import Any
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.chat_template import Span, is_marked, render
 from flamingo_ft.model.processor import FlamingoProcessor, flatten
+from flamingo_ft.model.special_text import encode_text
 
 
 def write_dialogue(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
@@ -26,6 +27,17 @@ def write_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, A
     """The text of a dialogue up to where the assistant is to speak."""
     turns = [flatten(message, processor.tokenizer) for message in messages]
     return _render(processor, turns, add_generation_prompt=True)[0]
+
+
+def is_rewritten(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether an answer with loss does not stand in the dialogue's ``text`` as it is, white space aside."""
+    answers = [message for message in messages if message["role"] == "assistant" and message.get("loss") is not False]
+    words = _without_space(text)
+    return any(_without_space(flatten(answer, processor.tokenizer)["content"]) not in words for answer in answers)
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def _without(spans: list[Span], speaking: list[int], silent: set[int]) -> list[Span]:
@@ -62,9 +74,20 @@ def _span_by_marker(processor: FlamingoProcessor, turns: list[dict], index: int,
             "chat template: cannot locate the assistant's answers (it rewrites earlier turns); mark them with "
             "{% generation %} in the tokenizer's chat template, or set data.template to flamingo"
         )
-    end = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2].rstrip()
-    end = end if tail.startswith(end) else ""
-    return len(head), through + len(end) if end else max(len(head), len(text[:through].rstrip()))
+    alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
+    end = text[: through + _shared(processor, tail, alone)].rstrip()
+    return len(head), max(len(head), len(end))
+
+
+def _shared(processor: FlamingoProcessor, tail: str, end: str) -> int:
+    """How many characters ``tail`` and ``end`` begin with alike, in whole tokens: an answer's end, whatever follows."""
+    shared = 0
+    ours, theirs = (encode_text(processor.tokenizer, text) for text in (tail[: len(end)], end))
+    for token, other, (_, stop) in zip(ours.ids, theirs.ids, ours.offsets, strict=False):
+        if token != other:
+            break
+        shared = stop
+    return shared
 
 
 def _render(processor: FlamingoProcessor, turns: list[dict], **options: bool) -> tuple[str, list[Span]]:

@@ -11,7 +11,7 @@ from flamingo_ft.model.processor import FlamingoProcessor, flatten
 from flamingo_ft.model.special_text import encode_text
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
-from .dialogue import write_dialogue, write_prompt
+from .dialogue import is_rewritten, write_dialogue, write_prompt
 from .document import is_document, write_beginning, write_document
 from .sample import Sample
 
@@ -33,13 +33,15 @@ class Cut:
 class Encoded:
     """Token ids of one sample (T,) and their labels (T,), `IGNORED` wherever there is no loss.
 
-    images: how many of the sample's first images and videos stand in it; cut: what was taken away.
+    images: how many of the sample's first images and videos stand in it; cut: what was taken away; rewritten: whether
+    the chat template leaves out or changes words of an answer that is learned.
     """
 
     input_ids: list[int]
     labels: list[int]
     images: int = 0
     cut: Cut = Cut()
+    rewritten: bool = False
 
     @property
     def text_tokens(self) -> int:
@@ -63,15 +65,17 @@ def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
     messages = _messages(sample)
     if is_document(messages):
         text, learned = write_document(processor, messages)
+        rewritten = False
     else:
         text, learned = write_dialogue(processor, messages)
+        rewritten = is_rewritten(processor, messages, text)
     tokens = encode_text(processor.tokenizer, text)
     said = (any(a < end and b > start for start, end in learned) for a, b in tokens.offsets)
     labels = [
         token if each and token != processor.image_token_id else IGNORED
         for token, each in zip(tokens.ids, said, strict=True)
     ]
-    return Encoded(tokens.ids, labels, _check_images(processor, messages, tokens.ids))
+    return Encoded(tokens.ids, labels, _check_images(processor, messages, tokens.ids), rewritten=rewritten)
 
 
 def encode_prompt(processor: FlamingoProcessor, sample: Sample | Messages) -> list[int]:

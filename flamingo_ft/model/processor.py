@@ -145,6 +145,16 @@ class FlamingoProcessor(ProcessorMixin):
         texts = [[flatten(message, self.tokenizer) for message in messages] for messages in conversations]
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
 
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
+        """As the tokenizer's; without special tokens it is an answer for people, with no white space around it."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        return _stripped(text) if skip_special_tokens else text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """The same for several sequences."""
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        return _stripped(texts) if skip_special_tokens else texts
+
     @property
     def answer_template(self) -> str:
         """The chat template, corrected where its prompt for an answer is not how it writes answers."""
@@ -235,6 +245,10 @@ def chunk_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its first token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _stripped(text: str | list[str]) -> str | list[str]:
+    return text.strip() if isinstance(text, str) else [each.strip() for each in text]
 
 
 def _are_complete(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:

@@ -15,7 +15,7 @@ from flamingo_ft.inference.answer import answer
 
 from .conftest import PROMPT
 
-ROOTS = {"torch", "transformers", "open_clip", "huggingface_hub", "PIL", "bitsandbytes"}
+ROOTS = {"torch", "jinja2", "transformers", "open_clip", "huggingface_hub", "PIL", "bitsandbytes"}
 SCRIPT = """
 import sys
 

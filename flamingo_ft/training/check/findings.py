@@ -7,6 +7,7 @@ from typing import Any
 
 from .numbers import Distribution
 from .rows import Problem, Seen
+from .text_form import TextForm
 
 MADE_BY = "flamingo-ft check"
 
@@ -16,6 +17,7 @@ class Part:
     """One source of training or held-out samples, and sums over its rows.
 
     samples: rows that can be used. dropped: those that the policy for long samples drops. bad: those with problems.
+    rewritten: samples with an answer that the chat template does not write in full.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Part:
     videos: int = 0
     text_tokens: int = 0
     label_tokens: int = 0
+    rewritten: int = 0
 
     def add(self, seen: Seen) -> None:
         self.rows += 1
@@ -43,6 +46,7 @@ class Part:
         self.videos += seen.videos
         self.text_tokens += seen.text_tokens
         self.label_tokens += seen.label_tokens
+        self.rewritten += seen.rewritten
 
 
 @dataclass
@@ -91,7 +95,8 @@ class Repeats:
 class Findings:
     """What `flamingo-ft check` tells. distributions: over the training samples as they train.
 
-    problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all).
+    problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all). text_form: how
+    dialogues are written.
     """
 
     recipe: str
@@ -103,6 +108,7 @@ class Findings:
     repeats: Repeats
     problems: int
     first_problems: list[Problem]
+    text_form: TextForm | None = None
 
     @property
     def bad(self) -> int:
@@ -127,7 +133,26 @@ class Findings:
             return f"{share}; mend them, or raise data.max_bad_share"
         return None
 
+    @property
+    def text_lines(self) -> list[str]:
+        """How dialogues are written, in words."""
+        return self.text_form.lines if self.text_form else []
+
+    @property
+    def text_warnings(self) -> list[str]:
+        """What the chat template does that its user may not know."""
+        lines = [self.text_form.warning] if self.text_form else []
+        if rewritten := sum(part.rewritten for part in self.parts):
+            lines.append(
+                f"the chat template leaves out or changes words of answers in {rewritten:,} samples (many templates leave "
+                "out the reasoning of earlier answers); to train on every word, set data.template to flamingo"
+            )
+        return [line for line in lines if line]
+
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         verdict = {"usable": self.objection is None, "objection": self.objection}
-        return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self)}
+        return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self)} | {
+            "text_lines": self.text_lines,
+            "text_warnings": self.text_warnings,
+        }

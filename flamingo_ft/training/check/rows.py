@@ -52,7 +52,7 @@ class Seen:
     """What became of a row. file, row: where it stands.
 
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
-    dropped: by the recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
+    dropped: by the recipe. losses: see `Text`. rewritten: an answer is not written in full. content: digest of the sample. pictures: digests of its images and videos.
     """
 
     part: int
@@ -66,6 +66,7 @@ class Seen:
     label_tokens: int = 0
     dropped: bool = False
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
+    rewritten: bool = False
     content: int = 0
     pictures: list[int] = field(default_factory=list)
 
@@ -111,6 +112,7 @@ class Looking(Dataset):
             text_tokens=longest.text_tokens,
             label_tokens=sum(label != IGNORED for label in longest.labels),
             losses=text.losses,
+            rewritten=text.encoded.rewritten,
             content=sample_digest(sample, pictures),
             pictures=pictures[: len(kept)],
         )

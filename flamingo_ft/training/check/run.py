@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.data.templates import apply_template
-from flamingo_ft.training.backbone_files import backbone_files, text_limit
+from flamingo_ft.training.backbone_files import backbone_files, own_ends, text_limit
 from flamingo_ft.training.callbacks import progress_bars
 
 from .account import Account
@@ -22,6 +23,7 @@ from .page import write_page
 from .preview import first_samples
 from .problems import ProblemList
 from .rows import Looking, look
+from .text_form import text_form
 
 PROBLEMS_FILE = "problems.jsonl"
 
@@ -42,7 +44,7 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
         mixture = [*data.train, *data.held_out]
         account = Account(data, encoding.limit, ProblemList(new / PROBLEMS_FILE))
         _look_at_all(mixture, encoding, account, recipe.train.num_workers)
-        findings = account.findings(name)
+        findings = replace(account.findings(name), text_form=text_form(processor, own_ends(recipe.model)))
         (new / RECORD_FILE).write_text(json.dumps(findings.record(), indent=2) + "\n", encoding="utf-8")
         shown = [first_samples(part, mixed, encoding, recipe.data.video_frames) for part, mixed in enumerate(mixture)]
         write_page(new, findings, account.problems, shown, save_figures(findings, new))
