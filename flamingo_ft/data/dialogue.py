@@ -31,9 +31,15 @@ def write_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, A
 
 def is_rewritten(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
     """Whether an answer with loss does not stand in the dialogue's ``text`` as it is, white space aside."""
-    answers = [message for message in messages if message["role"] == "assistant" and message.get("loss") is not False]
-    words = _without_space(text)
-    return any(_without_space(flatten(answer, processor.tokenizer)["content"]) not in words for answer in answers)
+    words, place = _without_space(text), 0
+    for message in messages:
+        if message["role"] == "assistant" and message.get("loss") is not False:
+            answer = _without_space(flatten(message, processor.tokenizer)["content"])
+            place = words.find(answer, place)
+            if place < 0:
+                return True
+            place += len(answer)
+    return False
 
 
 def _without_space(text: str) -> str:
