@@ -75,10 +75,15 @@ def _span_by_marker(processor: FlamingoProcessor, turns: list[dict], index: int,
     head, found, tail = _render(processor, replaced)[0].partition(marker)
     head = before if text.startswith(before) else head.rstrip(" ")
     through = len(text) - len(tail)
-    if not (found and text.startswith(head) and text.endswith(tail) and len(head) <= through):
+    if not (found and text.endswith(tail) and len(tail) < len(text)):
         raise UserError(
             "chat template: cannot locate the assistant's answers (it rewrites earlier turns); mark them with "
             "{% generation %} in the tokenizer's chat template, or set data.template to flamingo"
+        )
+    if not (text.startswith(head) and len(head) <= through):
+        raise UserError(
+            f"chat template: does not write answer {index} as its prompt asks for answers (it may write their reasoning "
+            "apart); remove the reasoning from answers, or set data.template to flamingo"
         )
     alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
     end = text[: through + _shared(processor, tail, alone)].rstrip()

@@ -80,6 +80,12 @@ NEVER_REASONING = (
     "{{ '[Assistant]' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[Assistant]<think>\n' }}{% endif %}"
 )
+# A block of reasoning before every answer, an empty one where there is none.
+EMPTY_REASONING = (
+    EACH + "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and '</think>' not in m.content %}"
+    "{{ '<think></think>' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
 MARKED_WITHOUT_PROMPT = (
     EACH + "{{ '<|im_start|>' + m.role + '\n' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
@@ -101,6 +107,7 @@ FAMILIES = {
     "line breaks after the end token": (LINE_AFTER_END, "{}<|im_end|>"),
     "prompt wherever a question is last": (PROMPT_WHEN_ASKED, " {}<|im_end|>"),
     "no generation prompt": (NO_PROMPT, "{}<|im_end|>"),
+    "empty reasoning in every turn": (EMPTY_REASONING, "{}<|im_end|>"),
     "no generation prompt, marked": (MARKED_WITHOUT_PROMPT, "{}<|im_end|>"),
     "prompt without the channel": (CHANNELS, "{}<|im_end|>"),
     "reasoning in the last turn alone": (LAST_REASONING, "{}<|im_end|>"),

@@ -1,6 +1,9 @@
 """Whatever the chat template: an answer is asked for with exactly the tokens that stood before it in training."""
 
+from pathlib import Path
+
 import pytest
+import trl
 from transformers import AutoProcessor
 
 from flamingo_ft.config import DataSection
@@ -8,11 +11,13 @@ from flamingo_ft.data.dialogue import is_rewritten
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt, end_token_id
 from flamingo_ft.data.templates import apply_template
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.chat_template import answer_template
 from flamingo_ft.model.processor import FlamingoProcessor
 from flamingo_ft.model.tokens import add_media_tokens
 
 from .chat_templates import (
     CHANNELS,
+    EMPTY_REASONING,
     FAMILIES,
     LAST_REASONING,
     MARKED_WITHOUT_PROMPT,
@@ -24,7 +29,9 @@ from .chat_templates import (
 from .dialogues import CHATML, IMAGE, TEMPLATES, assistant, nano_processor, system, user
 from .llama_tokenizer import llama_tokenizer
 
-TURNS = [user(IMAGE, "Which digit?"), assistant("Seven."), user("Sure?"), assistant("Yes."), user("So?"), assistant("OK")]
+SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))  # of many model families
+SHIPPED = [path for path in SHIPPED if not path.stem.endswith("_training")]
+TURNS = [user(IMAGE, "Which digit?"), assistant("Seven."), user("Sure?"), assistant("Yes."), user("So?"), assistant("Fine.")]
 REASONED = [user("Which?"), assistant("<think>\nr1\n</think>\n\nSeven."), user("So?"), assistant("<think>r2</think>Yes.")]
 
 
@@ -63,7 +70,7 @@ def test_exactly_the_answers_and_their_ends_are_learned_in_every_turn(name):
     processor = nano_processor(template)
     for count in (1, 2, 3):
         turns = TURNS[: 2 * count]
-        answers = ["Seven.", "Yes.", "OK"][:count]
+        answers = ["Seven.", "Yes.", "Fine."][:count]
         expected = [said.format(answer) for answer in answers]
         expected[-1] = (last or [said])[0].format(answers[-1])
         assert learned(processor, encode(processor, turns)) == "".join(expected)
@@ -94,6 +101,27 @@ def test_generation_stops_at_a_token_that_ends_answers_in_training(name):
     end = end_token_id(processor)
     assert end is not None
     assert end in [label for label in encode(processor, TURNS).labels]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_with_the_templates_of_released_models_prompts_are_how_dialogues_begin(path):
+    template = path.read_text(encoding="utf-8")
+    processor = llama_processor(template)
+    if problem := answer_template(processor.tokenizer, template).problem:
+        assert problem.startswith(("leaves out", "refuses"))  # those of vision-language models take typed blocks alone
+        return
+    whole = encode(processor, TURNS)
+    for prompt, _ in prompts(processor, TURNS):
+        assert whole.input_ids[: len(prompt)] == prompt
+    text = learned(processor, whole)
+    assert all(text.count(answer) == 1 for answer in ("Seven.", "Yes.", "Fine.")) and "Sure?" not in text
+
+
+def test_an_answer_with_reasoning_is_refused_where_the_prompt_opens_and_ends_it():
+    processor = nano_processor(EMPTY_REASONING)
+    assert learned(processor, encode(processor, TURNS)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
+    with pytest.raises(UserError, match="^chat template: does not write answer 1 as its prompt asks for answers .*; remo"):
+        encode(processor, REASONED)
 
 
 def test_templates_that_fit_are_left_as_they_are():
@@ -132,7 +160,7 @@ def test_the_last_prompt_is_the_dialogues_beginning_where_the_system_message_mov
     encoded = encode(processor, turns)
     prompt = encode_prompt(processor, turns[:-1])
     assert encoded.input_ids[: len(prompt)] == prompt
-    assert learned(processor, encoded) == " Seven.<|im_end|> Yes.<|im_end|> OK<|im_end|>"
+    assert learned(processor, encoded) == " Seven.<|im_end|> Yes.<|im_end|> Fine.<|im_end|>"
 
 
 def test_answers_in_a_row_are_each_learned():
@@ -194,7 +222,7 @@ def test_a_template_that_wants_a_system_message_is_taken():
     picky = "{% if messages[0].role != 'system' %}{{ raise_exception('whose?') }}{% endif %}" + NO_PROMPT
     processor = with_template(picky)
     turns = [system("Be brief."), *TURNS]
-    assert learned(processor, encode(processor, turns)) == "Seven.<|im_end|>Yes.<|im_end|>OK<|im_end|>"
+    assert learned(processor, encode(processor, turns)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
 
 
 def test_a_text_that_the_template_has_begun_gets_no_second_beginning():

@@ -13,7 +13,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.special_text import encode_text
 
-QUESTION, ANSWER = "qzask", "qzsay"  # in no template, and without letters that belong together with those around them
+QUESTION, ANSWER = "qzask", "qzsay"  # words that no template holds
+LONGEST_SHOWN = 160  # characters
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,6 @@ def _piece(processor: FlamingoProcessor, text: str, begin: int, end: int) -> Pie
 
 
 def _quoted(text: str) -> str:
+    """A text on one line, without the middle of a long system prompt."""
+    text = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]} ... {text[-LONGEST_SHOWN // 2 :]}"
     return json.dumps(text, ensure_ascii=False)
