@@ -68,7 +68,8 @@ def _data_line(data: Mapping[str, Any]) -> str:
     told = [f"{count:,} {what}" for what, count in counts.items() if count]
     line = f"\nof {data['rows']:,} rows looked at {', '.join(told)}; see left_out.jsonl" if told else ""
     if data.get("rewritten"):
-        line += f"\nin {data['rewritten']:,} of {data['rows']:,} rows the chat template left out or changed words of answers"
+        rows = f"{data['rewritten']:,} of {data['rows']:,} rows"
+        line += f"\nthe chat template left out or changed words of answers in {rows}"
     held_out = data.get("held_out_skipped")
     return line + (f"\n{held_out:,} held-out rows skipped as bad; see left_out.jsonl" if held_out else "")
 

@@ -82,8 +82,8 @@ def _span_by_marker(processor: FlamingoProcessor, turns: list[dict], index: int,
         )
     if not (text.startswith(head) and len(head) <= through):
         raise UserError(
-            f"chat template: does not write answer {index} as its prompt asks for answers (it may write their reasoning "
-            "apart); remove the reasoning from answers, or set data.template to flamingo"
+            "chat template: begins an answer otherwise than its prompt for answers does (with its reasoning, perhaps), "
+            f"got it in message {index}; remove the reasoning from answers, or set data.template to flamingo"
         )
     alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
     end = text[: through + _shared(processor, tail, alone)].rstrip()

@@ -75,7 +75,7 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError) as error:  # the latter where it takes content in typed blocks alone
         problem = " ".join(str(error).split())
         raise UserError(
             f"chat template: refuses the dialogue ({problem}); change its roles or the template, "
@@ -94,22 +94,24 @@ def is_marked(template: str) -> bool:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer in a rendered dialogue. prompt: what asks for it; asked: the dialogue before it, without a prompt.
+    """An answer in a rendered dialogue. prompt: what asks for it; asked: the dialogue before it, without a prompt; None
+    where the template refuses to write them.
 
     lead: the text before the answer, of which the part from ``learned`` on carries loss.
     """
 
-    prompt: str
-    asked: str
+    prompt: str | None
+    asked: str | None
     lead: str
     learned: int
 
     @property
     def gap(self) -> str | None:
-        """What stands between the prompt and the answer without loss, spaces aside; None where the prompt is other."""
-        if not self.lead.startswith(self.prompt):
+        """What stands between the prompt and the answer; "" for white space alone, None where the prompt differs."""
+        if self.prompt is None or not self.lead.startswith(self.prompt):
             return None
-        return self.lead[len(self.prompt) : self.learned] if self.lead[len(self.prompt) : self.learned].strip() else ""
+        gap = self.lead[len(self.prompt) : self.learned]
+        return gap if gap.strip() else ""
 
     @property
     def opening(self) -> str | None:
@@ -117,7 +119,9 @@ class _Answer:
 
         Spaces before an answer are the answer's: with most tokenizers they are part of its first token.
         """
-        return self.lead[len(self.asked) : self.learned].rstrip(" ") if self.lead.startswith(self.asked) else None
+        if self.asked is None or not self.lead.startswith(self.asked):
+            return None
+        return self.lead[len(self.asked) : self.learned].rstrip(" ")
 
 
 @lru_cache(maxsize=32)
@@ -167,10 +171,17 @@ def _answers(rendered: Render, dialogues: Sequence[Turns], template: str) -> lis
             if turn["role"] == "assistant" and text.count(turn["content"]) == 1:
                 begin = text.index(turn["content"])
                 learned = max((start for start, _ in marks if start <= begin), default=begin)
-                prompt, _ = rendered(template, turns=turns[:index], add_generation_prompt=True)
-                asked, _ = rendered(template, turns=turns[:index])
+                prompt = _written(rendered, template, turns[:index], add_generation_prompt=True)
+                asked = _written(rendered, template, turns[:index])
                 found.append(_Answer(prompt, asked, text[:begin], learned))
     return found
+
+
+def _written(rendered: Render, template: str, turns: Turns, **options: bool) -> str | None:
+    try:
+        return rendered(template, turns=turns, **options)[0]
+    except UserError:
+        return None
 
 
 def _leaves_out(text: str, turns: Turns) -> bool:
@@ -201,7 +212,9 @@ def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Itera
 def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
     """The template without what it writes between prompt and last answer, and not between prompt and earlier ones."""
     last = answers[-1]
-    if last.gap and last.prompt.startswith(last.asked) and any(answer.gap == "" for answer in answers):
+    if not last.gap or last.asked is None or not last.prompt.startswith(last.asked):
+        return
+    if any(answer.gap == "" for answer in answers):
         opening = last.prompt[len(last.asked) :]
         yield _filled(
             WITHOUT_BLOCK, template, OPENING_AND_BLOCK=opening + last.gap, OPENING=opening, WORDS=last.gap.split()

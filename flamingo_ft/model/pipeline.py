@@ -19,7 +19,7 @@ TASK = "image-text-to-text"
 class AnswerPipeline(ImageTextToTextPipeline):
     """The pipeline that it derives from; a Flamingo's answers have no white space around them.
 
-    Text that continues what the caller has begun (a raw text in full, a last message of the assistant's) is left as it is.
+    Text that continues the caller's (a raw text in full, a last message of the assistant's) keeps its spaces.
     """
 
     def postprocess(
@@ -33,7 +33,10 @@ class AnswerPipeline(ImageTextToTextPipeline):
         records = super().postprocess(model_outputs, return_type, continue_final_message, **options)
         if self.model.config.model_type != FlamingoConfig.model_type or return_type == ReturnType.TENSORS:
             return records
-        return [record if _continues(record, return_type, continue_final_message) else _stripped(record) for record in records]
+        return [
+            record if _continues(record, return_type, continue_final_message) else _stripped(record)
+            for record in records
+        ]
 
 
 def use_answer_pipeline() -> None:

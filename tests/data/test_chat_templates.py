@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import trl
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 from flamingo_ft.config import DataSection
@@ -31,8 +32,15 @@ from .llama_tokenizer import llama_tokenizer
 
 SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))  # of many model families
 SHIPPED = [path for path in SHIPPED if not path.stem.endswith("_training")]
-TURNS = [user(IMAGE, "Which digit?"), assistant("Seven."), user("Sure?"), assistant("Yes."), user("So?"), assistant("Fine.")]
-REASONED = [user("Which?"), assistant("<think>\nr1\n</think>\n\nSeven."), user("So?"), assistant("<think>r2</think>Yes.")]
+TURNS = [
+    *(user(IMAGE, "Which digit?"), assistant("Seven.")),
+    *(user("Sure?"), assistant("Yes.")),
+    *(user("So?"), assistant("Fine.")),
+]
+REASONED = [
+    *(user("Which?"), assistant("<think>\nr1\n</think>\n\nSeven.")),
+    *(user("So?"), assistant("<think>r2</think>Yes.")),
+]
 
 
 def llama_processor(template: str, legacy: bool = False) -> FlamingoProcessor:
@@ -120,7 +128,7 @@ def test_with_the_templates_of_released_models_prompts_are_how_dialogues_begin(p
 def test_an_answer_with_reasoning_is_refused_where_the_prompt_opens_and_ends_it():
     processor = nano_processor(EMPTY_REASONING)
     assert learned(processor, encode(processor, TURNS)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
-    with pytest.raises(UserError, match="^chat template: does not write answer 1 as its prompt asks for answers .*; remo"):
+    with pytest.raises(UserError, match="^chat template: begins an answer otherwise .*, got it in message 1; remove the"):
         encode(processor, REASONED)
 
 
@@ -137,7 +145,8 @@ def test_reasoning_that_the_template_keeps_is_learned(template):
     assert learned(processor, encoded) == "Seven.<|im_end|><think>\nr2\n</think>\n\nYes.<|im_end|>"
     for prompt, through in prompts(processor, REASONED):
         assert encoded.input_ids[: len(prompt)] == through.input_ids[: len(prompt)] == prompt
-    assert encoded.rewritten and not encode(processor, REASONED[:2]).rewritten and not encode(processor, TURNS).rewritten
+    assert encoded.rewritten
+    assert not encode(processor, REASONED[:2]).rewritten and not encode(processor, TURNS).rewritten
 
 
 def test_an_empty_block_that_the_answer_spells_out_is_learned():
@@ -161,6 +170,20 @@ def test_the_last_prompt_is_the_dialogues_beginning_where_the_system_message_mov
     prompt = encode_prompt(processor, turns[:-1])
     assert encoded.input_ids[: len(prompt)] == prompt
     assert learned(processor, encoded) == " Seven.<|im_end|> Yes.<|im_end|> Fine.<|im_end|>"
+
+
+def test_no_token_holds_the_end_of_a_prompt_and_the_beginning_of_an_answer():
+    processor = nano_processor(CHATML)
+    tokenizer = type(processor.tokenizer).from_pretrained(processor.tokenizer.name_or_path)
+    tokenizer.add_tokens(["\n\n"])
+    add_media_tokens(tokenizer)
+    processor = FlamingoProcessor(processor.image_processor, tokenizer, chat_template=CHATML)
+    turns = [user("Which?\n\n"), assistant("\n\n\nSeven.\n\n"), user("\nSo?"), assistant("\nYes.")]
+    encoded = encode(processor, turns)
+    assert learned(processor, encoded) == "\n\n\nSeven.\n\n<|im_end|>\nYes.<|im_end|>"
+    prompt = encode_prompt(processor, turns[:1])
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(encoded.input_ids) == processor.apply_chat_template(turns)
 
 
 def test_answers_in_a_row_are_each_learned():
@@ -213,7 +236,8 @@ FOREIGN_PROMPT = (
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused_before_any_data_is_read(own, complaint):
-    with pytest.raises(UserError, match=f"^data.template: the language model's chat template {complaint}; set data.temp"):
+    expected = f"^data.template: the language model's chat template {complaint}; set data.template to flamingo$"
+    with pytest.raises(UserError, match=expected):
         with_template(own)
     assert encode(with_template(own, template="flamingo"), TURNS).input_ids
 
@@ -228,8 +252,6 @@ def test_a_template_that_wants_a_system_message_is_taken():
 def test_a_text_that_the_template_has_begun_gets_no_second_beginning():
     def adds_both(text):
         processor = llama_processor(text)
-        from tokenizers.processors import TemplateProcessing
-
         processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
         )

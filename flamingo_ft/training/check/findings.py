@@ -95,8 +95,8 @@ class Repeats:
 class Findings:
     """What `flamingo-ft check` tells. distributions: over the training samples as they train.
 
-    problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all). text_form: how
-    dialogues are written.
+    problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all).
+    text_form: how dialogues are written.
     """
 
     recipe: str
@@ -144,8 +144,8 @@ class Findings:
         lines = [self.text_form.warning] if self.text_form else []
         if rewritten := sum(part.rewritten for part in self.parts):
             lines.append(
-                f"the chat template leaves out or changes words of answers in {rewritten:,} samples (many templates leave "
-                "out the reasoning of earlier answers); to train on every word, set data.template to flamingo"
+                f"the chat template leaves out or changes words of answers in {rewritten:,} samples (many leave out the "
+                "reasoning of earlier answers); to train on every word, set data.template to flamingo"
             )
         return [line for line in lines if line]
 

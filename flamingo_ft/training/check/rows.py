@@ -52,7 +52,8 @@ class Seen:
     """What became of a row. file, row: where it stands.
 
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
-    dropped: by the recipe. losses: see `Text`. rewritten: an answer is not written in full. content: digest of the sample. pictures: digests of its images and videos.
+    dropped: by the recipe. losses: see `Text`. rewritten: an answer is not written in full.
+    content: digest of the sample. pictures: digests of its images and videos.
     """
 
     part: int

@@ -86,7 +86,8 @@ def text_form(processor: FlamingoProcessor, own_ends: int | Sequence[int] | None
 
 def _piece(processor: FlamingoProcessor, text: str, begin: int, end: int) -> Piece:
     tokens = encode_text(processor.tokenizer, text)
-    inside = [token for token, (a, b) in zip(tokens.ids, tokens.offsets, strict=True) if begin <= a and b <= end and a < b]
+    pairs = zip(tokens.ids, tokens.offsets, strict=True)
+    inside = [token for token, (a, b) in pairs if begin <= a < b <= end]
     return Piece(text[begin:end], processor.tokenizer.convert_ids_to_tokens(inside))
 
 
