@@ -21,6 +21,7 @@ _OF_A_SAMPLE = {
 def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     """What to print of the record of `Findings` (training/check/findings.py)."""
     yield from source_lines(record["parts"])
+    yield from record["text_lines"]
     yield source_table(record["parts"])
     if any(part["conversions"] for part in record["parts"]):
         yield conversion_table(record["parts"])

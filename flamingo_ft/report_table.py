@@ -77,12 +77,15 @@ def training_line(training: Mapping[str, Any]) -> str:
 
 
 def _data_line(data: Mapping[str, Any]) -> str:
-    """data: {"rows", "skipped", "dropped", "shortened", "held_out_skipped"?}, rows counted each time that they are looked
-    at."""
+    """data: {"rows", "skipped", "dropped", "shortened", "rewritten"?, "held_out_skipped"?}, rows counted each time that
+    they are looked at."""
     shortened = data.get("shortened", {}).get("samples", 0)
     counts = {"skipped as bad": data.get("skipped"), "dropped as too long": data.get("dropped"), "shortened": shortened}
     told = [f"{count:,} {what}" for what, count in counts.items() if count]
     line = f"\nof {data['rows']:,} rows looked at {', '.join(told)}; see left_out.jsonl" if told else ""
+    if data.get("rewritten"):
+        rows = f"{data['rewritten']:,} of {data['rows']:,} rows"
+        line += f"\nthe chat template left out or changed words of answers in {rows}"
     held_out = data.get("held_out_skipped")
     return line + (f"\n{held_out:,} held-out rows skipped as bad; see left_out.jsonl" if held_out else "")
 

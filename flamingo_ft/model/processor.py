@@ -19,6 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
 
+from .chat_template import answer_template
 from .image_source import read_image
 from .images import to_rgb
 from .special_text import protect, tokenize
@@ -94,16 +95,18 @@ class FlamingoProcessor(ProcessorMixin):
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
         image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword arguments go to
-        the tokenizer. Special tokens that stand-ins stand for (`special_text`), as `apply_chat_template` writes them,
-        are text. Raises UserError when images and markers do not match, when a marker is lost to truncation, and for
-        an image that cannot be read.
+        the tokenizer. It adds no special tokens to texts that begin with one, as chat templates write them and training
+        reads them. Special tokens that stand-ins stand for (`special_text`), as `apply_chat_template` writes them, are
+        text. Raises UserError when images and markers do not match, when a marker is lost to truncation, and for an
+        image that cannot be read.
         """
         if text is None:
             raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")
         texts = [text] if isinstance(text, str) else list(text)
         nested = deal_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
-        data = tokenize(self.tokenizer, texts, **_text_arguments(kwargs))
+        arguments = {"add_special_tokens": not _are_complete(self.tokenizer, texts), **_text_arguments(kwargs)}
+        data = tokenize(self.tokenizer, texts, **arguments)
         self._check_media_tokens(data["input_ids"], [len(row) for row in nested])
         if any(nested):
             data["pixel_values"] = self.pixel_values(nested)
@@ -131,6 +134,7 @@ class FlamingoProcessor(ProcessorMixin):
 
         Images inside the blocks are processed along when ``tokenize=True``. A special token typed inside a text block
         stays text; in text that is returned, a stand-in marks it for the processor (``special_text.restore`` shows it).
+        The prompt for an answer (``add_generation_prompt``) is what stood before answers in training.
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
@@ -138,8 +142,25 @@ class FlamingoProcessor(ProcessorMixin):
         if kwargs.get("tokenize"):  # the template has written all special tokens, the text's first one too
             found = {"images": images[0] if single else images} if any(images) else {}
             kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {}), **found}
+        if not args and kwargs.get("chat_template") is None:
+            kwargs["chat_template"] = self.answer_template
         texts = [[flatten(message, self.tokenizer) for message in messages] for messages in conversations]
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
+        """As the tokenizer's; without special tokens it is an answer for people, with no white space around it."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        return _stripped(text) if skip_special_tokens else text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """The same for several sequences."""
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        return _stripped(texts) if skip_special_tokens else texts
+
+    @property
+    def answer_template(self) -> str:
+        """The chat template, corrected where its prompt for an answer is not how it writes answers."""
+        return answer_template(self.tokenizer, self.chat_template).text
 
 
 def flatten(message: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -221,6 +242,16 @@ def chunk_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its first token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _stripped(text: str | list[str]) -> str | list[str]:
+    return text.strip() if isinstance(text, str) else [each.strip() for each in text]
+
+
+def _are_complete(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:
+    """Whether all texts begin with a special token of the language model's own: then they have all they need."""
+    own = tuple(token for token in tokenizer.all_special_tokens if token not in (MEDIA_TOKEN, EOC_TOKEN))
+    return bool(own) and all(text.startswith(own) for text in texts)
 
 
 def _text_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from flamingo_ft.evaluation.answer_lengths import AnswerLengths
 
 from .numbers import Distribution
 from .rows import Problem, Seen
+from .text_form import TextForm
 
 MADE_BY = "flamingo-ft check"
 
@@ -20,6 +21,7 @@ class Part:
     samples: rows that can be used. dropped: those that the policy for long samples drops. bad: those with problems.
     unread: columns of text, and keys of messages, that the schema does not read, and in how many rows.
     conversions: how many images and videos the reader changed in which way, by the names of `images.CONVERSIONS`.
+    rewritten: samples with an answer that the chat template does not write in full.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Part:
     label_tokens: int = 0
     unread: dict[str, int] = field(default_factory=dict)
     conversions: dict[str, int] = field(default_factory=dict)
+    rewritten: int = 0
 
     def add(self, seen: Seen) -> None:
         self.rows += 1
@@ -53,6 +56,7 @@ class Part:
         self.label_tokens += seen.label_tokens
         for name, count in seen.conversions.items():
             self.conversions[name] = self.conversions.get(name, 0) + count
+        self.rewritten += seen.rewritten
 
 
 @dataclass
@@ -126,6 +130,7 @@ class Findings:
 
     problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all).
     answers: reference answers of the samples that evaluation uses.
+    text_form: how dialogues are written.
     """
 
     recipe: str
@@ -139,6 +144,7 @@ class Findings:
     first_problems: list[Problem]
     answers: AnswerLengths
     length: Length
+    text_form: TextForm | None = None
 
     @property
     def bad(self) -> int:
@@ -166,10 +172,21 @@ class Findings:
     @property
     def warnings(self) -> list[str]:
         """What a run on this data would do that its user hardly wants, a line each."""
-        return [line for line in (self.answers.warning,) if line]
+        lines = [self.answers.warning, self.text_form.warning if self.text_form else None]
+        if rewritten := sum(part.rewritten for part in self.parts):
+            lines.append(
+                f"the chat template leaves out or changes words of answers in {rewritten:,} samples (many leave out the "
+                "reasoning of earlier answers); to train on every word, set data.template to flamingo"
+            )
+        return [line for line in lines if line]
+
+    @property
+    def text_lines(self) -> list[str]:
+        """How dialogues are written, in words."""
+        return self.text_form.lines if self.text_form else []
 
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         verdict = {"usable": self.objection is None, "objection": self.objection}
-        verdict |= {"warnings": self.warnings, "training": self.length.line}
+        verdict |= {"warnings": self.warnings, "training": self.length.line, "text_lines": self.text_lines}
         return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self)}

@@ -53,9 +53,9 @@ class Seen:
     """What became of a row. file, row: where it stands.
 
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
-    dropped: by the recipe. losses, answers: see `Text`. content: digest of the sample. pictures: digests of its images
-    and videos. unread: see `Sample`. conversions: of how many of them the reader changed what, by the names of
-    `images.CONVERSIONS`.
+    dropped: by the recipe. losses, answers: see `Text`. rewritten: an answer is not written in full. content: digest of
+    the sample. pictures: digests of its images and videos. unread: see `Sample`. conversions: of how many of them the
+    reader changed what, by the names of `images.CONVERSIONS`.
     """
 
     part: int
@@ -70,6 +70,7 @@ class Seen:
     dropped: bool = False
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
     answers: tuple[int, ...] = ()
+    rewritten: bool = False
     content: int = 0
     pictures: list[int] = field(default_factory=list)
     unread: tuple[str, ...] = ()
@@ -118,6 +119,7 @@ class Looking(Dataset):
             text_tokens=longest.text_tokens,
             label_tokens=sum(label != IGNORED for label in longest.labels),
             losses=text.losses,
+            rewritten=text.encoded.rewritten,
             answers=text.answers,
             unread=sample.unread,
             content=sample_digest(sample, [picture.digest for picture in pictures]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from flamingo_ft.config import Recipe
@@ -11,7 +12,7 @@ from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.data.templates import apply_template
 from flamingo_ft.progress import progress_bars
-from flamingo_ft.training.backbone_files import backbone_files, text_limit
+from flamingo_ft.training.backbone_files import backbone_files, own_ends, text_limit
 from flamingo_ft.training.schedule import samples_per_epoch, steps_per_epoch, with_max_steps
 
 from .account import Account
@@ -23,6 +24,7 @@ from .page import write_page
 from .preview import first_samples
 from .problems import ProblemList
 from .rows import Looking, look
+from .text_form import text_form
 
 PROBLEMS_FILE = "problems.jsonl"
 
@@ -43,7 +45,8 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
         mixture = [*data.train, *data.held_out]
         account = Account(data, recipe.eval, encoding.limit, ProblemList(new / PROBLEMS_FILE))
         _look_at_all(mixture, encoding, account, recipe.train.num_workers)
-        findings = account.findings(name, _length(recipe, data))
+        form = text_form(processor, own_ends(recipe.model))
+        findings = replace(account.findings(name, _length(recipe, data)), text_form=form)
         (new / RECORD_FILE).write_text(json.dumps(findings.record(), indent=2) + "\n", encoding="utf-8")
         shown = [first_samples(part, mixed, encoding, recipe.data.video_frames) for part, mixed in enumerate(mixture)]
         write_page(new, findings, account.problems, shown, save_figures(findings, new))
