@@ -8,6 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from flamingo_ft.model.images import CONVERSIONS
+
 _OF_A_SAMPLE = {
     "turns": "turns",
     "images": "images and videos",
@@ -19,17 +21,24 @@ _OF_A_SAMPLE = {
 def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
     """What to print of the record of `Findings` (training/check/findings.py)."""
     yield from source_lines(record["parts"])
+    yield from record["text_lines"]
     yield source_table(record["parts"])
+    if any(part["conversions"] for part in record["parts"]):
+        yield conversion_table(record["parts"])
     yield sample_table(record["distributions"])
     if record["too_long"]["samples"]:
         yield policy_table(record["too_long"])
     yield from repeat_lines(record["repeats"])
+    yield record["training"]
 
 
 def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the sources are called in the table below."""
     for number, part in enumerate(parts, start=1):
         yield f"source {number}: {part['name']} ({part['split']}, schema {part['format']})"
+        if part["unread"]:
+            names = ", ".join(f"{name} ({rows:,} rows)" for name, rows in part["unread"].items())
+            yield f"source {number}: columns of text that the schema does not read: {names}"
 
 
 def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:
@@ -41,6 +50,20 @@ def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:
     for number, part in enumerate(parts, start=1):
         share = part["label_tokens"] / part["text_tokens"] if part["text_tokens"] else None
         table.add_row(str(number), *(f"{part[column]:,}" for column in columns), _percent(share))
+    return table
+
+
+def conversion_table(parts: Sequence[Mapping[str, Any]]) -> Table:
+    """How many images of each source are not stored as upright 8-bit RGB, and what becomes of them."""
+    table = _table("images and videos converted to upright 8-bit RGB, by source")
+    table.add_column("conversion")
+    for number in range(1, len(parts) + 1):
+        table.add_column(str(number), justify="right")
+    table.add_column("what is done")
+    for name, done in CONVERSIONS.items():
+        counts = [part["conversions"].get(name, 0) for part in parts]
+        if any(counts):
+            table.add_row(name, *(f"{count:,}" for count in counts), done)
     return table
 
 

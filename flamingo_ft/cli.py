@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
+from flamingo_ft.recipes_cli import recipes_app
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
@@ -34,7 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipes_app = typer.Typer(help="List the packaged recipes, or copy one to edit it.")
 app.add_typer(recipes_app, name="recipes")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")]
@@ -65,7 +65,8 @@ def train(
         bool, typer.Option("--overwrite", help="Move an earlier run in train.output_dir aside.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with this run from its last checkpoint, if there is one.")
+        bool,
+        typer.Option("--resume", help="Resume this run from its last checkpoint; with more steps or epochs, extend it."),
     ] = False,
 ) -> None:
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
@@ -143,15 +144,24 @@ def check(
 @app.command("eval")
 def evaluate(
     adapter: Adapter,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Values of data.eval and eval to change: eval.max_samples=100."),
+    ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Other samples to judge by.", exists=True, dir_okay=False),
+        typer.Option(
+            metavar="FILE",
+            help="Other samples, as data.eval.0 of the recipe: data.eval.0.image_root=photos is their image folder.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
 ) -> None:
-    """Measure an adapter's accuracy on held-out samples."""
+    """Measure accuracy on held-out samples, of a run's adapter, a converted one or a merged model."""
     from flamingo_ft.evaluation import run
 
-    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data)))
+    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data), overrides or (), _say))
 
 
 @app.command()
@@ -175,11 +185,26 @@ def serve(
     model: Adapter,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
     port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+    allowed_media: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder whose image files requests may name (file:///...); by default none.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    image_urls: Annotated[
+        Literal["public", "any", "none"],
+        typer.Option(help="Fetch images from http(s) URLs: not from private networks, from anywhere, or not at all."),
+    ] = "public",
+    max_body_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Largest request in MiB.")] = 64,
 ) -> None:
-    """Serve a model over an OpenAI-style HTTP API, until interrupted."""
+    """Serve a model over an OpenAI-compatible HTTP API, until interrupted."""
     from flamingo_ft.inference import serve
 
-    serve.serve(model, host, port)
+    options = {"allowed_media": allowed_media, "image_urls": image_urls, "max_body_mib": max_body_mib}
+    serve.serve(model, host, port, **options)
 
 
 @app.command()
@@ -285,40 +310,19 @@ def push(
     typer.echo(f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else ""))
 
 
-@recipes_app.callback(invoke_without_command=True)
-def _recipes(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        _list_recipes()
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """Print versions, hardware and missing extras for a bug report; nothing private is in it."""
+    import json
 
+    from flamingo_ft.environment import report
 
-@recipes_app.command("copy")
-def copy_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A packaged recipe's name.")],
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to.")] = Path("."),
-) -> None:
-    """Copy a packaged recipe and its data, to edit it."""
-    from flamingo_ft import recipe_library
-
-    for path in recipe_library.copy_recipe(name, folder):
-        typer.echo(path)
+    record = report.environment()
+    typer.echo(json.dumps(record, indent=2) if as_json else report.as_text(record))
 
 
 def _say(line: str) -> None:
     typer.echo(line, err=True)
-
-
-def _list_recipes() -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from flamingo_ft.recipe_library import packaged_recipes, summary
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe")
-    table.add_column("what it does")
-    for name, path in packaged_recipes().items():
-        table.add_row(name, summary(path))
-    Console().print(table)
 
 
 def _tell_sources(data: OpenedData) -> None:
@@ -326,15 +330,20 @@ def _tell_sources(data: OpenedData) -> None:
         for mixed in mixture:
             rows = f"{mixed.size:,} rows" if mixed.source.indexed else "streamed"
             typer.echo(f"{mixed.source.name} ({part}): {rows} of schema {mixed.source.format}", err=True)
+            if mixed.source.unread:
+                unread = ", ".join(mixed.source.unread)
+                typer.echo(f"{mixed.source.name}: columns of text that the schema does not read: {unread}", err=True)
 
 
 def _print_metrics(metrics: dict) -> None:
     from rich.console import Console
 
-    from flamingo_ft.report_table import accuracy_table, training_line
+    from flamingo_ft.report_table import accuracy_table, evaluation_lines, training_line
 
     if metrics.get("eval"):
         Console().print(accuracy_table(metrics["eval"]))
+        for line in evaluation_lines(metrics["eval"]):
+            typer.echo(line)
     if metrics.get("train"):
         typer.echo(training_line(metrics["train"]))
 
@@ -363,6 +372,8 @@ def _print_findings(record: dict, as_json: bool, folder: Path) -> None:
     kind = "error" if record["on_bad_sample"] == "error" else "skipped"
     for line in problem_lines(record):
         print(f"{kind}: {line}", file=sys.stderr)
+    for line in record["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
     if as_json:
         typer.echo(json.dumps(record, indent=2))
         return

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import difflib
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.missing import nearest_path
+
+SCHEMA_FILE = "recipe.schema.json"
+"""The JSON schema of a recipe, which editors read: beside the packaged recipes, and beside a copy."""
 
 
 def library_folder() -> Path:
@@ -62,16 +66,17 @@ def summary(recipe: Path) -> str:
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:
-    """Copy a packaged recipe, and the folders of its data, into `folder`.
+    """Copy a packaged recipe, the folders of its data, and the JSON schema that editors use, into `folder`.
 
-    Data of another recipe that was copied there before is left as it is. Returns what was written. Raises UserError for
-    an unknown name and when anything else is there already.
+    A schema that is there already stays, and so does data of another recipe that was copied there before. Returns what
+    was written. Raises UserError for an unknown name and when anything else is there already.
     """
     known = packaged_recipes()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1) or sorted(known)
-        raise UserError(f"recipe {name}: no packaged recipe of this name; known: {', '.join(near)}")
+    _refuse_unknown(name, known)
     copies = {source: folder / source.name for source in (known[name], *_data_folders(known[name]))}
+    schema = known[name].with_name(SCHEMA_FILE)
+    if schema.is_file() and not (folder / SCHEMA_FILE).exists():
+        copies[schema] = folder / SCHEMA_FILE
     wanted = {source: target for source, target in copies.items() if not _is_copy(source, target)}
     for target in wanted.values():
         if target.exists():
@@ -80,6 +85,19 @@ def copy_recipe(name: str, folder: Path) -> list[Path]:
     for source, target in wanted.items():
         shutil.copytree(source, target) if source.is_dir() else shutil.copyfile(source, target)
     return list(wanted.values())
+
+
+def recipe_text(name: str) -> str:
+    """The text of a packaged recipe. UserError for an unknown name."""
+    known = packaged_recipes()
+    _refuse_unknown(name, known)
+    return known[name].read_text(encoding="utf-8")
+
+
+def _refuse_unknown(name: str, known: Collection[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1) or sorted(known)
+        raise UserError(f"recipe {name}: no packaged recipe of this name; known: {', '.join(near)}")
 
 
 def _data_folders(recipe: Path) -> list[Path]:

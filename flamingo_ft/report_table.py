@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
 
+MOST_CLASSES = 5  # that a line holds
 _ACCURACIES = (  # column, key in a task's results, key in the results over all tasks
+    ("majority", "majority", "accuracy_majority"),
     ("before", "before", "accuracy_before"),
     ("after", "accuracy", "accuracy"),
     ("with another image", "shuffled_images", "accuracy_shuffled_images"),
@@ -17,16 +19,16 @@ _ACCURACIES = (  # column, key in a task's results, key in the results over all 
 def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
     """One row per task and one over all of them; a column for everything that was measured.
 
-    evaluation: {"accuracy", "accuracy_before"?, "accuracy_shuffled_images"?, "per_task":
-        {task: {"accuracy", "samples", "before"?, "shuffled_images"?}}}, accuracies in 0..1.
+    evaluation: {"accuracy", "accuracy_before"?, "accuracy_shuffled_images"?, "accuracy_majority"?, "per_task":
+        {task: {"accuracy", "samples", "before"?, "shuffled_images"?, "majority"?}}}, accuracies in 0..1.
     """
     tasks = evaluation["per_task"]
     measured = [column for column in _ACCURACIES if evaluation.get(column[2]) is not None]
-    only_after = [name for name, *_ in measured] == ["after"]
+    only_after = not any(name in ("before", "with another image") for name, *_ in measured)
 
     table = Table(title="accuracy on held-out samples", title_justify="left")
     table.add_column("task")
-    headers = ["accuracy" if only_after else name for name, *_ in measured]
+    headers = ["accuracy" if only_after and name == "after" else name for name, *_ in measured]
     for header in ["samples", *headers]:
         table.add_column(header, justify="right")
     for name, task in tasks.items():
@@ -35,6 +37,20 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
     total = sum(task["samples"] for task in tasks.values())
     table.add_row("all", f"{total:,}", *(_percent(evaluation[key]) for _, _, key in measured))
     return table
+
+
+def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """What to say below the table: tasks of few classes one by one, tasks that exact match does not suit, the verdict."""
+    for name, task in evaluation["per_task"].items():
+        classes = task.get("classes") or {}
+        if 2 <= len(classes) <= MOST_CLASSES:
+            shares = (f"{label!r} {_percent(one['accuracy'])} of {one['samples']:,}" for label, one in classes.items())
+            yield f"{name}: {', '.join(shares)}"
+    free = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
+    if free:
+        yield f"{', '.join(free)}: free text scored by exact match, which counts a right answer in other words as wrong"
+    if evaluation.get("verdict"):
+        yield f"verdict: {evaluation['verdict']}"
 
 
 def merge_table(report: Mapping[str, Any]) -> Table:
@@ -61,12 +77,15 @@ def training_line(training: Mapping[str, Any]) -> str:
 
 
 def _data_line(data: Mapping[str, Any]) -> str:
-    """data: {"rows", "skipped", "dropped", "shortened", "held_out_skipped"?}, rows counted each time that they are looked
-    at."""
+    """data: {"rows", "skipped", "dropped", "shortened", "rewritten"?, "held_out_skipped"?}, rows counted each time that
+    they are looked at."""
     shortened = data.get("shortened", {}).get("samples", 0)
     counts = {"skipped as bad": data.get("skipped"), "dropped as too long": data.get("dropped"), "shortened": shortened}
     told = [f"{count:,} {what}" for what, count in counts.items() if count]
     line = f"\nof {data['rows']:,} rows looked at {', '.join(told)}; see left_out.jsonl" if told else ""
+    if data.get("rewritten"):
+        rows = f"{data['rewritten']:,} of {data['rows']:,} rows"
+        line += f"\nthe chat template left out or changed words of answers in {rows}"
     held_out = data.get("held_out_skipped")
     return line + (f"\n{held_out:,} held-out rows skipped as bad; see left_out.jsonl" if held_out else "")
 

@@ -30,9 +30,12 @@ ORDER = (
     "evaluation",
     "publish",
     "training",
+    "environment",
     "report_table",
     "plan_table",
     "check_table",
+    "key_list",
+    "recipes_cli",
     "cli",
     "__main__",
 )

@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_adapter(here, capsys):
 
 
 def test_a_folder_that_is_no_run(here, capsys):
-    assert "not the folder of a run" in refused(capsys, "eval", ".")
+    assert "no adapter and no merged model" in refused(capsys, "eval", ".")
 
 
 def test_evaluation_without_samples(trained, capsys, monkeypatch):

@@ -274,7 +274,7 @@ WRONG_LINES = [
     ("  max_steps: 10", "  max_steps: 1.5", "9: train.max_steps: found 1.5; want a whole number"),
     ("  max_steps: 10", "  max_steps: true", "9: train.max_steps: found true; want a whole number"),
     ("  max_steps: 10", "  max_steps: 0", "9: train.max_steps: found 0; want 1 or more"),
-    ("  max_steps: 10", "  max_steps:", "9: train.max_steps: found null; want a whole number"),
+    ("  max_steps: 10", "  max_steps:", "9: train.max_steps: missing; add it, or train.epochs in its place"),
     ("  max_steps: 10", "  max_steps: [1]", "9: train.max_steps: found a list; want a whole number"),
     ("  max_steps: 10\n", "", "7: train.max_steps: missing; add it"),
     ("    - path: train.jsonl", "    - image_root: x", "6: data.train.0: found neither path nor hub; give one of them"),
@@ -388,6 +388,32 @@ EXCLUSIVE = {
 def test_wishes_for_data_that_exclude_each_other_are_refused_in_one_line(folder, overrides):
     message = refusal(write(folder), *overrides)
     assert EXCLUSIVE[overrides] in message and "\n" not in message
+
+
+LENGTHS = {
+    ("train={output_dir: x, max_steps: 3, epochs: 2}",): "train.epochs: got 2 beside max_steps 3; remove one of them",
+    ("train.epochs=2", "train.max_steps=3"): "train.epochs: got 2 beside max_steps 3; remove one of them",
+    ("train.epochs=0",): "train.epochs: found 0; want more than 0",
+    ("train.epochs=2", "data.train.0.streaming=true"): "train.epochs: a streamed source has no known length",
+    ("train.warmup_ratio=1",): "train.warmup_ratio: ",
+    ("train.warmup_ratio=0.1", "train.warmup_steps=3"): "train.warmup_ratio: got 0.1 beside warmup_steps 3; remove one",
+    ("train={output_dir: x}",): "train.max_steps: missing; add it, or train.epochs in its place",
+}
+
+
+@pytest.mark.parametrize("overrides", LENGTHS, ids=" ".join)
+def test_the_length_of_a_run_is_given_once_and_of_a_stream_in_steps(folder, overrides):
+    message = refusal(write(folder), *overrides)
+    assert LENGTHS[overrides] in message and "\n" not in message
+
+
+def test_an_override_in_epochs_replaces_the_steps_of_the_file_and_the_other_way_round(folder):
+    recipe = load_recipe(write(folder), ["train.epochs=1.5", "train.warmup_ratio=0.1"])
+    assert (recipe.train.epochs, recipe.train.max_steps, recipe.train.warmup_steps) == (1.5, None, 0)
+    in_epochs = write(folder, MINIMAL.replace("max_steps: 10", "epochs: 3\n  warmup_ratio: 0.1"))
+    recipe = load_recipe(in_epochs, ["train.max_steps=7", "train.warmup_steps=2"])
+    assert (recipe.train.epochs, recipe.train.max_steps, recipe.train.warmup_ratio) == (None, 7, None)
+    assert load_recipe(in_epochs, ["train.seed=1"]).train.epochs == 3
 
 
 def test_a_data_path_may_be_a_folder_or_a_pattern_of_files_that_is_there(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from flamingo_ft.data.encode import end_token_id
 from flamingo_ft.errors import UserError
@@ -28,8 +29,12 @@ def answer_greedily(model: FlamingoForConditionalGeneration, processor: Flamingo
 
 def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:
     """The tokens that end an answer: the language model's own, the chat template's, and the end of a chunk."""
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
+    return stopping_ids(processor, model.generation_config.eos_token_id)
+
+
+def stopping_ids(processor: FlamingoProcessor, own: int | Sequence[int] | None) -> list[int]:
+    """The same before there is a model. own: the end tokens of its generation configuration."""
+    own = [own] if own is None or isinstance(own, int) else own
     end_of_chunk = processor.tokenizer.convert_tokens_to_ids(EOC_TOKEN)
     return sorted({token for token in (*own, _end_in_template(processor), end_of_chunk) if token is not None})
 

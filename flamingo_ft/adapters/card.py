@@ -35,6 +35,7 @@ PART_NAMES = {
 }
 FIGURES = {"loss.png": "Loss in the course of training", "gates.png": "How far the gates are open"}
 SAMPLES = 5  # predictions that are shown
+OPTIONAL = ("before", "shuffled_images", "majority")  # what an evaluation may not have measured
 
 
 def write_card(folder: Path, metrics: Mapping[str, Any] | None = None, license: str | None = None) -> None:
@@ -55,6 +56,7 @@ def card_text(
         name=name or "this/folder",
         vision=strip_local_paths(config.backbones["vision"], BACKBONE_KEYS),
         language=strip_local_paths(config.backbones["language"], BACKBONE_KEYS),
+        licenses={"vision": None, "language": None} | (config.licenses or {}),
         config=config,
         bridge=strip_local_paths(config.bridge_init),
         contents=", ".join(_contents(folder, config)),
@@ -124,5 +126,6 @@ def _cell(text: str | None) -> str:
 
 def _complete(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     """With None for what was not measured."""
-    per_task = {task: {"before": None, "shuffled_images": None, **found} for task, found in evaluation["per_task"].items()}
-    return {"accuracy_before": None, "accuracy_shuffled_images": None, **evaluation, "per_task": per_task}
+    tasks, overall = (dict.fromkeys(f"{prefix}{name}" for name in OPTIONAL) for prefix in ("", "accuracy_"))
+    per_task = {task: {**tasks, **found} for task, found in evaluation["per_task"].items()}
+    return {**overall, "verdict": None, **evaluation, "per_task": per_task}

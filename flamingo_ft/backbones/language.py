@@ -33,6 +33,7 @@ from transformers.models.auto.modeling_auto import (
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import files_sha256, has_vocabulary
+from flamingo_ft.backbones.license import CARD, license_in
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.quantization import Quantization, settle
 from flamingo_ft.errors import UserError, one_line
@@ -47,7 +48,7 @@ NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 # What loading needs of a repository: not its subfolders, nor the weights once more in their authors' format.
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py"]
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", CARD]
 NOT_NEEDED = ["*/*", "consolidated*"]
 
 # What transformers, torch and safetensors raise for files that are missing, broken or of another kind.
@@ -69,11 +70,13 @@ class LanguageBackbone:
     source: {"name", "revision", "sha256", "quantization"}: what was asked for (a folder by its absolute path), its Hub
     commit (None for a folder), the digest of configuration, weights and tokenizer, and how its matrices are kept (None: as
     they were stored).
+    license: as its model card states it, None where it does not.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: dict
+    license: str | None = None
 
 
 def load_language(
@@ -124,6 +127,7 @@ def load_language(
             "sha256": files_sha256(folder),
             "quantization": quantization.record() if quantization else None,
         },
+        license=license_in(folder.parent if name == "nano" else folder),
     )
 
 
@@ -138,12 +142,17 @@ def _placed(
     return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **placed}
 
 
-def language_files(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a language model, which say all of it but its weights; only they are fetched."""
-    folder = language_folder(name, revision, weights=False)
+def language_files(
+    name: str, revision: str | None = None, local_files_only: bool = False
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Configuration and tokenizer of a language model, which say all of it but its weights; only they are fetched.
+
+    local_files_only: take nothing from the Hub that is not in the cache; UserError where something is missing.
+    """
+    folder = language_folder(name, revision, local_files_only, weights=False)
     config = _causal_config(folder, name, trust_remote_code=False)
     elsewhere = _tokenizer_elsewhere(folder, config)
-    words = language_folder(elsewhere, None, weights=False) if elsewhere else folder
+    words = language_folder(elsewhere, None, local_files_only, weights=False) if elsewhere else folder
     return config, _load(AutoTokenizer, words, elsewhere or name)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import open_clip
 from open_clip.pretrained import download_pretrained_from_hf
 
+from flamingo_ft.backbones.license import license_in, license_on_hub
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.hub.errors import told
 from flamingo_ft.hub.missing import missing
@@ -31,6 +32,14 @@ class Located:
     has_weights: bool = True
     preprocess: dict = field(default_factory=dict)
     revision: str | None = None
+    repository: str | None = None
+    folder: Path | None = None
+
+    def license(self) -> str | None:
+        """As the model card states it, in its folder or its repository on the Hub."""
+        if self.folder is not None:
+            return license_in(self.folder.parent if self.folder == NANO_FOLDER else self.folder)
+        return None if self.repository is None else license_on_hub(self.repository, self.revision)
 
 
 def is_architecture(name: str) -> bool:
@@ -102,7 +111,7 @@ def _locate_architecture(name: str, pretrained: str | None, revision: str | None
         repository, file = os.path.split(tag["hf_hub"])
         weights = _download(repository, file or None, revision)
         model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
-        return Located(name, _tower_config(model_cfg), str(weights), True, tag, commit_of(weights))
+        return Located(name, _tower_config(model_cfg), str(weights), True, tag, commit_of(weights), repository)
     _refuse_unknown_tag(name, pretrained)
     return Located(name, _tower_config(model_cfg), str(local_weights(pretrained)))
 
@@ -127,7 +136,7 @@ def _refuse_unknown_tag(name: str, pretrained: str) -> None:
 def _locate_on_hub(repository: str, revision: str | None) -> Located:
     config_file = _download(repository, CONFIG_FILE, revision)
     _download(repository, None, commit_of(config_file))
-    return _locate_folder(config_file.parent, commit_of(config_file))
+    return replace(_locate_folder(config_file.parent, commit_of(config_file)), repository=repository, folder=None)
 
 
 def _locate_folder(folder: Path, revision: str | None = None, name: str | None = None) -> Located:
@@ -140,7 +149,7 @@ def _locate_folder(folder: Path, revision: str | None = None, name: str | None =
     config, preprocess = _read_config(file)
     if not any(entry.suffix in WEIGHT_SUFFIXES for entry in folder.iterdir()):
         raise UserError(f"{folder} holds no weights; add open_clip_model.safetensors")
-    return Located(f"local-dir:{folder}", config, preprocess=preprocess, revision=revision)
+    return Located(f"local-dir:{folder}", config, preprocess=preprocess, revision=revision, folder=folder)
 
 
 def _read_config(file: Path) -> tuple[dict, dict]:

@@ -44,6 +44,7 @@ class VisionBackbone:
     width: D, the width of its spatial tokens.
     source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, folders and files by their absolute
         paths; the digest is of the tower's tensors before they were brought to another image size or quantized.
+    license: as its model card states it, None where it does not.
     """
 
     visual: nn.Module
@@ -51,6 +52,7 @@ class VisionBackbone:
     preprocess: dict
     width: int
     source: dict
+    license: str | None = None
 
 
 def load_vision(
@@ -108,6 +110,7 @@ def load_vision(
             quantization=quantization.record() if quantization else None,
             image_size=image_size,
         ),
+        license=located.license(),
     )
 
 

@@ -1,4 +1,4 @@
-"""The ``data`` section of a recipe: where samples come from and what is made of them."""
+"""The ``data`` section of a recipe: where samples come from and how they are prepared."""
 
 from __future__ import annotations
 
@@ -28,94 +28,109 @@ DataFormat = Literal[
 
 
 class DataSource(Section):
-    """Samples with their images: files, a folder of images, or a dataset on the Hub."""
+    """One source of samples: data files, a folder of images, or a dataset on the Hugging Face Hub."""
 
     path: InputPath | None = None
-    """File of samples (JSON, JSONL, CSV, TSV, Parquet, Arrow, a tar of a WebDataset), a pattern of such files
-    (`shards/*.tar`), or a folder of images; relative to the recipe file, in an override to the current directory."""
+    """Data file (JSON, JSONL, CSV, TSV, Parquet, Arrow or a WebDataset tar), a pattern that matches several
+    (`shards/*.tar`), or a folder of images. Relative to the recipe file; in an override, to the current directory. Set
+    either path or hub."""
     hub: str | None = None
-    """A dataset on the Hugging Face Hub, org/name, in place of a path."""
+    """Dataset on the Hugging Face Hub, as org/name. Set either path or hub."""
     config: str | None = None
-    """Configuration of the dataset on the Hub."""
+    """Configuration (subset) of the Hub dataset. null: its default."""
     split: str = "train"
-    """Split of the dataset on the Hub."""
+    """Split of the Hub dataset, or of a dataset folder, to read."""
     revision: str | None = None
-    """Branch, tag or commit of the dataset on the Hub. null: the default branch."""
+    """Branch, tag or commit of the Hub dataset. null: its default branch. Set a commit to keep a run reproducible."""
     streaming: bool = False
-    """Read the rows in order, as they are needed, in constant memory; shuffled only within data.shuffle_buffer."""
+    """Read rows in file order as they are needed, in constant memory, for data too large to index. Rows are shuffled
+    only within data.shuffle_buffer, and the run length must be given as train.max_steps."""
     format: DataFormat = "auto"
-    """Schema of the samples. auto: recognised from the columns of the first row."""
+    """Schema of the rows. auto: recognised from the columns of the first row; a row is then rejected if a column that
+    looks like part of the task (question, answer, label, choices, ...) would not be read. With a schema named here, other
+    columns are left out; `check` and `train` list those with text."""
     columns: Annotated[dict[str, str], LAX] = {}
-    """Where a schema's fields stand: {answer: label, image: photo_path}. Fields not named are under their own names."""
+    """Maps field names of the schema to column names of the file, for example {answer: label, image: photo_path}.
+    Fields that are not listed are read from the column of the same name, in upper or lower case."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often a row of this source is shown, relative to the rows of the other sources. Where any source is streamed:
-    this source's share of the rows shown, relative to the other sources."""
+    """How often each row of this source is drawn, relative to rows of the other sources: with weight 2, twice per
+    epoch. If any source is streamed, row counts are unknown and the weight is the source's relative share of all
+    draws."""
     limit: Count | None = None
-    """Only the first so many rows. null: all."""
+    """Use only the first N rows of the source. null: all rows."""
     image_root: InputPath | None = None
-    """Folder that the samples' image paths start from and must stay in; relative to the recipe file, in an override to the
-    current directory. null: the folder of `path`."""
+    """Folder that image paths in the rows are relative to; images outside it are refused. Relative to the recipe file; in
+    an override, to the current directory. null: the folder that contains path."""
 
 
 class AugmentationSection(Section):
-    """Random changes to training images, drawn anew each time that an image is shown."""
+    """Random augmentation of training images, drawn anew every time an image is used."""
 
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Smallest share of the image's area that a random crop keeps. 1: no crop."""
+    """Smallest fraction of the image area that a random crop may keep. 1: no cropping."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Chance of a left-right flip. Not for images with text or with sides that matter."""
+    """Probability of a left-right flip. Leave it at 0 for text in images, or if left and right matter."""
     color: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
+    """Maximum relative change of brightness, contrast and saturation: 0.2 is up to 20 percent. 0: no change."""
 
 
 class CacheSection(Section):
-    """The frozen tower's tokens of every image, kept on disk, so that each image is encoded once."""
+    """A cache on disk of the frozen vision tower's output for each image, so that each image is encoded only once."""
 
     folder: SharedPath
-    """Folder of the cache, relative to the current directory. Several runs may share it."""
+    """Cache folder, relative to the current directory. Several runs may share it."""
     dtype: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Number format that tokens are rounded to, stored or fresh."""
+    """dtype of the cached features. Freshly computed features are rounded to it as well, so that a run gives the same
+    result with a cold and a warm cache."""
     max_gib: Annotated[float, Field(gt=0)] | None = None
-    """Size that the folder is not filled beyond, in GiB. null: no limit."""
+    """Maximum size of the cache folder in GiB; images beyond it are encoded every time. null: no limit."""
 
 
 class DataSection(Section):
-    """What is learned from, and what is never trained on."""
+    """Training and evaluation data, and how samples are turned into batches."""
 
     train: Annotated[tuple[DataSource, ...], LAX, Field(min_length=1)]
-    """Sources of the training samples."""
+    """Sources of training samples."""
     eval: Annotated[tuple[DataSource, ...], LAX] = ()
-    """Sources of the held-out samples. Empty: none but those of `eval_fraction`."""
+    """Sources of held-out samples for evaluation. Empty: only what eval_fraction holds out, if set."""
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of each source's rows that is held out instead of trained on; rows with the same images, in whichever source,
-    stay together."""
+    """Fraction of each training source to hold out for evaluation. Rows that share an image, in any source, are kept
+    on the same side. null: hold out nothing."""
     template: Literal["auto", "chat", "flamingo"] = "auto"
-    """How a dialogue is written as text: the language model's chat template (chat), Flamingo's own form (flamingo).
-    auto: the first where there is one."""
+    """How a dialogue becomes text: with the language model's own chat template (chat), or in Flamingo's plain format
+    (flamingo). auto: chat if the model has a template, else flamingo."""
     system_prompt: str | None = None
-    """Put before every dialogue that has no system message of its own, in training and afterwards."""
+    """System message for every dialogue that has none of its own, in training and at inference. It is stored with the
+    adapter."""
     max_text_tokens: Count | None = None
-    """Longest sample in text tokens. null: the language model's context."""
+    """Maximum length of a sample in text tokens; data.too_long handles longer ones. Lower values save memory. null:
+    the language model's context length."""
     too_long: Literal["error", "drop_sample", "drop_turns", "truncate_text"] = "error"
-    """What becomes of a longer one: drop_turns takes away its last turns, truncate_text its last words."""
+    """What to do with samples longer than data.max_text_tokens: stop with an error, leave the sample out
+    (drop_sample), drop its last turns (drop_turns), or cut off its end (truncate_text). `flamingo-ft check` shows
+    what each one costs."""
     on_bad_sample: Literal["error", "skip"] = "error"
-    """What becomes of a sample that cannot be used: end the run, or leave it out and tell in the end."""
+    """What to do with a sample that cannot be used, such as a malformed row or an unreadable image: stop the run
+    (error), or skip it and list it in left_out.jsonl (skip)."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """Share of samples left out above which a run that skips them ends all the same."""
+    """With on_bad_sample skip, the fraction of bad samples above which the run stops anyway."""
     allow_urls: bool = False
-    """Fetch images whose path is a URL."""
+    """Whether images may be downloaded when a row gives a URL. Off by default, because training then depends on the
+    network."""
     video_frames: Count = 8
-    """Frames taken from a video, evenly spaced."""
+    """Number of evenly spaced frames sampled from each video."""
     shuffle_buffer: Count = 1000
-    """Rows of a streamed source among which the next one is drawn."""
+    """Number of rows of a streamed source held in memory, among which the next row is drawn at random. Larger shuffles
+    better and takes more memory."""
     group_by_length: bool = False
-    """Put samples of like length into a batch: less padding."""
+    """Batch samples of similar length together, which reduces padding."""
     packing: bool = False
-    """Lay several samples end to end in one row of max_text_tokens, each blind to the others."""
+    """Concatenate several samples into one row of max_text_tokens tokens, without attention between them. Saves time
+    when samples are much shorter than max_text_tokens."""
     augmentation: AugmentationSection | None = None
-    """Random changes to training images. null: none."""
+    """Random augmentation of training images. null: none."""
     cache: CacheSection | None = None
-    """Keep the frozen tower's tokens on disk. null: encode every image each time."""
+    """Cache of the vision tower's features on disk. null: encode every image every time."""
 
 
 def contradictions_of_data(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

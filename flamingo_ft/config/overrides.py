@@ -10,6 +10,12 @@ from typing import Any
 from flamingo_ft.config.document import Location, parse
 from flamingo_ft.errors import UserError
 
+# Keys that set the same thing in different units; a recipe has at most one of each pair.
+ALTERNATIVES: tuple[tuple[Location, Location], ...] = (
+    (("train", "max_steps"), ("train", "epochs")),
+    (("train", "warmup_steps"), ("train", "warmup_ratio")),
+)
+
 
 @dataclass(frozen=True)
 class Override:
@@ -36,10 +42,14 @@ def parse_override(text: str) -> Override:
 
 
 def apply_overrides(values: Any, overrides: Sequence[Override]) -> Any:
-    """A copy of the recipe's plain values with the overrides put in, later ones over earlier ones."""
+    """A copy of the recipe's plain values with the overrides put in, later ones over earlier ones.
+
+    An override of one of two `ALTERNATIVES` replaces the other one of the file; two overrides are left to the schema.
+    """
     values = copy.deepcopy(values)
     for override in overrides:
         _put(values, override)
+    _drop_replaced(values, overrides)
     return values
 
 
@@ -65,3 +75,13 @@ def _check_step(values: Any, step: str | int, override: Override, depth: int) ->
             )
     elif not isinstance(values, dict):
         raise UserError(f"{override.name}: {parent} is a single value and has no keys; set {parent} itself")
+
+
+def _drop_replaced(values: Any, overrides: Sequence[Override]) -> None:
+    """Remove from the file's values what an override gives in another unit: `train.epochs=3` replaces max_steps."""
+    for pair in ALTERNATIVES:
+        for given, other in (pair, pair[::-1]):
+            is_given = any(one.location == given and one.value is not None for one in overrides)
+            is_overridden = any(one.location == other[: len(one.location)] for one in overrides)
+            if is_given and not is_overridden:
+                values[other[0]].pop(other[1], None)

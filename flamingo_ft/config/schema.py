@@ -33,72 +33,80 @@ class VisionSection(Section):
     """The frozen vision tower, from OpenCLIP."""
 
     name: TowerName
-    """`nano`, an OpenCLIP architecture, `hf-hub:org/name`, or a folder in OpenCLIP's local-dir format: one that holds
-    open_clip_config.json. A folder is relative to the recipe file, in an override to the current directory; `./` before it
-    makes it a folder in any case."""
+    """`nano`, an OpenCLIP architecture, `hf-hub:org/name`, or a folder in OpenCLIP's local-dir format (it holds
+    open_clip_config.json). A folder is relative to the recipe file; in an override, to the current directory. Write `./`
+    before a folder that has the name of an architecture."""
     pretrained: WeightsName | None = None
-    """OpenCLIP's tag of the weights, or their file, relative to the recipe file, in an override to the current directory.
-    null: the name's own; random for an architecture."""
+    """OpenCLIP's tag for the pretrained weights (such as openai or laion2b_s34b_b79k), or a weights file, relative to the
+    recipe file; in an override, to the current directory. null: the weights that come with the name; an architecture name
+    alone has none and starts from random weights."""
     image_size: Count | None = None
-    """Height and width in pixels that images are brought to; the tower's position embeddings are interpolated. null:
-    the tower's own."""
+    """Height and width in pixels that images are resized to; position embeddings are interpolated to match. Larger
+    shows finer detail and takes more memory. null: the tower's own size."""
     resize_mode: Literal["shortest", "longest", "squash"] | None = None
-    """How: the shorter side fits and the rest is cropped, the longer one fits and the rest is padded, or both are made
-    to fit. null: the tower's own."""
+    """How images are resized to a square: shortest fits the shorter side and crops the rest, longest fits the longer
+    side and pads the rest, squash changes the aspect ratio. null: as the tower was trained."""
     quantization: QuantizationFormat = "none"
-    """How the tower's matrices are kept in memory: as loaded, or through bitsandbytes in 8 (int8) or 4 bits (nf4, fp4)."""
+    """Quantization of the tower's weight matrices with bitsandbytes: none, 8 bits (int8) or 4 bits (nf4, fp4). Saves
+    memory; nf4 is usually the more accurate 4-bit format."""
     double_quantization: bool = True
     """Quantize the scales of 4-bit blocks too: 0.37 bits less per weight (QLoRA, arXiv:2305.14314, section 3)."""
     compute_dtype: ComputeDtype = "auto"
-    """Number format that quantized matrices are multiplied in. auto: bf16 or fp16, what the GPU has; fp32 without one."""
+    """dtype in which quantized matrices are multiplied. auto: bf16 if the GPU supports it, else fp16; fp32 on a
+    CPU."""
 
 
 class LanguageSection(Section):
     """The frozen language model, any causal LM of transformers."""
 
     name: LanguageName
-    """`nano`, a name on the Hugging Face Hub, or a folder that holds config.json, relative to the recipe file, in an
-    override to the current directory. `./` before it makes it a folder in any case, a revision one on the Hub."""
+    """`nano`, a name on the Hugging Face Hub, or a folder that holds config.json. A folder is relative to the recipe file;
+    in an override, to the current directory. Write `./` before a folder that has the name of a model on the Hub."""
     revision: str | None = None
     """Branch, tag or commit on the Hub. null: the default branch, whose commit is recorded."""
     quantization: QuantizationFormat = "none"
-    """How the language model's matrices are kept in memory: as loaded, or through bitsandbytes in 8 (int8) or 4 bits (nf4, fp4)."""
+    """Quantization of the language model's weight matrices with bitsandbytes: none, 8 bits (int8) or 4 bits (nf4,
+    fp4). Saves memory; nf4 is usually the more accurate 4-bit format."""
     double_quantization: bool = True
     """Quantize the scales of 4-bit blocks too: 0.37 bits less per weight (QLoRA, arXiv:2305.14314, section 3)."""
     compute_dtype: ComputeDtype = "auto"
-    """Number format that quantized matrices are multiplied in. auto: bf16 or fp16, what the GPU has; fp32 without one."""
+    """dtype in which quantized matrices are multiplied. auto: bf16 if the GPU supports it, else fp16; fp32 on a
+    CPU."""
     decoder_layers_attr_name: str | None = None
-    """Dotted path of the list of decoder layers, for a language model where it is not found by itself."""
+    """Dotted attribute path of the list of decoder layers, such as model.layers. null: found automatically; set it
+    only if an error asks for it."""
 
 
 class PerceiverSection(Section):
-    """The perceiver resampler: from any number of patch tokens to a fixed number of latents per image."""
+    """The perceiver resampler, which turns the patch tokens of an image into a fixed number of latents."""
 
     num_latents: Count = 64
-    """Latents per image or video."""
+    """Latents per image or video, which the language model attends to. More keep more detail and cost more time."""
     depth: Count = 6
-    """Number of attention + feed-forward layers."""
+    """Number of layers, each of attention and feed-forward."""
     heads: Count = 8
     """Attention heads."""
     dim_head: Count = 64
     """Width of one attention head."""
     ff_mult: Count = 4
-    """Width of the feed-forward layer, as a multiple of the tower's width."""
+    """Hidden width of the feed-forward layers, as a multiple of the vision tower's width."""
     max_num_media: Count | None = None
-    """Images per sample for which a position is learned. null: no position of the image is learned."""
+    """Number of images per sample that get a learned position embedding, which tells the first image from the second.
+    null: none."""
     max_num_frames: Count | None = None
-    """Frames per video for which a position is learned. null: no position of the frame is learned."""
+    """Number of frames per video that get a learned position embedding, which tells the model their order. null:
+    none."""
 
 
 class CrossAttentionSection(Section):
-    """The gated cross-attention blocks, from text tokens to latents."""
+    """The gated cross-attention blocks, through which text tokens attend to image latents."""
 
     heads: Count = 8
     """Attention heads."""
     dim_head: Count = 64
     """Width of one attention head."""
     ff_mult: Count = 4
-    """Width of the feed-forward layer, as a multiple of the language model's width."""
+    """Hidden width of the feed-forward layers, as a multiple of the language model's width."""
 
 
 class ModelSection(Section):
@@ -109,15 +117,18 @@ class ModelSection(Section):
     language: LanguageSection
     """The frozen language model."""
     cross_attn_every_n_layers: Count = 1
-    """One cross-attention block before every n-th decoder layer."""
+    """Insert a gated cross-attention block before every n-th decoder layer. Larger n means fewer parameters, less
+    memory and less capacity to use images."""
     media_visibility: Literal["immediate", "all_preceding", "following"] = "immediate"
-    """Images a text token sees: the last before it, all before it, or the next after it (OpenFlamingo v1)."""
+    """Which images a text token can attend to: the last one before it (immediate, as in Flamingo), all before it
+    (all_preceding), or the next one after it (following, as in OpenFlamingo v1)."""
     init_from: StartPath | None = None
-    """An adapter's folder, a merged model's, or an OpenFlamingo checkpoint to start from, relative to the recipe file, in an
-    override (and in a packaged recipe) to the current directory; or org/name[@revision] on the Hub. null: a fresh
+    """An adapter's folder, a merged model's, or an OpenFlamingo checkpoint to start from, or org/name[@revision] on the Hub.
+    A path is relative to the recipe file; in an override and in a packaged recipe, to the current directory. null: a fresh
     bridge."""
     bridge_quantization: QuantizationFormat = "none"
-    """How the matrices of the bridge's parts that stay frozen are kept in memory."""
+    """Quantization of the frozen parts of the bridge (perceiver, cross-attention); trainable parts are never
+    quantized. Needs init_from."""
     perceiver: PerceiverSection = PerceiverSection()
     """Shape of the perceiver resampler."""
     cross_attention: CrossAttentionSection = CrossAttentionSection()
@@ -125,49 +136,52 @@ class ModelSection(Section):
 
 
 class TrainableSection(Section):
-    """The parts that learn; the backbones never do."""
+    """Which parts of the bridge are trained in full. The backbones stay frozen; LoRA is configured under lora."""
 
     perceiver: bool = True
     """Train the perceiver resampler."""
     cross_attention: bool = True
     """Train the gated cross-attention blocks."""
     new_tokens: bool = True
-    """Train the embedding rows of the tokens that were added to the language model."""
+    """Train the embedding rows of the tokens added to the language model (image and end-of-chunk markers)."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Number format of the trained weights. auto: fp32."""
+    """dtype in which trainable weights are stored. auto: fp32. bf16 halves their memory, at some loss of precision in
+    small updates."""
 
 
 class LoraPart(Section):
     """LoRA (arXiv:2106.09685) on one part of the model."""
 
     r: Count = 16
-    """Rank of the update."""
+    """Rank of the LoRA matrices. Higher ranks can learn more and take more memory."""
     lora_alpha: Count = 32
-    """The update is scaled by lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+    """Scale of the LoRA weights: they are multiplied by lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
     target_modules: Names = ("all-linear",)
-    """Matrices that get an update: all-linear, or the names they end in (q_proj, layers.0.mlp.up_proj)."""
+    """Matrices that get LoRA weights: all-linear for all of them, or a list of name endings such as q_proj or
+    layers.0.mlp.up_proj."""
 
 
 class LoraSection(Section):
-    """LoRA on each part, or null; what is not said of a part holds for all."""
+    """LoRA, configured per part (null: no LoRA there); dropout, variants and initialization are shared by all
+    parts."""
 
     language: LoraPart | None = None
-    """LoRA on the language model."""
+    """LoRA on the language model. null: none."""
     cross_attention: LoraPart | None = None
-    """LoRA on the cross-attention blocks."""
+    """LoRA on the gated cross-attention blocks. null: none. Needs trainable.cross_attention false."""
     perceiver: LoraPart | None = None
-    """LoRA on the perceiver resampler."""
+    """LoRA on the perceiver resampler. null: none. Needs trainable.perceiver false."""
     vision: LoraPart | None = None
-    """LoRA on the vision tower."""
+    """LoRA on the vision tower. null: none."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on what goes into an update."""
+    """Dropout probability on the input of LoRA layers."""
     use_dora: bool = False
-    """Learn magnitude and direction apart (DoRA, arXiv:2402.09353)."""
+    """Use DoRA (arXiv:2402.09353), which learns magnitude and direction separately; slower than plain LoRA."""
     use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
+    """Use rsLoRA (arXiv:2312.03732), which scales by lora_alpha / sqrt(r); useful with high ranks."""
     init_lora_weights: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
-    """What updates start from. pissa (arXiv:2404.02948) wants unquantized matrices, loftq (arXiv:2310.08659) 4-bit ones;
-    eva (arXiv:2410.07170) looks at the first training batches."""
+    """Initialization of the LoRA weights. pissa (arXiv:2404.02948) needs unquantized matrices, loftq
+    (arXiv:2310.08659) 4-bit ones; eva (arXiv:2410.07170) uses the first training batches."""
 
     @property
     def parts(self) -> dict[str, LoraPart]:
@@ -177,20 +191,20 @@ class LoraSection(Section):
 
 
 class Recipe(Section):
-    """A run: which backbones, which bridge, what trains, on what, how, and how it is judged."""
+    """Recipe of a flamingo_ft training run."""
 
     model: ModelSection
     """Both backbones and the bridge between them."""
     trainable: TrainableSection = TrainableSection()
-    """The parts that learn."""
+    """Which parts of the bridge are trained in full."""
     lora: LoraSection = LoraSection()
-    """LoRA on each part."""
+    """LoRA on the backbones or on parts of the bridge."""
     data: DataSection
-    """Training and held-out samples."""
+    """Training and evaluation data."""
     train: TrainSection
-    """How training goes."""
+    """Training: length, optimization, checkpoints, logging."""
     eval: EvalSection = EvalSection()
-    """How the held-out samples are judged."""
+    """Evaluation on the held-out samples."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
@@ -201,7 +215,7 @@ class Recipe(Section):
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Location and message of what no single value is to blame for."""
+    """Location and message of each cross-field validation error."""
     trained = [part for part in ("perceiver", "cross_attention", "new_tokens") if getattr(recipe.trainable, part)]
     for part in recipe.lora.parts:
         if part in trained:

@@ -6,11 +6,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples
 Count = Annotated[int, Field(ge=1)]
-
 
 
 class PathKind(Enum):
@@ -33,7 +32,11 @@ WeightsName = Annotated[str, PathKind.WEIGHTS]
 LanguageName = Annotated[str, PathKind.LANGUAGE]
 StartPath = Annotated[Path, LAX, PathKind.START]
 Names = Annotated[
-    tuple[str, ...], LAX, Field(min_length=1), BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+    tuple[str, ...],
+    LAX,
+    Field(min_length=1),
+    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
 ]
 
 

@@ -1,11 +1,11 @@
-"""The ``train`` and ``eval`` sections of a recipe: how training goes, what it leaves behind, how it is judged."""
+"""The ``train`` and ``eval`` sections of a recipe: optimization, checkpoints, logging and evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from flamingo_ft.config.section import LAX, Count, FilePath, Section
 
@@ -17,134 +17,161 @@ Decay = Annotated[float, Field(ge=0)]
 
 
 class RatesSection(Section):
-    """Peak learning rates of single parts; null: train.learning_rate."""
+    """Peak learning rates per part. null: train.learning_rate."""
 
     perceiver: Rate | None = None
-    """Of the perceiver resampler."""
+    """Peak learning rate of the perceiver resampler. null: train.learning_rate."""
     cross_attention: Rate | None = None
-    """Of the gated cross-attention blocks."""
+    """Peak learning rate of the gated cross-attention blocks. null: train.learning_rate."""
     new_tokens: Rate | None = None
-    """Of the embedding rows of new tokens."""
+    """Peak learning rate of the embedding rows of new tokens. null: train.learning_rate."""
     lora: Rate | None = None
-    """Of LoRA, wherever it is."""
+    """Peak learning rate of all LoRA weights. null: train.learning_rate."""
 
 
 class DecaysSection(Section):
-    """Weight decay of single parts; null: train.weight_decay. Gates, norms, latents and token rows never decay."""
+    """Weight decay per part. null: train.weight_decay. Gates, norms, latents and token rows are never decayed."""
 
     perceiver: Decay | None = None
-    """Of the perceiver resampler's matrices."""
+    """Weight decay of the perceiver resampler's matrices. null: train.weight_decay."""
     cross_attention: Decay | None = None
-    """Of the gated cross-attention blocks' matrices."""
+    """Weight decay of the gated cross-attention blocks' matrices. null: train.weight_decay."""
     lora: Decay | None = None
-    """Of LoRA's matrices, wherever they are."""
+    """Weight decay of all LoRA matrices. null: train.weight_decay."""
 
 
 class DpoSection(Section):
-    """Direct preference optimisation (arXiv:2305.18290), where train.method is dpo."""
+    """Settings of direct preference optimization (DPO, arXiv:2305.18290), used when train.method is dpo."""
 
     beta: Annotated[float, Field(gt=0)] = 0.1
-    """How strongly the policy is held to the reference: the model before training."""
+    """Strength of the penalty for moving away from the reference model, which is the model before training. Larger
+    values keep the model closer to it."""
     loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """DPO's own loss, a hinge (SLiC, arXiv:2305.10425) or IPO's (arXiv:2310.12036)."""
+    """Loss function: DPO's original (sigmoid), the hinge loss of SLiC (arXiv:2305.10425), or IPO
+    (arXiv:2310.12036)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of the pairs that are taken to be labelled the wrong way round (robust DPO, arXiv:2403.00409); with the
-    sigmoid loss."""
+    """Assumed fraction of pairs whose preference is labelled the wrong way round (robust DPO, arXiv:2403.00409). Only
+    with the sigmoid loss."""
 
 
 class TrainSection(Section):
-    """How training goes."""
+    """Training: method, length, optimization, checkpoints and logging. Set either max_steps or epochs."""
+
+    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["max_steps"]}, {"required": ["epochs"]}]})
 
     output_dir: FilePath
-    """Folder that the run is written to, relative to the current directory. Must be new or empty."""
+    """Folder for everything the run writes, relative to the current directory. Must be new or empty, unless the run is
+    resumed."""
     method: Literal["sft", "dpo"] = "sft"
-    """sft: learn the answers of samples. dpo: prefer the better of two answers."""
+    """sft: supervised fine-tuning on the answers. dpo: learn from pairs of a better and a worse answer."""
     dpo: DpoSection = DpoSection()
-    """Settings of dpo."""
-    max_steps: Count
-    """Optimizer steps."""
+    """Settings of DPO."""
+    max_steps: Count | None = None
+    """Length of the run in optimizer steps. Set either this or epochs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the training data, fractions allowed; converted to steps when the data is
+    opened, rounded up. One epoch draws each row once, and a row of a source with weight w w times on average. Rows
+    that are skipped or dropped while training count as drawn; with data.packing, the number of packed rows is
+    estimated from the first 1,000 samples. Not available for streamed sources. Set either this or max_steps."""
     batch_size: Count = 8
-    """Samples, or pairs of answers, per device and forward pass."""
+    """Samples per device and forward pass; with dpo, pairs of answers; with data.packing, packed rows. Lower it if
+    memory runs out, and raise gradient_accumulation_steps to compensate."""
     gradient_accumulation_steps: Count = 1
-    """Forward passes per optimizer step. The loss is a mean over the label tokens of all of them."""
+    """Forward passes per optimizer step. The loss is averaged over the label tokens of all of them, so the result is
+    that of one large batch."""
     learning_rate: Rate = 1e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW, for every part that learning_rates does not list."""
     learning_rates: RatesSection = RatesSection()
-    """Peak learning rates of single parts."""
+    """Separate peak learning rates per part."""
     weight_decay: Decay = 0.1
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW, for matrices; gates, norms, biases, latents and token rows are never
+    decayed."""
     weight_decays: DecaysSection = DecaysSection()
-    """Weight decay of single parts."""
+    """Separate weight decay per part."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps over which the learning rate rises from zero."""
+    """Optimizer steps over which the learning rate rises linearly from zero to its peak. Set either this or
+    warmup_ratio."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Warmup as a fraction of all optimizer steps, rounded up. Set either this or warmup_steps; useful with epochs,
+    where the number of steps follows from the data."""
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
-    """Course of the learning rate after the warm-up, in optimizer steps."""
+    """Learning-rate schedule after the warmup: constant, or decaying to zero at the last step (linear, cosine)."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The gradient is scaled down to this norm where it is longer."""
+    """Gradient clipping: gradients with a larger norm are scaled down to this norm."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass instead of storing them: less memory, about a third more time."""
     activation_offload: bool = False
-    """Keep activations in the computer's memory between forward and backward. On a GPU only."""
+    """Keep activations in host RAM between the forward and the backward pass. Needs a GPU."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW with its state in 32 or 8 bits; paged: moved to the computer's memory where the GPU's is full."""
+    """AdamW with 32-bit or 8-bit optimizer state. The paged variants move the state to host RAM when GPU memory is
+    full."""
     optimizer_in_backward: bool = False
-    """Step each parameter as soon as its gradient is there, so that gradients are never held together. One process, no
-    accumulation, no loss scaling; gradients are clipped one by one."""
+    """Update each parameter as soon as its gradient is computed, so that all gradients are never in memory together.
+    Needs a single process, no gradient accumulation and no fp16 loss scaling; gradients are clipped per parameter."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the computation. auto: bf16 where the GPU has it, fp16 with a scaled loss on an older one, fp32
-    without a GPU. Weights that train are kept as trainable.dtype says, in fp32 beside fp16."""
+    """dtype of the computation (autocast). auto: bf16 if the GPU supports it, fp16 with loss scaling on older GPUs,
+    fp32 on a CPU. The trainable weights themselves are stored in trainable.dtype."""
     fsdp: bool = False
-    """Shard every weight over the processes (FSDP2), instead of the whole model in each of them."""
+    """Shard all weights across the processes (FSDP2) instead of replicating the model in each. Needs several
+    processes."""
     non_finite: Literal["stop", "skip_step"] = "stop"
-    """What a loss or gradient that is no number does: end the run, naming samples and module, or cost that step only."""
+    """What to do on a NaN or infinite loss or gradient: stop the run and report the samples and module it came from
+    (stop), or skip the optimizer step and continue (skip_step)."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of the initial weights and of the order of samples."""
+    """Random seed for weight initialization, sample order, augmentation and the choice of held-out rows."""
     num_workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that prepare batches beside the training process. 0: none."""
+    """Worker processes that prepare samples in parallel. 0: the training process prepares them itself. The batches are
+    the same with any number."""
     logging_steps: Count = 10
-    """Steps between two entries of the log."""
+    """Log every N optimizer steps."""
     report_to: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], LAX] = ("tensorboard",)
-    """Where the log goes beside log.jsonl and the report."""
+    """Experiment trackers to log to, in addition to log.jsonl and report.html."""
     save_steps: Count | None = 500
-    """Steps between checkpoints, from which --resume goes on. null: only where a run is told to stop."""
+    """Save a checkpoint, which `train --resume` can continue from, every N optimizer steps. The last step and an
+    interrupted run always save one. null: only those."""
     save_total_limit: Count = 2
-    """Checkpoints that are kept; the oldest are removed."""
+    """Number of checkpoints to keep; older ones are deleted."""
     checkpoint_dir: FilePath | None = None
-    """Folder for checkpoints, such as a mounted drive that outlives the machine, relative to the current directory. null:
-    output_dir/checkpoints."""
+    """Folder for checkpoints, for example on a mounted drive that outlives the machine. Relative to the current
+    directory. null: output_dir/checkpoints."""
     push_to_hub: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")] | None = None
-    """A repository on the Hugging Face Hub, org/name, that checkpoints and the adapter are pushed to as they come; made
-    private where it is not there. null: nothing is pushed."""
+    """Hugging Face Hub repository, as org/name, to upload each checkpoint and the final adapter to. Created as a
+    private repository if it does not exist. null: upload nothing."""
 
 
 class EvalSection(Section):
-    """How the held-out samples are judged."""
+    """Evaluation on the held-out samples, before, during and after training."""
 
     batch_size: Count = 8
-    """Samples answered at once."""
+    """Questions answered in parallel. Larger is faster and takes more memory."""
     max_new_tokens: Count = 32
-    """Longest answer in tokens."""
+    """Maximum length of a generated answer in tokens, including its end token. `flamingo-ft check` warns if reference
+    answers are longer."""
     max_samples: Count | None = None
-    """Only the first samples of each source. null: all."""
+    """Evaluate only the first N held-out samples of each source. null: all."""
     before: bool = True
-    """Also answer before training, for comparison."""
+    """Also evaluate before training, as a baseline."""
     shuffled_images: bool = True
-    """Also answer with another sample's images, to show what is really read from them."""
+    """Also evaluate with the images swapped between samples. Accuracy that does not drop means that the model ignores
+    the images."""
     steps: Count | None = None
-    """Steps between evaluations during training: the loss, and accuracy. null: none."""
+    """Evaluate every N optimizer steps during training. null: only before and after training."""
     answers: bool = True
-    """Whether evaluations during training also answer, which costs more than the loss."""
+    """Whether evaluations during training also generate answers and measure accuracy, which takes longer than the
+    loss alone."""
     metric: Literal["loss", "accuracy"] = "loss"
-    """What tells the best evaluation."""
+    """Metric that decides which evaluation is the best, for keep and patience."""
     keep: Literal["last", "best"] = "last"
-    """The adapter that a run ends with: that of its last step, or of its best evaluation."""
+    """Which adapter the run ends with: that of the last step (last), or of the best evaluation (best). best needs
+    eval.steps."""
     patience: Count | None = None
-    """Evaluations in a row without a better one, after which training ends. null: it never ends early."""
+    """Early stopping: end training after N evaluations in a row without improvement. Needs eval.steps. null: never."""
 
 
 def contradictions_of_training(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
-    """Location and message of what no single value of ``train`` and ``eval`` is to blame for."""
+    """Location and message of each cross-field validation error of ``train`` and ``eval``."""
     train, judged = recipe.train, recipe.eval
+    yield from _contradictions_of_length(recipe)
     if train.optimizer_in_backward and train.gradient_accumulation_steps > 1:
         reason = (
             f"found gradient_accumulation_steps {train.gradient_accumulation_steps}; "
@@ -168,6 +195,21 @@ def contradictions_of_training(recipe: Recipe) -> Iterator[tuple[tuple[str | int
     yield from _contradictions_of_fsdp(recipe)
     if train.dpo != DpoSection() and train.method != "dpo":
         yield ("train", "dpo"), f"found train.method {train.method}, which has no use for it; use dpo, or remove it"
+
+
+def _contradictions_of_length(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
+    """The length of a run, and of its warmup, is given in one of two units."""
+    train = recipe.train
+    if train.max_steps is None and train.epochs is None:
+        yield ("train", "max_steps"), "missing; add it, or train.epochs in its place"
+    if train.max_steps is not None and train.epochs is not None:
+        yield ("train", "epochs"), f"got {train.epochs:g} beside max_steps {train.max_steps}; remove one of them"
+    if train.epochs is not None and any(source.streaming for source in recipe.data.train):
+        reason = "a streamed source has no known length; use train.max_steps, or set streaming to false"
+        yield ("train", "epochs"), reason
+    if train.warmup_ratio is not None and train.warmup_steps:
+        reason = f"got {train.warmup_ratio:g} beside warmup_steps {train.warmup_steps}; remove one of them"
+        yield ("train", "warmup_ratio"), reason
 
 
 def _settings_of_what_stays_frozen(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,18 +115,27 @@ def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
 def _check_theirs(
     loaded: Loaded, source: object, whose: str, visibility: tuple[str, ...], positions: tuple[str, ...] = ()
 ) -> None:
-    """Refuse a bridge that their constructors do not make."""
+    """Refuse a bridge that their constructors do not make, with every setting that differs."""
     config = loaded.model.config
-    perceiver = {key: value for key, value in (config.perceiver or {}).items() if value is not None and key not in positions}
-    wrong = {
-        "model.perceiver": (THEIR_PERCEIVER | perceiver, THEIR_PERCEIVER),
-        "model.cross_attention": (THEIR_CROSS_ATTENTION | (config.cross_attention or {}), THEIR_CROSS_ATTENTION),
-    }
-    for key, (found, wanted) in wrong.items():
-        if found != wanted:
-            raise UserError(f"{source}: {whose}'s code makes {key} {wanted} alone, found {found}; it cannot be converted")
+    perceiver = {key: value for key, value in (config.perceiver or {}).items() if key not in positions}
+    wrong = [
+        *_differences("model.perceiver", perceiver, THEIR_PERCEIVER),
+        *_differences("model.cross_attention", config.cross_attention or {}, THEIR_CROSS_ATTENTION),
+    ]
     if config.media_visibility not in visibility:
-        raise UserError(f"{source}: {whose}'s code has no media_visibility {config.media_visibility}; it cannot be converted")
+        wrong.append(f"model.media_visibility {config.media_visibility} (needs {' or '.join(visibility)})")
+    if wrong:
+        found = f"{whose} can load only a bridge with its own fixed settings, got {', '.join(wrong)}"
+        raise UserError(f"{source}: {found}; it cannot be converted: train with the settings needed")
+
+
+def _differences(section: str, found: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[str]:
+    """Each setting that differs from theirs; one that is null or not given is the default, which is theirs."""
+    given = {key: value for key, value in found.items() if value is not None}
+    for key, value in (dict(theirs) | given).items():
+        needed = theirs.get(key)
+        if value != needed:
+            yield f"{section}.{key} {value} (needs {'null' if needed is None else needed})"
 
 
 def _bridge(loaded: Loaded, also: bool = False) -> dict[str, Tensor]:

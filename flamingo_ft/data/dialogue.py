@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.chat_template import Span, is_marked, render
 from flamingo_ft.model.processor import FlamingoProcessor, flatten
-
-GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-Span = tuple[int, int]
+from flamingo_ft.model.special_text import encode_text
 
 
 def write_dialogue(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
@@ -22,7 +16,7 @@ def write_dialogue(processor: FlamingoProcessor, messages: Sequence[Mapping[str,
     turns = [flatten(message, processor.tokenizer) for message in messages]
     speaking = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     silent = {index for index in speaking if turns[index].get("loss") is False}
-    if GENERATION_MARK.search(processor.chat_template):
+    if is_marked(processor.chat_template):
         text, spans = _render(processor, turns, marked=True)
         return text, _without(spans, speaking, silent) if silent else spans
     text, _ = _render(processor, turns)
@@ -33,6 +27,23 @@ def write_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, A
     """The text of a dialogue up to where the assistant is to speak."""
     turns = [flatten(message, processor.tokenizer) for message in messages]
     return _render(processor, turns, add_generation_prompt=True)[0]
+
+
+def is_rewritten(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether an answer with loss does not stand in the dialogue's ``text`` as it is, white space aside."""
+    words, place = _without_space(text), 0
+    for message in messages:
+        if message["role"] == "assistant" and message.get("loss") is not False:
+            answer = _without_space(flatten(message, processor.tokenizer)["content"])
+            place = words.find(answer, place)
+            if place < 0:
+                return True
+            place += len(answer)
+    return False
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def _without(spans: list[Span], speaking: list[int], silent: set[int]) -> list[Span]:
@@ -50,31 +61,45 @@ def _span(processor: FlamingoProcessor, turns: list[dict], index: int, text: str
     before, _ = _render(processor, turns[:index], add_generation_prompt=True)
     through, _ = _render(processor, turns[: index + 1])
     through = through.rstrip()
-    if not (text.startswith(through) and through.startswith(before)):
+    if text.startswith(through) and through.startswith(before):
+        return len(before), len(through)
+    return _span_by_marker(processor, turns, index, text, before)
+
+
+def _span_by_marker(processor: FlamingoProcessor, turns: list[dict], index: int, text: str, before: str) -> Span:
+    """The span of a turn that the template writes otherwise when turns follow it: where another answer would stand."""
+    marker = "qzanswer"
+    while marker in text:
+        marker += "z"
+    replaced = [*turns[:index], {**turns[index], "content": marker}, *turns[index + 1 :]]
+    head, found, tail = _render(processor, replaced)[0].partition(marker)
+    head = before if text.startswith(before) else head.rstrip(" ")
+    through = len(text) - len(tail)
+    if not (found and text.endswith(tail) and len(tail) < len(text)):
         raise UserError(
-            "chat template: cannot tell the assistant's words from the rest (it rewrites earlier turns); "
-            "mark them with {% generation %} in the tokenizer's chat template"
+            "chat template: cannot locate the assistant's answers (it rewrites earlier turns); mark them with "
+            "{% generation %} in the tokenizer's chat template, or set data.template to flamingo"
         )
-    return len(before), len(through)
-
-
-def _render(
-    processor: FlamingoProcessor, turns: list[dict], marked: bool = False, add_generation_prompt: bool = False
-) -> tuple[str, list[Span]]:
-    """A dialogue as the chat template writes it, and the spans that its generation marks enclose, if asked for.
-
-    transformers' own token mask is not used: it misses the last bytes of a span that ends in a character of several
-    tokens.
-    """
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[turns],
-            chat_template=processor.chat_template,
-            return_assistant_tokens_mask=marked,
-            add_generation_prompt=add_generation_prompt,
-            **processor.tokenizer.special_tokens_map,
+    if not (text.startswith(head) and len(head) <= through):
+        raise UserError(
+            "chat template: begins an answer otherwise than its prompt for answers does (with its reasoning, perhaps), "
+            f"got it in message {index}; remove the reasoning from answers, or set data.template to flamingo"
         )
-    except TemplateError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"chat template: refuses the dialogue ({problem}); change its roles or the template") from None
-    return texts[0], spans[0] if marked else []
+    alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
+    end = text[: through + _shared(processor, tail, alone)].rstrip()
+    return len(head), max(len(head), len(end))
+
+
+def _shared(processor: FlamingoProcessor, tail: str, end: str) -> int:
+    """How many characters ``tail`` and ``end`` begin with alike, in whole tokens: an answer's end, whatever follows."""
+    shared = 0
+    ours, theirs = (encode_text(processor.tokenizer, text) for text in (tail[: len(end)], end))
+    for token, other, (_, stop) in zip(ours.ids, theirs.ids, ours.offsets, strict=False):
+        if token != other:
+            break
+        shared = stop
+    return shared
+
+
+def _render(processor: FlamingoProcessor, turns: list[dict], **options: bool) -> tuple[str, list[Span]]:
+    return render(processor.answer_template, processor.tokenizer.special_tokens_map, turns, **options)

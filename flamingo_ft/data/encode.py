@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor, flatten
-from flamingo_ft.model.special_text import encode_text
+from flamingo_ft.model.special_text import Tokens, encode_text
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
-from .dialogue import write_dialogue, write_prompt
+from .dialogue import is_rewritten, write_dialogue, write_prompt
 from .document import is_document, write_beginning, write_document
 from .sample import Sample
 
@@ -33,13 +36,15 @@ class Cut:
 class Encoded:
     """Token ids of one sample (T,) and their labels (T,), `IGNORED` wherever there is no loss.
 
-    images: how many of the sample's first images and videos stand in it; cut: what was taken away.
+    images: how many of the sample's first images and videos stand in it; cut: what was taken away; rewritten: whether
+    the chat template leaves out or changes words of an answer that is learned.
     """
 
     input_ids: list[int]
     labels: list[int]
     images: int = 0
     cut: Cut = Cut()
+    rewritten: bool = False
 
     @property
     def text_tokens(self) -> int:
@@ -63,15 +68,35 @@ def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
     messages = _messages(sample)
     if is_document(messages):
         text, learned = write_document(processor, messages)
+        rewritten = False
     else:
         text, learned = write_dialogue(processor, messages)
-    tokens = encode_text(processor.tokenizer, text)
+        rewritten = is_rewritten(processor, messages, text)
+    tokens = _tokens(processor.tokenizer, text, [start for start, _ in learned])
     said = (any(a < end and b > start for start, end in learned) for a, b in tokens.offsets)
     labels = [
         token if each and token != processor.image_token_id else IGNORED
         for token, each in zip(tokens.ids, said, strict=True)
     ]
-    return Encoded(tokens.ids, labels, _check_images(processor, messages, tokens.ids))
+    return Encoded(tokens.ids, labels, _check_images(processor, messages, tokens.ids), rewritten=rewritten)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, begins: Sequence[int]) -> Tokens:
+    """The tokens of a text. None crosses one of ``begins``: a prompt ends there, and what is generated begins.
+
+    A tokenizer may have one token for the line break that ends a prompt and the one that begins an answer.
+    """
+    whole = encode_text(tokenizer, text)
+    cuts = [begin for begin in begins if any(a < begin < b for a, b in whole.offsets)]
+    if not cuts:
+        return whole
+    ids, offsets = [], []
+    for begin, end in pairwise([0, *cuts, len(text)]):
+        piece = encode_text(tokenizer, text[begin:end])
+        ids += piece.ids
+        offsets += [(a + begin, b + begin) for a, b in piece.offsets]
+    # some tokenizers put a space before every text, and so before every piece
+    return Tokens(ids, offsets) if tokenizer.decode(ids) == tokenizer.decode(whole.ids) else whole
 
 
 def encode_prompt(processor: FlamingoProcessor, sample: Sample | Messages) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flamingo_ft.errors import UserError
@@ -37,6 +37,31 @@ def given(row: Row, name: str) -> bool:
     """Whether a row has something in a field. Tables put null or NaN where they have nothing."""
     value = row.get(name)
     return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a value stands for nothing: null, NaN, white space, or an image of `datasets` without bytes and path."""
+    if isinstance(value, Mapping):
+        return bool(value) and {*value} <= {"bytes", "path"} and all(map(is_blank, value.values()))
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def has_content(value: Any) -> bool:
+    """Whether there is anything in a value, however deeply nested; Arrow fills absent objects with nulls."""
+    if isinstance(value, Mapping):
+        return any(map(has_content, value.values()))
+    return any(map(has_content, value)) if isinstance(value, (list, tuple)) else not is_blank(value)
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """The non-empty strings in a value, however deeply nested."""
+    if isinstance(value, str) and value.strip():
+        yield value.strip()
+    elif isinstance(value, (Mapping, list, tuple)):
+        for inside in value.values() if isinstance(value, Mapping) else value:
+            yield from texts_in(inside)
 
 
 def text_field(row: Row, name: str, where: str) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
 import os
 import re
@@ -15,17 +13,21 @@ from typing import Any
 
 from PIL import Image as PillowImage
 
-from flamingo_ft.errors import UserError
+from flamingo_ft.errors import UserError, shortened
+from flamingo_ft.model import images
+from flamingo_ft.model.image_metadata import ORIENTATION
+from flamingo_ft.model.image_source import DATA_URI, decode_base64
 
 from .fields import kind
+from .file_names import on_disk
 from .sample import Image, Video
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
-DATA_URI = re.compile(r"data:[^,]{0,200},")
 # How PNG, JPEG, GIF, WebP, BMP and TIFF begin in base64.
 BASE64_BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "SUkqAA", "TU0AKg")
 SHORTEST_BASE64 = 64  # characters; below, a text that begins like one is taken for a path
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+TIFF_MODES = ("CMYK", "F", "I", "I;16B", "LAB", "PA", "YCbCr")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Locator:
 
     def _file(self, value: Any, where: str, noun: str) -> Image:
         if isinstance(value, PillowImage.Image):
-            return lossless_bytes(value)
+            return _kept(value, where)
         if isinstance(value, Mapping):
             value = _inside(value)
         if isinstance(value, (bytes, bytearray)):
@@ -89,6 +91,7 @@ class Locator:
             raise UserError(f"{where}: found the path {shortened(text)}; set image_root to the folder it starts from")
         path = self.root / text
         try:
+            path = on_disk(path)
             inside = Path(os.path.realpath(path)).is_relative_to(self._real_root)
         except (OSError, ValueError):  # a name too long, or with a null byte
             raise _not_there(path, where, noun) from None
@@ -100,17 +103,36 @@ class Locator:
         return str(path)
 
 
+@images.reading()
 def lossless_bytes(image: PillowImage.Image) -> bytes:
-    """The image as a PNG file, or a TIFF file where PNG has no such pixels."""
+    """The image as a file that the reader reads as it reads the image: PNG, or TIFF where PNG has no such pixels.
+
+    A mode that neither has (HSV, RGBX, premultiplied alpha) is kept as the RGB that the reader makes of it. Of the
+    metadata only the orientation stays. Raises `images.UnreadableImage`.
+    """
+    images.check_size(*image.size)
+    if image.mode not in (*PNG_MODES, *TIFF_MODES):
+        return _saved(images.to_rgb(image), "PNG")
+    exif = PillowImage.Exif()
+    orientation = images.orientation(image)
+    bare = image.copy()  # a file's own metadata would be written too, and may be damaged
+    bare.info = {name: value for name, value in image.info.items() if name == "transparency"}
+    if orientation != 1:
+        exif[ORIENTATION] = orientation
+    return _saved(bare, "PNG" if image.mode in PNG_MODES else "TIFF", exif=exif)
+
+
+def _saved(image: PillowImage.Image, form: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG" if image.mode in PNG_MODES else "TIFF", exif=image.getexif())
+    image.save(buffer, form, **options)
     return buffer.getvalue()
 
 
-def shortened(text: Any) -> str:
-    """A path or URL on one line, and its beginning alone where it is no path but data."""
-    line = str(text).replace("\n", "\\n")
-    return line if len(line) <= 300 else f"{line[:300]}..."
+def _kept(image: PillowImage.Image, where: str) -> bytes:
+    try:
+        return lossless_bytes(image)
+    except images.UnreadableImage as error:
+        raise UserError(f"{where}: not a readable image ({error}); replace it") from None
 
 
 def _not_there(path: Path, where: str, noun: str) -> UserError:
@@ -128,9 +150,9 @@ def _inside(value: Mapping) -> Any:
 def _decoded(text: str, where: str) -> bytes:
     """The bytes that base64 stands for; line breaks in it are no fault."""
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"{where}: not base64 ({error}); wanted an image's file in base64") from None
+        return decode_base64(text)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; wanted an image's file in base64") from None
 
 
 def _not_empty(content: bytes, where: str, noun: str) -> bytes:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from PIL import Image as PillowImage
 
-from flamingo_ft.errors import UserError
+from flamingo_ft.errors import UserError, shortened
+from flamingo_ft.model import images
+from flamingo_ft.model.download import download, is_url
 
-from .download import download, is_url
-from .locate import shortened
-from .pixels import UnreadableImage, decode
 from .sample import Image, Medium, Video
 from .video import even_positions, read_frames
 
@@ -60,8 +59,8 @@ def _content(image: Image, where: str | None) -> Image:
 
 def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str | None) -> PillowImage.Image:
     try:
-        return decode(content)
-    except UnreadableImage as error:
+        return images.open_image(content)
+    except images.UnreadableImage as error:
         raise UserError(f"{name_in(medium, where)}: not a readable image ({error}); replace it") from None
 
 

@@ -46,6 +46,11 @@ class EncodedPair:
         return self.chosen.label_tokens + self.rejected.label_tokens
 
     @property
+    def rewritten(self) -> bool:
+        """Whether the chat template leaves out or changes words of either answer."""
+        return self.chosen.rewritten or self.rejected.rewritten
+
+    @property
     def cut(self) -> Cut:
         """What was taken away of both halves."""
         return Cut(tokens=self.chosen.cut.tokens + self.rejected.cut.tokens)

@@ -7,7 +7,9 @@ import io
 
 from PIL import Image as PillowImage
 
-from .download import is_url
+from flamingo_ft.model import images
+from flamingo_ft.model.download import is_url
+
 from .media import open_image, open_medium
 from .sample import Medium
 
@@ -29,5 +31,5 @@ def preview(medium: Medium) -> str:
 def open_preview(text: str) -> PillowImage.Image:
     """The picture of a `preview`. UserError for a path that is no longer a readable image."""
     if text.startswith(DATA_URI):
-        return PillowImage.open(io.BytesIO(base64.b64decode(text.removeprefix(DATA_URI)))).convert("RGB")
+        return images.open_image(base64.b64decode(text.removeprefix(DATA_URI)))
     return open_image(text)

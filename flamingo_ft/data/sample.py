@@ -32,6 +32,7 @@ class Sample:
     of a document (captions, interleaved documents) has the role `DOCUMENT`.
     task: what evaluation counts it under. where: file and row, as errors name it.
     rejected: in a preference pair the messages with which a worse answer ends, where ``messages`` ends with the better.
+    unread: columns of text in the row, and keys of its messages, that its schema does not read.
     """
 
     messages: list[dict[str, Any]]
@@ -39,3 +40,4 @@ class Sample:
     task: str
     where: str
     rejected: list[dict[str, Any]] | None = None
+    unread: tuple[str, ...] = ()

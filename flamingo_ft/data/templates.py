@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from flamingo_ft.config import DataSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.chat_template import answer_template, jinja_literal
 from flamingo_ft.model.processor import FlamingoProcessor, chunk_template
 from flamingo_ft.model.special_text import protect
 
@@ -23,17 +22,29 @@ WITH_SYSTEM_PROMPT = (
 def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
     """Set the processor's chat template as ``data.template`` and ``data.system_prompt`` say.
 
-    Raises UserError where the language model has no chat template but one is wanted, and where the template has no use
-    for a system prompt.
+    A template whose prompt for an answer is not how it writes answers is set corrected (`answer_template`). Raises
+    UserError where the language model has no chat template but one is requested, where its template cannot be trained
+    with, and where the template has no use for a system prompt.
     """
     template = _template(processor, data.template)
     if data.system_prompt is None:
-        processor.chat_template = template
+        processor.chat_template = _checked(processor, template)
         return
     if protect(processor.tokenizer, data.system_prompt) != data.system_prompt:
         raise UserError("data.system_prompt: found a special token's text in it; write it without")
-    processor.chat_template = WITH_SYSTEM_PROMPT.replace("PROMPT", _jinja_string(data.system_prompt)) + template
+    processor.chat_template = WITH_SYSTEM_PROMPT.replace("PROMPT", jinja_literal(data.system_prompt)) + template
     _check_system_prompt(processor, data.system_prompt)
+    processor.chat_template = _checked(processor, processor.chat_template)
+
+
+def _checked(processor: FlamingoProcessor, template: str) -> str:
+    """The template to write with. Raises UserError where there is none."""
+    found = answer_template(processor.tokenizer, template)
+    if found.problem:
+        raise UserError(
+            f"data.template: the language model's chat template {found.problem}; set data.template to flamingo"
+        )
+    return found.text
 
 
 def _template(processor: FlamingoProcessor, wanted: str) -> str:
@@ -56,8 +67,3 @@ def _check_system_prompt(processor: FlamingoProcessor, prompt: str) -> None:
     if prompt.strip() not in text:
         raise UserError(f"data.system_prompt: the chat template leaves out a system message; {remedy}")
 
-
-def _jinja_string(text: str) -> str:
-    """The text as Jinja source; without braces and percent signs, which elsewhere begin and end Jinja's blocks."""
-    source = json.dumps(text, ensure_ascii=False)
-    return source.replace("{", "\\x7b").replace("}", "\\x7d").replace("%", "\\x25")

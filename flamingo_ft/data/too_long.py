@@ -114,7 +114,7 @@ def _truncate_text(processor: FlamingoProcessor, sample: Sample, whole: Encoded,
         if tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():
             break
         ids = ids[:last]
-    return Encoded(ids, whole.labels[: len(ids)], ids.count(media))
+    return Encoded(ids, whole.labels[: len(ids)], ids.count(media), rewritten=whole.rewritten)
 
 
 _SHORTEN = {"drop_sample": _drop_sample, "drop_turns": _drop_turns, "truncate_text": _truncate_text}

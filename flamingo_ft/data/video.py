@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.model import images
 
 # Containers of videos. FFmpeg knows others that are lists of files to open, local ones and on the network.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg,flv,asf"
@@ -71,7 +72,10 @@ def _open(av: ModuleType, file: str | Path | bytes) -> Any:
 
 def _claimed_frames(av: ModuleType, file: str | Path | bytes) -> int:
     with _open(av, file) as container:
-        return container.streams.video[0].frames
+        stream = container.streams.video[0]
+        if stream.codec_context is not None:  # None for a codec that this FFmpeg lacks; decoding tells of it
+            images.check_size(stream.codec_context.width, stream.codec_context.height)
+        return stream.frames
 
 
 def _count_frames(av: ModuleType, file: str | Path | bytes) -> int:
@@ -84,8 +88,17 @@ def _frames_at(av: ModuleType, file: str | Path | bytes, positions: Sequence[int
     with _open(av, file) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
-                # FFmpeg counts a turn to the left as positive, as Pillow does.
-                frames[number] = frame.to_image().rotate(getattr(frame, "rotation", 0), expand=True)
+                frames[number] = _picture(frame)
             if len(frames) == len(wanted):
                 break
     return frames
+
+
+def _picture(frame: Any) -> Image.Image:
+    """A decoded frame as upright RGB, transparent parts over white as those of an image."""
+    images.check_size(frame.width, frame.height)
+    layout = frame.format
+    transparent = layout.has_palette or any(component.is_alpha for component in layout.components)
+    picture = Image.fromarray(frame.to_ndarray(format="rgba")) if transparent else frame.to_image()
+    # FFmpeg counts a turn to the left as positive, as Pillow does.
+    return images.to_rgb(picture).rotate(getattr(frame, "rotation", 0), expand=True)

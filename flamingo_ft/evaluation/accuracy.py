@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 from flamingo_ft.inference.answer import answer_batch
@@ -50,11 +49,3 @@ def answer_questions(
 def accuracy(questions: Sequence[Question], answers: Sequence[str]) -> float:
     """Share of right answers."""
     return sum(map(is_right, questions, answers)) / len(questions)
-
-
-def accuracy_by_task(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, float]:
-    """Share of right answers for each task, by name in order."""
-    pairs = defaultdict(list)
-    for question, said in zip(questions, answers, strict=True):
-        pairs[question.task].append((question, said))
-    return {task: accuracy(*zip(*asked, strict=True)) for task, asked in sorted(pairs.items())}

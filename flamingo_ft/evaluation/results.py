@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,12 @@ from flamingo_ft.atomic import file_in_place
 from flamingo_ft.data.encode import readable
 from flamingo_ft.data.preview import preview
 
-from .accuracy import accuracy, accuracy_by_task
+from .accuracy import accuracy
+from .baselines import by_class, is_free_text, majority
 from .questions import Question
+from .verdict import verdict
 
-BEFORE, AFTER = "before", "after"
+BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
@@ -28,19 +30,29 @@ class Results:
     answers: dict[str, list[str]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
-        """The ``eval`` part of ``metrics.json``: accuracies in 0..1, overall and per task."""
-        others = {name: answers for name, answers in self.answers.items() if name != AFTER}
+        """The ``eval`` part of ``metrics.json``: accuracies in 0..1 overall and per task, what to hold them against, and
+        a verdict in words where the images were exchanged too."""
+        tasks = defaultdict(list)
+        for index, question in enumerate(self.questions):
+            tasks[question.task].append(index)
+        per_task = {task: self._of_task(indices) for task, indices in sorted(tasks.items())}
         overall = {"accuracy": accuracy(self.questions, self.answers[AFTER])}
-        overall |= {f"accuracy_{name}": accuracy(self.questions, answers) for name, answers in others.items()}
-        counts = Counter(question.task for question in self.questions)
-        per_task = {
-            task: {"accuracy": share, "samples": counts[task]}
-            for task, share in accuracy_by_task(self.questions, self.answers[AFTER]).items()
-        }
-        for name, answers in others.items():
-            for task, share in accuracy_by_task(self.questions, answers).items():
-                per_task[task][name] = share
+        for name, answers in self.answers.items():
+            if name != AFTER:
+                overall[f"accuracy_{name}"] = accuracy(self.questions, answers)
+        hits = sum(task["majority"] * task["samples"] for task in per_task.values())
+        overall["accuracy_majority"] = hits / len(self.questions)
+        if SHUFFLED in self.answers:
+            overall["verdict"] = verdict(self.questions, self.answers[AFTER], self.answers[SHUFFLED])
         return {**overall, "per_task": per_task}
+
+    def _of_task(self, indices: Sequence[int]) -> dict[str, Any]:
+        questions = [self.questions[index] for index in indices]
+        answers = {name: [given[index] for index in indices] for name, given in self.answers.items()}
+        others = {name: accuracy(questions, given) for name, given in answers.items() if name != AFTER}
+        record = {"accuracy": accuracy(questions, answers[AFTER]), "samples": len(questions), **others}
+        record |= {"majority": majority(questions), "free_text": is_free_text(questions)}
+        return record | {"classes": by_class(questions, answers[AFTER])}
 
     def save(self, folder: Path) -> None:
         """Every question, ``<image>`` where an image stands, with its right answer and what the model said each time."""

@@ -1,25 +1,36 @@
-"""A model behind an OpenAI-style HTTP API: transformers' own server, which is told what a Flamingo is."""
+"""A model behind an OpenAI-compatible HTTP API."""
 
 from __future__ import annotations
 
 import socket
+from pathlib import Path
+from typing import Literal
 
-from transformers import AutoModelForMultimodalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
+from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.files import read_flamingo_config
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
-from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 INSTALL = 'pip install "flamingo_ft[serve]"'
+MAX_BODY_MIB = 64
+SHUTDOWN_SECONDS = 10  # that answers on their way have after Ctrl-C
 
 
-def serve(model: str, host: str, port: int) -> None:
+def serve(
+    model: str,
+    host: str,
+    port: int,
+    *,
+    allowed_media: Path | None = None,
+    image_urls: Literal["public", "any", "none"] = "public",
+    max_body_mib: int = MAX_BODY_MIB,
+) -> None:
     """Load an adapter or a merged model (a folder, or a name on the Hub), and answer requests until interrupted.
 
-    Raises UserError without the server's packages, for what is no such model, and for a port in use.
+    allowed_media: folder whose image files requests may name. image_urls: see `MediaPolicy`. max_body_mib: size of a
+    request's body. Raises UserError without the server's packages, for what is no such model, and for a port in use.
     """
     if not is_serve_available():
         raise UserError(f"serve: the server's packages are not installed; run: {INSTALL}")
@@ -28,11 +39,16 @@ def serve(model: str, host: str, port: int) -> None:
         raise UserError(f"{model}: no adapter and no merged model; give the folder that a run or a merge wrote")
     read_flamingo_config(folder)
     _check_free(host, port)
-    _introduce()
 
-    from transformers.cli.serve import Serve  # it needs the packages that were looked for above
+    import uvicorn  # these need the packages that were looked for above
 
-    Serve(force_model=model, host=host, port=port)
+    from flamingo_ft.inference.server.app import build_app
+    from flamingo_ft.inference.server.engine import Engine
+    from flamingo_ft.inference.server.images import MediaPolicy
+
+    engine = Engine(*load_trained(folder), MediaPolicy(allowed_media, image_urls))
+    app = build_app(engine, model, max_body_mib << 20)
+    uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
 
 
 def _check_free(host: str, port: int) -> None:
@@ -42,10 +58,3 @@ def _check_free(host: str, port: int) -> None:
     except OSError as error:
         problem = f"serve: {host}:{port} cannot be listened on ({error.strerror})"
         raise UserError(f"{problem}; give another --port") from None
-
-
-def _introduce() -> None:
-    """The server finds class and kind of a model in transformers' table of names, which registering leaves alone."""
-    AutoModelForMultimodalLM.register(FlamingoConfig, FlamingoForConditionalGeneration, exist_ok=True)
-    names = {FlamingoConfig.model_type: FlamingoForConditionalGeneration.__name__}
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.update(names)

@@ -7,12 +7,14 @@ from .checkpoints import LoadReport, load_open_flamingo
 from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
 from .open_flamingo import Flamingo, create_model_and_transforms
+from .pipeline import register_pipeline
 from .processor import FlamingoImageProcessor, FlamingoProcessor
 
 AutoConfig.register(FlamingoConfig.model_type, FlamingoConfig)
 AutoModelForImageTextToText.register(FlamingoConfig, FlamingoForConditionalGeneration)
 AutoImageProcessor.register(FlamingoConfig, image_processor_classes={"torchvision": FlamingoImageProcessor})
 AutoProcessor.register(FlamingoConfig, FlamingoProcessor)
+register_pipeline()
 
 __all__ = [
     "Flamingo",

@@ -49,6 +49,7 @@ def build_flamingo(
         new_token_ids=new_token_ids,
         decoder_layers_attr_name=decoder_layers_attr_name,
         backbones={"vision": vision.source, "language": language.source},
+        licenses={"vision": vision.license, "language": language.license},
     )
     model = FlamingoForConditionalGeneration(config, vision.visual, lm)
     if model.token_rows is not None:

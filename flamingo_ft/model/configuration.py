@@ -36,6 +36,7 @@ class FlamingoConfig(PreTrainedConfig):
         new_token_ids: ids of the tokens that were added to the vocabulary; their rows are the Flamingo's own.
         decoder_layers_attr_name: dotted path of the decoder layers in the language model, where they are not found.
         backbones: where both backbones came from: name, revision and content hash of ``vision`` and ``language``.
+        licenses: of ``vision`` and ``language``, as their model cards state them.
         bridge_init: what the bridge was started from: path and content hash; None for random weights.
         bridge_quantization: how the frozen parts of the bridge were kept, None for unquantized.
         adapter_parts: the parts of the bridge that adapters of this model hold, None for all; the base has the others.
@@ -62,6 +63,7 @@ class FlamingoConfig(PreTrainedConfig):
     new_token_ids: list[int] | None = None
     decoder_layers_attr_name: str | None = None
     backbones: dict[str, Any] | None = None
+    licenses: dict[str, Any] | None = None
     open_attention: bool = False
     bridge_init: dict[str, Any] | None = None
     bridge_quantization: dict[str, Any] | None = None

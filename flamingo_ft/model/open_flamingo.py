@@ -15,13 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.backbones.vision import load_vision
 
 from .checkpoints import is_open_flamingo, load_open_flamingo
 from .core import FlamingoCore
 from .layers import CheckpointedBlock
 from .media_input import media_input
+from .processor import FlamingoImageProcessor
 from .quantized import mark_quantized
 from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
 
@@ -175,4 +175,4 @@ def create_model_and_transforms(
     model.perceiver.requires_grad_(True)
     model.gated_cross_attn_layers.requires_grad_(True)
     model.lang_encoder.get_input_embeddings().requires_grad_(not freeze_lm_embeddings)
-    return model, image_transform(vision.preprocess), tokenizer
+    return model, FlamingoImageProcessor(vision.preprocess).transform, tokenizer

@@ -6,7 +6,6 @@ Shapes: B samples, M images per sample, C channels, H height, W width.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.missing import refuse_missing
 
+from .chat_template import answer_template
+from .image_source import read_image
+from .images import to_rgb
 from .special_text import protect, tokenize
 from .tokens import EOC_TOKEN, MEDIA_TOKEN
 
@@ -51,14 +52,15 @@ class FlamingoImageProcessor(BaseImageProcessor):
         self.open_clip_preprocess = dict(open_clip_preprocess or {})
         self.video_frames = video_frames
 
-    def preprocess(self, images: Image.Image | Sequence[Image.Image], **kwargs: Any) -> BatchFeature:
-        """Images to pixel_values (N, C, H, W)."""
-        images = [images] if isinstance(images, Image.Image) else images
-        return BatchFeature({"pixel_values": torch.stack([self.transform(image) for image in images])})
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Images to pixel_values (N, C, H, W): one, or a list; each in any form that `read_image` takes."""
+        images = images if isinstance(images, (list, tuple)) else [images]
+        pixels = [self.transform(read_image(image)) for image in images]
+        return BatchFeature({"pixel_values": torch.stack(pixels)})
 
-    def transform(self, image: Image.Image) -> Tensor:
-        """One image to (C, H, W)."""
-        return self._transform(image.convert("RGB"))
+    def transform(self, image: Any) -> Tensor:
+        """A Pillow image, numpy array or torch tensor (`images.to_rgb`) to (C, H, W)."""
+        return self._transform(to_rgb(image))
 
     @cached_property
     def _transform(self) -> Callable[[Image.Image], Tensor]:
@@ -99,16 +101,19 @@ class FlamingoProcessor(ProcessorMixin):
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, path, URL or base64 text. Keyword arguments go to the tokenizer. Special tokens that stand-ins stand for
-        (`special_text`), as `apply_chat_template` writes them, are text. Raises UserError when images and markers do
-        not match, and when a marker is lost to truncation.
+        image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword arguments go to
+        the tokenizer. It adds no special tokens to texts that begin with one, as chat templates write them and training
+        reads them. Special tokens that stand-ins stand for (`special_text`), as `apply_chat_template` writes them, are
+        text. Raises UserError when images and markers do not match, when a marker is lost to truncation, and for an
+        image that cannot be read.
         """
         if text is None:
             raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")
         texts = [text] if isinstance(text, str) else list(text)
         nested = deal_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
-        data = tokenize(self.tokenizer, texts, **_text_arguments(kwargs))
+        arguments = {"add_special_tokens": not _are_complete(self.tokenizer, texts), **_text_arguments(kwargs)}
+        data = tokenize(self.tokenizer, texts, **arguments)
         self._check_media_tokens(data["input_ids"], [len(row) for row in nested])
         if any(nested):
             data["pixel_values"] = self.pixel_values(nested)
@@ -126,7 +131,7 @@ class FlamingoProcessor(ProcessorMixin):
 
     def pixel_values(self, nested: Sequence[Sequence[Any]]) -> Tensor:
         """Images per sample to (B, M, C, H, W), M the most that a sample has."""
-        rows = [[self.image_processor.transform(_open(image)) for image in row] for row in nested]
+        rows = [[self.image_processor.transform(read_image(image)) for image in row] for row in nested]
         blank = torch.zeros_like(next(image for row in rows for image in row))
         most = max(map(len, rows))
         return torch.stack([torch.stack([*row, *[blank] * (most - len(row))]) for row in rows])
@@ -136,6 +141,7 @@ class FlamingoProcessor(ProcessorMixin):
 
         Images inside the blocks are processed along when ``tokenize=True``. A special token typed inside a text block
         stays text; in text that is returned, a stand-in marks it for the processor (``special_text.restore`` shows it).
+        The prompt for an answer (``add_generation_prompt``) is what stood before answers in training.
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
@@ -143,8 +149,25 @@ class FlamingoProcessor(ProcessorMixin):
         if kwargs.get("tokenize"):  # the template has written all special tokens, the text's first one too
             found = {"images": images[0] if single else images} if any(images) else {}
             kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {}), **found}
+        if not args and kwargs.get("chat_template") is None:
+            kwargs["chat_template"] = self.answer_template
         texts = [[flatten(message, self.tokenizer) for message in messages] for messages in conversations]
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
+        """As the tokenizer's; without special tokens it is an answer for people, with no white space around it."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
+        return _stripped(text) if skip_special_tokens else text
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+        """The same for several sequences."""
+        texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        return _stripped(texts) if skip_special_tokens else texts
+
+    @property
+    def answer_template(self) -> str:
+        """The chat template, corrected where its prompt for an answer is not how it writes answers."""
+        return answer_template(self.tokenizer, self.chat_template).text
 
 
 def flatten(message: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -213,11 +236,6 @@ def _image_of(block: Mapping[str, Any]) -> Any:
     return next((block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None), None)
 
 
-def _open(image: Any) -> Image.Image:
-    """The image as RGB, upright."""
-    return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
-
-
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer's chat template; without one Flamingo's own."""
     return chunk_template(tokenizer) if tokenizer.chat_template is None else tokenizer.get_chat_template()
@@ -231,6 +249,16 @@ def chunk_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer puts its first token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _stripped(text: str | list[str]) -> str | list[str]:
+    return text.strip() if isinstance(text, str) else [each.strip() for each in text]
+
+
+def _are_complete(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:
+    """Whether all texts begin with a special token of the language model's own: then they have all they need."""
+    own = tuple(token for token in tokenizer.all_special_tokens if token not in (MEDIA_TOKEN, EOC_TOKEN))
+    return bool(own) and all(text.startswith(own) for text in texts)
 
 
 def _text_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:

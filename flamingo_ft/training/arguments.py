@@ -12,13 +12,14 @@ from flamingo_ft.config import Recipe
 
 from .optimizer import OPTIMIZERS
 from .precision import computes_in
+from .schedule import warmup_steps
 
 # The recipe's names -> transformers', whose "constant" knows no warm-up.
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 def trainer_arguments(recipe: Recipe) -> SFTConfig | DPOConfig:
-    """What `make_trainer` gives its trainer."""
+    """What `make_trainer` gives its trainer, for a recipe with ``train.max_steps``."""
     if recipe.train.method == "dpo":
         return DPOConfig(**_common(recipe), **_dpo(recipe))
     return SFTConfig(**_common(recipe))
@@ -46,7 +47,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "gradient_accumulation_steps": wanted.gradient_accumulation_steps,
         "learning_rate": wanted.learning_rate,
         "weight_decay": wanted.weight_decay,
-        "warmup_steps": wanted.warmup_steps,
+        "warmup_steps": warmup_steps(wanted),
         "lr_scheduler_type": SCHEDULERS[wanted.lr_scheduler],
         # Stepping in the backward pass, each gradient is clipped by itself.
         "max_grad_norm": 0.0 if wanted.optimizer_in_backward else wanted.max_grad_norm,

@@ -6,10 +6,10 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flamingo_ft.backbones.context import ENDLESS, context_length
-from flamingo_ft.backbones.language import language_files
+from flamingo_ft.backbones.language import language_files, language_folder
 from flamingo_ft.backbones.tower import build_visual, tower_preprocess
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import ModelSection
@@ -41,6 +41,14 @@ def backbone_files(model: ModelSection) -> BackboneFiles:
     vision, language = model.vision, model.language
     tower = tower_config(vision.name, vision.pretrained, vision.image_size)
     return BackboneFiles(tower, vision.resize_mode, *language_files(language.name, language.revision))
+
+
+def own_ends(model: ModelSection) -> int | list[int] | None:
+    """The tokens with which the language model, as it was released, ends what it generates."""
+    folder = language_folder(model.language.name, model.language.revision, weights=False)
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder).eos_token_id
+    return language_files(model.language.name, model.language.revision)[0].eos_token_id
 
 
 def text_limit(config: PreTrainedConfig, wanted: int | None) -> int:

@@ -28,6 +28,7 @@ from .in_backward import inside_backward
 from .meter import Meter, gates, learning_rates
 from .non_finite import Finite
 from .out_of_memory import oom_as_user_error
+from .schedule import recompute_learning_rates
 from .stopping import Stopping
 
 
@@ -108,14 +109,20 @@ class Engine:
         return norm
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end, from the first step or from a checkpoint; one that was written there is only restored."""
+        """Train to the end, from the first step or from a checkpoint; if no step is left, only restore that."""
         self._began = time.monotonic()
         self.meter.start()
-        if checkpoint is not None and read_manifest(checkpoint)["ended"]:
+        if checkpoint is not None and self._nothing_left(checkpoint):
             restore(self, checkpoint)
-            self.state = TrainerState.load_from_json(str(checkpoint / TRAINING / TRAINER_STATE_NAME))
+            self.state = _saved_state(checkpoint / TRAINING)
         else:  # Trainer would go on after the last step
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint / TRAINING))
+
+    def _nothing_left(self, checkpoint: Path) -> bool:
+        """Whether training had ended at this checkpoint and is not extended by a larger number of steps."""
+        state = _saved_state(checkpoint / TRAINING)
+        ended = read_manifest(checkpoint)["ended"] and self.args.max_steps <= state.max_steps
+        return ended or state.global_step >= self.args.max_steps
 
     def ended(self) -> bool:
         """Whether training is over; one that a signal stops is not."""
@@ -157,6 +164,8 @@ class Engine:
             load_parts(self.optimizer, self.lr_scheduler, Path(checkpoint))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and _saved_state(Path(checkpoint)).max_steps != self.args.max_steps:
+            recompute_learning_rates(self.lr_scheduler)
 
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
@@ -169,3 +178,8 @@ class Engine:
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
         restore(self, Path(folder).parent)
+
+
+def _saved_state(training: Path) -> TrainerState:
+    """The trainer's state in the ``training`` folder of a checkpoint."""
+    return TrainerState.load_from_json(str(training / TRAINER_STATE_NAME))

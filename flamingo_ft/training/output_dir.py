@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 from flamingo_ft import atomic
@@ -36,6 +37,19 @@ def prepare_output_dir(
         folder.rename(earlier)
     folder.mkdir(parents=True, exist_ok=True)
     return earlier
+
+
+def keep_earlier_metrics(folder: Path) -> None:
+    """Rename the metrics of a finished run that is extended: a folder with `METRICS_FILE` counts as finished."""
+    metrics = folder / METRICS_FILE
+    if metrics.is_file():
+        metrics.rename(folder / f"{METRICS_FILE}.step-{finished_steps(folder)}")
+
+
+def finished_steps(folder: Path) -> int | None:
+    """Optimizer steps of the finished run in ``folder``; None where there is no finished run."""
+    metrics = folder / METRICS_FILE
+    return json.loads(metrics.read_text(encoding="utf-8"))["train"]["steps"] if metrics.is_file() else None
 
 
 def refuse_elsewhere(recipe: Path, train: TrainSection) -> None:

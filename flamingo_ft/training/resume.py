@@ -13,11 +13,13 @@ from flamingo_ft.errors import UserError
 
 from .checkpoints import checkpoint_root, newest_good, read_manifest, set_aside_after
 from .hub import fetch_newer
-from .output_dir import METRICS_FILE
+from .output_dir import finished_steps
 from .start_from import as_pinned
 
-# Keys that may change within a run: where it is kept and shown, and how fast its data come.
+# Keys that may change within a run: how long it is, where it is kept and shown, and how fast its data come.
 FREE = {
+    "train.max_steps",
+    "train.epochs",
     "train.output_dir",
     "train.checkpoint_dir",
     "train.push_to_hub",
@@ -42,16 +44,21 @@ class Start:
 
 
 def find_start(recipe: Recipe) -> Start:
-    """What there is of a run of ``recipe`` in its output folder and among its checkpoints.
+    """What there is of a run of ``recipe``, whose length is in steps, in its output folder and among its checkpoints.
 
-    Raises UserError, a line for each key, where that is a run of another recipe. Damaged checkpoints newer than the
-    one to go on from are renamed.
+    A finished run is extended where the recipe has more steps than it had. Damaged checkpoints newer than the one to
+    resume from are renamed. Raises UserError for a run of another recipe (a line for each key), for fewer steps than are
+    done, and for a finished run without a checkpoint to extend it from.
     """
     root, output_dir = checkpoint_root(recipe.train), recipe.train.output_dir
+    done = None
     if (output_dir / RECIPE_FILE).is_file():
-        _refuse_another(recipe, output_dir)
-        if (output_dir / METRICS_FILE).is_file():
-            return Start(finished=True)
+        earlier = _same_run(recipe, output_dir)
+        done = finished_steps(output_dir)
+        if done is not None:
+            _refuse_fewer(recipe, done, output_dir)
+            if recipe.train.max_steps <= earlier.train.max_steps:
+                return Start(finished=True)
     if root.is_dir():
         atomic.sweep(root)
     checkpoint, wrong = newest_good(root)
@@ -61,18 +68,43 @@ def find_start(recipe: Recipe) -> Start:
         notes += fetch_newer(recipe.train.push_to_hub, root, newest_here)
         checkpoint, _ = newest_good(root)
     if checkpoint is not None:
-        _refuse_another(recipe, checkpoint)
+        notes += _new_length(recipe, _same_run(recipe, checkpoint))
+        _refuse_fewer(recipe, read_manifest(checkpoint)["step"], checkpoint)
+    elif done is not None:
+        raise UserError(
+            f"{root}: no checkpoint of the finished run in {output_dir} is left to extend it from; "
+            f"restore step-{done}, or start a new run from its adapter with model.init_from={output_dir}"
+        )
     aside = [f"set aside as {path}" for path in set_aside_after(root, checkpoint)]
     found = f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {root}; beginning with the first step"
     return Start(checkpoint, notes=[*notes, *aside, found])
 
 
-def _refuse_another(recipe: Recipe, folder: Path) -> None:
+def _same_run(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe of the run in ``folder``. UserError where it differs from ``recipe`` in more than `FREE` keys."""
     earlier = load_recipe(folder / RECIPE_FILE, require=())
     now = as_pinned(recipe, earlier)
     differing = list(_differences(earlier.model_dump(mode="json"), now.model_dump(mode="json")))
     if differing:
         raise UserError("\n".join(f"{folder}: a run of another recipe: {line}" for line in differing))
+    return earlier
+
+
+def _refuse_fewer(recipe: Recipe, done: int, folder: Path) -> None:
+    steps = recipe.train.max_steps
+    if steps < done:
+        raise UserError(
+            f"train.max_steps: got {steps} (from train.epochs, if that is set), but {folder} has trained {done} steps "
+            f"already; use {done} or more, or choose another train.output_dir"
+        )
+
+
+def _new_length(recipe: Recipe, earlier: Recipe) -> list[str]:
+    """A note where the number of steps has changed."""
+    was, now = earlier.train.max_steps, recipe.train.max_steps
+    if was == now:
+        return []
+    return [f"train.max_steps was {was}, is {now}: the learning-rate schedule is recomputed for {now} steps"]
 
 
 def _differences(earlier: Any, now: Any, key: str = "") -> Iterator[str]:

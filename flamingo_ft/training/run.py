@@ -15,7 +15,7 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER, BEFORE
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
 from flamingo_ft.inference.answer import encode_prompts
 from flamingo_ft.progress import progress_bars
 
@@ -30,12 +30,14 @@ from .hub import Pushing, prepare_repository, pushing
 from .log_file import LogFile, write_log
 from .machine_faults import io_errors_as_user_error
 from .non_finite import skipped_record
+from .notices import memory_line, warnings_about_evaluation
 from .optimizer import check_machine
 from .out_of_memory import oom_as_user_error, with_plan
-from .output_dir import METRICS_FILE, prepare_output_dir
+from .output_dir import METRICS_FILE, keep_earlier_metrics, prepare_output_dir
 from .precision import check_precision
 from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
+from .schedule import samples_per_epoch, with_max_steps
 from .start_from import with_pinned_start
 from .stopping import Stopping
 from .trackers import check_trackers, tracker_callbacks
@@ -49,11 +51,12 @@ def train(
     tell: Callable[[OpenedData], None] = lambda data: None,
     *,
     resume: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
-    tell: hears of the data once it is open. resume: go on with what there is of this run; say: hears from where.
+    tell: called with the data once it is open. resume: resume what there is of this run. say: called with lines for the
+    user: where it resumes, planned and free memory, held-out images that are trained on; None: none of that is looked at.
     Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
     not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
     """
@@ -66,11 +69,14 @@ def train(
 
 
 def _whole_run(
-    recipe: Recipe, tell: Callable[[OpenedData], None], resume: bool, say: Callable[[str], None]
+    recipe: Recipe, tell: Callable[[OpenedData], None], resume: bool, listener: Callable[[str], None] | None
 ) -> dict[str, Any]:
+    say = listener or (lambda line: None)
     check_machine(recipe.train)
     check_precision(recipe)
     check_trackers(recipe.train)
+    if recipe.train.epochs is not None:
+        recipe = _with_counted_steps(recipe, say)
     start = processes.from_main(partial(find_start, recipe)) if resume else Start()
     for note in start.notes if processes.is_main() else ():
         say(note)
@@ -82,10 +88,23 @@ def _whole_run(
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
         with leaving_a_report(wanted.output_dir):
-            metrics = _run(recipe, start, stopping, tell, uploads)
+            if listener and processes.is_main():
+                say(memory_line(recipe))
+            metrics = _run(recipe, start, stopping, tell, uploads, listener)
         if uploads is not None:
             uploads.push_run(wanted.output_dir)
     return metrics
+
+
+def _with_counted_steps(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
+    """The recipe with its epochs in optimizer steps, which are reported."""
+    with processes.failing_together():
+        data = open_data(recipe.data, recipe.train.seed)
+        counted = with_max_steps(recipe, data)
+    if processes.is_main():
+        samples = f"{recipe.train.epochs:g} x {samples_per_epoch(recipe, data):,} samples"
+        say(f"train.epochs: {samples} are {counted.train.max_steps:,} optimizer steps")
+    return counted
 
 
 def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None:
@@ -99,7 +118,12 @@ def _prepare_folders(recipe: Recipe, resume: bool, has_checkpoint: bool) -> None
 
 
 def _run(
-    recipe: Recipe, start: Start, stopping: Stopping, tell: Callable[[OpenedData], None], uploads: Pushing | None
+    recipe: Recipe,
+    start: Start,
+    stopping: Stopping,
+    tell: Callable[[OpenedData], None],
+    uploads: Pushing | None,
+    listener: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
@@ -111,6 +135,9 @@ def _run(
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
             encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
+            if listener and processes.is_main():
+                for line in warnings_about_evaluation(data, held_out, processor, recipe.eval.max_new_tokens):
+                    listener(line)
             shown = [ProgressBar(progress), LiveReport(output_dir)]
             callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
             callbacks += [*evaluation_callbacks(recipe, processor), stopping]
@@ -118,6 +145,7 @@ def _run(
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
         if processes.is_main():
+            keep_earlier_metrics(output_dir)
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.steps:
@@ -128,7 +156,7 @@ def _run(
         save_adapter(model, processor, output_dir, write=processes.is_main())
         examination.take(AFTER, held_out)
         if recipe.eval.shuffled_images:
-            examination.take("shuffled_images", with_other_images(held_out, recipe.train.seed))
+            examination.take(SHUFFLED, with_other_images(held_out, recipe.train.seed))
         progress.refresh()  # notebooks would show the last bar as it was a moment before
     metrics = {"eval": examination.results.summary()} if held_out else {}
     metrics["train"] = training

@@ -25,6 +25,7 @@ from .label_positions import at_label_positions
 from .loss_check import check_loss
 from .optimizer import make_optimizer
 from .reference import answer_alike, drop_nothing, frozen_copy
+from .schedule import with_max_steps
 
 LOOKED_AT = 16  # batches, gone over until the directions settle
 QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
@@ -65,6 +66,7 @@ def make_trainer(
 
     ``model`` is what dpo compares with: a run that goes on restores what was trained afterwards.
     """
+    recipe = with_max_steps(recipe, data)
     if recipe.train.fsdp:
         _shard(model)
     arguments = trainer_arguments(recipe)

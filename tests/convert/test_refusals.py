@@ -79,9 +79,15 @@ def test_lora_needs_what_it_builds_on_and_its_alpha(backbones, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"perceiver": {"num_latents": 3}}, "makes model.perceiver .* alone, found"),
-        ({"media_visibility": "all_preceding"}, "has no media_visibility all_preceding"),
-        ({"cross_attention": {"heads": 2}}, "makes model.cross_attention"),
+        ({"perceiver": {"num_latents": 3}}, r"got model.perceiver.num_latents 3 \(needs 64\); it cannot be converted"),
+        ({"perceiver": {"max_num_media": 3}}, r"got model.perceiver.max_num_media 3 \(needs null\); "),
+        ({"media_visibility": "all_preceding"}, r"got model.media_visibility all_preceding \(needs immediate"),
+        ({"cross_attention": {"heads": 2}}, r"got model.cross_attention.heads 2 \(needs 8\)"),
+        (
+            {"perceiver": {"num_latents": 8, "depth": 2}, "cross_attention": {"heads": 4, "dim_head": 32}},
+            r"num_latents 8 \(needs 64\), model.perceiver.depth 2 \(needs 6\), model.cross_attention.heads 4 "
+            r"\(needs 8\), model.cross_attention.dim_head 32 \(needs 64\); ",
+        ),
     ],
 )
 def test_a_bridge_that_the_others_do_not_make(options, words, backbones, tmp_path):

@@ -81,7 +81,7 @@ BAD_ROWS = {
     "loss of text": (
         "messages",
         {"messages": [ASK[0], {**ASK[1], "loss": "no"}]},
-        "messages[1].loss: found text, wanted true or false",
+        "messages[1].loss: not true (learned) or false (not learned), got 'no'; use one of them",
     ),
     "more images": (
         "messages",

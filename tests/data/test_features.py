@@ -190,6 +190,19 @@ def test_other_software_misses(package, tmp_path, monkeypatch):
     assert opened(tmp_path).store.folder != before
 
 
+def test_a_cache_of_an_older_image_reader_is_never_used(tmp_path, monkeypatch):
+    features = opened(tmp_path)
+    key = json.loads((features.store.folder / "key.json").read_text())
+    before = {name: value for name, value in key.items() if name != "reader"}  # as keys were without a version
+    older = FeatureStore(tmp_path / key_module.folder_name(before), features.store.shape, features.store.dtype)
+    older.folder.mkdir()
+    FeatureWriter(older, tmp_path).add(older.key_of(contents(0)), torch.zeros(older.shape, dtype=older.dtype))
+    assert older.get(older.key_of(contents(0))) is not None
+    assert "fresh_pixels" in batch_of(opened(tmp_path).store, [[0]])
+    monkeypatch.setattr(key_module, "READER_VERSION", key["reader"] + 1)
+    assert opened(tmp_path).store.folder not in (features.store.folder, older.folder)
+
+
 def test_the_same_tower_hits_in_another_process_and_says_what_it_is(tmp_path):
     model, quantized = tiny_flamingo(), changed_model("quantization")
     folder = opened(tmp_path, quantized).store.folder

@@ -9,15 +9,18 @@ import sys
 import threading
 import zlib
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_ft.data import download, open_medium
+from flamingo_ft.data import open_medium
 from flamingo_ft.data.locate import Locator, lossless_bytes
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
+from flamingo_ft.model import download, images
+from flamingo_ft.model.image_source import read_image
 
 from .fixtures import FACTS, SCANS
 
@@ -116,13 +119,58 @@ def test_of_an_animation_the_first_frame_is_seen(form):
     assert (shown == [255, 0, 0]).all()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "CMYK", "I;16", "F", "1", "LA"])
+def pillow_image(mode: str) -> Image.Image:
+    if mode == "I;16B":
+        return Image.frombytes(mode, (48, 32), np.arange(48 * 32, dtype=">u2").tobytes())
+    if mode == "LAB":
+        return Image.frombytes(mode, (48, 32), photo().tobytes())
+    if mode == "I":
+        return Image.fromarray(np.arange(48 * 32, dtype=np.int32).reshape(32, 48) * 100_000)
+    return (photo().convert("L") if mode in ("I;16", "F", "PA") else photo()).convert(mode)
+
+
+MODES = ("RGB", "RGBA", "L", "P", "CMYK", "I;16", "F", "1", "LA", "I", "I;16B", "PA", "YCbCr", "LAB")
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_pillow_image_is_kept_without_loss(mode):
-    image = photo().convert("L").convert(mode) if mode in ("I;16", "F") else photo().convert(mode)
+    image = pillow_image(mode)
     content = Locator(None, False).image(image, "row 0: image")
     kept = Image.open(io.BytesIO(content))
     assert kept.mode == image.mode and kept.tobytes() == image.tobytes()
     assert content == lossless_bytes(image)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_pillow_image_in_a_row_keeps_its_orientation_and_its_transparency(mode):
+    image = pillow_image(mode)
+    image.getexif()[0x0112] = 6
+    if mode in ("L", "P", "1", "I;16"):
+        image.info["transparency"] = 1
+    seen = images.open_image(lossless_bytes(image))
+    assert seen.size == (32, 48) and seen.tobytes() == images.to_rgb(image).tobytes()
+
+
+def test_a_palette_with_alpha_is_kept():
+    image = Image.fromarray((np.arange(48 * 32) % 16).astype(np.uint8).reshape(32, 48))
+    table = np.random.default_rng(0).integers(0, 256, (16, 4), dtype=np.uint8)
+    image.putpalette(table.tobytes(), "RGBA")
+    colours, alpha = table[np.asarray(image)][..., :3], table[np.asarray(image)][..., 3:] / 255
+    seen = images.open_image(lossless_bytes(image))
+    assert np.abs(np.asarray(seen) - (colours * alpha + 255 * (1 - alpha))).max() <= 1
+    assert seen.tobytes() == images.to_rgb(image).tobytes() and "transparent" in images.conversions(seen)
+
+
+def test_a_pillow_image_of_a_truncated_file_is_refused_in_one_line():
+    cut = Image.open(io.BytesIO(file_of(photo(), "JPEG")[:-200]))
+    with pytest.raises(UserError, match=r"row 0: image: not a readable image \(.*truncated"):
+        Locator(None, False).image(cut, "row 0: image")
+
+
+def test_metadata_that_cannot_be_written_again_does_not_cost_a_pillow_image():
+    image = photo()
+    image.info |= {"exif": b"Exif\0\0garbage", "icc_profile": "text", "dpi": "high"}
+    assert images.open_image(lossless_bytes(image)).tobytes() == photo().tobytes()
 
 
 BROKEN = {
@@ -199,6 +247,7 @@ def server():
 def test_an_image_is_fetched_from_its_url(server, path):
     (image,) = open_medium(server + path)
     assert (np.asarray(image) == np.asarray(Image.open(SCAN).convert("RGB"))).all()
+    assert read_image(server + path).tobytes() == image.tobytes()  # as the processor fetches it
 
 
 @pytest.mark.parametrize(
@@ -208,6 +257,42 @@ def test_what_cannot_be_fetched_is_refused_in_one_line(server, path, reason, mon
     monkeypatch.setattr(download, "MOST_BYTES", 4000)
     message = refused(server + path)
     assert f"cannot fetch {server + path}" in message and reason in message
+
+
+PRIVATE = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.0.1 169.254.169.254 100.64.0.1 224.0.0.1 ::1 fe80::1%e0 fc00::1"
+
+
+@pytest.mark.parametrize("address", [*PRIVATE.split(), "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"])
+def test_an_address_of_this_machine_or_a_private_network_is_not_public(address):
+    with pytest.raises(ValueError, match="not a public address"):
+        download._check_public(address)
+    download._check_public("8.8.8.8")
+    download._check_public("2606:4700:4700::1111")
+
+
+def test_a_name_that_leads_to_a_private_address_after_it_was_checked_gets_no_request(server, monkeypatch):
+    monkeypatch.setattr(download, "_check_name", lambda host, port: None)
+    monkeypatch.setattr(Handler, "do_GET", lambda self: pytest.fail("a request was sent"))
+    with pytest.raises(UserError, match="not a public address"):
+        download.download(f"{server}/scan.png", "here", public_only=True)
+
+
+def test_no_connection_is_made_to_a_private_address():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with pytest.raises(UserError, match="not a public address"):
+            download.download(f"http://127.0.0.1:{closed.getsockname()[1]}/a.png", "here", public_only=True)
+
+
+@pytest.mark.parametrize("path", ["/scan.png", "/moved"])
+def test_a_public_address_is_fetched_without_a_proxy_and_each_redirection_is_checked(server, path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="not a public address"):
+        download.download(server + path, "here", public_only=True)
+    checked = []
+    monkeypatch.setattr(download, "_check_public", checked.append)
+    assert download.download(server + path, "here", public_only=True) == SCAN.read_bytes()
+    assert checked == ["127.0.0.1"] * (4 if path == "/moved" else 2)
 
 
 def test_a_silent_server_is_not_waited_for(monkeypatch):
@@ -226,6 +311,41 @@ def test_a_slow_server_is_not_waited_for(server, monkeypatch):
 def test_a_video_file_without_pyav_names_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     assert "a video file needs PyAV; pip install av" in refused(Video(file=b"video"))
+
+
+def video_of(frame: np.ndarray, form: str, codec: str, pixels: str) -> bytes:
+    """Four times the same RGBA frame."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=4)
+        stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], pixels
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format=pixels)))
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def half_hidden() -> np.ndarray:
+    """Blue to the left; to the right red that nobody is meant to see."""
+    frame = np.zeros((32, 32, 4), np.uint8)
+    frame[:, :16], frame[:, 16:] = (0, 0, 255, 255), (255, 0, 0, 0)
+    return frame
+
+
+def test_transparent_frames_of_a_video_are_drawn_over_white():
+    gif = io.BytesIO()
+    frames = [Image.fromarray(half_hidden())] * 2
+    frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], disposal=2)
+    for content in (video_of(half_hidden(), "mov", "png", "rgba"), gif.getvalue()):
+        for frame in open_medium(Video(file=content), video_frames=2):
+            assert frame.getpixel((4, 9)) == (0, 0, 255) and frame.getpixel((28, 9)) == (255, 255, 255)
+            assert "transparent" in images.conversions(frame)
+
+
+def test_a_video_of_too_many_pixels_is_not_decoded(monkeypatch):
+    content = video_of(half_hidden(), "mov", "png", "rgba")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    assert "not a readable video (32 x 32 pixels, the limit is" in refused(Video(file=content))
 
 
 @pytest.mark.parametrize("content", [b"", b"not a video", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"])

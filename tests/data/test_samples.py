@@ -149,7 +149,7 @@ MALFORMED = {
         ": images[0]: no such image FOLDER/gone.png; check the path or set image_root",
     ),
     "a folder for an image": (
-        {"messages": TURNS, "images": [""]},
+        {"messages": TURNS, "images": ["."]},
         ": images[0]: no such image FOLDER; check the path or set image_root",
     ),
     "a path with a line break": (

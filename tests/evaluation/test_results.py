@@ -16,10 +16,13 @@ from flamingo_ft.evaluation import accuracy
 from flamingo_ft.evaluation.accuracy import answer_questions, is_right, normalise
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.evaluation.results import Results, load_predictions
-from flamingo_ft.evaluation.run import evaluate_adapter
+from flamingo_ft.evaluation.run import evaluate_adapter, recipe_for_evaluation
 from flamingo_ft.inference.answer import answer_batch
 from flamingo_ft.model import build_flamingo
 from tests.data.dialogues import IMAGE, assistant, user
+
+
+PLAIN = {"free_text": False, "classes": None}  # of a task with few samples
 
 
 def sample(task: str, answer: str, question: str = "Which?") -> Sample:
@@ -56,9 +59,11 @@ def test_a_summary_has_every_accuracy_overall_and_per_task():
         "accuracy": 0.5,
         "accuracy_before": 0.25,
         "accuracy_shuffled_images": 0.5,
+        "accuracy_majority": 0.5,
+        "verdict": None,
         "per_task": {
-            "a": {"accuracy": 0.0, "samples": 1, "before": 1.0, "shuffled_images": 1.0},
-            "b": {"accuracy": 2 / 3, "samples": 3, "before": 0.0, "shuffled_images": 1 / 3},
+            "a": {"accuracy": 0.0, "samples": 1, "before": 1.0, "shuffled_images": 1.0, "majority": 1.0, **PLAIN},
+            "b": {"accuracy": 2 / 3, "samples": 3, "before": 0.0, "shuffled_images": 1 / 3, "majority": 1 / 3, **PLAIN},
         },
     }
 
@@ -66,8 +71,8 @@ def test_a_summary_has_every_accuracy_overall_and_per_task():
 def test_a_summary_of_one_examination_has_no_others():
     questions = results().questions
     summary = Results(questions, {"after": ["1", "1", "2", "é世🦩"]}).summary()
-    assert summary["accuracy"] == 1.0 and set(summary) == {"accuracy", "per_task"}
-    assert summary["per_task"]["a"] == {"accuracy": 1.0, "samples": 1}
+    assert summary["accuracy"] == 1.0 and set(summary) == {"accuracy", "accuracy_majority", "per_task"}
+    assert summary["per_task"]["a"] == {"accuracy": 1.0, "samples": 1, "majority": 1.0, **PLAIN}
 
 
 @pytest.mark.parametrize("task", [UNNAMED_TASK, "all", "accuracy"])
@@ -175,8 +180,58 @@ def test_an_adapter_may_be_measured_on_other_samples(run):
     assert found["eval"]["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_a_folder_without_a_recipe_is_refused(run):
+def test_an_adapter_without_a_recipe_is_measured_on_the_samples_that_are_named(run, monkeypatch):
     folder, _, _ = run
+    whole = evaluate_adapter(folder / "run", folder / "held_out.jsonl", ["eval.max_new_tokens=4"])
     (folder / "run" / RECIPE_FILE).unlink()
-    with pytest.raises(UserError, match="run: not the folder of a run, .* not found; give a run's output directory"):
+    with pytest.raises(UserError, match="run: has no resolved_recipe.yaml, so no held-out samples; .* --data FILE"):
         evaluate_adapter(folder / "run")
+    assert evaluate_adapter(folder / "run", folder / "held_out.jsonl", ["eval.max_new_tokens=4"]) == whole
+    monkeypatch.chdir(folder)
+    named = ["data.eval=[{path: held_out.jsonl, limit: 1}]"]
+    assert evaluate_adapter(folder / "run", overrides=named)["eval"]["per_task"]["digit"]["samples"] == 1
+
+
+def test_other_samples_take_every_key_of_a_source(run, monkeypatch):
+    folder, _, _ = run
+    for index in range(3):
+        (folder / "photos").mkdir(exist_ok=True)
+        (folder / f"{index}.png").rename(folder / "photos" / f"{index}.png")
+    rows = [f"{index}.png,Which digit?,Seven." for index in range(3)]
+    (folder / "other.csv").write_text("\n".join(["photo,q,answer", *rows]))
+    monkeypatch.chdir(folder)
+    keys = ["data.eval.0.format=vqa", "data.eval.0.image_root=photos"]
+    keys.append("data.eval.0.columns={image: photo, question: q}")
+    recipe = recipe_for_evaluation("run", folder / "run", "other.csv", keys)
+    (source,) = recipe.data.eval
+    assert (source.format, source.image_root) == ("vqa", folder / "photos")
+    assert recipe.eval.max_samples is None and recipe.eval.batch_size == 2
+    samples = evaluate_adapter("run", "other.csv", [*keys, "eval.max_samples=2"])["eval"]["per_task"]
+    assert sum(task["samples"] for task in samples.values()) == 2
+    with pytest.raises(UserError, match="gone"):
+        evaluate_adapter("run", "other.csv", ["data.eval.0.image_root=gone"])
+
+
+def test_samples_are_held_out_though_the_training_file_is_gone(run):
+    folder, _, _ = run
+    file = folder / "run" / RECIPE_FILE
+    text = file.read_text().replace("held_out.jsonl", "gone.jsonl", 1)
+    assert text.count("gone.jsonl") == text.count("held_out.jsonl") == 1
+    file.write_text(text)
+    assert evaluate_adapter(folder / "run")["eval"]["per_task"]["digit"]["samples"] == 3
+
+
+@pytest.mark.parametrize("key", ["train.max_steps=5", "model.language.name=x", "data.template=chat", "eval.steps=5", "a=1"])
+def test_a_key_that_evaluation_does_not_use_is_refused_by_name(run, key):
+    name = key.partition("=")[0]
+    with pytest.raises(UserError, match=f"override {name}: evaluation does not use it; it uses data.eval, "):
+        evaluate_adapter(run[0] / "run", overrides=[key])
+
+
+def test_samples_that_evaluation_skips_are_named(run):
+    folder, _, _ = run
+    (folder / "1.png").write_bytes(b"no image")
+    lines = []
+    found = evaluate_adapter(folder / "run", overrides=["data.on_bad_sample=skip"], say=lines.append)
+    assert found["eval"]["per_task"]["digit"]["samples"] == 2
+    assert len(lines) == 1 and lines[0].startswith("skipped: ") and "1.png" in lines[0]

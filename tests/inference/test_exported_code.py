@@ -11,11 +11,14 @@ from transformers import AutoModelForImageTextToText
 
 import flamingo_ft
 from flamingo_ft.adapters.code import write_code
+from flamingo_ft.data.collate import load_media
 from flamingo_ft.inference.answer import answer
+from tests.data.dialogues import nano_processor
+from tests.model.kinds_of_images import KINDS
 
 from .conftest import PROMPT
 
-ROOTS = {"torch", "transformers", "open_clip", "huggingface_hub", "PIL", "bitsandbytes"}
+ROOTS = {"torch", "jinja2", "transformers", "open_clip", "huggingface_hub", "PIL", "numpy", "bitsandbytes"}
 SCRIPT = """
 import sys
 
@@ -40,6 +43,9 @@ for given in images[:1], images:
     new = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
     print("<", processor.decode(new, skip_special_tokens=True).strip(), ">", sep="")
     print("<", ask(text=messages, return_full_text=False)[0]["generated_text"].strip(), ">", sep="")
+for kind in ("RGBA", "16-bit PNG"):
+    pixels = processor(images=kind + ".png", text="<image>", return_tensors="pt")["pixel_values"]
+    print(kind, pixels.double().sum().item())
 """
 
 
@@ -78,6 +84,12 @@ def test_it_says_the_same_words_without_the_package(with_code, tmp_path):
     folder, paths = with_code
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     command = [sys.executable, "-c", SCRIPT, str(folder), PROMPT, *map(str, paths)]
+    kinds = {kind: KINDS[kind].content for kind in ("RGBA", "16-bit PNG")}
+    for kind, content in kinds.items():
+        (tmp_path / f"{kind}.png").write_bytes(content)
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     expected = [f"<{answer(folder, images, PROMPT)}>" for images in (paths[:1], paths) for _ in range(2)]
+    shown = load_media(nano_processor(), [{"images": [content], "where": kind} for kind, content in kinds.items()])
+    sums = shown["pixel_values"].double().sum((1, 2, 3, 4)).tolist()
+    expected += [f"{kind} {total}" for kind, total in zip(kinds, sums, strict=True)]
     assert done.stdout.splitlines() == expected, done.stderr

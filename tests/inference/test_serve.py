@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 import flamingo_ft
 from flamingo_ft.cli import main
@@ -69,9 +69,9 @@ def test_a_served_model_says_what_generate_says_whole_and_streamed(served, image
     expected = answer(folder, paths[:images], PROMPT)
     request = {"model": str(folder), "messages": dialogue(paths[:images]), "max_tokens": 64}
     found = client.chat.completions.create(**request)
-    assert found.choices[0].message.content.strip() == expected
+    assert found.choices[0].message.content == expected
     pieces = [piece.choices[0].delta.content or "" for piece in client.chat.completions.create(**request, stream=True)]
-    assert len(pieces) > 3 and "".join(pieces).strip() == expected
+    assert len(pieces) > 3 and "".join(pieces) == expected
 
 
 @pytest.mark.slow
@@ -82,17 +82,44 @@ def test_requests_at_the_same_time_get_the_answers_to_their_own_images(served):
 
     def ask(images):
         found = client.chat.completions.create(model=str(folder), messages=dialogue(images), max_tokens=64)
-        return found.choices[0].message.content.strip()
+        return found.choices[0].message.content
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, asked * 3)) == expected * 3
     assert len(set(expected)) > 1
 
 
+@pytest.mark.slow
+def test_a_served_model_stops_where_asked_and_rejects_what_it_cannot_do(served):
+    folder, paths, client = served
+    request = {"model": str(folder), "messages": dialogue(paths[:1]), "max_tokens": 64}
+    expected = answer(folder, paths[:1], PROMPT)
+    stopped = client.chat.completions.create(**request, stop=[expected[3]])
+    assert stopped.choices[0].message.content.strip() == expected[: expected.index(expected[3])].strip()
+    local = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(paths[0])}}]}]
+    broken = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}]
+    for change in ({"max_tokens": 0}, {"n": 2}, {"messages": []}, {"messages": local}, {"messages": broken}):
+        with pytest.raises(BadRequestError) as error:
+            client.chat.completions.create(**request | change)
+        assert error.value.param.startswith(next(iter(change)))
+
+
 def test_without_the_servers_packages_the_command_to_install_them_is_told(monkeypatch):
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     with pytest.raises(UserError, match=r'not installed; run: pip install "flamingo_ft\[serve\]"$'):
         serve.serve("anywhere", "localhost", 8000)
+
+
+def test_the_command_line_passes_where_images_may_come_from(monkeypatch, tmp_path, capsys):
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda *arguments, **options: calls.append((*arguments, options)))
+    assert main(["serve", "run"]) == 0
+    options = ["--allowed-media", str(tmp_path), "--image-urls", "none", "--max-body-mib", "5", "--port", "9"]
+    assert main(["serve", "run", *options]) == 0
+    default = {"allowed_media": None, "image_urls": "public", "max_body_mib": 64}
+    chosen = {"allowed_media": tmp_path, "image_urls": "none", "max_body_mib": 5}
+    assert calls == [("run", "localhost", 8000, default), ("run", "localhost", 9, chosen)]
+    assert main(["serve", "run", "--allowed-media", str(tmp_path / "gone")]) == 2
 
 
 def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path, capsys):

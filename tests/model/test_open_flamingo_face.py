@@ -106,6 +106,8 @@ def test_the_factory_makes_what_open_flamingos_makes():
         "nano", None, "nano", "nano", cross_attn_every_n_layers=2, perceiver=PERCEIVER
     )
     assert transform(Image.new("L", (50, 40))).shape == (3, 32, 32)
+    hidden, white = Image.new("RGBA", (50, 40), (255, 0, 0, 0)), Image.new("RGB", (50, 40), "white")
+    assert torch.equal(transform(hidden), transform(white))
     assert model.media_token_id == tokenizer.convert_tokens_to_ids("<image>")
     assert model.eoc_token_id == tokenizer.convert_tokens_to_ids("<|endofchunk|>")
     trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}

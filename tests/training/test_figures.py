@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -12,10 +13,12 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flamingo_ft.data import Sample
+from flamingo_ft.data.preview import preview
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.figures import answer_grid, loss_curve, sample_grid
 from flamingo_ft.training.figures.look import GREEN, RED
 from flamingo_ft.training.figures.samples import spread
+from tests.model.kinds_of_images import KINDS
 
 LONG = "A question that goes on and on about all there is to see, WITH WORDS IN CAPITALS, to the end " * 3
 
@@ -63,6 +66,16 @@ def boxes(figure) -> list:
         found += [box.get_window_extent(renderer) for box in (axes.title, *axes.artists) if box.get_visible()]
         found.append(axes.get_window_extent(renderer))
     return found
+
+
+@pytest.mark.parametrize("name", ["RGBA", "16-bit PNG", "palette with tRNS", "sideways"])
+def test_the_report_draws_what_the_model_saw(run, tmp_path, name):
+    path = tmp_path / "image"
+    path.write_bytes(KINDS[name].content)
+    shown = [{"images": [image], "before": "x", "after": "x"} for image in (str(path), preview(KINDS[name].content))]
+    for axes in answer_grid(run(*shown)).axes:
+        (drawn,) = axes.get_images()
+        assert np.abs(np.asarray(drawn.get_array()).astype(int) - KINDS[name].expected).max() <= 1
 
 
 def test_the_loss_curve_goes_through_every_logged_loss(run):

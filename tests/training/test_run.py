@@ -63,8 +63,9 @@ def test_a_run_leaves_its_adapter_recipe_metrics_answers_and_log(folder):
     model, _ = load_adapter(run)
     bridge = (model.perceiver, model.gated_cross_attn_layers, model.token_rows)
     assert metrics["train"]["trainable_parameters"] == sum(p.numel() for part in bridge for p in part.parameters())
-    accuracies = {"accuracy", "accuracy_before", "accuracy_shuffled_images"}
-    assert set(metrics["eval"]) == accuracies | {"per_task"}
+    accuracies = {"accuracy", "accuracy_before", "accuracy_shuffled_images", "accuracy_majority"}
+    assert set(metrics["eval"]) == accuracies | {"per_task", "verdict"}
+    assert metrics["eval"]["verdict"].startswith("too few held-out questions with images")
     assert set(metrics["eval"]["per_task"]) == {"0 images", "1 images", "2 images"}
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4]

@@ -13,8 +13,9 @@ import torch
 from flamingo_ft import __version__
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.images import READER_VERSION
 
-FORMAT = 1  # raised when the same image file is to become other pixels, or other tokens
+FORMAT = 1  # raised when the same pixels are to become other tokens
 # Whose code turns files into pixels and pixels into tokens. One that is not installed is not used.
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "bitsandbytes", "pillow", "av", "torchcodec")
 
@@ -28,6 +29,7 @@ def features_key(model: FlamingoForConditionalGeneration, preprocess: Mapping[st
     source = (model.config.backbones or {}).get("vision") or {}
     return {
         "format": FORMAT,
+        "reader": READER_VERSION,
         "tower": source.get("name"),
         "tower_sha256": tensors_sha256(model.vision_encoder),
         "architecture": model.config.vision_config,

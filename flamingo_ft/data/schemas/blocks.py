@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flamingo_ft.data.fields import kind, text_field, whole
+from flamingo_ft.data.fields import has_content, is_blank, kind, text_field, whole
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 from .draft import Given
+from .turn_keys import unread_block_texts
 
 VIDEO_MARKER = "<video>"
 IMAGE_BLOCKS = ("image", "image_url")
@@ -64,19 +65,44 @@ def read_content(content: Any, where: str, videos: bool) -> list[Part]:
     return [part for part in parts if part != ""]
 
 
+def unread_block_keys(content: Any, where: str) -> list[str]:
+    """The keys of texts in typed blocks that nothing reads. UserError for those that are part of what was said."""
+    blocks = content if isinstance(content, list) else []
+    unread: dict[str, None] = {}
+    for index, block in enumerate(blocks):
+        if isinstance(block, Mapping):
+            known = (*IMAGE_KEYS, *VIDEO_KEYS, "type", "text")
+            unread |= dict.fromkeys(unread_block_texts(block, known, f"{where}[{index}]"))
+    return [*unread]
+
+
 def _block(block: Any, where: str) -> Part:
     if not isinstance(block, Mapping):
         raise UserError(f"{where}: found {kind(block)}, wanted a block of type text, image or video")
     form = block.get("type")
-    if form == "text":
-        return text_field(block, "text", where)
-    if form not in (*IMAGE_BLOCKS, *VIDEO_BLOCKS):
+    if form not in ("text", *IMAGE_BLOCKS, *VIDEO_BLOCKS):
         raise UserError(f"{where}.type: found {form!r}, wanted text, image or video")
     video = form in VIDEO_BLOCKS
-    key = next((key for key in (VIDEO_KEYS if video else IMAGE_KEYS) if block.get(key) is not None), None)
+    keys = () if form == "text" else VIDEO_KEYS if video else IMAGE_KEYS
+    _check_alone(block, form, keys, where)
+    if form == "text":
+        return text_field(block, "text", where)
+    key = next((key for key in keys if not is_blank(block.get(key))), None)
     if form.endswith("_url") and key is None:
         raise UserError(f"{where}.{form}: found nothing, wanted a URL or a data: URI")
     return Place(video, Given(_medium(block[key], key), f"{where}.{key}") if key else None)
+
+
+def _check_alone(block: Mapping[str, Any], form: str, keys: Sequence[str], where: str) -> None:
+    """Refuse a block with an image beside its text, text beside its image, or two images: one would be lost."""
+    content = ("text", *IMAGE_KEYS, *VIDEO_KEYS)
+    other = next((key for key in content if key not in (keys or ("text",)) and has_content(block.get(key))), None)
+    if other is not None:
+        got = kind(block[other])
+        raise UserError(f"{where}.{other}: not read in a block of type {form}, got {got}; give it a block of its own")
+    sources = [key for key in keys if not is_blank(block.get(key))]
+    if len({str(block[key]) for key in sources}) > 1 and {*sources} != {"path", "bytes"}:
+        raise UserError(f"{where}: one block has two images, got {' and '.join(sources)}; keep one of them")
 
 
 def _medium(value: Any, key: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flamingo_ft.data.fields import Row, given, kind, list_field, optional_text
@@ -11,8 +12,10 @@ from flamingo_ft.data.sample import ROLES
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
+from .blocks import unread_block_keys
 from .draft import Draft, Turn
 from .media_fields import images_of, videos_of
+from .turn_keys import is_learned, unread_texts
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # LLaVA writes its marker on a line of its own, before or after the question; the line break belongs to the marker.
@@ -33,7 +36,7 @@ def read_sharegpt(row: Row, where: str) -> Draft:
 def read_llava(row: Row, where: str) -> Draft:
     """`conversations` of human and gpt."""
     turns = [
-        Turn(turn.role, MARKER_LINE.sub(MEDIA_TOKEN, turn.content), turn.where, turn.loss)
+        replace(turn, content=MARKER_LINE.sub(MEDIA_TOKEN, turn.content))
         if isinstance(turn.content, str)
         else turn
         for turn in conversation_of(row, where)
@@ -65,11 +68,7 @@ def _message(message: Any, where: str) -> Turn:
     _check_keys(message, ("role", "content"), where)
     if message["role"] not in ROLES:
         raise UserError(f"{where}.role: found {message['role']!r}, wanted one of {', '.join(ROLES)}")
-    loss = message.get("loss")
-    if loss is not None and not isinstance(loss, bool):
-        raise UserError(f"{where}.loss: found {kind(loss)}, wanted true or false")
-    learned = loss is not False or message["role"] != "assistant"  # nothing else is ever learned
-    return Turn(message["role"], message["content"], f"{where}.content", learned)
+    return _turn(message, message["role"], ("role", "content"), where)
 
 
 def _spoken(turn: Any, where: str) -> Turn:
@@ -77,7 +76,15 @@ def _spoken(turn: Any, where: str) -> Turn:
     speaker = turn["from"]
     if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise UserError(f"{where}.from: found {speaker!r}, wanted human, gpt or system")
-    return Turn(SPEAKERS[speaker], turn["value"], f"{where}.value")
+    return _turn(turn, SPEAKERS[speaker], ("from", "value"), where)
+
+
+def _turn(message: Mapping[str, Any], role: str, keys: tuple[str, str], where: str) -> Turn:
+    _, content = keys
+    field = where.rpartition(": ")[2].partition("[")[0]
+    unread = [f"{field}[].{key}" for key in unread_texts(message, keys, where)]
+    unread += [f"{field}[].{content}[].{key}" for key in unread_block_keys(message[content], f"{where}.{content}")]
+    return Turn(role, message[content], f"{where}.{content}", is_learned(message, role, where), unread)
 
 
 def _check_keys(turn: Any, keys: tuple[str, str], where: str) -> None:

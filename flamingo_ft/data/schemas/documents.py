@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_ft.data.fields import MEMBERS, Row, given, kind, list_field, text_field, words
+from flamingo_ft.data.file_names import same_name
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.errors import UserError
 
@@ -21,7 +22,7 @@ def read_caption(row: Row, where: str) -> Draft:
     images, videos = images_of(row, where), videos_of(row, where)
     if not images and not videos:
         raise UserError(f"{where}: found no image, wanted one in image, images or video")
-    name = next((name for name in CAPTION_FIELDS if given(row, name)), None)
+    name = caption_field(row)
     if name is None:
         raise UserError(f"{where}: found no caption, wanted text in {', '.join(CAPTION_FIELDS)}")
     captions = list_field(row, name, where) if name == "captions" else [row[name]]
@@ -31,6 +32,11 @@ def read_caption(row: Row, where: str) -> Draft:
     blocks = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
     turn = Turn(DOCUMENT, [*blocks, _text(words(captions[0], place))], place)
     return Draft([turn], images, videos)
+
+
+def caption_field(row: Row) -> str | None:
+    """The one field that the caption is read from."""
+    return next((name for name in CAPTION_FIELDS if given(row, name)), None)
 
 
 def read_interleaved(row: Row, where: str) -> Draft:
@@ -84,7 +90,7 @@ def _picture(info: Mapping, row: Row, where: str) -> Given:
 def _is_named(member: str, name: str) -> bool:
     """Whether a file of a tar has this name, or has it after the key that all files of a row begin with."""
     file = os.path.basename(member)
-    return name in (member, file, file.partition(".")[2])
+    return any(same_name(name, one) for one in (member, file, file.partition(".")[2]))
 
 
 def _read_obelics(row: Row, where: str) -> tuple[list[dict], list[Given]]:

@@ -17,12 +17,16 @@ class Given:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message: ``content`` is text with markers, or typed blocks as users write them."""
+    """A message: ``content`` is text with markers, or typed blocks as users write them.
+
+    unread: its keys with text that nothing reads, as "messages[].language".
+    """
 
     role: str
     content: Any
     where: str
     loss: bool = True
+    unread: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -33,3 +37,8 @@ class Draft:
     images: Sequence[Given] = ()
     videos: Sequence[Given] = ()
     rejected: Sequence[Turn] | None = field(default=None)
+
+    @property
+    def unread(self) -> list[str]:
+        """Keys of messages with text that nothing reads."""
+        return [*dict.fromkeys(key for turn in (*self.turns, *(self.rejected or ())) for key in turn.unread)]

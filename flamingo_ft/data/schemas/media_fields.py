@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from flamingo_ft.data.fields import Row, given, list_field
+from flamingo_ft.data.fields import Row, is_blank, list_field
 from flamingo_ft.errors import UserError
 
 from .draft import Given
@@ -25,8 +25,9 @@ def videos_of(row: Row, where: str) -> list[Given]:
 
 def _media(row: Row, name: str, where: str, single: Callable[[Any, str], list[Given]]) -> list[Given]:
     several = f"{name}s"
-    one = single(row[name], f"{where}: {name}") if given(row, name) and row[name] not in ("", []) else []
-    listed = list_field(row, several, where) if given(row, several) and row[several] != "" else []
+    one = [] if _is_none(row.get(name)) else single(row[name], f"{where}: {name}")
+    listed = [] if _is_none(row.get(several)) else list_field(row, several, where)
+    listed = [] if _is_none(listed) else listed  # it may have been a list as JSON text
     if one and listed:
         raise UserError(f"{where}: found both {name} and {several}, wanted one of them; join them into {several}")
     return one or [Given(value, f"{where}: {several}[{index}]") for index, value in enumerate(listed)]
@@ -36,3 +37,9 @@ def _one_or_more(value: Any, place: str) -> list[Given]:
     if isinstance(value, list):
         return [Given(one, f"{place}[{index}]") for index, one in enumerate(value)]
     return [Given(value, place)]
+
+
+def _is_none(value: Any) -> bool:
+    """Whether a field says that there is no image: nothing, an empty list, or a list of nothing. Nulls among images are
+    not passed over: which image is missing would go unnoticed."""
+    return is_blank(value) or (isinstance(value, list) and all(map(is_blank, value)))

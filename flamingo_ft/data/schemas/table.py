@@ -29,6 +29,13 @@ class Schema:
     wants: str
     fits: Callable[[Row], bool]
     read: Callable[[Row, str], Draft] | None
+    picks: Callable[[Row], str | None] | None = None
+    """The one of the fields that a row is read from, where they are alternatives."""
+
+    def reads(self, row: Row) -> tuple[str, ...]:
+        """The fields that reading the row uses."""
+        picked = self.picks(row) if self.picks else None
+        return self.fields if picked is None else (picked,)
 
 
 def recognise(row: Any, where: str) -> str:
@@ -121,5 +128,11 @@ SCHEMAS = {
     "vqa": Schema(
         ("question", "answer", "answers", "system"), "question, answer or answers, image", _is_vqa, questions.read_vqa
     ),
-    "caption": Schema(documents.CAPTION_FIELDS, "image, caption or text", _is_caption, documents.read_caption),
+    "caption": Schema(
+        documents.CAPTION_FIELDS,
+        "image, caption or text",
+        _is_caption,
+        documents.read_caption,
+        documents.caption_field,
+    ),
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.exceptions import DatasetsError
 from datasets.utils import logging
 from datasets.utils.file_utils import xopen
@@ -19,6 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.machine_errors import reraise_machine_error
+
+from .leftovers import is_leftover
 
 # What loading was seen to raise for what is not there, is offline, or is damaged.
 FAILURES = (
@@ -74,8 +77,14 @@ def load_files(path: Path, streaming: bool) -> DatasetsRows:
 
 
 def load_image_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
-    """A folder of images with a metadata file, or in folders named for what they show (the column ``label``)."""
-    return _load(str(path), "imagefolder", data_dir=str(path), split=split, streaming=streaming)
+    """A folder of images with a metadata file, or in folders named for what they show (the column ``label``).
+
+    Images that operating systems left there (thumbnails) are no rows.
+    """
+    with reading(str(path)):
+        files = _files_without_leftovers(path)
+    where = {"data_dir": str(path)} if files is None else {"data_files": files}
+    return _load(str(path), "imagefolder", **where, split=split, streaming=streaming)
 
 
 def load_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
@@ -118,6 +127,22 @@ def reading(where: str) -> Iterator[None]:
 def _load(where: str, *args: Any, **options: Any) -> DatasetsRows:
     with reading(where):
         return DatasetsRows(where, datasets.load_dataset(*args, **options))
+
+
+def _files_without_leftovers(folder: Path) -> dict[str, list[str]] | None:
+    """The files of each split but what operating systems left there; None where there is nothing of that kind.
+
+    They are left out before `datasets` looks, which skips hidden ones alone, and takes no labels from folders where
+    images are at several depths.
+    """
+
+    def is_kept(path: str) -> bool:
+        return not is_leftover(Path(os.path.relpath(path, folder)).as_posix())
+
+    if all(is_kept(os.path.join(root, file)) for root, _, files in os.walk(folder) for file in files):
+        return None
+    splits = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder))
+    return {split: [*filter(is_kept, files)] for split, files in splits.items()}
 
 
 def _reason(error: BaseException) -> str:

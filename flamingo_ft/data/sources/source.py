@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, islice
+from typing import Any
 
 from flamingo_ft.config.data import DataSection, DataSource
 from flamingo_ft.data.locate import Locator
@@ -30,7 +31,8 @@ class Source:
     """Rows of one entry, its first ``limit``; picklable, and read anew wherever it is unpickled.
 
     name: what errors call it. indexed: rows can be had by number (False: in order alone). format: the schema of its
-    rows, recognised or named. A malformed row fails when its sample is made, and leaves the others alone.
+    rows, recognised or named. unread: columns of text in the first row that the schema does not read.
+    A malformed row fails when its sample is made, and leaves the others alone.
     """
 
     def __init__(self, entry: DataSource, data: DataSection):
@@ -39,9 +41,11 @@ class Source:
         self._files: Sequence[Rows] = open_files(entry)
         self.indexed = all(file.indexed for file in self._files)
         self._starts = list(accumulate((len(file) for file in self._files), initial=0)) if self.indexed else [0]
-        self.format = self._recognised(entry)
+        row, where = self._first_row()
+        self.format = entry.format if entry.format != "auto" else schema_of(row, entry.columns, where)
         locator = Locator(root_of(entry), data.allow_urls)
-        self._reader = RowReader(self.format, entry.columns, locator, self.name)
+        self._reader = RowReader(self.format, entry.columns, locator, self.name, guessed=entry.format == "auto")
+        self.unread = self._reader.unread(row, where) if isinstance(row, Mapping) else ()
 
     def __len__(self) -> int:
         """Rows, of an indexed source."""
@@ -75,14 +79,12 @@ class Source:
         """What errors call a row: "FILE: row N"."""
         return f"{self._files[raw.file].name}: row {raw.row}"
 
-    def _recognised(self, entry: DataSource) -> str:
-        """The schema of the first row that can be parsed; the recipe's, where it names one."""
+    def _first_row(self) -> tuple[Any, str]:
+        """The first row that can be parsed, and what errors call it."""
         first_error = None
         for raw in islice(self.stream(), ROWS_TRIED):
             try:
-                row = self._files[raw.file].parse(raw.content, self.where(raw))
+                return self._files[raw.file].parse(raw.content, self.where(raw)), self.where(raw)
             except UserError as error:
                 first_error = first_error or error
-                continue
-            return entry.format if entry.format != "auto" else schema_of(row, entry.columns, self.where(raw))
         raise first_error or UserError(f"{self.name}: found no rows; wanted at least one sample")

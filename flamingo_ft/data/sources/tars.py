@@ -1,24 +1,22 @@
-"""Tars of a WebDataset: the files of a row stand one after another and share their name up to the first dot."""
+"""Tars of a WebDataset: the files of a row stand one after another and share the beginning of their names."""
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
+from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flamingo_ft.data.fields import MEMBERS, kind
+from flamingo_ft.data.file_names import same_name
 from flamingo_ft.data.mapped_file import MappedFile
 from flamingo_ft.errors import UserError
 
+from .leftovers import is_leftover
+from .members import CLASSES, IMAGES, JSON, REFUSED, TEXTS, VIDEOS, samples_in
 from .text_rows import parse_json
-
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "jp2")
-VIDEOS = ("mp4", "webm", "mkv", "avi", "mov")
-TEXTS = ("txt", "text", "caption")
-# Formats that run code when they are read, or may. Others that no schema knows are left alone.
-REFUSED = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz")
 
 
 class Member(NamedTuple):
@@ -35,6 +33,15 @@ class Damaged(NamedTuple):
     reason: str
 
 
+class Repeated(NamedTuple):
+    """Stands for a row two of whose files have the same name."""
+
+    name: str
+
+
+Content = dict[str, bytes] | Damaged | Repeated
+
+
 class TarRows:
     """Rows of one tar: by number in a plain one, in order alone in a compressed one."""
 
@@ -42,45 +49,47 @@ class TarRows:
         self.name = str(path)
         self.indexed = indexed and path.suffix.lower() == ".tar"
         self._file = MappedFile(path)
-        self._index: list[list[Member] | Damaged] = list(self._members()) if self.indexed else []
+        self._index: list[list[Member] | Damaged | Repeated] = list(self._members()) if self.indexed else []
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def content(self, row: int) -> dict[str, bytes] | Damaged:
+    def content(self, row: int) -> Content:
         members = self._index[row]
-        if isinstance(members, Damaged):
+        if not isinstance(members, list):
             return members
         view = self._file.view()
         return {name: view[start : start + size] for name, start, size in members}
 
-    def stream(self) -> Iterator[dict[str, bytes] | Damaged]:
+    def stream(self) -> Iterator[Content]:
         with open(self.name, "rb") as file:
             opened = _Opened(file, "r|*")
-            for _, infos in groupby(opened.infos(), lambda info: _key(info.name)):
-                row = opened.read(infos)
-                if row:
-                    yield row
+            for files in samples_in(opened.contents(), itemgetter(0)):
+                if any(content is None for _, content in files):
+                    break
+                yield _repeated([name for name, _ in files]) or dict(files)
             if opened.damage:
                 yield opened.damage
 
-    def parse(self, content: dict[str, bytes] | Damaged, where: str) -> Mapping[str, Any]:
+    def parse(self, content: Content, where: str) -> Mapping[str, Any]:
         if isinstance(content, Damaged):
             raise UserError(f"{where}: not a readable tar ({content.reason}); replace {self.name}")
+        if isinstance(content, Repeated):
+            raise UserError(f"{where}: the tar holds {content.name} more than once; keep one of them")
         return _row(content, where)
 
     def find(self, key: str) -> None:
         return None
 
-    def _members(self) -> Iterator[list[Member] | Damaged]:
+    def _members(self) -> Iterator[list[Member] | Damaged | Repeated]:
         with open(self.name, "rb") as file:
             opened = _Opened(file, "r:")
-            for _, infos in groupby(opened.infos(), lambda info: _key(info.name)):
+            for infos in samples_in(opened.infos(), attrgetter("name")):
                 members = [Member(info.name, info.offset_data, info.size) for info in infos]
-                if members[-1].start + members[-1].size > self._file.size:
+                if any(start + size > self._file.size for _, start, size in members):
                     yield Damaged("it ends within a file")
                     return
-                yield members
+                yield _repeated([member.name for member in members]) or members
             if opened.damage:
                 yield opened.damage
 
@@ -94,24 +103,37 @@ class _Opened:
         self._mode = mode
 
     def infos(self) -> Iterator[tarfile.TarInfo]:
-        """The files; no folders, and no links, which could lead out of the tar."""
+        """The files; no folders, no links, which could lead out of the tar, and nothing that a system left there."""
         try:
             with tarfile.open(fileobj=self._file, mode=self._mode) as self._tar:
                 for info in self._tar:
                     self._tar.members = []  # tarfile keeps them all
-                    if info.isreg():
+                    info.name = posixpath.normpath(info.name)
+                    if info.isreg() and not is_leftover(info.name):
                         yield info
                 self.damage = _damaged_header(self._file.name, self._tar.offset)
         except (tarfile.TarError, EOFError, OSError) as error:
             self.damage = Damaged(str(error) or "it ends too early")
 
-    def read(self, infos: Iterable[tarfile.TarInfo]) -> dict[str, bytes] | None:
-        """The content of files; None where the tar is damaged within them."""
+    def contents(self) -> Iterator[tuple[str, bytes | None]]:
+        """The files' names and contents; None, and no more files, where the tar is damaged within one."""
+        for info in self.infos():
+            content = self._read(info)
+            yield info.name, content
+            if content is None:
+                return
+
+    def _read(self, info: tarfile.TarInfo) -> bytes | None:
         try:
-            return {info.name: self._tar.extractfile(info).read() for info in infos}
+            return self._tar.extractfile(info).read()
         except (tarfile.TarError, EOFError, OSError) as error:
             self.damage = Damaged(str(error) or "it ends too early")
             return None
+
+
+def _repeated(names: Sequence[str]) -> Repeated | None:
+    seen: set[str] = set()
+    return next((Repeated(name) for name in names if name in seen or seen.add(name)), None)
 
 
 def _damaged_header(path: str, offset: int) -> Damaged | None:
@@ -123,31 +145,81 @@ def _damaged_header(path: str, offset: int) -> Damaged | None:
         return Damaged(f"a damaged header at byte {offset}") if any(file.read(tarfile.BLOCKSIZE)) else None
 
 
-def _key(name: str) -> str:
-    folder, _, file = name.rpartition("/")
-    return f"{folder}/{file.partition('.')[0]}"
-
-
 def _row(content: Mapping[str, bytes], where: str) -> dict[str, Any]:
-    """The files of a row as its columns: image, video, text, and what stands in its JSON."""
+    """The files of a row as its columns: image, video, text, class, and what its JSON holds.
+
+    Raises UserError for a second text or JSON, and for a file that may run code.
+    """
     row: dict[str, Any] = {MEMBERS: content}
-    pictures = []
-    for name, data in content.items():
-        suffix = name.rpartition(".")[2].lower()
-        if suffix in REFUSED:
-            remedy = "store images as PNG or JPEG, and the rest as JSON"
-            raise UserError(f"{where}: found {name}, which may run code when it is read; {remedy}")
-        if suffix == "json":
-            row |= _object(data, f"{where}: {name}")
-        elif suffix in TEXTS:
-            row["text"] = _text(data, f"{where}: {name}")
-        elif suffix in VIDEOS:
-            row["video"] = data
-        elif suffix in IMAGES:
-            pictures.append(data)
-    if pictures and "image_info" not in row:  # an interleaved document names its pictures itself
-        row |= {"image": pictures[0]} if len(pictures) == 1 else {"images": pictures}
+    refused = next((name for name in content if _suffix(name) in REFUSED), None)
+    if refused is not None:
+        remedy = "store images as PNG or JPEG, and the rest as JSON"
+        raise UserError(f"{where}: found {refused}, which may run code when it is read; {remedy}")
+    json_name = _only([JSON], content, where)
+    if json_name is not None:
+        row |= _object(content[json_name], f"{where}: {json_name}")
+    for column, suffixes in (("text", TEXTS), ("cls", CLASSES)):
+        name = _only(suffixes, content, where)
+        if name is not None:
+            row[column] = _same_or_new(row, column, _text(content[name], f"{where}: {name}"), f"{where}: {name}")
+    _add_media(row, "image", {name: data for name, data in content.items() if _suffix(name) in IMAGES}, where)
+    _add_media(row, "video", {name: data for name, data in content.items() if _suffix(name) in VIDEOS}, where)
     return row
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _only(suffixes: Sequence[str], content: Mapping[str, bytes], where: str) -> str | None:
+    """The one file of a kind. UserError that names two."""
+    names = [name for name in content if _suffix(name) in suffixes]
+    if len(names) > 1:
+        what = "JSON files" if JSON in suffixes else "texts"
+        remedy = "keep one of them, or give each sample a name of its own before the first dot"
+        raise UserError(f"{where}: the sample has two {what}, got {names[0]} and {names[1]}; {remedy}")
+    return names[0] if names else None
+
+
+def _same_or_new(row: Mapping[str, Any], column: str, text: str, where: str) -> str:
+    """The text, which the row's JSON may hold too. UserError where that says something else."""
+    held = row.get(column)
+    if isinstance(held, str) and held.strip() and held.strip() != text.strip():
+        raise UserError(f"{where}: differs from {column!r} in the sample's JSON file; keep one of them")
+    return text
+
+
+def _add_media(row: dict[str, Any], column: str, files: Mapping[str, bytes], where: str) -> None:
+    """Put images or videos into their column: those that the sample's JSON names, in that order, else all of them."""
+    if not files or "image_info" in row:  # an interleaved document names its images itself
+        return
+    several = f"{column}s"
+    if isinstance(row.get(several), list) and row[several]:
+        places = [f"{where}: {several}[{index}]" for index in range(len(row[several]))]
+        row[several] = [_named(name, files, place) for name, place in zip(row[several], places, strict=True)]
+    elif _find(row.get(column), files) is not None:
+        row[column] = _find(row[column], files)
+    elif len(files) == 1:
+        row[column] = next(iter(files.values()))
+    else:
+        row[several] = [*files.values()]
+
+
+def _named(name: Any, files: Mapping[str, bytes], where: str) -> bytes:
+    found = _find(name, files)
+    if found is None:
+        got = repr(name) if isinstance(name, str) else kind(name)
+        raise UserError(f"{where}: names no file of the sample, got {got}; name one of {', '.join(files)}")
+    return found
+
+
+def _find(name: Any, files: Mapping[str, bytes]) -> bytes | None:
+    """The file of that name, with or without the key that all files of a sample begin with."""
+    for file, data in files.items():
+        base = posixpath.basename(file)
+        if isinstance(name, str) and any(same_name(name, one) for one in (file, base, base.partition(".")[2])):
+            return data
+    return None
 
 
 def _object(data: bytes, where: str) -> dict[str, Any]:

@@ -18,9 +18,11 @@ import numpy as np
 from flamingo_ft.data.mapped_file import MappedFile, text_start
 from flamingo_ft.errors import UserError
 
+from .dialect import dialect_of
+
 CHUNK_BYTES = 1 << 22
 WHITESPACE = b" \t\r\n\v\f"
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 WELL_FORMED = "close every quote and end lines with a line feed"
 LONGEST_FIELD = (1 << 31) - 1  # an image as base64 is longer than the 131,072 characters that csv allows by itself
 
@@ -85,10 +87,14 @@ class JsonLines(TextRows):
 
 
 class DelimitedRows(TextRows):
-    """CSV or TSV with a header. An empty cell is null, and `nan` is what pandas wrote for a number it had not."""
+    """Text with a header, its cells separated by commas, semicolons or tabs.
+
+    An empty cell is null, and `nan` is what pandas wrote for a number it had not.
+    """
 
     def __init__(self, path: Path, indexed: bool):
-        self._delimiter = DELIMITERS[path.suffix.lower()]
+        csv.field_size_limit(LONGEST_FIELD)
+        self._delimiter, self._header = dialect_of(path, text_start(path))
         super().__init__(path, indexed)
         header = next(self._records(), (0, b""))[1]
         self._columns = self._cells(_decode(header, str(path)), str(path)) if header.strip() else []
@@ -106,7 +112,8 @@ class DelimitedRows(TextRows):
         cells = self._cells(_decode(content, where), where)
         if len(cells) != len(self._columns):
             wanted = f"{len(self._columns)} ({', '.join(self._columns)})"
-            raise UserError(f"{where}: found {len(cells)} cells, wanted {wanted}; put text with commas in quotes")
+            remedy = f"put text with {NAMES[self._delimiter]} in quotes"
+            raise UserError(f"{where}: found {len(cells)} cells, wanted {wanted}; {remedy}")
         return {name: _cell(cell) for name, cell in zip(self._columns, cells, strict=True)}
 
     def _index(self) -> np.ndarray:
@@ -116,11 +123,11 @@ class DelimitedRows(TextRows):
         """Each record but blank ones, and the byte it starts at; it has several lines where line breaks are quoted."""
         csv.field_size_limit(LONGEST_FIELD)
         with open(self.name, "rb") as file:
-            file.seek(self._begin)
+            file.seek(self._header)
             lines: list[bytes] = []
             # Only where a record ends is asked here, so bytes that are not UTF-8 may pass: parsing refuses them.
             texts = (lines.append(line) or line.decode("latin-1") for line in file)
-            start, reader = self._begin, csv.reader(texts, delimiter=self._delimiter)
+            start, reader = self._header, csv.reader(texts, delimiter=self._delimiter)
             while _advance(reader):
                 record = b"".join(lines)
                 if record.strip(WHITESPACE):

@@ -118,7 +118,7 @@ class Batches:
         if isinstance(result, LeftOut):
             self.tally.leave_out(result)
         else:
-            self.tally.use(result.encoded.cut)
+            self.tally.use(result.encoded.cut, result.encoded.rewritten)
 
     def _results(self, begin: int, kept_back: set[int], start: int) -> Iterator[tuple[int, Prepared | LeftOut]]:
         """What this process's draws from place ``begin`` on give, but those between that were given out already."""

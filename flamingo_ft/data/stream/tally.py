@@ -37,14 +37,16 @@ class Tally:
     seen: int = 0
     bad: int = 0
     dropped: int = 0
+    rewritten: int = 0
     shortened: Counter = field(default_factory=Counter)
     bad_rows: dict[str, str] = field(default_factory=dict)
     dropped_rows: dict[str, str] = field(default_factory=dict)
     _in_a_row: int = 0
 
-    def use(self, cut: Cut) -> None:
-        """Count a row that trains, and what a policy took away of it."""
+    def use(self, cut: Cut, rewritten: bool = False) -> None:
+        """Count a row that trains, what a policy took away of it, and whether its chat template changes an answer."""
         self.seen += 1
+        self.rewritten += rewritten
         self._in_a_row = 0
         if cut != Cut():
             self.shortened.update({"samples": 1, **asdict(cut)})
@@ -84,7 +86,7 @@ class Tally:
             "skipped": self.bad,
             "dropped": self.dropped,
             "shortened": dict(self.shortened),
-        }
+        } | ({"rewritten": self.rewritten} if self.rewritten else {})
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on later has to know."""
@@ -95,10 +97,13 @@ class Tally:
         """Go on from `state_dict`."""
         self.seen, self.bad, self.dropped = state["rows"], state["skipped"], state["dropped"]
         self.bad_rows, self.dropped_rows = dict(state["bad_rows"]), dict(state["dropped_rows"])
+        self.rewritten = state.get("rewritten", 0)
         self.shortened, self._in_a_row = Counter(state["shortened"]), state["in_a_row"]
 
 
 def added(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The sum of what several processes counted, each as `Tally.record` gives it."""
     whole = {key: sum(record[key] for record in records) for key in ("rows", "skipped", "dropped")}
+    rewritten = sum(record.get("rewritten", 0) for record in records)
+    whole |= {"rewritten": rewritten} if rewritten else {}
     return whole | {"shortened": dict(sum((Counter(record["shortened"]) for record in records), Counter()))}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 
-from flamingo_ft.config import DataSection
+from flamingo_ft.config import DataSection, EvalSection
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.sources.rows import RawRow
+from flamingo_ft.evaluation.answer_lengths import AnswerLengths
 
 from .duplicates import Group, find_duplicates
-from .findings import Copies, Findings, Part, Repeats, TooLong
+from .findings import Copies, Findings, Length, Part, Repeats, TooLong
 from .numbers import Distribution, Numbers
 from .problems import ProblemList
 from .rows import Seen, file_of
@@ -22,8 +24,11 @@ TRAIN, HELD_OUT = "train", "held out"
 class Account:
     """Takes in rows one by one, and tells in the end what they are together."""
 
-    def __init__(self, data: OpenedData, limit: int, problems: ProblemList):
+    def __init__(self, data: OpenedData, evaluation: EvalSection, limit: int, problems: ProblemList):
         self.section: DataSection = data.section
+        self.answers = AnswerLengths(evaluation.max_new_tokens)
+        self._most_evaluated = evaluation.max_samples
+        self._evaluated: Counter = Counter()
         self.sources = [mixed.source for mixed in (*data.train, *data.held_out)]
         self.trained = len(data.train)
         self.parts = [
@@ -39,10 +44,18 @@ class Account:
         self.problems.add(seen.problems)
         if seen.part < self.trained:
             self.too_long.add(seen.losses)
+        elif not seen.problems:
+            self._add_answers(seen)
         if not (seen.problems or seen.dropped):
             self.numbers.add(seen)
 
-    def findings(self, recipe: str) -> Findings:
+    def _add_answers(self, seen: Seen) -> None:
+        """Those that evaluation asks for: of the first usable samples of each held-out source."""
+        if self._most_evaluated is None or self._evaluated[seen.part] < self._most_evaluated:
+            self._evaluated[seen.part] += 1
+            self.answers.add(seen.answers)
+
+    def findings(self, recipe: str, length: Length) -> Findings:
         return Findings(
             recipe,
             self.section.on_bad_sample,
@@ -53,6 +66,8 @@ class Account:
             self._repeats(),
             self.problems.count,
             self.problems.first,
+            self.answers,
+            length,
         )
 
     def _distributions(self) -> dict[str, Distribution]:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from flamingo_ft.data import open_medium
 from flamingo_ft.data.sample import Medium, Sample
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.images import conversions
 
 REMEMBERED = 4096  # files
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image or video. digest: of its pixels, the same for the same picture in another file.
+
+    conversions: what the reader did to it or to any of its frames, names of `images.CONVERSIONS`.
+    """
+
+    digest: int
+    conversions: tuple[str, ...]
 
 
 class Pictures:
@@ -18,12 +31,12 @@ class Pictures:
 
     def __init__(self, video_frames: int):
         self.video_frames = video_frames
-        self._known: dict[str, int | str] = {}
+        self._known: dict[str, Picture | str] = {}
 
-    def digest(self, medium: Medium) -> int:
-        """Of the decoded pixels: the same for the same picture in another file. UserError where it cannot be read."""
+    def look_at(self, medium: Medium) -> Picture:
+        """Decode it. UserError where it cannot be read."""
         if not isinstance(medium, str):
-            return self._digest(medium)
+            return self._look_at(medium)
         found = self._known.get(medium)
         if found is None:
             found = self._outcome(medium)
@@ -34,15 +47,17 @@ class Pictures:
             raise UserError(found)
         return found
 
-    def _outcome(self, medium: str) -> int | str:
+    def _outcome(self, medium: str) -> Picture | str:
         try:
-            return self._digest(medium)
+            return self._look_at(medium)
         except UserError as error:
             return str(error)
 
-    def _digest(self, medium: Medium) -> int:
+    def _look_at(self, medium: Medium) -> Picture:
         frames = open_medium(medium, video_frames=self.video_frames)
-        return digest(part for frame in frames for part in (str(frame.size).encode(), frame.tobytes()))
+        parts = (part for frame in frames for part in (str(frame.size).encode(), frame.tobytes()))
+        done = dict.fromkeys(name for frame in frames for name in conversions(frame))
+        return Picture(digest(parts), tuple(done))
 
 
 def sample_digest(sample: Sample, pictures: Iterable[int]) -> int:

@@ -10,6 +10,7 @@ from flamingo_ft.data.pair import EncodedPair, encode_pair
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.data.too_long import Dropped, TooLong, encode_within
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
 from flamingo_ft.model import FlamingoProcessor
 
 POLICIES = ("drop_sample", "drop_turns", "truncate_text")
@@ -21,12 +22,14 @@ class Text:
     """A sample's text, or both texts of a pair.
 
     encoded: what trains; None where the recipe drops the sample, or there is a ``problem``. losses: of a sample that is
-    too long, what each policy takes away of it: samples, turns (exchanges), tokens and images.
+    too long, what each policy takes away of it: samples, turns (exchanges), tokens and images. answers: tokens of each
+    reference answer, before anything is cut.
     """
 
     encoded: Encoded | EncodedPair | None = None
     problem: str | None = None
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
+    answers: tuple[int, ...] = ()
 
 
 def texts_of(encoded: Encoded | EncodedPair) -> tuple[Encoded, ...]:
@@ -39,12 +42,14 @@ class Encoding:
 
     def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int, compares: bool = False):
         self.processor, self.policy, self.limit, self.compares = processor, data.too_long, limit, compares
+        self._ends = answer_ends(processor)
 
     def __call__(self, sample: Sample) -> Text:
         try:
             whole = self._within(sample, UNLIMITED, "drop_sample")
+            answers = () if isinstance(whole, Dropped) else self._answers(sample, whole)
             if not isinstance(whole, Dropped) and whole.text_tokens <= self.limit:
-                return Text(whole)
+                return Text(whole, answers=answers)
         except UserError as error:
             return Text(problem=str(error))
         losses = {} if isinstance(whole, Dropped) else self._losses(sample, whole)
@@ -52,7 +57,10 @@ class Encoding:
             chosen = self._within(sample, self.limit, self.policy)
         except UserError as error:
             return Text(problem=str(error), losses=losses)
-        return Text(None if isinstance(chosen, Dropped) else chosen, losses=losses)
+        return Text(None if isinstance(chosen, Dropped) else chosen, losses=losses, answers=answers)
+
+    def _answers(self, sample: Sample, whole: Encoded | EncodedPair) -> tuple[int, ...]:
+        return tuple(answers_of(self.processor, sample, texts_of(whole)[0], self._ends))
 
     def _within(self, sample: Sample, limit: int, policy: TooLong) -> Encoded | EncodedPair | Dropped:
         encode = encode_pair if self.compares and sample.rejected else encode_within

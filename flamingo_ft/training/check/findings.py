@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flamingo_ft.evaluation.answer_lengths import AnswerLengths
+
 from .numbers import Distribution
 from .rows import Problem, Seen
+from .text_form import TextForm
 
 MADE_BY = "flamingo-ft check"
 
@@ -16,6 +19,9 @@ class Part:
     """One source of training or held-out samples, and sums over its rows.
 
     samples: rows that can be used. dropped: those that the policy for long samples drops. bad: those with problems.
+    unread: columns of text, and keys of messages, that the schema does not read, and in how many rows.
+    conversions: how many images and videos the reader changed in which way, by the names of `images.CONVERSIONS`.
+    rewritten: samples with an answer that the chat template does not write in full.
     """
 
     name: str
@@ -30,11 +36,16 @@ class Part:
     videos: int = 0
     text_tokens: int = 0
     label_tokens: int = 0
+    unread: dict[str, int] = field(default_factory=dict)
+    conversions: dict[str, int] = field(default_factory=dict)
+    rewritten: int = 0
 
     def add(self, seen: Seen) -> None:
         self.rows += 1
         self.bad += bool(seen.problems)
         self.dropped += seen.dropped
+        for name in seen.unread:
+            self.unread[name] = self.unread.get(name, 0) + 1
         if seen.problems or seen.dropped:
             return
         self.samples += 1
@@ -43,6 +54,9 @@ class Part:
         self.videos += seen.videos
         self.text_tokens += seen.text_tokens
         self.label_tokens += seen.label_tokens
+        for name, count in seen.conversions.items():
+            self.conversions[name] = self.conversions.get(name, 0) + count
+        self.rewritten += seen.rewritten
 
 
 @dataclass
@@ -88,10 +102,35 @@ class Repeats:
 
 
 @dataclass(frozen=True)
+class Length:
+    """How long training would be, in one process.
+
+    epochs: passes over the data, of ``samples_per_epoch`` draws each; both None for streams.
+    estimated: whether it depends on how samples are packed into rows, which is estimated from the first of them.
+    """
+
+    max_steps: int
+    epochs: float | None
+    samples_per_epoch: int | None
+    estimated: bool
+
+    @property
+    def line(self) -> str:
+        """The same in words."""
+        steps = f"training: {self.max_steps:,} optimizer step{'' if self.max_steps == 1 else 's'}"
+        if self.epochs is None:
+            return steps
+        about = "about " if self.estimated else ""
+        return f"{steps}, {about}{self.epochs:.3g} epochs of {self.samples_per_epoch:,} samples"
+
+
+@dataclass(frozen=True)
 class Findings:
     """What `flamingo-ft check` tells. distributions: over the training samples as they train.
 
     problems: how many there are, in bad rows; first_problems: the first of them (problems.jsonl has all).
+    answers: reference answers of the samples that evaluation uses.
+    text_form: how dialogues are written.
     """
 
     recipe: str
@@ -103,6 +142,9 @@ class Findings:
     repeats: Repeats
     problems: int
     first_problems: list[Problem]
+    answers: AnswerLengths
+    length: Length
+    text_form: TextForm | None = None
 
     @property
     def bad(self) -> int:
@@ -127,7 +169,24 @@ class Findings:
             return f"{share}; mend them, or raise data.max_bad_share"
         return None
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a run on this data would do that its user hardly wants, a line each."""
+        lines = [self.answers.warning, self.text_form.warning if self.text_form else None]
+        if rewritten := sum(part.rewritten for part in self.parts):
+            lines.append(
+                f"the chat template leaves out or changes words of answers in {rewritten:,} samples (many leave out the "
+                "reasoning of earlier answers); to train on every word, set data.template to flamingo"
+            )
+        return [line for line in lines if line]
+
+    @property
+    def text_lines(self) -> list[str]:
+        """How dialogues are written, in words."""
+        return self.text_form.lines if self.text_form else []
+
     def record(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         verdict = {"usable": self.objection is None, "objection": self.objection}
+        verdict |= {"warnings": self.warnings, "training": self.length.line, "text_lines": self.text_lines}
         return {"made_by": MADE_BY, **verdict, "bad": self.bad, "bad_share": self.bad_share, **asdict(self)}

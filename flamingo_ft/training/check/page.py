@@ -11,6 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flamingo_ft import __version__
+from flamingo_ft.model.images import CONVERSIONS
 
 from .findings import Findings
 from .preview import Shown
@@ -40,11 +41,22 @@ def write_page(
         shown=[(part, samples) for part, samples in zip(findings.parts, shown, strict=True) if samples],
         figures={name: _data_uri(path) for name, path in figures.items()},
         percent=_percent,
+        conversions=_conversions(findings),
         short=partial(_short, _common_folder(findings)),
     )
     page.enable_buffering(64)
     with open(folder / PAGE_FILE, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(page)
+
+
+def _conversions(findings: Findings) -> list[tuple[str, str, list[int]]]:
+    """Each conversion that took place: its name, what is done, and for how many images of each source."""
+    rows = []
+    for name, done in CONVERSIONS.items():
+        counts = [part.conversions.get(name, 0) for part in findings.parts]
+        if any(counts):
+            rows.append((name, done, counts))
+    return rows
 
 
 def _common_folder(findings: Findings) -> str:

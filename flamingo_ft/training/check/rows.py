@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,7 +18,7 @@ from flamingo_ft.data.sources.rows import RawRow
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.errors import UserError
 
-from .digests import Pictures, sample_digest
+from .digests import Picture, Pictures, sample_digest
 from .encoding import Encoding, texts_of
 
 ROWS_AT_A_TIME = 16
@@ -52,7 +53,9 @@ class Seen:
     """What became of a row. file, row: where it stands.
 
     Without problems: its turns, and of what trains its images, videos and tokens, of a pair those of its longer text.
-    dropped: by the recipe. losses: see `Text`. content: digest of the sample. pictures: digests of its images and videos.
+    dropped: by the recipe. losses, answers: see `Text`. rewritten: an answer is not written in full. content: digest of
+    the sample. pictures: digests of its images and videos. unread: see `Sample`. conversions: of how many of them the
+    reader changed what, by the names of `images.CONVERSIONS`.
     """
 
     part: int
@@ -66,8 +69,12 @@ class Seen:
     label_tokens: int = 0
     dropped: bool = False
     losses: dict[str, dict[str, int]] = field(default_factory=dict)
+    answers: tuple[int, ...] = ()
+    rewritten: bool = False
     content: int = 0
     pictures: list[int] = field(default_factory=list)
+    unread: tuple[str, ...] = ()
+    conversions: dict[str, int] = field(default_factory=dict)
 
 
 class Looking(Dataset):
@@ -95,9 +102,10 @@ class Looking(Dataset):
         text, problems = self.encoding(sample), []
         if text.problem is not None:
             problems.append(problem_at(sample.where, raw.row, text.problem))
-        pictures = list(self._digests(sample, raw, problems))
+        pictures = list(self._pictures(sample, raw, problems))
         if problems or text.encoded is None:
-            return Seen(part, raw.file, raw.row, problems, dropped=not problems, losses=text.losses)
+            own = {"losses": text.losses, "answers": text.answers, "unread": sample.unread}
+            return Seen(part, raw.file, raw.row, problems, dropped=not problems, **own)
         kept = sample.images[: text.encoded.images]
         longest = max(texts_of(text.encoded), key=lambda one: one.text_tokens)
         videos = sum(isinstance(medium, Video) for medium in kept)
@@ -111,14 +119,18 @@ class Looking(Dataset):
             text_tokens=longest.text_tokens,
             label_tokens=sum(label != IGNORED for label in longest.labels),
             losses=text.losses,
-            content=sample_digest(sample, pictures),
-            pictures=pictures[: len(kept)],
+            rewritten=text.encoded.rewritten,
+            answers=text.answers,
+            unread=sample.unread,
+            content=sample_digest(sample, [picture.digest for picture in pictures]),
+            pictures=[picture.digest for picture in pictures[: len(kept)]],
+            conversions=dict(Counter(name for picture in pictures[: len(kept)] for name in picture.conversions)),
         )
 
-    def _digests(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[int]:
+    def _pictures(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[Picture]:
         for number, medium in enumerate(sample.images, start=1):
             try:
-                yield self.pictures.digest(medium)
+                yield self.pictures.look_at(medium)
             except UserError as error:
                 name = f"{'video' if isinstance(medium, Video) else 'image'} {number} of {len(sample.images)}"
                 problems.append(Problem(file_of(sample.where, raw.row), raw.row, name, str(error)))

@@ -37,8 +37,13 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     """Accuracies in 0..1: {"columns": headers, "rows": {task: (samples, *accuracies)}, "all": likewise}."""
     if not evaluation:
         return None
-    columns = {"before": "before", "after": "accuracy", "with another image": "shuffled_images"}
-    overall = {"before": "accuracy_before", "accuracy": "accuracy", "shuffled_images": "accuracy_shuffled_images"}
+    columns = {
+        "majority answer": "majority",
+        "before": "before",
+        "after": "accuracy",
+        "with another image": "shuffled_images",
+    }
+    overall = {key: key if key == "accuracy" else f"accuracy_{key}" for key in columns.values()}
     measured = {header: key for header, key in columns.items() if evaluation.get(overall[key]) is not None}
     tasks = evaluation["per_task"]
     rows = {name: (task["samples"], *(task.get(key) for key in measured.values())) for name, task in tasks.items()}
@@ -48,6 +53,15 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
         "rows": rows,
         "all": (total, *(evaluation[overall[key]] for key in measured.values())),
     }
+
+
+def class_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, int, float, int]]:
+    """Task, reference answer, samples, accuracy in 0..1 and how often it was answered, of every task of few classes."""
+    return [
+        (task, label, one["samples"], one["accuracy"], one["predicted"])
+        for task, found in evaluation.get("per_task", {}).items()
+        for label, one in (found.get("classes") or {}).items()
+    ]
 
 
 def clock(seconds: float) -> str:

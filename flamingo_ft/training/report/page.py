@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flamingo_ft import __version__, atomic
 
-from .facts import accuracy_table, clock, facts, percent
+from .facts import accuracy_table, class_table, clock, facts, percent
 from .folder import RunFolder
 from .pictures import save_figures
 
@@ -39,6 +39,9 @@ def write_report(folder: str | Path, *, goes_on: bool = False, stopped: str | No
         refresh=REFRESH_SECONDS if goes_on else None,
         pictures=pictures,
         accuracy=accuracy_table(run.metrics.get("eval") or {}),
+        classes=class_table(run.metrics.get("eval") or {}),
+        free_text=[name for name, task in (run.metrics.get("eval") or {}).get("per_task", {}).items() if task.get("free_text")],
+        verdict=(run.metrics.get("eval") or {}).get("verdict"),
         facts=facts(run),
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
         percent=percent,

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from PIL import Image
+from rich.console import Console
 
 from flamingo_ft import cli
+from flamingo_ft.check_table import check_tables
 from flamingo_ft.config import load_recipe
-from flamingo_ft.data import open_source
+from flamingo_ft.data import open_data, open_source
 from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.data.too_long import Dropped, encode_within
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.images import CONVERSIONS
 from flamingo_ft.recipe_library import find_recipe
 from flamingo_ft.training.check import run
 from tests.data.dialogues import nano_processor
 from tests.data.fixtures import FACTS, FIXTURES, SCANS
 from tests.data.test_bad_data import BAD_ROWS, GOOD, SCAN
+from tests.model.kinds_of_images import KINDS
 
 from .recipes import asked, checked, problem_lines, recipe, write_rows
 
@@ -49,6 +55,17 @@ def folder(tmp_path):
 
 
 # --- what is wrong ---
+
+
+def test_columns_of_text_that_nothing_reads_are_reported_by_check_and_train(folder, capsys):
+    rows = [{**asked("<image>?", "A", ("a.png",)), "source": "web", "id": 3}] * 2 + [asked("?", "A", ())]
+    path = write_rows(folder / "x.jsonl", rows)["path"]
+    findings = checked(folder, [{"path": path}])
+    assert findings.parts[0].unread == {"source": 2} and findings.objection is None
+    line = "source 1: columns of text that the schema does not read: source (2 rows)"
+    assert line in [*check_tables(findings.record())]
+    cli._tell_sources(open_data(recipe(folder, [{"path": path}]).data, 0))
+    assert f"{path}: columns of text that the schema does not read: source\n" in capsys.readouterr().err
 
 
 def test_every_kind_of_bad_row_is_listed_with_its_row(tmp_path):
@@ -139,6 +156,38 @@ def test_token_counts_equal_those_of_batches(quickstart):
         assert found.median == pytest.approx(values.double().quantile(0.5).item())
         assert sum(found.counts) == len(samples) and len(found.edges) == len(found.counts) + 1
     assert findings.parts[0].text_tokens == lengths.sum() and findings.parts[0].label_tokens == learned.sum()
+
+
+def test_images_that_are_converted_are_counted_by_what_is_done_to_them(folder):
+    rows, expected = [], Counter()
+    for number, (name, kind) in enumerate(KINDS.items()):
+        (folder / f"{number}.image").write_bytes(kind.content)
+        rows.append(asked("<image>?", name, (f"{number}.image",)))
+        expected.update(kind.conversions)
+    rows.append(asked("<image>?", "again", rows[1]["images"]))
+    expected.update(KINDS["grey"].conversions)
+    train = write_rows(folder / "x.jsonl", rows)
+    held_out = write_rows(folder / "y.jsonl", [asked("<image>?", "A", ("a.png",))])
+    record = checked(folder, [train], eval=[held_out]).record()
+    assert record["parts"][0]["conversions"] == expected
+    assert {"16-bit", "float", "transparent", "palette", "CMYK", "rotated", "first frame"} <= expected.keys()
+    assert json.loads((folder / "check" / "check.json").read_text())["parts"] == record["parts"]
+    page = (folder / "check" / "check.html").read_text()
+    console = Console(width=200)
+    with console.capture() as printed:
+        for table in check_tables(record):
+            console.print(table)
+    for name, count in expected.items():
+        assert re.search(rf"{re.escape(name)} +{count} +\d+ +{re.escape(CONVERSIONS[name][:20])}", printed.get())
+        assert f'<td class="name">{name}</td><td class="n">{count}</td>' in page
+
+
+def test_nothing_is_said_of_conversions_where_there_are_none(folder):
+    Image.new("RGB", (8, 8)).save(folder / "plain.png")
+    record = checked(folder, [write_rows(folder / "x.jsonl", [asked("<image>?", "A", ("plain.png",))])]).record()
+    assert record["parts"][0]["conversions"] == {}
+    assert "Image conversions" not in (folder / "check" / "check.html").read_text()
+    assert not any("converted" in str(getattr(table, "title", table)) for table in check_tables(record))
 
 
 def test_videos_are_read_and_counted(folder):

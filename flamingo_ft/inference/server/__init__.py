@@ -1,0 +1,1 @@
+"""An OpenAI-compatible HTTP API around one model: chat completions, completions and responses."""

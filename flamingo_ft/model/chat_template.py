@@ -1,0 +1,234 @@
+"""A language model's chat template, corrected where its prompt for an answer is not how it writes an answer.
+
+An answer must be asked for with exactly the text that stood before answers in training. Not every template sees to
+that: some ignore ``add_generation_prompt``, some open ``<think>`` in the prompt and write no reasoning before earlier
+answers, and some write an empty reasoning block before the last answer alone. Each template is tried on short
+dialogues. One whose prompt does not fit gets, as its prompt, what it writes before its answers; and an empty block
+that it writes before the last answer alone is left out, so that all answers begin alike.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from flamingo_ft.errors import UserError
+
+GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+Span = tuple[int, int]
+Turns = Sequence[Mapping[str, Any]]
+Render = Callable[..., tuple[str, list[Span]]]  # a template and turns to their text, and its generation marks
+
+# `{{ '' }}` keeps Jinja from dropping a line break at the template's beginning.
+OWN_PROMPT = (
+    "{% set flamingo_asks = add_generation_prompt %}{% set add_generation_prompt = false %}{{ '' }}TEMPLATE"
+    "{{ OPENING if flamingo_asks else '' }}"
+)
+# An answer that spells out the block itself keeps it.
+WITHOUT_BLOCK = (
+    "{% set flamingo_text %}{{ '' }}TEMPLATE{{ '' }}{% endset %}"
+    "{{ flamingo_text.rsplit(OPENING_AND_BLOCK, 1) | join(OPENING)"
+    " if messages and messages[-1]['role'] == 'assistant'"
+    " and not (WORDS | select('in', messages[-1]['content'] or '') | list) else flamingo_text }}"
+)
+
+
+@dataclass(frozen=True)
+class AnswerTemplate:
+    """A chat template to write dialogues and prompts with. problem: why it cannot be trained with, if so."""
+
+    text: str
+    problem: str | None = None
+
+
+def answer_template(tokenizer: PreTrainedTokenizerBase, template: str) -> AnswerTemplate:
+    """The template itself where its prompts fit its answers, else corrected."""
+    return _answer_template(template, json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str))
+
+
+def render(
+    template: str,
+    special_tokens: Mapping[str, Any],
+    turns: Turns,
+    marked: bool = False,
+    add_generation_prompt: bool = False,
+) -> tuple[str, list[Span]]:
+    """A dialogue as the chat template writes it, and the spans that its generation marks enclose, if asked for.
+
+    transformers' own token mask is not used: it misses the last bytes of a span that ends in a character of several
+    tokens. Raises UserError for a dialogue that the template refuses.
+    """
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[list(turns)],
+            chat_template=template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+        )
+    except (TemplateError, TypeError) as error:  # the latter where it takes content in typed blocks alone
+        problem = " ".join(str(error).split())
+        raise UserError(
+            f"chat template: refuses the dialogue ({problem}); change its roles or the template, "
+            "or set data.template to flamingo"
+        ) from None
+    return texts[0], spans[0] if marked else []
+
+
+def is_marked(template: str) -> bool:
+    """Whether the template marks what the assistant generates."""
+    return GENERATION_MARK.search(template) is not None
+
+
+# --- trying a template ---
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer in a rendered dialogue. prompt: what asks for it; asked: the dialogue before it, without a prompt; None
+    where the template refuses to write them.
+
+    lead: the text before the answer, of which the part from ``learned`` on carries loss.
+    """
+
+    prompt: str | None
+    asked: str | None
+    lead: str
+    learned: int
+
+    @property
+    def gap(self) -> str | None:
+        """What stands between the prompt and the answer; "" for white space alone, None where the prompt differs."""
+        if self.prompt is None or not self.lead.startswith(self.prompt):
+            return None
+        gap = self.lead[len(self.prompt) : self.learned]
+        return gap if gap.strip() else ""
+
+    @property
+    def opening(self) -> str | None:
+        """What the template writes between the question and the answer.
+
+        Spaces before an answer are the answer's: with most tokenizers they are part of its first token.
+        """
+        if self.asked is None or not self.lead.startswith(self.asked):
+            return None
+        return self.lead[len(self.asked) : self.learned].rstrip(" ")
+
+
+@lru_cache(maxsize=32)
+def _answer_template(template: str, special_tokens: str) -> AnswerTemplate:
+    rendered: Render = partial(render, special_tokens=json.loads(special_tokens))
+    dialogues = _dialogues(template, rendered)
+    if isinstance(dialogues, str):
+        return AnswerTemplate(template, dialogues)
+    answers = partial(_answers, rendered, dialogues)
+    if not answers(template) and _leaves_out(rendered(template, turns=dialogues[0])[0], dialogues[0]):
+        return AnswerTemplate(template, "leaves out the assistant's answers")
+    if _fits(answers(template)):
+        return AnswerTemplate(template)
+    for candidate in _candidates(template, answers):
+        if _fits(answers(candidate)):
+            return AnswerTemplate(candidate)
+    return AnswerTemplate(template, "asks for an answer with other text than it writes before answers")
+
+
+def _dialogues(template: str, rendered: Render) -> list[Turns] | str:
+    """One question and two, with their answers, as far as the template takes them; or why it takes none."""
+    refusal = ""
+    for system in ([], [{"role": "system", "content": "qzrole"}]):
+        tried: list[Turns] = []
+        for count in (1, 2):
+            turns = [*system]
+            for number in range(count):
+                turns.append({"role": "user", "content": f"qzask{number}"})
+                turns.append({"role": "assistant", "content": f"qzsay{number}"})
+            try:
+                rendered(template, turns=turns)
+            except UserError as error:
+                refusal = refusal or str(error).removeprefix("chat template: ").partition("; ")[0]
+            else:
+                tried.append(turns)
+        if tried:
+            return tried
+    return refusal
+
+
+def _answers(rendered: Render, dialogues: Sequence[Turns], template: str) -> list[_Answer]:
+    """Of each dialogue all answers that its text shows as they are, the last one last."""
+    found = []
+    for turns in dialogues:
+        text, marks = rendered(template, turns=turns, marked=is_marked(template))
+        for index, turn in enumerate(turns):
+            if turn["role"] == "assistant" and text.count(turn["content"]) == 1:
+                begin = text.index(turn["content"])
+                learned = max((start for start, _ in marks if start <= begin), default=begin)
+                prompt = _written(rendered, template, turns[:index], add_generation_prompt=True)
+                asked = _written(rendered, template, turns[:index])
+                found.append(_Answer(prompt, asked, text[:begin], learned))
+    return found
+
+
+def _written(rendered: Render, template: str, turns: Turns, **options: bool) -> str | None:
+    try:
+        return rendered(template, turns=turns, **options)[0]
+    except UserError:
+        return None
+
+
+def _leaves_out(text: str, turns: Turns) -> bool:
+    """Whether the last turn is not in the text, not even in other letters."""
+    return turns[-1]["content"].lower() not in text.lower()
+
+
+def _fits(answers: Sequence[_Answer]) -> bool:
+    return all(answer.gap == "" for answer in answers)
+
+
+def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Iterator[str]:
+    """Corrected templates to try: with another prompt, without the last answer's block, and both.
+
+    What stands before an earlier answer comes first: it is how answers are written in the dialogues that follow them.
+    """
+    found = answers(template)
+    if not is_marked(template):
+        yield from _without_block(template, found)
+    for opening in dict.fromkeys(answer.opening for answer in (*found[1:2], *found[:1], *found[-1:])):
+        if opening is not None:
+            prompted = _filled(OWN_PROMPT, template, OPENING=opening)
+            yield prompted
+            if not is_marked(template):
+                yield from _without_block(prompted, answers(prompted))
+
+
+def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
+    """The template without what it writes between prompt and last answer, and not between prompt and earlier ones."""
+    last = answers[-1]
+    if not last.gap or last.asked is None or not last.prompt.startswith(last.asked):
+        return
+    if any(answer.gap == "" for answer in answers):
+        opening = last.prompt[len(last.asked) :]
+        yield _filled(
+            WITHOUT_BLOCK, template, OPENING_AND_BLOCK=opening + last.gap, OPENING=opening, WORDS=last.gap.split()
+        )
+
+
+def _filled(wrapper: str, template: str, **values: Any) -> str:
+    """The wrapper around the template, and in it the values. Jinja drops a template's last line break, so it goes."""
+    names = re.compile("|".join(sorted(["TEMPLATE", *values], key=len, reverse=True)))
+    body = template.removesuffix("\n")
+    return names.sub(lambda name: body if name[0] == "TEMPLATE" else jinja_literal(values[name[0]]), wrapper)
+
+
+def jinja_literal(value: str | list[str]) -> str:
+    """Strings as Jinja source; without braces and percent signs, which elsewhere begin and end Jinja's blocks."""
+    source = json.dumps(value, ensure_ascii=False)
+    return source.replace("{", "\\x7b").replace("}", "\\x7d").replace("%", "\\x25")

@@ -1,0 +1,95 @@
+"""Pixel values of any type to 8 bits, and arrays to height x width x channels.
+
+Shapes: H height, W width, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+OVERSHOOT = 2  # times white: floats up to here are an image that resampling made a little too bright
+UNDERSHOOT = 0.25  # times the largest value: more below zero is no rounding, such values never were brightness
+DARKEST = 16  # floats between twice 1 and this are no picture in 0..255 if any is negative: they were normalised
+
+
+def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Scale values to 0..255, rounded, and name what was done (names of `images.CONVERSIONS`).
+
+    bool and 8 bits: as they are. 16 bits without sign: 65,535 is white, however dark the image. Other integers and
+    floats have no fixed white: it is the first of 255 and 65,535 (floats: 1, 255 and 65,535) that the largest value
+    does not exceed, or the largest value itself. Floats may exceed it up to twofold. Values a little below zero and NaN
+    are black, values beyond white are white. ValueError for values far below zero (normalised pixels, temperatures).
+    """
+    if values.dtype == bool:
+        return values.astype(np.uint8) * np.uint8(255), []
+    if values.dtype == np.uint8:
+        return values, []
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8), ["16-bit"]  # 257 is 65,535 / 255
+    return _scaled(values.astype(np.float64), floats=values.dtype.kind == "f")
+
+
+def channels_last(array: Any) -> np.ndarray:
+    """A numpy array or torch tensor (H, W), (H, W, C) or (C, H, W) as (H, W, C). ValueError for anything else.
+
+    Where both ends of a shape could be channels, they come first in a tensor and last in an array.
+    """
+    if isinstance(array, torch.Tensor):
+        values = _to_numpy(array)
+    elif isinstance(array, np.ndarray):
+        values = array
+    else:
+        raise ValueError(f"got {type(array).__name__}; give a Pillow image, numpy array or torch tensor")
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"got an array of {values.dtype}; give integers or floats")
+    shape = tuple(values.shape)
+    if values.size == 0:
+        raise ValueError(f"got an array of shape {shape}, which has no pixels")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("got NaN or infinite pixel values")
+    if len(shape) == 2:
+        return values[..., None]
+    if len(shape) == 4:
+        raise ValueError(f"got an array of shape {shape}, a batch; give a list of images")
+    if len(shape) != 3 or not {shape[0], shape[2]} & {*CHANNELS}:
+        expected = "(height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels"
+        raise ValueError(f"got an array of shape {shape}; give {expected}")
+    first = shape[2] not in CHANNELS or (isinstance(array, torch.Tensor) and shape[0] in CHANNELS)
+    return np.moveaxis(values, 0, -1) if first else values
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def _scaled(values: np.ndarray, floats: bool) -> tuple[np.ndarray, list[str]]:
+    finite = values[np.isfinite(values)]
+    lowest, largest = float(finite.min(initial=0)), float(finite.max(initial=0))
+    if lowest < -_allowed_below_zero(largest, floats):
+        found = f"got pixel values from {lowest:.4g} to {largest:.4g}"
+        raise ValueError(f"{found}; give floats in 0..1 or integers in 0..255, before any normalisation")
+    white = _white(largest, floats)
+    notes = ["float" if floats else "32-bit integer"]
+    if white not in (1, 255, 65_535):
+        notes.append("scaled by its own maximum")
+    if len(finite) < values.size or largest > white or lowest < 0:
+        notes.append("clipped")
+    values = np.nan_to_num(values, nan=0, posinf=white, neginf=0)
+    return np.round(values.clip(0, white) * (255 / white)).astype(np.uint8), notes
+
+
+def _white(largest: float, floats: bool) -> float:
+    limits = [limit * OVERSHOOT for limit in (1, 255, 65_535)] if floats else [255, 65_535]
+    for limit in limits:
+        if largest <= limit:
+            return limit / OVERSHOOT if floats else limit
+    return largest
+
+
+def _allowed_below_zero(largest: float, floats: bool) -> float:
+    return 0 if floats and OVERSHOOT < largest < DARKEST else UNDERSHOOT * largest
