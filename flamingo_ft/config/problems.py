@@ -52,7 +52,8 @@ def problems(schema: type[BaseModel], error: ValidationError, values: Any = None
         for problem in found
         if not (problem["type"] == "missing" and problem["loc"] in meant)
     ]
-    between = cross_field_errors(error) or cross_field_errors_beside(schema, values, [problem["loc"] for problem in found])
+    wrong = [*(problem["loc"] for problem in found), *meant]  # a misspelt key's value is not known either
+    between = cross_field_errors(error) or cross_field_errors_beside(schema, values, wrong)
     return own + [(location, f"{dotted(location) or 'the recipe'}: {reason}") for location, reason in between]
 
 
