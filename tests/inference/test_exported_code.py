@@ -18,7 +18,7 @@ from tests.model.kinds_of_images import KINDS
 
 from .conftest import PROMPT
 
-ROOTS = {"torch", "jinja2", "transformers", "open_clip", "huggingface_hub", "PIL", "numpy", "bitsandbytes"}
+ROOTS = {"torch", "jinja2", "transformers", "open_clip", "huggingface_hub", "PIL", "numpy", "safetensors", "bitsandbytes"}
 SCRIPT = """
 import sys
 

@@ -16,7 +16,7 @@ from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample, apply_template, encode, open_source
-from flamingo_ft.data.download import is_url
+from flamingo_ft.model.download import is_url
 from flamingo_ft.data.encode import text_of
 from flamingo_ft.data.fields import MEMBERS
 from flamingo_ft.data.schemas.table import MIMICIT
