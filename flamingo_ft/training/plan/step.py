@@ -179,6 +179,7 @@ def _media(
     input_ids: Tensor,
     given: MediaInput | None,
     cache: object | None = None,
+    documents: Tensor | None = None,
 ) -> Media:
     """`encode_media` where every slot holds an image, each there ``copies`` times and run through the tower once."""
     if given is None:
