@@ -86,6 +86,8 @@ class FlamingoCore(nn.Module):
         remembered. Without it: the held or remembered ones, or none. ``documents`` (R, T): which tokens belong
         together, where a row holds several documents. Raises UserError when text and images do not match.
         """
+        if input_ids is None:
+            raise UserError("forward: got no input_ids; a Flamingo finds its media in them, inputs_embeds are not enough")
         is_media = input_ids == self.conditioning.media_token_id
         mentioned, seen = is_media.sum(-1), self.media_in_cache(input_ids, cache)
         past = past_of(cache) if cache_length(cache) else None
@@ -121,7 +123,13 @@ class FlamingoCore(nn.Module):
         documents: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Open the language model onto the media of ``input_ids``, for one forward."""
+        self.follow_language_model()
         return self.conditioning.open(self.media_for(input_ids, given, cache, documents), documents)
+
+    def follow_language_model(self) -> None:
+        """Let the rows of new tokens stand in for those of the embedding and the head that are there now."""
+        if self.token_rows is not None:
+            self.token_rows.follow(self.lang_encoder)
 
     @torch.no_grad()
     def generate_text(self, input_ids: Tensor | None, given: MediaInput | None, **kwargs: Any) -> Any:
@@ -133,6 +141,7 @@ class FlamingoCore(nn.Module):
         continues = mask is not None and mask.shape[1] > input_ids.shape[1]  # only the new tokens were passed
         new_ids = input_ids if continues else input_ids[:, cache_length(cache) :]
         media = self.media_for(new_ids, given, cache)
+        self.follow_language_model()
         no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), no_media_token])
         with ExitStack() as opened:
