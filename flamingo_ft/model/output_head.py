@@ -33,7 +33,7 @@ class OutputHead:
 
     def __init__(self, head: nn.Module, token_ids: Sequence[int], rows: Callable[[], Tensor], apart: bool):
         self._head, self._token_ids, self._rows, self._apart = head, token_ids, rows, apart
-        self.bias = head.bias
+        self.bias = None if head.bias is None else _gathered(head.bias)
 
     @cached_property
     def weight(self) -> Tensor:
@@ -44,8 +44,7 @@ class OutputHead:
                 f"output head: quantized, got a weight of {matrix.dtype}; load the language model with its head left out "
                 "of the quantization (llm_int8_skip_modules)"
             )
-        if isinstance(matrix, DTensor):
-            matrix = matrix.full_tensor()
+        matrix = _gathered(matrix)
         if self._apart:
             return RowsApart(matrix.detach(), self._token_ids)
         ids = torch.tensor(self._token_ids, device=matrix.device)
@@ -95,6 +94,10 @@ class RowsApart(Tensor):
     def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = tree_map_only(cls, lambda lazy: lazy[:], (args, kwargs or {}))
         return function(*args, **kwargs)
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _columns(count: int) -> int:

@@ -76,6 +76,16 @@ def test_rows_stand_in_after_the_language_model_itself_was_resized():
     assert int(model.generate(INPUTS[0], **options)[0, 4]) == 59
 
 
+def test_a_copy_is_resized_alone_and_hooked_once():
+    model = tiny_flamingo()
+    twin = copy.deepcopy(model)
+    twin.resize_token_embeddings(VOCABULARY + 3)
+    for one, size in ((model, VOCABULARY), (twin, VOCABULARY + 3)):
+        assert one(*INPUTS).logits.shape[-1] == size
+        for layer in (one.get_input_embeddings(), one.lang_encoder.lm_head):
+            assert [hook.__self__ for hook in layer._forward_hooks.values()] == [one.token_rows]
+
+
 def test_spare_rows_are_used_and_kept():
     model = tiny_flamingo(lm=make_tiny("gpt2"))
     size = len(model.get_input_embeddings().weight)
