@@ -54,7 +54,8 @@ class OutputHead:
 def with_scores(hidden: Tensor, rows: Tensor) -> Tensor:
     """Hidden states (..., D) with their products with ``rows`` (N, D) appended: (..., D + columns)."""
     scores = functional.linear(hidden, rows.to(hidden.dtype)).to(hidden.dtype)
-    return torch.cat([hidden, functional.pad(scores, (0, _columns(len(rows)) - len(rows)))], dim=-1)
+    padding = hidden.new_zeros(*hidden.shape[:-1], _columns(len(rows)) - len(rows))
+    return torch.cat([hidden, scores, padding], dim=-1)
 
 
 class RowsApart(Tensor):
@@ -82,7 +83,9 @@ class RowsApart(Tensor):
 
     def _slice(self, start: int, stop: int) -> Tensor:
         width = self._matrix.shape[1]
-        part = functional.pad(self._matrix[start:stop], (0, self.shape[1] - width))
+        part = self._matrix.new_empty(max(0, stop - start), self.shape[1])
+        part[:, :width] = self._matrix[start:stop]
+        part[:, width:] = 0
         inside = [(token, column) for column, token in enumerate(self._token_ids) if start <= token < stop]
         if inside:
             tokens, columns = torch.tensor(inside, device=part.device).unbind(1)
