@@ -87,7 +87,7 @@ class FlamingoCore(nn.Module):
         together, where a row holds several documents. Raises UserError when text and images do not match.
         """
         if input_ids is None:
-            raise UserError("forward: got no input_ids; a Flamingo finds its media in them, inputs_embeds are not enough")
+            raise UserError("forward: got no input_ids; a Flamingo finds its media in them, pass the text as ids")
         is_media = input_ids == self.conditioning.media_token_id
         mentioned, seen = is_media.sum(-1), self.media_in_cache(input_ids, cache)
         past = past_of(cache) if cache_length(cache) else None
@@ -171,6 +171,6 @@ def _refuse_assisted_continuation(options: Mapping[str, Any], cache: object | No
     assisted = options.get("assistant_model") is not None or lookup is not None
     if assisted and cache_length(cache):
         raise UserError(
-            f"generate: assisted decoding cannot continue from a cache, got one of {cache_length(cache)} tokens; pass the "
-            "whole text without past_key_values, or no assistant"
+            f"generate: assisted decoding cannot continue from a cache, got one of {cache_length(cache)} tokens; "
+            "pass the whole text without past_key_values, or no assistant"
         )

@@ -128,7 +128,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
             return self.lang_encoder(input_ids=input_ids, **given)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`; TRL's fused loss, which asks for ``fused_lm_head``, needs no gradient of the frozen output head."""
+        """`forward`; under TRL's fused loss (``fused_lm_head``) without a gradient of the frozen output head."""
         with self.scoring_rows_apart() if kwargs.get("fused_lm_head") else nullcontext():
             return super().__call__(*args, **kwargs)
 

@@ -26,8 +26,8 @@ def add_tokens(model: FlamingoCore, size: int) -> None:
     used = 1 + max([config.media_token_id, config.eoc_token_id, *own])
     if size < used:
         raise UserError(
-            f"{WHERE}: cannot drop tokens that are in use, got {size} tokens where <image> and others need {used}; pass "
-            "len(tokenizer)"
+            f"{WHERE}: cannot drop tokens that are in use, got {size} tokens where <image> and others need {used}; "
+            "pass len(tokenizer)"
         )
     first = used if own else len(lm.get_input_embeddings().weight)
     added = list(range(first, size))
@@ -53,8 +53,8 @@ def _check_rows_can_be_added(model: FlamingoCore) -> None:
         raise UserError(f"{WHERE}: PEFT has wrapped the rows of new tokens; {AT_FIRST}, or add them before")
     if model.config.bridge_init:
         raise UserError(
-            f"{WHERE}: the bridge was started from {model.config.bridge_init['path']}, which has no rows for more tokens; "
-            "merge it, or train a bridge with these tokens"
+            f"{WHERE}: the bridge was started from {model.config.bridge_init['path']}, which has no rows for more "
+            "tokens; merge it, or train a bridge with these tokens"
         )
 
 
@@ -63,8 +63,8 @@ def check_embeddings(module: object, rows: TokenRows | None, where: str) -> None
     needed = 1 + max(rows.token_ids) if rows is not None else 0
     if not isinstance(module, nn.Module):
         raise UserError(
-            f"{where}: needs a torch module, got {type(module).__name__}; pass a layer such as the language model's own "
-            "(lang_encoder)"
+            f"{where}: needs a torch module, got {type(module).__name__}; pass a layer such as the language model's "
+            "own (lang_encoder)"
         )
     if len(module.weight) < needed:
         raise UserError(f"{where}: needs at least {needed} rows, got {len(module.weight)}; add the tokens' rows to it")

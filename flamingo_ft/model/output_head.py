@@ -41,8 +41,8 @@ class OutputHead:
         matrix = self._head.weight
         if not matrix.is_floating_point():
             raise UserError(
-                f"output head: quantized, got a weight of {matrix.dtype}; load the language model with its head left out "
-                "of the quantization (llm_int8_skip_modules)"
+                f"output head: quantized, got a weight of {matrix.dtype}; load the language model with its head left "
+                "out of the quantization (llm_int8_skip_modules)"
             )
         matrix = _gathered(matrix)
         if self._apart:

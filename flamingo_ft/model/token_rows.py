@@ -38,7 +38,7 @@ class TokenRows(nn.Module):
         self.follow(lm)
 
     def follow(self, lm: nn.Module) -> None:
-        """Hook the embedding and the head that ``lm`` has now: where they are resized or set, others take their place."""
+        """Hook the embedding and the head that ``lm`` has now: resizing and setting them puts others in their place."""
         modules = lm.get_input_embeddings(), lm.get_output_embeddings()
         if [id(module) for module, _ in self._hooked] == [id(module) for module in modules]:
             return
@@ -95,7 +95,7 @@ class TokenRows(nn.Module):
             self._scoring.apart = outer
 
     def before_head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) for the matrix that `head_with_rows` gives: inside `scored_apart` with their scores."""
+        """Hidden states (..., D) for the matrix of `head_with_rows`: inside `scored_apart` with the rows' scores."""
         return with_scores(hidden, self.output_rows()) if self._scoring.apart else hidden
 
     def _index(self) -> Tensor:

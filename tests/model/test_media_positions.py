@@ -1,4 +1,4 @@
-"""With `max_num_media` a medium has a position among those of its sample, whatever is read at once and whatever is cached."""
+"""With `max_num_media` a medium is read at its position in its sample, whatever of that is cached."""
 
 import copy
 
@@ -10,7 +10,17 @@ from flamingo_ft.model import Flamingo
 from flamingo_ft.model.media_input import media_input
 
 from .test_packing import batches, gradients
-from .tiny import IMAGE_SIZE, MEDIA, PERCEIVER, VISION_WIDTH, ids, images, open_gates, tiny_flamingo, tiny_language_model
+from .tiny import (
+    IMAGE_SIZE,
+    MEDIA,
+    PERCEIVER,
+    VISION_WIDTH,
+    ids,
+    images,
+    open_gates,
+    tiny_flamingo,
+    tiny_language_model,
+)
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
 MODES = ["immediate", "all_preceding"]
@@ -90,7 +100,8 @@ def test_beams_continue_from_a_cache():
     found = model(rest.expand(3, -1), pixels[:, 1:].expand(3, -1, -1, -1, -1), past_key_values=cache).logits
     expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
     close(found, expected.expand(3, -1, -1))
-    assert torch.equal(whole, model.generate(torch.cat([prompt, rest], 1), pixel_values=pixels, use_cache=False, **options))
+    text = torch.cat([prompt, rest], 1)
+    assert torch.equal(whole, model.generate(text, pixel_values=pixels, use_cache=False, **options))
 
 
 @torch.no_grad()
@@ -152,8 +163,8 @@ def test_packed_rows_may_hold_more_images_than_a_sample_may_have():
 def open_flamingo() -> Flamingo:
     torch.manual_seed(0)
     vision = tiny_flamingo().vision_encoder
-    perceiver, attention = {**PERCEIVER, "max_num_media": 4}, {"heads": 2, "dim_head": 8}
-    model = Flamingo(vision, tiny_language_model(), 59, MEDIA, VISION_WIDTH, perceiver=perceiver, cross_attention=attention)
+    sizes = {"perceiver": {**PERCEIVER, "max_num_media": 4}, "cross_attention": {"heads": 2, "dim_head": 8}}
+    model = Flamingo(vision, tiny_language_model(), 59, MEDIA, VISION_WIDTH, **sizes)
     open_gates(model)
     return model.eval()
 

@@ -7,10 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
+from flamingo_ft import load_language, load_vision
 from flamingo_ft.adapters import load_adapter, save_adapter
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, build_flamingo
-from flamingo_ft import load_language, load_vision
 
 from .tiny import VOCABULARY, ids, images, tiny_flamingo, tiny_language_model
 from .tiny_language_models import make_tiny
@@ -104,7 +104,8 @@ def test_a_model_without_rows_of_its_own_gets_some():
     assert model.token_rows is None
     model.resize_token_embeddings(VOCABULARY + 1)
     assert model.token_rows.token_ids == (VOCABULARY,)
-    torch.testing.assert_close(model.token_rows.input.weight[0], model.get_input_embeddings().weight[:VOCABULARY].mean(0))
+    known = model.get_input_embeddings().weight[:VOCABULARY]
+    torch.testing.assert_close(model.token_rows.input.weight[0], known.mean(0))
 
 
 def test_nothing_changes_without_a_size_and_padding_adds_rows_alone():
@@ -147,7 +148,8 @@ def test_an_adapter_with_added_tokens_is_saved_and_loaded(tmp_path):
 def test_a_quantized_model_is_resized(tmp_path):
     tiny_flamingo().save_pretrained(tmp_path)
     wanted = BitsAndBytesConfig(load_in_4bit=True)
-    model = FlamingoForConditionalGeneration.from_pretrained(tmp_path, quantization_config=wanted, device_map="cpu").eval()
+    options = {"quantization_config": wanted, "device_map": "cpu"}
+    model = FlamingoForConditionalGeneration.from_pretrained(tmp_path, **options).eval()
     before = model(*INPUTS).logits
     model.resize_token_embeddings(VOCABULARY + 3)
     torch.testing.assert_close(model(*INPUTS).logits[..., :VOCABULARY], before)
@@ -156,7 +158,7 @@ def test_a_quantized_model_is_resized(tmp_path):
 
 @pytest.mark.parametrize("size", [10, VOCABULARY - 1])
 def test_tokens_in_use_are_not_dropped(size):
-    with pytest.raises(UserError, match=f"resize_token_embeddings: .* got {size} tokens where <image> and others need 60"):
+    with pytest.raises(UserError, match=f"got {size} tokens where <image> and others need 60"):
         tiny_flamingo().resize_token_embeddings(size)
 
 

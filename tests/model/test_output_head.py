@@ -1,4 +1,4 @@
-"""Losses that multiply by the output head's matrix: the same with the trained rows scored apart, at no cost of its size."""
+"""Losses that multiply by the output head's matrix: the same, and cheaper, with the trained rows scored apart."""
 
 import copy
 
@@ -45,7 +45,8 @@ def loss_and_gradients(model, loss) -> tuple[torch.Tensor, dict[str, torch.Tenso
 def test_the_logits_and_gradients_of_rows_scored_apart_are_those_of_the_whole_matrix(chunk):
     """In float64, the vocabulary in chunks as such losses take it."""
     torch.manual_seed(0)
-    hidden, matrix = torch.randn(5, 16, dtype=torch.float64, requires_grad=True), torch.randn(60, 16, dtype=torch.float64)
+    hidden = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    matrix = torch.randn(60, 16, dtype=torch.float64)
     rows, ids_ = torch.randn(3, 16, dtype=torch.float64, requires_grad=True), [6, 7, 59]
     weights = torch.randn(5, 60, dtype=torch.float64)
     whole = hidden @ matrix.index_copy(0, torch.tensor(ids_), rows).T

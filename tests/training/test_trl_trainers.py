@@ -29,7 +29,7 @@ PAIRS = {"chosen": turn("assistant", "Seven."), "rejected": turn("assistant", "T
 
 
 class OwnCollator:
-    """Batches as a user would put them together: through the processor, the loss on every token but images and padding."""
+    """Batches as a user would make them: through the processor, the loss on every token but images and padding."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -79,7 +79,7 @@ def frozen(model):
 
 
 @pytest.mark.parametrize(
-    "make", [sft, grpo, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, mpo, kto))]  # test_trl_contract has dpo
+    "make", [sft, grpo, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, mpo, kto))]
 )
 def test_a_trainer_changes_what_is_declared_trainable_alone(parts, tmp_path, make):  # noqa: F811
     model, processor = parts
