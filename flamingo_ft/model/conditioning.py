@@ -62,12 +62,12 @@ class Media:
         seen = seen & (slot <= counts[:, None, None])
         if documents is None:
             return seen
-        return seen & (documents[..., None] == _documents_of_media(times, is_media, documents, len(slot))[:, None])
+        return seen & (documents[..., None] == documents_of_media(times, is_media, documents, len(slot))[:, None])
 
 
-def _documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
+def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
     """The document that each of ``slots`` media stands in, by its media token: (R, T) thrice -> (R, slots)."""
-    places = torch.where(is_media, times - 1, slots)  # all other tokens write into one slot more
+    places = torch.where(is_media, times - 1, slots).clamp(max=slots)  # all other tokens write into one slot more
     return documents.new_zeros(len(documents), slots + 1).scatter(1, places, documents)[:, :slots]
 
 
@@ -154,9 +154,9 @@ class MediaConditioning:
         finally:
             now.media, now.call, now.past, now.documents = outer
 
-    def hold(self, media: Media, input_ids: Tensor) -> None:
-        """Keep ``media`` until `release`; text that carries on without media tokens follows ``input_ids`` (B, T)."""
-        self.held, self._held_times = media, (input_ids == self.media_token_id).sum(-1)
+    def hold(self, media: Media, times: Tensor) -> None:
+        """Keep ``media`` until `release`; later text without media tokens starts at text time ``times`` (B,)."""
+        self.held, self._held_times = media, times
 
     def release(self) -> None:
         """Forget held media."""

@@ -31,7 +31,7 @@ class FlamingoConfig(PreTrainedConfig):
             ``following`` (the next one, as OpenFlamingo v1).
         perceiver: arguments of `PerceiverResampler` besides the width.
         cross_attention: arguments of `GatedCrossAttentionBlock` besides the widths.
-        media_token_id: id of ``<image>``, one per image or video.
+        media_token_id: id of ``<image>``, one per image or video; also under the name ``image_token_id``.
         eoc_token_id: id of ``<|endofchunk|>``.
         new_token_ids: ids of the tokens that were added to the vocabulary; their rows are the Flamingo's own.
         decoder_layers_attr_name: dotted path of the decoder layers in the language model, where they are not found.
@@ -48,6 +48,8 @@ class FlamingoConfig(PreTrainedConfig):
     """
 
     model_type = "flamingo"
+    # The names that other vision-language models have for it, which trainers read.
+    attribute_map = {"image_token_id": "media_token_id", "image_token_index": "media_token_id"}
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
     text_config: dict | PreTrainedConfig | None = None

@@ -16,9 +16,17 @@ from transformers.generation.logits_process import LogitsProcessorList, Suppress
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers, hidden_size
 from flamingo_ft.errors import UserError
 
-from .conditioning import Media, MediaConditioning, Visibility, cache_in, cache_length, past_of
+from .conditioning import Media, MediaConditioning, Visibility, cache_in, cache_length, past_of, repeat_rows
 from .cross_attention import GatedCrossAttentionBlock
-from .media import are_of_the_end, check_counts, encode_media, extend, no_media
+from .media import (
+    are_of_the_end,
+    check_counts,
+    encode_media,
+    extend,
+    media_positions,
+    no_media,
+    positions_in_documents,
+)
 from .media_input import MediaInput
 from .perceiver import PerceiverResampler
 from .token_rows import TokenRows
@@ -65,25 +73,42 @@ class FlamingoCore(nn.Module):
         if self.token_rows is not None:
             self.token_rows.attach(lm, self.conditioning)
 
-    def media_for(self, input_ids: Tensor, given: MediaInput | None, cache: object | None = None) -> Media:
+    def media_for(
+        self,
+        input_ids: Tensor,
+        given: MediaInput | None,
+        cache: object | None = None,
+        documents: Tensor | None = None,
+    ) -> Media:
         """The media that ``input_ids`` (R, T), the tokens after those in ``cache``, are to be read with.
 
         ``given`` are all media of the text so far, or only those of the new tokens; those of the cached part are
-        remembered. Without it: the held or remembered ones, or none. Raises UserError when text and images do not
-        match.
+        remembered. Without it: the held or remembered ones, or none. ``documents`` (R, T): which tokens belong
+        together, where a row holds several documents. Raises UserError when text and images do not match.
         """
-        mentioned = (input_ids == self.conditioning.media_token_id).sum(-1)
-        length, past = cache_length(cache), past_of(cache)
-        seen = past.counts_at(length) if past is not None and length else torch.zeros_like(mentioned)
+        if input_ids is None:
+            raise UserError("forward: got no input_ids; a Flamingo finds its media in them, pass the text as ids")
+        is_media = input_ids == self.conditioning.media_token_id
+        mentioned, seen = is_media.sum(-1), self.media_in_cache(input_ids, cache)
+        past = past_of(cache) if cache_length(cache) else None
         if given is None:
-            return self._known_media(mentioned, seen, past.media if length and past is not None else None)
+            return self._known_media(mentioned, seen, None if past is None else past.media)
         if len(given.frames) != len(input_ids):
             found = len(given.frames)
             raise UserError(f"found {found} rows of images for {len(input_ids)} rows of text; give one each")
         if seen.any() and are_of_the_end(seen, mentioned, given.slots):
-            new = encode_media(self.vision_encoder, self.perceiver, given, mentioned)
+            positions = media_positions(seen, given.slots)
+            new = encode_media(self.vision_encoder, self.perceiver, given, mentioned, positions)
             return extend(past, seen, new)
-        return encode_media(self.vision_encoder, self.perceiver, given, seen + mentioned)
+        positions = None if documents is None else positions_in_documents(is_media, documents, given.slots)
+        return encode_media(self.vision_encoder, self.perceiver, given, seen + mentioned, positions)
+
+    def media_in_cache(self, input_ids: Tensor, cache: object | None) -> Tensor:
+        """Media tokens (R,) among the tokens that a key/value cache holds for each row of ``input_ids`` (R, T)."""
+        length, past = cache_length(cache), past_of(cache)
+        if past is None or not length:
+            return input_ids.new_zeros(len(input_ids))
+        return repeat_rows(past.counts_at(length), len(input_ids))
 
     def _known_media(self, mentioned: Tensor, seen: Tensor, remembered: Media | None) -> Media:
         known = self.conditioning.held or remembered
@@ -98,7 +123,13 @@ class FlamingoCore(nn.Module):
         documents: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Open the language model onto the media of ``input_ids``, for one forward."""
-        return self.conditioning.open(self.media_for(input_ids, given, cache), documents)
+        self.follow_language_model()
+        return self.conditioning.open(self.media_for(input_ids, given, cache, documents), documents)
+
+    def follow_language_model(self) -> None:
+        """Let the rows of new tokens stand in for those of the embedding and the head that are there now."""
+        if self.token_rows is not None:
+            self.token_rows.follow(self.lang_encoder)
 
     @torch.no_grad()
     def generate_text(self, input_ids: Tensor | None, given: MediaInput | None, **kwargs: Any) -> Any:
@@ -106,16 +137,18 @@ class FlamingoCore(nn.Module):
         if input_ids is None:
             raise UserError("generate: found no input_ids; a Flamingo finds its media in them, pass the prompt as ids")
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+        _refuse_assisted_continuation(kwargs, cache)
         continues = mask is not None and mask.shape[1] > input_ids.shape[1]  # only the new tokens were passed
         new_ids = input_ids if continues else input_ids[:, cache_length(cache) :]
         media = self.media_for(new_ids, given, cache)
+        self.follow_language_model()
         no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), no_media_token])
         with ExitStack() as opened:
             opened.enter_context(self.conditioning.open(media))
             assistant = kwargs.get("assistant_model")
             if isinstance(assistant, FlamingoCore):
-                opened.enter_context(assistant.looking_at(new_ids, given))
+                opened.enter_context(assistant.looking_at(input_ids, given))
                 kwargs["assistant_model"] = assistant.lang_encoder
             return self.lang_encoder.generate(input_ids, **kwargs)
 
@@ -123,8 +156,21 @@ class FlamingoCore(nn.Module):
     def hold_media(self, input_ids: Tensor, given: MediaInput) -> None:
         """Encode ``given`` once and keep them, without a graph, for every forward until `uncache_media`."""
         self.conditioning.release()
-        self.conditioning.hold(self.media_for(input_ids, given), input_ids)
+        media = self.media_for(input_ids, given)
+        self.conditioning.hold(media, (input_ids == self.conditioning.media_token_id).sum(-1))
 
     def uncache_media(self) -> None:
         """Forget media kept by ``cache_media``."""
         self.conditioning.release()
+
+
+def _refuse_assisted_continuation(options: Mapping[str, Any], cache: object | None) -> None:
+    """Refuse assisted decoding from a filled cache: transformers 5.24 then reads the cached tokens a second time."""
+    lookup = getattr(options.get("generation_config"), "prompt_lookup_num_tokens", None)
+    lookup = options.get("prompt_lookup_num_tokens", lookup)
+    assisted = options.get("assistant_model") is not None or lookup is not None
+    if assisted and cache_length(cache):
+        raise UserError(
+            f"generate: assisted decoding cannot continue from a cache, got one of {cache_length(cache)} tokens; "
+            "pass the whole text without past_key_values, or no assistant"
+        )

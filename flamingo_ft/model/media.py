@@ -13,17 +13,24 @@ from torch.distributed.fsdp import FSDPModule
 from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.errors import UserError
 
-from .conditioning import Media, Past, repeat_rows
+from .conditioning import Media, Past, documents_of_media, repeat_rows
 from .copies import find_copies
 from .media_input import MediaInput
 from .perceiver import PerceiverResampler
 
 
-def encode_media(vision: nn.Module, perceiver: PerceiverResampler, given: MediaInput, counts: Tensor) -> Media:
+def encode_media(
+    vision: nn.Module,
+    perceiver: PerceiverResampler,
+    given: MediaInput,
+    counts: Tensor,
+    positions: Tensor | None = None,
+) -> Media:
     """Encode the first ``counts`` (B,) media of each sample of ``given``; the rest is padding.
 
-    Padding never reaches the tower, nor do copies of an image. Media are resampled with those that have as many
-    frames. Raises UserError when ``counts`` ask for more than there are.
+    positions (B, M): of each medium among those of its sample (of its document, where rows hold several), 0-based; by
+    default its index along M. Padding never reaches the tower, nor do copies of an image. Media are resampled with
+    those that have as many frames. Raises UserError when ``counts`` ask for more than there are.
     """
     check_counts(counts, given.slots)
     real = torch.arange(given.slots, device=counts.device) < counts[:, None]
@@ -31,7 +38,7 @@ def encode_media(vision: nn.Module, perceiver: PerceiverResampler, given: MediaI
         return no_media(perceiver, counts)
     frames, lengths = given.of(real)
     tokens = frames if given.are_tokens else tokens_of_distinct(vision, frames)
-    encoded = _resample(perceiver, tokens, lengths, slots=real.nonzero()[:, 1])
+    encoded = _resample(perceiver, tokens, lengths, real.nonzero()[:, 1] if positions is None else positions[real])
     latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
     latents[real] = encoded
     return Media(latents, counts)
@@ -56,6 +63,18 @@ def _resample(perceiver: PerceiverResampler, tokens: Tensor, lengths: list[int],
         encoded.append(perceiver(together[None], slots[group][None])[0])
         order += group
     return torch.cat(encoded)[torch.tensor(order, device=tokens.device).argsort()]
+
+
+def media_positions(before: Tensor, slots: int) -> Tensor:
+    """Positions (B, slots) of media that follow ``before`` (B,) others of the same sample."""
+    return before[:, None] + torch.arange(slots, device=before.device)
+
+
+def positions_in_documents(is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
+    """Positions (B, slots) of media within their documents: is_media and documents (B, T), as in `Media.visible`."""
+    owner = documents_of_media(is_media.cumsum(-1), is_media, documents, slots)
+    earlier = torch.ones(slots, slots, dtype=torch.bool, device=owner.device).tril(-1)
+    return ((owner[:, :, None] == owner[:, None]) & earlier).sum(-1)
 
 
 def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:

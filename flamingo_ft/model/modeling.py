@@ -5,6 +5,7 @@ Flamingo (arXiv:2204.14198). Shapes: B samples, M media, F frames, C channels, H
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,10 +20,12 @@ from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
 from .media_input import media_input
+from .more_tokens import add_tokens, check_embeddings
 from .packed import for_language_model
 from .parts import from_parts
 from .perceiver import PerceiverResampler
 from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
+from .tokens import grow_vocabulary
 
 
 class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):
@@ -96,7 +99,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
@@ -116,13 +119,24 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         of the new tokens (M as many as the row with most mentions), or None to go on with those seen. With
         ``document_ids`` (B, T) a row holds several documents, and a token sees the media of its own; ``position_ids``
         that begin anew with each keep them apart in the language model. Other arguments go to the language model, whose
-        output this returns. Raises UserError when a row has more media tokens than media.
+        output this returns. Raises UserError when a row has more media tokens than media, and without input_ids.
         """
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
         given = for_language_model(self.lang_encoder, given | {"use_cache": use_cache, **kwargs}, document_ids)
         media = media_input(pixel_values, vision_tokens, frame_counts)
         with self.looking_at(input_ids, media, cache_in(given), document_ids):
             return self.lang_encoder(input_ids=input_ids, **given)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward`; under TRL's fused loss (``fused_lm_head``) without a gradient of the frozen output head."""
+        with self.scoring_rows_apart() if kwargs.get("fused_lm_head") else nullcontext():
+            return super().__call__(*args, **kwargs)
+
+    def scoring_rows_apart(self) -> AbstractContextManager[None]:
+        """Inside, `backbone` and `get_output_embeddings` split the logits of the trained rows from the others, which
+        saves a loss that multiplies one by the other a copy and a gradient of the matrix (`output_head`)."""
+        head = self.lang_encoder.get_output_embeddings()
+        return nullcontext() if self.token_rows is None else self.token_rows.scored_apart(head)
 
     def generate(
         self,
@@ -175,6 +189,41 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         head = self.lang_encoder.get_output_embeddings()
         return head if self.token_rows is None else self.token_rows.head_with_rows(head)
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Give the language model another embedding; the rows of new tokens stand in for those of this one then."""
+        check_embeddings(value, self.token_rows, "set_input_embeddings")
+        self.lang_encoder.set_input_embeddings(value)
+        self.follow_language_model()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Give the language model another output head, as `set_input_embeddings` an embedding."""
+        check_embeddings(new_embeddings, self.token_rows, "set_output_embeddings")
+        self.lang_encoder.set_output_embeddings(new_embeddings)
+        self.follow_language_model()
+
+    def get_decoder(self) -> nn.Module:
+        """The language model without its output head, and without media."""
+        return self.lang_encoder.get_decoder()
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Make room for tokens that were added to the tokenizer, ``new_num_tokens`` with them; to be called before an
+        optimizer is made. Returns the input embeddings.
+
+        The language model's matrices grow where they are too small, and never shrink. The added tokens get rows of
+        the Flamingo's own beside those of ``<image>`` (`token_rows`), which train and are saved with them. They start
+        as the language model's spare rows, or where it had none at the mean of all, whatever ``mean_resizing``. Raises
+        UserError for fewer tokens than are in use, and where rows cannot be added any more.
+        """
+        if new_num_tokens is not None:
+            add_tokens(self, new_num_tokens)
+        if pad_to_multiple_of is not None:
+            rows = len(self.get_input_embeddings().weight)
+            grow_vocabulary(self.lang_encoder, -(-rows // pad_to_multiple_of) * pad_to_multiple_of)
+        self.follow_language_model()
+        return self.get_input_embeddings()
+
     def _init_weights(self, module: nn.Module) -> None:
         """Fill in what a checkpoint lacked; torch's own initialisation, gates closed."""
         if module is self.vision_encoder:
@@ -193,7 +242,8 @@ class Backbone(nn.Module):
     """A view of a Flamingo that stops before the output head; it owns no parameters.
 
     forward takes what `FlamingoForConditionalGeneration.forward` takes, but labels, and returns ``last_hidden_state``
-    (B, T, D); with ``predicting`` (N, 2), rows and columns, that of those positions alone: (1, N, D).
+    (B, T, D); with ``predicting`` (N, 2), rows and columns, that of those positions alone: (1, N, D). Inside
+    `scoring_rows_apart` D is as wide as the matrix of `get_output_embeddings` there.
     """
 
     def __init__(self, model: FlamingoForConditionalGeneration):
@@ -202,7 +252,7 @@ class Backbone(nn.Module):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any | None = None,
@@ -224,6 +274,8 @@ class Backbone(nn.Module):
             conditioning.finish(cache_in(output) if cache is None else cache)
         if predicting is not None:
             output.last_hidden_state = output.last_hidden_state[predicting[:, 0], predicting[:, 1]][None]
+        if model.token_rows is not None:
+            output.last_hidden_state = model.token_rows.before_head(output.last_hidden_state)
         return output
 
 

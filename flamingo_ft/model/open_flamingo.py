@@ -86,12 +86,13 @@ class Flamingo(FlamingoCore):
             self.conditioning.release()
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
         media = self.media_for(lang_x, media_input(vision_x), past_key_values)
+        times = self.media_in_cache(lang_x, past_key_values) + (lang_x == self.media_token_id).sum(-1)
         with self.conditioning.open(media):
             output = self.lang_encoder(
                 input_ids=lang_x, use_cache=use_cache, **{k: v for k, v in given.items() if v is not None}
             )
         if not clear_conditioned_layers and not self._media_cached:
-            self.conditioning.hold(media, lang_x)
+            self.conditioning.hold(media, times)
         return output
 
     def generate(self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:

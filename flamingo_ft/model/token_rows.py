@@ -7,12 +7,16 @@ token in the language model whenever that runs as part of a Flamingo. Frozen row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .conditioning import MediaConditioning
+from .output_head import OutputHead, with_scores
 
 
 class TokenRows(nn.Module):
@@ -25,13 +29,25 @@ class TokenRows(nn.Module):
         head = lm.get_output_embeddings()
         shared = head is None or _are_tied(lm)
         self.output = None if shared else nn.Embedding(len(self.token_ids), head.in_features)
+        self._scoring = _Scoring()
 
     def attach(self, lm: nn.Module, conditioning: MediaConditioning) -> None:
         """Let the rows stand in inside ``lm`` while ``conditioning`` is open."""
         self._conditioning = conditioning
-        lm.get_input_embeddings().register_forward_hook(self._after_embedding)
-        if lm.get_output_embeddings() is not None:
-            lm.get_output_embeddings().register_forward_hook(self._after_head)
+        self._hooked: list[tuple[nn.Module | None, RemovableHandle | None]] = []
+        self.follow(lm)
+
+    def follow(self, lm: nn.Module) -> None:
+        """Hook the embedding and the head that ``lm`` has now: resizing and setting them puts others in their place."""
+        modules = lm.get_input_embeddings(), lm.get_output_embeddings()
+        if [id(module) for module, _ in self._hooked] == [id(module) for module in modules]:
+            return
+        for _, handle in self._hooked:
+            if handle is not None:
+                handle.remove()
+        hooks = self._after_embedding, self._after_head
+        pairs = zip(modules, hooks, strict=True)
+        self._hooked = [(one, None if one is None else one.register_forward_hook(hook)) for one, hook in pairs]
 
     @torch.no_grad()
     def reset(self, lm: nn.Module, known: int) -> None:
@@ -48,6 +64,15 @@ class TokenRows(nn.Module):
         if self.output is not None:
             self.output.weight.copy_(lm.get_output_embeddings().weight[ids])
 
+    @torch.no_grad()
+    def extend(self, token_ids: Sequence[int], lm: nn.Module) -> None:
+        """Add rows for more tokens, in new parameters; they start as those that ``lm`` has for them."""
+        for table, matrix in ((self.input, lm.get_input_embeddings()), (self.output, lm.get_output_embeddings())):
+            if table is not None:
+                rows = torch.cat([table.weight, matrix.weight[list(token_ids)].to(table.weight)])
+                table.weight, table.num_embeddings = nn.Parameter(rows, table.weight.requires_grad), len(rows)
+        self.token_ids += tuple(token_ids)
+
     def input_rows(self) -> Tensor:
         """(N, D), through the module, so that an adapter around it takes part."""
         return self.input(self._index())
@@ -58,8 +83,20 @@ class TokenRows(nn.Module):
 
     def head_with_rows(self, head: nn.Module) -> OutputHead:
         """The output head's matrix with these rows in place, for code that multiplies by it itself."""
-        ids = torch.tensor(self.token_ids, device=head.weight.device)
-        return OutputHead(head.weight.index_copy(0, ids, self.output_rows().to(head.weight)), head.bias)
+        return OutputHead(head, self.token_ids, self.output_rows, self._scoring.apart)
+
+    @contextmanager
+    def scored_apart(self, head: nn.Module) -> Iterator[None]:
+        """Inside the block `head_with_rows` gives the frozen matrix, for hidden states as `before_head` gives them."""
+        outer, self._scoring.apart = self._scoring.apart, not head.weight.requires_grad
+        try:
+            yield
+        finally:
+            self._scoring.apart = outer
+
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) for the matrix of `head_with_rows`: inside `scored_apart` with the rows' scores."""
+        return with_scores(hidden, self.output_rows()) if self._scoring.apart else hidden
 
     def _index(self) -> Tensor:
         return torch.arange(len(self.token_ids), device=self.input.weight.device)
@@ -91,9 +128,10 @@ def _are_tied(lm: nn.Module) -> bool:
     return head is embedding or pair in lm.all_tied_weights_keys.items() or pair[::-1] in lm.all_tied_weights_keys.items()
 
 
-class OutputHead:
-    """An output head as matrix and bias, ``weight`` (vocabulary, D) and ``bias`` (vocabulary,) or None."""
+class _Scoring(threading.local):
+    """Whether the loss of this thread's forward scores the rows apart. A copy starts with no such loss."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight = weight
-        self.bias = bias
+    apart = False
+
+    def __reduce__(self) -> tuple:
+        return _Scoring, ()

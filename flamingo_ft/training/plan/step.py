@@ -140,13 +140,15 @@ def _scores(
 ) -> tuple[Tensor | None, ...]:
     """TRL's fused head (trl.trainer.utils.add_fused_lm_head); every position counts as one with a label."""
     masks = {"attention_mask": inputs["attention_mask"]} if len(inputs["input_ids"]) > 1 else {}  # alone: no padding
-    output = model.backbone(inputs["input_ids"], inputs.get("pixel_values"), use_cache=False, **masks)
+    with model.scoring_rows_apart():
+        output = model.backbone(inputs["input_ids"], inputs.get("pixel_values"), use_cache=False, **masks)
+        head = model.get_output_embeddings()
+        weight, bias = head.weight, head.bias
     hidden, labels = output.last_hidden_state[:, :-1], inputs["labels"][:, 1:]
-    head = model.get_output_embeddings()
     return ChunkedLogProbFunction.apply(
         _given_to_the_head(hidden, device, labels_alone),
-        head.weight,
-        head.bias,
+        weight,
+        bias,
         labels.clamp(min=0).reshape(-1),
         1.0,
         trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE,
@@ -187,6 +189,7 @@ def _media(
     input_ids: Tensor,
     given: MediaInput | None,
     cache: object | None = None,
+    documents: Tensor | None = None,
 ) -> Media:
     """`encode_media` where every slot holds an image, each there ``copies`` times and run through the tower once."""
     if given is None:
