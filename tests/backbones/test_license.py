@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.license import license_in, license_on_hub
+from flamingo_ft.backbones.language import SMALL_FILES, load_language
+from flamingo_ft.backbones.license import CARD, license_in, license_on_hub
 from flamingo_ft.backbones.vision import load_vision
+from tests.hub_server import Repository
 
 
 @pytest.mark.parametrize(
@@ -36,3 +37,13 @@ def test_the_nano_backbones_have_the_packages_licence():
 def test_a_repository_that_is_out_of_reach_states_none(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert license_on_hub("nobody/nothing", None) is None
+
+
+def test_a_repositorys_card_is_fetched_for_it(hub):
+    repository = hub.repositories.setdefault("org/tower", Repository(private=False))
+    oid = hub.store(b"---\nlicense: other\nlicense_name: openrail\n---\n")
+    lines = [{"key": "header", "value": {"summary": "put"}}, {"key": "lfsFile", "value": {"path": "README.md", "oid": oid}}]
+    repository.branches.setdefault("main", [])
+    hub.commit(repository, "main", lines)
+    assert license_on_hub("org/tower", None) == "openrail"
+    assert CARD in SMALL_FILES, "a language model's comes with its other small files"

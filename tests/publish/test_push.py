@@ -268,6 +268,7 @@ def test_the_card_says_what_it_is_and_the_hub_can_read_it(adapter, hub):
     assert "figures/loss.png" in text and "figures/gates.png" in text and "<details>" in text
     assert "| &lt;image&gt;Which \\| shade? | Dark. |  | /Light. |" in text
     assert re.search(r"The loss went from 2 to 1\.", text)
+    assert re.search(r"\| vision \| nano \| apache-2.0 \|", text) and re.search(r"\| language \| nano \| apache-2.0 \|", text)
 
 
 def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):
