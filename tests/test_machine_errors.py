@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -52,11 +53,17 @@ class TestLoading:
         with pytest.raises(RuntimeError, match="CUDA"):
             load_language("nano")
 
-    def test_quantizing_a_weight_does_not_hide_the_reason(self, fails, monkeypatch):
-        """transformers turns any error there into one that names nothing."""
+    @pytest.mark.parametrize("verbosity", ["warning", "error"])
+    def test_quantizing_a_weight_does_not_hide_the_reason(self, fails, monkeypatch, verbosity):
+        """transformers turns any error there into one that names nothing, and logs it, which a trainer silences."""
+        before = transformers.logging.get_verbosity()
+        getattr(transformers.logging, f"set_verbosity_{verbosity}")()
         monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fails)
-        with pytest.raises(RuntimeError, match="CUDA"):
-            load_language("nano", quantization=Quantization("nf4"))
+        try:
+            with pytest.raises(RuntimeError, match="CUDA"):
+                load_language("nano", quantization=Quantization("nf4"))
+        finally:
+            transformers.logging.set_verbosity(before)
 
     def test_a_tower_does_not_load_as_mismatched(self, fails, monkeypatch):
         monkeypatch.setattr("flamingo_ft.backbones.vision.fill_from_file", fails)

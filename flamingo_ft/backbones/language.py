@@ -251,6 +251,10 @@ def _conversion_errors() -> Iterator[None]:
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: logged.append(record.getMessage())
     logger = logging.getLogger("transformers.modeling_utils")
+    level, propagate = logger.level, logger.propagate
+    if not logger.isEnabledFor(logging.WARNING):  # a trainer silenced it; it is read here, and stays silent
+        logger.setLevel(logging.WARNING)
+        logger.propagate = False
     logger.addHandler(handler)
     try:
         yield
@@ -259,3 +263,5 @@ def _conversion_errors() -> Iterator[None]:
         raise next(filter(is_machine_error, lines), error) from None
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
