@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 import flamingo_ft
 from flamingo_ft import cli
-from flamingo_ft.adapters import load_adapter, load_trained, merge_adapter, save_adapter
+from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters import merge as merging
 from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization, dequantized, formats_in

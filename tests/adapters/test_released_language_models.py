@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flamingo_ft.adapters import load_adapter, load_trained, merge_adapter, save_adapter
+from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import formats_in
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flamingo_ft.adapters import load_adapter, merge_adapter, save_adapter, write_composition
+from flamingo_ft.adapters import load_adapter, save_adapter, write_composition
 from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.errors import UserError
