@@ -207,9 +207,12 @@ def merge(
         typer.Option(
             min=0,
             metavar="X",
-            help="How much worse than the adapter it may be: loss higher by X nats per token (0.1: a perplexity 10 % "
-            "higher), or accuracy lower by X, beyond twice the standard error.",
+            help="How much higher than the adapter's its loss may be, in nats per token, beyond twice the standard error.",
         ),
+    ] = 0.5,
+    accuracy_margin: Annotated[
+        float,
+        typer.Option(min=0, max=1, metavar="X", help="How much lower its accuracy may be, 0..1, beyond twice the same."),
     ] = 0.1,
     start: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.")
@@ -221,7 +224,7 @@ def merge(
     """Merge an adapter into its base: one standalone model.
 
     Every written tensor is verified. Loss and accuracy are measured beside the adapter's on held-out samples of the run, and a
-    model that is worse by more than the margin is refused.
+    model that is worse by more than the margins is refused.
     """
     from rich.console import Console
 
@@ -231,7 +234,7 @@ def merge(
 
     kept_as = None if quantization == "none" else Quantization(quantization)
     options = {"quantization": kept_as, "tolerance": tolerance, "start": start, "with_code": with_code}
-    options |= {"samples": samples, "margin": margin}
+    options |= {"samples": samples, "margin": margin, "accuracy_margin": accuracy_margin}
     report = merge_adapter(adapter, out, base=base, dtype=DTYPES[dtype], **options)
     Console().print(merge_table(report))
     typer.echo(merge_lines(report))

@@ -24,7 +24,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .merge_cost import MARGIN, Measured, cost, logit_difference, measure
+from .merge_cost import ACCURACY_MARGIN, LOSS_MARGIN, Measured, cost, logit_difference, measure
 from .merge_probe import Probe, made_up_probe, probe_of_run
 
 MERGE_FILE = "merge.json"
@@ -42,7 +42,8 @@ def merge_adapter(
     start: str | Path | None = None,
     with_code: bool = False,
     samples: int = SAMPLES,
-    margin: float = MARGIN,
+    margin: float = LOSS_MARGIN,
+    accuracy_margin: float = ACCURACY_MARGIN,
 ) -> dict[str, Any]:
     """Write the merged model to ``out``: safetensors shards, configuration, processor, and what was checked.
 
@@ -52,15 +53,15 @@ def merge_adapter(
     base: the backbones' unquantized weights (bf16), or what the quantized ones stand for (dequantized).
     dtype: of the merged weights; gates stay in float32. quantization: of the written model; verified before.
     samples: how many the loss is measured on; as many questions, at most 32, are answered.
-    margin: how much worse than the adapter the model may be: in nats per token of the loss, and as a share of answers, each
-        beyond twice its standard error over the samples.
+    margin, accuracy_margin: how much worse than the adapter the model may be: how much higher its loss, in nats per token, and
+        how much lower its accuracy, as a share of answers; each beyond twice its standard error over the samples.
     tolerance: deprecated; also refuse logits that differ by more than this, relative to the largest.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training.
     with_code: put the package's code beside the model, for transformers where the package is not.
 
     Returns what is written to ``merge.json``. Raises UserError when ``out`` exists, ``adapter`` is a merged model
     already, its base is another than it was trained on, and when the merged model is wrong, or worse than the adapter by
-    more than ``margin``: then nothing is left at ``out``.
+    more than either margin: then nothing is left at ``out``.
     """
     if tolerance is not None:
         message = "merge: tolerance (distance of logits) says little about quality and is deprecated; use margin"
@@ -72,7 +73,7 @@ def merge_adapter(
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
         report = {"adapter": named, "trained_in": formats, "base": base, "dtype": str(dtype).removeprefix("torch.")}
         report |= written | {"quantization": None if quantization is None else quantization.record()}
-        report |= _measure_all(adapter, folder, processor, quantization, start, samples, margin, bool(formats))
+        report |= _measure_all(adapter, folder, processor, quantization, start, samples, (margin, accuracy_margin), bool(formats))
         report["tolerance"] = tolerance
         _refuse_worse(report)
         if with_code:
@@ -90,7 +91,7 @@ def _measure_all(
     quantization: Quantization | None,
     start: str | Path | None,
     samples: int,
-    margin: float,
+    margins: tuple[float, float],
     was_quantized: bool,
 ) -> dict[str, Any]:
     """Measure the adapter, the merged model in ``folder``, which is quantized along the way where that is asked, and what
@@ -109,7 +110,7 @@ def _measure_all(
         gc.collect()
     add("merged", lambda: load_whole(folder))
     found = logit_difference(models["merged"], models["adapter"])
-    return {**found, "prompts_from": probe.origin, "cost": cost(models, probe, margin)}
+    return {**found, "prompts_from": probe.origin, "cost": cost(models, probe, *margins)}
 
 
 def _measured_adapter(
@@ -132,8 +133,8 @@ def _refuse_worse(report: dict[str, Any]) -> None:
         answers = "" if accuracy["merged"] is None else f", accuracy {_against(accuracy, '{:.1%}')}"
         raise UserError(
             f"{report['adapter']}: the merged model is worse than the adapter on {found['samples']} {report['prompts_from']}: "
-            f"loss {_against(loss, '{:.3f}')}{answers}, beyond the margin of {found['margin']:.2g}; "
-            f"{_remedies(report)}accept more with --margin"
+            f"loss {_against(loss, '{:.3f}')}{answers}, beyond the margins of {_margins(found)}; "
+            f"{_remedies(report)}accept more with --margin or --accuracy-margin"
         )
     if tolerance is not None and not report["relative"] <= tolerance:
         raise UserError(
@@ -141,6 +142,11 @@ def _refuse_worse(report: dict[str, Any]) -> None:
             f"adapter's (token agreement {report['token_agreement']:.1%}), beyond the tolerance of {tolerance:.2g}; "
             f"{_remedies(report)}leave --tolerance out"
         )
+
+
+def _margins(found: dict[str, Any]) -> str:
+    accuracy = found["accuracy_margin"]
+    return f"{found['margin']:.2g} nats" + ("" if accuracy is None else f" and {accuracy:.1%}")
 
 
 def _against(figures: dict[str, float], form: str) -> str:
