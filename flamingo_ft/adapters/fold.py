@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -39,24 +41,13 @@ def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGenera
     """The layer in float32; around the matrix that its quantized one stands for, where it is quantized."""
     if not is_quantized(layer.get_base_layer()):
         return layer.float()
-    alone = _nested(name, plain_linear(layer.get_base_layer(), torch.float32, name))
+    alone = nn.ModuleDict({"layer": plain_linear(layer.get_base_layer(), torch.float32, name)})
     for adapter, config in model.peft_config.items():
-        inject_adapter_in_model(config, alone, adapter)
-    plain = alone.get_submodule(name)
-    own = {key: tensor for key, tensor in layer.state_dict().items() if is_lora(f".{key}")}
-    plain.load_state_dict(own, strict=False)
-    return plain.float()
-
-
-def _nested(name: str, module: nn.Module) -> nn.Module:
-    """A model that holds ``module`` alone, under its dotted name: PEFT finds ranks and targets by that."""
-    root = parent = nn.Module()
-    *path, leaf = name.split(".")
-    for part in path:
-        parent.add_module(part, nn.Module())
-        parent = parent.get_submodule(part)
-    parent.add_module(leaf, module)
-    return root
+        own = {"r": layer.r[adapter], "lora_alpha": layer.lora_alpha[adapter], "target_modules": ["layer"]}
+        inject_adapter_in_model(dataclasses.replace(config, rank_pattern={}, alpha_pattern={}, **own), alone, adapter)
+    lora = {key: tensor for key, tensor in layer.state_dict().items() if is_lora(f".{key}")}
+    alone["layer"].load_state_dict(lora, strict=False)
+    return alone["layer"].float()
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -22,7 +22,7 @@ from .questions import Question, questions_of
 
 MADE_UP = "made up: the run's own samples were not found, so the adapter's answers stand in for right ones"
 ANSWERS = 32  # generating costs more than the loss
-PICTURES, NEW_TOKENS = 7, 16  # made-up prompts with a picture; longest answer to them
+PICTURES, NEW_TOKENS = 3, 16  # made-up prompts with a picture; longest answer to them
 
 
 @dataclass(frozen=True)
