@@ -43,7 +43,7 @@ _HOMES = {
     "load_open_flamingo": "flamingo_ft.model",
     "load_recipe": "flamingo_ft.config",
     "load_vision": "flamingo_ft.backbones.vision",
-    "merge_adapter": "flamingo_ft.adapters",
+    "merge_adapter": "flamingo_ft.evaluation.merging",
     "name_base": "flamingo_ft.adapters",
     "push": "flamingo_ft.publish",
     "save_adapter": "flamingo_ft.adapters",

@@ -216,15 +216,30 @@ def merge(
         typer.Option(help="The unquantized weights (bf16), or what the quantized ones stand for."),
     ] = "bf16",
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"], typer.Option(help="Number format of the merged weights.")
+        Literal["bf16", "fp16", "fp32"], typer.Option(help="Dtype of the merged weights.")
     ] = "bf16",
     quantization: Annotated[
         Literal["none", "int8", "nf4", "fp4"], typer.Option(help="Write the merged model quantized.")
     ] = "none",
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="Largest relative logit difference from the adapter to accept."),
+        typer.Option(min=0, metavar="X", help="Deprecated: also refuse logits further than this from the adapter's, relatively."),
     ] = None,
+    samples: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Held-out samples to measure loss on; at most 32 are answered too.")
+    ] = 64,
+    margin: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            metavar="X",
+            help="How much higher than the adapter's its loss may be, in nats per token, beyond twice the standard error.",
+        ),
+    ] = 0.5,
+    accuracy_margin: Annotated[
+        float,
+        typer.Option(min=0, max=1, metavar="X", help="How much lower its accuracy may be, 0..1, beyond twice the same."),
+    ] = 0.1,
     start: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.")
     ] = None,
@@ -232,17 +247,23 @@ def merge(
         bool, typer.Option("--with-code", help="Put the code beside it, for transformers without this package.")
     ] = False,
 ) -> None:
-    """Merge an adapter into its base: one standalone model, checked against the adapter."""
+    """Merge an adapter into its base: one standalone model.
+
+    Every written tensor is verified. Loss and accuracy are measured beside the adapter's on held-out samples of the run, and a
+    model that is worse by more than the margins is refused.
+    """
     from rich.console import Console
 
-    from flamingo_ft.adapters import merge_adapter
     from flamingo_ft.backbones.quantization import DTYPES, Quantization
-    from flamingo_ft.report_table import merge_table
+    from flamingo_ft.evaluation.merging import merge_adapter
+    from flamingo_ft.report_table import merge_lines, merge_table
 
     kept_as = None if quantization == "none" else Quantization(quantization)
     options = {"quantization": kept_as, "tolerance": tolerance, "start": start, "with_code": with_code}
+    options |= {"samples": samples, "margin": margin, "accuracy_margin": accuracy_margin}
     report = merge_adapter(adapter, out, base=base, dtype=DTYPES[dtype], **options)
     Console().print(merge_table(report))
+    typer.echo(merge_lines(report))
     typer.echo(f"merged model in {out}; ask it: flamingo-ft generate {out} --image FILE --prompt TEXT")
 
 

@@ -53,17 +53,40 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         yield f"verdict: {evaluation['verdict']}"
 
 
+_MERGE_ROWS = {
+    "adapter": "adapter, as trained",
+    "adapter_on_unquantized_base": "adapter on its base unquantized",
+    "merged_before_quantization": "merged, before quantization",
+    "merged": "merged",
+}
+
+
 def merge_table(report: Mapping[str, Any]) -> Table:
-    """What `merge_adapter` returns: how far the merged model is from the adapter."""
-    table = Table(title="merged model against adapter", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row("compared on", f"{report['tokens']:,} tokens of {report['prompts']} prompts")
-    table.add_row("prompts", report["prompts_from"])
-    table.add_row("largest logit difference", f"{report['max_logit_difference']:.3g}")
-    table.add_row("relative to the largest logit", f"{report['relative']:.2g} (tolerance {report['tolerance']:.2g})")
-    table.add_row("token agreement", f"{100 * report['token_agreement']:.1f} %")
+    """What `merge_adapter` returns: loss and accuracy of the merged model, beside the adapter's and what quantization alone
+    changes."""
+    cost = report["cost"]
+    table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
+    table.add_column("model")
+    table.add_column("loss", justify="right")
+    table.add_column("answers as the adapter" if report["prompts_from"].startswith("made up") else "accuracy", justify="right")
+    for name, loss in cost["loss"].items():
+        table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", _percent(cost["accuracy"][name]))
     return table
+
+
+def merge_lines(report: Mapping[str, Any]) -> str:
+    """What `merge_adapter` returns, in sentences: what was verified, by how much the model may be worse, how far logits are."""
+    verified, cost = report["verified"], report["cost"]
+    worst = f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
+    allowed = cost["accuracy_margin"]
+    accuracy = "" if allowed is None else f", or accuracy lower by more than {100 * allowed:.0f} points in the same way"
+    return (
+        f"verified {verified['tensors']:,} tensors, {verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
+        f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); refused where it is "
+        f"higher by more than {cost['margin']:.2g} beyond twice that{accuracy}\n"
+        f"logits: token agreement {100 * report['token_agreement']:.1f} %, largest difference {report['relative']:.2g} of the "
+        f"largest, on {report['tokens']:,} tokens"
+    )
 
 
 def training_line(training: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from .card import write_card
 from .composition import load_composition, name_base, write_composition
 from .load import load_adapter, load_base, load_trained
 from .lora import add_lora
-from .merge import merge_adapter
+from .merge import write_merged
 from .pairing import check_start
 from .prepare import prepare_training
 from .restore import restore_trainable
@@ -21,7 +21,6 @@ __all__ = [
     "load_base",
     "load_composition",
     "load_trained",
-    "merge_adapter",
     "name_base",
     "prepare_training",
     "restore_trainable",
@@ -31,4 +30,5 @@ __all__ = [
     "trainable_parameters",
     "write_card",
     "write_composition",
+    "write_merged",
 ]

@@ -44,19 +44,23 @@ WHOLE = "model*.safetensors"  # the weights of a model that is no adapter
 
 
 def load_adapter(
-    folder: str | Path, *, start: str | Path | None = None, device: torch.device | str | None = None
+    folder: str | Path,
+    *,
+    start: str | Path | None = None,
+    device: torch.device | str | None = None,
+    quantized: bool = True,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The model in eval mode, all of it frozen, and its processor. Its ``generate`` answers greedily by itself.
 
     folder: or ``org/name[@revision]`` on the Hub, as everywhere that an adapter or a model is named.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training. device: where the model
-    goes, by default to the GPU where there is one.
+    goes, by default to the GPU where there is one. quantized: the base as in training; otherwise nothing is.
 
     Raises UserError when the folder is no adapter, the base is another than the one it was trained on, or its weights
     are missing, damaged or do not fit.
     """
     folder = fetch_model(folder)
-    model, processor = load_base(folder, start=start, device=device), read_processor(folder)
+    model, processor = load_base(folder, start=start, device=device, quantized=quantized), read_processor(folder)
     put_adapter(model, folder)
     answer_greedily(model, processor)
     return model.eval().requires_grad_(False), processor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from flamingo_ft.backbones.rounding import rounded
 from flamingo_ft.config import LoraSection, TrainableSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
@@ -36,9 +37,17 @@ def set_trainable(
 
 
 def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Give a parameter another number format; not the gates, which stay in float32, nor what is quantized."""
+    """Give a parameter another dtype; not the gates, which stay in float32, nor what is quantized.
+
+    Raises UserError for a value beyond the range of ``dtype``.
+    """
     if parameter.is_floating_point():
-        parameter.data = parameter.data.to(torch.float32 if name.endswith("_gate") else dtype)
+        parameter.data = rounded(name, parameter.data, kept_dtype(name, dtype))
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the parameter ``name`` in a model of ``dtype``: the gates are too fine for less than float32."""
+    return torch.float32 if name.endswith("_gate") else dtype
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -123,6 +123,12 @@ def close_attention(visual: nn.Module) -> None:
             module.qkv_bias_separate = False  # no architecture of timm's sets it
 
 
+def closed_names(module: nn.Module) -> dict[str, str]:
+    """Return the names that `close_attention` changes: that of each parameter now, and the one that it gets back."""
+    opened = [name for name, part in module.named_modules() if isinstance(part, (OpenAttention, OpenCustomAttention))]
+    return {f"{name}.in_proj.{leaf}": f"{name}.in_proj_{leaf}" for name in opened for leaf in ("weight", "bias")}
+
+
 def is_open(visual: nn.Module) -> bool:
     """Whether some attention of ``visual`` is as `open_attention` leaves it."""
     opened = (OpenAttention, OpenCustomAttention)

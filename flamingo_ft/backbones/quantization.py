@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
+from flamingo_ft.backbones.rounding import rounded
 from flamingo_ft.errors import UserError
 
 try:
@@ -170,19 +171,26 @@ def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
     """Replace every quantized layer in ``module``, in place and one by one, by the linear layer that it stands for."""
     for name, layer in list(module.named_modules()):
         if is_quantized(layer):
-            module.set_submodule(name, _plain(layer, dtype).train(layer.training))
+            module.set_submodule(name, plain_linear(layer, dtype, name).train(layer.training))
 
 
-def _plain(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The layer that a quantized one stands for; GPT-2's, which transformers quantizes too, have their matrix (in, out)."""
-    matrix = dequantized(layer).to(dtype)
-    if getattr(layer, "source_cls", nn.Linear) is Conv1D:
+def plain_linear(layer: nn.Module, dtype: torch.dtype, name: str = "layer") -> nn.Module:
+    """Return the unquantized layer that a quantized one stands for. GPT-2's ``Conv1D``, which transformers quantizes too,
+    keeps its matrix as (in, out). Raises UserError, naming ``name``, for weights beyond the range of ``dtype``."""
+    matrix = rounded(f"{name}.weight", dequantized(layer), dtype)
+    if is_conv1d(layer):
         plain, matrix = Conv1D(layer.out_features, layer.in_features), matrix.T.contiguous()
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(matrix, requires_grad=False)
-    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+    bias = None if layer.bias is None else rounded(f"{name}.bias", layer.bias.data, dtype)
+    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
     return plain
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Return whether a layer, or the one that was quantized into it, keeps its matrix as (in, out), as GPT-2's do."""
+    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", nn.Linear) is Conv1D
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ import yaml
 
 from flamingo_ft.adapters.card import CARD, card_text
 from flamingo_ft.adapters.code import WITHOUT_THE_PACKAGE
-from flamingo_ft.adapters.merge import MERGE_FILE
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
+from flamingo_ft.evaluation.merging import MERGE_FILE
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.hub.places import strip_local_path, strip_local_paths
 

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flamingo_ft.adapters import merge_adapter, write_composition
+from flamingo_ft.adapters import write_composition
 from flamingo_ft.adapters.files import LORA_CONFIG, WEIGHTS, read_config, read_flamingo_config
 from flamingo_ft.adapters.several import check_same_base
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.merging import merge_adapter
 from flamingo_ft.hub import existing, fetch_model
 from flamingo_ft.hub.names import NAME, looks_like_path
 from flamingo_ft.hub.upload import make_repository, upload

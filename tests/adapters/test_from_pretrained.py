@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import flamingo_ft
-from flamingo_ft.adapters import load_adapter, load_base, merge_adapter, name_base, save_adapter, write_composition
+from flamingo_ft.adapters import load_adapter, load_base, name_base, save_adapter, write_composition
 from flamingo_ft.adapters.files import BRIDGE_FILE
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.merging import merge_adapter
 
 from .. import regimes
 

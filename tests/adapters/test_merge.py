@@ -12,12 +12,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 import flamingo_ft
 from flamingo_ft import cli
-from flamingo_ft.adapters import load_adapter, load_trained, merge_adapter, save_adapter
+from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters import merge as merging
 from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization, dequantized, formats_in
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.merging import merge_adapter
 
 from ..regimes import LORA, REGIMES, build, inputs, logits, quantized, recipe, shake
 
@@ -30,6 +31,11 @@ def adapter(*overrides: str) -> torch.Tensor:
     shake(model, 0.03)
     save_adapter(model, processor, Path("adapter"))
     return logits(model, processor)
+
+
+def write_recipe(folder: str, *overrides: str) -> None:
+    """Put the run's recipe beside an adapter."""
+    Path(folder, "resolved_recipe.yaml").write_text(dump_recipe(recipe(*overrides)))
 
 
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -142,11 +148,6 @@ def test_what_a_quantized_base_stands_for_does_not_depend_on_the_merged_number_f
     torch.testing.assert_close(written.float(), expected, rtol=0, atol=rounding)
 
 
-def test_an_adapter_in_bf16_is_not_held_to_what_float32_rounds(small_run):
-    adapter("trainable.dtype=bf16")
-    assert merge_adapter("adapter", "merged", dtype=torch.float32)["tolerance"] == merging.ROUNDED
-
-
 @pytest.mark.slow
 def test_a_folder_that_looks_unfinished_is_left_alone(small_run):
     adapter(LORA)
@@ -158,11 +159,15 @@ def test_a_folder_that_looks_unfinished_is_left_alone(small_run):
     assert sorted(path.name for path in Path("sub").iterdir()) == ["merged"]
 
 
-def test_a_merge_tells_which_prompts_it_compared_on(small_run):
+def test_a_merge_is_measured_on_held_out_samples_else_trained_ones_else_made_up_ones(small_run):
     adapter(LORA)
     assert "made up" in merge_adapter("adapter", "first", dtype=torch.float32)["prompts_from"]
-    Path("adapter", "resolved_recipe.yaml").write_text(dump_recipe(recipe()))
-    assert merge_adapter("adapter", "second", dtype=torch.float32)["prompts_from"] == "the run's own samples"
+    write_recipe("adapter")
+    assert "was trained on" in merge_adapter("adapter", "second", dtype=torch.float32)["prompts_from"]
+    write_recipe("adapter", "data.eval=[{path: train.jsonl}]")
+    report = merge_adapter("adapter", "third", dtype=torch.float32)
+    assert report["prompts_from"] == "held-out samples of the run"
+    assert report["cost"]["samples"] == report["cost"]["answers"] == 2
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "tokenizer.json"])
@@ -190,7 +195,7 @@ def test_merging_twice_or_onto_something_is_refused(small_run, capsys):
     adapter(LORA)
     assert cli.main(["merge", "adapter", "merged", "--dtype", "fp32"]) == 0
     shown = capsys.readouterr().out
-    assert "token agreement" in shown and "100.0 %" in shown and "(tolerance 0.0001)" in shown
+    assert "verified " in shown and "token agreement 100.0 %" in shown and "loss +0.0000" in shown
     before = {path.name: path.read_bytes() for path in Path("merged").iterdir()}
     assert "merged: exists already, and nothing is overwritten" in refused(capsys, "adapter", "merged")
     assert "merged: is a merged model already" in refused(capsys, "merged", "again")
@@ -207,24 +212,72 @@ def test_merging_onto_another_base_is_refused(small_run, capsys):
     assert not Path("merged").exists()
 
 
-def test_a_merge_beyond_the_tolerance_leaves_nothing(small_run, capsys):
+@pytest.mark.filterwarnings("ignore:merge. tolerance")
+def test_a_tolerance_on_the_command_line_still_refuses_logits_beyond_it(small_run, capsys):
     adapter(LORA)
     line = refused(capsys, "adapter", "merged", "--tolerance", "1e-9")
-    assert "beyond the tolerance of 1e-09; merge with --dtype fp32, or accept more with --tolerance" in line
+    assert "beyond the tolerance of 1e-09; merge with --dtype fp32, or leave --tolerance out" in line
     assert not list(Path.cwd().glob("merged*"))
 
 
-def test_a_merge_that_went_wrong_is_noticed(small_run, capsys, monkeypatch):
+def test_a_tolerance_is_deprecated(small_run):
+    adapter(LORA)
+    with pytest.warns(FutureWarning, match="tolerance .* is deprecated; use margin"):
+        assert merge_adapter("adapter", "merged", tolerance=2.0)["tolerance"] == 2.0
+
+
+UP, SQUARE = "lang_encoder.model.layers.0.mlp.up_proj.weight", "lang_encoder.model.layers.1.self_attn.q_proj.weight"
+
+
+def base_matrix(name: str) -> torch.Tensor:
+    return flamingo_ft.load_language("nano").model.get_parameter(name.removeprefix("lang_encoder.")).detach()
+
+
+def test_a_wrong_merge_is_refused_whatever_the_margins(small_run, capsys, monkeypatch):
     adapter(LORA)
     fold = merging.fold_lora
 
-    def with_a_fault(model):
-        parts = fold(model)
-        model.lang_encoder.model.layers[0].mlp.up_proj.weight.data.mul_(1.01)
+    def with_a_fault(model, dtype):
+        parts = fold(model, dtype)
+        model.get_parameter(UP).data.mul_(1.01)
         return parts
 
     monkeypatch.setattr(merging, "fold_lora", with_a_fault)
-    assert "beyond the tolerance" in refused(capsys, "adapter", "merged", "--dtype", "fp32")
+    line = refused(capsys, "adapter", "merged", "--margin", "1000", "--accuracy-margin", "1")
+    assert f"the merged model is wrong: {UP} is " in line
+    assert not list(Path.cwd().glob("merged*"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_merged_matrix_is_rounded_once(small_run, dtype):
+    """No further from W + scaling * B A than half the dtype's spacing, the base not rounded before the sum."""
+    adapter(LORA)
+    merge_adapter("adapter", "merged", dtype=dtype)
+    tensors, written = load_file(Path("adapter", WEIGHTS)), load_file(Path("merged", "model.safetensors"))
+    for name in (UP, SQUARE):
+        a, b = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight"].double() for part in "AB")
+        exact = base_matrix(name).double() + 2 * b @ a
+        half_spacing = exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6 * exact.abs().max()
+        assert ((written[name].double() - exact).abs() <= half_spacing).all()
+
+
+def test_what_quantization_alone_changes_is_measured_beside_it(small_run):
+    adapter(LORA, *quantized("nf4"))
+    report = merge_adapter("adapter", "merged", quantization=Quantization("nf4"), margin=10.0)
+    rows = ["adapter", "adapter_on_unquantized_base", "merged_before_quantization", "merged"]
+    assert list(report["cost"]["loss"]) == list(report["cost"]["accuracy"]) == rows
+    assert formats_in(load_trained("merged")[0]) == {"4bit"}
+
+
+def test_a_value_beyond_float16_is_refused(small_run, capsys):
+    adapter(LORA)
+    tensors = load_file(Path("adapter", WEIGHTS))
+    name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))
+    tensors[name][0] = 1e6
+    save_file(tensors, Path("adapter", WEIGHTS), {"format": "pt"})
+    line = refused(capsys, "adapter", "merged", "--dtype", "fp16")
+    assert "up_proj.weight: float16 holds values up to 65,504, got " in line and "use bfloat16 (bf16)" in line
+    assert not list(Path.cwd().glob("merged*"))
 
 
 def test_a_damaged_adapter_is_refused(small_run, capsys):

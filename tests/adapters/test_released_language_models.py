@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flamingo_ft.adapters import load_adapter, load_trained, merge_adapter, save_adapter
+from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import formats_in
+from flamingo_ft.evaluation.merging import merge_adapter
 
 from ..hub_folders import write_stand_in
 from ..regimes import LORA, build, logits, quantized, shake

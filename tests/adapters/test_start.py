@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flamingo_ft.adapters import load_adapter, merge_adapter, save_adapter, write_composition
+from flamingo_ft.adapters import load_adapter, save_adapter, write_composition
 from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.merging import merge_adapter
 
 from ..regimes import LORA, NOTHING_WHOLE, REGIMES, build, logits, quantized, shake, write_start
 
@@ -147,7 +148,7 @@ def test_a_start_whose_own_base_changed_is_refused(small_run):
 
 
 def test_a_model_that_was_written_quantized_is_nothing_to_start_from(small_run):
-    merge_adapter("start", "merged", quantization=Quantization("nf4"), tolerance=2.0)
+    merge_adapter("start", "merged", quantization=Quantization("nf4"), margin=2.0)
     with pytest.raises(UserError, match="merged was written quantized; start from the adapter"):
         build("model.init_from=merged")
 

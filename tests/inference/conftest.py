@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from flamingo_ft.adapters import merge_adapter, save_adapter
+from flamingo_ft.adapters import save_adapter
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.evaluation.merging import merge_adapter
 from flamingo_ft.inference.answer import answer_batch, place_images
 from flamingo_ft.model import build_flamingo
 
