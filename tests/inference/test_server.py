@@ -173,6 +173,12 @@ def test_temperature_samples_and_a_seed_repeats_it(client, served, said):
     assert len({ask(temperature=2) for _ in range(3)} | {said}) > 1
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy(client, served, said):
+    reply = client.post(CHAT, json=asked(served[2][0], temperature=1e-40))
+    assert reply.status_code == 200
+    assert reply.json()["choices"][0]["message"]["content"] == said
+
+
 def test_penalties_and_biases_change_what_is_said(client, served, said):
     def ask(**steering):
         return client.post(CHAT, json=asked(served[2][0], **steering)).json()["choices"][0]["message"]["content"]

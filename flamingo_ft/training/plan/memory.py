@@ -12,6 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_ft.adapters import check_start
 from flamingo_ft.config import Recipe, TrainSection
+from flamingo_ft.errors import UserError
+from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.training.backbone_files import backbone_files, text_limit
 
@@ -100,9 +102,18 @@ class Planner:
         return build_on_meta(recipe, files.tower, files.language, files.tokenizer, self.device)
 
     def _step(self, model: FlamingoForConditionalGeneration, batch: Batch, train: TrainSection) -> StepMemory:
-        with FakeTensorMode():
-            move_to_fake(model)
-            return dry_step(model, batch, train, self.device)
+        """The dry run. UserError for a model whose operations need the values of tensors, as many mixtures of experts do."""
+        try:
+            with FakeTensorMode():
+                move_to_fake(model)
+                return dry_step(model, batch, train, self.device)
+        except RuntimeError as error:
+            reraise_machine_error(error)
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"model.language.name: a step of {self.recipe.model.language.name} cannot be simulated without its weights "
+                f"({reason[0] if reason else type(error).__name__}); its memory is not planned, training is not affected"
+            ) from error
 
     def _batch(self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Batch:
         limit = text_limit(model.config, recipe.data.max_text_tokens)
@@ -122,7 +133,8 @@ def plan_memory(
 ) -> Plan:
     """The plan of ``recipe`` on ``device``; fetches no weights.
 
-    Raises UserError for backbones that are not there or do not fit together, and for a batch of unknown size.
+    Raises UserError for backbones that are not there or do not fit together, for a batch of unknown size,
+    and for a model that cannot be run without weights.
     """
     return Planner(recipe, device, text_tokens=text_tokens, images=images).plan(recipe)
 
