@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -104,7 +106,7 @@ class Planner:
     def _step(self, model: FlamingoForConditionalGeneration, batch: Batch, train: TrainSection) -> StepMemory:
         """The dry run. UserError for a model whose operations need the values of tensors, as many mixtures of experts do."""
         try:
-            with FakeTensorMode():
+            with _without_torch_log(), FakeTensorMode():
                 move_to_fake(model)
                 return dry_step(model, batch, train, self.device)
         except RuntimeError as error:
@@ -112,7 +114,7 @@ class Planner:
             reason = str(error).strip().splitlines()
             raise UserError(
                 f"model.language.name: a step of {self.recipe.model.language.name} cannot be simulated without its weights "
-                f"({reason[0] if reason else type(error).__name__}); its memory is not planned, training is not affected"
+                f"({reason[0] if reason else type(error).__name__}); a run does not need the plan"
             ) from error
 
     def _batch(self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Batch:
@@ -120,6 +122,17 @@ class Planner:
         batch = find_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
         self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
         return batch
+
+
+@contextmanager
+def _without_torch_log() -> Iterator[None]:
+    """Errors of the dry run are reported here, in a line; torch would log a traceback of each before."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def extrapolate(first: StepMemory, samples: int, second: StepMemory, more_samples: int, to: int) -> StepMemory:
