@@ -405,6 +405,11 @@ def test_a_body_that_is_no_json_object_is_rejected(client, body):
     assert "the body" in rejected(client, body)["message"]
 
 
+@pytest.mark.parametrize(("body", "reason"), [(b'{"seed": NaN}', "NaN is not JSON"), (b"[" * 100_000, "nested too deeply")])
+def test_a_body_that_is_no_json_is_rejected_with_the_reason(client, body, reason):
+    assert reason in rejected(client, body)["message"]
+
+
 def test_half_a_surrogate_pair_is_rejected(client):
     assert "Unicode" in rejected(client, b'{"messages": [{"role": "user", "content": "\\ud83d"}]}')["message"]
     whole = b'{"messages": [{"role": "user", "content": "\\ud83d\\ude00"}], "max_tokens": 1}'
