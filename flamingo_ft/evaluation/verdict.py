@@ -13,6 +13,7 @@ LEAST_QUESTIONS = 20  # with images, below which nothing is concluded
 CLEAR = 2.0  # standard errors
 LEAST_GAIN = 0.02  # of accuracy, below which a difference is of no use, however certain
 BARELY = 0.1  # share of answers that change with the image
+NOT_LOOKING, NO_USE = "the model is not looking", "the images are of no use to the model"
 REMEDY = (
     "try more steps, a higher train.learning_rate (above all for the gates), a smaller model.cross_attn_every_n_layers, or "
     "more varied questions that cannot be answered without the image"
@@ -43,8 +44,9 @@ def _of_accuracies(outcomes: Sequence[tuple[bool, bool]], changed: float, baseli
     gain, error = right - other, math.sqrt(sum(a != b for a, b in outcomes)) / len(outcomes)
     figures = f"{right:.1%} right, against {other:.1%} with another image".replace("%", " %")
     if gain <= max(CLEAR * error, LEAST_GAIN):
-        seen = "answers barely change with another image" if changed < BARELY else "another image does as well"
-        return f"the model is not looking: {seen} ({figures}); {REMEDY}"
+        if changed < BARELY:
+            return f"{NOT_LOOKING}: answers barely change with another image ({figures}); {REMEDY}"
+        return f"{NO_USE}: answers change with another image, but are right about as often ({figures}); {REMEDY}"
     if right <= baseline:
         always = f"{baseline:.1%}".replace("%", " %")
         return f"reads the images, yet does no better than always giving the most frequent answer ({always}): {figures}; {REMEDY}"
@@ -54,5 +56,5 @@ def _of_accuracies(outcomes: Sequence[tuple[bool, bool]], changed: float, baseli
 def _of_free_text(changed: float) -> str:
     share = f"{changed:.0%} of the answers change with another image".replace("%", " %")
     if changed < BARELY:
-        return f"the model is not looking: {share}; {REMEDY}"
+        return f"{NOT_LOOKING}: {share}; {REMEDY}"
     return f"the answers depend on the images ({share}); whether they are right, exact match cannot tell for free text"

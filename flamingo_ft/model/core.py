@@ -144,6 +144,9 @@ class FlamingoCore(nn.Module):
         self.follow_language_model()
         no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
         kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), no_media_token])
+        if getattr(self.lang_encoder.config, "output_router_logits", False):
+            # Trainers switch it on for mixtures of experts; their balancing loss does not fit a step from a cache.
+            kwargs.setdefault("output_router_logits", False)
         with ExitStack() as opened:
             opened.enter_context(self.conditioning.open(media))
             assistant = kwargs.get("assistant_model")

@@ -53,7 +53,7 @@ class OutputHead:
 
 def with_scores(hidden: Tensor, rows: Tensor) -> Tensor:
     """Hidden states (..., D) with their products with ``rows`` (N, D) appended: (..., D + columns)."""
-    scores = functional.linear(hidden, rows.to(hidden.dtype)).to(hidden.dtype)
+    scores = functional.linear(hidden, rows.to(hidden)).to(hidden.dtype)
     padding = hidden.new_zeros(*hidden.shape[:-1], _columns(len(rows)) - len(rows))
     return torch.cat([hidden, scores, padding], dim=-1)
 

@@ -58,7 +58,8 @@ def find_start(recipe: Recipe) -> Start:
         if done is not None:
             _refuse_fewer(recipe, done, output_dir)
             if recipe.train.max_steps <= earlier.train.max_steps:
-                return Start(finished=True)
+                longer = "to extend it, raise train.max_steps or train.epochs"
+                return Start(finished=True, notes=[f"{output_dir}: finished after {done} steps, nothing is left to do; {longer}"])
     if root.is_dir():
         atomic.sweep(root)
     checkpoint, wrong = newest_good(root)

@@ -45,10 +45,10 @@ def test_a_model_that_ignores_its_images_is_not_looking_and_something_is_propose
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_guesses_that_differ_by_chance_are_not_taken_for_looking(seed):
+def test_guesses_that_differ_by_chance_are_not_taken_for_reading_the_images(seed):
     asked = references()
     said = verdict(questions(asked), partly(asked, 0.0, 2 * seed), partly(asked, 0.0, 2 * seed + 1))
-    assert said.startswith("the model is not looking: another image does as well")
+    assert said.startswith("the images are of no use to the model: answers change with another image")
 
 
 def test_looking_that_does_no_better_than_the_most_frequent_answer_is_said_to():

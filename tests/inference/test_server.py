@@ -173,6 +173,12 @@ def test_temperature_samples_and_a_seed_repeats_it(client, served, said):
     assert len({ask(temperature=2) for _ in range(3)} | {said}) > 1
 
 
+def test_a_temperature_too_small_to_divide_by_is_greedy(client, served, said):
+    reply = client.post(CHAT, json=asked(served[2][0], temperature=1e-40))
+    assert reply.status_code == 200
+    assert reply.json()["choices"][0]["message"]["content"] == said
+
+
 def test_penalties_and_biases_change_what_is_said(client, served, said):
     def ask(**steering):
         return client.post(CHAT, json=asked(served[2][0], **steering)).json()["choices"][0]["message"]["content"]
@@ -397,6 +403,11 @@ def test_an_answer_ends_where_the_context_does(client, served):
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"a"', b"\xff\xfe", b'{"seed": NaN}', b"[" * 100_000])
 def test_a_body_that_is_no_json_object_is_rejected(client, body):
     assert "the body" in rejected(client, body)["message"]
+
+
+@pytest.mark.parametrize(("body", "reason"), [(b'{"seed": NaN}', "NaN is not JSON"), (b"[" * 100_000, "nested too deeply")])
+def test_a_body_that_is_no_json_is_rejected_with_the_reason(client, body, reason):
+    assert reason in rejected(client, body)["message"]
 
 
 def test_half_a_surrogate_pair_is_rejected(client):

@@ -334,3 +334,12 @@ def _without_images(cache):
     cache = copy.deepcopy(cache)
     cache.flamingo_past = None
     return cache
+
+
+def test_a_mixture_of_experts_generates_after_a_trainer_asked_for_its_balancing_loss():
+    """Trainers set it in the configuration, and leave it there."""
+    model = tiny_flamingo(lm=make_tiny("mixtral", vocab_size=60))
+    options = {"pixel_values": images(2, 2), "attention_mask": MASK, "max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(PROMPTS, **options)
+    model.lang_encoder.config.output_router_logits = True
+    assert torch.equal(model.generate(PROMPTS, **options), expected)

@@ -7,11 +7,13 @@ import re
 from collections import namedtuple
 
 import pytest
+import torch
 
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
 from flamingo_ft.training import notices as module
 from flamingo_ft.training.notices import memory_line
+from flamingo_ft.training.plan import memory
 
 from ..regimes import recipe, write_run
 
@@ -40,6 +42,22 @@ def test_a_run_that_cannot_be_planned_says_why_and_goes_ahead(folder, monkeypatc
 
     monkeypatch.setattr(module, "plan_memory", unknown)
     assert memory_line(recipe()) == "memory: not planned (data.max_text_tokens: found neither data nor a limit)"
+
+
+def test_a_model_that_needs_the_values_of_tensors_is_not_planned_and_trains_all_the_same(folder, monkeypatch):
+    """As mixtures of experts do, which choose weights by the tokens that they see."""
+    monkeypatch.setattr(memory, "dry_step", lambda *_: torch.ones(2).nonzero())
+    line = memory_line(recipe())
+    assert line.startswith("memory: not planned (model.language.name: a step of nano cannot be simulated without its weights")
+
+
+def test_a_gpu_that_fails_while_planning_is_not_taken_for_a_model_that_cannot_be_planned(folder, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(memory, "dry_step", failing)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        memory_line(recipe())
 
 
 @pytest.mark.parametrize("leaks", [True, False])

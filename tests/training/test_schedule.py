@@ -131,6 +131,7 @@ def test_a_finished_run_extended_in_epochs_equals_the_longer_run_to_the_last_bit
 
     written = Path(WEIGHTS).stat().st_mtime_ns
     assert main([*COMMAND, constant, "train.epochs=2", "--resume"]) == 0  # nothing is left to do
+    assert "run: finished after 10 steps" in capfd.readouterr().err
     assert Path(WEIGHTS).stat().st_mtime_ns == written
     assert main([*COMMAND, constant, "train.epochs=1", "--resume"]) == 2
     assert "train.max_steps: got 5" in (said := capfd.readouterr().err) and "has trained 10 steps already" in said

@@ -39,7 +39,7 @@ def _parse(content: bytes) -> dict[str, Any]:
     except UnicodeEncodeError:
         raise RequestError("the body has half of a surrogate pair, which is not text; send valid Unicode") from None
     except (ValueError, RecursionError) as error:
-        reason = str(error) if isinstance(error, json.JSONDecodeError) else type(error).__name__
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RequestError(f"the body is not valid JSON ({reason})") from None
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")

@@ -29,6 +29,7 @@ NO_EFFECT = frozenset(
     }
 )
 TEXT_FORMAT = {"type": "text"}
+LEAST_TEMPERATURE = 1e-3  # a smaller one is greedy: scores divided by it would overflow, which ends CUDA's context
 
 # What this server cannot do, with the values that ask for nothing.
 Unsupported = Mapping[str, tuple[Any, ...]]
@@ -248,6 +249,7 @@ def _sampling(fields: _Fields, max_tokens: int | None, **others: Any) -> Samplin
     """A top_p below 1 alone asks for sampling at OpenAI's default temperature."""
     default = 1.0 if fields.top_p < 1 else 0.0
     temperature = default if fields.temperature is None else fields.temperature
+    temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
     return Sampling(max_tokens, temperature, fields.top_p, fields.seed, **others)
 
 

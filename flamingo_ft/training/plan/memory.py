@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -12,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_ft.adapters import check_start
 from flamingo_ft.config import Recipe, TrainSection
+from flamingo_ft.errors import UserError
+from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.training.backbone_files import backbone_files, text_limit
 
@@ -100,15 +104,35 @@ class Planner:
         return build_on_meta(recipe, files.tower, files.language, files.tokenizer, self.device)
 
     def _step(self, model: FlamingoForConditionalGeneration, batch: Batch, train: TrainSection) -> StepMemory:
-        with FakeTensorMode():
-            move_to_fake(model)
-            return dry_step(model, batch, train, self.device)
+        """The dry run. UserError for a model whose operations need the values of tensors, as many mixtures of experts do."""
+        try:
+            with _without_torch_log(), FakeTensorMode():
+                move_to_fake(model)
+                return dry_step(model, batch, train, self.device)
+        except RuntimeError as error:
+            reraise_machine_error(error)
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"model.language.name: a step of {self.recipe.model.language.name} cannot be simulated without its weights "
+                f"({reason[0] if reason else type(error).__name__}); a run does not need the plan"
+            ) from error
 
     def _batch(self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Batch:
         limit = text_limit(model.config, recipe.data.max_text_tokens)
         batch = find_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
         self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
         return batch
+
+
+@contextmanager
+def _without_torch_log() -> Iterator[None]:
+    """Errors of the dry run are reported here, in a line; torch would log a traceback of each before."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def extrapolate(first: StepMemory, samples: int, second: StepMemory, more_samples: int, to: int) -> StepMemory:
@@ -122,7 +146,8 @@ def plan_memory(
 ) -> Plan:
     """The plan of ``recipe`` on ``device``; fetches no weights.
 
-    Raises UserError for backbones that are not there or do not fit together, and for a batch of unknown size.
+    Raises UserError for backbones that are not there or do not fit together, for a batch of unknown size,
+    and for a model that cannot be run without weights.
     """
     return Planner(recipe, device, text_tokens=text_tokens, images=images).plan(recipe)
 
