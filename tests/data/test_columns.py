@@ -70,7 +70,7 @@ LOST = {
     "a second image": ({**VQA, "image_2": "b.png"}, "image_2"),
     "an image by another name": ({"question": "Q?", "answer": "A", "img": "a.png"}, "img"),
     "an image's path": ({"question": "Q?", "answer": "A", "where": "photos/a.JPG"}, "where"),
-    "an image's name beside its number": ({"question": "Q?", "answer": "A", "img_id": 1, "img_name": "a.png"}, "img_name"),
+    "an image's name": ({"question": "Q?", "answer": "A", "img_id": 1, "img_name": "a.png"}, "img_name"),
     "an image's number": ({"question": "Q?", "answer": "A", "image_id": 42}, "image_id"),
 }
 

@@ -101,7 +101,7 @@ def _is_named_like_the_task(name: str) -> bool:
 
 
 def image_column(unread: Mapping[str, Any]) -> str | None:
-    """The unread column that looks most like an image or its name, for rows without any: by its value, else its name."""
+    """The unread column that looks most like an image, for rows without any: by its value, else by its name."""
     by_value = (name for name, value in unread.items() if _is_image(value))
     by_name = (name for name in unread if IMAGE_COLUMNS.fullmatch(re.sub(r"[\s-]+", "_", plain(name))))
     return next(chain(by_value, by_name), None)

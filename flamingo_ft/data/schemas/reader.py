@@ -99,7 +99,7 @@ class RowReader:
     def _refuse_guess(
         self, column: str | None, unread: Mapping[str, Any], read: Mapping[str, str], what: str, where: str
     ) -> None:
-        """Refuse a row for an unread column, if there is one, and say how to read it. read: the column of each field."""
+        """Refuse a row for an unread column, if any, and say how to read it. read: the column of each field."""
         if column is None:
             return
         reason = f"looks like {what}, but schema {self.schema} (recognised from the columns) does not read it"

@@ -37,8 +37,8 @@ MESSAGE_TOKENS = 8  # that a chat template writes around a message, about
 # Column names that people use for a field, normalised; the first that a file has is taken.
 SYNONYMS = {
     "image": (
-        "image", "img", "image_path", "img_path", "image_file", "image_name", "img_name", "imgname", "file_name", "filename",
-        "photo", "picture",
+        "image", "img", "image_path", "img_path", "image_file", "image_name", "img_name", "imgname", "file_name",
+        "filename", "photo", "picture",
     ),
     "question": ("question", "query", "prompt", "instruction", "input", "q"),
     "answer": ("answer", "label", "response", "reply", "output", "target", "completion", "ground_truth", "a"),
