@@ -192,3 +192,8 @@ def test_looking_up_keys_imports_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
+
+
+def test_an_index_after_a_key_that_is_no_list_suggests_the_key_itself():
+    with pytest.raises(UserError, match=r"no key lora\.language\.0; did you mean model\.language or lora\.language"):
+        recipe_keys("lora.language.0")

@@ -57,7 +57,7 @@ def recipe_keys(prefix: str | None = None) -> list[RecipeKey]:
 
 
 def _suggestion(wanted: str, names: list[str]) -> str:
-    last = wanted.rpartition(".")[2]
+    last = next((step for step in reversed(wanted.split(".")) if not step.isdecimal()), wanted)
     near = [name for name in names if name.rpartition(".")[2] == last] or [name for name in names if last in name]
     near = near or difflib.get_close_matches(wanted, names, n=3)
     ends = {name.rpartition(".")[2]: name for name in names}

@@ -41,15 +41,17 @@ def given(row: Row, name: str) -> bool:
 
 def is_blank(value: Any) -> bool:
     """Whether a value stands for nothing: null, NaN, white space, or an image of `datasets` without bytes and path."""
+    if isinstance(value, str):  # first, as most values are
+        return not value.strip()
     if isinstance(value, Mapping):
         return bool(value) and {*value} <= {"bytes", "path"} and all(map(is_blank, value.values()))
-    if isinstance(value, str):
-        return not value.strip()
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def has_content(value: Any) -> bool:
     """Whether there is anything in a value, however deeply nested; Arrow fills absent objects with nulls."""
+    if value is None or isinstance(value, str):  # first, as most values are
+        return not is_blank(value)
     if isinstance(value, Mapping):
         return any(map(has_content, value.values()))
     return any(map(has_content, value)) if isinstance(value, (list, tuple)) else not is_blank(value)

@@ -107,15 +107,20 @@ def to_rgb(image: Any) -> Image.Image:
     Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool, integers, or
     floats in 0..1 or 0..255. UnreadableImage for other shapes and values, such as batches and normalised pixels.
     """
-    if isinstance(image, Image.Image) and image.mode == "RGB" and NOTES in image.info:
-        return image  # read here before
+    if isinstance(image, Image.Image) and image.mode == "RGB" and _is_read(image):
+        return image
     with reading():
         return _picture_to_rgb(image) if isinstance(image, Image.Image) else _array_to_rgb(image)
 
 
 def conversions(image: Image.Image) -> tuple[str, ...]:
     """What the reader did to an image that it made."""
-    return tuple(image.info.get(NOTES, ()))
+    return image.info[NOTES] if _is_read(image) else ()
+
+
+def _is_read(image: Image.Image) -> bool:
+    """Whether the reader made the image. Text in a PNG file may have the same key, but is no tuple."""
+    return isinstance(image.info.get(NOTES), tuple)
 
 
 @contextmanager

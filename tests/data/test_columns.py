@@ -56,6 +56,10 @@ LOST = {
     "captions beside caption": ({"image": "a.png", "caption": "A", "captions": ["B"]}, "captions"),
     "choices of a question": ({**VQA, "choices": ["A", "B"]}, "choices"),
     "numbered options": ({**VQA, "option_a": "A", "option_b": "B"}, "option_a"),
+    "options named by letters": ({**VQA, "A": "red", "B": "blue"}, "A"),
+    "options that are numbers": ({**VQA, "A": "1", "B": "2"}, "A"),
+    "hypothesis beside label": ({"image": "a.png", "hypothesis": "H", "label": "L"}, "hypothesis"),
+    "statement beside label": ({"image": "a.png", "statement": "S", "label": "L"}, "statement"),
     "context": ({**VQA, "context": "C"}, "context"),
     "rationale": ({**VQA, "rationale": "R"}, "rationale"),
     "history of alpaca": ({"instruction": "I", "output": "O", "history": [["Q", "A"]]}, "history"),
@@ -66,6 +70,7 @@ LOST = {
     "a second image": ({**VQA, "image_2": "b.png"}, "image_2"),
     "an image by another name": ({"question": "Q?", "answer": "A", "img": "a.png"}, "img"),
     "an image's path": ({"question": "Q?", "answer": "A", "where": "photos/a.JPG"}, "where"),
+    "an image's name": ({"question": "Q?", "answer": "A", "img_id": 1, "img_name": "a.png"}, "img_name"),
     "an image's number": ({"question": "Q?", "answer": "A", "image_id": 42}, "image_id"),
 }
 
@@ -210,3 +215,15 @@ def test_columns_that_change_the_prompt_or_the_loss_are_always_refused(folder, c
 def test_numbers_in_files_of_text_are_no_text(folder):
     (sample,) = read(write(folder, "id,image,caption,score,author\n7,a.png,That.,-0.5e-3,Ann\n"))
     assert sample.unread == ("author",)
+
+
+def test_a_lone_letter_is_no_option(folder):
+    (sample,) = read(write(folder, [{**VQA, "a": "x"}], "x.jsonl"))
+    assert sample.unread == ("a",)
+
+
+def test_columns_may_change_from_row_to_row(folder):
+    rows = [VQA, {name.title(): value for name, value in VQA.items()}, {**VQA, "source": "web"}, VQA]
+    samples = read(write(folder, rows, "x.jsonl"))
+    assert all(sample.messages == samples[0].messages and len(sample.images) == 1 for sample in samples)
+    assert [sample.unread for sample in samples] == [(), (), ("source",), ()]

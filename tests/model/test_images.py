@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from flamingo_ft.data.collate import load_media
 from flamingo_ft.data.locate import Locator
@@ -291,3 +292,12 @@ def test_an_undecoded_image_of_datasets_is_read(processor, tmp_path):
     expected = trained_on(processor, content)
     for image in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}):
         assert torch.equal(asked_about(processor, image), expected)
+
+
+def test_a_file_whose_text_has_the_readers_own_key_is_still_turned_upright():
+    note, exif, content = PngInfo(), Image.Exif(), io.BytesIO()
+    note.add_text(images.NOTES, "rotated")
+    exif[images.ORIENTATION] = 6
+    Image.new("RGB", (8, 4)).save(content, "PNG", pnginfo=note, exif=exif)
+    opened = Image.open(content)
+    assert to_rgb(opened).size == (4, 8) and conversions(to_rgb(opened)) == ("rotated",) and conversions(opened) == ()

@@ -20,6 +20,7 @@ VIDEO_BLOCKS = ("video", "video_url")
 # Where a block keeps its image: TRL's and transformers' names, OpenAI's image_url.
 IMAGE_KEYS = ("image", "image_url", "url", "path", "base64", "bytes")
 VIDEO_KEYS = ("video", "video_url", "url", "path", "base64", "bytes")
+CONTENT_KEYS = ("text", *IMAGE_KEYS, *VIDEO_KEYS)
 MARKERS = re.compile(f"({re.escape(MEDIA_TOKEN)}|{re.escape(VIDEO_MARKER)})")
 IMAGE_MARKERS = re.compile(f"({re.escape(MEDIA_TOKEN)})")
 
@@ -71,7 +72,7 @@ def unread_block_keys(content: Any, where: str) -> list[str]:
     unread: dict[str, None] = {}
     for index, block in enumerate(blocks):
         if isinstance(block, Mapping):
-            known = (*IMAGE_KEYS, *VIDEO_KEYS, "type", "text")
+            known = (*CONTENT_KEYS, "type")
             unread |= dict.fromkeys(unread_block_texts(block, known, f"{where}[{index}]"))
     return [*unread]
 
@@ -95,13 +96,13 @@ def _block(block: Any, where: str) -> Part:
 
 def _check_alone(block: Mapping[str, Any], form: str, keys: Sequence[str], where: str) -> None:
     """Refuse a block with an image beside its text, text beside its image, or two images: one would be lost."""
-    content = ("text", *IMAGE_KEYS, *VIDEO_KEYS)
-    other = next((key for key in content if key not in (keys or ("text",)) and has_content(block.get(key))), None)
+    own = keys or ("text",)
+    other = next((key for key in block if key in CONTENT_KEYS and key not in own and has_content(block[key])), None)
     if other is not None:
         got = kind(block[other])
         raise UserError(f"{where}.{other}: not read in a block of type {form}, got {got}; give it a block of its own")
-    sources = [key for key in keys if not is_blank(block.get(key))]
-    if len({str(block[key]) for key in sources}) > 1 and {*sources} != {"path", "bytes"}:
+    sources = [key for key in block if key in keys and not is_blank(block[key])]
+    if len(sources) > 1 and len({str(block[key]) for key in sources}) > 1 and {*sources} != {"path", "bytes"}:
         raise UserError(f"{where}: one block has two images, got {' and '.join(sources)}; keep one of them")
 
 

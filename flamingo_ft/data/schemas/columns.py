@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from flamingo_ft.data.fields import MEMBERS, Row, has_content, kind, texts_in
@@ -14,17 +16,18 @@ from flamingo_ft.errors import UserError
 TASK_COLUMNS = frozenset(
     """
     answer answers audio audios caption captions choice choices chosen class_label cls completion completions
-    context contexts conversation conversations dialog dialogue explanation ground_truth groundtruth hint hints
-    history input inputs instruction instructions label labels lecture loss_weight loss_weights messages option
-    options output outputs passage prompt prompts queries query question questions rationale rationales reasoning
-    reasoning_content rejected rejected_response response responses sample_weight solution solutions system
-    system_message system_prompt target targets thinking
+    claim context contexts conversation conversations dialog dialogue explanation ground_truth groundtruth hint hints
+    history hypothesis input inputs instruction instructions label labels lecture loss_weight loss_weights messages
+    option options output outputs passage premise prompt prompts queries query question questions rationale
+    rationales reasoning reasoning_content rejected rejected_response response responses sample_weight sentence
+    solution solutions statement system system_message system_prompt target targets thinking
     """.split()
 )
 NUMBERED = re.compile(
     r"(answer|caption|choice|completion|image|img|input|instruction|label|option|output|prompt|question|response"
     r"|target)s?_?([0-9]+|[a-h])"
 )
+LETTERS = frozenset("abcdefgh")  # the options of a multiple-choice question, where there are an a and a b
 # Columns by these names, or with such values, hold the image of a row that has no other.
 IMAGE_COLUMNS = re.compile(r"(image|img|photo|picture|pic|video|frame)s?(_?(path|file|url|uri|name|id))?s?")
 NUMBER = re.compile(r"[+-]?[0-9][0-9.,eE+-]*")
@@ -40,6 +43,7 @@ UNSUPPORTED = {
 }
 
 
+@lru_cache(maxsize=4096)
 def plain(name: str) -> str:
     """A column's name without case, surrounding white space and byte order mark."""
     return name.strip("\ufeff \t\r\n").casefold()
@@ -80,29 +84,40 @@ def refuse_unsupported(unread: Mapping[str, Any], where: str) -> None:
 def lost_column(unread: Mapping[str, Any], fields: Collection[str], read_values: Any) -> str | None:
     """The first unread column that looks like part of the task: by its name, or as one of ``fields``, which the schema
     could have read. What the fields that are read say too is not lost."""
-    suspects = [name for name in unread if plain(name) in fields or is_of_the_task(name)]
+    suspects = [name for name in unread if plain(name) in fields or _is_of_the_task(name, unread)]
     said = {*_atoms(read_values)} if suspects else set()
     return next((name for name in suspects if not {*_atoms(unread[name])} <= said), None)
 
 
-def is_of_the_task(name: str) -> bool:
+def _is_of_the_task(name: str, unread: Collection[str]) -> bool:
+    is_option = plain(name) in LETTERS and {"a", "b"} <= {*map(plain, unread)}
+    return is_option or _is_named_like_the_task(name)
+
+
+@lru_cache(maxsize=4096)
+def _is_named_like_the_task(name: str) -> bool:
     words = re.sub(r"[\s-]+", "_", plain(name))
     return words in TASK_COLUMNS or NUMBERED.fullmatch(words) is not None
 
 
 def image_column(unread: Mapping[str, Any]) -> str | None:
-    """The first unread column that looks like an image or its name, for rows without any."""
-    return next((name for name, value in unread.items() if _is_image_column(name, value)), None)
+    """The unread column that looks most like an image, for rows without any: by its value, else by its name."""
+    by_value = (name for name, value in unread.items() if _is_image(value))
+    by_name = (name for name in unread if IMAGE_COLUMNS.fullmatch(re.sub(r"[\s-]+", "_", plain(name))))
+    return next(chain(by_value, by_name), None)
 
 
 def text_columns(unread: Mapping[str, Any]) -> list[str]:
-    """The columns of text; in files of text numbers are text too, and these do not count."""
-    return [name for name, value in unread.items() if not all(map(NUMBER.fullmatch, texts_in(value)))]
+    """The columns of text, and those of the task whatever they hold. In files of text numbers are text too, and these
+    do not count."""
+    return [
+        name
+        for name, value in unread.items()
+        if not all(map(NUMBER.fullmatch, texts_in(value))) or _is_of_the_task(name, unread)
+    ]
 
 
-def _is_image_column(name: str, value: Any) -> bool:
-    if IMAGE_COLUMNS.fullmatch(re.sub(r"[\s-]+", "_", plain(name))):
-        return True
+def _is_image(value: Any) -> bool:
     if isinstance(value, Mapping) and {*value} == {"bytes", "path"}:
         return True
     return isinstance(value, str) and IMAGE_FILE.fullmatch(value.strip()) is not None

@@ -46,6 +46,7 @@ class RowReader:
         self._locator = locator
         self._guessed = guessed
         self._images: dict[str, ImagesById] = {}
+        self._last: tuple[tuple[str, ...] | None, dict[str, str]] = (None, {})  # column names, the column of each field
 
     def read(self, row: Any, where: str, file: str, find: Find) -> Sample:
         """The sample of a parsed row of ``file``; ``find`` gives other rows of that file by their id."""
@@ -60,7 +61,8 @@ class RowReader:
         sample = compose(draft, task, where, self._locator)
         if self._guessed and not sample.images:
             self._refuse_guess(image_column(unread), unread, found, "the image", where)
-        return replace(sample, unread=(*text_columns(unread), *draft.unread))
+        names = (*text_columns(unread), *draft.unread)
+        return replace(sample, unread=names) if names else sample
 
     def unread(self, row: Any, where: str) -> tuple[str, ...]:
         """The columns of text that the schema does not read. UserError where one must not be left out of a guess."""
@@ -74,14 +76,19 @@ class RowReader:
     def _columns_in(self, row: Any, where: str) -> dict[str, str]:
         """The column of each field. UserError for what is no row, or lacks a column."""
         schema = SCHEMAS[self.schema]
-        return find_columns(_object(row, where, schema.wants), self._columns, (*schema.fields, *COMMON), where)
+        names = tuple(_object(row, where, schema.wants))
+        if names != self._last[0]:  # rows mostly have the same columns
+            self._last = names, find_columns(row, self._columns, (*schema.fields, *COMMON), where)
+        return self._last[1]
 
     def _unread(self, row: Row, found: Mapping[str, str], where: str) -> dict[str, Any]:
         """The columns that the schema does not read. UserError for those that must not be left out."""
         schema = SCHEMAS[self.schema]
         fields = schema.reads({field: row[column] for field, column in found.items()})
         read = {field: found[field] for field in (*fields, *COMMON) if field in found}
-        unread = unread_columns(row, read.values())
+        unread = unread_columns(row, {*read.values()})
+        if not unread:
+            return {}
         refuse_unsupported(unread, where)
         if self._guessed:
             asked = {name: value for name, value in unread.items() if plain(name) not in self._columns}
@@ -92,7 +99,7 @@ class RowReader:
     def _refuse_guess(
         self, column: str | None, unread: Mapping[str, Any], read: Mapping[str, str], what: str, where: str
     ) -> None:
-        """Refuse a row for an unread column, if there is one, and say how to read it. read: the column of each field."""
+        """Refuse a row for an unread column, if any, and say how to read it. read: the column of each field."""
         if column is None:
             return
         reason = f"looks like {what}, but schema {self.schema} (recognised from the columns) does not read it"

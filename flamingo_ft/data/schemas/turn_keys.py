@@ -51,7 +51,7 @@ def is_learned(message: Mapping[str, Any], role: str, where: str) -> bool:
     Raises UserError for values that are no plain yes or no, keys that contradict each other, and for messages of other
     roles that are to be learned.
     """
-    values = {key: _flag(message, key, where) for key in LOSS_KEYS if given(message, key)}
+    values = {key: _flag(message, key, where) for key in message if key in LOSS_KEYS and given(message, key)}
     if role != "assistant":
         asked = next((key for key in FLAGS if values.get(key)), None)
         if asked is not None:

@@ -37,7 +37,8 @@ MESSAGE_TOKENS = 8  # that a chat template writes around a message, about
 # Column names that people use for a field, normalised; the first that a file has is taken.
 SYNONYMS = {
     "image": (
-        "image", "img", "image_path", "img_path", "image_file", "image_name", "file_name", "filename", "photo", "picture",
+        "image", "img", "image_path", "img_path", "image_file", "image_name", "img_name", "imgname", "file_name",
+        "filename", "photo", "picture",
     ),
     "question": ("question", "query", "prompt", "instruction", "input", "q"),
     "answer": ("answer", "label", "response", "reply", "output", "target", "completion", "ground_truth", "a"),
@@ -62,13 +63,16 @@ class Lengths:
 @dataclass
 class InspectedData:
     """entry: with the schema, columns and image_root that fit. read: how many of ``rows`` were read. problems: why some of
-    those cannot be used. urls: whether images are URLs."""
+    those cannot be used. urls: whether images are URLs. pictured: how many of the rows have images or videos. unread:
+    columns of text that are left out."""
 
     entry: DataSource
     rows: int
     lengths: Lengths
     read: int = 0
     urls: bool = False
+    pictured: int = 0
+    unread: dict[str, None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -111,6 +115,8 @@ def inspect_data(entry: DataSource, measure: Measure) -> InspectedData:
         except UserError as error:
             found.problems.append(str(error))
             continue
+        found.pictured += bool(sample.images)
+        found.unread |= dict.fromkeys(sample.unread)
         found.urls |= any(isinstance(image, str) and is_url(image) for image in sample.images)
     if len(found.problems) == found.read:
         raise UserError(f"{found.problems[0]} (and none of the first {found.read:,} rows can be used)")

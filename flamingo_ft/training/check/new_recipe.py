@@ -178,6 +178,12 @@ def _notes(*inspected: InspectedData | None) -> list[str]:
         if one.problems:
             rows = f"{len(one.problems):,} of {one.read:,} rows cannot be used"
             notes.append(f"{one.entry.path}: {rows}, the first: {one.problems[0]}; flamingo-ft check lists all")
+        if one.unread:
+            remedy = "if one is part of the task, write it into a column that is read, or name its field with --column"
+            notes.append(f"{one.entry.path}: columns of text that are left out: {', '.join(one.unread)}; {remedy}")
+        if not one.pictured:
+            remedy = "if a column holds them, add --column image=COLUMN"
+            notes.append(f"{one.entry.path}: the rows read have no images; {remedy}")
     if not inspected[0].lengths.counted:
         notes.append(
             "lengths are estimated from characters, as the language model's tokenizer is not on this machine; "

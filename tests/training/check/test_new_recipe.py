@@ -212,3 +212,17 @@ def test_the_recipe_trains_and_is_planned(tmp_path):
     assert json.loads(Path("runs/new/metrics.json").read_text())["train"]["steps"] == 1
     assert main(["plan", "new.yaml"]) == 0
     shutil.rmtree("runs")
+
+
+def test_columns_that_a_new_recipe_leaves_out_are_named(tmp_path):
+    rows = asked(pictures(tmp_path, 6), choices=["Dark.", "Light."], A="1", B="2")
+    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    assert len(notes) == 1 and "columns of text that are left out: choices, A, B; " in notes[0]
+    assert "# Columns of text that are left out: choices, A, B\n" in Path("new.yaml").read_text()
+
+
+def test_a_new_recipe_for_rows_without_images_says_so(tmp_path):
+    rows = [{"question": f"{number}?", "answer": "Yes.", "shot": f"{number}.png"} for number in range(6)]
+    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    expected = "the rows read have no images; if a column holds them, add --column image=COLUMN"
+    assert any(expected in note for note in notes)
