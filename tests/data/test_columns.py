@@ -80,7 +80,7 @@ def test_a_column_that_looks_like_part_of_the_task_is_never_dropped_unasked(fold
     entry = write(folder, [row], "x.jsonl")
     message = refusal(entry)
     assert message.startswith(f"{entry['path']}: row 0: {column}: looks like ") and "columns" in message
-    schema = message.rpartition("or format: ")[2].partition(" ")[0]
+    schema = message.rpartition("or set format: ")[2].partition(" ")[0]
     (sample,) = read({**entry, "format": schema})
     assert column in opened({**entry, "format": schema}).unread or not isinstance(row[column], (str, list))
     assert column in sample.unread or not isinstance(row[column], (str, list))

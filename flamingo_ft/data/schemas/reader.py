@@ -103,11 +103,11 @@ class RowReader:
         if column is None:
             return
         reason = f"looks like {what}, but schema {self.schema} (recognised from the columns) does not read it"
-        remedy = "map it to a field with columns"
+        remedy = "write its text into a column that is read, map it to a field with columns"
         if self.schema == CAPTION and plain(column) in QUESTIONS:
             answer = next(read[field] for field in SCHEMAS[CAPTION].fields if field in read)
             remedy = f"set columns: {{question: {column}, answer: {answer}}} to ask it"
-        leave_out = f"or format: {self.schema} to leave it out"
+        leave_out = f"or set format: {self.schema} to leave it out"
         raise UserError(f"{where}: {column}: {reason}, got {kind(unread[column])}; {remedy}, {leave_out}")
 
     def _other(self, row: Row | None, where: str) -> Row | None:
