@@ -54,6 +54,7 @@ def prepared(*overrides: str):
 
 def sharded_process(rank: int, port: int, folder, overrides: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
+    os.chdir(folder)
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo")
     model, processor = prepared(*overrides)
@@ -75,7 +76,7 @@ def sharded(folder, *overrides: str) -> list[dict]:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     arguments = (port, folder, overrides)
-    multiprocessing.start_processes(sharded_process, arguments, nprocs=2, start_method="fork")
+    multiprocessing.start_processes(sharded_process, arguments, nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -84,6 +84,6 @@ def test_a_notebook_runs_whole_and_shows_pictures_and_an_accuracy_above_nine_ten
     pictures = [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
     assert len(pictures) >= 3
     (row,) = re.findall(r"^\W*all\b.*$", words(notebook), flags=re.MULTILINE)
-    before, after, with_another_image = (float(found) for found in re.findall(r"([\d.]+) %", row))
-    assert after >= 90 and before <= 50 and with_another_image <= 50
+    majority, before, after, with_another_image = (float(found) for found in re.findall(r"([\d.]+) %", row))
+    assert after >= 90 and max(majority, before, with_another_image) <= 50
     assert list(here.iterdir()) == []

@@ -90,7 +90,7 @@ def test_a_lost_data_file_is_told_and_the_run_goes_on_once_it_is_back(folder, ca
     stopped_after_step_2(folder)
     rows = folder / "train.jsonl"
     rows.rename(folder / "elsewhere.jsonl")
-    assert f"found no file {rows}" in told(capfd, "--resume")
+    assert f"no file {rows}" in told(capfd, "--resume")
     (folder / "elsewhere.jsonl").rename(rows)
     assert finish(folder) == weights
 
