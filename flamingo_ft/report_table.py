@@ -52,7 +52,7 @@ def merge_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
-    table.add_column("answers as the adapter" if report["prompts_from"].startswith("made up") else "accuracy", justify="right")
+    table.add_column("accuracy" if cost["accuracy_margin"] is not None else "answers as the adapter", justify="right")
     for name, loss in cost["loss"].items():
         table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", _percent(cost["accuracy"][name]))
     return table

@@ -95,6 +95,7 @@ def _write(
     adapter: Path, folder: Path, processor: FlamingoProcessor, base: Base, dtype: torch.dtype, start: str | Path | None
 ) -> list[str]:
     """Merge and write the model. Returns the parts that had LoRA."""
+    _refuse_non_finite(adapter)
     model = _load_base(adapter, base, dtype, start)
     _refuse_other_quantization(adapter, model)
     put_adapter(model, adapter)
@@ -108,6 +109,13 @@ def _write(
     processor.save_pretrained(folder)
     write_card(folder)
     return parts
+
+
+def _refuse_non_finite(adapter: Path) -> None:
+    """Refuse an adapter that holds NaN or infinity, which merging would spread over whole matrices."""
+    for name, tensor in read_tensors(adapter).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{adapter}: {name} has non-finite values (NaN or Inf); merge an earlier checkpoint of the run")
 
 
 def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGeneration) -> None:

@@ -14,14 +14,16 @@ from flamingo_ft.backbones.context import context_length
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Dropped, Encoded, OpenedData, Sample, encode_within, open_data
 from flamingo_ft.data.encode import encode_prompt, text_message
+from flamingo_ft.data.sample import UNNAMED_TASK
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.answer import answer_batch
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .questions import Question, questions_of
 
-MADE_UP = "made up: the run's own samples were not found, so the adapter's answers stand in for right ones"
+MADE_UP = "made-up prompts (the run's samples were not found; the adapter's answers stand in for right ones)"
 ANSWERS = 32  # generating costs more than the loss
+INSTEAD = "A bird on a branch, to the left."  # of an adapter's empty answer, on which no loss may be defined
 PICTURES, NEW_TOKENS = 3, 16  # made-up prompts with a picture; longest answer to them
 
 
@@ -69,7 +71,7 @@ def made_up_probe(model: FlamingoForConditionalGeneration, processor: FlamingoPr
     rows = [{"messages": messages, "images": images, "where": "made up"} for messages, images in asked]
     answers = answer_batch(model, processor, rows, NEW_TOKENS)
     samples = [
-        Sample([*messages, text_message("assistant", answer)], images, "other", "made up")
+        Sample([*messages, text_message("assistant", answer or INSTEAD)], images, UNNAMED_TASK, "made up")
         for (messages, images), answer in zip(asked, answers, strict=True)
     ]
     encoded = [(sample, encode_within(processor, sample, context_length(model.config))) for sample in samples]

@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def _measure_all(
         gc.collect()  # two models may be too many; hooks and what they hook onto refer to each other
 
     if was_quantized:
-        add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
+        with suppress(torch.OutOfMemoryError):  # only for comparison, and it may be larger than what is merged
+            add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
     if quantization is not None:
         add("merged_before_quantization", lambda: load_whole(folder))
         quantize_merged(folder, quantization)
