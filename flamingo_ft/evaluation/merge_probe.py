@@ -1,4 +1,5 @@
-"""What a merged model is measured on beside its adapter: held-out samples of the run, or made-up prompts without them."""
+"""What a merged model is measured on beside its adapter: held-out samples of the run, or made-up prompts without
+them."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 from .questions import Question, questions_of
 
+HELD_OUT = "held-out samples of the run"
 MADE_UP = "made-up prompts (the run's samples were not found; the adapter's answers stand in for right ones)"
 ANSWERS = 32  # generating costs more than the loss
 INSTEAD = "A bird on a branch, to the left."  # of an adapter's empty answer, on which no loss may be defined
@@ -44,8 +46,8 @@ class Probe:
 
 
 def probe_of_run(folder: Path, processor: FlamingoProcessor, context: int, samples: int) -> Probe | None:
-    """Return at most ``samples`` samples of the run in ``folder``, held out or else trained on; None where its recipe or its
-    data is not here, or nothing in it has an answer within ``context`` tokens."""
+    """Return at most ``samples`` samples of the run in ``folder``, held out or else trained on; None where its recipe
+    or its data is not here, or nothing in it has an answer within ``context`` tokens."""
     if not (folder / RECIPE_FILE).is_file():
         return None
     try:
@@ -58,12 +60,14 @@ def probe_of_run(folder: Path, processor: FlamingoProcessor, context: int, sampl
     if not encoded:
         return None
     questions = [q for q in questions_of(found) if len(encode_prompt(processor, q.messages)) < context]
-    origin = "held-out samples of the run" if data.held_out else "samples that the run was trained on: it holds none out"
-    return Probe(encoded, questions[: min(samples, ANSWERS)], origin, recipe.eval.batch_size, recipe.eval.max_new_tokens)
+    origin = HELD_OUT if data.held_out else "samples that the run was trained on (it holds none out)"
+    questions = questions[: min(samples, ANSWERS)]
+    return Probe(encoded, questions, origin, recipe.eval.batch_size, recipe.eval.max_new_tokens)
 
 
 def made_up_probe(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Probe:
-    """Return questions about pictures of noise, and one without a picture, with what ``model``, the adapter's, answers."""
+    """Return questions about pictures of noise, and one without a picture, with what ``model``, the adapter's,
+    answers."""
     dice = np.random.default_rng(0)
     about = [{"type": "image"}, {"type": "text", "text": "What is in this picture, and where?"}]
     asked = [([{"role": "user", "content": about}], [_noise(dice)]) for _ in range(PICTURES)]
