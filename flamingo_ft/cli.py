@@ -223,7 +223,7 @@ def merge(
     ] = "none",
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="Deprecated: also refuse logits further than this from the adapter's, relatively."),
+        typer.Option(min=0, metavar="X", help="Deprecated: also refuse logits that differ by more, relatively."),
     ] = None,
     samples: Annotated[
         int, typer.Option(min=1, metavar="N", help="Held-out samples to measure loss on; at most 32 are answered too.")
@@ -233,12 +233,12 @@ def merge(
         typer.Option(
             min=0,
             metavar="X",
-            help="How much higher than the adapter's its loss may be, in nats per token, beyond twice the standard error.",
+            help="How much higher its loss may be than the adapter's, in nats per token, beyond two standard errors.",
         ),
     ] = 0.5,
     accuracy_margin: Annotated[
         float,
-        typer.Option(min=0, max=1, metavar="X", help="How much lower its accuracy may be, 0..1, beyond twice the same."),
+        typer.Option(min=0, max=1, metavar="X", help="How much lower its accuracy may be, 0..1, beyond the same."),
     ] = 0.1,
     start: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.")
@@ -249,8 +249,8 @@ def merge(
 ) -> None:
     """Merge an adapter into its base: one standalone model.
 
-    Every written tensor is verified. Loss and accuracy are measured beside the adapter's on held-out samples of the run, and a
-    model that is worse by more than the margins is refused.
+    Every written tensor is verified. Loss and accuracy are measured beside the adapter's on held-out samples of the run,
+    and a model that is worse by more than the margins is refused.
     """
     from rich.console import Console
 

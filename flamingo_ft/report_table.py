@@ -62,30 +62,30 @@ _MERGE_ROWS = {
 
 
 def merge_table(report: Mapping[str, Any]) -> Table:
-    """What `merge_adapter` returns: loss and accuracy of the merged model, beside the adapter's and what quantization alone
+    """What `merge_adapter` returns: loss and accuracy of the merged model, of the adapter, and what quantization alone
     changes."""
     cost = report["cost"]
     table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
-    table.add_column("answers as the adapter" if report["prompts_from"].startswith("made up") else "accuracy", justify="right")
+    table.add_column("accuracy" if cost["accuracy_margin"] is not None else "answers as the adapter", justify="right")
     for name, loss in cost["loss"].items():
         table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", _percent(cost["accuracy"][name]))
     return table
 
 
 def merge_lines(report: Mapping[str, Any]) -> str:
-    """What `merge_adapter` returns, in sentences: what was verified, by how much the model may be worse, how far logits are."""
+    """What `merge_adapter` returns, in sentences: what was verified, the margins, and how far logits are."""
     verified, cost = report["verified"], report["cost"]
     worst = f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
     allowed = cost["accuracy_margin"]
     accuracy = "" if allowed is None else f", or accuracy lower by more than {100 * allowed:.0f} points in the same way"
     return (
         f"verified {verified['tensors']:,} tensors, {verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
-        f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); refused where it is "
-        f"higher by more than {cost['margin']:.2g} beyond twice that{accuracy}\n"
-        f"logits: token agreement {100 * report['token_agreement']:.1f} %, largest difference {report['relative']:.2g} of the "
-        f"largest, on {report['tokens']:,} tokens"
+        f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); refused where it "
+        f"is higher by more than {cost['margin']:.2g} beyond twice that{accuracy}\n"
+        f"logits: token agreement {100 * report['token_agreement']:.1f} %, largest difference {report['relative']:.2g} of "
+        f"the largest, on {report['tokens']:,} tokens"
     )
 
 

@@ -19,8 +19,9 @@ from .trainable import PREFIXES, cast_parameter, is_lora
 def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None = None) -> list[str]:
     """Fold LoRA into its matrices, in place and one by one. Returns the parts that had any.
 
-    Each sum is computed in float32, from the matrix as it was loaded or from what a quantized one stands for, and rounded
-    once: to ``dtype``, by default the matrix's own, float32 for a quantized one. Raises UserError for a sum beyond its range.
+    Each sum is computed in float32, from the matrix as it was loaded or from what a quantized one stands for, and
+    rounded once: to ``dtype``, by default the matrix's own, float32 for a quantized one. Raises UserError for a sum
+    beyond its range.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():

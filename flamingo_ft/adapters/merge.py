@@ -1,8 +1,8 @@
 """An adapter and its base -> one standalone model, every written tensor of it verified.
 
-Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be rounded again), or from what the
-quantized ones stand for, which is what the adapter was trained on. What either choice costs on data is measured in
-`evaluation.merging`, which calls this.
+Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be rounded again), or from
+what the quantized ones stand for, which is what the adapter was trained on. What either choice costs on data is
+measured in `evaluation.merging`, which calls this.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ def write_merged(
 ) -> dict[str, Any]:
     """Merge in host RAM, write the model to ``folder``, and verify what was written against a second copy of the base.
 
-    base: the backbones' unquantized weights (bf16), or what the quantized ones stand for (dequantized). dtype: of the merged
-    weights; gates stay in float32. start: where the bridge that the adapter builds on lies now, if not where it lay in
-    training.
+    base: the backbones' unquantized weights (bf16), or what the quantized ones stand for (dequantized). dtype: of the
+    merged weights; gates stay in float32. start: where the bridge that the adapter builds on lies now, if not where
+    it lay in training.
 
-    Returns ``lora``, the parts that had LoRA, and ``verified``. Raises UserError where the base is not the one that the adapter
-    was trained on or cannot be merged into, for values beyond the range of ``dtype``, and for a model that is not W + scale * B A.
+    Returns ``lora``, the parts that had LoRA, and ``verified``. Raises UserError where the base is not the one that
+    the adapter was trained on or cannot be merged into, for values beyond the range of ``dtype``, and for a model
+    that is not W + scale * B A.
     """
     parts = _write(adapter, folder, processor, base, dtype, start)
     gc.collect()  # hooks and what they hook onto refer to each other
@@ -85,7 +86,8 @@ def _load_base(
     adapter: Path, base: Base, dtype: torch.dtype, start: str | Path | None
 ) -> FlamingoForConditionalGeneration:
     """The base to merge into, in the dtype of its checkpoint: each sum is rounded once, when it is written."""
-    # What was quantized in training is quantized from the same numbers again, whatever the merged weights will be kept in.
+    # What was quantized in training is quantized from the same numbers again, whatever the merged weights will be
+    # kept in.
     unquantized = {"quantized": False, "dtype": torch.float32 if dtype == torch.float32 else "auto"}
     options = {"quantized": True} if base == "dequantized" else unquantized
     return load_base(adapter, start=start, device="cpu", **options)
@@ -95,6 +97,7 @@ def _write(
     adapter: Path, folder: Path, processor: FlamingoProcessor, base: Base, dtype: torch.dtype, start: str | Path | None
 ) -> list[str]:
     """Merge and write the model. Returns the parts that had LoRA."""
+    _refuse_non_finite(adapter)
     model = _load_base(adapter, base, dtype, start)
     _refuse_other_quantization(adapter, model)
     put_adapter(model, adapter)
@@ -103,11 +106,19 @@ def _write(
     close_attention(model.vision_encoder)
     cast(model, dtype)
     answer_greedily(model, processor)
-    as_whole(model.config, dtype, {"adapter_sha256": tensors_sha256(read_tensors(adapter)), "base": base, "lora": parts})
+    digest = tensors_sha256(read_tensors(adapter))
+    as_whole(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
     write_card(folder)
     return parts
+
+
+def _refuse_non_finite(adapter: Path) -> None:
+    """Refuse an adapter that holds NaN or infinity, which merging would spread over whole matrices."""
+    for name, tensor in read_tensors(adapter).items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{adapter}: {name} has non-finite values (NaN or Inf); merge an earlier checkpoint")
 
 
 def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGeneration) -> None:

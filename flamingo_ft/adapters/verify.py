@@ -81,8 +81,9 @@ def verify_merge(
 ) -> Verified:
     """Compare the model written to ``folder`` with ``adapter`` on ``base``, the base that was merged into.
 
-    dtype: that was asked for. Raises UserError for a tensor that is missing or unknown, for a matrix with LoRA that is not
-    W + scale * B A within rounding, and for any other tensor that is not exactly the base's, or the adapter's, in ``dtype``.
+    dtype: that was asked for. Raises UserError for a tensor that is missing or unknown, for a matrix with LoRA that
+    is not W + scale * B A within rounding, and for any other tensor that is not exactly the base's, or the adapter's,
+    in ``dtype``.
     """
     errors, with_lora = {}, []
     converted = bool(get_model_conversion_mapping(base, add_legacy=False))
@@ -113,8 +114,8 @@ def _refuse_errors(adapter: Path, errors: Mapping[str, float], with_lora: list[s
 
 def _wrong(adapter: Path, what: str, count: int) -> UserError:
     return UserError(
-        f"{adapter}: the merged model is wrong: {what} (tensors that are wrong: {count}); nothing was kept: merge again, "
-        "and report it as a fault of flamingo_ft if that does not help"
+        f"{adapter}: the merged model is wrong: {what} (wrong tensors: {count}); nothing was kept: merge again, and "
+        "report it as a bug of flamingo_ft if that does not help"
     )
 
 
@@ -134,8 +135,8 @@ def _expected(adapter: Path, base: FlamingoForConditionalGeneration, dtype: torc
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[list[str], Tensor, bool, bool]]:
-    """Names, tensor, whether it is a parameter, and whether of a layer with an (I, O) matrix; quantized ones one by one as
-    what they stand for."""
+    """Names, tensor, whether it is a parameter, and whether of a layer with an (I, O) matrix; quantized ones one by
+    one as what they stand for."""
     names = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
@@ -159,16 +160,18 @@ def _updates(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, Update]:
     for name, tensor in tensors.items():
         found = LORA_TENSOR.fullmatch(name)
         if found is None:
-            raise UserError(f"{adapter}: {name} is neither LoRA's A or B nor DoRA's magnitude; train LoRA without it to merge")
+            raise UserError(f"{adapter}: {name} is neither A nor B nor DoRA's magnitude; train without it to merge")
         parts[found[1]][found[2]] = tensor
+    scales = {name: _scale(config, name, len(part["A"])) for name, part in parts.items()}
     return {
-        f"{name}.weight": Update(part["A"], part["B"], _scale(config, name, len(part["A"])), part.get("magnitude_vector"))
+        f"{name}.weight": Update(part["A"], part["B"], scales[name], part.get("magnitude_vector"))
         for name, part in parts.items()
     }
 
 
 def _scale(config: LoraConfig, name: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), for the alpha that the configuration has for ``name``."""
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), for the alpha that the configuration has for
+    ``name``."""
     patterns = (key for key in config.alpha_pattern or {} if re.fullmatch(rf"(.*\.)?({key})", name))
     alpha = next((config.alpha_pattern[key] for key in patterns), config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -179,7 +182,8 @@ def _errors(
 ) -> dict[str, float]:
     """The largest error of a tensor by each name that it was written under, as a share of what is allowed.
 
-    converted: the model, where transformers stores some of its tensors otherwise than it holds them (experts one by one).
+    converted: the model, where transformers stores some of its tensors otherwise than it holds them (experts one by
+    one).
     """
     names = [name for name in expected.names if name in stored]
     if names:
@@ -200,7 +204,8 @@ def _pieces(model: FlamingoForConditionalGeneration, expected: Expected) -> dict
 
 
 def _error(written: Tensor, expected: Expected) -> float:
-    """The largest error as a share of what is allowed; infinite where shape or dtype differ. Without LoRA no error is allowed."""
+    """The largest error as a share of what is allowed; infinite where shape or dtype differ. Without LoRA no error is
+    allowed."""
     if written.dtype != expected.dtype or written.shape != expected.raw.shape:
         return math.inf
     if expected.update is None and torch.equal(written, expected.raw.to(expected.dtype)):
@@ -214,7 +219,8 @@ def _error(written: Tensor, expected: Expected) -> float:
 
 
 def _largest(written: Tensor, values: Tensor, allowed: Tensor, exact: bool) -> float:
-    """The largest error over what is allowed; more than 1 for any where the values should be exact, infinite for NaN."""
+    """The largest error over what is allowed; more than 1 for any where the values should be exact, infinite for
+    NaN."""
     if exact and torch.equal(written, values.to(written.dtype)):
         return 0.0
     share = float((written.float() - values.float()).abs_().div_(allowed).max())
@@ -227,18 +233,21 @@ def _values(expected: Expected, rows: slice) -> tuple[Tensor, Tensor]:
     matrix = raw[rows] if raw.dim() else raw
     if expected.update is None:
         return matrix, _rounding(matrix.float().abs(), expected.dtype)
-    matrix, a, b, scale = matrix.float(), expected.update.a.float(), expected.update.b[rows].float(), expected.update.scale
+    update, matrix = expected.update, matrix.float()
+    a, b, scale = update.a.float(), update.b[rows].float(), update.scale
     values = torch.addmm(matrix, b, a, alpha=scale)
-    # An inner product of r terms is within r roundings of its exact value, relative to the sum of the terms' sizes (Higham,
-    # Accuracy and Stability of Numerical Algorithms, eq. 3.5); scaling and adding bring in two more, a third for good measure.
+    # An inner product of r terms is within r roundings of its exact value, relative to the sum of the terms' sizes
+    # (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5); scaling and adding bring in two more, a third
+    # for good measure.
     slack = torch.addmm(matrix.abs(), b.abs(), a.abs(), alpha=scale).mul_((len(a) + 3) * FLOAT32)
-    if expected.update.magnitude is not None:
-        values, slack = _rescaled(values, slack, expected.update.magnitude[rows].float())
+    if update.magnitude is not None:
+        values, slack = _rescaled(values, slack, update.magnitude[rows].float())
     return values, _rounding(values.abs().add_(slack), expected.dtype).add_(slack)
 
 
 def _rescaled(values: Tensor, slack: Tensor, magnitude: Tensor) -> tuple[Tensor, Tensor]:
-    """DoRA: rows scaled to the length ``magnitude``; a length of I terms, squared and summed, is within I / 2 roundings."""
+    """DoRA: rows scaled to the length ``magnitude``; a length of I terms, squared and summed, is within I / 2
+    roundings."""
     norm = values.norm(dim=1, keepdim=True)
     factor = magnitude[:, None] / norm
     relative = (values.shape[1] / 2 + 4) * FLOAT32 + slack.norm(dim=1, keepdim=True) / norm

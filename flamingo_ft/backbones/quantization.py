@@ -175,8 +175,8 @@ def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def plain_linear(layer: nn.Module, dtype: torch.dtype, name: str = "layer") -> nn.Module:
-    """Return the unquantized layer that a quantized one stands for. GPT-2's ``Conv1D``, which transformers quantizes too,
-    keeps its matrix as (in, out). Raises UserError, naming ``name``, for weights beyond the range of ``dtype``."""
+    """Return the unquantized layer that a quantized one stands for. GPT-2's ``Conv1D``, which transformers quantizes
+    too, keeps its matrix as (in, out). Raises UserError, naming ``name``, for weights beyond the range of ``dtype``."""
     matrix = rounded(f"{name}.weight", dequantized(layer), dtype)
     if is_conv1d(layer):
         plain, matrix = Conv1D(layer.out_features, layer.in_features), matrix.T.contiguous()

@@ -1,7 +1,7 @@
 """What merging costs: loss and exact-match accuracy of the merged model beside the adapter's, on the same samples.
 
-Distances between logits are reported and decide nothing: 4-bit quantization alone moves a real model's logits by a third of the
-largest, without making its answers worse.
+Distances between logits are reported and decide nothing: 4-bit quantization alone moves a real model's logits by a
+third of the largest, without making its answers worse.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def _at_labels(
 def cost(models: Mapping[str, Measured], probe: Probe, margin: float, accuracy_margin: float) -> dict[str, Any]:
     """Return the figures of ``models`` for ``merge.json``, with how much worse ``merged`` is than ``adapter``.
 
-    loss_increase, accuracy_drop: with the standard errors of the paired differences. worse: whether either is beyond its
-    margin by more than twice that, or the loss is not finite. Made-up prompts have no right answers: agreement with the
-    adapter's decides nothing, and the margin of the loss is wider.
+    loss_increase, accuracy_drop: with the standard errors of the paired differences. worse: whether either is beyond
+    its margin by more than twice that, or the loss is not finite. Made-up prompts have no right answers: agreement
+    with the adapter's decides nothing, and the margin of the loss is wider.
     """
     adapter, merged = models["adapter"], models["merged"]
     increase = merged.loss - adapter.loss
@@ -107,7 +107,8 @@ def cost(models: Mapping[str, Measured], probe: Probe, margin: float, accuracy_m
 
 
 def _standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float:
-    """Of the sum of differences over the sum of sizes (ratio estimator); 0 for one sample, which tells nothing of spread."""
+    """Of the sum of differences over the sum of sizes (ratio estimator); 0 for one sample, which tells nothing of
+    spread."""
     count, total = len(differences), sum(sizes)
     if count < 2:
         return 0.0
@@ -117,8 +118,8 @@ def _standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float
 
 
 def logit_difference(found: Measured, expected: Measured) -> dict[str, Any]:
-    """Return the largest difference of two models' logits, the same relative to the largest logit, and the share of positions
-    (token_agreement) where both find the same token most likely."""
+    """Return the largest difference of two models' logits, the same relative to the largest logit, and the share of
+    positions (token_agreement) where both find the same token most likely."""
     largest = float((found.logits - expected.logits).abs().max())
     agreement = (found.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()
     return {

@@ -1,4 +1,5 @@
-"""What a merged model is measured on beside its adapter: held-out samples of the run, or made-up prompts without them."""
+"""What a merged model is measured on beside its adapter: held-out samples of the run, or made-up prompts without
+them."""
 
 from __future__ import annotations
 
@@ -14,14 +15,17 @@ from flamingo_ft.backbones.context import context_length
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Dropped, Encoded, OpenedData, Sample, encode_within, open_data
 from flamingo_ft.data.encode import encode_prompt, text_message
+from flamingo_ft.data.sample import UNNAMED_TASK
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.answer import answer_batch
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .questions import Question, questions_of
 
-MADE_UP = "made up: the run's own samples were not found, so the adapter's answers stand in for right ones"
+HELD_OUT = "held-out samples of the run"
+MADE_UP = "made-up prompts (the run's samples were not found; the adapter's answers stand in for right ones)"
 ANSWERS = 32  # generating costs more than the loss
+INSTEAD = "A bird on a branch, to the left."  # of an adapter's empty answer, on which no loss may be defined
 PICTURES, NEW_TOKENS = 3, 16  # made-up prompts with a picture; longest answer to them
 
 
@@ -42,8 +46,8 @@ class Probe:
 
 
 def probe_of_run(folder: Path, processor: FlamingoProcessor, context: int, samples: int) -> Probe | None:
-    """Return at most ``samples`` samples of the run in ``folder``, held out or else trained on; None where its recipe or its
-    data is not here, or nothing in it has an answer within ``context`` tokens."""
+    """Return at most ``samples`` samples of the run in ``folder``, held out or else trained on; None where its recipe
+    or its data is not here, or nothing in it has an answer within ``context`` tokens."""
     if not (folder / RECIPE_FILE).is_file():
         return None
     try:
@@ -56,12 +60,14 @@ def probe_of_run(folder: Path, processor: FlamingoProcessor, context: int, sampl
     if not encoded:
         return None
     questions = [q for q in questions_of(found) if len(encode_prompt(processor, q.messages)) < context]
-    origin = "held-out samples of the run" if data.held_out else "samples that the run was trained on: it holds none out"
-    return Probe(encoded, questions[: min(samples, ANSWERS)], origin, recipe.eval.batch_size, recipe.eval.max_new_tokens)
+    origin = HELD_OUT if data.held_out else "samples that the run was trained on (it holds none out)"
+    questions = questions[: min(samples, ANSWERS)]
+    return Probe(encoded, questions, origin, recipe.eval.batch_size, recipe.eval.max_new_tokens)
 
 
 def made_up_probe(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Probe:
-    """Return questions about pictures of noise, and one without a picture, with what ``model``, the adapter's, answers."""
+    """Return questions about pictures of noise, and one without a picture, with what ``model``, the adapter's,
+    answers."""
     dice = np.random.default_rng(0)
     about = [{"type": "image"}, {"type": "text", "text": "What is in this picture, and where?"}]
     asked = [([{"role": "user", "content": about}], [_noise(dice)]) for _ in range(PICTURES)]
@@ -69,7 +75,7 @@ def made_up_probe(model: FlamingoForConditionalGeneration, processor: FlamingoPr
     rows = [{"messages": messages, "images": images, "where": "made up"} for messages, images in asked]
     answers = answer_batch(model, processor, rows, NEW_TOKENS)
     samples = [
-        Sample([*messages, text_message("assistant", answer)], images, "other", "made up")
+        Sample([*messages, text_message("assistant", answer or INSTEAD)], images, UNNAMED_TASK, "made up")
         for (messages, images), answer in zip(asked, answers, strict=True)
     ]
     encoded = [(sample, encode_within(processor, sample, context_length(model.config))) for sample in samples]

@@ -7,6 +7,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +48,22 @@ def merge_adapter(
 ) -> dict[str, Any]:
     """Write the merged model to ``out``: safetensors shards, configuration, processor, and what was checked.
 
-    First every written tensor is compared with W + scale * B A, or with the base: a wrong merge is always refused. Then loss
-    and accuracy are measured beside the adapter's, on held-out samples of the run.
+    First every written tensor is compared with W + scale * B A, or with the base: a wrong merge is always refused.
+    Then loss and accuracy are measured beside the adapter's, on held-out samples of the run.
 
     base: the backbones' unquantized weights (bf16), or what the quantized ones stand for (dequantized).
     dtype: of the merged weights; gates stay in float32. quantization: of the written model; verified before.
     samples: how many the loss is measured on; as many questions, at most 32, are answered.
-    margin, accuracy_margin: how much worse than the adapter the model may be: how much higher its loss, in nats per token, and
-        how much lower its accuracy, as a share of answers; each beyond twice its standard error over the samples.
+    margin, accuracy_margin: how much worse than the adapter the model may be: how much higher its loss, in nats per
+        token, and how much lower its accuracy, as a share of answers; each beyond twice its standard error over the
+        samples. On made-up prompts, where the run's samples are gone, four times ``margin``, and accuracy is not judged.
     tolerance: deprecated; also refuse logits that differ by more than this, relative to the largest.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training.
     with_code: put the package's code beside the model, for transformers where the package is not.
 
     Returns what is written to ``merge.json``. Raises UserError when ``out`` exists, ``adapter`` is a merged model
-    already, its base is another than it was trained on, and when the merged model is wrong, or worse than the adapter by
-    more than either margin: then nothing is left at ``out``.
+    already, its base is another than it was trained on, and when the merged model is wrong, or worse than the adapter
+    by more than either margin: then nothing is left at ``out``.
     """
     if tolerance is not None:
         message = "merge: tolerance (distance of logits) says little about quality and is deprecated; use margin"
@@ -73,7 +75,8 @@ def merge_adapter(
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
         report = {"adapter": named, "trained_in": formats, "base": base, "dtype": str(dtype).removeprefix("torch.")}
         report |= written | {"quantization": None if quantization is None else quantization.record()}
-        report |= _measure_all(adapter, folder, processor, quantization, start, samples, (margin, accuracy_margin), bool(formats))
+        margins = margin, accuracy_margin
+        report |= _measure_all(adapter, folder, processor, quantization, start, samples, margins, bool(formats))
         report["tolerance"] = tolerance
         _refuse_worse(report)
         if with_code:
@@ -94,8 +97,9 @@ def _measure_all(
     margins: tuple[float, float],
     was_quantized: bool,
 ) -> dict[str, Any]:
-    """Measure the adapter, the merged model in ``folder``, which is quantized along the way where that is asked, and what
-    quantization alone changes: the adapter on its base unquantized, and the merged model before it is quantized."""
+    """Measure the adapter, the merged model in ``folder``, which is quantized along the way where that is asked, and
+    what quantization alone changes: the adapter on its base unquantized, and the merged model before it is
+    quantized."""
     models, (models["adapter"], probe) = {}, _measured_adapter(adapter, processor, start, samples)
 
     def add(name: str, load: Callable[[], FlamingoForConditionalGeneration]) -> None:
@@ -103,7 +107,8 @@ def _measure_all(
         gc.collect()  # two models may be too many; hooks and what they hook onto refer to each other
 
     if was_quantized:
-        add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
+        with suppress(torch.OutOfMemoryError):  # only for comparison, and it may be larger than what is merged
+            add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
     if quantization is not None:
         add("merged_before_quantization", lambda: load_whole(folder))
         quantize_merged(folder, quantization)
@@ -132,9 +137,9 @@ def _refuse_worse(report: dict[str, Any]) -> None:
         loss, accuracy = found["loss"], found["accuracy"]
         answers = "" if accuracy["merged"] is None else f", accuracy {_against(accuracy, '{:.1%}')}"
         raise UserError(
-            f"{report['adapter']}: the merged model is worse than the adapter on {found['samples']} {report['prompts_from']}: "
-            f"loss {_against(loss, '{:.3f}')}{answers}, beyond the margins of {_margins(found)}; "
-            f"{_remedies(report)}accept more with --margin or --accuracy-margin"
+            f"{report['adapter']}: the merged model is worse than the adapter on {found['samples']} "
+            f"{report['prompts_from']}: loss {_against(loss, '{:.3f}')}{answers}, beyond the margins "
+            f"of {_margins(found)}; {_remedies(report)}accept more with --margin or --accuracy-margin"
         )
     if tolerance is not None and not report["relative"] <= tolerance:
         raise UserError(

@@ -1,5 +1,6 @@
 """A merged model says what the adapter says, stands alone, and is never written over anything or by half."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization, dequantized, formats_in
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation import merging as merging_quality
 from flamingo_ft.evaluation.merging import merge_adapter
 
 from ..regimes import LORA, REGIMES, build, inputs, logits, quantized, recipe, shake
@@ -161,7 +163,7 @@ def test_a_folder_that_looks_unfinished_is_left_alone(small_run):
 
 def test_a_merge_is_measured_on_held_out_samples_else_trained_ones_else_made_up_ones(small_run):
     adapter(LORA)
-    assert "made up" in merge_adapter("adapter", "first", dtype=torch.float32)["prompts_from"]
+    assert "made-up" in merge_adapter("adapter", "first", dtype=torch.float32)["prompts_from"]
     write_recipe("adapter")
     assert "was trained on" in merge_adapter("adapter", "second", dtype=torch.float32)["prompts_from"]
     write_recipe("adapter", "data.eval=[{path: train.jsonl}]")
@@ -267,6 +269,34 @@ def test_what_quantization_alone_changes_is_measured_beside_it(small_run):
     rows = ["adapter", "adapter_on_unquantized_base", "merged_before_quantization", "merged"]
     assert list(report["cost"]["loss"]) == list(report["cost"]["accuracy"]) == rows
     assert formats_in(load_trained("merged")[0]) == {"4bit"}
+
+
+def test_an_adapter_with_values_that_are_not_finite_is_refused_by_the_tensors_name(small_run, capsys):
+    adapter(LORA)
+    tensors = load_file(Path("adapter", WEIGHTS))
+    name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))
+    tensors[name][0] = torch.nan
+    save_file(tensors, Path("adapter", WEIGHTS), {"format": "pt"})
+    assert f"{name.removeprefix('base_model.model.')} has non-finite values" in refused(capsys, "adapter", "merged")
+
+
+def test_the_command_line_and_the_function_have_the_same_defaults():
+    ours, theirs = (inspect.signature(function).parameters for function in (cli.merge, merge_adapter))
+    for name in ("samples", "margin", "accuracy_margin", "tolerance", "with_code"):
+        assert ours[name].default == theirs[name].default, name
+
+
+def test_a_reference_that_does_not_fit_in_memory_is_left_out(small_run, monkeypatch):
+    adapter(LORA, *quantized("nf4"))
+    load = merging_quality.load_adapter
+
+    def too_large(*arguments, quantized=True, **options):
+        if not quantized:
+            raise torch.OutOfMemoryError
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(merging_quality, "load_adapter", too_large)
+    assert list(merge_adapter("adapter", "merged", margin=10.0)["cost"]["loss"]) == ["adapter", "merged"]
 
 
 def test_a_value_beyond_float16_is_refused(small_run, capsys):

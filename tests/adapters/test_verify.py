@@ -80,8 +80,8 @@ def extra(tensors: dict) -> str:
     return "lang_encoder.more"
 
 
-FAULTS = {"scaled": scaled, "skipped": skipped, "transposed": transposed, "NaN": not_a_number, "missing": missing, "extra": extra}
-FAULTS |= {"one bit of a norm": one_bit_off(NORM), "one bit of a gate": one_bit_off(GATE)}
+FAULTS = {"scaled": scaled, "skipped": skipped, "transposed": transposed, "NaN": not_a_number}
+FAULTS |= {"missing": missing, "extra": extra, "one bit of a norm": one_bit_off(NORM), "one bit of a gate": one_bit_off(GATE)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +105,7 @@ def test_what_is_right_comes_within_its_rounding_and_leaves_the_base_alone(merge
     verified = verify_merge(folder / dtype, folder / "adapter", base, DTYPES[dtype])
     assert verified.tensors == len(load_file(folder / dtype / "model.safetensors"))
     assert verified.matrices_with_lora > 10 and verified.worst_error <= 1
-    assert dtype == "fp32" or verified.worst_error > 0.9  # the bound is not loose: of so many values some are nearly half off
+    assert dtype == "fp32" or verified.worst_error > 0.9  # not a loose bound: some of many values are nearly half off
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
@@ -123,8 +123,10 @@ def test_lora_of_another_matrix_is_not_taken_for_this_ones(merges, tmp_path):
 
 FAMILIES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=2),  # matrices kept as (in, out)
-    "mixtral": dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2),
-}  # experts that transformers holds as one tensor, and stores one by one
+    "mixtral": dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    ),
+}  # the latter has experts that transformers holds as one tensor, and stores one by one
 
 
 @pytest.mark.slow
