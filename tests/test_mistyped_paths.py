@@ -6,9 +6,10 @@ import pytest
 from transformers.utils.import_utils import is_serve_available
 
 from flamingo_ft import Adapters, cli
-from flamingo_ft.adapters import load_adapter, load_base, load_trained, merge_adapter, write_composition
+from flamingo_ft.adapters import load_adapter, load_base, load_trained, write_composition
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.merging import merge_adapter
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, load_open_flamingo
 
 WRONG = "runs/quickstrt"
