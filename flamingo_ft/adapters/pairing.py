@@ -29,61 +29,61 @@ _QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
 QUICK_GELU = "-quickgelu"  # what OpenCLIP calls an architecture with it, which tag openai has under both names
 
 
-def check_start(wanted: ModelSection) -> None:
+def check_start(section: ModelSection) -> None:
     """Refuse a released model, or a checkpoint's file, that was trained with another model than the recipe's.
 
     Of backbones on the Hub no more than configuration and tokenizer is fetched. Adapters and merged models say
     themselves what they belong to, when they are loaded. Raises UserError that names what the start needs.
     """
-    start = wanted.init_from
+    start = section.init_from
     if start is None:
         return
     if (model := released(start)) is not None:
-        _check_named(model, wanted)
+        _check_named(model, section)
     elif is_foreign(start):
-        _check_shapes(start, wanted)
+        _check_shapes(start, section)
 
 
-def _check_named(model: Released, wanted: ModelSection) -> None:
-    wrong = list(_departures(model, wanted))
+def _check_named(model: Released, section: ModelSection) -> None:
+    wrong = list(_departures(model, section))
     if wrong:
         raise UserError(f"model.init_from: {model.name} goes with {model.needs()}; the recipe has {', '.join(wrong)}")
 
 
-def _departures(model: Released, wanted: ModelSection) -> Iterator[str]:
+def _departures(model: Released, section: ModelSection) -> Iterator[str]:
     """What a recipe says otherwise than a released model needs."""
-    vision = wanted.vision
-    if not _is_its_language(model, wanted.language):
-        yield f"model.language.name {wanted.language.name}"
+    vision = section.vision
+    if not _is_its_language(model, section.language):
+        yield f"model.language.name {section.language.name}"
     if not _is_its_tower(vision):
         yield f"model.vision {{name: {vision.name}, pretrained: {vision.pretrained or 'null'}}}"
-    if wanted.cross_attn_every_n_layers != model.interval:
-        yield f"cross_attn_every_n_layers {wanted.cross_attn_every_n_layers}"
-    if wanted.media_visibility not in model.visibility:
-        yield f"media_visibility {wanted.media_visibility}"
+    if section.cross_attn_every_n_layers != model.interval:
+        yield f"cross_attn_every_n_layers {section.cross_attn_every_n_layers}"
+    if section.media_visibility not in model.visibility:
+        yield f"media_visibility {section.media_visibility}"
     for key, sizes in (("perceiver", PerceiverSection()), ("cross_attention", CrossAttentionSection())):
-        if getattr(wanted, key) != sizes:
+        if getattr(section, key) != sizes:
             yield f"sizes of its own in model.{key} (leave it out)"
 
 
-def _is_its_language(model: Released, wanted: LanguageSection) -> bool:
+def _is_its_language(model: Released, section: LanguageSection) -> bool:
     """By name on the Hub; a copy in a folder, by its shape."""
-    if wanted.name != NANO and local_language(wanted.name, wanted.revision) is None:
-        return wanted.name.lower() in [name.lower() for name in model.languages]
-    shape = _language_shape(wanted)
+    if section.name != NANO and local_language(section.name, section.revision) is None:
+        return section.name.lower() in [name.lower() for name in model.languages]
+    shape = _language_shape(section)
     return shape == _LanguageShape(model.layers_path, model.width, model.layers)
 
 
-def _is_its_tower(wanted: VisionSection) -> bool:
+def _is_its_tower(section: VisionSection) -> bool:
     """By name; weights in a file by the name of the architecture, a copy in a folder by its shape."""
-    name, pretrained = wanted.name.replace("/", "-").removesuffix(QUICK_GELU), wanted.pretrained
-    if (name, pretrained) == TOWER or (wanted.name, pretrained) == SAME_TOWER:
+    name, pretrained = section.name.replace("/", "-").removesuffix(QUICK_GELU), section.pretrained
+    if (name, pretrained) == TOWER or (section.name, pretrained) == SAME_TOWER:
         return True
     if name == TOWER[0] and pretrained and local_weights(pretrained) is not None:
         return True
-    if local_tower(wanted.name, pretrained) is None:
+    if local_tower(section.name, pretrained) is None:
         return False
-    theirs, ours = (tower_config(tower)["vision_cfg"] for tower in (TOWER[0], wanted.name))
+    theirs, ours = (tower_config(tower)["vision_cfg"] for tower in (TOWER[0], section.name))
     return all(ours.get(key) == theirs[key] for key in ("width", "layers", "patch_size"))
 
 
@@ -94,10 +94,10 @@ class _LanguageShape:
     layers: int
 
 
-def _language_shape(wanted: LanguageSection) -> _LanguageShape:
-    config, _ = language_files(wanted.name, wanted.revision)
+def _language_shape(section: LanguageSection) -> _LanguageShape:
+    config, _ = language_files(section.name, section.revision)
     with torch.device("meta"):
-        path, layers = find_decoder_layers(AutoModelForCausalLM.from_config(config), wanted.decoder_layers_attr_name)
+        path, layers = find_decoder_layers(AutoModelForCausalLM.from_config(config), section.decoder_layers_attr_name)
     return _LanguageShape(path, hidden_size(config), len(layers))
 
 
@@ -116,11 +116,11 @@ class _Shape:
         return f"cross-attention before {layers} on tower tokens of width {self.tower}"
 
 
-def _check_shapes(start: Path, wanted: ModelSection) -> None:
+def _check_shapes(start: Path, section: ModelSection) -> None:
     found = _shape_of(read_checkpoint(start))
     if found is None:
         return
-    ours = _recipe_shape(wanted)
+    ours = _recipe_shape(section)
     if found.layers_path is None:
         ours = _Shape(None, ours.blocks, ours.width, ours.tower)
     if found != ours:
@@ -138,10 +138,10 @@ def _shape_of(checkpoint: Checkpoint) -> _Shape | None:
     return _Shape(checkpoint.layers, blocks, queries[blocks[0]].shape[1], latents.shape[1])
 
 
-def _recipe_shape(wanted: ModelSection) -> _Shape:
-    language, every = _language_shape(wanted.language), wanted.cross_attn_every_n_layers
+def _recipe_shape(section: ModelSection) -> _Shape:
+    language, every = _language_shape(section.language), section.cross_attn_every_n_layers
     with torch.device("meta"):
-        tower = token_width(build_visual(tower_config(wanted.vision.name, wanted.vision.pretrained)))
+        tower = token_width(build_visual(tower_config(section.vision.name, section.vision.pretrained)))
     return _Shape(language.layers_path, tuple(range(every - 1, language.layers, every)), language.width, tower)
 
 

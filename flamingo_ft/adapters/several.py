@@ -40,7 +40,7 @@ Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 def peft_name(name: str) -> str:
     """PEFT's name of the adapter ``name``: one that no module has, and that is valid as a module's.
 
-    PEFT tells adapters apart by their names among the components of a tensor's name. One that is called as a module is
+    PEFT identifies adapters by their names among the components of a tensor's name. One that is called as a module is
     (mlp, model, q_proj) would take that module's tensors away from the others.
     """
     return f"adapter:{quote(name, safe='').replace('.', '%2E')}"
@@ -77,8 +77,8 @@ class Adapters:
         if lora is not None:
             self._inject(name, lora)
             updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
-            wanted = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
-            check_tensors(folder, updates, wanted)
+            expected = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
+            check_tensors(folder, updates, expected)
             put_lora(self.model, updates, peft_name(name))
         self._folders[name] = folder
         self.use(name)
@@ -97,8 +97,8 @@ class Adapters:
         if differing:
             raise UserError(f"{folder}: differs from adapter {name} in {differing[0]} of LoRA; load it under another name")
         updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
-        wanted = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
-        check_tensors(folder, updates, wanted)
+        expected = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
+        check_tensors(folder, updates, expected)
         if updates:
             put_lora(self.model, updates, peft_name(name))
         self._folders[name] = folder

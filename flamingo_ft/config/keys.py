@@ -13,7 +13,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.recipe_library import SCHEMA_FILE
 
 MODELINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
-"""The line that tells an editor where the schema of a recipe is: beside it."""
+"""The comment that points an editor to the schema beside a recipe."""
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -49,17 +49,17 @@ def recipe_keys(prefix: str | None = None) -> list[RecipeKey]:
     keys = list(_keys(schema, schema["$defs"], ""))
     if prefix is None:
         return keys
-    wanted = ".".join("0" if step.isdecimal() else step for step in prefix.strip(".").split("."))
-    found = [key for key in keys if f"{key.name}.".startswith(f"{wanted}.")]
+    requested = ".".join("0" if step.isdecimal() else step for step in prefix.strip(".").split("."))
+    found = [key for key in keys if f"{key.name}.".startswith(f"{requested}.")]
     if not found:
-        raise UserError(f"recipes keys: no key {prefix}; {_suggestion(wanted, [key.name for key in keys])}")
+        raise UserError(f"recipes keys: no key {prefix}; {_suggestion(requested, [key.name for key in keys])}")
     return found
 
 
-def _suggestion(wanted: str, names: list[str]) -> str:
-    last = next((step for step in reversed(wanted.split(".")) if not step.isdecimal()), wanted)
+def _suggestion(requested: str, names: list[str]) -> str:
+    last = next((step for step in reversed(requested.split(".")) if not step.isdecimal()), requested)
     near = [name for name in names if name.rpartition(".")[2] == last] or [name for name in names if last in name]
-    near = near or difflib.get_close_matches(wanted, names, n=3)
+    near = near or difflib.get_close_matches(requested, names, n=3)
     ends = {name.rpartition(".")[2]: name for name in names}
     near = near or [ends[end] for end in difflib.get_close_matches(last, ends, n=3)]
     if near:

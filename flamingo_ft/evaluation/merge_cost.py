@@ -1,7 +1,7 @@
 """What merging costs: loss and exact-match accuracy of the merged model beside the adapter's, on the same samples.
 
 Distances between logits are reported and decide nothing: 4-bit quantization alone moves a real model's logits by a
-third of the largest, without making its answers worse.
+third of the largest, so they cannot tell a wrong merge from a right one.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def cost(models: Mapping[str, Measured], probe: Probe, margin: float, accuracy_m
 
 
 def _standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float:
-    """Of the sum of differences over the sum of sizes (ratio estimator); 0 for one sample, which tells nothing of
-    spread."""
+    """Of the sum of differences over the sum of sizes (ratio estimator); 0 for one sample, whose
+    spread is unknown."""
     count, total = len(differences), sum(sizes)
     if count < 2:
         return 0.0
