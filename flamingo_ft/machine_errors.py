@@ -19,8 +19,9 @@ PROCESS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.E
 _ALLOCATION = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 _REQUESTED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
 _DEVICE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|NCCL|HIP|XPU|MPS)\b.*\b(error|failure|failed|status)|no kernel image", re.IGNORECASE)
-# torch.save has no exception type for a full disk either; safetensors quotes the operating system.
-_TORCH_WRITER = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
+# torch.save has no exception type for a full disk either; safetensors quotes the operating system. torch's reader raises
+# from the same source file (inline_container.cc) for damaged checkpoints, so that name alone says nothing.
+_TORCH_WRITER = re.compile(r"PytorchStreamWriter|file write failed|inline_container\.cc.*unexpected pos")
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zipfile
 
 import pytest
 import torch
@@ -86,6 +87,15 @@ def test_a_damaged_language_model_is_still_one_line(tmp_path):
         load_language(str(tmp_path))
 
 
+@pytest.mark.parametrize("entry", ["data.pkl", "archive/other"])
+def test_a_zip_that_is_no_checkpoint_is_damaged_and_the_disk_is_not_full(tmp_path, entry):
+    """torch's reader names the same source file as its writer does for a full disk."""
+    with zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as archive:
+        archive.writestr(entry, b"content")
+    with pytest.raises(ValueError, match="not a checkpoint of plain tensors"):
+        tensors_only.load_tensors(tmp_path / "checkpoint.pt")
+
+
 def test_an_adapter_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "config.json")
@@ -107,6 +117,9 @@ def test_an_adapter_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
         (OSError(errno.ENOSPC, "No space left on device"), True),
         (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), True),
         (RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/3"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:257] . file in archive is not in a subdirectory"), False),
+        (RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"), False),
         (SafetensorError("Error while deserializing header: header too small"), False),
         (RuntimeError("1 trained parameters would not be saved, among them perceiver.latents; nothing written"), False),
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1: unhandled cuda error"), False),
