@@ -75,7 +75,9 @@ def sample_table(distributions: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(header, justify="right")
     for name, told in _OF_A_SAMPLE.items():
         values = distributions[name]
-        table.add_row(told, *(f"{values[key]:,.{int(key == 'mean')}f}" for key in ("least", "median", "mean", "most")))
+        table.add_row(
+            told, *(f"{values[key]:,.{int(key == 'mean')}f}" for key in ("least", "median", "mean", "most"))
+        )
     share = distributions["loss_share"]
     table.add_row("share with loss", *(_percent(share[key]) for key in ("least", "median", "mean", "most")))
     return table
@@ -104,7 +106,9 @@ def repeat_lines(repeats: Mapping[str, Any]) -> Iterator[str]:
         "repeated_images": "images in more than one place",
     }.items():
         if repeats[name]:
-            yield f"{told}: {repeats[name]:,}" + (f" of {repeats['images']:,}" if name == "repeated_images" else "")
+            yield f"{told}: {repeats[name]:,}" + (
+                f" of {repeats['images']:,}" if name == "repeated_images" else ""
+            )
 
 
 def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:

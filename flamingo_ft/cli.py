@@ -39,9 +39,13 @@ app.add_typer(recipes_app, name="recipes")
 
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a packaged recipe.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10.")
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Values to change, such as train.max_steps=10."),
 ]
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, a merged model's, or org/name[@revision].")]
+Adapter = Annotated[
+    str,
+    typer.Argument(metavar="ADAPTER", help="An adapter's folder, a merged model's, or org/name[@revision]."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -66,7 +70,9 @@ def train(
     ] = False,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Resume this run from its last checkpoint; with more steps or epochs, extend it."),
+        typer.Option(
+            "--resume", help="Resume this run from its last checkpoint; with more steps or epochs, extend it."
+        ),
     ] = False,
 ) -> None:
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
@@ -78,7 +84,9 @@ def train(
     settings = load_recipe(path, overrides or ())
     folder = settings.train.output_dir
     if overwrite and resume:
-        raise UserError("found --overwrite and --resume; one begins anew, the other goes on: give one of them")
+        raise UserError(
+            "found --overwrite and --resume; one begins anew, the other goes on: give one of them"
+        )
     if resume:
         refuse_elsewhere(path, settings.train)
     earlier = prepare_output_dir(folder, overwrite=overwrite) if _is_main_process() and not resume else None
@@ -98,10 +106,12 @@ def plan(
     recipe: Recipe,
     overrides: Overrides = None,
     text_tokens: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Text tokens of the longest sample, if not the data's.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Text tokens of the longest sample, if not the data's."),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Images of the sample with most, if not the data's.")
+        int | None,
+        typer.Option(min=0, metavar="N", help="Images of the sample with most, if not the data's."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, sizes in bytes.")] = False,
 ) -> None:
@@ -146,7 +156,9 @@ def evaluate(
     adapter: Adapter,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Values of data.eval and eval to change: eval.max_samples=100."),
+        typer.Argument(
+            metavar="KEY=VALUE", help="Values of data.eval and eval to change: eval.max_samples=100."
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -196,7 +208,9 @@ def serve(
     ] = None,
     image_urls: Annotated[
         Literal["public", "any", "none"],
-        typer.Option(help="Fetch images from http(s) URLs: not from private networks, from anywhere, or not at all."),
+        typer.Option(
+            help="Fetch images from http(s) URLs: not from private networks, from anywhere, or not at all."
+        ),
     ] = "public",
     max_body_mib: Annotated[int, typer.Option(min=1, metavar="N", help="Largest request in MiB.")] = 64,
 ) -> None:
@@ -223,10 +237,15 @@ def merge(
     ] = "none",
     tolerance: Annotated[
         float | None,
-        typer.Option(min=0, metavar="X", help="Deprecated: also refuse logits that differ by more, relatively."),
+        typer.Option(
+            min=0, metavar="X", help="Deprecated: also refuse logits that differ by more, relatively."
+        ),
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Held-out samples to measure loss on; at most 32 are answered too.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Held-out samples to measure loss on; at most 32 are answered too."
+        ),
     ] = 64,
     margin: Annotated[
         float,
@@ -238,13 +257,16 @@ def merge(
     ] = 0.5,
     accuracy_margin: Annotated[
         float,
-        typer.Option(min=0, max=1, metavar="X", help="How much lower its accuracy may be, 0..1, beyond the same."),
+        typer.Option(
+            min=0, max=1, metavar="X", help="How much lower its accuracy may be, 0..1, beyond the same."
+        ),
     ] = 0.1,
     start: Annotated[
         str | None, typer.Option(metavar="PATH", help="Where the bridge that the adapter builds on is now.")
     ] = None,
     with_code: Annotated[
-        bool, typer.Option("--with-code", help="Put the code beside it, for transformers without this package.")
+        bool,
+        typer.Option("--with-code", help="Put the code beside it, for transformers without this package."),
     ] = False,
 ) -> None:
     """Merge an adapter into its base: one standalone model.
@@ -269,21 +291,29 @@ def merge(
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint, an adapter or a model: path or org/name.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write, which must not exist.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint, an adapter or a model: path or org/name.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder or file to write, which must not exist.")
+    ],
     to: Annotated[
         Literal["auto", "adapter", "model", "open_flamingo", "otter"],
         typer.Option(help="What to write; auto: an adapter, or a model where the backbones were changed."),
     ] = "auto",
     language: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The language model it was trained with, as in a recipe.")
+        str | None,
+        typer.Option(metavar="NAME", help="The language model it was trained with, as in a recipe."),
     ] = None,
     vision: Annotated[
         str | None, typer.Option(metavar="NAME", help="Its tower, by default OpenAI's ViT-L-14.")
     ] = None,
-    pretrained: Annotated[str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")
+    ] = None,
     start: Annotated[
-        str | None, typer.Option(metavar="PATH", help="The checkpoint that SRC builds on, or where its bridge is now.")
+        str | None,
+        typer.Option(metavar="PATH", help="The checkpoint that SRC builds on, or where its bridge is now."),
     ] = None,
     lora_alpha: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Of LoRA in a checkpoint that does not tell it.")
@@ -293,7 +323,12 @@ def convert(
     from flamingo_ft import convert as converting
 
     if to in ("open_flamingo", "otter"):
-        given = {"--language": language, "--vision": vision, "--pretrained": pretrained, "--lora-alpha": lora_alpha}
+        given = {
+            "--language": language,
+            "--vision": vision,
+            "--pretrained": pretrained,
+            "--lora-alpha": lora_alpha,
+        }
         if unused := [option for option, value in given.items() if value is not None]:
             raise UserError(f"found {unused[0]} with --to {to}, which writes what SRC records; leave it out")
         export = converting.export_otter if to == "otter" else converting.export_open_flamingo
@@ -310,11 +345,18 @@ def convert(
 def push(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Of a run, an adapter or a merged model.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="org/name, made where it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="Make repositories that are not there private.")] = False,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Branch to push to, by default main.")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Merge the adapter, and push the whole model.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make repositories that are not there private.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to push to, by default main.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Merge the adapter, and push the whole model.")
+    ] = False,
     base: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Share this base on the Hub; by default REPO-base is made.")
+        str | None,
+        typer.Option(metavar="NAME", help="Share this base on the Hub; by default REPO-base is made."),
     ] = None,
     license_: Annotated[
         str | None, typer.Option("--license", metavar="NAME", help="For the card, such as apache-2.0.")
@@ -328,7 +370,9 @@ def push(
 
     options = {"private": private, "revision": revision, "merged": merged, "base": base, "license": license_}
     pushed = publish.push(folder, repository, start=start, say=_say, **options)
-    typer.echo(f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else ""))
+    typer.echo(
+        f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else "")
+    )
 
 
 @app.command()
@@ -353,7 +397,9 @@ def _tell_sources(data: OpenedData) -> None:
             typer.echo(f"{mixed.source.name} ({part}): {rows} of schema {mixed.source.format}", err=True)
             if mixed.source.unread:
                 unread = ", ".join(mixed.source.unread)
-                typer.echo(f"{mixed.source.name}: columns of text that the schema does not read: {unread}", err=True)
+                typer.echo(
+                    f"{mixed.source.name}: columns of text that the schema does not read: {unread}", err=True
+                )
 
 
 def _print_metrics(metrics: dict) -> None:
@@ -459,7 +505,11 @@ def _usage_problem(error: typer.TyperException) -> str:
     message = error.format_message().rstrip(".")
     if len(message) <= LONGEST_MESSAGE:
         return message
-    remedy = "; give an option that takes several values once for each of them" if "extra argument" in message else ""
+    remedy = (
+        "; give an option that takes several values once for each of them"
+        if "extra argument" in message
+        else ""
+    )
     return f"{message[:LONGEST_MESSAGE]} ... ({len(message.split()):,} words){remedy}"
 
 

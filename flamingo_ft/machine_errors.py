@@ -13,12 +13,21 @@ from collections.abc import Iterator
 from safetensors import SafetensorError
 
 DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-PROCESS_ERRNOS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # nothing is wrong with the file
+PROCESS_ERRNOS = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}  # nothing is wrong with the file
 
 # How torch, cuBLAS and bitsandbytes report an allocation that failed, where they have no exception type for it.
 _ALLOCATION = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
 _REQUESTED = re.compile(r"tried to allocate ([\d.]+ \w+)", re.IGNORECASE)
-_DEVICE = re.compile(r"\b(CUDA|CUBLAS|CUDNN|NCCL|HIP|XPU|MPS)\b.*\b(error|failure|failed|status)|no kernel image", re.IGNORECASE)
+_DEVICE = re.compile(
+    r"\b(CUDA|CUBLAS|CUDNN|NCCL|HIP|XPU|MPS)\b.*\b(error|failure|failed|status)|no kernel image",
+    re.IGNORECASE,
+)
 # torch.save has no exception type for a full disk either; safetensors quotes the operating system. torch's reader raises
 # from the same source file (inline_container.cc) for damaged checkpoints, so that name alone says nothing.
 _TORCH_WRITER = re.compile(r"PytorchStreamWriter|file write failed|inline_container\.cc.*unexpected pos")
@@ -33,7 +42,9 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     size = _REQUESTED.search(text)
     on_gpu = _is_torch_error(error, "OutOfMemoryError") or "CUDA" in text or "CUBLAS" in text
-    return f"{'GPU' if on_gpu else 'host'} memory is full" + (f" (tried to allocate {size[1]} more)" if size else "")
+    return f"{'GPU' if on_gpu else 'host'} memory is full" + (
+        f" (tried to allocate {size[1]} more)" if size else ""
+    )
 
 
 def is_device_failure(error: BaseException) -> bool:

@@ -25,13 +25,17 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
 
 def memory_table(plan: Mapping[str, Any], where: str) -> Table:
     """What each component keeps, with the parameters that train in it, then what comes together at the peak."""
-    table = Table(title=f"memory of a training step {where}, GiB", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(
+        title=f"memory of a training step {where}, GiB", title_justify="left", box=box.SIMPLE, pad_edge=False
+    )
     table.add_column("component", no_wrap=True)
     for header in ("params", *_COLUMNS, "all"):
         table.add_column(header, justify="right")
     for part in plan["components"]:
         sizes = (part["frozen"], part["trainable"], part["gradients"], part["optimizer"])
-        table.add_row(part["name"], _millions(part["trainable_parameters"]), *map(_gib, sizes), _gib(sum(sizes)))
+        table.add_row(
+            part["name"], _millions(part["trainable_parameters"]), *map(_gib, sizes), _gib(sum(sizes))
+        )
     table.add_section()
     beside = plan["activations"] + plan["gradients_at_peak"]
     for name, size in (
@@ -57,19 +61,25 @@ def batch_line(plan: Mapping[str, Any]) -> str:
 
 def gpu_table(gpus: Sequence[Mapping[str, Any]], assumed: Mapping[str, float]) -> Table:
     """Which cards hold the run."""
-    beside = f"{_gib(assumed['cuda_context'])} GiB for CUDA and {100 * assumed['fragmentation']:.0f} % for gaps"
+    beside = (
+        f"{_gib(assumed['cuda_context'])} GiB for CUDA and {100 * assumed['fragmentation']:.0f} % for gaps"
+    )
     table = Table(title=f"does it fit? with {beside}", title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("card")
     for header in ("usable GiB", "needed GiB", "fits"):
         table.add_column(header, justify="right")
     for gpu in gpus:
-        table.add_row(gpu["name"], f"{gpu['usable_gib']:.1f}", _gib(gpu["needed"]), "yes" if gpu["fits"] else "no")
+        table.add_row(
+            gpu["name"], f"{gpu['usable_gib']:.1f}", _gib(gpu["needed"]), "yes" if gpu["fits"] else "no"
+        )
     return table
 
 
 def changes_table(changes: Sequence[Mapping[str, Any]]) -> Table:
     """What to change, each on top of those above it."""
-    table = Table(title="what to change, one on top of the other", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table = Table(
+        title="what to change, one on top of the other", title_justify="left", box=box.SIMPLE, pad_edge=False
+    )
     table.add_column("override", overflow="fold")
     for header in ("saves GiB", "peak GiB"):
         table.add_column(header, justify="right")

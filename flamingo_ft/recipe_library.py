@@ -51,7 +51,9 @@ def find_recipe(path_or_name: str | Path) -> Path:
     near = difflib.get_close_matches(path.stem, known, n=1) or sorted(known)
     nearest = None if path.is_dir() or not path.suffix else nearest_path(path)
     meant = f"did you mean {nearest}? " if nearest else ""
-    raise UserError(f"recipe {path_or_name}: {kind}; {meant}packaged recipes have plain names: {', '.join(near)}")
+    raise UserError(
+        f"recipe {path_or_name}: {kind}; {meant}packaged recipes have plain names: {', '.join(near)}"
+    )
 
 
 def summary(recipe: Path) -> str:

@@ -10,7 +10,9 @@ import typer
 
 from flamingo_ft.errors import UserError
 
-recipes_app = typer.Typer(help="List, show or copy packaged recipes, write one for your data, and look up keys.")
+recipes_app = typer.Typer(
+    help="List, show or copy packaged recipes, write one for your data, and look up keys."
+)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A packaged recipe's name.")]
 
@@ -86,31 +88,43 @@ def new_recipe(
         Path, typer.Option(metavar="PATH", help="Training data: a file, a pattern of files, or a folder.")
     ],
     eval_data: Annotated[
-        Path | None, typer.Option("--eval", metavar="PATH", help="Evaluation data; by default some rows are held out.")
+        Path | None,
+        typer.Option("--eval", metavar="PATH", help="Evaluation data; by default some rows are held out."),
     ] = None,
     image_root: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder of the images, if it is not found near the data.", exists=True),
+        typer.Option(
+            metavar="DIR", help="Folder of the images, if it is not found near the data.", exists=True
+        ),
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Schema of the rows, if not recognised (vqa, caption, ...).")
+        str,
+        typer.Option(
+            "--format", metavar="NAME", help="Schema of the rows, if not recognised (vqa, caption, ...)."
+        ),
     ] = "auto",
     column: Annotated[
         list[str] | None,
-        typer.Option(metavar="FIELD=COLUMN", help="Column that holds a field, such as answer=label; once per field."),
+        typer.Option(
+            metavar="FIELD=COLUMN", help="Column that holds a field, such as answer=label; once per field."
+        ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Language model: nano, a Hub name or a folder. By default nano.")
+        str | None,
+        typer.Option(metavar="NAME", help="Language model: nano, a Hub name or a folder. By default nano."),
     ] = None,
     vision: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Vision tower. By default nano, or ViT-L-14 beside another language model."),
+        typer.Option(
+            metavar="NAME", help="Vision tower. By default nano, or ViT-L-14 beside another language model."
+        ),
     ] = None,
     pretrained: Annotated[
         str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")
     ] = None,
     output_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Folder of the run, by default runs/ and the recipe's name.")
+        str | None,
+        typer.Option(metavar="DIR", help="Folder of the run, by default runs/ and the recipe's name."),
     ] = None,
 ) -> None:
     """Write a starting recipe that fits your data, with a reason for each value. Nothing is downloaded."""

@@ -44,7 +44,10 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MOST_CLASSES:
-            shares = (f"{label!r} {_percent(one['accuracy'])} of {one['samples']:,}" for label, one in classes.items())
+            shares = (
+                f"{label!r} {_percent(one['accuracy'])} of {one['samples']:,}"
+                for label, one in classes.items()
+            )
             yield f"{name}: {', '.join(shares)}"
     free = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
     if free:
@@ -68,7 +71,9 @@ def merge_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
-    table.add_column("accuracy" if cost["accuracy_margin"] is not None else "answers as the adapter", justify="right")
+    table.add_column(
+        "accuracy" if cost["accuracy_margin"] is not None else "answers as the adapter", justify="right"
+    )
     for name, loss in cost["loss"].items():
         table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", _percent(cost["accuracy"][name]))
     return table
@@ -77,9 +82,15 @@ def merge_table(report: Mapping[str, Any]) -> Table:
 def merge_lines(report: Mapping[str, Any]) -> str:
     """What `merge_adapter` returns, in sentences: what was verified, the margins, and how far logits are."""
     verified, cost = report["verified"], report["cost"]
-    worst = f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
+    worst = (
+        f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
+    )
     allowed = cost["accuracy_margin"]
-    accuracy = "" if allowed is None else f", or accuracy lower by more than {100 * allowed:.0f} points in the same way"
+    accuracy = (
+        ""
+        if allowed is None
+        else f", or accuracy lower by more than {100 * allowed:.0f} points in the same way"
+    )
     return (
         f"verified {verified['tensors']:,} tensors, {verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
         f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); refused where it "
@@ -103,7 +114,11 @@ def _data_line(data: Mapping[str, Any]) -> str:
     """data: {"rows", "skipped", "dropped", "shortened", "rewritten"?, "held_out_skipped"?}, rows counted each time that
     they are looked at."""
     shortened = data.get("shortened", {}).get("samples", 0)
-    counts = {"skipped as bad": data.get("skipped"), "dropped as too long": data.get("dropped"), "shortened": shortened}
+    counts = {
+        "skipped as bad": data.get("skipped"),
+        "dropped as too long": data.get("dropped"),
+        "shortened": shortened,
+    }
     told = [f"{count:,} {what}" for what, count in counts.items() if count]
     line = f"\nof {data['rows']:,} rows looked at {', '.join(told)}; see left_out.jsonl" if told else ""
     if data.get("rewritten"):

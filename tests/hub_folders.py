@@ -140,7 +140,10 @@ def write_tower(folder: Path) -> Path:
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     weights = open_clip.CLIP(**TOWER, quick_gelu=True).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()},
+        folder / "open_clip_model.safetensors",
+    )
     return folder
 
 

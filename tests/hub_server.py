@@ -41,7 +41,9 @@ class Repository:
 
     private: bool
     gated: bool = False
-    branches: dict[str, list[Commit]] = field(default_factory=lambda: {"main": [Commit("0" * 40, "initial commit", {})]})
+    branches: dict[str, list[Commit]] = field(
+        default_factory=lambda: {"main": [Commit("0" * 40, "initial commit", {})]}
+    )
 
     @property
     def history(self) -> list[Commit]:
@@ -105,7 +107,9 @@ class Hub:
     def failing(self, request: str) -> Failure | None:
         with self.lock:
             self.requests.append(request)
-            found = next((one for one in self.failures if one.times and re.search(one.pattern, request)), None)
+            found = next(
+                (one for one in self.failures if one.times and re.search(one.pattern, request)), None
+            )
             if found:
                 found.times -= 1
             return found
@@ -253,7 +257,9 @@ class Handler(BaseHTTPRequestHandler):
         if commit is None:
             return self._error(404, "Invalid rev id", "RevisionNotFound")
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
-        self._json({"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings})
+        self._json(
+            {"id": name, "sha": commit.oid, "private": repository.private, "tags": [], "siblings": siblings}
+        )
 
     def create_branch(self, name: str, branch: str) -> None:
         repository = self._repository(name, write=True)
@@ -268,7 +274,11 @@ class Handler(BaseHTTPRequestHandler):
         if self._repository(name, write=True) is None:
             return
         files = [
-            {"path": one["path"], "uploadMode": "lfs" if one["size"] >= LARGE else "regular", "shouldIgnore": False}
+            {
+                "path": one["path"],
+                "uploadMode": "lfs" if one["size"] >= LARGE else "regular",
+                "shouldIgnore": False,
+            }
             for one in json.loads(self.body)["files"]
         ]
         self._json({"files": files})
@@ -281,7 +291,9 @@ class Handler(BaseHTTPRequestHandler):
             there = one["oid"] in self.hub.contents
             actions = {} if there else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}
             objects.append({"oid": one["oid"], "size": one["size"], **actions})
-        self._json({"transfer": "basic", "objects": objects}, **{"Content-Type": "application/vnd.git-lfs+json"})
+        self._json(
+            {"transfer": "basic", "objects": objects}, **{"Content-Type": "application/vnd.git-lfs+json"}
+        )
 
     def lfs_upload(self, digest: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != digest:
@@ -316,7 +328,9 @@ class Handler(BaseHTTPRequestHandler):
             return self._error(404, f"{folder} does not exist", "EntryNotFound")
         begin = int(self.query.get("cursor", ["0"])[0])
         page = [self._entry(path, commit.files[path]) for path in paths[begin : begin + PAGE]]
-        more = {"Link": f'<{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={begin + PAGE}>; rel="next"'}
+        more = {
+            "Link": f'<{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={begin + PAGE}>; rel="next"'
+        }
         self._json(page, **(more if begin + PAGE < len(paths) else {}))
 
     def _entry(self, path: str, digest: str) -> dict[str, Any]:

@@ -26,7 +26,11 @@ train: {output_dir: run, max_steps: 1, batch_size: 2, learning_rate: 1.0e-2, log
 """
 NOTHING_WHOLE = "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
 LORA = "lora.language={r: 4, lora_alpha: 8}"
-LORA_ON_BRIDGE = ("lora.cross_attention={r: 2}", "lora.perceiver={r: 3}", "lora.vision={r: 2, target_modules: [in_proj]}")
+LORA_ON_BRIDGE = (
+    "lora.cross_attention={r: 2}",
+    "lora.perceiver={r: 3}",
+    "lora.vision={r: 2, target_modules: [in_proj]}",
+)
 REGIMES = {
     "bridge": (),
     "bridge and LoRA": (LORA,),
@@ -48,7 +52,10 @@ def write_run(folder: Path) -> None:
     blocks = [{"type": "image"}, {"type": "text", "text": "Which shade?"}]
     rows = [
         {
-            "messages": [{"role": "user", "content": blocks}, {"role": "assistant", "content": ("Dark.", "Light.")[i]}],
+            "messages": [
+                {"role": "user", "content": blocks},
+                {"role": "assistant", "content": ("Dark.", "Light.")[i]},
+            ],
             "images": [f"{i}.png"],
         }
         for i in range(2)
@@ -93,7 +100,10 @@ def inputs(processor) -> dict[str, torch.Tensor]:
     """Text with two images."""
     text = f"{processor.image_token} Which digit? {processor.image_token} And this? <|endofchunk|>"
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+    }
 
 
 @torch.no_grad()

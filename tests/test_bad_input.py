@@ -73,7 +73,9 @@ def test_an_unknown_key_names_the_nearest(here, capsys):
 
 
 def test_a_wrong_type_says_what_is_wanted(here, capsys):
-    assert "found 'many'; want a whole number" in refused(capsys, "train", "recipe.yaml", "train.max_steps=many")
+    assert "found 'many'; want a whole number" in refused(
+        capsys, "train", "recipe.yaml", "train.max_steps=many"
+    )
 
 
 def test_a_missing_data_file(here, capsys):
@@ -115,8 +117,14 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["model.language.quantization=int4"], "model.language.quantization: found 'int4'; want 'none', 'int8', 'nf4'"),
-        (["model.vision={name: RN50, quantization: nf4}"], "vision tower ModifiedResNet has convolutions and no matrices"),
+        (
+            ["model.language.quantization=int4"],
+            "model.language.quantization: found 'int4'; want 'none', 'int8', 'nf4'",
+        ),
+        (
+            ["model.vision={name: RN50, quantization: nf4}"],
+            "vision tower ModifiedResNet has convolutions and no matrices",
+        ),
         (
             ["model.language.quantization=nf4", "lora.language={}", "lora.init_lora_weights=pissa"],
             "lora.init_lora_weights: pissa takes its start out of the weights",

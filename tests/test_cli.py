@@ -12,8 +12,8 @@ import pytest
 
 import flamingo_ft
 from flamingo_ft import cli, evaluation, inference, recipe_library, training
-from flamingo_ft.errors import UserError
 from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.errors import UserError
 
 RECIPE = """\
 # Teach one thing
@@ -102,7 +102,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--help"], ["train", "--help"], ["plan", "--help"], ["check", "--help"], ["recipes", "--help"], ["--version"]]
+    "arguments",
+    [
+        [],
+        ["--help"],
+        ["train", "--help"],
+        ["plan", "--help"],
+        ["check", "--help"],
+        ["recipes", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_comes_without_heavy_imports(here, arguments):
     done = run(*arguments)

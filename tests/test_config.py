@@ -134,7 +134,12 @@ def test_the_output_folder_starts_from_the_current_directory(folder):
 
 def make_models(folder: Path) -> None:
     """Folders of both backbones, a file of weights and a run, as far as names are looked for."""
-    for path in ("models/lm/config.json", "lm/config.json", "eyes/open_clip_config.json", "runs/first/config.json"):
+    for path in (
+        "models/lm/config.json",
+        "lm/config.json",
+        "eyes/open_clip_config.json",
+        "runs/first/config.json",
+    ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text("{}")
     (folder / "eyes.pt").write_text("")
@@ -146,7 +151,9 @@ def names(recipe: Recipe) -> list[str]:
     return [None if name is None else str(name) for name in found]
 
 
-LOCAL = MINIMAL.replace("vision: {name: nano}", "vision: {name: eyes}").replace("{name: nano}\ndata", "{name: models/lm}\n  init_from: runs/first\ndata")
+LOCAL = MINIMAL.replace("vision: {name: nano}", "vision: {name: eyes}").replace(
+    "{name: nano}\ndata", "{name: models/lm}\n  init_from: runs/first\ndata"
+)
 
 
 def test_all_that_a_recipe_reads_starts_from_the_recipe_in_every_directory(folder, monkeypatch):
@@ -155,7 +162,12 @@ def test_all_that_a_recipe_reads_starts_from_the_recipe_in_every_directory(folde
     for directory in (folder, folder / "elsewhere", folder / "runs"):
         monkeypatch.chdir(directory)
         assert names(load_recipe(write(folder, LOCAL))) == expected
-    for name, found in {"./lm": folder / "lm", "lm": folder / "lm", "../lm": folder / "../lm", "~/lm": Path.home() / "lm"}.items():
+    for name, found in {
+        "./lm": folder / "lm",
+        "lm": folder / "lm",
+        "../lm": folder / "../lm",
+        "~/lm": Path.home() / "lm",
+    }.items():
         recipe = load_recipe(write(folder, LOCAL.replace("models/lm", name)), require=())
         assert recipe.model.language.name == str(found)
     weights = LOCAL.replace("{name: eyes}", "{name: ViT-B-32, pretrained: eyes.pt}")
@@ -168,15 +180,27 @@ def test_an_overrides_path_to_a_model_starts_from_the_current_directory(folder):
     here = folder / "elsewhere"
     expected = [str(here / "eyes"), None, str(here / "models/lm"), str(here / "runs/first")]
     assert names(load_recipe(write(folder), overrides)) == expected
-    assert load_recipe(write(folder), ["model.vision={name: ViT-B-32, pretrained: eyes.pt}"]).model.vision.pretrained == str(here / "eyes.pt")
+    assert load_recipe(
+        write(folder), ["model.vision={name: ViT-B-32, pretrained: eyes.pt}"]
+    ).model.vision.pretrained == str(here / "eyes.pt")
 
 
 def test_names_from_elsewhere_stay_names(folder):
     make_models(folder)
     (folder / "gpt2").mkdir()
     (folder / "openai").mkdir()
-    for vision in ("{name: nano}", "{name: hf-hub:org/eyes}", "{name: ViT-L-14, pretrained: openai}", "{name: eyes, pretrained: x}"):
-        for language in ("{name: gpt2}", "{name: org/lm}", "{name: nano}", "{name: models/other, revision: main}"):
+    for vision in (
+        "{name: nano}",
+        "{name: hf-hub:org/eyes}",
+        "{name: ViT-L-14, pretrained: openai}",
+        "{name: eyes, pretrained: x}",
+    ):
+        for language in (
+            "{name: gpt2}",
+            "{name: org/lm}",
+            "{name: nano}",
+            "{name: models/other, revision: main}",
+        ):
             text = MINIMAL.replace("vision: {name: nano}", f"vision: {vision}")
             text = text.replace("language: {name: nano}", f"language: {language}\n  init_from: org/start@v1")
             recipe, given = load_recipe(write(folder, text)), yaml.safe_load(text)["model"]
@@ -204,7 +228,9 @@ def test_models_where_only_earlier_versions_looked_are_used_with_a_warning(folde
 def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_is_taken_now(folder):
     make_models(folder)
     make_models(folder / "elsewhere")
-    with pytest.warns(UserWarning, match=f"using {folder}/runs/first; earlier versions used {folder}/elsewhere/runs/first"):
+    with pytest.warns(
+        UserWarning, match=f"using {folder}/runs/first; earlier versions used {folder}/elsewhere/runs/first"
+    ):
         assert load_recipe(write(folder, LOCAL)).model.init_from == folder / "runs" / "first"
 
 
@@ -212,7 +238,11 @@ def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_i
     ("right", "wrong", "told"),
     [
         ("name: eyes", "name: ./eyse", "2: model.vision.name: no folder {}/eyse; did you mean {}/eyes?"),
-        ("name: eyes", "name: ViT-B-32, pretrained: eye.pt", "2: model.vision.pretrained: no file {}/eye.pt; did you mean {}/eyes.pt?"),
+        (
+            "name: eyes",
+            "name: ViT-B-32, pretrained: eye.pt",
+            "2: model.vision.pretrained: no file {}/eye.pt; did you mean {}/eyes.pt?",
+        ),
         (
             "models/lm",
             "models/ml",
@@ -224,15 +254,26 @@ def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_i
             "runs/frist",
             "4: model.init_from: no folder {}/runs/frist; did you mean {}/runs/first? (on the Hub: runs/frist@main)",
         ),
-        ("path: train.jsonl", "path: trian.jsonl", "7: data.train.0.path: no file {}/trian.jsonl; did you mean {}/train.jsonl?"),
-        ("jsonl", "jsonl\n      image_root: fotos", "8: data.train.0.image_root: no folder {}/fotos; did you mean {}/photos?"),
+        (
+            "path: train.jsonl",
+            "path: trian.jsonl",
+            "7: data.train.0.path: no file {}/trian.jsonl; did you mean {}/train.jsonl?",
+        ),
+        (
+            "jsonl",
+            "jsonl\n      image_root: fotos",
+            "8: data.train.0.image_root: no folder {}/fotos; did you mean {}/photos?",
+        ),
     ],
 )
 def test_a_mistyped_path_is_refused_with_its_line_and_the_nearest_one(folder, right, wrong, told):
     make_models(folder)
     (folder / "photos").mkdir()
     assert right in LOCAL
-    assert refusal(write(folder, LOCAL.replace(right, wrong))) == f"recipe.yaml:{told.replace('{}', str(folder))}"
+    assert (
+        refusal(write(folder, LOCAL.replace(right, wrong)))
+        == f"recipe.yaml:{told.replace('{}', str(folder))}"
+    )
 
 
 def test_a_home_directory_that_nobody_has_is_a_folder_that_is_not_there(folder):
@@ -243,11 +284,15 @@ def test_a_home_directory_that_nobody_has_is_a_folder_that_is_not_there(folder):
 def test_the_paths_of_a_recipe_are_stripped_and_its_text_is_not(folder):
     make_models(folder)
     extra = "  system_prompt: /no_think Answer.\n  cache: {folder: /home/me/tokens}\n"
-    text = LOCAL.replace("train:\n  output", extra + "train:\n  output").replace("jsonl", "jsonl\n      columns: {answer: /label}")
+    text = LOCAL.replace("train:\n  output", extra + "train:\n  output").replace(
+        "jsonl", "jsonl\n      columns: {answer: /label}"
+    )
     shown = strip_recipe_paths(yaml.safe_load(dump_recipe(load_recipe(write(folder, text)))))
     assert str(folder) not in yaml.safe_dump(shown) and shown["data"]["cache"]["folder"] == "tokens"
     assert shown["model"]["language"]["name"] == "lm" and shown["model"]["init_from"] == "first"
-    assert shown["data"]["system_prompt"] == "/no_think Answer." and shown["data"]["train"][0]["columns"] == {"answer": "/label"}
+    assert shown["data"]["system_prompt"] == "/no_think Answer." and shown["data"]["train"][0]["columns"] == {
+        "answer": "/label"
+    }
 
 
 def test_a_missing_file_is_refused_with_its_line_unless_files_are_not_wanted(folder):
@@ -277,7 +322,11 @@ WRONG_LINES = [
     ("  max_steps: 10", "  max_steps:", "9: train.max_steps: missing; add it, or train.epochs in its place"),
     ("  max_steps: 10", "  max_steps: [1]", "9: train.max_steps: found a list; want a whole number"),
     ("  max_steps: 10\n", "", "7: train.max_steps: missing; add it"),
-    ("    - path: train.jsonl", "    - image_root: x", "6: data.train.0: found neither path nor hub; give one of them"),
+    (
+        "    - path: train.jsonl",
+        "    - image_root: x",
+        "6: data.train.0: found neither path nor hub; give one of them",
+    ),
     (
         "    - path: train.jsonl",
         "    - train.jsonl",
@@ -340,15 +389,24 @@ def test_training_nothing_is_refused(folder):
 @pytest.mark.parametrize(
     "override, told",
     [
-        ("lora.perceiver={}", "lora.perceiver: trainable.perceiver is true too; a part trains whole or through LoRA"),
-        ("model.bridge_quantization=nf4", "model.bridge_quantization: a fresh bridge has nothing worth freezing"),
+        (
+            "lora.perceiver={}",
+            "lora.perceiver: trainable.perceiver is true too; a part trains whole or through LoRA",
+        ),
+        (
+            "model.bridge_quantization=nf4",
+            "model.bridge_quantization: a fresh bridge has nothing worth freezing",
+        ),
         (
             "model={init_from: x, bridge_quantization: nf4, vision: {name: nano}, language: {name: nano}}",
             "model.bridge_quantization: all of the bridge trains, and what trains cannot be quantized",
         ),
         ("lora.language={r: 0}", "lora.language.r: found 0; want 1 or more"),
         ("lora.language={rank: 8}", "lora.language.rank: unknown key; did you mean lora.language.r?"),
-        ("lora.language={zzz: 8}", "lora.language.zzz: unknown key; known here are r, lora_alpha, target_modules"),
+        (
+            "lora.language={zzz: 8}",
+            "lora.language.zzz: unknown key; known here are r, lora_alpha, target_modules",
+        ),
         ("lora.language={target_modules: 3}", "lora.language.target_modules: found 3; want a list"),
         ("lora.langage={}", "lora.langage: unknown key; did you mean lora.language?"),
     ],
@@ -359,13 +417,18 @@ def test_a_value_that_contradicts_another_or_fits_no_lora_is_refused_in_one_line
 
 def test_a_run_to_start_from_is_kept_by_its_absolute_path_and_must_be_there(folder):
     message = refusal(write(folder), "model.init_from=gone")
-    assert f"model.init_from: no folder {folder}/elsewhere/gone; relative paths here start from the current directory" in message
+    assert (
+        f"model.init_from: no folder {folder}/elsewhere/gone; relative paths here start from the current directory"
+        in message
+    )
     recipe = load_recipe(write(folder), ["model.init_from=gone"], require=("data",))
     assert recipe.model.init_from == folder / "elsewhere" / "gone"
 
 
 def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):
-    message = refusal(write(folder), "train.optimizer_in_backward=true", "train.gradient_accumulation_steps=4")
+    message = refusal(
+        write(folder), "train.optimizer_in_backward=true", "train.gradient_accumulation_steps=4"
+    )
     assert message == (
         "override train.optimizer_in_backward=true: train.optimizer_in_backward: found gradient_accumulation_steps 4; "
         "a step inside the backward pass sees one batch: use 1 and a larger batch_size, or set it to false"
@@ -373,11 +436,21 @@ def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):
 
 
 EXCLUSIVE = {
-    ("data.cache={folder: tokens}", "data.augmentation={flip: 0.5}"): "data.cache: tokens of an image that changes each",
+    (
+        "data.cache={folder: tokens}",
+        "data.augmentation={flip: 0.5}",
+    ): "data.cache: tokens of an image that changes each",
     ("data.cache={folder: tokens}", "lora.vision={r: 2}"): "data.cache: lora.vision changes the tower",
     ("data.packing=true",): "data.packing: a row has to be of some length; set data.max_text_tokens",
-    ("data.packing=true", "data.max_text_tokens=64", "data.group_by_length=true"): "data.group_by_length: packed rows are all of one length",
-    ("data.eval_fraction=0.1", "data.train.0.streaming=true"): "data.eval_fraction: a share of a stream cannot be held out",
+    (
+        "data.packing=true",
+        "data.max_text_tokens=64",
+        "data.group_by_length=true",
+    ): "data.group_by_length: packed rows are all of one length",
+    (
+        "data.eval_fraction=0.1",
+        "data.train.0.streaming=true",
+    ): "data.eval_fraction: a share of a stream cannot be held out",
     ("data.train.0.hub=org/name",): "data.train.0: found both path and hub; give one of them",
     ("data.train.0.config=small",): "data.train.0.config: goes with hub",
     ("data.train.0.revision=main",): "data.train.0.revision: goes with hub",
@@ -391,12 +464,17 @@ def test_wishes_for_data_that_exclude_each_other_are_refused_in_one_line(folder,
 
 
 LENGTHS = {
-    ("train={output_dir: x, max_steps: 3, epochs: 2}",): "train.epochs: got 2 beside max_steps 3; remove one of them",
+    (
+        "train={output_dir: x, max_steps: 3, epochs: 2}",
+    ): "train.epochs: got 2 beside max_steps 3; remove one of them",
     ("train.epochs=2", "train.max_steps=3"): "train.epochs: got 2 beside max_steps 3; remove one of them",
     ("train.epochs=0",): "train.epochs: found 0; want more than 0",
     ("train.epochs=2", "data.train.0.streaming=true"): "train.epochs: a streamed source has no known length",
     ("train.warmup_ratio=1",): "train.warmup_ratio: ",
-    ("train.warmup_ratio=0.1", "train.warmup_steps=3"): "train.warmup_ratio: got 0.1 beside warmup_steps 3; remove one",
+    (
+        "train.warmup_ratio=0.1",
+        "train.warmup_steps=3",
+    ): "train.warmup_ratio: got 0.1 beside warmup_steps 3; remove one",
     ("train={output_dir: x}",): "train.max_steps: missing; add it, or train.epochs in its place",
 }
 
@@ -461,19 +539,28 @@ def test_every_mistake_between_values_has_a_line_of_its_own_in_the_order_of_the_
 
 
 def test_mistakes_between_values_are_reported_beside_those_of_single_values(folder):
-    wrong = SEVERAL.replace("max_steps: 10", "max_steps: ten\n  report_to: [nowhere]").replace("  packing", "  qqq: 1\n  packing")
+    wrong = SEVERAL.replace("max_steps: 10", "max_steps: ten\n  report_to: [nowhere]").replace(
+        "  packing", "  qqq: 1\n  packing"
+    )
     assert lines_of(refusal(write(folder, wrong))) == [5, 6, 7, 11, 14, 15, 16, 18]
 
 
 def test_what_may_follow_from_a_wrong_value_is_not_reported_as_a_mistake_between_values(folder):
-    unknown = SEVERAL.replace("packing: true", "packing: true\n  max_text_tokens: many").replace("lora:", "trainable: {perceiver: 'no'}\nlora:")
+    unknown = SEVERAL.replace("packing: true", "packing: true\n  max_text_tokens: many").replace(
+        "lora:", "trainable: {perceiver: 'no'}\nlora:"
+    )
     message = refusal(write(folder, unknown))
     assert "data.packing" not in message and "lora.perceiver" not in message
     assert lines_of(message) == [6, 7, 11, 15, 17]
-    assert "nothing would train" not in refusal(write(folder), "trainable={perceiver: 3, cross_attention: false, new_tokens: false}")
+    assert "nothing would train" not in refusal(
+        write(folder), "trainable={perceiver: 3, cross_attention: false, new_tokens: false}"
+    )
 
 
-@pytest.mark.parametrize("text", ["model: 3\ndata: {}\ntrain: []\n", "data: {packing: true}\n", "train: {optimizer_in_backward: true}\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["model: 3\ndata: {}\ntrain: []\n", "data: {packing: true}\n", "train: {optimizer_in_backward: true}\n"],
+)
 def test_a_recipe_that_lacks_whole_sections_is_refused_all_the_same(folder, text):
     assert "missing" in refusal(write(folder, text))
 
@@ -484,14 +571,18 @@ def known_keys(section: type, prefix: str = "") -> set[str]:
         found.add(prefix + name)
         inside = section_of(field.annotation)
         if inside is not None:
-            found |= known_keys(inside, f"{prefix}{name}." + ("0." if "tuple" in str(field.annotation) else ""))
+            found |= known_keys(
+                inside, f"{prefix}{name}." + ("0." if "tuple" in str(field.annotation) else "")
+            )
     return found
 
 
 def test_every_foreign_spelling_leads_to_a_key_and_is_none_itself():
     known = known_keys(Recipe)
     assert {*FOREIGN_KEYS.values()} <= known
-    assert not {*FOREIGN_KEYS} & {key.rpartition(".")[2] for key in known} and all(key == key.lower() for key in FOREIGN_KEYS)
+    assert not {*FOREIGN_KEYS} & {key.rpartition(".")[2] for key in known} and all(
+        key == key.lower() for key in FOREIGN_KEYS
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,21 @@ from flamingo_ft import cli
 from flamingo_ft.environment import report
 from flamingo_ft.environment.anonymous import anonymous
 
-GPU = {"name": "Some GPU", "total_gib": 79.2, "free_gib": 70.0, "compute_capability": "9.0", "dtypes": ["fp32", "bf16"]}
-DEVICES = {"cuda": "13.0", "hip": None, "mps_available": False, "cpu_capability": "AVX2", "threads": 4, "gpus": [GPU]}
+GPU = {
+    "name": "Some GPU",
+    "total_gib": 79.2,
+    "free_gib": 70.0,
+    "compute_capability": "9.0",
+    "dtypes": ["fp32", "bf16"],
+}
+DEVICES = {
+    "cuda": "13.0",
+    "hip": None,
+    "mps_available": False,
+    "cpu_capability": "AVX2",
+    "threads": 4,
+    "gpus": [GPU],
+}
 FOUND = {"devices": DEVICES, "memory": {"total_gib": 64.0, "free_gib": 60.0}, "4-bit": {"device": "cuda"}}
 
 
@@ -95,7 +108,10 @@ def test_a_package_that_hangs_is_reported(tmp_path, monkeypatch):
         ("OSError: /opt/x/libcudart.so.12: no such file", "OSError: libcudart.so.12: no such file"),
         ("found /home/ann in the way", "found <path> in the way"),
         (r"cannot load C:\Users\Ann\x.dll", "cannot load x.dll"),
-        ("cannot import 'a' from 'b' (/srv/venv/lib/b/__init__.py)", "cannot import 'a' from 'b' (__init__.py)"),
+        (
+            "cannot import 'a' from 'b' (/srv/venv/lib/b/__init__.py)",
+            "cannot import 'a' from 'b' (__init__.py)",
+        ),
         ("CUDA 12.1/13.0 and 3/4", "CUDA 12.1/13.0 and 3/4"),
         ("token hf_abcdefghijklmnop", "token <token>"),
         ("two\nlines", "two lines"),
@@ -109,7 +125,9 @@ def test_names_of_user_and_machine_are_taken_out(monkeypatch):
     monkeypatch.setenv("USER", "annlee")
     monkeypatch.setattr(platform, "node", lambda: "ann-laptop")
     assert anonymous("annlee on ann-laptop, not annlees") == "<name> on <name>, not annlees"
-    assert anonymous(f"{Path.home() / 'work' / 'x.py'} {Path.cwd() / 'y.py'} {sys.prefix}") == "x.py y.py <path>"
+    assert (
+        anonymous(f"{Path.home() / 'work' / 'x.py'} {Path.cwd() / 'y.py'} {sys.prefix}") == "x.py y.py <path>"
+    )
 
 
 def test_every_extra_that_a_user_may_lack_is_known():

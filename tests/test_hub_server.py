@@ -1,8 +1,19 @@
 """The Hub on this machine, asked by the real client: what goes up comes down, and what goes wrong is told."""
 
 import pytest
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import BadRequestError, EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    hf_hub_download,
+    snapshot_download,
+)
+from huggingface_hub.errors import (
+    BadRequestError,
+    EntryNotFoundError,
+    HfHubHTTPError,
+    RepositoryNotFoundError,
+)
 
 from .hub_server import LARGE, READER, WRITER
 
@@ -46,7 +57,9 @@ def test_who_may_not_is_told(hub, api):
     with pytest.raises(RepositoryNotFoundError):
         HfApi(endpoint=hub.url, token=False).model_info(REPO)
     with pytest.raises(HfHubHTTPError, match="403"):
-        HfApi(endpoint=hub.url, token=READER).upload_file(repo_id=REPO, path_or_fileobj=b"x", path_in_repo="a")
+        HfApi(endpoint=hub.url, token=READER).upload_file(
+            repo_id=REPO, path_or_fileobj=b"x", path_in_repo="a"
+        )
     with pytest.raises(EntryNotFoundError):
         hf_hub_download(REPO, "nothing", endpoint=hub.url, token=READER)
 

@@ -116,12 +116,30 @@ def test_an_adapter_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
     [
         (OSError(errno.ENOSPC, "No space left on device"), True),
         (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), True),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/3"), True),
+        (
+            RuntimeError(
+                "[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file data/3"
+            ),
+            True,
+        ),
         (RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0"), True),
-        (RuntimeError("[enforce fail at inline_container.cc:257] . file in archive is not in a subdirectory"), False),
-        (RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"), False),
+        (
+            RuntimeError(
+                "[enforce fail at inline_container.cc:257] . file in archive is not in a subdirectory"
+            ),
+            False,
+        ),
+        (
+            RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"),
+            False,
+        ),
         (SafetensorError("Error while deserializing header: header too small"), False),
-        (RuntimeError("1 trained parameters would not be saved, among them perceiver.latents; nothing written"), False),
+        (
+            RuntimeError(
+                "1 trained parameters would not be saved, among them perceiver.latents; nothing written"
+            ),
+            False,
+        ),
         (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp:1: unhandled cuda error"), False),
         (OSError(errno.ENOENT, "No such file or directory"), False),
     ],
@@ -136,8 +154,12 @@ def test_a_download_that_fills_the_disk_asks_for_room():
     assert "make room" in reason(error.value) and "/cache/file" in reason(error.value)
 
 
-@pytest.mark.parametrize(("fails", "line"), [(gpu_is_full, "GPU memory is full"), (disk_is_full, "/cache/file")])
-def test_every_command_reports_full_memory_and_a_full_disk_in_a_line(fails, line, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("fails", "line"), [(gpu_is_full, "GPU memory is full"), (disk_is_full, "/cache/file")]
+)
+def test_every_command_reports_full_memory_and_a_full_disk_in_a_line(
+    fails, line, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setattr("flamingo_ft.evaluation.run.evaluate_adapter", fails)
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert line in capsys.readouterr().err

@@ -27,7 +27,10 @@ COMMANDS = [
     ["train", "recipe.yaml", f"model.language.name={WRONG}"],
     ["plan", "recipe.yaml", f"model.vision.name={WRONG}"],
     ["check", "recipe.yaml", f"model.language.name={WRONG}"],
-    pytest.param(["serve", WRONG], marks=pytest.mark.skipif(not is_serve_available(), reason="needs the server's packages")),
+    pytest.param(
+        ["serve", WRONG],
+        marks=pytest.mark.skipif(not is_serve_available(), reason="needs the server's packages"),
+    ),
 ]
 CALLS = [
     load_adapter,
@@ -53,7 +56,12 @@ def here(small_run, hub):
 def test_a_command_names_the_nearest_path(here, hub, capsys, arguments):
     assert cli.main(arguments) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "no folder " in lines[0] and "did you mean " in lines[0] and "runs/quickstart?" in lines[0]
+    assert (
+        len(lines) == 1
+        and "no folder " in lines[0]
+        and "did you mean " in lines[0]
+        and "runs/quickstart?" in lines[0]
+    )
     assert hub.requests == [] and not Path("out").exists()
 
 

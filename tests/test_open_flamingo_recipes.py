@@ -58,7 +58,9 @@ def here(tmp_path, monkeypatch) -> Path:
 def test_each_language_model_that_was_released_with_has_a_recipe():
     starts = {released(load_recipe(name).model.init_from) for name in RECIPES}
     kinds = {model.layers_path + str(model.width) for model in starts}
-    assert kinds == {model.layers_path + str(model.width) for model in MODELS if "deprecated" not in model.name}
+    assert kinds == {
+        model.layers_path + str(model.width) for model in MODELS if "deprecated" not in model.name
+    }
 
 
 def arguments_for(model: Released) -> list[str]:
@@ -68,11 +70,18 @@ def arguments_for(model: Released) -> list[str]:
     if own:
         return own
     recipe = next(name for name, start in starts.items() if start.width == model.width)
-    start = {"init_from": model.name, "language.name": model.languages[0], "media_visibility": model.visibility[0]}
+    start = {
+        "init_from": model.name,
+        "language.name": model.languages[0],
+        "media_visibility": model.visibility[0],
+    }
     return [recipe, *(f"model.{key}={value}" for key, value in start.items())]
 
 
-CASES = [pytest.param(model, marks=[pytest.mark.slow] * (model is not MODELS[0]), id=model.name) for model in MODELS]
+CASES = [
+    pytest.param(model, marks=[pytest.mark.slow] * (model is not MODELS[0]), id=model.name)
+    for model in MODELS
+]
 
 
 @pytest.mark.parametrize("model", CASES)
@@ -92,7 +101,10 @@ def test_each_released_model_trains_and_its_adapter_loads_again(model, hub, here
     loaded, processor = load_adapter(run)
     found = hub_folders.open_flamingo_names(loaded, model, len(processor.tokenizer))
     assert found.keys() == stored.keys()
-    for key, tensor in stored.items():  # a rate of nearly nothing leaves what the Hub's checkpoint held, in 16 bits
+    for (
+        key,
+        tensor,
+    ) in stored.items():  # a rate of nearly nothing leaves what the Hub's checkpoint held, in 16 bits
         assert torch.allclose(found[key].float(), tensor, rtol=0.01, atol=1e-3), key
     assert any(tensor.dtype == torch.bfloat16 for tensor in found.values())
 

@@ -66,7 +66,10 @@ def test_every_command_runs_and_the_quickstart_reaches_its_accuracy(tmp_path):
     for command in commands():
         done = subprocess.run(
             [sys.executable, "-m", "flamingo_ft", *command[1:]],
-            cwd=tmp_path, env=environment, capture_output=True, text=True,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     found = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["eval"]["per_task"]

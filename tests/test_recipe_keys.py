@@ -110,7 +110,9 @@ def test_piped_keys_are_plain_text_of_two_lines_each(capsys):
 
 def test_on_a_terminal_descriptions_are_wrapped_and_indented():
     out = io.StringIO()
-    print_keys(recipe_keys("train.epochs"), Console(file=out, force_terminal=True, width=60, color_system=None))
+    print_keys(
+        recipe_keys("train.epochs"), Console(file=out, force_terminal=True, width=60, color_system=None)
+    )
     head, *lines = out.getvalue().splitlines()
     assert head.startswith("train.epochs  ") and len(lines) > 3
     assert all(line.startswith("    ") and len(line) <= 60 for line in lines)
@@ -174,7 +176,10 @@ def test_show_prints_the_recipe_as_it_is(capsys):
     assert main(["recipes", "show", "quickstart"]) == 0
     assert capsys.readouterr().out == packaged_recipes()["quickstart"].read_text(encoding="utf-8")
     assert main(["recipes", "show", "quickstrat"]) == 2
-    assert capsys.readouterr().err == "error: recipe quickstrat: no packaged recipe of this name; known: quickstart\n"
+    assert (
+        capsys.readouterr().err
+        == "error: recipe quickstrat: no packaged recipe of this name; known: quickstart\n"
+    )
 
 
 def test_list_is_what_recipes_alone_prints(capsys):
@@ -190,10 +195,14 @@ def test_looking_up_keys_imports_neither_torch_nor_transformers():
         "codes = [main(['recipes', *one]) for one in (['keys'], ['schema'], ['show', 'dpo'], ['list'])]\n"
         "sys.exit(any(codes) or bool({'torch', 'transformers'} & {*sys.modules}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_an_index_after_a_key_that_is_no_list_suggests_the_key_itself():
-    with pytest.raises(UserError, match=r"no key lora\.language\.0; did you mean model\.language or lora\.language"):
+    with pytest.raises(
+        UserError, match=r"no key lora\.language\.0; did you mean model\.language or lora\.language"
+    ):
         recipe_keys("lora.language.0")

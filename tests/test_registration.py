@@ -16,7 +16,9 @@ ASK = "import transformers; transformers.AutoConfig.for_model('flamingo')"
     [
         f"from importlib.util import find_spec; import flamingo_ft; find_spec('transformers'); {ASK}",
         pytest.param(f"import transformers; import flamingo_ft; {ASK}", marks=pytest.mark.slow),
-        pytest.param(f"from flamingo_ft.backbones.language import load_language; {ASK}", marks=pytest.mark.slow),
+        pytest.param(
+            f"from flamingo_ft.backbones.language import load_language; {ASK}", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_transformers_knows_the_flamingo(script):

@@ -44,7 +44,10 @@ def write_card(folder: Path, metrics: Mapping[str, Any] | None = None, license: 
 
 
 def card_text(
-    folder: Path, name: str | None = None, license: str | None = None, metrics: Mapping[str, Any] | None = None
+    folder: Path,
+    name: str | None = None,
+    license: str | None = None,
+    metrics: Mapping[str, Any] | None = None,
 ) -> str:
     """The card of what lies in ``folder``. name: on the Hub, where it goes there."""
     config = read_flamingo_config(folder)

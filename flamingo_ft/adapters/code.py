@@ -39,7 +39,9 @@ AUTO_MAPS = {
         "AutoModelForImageTextToText": (MODEL, "FlamingoForConditionalGeneration"),
     },
     ("processor_config.json", None): {"AutoProcessor": (PROCESSOR, "FlamingoProcessor")},
-    ("processor_config.json", "image_processor"): {"AutoImageProcessor": (PROCESSOR, "FlamingoImageProcessor")},
+    ("processor_config.json", "image_processor"): {
+        "AutoImageProcessor": (PROCESSOR, "FlamingoImageProcessor")
+    },
 }
 
 

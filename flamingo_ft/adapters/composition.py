@@ -25,7 +25,14 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 from .answering import answer_greedily
 from .card import CARD
-from .files import BRIDGE_FILE, LORA_CONFIG, read_config, read_flamingo_config, read_lora_config, read_processor
+from .files import (
+    BRIDGE_FILE,
+    LORA_CONFIG,
+    read_config,
+    read_flamingo_config,
+    read_lora_config,
+    read_processor,
+)
 from .load import join_backbones, put_together
 from .lora import updates_the_tower
 from .save import forget_place, save_processor
@@ -82,9 +89,7 @@ def name_base(adapter: str | Path, base: str) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _bridge_below(
-    adapter: Path, config: FlamingoConfig, start: str | Path | None
-) -> dict[str, torch.Tensor]:
+def _bridge_below(adapter: Path, config: FlamingoConfig, start: str | Path | None) -> dict[str, torch.Tensor]:
     """The bridge that an adapter builds on, as its content hash is of it.
 
     The backbones are loaded along: rows that a checkpoint gives to new tokens are read through the language model.
@@ -103,9 +108,13 @@ def _bridge_below(
 def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
     """Digest of both backbones, without the rows that the Flamingo has tables of its own for."""
     lm, ids = model.lang_encoder, torch.tensor(model.config.new_token_ids or [], dtype=torch.long)
-    vocabulary = [id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module]
+    vocabulary = [
+        id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module
+    ]
     named = ((name, p) for name, p in model.named_parameters() if name.startswith(tuple(BACKBONES.values())))
-    return tensors_sha256({name: p.detach().index_fill(0, ids, 0) if id(p) in vocabulary else p for name, p in named})
+    return tensors_sha256(
+        {name: p.detach().index_fill(0, ids, 0) if id(p) in vocabulary else p for name, p in named}
+    )
 
 
 def _check_named(folder: Path, config: FlamingoConfig) -> None:

@@ -31,7 +31,9 @@ def read_config(folder: Path) -> FlamingoConfig:
     """The adapter's configuration, checked to be one that this version reads."""
     missing = [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]
     if missing:
-        raise UserError(f"{folder}: not an adapter, {' and '.join(missing)} not found; give the folder a run wrote")
+        raise UserError(
+            f"{folder}: not an adapter, {' and '.join(missing)} not found; give the folder a run wrote"
+        )
     config = read_flamingo_config(folder)
     if config.format_version > FORMAT_VERSION:
         raise UserError(
@@ -46,13 +48,17 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if values["model_type"] != FlamingoConfig.model_type:
-            raise UserError(f"{folder}: holds a {values['model_type']} model; give the folder that a run or a merge wrote")
+            raise UserError(
+                f"{folder}: holds a {values['model_type']} model; give the folder that a run or a merge wrote"
+            )
         return FlamingoConfig.from_pretrained(folder)
     except UserError:
         raise
     except DAMAGED as error:
         reraise_machine_error(error)
-        raise UserError(f"{folder}: config.json is damaged ({one_line(error)}); copy the folder again") from None
+        raise UserError(
+            f"{folder}: config.json is damaged ({one_line(error)}); copy the folder again"
+        ) from None
 
 
 def read_processor(folder: Path) -> FlamingoProcessor:
@@ -61,7 +67,9 @@ def read_processor(folder: Path) -> FlamingoProcessor:
         return FlamingoProcessor.from_pretrained(folder)
     except DAMAGED as error:
         reraise_machine_error(error)
-        raise UserError(f"{folder}: the processor does not load ({one_line(error)}); copy the folder again") from None
+        raise UserError(
+            f"{folder}: the processor does not load ({one_line(error)}); copy the folder again"
+        ) from None
 
 
 def read_lora_config(folder: Path) -> LoraConfig | None:
@@ -82,7 +90,9 @@ def _read_peft_config(folder: Path) -> LoraConfig:
         return LoraConfig.from_pretrained(str(folder))
     except DAMAGED as error:
         reraise_machine_error(error)
-        raise UserError(f"{folder}: {LORA_CONFIG} is damaged ({one_line(error)}); copy the adapter again") from None
+        raise UserError(
+            f"{folder}: {LORA_CONFIG} is damaged ({one_line(error)}); copy the adapter again"
+        ) from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -96,4 +106,6 @@ def read_bridge(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         reraise_machine_error(error)
-        raise UserError(f"{path}: not a readable safetensors file ({error}); copy the adapter again") from None
+        raise UserError(
+            f"{path}: not a readable safetensors file ({error}); copy the adapter again"
+        ) from None

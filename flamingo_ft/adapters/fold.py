@@ -45,7 +45,9 @@ def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGenera
     alone = nn.ModuleDict({"layer": plain_linear(layer.get_base_layer(), torch.float32, name)})
     for adapter, config in model.peft_config.items():
         own = {"r": layer.r[adapter], "lora_alpha": layer.lora_alpha[adapter], "target_modules": ["layer"]}
-        inject_adapter_in_model(dataclasses.replace(config, rank_pattern={}, alpha_pattern={}, **own), alone, adapter)
+        inject_adapter_in_model(
+            dataclasses.replace(config, rank_pattern={}, alpha_pattern={}, **own), alone, adapter
+        )
     lora = {key: tensor for key, tensor in layer.state_dict().items() if is_lora(f".{key}")}
     alone["layer"].load_state_dict(lora, strict=False)
     return alone["layer"].float()

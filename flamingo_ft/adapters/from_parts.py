@@ -20,14 +20,35 @@ from .load import load_adapter
 
 # What transformers' own callers pass along, and what says where files lie: nothing of it changes what is loaded here.
 OF_NO_MATTER = {
-    "_from_auto", "_from_pipeline", "adapter_kwargs", "cache_dir", "code_revision", "config", "force_download",
-    "local_files_only", "low_cpu_mem_usage", "proxies", "revision", "subfolder", "token", "tqdm_class",
-    "trust_remote_code", "use_safetensors", "weights_only",
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "config",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "tqdm_class",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
 }
 # Of a configuration: formats, which are options of their own, and in what an adapter's and its base's may differ.
 MAY_DIFFER = {
-    "_name_or_path", "adapter_parts", "architectures", "bridge_init", "dtype", "open_attention", "text_config",
-    "transformers_version", "auto_map",
+    "_name_or_path",
+    "adapter_parts",
+    "architectures",
+    "bridge_init",
+    "dtype",
+    "open_attention",
+    "text_config",
+    "transformers_version",
+    "auto_map",
 }
 UNDERSTOOD = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
 
@@ -112,7 +133,9 @@ def _dtype(options: Mapping[str, Any]) -> torch.dtype | None:
 
 def _asked_attention(config: Any) -> str | None:
     """What an Auto class was asked for, which passes it on inside the configuration."""
-    return getattr(config, "_attn_implementation_internal", None) if isinstance(config, FlamingoConfig) else None
+    return (
+        getattr(config, "_attn_implementation_internal", None) if isinstance(config, FlamingoConfig) else None
+    )
 
 
 def _bridge_in(base: Path | None) -> Path | None:

@@ -31,15 +31,23 @@ def check_initialisation(model: nn.Module, lora: LoraSection, targets: Sequence[
     how = lora.init_lora_weights
     quantized = [name for name in targets if is_quantized(model.get_submodule(name))]
     if how == "pissa" and quantized:
-        raise _refusal(how, f"takes its start out of the weights, and {quantized[0]} is quantized", "quantization: none")
+        raise _refusal(
+            how, f"takes its start out of the weights, and {quantized[0]} is quantized", "quantization: none"
+        )
     if how == "pissa" and model.config.bridge_init is None and any(part in BRIDGE for part in lora.parts):
-        raise _refusal(how, "takes its start out of the weights, and those of a fresh bridge are kept", "model.init_from")
+        raise _refusal(
+            how, "takes its start out of the weights, and those of a fresh bridge are kept", "model.init_from"
+        )
     if how == "pissa" and (lora.use_dora or lora.use_rslora):
-        raise _refusal(how, "is kept as a LoRA of twice the rank, which DoRA and rsLoRA would scale anew", "neither")
+        raise _refusal(
+            how, "is kept as a LoRA of twice the rank, which DoRA and rsLoRA would scale anew", "neither"
+        )
     if how == "loftq":
         plain = [name for name in targets if "4bit" not in formats_in(model.get_submodule(name))]
         if plain:
-            raise _refusal(how, f"makes up for what 4 bits lost, and {plain[0]} is not kept in 4", "quantization: nf4")
+            raise _refusal(
+                how, f"makes up for what 4 bits lost, and {plain[0]} is not kept in 4", "quantization: nf4"
+            )
 
 
 def _refusal(how: str, reason: str, remedy: str) -> UserError:
@@ -80,7 +88,9 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
     parameter[tuple(slice(size) for size in value.shape)] = value.to(parameter)
 
 
-def directions_read(model: FlamingoForConditionalGeneration, config: LoraConfig, batches: Batches | None) -> dict:
+def directions_read(
+    model: FlamingoForConditionalGeneration, config: LoraConfig, batches: Batches | None
+) -> dict:
     """The principal directions (rank, in) of what each target of ``config`` reads on training batches, by its name.
 
     Ranks are not moved between layers (EVA's rho is 1): each part keeps the one it was given.

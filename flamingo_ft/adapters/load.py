@@ -60,7 +60,10 @@ def load_adapter(
     are missing, damaged or do not fit.
     """
     folder = fetch_model(folder)
-    model, processor = load_base(folder, start=start, device=device, quantized=quantized), read_processor(folder)
+    model, processor = (
+        load_base(folder, start=start, device=device, quantized=quantized),
+        read_processor(folder),
+    )
     put_adapter(model, folder)
     answer_greedily(model, processor)
     return model.eval().requires_grad_(False), processor
@@ -69,7 +72,9 @@ def load_adapter(
 def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
     folder = fetch_model(folder)
-    is_whole = (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
+    is_whole = (
+        (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
+    )
     return (load_whole(folder), read_processor(folder)) if is_whole else load_adapter(folder)
 
 
@@ -122,14 +127,20 @@ def put_together(
 
 
 def join_backbones(
-    folder: Path, config: FlamingoConfig, quantized: bool, dtype: torch.dtype | Literal["auto"] | None, device: torch.device
+    folder: Path,
+    config: FlamingoConfig,
+    quantized: bool,
+    dtype: torch.dtype | Literal["auto"] | None,
+    device: torch.device,
 ) -> FlamingoForConditionalGeneration:
     """The backbones that a configuration names, which must be those it records, with a bridge of random weights.
 
     The model's own configuration has the places where local ones lie now.
     """
     config = with_places(folder, config)
-    loaded = {part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")}
+    loaded = {
+        part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")
+    }
     for part, backbone in loaded.items():
         check_backbone(folder, part, config.backbones[part], backbone.source)
     lm = loaded["language"].model
@@ -157,7 +168,9 @@ def put_bridge_parts(model: FlamingoForConditionalGeneration, tensors: Mapping[s
         parameters[name].data = tensor.to(parameters[name].device)
 
 
-def put_lora(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], adapter: str = ADAPTER) -> None:
+def put_lora(
+    model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], adapter: str = ADAPTER
+) -> None:
     """Fill the updates of an injected adapter, in the number formats that the tensors have."""
     for name, parameter in model.named_parameters():
         if is_lora(name) and (f".{adapter}." in name or name.endswith(f".{adapter}")):
@@ -182,10 +195,21 @@ def check_backbone(folder: Path, part: str, wanted: Mapping[str, Any], found: Ma
         )
 
 
-def _load(part: str, source: Mapping[str, Any], quantized: bool, dtype: torch.dtype | Literal["auto"] | None, device: torch.device):
+def _load(
+    part: str,
+    source: Mapping[str, Any],
+    quantized: bool,
+    dtype: torch.dtype | Literal["auto"] | None,
+    device: torch.device,
+):
     """A backbone as an adapter records it."""
     quantization = Quantization.from_record(source.get("quantization")) if quantized else None
-    options = {"name": source["name"], "revision": source["revision"], "quantization": quantization, "device": device}
+    options = {
+        "name": source["name"],
+        "revision": source["revision"],
+        "quantization": quantization,
+        "device": device,
+    }
     if part == "vision":
         return load_vision(pretrained=source["pretrained"], image_size=source.get("image_size"), **options)
     return load_language(dtype=dtype, **options)
@@ -201,4 +225,6 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str
     for name, target in wanted.items():
         if found[name].shape != target.shape:
             shapes = tuple(found[name].shape), tuple(target.shape)
-            raise UserError(f"{folder}: {name} has shape {shapes[0]}, wanted {shapes[1]}; the adapter is damaged")
+            raise UserError(
+                f"{folder}: {name} has shape {shapes[0]}, wanted {shapes[1]}; the adapter is damaged"
+            )

@@ -82,9 +82,13 @@ def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: Lor
     known = linear_layers(model, part)
     asked = wanted.target_modules
     found = [name for name in known if "all-linear" in asked or _ends_in(name, asked)]
-    unmatched = [target for target in asked if target != "all-linear" and not any(_ends_in(n, [target]) for n in known)]
+    unmatched = [
+        target for target in asked if target != "all-linear" and not any(_ends_in(n, [target]) for n in known)
+    ]
     if unmatched or not found:
-        exist = ", ".join(dict.fromkeys(_without_numbers(name.removeprefix(PREFIXES[part])) for name in known))
+        exist = ", ".join(
+            dict.fromkeys(_without_numbers(name.removeprefix(PREFIXES[part])) for name in known)
+        )
         raise UserError(
             f"lora.{part}.target_modules: {(unmatched or ['all-linear'])[0]} matches no matrix of the {part} part; "
             f"it has {exist or 'none'} (the output head's new rows train by themselves)"
@@ -116,7 +120,9 @@ def lora_config(
         lora_alpha=lora.parts[first].lora_alpha,
         rank_pattern={_anywhere_in(part): lora.parts[part].r for part in others},
         alpha_pattern={_anywhere_in(part): lora.parts[part].lora_alpha for part in others},
-        target_modules="|".join(_pattern(names, linear_layers(model, part)) for part, names in targets.items()),
+        target_modules="|".join(
+            _pattern(names, linear_layers(model, part)) for part, names in targets.items()
+        ),
         lora_dropout=lora.lora_dropout,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
@@ -126,7 +132,9 @@ def lora_config(
 
 def base_name(model: FlamingoForConditionalGeneration) -> str | None:
     """What PEFT records as the base model: what the adapter that was loaded named, else the language model."""
-    return getattr(model, "adapter_base", None) or ((model.config.backbones or {}).get("language") or {}).get("name")
+    return getattr(model, "adapter_base", None) or ((model.config.backbones or {}).get("language") or {}).get(
+        "name"
+    )
 
 
 def peft_initialisation(lora: LoraSection) -> bool | str:

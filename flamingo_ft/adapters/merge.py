@@ -76,7 +76,9 @@ def trained_in(config: FlamingoConfig) -> list[str]:
 
 def quantize_merged(folder: Path, quantization: Quantization) -> None:
     """Write the merged model in ``folder`` again, quantized."""
-    model = FlamingoForConditionalGeneration.from_pretrained(folder, quantization_config=quantization.bnb_config())
+    model = FlamingoForConditionalGeneration.from_pretrained(
+        folder, quantization_config=quantization.bnb_config()
+    )
     for file in folder.glob("model*.safetensors*"):
         file.unlink()
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
@@ -94,7 +96,12 @@ def _load_base(
 
 
 def _write(
-    adapter: Path, folder: Path, processor: FlamingoProcessor, base: Base, dtype: torch.dtype, start: str | Path | None
+    adapter: Path,
+    folder: Path,
+    processor: FlamingoProcessor,
+    base: Base,
+    dtype: torch.dtype,
+    start: str | Path | None,
 ) -> list[str]:
     """Merge and write the model. Returns the parts that had LoRA."""
     _refuse_non_finite(adapter)
@@ -118,7 +125,9 @@ def _refuse_non_finite(adapter: Path) -> None:
     """Refuse an adapter that holds NaN or infinity, which merging would spread over whole matrices."""
     for name, tensor in read_tensors(adapter).items():
         if not tensor.isfinite().all():
-            raise UserError(f"{adapter}: {name} has non-finite values (NaN or Inf); merge an earlier checkpoint")
+            raise UserError(
+                f"{adapter}: {name} has non-finite values (NaN or Inf); merge an earlier checkpoint"
+            )
 
 
 def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGeneration) -> None:

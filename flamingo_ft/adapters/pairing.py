@@ -17,7 +17,13 @@ from flamingo_ft.backbones.decoder_layers import find_decoder_layers, hidden_siz
 from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.tower import build_visual, token_width
 from flamingo_ft.backbones.vision import tower_config
-from flamingo_ft.config import CrossAttentionSection, LanguageSection, ModelSection, PerceiverSection, VisionSection
+from flamingo_ft.config import (
+    CrossAttentionSection,
+    LanguageSection,
+    ModelSection,
+    PerceiverSection,
+    VisionSection,
+)
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, read_checkpoint
 from flamingo_ft.hub.names import NANO, local_language, local_tower, local_weights
@@ -26,7 +32,9 @@ from .released import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, Released, released
 from .start import is_foreign
 
 _QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
-QUICK_GELU = "-quickgelu"  # what OpenCLIP calls an architecture with it, which tag openai has under both names
+QUICK_GELU = (
+    "-quickgelu"  # what OpenCLIP calls an architecture with it, which tag openai has under both names
+)
 
 
 def check_start(section: ModelSection) -> None:
@@ -47,7 +55,9 @@ def check_start(section: ModelSection) -> None:
 def _check_named(model: Released, section: ModelSection) -> None:
     wrong = list(_departures(model, section))
     if wrong:
-        raise UserError(f"model.init_from: {model.name} goes with {model.needs()}; the recipe has {', '.join(wrong)}")
+        raise UserError(
+            f"model.init_from: {model.name} goes with {model.needs()}; the recipe has {', '.join(wrong)}"
+        )
 
 
 def _departures(model: Released, section: ModelSection) -> Iterator[str]:
@@ -97,7 +107,9 @@ class _LanguageShape:
 def _language_shape(section: LanguageSection) -> _LanguageShape:
     config, _ = language_files(section.name, section.revision)
     with torch.device("meta"):
-        path, layers = find_decoder_layers(AutoModelForCausalLM.from_config(config), section.decoder_layers_attr_name)
+        path, layers = find_decoder_layers(
+            AutoModelForCausalLM.from_config(config), section.decoder_layers_attr_name
+        )
     return _LanguageShape(path, hidden_size(config), len(layers))
 
 
@@ -142,7 +154,9 @@ def _recipe_shape(section: ModelSection) -> _Shape:
     language, every = _language_shape(section.language), section.cross_attn_every_n_layers
     with torch.device("meta"):
         tower = token_width(build_visual(tower_config(section.vision.name, section.vision.pretrained)))
-    return _Shape(language.layers_path, tuple(range(every - 1, language.layers, every)), language.width, tower)
+    return _Shape(
+        language.layers_path, tuple(range(every - 1, language.layers, every)), language.width, tower
+    )
 
 
 def _hint(found: _Shape) -> str:

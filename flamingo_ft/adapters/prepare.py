@@ -23,7 +23,9 @@ from .trainable import set_trainable
 LORA_SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 
 
-def prepare_training(model: FlamingoForConditionalGeneration, recipe: Recipe, batches: Batches | None = None) -> None:
+def prepare_training(
+    model: FlamingoForConditionalGeneration, recipe: Recipe, batches: Batches | None = None
+) -> None:
     """Quantize the frozen parts of the bridge, add LoRA and let train what the recipe says, in place.
 
     Where the recipe starts from an adapter with LoRA, its updates are trained on: UserError unless the recipe asks for
@@ -31,7 +33,9 @@ def prepare_training(model: FlamingoForConditionalGeneration, recipe: Recipe, ba
     """
     set_trainable(model, recipe.trainable)
     if recipe.model.bridge_quantization != "none":
-        kept_as = Quantization(recipe.model.bridge_quantization, compute_dtype=recipe.model.language.compute_dtype)
+        kept_as = Quantization(
+            recipe.model.bridge_quantization, compute_dtype=recipe.model.language.compute_dtype
+        )
         model.config.bridge_quantization = kept_as.record()
         quantize_frozen_bridge(model, kept_as)
     earlier = starting_lora(recipe.model.init_from)

@@ -14,7 +14,10 @@ from pathlib import Path
 from flamingo_ft.hub import hub_name
 
 TOWER = ("ViT-L-14", "openai")
-SAME_TOWER = ("hf-hub:timm/vit_large_patch14_clip_224.openai", None)  # these weights under another name of OpenCLIP's
+SAME_TOWER = (
+    "hf-hub:timm/vit_large_patch14_clip_224.openai",
+    None,
+)  # these weights under another name of OpenCLIP's
 TOWER_WIDTH = 1024
 
 
@@ -81,7 +84,9 @@ MODELS = (
         visibility=("following", "immediate"),
     ),
 )
-RELEASED: Mapping[str, Released] = {model.name.lower(): model for model in MODELS}  # the Hub does not mind the case
+RELEASED: Mapping[str, Released] = {
+    model.name.lower(): model for model in MODELS
+}  # the Hub does not mind the case
 
 _IN_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<model>[^/]+)/snapshots/")
 

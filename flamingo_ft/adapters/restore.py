@@ -16,7 +16,12 @@ from .contents import name_in_file
 from .files import read_config, read_tensors
 from .trainable import trainable_parameters
 
-PLACES = ("name", "pretrained", "revision", "path")  # of a base: where it was, which may change; its content may not
+PLACES = (
+    "name",
+    "pretrained",
+    "revision",
+    "path",
+)  # of a base: where it was, which may change; its content may not
 
 
 @torch.no_grad()
@@ -31,7 +36,9 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
     for name, parameter in trainable_parameters(model).items():
         stored = tensors.get(name_in_file(name))
         if stored is None:
-            raise UserError(f"{folder}: {name} trains, but is not in this adapter; resume with the recipe of its run")
+            raise UserError(
+                f"{folder}: {name} trains, but is not in this adapter; resume with the recipe of its run"
+            )
         # Updates that took their start out of the base are kept with that start behind them (`_with_start`).
         stored = stored[tuple(slice(size) for size in parameter.shape)]
         if stored.shape != parameter.shape:
@@ -44,7 +51,9 @@ def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     stored, here = _base_of(read_config(folder)), _base_of(model.config)
     for part, record in stored.items():
         if _content(record) != _content(here[part]):
-            raise UserError(f"{folder}: trained on {part} {record}, got {here[part]}; restore what it was trained on")
+            raise UserError(
+                f"{folder}: trained on {part} {record}, got {here[part]}; restore what it was trained on"
+            )
 
 
 def _base_of(config: FlamingoConfig) -> dict[str, Mapping[str, Any]]:

@@ -27,8 +27,14 @@ from .lora import ADAPTER, base_name, has_lora
 from .trainable import trainable_parameters
 
 # What AutoPeftModel makes the base with, from the composition that the adapter names.
-AUTO_MAPPING = {"base_model_class": FlamingoForConditionalGeneration.__name__, "parent_library": "flamingo_ft"}
-HOW_IT_WAS_LOADED = ("is_local", "local_files_only")  # tokenizers write these down; they say nothing of the adapter
+AUTO_MAPPING = {
+    "base_model_class": FlamingoForConditionalGeneration.__name__,
+    "parent_library": "flamingo_ft",
+}
+HOW_IT_WAS_LOADED = (
+    "is_local",
+    "local_files_only",
+)  # tokenizers write these down; they say nothing of the adapter
 
 
 def save_adapter(
@@ -70,7 +76,9 @@ def check_complete(model: FlamingoForConditionalGeneration, tensors: dict[str, T
     """Refuse to save less than what trains."""
     lost = sorted({name_in_file(name, adapter) for name in trainable_parameters(model)} - set(tensors))
     if lost:
-        raise RuntimeError(f"{len(lost)} trained parameters would not be saved, among them {lost[0]}; nothing written")
+        raise RuntimeError(
+            f"{len(lost)} trained parameters would not be saved, among them {lost[0]}; nothing written"
+        )
 
 
 def _as_plain_lora(

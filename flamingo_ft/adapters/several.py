@@ -55,7 +55,9 @@ class Adapters:
     def __init__(self, folder: str | Path, name: str = "first", *, start: str | Path | None = None):
         """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter` does."""
         folder = fetch_model(folder)
-        self.model: FlamingoForConditionalGeneration = load_base(folder, start=start).eval().requires_grad_(False)
+        self.model: FlamingoForConditionalGeneration = (
+            load_base(folder, start=start).eval().requires_grad_(False)
+        )
         self.processor = read_processor(folder)
         self._base = read_config(folder)
         self._folders: dict[str, Path] = {}
@@ -95,7 +97,9 @@ class Adapters:
         there = self._peft.peft_config[peft_name(name)] if self._has_lora(name) else None
         differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(there, key, None)]
         if differing:
-            raise UserError(f"{folder}: differs from adapter {name} in {differing[0]} of LoRA; load it under another name")
+            raise UserError(
+                f"{folder}: differs from adapter {name} in {differing[0]} of LoRA; load it under another name"
+            )
         updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
         expected = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
         check_tensors(folder, updates, expected)
@@ -162,11 +166,17 @@ class Adapters:
             if not self._has_lora(name):
                 raise UserError(f"adapter {name} has no LoRA to combine; combine adapters with LoRA")
         first, *others = (self._peft.peft_config[peft_name(name)] for name in names)
-        differing = [key for key in COMBINABLE for other in others if getattr(first, key) != getattr(other, key)]
+        differing = [
+            key for key in COMBINABLE for other in others if getattr(first, key) != getattr(other, key)
+        ]
         if differing:
-            raise UserError(f"adapters {', '.join(names)} differ in {differing[0]}; combine adapters of the same shape")
+            raise UserError(
+                f"adapters {', '.join(names)} differ in {differing[0]}; combine adapters of the same shape"
+            )
         if first.use_dora:
-            raise UserError(f"adapter {names[0]} has DoRA, whose magnitudes do not add up; combine adapters without it")
+            raise UserError(
+                f"adapter {names[0]} has DoRA, whose magnitudes do not add up; combine adapters without it"
+            )
         return first
 
     def _check_new(self, name: str) -> None:
@@ -178,7 +188,9 @@ class Adapters:
     def _inject(self, name: str, lora: LoraConfig) -> None:
         open_what_is_updated(self.model, lora)
         if self._peft is None:
-            self._peft = PeftModel(self.model, lora, adapter_name=peft_name(name), autocast_adapter_dtype=False)
+            self._peft = PeftModel(
+                self.model, lora, adapter_name=peft_name(name), autocast_adapter_dtype=False
+            )
         else:
             self._peft.add_adapter(peft_name(name), lora, autocast_adapter_dtype=False)
 
@@ -202,9 +214,13 @@ def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -
         check_backbone(folder, part, found.backbones[part], base.backbones[part])
     for key in GEOMETRY:
         if getattr(found, key) != getattr(base, key):
-            raise UserError(f"{folder}: adapter of another base: {key} {getattr(found, key)}, here {getattr(base, key)}")
+            raise UserError(
+                f"{folder}: adapter of another base: {key} {getattr(found, key)}, here {getattr(base, key)}"
+            )
     if found.vision_preprocess != base.vision_preprocess:
-        raise UserError(f"{folder}: adapter of other images: it has its own size or transform; load it by itself")
+        raise UserError(
+            f"{folder}: adapter of other images: it has its own size or transform; load it by itself"
+        )
     starts = [(config.bridge_init or {}).get("sha256") for config in (found, base)]
     if starts[0] != starts[1] or kept_parts(found) != kept_parts(base):
         raise UserError(f"{folder}: adapter of another base: it builds on another bridge; load it by itself")

@@ -80,7 +80,10 @@ def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
 
 
 def _put_recorded(
-    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: str | Path | None = None
+    model: FlamingoForConditionalGeneration,
+    folder: Path,
+    record: Mapping[str, str],
+    start: str | Path | None = None,
 ) -> None:
     """Put in place what the adapter in ``folder`` builds on, as it was when that was trained; UserError when it is gone or
     another."""
@@ -91,7 +94,10 @@ def _put_recorded(
 
 
 def put_as_stored(
-    model: FlamingoForConditionalGeneration, folder: Path, record: Mapping[str, str], start: str | Path | None = None
+    model: FlamingoForConditionalGeneration,
+    folder: Path,
+    record: Mapping[str, str],
+    start: str | Path | None = None,
 ) -> None:
     """The same in the number formats that it is stored in, which its content hash is of."""
     path = _whereabouts(folder, record["path"], start)
@@ -141,7 +147,9 @@ def starting_lora(start: str | Path | None) -> dict[str, Tensor]:
 
 def bridge_of(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
     """The whole bridge, by name."""
-    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(tuple(BRIDGE.values()))}
+    return {
+        name: tensor for name, tensor in model.state_dict().items() if name.startswith(tuple(BRIDGE.values()))
+    }
 
 
 @torch.no_grad()
@@ -150,14 +158,18 @@ def put_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Te
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise UserError(f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this shape")
+            raise UserError(
+                f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this shape"
+            )
         parameters[name].data = tensor.to(parameters[name].device, copy=True)
 
 
 def bridge_at(folder: Path) -> dict[str, Tensor]:
     """The whole bridge of an adapter or a whole model, by name; what an adapter builds on comes from there."""
     if is_foreign(folder):
-        raise UserError(f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it")
+        raise UserError(
+            f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it"
+        )
     record = read_config(folder).bridge_init if (folder / WEIGHTS).is_file() else None
     below = bridge_at(_whereabouts(folder, record["path"], None)) if record else {}
     return below | _tensors(folder)
@@ -193,13 +205,17 @@ def is_foreign(start: Path) -> bool:
     if start.is_file():
         return start.name != BRIDGE_FILE
     config = stored_config(start)
-    return config.get("model_type") == "otter" or (not config and any((start / name).is_file() for name in OF_TRAINING))
+    return config.get("model_type") == "otter" or (
+        not config and any((start / name).is_file() for name in OF_TRAINING)
+    )
 
 
 def _check_visibility(wanted: FlamingoConfig, start: Path) -> None:
     """Refuse text that sees images which it was not trained to see: version 1 saw the one before it or after it, by chance."""
     found = read_checkpoint(start)
-    fitting = ("following", "immediate") if found.visibility == "following" else ("immediate", "all_preceding")
+    fitting = (
+        ("following", "immediate") if found.visibility == "following" else ("immediate", "all_preceding")
+    )
     if wanted.media_visibility not in fitting:
         raise UserError(
             f"model.init_from: {start} is a checkpoint of {found.format}, made for media_visibility {fitting[0]}; the recipe "
@@ -211,14 +227,20 @@ def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> N
     for key in GEOMETRY:
         ours, theirs = getattr(wanted, key), getattr(found, key)
         if ours != theirs:
-            raise UserError(f"model.init_from: {start} has {key} {theirs}, the recipe {ours}; give the recipe the same")
+            raise UserError(
+                f"model.init_from: {start} has {key} {theirs}, the recipe {ours}; give the recipe the same"
+            )
     for part in ("vision", "language"):
         ours, theirs = ((config.backbones or {}).get(part, {}).get("sha256") for config in (wanted, found))
         if ours != theirs:
             name = (found.backbones or {}).get(part, {}).get("name")
-            raise UserError(f"model.init_from: {start} belongs to another {part} backbone, {name}; use that one")
+            raise UserError(
+                f"model.init_from: {start} belongs to another {part} backbone, {name}; use that one"
+            )
     if getattr(found, "quantization_config", None):
-        raise UserError(f"model.init_from: {start} was written quantized; start from the adapter, or from an unquantized merge")
+        raise UserError(
+            f"model.init_from: {start} was written quantized; start from the adapter, or from an unquantized merge"
+        )
     if (found.merged or {}).get("own_backbones"):
         raise UserError(
             f"model.init_from: {start} has backbones of its own, which would be lost; start from the checkpoint that it was "

@@ -10,7 +10,11 @@ from flamingo_ft.config import LoraSection, TrainableSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 # The parts of a Flamingo, as the recipe's `trainable` and `lora` sections name them -> where they live in the model.
-BRIDGE = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers.", "new_tokens": "token_rows."}
+BRIDGE = {
+    "perceiver": "perceiver.",
+    "cross_attention": "gated_cross_attn_layers.",
+    "new_tokens": "token_rows.",
+}
 BACKBONES = {"language": "lang_encoder.", "vision": "vision_encoder."}
 PREFIXES = {**BACKBONES, **BRIDGE}
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,9 +34,13 @@ def set_trainable(
         is_update = is_lora(name)
         if is_update or name.startswith(tuple(BRIDGE.values())):
             cast_parameter(name, parameter, DTYPES[trainable.dtype])
-        parameter.requires_grad_(name.startswith(updated if is_update else tuple(BRIDGE[part] for part in whole)))
+        parameter.requires_grad_(
+            name.startswith(updated if is_update else tuple(BRIDGE[part] for part in whole))
+        )
     model.config.adapter_parts = list(BRIDGE) if model.config.bridge_init is None else whole
-    if model.config.bridge_init is not None:  # what stays frozen of it is not in the adapter, but has this format
+    if (
+        model.config.bridge_init is not None
+    ):  # what stays frozen of it is not in the adapter, but has this format
         model.config.bridge_init["dtype"] = str(DTYPES[trainable.dtype]).removeprefix("torch.")
 
 

@@ -33,8 +33,12 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from .files import read_lora_config, read_tensors
 from .trainable import is_lora, kept_dtype
 
-BLOCK = 2**15  # entries compared at once: few enough for one core's cache, and for torch not to start threads for them
-FLOAT32 = torch.finfo(torch.float32).eps  # twice the largest relative error of one rounding, for two sides that round
+BLOCK = (
+    2**15
+)  # entries compared at once: few enough for one core's cache, and for torch not to start threads for them
+FLOAT32 = torch.finfo(
+    torch.float32
+).eps  # twice the largest relative error of one rounding, for two sides that round
 LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 
 
@@ -95,13 +99,17 @@ def verify_merge(
             with_lora += found if expected.update else []
             unknown -= found.keys()
     if unknown:
-        raise _wrong(adapter, f"{sorted(unknown)[0]} was written, which neither base nor adapter has", len(unknown))
+        raise _wrong(
+            adapter, f"{sorted(unknown)[0]} was written, which neither base nor adapter has", len(unknown)
+        )
     _refuse_errors(adapter, errors, with_lora, dtype)
     worst = max(with_lora, key=errors.__getitem__, default=None)
     return Verified(len(errors), len(with_lora), worst, errors.get(worst, 0.0))
 
 
-def _refuse_errors(adapter: Path, errors: Mapping[str, float], with_lora: list[str], dtype: torch.dtype) -> None:
+def _refuse_errors(
+    adapter: Path, errors: Mapping[str, float], with_lora: list[str], dtype: torch.dtype
+) -> None:
     bad = [name for name, error in errors.items() if not error <= 1]
     if not bad:
         return
@@ -119,10 +127,14 @@ def _wrong(adapter: Path, what: str, count: int) -> UserError:
     )
 
 
-def _expected(adapter: Path, base: FlamingoForConditionalGeneration, dtype: torch.dtype) -> Iterator[Expected]:
+def _expected(
+    adapter: Path, base: FlamingoForConditionalGeneration, dtype: torch.dtype
+) -> Iterator[Expected]:
     """Every tensor that the merged model must have. UserError for tensors of the adapter that have no place in it."""
     stored = read_tensors(adapter)
-    whole = {name.replace(".base_layer.", "."): tensor for name, tensor in stored.items() if not is_lora(name)}
+    whole = {
+        name.replace(".base_layer.", "."): tensor for name, tensor in stored.items() if not is_lora(name)
+    }
     updates = _updates(adapter, {name: tensor for name, tensor in stored.items() if is_lora(name)})
     closed = closed_names(base)
     for names, tensor, is_parameter, transposed in _tensors_of(base):
@@ -144,7 +156,9 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[list[str], Tensor, bool, boo
         prefix, conv1d = f"{path}." if path else "", is_conv1d(module)
         if is_quantized(module):
             plain = plain_linear(module, torch.float32, path)
-            yield from (([prefix + leaf], tensor.data, True, conv1d) for leaf, tensor in plain.named_parameters())
+            yield from (
+                ([prefix + leaf], tensor.data, True, conv1d) for leaf, tensor in plain.named_parameters()
+            )
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
             if names[id(parameter)][0] == prefix + leaf:
@@ -160,7 +174,9 @@ def _updates(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, Update]:
     for name, tensor in tensors.items():
         found = LORA_TENSOR.fullmatch(name)
         if found is None:
-            raise UserError(f"{adapter}: {name} is neither A nor B nor DoRA's magnitude; train without it to merge")
+            raise UserError(
+                f"{adapter}: {name} is neither A nor B nor DoRA's magnitude; train without it to merge"
+            )
         parts[found[1]][found[2]] = tensor
     scales = {name: _scale(config, name, len(part["A"])) for name, part in parts.items()}
     return {
@@ -178,7 +194,10 @@ def _scale(config: LoraConfig, name: str, rank: int) -> float:
 
 
 def _errors(
-    files: WeightFiles, stored: set[str], expected: Expected, converted: FlamingoForConditionalGeneration | None
+    files: WeightFiles,
+    stored: set[str],
+    expected: Expected,
+    converted: FlamingoForConditionalGeneration | None,
 ) -> dict[str, float]:
     """The largest error of a tensor by each name that it was written under, as a share of what is allowed.
 
@@ -191,7 +210,9 @@ def _errors(
     pieces = {} if converted is None else _pieces(converted, expected)
     if not pieces or not pieces.keys() <= stored:
         return {expected.names[0]: math.inf}
-    return {name: _largest(files[name], *piece, exact=expected.update is None) for name, piece in pieces.items()}
+    return {
+        name: _largest(files[name], *piece, exact=expected.update is None) for name, piece in pieces.items()
+    }
 
 
 def _pieces(model: FlamingoForConditionalGeneration, expected: Expected) -> dict[str, tuple[Tensor, Tensor]]:
@@ -215,7 +236,9 @@ def _error(written: Tensor, expected: Expected) -> float:
     written = written.T if expected.transposed else written
     rows = max(1, BLOCK // written.shape[1])
     blocks = (slice(start, start + rows) for start in range(0, len(written), rows))
-    return max(_largest(written[rows], *_values(expected, rows), exact=expected.update is None) for rows in blocks)
+    return max(
+        _largest(written[rows], *_values(expected, rows), exact=expected.update is None) for rows in blocks
+    )
 
 
 def _largest(written: Tensor, values: Tensor, allowed: Tensor, exact: bool) -> float:

@@ -30,14 +30,21 @@ class OpenAttention(nn.Module):
         self.train(closed.training)
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = False, attn_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """query (N, Q, D), key and value (N, K, D), the N second unless ``batch_first`` -> (N, Q, D) and no weights.
 
         attn_mask: (Q, K) or (N * H, Q, K), True where a query may not look, or what to add to its scores.
         """
         if need_weights:
-            raise UserError("attention weights were asked of a vision tower that computes none; ask for tokens only")
+            raise UserError(
+                "attention weights were asked of a vision tower that computes none; ask for tokens only"
+            )
         given = (query, key, value)
         projected = {id(x): self.in_proj(x if self.batch_first else x.transpose(0, 1)) for x in given}
         parts = (_heads(projected[id(x)].chunk(3, dim=-1)[i], self.heads) for i, x in enumerate(given))
@@ -84,7 +91,9 @@ class OpenCustomAttention(nn.Module):
     def close(self) -> CustomAttention:
         """The module that this was made of."""
         with torch.device("meta"):
-            closed = CustomAttention(self.in_proj.in_features, self.heads, scale_heads=self.head_scale is not None)
+            closed = CustomAttention(
+                self.in_proj.in_features, self.heads, scale_heads=self.head_scale is not None
+            )
         closed.in_proj_weight, closed.in_proj_bias = self.in_proj.weight, self.in_proj.bias
         closed.head_scale = self.head_scale
         for name in self.KEPT:
@@ -125,14 +134,22 @@ def close_attention(visual: nn.Module) -> None:
 
 def closed_names(module: nn.Module) -> dict[str, str]:
     """Return the names that `close_attention` changes: that of each parameter now, and the one that it gets back."""
-    opened = [name for name, part in module.named_modules() if isinstance(part, (OpenAttention, OpenCustomAttention))]
-    return {f"{name}.in_proj.{leaf}": f"{name}.in_proj_{leaf}" for name in opened for leaf in ("weight", "bias")}
+    opened = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, (OpenAttention, OpenCustomAttention))
+    ]
+    return {
+        f"{name}.in_proj.{leaf}": f"{name}.in_proj_{leaf}" for name in opened for leaf in ("weight", "bias")
+    }
 
 
 def is_open(visual: nn.Module) -> bool:
     """Whether some attention of ``visual`` is as `open_attention` leaves it."""
     opened = (OpenAttention, OpenCustomAttention)
-    return any(isinstance(part, opened) or getattr(part, "qkv_bias_separate", False) for part in visual.modules())
+    return any(
+        isinstance(part, opened) or getattr(part, "qkv_bias_separate", False) for part in visual.modules()
+    )
 
 
 def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
@@ -181,4 +198,6 @@ def _refuse_changed(name: str, module: nn.Module) -> None:
         found = type(getattr(module, part))
         if found is not nn.Linear:
             remedy = "merge the adapter and dequantize first"
-            raise UserError(f"{name}.{part} is a {found.__module__}.{found.__name__}, no plain linear layer; {remedy}")
+            raise UserError(
+                f"{name}.{part} is a {found.__module__}.{found.__name__}, no plain linear layer; {remedy}"
+            )

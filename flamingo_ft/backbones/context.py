@@ -5,7 +5,10 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 ENDLESS = 2**31  # the context of a language model that has none
-CONTEXT = ("max_position_embeddings", "max_seq_len")  # what configurations call its length; MPT and DBRX the second
+CONTEXT = (
+    "max_position_embeddings",
+    "max_seq_len",
+)  # what configurations call its length; MPT and DBRX the second
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -7,4 +7,8 @@ import torch
 
 def default_device() -> torch.device:
     """The GPU where there is one: of several processes, each has its own as the current one."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

@@ -53,8 +53,15 @@ NOT_NEEDED = ["*/*", "consolidated*"]
 
 # What transformers, torch and safetensors raise for files that are missing, broken or of another kind.
 UNLOADABLE = (
-    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError,
-    pickle.UnpicklingError, SafetensorError, StrictDataclassError,
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    ImportError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    StrictDataclassError,
 )
 
 register_mosaic_gpt()
@@ -112,7 +119,9 @@ def load_language(
     _refuse_twice_quantized(config, name, quantization)
     code = {"trust_remote_code": trust_remote_code}
     placed = _placed(dtype, quantization, device)
-    model, report = _load(AutoModelForCausalLM, folder, name, config=config, output_loading_info=True, **placed, **code)
+    model, report = _load(
+        AutoModelForCausalLM, folder, name, config=config, output_loading_info=True, **placed, **code
+    )
     _refuse_encoder(model.config, name)
     _refuse_missing(report["missing_keys"], name)
     settle(model)
@@ -132,11 +141,16 @@ def load_language(
 
 
 def _placed(
-    dtype: torch.dtype | Literal["auto"] | None, quantization: Quantization | None, device: torch.device | str | None
+    dtype: torch.dtype | Literal["auto"] | None,
+    quantization: Quantization | None,
+    device: torch.device | str | None,
 ) -> dict[str, Any]:
     """What `from_pretrained` is told of format, dtype and device. It streams: a shard at a time is in memory."""
     if quantization is not None:
-        placed = {"quantization_config": quantization.bnb_config(), "device_map": {"": device or default_device()}}
+        placed = {
+            "quantization_config": quantization.bnb_config(),
+            "device_map": {"": device or default_device()},
+        }
         return {"dtype": dtype or quantization.dtype, **placed}
     placed = {} if device is None else {"device_map": {"": device}}
     return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **placed}
@@ -179,7 +193,9 @@ def language_folder(
     asked = f"language model {name}" + (f" (revision {revision})" if revision else "")
     formats = ["*.safetensors", "*.bin"] if weights else ["*.json"]
     for form in formats:
-        folder = download(asked, name, revision, [*SMALL_FILES, form], NOT_NEEDED, local_files_only=local_files_only)
+        folder = download(
+            asked, name, revision, [*SMALL_FILES, form], NOT_NEEDED, local_files_only=local_files_only
+        )
         if any(folder.glob(form)):
             break
     return folder

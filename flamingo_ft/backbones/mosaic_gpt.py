@@ -114,7 +114,9 @@ class MosaicGptAttention(nn.Module):
         )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_index)
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + position_bias[..., -key.shape[-2] :]
+        scores = (
+            query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + position_bias[..., -key.shape[-2] :]
+        )
         # In float32 at least, as the bias is. Padding sees nothing: finite numbers keep its softmax from being none.
         scores = scores.masked_fill(attention_mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).to(value.dtype)
@@ -178,7 +180,11 @@ class MosaicGptModel(MosaicGptPreTrainedModel, MptModel):
         return self.ln_f
 
     def build_mpt_alibi_tensor(
-        self, num_heads: int, sequence_length: int, alibi_bias_max: int = 8, device: torch.device | None = None
+        self,
+        num_heads: int,
+        sequence_length: int,
+        alibi_bias_max: int = 8,
+        device: torch.device | None = None,
     ) -> Tensor:
         """ALiBi (arXiv:2108.12409), (H, 1, sequence_length) float32: what a key's place adds to its scores. Slopes
         fall geometrically, whatever the number of heads."""

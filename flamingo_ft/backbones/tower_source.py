@@ -111,7 +111,9 @@ def _locate_architecture(name: str, pretrained: str | None, revision: str | None
         repository, file = os.path.split(tag["hf_hub"])
         weights = _download(repository, file or None, revision)
         model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
-        return Located(name, _tower_config(model_cfg), str(weights), True, tag, commit_of(weights), repository)
+        return Located(
+            name, _tower_config(model_cfg), str(weights), True, tag, commit_of(weights), repository
+        )
     _refuse_unknown_tag(name, pretrained)
     return Located(name, _tower_config(model_cfg), str(local_weights(pretrained)))
 
@@ -136,7 +138,9 @@ def _refuse_unknown_tag(name: str, pretrained: str) -> None:
 def _locate_on_hub(repository: str, revision: str | None) -> Located:
     config_file = _download(repository, CONFIG_FILE, revision)
     _download(repository, None, commit_of(config_file))
-    return replace(_locate_folder(config_file.parent, commit_of(config_file)), repository=repository, folder=None)
+    return replace(
+        _locate_folder(config_file.parent, commit_of(config_file)), repository=repository, folder=None
+    )
 
 
 def _locate_folder(folder: Path, revision: str | None = None, name: str | None = None) -> Located:

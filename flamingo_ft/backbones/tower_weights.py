@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from torch.utils.serialization import config as torch_files
 
 PREFIX = "visual."
-NUMPY_SUFFIXES = (".npz", ".npy")  # big_vision's: OpenCLIP writes these into the tower's own tensors one by one
+NUMPY_SUFFIXES = (
+    ".npz",
+    ".npy",
+)  # big_vision's: OpenCLIP writes these into the tower's own tensors one by one
 
 
 class StoredTensors(Mapping[str, Tensor]):
@@ -66,7 +69,9 @@ def let_go_of_file(visual: nn.Module) -> None:
 def _converted(file: Path, visual: nn.Module) -> dict[str, Tensor]:
     """The tower's tensors in ``file``, after the steps of `open_clip.load_checkpoint` that concern the tower."""
     model = SimpleNamespace(visual=visual)
-    with torch_files.patch({"load.mmap": zipfile.is_zipfile(file)}):  # torch cannot map files of its older format
+    with torch_files.patch(
+        {"load.mmap": zipfile.is_zipfile(file)}
+    ):  # torch cannot map files of its older format
         tensors = convert_state_dict(model, load_state_dict(str(file)))
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
     resize_pos_embed(tensors, model)

@@ -34,7 +34,9 @@ class WeightFiles:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._files:
-            raise UserError(f"{self.folder}: found no tensor {name}; its weights are kept under other names there")
+            raise UserError(
+                f"{self.folder}: found no tensor {name}; its weights are kept under other names there"
+            )
         return self._files[name].get_tensor(name)
 
     def names(self) -> list[str]:

@@ -23,14 +23,22 @@ _ROUNDS = 6  # a section put in for a missing one lacks keys of its own, down to
 
 def cross_field_errors(error: ValidationError) -> list[tuple[Location, str]]:
     """Location and reason of every cross-field error that validation found."""
-    found = (problem["ctx"]["found"] for problem in error.errors(include_url=False) if problem["type"] == CONTRADICTION)
+    found = (
+        problem["ctx"]["found"]
+        for problem in error.errors(include_url=False)
+        if problem["type"] == CONTRADICTION
+    )
     return next(found, [])
 
 
 def single_errors(error: ValidationError) -> list[dict[str, Any]]:
     """pydantic's errors of single values. A list is not too short where its entries have errors of their own."""
     found = error.errors(include_url=False)
-    return [one for one in found if one["type"] != CONTRADICTION and not (one["type"] == "too_short" and one["input"])]
+    return [
+        one
+        for one in found
+        if one["type"] != CONTRADICTION and not (one["type"] == "too_short" and one["input"])
+    ]
 
 
 def cross_field_errors_beside(
@@ -45,7 +53,11 @@ def cross_field_errors_beside(
             schema.model_validate(values)
         except ValidationError as error:
             if found := cross_field_errors(error):
-                return [(where, why) for where, why in found if not any(_concerns(where, why, one) for one in wrong)]
+                return [
+                    (where, why)
+                    for where, why in found
+                    if not any(_concerns(where, why, one) for one in wrong)
+                ]
             for problem in single_errors(error):
                 _repair(schema, values, problem["loc"], problem["type"] == "missing")
         else:
@@ -56,7 +68,10 @@ def cross_field_errors_beside(
 def _concerns(location: Location, reason: str, wrong: Location) -> bool:
     """Whether a cross-field error may come from a value that was replaced: one around or inside it, or named by it."""
     depth = min(len(location), len(wrong))
-    return location[:depth] == wrong[:depth] or re.search(rf"\b{re.escape(str(wrong[-1]))}\b", reason) is not None
+    return (
+        location[:depth] == wrong[:depth]
+        or re.search(rf"\b{re.escape(str(wrong[-1]))}\b", reason) is not None
+    )
 
 
 def _repair(schema: type[BaseModel], values: Any, location: Location, is_missing: bool) -> None:

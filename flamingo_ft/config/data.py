@@ -139,13 +139,25 @@ def contradictions_of_data(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ..
         for index, source in enumerate(sources):
             yield from _contradictions_of_source(("data", split, index), source)
     if data.cache and data.augmentation:
-        yield ("data", "cache"), "tokens of an image that changes each time cannot be kept; drop the cache or augmentation"
+        yield (
+            ("data", "cache"),
+            "tokens of an image that changes each time cannot be kept; drop the cache or augmentation",
+        )
     if data.cache and recipe.lora.vision:
-        yield ("data", "cache"), "lora.vision changes the tower, so its tokens cannot be kept; set one of them to null"
+        yield (
+            ("data", "cache"),
+            "lora.vision changes the tower, so its tokens cannot be kept; set one of them to null",
+        )
     if data.packing and data.max_text_tokens is None:
-        yield ("data", "packing"), "a row has to be of some length; set data.max_text_tokens, or packing to false"
+        yield (
+            ("data", "packing"),
+            "a row has to be of some length; set data.max_text_tokens, or packing to false",
+        )
     if data.packing and data.group_by_length:
-        yield ("data", "group_by_length"), "packed rows are all of one length; set it or data.packing to false"
+        yield (
+            ("data", "group_by_length"),
+            "packed rows are all of one length; set it or data.packing to false",
+        )
     if data.eval_fraction and any(source.streaming for source in data.train):
         reason = "a share of a stream cannot be held out; name data.eval, or set streaming to false"
         yield ("data", "eval_fraction"), reason

@@ -52,13 +52,17 @@ def recipe_keys(prefix: str | None = None) -> list[RecipeKey]:
     requested = ".".join("0" if step.isdecimal() else step for step in prefix.strip(".").split("."))
     found = [key for key in keys if f"{key.name}.".startswith(f"{requested}.")]
     if not found:
-        raise UserError(f"recipes keys: no key {prefix}; {_suggestion(requested, [key.name for key in keys])}")
+        raise UserError(
+            f"recipes keys: no key {prefix}; {_suggestion(requested, [key.name for key in keys])}"
+        )
     return found
 
 
 def _suggestion(requested: str, names: list[str]) -> str:
     last = next((step for step in reversed(requested.split(".")) if not step.isdecimal()), requested)
-    near = [name for name in names if name.rpartition(".")[2] == last] or [name for name in names if last in name]
+    near = [name for name in names if name.rpartition(".")[2] == last] or [
+        name for name in names if last in name
+    ]
     near = near or difflib.get_close_matches(requested, names, n=3)
     ends = {name.rpartition(".")[2]: name for name in names}
     near = near or [ends[end] for end in difflib.get_close_matches(last, ends, n=3)]
@@ -71,7 +75,11 @@ def _keys(section: Mapping[str, Any], definitions: Mapping[str, Any], parent: st
     for name, declared in section["properties"].items():
         here, inner = f"{parent}{name}", _section(declared, definitions)
         is_list = declared.get("type") == "array"
-        default = None if name in section.get("required", ()) else _yaml(declared.get("default"), is_list or not inner)
+        default = (
+            None
+            if name in section.get("required", ())
+            else _yaml(declared.get("default"), is_list or not inner)
+        )
         description = declared.get("description") or (inner or {}).get("description", "")
         yield RecipeKey(here, _type(declared, definitions), default, description, inner is not None)
         if inner:

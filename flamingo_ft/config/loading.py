@@ -62,7 +62,9 @@ def load_recipe(
     lost = list(_missing_paths(values, given, sources, {kind for need in require for kind in NEEDS[need]}))
     if lost:
         raise _user_error(sources, lost)
-    for location, warning in warned if path.name != RECIPE_FILE else ():  # a run's own has what its recipe had
+    for location, warning in (
+        warned if path.name != RECIPE_FILE else ()
+    ):  # a run's own has what its recipe had
         warnings.warn(f"{sources.line_and_name(location)[1]}: {dotted(location)}: {warning}", stacklevel=2)
     return recipe
 
@@ -131,12 +133,20 @@ def _missing_paths(
         if kind not in kinds or not path.is_absolute() or there:
             continue
         name = value_at(given, location)
-        on_hub = {PathKind.LANGUAGE: f"{name} with revision main", PathKind.TOWER: f"{ON_HUB}{name}"}.get(kind)
-        start = "the recipe's folder" if sources.start(location, kind) == sources.folder else "the current directory"
+        on_hub = {PathKind.LANGUAGE: f"{name} with revision main", PathKind.TOWER: f"{ON_HUB}{name}"}.get(
+            kind
+        )
+        start = (
+            "the recipe's folder"
+            if sources.start(location, kind) == sources.folder
+            else "the current directory"
+        )
         problem = missing(path, name=name, on_hub=on_hub, remedy=f"relative paths here start from {start}")
         yield location, f"{dotted(location)}: {problem}"
 
 
 def is_there(path: Path) -> bool:
     """Whether there is such a file or folder, or one that fits where the name is a pattern."""
-    return os.path.exists(path) or (any(mark in path.name for mark in "*?[") and any(path.parent.glob(path.name)))
+    return os.path.exists(path) or (
+        any(mark in path.name for mark in "*?[") and any(path.parent.glob(path.name))
+    )

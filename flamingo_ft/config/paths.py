@@ -46,7 +46,9 @@ def path_locations(
 
 def kind_of(field: FieldInfo) -> PathKind | None:
     """What the path of a key is for; None for a key that is no path."""
-    return next((one for one in _metadata(field.annotation, field.metadata) if isinstance(one, PathKind)), None)
+    return next(
+        (one for one in _metadata(field.annotation, field.metadata) if isinstance(one, PathKind)), None
+    )
 
 
 def _metadata(annotation: Any, known: Sequence[Any] = ()) -> Iterator[Any]:
@@ -74,7 +76,9 @@ def put_at(values: Any, location: Location, value: Any) -> None:
     value_at(values, location[:-1])[location[-1]] = value
 
 
-def resolve_paths(values: Any, start_of: Callable[[Location, PathKind], Path]) -> Iterator[tuple[Location, str]]:
+def resolve_paths(
+    values: Any, start_of: Callable[[Location, PathKind], Path]
+) -> Iterator[tuple[Location, str]]:
     """Make the paths among a recipe's plain values absolute, in place; what a run writes only loses its `~`.
 
     start_of: the folder that a relative path at a location starts from. Yields location and text of each warning.
@@ -99,13 +103,18 @@ def _model_path(
     """The path that the name of a model stands for, None for a name elsewhere; and a warning where earlier versions took
     another path, or only they would have found it."""
     here, plain = Path.cwd(), os.path.expanduser(text.removeprefix(LOCAL_DIR))
-    always = kind is not PathKind.START and plain.startswith(("./", "../"))  # that started from the recipe's folder
+    always = kind is not PathKind.START and plain.startswith(
+        ("./", "../")
+    )  # that started from the recipe's folder
     path, earlier = _as_path(kind, text, section, (start,) if always else (start, here)), here / plain
     if path is None or os.path.isabs(plain) or not earlier.exists() or start.samefile(here):
         return path, None
     rule = "relative paths in a recipe start from the recipe's folder"
     if path == earlier:
-        return path, f"{text} is not in {start}; using {earlier}, from the current directory, as earlier versions did: {rule}"
+        return (
+            path,
+            f"{text} is not in {start}; using {earlier}, from the current directory, as earlier versions did: {rule}",
+        )
     if kind is PathKind.START and not path.samefile(earlier):
         return path, f"using {path}; earlier versions used {earlier}: {rule}"
     return path, None

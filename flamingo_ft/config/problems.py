@@ -35,7 +35,9 @@ def dotted(location: Location) -> str:
     return " ".join(".".join(map(str, location)).split())
 
 
-def problems(schema: type[BaseModel], error: ValidationError, values: Any = None) -> list[tuple[Location, str]]:
+def problems(
+    schema: type[BaseModel], error: ValidationError, values: Any = None
+) -> list[tuple[Location, str]]:
     """Location and message of every problem; a misspelt required key is reported once, not also as missing.
 
     values: the plain values, to report those that contradict each other beside the ones that are wrong by themselves.

@@ -216,10 +216,14 @@ class Recipe(Section):
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Location and message of each cross-field validation error."""
-    trained = [part for part in ("perceiver", "cross_attention", "new_tokens") if getattr(recipe.trainable, part)]
+    trained = [
+        part for part in ("perceiver", "cross_attention", "new_tokens") if getattr(recipe.trainable, part)
+    ]
     for part in recipe.lora.parts:
         if part in trained:
-            reason = f"trainable.{part} is true too; a part trains whole or through LoRA: set one to false or null"
+            reason = (
+                f"trainable.{part} is true too; a part trains whole or through LoRA: set one to false or null"
+            )
             yield ("lora", part), reason
     if not (trained or recipe.lora.parts):
         yield ("trainable",), "nothing would train; set one part to true, or give one LoRA"
@@ -227,6 +231,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]
         reason = "a fresh bridge has nothing worth freezing; use none, or name a model.init_from"
         yield ("model", "bridge_quantization"), reason
     elif recipe.model.bridge_quantization != "none" and {"perceiver", "cross_attention"} <= set(trained):
-        yield ("model", "bridge_quantization"), "all of the bridge trains, and what trains cannot be quantized; use none"
+        yield (
+            ("model", "bridge_quantization"),
+            "all of the bridge trains, and what trains cannot be quantized; use none",
+        )
     yield from contradictions_of_data(recipe)
     yield from contradictions_of_training(recipe)

@@ -36,7 +36,9 @@ Names = Annotated[
     LAX,
     Field(min_length=1),
     BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    ),
 ]
 
 

@@ -57,7 +57,9 @@ class DpoSection(Section):
 class TrainSection(Section):
     """Training: method, length, optimization, checkpoints and logging. Set either max_steps or epochs."""
 
-    model_config = ConfigDict(json_schema_extra={"anyOf": [{"required": ["max_steps"]}, {"required": ["epochs"]}]})
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["max_steps"]}, {"required": ["epochs"]}]}
+    )
 
     output_dir: FilePath
     """Folder for everything the run writes, relative to the current directory. Must be new or empty, unless the run is
@@ -182,19 +184,28 @@ def contradictions_of_training(recipe: Recipe) -> Iterator[tuple[tuple[str | int
         reason = "a step inside the backward pass cannot be left out afterwards; use stop, or no optimizer_in_backward"
         yield ("train", "non_finite"), reason
     if train.precision == "fp16" and recipe.trainable.dtype == "bf16":
-        yield ("trainable", "dtype"), "fp16 training wants weights in fp32 beside it; use fp32, or train.precision bf16"
+        yield (
+            ("trainable", "dtype"),
+            "fp16 training wants weights in fp32 beside it; use fp32, or train.precision bf16",
+        )
     for key, set_to in (("keep", judged.keep == "best"), ("patience", judged.patience is not None)):
         if set_to and judged.steps is None:
             yield ("eval", key), "wants evaluations during training; set eval.steps"
     if judged.steps and not (recipe.data.eval or recipe.data.eval_fraction):
-        yield ("eval", "steps"), "there is nothing to evaluate on; name data.eval or data.eval_fraction, or set it to null"
+        yield (
+            ("eval", "steps"),
+            "there is nothing to evaluate on; name data.eval or data.eval_fraction, or set it to null",
+        )
     if judged.metric == "accuracy" and not judged.answers and judged.steps:
         yield ("eval", "metric"), "accuracy comes from answers; set eval.answers to true, or use loss"
     yield from _settings_of_what_stays_frozen(recipe)
     yield from _contradictions_of_dpo(recipe)
     yield from _contradictions_of_fsdp(recipe)
     if train.dpo != DpoSection() and train.method != "dpo":
-        yield ("train", "dpo"), f"found train.method {train.method}, which has no use for it; use dpo, or remove it"
+        yield (
+            ("train", "dpo"),
+            f"found train.method {train.method}, which has no use for it; use dpo, or remove it",
+        )
 
 
 def _contradictions_of_length(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -203,7 +214,10 @@ def _contradictions_of_length(recipe: Recipe) -> Iterator[tuple[tuple[str | int,
     if train.max_steps is None and train.epochs is None:
         yield ("train", "max_steps"), "missing; add it, or train.epochs in its place"
     if train.max_steps is not None and train.epochs is not None:
-        yield ("train", "epochs"), f"got {train.epochs:g} beside max_steps {train.max_steps}; remove one of them"
+        yield (
+            ("train", "epochs"),
+            f"got {train.epochs:g} beside max_steps {train.max_steps}; remove one of them",
+        )
     if train.epochs is not None and any(source.streaming for source in recipe.data.train):
         reason = "a streamed source has no known length; use train.max_steps, or set streaming to false"
         yield ("train", "epochs"), reason
@@ -233,13 +247,28 @@ def _contradictions_of_fsdp(recipe: Recipe) -> Iterator[tuple[tuple[str | int, .
     if not train.fsdp:
         return
     if train.method == "dpo":
-        yield ("train", "fsdp"), "dpo's reference shares the weights that would be sharded; use sft, or set it to false"
+        yield (
+            ("train", "fsdp"),
+            "dpo's reference shares the weights that would be sharded; use sft, or set it to false",
+        )
     if train.optimizer != "adamw" or train.optimizer_in_backward:
-        yield ("train", "optimizer"), "sharded weights take adamw alone, after the backward pass; use it, or no train.fsdp"
+        yield (
+            ("train", "optimizer"),
+            "sharded weights take adamw alone, after the backward pass; use it, or no train.fsdp",
+        )
     if recipe.data.cache:
-        yield ("data", "cache"), "its tower runs outside the sharded model; set it to null, or train.fsdp to false"
-    if "int8" in (model.vision.quantization, model.language.quantization) or model.bridge_quantization != "none":
-        yield ("train", "fsdp"), "8-bit matrices and a quantized bridge cannot be sharded; use nf4 or none, or set it to false"
+        yield (
+            ("data", "cache"),
+            "its tower runs outside the sharded model; set it to null, or train.fsdp to false",
+        )
+    if (
+        "int8" in (model.vision.quantization, model.language.quantization)
+        or model.bridge_quantization != "none"
+    ):
+        yield (
+            ("train", "fsdp"),
+            "8-bit matrices and a quantized bridge cannot be sharded; use nf4 or none, or set it to false",
+        )
 
 
 def _contradictions_of_dpo(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:

@@ -60,7 +60,9 @@ def import_checkpoint(
     checkpoint = read_checkpoint(path)
     bridge = checkpoint if start is None else read_checkpoint(fetch_model(start))
     if not bridge.bridge:
-        raise UserError(f"{source}: {checkpoint.format} checkpoint of LoRA alone; name the one that it builds on with --start")
+        raise UserError(
+            f"{source}: {checkpoint.format} checkpoint of LoRA alone; name the one that it builds on with --start"
+        )
     shape = geometry(bridge.bridge, bridge.where)
     known = backbones_for(str(source), bridge, shape, wanted)
     model, processor, lines = _build(checkpoint, bridge.visibility, shape, known)
@@ -74,7 +76,12 @@ def import_checkpoint(
     model.config.converted_from = checkpoint.format
     replace_tensors(model, {name: checkpoint.tensors()[name] for name in changed})
     if checkpoint.lora:
-        add_updates(model, checkpoint.lora, checkpoint.lora_alpha if lora_alpha is None else lora_alpha, checkpoint.where)
+        add_updates(
+            model,
+            checkpoint.lora,
+            checkpoint.lora_alpha if lora_alpha is None else lora_alpha,
+            checkpoint.where,
+        )
     is_whole = to == "model" or bool(changed)
     with folder_in_place(out) as folder:
         if is_whole:
@@ -83,8 +90,14 @@ def import_checkpoint(
             save_adapter(model, processor, folder)
     formats = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}
     if is_whole and len(formats) > 1:
-        lines.append(f"its weights are in {' and '.join(sorted(formats))}, and are loaded in the widest unless dtype says another")
-    lines += [f"{len(changed)} tensors of the backbones are the checkpoint's own ({some(changed)})"] if changed else []
+        lines.append(
+            f"its weights are in {' and '.join(sorted(formats))}, and are loaded in the widest unless dtype says another"
+        )
+    lines += (
+        [f"{len(changed)} tensors of the backbones are the checkpoint's own ({some(changed)})"]
+        if changed
+        else []
+    )
     return Conversion(_called(checkpoint), "model" if is_whole else "adapter", out, about(checkpoint) + lines)
 
 
@@ -96,7 +109,10 @@ def _build(
     checkpoint: Checkpoint, visibility: str, shape: Geometry, known: Backbones
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor, list[str]]:
     """The backbones, unquantized and on the CPU, with a bridge of the checkpoint's shape; and what to tell of it."""
-    vision, language = load_vision(known.vision, known.pretrained), load_language(known.language, dtype="auto")
+    vision, language = (
+        load_vision(known.vision, known.pretrained),
+        load_language(known.language, dtype="auto"),
+    )
     _check_backbones(checkpoint, shape, known, vision, language)
     extra, lines = _extra_tokens(checkpoint, language)
     model, processor = build_flamingo(
@@ -113,7 +129,11 @@ def _build(
 
 
 def _check_backbones(
-    checkpoint: Checkpoint, shape: Geometry, known: Backbones, vision: VisionBackbone, language: LanguageBackbone
+    checkpoint: Checkpoint,
+    shape: Geometry,
+    known: Backbones,
+    vision: VisionBackbone,
+    language: LanguageBackbone,
 ) -> None:
     """Refuse backbones whose widths or activation are not those of the checkpoint."""
     where, width = checkpoint.where, hidden_size(language.model.config)
@@ -129,7 +149,9 @@ def _check_backbones(
         )
     activation = (checkpoint.config.get("vision_config") or {}).get("hidden_act")
     if activation is not None and ("quick" in activation) != vision.config["quick_gelu"]:
-        raise UserError(f"{where}: its tower computes with {activation}, {known.vision} with another; name it with --vision")
+        raise UserError(
+            f"{where}: its tower computes with {activation}, {known.vision} with another; name it with --vision"
+        )
 
 
 def _extra_tokens(checkpoint: Checkpoint, language: LanguageBackbone) -> tuple[tuple[str, ...], list[str]]:
@@ -148,7 +170,9 @@ def _extra_tokens(checkpoint: Checkpoint, language: LanguageBackbone) -> tuple[t
     return (ANSWER_TOKEN,), [f"{ANSWER_TOKEN} is taken to be among its tokens, as with all of Otter"]
 
 
-def _fill(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, start: str | Path | None) -> list[str]:
+def _fill(
+    model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, start: str | Path | None
+) -> list[str]:
     """Put the bridge in place, in the number formats it is kept in; what it builds on first. Returns what to tell."""
     check_belongs(model, checkpoint)
     if start is not None:
@@ -161,13 +185,21 @@ def _fill(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, start
     without = take_rows(model, checkpoint.language, checkpoint.where)
     if start is not None:
         return [f"it builds on {start}"]
-    return [f"rows of the new tokens are not in the file for {some(without)}: they are the language model's"] if without else []
+    return (
+        [f"rows of the new tokens are not in the file for {some(without)}: they are the language model's"]
+        if without
+        else []
+    )
 
 
 def _parts(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint) -> list[str]:
     """The parts of the bridge that a checkpoint on top of another holds whole."""
     prefixes = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers."}
-    parts = [part for part, prefix in prefixes.items() if any(name.startswith(prefix) for name in checkpoint.bridge)]
+    parts = [
+        part
+        for part, prefix in prefixes.items()
+        if any(name.startswith(prefix) for name in checkpoint.bridge)
+    ]
     return parts + ["new_tokens"] * bool(vocabulary_names(model).keys() & checkpoint.language.keys())
 
 
@@ -177,7 +209,11 @@ def _check_whole(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint
     wanted = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
     lacking, unknown = sorted(wanted - checkpoint.bridge.keys()), sorted(checkpoint.bridge.keys() - wanted)
     if unknown or (lacking and not has_start):
-        what = f"lacks {len(lacking)} weights of the bridge ({some(lacking)})" if lacking else f"has unknown {some(unknown)}"
+        what = (
+            f"lacks {len(lacking)} weights of the bridge ({some(lacking)})"
+            if lacking
+            else f"has unknown {some(unknown)}"
+        )
         raise UserError(f"{checkpoint.where}: {what}; give the whole checkpoint")
 
 
@@ -189,14 +225,20 @@ def _changed(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint) ->
     own, changed = model.state_dict(), []
     tower = {name for name in own if name.startswith(clip.HERE)} - {clip.HERE + clip.NOT_USED}
     if checkpoint.vision and (lacking := sorted(tower - checkpoint.vision.keys())):
-        raise UserError(f"{checkpoint.where}: its tower lacks {len(lacking)} tensors ({some(lacking)}); give the whole checkpoint")
+        raise UserError(
+            f"{checkpoint.where}: its tower lacks {len(lacking)} tensors ({some(lacking)}); give the whole checkpoint"
+        )
     for name, tensor in (checkpoint.language | checkpoint.vision).items():
         target = own.get(name)
         if target is None and MADE_ANEW.fullmatch(name):
             checkpoint.left_out[name] = "today's language model makes itself"
         elif target is None or not _has_room(model, name, target, tensor):
-            found = f"{name} {tuple(tensor.shape)}" + ("" if target is None else f", wanted {tuple(target.shape)}")
-            raise UserError(f"{checkpoint.where}: no place for {found}; name the backbones that it was trained with")
+            found = f"{name} {tuple(tensor.shape)}" + (
+                "" if target is None else f", wanted {tuple(target.shape)}"
+            )
+            raise UserError(
+                f"{checkpoint.where}: no place for {found}; name the backbones that it was trained with"
+            )
         elif not _is_same(model, name, target, tensor):
             changed.append(name)
     return changed

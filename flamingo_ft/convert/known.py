@@ -27,9 +27,15 @@ def backbones_for(source: str, checkpoint: Checkpoint, shape: Geometry, wanted: 
     """
     named, theirs = released(source), checkpoint.format in (OPEN_FLAMINGO, OPEN_FLAMINGO_1)
     if wanted.pretrained is not None and wanted.vision is None:
-        raise UserError(f"found --pretrained {wanted.pretrained} without --vision; name the tower that it is a tag of")
+        raise UserError(
+            f"found --pretrained {wanted.pretrained} without --vision; name the tower that it is a tag of"
+        )
     if wanted.language is None:
-        alike = [named] if named else [model for model in MODELS if theirs and _has_shape(model, checkpoint, shape)]
+        alike = (
+            [named]
+            if named
+            else [model for model in MODELS if theirs and _has_shape(model, checkpoint, shape)]
+        )
         wanted = Backbones(_the_only(source, alike, checkpoint), wanted.vision, wanted.pretrained)
     if wanted.vision is not None:
         return wanted
@@ -42,7 +48,9 @@ def _the_only(source: str, alike: list[Released], checkpoint: Checkpoint) -> str
         return alike[0].languages[0]
     names = [told] if told else [model.languages[0] for model in alike]
     hint = f"; it may be {' or '.join(names)}" if names else ""
-    raise UserError(f"{source}: the checkpoint does not tell its language model for certain{hint}: name it with --language")
+    raise UserError(
+        f"{source}: the checkpoint does not tell its language model for certain{hint}: name it with --language"
+    )
 
 
 def _has_shape(model: Released, checkpoint: Checkpoint, shape: Geometry) -> bool:

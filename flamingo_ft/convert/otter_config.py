@@ -9,7 +9,11 @@ from flamingo_ft.formats.otter import ANSWER_TOKEN
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 WIDTH = 1024  # of the tower's tokens, a constant of Otter's code
-OPENED = {"llama": "LlamaForCausalLM", "mpt": "MPTForCausalLM", "mosaic_gpt": "MosaicGPT"}  # and its names of the classes
+OPENED = {
+    "llama": "LlamaForCausalLM",
+    "mpt": "MPTForCausalLM",
+    "mosaic_gpt": "MosaicGPT",
+}  # and its names of the classes
 _PLAIN_VIT = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_ratio"}
 
 
@@ -34,9 +38,13 @@ def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dic
 
 def _clip_config(tower: dict[str, Any], source: object) -> dict[str, Any]:
     vision = tower["vision_cfg"]
-    other = sorted(key for key, value in vision.items() if key not in _PLAIN_VIT and value not in (None, False))
+    other = sorted(
+        key for key, value in vision.items() if key not in _PLAIN_VIT and value not in (None, False)
+    )
     if other or not isinstance(vision.get("layers"), int):
-        raise UserError(f"{source}: Otter takes a plain CLIP ViT, this tower has {other or vision['layers']}; it cannot be converted")
+        raise UserError(
+            f"{source}: Otter takes a plain CLIP ViT, this tower has {other or vision['layers']}; it cannot be converted"
+        )
     width, ratio = vision["width"], vision.get("mlp_ratio", 4.0)
     return {
         "model_type": "clip_vision_model",
@@ -58,7 +66,11 @@ def otter_notes(model: FlamingoForConditionalGeneration, processor: FlamingoProc
     if kind not in OPENED:
         notes.append(f"Otter's own code opens {', '.join(OPENED)} language models alone, not {kind}")
     if model.config.vision_width != WIDTH:
-        notes.append(f"Otter's own code takes towers of width {WIDTH} alone, this one has {model.config.vision_width}")
+        notes.append(
+            f"Otter's own code takes towers of width {WIDTH} alone, this one has {model.config.vision_width}"
+        )
     if ANSWER_TOKEN not in processor.tokenizer.get_vocab():
-        notes.append(f"its tokenizer has no {ANSWER_TOKEN}, which Otter adds behind <image>: use the tokenizer of the folder")
+        notes.append(
+            f"its tokenizer has no {ANSWER_TOKEN}, which Otter adds behind <image>: use the tokenizer of the folder"
+        )
     return notes

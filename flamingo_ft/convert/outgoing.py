@@ -49,7 +49,9 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def export_open_flamingo(source: str | Path, out: str | Path, *, start: str | Path | None = None) -> Conversion:
+def export_open_flamingo(
+    source: str | Path, out: str | Path, *, start: str | Path | None = None
+) -> Conversion:
     """Write a checkpoint that open-flamingo loads with ``load_state_dict(..., strict=False)``, to the file ``out``.
 
     It holds bridge and vocabulary, and of the backbones what an update was folded into; of a whole model all. A model that
@@ -81,7 +83,9 @@ def export_otter(source: str | Path, out: str | Path, *, start: str | Path | Non
     tensors = _bridge(loaded) | _language(loaded, None, whole=True) | clip.from_open_clip(tower)
     tensors = {otter.to_otter(name): tensor.contiguous() for name, tensor in tensors.items()}
     with folder_in_place(out) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         _write_shards(tensors, folder)
         loaded.processor.tokenizer.save_pretrained(folder)
     lines = [f"{len(tensors)} tensors", *loaded.notes, *otter_notes(loaded.model, loaded.processor)]
@@ -93,7 +97,9 @@ def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another place")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{source}: no adapter and no model of this package; give the folder that a run or a merge wrote")
+        raise UserError(
+            f"{source}: no adapter and no model of this package; give the folder that a run or a merge wrote"
+        )
     config = read_flamingo_config(folder)
     processor = read_processor(folder)
     if not (folder / WEIGHTS).is_file():
@@ -102,11 +108,19 @@ def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
             raise UserError(f"{source}: was written quantized; convert the adapter, or an unquantized merge")
         return Loaded(model.eval(), processor, "model", (), True, ())
     read_config(folder)
-    kept = sorted({record["format"] for part in config.backbones.values() if (record := part.get("quantization"))})
-    notes = [f"it was trained on backbones in {' and '.join(kept)}; this is of the unquantized ones"] if kept else []
+    kept = sorted(
+        {record["format"] for part in config.backbones.values() if (record := part.get("quantization"))}
+    )
+    notes = (
+        [f"it was trained on backbones in {' and '.join(kept)}; this is of the unquantized ones"]
+        if kept
+        else []
+    )
     model = load_base(folder, start=start, quantized=False, dtype="auto", device="cpu")
     put_adapter(model, folder)
-    folded = tuple(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    folded = tuple(
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    )
     fold_lora(model)
     close_attention(model.vision_encoder)
     return Loaded(model.eval(), processor, "adapter", folded, False, tuple(notes))
@@ -168,7 +182,11 @@ def _language(loaded: Loaded, vocabulary: int | None, whole: bool) -> dict[str, 
     tied = set(loaded.model.lang_encoder.all_tied_weights_keys)
     for name, parameter in loaded.model.lang_encoder.state_dict().items():
         name_here = LANGUAGE + name
-        if name_here in found or name in tied or not (whole or name_here in loaded.folded or EMBEDDING in name):
+        if (
+            name_here in found
+            or name in tied
+            or not (whole or name_here in loaded.folded or EMBEDDING in name)
+        ):
             continue
         inside = name_here.removeprefix(layers)
         k, _, rest = inside.partition(".")
@@ -192,13 +210,18 @@ def _about_loading(loaded: Loaded) -> list[str]:
         f"{config.cross_attn_every_n_layers}, with load_state_dict(torch.load(FILE), strict=False)"
     ]
     if ANSWER_TOKEN in loaded.processor.tokenizer.get_vocab():
-        lines.append(f"its tokenizer has {ANSWER_TOKEN}, which open-flamingo's lacks: use the one of {loaded.kind}")
+        lines.append(
+            f"its tokenizer has {ANSWER_TOKEN}, which open-flamingo's lacks: use the one of {loaded.kind}"
+        )
     return lines
 
 
 def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """As transformers wrote them when Otter was made: torch's files, with an index where there are several."""
-    options: dict[str, Any] = {"max_shard_size": LARGEST_FILE, "filename_pattern": "pytorch_model{suffix}.bin"}
+    options: dict[str, Any] = {
+        "max_shard_size": LARGEST_FILE,
+        "filename_pattern": "pytorch_model{suffix}.bin",
+    }
     split = split_torch_state_dict_into_shards(tensors, **options)
     for file, names in split.filename_to_tensors.items():
         torch.save({name: tensors[name] for name in names}, folder / file)

@@ -25,7 +25,9 @@ def vocabulary_names(model: FlamingoForConditionalGeneration) -> dict[str, nn.Mo
     return found
 
 
-def take_rows(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], where: object) -> list[str]:
+def take_rows(
+    model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], where: object
+) -> list[str]:
     """Give the model's token rows what the matrices of a checkpoint have for them. Returns the matrices it lacks.
 
     Raises UserError for a matrix that ends before them: its tokens are others; and for one matrix of the model that is two
@@ -44,7 +46,9 @@ def take_rows(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Ten
                 f"{max(ids)}; name the language model, and with it the tokenizer, that it was trained with"
             )
         if not matrix.equal(tensors[given.setdefault(rows, name)]):
-            raise UserError(f"{where}: {' and '.join(names)} are one matrix in this language model, and two in the checkpoint")
+            raise UserError(
+                f"{where}: {' and '.join(names)} are one matrix in this language model, and two in the checkpoint"
+            )
         rows.weight.data = matrix[ids].clone()
     return [name for name, rows in names.items() if rows not in given]
 
@@ -55,7 +59,11 @@ def whole_matrices(model: FlamingoForConditionalGeneration, size: int | None) ->
     embedding, *heads = vocabulary_names(model).items()
     for name, rows in (embedding, *heads):
         matrix = state[name.removeprefix(LANGUAGE)]
-        if rows is embedding[1] and name != embedding[0] and matrix.equal(state[embedding[0].removeprefix(LANGUAGE)]):
+        if (
+            rows is embedding[1]
+            and name != embedding[0]
+            and matrix.equal(state[embedding[0].removeprefix(LANGUAGE)])
+        ):
             found[name] = found[embedding[0]]  # one matrix under two names stays one in the file
             continue
         if rows is not None:

@@ -34,7 +34,11 @@ def save_whole(
     parts = fold_lora(model)
     close_attention(model.vision_encoder)
     formats = {parameter.dtype for parameter in model.parameters()}
-    origin = {"checkpoint_sha256": tensors_sha256(checkpoint.tensors()), "lora": parts, "own_backbones": own_backbones}
+    origin = {
+        "checkpoint_sha256": tensors_sha256(checkpoint.tensors()),
+        "lora": parts,
+        "own_backbones": own_backbones,
+    }
     answer_greedily(model, processor)
     as_whole(model.config, reduce(torch.promote_types, formats), origin)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)

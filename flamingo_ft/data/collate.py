@@ -26,7 +26,9 @@ def collate_text(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Ten
 
 def load_media(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """What `stack_media` makes of the rows' ``images``; ``where`` is the row in errors. UserError for an unreadable one."""
-    return stack_media([[read_pixels(processor, medium, row["where"]) for medium in row["images"]] for row in rows])
+    return stack_media(
+        [[read_pixels(processor, medium, row["where"]) for medium in row["images"]] for row in rows]
+    )
 
 
 def pad_ids(

@@ -11,7 +11,9 @@ from flamingo_ft.model.processor import FlamingoProcessor, flatten
 from flamingo_ft.model.special_text import encode_text
 
 
-def write_dialogue(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
+def write_dialogue(
+    processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[Span]]:
     """The text of a dialogue, stand-ins for typed special tokens in it, and the characters with loss."""
     turns = [flatten(message, processor.tokenizer) for message in messages]
     speaking = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -66,7 +68,9 @@ def _span(processor: FlamingoProcessor, turns: list[dict], index: int, text: str
     return _span_by_marker(processor, turns, index, text, before)
 
 
-def _span_by_marker(processor: FlamingoProcessor, turns: list[dict], index: int, text: str, before: str) -> Span:
+def _span_by_marker(
+    processor: FlamingoProcessor, turns: list[dict], index: int, text: str, before: str
+) -> Span:
     """The span of a turn that the template writes otherwise when turns follow it: where another answer would stand."""
     marker = "qzanswer"
     while marker in text:

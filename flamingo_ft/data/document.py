@@ -23,7 +23,9 @@ def is_document(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether this is a document. Raises UserError where one stands among other messages."""
     found = [message["role"] == DOCUMENT for message in messages]
     if any(found) and len(found) > 1:
-        raise UserError(f"messages: found a {DOCUMENT} among {len(found)} messages; let it stand alone in its sample")
+        raise UserError(
+            f"messages: found a {DOCUMENT} among {len(found)} messages; let it stand alone in its sample"
+        )
     return any(found)
 
 

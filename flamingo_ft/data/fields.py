@@ -110,7 +110,9 @@ def whole(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: found half a character at {error.start}, wanted whole text; remove it") from None
+        raise UserError(
+            f"{where}: found half a character at {error.start}, wanted whole text; remove it"
+        ) from None
     return text
 
 

@@ -35,7 +35,10 @@ def hold_out(sources: Sequence[Source], fraction: float, seed: int) -> list[tupl
             "being trained on; name a held-out file in data.eval"
         )
     held = [place for group in chosen for place in groups[group]]
-    return [_split(len(source), [row for of, row in held if of == number]) for number, source in enumerate(sources)]
+    return [
+        _split(len(source), [row for of, row in held if of == number])
+        for number, source in enumerate(sources)
+    ]
 
 
 def _choose(counts: Sequence[np.ndarray], sizes: np.ndarray, fraction: float) -> tuple[list[int], int | None]:
@@ -100,7 +103,9 @@ def _rank(sample: Sample, seed: int) -> bytes:
 
 
 def _digest(content: str | bytes) -> bytes:
-    return hashlib.blake2b(content if isinstance(content, bytes) else content.encode(), digest_size=16).digest()
+    return hashlib.blake2b(
+        content if isinstance(content, bytes) else content.encode(), digest_size=16
+    ).digest()
 
 
 class _Union:

@@ -54,7 +54,9 @@ class Locator:
             return Video(file=self._file(value, where, "a video"))
         if not value:
             raise UserError(f"{where}: found no frames, wanted at least one image")
-        return Video(frames=tuple(self.image(frame, f"{where}[{index}]") for index, frame in enumerate(value)))
+        return Video(
+            frames=tuple(self.image(frame, f"{where}[{index}]") for index, frame in enumerate(value))
+        )
 
     def _file(self, value: Any, where: str, noun: str) -> Image:
         if isinstance(value, PillowImage.Image):
@@ -83,12 +85,16 @@ class Locator:
         if scheme not in ("http", "https"):
             raise UserError(f"{where}: found a URL of {scheme}:, wanted a path inside image_root, or http(s)")
         if not self.allow_urls:
-            raise UserError(f"{where}: found the URL {shortened(url)}; set data.allow_urls to true to fetch it")
+            raise UserError(
+                f"{where}: found the URL {shortened(url)}; set data.allow_urls to true to fetch it"
+            )
         return url
 
     def _path(self, text: str, where: str, noun: str) -> str:
         if self.root is None:
-            raise UserError(f"{where}: found the path {shortened(text)}; set image_root to the folder it starts from")
+            raise UserError(
+                f"{where}: found the path {shortened(text)}; set image_root to the folder it starts from"
+            )
         path = self.root / text
         try:
             path = on_disk(path)
@@ -136,7 +142,9 @@ def _kept(image: PillowImage.Image, where: str) -> bytes:
 
 
 def _not_there(path: Path, where: str, noun: str) -> UserError:
-    return UserError(f"{where}: no such {noun.split()[1]} {shortened(path)}; check the path or set image_root")
+    return UserError(
+        f"{where}: no such {noun.split()[1]} {shortened(path)}; check the path or set image_root"
+    )
 
 
 def _inside(value: Mapping) -> Any:

@@ -32,7 +32,9 @@ class MappedFile:
     def view(self) -> mmap.mmap | bytes:
         """The whole file; not copied."""
         if _stamp(self.path) != self._stamp:
-            raise UserError(f"{self.path}: found another file than at the start; leave data alone while it is read")
+            raise UserError(
+                f"{self.path}: found another file than at the start; leave data alone while it is read"
+            )
         if self._map is None and self.size:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -55,5 +57,7 @@ def _stamp(path: Path) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from None
     return status.st_size, status.st_mtime_ns

@@ -23,7 +23,9 @@ def open_medium(medium: Medium, where: str | None = None, video_frames: int = 8)
     if not isinstance(medium, Video):
         return [_open_image(medium, where)]
     if medium.file is not None:
-        return list(read_frames(_content(medium.file, where), video_frames, name_in(medium.file, where)).values())
+        return list(
+            read_frames(_content(medium.file, where), video_frames, name_in(medium.file, where)).values()
+        )
     return [_open_image(medium.frames[i], where) for i in even_positions(len(medium.frames), video_frames)]
 
 

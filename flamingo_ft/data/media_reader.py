@@ -24,14 +24,19 @@ from .video import even_positions, frame_positions, read_frames
 
 
 def read_pixels(
-    processor: FlamingoProcessor, medium: Medium, where: str, change: Callable[[list[Picture]], list[Picture]] | None = None
+    processor: FlamingoProcessor,
+    medium: Medium,
+    where: str,
+    change: Callable[[list[Picture]], list[Picture]] | None = None,
 ) -> Tensor:
     """A medium's frames as the tower takes them, (F, C, H, W); ``change`` is made to the pictures before that.
 
     Raises UserError, beginning with ``where``, for one that cannot be read.
     """
     frames = open_medium(medium, where, processor.image_processor.video_frames)
-    return torch.stack([processor.image_processor.transform(frame) for frame in (change(frames) if change else frames)])
+    return torch.stack(
+        [processor.image_processor.transform(frame) for frame in (change(frames) if change else frames)]
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,10 @@ class StoredReader:
 
     def _find_frames(self, file: Image, where: str) -> list[Frame]:
         content, name = read_content(file, where), name_in(file, where)
-        keys = [self.store.key_of(content, position) for position in frame_positions(content, self.processor.image_processor.video_frames, name)]
+        keys = [
+            self.store.key_of(content, position)
+            for position in frame_positions(content, self.processor.image_processor.video_frames, name)
+        ]
         tokens = [self.store.get(key) for key in keys]
         if keys and all(own is not None for own in tokens):
             return [Frame(key, own) for key, own in zip(keys, tokens, strict=True)]

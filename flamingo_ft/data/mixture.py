@@ -17,7 +17,6 @@ from .sample import Medium, Sample, Video
 from .sources import open_source
 from .stream.order import Mixed
 
-
 SOON_READ = 50_000  # rows; some seconds
 
 
@@ -53,7 +52,9 @@ class OpenedData:
     def held_out_samples(self, most_per_source: int | None = None) -> list[Sample]:
         """The first held-out samples of each source, their images looked at: evaluation must not fail after training."""
         read = partial(_samples, section=self.section, look=True, left_out=self.left_out)
-        return [sample for mixed in self.held_out for sample in itertools.islice(read(mixed), most_per_source)]
+        return [
+            sample for mixed in self.held_out for sample in itertools.islice(read(mixed), most_per_source)
+        ]
 
 
 def open_data(section: DataSection, seed: int) -> OpenedData:
@@ -66,7 +67,9 @@ def open_data(section: DataSection, seed: int) -> OpenedData:
     if section.eval_fraction:
         splits = hold_out([mixed.source for mixed in train], section.eval_fraction, seed)
         held_out += [Mixed(mixed.source, rows=rows) for mixed, (_, rows) in zip(train, splits, strict=True)]
-        train = [Mixed(mixed.source, mixed.weight, rows) for mixed, (rows, _) in zip(train, splits, strict=True)]
+        train = [
+            Mixed(mixed.source, mixed.weight, rows) for mixed, (rows, _) in zip(train, splits, strict=True)
+        ]
     return OpenedData(section, train, held_out)
 
 
@@ -75,7 +78,11 @@ def _samples(
 ) -> Iterator[Sample]:
     """The samples of a source; look: only those whose images can be read. left_out: gets where others are, and why."""
     source = mixed.source
-    rows = enumerate(source.stream()) if mixed.rows is None else ((row, source.raw(row)) for row in mixed.rows.tolist())
+    rows = (
+        enumerate(source.stream())
+        if mixed.rows is None
+        else ((row, source.raw(row)) for row in mixed.rows.tolist())
+    )
     for row, raw in rows:
         try:
             sample = source.sample(row, raw)

@@ -32,7 +32,9 @@ def pack(
         size = length(item)
         if size > row_length:
             raise ValueError(f"found an item of length {size}, a row holds {row_length}")
-        place = next((index for index, (filled, _) in enumerate(rows) if filled + size <= row_length), len(rows))
+        place = next(
+            (index for index, (filled, _) in enumerate(rows) if filled + size <= row_length), len(rows)
+        )
         filled, held = rows[place] if place < len(rows) else (0, [])
         rows[place : place + 1] = [(filled + size, [*held, item])]
         if len(rows) > open_rows:

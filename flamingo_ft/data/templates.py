@@ -32,7 +32,9 @@ def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
         return
     if protect(processor.tokenizer, data.system_prompt) != data.system_prompt:
         raise UserError("data.system_prompt: found a special token's text in it; write it without")
-    processor.chat_template = WITH_SYSTEM_PROMPT.replace("PROMPT", jinja_literal(data.system_prompt)) + template
+    processor.chat_template = (
+        WITH_SYSTEM_PROMPT.replace("PROMPT", jinja_literal(data.system_prompt)) + template
+    )
     _check_system_prompt(processor, data.system_prompt)
     processor.chat_template = _checked(processor, processor.chat_template)
 
@@ -66,4 +68,3 @@ def _check_system_prompt(processor: FlamingoProcessor, prompt: str) -> None:
         raise UserError(f"data.system_prompt: {error}; {remedy}") from None
     if prompt.strip() not in text:
         raise UserError(f"data.system_prompt: the chat template leaves out a system message; {remedy}")
-

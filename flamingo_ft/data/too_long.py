@@ -83,7 +83,9 @@ def _drop_sample(processor: FlamingoProcessor, sample: Sample, whole: Encoded, l
 def _drop_turns(processor: FlamingoProcessor, sample: Sample, whole: Encoded, limit: int) -> Encoded | None:
     """As many of the first exchanges as fit, with their images; None where not even the first does."""
     count, first = _exchanges(sample.messages)
-    fitting = bisect_right(range(1, count), limit, key=lambda number: len(encode(processor, first(number)).input_ids))
+    fitting = bisect_right(
+        range(1, count), limit, key=lambda number: len(encode(processor, first(number)).input_ids)
+    )
     if not fitting:
         return None
     return replace(encode(processor, first(fitting)), cut=Cut(turns=count - fitting))

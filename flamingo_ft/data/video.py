@@ -62,7 +62,9 @@ def _pyav(where: str) -> ModuleType:
     try:
         return import_module("av")
     except ImportError:
-        raise UserError(f"{where}: a video file needs PyAV; pip install av, or give the frames as a list") from None
+        raise UserError(
+            f"{where}: a video file needs PyAV; pip install av, or give the frames as a list"
+        ) from None
 
 
 def _open(av: ModuleType, file: str | Path | bytes) -> Any:

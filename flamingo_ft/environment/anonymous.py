@@ -33,5 +33,8 @@ def _file_name(found: re.Match[str]) -> str:
 
 def _names() -> list[str]:
     """What the user and the machine are called."""
-    names = [os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME")] + [Path.home().name, platform.node()]
+    names = [os.environ.get(key, "") for key in ("USER", "LOGNAME", "USERNAME")] + [
+        Path.home().name,
+        platform.node(),
+    ]
     return [name for name in names if len(name) >= _SHORTEST_NAME]

@@ -89,7 +89,9 @@ def run(steps: list[str]) -> None:
     """Print what each step found; the first that fails ends the process with its traceback."""
     for step in steps:
         found = STEPS[step]() if step in STEPS else {"imported": importlib.import_module(step) is not None}
-        print("\n" + json.dumps({"step": step, **found}), flush=True)  # what it printed may have left a line open
+        print(
+            "\n" + json.dumps({"step": step, **found}), flush=True
+        )  # what it printed may have left a line open
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def environment() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "platform": platform.platform(),
         "packages": {
-            name: {"version": number, "problem": problems.get(PACKAGES[name])} for name, number in installed.items()
+            name: {"version": number, "problem": problems.get(PACKAGES[name])}
+            for name, number in installed.items()
         },
         "devices": found.get("devices") or {"problem": problems.get("devices")},
         "driver": _driver(),
@@ -175,7 +176,9 @@ def _package(found: Mapping[str, Any]) -> str:
 
 
 def _device_lines(devices: Mapping[str, Any], driver: str | None) -> Iterator[str]:
-    build = devices.get("cuda") and f"CUDA {devices['cuda']}" or devices.get("hip") and f"ROCm {devices['hip']}"
+    build = (
+        devices.get("cuda") and f"CUDA {devices['cuda']}" or devices.get("hip") and f"ROCm {devices['hip']}"
+    )
     yield f"- torch is built for: {build or 'CPU'}; NVIDIA driver: {driver or 'none found'}"
     if "gpus" not in devices:
         yield f"- GPUs: unknown ({devices['problem']})"

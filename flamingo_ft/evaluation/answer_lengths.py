@@ -44,7 +44,9 @@ class AnswerLengths:
         )
 
 
-def measure_answers(processor: FlamingoProcessor, samples: Iterable[Sample], max_new_tokens: int) -> AnswerLengths:
+def measure_answers(
+    processor: FlamingoProcessor, samples: Iterable[Sample], max_new_tokens: int
+) -> AnswerLengths:
     """The lengths of the reference answers of ``samples``, leaving out samples that cannot be encoded."""
     lengths, ends = AnswerLengths(max_new_tokens), answer_ends(processor)
     for sample in samples:
@@ -56,7 +58,9 @@ def measure_answers(processor: FlamingoProcessor, samples: Iterable[Sample], max
     return lengths
 
 
-def answers_of(processor: FlamingoProcessor, sample: Sample, encoded: Encoded, ends: frozenset[int]) -> list[int]:
+def answers_of(
+    processor: FlamingoProcessor, sample: Sample, encoded: Encoded, ends: frozenset[int]
+) -> list[int]:
     """Tokens of each answer that evaluation asks for, end token included.
 
     These are all assistant turns with loss, of a preference pair the last one, of a document the text after its last
@@ -67,7 +71,11 @@ def answers_of(processor: FlamingoProcessor, sample: Sample, encoded: Encoded, e
         if processor.image_token_id not in encoded.input_ids:
             return []
         begin = len(encoded.input_ids) - encoded.input_ids[::-1].index(processor.image_token_id)
-    runs = [list(run) for learned, run in groupby(encoded.labels[begin:], lambda label: label != IGNORED) if learned]
+    runs = [
+        list(run)
+        for learned, run in groupby(encoded.labels[begin:], lambda label: label != IGNORED)
+        if learned
+    ]
     return [_until_end(run, ends) for run in (runs[-1:] if sample.rejected else runs)]
 
 

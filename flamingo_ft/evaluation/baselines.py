@@ -31,7 +31,9 @@ def by_class(questions: Sequence[Question], answers: Sequence[str]) -> dict[str,
     if not 2 <= len(names) <= min(MOST_CLASSES, len(questions) // LEAST_SAMPLES_PER_CLASS):
         return None
     samples = Counter(normalise(question.answer) for question in questions)
-    right = Counter(normalise(q.answer) for q, answer in zip(questions, answers, strict=True) if is_right(q, answer))
+    right = Counter(
+        normalise(q.answer) for q, answer in zip(questions, answers, strict=True) if is_right(q, answer)
+    )
     predicted = Counter(map(normalise, answers))
     return {
         name: {"samples": samples[key], "accuracy": right[key] / samples[key], "predicted": predicted[key]}

@@ -22,9 +22,13 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from .accuracy import answer_questions, is_right
 from .merge_probe import Probe
 
-LOSS_MARGIN = 0.5  # nats per token: SmolLM2-135M, small enough to suffer most, loses or wins 0.2 by leaving nf4 alone
+LOSS_MARGIN = (
+    0.5  # nats per token: SmolLM2-135M, small enough to suffer most, loses or wins 0.2 by leaving nf4 alone
+)
 ACCURACY_MARGIN = 0.1  # share of answers
-MADE_UP_FACTOR = 4  # where the adapter's own answers stand in for right ones, every other model does worse on them
+MADE_UP_FACTOR = (
+    4  # where the adapter's own answers stand in for right ones, every other model does worse on them
+)
 POSITIONS = 256  # label positions whose logits are kept for comparison: 150 MB for a vocabulary of 150,000
 
 
@@ -70,12 +74,16 @@ def _at_labels(
     """Logits (N, vocabulary), in float32, of the N positions that predict a label, and the labels (N,)."""
     media = load_media(processor, [{"images": sample.images[: encoded.images], "where": sample.where}])
     inputs = {"input_ids": torch.tensor([encoded.input_ids]), **media}
-    logits = model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False).logits[0, :-1]
+    logits = model(
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()}, use_cache=False
+    ).logits[0, :-1]
     labels = torch.tensor(encoded.labels[1:], device=logits.device)
     return logits[labels != IGNORED].float(), labels[labels != IGNORED]
 
 
-def cost(models: Mapping[str, Measured], probe: Probe, margin: float, accuracy_margin: float) -> dict[str, Any]:
+def cost(
+    models: Mapping[str, Measured], probe: Probe, margin: float, accuracy_margin: float
+) -> dict[str, Any]:
     """Return the figures of ``models`` for ``merge.json``, with how much worse ``merged`` is than ``adapter``.
 
     loss_increase, accuracy_drop: with the standard errors of the paired differences. worse: whether either is beyond
@@ -84,12 +92,16 @@ def cost(models: Mapping[str, Measured], probe: Probe, margin: float, accuracy_m
     """
     adapter, merged = models["adapter"], models["merged"]
     increase = merged.loss - adapter.loss
-    loss_error = _standard_error([m - a for m, a in zip(merged.losses, adapter.losses, strict=True)], merged.tokens)
+    loss_error = _standard_error(
+        [m - a for m, a in zip(merged.losses, adapter.losses, strict=True)], merged.tokens
+    )
     drops = [float(a) - float(m) for m, a in zip(merged.right, adapter.right, strict=True)]
     drop = sum(drops) / len(drops) if drops else 0.0
     drop_error = _standard_error(drops, [1] * len(drops))
     limit = margin * MADE_UP_FACTOR if probe.made_up else margin
-    worse = not increase - 2 * loss_error <= limit or (not probe.made_up and drop - 2 * drop_error > accuracy_margin)
+    worse = not increase - 2 * loss_error <= limit or (
+        not probe.made_up and drop - 2 * drop_error > accuracy_margin
+    )
     return {
         "samples": len(merged.losses),
         "label_tokens": sum(merged.tokens),
@@ -113,7 +125,9 @@ def _standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float
     if count < 2:
         return 0.0
     mean = sum(differences) / total
-    squares = sum((difference - mean * size) ** 2 for difference, size in zip(differences, sizes, strict=True))
+    squares = sum(
+        (difference - mean * size) ** 2 for difference, size in zip(differences, sizes, strict=True)
+    )
     return math.sqrt(squares * count / (count - 1)) / total
 
 

@@ -66,17 +66,26 @@ def merge_adapter(
     by more than either margin: then nothing is left at ``out``.
     """
     if tolerance is not None:
-        message = "merge: tolerance (distance of logits) says little about quality and is deprecated; use margin"
+        message = (
+            "merge: tolerance (distance of logits) says little about quality and is deprecated; use margin"
+        )
         warnings.warn(message, FutureWarning, stacklevel=2)
     named, adapter, out = str(adapter), fetch_model(adapter), Path(out)
     check_mergeable(adapter, out)
     processor, formats = read_processor(adapter), trained_in(read_config(adapter))
     with folder_in_place(out) as folder:
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
-        report = {"adapter": named, "trained_in": formats, "base": base, "dtype": str(dtype).removeprefix("torch.")}
+        report = {
+            "adapter": named,
+            "trained_in": formats,
+            "base": base,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
         report |= written | {"quantization": None if quantization is None else quantization.record()}
         margins = margin, accuracy_margin
-        report |= _measure_all(adapter, folder, processor, quantization, start, samples, margins, bool(formats))
+        report |= _measure_all(
+            adapter, folder, processor, quantization, start, samples, margins, bool(formats)
+        )
         report["tolerance"] = tolerance
         _refuse_worse(report)
         if with_code:
@@ -107,7 +116,9 @@ def _measure_all(
         gc.collect()  # two models may be too many; hooks and what they hook onto refer to each other
 
     if was_quantized:
-        with suppress(torch.OutOfMemoryError):  # only for comparison, and it may be larger than what is merged
+        with suppress(
+            torch.OutOfMemoryError
+        ):  # only for comparison, and it may be larger than what is merged
             add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
     if quantization is not None:
         add("merged_before_quantization", lambda: load_whole(folder))
@@ -123,7 +134,9 @@ def _measured_adapter(
 ) -> tuple[Measured, Probe]:
     """The adapter's own figures, and the probe that they are of."""
     model = load_adapter(adapter, start=start)[0]
-    probe = probe_of_run(adapter, processor, context_length(model.config), samples) or made_up_probe(model, processor)
+    probe = probe_of_run(adapter, processor, context_length(model.config), samples) or made_up_probe(
+        model, processor
+    )
     measured = measure(model, processor, probe)
     del model
     gc.collect()

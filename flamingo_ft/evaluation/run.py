@@ -57,7 +57,9 @@ def evaluate_adapter(
     options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("evaluating", total=len(questions), note="")
-        answers = answer_questions(model, processor, questions, **options, advance=partial(progress.advance, bar))
+        answers = answer_questions(
+            model, processor, questions, **options, advance=partial(progress.advance, bar)
+        )
     return {"eval": Results(questions, {AFTER: answers}).summary()}
 
 
@@ -101,6 +103,10 @@ def _check_used(override: str) -> None:
 
 def _check_model(adapter: str | Path, folder: Path, has_samples: bool) -> None:
     if not (folder / "config.json").is_file():
-        raise UserError(f"{adapter}: no adapter and no merged model; give the folder that a run or a conversion wrote")
+        raise UserError(
+            f"{adapter}: no adapter and no merged model; give the folder that a run or a conversion wrote"
+        )
     if not has_samples:
-        raise UserError(f"{adapter}: has no {RECIPE_FILE}, so no held-out samples; name some with --data FILE")
+        raise UserError(
+            f"{adapter}: has no {RECIPE_FILE}, so no held-out samples; name some with --data FILE"
+        )

@@ -29,7 +29,9 @@ def verdict(questions: Sequence[Question], answers: Sequence[str], shuffled: Seq
     if not rows:
         return None
     if len(rows) < LEAST_QUESTIONS:
-        return f"too few held-out questions with images to judge by ({len(rows)}; {LEAST_QUESTIONS} are needed)"
+        return (
+            f"too few held-out questions with images to judge by ({len(rows)}; {LEAST_QUESTIONS} are needed)"
+        )
     asked = [question for question, *_ in rows]
     changed = sum(normalise(answer) != normalise(other) for _, answer, other in rows) / len(rows)
     if is_free_text(asked):
@@ -46,7 +48,9 @@ def _of_accuracies(outcomes: Sequence[tuple[bool, bool]], changed: float, baseli
     if gain <= max(CLEAR * error, LEAST_GAIN):
         if changed < BARELY:
             return f"{NOT_LOOKING}: answers barely change with another image ({figures}); {REMEDY}"
-        return f"{NO_USE}: answers change with another image, but are right about as often ({figures}); {REMEDY}"
+        return (
+            f"{NO_USE}: answers change with another image, but are right about as often ({figures}); {REMEDY}"
+        )
     if right <= baseline:
         always = f"{baseline:.1%}".replace("%", " %")
         return f"reads the images, yet does no better than always giving the most frequent answer ({always}): {figures}; {REMEDY}"

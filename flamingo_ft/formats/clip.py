@@ -55,7 +55,9 @@ def to_open_clip(tensors: Mapping[str, Tensor], left_out: dict[str, str]) -> dic
             found[name] = tensor  # for who puts it in place to find none
     for name, parts in stacks.items():
         if lacking := [which for which in _QKV if which not in parts]:
-            raise UserError(f"checkpoint's tower lacks {', '.join(lacking)} of {name}; give the whole checkpoint")
+            raise UserError(
+                f"checkpoint's tower lacks {', '.join(lacking)} of {name}; give the whole checkpoint"
+            )
         found[name] = torch.cat([parts[which] for which in _QKV])
     return found
 

@@ -34,7 +34,9 @@ def geometry(bridge: Mapping[str, Tensor], where: object) -> Geometry:
     try:
         return _geometry(bridge, where)
     except (KeyError, IndexError):
-        raise UserError(f"{where}: the checkpoint holds no whole bridge; give one with perceiver and cross-attention") from None
+        raise UserError(
+            f"{where}: the checkpoint holds no whole bridge; give one with perceiver and cross-attention"
+        ) from None
 
 
 def _geometry(bridge: Mapping[str, Tensor], where: object) -> Geometry:
@@ -43,18 +45,28 @@ def _geometry(bridge: Mapping[str, Tensor], where: object) -> Geometry:
     latents, first = bridge["perceiver.latents"], f"gated_cross_attn_layers.{blocks[0]}."
     query, up = bridge[f"{first}attn.to_q.weight"], bridge[f"{first}ff.1.weight"]
     positions = {"max_num_media": "media_time_embs", "max_num_frames": "frame_embs"}
-    learned = {key: len(bridge[f"perceiver.{name}"]) for key, name in positions.items() if f"perceiver.{name}" in bridge}
+    learned = {
+        key: len(bridge[f"perceiver.{name}"])
+        for key, name in positions.items()
+        if f"perceiver.{name}" in bridge
+    }
     attention = _heads(bridge["perceiver.layers.0.0.to_q.weight"], where)
     perceiver = {"num_latents": len(latents), "depth": depth, **attention}
     perceiver["ff_mult"] = len(bridge["perceiver.layers.0.1.1.weight"]) // latents.shape[1]
     cross_attention = {**_heads(query, where), "ff_mult": len(up) // up.shape[1]}
     every = blocks[0] + 1
     if blocks != list(range(blocks[0], blocks[-1] + 1, every)):
-        raise UserError(f"{where}: cross-attention before layers {blocks} is no regular interval; no Flamingo has that")
-    return Geometry(every, tuple(blocks), query.shape[1], latents.shape[1], perceiver | learned, cross_attention)
+        raise UserError(
+            f"{where}: cross-attention before layers {blocks} is no regular interval; no Flamingo has that"
+        )
+    return Geometry(
+        every, tuple(blocks), query.shape[1], latents.shape[1], perceiver | learned, cross_attention
+    )
 
 
 def _heads(query: Tensor, where: object) -> dict[str, int]:
     if len(query) % DIM_HEAD:
-        raise UserError(f"{where}: attention of width {len(query)} is no multiple of {DIM_HEAD}, a head's width in all Flamingos")
+        raise UserError(
+            f"{where}: attention of width {len(query)} is no multiple of {DIM_HEAD}, a head's width in all Flamingos"
+        )
     return {"heads": len(query) // DIM_HEAD, "dim_head": DIM_HEAD}

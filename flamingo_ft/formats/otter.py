@@ -28,4 +28,6 @@ def to_otter(name: str) -> str:
     """The inverse of `renamed`."""
     name = re.sub(r"^perceiver\.layers\.(\d+)\.1\.", r"perceiver.layers.\1.feed_forward.", name)
     name = re.sub(r"^perceiver\.layers\.(\d+)\.0\.", r"perceiver.layers.\1.", name)
-    return re.sub(r"(\.gated_cross_attn_layer|^gated_cross_attn_layers\.\d+)\.ff\.", r"\1.feed_forward.", name)
+    return re.sub(
+        r"(\.gated_cross_attn_layer|^gated_cross_attn_layers\.\d+)\.ff\.", r"\1.feed_forward.", name
+    )

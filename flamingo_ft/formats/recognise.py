@@ -73,7 +73,9 @@ def parse(stored: Stored | Mapping[str, Any]) -> Checkpoint:
     stored = stored if isinstance(stored, Stored) else unwrap(stored, Path("state dict"))
     names = [updates.without_wrapper(name) for name in stored.tensors]
     found = Checkpoint(_format(stored, names), stored.where, config=stored.config, wrapped=stored.wrapped)
-    layers = (match["layers"] for name in names if (match := _BLOCK.fullmatch(name) or _LAYER.fullmatch(name)))
+    layers = (
+        match["layers"] for name in names if (match := _BLOCK.fullmatch(name) or _LAYER.fullmatch(name))
+    )
     found.layers = next(layers, None)
     found.visibility = "following" if found.format in (OPEN_FLAMINGO_1, MULTIMODAL_GPT) else "immediate"
     found.lora_alpha = updates.alpha_of(stored.beside, stored.config)
@@ -103,7 +105,9 @@ def _format(stored: Stored, names: list[str]) -> str:
             f"{stored.where}: no checkpoint of a known format: it has names such as {some(names)}; known are OpenFlamingo's "
             "v1 and v2, Otter's and Multimodal-GPT's"
         )
-    twice, whole = (any(pattern.fullmatch(name) for name in names) for pattern in (_BLOCK_AGAIN, _LAYER_AGAIN))
+    twice, whole = (
+        any(pattern.fullmatch(name) for name in names) for pattern in (_BLOCK_AGAIN, _LAYER_AGAIN)
+    )
     return OPEN_FLAMINGO_1 if twice and not whole else OPEN_FLAMINGO
 
 
@@ -127,7 +131,9 @@ def _add(part: dict[str, Tensor], own: str, original: str, tensor: Tensor, found
         part[own] = tensor
         return
     if not part[own].equal(tensor):
-        raise UserError(f"{found.where}: {original} is there under two names with different content; save it again")
+        raise UserError(
+            f"{found.where}: {original} is there under two names with different content; save it again"
+        )
     found.left_out[original] = "is there under another name too"
 
 

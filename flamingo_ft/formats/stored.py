@@ -46,11 +46,15 @@ def read_stored(path: Path) -> Stored:
     path = existing(path)
     config = stored_config(path if path.is_dir() else path.parent)
     if path.is_dir() and config.get("model_type") == OWN:
-        raise UserError(f"{path}: is of this package already; write it for others with --to open_flamingo or --to otter")
+        raise UserError(
+            f"{path}: is of this package already; write it for others with --to open_flamingo or --to otter"
+        )
     contents = [_read(file) for file in _files(path)]
     if len(contents) == 1:
         return unwrap(contents[0], path, config)
-    together = {name: tensor for content in contents for name, tensor in unwrap(content, path).tensors.items()}
+    together = {
+        name: tensor for content in contents for name, tensor in unwrap(content, path).tensors.items()
+    }
     return unwrap(together, path, config)
 
 
@@ -63,7 +67,9 @@ def unwrap(content: Any, where: Path, config: Mapping[str, Any] | None = None) -
     tensors = {str(key).removeprefix(OF_SEVERAL_DEVICES): value for key, value in inner.items()}
     _check_tensors(tensors, where)
     marks = {f"inside {WRAPPING}": inner is not content, f"{OF_SEVERAL_DEVICES} prefix": _has_prefix(inner)}
-    return Stored(where, tensors, beside, dict(config or {}), tuple(mark for mark, found in marks.items() if found))
+    return Stored(
+        where, tensors, beside, dict(config or {}), tuple(mark for mark, found in marks.items() if found)
+    )
 
 
 def _has_prefix(content: Mapping[Any, Any]) -> bool:
@@ -78,7 +84,9 @@ def _files(path: Path) -> list[Path]:
             return [path / shard for shard in sorted(_shards(index))]
     found = [path / name for name in WHOLE if (path / name).is_file()]
     if not found:
-        raise UserError(f"{path}: found no weights there ({', '.join(WHOLE)}); give a checkpoint's file or folder")
+        raise UserError(
+            f"{path}: found no weights there ({', '.join(WHOLE)}); give a checkpoint's file or folder"
+        )
     return found[:1]
 
 
@@ -86,7 +94,9 @@ def _shards(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: is no index of weights ({one_line(error)}); copy the checkpoint again") from None
+        raise UserError(
+            f"{index}: is no index of weights ({one_line(error)}); copy the checkpoint again"
+        ) from None
 
 
 def _read(file: Path) -> Any:
@@ -98,7 +108,9 @@ def _read(file: Path) -> Any:
         raise UserError(f"{file}: no such checkpoint; check the path") from None
     except SafetensorError as error:
         reraise_machine_error(error)
-        raise UserError(f"{file}: not a readable safetensors file ({one_line(error)}); copy it again") from None
+        raise UserError(
+            f"{file}: not a readable safetensors file ({one_line(error)}); copy it again"
+        ) from None
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
@@ -109,7 +121,9 @@ def stored_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{file}: is no JSON ({one_line(error)}); copy the checkpoint again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{file}: is no configuration (found a {type(found).__name__}); copy the checkpoint again")
+        raise UserError(
+            f"{file}: is no configuration (found a {type(found).__name__}); copy the checkpoint again"
+        )
     return found
 
 
@@ -117,7 +131,9 @@ def _check_tensors(tensors: Mapping[str, Any], where: Path) -> None:
     other = [key for key, value in tensors.items() if not isinstance(value, Tensor)]
     if other or not tensors:
         found = f"{some(other)} as something else" if other else "no names at all"
-        raise UserError(f"{where}: checkpoint is no dict of names and tensors: found {found}; give a model's state dict")
+        raise UserError(
+            f"{where}: checkpoint is no dict of names and tensors: found {found}; give a model's state dict"
+        )
 
 
 def some(items: list[Any]) -> str:

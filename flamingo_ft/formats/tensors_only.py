@@ -19,7 +19,15 @@ from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.machine_errors import reraise_machine_error
 
 # What torch and pickle raise for files that are cut, damaged or of another kind.
-UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, ValueError, AttributeError, TypeError)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    AttributeError,
+    TypeError,
+)
 
 _REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
 
@@ -39,7 +47,9 @@ def load_tensors(path: Path) -> Any:
     except UNREADABLE as error:
         reraise_machine_error(error)
         reason = one_line(error) or "it is empty"
-        raise UserError(f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict") from None
+        raise UserError(
+            f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict"
+        ) from None
 
 
 def _load(path: Path) -> Any:

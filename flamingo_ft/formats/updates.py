@@ -9,7 +9,9 @@ from typing import Any
 # PEFT before 0.3 kept ``lora_A.weight``, since then ``lora_A.default.weight``; since 0.6 what is updated is a ``base_layer``.
 _UPDATE = re.compile(r"\.lora_(?P<which>[AB])(\.\w+)?\.weight$")
 _WRAPPER = re.compile(r"^lang_encoder\.base_model\.model\.")
-SETTINGS = "tuning_config"  # where Multimodal-GPT keeps rank and alpha; Otter: lora_config in its configuration
+SETTINGS = (
+    "tuning_config"  # where Multimodal-GPT keeps rank and alpha; Otter: lora_config in its configuration
+)
 
 
 def without_wrapper(name: str) -> str:

@@ -28,7 +28,13 @@ HTTP = import_module(HfHubHTTPError.__bases__[0].__module__)
 # What the client was seen to raise: for a Hub's answer, for none, for files and names, for an upload that failed.
 FAILURES = (HfHubHTTPError, HTTP.HTTPError, OSError, RuntimeError, ValueError)
 
-TELLING = (HfHubHTTPError, HTTP.TransportError, OfflineModeIsEnabled, HFValidationError, LocalTokenNotFoundError)
+TELLING = (
+    HfHubHTTPError,
+    HTTP.TransportError,
+    OfflineModeIsEnabled,
+    HFValidationError,
+    LocalTokenNotFoundError,
+)
 PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not find again
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 TOKEN = re.compile(r"hf_\w+")
@@ -44,14 +50,18 @@ def reason(error: Exception, writes: bool = False) -> str:
     first = cause(error)
     status = status_of(first)
     if full := disk_failure(first):
-        return f"cannot be kept on this machine ({full}); make room, or set HF_HOME to a folder on another disk"
+        return (
+            f"cannot be kept on this machine ({full}); make room, or set HF_HOME to a folder on another disk"
+        )
     if isinstance(first, GatedRepoError):
         return f"is gated; accept its terms on its page of the Hub, then {LOG_IN}"
     if isinstance(first, RevisionNotFoundError):
         return "is not on the Hub, though the repository is; check the revision"
     if isinstance(first, HFValidationError):
         return f"no name of a repository ({quoted(first)}); give org/name"
-    if isinstance(first, OfflineModeIsEnabled) or (isinstance(error, LocalEntryNotFoundError) and is_offline_mode()):
+    if isinstance(first, OfflineModeIsEnabled) or (
+        isinstance(error, LocalEntryNotFoundError) and is_offline_mode()
+    ):
         remedy = "; unset it" if writes else ", and it is not whole in the cache; unset it, or give a folder"
         return f"HF_HUB_OFFLINE is set{remedy}"
     if isinstance(first, LocalTokenNotFoundError) or (status == 401 and not _is_missing(first)):

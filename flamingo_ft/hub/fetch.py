@@ -17,7 +17,11 @@ from .names import HubName, commit_of, hub_name
 from .retry import patiently
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml")
-WEIGHTS = (("*.safetensors",), ("*.bin",), ("*.pt", "*.pth"))  # the first format that a repository has is taken
+WEIGHTS = (
+    ("*.safetensors",),
+    ("*.bin",),
+    ("*.pt", "*.pth"),
+)  # the first format that a repository has is taken
 # Checkpoints, figures and logs of a run lie in folders; what trainers of others leave beside the weights.
 NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
 CHECKPOINT_SUFFIXES = (".bin", ".pt", ".pth")
@@ -41,7 +45,9 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
     checkpoints = [path for path in found if path.suffix in CHECKPOINT_SUFFIXES]
     if len(checkpoints) != 1:
         held = ", ".join(sorted(path.name for path in found)[:3]) or "no files of one"
-        raise UserError(f"{name}: holds no model (found {held}); name a repository with config.json or one checkpoint")
+        raise UserError(
+            f"{name}: holds no model (found {held}); name a repository with config.json or one checkpoint"
+        )
     return checkpoints[0]
 
 
@@ -55,7 +61,9 @@ def _fetch(name: HubName, options: Mapping[str, Any]) -> Path:
     """Download the small files and the weights in one format; all of one commit."""
     revision = name.revision
     for patterns in WEIGHTS:
-        folder = download(str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED, **options)
+        folder = download(
+            str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED, **options
+        )
         if any(path for pattern in patterns for path in folder.glob(pattern)):
             break
         revision = commit_of(folder)

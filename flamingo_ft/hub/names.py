@@ -56,7 +56,12 @@ def looks_like_path(name: str) -> bool:
     on_hub = NAME.fullmatch(name)
     if on_hub is not None:
         return on_hub["revision"] is None and PurePath(name).suffix.lower() in FILE_SUFFIXES
-    marks = name.startswith((".", "/", "~", LOCAL_DIR)) or name.endswith("/") or "\\" in name or name.count("/") > 1
+    marks = (
+        name.startswith((".", "/", "~", LOCAL_DIR))
+        or name.endswith("/")
+        or "\\" in name
+        or name.count("/") > 1
+    )
     return marks or PurePath(name).suffix.lower() in FILE_SUFFIXES
 
 
@@ -81,7 +86,9 @@ def local_path(
     if "/" not in text or (on_hub is not None and on_hub["revision"]):
         return None
     first = Path(text).parts[0]
-    return existing or next((place for place, folder in zip(places, folders) if os.path.isdir(folder / first)), None)
+    return existing or next(
+        (place for place, folder in zip(places, folders) if os.path.isdir(folder / first)), None
+    )
 
 
 def local_start(name: str, folders: Sequence[Path] = HERE) -> Path | None:

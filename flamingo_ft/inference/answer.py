@@ -74,7 +74,9 @@ def answer_batch(
 
 
 def encode_prompts(
-    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, questions: Sequence[Mapping[str, Any]]
+    model: FlamingoForConditionalGeneration,
+    processor: FlamingoProcessor,
+    questions: Sequence[Mapping[str, Any]],
 ) -> list[list[int]]:
     """The token ids of each question. UserError, naming its ``where``, for one without room for an answer."""
     limit, prompts = context_length(model.config), []

@@ -36,7 +36,9 @@ def serve(
         raise UserError(f"serve: the server's packages are not installed; run: {INSTALL}")
     folder = fetch_model(model)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{model}: no adapter and no merged model; give the folder that a run or a merge wrote")
+        raise UserError(
+            f"{model}: no adapter and no merged model; give the folder that a run or a merge wrote"
+        )
     read_flamingo_config(folder)
     _check_free(host, port)
 

@@ -8,8 +8,8 @@ from typing import Any
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.vision import VisionBackbone
 
-from .configuration import FlamingoConfig
 from .conditioning import Visibility
+from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
 from .processor import FlamingoProcessor
 from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary

@@ -217,7 +217,11 @@ def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
     if any(answer.gap == "" for answer in answers):
         opening = last.prompt[len(last.asked) :]
         yield _filled(
-            WITHOUT_BLOCK, template, OPENING_AND_BLOCK=opening + last.gap, OPENING=opening, WORDS=last.gap.split()
+            WITHOUT_BLOCK,
+            template,
+            OPENING_AND_BLOCK=opening + last.gap,
+            OPENING=opening,
+            WORDS=last.gap.split(),
         )
 
 

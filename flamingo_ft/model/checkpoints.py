@@ -50,9 +50,13 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     found = parse(unwrap(checkpoint, Path("checkpoint"))) if is_read else read_checkpoint(Path(checkpoint))
     check_belongs(model, found)
     if found.lora:
-        raise UserError(f"{found.where}: holds LoRA, which would be lost here; bring it in with flamingo-ft convert")
+        raise UserError(
+            f"{found.where}: holds LoRA, which would be lost here; bring it in with flamingo-ft convert"
+        )
     tensors = found.tensors()
-    targets = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")}
+    targets = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")
+    }
     report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
     _check(report, bool(formats_in(model)))
     _check_rows(model, tensors)
@@ -68,7 +72,9 @@ def _check_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a vocabulary that ends before the tokens whose rows the model takes from it."""
     if model.token_rows is None:
         return
-    name, own = next((n, p) for n, p in model.named_parameters() if p is model.lang_encoder.get_input_embeddings().weight)
+    name, own = next(
+        (n, p) for n, p in model.named_parameters() if p is model.lang_encoder.get_input_embeddings().weight
+    )
     if name in tensors and len(tensors[name]) <= max(model.token_rows.token_ids):
         raise UserError(
             f"checkpoint's vocabulary ends at {len(tensors[name])}, the model's new tokens reach "
@@ -89,7 +95,9 @@ def check_belongs(model: FlamingoCore, checkpoint: Checkpoint) -> None:
 
 def _check_interval(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
     wanted = [k for k, block in enumerate(model.gated_cross_attn_layers) if block is not None]
-    found = sorted({int(name.split(".")[1]) for name in tensors if name.startswith("gated_cross_attn_layers.")})
+    found = sorted(
+        {int(name.split(".")[1]) for name in tensors if name.startswith("gated_cross_attn_layers.")}
+    )
     if found and found != wanted:
         raise UserError(
             f"checkpoint has cross-attention before layers {some(found)}, this model before {some(wanted)}; "

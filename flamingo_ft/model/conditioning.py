@@ -62,12 +62,16 @@ class Media:
         seen = seen & (slot <= counts[:, None, None])
         if documents is None:
             return seen
-        return seen & (documents[..., None] == documents_of_media(times, is_media, documents, len(slot))[:, None])
+        return seen & (
+            documents[..., None] == documents_of_media(times, is_media, documents, len(slot))[:, None]
+        )
 
 
 def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
     """The document that each of ``slots`` media stands in, by its media token: (R, T) thrice -> (R, slots)."""
-    places = torch.where(is_media, times - 1, slots).clamp(max=slots)  # all other tokens write into one slot more
+    places = torch.where(is_media, times - 1, slots).clamp(
+        max=slots
+    )  # all other tokens write into one slot more
     return documents.new_zeros(len(documents), slots + 1).scatter(1, places, documents)[:, :slots]
 
 
@@ -181,14 +185,18 @@ class MediaConditioning:
     def _times_before(self, media: Media, is_media: Tensor, cache: object | None) -> tuple[Tensor, Tensor]:
         """Text times of the tokens in the cache (R, S), and the one at which this forward starts (R,)."""
         rows, length, past = len(is_media), cache_length(cache), past_of(cache)
-        if cache is not None and not hasattr(cache, "__dict__"):  # a bare list (RWKV): the previous forward filled it
+        if cache is not None and not hasattr(
+            cache, "__dict__"
+        ):  # a bare list (RWKV): the previous forward filled it
             past = self._now.past
             length = 0 if past is None else past.times.shape[1]
         before = is_media.new_zeros(rows, length, dtype=torch.long)
         if past is not None and length:
             known = repeat_rows(past.times, rows)[:, :length]
             before[:, : known.shape[1]] = known
-            before[:, known.shape[1] :] = known[:, -1:]  # read by the language model on its own: no media in them
+            before[:, known.shape[1] :] = known[
+                :, -1:
+            ]  # read by the language model on its own: no media in them
             return before, before[:, -1]
         continues = media is self.held and not is_media.any()
         start = repeat_rows(self._held_times, rows) if continues else before.new_zeros(rows)
@@ -201,7 +209,9 @@ class MediaConditioning:
             return
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:
-            raise ValueError("a Flamingo finds its media in input_ids; found none (inputs_embeds alone do not do)")
+            raise ValueError(
+                "a Flamingo finds its media in input_ids; found none (inputs_embeds alone do not do)"
+            )
         self.start(input_ids, cache_in(kwargs))
 
     @torch.compiler.disable
@@ -210,7 +220,9 @@ class MediaConditioning:
             given = cache_in(kwargs)
             self.finish(cache_in(output) if given is None else given)
 
-    def _before_layer(self, index: int, layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _before_layer(
+        self, index: int, layer: nn.Module, args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
         call, media = self._now.call, self._now.media
         if call is None:
             _refuse_recomputation()
@@ -232,7 +244,9 @@ class MediaConditioning:
         if media.latents is None or torch.is_grad_enabled():
             return block(block.entry(hidden), media.latents, visible)[0]
         kept = index, torch.is_autocast_enabled(hidden.device.type)
-        hidden, *media.keys_values[kept] = block(hidden, media.latents, visible, *media.keys_values.get(kept, ()))
+        hidden, *media.keys_values[kept] = block(
+            hidden, media.latents, visible, *media.keys_values.get(kept, ())
+        )
         return hidden
 
 
@@ -260,5 +274,7 @@ def _refuse_recomputation() -> None:
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
     """Each of the B rows of ``x`` as often as text has rows for it: (B, ...) -> (rows, ...)."""
     if rows % len(x):
-        raise ValueError(f"found {rows} rows of text for {len(x)} rows of media; give each row of text its media")
+        raise ValueError(
+            f"found {rows} rows of text for {len(x)} rows of media; give each row of text its media"
+        )
     return x.repeat_interleave(rows // len(x), dim=0)

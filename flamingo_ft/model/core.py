@@ -65,7 +65,8 @@ class FlamingoCore(nn.Module):
         sizes = {"dim": hidden_size(lm.config), "dim_visual": vis_dim, **(cross_attention or {})}
         self.perceiver = PerceiverResampler(dim=vis_dim, **(perceiver or {}))
         self.gated_cross_attn_layers = nn.ModuleList(
-            GatedCrossAttentionBlock(**sizes) if (index + 1) % every == 0 else None for index in range(len(layers))
+            GatedCrossAttentionBlock(**sizes) if (index + 1) % every == 0 else None
+            for index in range(len(layers))
         )
         self.conditioning = MediaConditioning(media_token_id, visibility, self.gated_cross_attn_layers)
         self.conditioning.attach(lm, layers)
@@ -87,7 +88,9 @@ class FlamingoCore(nn.Module):
         together, where a row holds several documents. Raises UserError when text and images do not match.
         """
         if input_ids is None:
-            raise UserError("forward: got no input_ids; a Flamingo finds its media in them, pass the text as ids")
+            raise UserError(
+                "forward: got no input_ids; a Flamingo finds its media in them, pass the text as ids"
+            )
         is_media = input_ids == self.conditioning.media_token_id
         mentioned, seen = is_media.sum(-1), self.media_in_cache(input_ids, cache)
         past = past_of(cache) if cache_length(cache) else None
@@ -135,7 +138,9 @@ class FlamingoCore(nn.Module):
     def generate_text(self, input_ids: Tensor | None, given: MediaInput | None, **kwargs: Any) -> Any:
         """Run the language model's own ``generate`` with the media open; each is encoded and projected once."""
         if input_ids is None:
-            raise UserError("generate: found no input_ids; a Flamingo finds its media in them, pass the prompt as ids")
+            raise UserError(
+                "generate: found no input_ids; a Flamingo finds its media in them, pass the prompt as ids"
+            )
         cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         _refuse_assisted_continuation(kwargs, cache)
         continues = mask is not None and mask.shape[1] > input_ids.shape[1]  # only the new tokens were passed
@@ -143,7 +148,9 @@ class FlamingoCore(nn.Module):
         media = self.media_for(new_ids, given, cache)
         self.follow_language_model()
         no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
-        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), no_media_token])
+        kwargs["logits_processor"] = LogitsProcessorList(
+            [*(kwargs.get("logits_processor") or []), no_media_token]
+        )
         if getattr(self.lang_encoder.config, "output_router_logits", False):
             # Trainers switch it on for mixtures of experts; their balancing loss does not fit a step from a cache.
             kwargs.setdefault("output_router_logits", False)

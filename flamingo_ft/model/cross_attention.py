@@ -39,7 +39,9 @@ class MaskedCrossAttention(nn.Module):
         samples = len(key)
         latents_per_medium = key.shape[2] // visible.shape[2]
         query = self.to_q(self.norm(x)).reshape(samples, -1, self.heads * key.shape[-1])
-        visible = visible.reshape(samples, 1, -1, visible.shape[2]).repeat_interleave(latents_per_medium, dim=-1)
+        visible = visible.reshape(samples, 1, -1, visible.shape[2]).repeat_interleave(
+            latents_per_medium, dim=-1
+        )
         attended = attend(split_heads(query, self.heads), key, value, visible)
         return self.to_out(merge_heads(attended)).reshape(x.shape)
 

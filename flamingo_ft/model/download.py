@@ -36,12 +36,16 @@ def download(url: str, where: str, *, public_only: bool = False) -> bytes:
     try:
         if not is_url(url) or not urlsplit(url).hostname:
             raise ValueError("not an http(s) URL with a host")
-        request = urllib.request.Request(quote(url, safe=URL_CHARACTERS), headers={"User-Agent": "flamingo_ft"})
+        request = urllib.request.Request(
+            quote(url, safe=URL_CHARACTERS), headers={"User-Agent": "flamingo_ft"}
+        )
         with _opener(public_only).open(request, timeout=TIMEOUT_SECONDS) as response:
             return _read(response)
     except FAILURES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where}: cannot fetch {shortened(url)} ({reason}); check the URL and the network") from None
+        raise UserError(
+            f"{where}: cannot fetch {shortened(url)} ({reason}); check the URL and the network"
+        ) from None
 
 
 class _PublicConnection(http.client.HTTPConnection):
@@ -90,7 +94,9 @@ def _check_public(address: str) -> None:
         raise ValueError("not a public address")
 
 
-def _ipv4_in(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _ipv4_in(
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
+) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     """The IPv4 address that an IPv6 one leads to, where it does (mapped, 6to4, NAT64)."""
     if isinstance(address, ipaddress.IPv4Address):
         return address

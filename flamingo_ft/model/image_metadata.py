@@ -33,10 +33,36 @@ _INTEGERS = {1: "B", 3: "H", 4: "I"}  # TIFF's types BYTE, SHORT and LONG
 _PNG, _JPEG, _TIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", (b"II*\0", b"MM\0*")
 _HEAD_BYTES = 32
 _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
-_JPEG_METADATA = {*range(0xE1, 0xEE), 0xEF, 0xFE}  # APP1..APP13, APP15, COM; APP0 and APP14 say what the colours are
+_JPEG_METADATA = {
+    *range(0xE1, 0xEE),
+    0xEF,
+    0xFE,
+}  # APP1..APP13, APP15, COM; APP0 and APP14 say what the colours are
 # Tags that pixels depend on; all others of a TIFF file are metadata.
 _TIFF_PIXELS = {
-    *(254, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325),
+    *(
+        254,
+        256,
+        257,
+        258,
+        259,
+        262,
+        266,
+        273,
+        ORIENTATION,
+        277,
+        278,
+        279,
+        284,
+        292,
+        293,
+        317,
+        320,
+        322,
+        323,
+        324,
+        325,
+    ),
     *(332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532),
 }
 

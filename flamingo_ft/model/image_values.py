@@ -12,8 +12,12 @@ import torch
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 OVERSHOOT = 2  # times white: floats up to here are an image that resampling made a little too bright
-UNDERSHOOT = 0.25  # times the largest value: more below zero is no rounding, such values never were brightness
-DARKEST = 16  # floats between twice 1 and this are no picture in 0..255 if any is negative: they were normalised
+UNDERSHOOT = (
+    0.25  # times the largest value: more below zero is no rounding, such values never were brightness
+)
+DARKEST = (
+    16  # floats between twice 1 and this are no picture in 0..255 if any is negative: they were normalised
+)
 
 
 def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
@@ -56,7 +60,9 @@ def channels_last(array: Any) -> np.ndarray:
     if len(shape) == 4:
         raise ValueError(f"got an array of shape {shape}, a batch; give a list of images")
     if len(shape) != 3 or not {shape[0], shape[2]} & {*CHANNELS}:
-        expected = "(height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels"
+        expected = (
+            "(height, width), (height, width, channels) or (channels, height, width) with 1, 3 or 4 channels"
+        )
         raise ValueError(f"got an array of shape {shape}; give {expected}")
     first = shape[2] not in CHANNELS or (isinstance(array, torch.Tensor) and shape[0] in CHANNELS)
     return np.moveaxis(values, 0, -1) if first else values

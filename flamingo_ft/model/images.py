@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .image_metadata import ORIENTATION, METADATA_ERRORS, split_metadata, stored_orientation
+from .image_metadata import METADATA_ERRORS, ORIENTATION, split_metadata, stored_orientation
 from .image_values import channels_last, eight_bit
 
 READER_VERSION = 2  # raise it when the same file is to become other pixels: feature caches depend on it
@@ -144,7 +144,9 @@ def orientation(image: Image.Image) -> int:
 def check_size(width: int, height: int) -> None:
     """Raise UnreadableImage for an image or video frame of more than `MAX_PIXELS` pixels."""
     if width * height > MAX_PIXELS:
-        raise UnreadableImage(f"{width} x {height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million in all")
+        raise UnreadableImage(
+            f"{width} x {height} pixels, the limit is {MAX_PIXELS / 1e6:.0f} million in all"
+        )
 
 
 def _read(source: str | os.PathLike[str] | bytes, metadata: Mapping[str, Any] | None = None) -> Image.Image:
@@ -183,7 +185,9 @@ def _formats() -> list[str]:
 
 def _picture_to_rgb(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> Image.Image:
     check_size(*image.size)
-    deep = any(";16" in str(tile.args) for tile in getattr(image, "tile", ()))  # the decoder empties this list
+    deep = any(
+        ";16" in str(tile.args) for tile in getattr(image, "tile", ())
+    )  # the decoder empties this list
     stored, damaged = _stored_orientation(image)
     image.load()
     check_size(*image.size)  # an icon's size is that of the picture inside

@@ -38,7 +38,9 @@ def encode_media(
         return no_media(perceiver, counts)
     frames, lengths = given.of(real)
     tokens = frames if given.are_tokens else tokens_of_distinct(vision, frames)
-    encoded = _resample(perceiver, tokens, lengths, real.nonzero()[:, 1] if positions is None else positions[real])
+    encoded = _resample(
+        perceiver, tokens, lengths, real.nonzero()[:, 1] if positions is None else positions[real]
+    )
     latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
     latents[real] = encoded
     return Media(latents, counts)

@@ -38,7 +38,9 @@ class MediaInput:
         found = counts.tolist()
         if min(found) < 1 or max(found) > most:
             wrong = next(count for count in found if not 1 <= count <= most)
-            raise UserError(f"frame_counts: found {wrong} frames of a medium, wanted 1 to {most}; correct the count")
+            raise UserError(
+                f"frame_counts: found {wrong} frames of a medium, wanted 1 to {most}; correct the count"
+            )
         present = torch.arange(most, device=counts.device) < counts[:, None]
         return media[present.to(media.device)], found
 
@@ -51,13 +53,17 @@ def media_input(
     Raises UserError for both at once and for another shape.
     """
     if pixel_values is not None and vision_tokens is not None:
-        raise UserError("found both pixel_values and vision_tokens; the tokens stand for the images: give one")
+        raise UserError(
+            "found both pixel_values and vision_tokens; the tokens stand for the images: give one"
+        )
     if pixel_values is None and vision_tokens is None:
         return None
     frames = _frames_of_pixels(pixel_values) if vision_tokens is None else _frames_of_tokens(vision_tokens)
     if frame_counts is not None and frame_counts.shape != frames.shape[:2]:
         wanted = tuple(frames.shape[:2])
-        raise UserError(f"frame_counts have shape {tuple(frame_counts.shape)}, wanted {wanted}; give one per medium")
+        raise UserError(
+            f"frame_counts have shape {tuple(frame_counts.shape)}, wanted {wanted}; give one per medium"
+        )
     return MediaInput(frames, vision_tokens is not None, frame_counts)
 
 
@@ -73,5 +79,7 @@ def _frames_of_pixels(pixels: Tensor) -> Tensor:
 def _frames_of_tokens(tokens: Tensor) -> Tensor:
     if tokens.dim() != 5:
         wanted = "(samples, media, frames, tokens, width)"
-        raise UserError(f"vision tokens have shape {tuple(tokens.shape)}; wanted {wanted}; add the missing axes")
+        raise UserError(
+            f"vision tokens have shape {tuple(tokens.shape)}; wanted {wanted}; add the missing axes"
+        )
     return tokens

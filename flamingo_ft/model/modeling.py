@@ -122,7 +122,9 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         output this returns. Raises UserError when a row has more media tokens than media, and without input_ids.
         """
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
-        given = for_language_model(self.lang_encoder, given | {"use_cache": use_cache, **kwargs}, document_ids)
+        given = for_language_model(
+            self.lang_encoder, given | {"use_cache": use_cache, **kwargs}, document_ids
+        )
         media = media_input(pixel_values, vision_tokens, frame_counts)
         with self.looking_at(input_ids, media, cache_in(given), document_ids):
             return self.lang_encoder(input_ids=input_ids, **given)
@@ -206,7 +208,10 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         return self.lang_encoder.get_decoder()
 
     def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
     ) -> nn.Module:
         """Make room for tokens that were added to the tokenizer, ``new_num_tokens`` with them; to be called before an
         optimizer is made. Returns the input embeddings.
@@ -264,7 +269,12 @@ class Backbone(nn.Module):
         **kwargs: Any,
     ) -> Any:
         (model,) = self._model
-        given = {"attention_mask": attention_mask, "past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+        given = {
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            **kwargs,
+        }
         given = for_language_model(model.lang_encoder, given, document_ids)
         cache, conditioning = cache_in(given), model.conditioning
         media = media_input(pixel_values, vision_tokens, frame_counts)

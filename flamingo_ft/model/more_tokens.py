@@ -36,7 +36,9 @@ def add_tokens(model: FlamingoCore, size: int) -> None:
     _check_rows_can_be_added(model)
     grow_vocabulary(lm, size)
     if model.token_rows is None:
-        model.token_rows = TokenRows(added, lm).to(lm.get_input_embeddings().weight.device).requires_grad_(False)
+        model.token_rows = (
+            TokenRows(added, lm).to(lm.get_input_embeddings().weight.device).requires_grad_(False)
+        )
         model.token_rows.attach(lm, model.conditioning)
         model.token_rows.copy_from(lm)
     else:
@@ -67,4 +69,6 @@ def check_embeddings(module: object, rows: TokenRows | None, where: str) -> None
             "own (lang_encoder)"
         )
     if len(module.weight) < needed:
-        raise UserError(f"{where}: needs at least {needed} rows, got {len(module.weight)}; add the tokens' rows to it")
+        raise UserError(
+            f"{where}: needs at least {needed} rows, got {len(module.weight)}; add the tokens' rows to it"
+        )

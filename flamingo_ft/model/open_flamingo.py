@@ -81,7 +81,9 @@ class Flamingo(FlamingoCore):
         """One pass; vision_x (B, M, F, C, H, W), or None for media kept by `cache_media` or by an earlier forward
         with ``clear_conditioned_layers=False``; lang_x (B, T). Returns the language model's output."""
         if self._media_cached and vision_x is not None:
-            raise ValueError("found vision_x while media are cached; pass None, or call uncache_media() first")
+            raise ValueError(
+                "found vision_x while media are cached; pass None, or call uncache_media() first"
+            )
         if not self._media_cached and vision_x is not None:
             self.conditioning.release()
         given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
@@ -95,7 +97,9 @@ class Flamingo(FlamingoCore):
             self.conditioning.hold(media, times)
         return output
 
-    def generate(self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """The language model's ``generate``; ends at ``<|endofchunk|>`` unless ``eos_token_id`` says otherwise.
 
         Returns lang_x (B, T) with the generated tokens appended.
@@ -116,7 +120,9 @@ class Flamingo(FlamingoCore):
         super().uncache_media()
         self._media_cached = False
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         """Recompute the language model's layers and the bridge's blocks in the backward instead of storing them."""
         self.lang_encoder.activation_checkpointing_enable(gradient_checkpointing_kwargs)
         run = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
@@ -124,7 +130,9 @@ class Flamingo(FlamingoCore):
             if isinstance(block, CheckpointedBlock):
                 block.gradient_checkpointing, block._gradient_checkpointing_func = True, run
 
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
         """As torch's, for this model's keys and for OpenFlamingo's, which are mapped.
 
         With OpenFlamingo's keys, ``strict=False`` forgives what those files never hold (the frozen backbones) and

@@ -22,7 +22,9 @@ from torch.utils._pytree import tree_map_only
 
 from flamingo_ft.errors import UserError
 
-ALIGNMENT = 8  # columns; matrix products of half precision are slow on a GPU where widths are no multiple of it
+ALIGNMENT = (
+    8  # columns; matrix products of half precision are slow on a GPU where widths are no multiple of it
+)
 
 
 class OutputHead:
@@ -64,7 +66,9 @@ class RowsApart(Tensor):
     Any other operation makes it whole first.
     """
 
-    _is_param = True  # as much a part of the model as the matrix behind it: offloading of activations leaves it alone
+    _is_param = (
+        True  # as much a part of the model as the matrix behind it: offloading of activations leaves it alone
+    )
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -94,7 +98,9 @@ class RowsApart(Tensor):
         return part
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         args, kwargs = tree_map_only(cls, lambda lazy: lazy[:], (args, kwargs or {}))
         return function(*args, **kwargs)
 

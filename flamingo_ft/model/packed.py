@@ -19,7 +19,9 @@ from .conditioning import cache_in
 TAKE_A_MASK = ("biogpt", "mosaic_gpt", "mpt", "opt", "xglm")
 
 
-def for_language_model(lm: PreTrainedModel, given: Mapping[str, Any], document_ids: Tensor | None) -> dict[str, Any]:
+def for_language_model(
+    lm: PreTrainedModel, given: Mapping[str, Any], document_ids: Tensor | None
+) -> dict[str, Any]:
     """The arguments that are not None; for documents (B, T), with what keeps them apart in self-attention.
 
     transformers tells documents apart by positions that begin anew with each, and only where there is neither a mask
@@ -40,4 +42,6 @@ def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
     lowest number for others."""
     same = document_ids[:, :, None] == document_ids[:, None, :]
     others = ~same.tril()[:, None]
-    return torch.zeros(others.shape, dtype=dtype, device=others.device).masked_fill(others, torch.finfo(dtype).min)
+    return torch.zeros(others.shape, dtype=dtype, device=others.device).masked_fill(
+        others, torch.finfo(dtype).min
+    )

@@ -26,7 +26,12 @@ from .configuration import FlamingoConfig
 from .quantized import WHERE
 
 PUTS_TOGETHER = "flamingo_ft.adapters.from_parts"
-OF_THE_CLIENT = ("cache_dir", "force_download", "local_files_only", "token")  # options that say how files are fetched
+OF_THE_CLIENT = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "token",
+)  # options that say how files are fetched
 WHOLE = ("model*.safetensors", "pytorch_model*.bin")  # the weights of a model that needs no other
 
 
@@ -41,7 +46,9 @@ class Parts:
     adapter: Path | None
 
 
-def from_parts(name: Any, options: Mapping[str, Any]) -> PreTrainedModel | tuple[PreTrainedModel, dict] | None:
+def from_parts(
+    name: Any, options: Mapping[str, Any]
+) -> PreTrainedModel | tuple[PreTrainedModel, dict] | None:
     """What ``from_pretrained(name, **options)`` gives where that is an adapter or a composition; None elsewhere."""
     parts = find_parts(name, options)
     return None if parts is None else import_module(PUTS_TOGETHER).load_parts(parts, options)
@@ -54,7 +61,10 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
         return None
     if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
         of_adapter = {**options, "revision": None, **options["adapter_kwargs"]}
-        return Parts(_fetch(name if options.get("revision") else _as_recorded(str(name)), options), _fetch(adapter, of_adapter))
+        return Parts(
+            _fetch(name if options.get("revision") else _as_recorded(str(name)), options),
+            _fetch(adapter, of_adapter),
+        )
     refuse_missing(name)
     if not Path(name).is_dir() and _is_merged(name, options):
         return None
@@ -107,7 +117,9 @@ def _fetch(name: Any, options: Mapping[str, Any]) -> Path:
     if folder.is_dir():
         return folder / (options.get("subfolder") or "")
     if options.get("subfolder"):
-        raise UserError(f"{name}: parts of a model are looked for at the top of a repository; leave subfolder out")
+        raise UserError(
+            f"{name}: parts of a model are looked for at the top of a repository; leave subfolder out"
+        )
     given = {key: options[key] for key in OF_THE_CLIENT if options.get(key) is not None}
     revision = options.get("revision")
     return fetch_model(f"{name}@{revision}" if revision else name, **given)

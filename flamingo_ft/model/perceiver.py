@@ -39,7 +39,9 @@ class PerceiverLayer(CheckpointedBlock, nn.ModuleList):
     """Attention, then feed-forward, each added to the latents. A list so that keys read ``layers.{i}.{0,1}``."""
 
     def __init__(self, width: int, heads: int, dim_head: int, ff_mult: int):
-        nn.ModuleList.__init__(self, [PerceiverAttention(width, heads, dim_head), feed_forward(width, ff_mult)])
+        nn.ModuleList.__init__(
+            self, [PerceiverAttention(width, heads, dim_head), feed_forward(width, ff_mult)]
+        )
 
     def forward(self, latents: Tensor, tokens: Tensor) -> Tensor:
         """latents (N, L, D), tokens (N, K, D) -> latents (N, L, D)."""
@@ -103,4 +105,6 @@ class PerceiverResampler(nn.Module):
 
 def _check_fits(found: int, embeddings: Tensor, what: str, option: str) -> None:
     if found > len(embeddings):
-        raise UserError(f"perceiver: found {found} {what}, but {option} is {len(embeddings)}; raise it or give fewer")
+        raise UserError(
+            f"perceiver: found {found} {what}, but {option} is {len(embeddings)}; raise it or give fewer"
+        )

@@ -87,17 +87,23 @@ class FlamingoProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def for_backbones(cls, preprocess: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> FlamingoProcessor:
+    def for_backbones(
+        cls, preprocess: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> FlamingoProcessor:
         """From a tower's transform and a tokenizer that already has the media tokens."""
         return cls(FlamingoImageProcessor(preprocess), tokenizer)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> FlamingoProcessor:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> FlamingoProcessor:
         """As every processor of transformers. Raises UserError for a path that leads nowhere."""
         refuse_missing(pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
-    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
+    ) -> BatchFeature:
         """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
 
         ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
@@ -108,11 +114,16 @@ class FlamingoProcessor(ProcessorMixin):
         image that cannot be read.
         """
         if text is None:
-            raise UserError(f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs")
+            raise UserError(
+                f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs"
+            )
         texts = [text] if isinstance(text, str) else list(text)
         nested = deal_images(images, [t.count(self.image_token) for t in texts])
         return_tensors = kwargs.pop("return_tensors", None)
-        arguments = {"add_special_tokens": not _are_complete(self.tokenizer, texts), **_text_arguments(kwargs)}
+        arguments = {
+            "add_special_tokens": not _are_complete(self.tokenizer, texts),
+            **_text_arguments(kwargs),
+        }
         data = tokenize(self.tokenizer, texts, **arguments)
         self._check_media_tokens(data["input_ids"], [len(row) for row in nested])
         if any(nested):
@@ -148,7 +159,11 @@ class FlamingoProcessor(ProcessorMixin):
         images = [_images_in(messages) for messages in conversations]
         if kwargs.get("tokenize"):  # the template has written all special tokens, the text's first one too
             found = {"images": images[0] if single else images} if any(images) else {}
-            kwargs["processor_kwargs"] = {"add_special_tokens": False, **(kwargs.get("processor_kwargs") or {}), **found}
+            kwargs["processor_kwargs"] = {
+                "add_special_tokens": False,
+                **(kwargs.get("processor_kwargs") or {}),
+                **found,
+            }
         if not args and kwargs.get("chat_template") is None:
             kwargs["chat_template"] = self.answer_template
         texts = [[flatten(message, self.tokenizer) for message in messages] for messages in conversations]
@@ -187,7 +202,9 @@ def flat_text(content: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
             raise UserError(f"found a content block of type {block['type']!r}; wanted text or image")
     runs = itertools.groupby(content, is_image)  # text that blocks divide may spell a special token together
     return "".join(
-        MEDIA_TOKEN * len(list(blocks)) if images else protect(tokenizer, "".join(block["text"] for block in blocks))
+        MEDIA_TOKEN * len(list(blocks))
+        if images
+        else protect(tokenizer, "".join(block["text"] for block in blocks))
         for images, blocks in runs
     )
 
@@ -233,7 +250,9 @@ def _image_of(block: Mapping[str, Any]) -> Any:
     if block["type"] == "image_url":
         link = block["image_url"]
         return link if isinstance(link, str) else link["url"]
-    return next((block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None), None)
+    return next(
+        (block[key] for key in ("image", "url", "path", "base64") if block.get(key) is not None), None
+    )
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:

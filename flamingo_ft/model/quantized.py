@@ -44,7 +44,9 @@ def stored_config(name: Any, options: Mapping[str, Any]) -> FlamingoConfig:
     given = options.get("config")
     if isinstance(given, FlamingoConfig):
         return given
-    return FlamingoConfig.from_pretrained(given or name, **{key: options[key] for key in WHERE if key in options})
+    return FlamingoConfig.from_pretrained(
+        given or name, **{key: options[key] for key in WHERE if key in options}
+    )
 
 
 def finish_quantized(model: nn.Module, is_new: bool) -> None:
@@ -56,7 +58,9 @@ def finish_quantized(model: nn.Module, is_new: bool) -> None:
     if is_new and isinstance(config, BitsAndBytesConfig):
         _quantize_rest_of_tower(model, config)
     elif isinstance(config, BitsAndBytesConfig):
-        model._weight_conversions = None  # transformers 5.23 cannot save again what it has read in these formats
+        model._weight_conversions = (
+            None  # transformers 5.23 cannot save again what it has read in these formats
+        )
     settle(model)
     mark_quantized(model)
 
@@ -79,7 +83,9 @@ def refuse_put_together(model: nn.Module) -> None:
     """Refuse to save whole what could not be read again: a model with LoRA beside its matrices, and one with quantized
     parts that transformers did not quantize."""
     if getattr(model, "peft_config", None):
-        raise UserError("a Flamingo with LoRA cannot be saved whole; save its adapter with save_adapter, or merge that")
+        raise UserError(
+            "a Flamingo with LoRA cannot be saved whole; save its adapter with save_adapter, or merge that"
+        )
     if formats_in(model) and getattr(model, "hf_quantizer", None) is None:
         raise UserError(
             "a Flamingo put together from quantized backbones cannot be saved whole; save its adapter, or save it "
@@ -91,4 +97,6 @@ def _head_names(config: FlamingoConfig) -> list[str]:
     """The language model's output head, as the Flamingo names it."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config.text_config)
-    return [f"lang_encoder.{name}" for name, module in lm.named_modules() if module is lm.get_output_embeddings()]
+    return [
+        f"lang_encoder.{name}" for name, module in lm.named_modules() if module is lm.get_output_embeddings()
+    ]

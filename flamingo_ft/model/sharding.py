@@ -32,7 +32,9 @@ def shard(model: FlamingoCore, **options: Any) -> FlamingoCore:
     for unit in (*layers, *blocks):
         fully_shard(unit, ignored_params=_keep_whole(unit), **options)
     # Called once for each number of frames in a batch: it stays gathered, so that processes gather it equally often.
-    fully_shard(model.perceiver, reshard_after_forward=False, ignored_params=_keep_whole(model.perceiver), **options)
+    fully_shard(
+        model.perceiver, reshard_after_forward=False, ignored_params=_keep_whole(model.perceiver), **options
+    )
     units = {parameter for unit in (*layers, *blocks, model.perceiver) for parameter in unit.parameters()}
     fully_shard(model, ignored_params=_keep_whole(model, units), **options)
     register_fsdp_forward_method(model, "generate")
@@ -59,7 +61,9 @@ def let_go(model: nn.Module) -> None:
 def fill(tensor: Tensor, values: Tensor) -> None:
     """Copy ``values``, which every process has whole, into a tensor, or into the part of it that this process holds."""
     if isinstance(tensor, DTensor):
-        values = distribute_tensor(values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements)
+        values = distribute_tensor(
+            values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements
+        )
     tensor.copy_(values)
 
 

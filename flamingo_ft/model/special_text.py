@@ -72,13 +72,19 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options
         unpadded["token_type_ids"] = [[0] * len(row.ids) for row in rows]
     padded = dict(tokenizer.pad(unpadded, **{"padding": False, **padding}))
     if options.get("return_offsets_mapping"):
-        padded["offset_mapping"] = [_padded_offsets(*pair) for pair in zip(rows, padded["attention_mask"], strict=True)]
+        padded["offset_mapping"] = [
+            _padded_offsets(*pair) for pair in zip(rows, padded["attention_mask"], strict=True)
+        ]
     return padded
 
 
 def _truncated(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, options: dict[str, Any]) -> Tokens:
     length = options.get("max_length")
-    if length is None or options.get("truncation") in (None, False, "do_not_truncate") or len(tokens.ids) <= length:
+    if (
+        length is None
+        or options.get("truncation") in (None, False, "do_not_truncate")
+        or len(tokens.ids) <= length
+    ):
         return tokens
     kept = slice(length) if tokenizer.truncation_side == "right" else slice(len(tokens.ids) - length, None)
     return Tokens(tokens.ids[kept], tokens.offsets[kept])
@@ -90,7 +96,9 @@ def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
     return [next(offsets) if real else (0, 0) for real in mask]
 
 
-def _with_typed_as_text(tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens) -> Tokens:
+def _with_typed_as_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens
+) -> Tokens:
     """The tokens with each stretch between two genuine special tokens read as text where something is typed in it."""
     pairs = list(zip(tokens.ids, tokens.offsets, strict=True))
     found, token, begin = [], 0, 0
@@ -115,7 +123,11 @@ def _genuine(
 
 
 def _stretch(
-    tokenizer: PreTrainedTokenizerBase, text: str, where: Span, typed: list[Span], found: list[tuple[int, Span]]
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    where: Span,
+    typed: list[Span],
+    found: list[tuple[int, Span]],
 ) -> list[tuple[int, Span]]:
     """The tokens ``found`` between two special tokens, or those that the text there has without special tokens."""
     if not found or not _overlaps(where, typed):
@@ -140,7 +152,9 @@ def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool, first:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> Tokens:
-    out = tokenizer(text, **{"add_special_tokens": False, **options}, return_offsets_mapping=True, verbose=False)
+    out = tokenizer(
+        text, **{"add_special_tokens": False, **options}, return_offsets_mapping=True, verbose=False
+    )
     return Tokens(out["input_ids"], out["offset_mapping"])
 
 

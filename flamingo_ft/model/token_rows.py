@@ -47,7 +47,9 @@ class TokenRows(nn.Module):
                 handle.remove()
         hooks = self._after_embedding, self._after_head
         pairs = zip(modules, hooks, strict=True)
-        self._hooked = [(one, None if one is None else one.register_forward_hook(hook)) for one, hook in pairs]
+        self._hooked = [
+            (one, None if one is None else one.register_forward_hook(hook)) for one, hook in pairs
+        ]
 
     @torch.no_grad()
     def reset(self, lm: nn.Module, known: int) -> None:
@@ -67,7 +69,10 @@ class TokenRows(nn.Module):
     @torch.no_grad()
     def extend(self, token_ids: Sequence[int], lm: nn.Module) -> None:
         """Add rows for more tokens, in new parameters; they start as those that ``lm`` has for them."""
-        for table, matrix in ((self.input, lm.get_input_embeddings()), (self.output, lm.get_output_embeddings())):
+        for table, matrix in (
+            (self.input, lm.get_input_embeddings()),
+            (self.output, lm.get_output_embeddings()),
+        ):
             if table is not None:
                 rows = torch.cat([table.weight, matrix.weight[list(token_ids)].to(table.weight)])
                 table.weight, table.num_embeddings = nn.Parameter(rows, table.weight.requires_grad), len(rows)
@@ -125,7 +130,11 @@ def _are_tied(lm: nn.Module) -> bool:
     head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
     names = {id(parameter): name for name, parameter in lm.named_parameters(remove_duplicate=False)}
     pair = names[id(head)], names[id(embedding)]
-    return head is embedding or pair in lm.all_tied_weights_keys.items() or pair[::-1] in lm.all_tied_weights_keys.items()
+    return (
+        head is embedding
+        or pair in lm.all_tied_weights_keys.items()
+        or pair[::-1] in lm.all_tied_weights_keys.items()
+    )
 
 
 class _Scoring(threading.local):

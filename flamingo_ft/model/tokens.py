@@ -20,7 +20,9 @@ def add_media_tokens(tokenizer: PreTrainedTokenizerBase, extra: Sequence[str] = 
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     vocabulary = tokenizer.get_vocab()
-    return sorted(vocabulary[t] for t in (MEDIA_TOKEN, EOC_TOKEN, *extra, tokenizer.pad_token) if t not in known)
+    return sorted(
+        vocabulary[t] for t in (MEDIA_TOKEN, EOC_TOKEN, *extra, tokenizer.pad_token) if t not in known
+    )
 
 
 @torch.no_grad()

@@ -24,11 +24,16 @@ BELONGING = (
     *WEIGHTS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.py", "README.md", RECIPE_FILE,
     PREDICTIONS_FILE, "log.jsonl",
 )  # fmt: skip
-FIGURES, OF_SAMPLES = re.compile(r"figures/\w+\.png"), "figures/answers.png"  # the images in the latter are the user's
+FIGURES, OF_SAMPLES = (
+    re.compile(r"figures/\w+\.png"),
+    "figures/answers.png",
+)  # the images in the latter are the user's
 # Their text is a model's vocabulary, where a slash is a slash.
 AS_IT_IS = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
 TOKENIZER = "tokenizer_config.json"
-KEYS_OF_FILES = {MERGE_FILE: ("adapter",)}  # where a path stands under a key that may mean something else elsewhere
+KEYS_OF_FILES = {
+    MERGE_FILE: ("adapter",)
+}  # where a path stands under a key that may mean something else elsewhere
 PLACES_IN_PREDICTIONS = ("where", "images")
 
 
@@ -88,7 +93,9 @@ def _rewriting(name: str) -> Callable[[str], bytes] | None:
 
 
 def _tokenizer(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: strip_local_path(one) if key.endswith(("_path", "_file")) else one for key, one in values.items()}
+    return {
+        key: strip_local_path(one) if key.endswith(("_path", "_file")) else one for key, one in values.items()
+    }
 
 
 def _prediction(line: str) -> bytes:

@@ -81,13 +81,19 @@ def _check_folder(folder: Path, merged: bool, base: str | None) -> bool:
     if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
         read_config(folder)
         if merged and base:
-            raise UserError(f"found --merged and --base {base}; a merged model builds on nothing: give one of them")
+            raise UserError(
+                f"found --merged and --base {base}; a merged model builds on nothing: give one of them"
+            )
         return True
     if not (folder / "config.json").is_file() or not any(folder.glob(WHOLE)):
-        raise UserError(f"{folder}: holds no adapter and no merged model; give the folder that a run or a merge wrote")
+        raise UserError(
+            f"{folder}: holds no adapter and no merged model; give the folder that a run or a merge wrote"
+        )
     read_flamingo_config(folder)
     if merged or base:
-        raise UserError(f"{folder}: is a merged model already; push it without {'--merged' if merged else '--base'}")
+        raise UserError(
+            f"{folder}: is a merged model already; push it without {'--merged' if merged else '--base'}"
+        )
     return False
 
 
@@ -140,7 +146,9 @@ def _push_base(
         _commit(base, files_of(composition), branch, say)
 
 
-def _commit(repository: str, files: dict[str, bytes | Path], branch: str | None, say: Callable[[str], None]) -> str:
+def _commit(
+    repository: str, files: dict[str, bytes | Path], branch: str | None, say: Callable[[str], None]
+) -> str:
     size = sum(len(one) if isinstance(one, bytes) else one.stat().st_size for one in files.values())
     say(f"{repository}: {len(files)} files, {size / 1e6:,.1f} MB")
     return upload(repository, files, "Pushed with flamingo_ft", branch=branch, replaced=is_weights, say=say)

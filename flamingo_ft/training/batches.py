@@ -51,9 +51,13 @@ def training_batches(
     order = Order(data.train, recipe.train.seed, wanted.shuffle_buffer)
     return Batches(
         order=_order_of(order, data, recipe),
-        prepare=Preparing([mixed.source for mixed in data.train], encode, _media_reader(processor, recipe, features)),
+        prepare=Preparing(
+            [mixed.source for mixed in data.train], encode, _media_reader(processor, recipe, features)
+        ),
         fill=packed(recipe.train.batch_size, limit) if wanted.packing else in_order(recipe.train.batch_size),
-        assemble=partial(ASSEMBLE[recipe.train.method], processor.tokenizer.pad_token_id, wanted.packing, features),
+        assemble=partial(
+            ASSEMBLE[recipe.train.method], processor.tokenizer.pad_token_id, wanted.packing, features
+        ),
         tally=Tally(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
         loading=Loading(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
     )
@@ -64,7 +68,11 @@ def assemble(
 ) -> dict[str, Tensor]:
     """The tensors of a batch of ``rows``, each of one sample, or of several where they are packed."""
     texts = [[sample.encoded for sample in row] for row in rows]
-    text = collate_packed(texts, pad_token_id) if packing else collate_text([one for (one,) in texts], pad_token_id)
+    text = (
+        collate_packed(texts, pad_token_id)
+        if packing
+        else collate_text([one for (one,) in texts], pad_token_id)
+    )
     return text | _media(features, rows)
 
 

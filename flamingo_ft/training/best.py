@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from flamingo_ft import atomic
 from flamingo_ft.adapters import save_adapter
@@ -40,7 +46,9 @@ class KeepBest(TrainerCallback):
     def __init__(self, processor: FlamingoProcessor, folder: Path):
         self.processor, self.folder = processor, folder
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if state.best_metric is not None and not self.folder.is_dir():
             warnings.warn(
                 f"{self.folder}: the adapter of the best evaluation (step {state.best_global_step}) is not there; "
@@ -49,7 +57,9 @@ class KeepBest(TrainerCallback):
             )
             state.best_metric = state.best_global_step = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = True
 
@@ -90,7 +100,9 @@ def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProce
 def put_back(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     """Give ``model`` the adapter that `write_best` wrote of it."""
     if not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder}: the best adapter is gone; resume with eval.keep=last to end with the last one")
+        raise UserError(
+            f"{folder}: the best adapter is gone; resume with eval.keep=last to end with the last one"
+        )
     stored = read_tensors(folder)
     let_go(model)
     for name, tensor in adapter_tensors(model).items():
@@ -106,4 +118,7 @@ def take_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:
         return {}
     if recipe.eval.keep == "best":
         put_back(trainer.model, folder)
-    return {"best": {"step": state.best_global_step, recipe.eval.metric: state.best_metric}, "kept": recipe.eval.keep}
+    return {
+        "best": {"step": state.best_global_step, recipe.eval.metric: state.best_metric},
+        "kept": recipe.eval.keep,
+    }

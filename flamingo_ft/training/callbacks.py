@@ -18,15 +18,24 @@ class ProgressBar(TrainerCallback):
     def __init__(self, progress: Bars):
         self.progress = progress
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         total, done = state.max_steps, state.global_step
         self.task = self.progress.add_task("training", total=total, completed=done, note="", below="")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.progress.update(self.task, completed=state.global_step)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict | None = None,
+        **_: Any,
     ) -> None:
         logs, place = logs or {}, f"step {state.global_step}/{state.max_steps}"
         if "eval_loss" in logs:
@@ -39,7 +48,9 @@ class ProgressBar(TrainerCallback):
             left = self.progress.time_left(self.task)
             self.progress.line(" · ".join([place, loss, figures, *([f"{left} left"] if left else [])]))
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self.progress.update(self.task, below="")
 
 

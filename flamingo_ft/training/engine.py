@@ -89,7 +89,11 @@ class Engine:
         """Forward and backward of one batch."""
         self.trained_on = self.contents.pop(0)
         loss = super().training_step(*arguments, **options)
-        rows, label_tokens, images = len(self.trained_on.rows), self.trained_on.label_tokens, self.trained_on.images
+        rows, label_tokens, images = (
+            len(self.trained_on.rows),
+            self.trained_on.label_tokens,
+            self.trained_on.images,
+        )
         self.counts.update(samples=rows, label_tokens=label_tokens, images=images)
         return self.finite.note(loss)
 
@@ -126,8 +130,12 @@ class Engine:
 
     def ended(self) -> bool:
         """Whether training is over; one that a signal stops is not."""
-        told = any(one.number is not None for one in self.callback_handler.callbacks if isinstance(one, Stopping))
-        return self.state.global_step >= self.state.max_steps or (self.control.should_training_stop and not told)
+        told = any(
+            one.number is not None for one in self.callback_handler.callbacks if isinstance(one, Stopping)
+        )
+        return self.state.global_step >= self.state.max_steps or (
+            self.control.should_training_stop and not told
+        )
 
     def seconds(self) -> float:
         """Of training so far, in this process and those before it."""
@@ -135,7 +143,9 @@ class Engine:
 
     def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
         progress = super()._init_training_state(max_steps, *arguments)
-        self.state.compute_steps(self.args, max_steps)  # as wished now, not as in the run that is gone on with
+        self.state.compute_steps(
+            self.args, max_steps
+        )  # as wished now, not as in the run that is gone on with
         return progress
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:

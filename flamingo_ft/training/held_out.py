@@ -27,7 +27,9 @@ from . import processes
 from .backbone_files import text_limit
 from .batches import ASSEMBLE, encoder
 
-Weighed = tuple[dict[str, Tensor], int]  # a batch, and over how much its loss is the mean: label tokens, or pairs
+Weighed = tuple[
+    dict[str, Tensor], int
+]  # a batch, and over how much its loss is the mean: label tokens, or pairs
 
 
 class HeldOut:
@@ -55,7 +57,9 @@ class HeldOut:
         encoded = [(sample, encode(sample)) for sample in samples]
         kept = [(sample, text) for sample, text in encoded if not isinstance(text, Dropped)]
         if not kept:
-            raise UserError("eval.steps: found no held-out sample with anything to learn; set it to null, or mend data.eval")
+            raise UserError(
+                "eval.steps: found no held-out sample with anything to learn; set it to null, or mend data.eval"
+            )
         kept.sort(key=lambda one: one[1].text_tokens)  # stable; little padding
         size = recipe.eval.batch_size
         self._batches = [kept[start : start + size] for start in range(0, len(kept), size)]
@@ -71,7 +75,9 @@ class HeldOut:
         places = range(self._rank, turns * self._world_size, self._world_size)
         for place in places if self._progress is None else _shown(self._progress, places):
             batch = self._batches[min(place, len(self._batches) - 1)]
-            rows = [[Prepared(sample.where, text, self._read(sample, text.images, 0))] for sample, text in batch]
+            rows = [
+                [Prepared(sample.where, text, self._read(sample, text.images, 0))] for sample, text in batch
+            ]
             inputs = self._assemble(rows)
             yield inputs, self._weigh(inputs) if place < len(self._batches) else 0
 

@@ -109,7 +109,9 @@ class Pushing:
         try:
             self._thread.join(PATIENCE)
             if self._thread.is_alive():
-                self.say(f"waiting for uploads to {self.repository}; Ctrl-C leaves them on this machine alone")
+                self.say(
+                    f"waiting for uploads to {self.repository}; Ctrl-C leaves them on this machine alone"
+                )
                 self._thread.join()
         finally:
             if self.missing:
@@ -139,7 +141,10 @@ class Pushing:
 
     def _commit_checkpoint(self, name: str, held: Path) -> None:
         others = [step for step in checkpoints_of(self._api, self.repository) if f"step-{step}" != name]
-        gone = [CommitOperationDelete(f"{FOLDER}/step-{step}/", is_folder=True) for step in others[self.limit - 1 :]]
+        gone = [
+            CommitOperationDelete(f"{FOLDER}/step-{step}/", is_folder=True)
+            for step in others[self.limit - 1 :]
+        ]
         message = f"Checkpoint of {name.replace('-', ' ')}"
         self._api.create_commit(
             self.repository, [*additions(held, f"{FOLDER}/{name}/"), *gone], commit_message=message
@@ -147,7 +152,10 @@ class Pushing:
 
     def _commit_run(self, output_dir: Path) -> None:
         # The client's own upload of a folder may take several commits, and people load an adapter between them.
-        own = [CommitOperationAdd(path, content) for path, content in with_card(output_dir, self.repository).items()]
+        own = [
+            CommitOperationAdd(path, content)
+            for path, content in with_card(output_dir, self.repository).items()
+        ]
         self._api.create_commit(self.repository, own, commit_message="The trained adapter")
 
 

@@ -20,7 +20,9 @@ class InBackward(torch.optim.Optimizer):
     optimizer's groups, so schedulers work on it as on any other; its own `step` has nothing left to do.
     """
 
-    def __init__(self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], max_norm: float):
+    def __init__(
+        self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], max_norm: float
+    ):
         super().__init__(groups, defaults=make(groups).defaults)
         self.max_norm = max_norm
         self._norms: list[torch.Tensor] = []
@@ -36,7 +38,9 @@ class InBackward(torch.optim.Optimizer):
         """Nothing: no gradient is kept."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)  # makes new groups and a new state; accelerate does this before training
+        super().load_state_dict(
+            state_dict
+        )  # makes new groups and a new state; accelerate does this before training
         self._take_as_it_was_kept(state_dict)
         self._share()
 

@@ -22,7 +22,9 @@ class LogFile(TrainerCallback):
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if state.is_world_process_zero:
             write_log(self.folder, state.log_history)
 

@@ -29,7 +29,9 @@ def check_loss(trainer: SFTTrainer) -> None:
             fused = float(model(input_ids=ids, labels=ids, fused_lm_head=True).loss)
         except (RuntimeError, AttributeError) as error:
             reraise_machine_error(error)
-            raise UserError(_message(model, f"TRL cannot compute it ({str(error).splitlines()[0]})")) from None
+            raise UserError(
+                _message(model, f"TRL cannot compute it ({str(error).splitlines()[0]})")
+            ) from None
     model.train(training)
     exact = model.lang_encoder.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     if abs(own - fused) > (EXACT if exact else ROUNDED) * abs(own):
@@ -39,7 +41,9 @@ def check_loss(trainer: SFTTrainer) -> None:
 def _some_text(trainer: SFTTrainer) -> torch.Tensor:
     """Token ids (1, T) of a short text, none of them added by the Flamingo."""
     tokenizer = trainer.processing_class.tokenizer
-    return tokenizer("A picture of a house by the sea.", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return tokenizer("A picture of a house by the sea.", add_special_tokens=False, return_tensors="pt")[
+        "input_ids"
+    ]
 
 
 def _message(model: torch.nn.Module, reason: str) -> str:

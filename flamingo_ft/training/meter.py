@@ -67,7 +67,10 @@ def learning_rates(optimizer: Any, first: float) -> dict[str, float]:
     the scheduler moves all of them in proportion."""
     groups = optimizer.param_groups
     named = [group for group in groups if "name" in group and "initial_lr" in group]
-    return {f"learning_rate/{group['name']}": first * group["initial_lr"] / groups[0]["initial_lr"] for group in named}
+    return {
+        f"learning_rate/{group['name']}": first * group["initial_lr"] / groups[0]["initial_lr"]
+        for group in named
+    }
 
 
 def gates(model: torch.nn.Module) -> dict[str, float]:

@@ -65,7 +65,9 @@ class Finite:
         everywhere = trainer.accelerator.gather(seen[None]).tolist()  # a row from each process
         norms, losses = [row[0] for row in everywhere], [loss for row in everywhere for loss in row[1:]]
         bad_loss = next((loss for loss in losses if not math.isfinite(loss)), None)
-        bad_norm = None if _overflowed(trainer) else next((one for one in norms if not math.isfinite(one)), None)
+        bad_norm = (
+            None if _overflowed(trainer) else next((one for one in norms if not math.isfinite(one)), None)
+        )
         if bad_loss is None and bad_norm is None:
             self.in_a_row = 0
             return
@@ -79,16 +81,25 @@ class Finite:
     def _leave_out(self, trainer: Any, bad: list[bool], value: float, what: str) -> None:
         trainer.optimizer.zero_grad()  # without gradients a step changes neither parameters nor state
         rows = _rows(self._batches, bad)
-        print(f"step {trainer.state.global_step + 1} left out, its {what} is {value}: {_named(rows)}", file=sys.stderr)
+        print(
+            f"step {trainer.state.global_step + 1} left out, its {what} is {value}: {_named(rows)}",
+            file=sys.stderr,
+        )
         trainer.log({SKIPPED: skipped_steps(trainer.state.log_history) + 1})
 
     def _stop(self, trainer: Any, bad: list[bool], value: float, what: str) -> None:
         """Raise what is wrong, found by computing the batches once more."""
         finding = cause_in(trainer, [batch for batch, _ in self._batches])
-        rows = _rows(self._batches, bad if finding is None else [place == finding[0] for place in range(len(bad))])
+        rows = _rows(
+            self._batches, bad if finding is None else [place == finding[0] for place in range(len(bad))]
+        )
         found = gather_object([(not any(bad), _named(rows), None if finding is None else finding[1])])
-        found.sort(key=lambda one: one[0])  # own bad losses first: gradients may be bad in all, having been added up
-        samples, cause = next((one[1:] for one in found if one[2]), (found[0][1], "not seen when computed once more"))
+        found.sort(
+            key=lambda one: one[0]
+        )  # own bad losses first: gradients may be bad in all, having been added up
+        samples, cause = next(
+            (one[1:] for one in found if one[2]), (found[0][1], "not seen when computed once more")
+        )
         again = f" for the {self.in_a_row}th time in a row" if self.skips else ""
         raise UserError(
             f"training: {what} is {value} at step {trainer.state.global_step + 1}{again}; {samples}: {cause}; {_remedy(trainer)}"

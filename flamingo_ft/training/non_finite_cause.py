@@ -53,7 +53,9 @@ def _watched(model: nn.Module, causes: list[str]) -> Iterator[None]:
 def _output_watcher(name: str, causes: list[str]) -> Any:
     def watch(module: nn.Module, arguments: Any, output: Any) -> None:
         if not causes and not is_finite(output):
-            own = [key for key, parameter in module.named_parameters(recurse=False) if not is_finite(parameter)]
+            own = [
+                key for key, parameter in module.named_parameters(recurse=False) if not is_finite(parameter)
+            ]
             weights = f", whose {own[0]} is not finite" if own else ""
             causes.append(f"the first output that is not finite is that of {name or 'the model'}{weights}")
 

@@ -45,7 +45,9 @@ def check_machine(wanted: TrainSection) -> None:
     if wanted.optimizer != "adamw":
         require_bitsandbytes(f"train.optimizer: {wanted.optimizer}", instead="adamw")
     if wanted.activation_offload and not torch.cuda.is_available():
-        raise UserError("train.activation_offload: found no GPU to move activations away from; set it to false")
+        raise UserError(
+            "train.activation_offload: found no GPU to move activations away from; set it to false"
+        )
 
 
 def _refuse_gpus_in_one_process(gpus: int) -> None:
@@ -66,7 +68,9 @@ def _refuse_accelerates_sharding(environment: Mapping[str, str]) -> None:
         )
 
 
-def make_optimizer(model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments
+) -> torch.optim.Optimizer:
     """An optimizer over what trains. UserError for a step inside the backward pass where that cannot be."""
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     make = partial(kind, **options)
@@ -103,7 +107,9 @@ def parameter_groups(model: torch.nn.Module, wanted: TrainSection) -> list[dict]
         undecayed = [name for name in of_part if name not in {*decayed}]
         rate = getattr(wanted.learning_rates, part) or wanted.learning_rate
         for names, decay in ((decayed, _decay(wanted, part)), (undecayed, 0.0)):
-            groups.append({"params": [named[n] for n in names], "name": part, "lr": rate, "weight_decay": decay})
+            groups.append(
+                {"params": [named[n] for n in names], "name": part, "lr": rate, "weight_decay": decay}
+            )
     return [group for group in groups if group["params"]]
 
 

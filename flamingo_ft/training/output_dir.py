@@ -66,7 +66,9 @@ def refuse_elsewhere(recipe: Path, train: TrainSection) -> None:
 
 def _holds_something(folder: Path) -> bool:
     """Any file; empty folders and half written files are what a run leaves that was killed before it began."""
-    return any((path.is_file() or path.is_symlink()) and not atomic.is_leftover(path) for path in folder.rglob("*"))
+    return any(
+        (path.is_file() or path.is_symlink()) and not atomic.is_leftover(path) for path in folder.rglob("*")
+    )
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:

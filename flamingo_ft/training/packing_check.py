@@ -15,7 +15,10 @@ from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 LENGTHS = (7, 5, 9)  # of documents, in tokens
-EXACT, ROUNDED = 1e-4, 0.05  # share of the largest logit in float32, and where anything is rounded to fewer bits
+EXACT, ROUNDED = (
+    1e-4,
+    0.05,
+)  # share of the largest logit in float32, and where anything is rounded to fewer bits
 
 
 @torch.no_grad()
@@ -31,11 +34,15 @@ def check_packing(model: FlamingoForConditionalGeneration, rows: int = 1) -> Non
         packed = model(input_ids=ids.expand(rows, -1), **_marks(ids, rows)).logits[-1]
     except (TypeError, ValueError, RuntimeError) as error:
         reraise_machine_error(error)
-        raise UserError(_message(model, f"cannot be told where each begins ({str(error).splitlines()[0]})")) from None
+        raise UserError(
+            _message(model, f"cannot be told where each begins ({str(error).splitlines()[0]})")
+        ) from None
     finally:
         model.train(training)
     model.eval()
-    alone = torch.cat([model(input_ids=part, use_cache=False).logits[0] for part in ids.split(LENGTHS, dim=1)])
+    alone = torch.cat(
+        [model(input_ids=part, use_cache=False).logits[0] for part in ids.split(LENGTHS, dim=1)]
+    )
     model.train(training)
     exact = model.lang_encoder.dtype == torch.float32
     if not (packed - alone).abs().max() <= (EXACT if exact else ROUNDED) * alone.abs().max():
@@ -58,4 +65,6 @@ def _marks(ids: Tensor, rows: int) -> dict[str, Tensor]:
 
 def _message(model: FlamingoForConditionalGeneration, reason: str) -> str:
     family = model.config.get_text_config().model_type
-    return f"data.packing: a {family} model {reason}; set data.packing to false (data.group_by_length saves too)"
+    return (
+        f"data.packing: a {family} model {reason}; set data.packing to false (data.group_by_length saves too)"
+    )

@@ -31,7 +31,12 @@ def check_precision(recipe: Recipe) -> None:
         _check_float16(recipe)
     for name in ("vision", "language"):
         quantization = Quantization.of(getattr(recipe.model, name))
-        if quantization and computed in HALF and quantization.dtype in HALF and quantization.dtype != computed:
+        if (
+            quantization
+            and computed in HALF
+            and quantization.dtype in HALF
+            and quantization.dtype != computed
+        ):
             other = next(word for word, dtype in DTYPES.items() if dtype == computed)
             raise UserError(
                 f"model.{name}.compute_dtype: {quantization.compute_dtype} is {_name(quantization.dtype)} here, and "
@@ -42,7 +47,9 @@ def check_precision(recipe: Recipe) -> None:
 def _check_float16(recipe: Recipe) -> None:
     wanted = recipe.train.precision
     if not torch.cuda.is_available():
-        raise UserError(f"train.precision: {wanted} computes on a GPU, and found none; use fp32, bf16 or auto")
+        raise UserError(
+            f"train.precision: {wanted} computes on a GPU, and found none; use fp32, bf16 or auto"
+        )
     if recipe.trainable.dtype == "bf16":
         raise UserError(
             f"trainable.dtype: train.precision {wanted} is float16 on this GPU, which wants weights in fp32 beside it; use fp32"

@@ -59,7 +59,10 @@ def find_start(recipe: Recipe) -> Start:
             _refuse_fewer(recipe, done, output_dir)
             if recipe.train.max_steps <= earlier.train.max_steps:
                 longer = "to extend it, raise train.max_steps or train.epochs"
-                return Start(finished=True, notes=[f"{output_dir}: finished after {done} steps, nothing is left to do; {longer}"])
+                return Start(
+                    finished=True,
+                    notes=[f"{output_dir}: finished after {done} steps, nothing is left to do; {longer}"],
+                )
     if root.is_dir():
         atomic.sweep(root)
     checkpoint, wrong = newest_good(root)
@@ -77,7 +80,11 @@ def find_start(recipe: Recipe) -> Start:
             f"restore step-{done}, or start a new run from its adapter with model.init_from={output_dir}"
         )
     aside = [f"set aside as {path}" for path in set_aside_after(root, checkpoint)]
-    found = f"going on from {checkpoint}" if checkpoint else f"no checkpoint in {root}; beginning with the first step"
+    found = (
+        f"going on from {checkpoint}"
+        if checkpoint
+        else f"no checkpoint in {root}; beginning with the first step"
+    )
     return Start(checkpoint, notes=[*notes, *aside, found])
 
 

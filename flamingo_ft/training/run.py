@@ -141,7 +141,9 @@ def _run(
             shown = [ProgressBar(progress), LiveReport(output_dir)]
             callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
             callbacks += [*evaluation_callbacks(recipe, processor), stopping]
-        with processes.failing_together():  # apart: a sharded model waits for all, which refuse the same from here on
+        with (
+            processes.failing_together()
+        ):  # apart: a sharded model waits for all, which refuse the same from here on
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
         if processes.is_main():
@@ -149,7 +151,10 @@ def _run(
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         examination = Examination(model, processor, held_out, recipe, progress)
         if recipe.eval.steps:
-            trainer.judge_by(HeldOut(held_out, model, processor, recipe, progress), examination if recipe.eval.answers else None)
+            trainer.judge_by(
+                HeldOut(held_out, model, processor, recipe, progress),
+                examination if recipe.eval.answers else None,
+            )
         if recipe.eval.before:
             _examine_before(examination, held_out, start.checkpoint, output_dir)
         training = _train(trainer, data, recipe, start.checkpoint, stopping)
@@ -216,7 +221,11 @@ def _train(
         write_log(output_dir, trainer.state.log_history)
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
     record = {"steps": trainer.state.global_step, "seconds": round(trainer.seconds(), 1)}
-    record |= {"trainable_parameters": parameters} | skipped_record(trainer.state.log_history) | take_best(trainer, recipe)
+    record |= (
+        {"trainable_parameters": parameters}
+        | skipped_record(trainer.state.log_history)
+        | take_best(trainer, recipe)
+    )
     counts = added([counted for counted, _ in tallies])
     return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
 
@@ -224,7 +233,11 @@ def _train(
 def _where_to_go_on(recipe: Recipe) -> str:
     """A line for a run that an error ended, where it has a checkpoint."""
     newest = next(iter(checkpoints(checkpoint_root(recipe.train)).values()), None)
-    return f"\n{newest}: the last checkpoint; mend what is wrong, and go on from there with --resume" if newest else ""
+    return (
+        f"\n{newest}: the last checkpoint; mend what is wrong, and go on from there with --resume"
+        if newest
+        else ""
+    )
 
 
 def _list_left_out(reasons: Mapping[str, str], output_dir: Path) -> None:

@@ -30,7 +30,9 @@ def with_max_steps(recipe: Recipe, data: OpenedData) -> Recipe:
         return recipe
     per_epoch = steps_per_epoch(recipe, data)
     if per_epoch is None:
-        raise UserError(f"train.epochs: got {epochs:g}, but a streamed source has no known length; use train.max_steps")
+        raise UserError(
+            f"train.epochs: got {epochs:g}, but a streamed source has no known length; use train.max_steps"
+        )
     steps = max(1, math.ceil(_exact(epochs) * per_epoch))
     train = recipe.train.model_copy(update={"max_steps": steps, "epochs": None})
     return recipe.model_copy(update={"train": train})

@@ -25,7 +25,12 @@ def with_pinned_start(recipe: Recipe, earlier: Path | None) -> Recipe:
 def as_pinned(recipe: Recipe, earlier: Recipe) -> Recipe:
     """The recipe with the start of an earlier one, where that is a commit of what it names."""
     now, then = (one.model.init_from and hub_name(one.model.init_from) for one in (recipe, earlier))
-    same = now and then and now.repository == then.repository and not re.fullmatch(r"[0-9a-f]{40}", now.revision or "")
+    same = (
+        now
+        and then
+        and now.repository == then.repository
+        and not re.fullmatch(r"[0-9a-f]{40}", now.revision or "")
+    )
     return _starting_from(recipe, earlier.model.init_from) if same else recipe
 
 

@@ -26,7 +26,9 @@ def check_trackers(wanted: TrainSection) -> None:
     """UserError for one that is named but not installed, before anything is loaded."""
     for name in wanted.report_to:
         found = find_spec(name)
-        if found is None or found.origin is None:  # a folder of that name, as they leave behind, is no package
+        if (
+            found is None or found.origin is None
+        ):  # a folder of that name, as they leave behind, is no package
             extra = "flamingo_ft" if name == "tensorboard" else f"flamingo_ft[{name}]"
             raise UserError(
                 f"train.report_to: {name} is not installed; pip install '{extra}', or leave {name} out of the list"

@@ -34,7 +34,9 @@ QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
 class FlamingoTrainer(Engine, SFTTrainer):
     """Supervised fine-tuning: the loss is that of the label tokens, and nothing else is scored."""
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
+    ) -> Any:
         return super().compute_loss(model, at_label_positions(inputs), *arguments, **options)
 
 
@@ -47,7 +49,9 @@ class FlamingoDpoTrainer(Engine, DPOTrainer):
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         answer_alike(self.ref_model, self.model.training)
-        with warnings.catch_warnings():  # TRL 1.16 asks transformers for the old name of activation checkpointing
+        with (
+            warnings.catch_warnings()
+        ):  # TRL 1.16 asks transformers for the old name of activation checkpointing
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             return super().compute_loss(*arguments, **options)
 
@@ -75,7 +79,13 @@ def make_trainer(
     with as_if_unquantized(model):
         trainer = TRAINERS[recipe.train.method](
             batches,
-            Keeping(checkpoint_root(recipe.train), recipe.train.save_total_limit, recipe.train.output_dir, processor, rows_of(data)),
+            Keeping(
+                checkpoint_root(recipe.train),
+                recipe.train.save_total_limit,
+                recipe.train.output_dir,
+                processor,
+                rows_of(data),
+            ),
             recipe.train.non_finite,
             model=model,
             args=arguments,
@@ -109,7 +119,9 @@ def first_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Some of the batches that will be trained on, for an initialisation that looks at them."""
     batches = itertools.islice(training_batches(data, model, processor, recipe), LOOKED_AT)
-    return [{name: tensor for name, tensor in batch.items() if name != "completion_mask"} for batch in batches]
+    return [
+        {name: tensor for name, tensor in batch.items() if name != "completion_mask"} for batch in batches
+    ]
 
 
 def rows_of(data: OpenedData) -> dict[str, int | None]:

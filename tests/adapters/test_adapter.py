@@ -16,7 +16,10 @@ from flamingo_ft.errors import UserError
 def inputs(processor):
     text = f"{processor.image_token} Which digit? {processor.image_token} And this? <|endofchunk|>"
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1))}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
+    }
 
 
 @torch.no_grad()
@@ -61,7 +64,11 @@ def test_plain_peft_loads_it_in_place(saved, make_model):
 def test_the_declared_parts_train_and_nothing_else(make_model, part):
     parts = dict.fromkeys(("perceiver", "cross_attention", "new_tokens"), False) | {part: True}
     model, _ = make_model(**parts)
-    prefix = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers.", "new_tokens": "token_rows."}
+    prefix = {
+        "perceiver": "perceiver.",
+        "cross_attention": "gated_cross_attn_layers.",
+        "new_tokens": "token_rows.",
+    }
     names = trainable_parameters(model)
     assert names and all(name.startswith(prefix[part]) for name in names)
 

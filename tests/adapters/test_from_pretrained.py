@@ -62,7 +62,9 @@ def test_an_adapters_folder_loads_as_load_adapter_loads_it(adapters, kind):
     expected, processor = load_adapter(adapters / kind)
     found = auto(adapters / kind)
     assert torch.equal(regimes.logits(found, processor), regimes.logits(expected, processor))
-    assert {n: p.dtype for n, p in found.named_parameters()} == {n: p.dtype for n, p in expected.named_parameters()}
+    assert {n: p.dtype for n, p in found.named_parameters()} == {
+        n: p.dtype for n, p in expected.named_parameters()
+    }
     assert not any(parameter.requires_grad for parameter in found.parameters())
 
 
@@ -152,7 +154,11 @@ def test_a_dtype_is_that_of_all_weights_but_the_gates(adapters):
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name.endswith("_gate") else torch.bfloat16), name
     kept = auto(adapters / "quantized", dtype="bfloat16")
-    assert {parameter.dtype for parameter in kept.parameters()} == {torch.float32, torch.bfloat16, torch.uint8}
+    assert {parameter.dtype for parameter in kept.parameters()} == {
+        torch.float32,
+        torch.bfloat16,
+        torch.uint8,
+    }
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])

@@ -54,7 +54,9 @@ def test_the_adapters_name_is_enough(pushed):
 def test_an_adapter_that_names_its_language_model_alone_is_told_what_it_lacks(pushed, hub, tmp_path):
     api = HfApi(endpoint=hub.url, token=WRITER)
     api.create_repo("somebody/lm")
-    api.upload_file(repo_id="somebody/lm", path_or_fileobj=b'{"model_type": "opt"}', path_in_repo="config.json")
+    api.upload_file(
+        repo_id="somebody/lm", path_or_fileobj=b'{"model_type": "opt"}', path_in_repo="config.json"
+    )
     with pytest.raises(UserError, match="somebody/lm: holds a opt model, no Flamingo"):
         flamingo_ft.FlamingoForConditionalGeneration.from_pretrained("somebody/lm")
     fetched = [request for request in hub.requests if "somebody/lm/resolve/" in request]

@@ -20,7 +20,9 @@ from flamingo_ft.training.backbone_files import backbone_files
 
 from ..regimes import RECIPE, build, logits, shake
 
-LOCAL = RECIPE.replace("vision: {name: nano}", "vision: {name: models/eyes}").replace("language: {name: nano}", "language: {name: words}")
+LOCAL = RECIPE.replace("vision: {name: nano}", "vision: {name: models/eyes}").replace(
+    "language: {name: nano}", "language: {name: words}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,14 +84,19 @@ def test_backbones_beside_a_moved_adapter_are_found_and_recorded_there(local, ma
     with pytest.raises(UserError) as caught:
         load_adapter(here / "runs/one")
     message = str(caught.value)
-    assert f"one: language backbone /gone/words is not there (looked at /gone/words, {here}/runs/words); put it" in message
+    assert (
+        f"one: language backbone /gone/words is not there (looked at /gone/words, {here}/runs/words); put it"
+        in message
+    )
     for place in ("words", "models/eyes"):
         shutil.move(here / place, here / "runs")
     model, processor = load_adapter(here / "runs/one")
     assert torch.equal(logits(model, processor), expected)
     save_adapter(model, processor, here / "again")
     assert backbones(here / "again")["language"]["name"] == str(here / "runs" / "words")
-    assert json.loads((here / "again/adapter_config.json").read_text())["base_model_name_or_path"] == str(here / "runs" / "words")
+    assert json.loads((here / "again/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        here / "runs" / "words"
+    )
     assert torch.equal(logits(*load_adapter(here / "again")), expected)
 
 
@@ -99,7 +106,9 @@ def test_an_adapter_with_names_relative_to_its_training_directory_still_loads(lo
     assert torch.equal(logits(*load_adapter(here / "runs/one")), expected)
 
 
-def test_a_folder_of_the_same_name_in_the_current_directory_is_not_taken_for_a_backbone_on_the_hub(local, monkeypatch):
+def test_a_folder_of_the_same_name_in_the_current_directory_is_not_taken_for_a_backbone_on_the_hub(
+    local, monkeypatch
+):
     """A commit is of the Hub, whatever lies here."""
     here, _ = local
     monkeypatch.chdir(here)

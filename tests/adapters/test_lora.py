@@ -28,7 +28,12 @@ from ..regimes import LORA, NOTHING_WHOLE, REGIMES, build, inputs, logits, quant
 
 def small_siglip() -> dict:
     """A timm ViT with SigLIP's attention pool."""
-    timm = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "map", "timm_proj": "none", "image_size": 224}
+    timm = {
+        "timm_model_name": "vit_tiny_patch16_224",
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "image_size": 224,
+    }
     return {"embed_dim": 192, "vision_cfg": timm, "quick_gelu": False}
 
 
@@ -46,7 +51,12 @@ def start_of(layer: LoraLayer) -> torch.Tensor:
 
 def test_each_part_has_its_own_rank_alpha_and_targets(small_run):
     model, _ = build(*REGIMES["LoRA everywhere"])
-    shapes = {"lang_encoder.": (4, 2.0), "gated": (2, 16.0), "perceiver.": (3, 32 / 3), "vision_encoder.": (2, 16.0)}
+    shapes = {
+        "lang_encoder.": (4, 2.0),
+        "gated": (2, 16.0),
+        "perceiver.": (3, 32 / 3),
+        "vision_encoder.": (2, 16.0),
+    }
     for prefix, (rank, scaling) in shapes.items():
         found = layers(model, prefix)
         assert found
@@ -59,7 +69,9 @@ def test_each_part_has_its_own_rank_alpha_and_targets(small_run):
 def test_all_linear_is_every_matrix_of_the_part_but_the_head(small_run):
     model, _ = build()
     found = find_targets(model, "language", LoraPart())
-    matrices = [n for n, m in model.lang_encoder.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    matrices = [
+        n for n, m in model.lang_encoder.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
+    ]
     assert found == [f"lang_encoder.{name}" for name in matrices]
 
 
@@ -78,7 +90,11 @@ def test_the_matrices_of_gpt2s_kind_get_updates_too():
     [
         ("language", "query_key_value", "language part; it has model.layers.*.self_attn.q_proj, "),
         ("language", "lm_head", "lm_head matches no matrix of the language part"),
-        ("vision", "q_proj", "it has transformer.resblocks.*.attn.in_proj, transformer.resblocks.*.attn.out_proj"),
+        (
+            "vision",
+            "q_proj",
+            "it has transformer.resblocks.*.attn.in_proj, transformer.resblocks.*.attn.out_proj",
+        ),
         ("cross_attention", "q_proj", "it has *.attn.to_q, *.attn.to_kv"),
     ],
 )
@@ -91,7 +107,12 @@ def test_a_target_that_matches_nothing_is_refused_with_what_exists(small_run, pa
     assert "\n" not in message
 
 
-NAMES = [f"{part}.layers.{n}.{leaf}" for part in ("lm", "tower") for n in range(12) for leaf in ("q", "k.1", "mlp.up")]
+NAMES = [
+    f"{part}.layers.{n}.{leaf}"
+    for part in ("lm", "tower")
+    for n in range(12)
+    for leaf in ("q", "k.1", "mlp.up")
+]
 
 
 @given(st.sets(st.sampled_from(NAMES), min_size=1))
@@ -115,14 +136,22 @@ def test_a_fresh_update_changes_nothing(small_run, how):
 def test_layers_that_the_tokens_do_not_come_from_get_no_update(small_run):
     """A pooler would never get a gradient."""
     visual = build_visual(small_siglip())
-    pooler = {name for name, m in visual.named_modules() if "attn_pool" in name and isinstance(m, torch.nn.Linear)}
+    pooler = {
+        name for name, m in visual.named_modules() if "attn_pool" in name and isinstance(m, torch.nn.Linear)
+    }
     after = layers_after_tokens(visual)
     assert pooler and all(visual.get_submodule(name) in after for name in pooler)
-    assert not any(visual.get_submodule(name) in after for name, m in visual.named_modules() if "blocks" in name and "mlp.fc" in name)
+    assert not any(
+        visual.get_submodule(name) in after
+        for name, m in visual.named_modules()
+        if "blocks" in name and "mlp.fc" in name
+    )
 
 
 def test_a_tower_of_convolutions_has_no_matrix_to_update(small_run):
-    with pytest.raises(UserError, match="lora.vision.target_modules: all-linear matches no matrix of the vision part"):
+    with pytest.raises(
+        UserError, match="lora.vision.target_modules: all-linear matches no matrix of the vision part"
+    ):
         build("model.vision={name: RN50}", "lora.vision={r: 2}")
 
 
@@ -184,14 +213,19 @@ def test_eva_starts_along_the_principal_directions_of_what_a_layer_reads(small_r
     found = layer.lora_A["default"].weight.double()
     rows = read[0].double()
     directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:3]
-    torch.testing.assert_close((found @ directions.T).abs(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3)
+    torch.testing.assert_close(
+        (found @ directions.T).abs(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3
+    )
     assert not layer.lora_B["default"].weight.any()
 
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        ((*quantized("nf4"), "lora.init_lora_weights=pissa"), "pissa takes its start out of the weights, and lang_encoder."),
+        (
+            (*quantized("nf4"), "lora.init_lora_weights=pissa"),
+            "pissa takes its start out of the weights, and lang_encoder.",
+        ),
         (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is kept as a LoRA of twice the rank"),
         (("lora.init_lora_weights=loftq",), "loftq makes up for what 4 bits lost, and lang_encoder."),
         (
@@ -211,7 +245,9 @@ def test_an_initialisation_that_the_weights_do_not_allow_is_refused(small_run, o
 def test_the_tower_learns_through_its_updates_and_only_through_them(small_run):
     model, processor = build("lora.vision={r: 2}", "model.init_from=start")
     model.train()(**inputs(processor)).logits.sum().backward()
-    with_gradient = {n for n, p in model.named_parameters() if n.startswith("vision_encoder.") and p.grad is not None}
+    with_gradient = {
+        n for n, p in model.named_parameters() if n.startswith("vision_encoder.") and p.grad is not None
+    }
     declared = {n for n in trainable_parameters(model) if n.startswith("vision_encoder.")}
     assert with_gradient == declared and all(".lora_" in name for name in declared)
 

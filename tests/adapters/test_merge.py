@@ -59,7 +59,9 @@ def test_merged_equals_unmerged(small_run, regime, extra):
     expected = adapter(*REGIMES[regime], *extra)
     report = merge_adapter("adapter", "merged", dtype=torch.float32)
     loaded, processor = load_trained("merged")
-    limit = 1e-5 if not any("pissa" in option for option in extra) else 1e-4  # its base was rounded while it trained
+    limit = (
+        1e-5 if not any("pissa" in option for option in extra) else 1e-4
+    )  # its base was rounded while it trained
     assert distance(logits(loaded, processor), expected) < limit
     assert report["relative"] < limit and report["token_agreement"] == 1.0
     assert json.loads(Path("merged", "merge.json").read_text()) == report
@@ -80,8 +82,12 @@ def test_merged_into_the_unquantized_base_is_the_base_with_the_adapters_update(s
     name = "lang_encoder.model.layers.1.mlp.up_proj"
     tensors, merged = load_file(Path("adapter", WEIGHTS)), load_file(Path("merged", "model.safetensors"))
     a, b = (tensors[f"base_model.model.{name}.lora_{matrix}.weight"].double() for matrix in "AB")
-    original = flamingo_ft.load_language("nano").model.get_submodule(name.removeprefix("lang_encoder.")).weight
-    torch.testing.assert_close(merged[f"{name}.weight"].double(), original.double() + 2 * b @ a, rtol=0, atol=1e-6)
+    original = (
+        flamingo_ft.load_language("nano").model.get_submodule(name.removeprefix("lang_encoder.")).weight
+    )
+    torch.testing.assert_close(
+        merged[f"{name}.weight"].double(), original.double() + 2 * b @ a, rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -96,7 +102,9 @@ def test_a_merged_model_is_one_of_transformers_after_the_import_alone(small_run)
         "torch.save(model(**inputs).logits.detach(), 'logits.pt')"
     )
     torch.save(inputs(AutoProcessor.from_pretrained("merged")), "inputs.pt")
-    done = subprocess.run([sys.executable, "-c", script], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert distance(torch.load("logits.pt"), expected) < 1e-5
 
@@ -112,11 +120,15 @@ def test_a_merged_model_keeps_gates_in_float32_and_all_else_as_asked(small_run):
                 assert tensor.dtype == (torch.float32 if name.endswith("_gate") else torch.bfloat16), name
 
 
-@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}])
+@pytest.mark.parametrize(
+    "options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}]
+)
 def test_a_merged_model_is_quantized_again_by_transformers(small_run, options):
     expected = adapter(LORA)
     merge_adapter("adapter", "merged", dtype=torch.float32)
-    model = AutoModelForImageTextToText.from_pretrained("merged", quantization_config=BitsAndBytesConfig(**options))
+    model = AutoModelForImageTextToText.from_pretrained(
+        "merged", quantization_config=BitsAndBytesConfig(**options)
+    )
     assert formats_in(model.vision_encoder) == formats_in(model.lang_encoder) != set()
     assert distance(logits(model, AutoProcessor.from_pretrained("merged")), expected) < 0.25
 
@@ -146,7 +158,9 @@ def test_what_a_quantized_base_stands_for_does_not_depend_on_the_merged_number_f
     written = load_file(Path("merged", "model.safetensors"))["lang_encoder.model.layers.0.mlp.up_proj.weight"]
     update = 2 * trained.lora_B["default"].weight @ trained.lora_A["default"].weight
     expected = dequantized(trained.get_base_layer()) + update
-    rounding = 2**-7 * float(expected.abs().max())  # of the matrix, then of the sum, to bf16; other codes are 28 % off
+    rounding = 2**-7 * float(
+        expected.abs().max()
+    )  # of the matrix, then of the sum, to bf16; other codes are 28 % off
     torch.testing.assert_close(written.float(), expected, rtol=0, atol=rounding)
 
 
@@ -184,7 +198,9 @@ def test_a_damaged_file_is_told_in_one_line(small_run, capsys, name):
 def test_a_folder_of_another_model_is_told_in_one_line(small_run, capsys):
     flamingo_ft.load_language("nano").model.save_pretrained("llama")
     assert cli.main(["generate", "llama", "--prompt", "What?"]) == 2
-    assert "llama: holds a llama model; give the folder that a run or a merge wrote" in capsys.readouterr().err
+    assert (
+        "llama: holds a llama model; give the folder that a run or a merge wrote" in capsys.readouterr().err
+    )
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -228,7 +244,10 @@ def test_a_tolerance_is_deprecated(small_run):
         assert merge_adapter("adapter", "merged", tolerance=2.0)["tolerance"] == 2.0
 
 
-UP, SQUARE = "lang_encoder.model.layers.0.mlp.up_proj.weight", "lang_encoder.model.layers.1.self_attn.q_proj.weight"
+UP, SQUARE = (
+    "lang_encoder.model.layers.0.mlp.up_proj.weight",
+    "lang_encoder.model.layers.1.self_attn.q_proj.weight",
+)
 
 
 def base_matrix(name: str) -> torch.Tensor:
@@ -257,7 +276,10 @@ def test_a_merged_matrix_is_rounded_once(small_run, dtype):
     merge_adapter("adapter", "merged", dtype=dtype)
     tensors, written = load_file(Path("adapter", WEIGHTS)), load_file(Path("merged", "model.safetensors"))
     for name in (UP, SQUARE):
-        a, b = (tensors[f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight"].double() for part in "AB")
+        a, b = (
+            tensors[f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight"].double()
+            for part in "AB"
+        )
         exact = base_matrix(name).double() + 2 * b @ a
         half_spacing = exact.abs() * torch.finfo(dtype).eps / 2 + 1e-6 * exact.abs().max()
         assert ((written[name].double() - exact).abs() <= half_spacing).all()
@@ -277,7 +299,9 @@ def test_an_adapter_with_values_that_are_not_finite_is_refused_by_the_tensors_na
     name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))
     tensors[name][0] = torch.nan
     save_file(tensors, Path("adapter", WEIGHTS), {"format": "pt"})
-    assert f"{name.removeprefix('base_model.model.')} has non-finite values" in refused(capsys, "adapter", "merged")
+    assert f"{name.removeprefix('base_model.model.')} has non-finite values" in refused(
+        capsys, "adapter", "merged"
+    )
 
 
 def test_the_command_line_and_the_function_have_the_same_defaults():
@@ -313,7 +337,9 @@ def test_a_value_beyond_float16_is_refused(small_run, capsys):
 def test_a_damaged_adapter_is_refused(small_run, capsys):
     adapter(LORA)
     tensors = load_file(Path("adapter", WEIGHTS))
-    save_file({name: tensor for name, tensor in tensors.items() if "lora_B" not in name}, Path("adapter", WEIGHTS))
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "lora_B" not in name}, Path("adapter", WEIGHTS)
+    )
     assert "lacks 28 of its weights" in refused(capsys, "adapter", "merged")
 
 

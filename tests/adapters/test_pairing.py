@@ -61,14 +61,23 @@ def test_each_released_model_goes_with_what_it_needs_and_says_so_of_what_it_does
                 f"model.init_from: {model.name} goes with {model.needs()}; "
                 f"the recipe has model.language.name {other.languages[0]}"
             )
-    assert model.languages[0] in model.needs() and f"cross_attn_every_n_layers {model.interval} " in model.needs()
+    assert (
+        model.languages[0] in model.needs()
+        and f"cross_attn_every_n_layers {model.interval} " in model.needs()
+    )
 
 
 WRONG = {
     "nano": ({"language": {"name": "nano"}}, "model.language.name nano"),
     "another model on the Hub": ({"language": {"name": "org/other"}}, "model.language.name org/other"),
-    "another tower": ({"vision": {**VISION, "name": "ViT-B-32"}}, "model.vision {name: ViT-B-32, pretrained: openai}"),
-    "other weights": ({"vision": {**VISION, "pretrained": "laion2b"}}, "vision {name: ViT-L-14, pretrained: laion2b}"),
+    "another tower": (
+        {"vision": {**VISION, "name": "ViT-B-32"}},
+        "model.vision {name: ViT-B-32, pretrained: openai}",
+    ),
+    "other weights": (
+        {"vision": {**VISION, "pretrained": "laion2b"}},
+        "vision {name: ViT-L-14, pretrained: laion2b}",
+    ),
     "no weights": ({"vision": {"name": "ViT-L-14"}}, "model.vision {name: ViT-L-14, pretrained: null}"),
     "nano tower": ({"vision": {"name": "nano"}}, "model.vision {name: nano, pretrained: null}"),
     "interval": ({"cross_attn_every_n_layers": 1}, "cross_attn_every_n_layers 1"),
@@ -87,7 +96,9 @@ def test_what_does_not_go_with_a_released_model_is_named_beside_what_does(change
 
 def test_all_that_is_wrong_is_told_at_once(no_hub):
     message = refusal(section(MODELS[0], cross_attn_every_n_layers=2, vision={"name": "nano"}))
-    assert message.endswith("the recipe has model.vision {name: nano, pretrained: null}, cross_attn_every_n_layers 2")
+    assert message.endswith(
+        "the recipe has model.vision {name: nano, pretrained: null}, cross_attn_every_n_layers 2"
+    )
 
 
 @pytest.mark.parametrize("vision", [
@@ -123,7 +134,9 @@ def test_a_revision_and_a_copy_in_the_cache_are_still_the_released_model(tmp_pat
 def test_a_copy_of_the_language_model_in_a_folder_is_known_by_its_shape(tmp_path):
     write_stand_in(tmp_path / "lm", "gpt_neox")
     model, folder = MODELS[2], {"name": str(tmp_path / "lm")}
-    assert refusal(section(model, language=folder)).endswith(f"the recipe has model.language.name {tmp_path / 'lm'}")
+    assert refusal(section(model, language=folder)).endswith(
+        f"the recipe has model.language.name {tmp_path / 'lm'}"
+    )
     config = (tmp_path / "lm" / "config.json").read_text()
     real = {'"hidden_size": 48': '"hidden_size": 2560', '"num_hidden_layers": 4': '"num_hidden_layers": 32'}
     for small, large in real.items():
@@ -135,7 +148,12 @@ def test_a_copy_of_the_language_model_in_a_folder_is_known_by_its_shape(tmp_path
 
 def checkpoint(path: Path, model, **changes) -> Path:
     """A file with the names and shapes of a released checkpoint, of one matrix each."""
-    sizes = {"width": model.width, "tower": 1024, "layers_path": model.layers_path, "blocks": model.blocks} | changes
+    sizes = {
+        "width": model.width,
+        "tower": 1024,
+        "layers_path": model.layers_path,
+        "blocks": model.blocks,
+    } | changes
     matrix = torch.zeros(1).expand(512, sizes["width"])
     layers = f"lang_encoder.{sizes['layers_path']}"
     tensors = {f"{layers}.{k}.gated_cross_attn_layer.attn.to_q.weight": matrix for k in sizes["blocks"]}

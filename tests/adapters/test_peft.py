@@ -94,7 +94,9 @@ def test_replacing_an_adapter_takes_its_bridge_along_and_no_more_memory(pair):
     first, second, one, two, _, processor = pair
     adapters = Adapters(first)
     assert torch.equal(regimes.logits(adapters.model, processor), one)
-    before = {name: parameter.data_ptr() for name, parameter in adapters.model.named_parameters() if is_lora(name)}
+    before = {
+        name: parameter.data_ptr() for name, parameter in adapters.model.named_parameters() if is_lora(name)
+    }
     adapters.replace("first", second)
     assert torch.equal(regimes.logits(adapters.model, processor), two)
     assert {n: p.data_ptr() for n, p in adapters.model.named_parameters() if is_lora(n)} == before

@@ -124,4 +124,7 @@ def test_a_trainer_leaves_the_declared_number_formats_and_gates_in_float32(small
         assert parameter.dtype == (torch.float32 if name.endswith("_gate") else wanted), name
         assert torch.equal(parameter, starts[name]), name
     made.train()
-    assert all(p.dtype == (torch.float32 if n.endswith("_gate") else wanted) for n, p in trainable_parameters(model).items())
+    assert all(
+        p.dtype == (torch.float32 if n.endswith("_gate") else wanted)
+        for n, p in trainable_parameters(model).items()
+    )

@@ -50,7 +50,9 @@ def test_an_adapter_of_them_comes_back_in_four_bits_and_merges(family):
     settings = ("model.language.name=./lm", *quantized("nf4"), LORA)
     model, processor = build(*settings)
     assert formats_in(model.lang_encoder) == {"4bit"}
-    updated = {name.split(".lora_A")[0] for name, _ in model.lang_encoder.named_parameters() if "lora_A" in name}
+    updated = {
+        name.split(".lora_A")[0] for name, _ in model.lang_encoder.named_parameters() if "lora_A" in name
+    }
     assert len(updated) == LAYERS * len(LINEAR[family])
     assert {name.split(".", 3)[3] for name in updated} == LINEAR[family]
     shake(model, 0.03)

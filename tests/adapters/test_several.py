@@ -75,7 +75,9 @@ def test_a_linear_combination_averages_the_factors_of_every_update(folders):
     adapters.combine({"a": 0.5, "b": 0.5}, "mean")
     for prefix in ("lang_encoder.", "perceiver."):
         layer = next(
-            m for n, m in adapters.model.named_modules() if n.startswith(prefix) and hasattr(m, "lora_A") and m.lora_A
+            m
+            for n, m in adapters.model.named_modules()
+            if n.startswith(prefix) and hasattr(m, "lora_A") and m.lora_A
         )
         for matrix in (layer.lora_A, layer.lora_B):
             root = (0.5 * layer.scaling[peft_name("a")]) ** 0.5
@@ -112,7 +114,9 @@ def test_an_adapter_of_another_base_is_refused(folders):
     save_adapter(*build("model.cross_attn_every_n_layers=2"), Path("sparse"))
     save_adapter(*build(LORA, "model.init_from=start", "trainable.perceiver=false"), Path("second"))
     adapters = load_all()
-    with pytest.raises(UserError, match="sparse: adapter of another base: cross_attn_every_n_layers 2, here 1"):
+    with pytest.raises(
+        UserError, match="sparse: adapter of another base: cross_attn_every_n_layers 2, here 1"
+    ):
         adapters.load("sparse", "sparse")
     with pytest.raises(UserError, match="second: adapter of another base: it builds on another bridge"):
         adapters.load("second", "second")
@@ -162,7 +166,22 @@ def test_a_combination_takes_no_name_that_is_taken_or_empty(folders):
     assert torch.equal(logits(adapters.model, adapters.processor), folders["a"])
 
 
-NAMES = ["mlp", "model", "layers", "weight", "q_proj", "lora_A", "base_layer", "0", "default", "keys", "a.b", "a/b", "a%2Fb", "ä ö"]
+NAMES = [
+    "mlp",
+    "model",
+    "layers",
+    "weight",
+    "q_proj",
+    "lora_A",
+    "base_layer",
+    "0",
+    "default",
+    "keys",
+    "a.b",
+    "a/b",
+    "a%2Fb",
+    "ä ö",
+]
 
 
 def test_an_adapter_may_have_the_name_of_a_module_or_any_other(small_run):

@@ -26,7 +26,9 @@ def test_a_second_stage_starts_where_the_first_ended(small_run, what):
         merge_adapter("start", "merged", dtype=torch.float32)
     start = {"an adapter": "start", "a merged model": "merged"}[what]
     torch.testing.assert_close(logits(*build(f"model.init_from={start}")), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(*build(*LORA_ONLY, f"model.init_from={start}")), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(*build(*LORA_ONLY, f"model.init_from={start}")), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_a_run_may_start_from_the_base_of_other_adapters_and_shares_it(small_run):
@@ -60,7 +62,9 @@ def test_the_lora_of_the_first_stage_is_trained_on(small_run):
     torch.testing.assert_close(logits(*build(LORA, "model.init_from=first")), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("second", "told"), [((), "r 4, the recipe none"), (("lora.language={r: 8}",), "r 4, the recipe 8")])
+@pytest.mark.parametrize(
+    ("second", "told"), [((), "r 4, the recipe none"), (("lora.language={r: 8}",), "r 4, the recipe 8")]
+)
 def test_the_lora_of_the_first_stage_is_not_lost_silently(small_run, second, told):
     write_start(small_run / "first", LORA)
     with pytest.raises(UserError, match=f"first has LoRA with {told}; give the recipe the same lora section"):
@@ -112,7 +116,10 @@ def test_a_bridge_that_moved_is_found_where_it_is_said_to_be(small_run):
     shake(model)
     save_adapter(model, processor, Path("adapter"))
     shutil.move("start", "elsewhere")
-    with pytest.raises(UserError, match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it beside"):
+    with pytest.raises(
+        UserError,
+        match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it beside",
+    ):
         load_adapter("adapter")
     with pytest.raises(UserError, match="no folder elsewher; did you mean elsewhere?"):
         load_adapter("adapter", start="elsewher")
@@ -174,7 +181,9 @@ def test_an_adapter_on_an_open_flamingo_checkpoint_can_be_built_on(small_run):
         for ours, theirs in names.items():
             if name.startswith(ours):
                 number, _, rest = name.removeprefix(ours).partition(".")
-                block = f"{number}.gated_cross_attn_layer.{rest}" if "gated" in ours else name.removeprefix(ours)
+                block = (
+                    f"{number}.gated_cross_attn_layer.{rest}" if "gated" in ours else name.removeprefix(ours)
+                )
                 checkpoint[theirs + block] = tensor
     torch.save(checkpoint, "checkpoint.pt")
     second, _ = build(*LORA_ONLY[:-1], "model.init_from=checkpoint.pt")

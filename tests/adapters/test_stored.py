@@ -20,13 +20,18 @@ STORED = sorted(path.parent for path in (Path(__file__).parent / "stored").glob(
 def test_a_stored_adapter_says_what_it_said(folder):
     expected = load_file(folder / EXPECTED)["logits"]
     assert torch.allclose(what_it_says(*load_adapter(folder)), expected, rtol=1e-3, atol=1e-3)
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
     assert torch.allclose(what_it_says(model, processor), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_stored_adapters_say_different_things():
     said = [load_file(folder / EXPECTED)["logits"] for folder in STORED]
-    assert len(said) >= 3 and all((one - two).abs().max() > 0.1 for i, one in enumerate(said) for two in said[:i])
+    assert len(said) >= 3 and all(
+        (one - two).abs().max() > 0.1 for i, one in enumerate(said) for two in said[:i]
+    )
 
 
 def test_each_format_version_has_a_stored_adapter():

@@ -17,7 +17,10 @@ from flamingo_ft.errors import UserError
 
 from ..regimes import LORA, build, shake
 
-UP, SQUARE = "lang_encoder.model.layers.0.mlp.up_proj.weight", "lang_encoder.model.layers.1.self_attn.q_proj.weight"
+UP, SQUARE = (
+    "lang_encoder.model.layers.0.mlp.up_proj.weight",
+    "lang_encoder.model.layers.1.self_attn.q_proj.weight",
+)
 NORM, GATE = "lang_encoder.model.norm.weight", "gated_cross_attn_layers.0.attn_gate"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -28,7 +31,9 @@ def merges(trained_start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("merges")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained_start)
-        model, processor = build(LORA, "lora.vision={r: 2, target_modules: [in_proj]}", "lora.use_rslora=true")
+        model, processor = build(
+            LORA, "lora.vision={r: 2, target_modules: [in_proj]}", "lora.use_rslora=true"
+        )
         shake(model, 0.1)
         save_adapter(model, processor, folder / "adapter")
     for name, dtype in DTYPES.items():
@@ -81,7 +86,12 @@ def extra(tensors: dict) -> str:
 
 
 FAULTS = {"scaled": scaled, "skipped": skipped, "transposed": transposed, "NaN": not_a_number}
-FAULTS |= {"missing": missing, "extra": extra, "one bit of a norm": one_bit_off(NORM), "one bit of a gate": one_bit_off(GATE)}
+FAULTS |= {
+    "missing": missing,
+    "extra": extra,
+    "one bit of a norm": one_bit_off(NORM),
+    "one bit of a gate": one_bit_off(GATE),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +115,9 @@ def test_what_is_right_comes_within_its_rounding_and_leaves_the_base_alone(merge
     verified = verify_merge(folder / dtype, folder / "adapter", base, DTYPES[dtype])
     assert verified.tensors == len(load_file(folder / dtype / "model.safetensors"))
     assert verified.matrices_with_lora > 10 and verified.worst_error <= 1
-    assert dtype == "fp32" or verified.worst_error > 0.9  # not a loose bound: some of many values are nearly half off
+    assert (
+        dtype == "fp32" or verified.worst_error > 0.9
+    )  # not a loose bound: some of many values are nearly half off
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
@@ -114,7 +126,11 @@ def test_lora_of_another_matrix_is_not_taken_for_this_ones(merges, tmp_path):
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     file = Path(tmp_path, "adapter", "adapter_model.safetensors")
     tensors = load_file(file)
-    a, b = (name for name in tensors if name.endswith("up_proj.lora_B.weight") and (".0." in name or ".1." in name))
+    a, b = (
+        name
+        for name in tensors
+        if name.endswith("up_proj.lora_B.weight") and (".0." in name or ".1." in name)
+    )
     tensors[a], tensors[b] = tensors[b].clone(), tensors[a].clone()
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(UserError, match="up_proj.weight is .* times as far from W [+] scale"):
@@ -124,7 +140,11 @@ def test_lora_of_another_matrix_is_not_taken_for_this_ones(merges, tmp_path):
 FAMILIES = {
     "gpt2": dict(n_embd=32, n_layer=2, n_head=2),  # matrices kept as (in, out)
     "mixtral": dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     ),
 }  # the latter has experts that transformers holds as one tensor, and stores one by one
 

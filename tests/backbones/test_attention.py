@@ -16,7 +16,13 @@ from flamingo_ft.backbones.tower import build_visual, spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TOWERS
 
-VARIANTS = {"qk_norm": True, "scale_heads": True, "scale_attn_inner": True, "scale_attn": True, "scale_fc": True}
+VARIANTS = {
+    "qk_norm": True,
+    "scale_heads": True,
+    "scale_attn_inner": True,
+    "scale_attn": True,
+    "scale_fc": True,
+}
 OPENABLE = {
     **{name: TOWERS[name][0] for name in ("clip", "clip-quickgelu", "coca", "eva-rotary")},
     "custom": {"embed_dim": 16, "vision_cfg": {**CLIP_CFG, **VARIANTS}},
@@ -92,7 +98,9 @@ def test_every_matrix_of_an_opened_tower_is_multiplied_by_its_module(tower):
 @pytest.mark.parametrize("bias", [True, False])
 def test_open_attention_is_torchs_multihead_attention(batch_first, mask, bias):
     torch.manual_seed(0)
-    holder = nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=batch_first)}).double()
+    holder = nn.ModuleDict(
+        {"attn": nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=batch_first)}
+    ).double()
     shape = (lambda length: (2, length, WIDTH)) if batch_first else (lambda length: (length, 2, WIDTH))
     query, key = (torch.randn(shape(length), dtype=torch.float64) for length in (QUERIES, KEYS))
     masks = {
@@ -150,7 +158,9 @@ def test_timms_fused_attention_calls_its_matrix_once_opened(make):
 
 def test_dropout_applies_in_training_only():
     torch.manual_seed(0)
-    holder = nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True)}).train()
+    holder = nn.ModuleDict(
+        {"attn": nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True)}
+    ).train()
     open_attention(holder)
     x = torch.randn(1, QUERIES, WIDTH)
     assert holder["attn"].training
@@ -163,7 +173,9 @@ def test_lora_reaches_both_projections_of_an_opened_tower():
     visual, images = random_tower(OPENABLE["clip"])
     open_attention(visual)
     expected = spatial_tokens(visual, images)
-    inject_adapter_in_model(LoraConfig(target_modules=["in_proj", "out_proj"], init_lora_weights=False), visual)
+    inject_adapter_in_model(
+        LoraConfig(target_modules=["in_proj", "out_proj"], init_lora_weights=False), visual
+    )
     wrapped = [name for name, _ in visual.named_modules() if name.endswith("lora_A.default")]
     assert len(wrapped) == 2 * CLIP_CFG["layers"]
     assert not torch.allclose(spatial_tokens(visual.double(), images), expected)
@@ -196,4 +208,6 @@ def test_a_tower_with_an_adapter_does_not_close():
     visual, _ = random_tower(OPENABLE["clip"])
     open_attention(visual)
     inject_adapter_in_model(LoraConfig(target_modules=["in_proj"]), visual)
-    assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, no plain" in refusal(close_attention, visual)
+    assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, no plain" in refusal(
+        close_attention, visual
+    )

@@ -70,7 +70,9 @@ def test_layers_are_found_by_structure_or_by_table(family, path):
     assert layers is lm.get_submodule(path)
 
 
-@pytest.mark.parametrize("family", "gemma3 git got_ocr2 phi4_multimodal moss_transcribe_diarize".split())
+@pytest.mark.parametrize(
+    "family", ["gemma3", "git", "got_ocr2", "phi4_multimodal", "moss_transcribe_diarize"]
+)
 def test_the_layers_of_a_tower_are_not_taken_for_decoder_layers(family):
     lm = make_tiny(family)
     towers = [p for p, m in lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS]

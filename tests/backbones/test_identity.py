@@ -85,8 +85,14 @@ def test_a_changed_byte_changes_the_digest(folder, file):
 @pytest.mark.parametrize(
     "extra",
     [
-        "README.md", ".git/config.json", ".cache/huggingface/model.safetensors", "original/model.pth",
-        "generation_config.json", "pytorch_model.bin", "consolidated.safetensors", "vocab.json",
+        "README.md",
+        ".git/config.json",
+        ".cache/huggingface/model.safetensors",
+        "original/model.pth",
+        "generation_config.json",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "vocab.json",
     ],
 )
 def test_files_that_are_not_loaded_do_not_count(folder, extra):

@@ -46,11 +46,19 @@ def test_another_size_gives_its_number_of_tokens_from_the_same_weights(sized):
     folder, size, images, tokens = sized
     native, loaded = load_vision(folder), load_vision(folder, image_size=size)
     assert spatial_tokens(loaded.visual, images).shape == (2, tokens, native.width)
-    assert loaded.source == {**native.source, "image_size": size}  # the digest is of the weights, as they were found
-    assert loaded.preprocess == {**native.preprocess, "size": json.loads(json.dumps(loaded.visual.image_size))}
+    assert loaded.source == {
+        **native.source,
+        "image_size": size,
+    }  # the digest is of the weights, as they were found
+    assert loaded.preprocess == {
+        **native.preprocess,
+        "size": json.loads(json.dumps(loaded.visual.image_size)),
+    }
 
 
-@pytest.mark.parametrize("name", [name for name in SIZED if name != "resnet"])  # open_clip resizes no ResNet's pooling
+@pytest.mark.parametrize(
+    "name", [name for name in SIZED if name != "resnet"]
+)  # open_clip resizes no ResNet's pooling
 def test_tokens_at_another_size_are_open_clips(name, tmp_path):
     config, size, _ = SIZED[name]
     write_folder(tmp_path, config)
@@ -160,7 +168,9 @@ def at_96():
 
 @torch.no_grad()
 def logits(model, processor) -> torch.Tensor:
-    return model(**processor(images=left_and_right(300, 200), text="<image> Which digit?", return_tensors="pt")).logits
+    return model(
+        **processor(images=left_and_right(300, 200), text="<image> Which digit?", return_tensors="pt")
+    ).logits
 
 
 def test_an_adapter_loads_its_base_at_the_size_it_was_trained_at(at_96, tmp_path):
@@ -189,7 +199,9 @@ def test_a_saved_model_is_rebuilt_at_its_size(at_96, tmp_path):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_plan_builds_the_tower_that_the_recipe_does(quantization):
     section = VisionSection(name="nano", image_size=64, resize_mode="squash", quantization=quantization)
-    real = load_vision("nano", image_size=64, resize_mode="squash", quantization=Quantization.of(section), device="cpu")
+    real = load_vision(
+        "nano", image_size=64, resize_mode="squash", quantization=Quantization.of(section), device="cpu"
+    )
     with torch.device("meta"):
         planned = meta_vision(tower_config("nano", None, 64), section, "cpu")
     assert planned.config == real.config

@@ -71,7 +71,12 @@ def refusal(name: str | Path, **options) -> str:
 
 def test_the_nano_language_model_loads_from_the_package():
     nano = load_language("nano")
-    assert nano.source == {"name": "nano", "revision": None, "sha256": files_sha256(NANO_FOLDER), "quantization": None}
+    assert nano.source == {
+        "name": "nano",
+        "revision": None,
+        "sha256": files_sha256(NANO_FOLDER),
+        "quantization": None,
+    }
     assert len(nano.tokenizer) <= len(nano.model.get_input_embeddings().weight)
     assert nano.tokenizer.decode(nano.tokenizer.encode("Which digit is this?")) == "Which digit is this?"
 
@@ -132,7 +137,9 @@ def test_parameters_are_float32_without_a_gpu_unless_asked_otherwise(tmp_path):
     assert load_language(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "no/such/folder", "~/no", "models/worsd", "models/word/"])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./no", "no/such/folder", "~/no", "models/worsd", "models/word/"]
+)
 def test_a_path_that_leads_nowhere_is_an_error_without_a_download(name, tmp_path, monkeypatch):
     monkeypatch.delattr(fetch, "snapshot_download")
     (tmp_path / "models").mkdir()

@@ -42,7 +42,10 @@ def test_a_repository_that_is_out_of_reach_states_none(monkeypatch):
 def test_a_repositorys_card_is_fetched_for_it(hub):
     repository = hub.repositories.setdefault("org/tower", Repository(private=False))
     oid = hub.store(b"---\nlicense: other\nlicense_name: openrail\n---\n")
-    lines = [{"key": "header", "value": {"summary": "put"}}, {"key": "lfsFile", "value": {"path": "README.md", "oid": oid}}]
+    lines = [
+        {"key": "header", "value": {"summary": "put"}},
+        {"key": "lfsFile", "value": {"path": "README.md", "oid": oid}},
+    ]
     repository.branches.setdefault("main", [])
     hub.commit(repository, "main", lines)
     assert license_on_hub("org/tower", None) == "openrail"

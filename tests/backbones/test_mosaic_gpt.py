@@ -60,7 +60,9 @@ def test_loss_and_gradients_are_those_of_the_original():
     assert table.shape == recorded.shape
     assert ((table - recorded).abs() / recorded[:, :1]).max() < 1e-6
     batch = left_padded()
-    found_loss = model(batch.input_ids, attention_mask=batch.attention_mask, labels=golden.labels(batch)).loss.detach()
+    found_loss = model(
+        batch.input_ids, attention_mask=batch.attention_mask, labels=golden.labels(batch)
+    ).loss.detach()
     assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)  # transformers sums it in float32
 
 
@@ -108,7 +110,10 @@ def test_every_matrix_but_the_head_s_is_quantized(folder):
     found = {name.split(".", 3)[3] for name, module in model.named_modules() if is_quantized(module)}
     assert found == {"attn.Wqkv", "attn.out_proj", "mlp.mlp_up", "mlp.mlp_down"}
     exact = golden.measure(original())["left_padded"]
-    assert torch.nn.functional.cosine_similarity(golden.measure(model)["left_padded"], exact, dim=-1).mean() > 0.97
+    assert (
+        torch.nn.functional.cosine_similarity(golden.measure(model)["left_padded"], exact, dim=-1).mean()
+        > 0.97
+    )
 
 
 def test_packed_documents_are_told_apart():
@@ -119,7 +124,9 @@ def test_packed_documents_are_told_apart():
 def test_relatives_of_another_build_are_refused_in_one_line(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(UserError, match=f"^language model [^\n]* a mosaic_gpt model with {key} {value}; [^\n]*$"):
+    with pytest.raises(
+        UserError, match=f"^language model [^\n]* a mosaic_gpt model with {key} {value}; [^\n]*$"
+    ):
         load_language(str(folder))
 
 
@@ -130,7 +137,9 @@ def test_what_only_tells_of_its_training_stays_in_the_configuration(folder, tmp_
         assert written[key] == MOSAIC_GPT[key]
 
 
-def test_a_tokenizer_that_does_not_come_with_the_model_is_the_one_that_its_configuration_names(folder, tmp_path):
+def test_a_tokenizer_that_does_not_come_with_the_model_is_the_one_that_its_configuration_names(
+    folder, tmp_path
+):
     (tmp_path / "words").mkdir()
     for file in folder.glob("*token*.json"):
         file.rename(tmp_path / "words" / file.name)

@@ -80,7 +80,10 @@ def test_the_tower_has_64_spatial_tokens_of_width_64(tower):
 def test_the_tower_matches_held_out_images_with_captions(tower):
     model, transform = tower
     names = held_out_images()
-    captions = [f"a {word}" for word in "zero one two three four five six seven eight nine".split()]
+    captions = [
+        f"a {word}"
+        for word in ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    ]
     with torch.no_grad():
         seen = model.encode_image(
             torch.stack([transform(Image.open(QUICKSTART / name)) for name in names]), True

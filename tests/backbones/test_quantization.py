@@ -93,7 +93,11 @@ def test_what_is_to_be_kept_is_kept_and_dequantizing_leaves_plain_layers(wanted)
 
 
 def test_the_record_gives_the_quantization_back():
-    for wanted in (Quantization("nf4", double_quantization=False, compute_dtype="bf16"), Quantization("int8"), None):
+    for wanted in (
+        Quantization("nf4", double_quantization=False, compute_dtype="bf16"),
+        Quantization("int8"),
+        None,
+    ):
         record = json.loads(json.dumps(wanted.record())) if wanted else None
         assert Quantization.from_record(record) == wanted
 
@@ -102,7 +106,9 @@ def test_the_record_gives_the_quantization_back():
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_4_bit_matrices_that_can_be_sharded_are_stored_otherwise_and_mean_the_same(wanted, dtype):
     torch.manual_seed(0)
-    usual, shardable = (Quantization(wanted, compute_dtype=dtype, shardable=choice) for choice in (False, True))
+    usual, shardable = (
+        Quantization(wanted, compute_dtype=dtype, shardable=choice) for choice in (False, True)
+    )
     linear, holders = nn.Linear(64, 48), []
     for choice in (usual, shardable):
         holders.append(nn.ModuleDict({"linear": copy.deepcopy(linear)}))
@@ -127,7 +133,10 @@ def test_a_language_model_loads_with_all_matrices_quantized_but_its_head(wanted,
     assert plain == ["lm_head"] and formats_in(found.model) == {"int8" if wanted == "int8" else "4bit"}
     assert torch.equal(found.model.lm_head.weight, lm.lm_head.weight)
     assert found.source == {
-        "name": name, "revision": None, "sha256": files_sha256(tmp_path), "quantization": Quantization(wanted).record()
+        "name": name,
+        "revision": None,
+        "sha256": files_sha256(tmp_path),
+        "quantization": Quantization(wanted).record(),
     }
     assert not found.model.training and not any(p.requires_grad for p in found.model.parameters())
     logits = found.model(input_ids=IDS).logits
@@ -187,7 +196,11 @@ def test_a_model_that_was_saved_quantized_loads_as_it_is(tmp_path):
 def test_quantizing_what_is_quantized_is_refused(method, tmp_path):
     name = save(tiny_language_model(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method, "bits": 4, "load_in_4bit": method == "bitsandbytes"}
+    config["quantization_config"] = {
+        "quant_method": method,
+        "bits": 4,
+        "load_in_4bit": method == "bitsandbytes",
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(load_language, name, quantization=Quantization("nf4"))
     assert "kept in nf4, but is already quantized" in message and method in message and "to none" in message

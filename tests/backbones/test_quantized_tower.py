@@ -130,7 +130,9 @@ def refusal(*arguments) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("config", [TOWERS["resnet"][0], timm_config("test_resnet", 160)], ids=["resnet", "timm's"])
+@pytest.mark.parametrize(
+    "config", [TOWERS["resnet"][0], timm_config("test_resnet", 160)], ids=["resnet", "timm's"]
+)
 def test_a_tower_of_convolutions_is_refused(config):
     assert "has convolutions and no matrices" in refusal(build_visual(config), Quantization("nf4"))
 
@@ -145,7 +147,9 @@ def test_weights_that_no_format_takes_are_refused():
 
 
 @pytest.mark.parametrize("wanted", ["int8", "nf4"])
-@pytest.mark.parametrize("name", ["clip", "clip-quickgelu", "coca", "vit", "vit-relative", "eva-rotary", "convnext"])
+@pytest.mark.parametrize(
+    "name", ["clip", "clip-quickgelu", "coca", "vit", "vit-relative", "eva-rotary", "convnext"]
+)
 def test_loading_quantized_is_loading_and_quantizing(name, wanted, tmp_path):
     config = TOWERS[name][0]
     write_folder(tmp_path, config)
@@ -172,7 +176,9 @@ def test_a_file_of_any_format_and_dtype_loads_quantized(stored, new_format, tmp_
     found = load_vision("tiny", str(file), quantization=Quantization("nf4"), device="cpu")
     assert found.source["sha256"] == plain.source["sha256"] == tensors_sha256(plain.visual)
     images = images_for(config)
-    assert torch.equal(spatial_tokens(found.visual, images), spatial_tokens(quantized(plain.visual, "nf4"), images))
+    assert torch.equal(
+        spatial_tokens(found.visual, images), spatial_tokens(quantized(plain.visual, "nf4"), images)
+    )
 
 
 def test_a_loaded_tower_does_not_depend_on_its_file(tmp_path):

@@ -15,7 +15,7 @@ from flamingo_ft.backbones.nano_build.language_of_digits import KINDS
 from flamingo_ft.backbones.nano_build.quickstart_data import write_dataset
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def rows_of(split: str, folder: Path = QUICKSTART) -> list[dict]:

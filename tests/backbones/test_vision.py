@@ -228,8 +228,12 @@ def test_a_local_folder_loads_frozen_and_as_open_clip_loads_it(name, tmp_path):
     assert loaded.config == config
     assert loaded.width == token_width(saved)
     assert loaded.source == {
-        "name": str(tmp_path), "pretrained": None, "revision": None, "sha256": tensors_sha256(saved),
-        "quantization": None, "image_size": None,
+        "name": str(tmp_path),
+        "pretrained": None,
+        "revision": None,
+        "sha256": tensors_sha256(saved),
+        "quantization": None,
+        "image_size": None,
     }
     assert not loaded.visual.training and not any(p.requires_grad for p in loaded.visual.parameters())
     image = Image.effect_noise((90, 50), 80).convert("RGB")
@@ -331,7 +335,10 @@ def test_mistakes_are_told_in_one_line(arguments, told, tiny_architecture, tmp_p
 def test_without_a_network_the_error_names_what_is_missing(arguments, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"(open_clip_config.json|weights|open_clip_.*) of vision tower .*: HF_HUB_OFFLINE is set, and it is not whole in the cache") as caught:
+    with pytest.raises(
+        UserError,
+        match=r"(open_clip_config.json|weights|open_clip_.*) of vision tower .*: HF_HUB_OFFLINE is set, and it is not whole in the cache",
+    ) as caught:
         load_vision(*arguments)
     assert "\n" not in str(caught.value)
 

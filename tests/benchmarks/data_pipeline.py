@@ -24,6 +24,7 @@ from datasets import load_dataset
 from PIL import Image
 from torchvision import transforms
 
+from flamingo_ft.backbones.language import load_language
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_data
 from flamingo_ft.data.collate import collate_text
@@ -35,7 +36,6 @@ from flamingo_ft.data.stream.prepare import Preparing
 from flamingo_ft.data.stream.tally import Tally
 from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.backbones.language import load_language
 from flamingo_ft.model.tokens import add_media_tokens
 from flamingo_ft.recipe_library import library_folder
 
@@ -57,7 +57,9 @@ def write_photos(folder: Path, count: int) -> Path:
     with (folder / "photos.jsonl").open("w") as file:
         for index in range(count):
             name = f"{index}.jpg"
-            Image.open(scans[index % len(scans)]).convert("RGB").resize(PHOTO, Image.BICUBIC).save(folder / name)
+            Image.open(scans[index % len(scans)]).convert("RGB").resize(PHOTO, Image.BICUBIC).save(
+                folder / name
+            )
             file.write(json.dumps(row(index, [name])) + "\n")
     return folder / "photos.jsonl"
 
@@ -65,7 +67,10 @@ def write_photos(folder: Path, count: int) -> Path:
 def row(index: int, images: list[str]) -> dict:
     answer = f"It is picture number {index}."
     return {
-        "messages": [{"role": "user", "content": "Which picture is this?"}, {"role": "assistant", "content": answer}],
+        "messages": [
+            {"role": "user", "content": "Which picture is this?"},
+            {"role": "assistant", "content": answer},
+        ],
         "images": images,
     }
 
@@ -80,7 +85,9 @@ def our_batches(path: Path, made: FlamingoProcessor, workers: int, streaming: bo
         order.draws,
         Preparing([mixed.source for mixed in data.train], encode, PixelReader(made)),
         in_order(BATCH),
-        lambda rows: collate_text([one.encoded for (one,) in rows], 0) | stack_media([one.media for (one,) in rows]),
+        lambda rows: (
+            collate_text([one.encoded for (one,) in rows], 0) | stack_media([one.media for (one,) in rows])
+        ),
         Tally(False, 0.05, order.epoch_length),
         Loading(BATCH, workers),
     )
@@ -100,8 +107,13 @@ def plain_batches(path: Path, made: FlamingoProcessor, workers: int) -> Iterator
 
     def collate(samples: list[dict]) -> dict:
         texts = [made.tokenizer.apply_chat_template(sample["messages"], tokenize=False) for sample in samples]
-        pictures = [transform(Image.open(path.parent / sample["images"][0]).convert("RGB")) for sample in samples]
-        return {**made.tokenizer(texts, padding=True, return_tensors="pt"), "pixel_values": torch.stack(pictures)}
+        pictures = [
+            transform(Image.open(path.parent / sample["images"][0]).convert("RGB")) for sample in samples
+        ]
+        return {
+            **made.tokenizer(texts, padding=True, return_tensors="pt"),
+            "pixel_values": torch.stack(pictures),
+        }
 
     loader = torch.utils.data.DataLoader(rows, BATCH, shuffle=True, num_workers=workers, collate_fn=collate)
     while True:

@@ -66,7 +66,9 @@ def main() -> None:
             for name, media in ways.items():
                 seconds[name].append(epoch(media))
     best = {name: min(times) for name, times in seconds.items()}
-    print(f"{wanted.regime}, a cross-attention block every {wanted.every} layers, {torch.get_num_threads()} threads")
+    print(
+        f"{wanted.regime}, a cross-attention block every {wanted.every} layers, {torch.get_num_threads()} threads"
+    )
     print(f"{len(samples)} samples of {wanted.images_per_sample} images, batches of {wanted.batch_size}")
     print(f"first epoch with the cache {first:.1f} s")
     print("  ".join(f"{name} the cache {best[name]:.1f} s" for name in ways))
@@ -74,7 +76,9 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--regime", choices=REGIMES, default="lora")
     parser.add_argument("--every", type=int, default=4, help="cross_attn_every_n_layers")
     parser.add_argument("--images", type=int, default=200)
@@ -88,7 +92,9 @@ def arguments() -> argparse.Namespace:
 def make_model(regime: str, every: int) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The Flamingo, in training mode, with what the regime trains."""
     source = {"name": "random", "revision": None, "sha256": None}
-    language = LanguageBackbone(OPTForCausalLM(OPTConfig()), AutoTokenizer.from_pretrained(NANO_FOLDER), source)
+    language = LanguageBackbone(
+        OPTForCausalLM(OPTConfig()), AutoTokenizer.from_pretrained(NANO_FOLDER), source
+    )
     model, processor = build_flamingo(load_vision("ViT-B-32"), language, cross_attn_every_n_layers=every)
     trainable, lora = REGIMES[regime]
     set_trainable(model, trainable)
@@ -101,16 +107,22 @@ def make_images(folder: Path, count: int) -> list[Path]:
     """The first so many of the quickstart's images as JPEG files of 224 x 224 pixels."""
     files = [folder / f"{path.stem}.jpg" for path in sorted(IMAGES.glob("*.png"))[:count]]
     for file in files:
-        Image.open(IMAGES / f"{file.stem}.png").convert("RGB").resize((224, 224), Image.Resampling.BICUBIC).save(file)
+        Image.open(IMAGES / f"{file.stem}.png").convert("RGB").resize(
+            (224, 224), Image.Resampling.BICUBIC
+        ).save(file)
     return files
 
 
 def pixels_of(processor: FlamingoProcessor, samples: list[list[Path]]) -> dict[str, Tensor]:
     """What a batch of images is without the cache."""
-    return {"pixel_values": processor.pixel_values([[open_image(file) for file in sample] for sample in samples])}
+    return {
+        "pixel_values": processor.pixel_values([[open_image(file) for file in sample] for sample in samples])
+    }
 
 
-def tokens_of(processor: FlamingoProcessor, features: FrozenFeatures, samples: list[list[Path]]) -> dict[str, Tensor]:
+def tokens_of(
+    processor: FlamingoProcessor, features: FrozenFeatures, samples: list[list[Path]]
+) -> dict[str, Tensor]:
     """And what it is with it."""
 
     def find(file: Path) -> Frame:

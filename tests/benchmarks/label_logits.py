@@ -41,11 +41,19 @@ train: {output_dir: run, max_steps: 1, batch_size: 4, num_workers: 0}
 def make(vocabulary: int, width: int, words: int) -> FlamingoTrainer:
     """A trainer in the current directory, over samples of ``words`` words of prompt and three of answer."""
     Image.new("RGB", (32, 32)).save("blank.png")
-    turns = [{"role": "user", "content": "<image>" + "digit " * words}, {"role": "assistant", "content": "one or two"}]
+    turns = [
+        {"role": "user", "content": "<image>" + "digit " * words},
+        {"role": "assistant", "content": "one or two"},
+    ]
     Path("train.jsonl").write_text("\n".join([json.dumps({"messages": turns, "images": ["blank.png"]})] * 8))
     Path("recipe.yaml").write_text(RECIPE)
     recipe = load_recipe("./recipe.yaml")
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **sizes)).requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(NANO_FOLDER)
     language = LanguageBackbone(lm, tokenizer, {"name": "random", "revision": None, "sha256": "random"})
@@ -64,7 +72,9 @@ def ways(trainer: FlamingoTrainer, batch: dict) -> dict[str, Callable[[], torch.
     }
 
 
-def measure(trainer: FlamingoTrainer, loss_of: Callable[[], torch.Tensor], steps: int) -> tuple[float, int, float]:
+def measure(
+    trainer: FlamingoTrainer, loss_of: Callable[[], torch.Tensor], steps: int
+) -> tuple[float, int, float]:
     """Seconds of a step, the most bytes alive in one on top of the weights, and the loss."""
     with LiveBytes() as live:
         weights = live.hold([*trainer.model.parameters(), *trainer.model.buffers()])
@@ -90,7 +100,9 @@ def main() -> None:
         trainer = make(given.vocabulary, given.width, given.words)
         batch = next(iter(trainer.batches))
         tokens, labels = batch["input_ids"].numel(), int((batch["labels"][:, 1:] != -100).sum())
-        print(f"{tokens} text tokens, {labels} of them learned, vocabulary {given.vocabulary:,}, width {given.width}")
+        print(
+            f"{tokens} text tokens, {labels} of them learned, vocabulary {given.vocabulary:,}, width {given.width}"
+        )
         for name, loss_of in ways(trainer, batch).items():
             seconds, peak, loss = measure(trainer, loss_of, given.steps)
             print(f"{name:22} {tokens / seconds:9,.0f} tokens/s {peak / MIB:9,.0f} MiB   loss {loss:.5f}")

@@ -33,7 +33,9 @@ TOWER = "ViT-L-14"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of loading backbones quantized.")
-    parser.add_argument("--megabytes", type=int, default=800, help="of the language model's weights, in float32")
+    parser.add_argument(
+        "--megabytes", type=int, default=800, help="of the language model's weights, in float32"
+    )
     parser.add_argument("--shard", type=int, default=200, help="megabytes of a shard")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--parts", nargs="+", choices=("language", "vision"), default=("language", "vision"))
@@ -107,7 +109,9 @@ def measure(part: str, wanted: str, place: str) -> dict:
     if part == "language":
         loaded = load_language(place, quantization=quantization, device="cpu").model
     else:
-        loaded = load_vision(TOWER, str(weights_of(Path(place))), quantization=quantization, device="cpu").visual
+        loaded = load_vision(
+            TOWER, str(weights_of(Path(place))), quantization=quantization, device="cpu"
+        ).visual
     seconds = time.monotonic() - began
     return {
         "grown": status("VmHWM") - before,
@@ -147,13 +151,19 @@ class PeakOfOwnMemory:
 
 def status(field: str) -> float:
     """A field of /proc/self/status, in MiB."""
-    found = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(f"{field}:"))
+    found = next(
+        row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(f"{field}:")
+    )
     return int(found.split()[1]) / 1024
 
 
 def bytes_of(model: nn.Module) -> int:
     """What the model's tensors take, the scales of quantized matrices included; a tied matrix counts once."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor)}
+    tensors = {
+        tensor.data_ptr(): tensor
+        for tensor in model.state_dict().values()
+        if isinstance(tensor, torch.Tensor)
+    }
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

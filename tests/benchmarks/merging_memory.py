@@ -18,12 +18,16 @@ from pathlib import Path
 import flamingo_ft
 from tests.benchmarks.loading_memory import MIB, PeakOfOwnMemory, make_language, status, warm_up
 
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # else what the allocator keeps of matrices given back is in it too
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "131072"
+}  # else what the allocator keeps of matrices given back is in it too
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak memory of merging an adapter.")
-    parser.add_argument("--megabytes", type=int, default=800, help="of the language model's weights, in float32")
+    parser.add_argument(
+        "--megabytes", type=int, default=800, help="of the language model's weights, in float32"
+    )
     parser.add_argument("--shard", type=int, default=200, help="megabytes of a shard, read and written")
     parser.add_argument("--base", choices=("bf16", "dequantized"), default="bf16")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
@@ -34,8 +38,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_language(Path(folder, "lm"), given.megabytes, given.shard)
         make_adapter(Path(folder))
-        command = [sys.executable, "-m", "tests.benchmarks.merging_memory", *sys.argv[1:], "--measure", folder]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **GIVE_BACK})
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.merging_memory",
+            *sys.argv[1:],
+            "--measure",
+            folder,
+        ]
+        done = subprocess.run(
+            command, check=True, capture_output=True, text=True, env={**os.environ, **GIVE_BACK}
+        )
         found = json.loads(done.stdout.splitlines()[-1])
     print(
         f"merge {given.base}: own memory grew {found['grown']:.0f} MiB; "

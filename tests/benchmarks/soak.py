@@ -27,11 +27,23 @@ JUDGED = ("data.eval=[{path: train.jsonl}]", "eval={batch_size: 2, max_new_token
 DROPOUT = (regimes.LORA, "lora.lora_dropout=0.3")
 CASES = {
     "bridge": (),
-    "bridge and LoRA, dropout, accumulated, judged": (*DROPOUT, "train.gradient_accumulation_steps=2", *JUDGED),
+    "bridge and LoRA, dropout, accumulated, judged": (
+        *DROPOUT,
+        "train.gradient_accumulation_steps=2",
+        *JUDGED,
+    ),
     "two workers, grouped by length": ("train.num_workers=2", "data.group_by_length=true"),
     "8-bit steps in the backward pass": ("train.optimizer=adamw_8bit", "train.optimizer_in_backward=true"),
-    "the best kept, ended early": (*JUDGED[:1], "eval={steps: 2, keep: best, patience: 2}", "train.learning_rate=0.5"),
-    "LoRA only on nf4": (*regimes.REGIMES["LoRA only"], *regimes.quantized("nf4", "LoRA only"), "lora.lora_dropout=0.3"),
+    "the best kept, ended early": (
+        *JUDGED[:1],
+        "eval={steps: 2, keep: best, patience: 2}",
+        "train.learning_rate=0.5",
+    ),
+    "LoRA only on nf4": (
+        *regimes.REGIMES["LoRA only"],
+        *regimes.quantized("nf4", "LoRA only"),
+        "lora.lora_dropout=0.3",
+    ),
 }
 MOMENTS = {
     "checkpoint half written": ("run/checkpoints", ".step-*.partial"),
@@ -44,7 +56,9 @@ WEIGHTS = "run/adapter_model.safetensors"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     wanted = parser.parse_args()
@@ -84,7 +98,11 @@ def disturb(folder: Path, arguments: list[str], seconds: float, dice: random.Ran
     code = killing.KILLED
     while code == killing.KILLED:
         name = dice.choice(["anywhere"] * len(MOMENTS) + list(MOMENTS))
-        moment = killing.after(dice.uniform(0, seconds)) if name == "anywhere" else aimed(folder, name, dice, seconds)
+        moment = (
+            killing.after(dice.uniform(0, seconds))
+            if name == "anywhere"
+            else aimed(folder, name, dice, seconds)
+        )
         code = killing.kill_when(killing.start(arguments, folder, folder / "log.txt"), moment)
         kills[name] += code == killing.KILLED
     if code:

@@ -47,7 +47,11 @@ SHAPES = {
     "openflamingo-3b": ("mosaic_gpt", 2048, 24, "ViT-L-14", 1),
     "scaled": ("mpt", 1024, 8, "ViT-B-32", 2),
 }
-TARGETS_GIB = {("openflamingo-9b", "bridge"): 12, ("openflamingo-9b", "lora"): 8, ("openflamingo-3b", "bridge"): 8}
+TARGETS_GIB = {
+    ("openflamingo-9b", "bridge"): 12,
+    ("openflamingo-9b", "lora"): 8,
+    ("openflamingo-3b", "bridge"): 8,
+}
 SMALL = ["train.gradient_checkpointing=true", "trainable.dtype=bf16", "train.optimizer=paged_adamw_8bit"]
 REGIMES = {
     "bridge": [*SMALL, "train.optimizer_in_backward=true"],
@@ -62,7 +66,9 @@ REGIMES = {
 ON_CPU = ["trainable.dtype=fp32", "train.optimizer=adamw", "train.optimizer_in_backward=false"]
 VOCABULARY = 50432
 AROUND = 5  # tokens of a sample beside its images and the words said
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else glibc keeps freed tensors, and resident memory tells little
+GIVE_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "65536"
+}  # else glibc keeps freed tensors, and resident memory tells little
 
 
 def write_recipe(folder: Path, shape: str, text_tokens: int, images: int) -> Path:
@@ -92,7 +98,10 @@ def write_samples(folder: Path, tokenizer: object, text_tokens: int, images: int
     Image.new("RGB", (64, 64)).save(folder / "blank.png")
     word = len(tokenizer(" digit digit digit digit", add_special_tokens=False)["input_ids"]) / 4
     said = " ".join(["digit"] * int((text_tokens - AROUND - images) / word))
-    turns = [{"role": "user", "content": "<image>" * images + "which?"}, {"role": "assistant", "content": said}]
+    turns = [
+        {"role": "user", "content": "<image>" * images + "which?"},
+        {"role": "assistant", "content": said},
+    ]
     row = json.dumps({"messages": turns, "images": ["blank.png"] * images})
     (folder / "train.jsonl").write_text("\n".join([row] * 16))
 
@@ -135,7 +144,9 @@ def random_language(config: PreTrainedConfig, quantization: Quantization, device
     for module in lm.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                module._parameters[name] = nn.Parameter(torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02)
+                module._parameters[name] = nn.Parameter(
+                    torch.randn(parameter.shape, dtype=dtype, device=device) * 0.02
+                )
     lm.tie_weights()
     return lm.eval().requires_grad_(False)
 
@@ -162,7 +173,9 @@ def run(recipe: Recipe, device: str, live: bool) -> dict[str, float]:
 def _load_all_code() -> None:
     """Train something tiny, so that what is measured afterwards is the model and no longer libraries."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = load_recipe("quickstart", ["train.max_steps=2", f"train.output_dir={folder}", "train.batch_size=2"])
+        recipe = load_recipe(
+            "quickstart", ["train.max_steps=2", f"train.output_dir={folder}", "train.batch_size=2"]
+        )
         model, processor = build_model(recipe)
         make_trainer(model, processor, open_data(recipe.data, recipe.train.seed), recipe, []).train()
     del model
@@ -193,7 +206,9 @@ def _status(field: str) -> int:
 def measure(arguments: list[str], *more: str) -> dict[str, float]:
     """`run` in a process of its own."""
     command = [sys.executable, __file__, *arguments, "--measure", *more]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **GIVE_BACK})
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **GIVE_BACK}
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -220,11 +235,19 @@ def main() -> None:
         plan = plan_memory(recipe, device="cuda" if given.plan_only else device)
     figures = {"planned": plan.peak}
     if not given.plan_only:
-        own = [given.shape, given.regime, *given.overrides, f"--text-tokens={given.text_tokens}", f"--images={given.images}"]
+        own = [
+            given.shape,
+            given.regime,
+            *given.overrides,
+            f"--text-tokens={given.text_tokens}",
+            f"--images={given.images}",
+        ]
         figures |= measure(own)
         figures |= measure(own, "--live") if device == "cpu" else {}
     where = "cuda" if given.plan_only else device
-    print(f"{given.shape} {given.regime} on {where}, {plan.batch.text_tokens} text tokens, {plan.batch.images} images")
+    print(
+        f"{given.shape} {given.regime} on {where}, {plan.batch.text_tokens} text tokens, {plan.batch.images} images"
+    )
     for name, size in figures.items():
         print(f"{name:16} {size / GIB:7.3f} GiB")
     if (given.shape, given.regime) in TARGETS_GIB:

@@ -57,9 +57,13 @@ def _otter_name(name: str) -> str:
     for layer in range(6):
         name = name.replace(f"perceiver.layers.{layer}.0.", f"perceiver.layers.{layer}.")
         for entry in (0, 1, 3):
-            name = name.replace(f"perceiver.layers.{layer}.1.{entry}.", f"perceiver.layers.{layer}.feed_forward.{entry}.")
+            name = name.replace(
+                f"perceiver.layers.{layer}.1.{entry}.", f"perceiver.layers.{layer}.feed_forward.{entry}."
+            )
     for entry in (0, 1, 3):
-        name = name.replace(f"gated_cross_attn_layer.ff.{entry}.", f"gated_cross_attn_layer.feed_forward.{entry}.")
+        name = name.replace(
+            f"gated_cross_attn_layer.ff.{entry}.", f"gated_cross_attn_layer.feed_forward.{entry}."
+        )
     return name
 
 
@@ -72,13 +76,24 @@ def _widened(name: str, tensor: Tensor) -> Tensor:
 def otter_trained(family: str) -> Tensors:
     """final_weights.pt: the bridge and the vocabulary's matrices, which train."""
     tensors = {name: t for name, t in trained_state_dict(family).items() if "embed_positions" not in name}
-    wide = {name: _widened(name, t) for name, t in tensors.items() if name.endswith((*EMBEDDINGS, "lm_head.weight"))}
+    wide = {
+        name: _widened(name, t)
+        for name, t in tensors.items()
+        if name.endswith((*EMBEDDINGS, "lm_head.weight"))
+    }
     return {_otter_name(name): tensor for name, tensor in (tensors | wide).items()}
 
 
 def otter_tower() -> CLIPVisionModel:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=4, hidden_act="gelu", projection_dim=16, **sizes)
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPVisionConfig(
+        image_size=IMAGE_SIZE, patch_size=4, hidden_act="gelu", projection_dim=16, **sizes
+    )
     model = CLIPVisionModel(config).eval()
     fill(model, "otter.")
     return model
@@ -94,8 +109,13 @@ def otter_whole(family: str) -> Tensors:
     for name, tensor in lm.state_dict().items():
         k, _, rest = f"lang_encoder.{name}".removeprefix(layers).partition(".")
         found[f"{layers}{k}.decoder_layer.{rest}" if k.isdigit() else f"lang_encoder.{name}"] = tensor.clone()
-    bridge = {n: t for n, t in otter_trained(family).items() if n.startswith("perceiver.") or "gated_cross" in n}
-    tower = {f"vision_encoder.vision_model.{n.removeprefix('vision_model.')}": t for n, t in otter_tower().state_dict().items()}
+    bridge = {
+        n: t for n, t in otter_trained(family).items() if n.startswith("perceiver.") or "gated_cross" in n
+    }
+    tower = {
+        f"vision_encoder.vision_model.{n.removeprefix('vision_model.')}": t
+        for n, t in otter_tower().state_dict().items()
+    }
     return found | bridge | tower
 
 
@@ -124,7 +144,10 @@ def multimodal_gpt(family: str, adapter: str = "default.") -> Tensors:
 def _update(name: str, weight: Tensor, adapter: str) -> Tensors:
     rows, columns = weight.shape
     name = f"lang_encoder.base_model.model.{name}"
-    shapes = {f"{name}.lora_A.{adapter}weight": (RANK, columns), f"{name}.lora_B.{adapter}weight": (rows, RANK)}
+    shapes = {
+        f"{name}.lora_A.{adapter}weight": (RANK, columns),
+        f"{name}.lora_B.{adapter}weight": (rows, RANK),
+    }
     return {key: parameter_values(key, shape) for key, shape in shapes.items()}
 
 
@@ -144,7 +167,9 @@ def save_multimodal_gpt(path: Path, tensors: Tensors, alpha: int = 16) -> Path:
 def save_otter(folder: Path, tensors: Tensors, shards: int = 2, **config: object) -> Path:
     """A folder of transformers' with several files."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "otter", "cross_attn_every_n_layers": 2, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "otter", "cross_attn_every_n_layers": 2, **config})
+    )
     names = sorted(tensors)
     parts = {f"pytorch_model-{i + 1:05}-of-{shards:05}.bin": names[i::shards] for i in range(shards)}
     for file, part in parts.items():

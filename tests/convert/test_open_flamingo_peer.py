@@ -80,12 +80,19 @@ def test_what_it_saves_comes_in(family, backbones, tmp_path, monkeypatch):
 
     other = peer(family)
     other.requires_grad_(False)
-    for part in (other.perceiver, other.lang_encoder.gated_cross_attn_layers, other.lang_encoder.get_input_embeddings()):
+    for part in (
+        other.perceiver,
+        other.lang_encoder.gated_cross_attn_layers,
+        other.lang_encoder.get_input_embeddings(),
+    ):
         part.requires_grad_(True)
     with torch.no_grad():  # training moves the rows of its own two tokens, and of its bridge all
         other.lang_encoder.get_input_embeddings().weight[-2:] += 0.5
     state = filter_state_dict_to_trainable(other, other.state_dict())
-    torch.save({"epoch": 0, "model_state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "checkpoint_0.pt")
+    torch.save(
+        {"epoch": 0, "model_state_dict": {f"module.{k}": v for k, v in state.items()}},
+        tmp_path / "checkpoint_0.pt",
+    )
     found = import_checkpoint(tmp_path / "checkpoint_0.pt", tmp_path / "adapter", backbones[family])
     assert found.result == "adapter"
     assert distance(our_logits(tmp_path / "adapter", family), peer_logits(other, family)) < TOLERANCE

@@ -53,11 +53,15 @@ def test_a_checkpoint_that_does_not_fit(wrong, backbones, tmp_path):
 
 def test_backbones_of_another_checkpoint(backbones, tmp_path):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("llama"))
-    with pytest.raises(UserError, match="decoder layers are at model.layers, this model's at transformer.blocks"):
+    with pytest.raises(
+        UserError, match="decoder layers are at model.layers, this model's at transformer.blocks"
+    ):
         import_checkpoint(source, tmp_path / "out", backbones["mpt"])
     with pytest.raises(UserError, match="tower tokens of width 32, nano has"):
         import_checkpoint(source, tmp_path / "out", Backbones(backbones["llama"].language, "nano"))
-    with pytest.raises(UserError, match="does not tell its language model for certain: name it with --language"):
+    with pytest.raises(
+        UserError, match="does not tell its language model for certain: name it with --language"
+    ):
         import_checkpoint(source, tmp_path / "out")
 
 
@@ -79,9 +83,15 @@ def test_lora_needs_what_it_builds_on_and_its_alpha(backbones, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"perceiver": {"num_latents": 3}}, r"got model.perceiver.num_latents 3 \(needs 64\); it cannot be converted"),
+        (
+            {"perceiver": {"num_latents": 3}},
+            r"got model.perceiver.num_latents 3 \(needs 64\); it cannot be converted",
+        ),
         ({"perceiver": {"max_num_media": 3}}, r"got model.perceiver.max_num_media 3 \(needs null\); "),
-        ({"media_visibility": "all_preceding"}, r"got model.media_visibility all_preceding \(needs immediate"),
+        (
+            {"media_visibility": "all_preceding"},
+            r"got model.media_visibility all_preceding \(needs immediate",
+        ),
         ({"cross_attention": {"heads": 2}}, r"got model.cross_attention.heads 2 \(needs 8\)"),
         (
             {"perceiver": {"num_latents": 8, "depth": 2}, "cross_attention": {"heads": 4, "dim_head": 32}},
@@ -112,7 +122,11 @@ def test_the_command_line_tells_what_it_found_and_what_is_wrong(backbones, tmp_p
     capsys.readouterr()
     assert cli.main(["convert", "adapter", "other.pt", "--to", "open_flamingo", *names]) == 2
     assert "--language with --to open_flamingo" in capsys.readouterr().err
-    for arguments in (["checkpoint.pt", "adapter", *names], ["nowhere.pt", "new"], ["adapter", "back.pt", "--to", "otter"]):
+    for arguments in (
+        ["checkpoint.pt", "adapter", *names],
+        ["nowhere.pt", "new"],
+        ["adapter", "back.pt", "--to", "otter"],
+    ):
         assert cli.main(["convert", *arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
 
@@ -122,7 +136,10 @@ LAYER = "lang_encoder.base_model.model.model.layers.0.decoder_layer"
 INCOMPLETE = {
     "half of an update": (without(f"layers.0.decoder_layer{LORA_B}"), "lora_B"),
     "the other half": (without(f"layers.0.decoder_layer{LORA_A}"), "lora_B"),
-    "DoRA": (with_(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector.default.weight", torch.ones(32)), "magnitude"),
+    "DoRA": (
+        with_(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector.default.weight", torch.ones(32)),
+        "magnitude",
+    ),
     "another width": (with_(f"{LAYER}{LORA_A}", torch.ones(2, 48)), r"\(32, 32\) by"),
 }
 
@@ -142,7 +159,9 @@ def test_rows_of_new_tokens_beside_lora_are_kept(backbones, tmp_path):
     below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     moved = foreign.open_flamingo("llama")["lang_encoder.model.embed_tokens.weight"].clone()
     moved[-2:] += 5
-    source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", foreign.multimodal_gpt("llama") | {name: moved})
+    source = foreign.save_multimodal_gpt(
+        tmp_path / "mmgpt.pt", foreign.multimodal_gpt("llama") | {name: moved}
+    )
     assert import_checkpoint(source, tmp_path / "out", backbones["llama"], start=below).result == "adapter"
     model, _ = load_adapter(tmp_path / "out")
     assert torch.equal(model.token_rows.input.weight, moved[-2:])

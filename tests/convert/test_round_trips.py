@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo_ft.adapters import load_adapter, load_trained, save_adapter, set_trainable, start_bridge, write_composition
+from flamingo_ft.adapters import (
+    load_adapter,
+    load_trained,
+    save_adapter,
+    set_trainable,
+    start_bridge,
+    write_composition,
+)
 from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
@@ -32,7 +39,9 @@ from .backbones import FAMILIES, words
 EVERY = 2
 HEADS = {"heads": 8, "dim_head": 64, "ff_mult": 4}  # of every foreign bridge
 SIZES = {"num_latents": 64, "depth": 6, **HEADS}
-SOME = [pytest.param(family, marks=() if family in ("llama", "mpt") else pytest.mark.slow) for family in FAMILIES]
+SOME = [
+    pytest.param(family, marks=() if family in ("llama", "mpt") else pytest.mark.slow) for family in FAMILIES
+]
 
 
 @torch.no_grad()
@@ -51,7 +60,9 @@ def assert_holds(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_open_flamingo_s_own_checkpoint_becomes_an_adapter_with_its_logits_and_back(family, backbones, tmp_path):
+def test_open_flamingo_s_own_checkpoint_becomes_an_adapter_with_its_logits_and_back(
+    family, backbones, tmp_path
+):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo(family))
     found = import_checkpoint(source, tmp_path / "adapter", backbones[family])
     assert (found.source, found.result) == ("OpenFlamingo v2 checkpoint", "adapter")
@@ -64,13 +75,19 @@ def test_open_flamingo_s_own_checkpoint_becomes_an_adapter_with_its_logits_and_b
 @pytest.mark.parametrize("family", SOME)
 def test_version_1_sees_the_following_image_and_goes_back_under_both_names(family, backbones, tmp_path):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1(family))
-    assert import_checkpoint(source, tmp_path / "adapter", backbones[family]).source == "OpenFlamingo v1 checkpoint"
+    assert (
+        import_checkpoint(source, tmp_path / "adapter", backbones[family]).source
+        == "OpenFlamingo v1 checkpoint"
+    )
     model, _ = load_adapter(tmp_path / "adapter")
     reference = untrained_flamingo(family, EVERY, media_visibility="following")
     load_open_flamingo(reference, foreign.open_flamingo(family))
     expected = logits(reference, family)
     assert torch.allclose(logits(model, family), expected, atol=1e-5 * float(expected.abs().max()))
-    assert export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt").result == "OpenFlamingo v1 checkpoint"
+    assert (
+        export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt").result
+        == "OpenFlamingo v1 checkpoint"
+    )
     assert_holds(read_stored(tmp_path / "back.pt").tensors, foreign.open_flamingo_1(family))
 
 
@@ -88,7 +105,9 @@ def test_otter_s_trained_weights_go_through_an_adapter_with_its_own_token(family
 @pytest.mark.parametrize("family", SOME)
 def test_a_whole_otter_becomes_a_whole_model_and_back(family, dtype, backbones, tmp_path):
     tensors = foreign.in_dtype(foreign.otter_whole, dtype)(family)
-    found = import_checkpoint(foreign.save_otter(tmp_path / "otter", tensors), tmp_path / "model", backbones[family])
+    found = import_checkpoint(
+        foreign.save_otter(tmp_path / "otter", tensors), tmp_path / "model", backbones[family]
+    )
     assert (found.source, found.result) == ("Otter checkpoint", "model")
     export_otter(tmp_path / "model", tmp_path / "back")
     back = read_stored(tmp_path / "back")
@@ -113,7 +132,9 @@ def test_multimodal_gpt_s_updates_are_kept_as_they_are_on_the_checkpoint_they_bu
     found = import_checkpoint(source, tmp_path / "adapter", backbones[family], start=below)
     assert found.source == "Multimodal-GPT checkpoint (inside model_state_dict) (module. prefix)"
     own = read_tensors(tmp_path / "adapter")
-    assert sorted(t.numpy().tobytes() for t in own.values()) == sorted(t.numpy().tobytes() for t in tensors.values())
+    assert sorted(t.numpy().tobytes() for t in own.values()) == sorted(
+        t.numpy().tobytes() for t in tensors.values()
+    )
     model, _ = load_adapter(tmp_path / "adapter")
     expected = logits(folded(family, tensors, alpha=3), family)
     assert torch.allclose(logits(model, family), expected, atol=1e-5 * float(expected.abs().max()))
@@ -131,7 +152,11 @@ def folded(family: str, tensors: dict[str, Tensor], alpha: int) -> Flamingo:
         bare = name.replace("base_model.model.", "").split(".lora_A.")[0]
         k, _, rest = bare.removeprefix(f"{layers}.").partition(".")
         own = rest.removeprefix("gated_cross_attn_layer.")
-        target = f"{layers}.{k}.{rest.removeprefix('decoder_layer.')}" if own == rest else f"gated_cross_attn_layers.{k}.{own}"
+        target = (
+            f"{layers}.{k}.{rest.removeprefix('decoder_layer.')}"
+            if own == rest
+            else f"gated_cross_attn_layers.{k}.{own}"
+        )
         parameters[f"{target}.weight"].data += alpha / foreign.RANK * b @ a
     return model
 
@@ -140,7 +165,9 @@ def folded(family: str, tensors: dict[str, Tensor], alpha: int) -> Flamingo:
 def test_the_bridge_keeps_the_number_format_it_came_in(dtype, backbones, tmp_path):
     tensors = foreign.in_dtype(foreign.open_flamingo, dtype)("mpt")
     bridge = {n: t for n, t in tensors.items() if "wte" not in n and "lm_head" not in n}
-    import_checkpoint(foreign.save(tmp_path / "checkpoint.pt", bridge), tmp_path / "adapter", backbones["mpt"])
+    import_checkpoint(
+        foreign.save(tmp_path / "checkpoint.pt", bridge), tmp_path / "adapter", backbones["mpt"]
+    )
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
     assert_holds(read_stored(tmp_path / "back.pt").tensors, bridge)
 
@@ -149,7 +176,9 @@ def test_the_bridge_keeps_the_number_format_it_came_in(dtype, backbones, tmp_pat
 def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbones, tmp_path):
     whole = foreign.otter_whole(family)
     updates = {name: t for name, t in foreign.multimodal_gpt(family).items() if "decoder_layer" in name}
-    wrapped = {name.replace("lang_encoder.", "lang_encoder.base_model.model."): t for name, t in whole.items()} | updates
+    wrapped = {
+        name.replace("lang_encoder.", "lang_encoder.base_model.model."): t for name, t in whole.items()
+    } | updates
     folder = foreign.save_otter(tmp_path / "otter", wrapped, lora_config={"r": foreign.RANK, "lora_alpha": 4})
     import_checkpoint(folder, tmp_path / "model", backbones[family])
     export_otter(tmp_path / "model", tmp_path / "back")
@@ -161,7 +190,9 @@ def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbone
         assert torch.allclose(back[name], expected, atol=1e-6), name
 
 
-@pytest.mark.parametrize("kind", ["OpenFlamingo v2", "OpenFlamingo v1", "a repository's folder", "an Otter's folder"])
+@pytest.mark.parametrize(
+    "kind", ["OpenFlamingo v2", "OpenFlamingo v1", "a repository's folder", "an Otter's folder"]
+)
 def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, backbones, tmp_path):
     visibility = "following" if kind == "OpenFlamingo v1" else "immediate"
     make = foreign.open_flamingo_1 if kind == "OpenFlamingo v1" else foreign.open_flamingo
@@ -173,7 +204,9 @@ def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, bac
         export_otter(tmp_path / "adapter", tmp_path / "otter")
         start = tmp_path / "otter"
     vision, language = load_vision(backbones["mpt"].vision), load_language(backbones["mpt"].language)
-    model, processor = build_flamingo(vision, language, cross_attn_every_n_layers=EVERY, media_visibility=visibility)
+    model, processor = build_flamingo(
+        vision, language, cross_attn_every_n_layers=EVERY, media_visibility=visibility
+    )
     start_bridge(model, start)
     reference = untrained_flamingo("mpt", EVERY, media_visibility=visibility)
     load_open_flamingo(reference, foreign.open_flamingo("mpt"))
@@ -193,12 +226,19 @@ def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
     import_checkpoint(folder, tmp_path / "model", backbones["mpt"])
     vision, language = load_vision(backbones["mpt"].vision), load_language(backbones["mpt"].language)
     model, _ = build_flamingo(
-        vision, language, cross_attn_every_n_layers=EVERY, extra_tokens=("<answer>",), perceiver=SIZES, cross_attention=HEADS
+        vision,
+        language,
+        cross_attn_every_n_layers=EVERY,
+        extra_tokens=("<answer>",),
+        perceiver=SIZES,
+        cross_attention=HEADS,
     )
     with pytest.raises(UserError, match="has backbones of its own, which would be lost"):
         start_bridge(model, tmp_path / "model")
     start_bridge(model, folder)
-    save_adapter(model, FlamingoProcessor.for_backbones(vision.preprocess, language.tokenizer), tmp_path / "trained")
+    save_adapter(
+        model, FlamingoProcessor.for_backbones(vision.preprocess, language.tokenizer), tmp_path / "trained"
+    )
     with pytest.raises(UserError, match="backbones of its own, which a composition cannot name"):
         write_composition(tmp_path / "trained", tmp_path / "base")
     lora = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", foreign.multimodal_gpt("mpt"))
@@ -212,7 +252,9 @@ def test_padding_rows_of_the_vocabulary_are_cut_for_open_flamingo_and_kept_for_o
     padded.save_pretrained(tmp_path / "padded")
     words().save_pretrained(tmp_path / "padded")
     known = Backbones(str(tmp_path / "padded"), backbones["mpt"].vision)
-    import_checkpoint(foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("mpt")), tmp_path / "adapter", known)
+    import_checkpoint(
+        foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("mpt")), tmp_path / "adapter", known
+    )
     export_otter(tmp_path / "adapter", tmp_path / "otter")
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
     otter, back = read_stored(tmp_path / "otter"), read_stored(tmp_path / "back.pt")
@@ -224,6 +266,8 @@ def test_padding_rows_of_the_vocabulary_are_cut_for_open_flamingo_and_kept_for_o
 def test_otter_s_own_token_is_left_out_where_the_vocabulary_has_no_row_for_it(backbones, tmp_path):
     tensors = {name: t[: foreign.ANSWER] if t.shape[:1] == (foreign.OTTERS,) else t for name, t in
                foreign.otter_trained("llama").items()}  # fmt: skip
-    found = import_checkpoint(foreign.save(tmp_path / "final_weights.pt", tensors), tmp_path / "adapter", backbones["llama"])
+    found = import_checkpoint(
+        foreign.save(tmp_path / "final_weights.pt", tensors), tmp_path / "adapter", backbones["llama"]
+    )
     assert any("no row for <answer>" in line for line in found.lines)
     assert "<answer>" not in load_adapter(tmp_path / "adapter")[1].tokenizer.get_vocab()

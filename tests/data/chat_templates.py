@@ -9,7 +9,8 @@ REFUSE_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no sys
 PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 NO_PROMPT = CHATML.replace(PROMPT, "")
 DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML
+    "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    + CHATML
 )
 HEADERS = (
     "{{ bos_token }}{{ '[system]\n\nToday: ' + strftime_now('%d %b %Y') + '[end]' }}"
@@ -42,7 +43,8 @@ ENDS_THE_TEXT = (
     "{{ '[assistant]\n' if add_generation_prompt else '<|endoftext|>' }}"
 )
 END_AT_LAST = (
-    EACH + "{{ m.role + ': ' + m.content + (eos_token if loop.last and m.role == 'assistant' else '\n') }}{% endfor %}"
+    EACH
+    + "{{ m.role + ': ' + m.content + (eos_token if loop.last and m.role == 'assistant' else '\n') }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 LINE_AFTER_END = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n\n'")
@@ -82,7 +84,8 @@ NEVER_REASONING = (
 )
 # A block of reasoning before every answer, an empty one where there is none.
 EMPTY_REASONING = (
-    EACH + "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and '</think>' not in m.content %}"
+    EACH
+    + "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and '</think>' not in m.content %}"
     "{{ '<think></think>' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )

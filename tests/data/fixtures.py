@@ -39,7 +39,9 @@ def fixture(write: Write) -> Write:
 
 @fixture
 def messages(folder):
-    return jsonl(folder, [dialogue(f"<image>{QUESTION}", answer) | {"images": [put(folder, s)]} for s, answer in FACTS])
+    return jsonl(
+        folder, [dialogue(f"<image>{QUESTION}", answer) | {"images": [put(folder, s)]} for s, answer in FACTS]
+    )
 
 
 @fixture
@@ -52,7 +54,8 @@ def messages_openai(folder):
 def messages_trl(folder):
     """Typed blocks, the images beside them, none of them placed."""
     return jsonl(
-        folder, [dialogue([text(QUESTION)], [text(answer)]) | {"images": [put(folder, s)]} for s, answer in FACTS]
+        folder,
+        [dialogue([text(QUESTION)], [text(answer)]) | {"images": [put(folder, s)]} for s, answer in FACTS],
     )
 
 
@@ -60,10 +63,15 @@ def messages_trl(folder):
 def messages_two_images(folder):
     """Two images a row, an opening turn that is not learned, and a row of text alone."""
     first, second = (put(folder, scan) for scan, _ in FACTS[:2])
-    opening = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello.", "loss": False}]
+    opening = [
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hello.", "loss": False},
+    ]
     row = dialogue(f"<image> and <image> {PAIR_QUESTION}", "No.")
     row["messages"] = [{"role": "system", "content": "Be brief."}, *opening, *row["messages"]]
-    return jsonl(folder, [row | {"images": [first, second], "task": "same"}, dialogue("What is 1 + 1?", "Two.")])
+    return jsonl(
+        folder, [row | {"images": [first, second], "task": "same"}, dialogue("What is 1 + 1?", "Two.")]
+    )
 
 
 @fixture
@@ -91,7 +99,10 @@ def sharegpt(folder):
         [
             {
                 "system": "Be brief.",
-                "conversations": [{"from": "human", "value": f"<image>{QUESTION}"}, {"from": "gpt", "value": answer}],
+                "conversations": [
+                    {"from": "human", "value": f"<image>{QUESTION}"},
+                    {"from": "gpt", "value": answer},
+                ],
                 "images": [put(folder, scan)],
             }
             for scan, answer in FACTS
@@ -103,14 +114,18 @@ def sharegpt(folder):
 def alpaca(folder):
     return as_json(
         folder,
-        [{"instruction": QUESTION, "input": "", "output": answer, "image": put(folder, s)} for s, answer in FACTS],
+        [
+            {"instruction": QUESTION, "input": "", "output": answer, "image": put(folder, s)}
+            for s, answer in FACTS
+        ],
     )
 
 
 @fixture
 def prompt_completion(folder):
     return jsonl(
-        folder, [{"prompt": QUESTION, "completion": answer, "images": [put(folder, scan)]} for scan, answer in FACTS]
+        folder,
+        [{"prompt": QUESTION, "completion": answer, "images": [put(folder, scan)]} for scan, answer in FACTS],
     )
 
 
@@ -139,7 +154,9 @@ def vqa_mapped(folder):
 
 @fixture
 def caption(folder):
-    return jsonl(folder, [{"image": put(folder, scan), "captions": [answer, "A digit."]} for scan, answer in FACTS])
+    return jsonl(
+        folder, [{"image": put(folder, scan), "captions": [answer, "A digit."]} for scan, answer in FACTS]
+    )
 
 
 @fixture
@@ -213,7 +230,9 @@ def preference_text(folder):
 def frames(folder):
     """A video as a list of its frames."""
     frames = [put(folder, scan) for scan, _ in FACTS]
-    return jsonl(folder, [dialogue("<image>Which digits are these?", "Three, eight and nine.") | {"video": frames}])
+    return jsonl(
+        folder, [dialogue("<image>Which digits are these?", "Three, eight and nine.") | {"video": frames}]
+    )
 
 
 @fixture
@@ -237,12 +256,17 @@ def json_object(folder):
 
 @fixture
 def csv_captions(folder):
-    return delimited(folder / "captions.csv", ",", [("image", "caption"), *((put(folder, s), a) for s, a in FACTS)])
+    return delimited(
+        folder / "captions.csv", ",", [("image", "caption"), *((put(folder, s), a) for s, a in FACTS)]
+    )
 
 
 @fixture
 def tsv_questions(folder):
-    rows = [("question", "answer", "image"), *((QUESTION, answer, put(folder, scan)) for scan, answer in FACTS)]
+    rows = [
+        ("question", "answer", "image"),
+        *((QUESTION, answer, put(folder, scan)) for scan, answer in FACTS),
+    ]
     return delimited(folder / "questions.tsv", "\t", rows)
 
 
@@ -408,7 +432,9 @@ def delimited(path: Path, delimiter: str, rows: list[tuple]) -> dict[str, Any]:
 
 def labelled_features() -> datasets.Features:
     names = datasets.ClassLabel(names=[answer for _, answer in FACTS])
-    return datasets.Features({"image": datasets.Image(), "question": datasets.Value("string"), "answer": names})
+    return datasets.Features(
+        {"image": datasets.Image(), "question": datasets.Value("string"), "answer": names}
+    )
 
 
 def dataset(rows: list, features: datasets.Features) -> datasets.Dataset:
@@ -446,6 +472,8 @@ def write_video(path: Path, pictures: list[Image.Image], frames_each: int = 4) -
         stream.pix_fmt = "yuv420p"
         for picture in pictures:
             for _ in range(frames_each):
-                container.mux(stream.encode(av.VideoFrame.from_image(picture.convert("RGB").resize((64, 64)))))
+                container.mux(
+                    stream.encode(av.VideoFrame.from_image(picture.convert("RGB").resize((64, 64))))
+                )
         container.mux(stream.encode(None))
     return path

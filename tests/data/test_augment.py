@@ -52,7 +52,9 @@ def test_flips_come_as_often_as_asked_for(chance):
 
 def test_colors_stay_within_the_largest_change():
     gray = Image.new("RGB", (4, 4), (100, 100, 100))
-    values = [augment([gray], AugmentationSection(color=0.2), seed)[0].getpixel((0, 0)) for seed in range(200)]
+    values = [
+        augment([gray], AugmentationSection(color=0.2), seed)[0].getpixel((0, 0)) for seed in range(200)
+    ]
     assert all(79 <= value <= 121 for pixel in values for value in pixel)
     assert min(map(min, values)) < 85 and max(map(max, values)) > 115
 

@@ -50,8 +50,16 @@ GOOD = {
     "preference": {"prompt": "What?", "chosen": "This.", "rejected": "That."},
 }
 BAD_ROWS = {
-    "empty user turn": ("messages", said(("user", ""), ("assistant", "A")), f"messages[0].content: {EMPTY_TURN}"),
-    "blank answer": ("messages", said(("user", "Q"), ("assistant", " \n")), f"messages[1].content: {EMPTY_TURN}"),
+    "empty user turn": (
+        "messages",
+        said(("user", ""), ("assistant", "A")),
+        f"messages[0].content: {EMPTY_TURN}",
+    ),
+    "blank answer": (
+        "messages",
+        said(("user", "Q"), ("assistant", " \n")),
+        f"messages[1].content: {EMPTY_TURN}",
+    ),
     "no blocks": ("messages", said(("user", []), ("assistant", "A")), f"messages[0].content: {EMPTY_TURN}"),
     "content NaN": (
         "messages",
@@ -115,7 +123,9 @@ BAD_ROWS = {
     ),
     "half a data URI": (
         "messages",
-        said(("user", [{"type": "image_url", "image_url": "data:image/png;base64,iVBOR"}]), ("assistant", "A")),
+        said(
+            ("user", [{"type": "image_url", "image_url": "data:image/png;base64,iVBOR"}]), ("assistant", "A")
+        ),
         "messages[0].content[0].image_url: not base64 (Invalid base64-encoded string: number of data characters (5) "
         "cannot be 1 more than a multiple of 4); wanted an image's file in base64",
     ),
@@ -202,7 +212,11 @@ BAD_ROWS = {
     ),
     "output empty": ("alpaca", {"instruction": "Q", "output": ""}, f"output: {EMPTY}"),
     "no output": ("alpaca", {"instruction": "Q"}, "output: found no such field, wanted text"),
-    "input a list": ("alpaca", {"instruction": "Q", "input": [], "output": "A"}, "input: found a list, wanted text"),
+    "input a list": (
+        "alpaca",
+        {"instruction": "Q", "input": [], "output": "A"},
+        "input: found a list, wanted text",
+    ),
     "completion null": (
         "prompt_completion",
         {"prompt": "Q", "completion": None},
@@ -222,7 +236,11 @@ BAD_ROWS = {
         {"question": "Q", "answers": []},
         "answers: found an empty list, wanted at least one answer",
     ),
-    "an answer null": ("vqa", {"question": "Q", "answers": ["A", None]}, "answers[1]: found null, wanted text"),
+    "an answer null": (
+        "vqa",
+        {"question": "Q", "answers": ["A", None]},
+        "answers[1]: found null, wanted text",
+    ),
     "an answer without answer": (
         "vqa",
         {"question": "Q", "answers": [{"confidence": "yes"}]},
@@ -268,7 +286,10 @@ BAD_ROWS = {
     ),
     "picture at a URL": (
         "mmc4",
-        {"text_list": ["A."], "image_info": [{"matched_text_index": 0, "raw_url": "http://example.org/a.png"}]},
+        {
+            "text_list": ["A."],
+            "image_info": [{"matched_text_index": 0, "raw_url": "http://example.org/a.png"}],
+        },
         "image_info[0].raw_url: found the URL http://example.org/a.png; set data.allow_urls to true to fetch it",
     ),
     "lists of two lengths": (
@@ -358,7 +379,11 @@ BAD_FILES = {
     "ragged, short": ("x.csv", "question,answer\nQ,A\nQ\n", f"row 1: found 1 cells, {SEPARATED}"),
     "ragged, long": ("x.csv", "question,answer\nQ,A\nQ,A,A\n", f"row 1: found 3 cells, {SEPARATED}"),
     "empty cell": ("x.csv", "question,answer\nQ,A\nQ,\n", "row 1: answer: found null, wanted text"),
-    "nan": ("x.csv", "question,answer\nQ,A\nnan,A\n", "row 1: question: found NaN (an empty cell), wanted text"),
+    "nan": (
+        "x.csv",
+        "question,answer\nQ,A\nnan,A\n",
+        "row 1: question: found NaN (an empty cell), wanted text",
+    ),
     "Latin-1": (
         "x.csv",
         b"question,answer\nQ,A\n\xe9,A\n",
@@ -381,7 +406,11 @@ BAD_FILES = {
     ),
     "header alone": ("x.tsv", "question\tanswer\n", "found no rows; wanted at least one sample"),
     "empty CSV": ("x.csv", "", "found no rows; wanted at least one sample"),
-    "UTF-16": ("x.csv", "question,answer".encode("utf-16"), "found UTF-16, wanted UTF-8; save the file as UTF-8"),
+    "UTF-16": (
+        "x.csv",
+        "question,answer".encode("utf-16"),
+        "found UTF-16, wanted UTF-8; save the file as UTF-8",
+    ),
     "deep nesting": (
         "x.jsonl",
         "[" * 100_000,
@@ -414,7 +443,11 @@ def test_a_bad_file_is_told_in_one_line(folder, name, content, complaint):
 
 
 def _tar(folder, **files: bytes) -> dict:
-    return {"path": str(add_files(folder / "x.tar", {name.replace("_", "."): data for name, data in files.items()}))}
+    return {
+        "path": str(
+            add_files(folder / "x.tar", {name.replace("_", "."): data for name, data in files.items()})
+        )
+    }
 
 
 def _linked_tar(folder) -> dict:
@@ -463,13 +496,19 @@ BAD_ENTRIES = {
         lambda f: _tar(f, a_png=SCAN, a_txt=b"\xe9"),
         "FOLDER/x.tar: row 0: a.txt: byte 0 is not UTF-8; save the file as UTF-8",
     ),
-    "list in a tar": (lambda f: _tar(f, a_json=b"[]"), "FOLDER/x.tar: row 0: a.json: found a list, wanted an object"),
+    "list in a tar": (
+        lambda f: _tar(f, a_json=b"[]"),
+        "FOLDER/x.tar: row 0: a.json: found a list, wanted an object",
+    ),
     "no JSON in a tar": (
         lambda f: _tar(f, a_json=b"{"),
         "FOLDER/x.tar: row 0: a.json: not JSON (Expecting property name enclosed in double quotes at character 1); "
         "wanted an object",
     ),
-    "noise for Parquet": (lambda f: write(f, "x.parquet", b"noise"), "FOLDER/x.parquet: cannot be read (Parquet"),
+    "noise for Parquet": (
+        lambda f: write(f, "x.parquet", b"noise"),
+        "FOLDER/x.parquet: cannot be read (Parquet",
+    ),
     "noise for Arrow": (lambda f: write(f, "x.arrow", b"noise"), "FOLDER/x.arrow: cannot be read ("),
     "noise in a saved dataset": (_saved, "FOLDER/saved: cannot be read ("),
     "NaN in Parquet": (
@@ -497,7 +536,10 @@ BAD_ENTRIES = {
         lambda f: write(f, "x.jsonl", ROW) | {"format": "messages"},
         "FOLDER/x.jsonl: row 0: messages: found no such field, wanted a list",
     ),
-    "empty pattern": (lambda f: {"path": str(f / "*.tar")}, "FOLDER/*.tar: no such data file; check the path"),
+    "empty pattern": (
+        lambda f: {"path": str(f / "*.tar")},
+        "FOLDER/*.tar: no such data file; check the path",
+    ),
     "hub offline": (lambda f: {"hub": "some-one/some-set"}, "some-one/some-set[train]: cannot be read ("),
     "unknown split": (
         lambda f: write(f, "x.jsonl", ROW) and {"hub": str(f), "split": "val"},

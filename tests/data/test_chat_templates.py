@@ -45,7 +45,9 @@ REASONED = [
 
 def llama_processor(template: str, legacy: bool = False) -> FlamingoProcessor:
     tokenizer = llama_tokenizer(legacy)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]})
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]}
+    )
     add_media_tokens(tokenizer)
     return FlamingoProcessor(nano_processor().image_processor, tokenizer, chat_template=template)
 
@@ -61,7 +63,9 @@ def prompts(processor, turns):
             yield encode_prompt(processor, turns[:index]), encode(processor, turns[: index + 1])
 
 
-@pytest.mark.parametrize("make", [nano_processor, llama_processor, lambda text: llama_processor(text, legacy=True)])
+@pytest.mark.parametrize(
+    "make", [nano_processor, llama_processor, lambda text: llama_processor(text, legacy=True)]
+)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_prompt_is_what_stands_before_the_answer_in_training_token_for_token(name, make):
     processor = make(FAMILIES[name][0])
@@ -103,7 +107,9 @@ def test_transformers_prompt_is_the_same_as_text_and_in_tokens(name):
             assert processor.tokenizer(text, add_special_tokens=False)["input_ids"] == expected
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "end token after the last answer alone"])
+@pytest.mark.parametrize(
+    "name", [name for name in FAMILIES if name != "end token after the last answer alone"]
+)
 def test_generation_stops_at_a_token_that_ends_answers_in_training(name):
     processor = nano_processor(FAMILIES[name][0])
     end = end_token_id(processor)
@@ -116,7 +122,9 @@ def test_with_the_templates_of_released_models_prompts_are_how_dialogues_begin(p
     template = path.read_text(encoding="utf-8")
     processor = llama_processor(template)
     if problem := answer_template(processor.tokenizer, template).problem:
-        assert problem.startswith(("leaves out", "refuses"))  # those of vision-language models take typed blocks alone
+        assert problem.startswith(
+            ("leaves out", "refuses")
+        )  # those of vision-language models take typed blocks alone
         return
     whole = encode(processor, TURNS)
     for prompt, _ in prompts(processor, TURNS):
@@ -128,7 +136,9 @@ def test_with_the_templates_of_released_models_prompts_are_how_dialogues_begin(p
 def test_an_answer_with_reasoning_is_refused_where_the_prompt_opens_and_ends_it():
     processor = nano_processor(EMPTY_REASONING)
     assert learned(processor, encode(processor, TURNS)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
-    with pytest.raises(UserError, match="^chat template: begins an answer otherwise .*, got it in message 1; remove the"):
+    with pytest.raises(
+        UserError, match="^chat template: begins an answer otherwise .*, got it in message 1; remove the"
+    ):
         encode(processor, REASONED)
 
 
@@ -236,7 +246,9 @@ FOREIGN_PROMPT = (
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused_before_any_data_is_read(own, complaint):
-    expected = f"^data.template: the language model's chat template {complaint}; set data.template to flamingo$"
+    expected = (
+        f"^data.template: the language model's chat template {complaint}; set data.template to flamingo$"
+    )
     with pytest.raises(UserError, match=expected):
         with_template(own)
     assert encode(with_template(own, template="flamingo"), TURNS).input_ids
@@ -257,7 +269,12 @@ def test_a_text_that_the_template_has_begun_gets_no_second_beginning():
         )
         return processor
 
-    for name in ("inst with a bos", "turns without a system role", "chatml", "line breaks after the end token"):
+    for name in (
+        "inst with a bos",
+        "turns without a system role",
+        "chatml",
+        "line breaks after the end token",
+    ):
         processor = adds_both(FAMILIES[name][0])
         expected = encode_prompt(processor, TURNS[2:3])
         text = processor.apply_chat_template(TURNS[2:3], add_generation_prompt=True)

@@ -36,7 +36,11 @@ def folder(tmp_path):
 
 def row(folder, images: int, answer: str = "Seven.", first: int = 0):
     paths = [str(folder / f"{first + index}.png") for index in range(images)]
-    return {"messages": [user(*[IMAGE] * images, "Which?"), assistant(answer)], "images": paths, "where": "row 5"}
+    return {
+        "messages": [user(*[IMAGE] * images, "Which?"), assistant(answer)],
+        "images": paths,
+        "where": "row 5",
+    }
 
 
 def collate(*rows, limit=100, processor=None):
@@ -57,7 +61,9 @@ def test_a_batch_holds_its_samples_padded_at_the_end(folder):
         length = len(sample.input_ids)
         assert batch["input_ids"][index, :length].tolist() == sample.input_ids
         assert batch["labels"][index, :length].tolist() == sample.labels
-        assert batch["attention_mask"][index].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+        assert batch["attention_mask"][index].tolist() == [1] * length + [0] * (
+            batch["input_ids"].shape[1] - length
+        )
         assert set(batch["input_ids"][index, length:].tolist()) <= {processor.tokenizer.pad_token_id}
         assert set(batch["labels"][index, length:].tolist()) <= {IGNORED}
 
@@ -99,13 +105,19 @@ def test_a_sample_as_long_as_the_limit_passes_and_a_longer_one_is_refused(folder
 
 def test_what_the_chat_template_refuses_is_told_with_its_sample(folder):
     strict = nano_processor("{{ raise_exception('system role not supported') }}")
-    with pytest.raises(UserError, match=r"^row 5: chat template: refuses the dialogue \(system role not supported\)"):
-        collate({**row(folder, 0), "messages": [system("Be brief."), user("x"), assistant("y")]}, processor=strict)
+    with pytest.raises(
+        UserError, match=r"^row 5: chat template: refuses the dialogue \(system role not supported\)"
+    ):
+        collate(
+            {**row(folder, 0), "messages": [system("Be brief."), user("x"), assistant("y")]}, processor=strict
+        )
 
 
 def test_a_sample_with_nothing_to_learn_is_refused(folder):
     marks_nothing = "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(UserError, match="^row 5: found no word of the assistant's to learn; remove the sample$"):
+    with pytest.raises(
+        UserError, match="^row 5: found no word of the assistant's to learn; remove the sample$"
+    ):
         collate(row(folder, 0), processor=nano_processor(marks_nothing))
 
 
@@ -130,13 +142,17 @@ DAMAGED = {
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_an_unreadable_image_is_told_with_sample_and_file(folder, content):
     (folder / "0.png").write_bytes(content)
-    with pytest.raises(UserError, match=r"^row 5: [^\n]*/0\.png: not a readable image \([^\n]+\); replace it$"):
+    with pytest.raises(
+        UserError, match=r"^row 5: [^\n]*/0\.png: not a readable image \([^\n]+\); replace it$"
+    ):
         collate(row(folder, 1))
 
 
 def test_a_missing_image_and_a_folder_are_told_with_sample_and_file(folder):
     (folder / "0.png").unlink()
-    with pytest.raises(UserError, match=r"^row 5: .*/0\.png: not a readable image \(no such file\); replace it$"):
+    with pytest.raises(
+        UserError, match=r"^row 5: .*/0\.png: not a readable image \(no such file\); replace it$"
+    ):
         collate(row(folder, 1))
     (folder / "0.png").mkdir()
     with pytest.raises(UserError, match=r"^row 5: .*/0\.png: not a readable image \([^\n]+\); replace it$"):

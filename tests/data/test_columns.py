@@ -133,7 +133,9 @@ def test_keys_of_messages_that_nothing_reads_are_named(folder):
     assert sample.unread == ("messages[].language", "messages[].content[].alt")
 
 
-@pytest.mark.parametrize("header", ["Image,Question,Answer", " image , question , answer ", "IMAGE,question,ANSWER"])
+@pytest.mark.parametrize(
+    "header", ["Image,Question,Answer", " image , question , answer ", "IMAGE,question,ANSWER"]
+)
 def test_names_of_columns_match_in_any_case(folder, header):
     (sample,) = read(write(folder, f"{header}\na.png,What?,That.\n"))
     assert sample.messages == [user(IMAGE, "What?"), assistant("That.")] and sample.unread == ()
@@ -143,7 +145,11 @@ def test_names_of_columns_match_in_any_case_in_every_kind_of_file(folder):
     row = {"Image": "a.png", "QUESTION": "What?", "Answer ": "That."}
     pq.write_table(pa.Table.from_pylist([row]), folder / "x.parquet")
     (folder / "x.json").write_text(json.dumps([row]))
-    for entry in (write(folder, [row], "x.jsonl"), {"path": folder / "x.json"}, {"path": folder / "x.parquet"}):
+    for entry in (
+        write(folder, [row], "x.jsonl"),
+        {"path": folder / "x.json"},
+        {"path": folder / "x.parquet"},
+    ):
         assert read(entry)[0].messages == [user(IMAGE, "What?"), assistant("That.")]
     mapped = write(folder, "Photo,Question,Label\na.png,What?,That.\n")
     (sample,) = read({**mapped, "columns": {"image": "photo", "answer": "LABEL"}})
@@ -157,7 +163,9 @@ def test_a_byte_order_mark_is_no_part_of_a_name(folder):
 
 def test_columns_that_differ_in_case_alone_are_refused_by_name(folder):
     entry = write(folder, "image,Image,caption\na.png,a.png,That.\n")
-    assert "row 0: image: several columns have this name, got 'image' and 'Image'; rename one" in refusal(entry)
+    assert "row 0: image: several columns have this name, got 'image' and 'Image'; rename one" in refusal(
+        entry
+    )
     (sample,) = read({**entry, "columns": {"image": "Image"}})
     assert len(sample.images) == 1
     twice = write(folder, "PHOTO,Photo,caption\na.png,a.png,That.\n")
@@ -193,7 +201,9 @@ def test_unknown_names_are_separated_by_what_makes_the_rows_fit(folder):
 
 def test_a_ragged_row_is_refused_with_its_own_separator(folder):
     entry = write(folder, "image;caption\na.png;A\na.png;A;B\n")
-    assert "row 1: found 3 cells, wanted 2 (image, caption); put text with semicolons in quotes" in refusal(entry)
+    assert "row 1: found 3 cells, wanted 2 (image, caption); put text with semicolons in quotes" in refusal(
+        entry
+    )
 
 
 UNSUPPORTED = {
@@ -207,7 +217,9 @@ UNSUPPORTED = {
 @pytest.mark.parametrize(("column", "value"), UNSUPPORTED.items())
 @pytest.mark.parametrize("schema", ["auto", "messages"])
 def test_columns_that_change_the_prompt_or_the_loss_are_always_refused(folder, column, value, schema):
-    entry = write(folder, [{"messages": ASK}, {"messages": ASK, column: value}], "x.jsonl") | {"format": schema}
+    entry = write(folder, [{"messages": ASK}, {"messages": ASK, column: value}], "x.jsonl") | {
+        "format": schema
+    }
     assert f"row 1: {column}: cannot be used, got " in refusal(entry)
     assert len(read(write(folder, [{"messages": ASK, column: type(value)()}], "x.jsonl"))) == 1
 

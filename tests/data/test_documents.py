@@ -37,7 +37,9 @@ FORMS = [
 
 @pytest.mark.parametrize("template", [None, CHATML, "{{ raise_exception('no') }}"])
 @pytest.mark.parametrize(("parts", "text", "labels"), FORMS)
-def test_a_document_is_written_and_learned_in_chunks_whatever_the_chat_template(template, parts, text, labels):
+def test_a_document_is_written_and_learned_in_chunks_whatever_the_chat_template(
+    template, parts, text, labels
+):
     processor = nano_processor(template)
     encoded = encode(processor, document(*parts))
     assert written(processor, encoded) == (text, labels)
@@ -48,7 +50,9 @@ def test_a_document_is_written_and_learned_in_chunks_whatever_the_chat_template(
 def test_a_document_begins_as_the_tokenizer_begins_a_text():
     tokenizer = llama_tokenizer(legacy=False)
     add_media_tokens(tokenizer)
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     processor = FlamingoProcessor(nano_processor().image_processor, tokenizer)
     encoded = encode(processor, document(IMAGE, "Seven."))
     assert encoded.input_ids == tokenizer("<image>Seven.<|endofchunk|></s>")["input_ids"]

@@ -41,7 +41,9 @@ TOKENS = torch.arange(12.0).view(4, 3)
 
 def opened(folder: Path, model=None, preprocess=PREPROCESS, max_gib=None, dtype="bf16", **options):
     model = tiny_flamingo() if model is None else model
-    return open_features(model, preprocess, CacheSection(folder=folder, dtype=dtype, max_gib=max_gib), **options)
+    return open_features(
+        model, preprocess, CacheSection(folder=folder, dtype=dtype, max_gib=max_gib), **options
+    )
 
 
 def contents(number: int) -> bytes:
@@ -71,7 +73,11 @@ def test_a_completed_batch_holds_the_towers_tokens_of_every_frame_rounded(tmp_pa
     features = opened(tmp_path, model)
     batch = features.complete(batch_of(features.store, [[0], [1, 2]], [[2]]) | {"input_ids": ids("II", "Ia")})
     assert batch.keys() == {"vision_tokens", "frame_counts", "input_ids"}
-    assert batch["frame_counts"].tolist() == [[1, 2], [1, 0]] and batch["vision_tokens"].shape[:3] == (2, 2, 2)
+    assert batch["frame_counts"].tolist() == [[1, 2], [1, 0]] and batch["vision_tokens"].shape[:3] == (
+        2,
+        2,
+        2,
+    )
     expected = spatial_tokens(model.vision_encoder, torch.stack([pixels(n) for n in (0, 1, 2)]))
     torch.testing.assert_close(batch["vision_tokens"][0, 1, 1].float(), expected[2], rtol=1e-2, atol=1e-2)
     assert torch.equal(batch["vision_tokens"][1, 0, 0], batch["vision_tokens"][0, 1, 1])
@@ -193,8 +199,12 @@ def test_other_software_misses(package, tmp_path, monkeypatch):
 def test_a_cache_of_an_older_image_reader_is_never_used(tmp_path, monkeypatch):
     features = opened(tmp_path)
     key = json.loads((features.store.folder / "key.json").read_text())
-    before = {name: value for name, value in key.items() if name != "reader"}  # as keys were without a version
-    older = FeatureStore(tmp_path / key_module.folder_name(before), features.store.shape, features.store.dtype)
+    before = {
+        name: value for name, value in key.items() if name != "reader"
+    }  # as keys were without a version
+    older = FeatureStore(
+        tmp_path / key_module.folder_name(before), features.store.shape, features.store.dtype
+    )
     older.folder.mkdir()
     FeatureWriter(older, tmp_path).add(older.key_of(contents(0)), torch.zeros(older.shape, dtype=older.dtype))
     assert older.get(older.key_of(contents(0))) is not None
@@ -209,7 +219,11 @@ def test_the_same_tower_hits_in_another_process_and_says_what_it_is(tmp_path):
     spatial_tokens(quantized.vision_encoder, images(1))
     assert opened(tmp_path, copy.deepcopy(quantized)).store.folder == folder
     described = json.loads((opened(tmp_path, model).store.folder / "key.json").read_text())
-    assert described["preprocess"] == PREPROCESS and described["device"] == "cpu" and described["dtype"] == "bf16"
+    assert (
+        described["preprocess"] == PREPROCESS
+        and described["device"] == "cpu"
+        and described["dtype"] == "bf16"
+    )
     assert {"torch", "torchvision", "open_clip_torch", "pillow"} <= described["versions"].keys()
 
 
@@ -301,7 +315,9 @@ def test_the_folder_is_not_filled_beyond_the_budget_and_nothing_is_evicted(store
         writer = FeatureWriter(store, store.folder, max_bytes=int(3.5 * size))
         for number in range(5):
             writer.add(FeatureStore.key_of(contents(number)), TOKENS)
-        assert [store.get(FeatureStore.key_of(contents(n))) is not None for n in range(5)] == [True] * 3 + [False] * 2
+        assert [store.get(FeatureStore.key_of(contents(n))) is not None for n in range(5)] == [True] * 3 + [
+            False
+        ] * 2
     assert bytes_under(store.folder) <= 3.5 * size
 
 
@@ -328,7 +344,9 @@ def test_a_full_disk_ends_adding_with_one_warning_and_training_goes_on(tmp_path)
         warnings.simplefilter("always")
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, limit[1]))  # no file grows beyond 64 bytes
         try:
-            completed = [features.complete(batch_of(features.store, [[n]]))["vision_tokens"] for n in range(3)]
+            completed = [
+                features.complete(batch_of(features.store, [[n]]))["vision_tokens"] for n in range(3)
+            ]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert ["nothing is added any more (File too large)" in str(w.message) for w in told] == [True]

@@ -49,7 +49,8 @@ def test_dialogues_in_llavas_form_have_the_labels_of_its_rule(case, legacy):
     roles = ["system", *["user", "assistant"] * (len(case["turns"]) // 2)]
     texts = [case["system"], *case["turns"]]
     encoded = encode(
-        processor, [{"role": role, "content": split_markers(text)} for role, text in zip(roles, texts, strict=True)]
+        processor,
+        [{"role": role, "content": split_markers(text)} for role, text in zip(roles, texts, strict=True)],
     )
     pieces = [piece for piece, _ in case["written"]]
     whole = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)

@@ -186,7 +186,11 @@ BROKEN = {
 @pytest.mark.parametrize(("content", "reason"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_image_is_refused_in_one_line(tmp_path, content, reason):
     message = refused(content)
-    assert message.startswith("x.jsonl: row 0: images[0]: ") and reason in message and "not a readable image" in message
+    assert (
+        message.startswith("x.jsonl: row 0: images[0]: ")
+        and reason in message
+        and "not a readable image" in message
+    )
     (tmp_path / "a.png").write_bytes(content)
     assert f"row 0: images[0]: {tmp_path / 'a.png'}: not a readable image" in refused(str(tmp_path / "a.png"))
 
@@ -205,7 +209,10 @@ def bomb(width: int, height: int) -> bytes:
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 999))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -223,7 +230,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "/big": (200, b"0" * 5000),
         }
         status, content = answers.get(self.path, (404, b""))
-        targets = {"/moved": "/scan.png", "/file": SCAN.as_uri(), "/ftp": "ftp://127.0.0.1/x", "/loop": "/loop"}
+        targets = {
+            "/moved": "/scan.png",
+            "/file": SCAN.as_uri(),
+            "/ftp": "ftp://127.0.0.1/x",
+            "/loop": "/loop",
+        }
         self.send_response(302 if self.path in targets else status)
         if self.path in targets:
             self.send_header("Location", targets[self.path])
@@ -251,7 +263,8 @@ def test_an_image_is_fetched_from_its_url(server, path):
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"), [("/gone", "404"), ("/file", ""), ("/ftp", ""), ("/loop", ""), ("/big", "larger than 0 MiB")]
+    ("path", "reason"),
+    [("/gone", "404"), ("/file", ""), ("/ftp", ""), ("/loop", ""), ("/big", "larger than 0 MiB")],
 )
 def test_what_cannot_be_fetched_is_refused_in_one_line(server, path, reason, monkeypatch):
     monkeypatch.setattr(download, "MOST_BYTES", 4000)
@@ -259,10 +272,14 @@ def test_what_cannot_be_fetched_is_refused_in_one_line(server, path, reason, mon
     assert f"cannot fetch {server + path}" in message and reason in message
 
 
-PRIVATE = "127.0.0.1 10.1.2.3 172.16.0.1 192.168.0.1 169.254.169.254 100.64.0.1 224.0.0.1 ::1 fe80::1%e0 fc00::1"
+PRIVATE = (
+    "127.0.0.1 10.1.2.3 172.16.0.1 192.168.0.1 169.254.169.254 100.64.0.1 224.0.0.1 ::1 fe80::1%e0 fc00::1"
+)
 
 
-@pytest.mark.parametrize("address", [*PRIVATE.split(), "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"])
+@pytest.mark.parametrize(
+    "address", [*PRIVATE.split(), "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::"]
+)
 def test_an_address_of_this_machine_or_a_private_network_is_not_public(address):
     with pytest.raises(ValueError, match="not a public address"):
         download._check_public(address)
@@ -285,7 +302,9 @@ def test_no_connection_is_made_to_a_private_address():
 
 
 @pytest.mark.parametrize("path", ["/scan.png", "/moved"])
-def test_a_public_address_is_fetched_without_a_proxy_and_each_redirection_is_checked(server, path, monkeypatch):
+def test_a_public_address_is_fetched_without_a_proxy_and_each_redirection_is_checked(
+    server, path, monkeypatch
+):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="not a public address"):
         download.download(server + path, "here", public_only=True)
@@ -320,7 +339,9 @@ def video_of(frame: np.ndarray, form: str, codec: str, pixels: str) -> bytes:
         stream = container.add_stream(codec, rate=4)
         stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], pixels
         for _ in range(4):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format=pixels)))
+            container.mux(
+                stream.encode(av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format=pixels))
+            )
         container.mux(stream.encode(None))
     return buffer.getvalue()
 
@@ -350,7 +371,9 @@ def test_a_video_of_too_many_pixels_is_not_decoded(monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"not a video", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n"])
 def test_a_broken_video_is_refused_in_one_line(content):
-    assert "images[0]" in refused(Video(file=content)) and "not a readable video" in refused(Video(file=content))
+    assert "images[0]" in refused(Video(file=content)) and "not a readable video" in refused(
+        Video(file=content)
+    )
 
 
 def test_a_list_of_files_to_open_is_no_video(tmp_path):

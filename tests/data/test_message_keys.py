@@ -56,7 +56,9 @@ def test_an_answer_that_any_toolkit_would_learn_is_learned(tmp_path, row, keys):
 
 def test_a_weight_of_zero_leaves_no_label(tmp_path):
     processor = nano_processor()
-    whole, last = (encode(processor, read(tmp_path, openai(**keys))).labels for keys in ({"weight": 1}, {"weight": 0}))
+    whole, last = (
+        encode(processor, read(tmp_path, openai(**keys))).labels for keys in ({"weight": 1}, {"weight": 0})
+    )
     learned = [processor.tokenizer.decode([t for t in labels if t != IGNORED]) for labels in (whole, last)]
     assert learned == ["A.<|im_end|>B.<|im_end|>", "B.<|im_end|>"]
 
@@ -84,7 +86,9 @@ def test_keys_with_nothing_in_them_are_no_fault(tmp_path, value):
 
 
 def test_keys_about_loss_that_contradict_each_other_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"messages\[1\]: .* contradict each other, got loss True and weight 0;"):
+    with pytest.raises(
+        UserError, match=r"messages\[1\]: .* contradict each other, got loss True and weight 0;"
+    ):
         read(tmp_path, openai(loss=True, weight=0))
 
 
@@ -95,7 +99,9 @@ def test_only_answers_can_be_learned(tmp_path):
         assert all("loss" not in message for message in read(tmp_path, row).messages)
     for key in ("loss", "train"):
         row["messages"][0] = {"role": "user", "content": "Q?", key: True}
-        with pytest.raises(UserError, match=rf"messages\[0\]\.{key}: only assistant messages can be learned, got True"):
+        with pytest.raises(
+            UserError, match=rf"messages\[0\]\.{key}: only assistant messages can be learned, got True"
+        ):
             read(tmp_path, row)
 
 
@@ -115,8 +121,14 @@ def with_block(**keys) -> dict:
 BLOCKS = {
     "image beside text": ({"type": "text", "text": "B", "image": "a.png"}, r"\.image: not read in a block"),
     "text beside image": ({"type": "image", "image": "a.png", "text": "B"}, r"\.text: not read in a block"),
-    "video beside image": ({"type": "image", "image": "a.png", "video": "b.mp4"}, r"\.video: not read in a block of"),
-    "two images": ({"type": "image", "image": "a.png", "url": "b.png"}, ": one block has two images, got image and u"),
+    "video beside image": (
+        {"type": "image", "image": "a.png", "video": "b.mp4"},
+        r"\.video: not read in a block of",
+    ),
+    "two images": (
+        {"type": "image", "image": "a.png", "url": "b.png"},
+        ": one block has two images, got image and u",
+    ),
     "loss of a block": ({"type": "text", "text": "B", "weight": 0}, r"\.weight: cannot be used"),
     "reasoning": ({"type": "text", "text": "B", "reasoning": "R"}, r"\.reasoning: cannot be used"),
 }

@@ -64,7 +64,9 @@ def test_images_of_held_out_samples_are_fetched_once(tmp_path, url):
 
 
 def test_a_held_out_image_that_cannot_be_fetched_is_told_with_its_url(tmp_path, url):
-    data = held_out(tmp_path, [question(image=f"{url}/a.png"), question(image=f"{url}/a.png")], allow_urls=True)
+    data = held_out(
+        tmp_path, [question(image=f"{url}/a.png"), question(image=f"{url}/a.png")], allow_urls=True
+    )
     with pytest.raises(UserError, match=rf"row 1: .*{url}/a.png"):
         data.held_out_samples()
 

@@ -21,7 +21,10 @@ def test_copies_under_other_names_are_found_and_the_first_is_named(tmp_path):
     train = samples(tmp_path, {"train/a": b"first", "train/b": b"other", "train/c": b"third!!"})
     held = samples(tmp_path, {"eval/x": b"unlike", "eval/y": b"other", "eval/z": b"first"})
     found = find_overlap(train, held)
-    assert (found.count, {(found.held_out, found.train)} & {("eval/z", "train/a")}) == (2, {("eval/z", "train/a")})
+    assert (found.count, {(found.held_out, found.train)} & {("eval/z", "train/a")}) == (
+        2,
+        {("eval/z", "train/a")},
+    )
 
 
 def test_nothing_shared_is_nothing(tmp_path):
@@ -31,7 +34,11 @@ def test_nothing_shared_is_nothing(tmp_path):
 
 def test_bytes_videos_and_frames_count_and_a_sample_counts_once(tmp_path):
     train = [Sample([], [b"pixels", Video(frames=(b"one", b"two")), Video(file=b"film")], "t", "row 1")]
-    held = [Sample([], [b"two", b"film"], "t", "e1"), Sample([], [b"pixels", b"pixels"], "t", "e2"), Sample([], [b"new"], "t", "e3")]
+    held = [
+        Sample([], [b"two", b"film"], "t", "e1"),
+        Sample([], [b"pixels", b"pixels"], "t", "e2"),
+        Sample([], [b"new"], "t", "e3"),
+    ]
     assert find_overlap(train, held).count == 2
 
 

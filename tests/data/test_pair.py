@@ -42,7 +42,9 @@ def test_only_the_answers_have_labels_not_what_the_assistant_said_before(name):
     template, written = TEMPLATES[name]
     processor = nano_processor(template)
     found = encode_pair(processor, pair(), 500)
-    for half, ids, words in zip((found.chosen, found.rejected), halves(pair(), template), ("Yes, I am.", "No."), strict=True):
+    for half, ids, words in zip(
+        (found.chosen, found.rejected), halves(pair(), template), ("Yes, I am.", "No."), strict=True
+    ):
         assert half.input_ids == ids
         learned = [label for label in half.labels if label != IGNORED]
         assert processor.tokenizer.decode(learned).strip() == written(words).strip()
@@ -65,7 +67,9 @@ def test_one_half_that_is_too_long_drops_both(policy, answers):
 
 
 def test_a_pair_that_is_too_long_is_an_error_that_says_where():
-    with pytest.raises(UserError, match=r"^a.json: row 3: found \d+ text tokens, the limit is 9; shorten [^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"^a.json: row 3: found \d+ text tokens, the limit is 9; shorten [^\n]*$"
+    ):
         encode_pair(nano_processor(), pair(), 9)
 
 
@@ -81,7 +85,9 @@ def test_answers_that_are_alike_as_far_as_they_go_are_no_pair():
     long = len(halves(sample)[0])
     found = [encode_pair(nano_processor(), sample, limit, "truncate_text") for limit in (long, long - 5)]
     assert not isinstance(found[0], Dropped) and isinstance(found[1], Dropped) and found[1].too_long
-    with pytest.raises(UserError, match="^a.json: row 3: found the same tokens in chosen and rejected; remove the row$"):
+    with pytest.raises(
+        UserError, match="^a.json: row 3: found the same tokens in chosen and rejected; remove the row$"
+    ):
         encode_pair(nano_processor(), pair("Yes.", "Yes."), 500)
 
 
@@ -95,7 +101,9 @@ def test_a_batch_is_what_trls_collator_makes_of_the_same_rows():
         encoded = encode_pair(processor, sample, 500)
         rows.append([Prepared(sample.where, encoded, read(sample, encoded.images, number))])
     ours = assemble_pairs(processor.tokenizer.pad_token_id, False, None, rows)
-    theirs = DataCollatorForVisionPreference(processor)([copy.deepcopy(preference_row(sample)) for sample in samples])
+    theirs = DataCollatorForVisionPreference(processor)(
+        [copy.deepcopy(preference_row(sample)) for sample in samples]
+    )
     torch.testing.assert_close(ours["pixel_values"], theirs["pixel_values"], rtol=0, atol=0)
     assert {*ours} == {*theirs}
     for name in ("input_ids", "attention_mask"):

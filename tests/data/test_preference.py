@@ -30,10 +30,16 @@ def test_the_prompt_ends_with_the_last_question():
     ("sample", "complaint"),
     [
         (pair([user(IMAGE, "a"), assistant("b")], None), "rejected: found none"),
-        (pair([user(IMAGE, "a"), assistant("b")], [user("c")]), "rejected: found no answer of the assistant's"),
+        (
+            pair([user(IMAGE, "a"), assistant("b")], [user("c")]),
+            "rejected: found no answer of the assistant's",
+        ),
         (pair([user(IMAGE, "a")], [assistant("c")]), "chosen: found no answer of the assistant's"),
         (pair([user("a"), assistant(IMAGE, "b")], [assistant("c")]), "chosen: found an image in the answer"),
-        (pair([user(IMAGE, "a"), assistant("b")], [assistant("c")], [Video(file="a.mp4")]), "images: found a video"),
+        (
+            pair([user(IMAGE, "a"), assistant("b")], [assistant("c")], [Video(file="a.mp4")]),
+            "images: found a video",
+        ),
     ],
 )
 def test_what_is_no_pair_of_text_answers_is_refused(sample, complaint):

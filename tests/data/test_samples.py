@@ -88,7 +88,10 @@ MALFORMED = {
         {"messages": [{"role": ["user"], "content": "x"}, ANSWER]},
         ": messages[0].role: found ['user'], wanted one of system, user, assistant",
     ),
-    "content null": (with_content(None), ": messages[0].content: found null, wanted text or a list of typed blocks"),
+    "content null": (
+        with_content(None),
+        ": messages[0].content: found null, wanted text or a list of typed blocks",
+    ),
     "content a number": (
         with_content(3),
         ": messages[0].content: found a number, wanted text or a list of typed blocks",
@@ -130,12 +133,18 @@ MALFORMED = {
         ": messages[0].content[0]: text: found null, wanted text",
     ),
     "images text": ({"messages": TURNS, "images": "a.png"}, ": images: found text, wanted a list"),
-    "images an object": ({"messages": TURNS, "images": {"0": "a.png"}}, ": images: found an object, wanted a list"),
+    "images an object": (
+        {"messages": TURNS, "images": {"0": "a.png"}},
+        ": images: found an object, wanted a list",
+    ),
     "image and images": (
         {"messages": TURNS, "image": "a.png", "images": ["a.png"]},
         ": found both image and images, wanted one of them; join them into images",
     ),
-    "a task of the wrong type": ({"messages": TURNS, "task": ["colour"]}, ": task: found a list, wanted text"),
+    "a task of the wrong type": (
+        {"messages": TURNS, "task": ["colour"]},
+        ": task: found a list, wanted text",
+    ),
     "an image of null": (
         {"messages": TURNS, "images": ["a.png", None]},
         ": images[1]: found null, wanted the path of an image",
@@ -215,8 +224,16 @@ BROKEN_FILES = {
         json.dumps({"messages": TURNS}).encode() + b'\n{"messages": [',
         "FILE: row 1: not JSON (Expecting value at character 14); wanted one object a line",
     ),
-    "Latin-1": ("x.jsonl", b'{"messages": "\xe9"}', "FILE: row 0: byte 14 is not UTF-8; save the file as UTF-8"),
-    "Latin-1 in JSON": ("x.json", b'[{"messages": "\xe9"}]', "FILE: byte 15 is not UTF-8; save the file as UTF-8"),
+    "Latin-1": (
+        "x.jsonl",
+        b'{"messages": "\xe9"}',
+        "FILE: row 0: byte 14 is not UTF-8; save the file as UTF-8",
+    ),
+    "Latin-1 in JSON": (
+        "x.json",
+        b'[{"messages": "\xe9"}]',
+        "FILE: byte 15 is not UTF-8; save the file as UTF-8",
+    ),
     "UTF-16": ("x.jsonl", "{}".encode("utf-16"), "FILE: found UTF-16, wanted UTF-8; save the file as UTF-8"),
 }
 

@@ -43,7 +43,9 @@ def document(*parts):
 
 QUESTIONS = [asked(*fact) for fact in FACTS]
 CAPTIONS = [(document(IMAGE, answer), [scan]) for scan, answer in FACTS]
-INTERLEAVED = [(document(DOCUMENT[0], IMAGE, DOCUMENT[1], IMAGE, DOCUMENT[2], DOCUMENT[3]), [FACTS[0][0], FACTS[1][0]])]
+INTERLEAVED = [
+    (document(DOCUMENT[0], IMAGE, DOCUMENT[1], IMAGE, DOCUMENT[2], DOCUMENT[3]), [FACTS[0][0], FACTS[1][0]])
+]
 IN_CONTEXT = [
     QUESTIONS[0],
     *[(QUESTIONS[0][0] + messages, QUESTIONS[0][1] + images) for messages, images in QUESTIONS[1:]],
@@ -88,7 +90,10 @@ EXPECTED = {
     "hub": ("vqa", QUESTIONS),
     "imagefolder_jsonl": ("caption", CAPTIONS),
     "imagefolder_csv": ("caption", CAPTIONS),
-    "imagefolder_classes": ("caption", sorted(CAPTIONS, key=lambda sample: sample[0][0]["content"][1]["text"])),
+    "imagefolder_classes": (
+        "caption",
+        sorted(CAPTIONS, key=lambda sample: sample[0][0]["content"][1]["text"]),
+    ),
     "tar_captions": ("caption", CAPTIONS),
     "tar_compressed": ("caption", CAPTIONS),
     "tar_shards": ("caption", CAPTIONS),
@@ -136,7 +141,9 @@ def test_rows_by_number_are_the_rows_in_order_also_after_pickling(tmp_path, name
         assert [copy.sample(i, copy.raw(i)) for i in numbers] == [in_order[i] for i in numbers]
 
 
-@pytest.mark.parametrize("name", ["messages", "csv_captions", "tar_captions", "parquet_bytes", "tar_shards", "llava"])
+@pytest.mark.parametrize(
+    "name", ["messages", "csv_captions", "tar_captions", "parquet_bytes", "tar_shards", "llava"]
+)
 def test_a_limit_keeps_the_first_rows(tmp_path, name):
     entry = FIXTURES[name](tmp_path)
     source = opened({**entry, "limit": 2})
@@ -153,7 +160,9 @@ def test_the_worse_answer_of_a_pair_is_kept_beside_the_better(tmp_path):
 def test_what_both_answers_begin_with_is_their_prompt(tmp_path):
     opening = [{"role": "user", "content": "Hi."}]
     said = {word: [*opening, {"role": "assistant", "content": word}] for word in ("Yes.", "No.")}
-    (sample,) = read_samples(DataSource(**jsonl(tmp_path, [{"chosen": said["Yes."], "rejected": said["No."]}])))
+    (sample,) = read_samples(
+        DataSource(**jsonl(tmp_path, [{"chosen": said["Yes."], "rejected": said["No."]}]))
+    )
     assert (sample.messages, sample.rejected) == ([user("Hi."), assistant("Yes.")], [assistant("No.")])
 
 

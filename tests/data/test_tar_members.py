@@ -37,8 +37,14 @@ def answers(path, **options) -> list[tuple[str, list[bytes]]]:
 GROUPS = {
     "the standard": (["a.png", "a.txt", "b.png", "b.txt"], [["a.png", "a.txt"], ["b.png", "b.txt"]]),
     "several images under one key": (["0.json", "0.1.png", "0.2.png"], [["0.json", "0.1.png", "0.2.png"]]),
-    "compound extensions": (["0.jpg", "0.caption.txt", "0.meta.json"], [["0.jpg", "0.caption.txt", "0.meta.json"]]),
-    "all compound": (["0.left.png", "0.right.png", "0.meta.json"], [["0.left.png", "0.right.png", "0.meta.json"]]),
+    "compound extensions": (
+        ["0.jpg", "0.caption.txt", "0.meta.json"],
+        [["0.jpg", "0.caption.txt", "0.meta.json"]],
+    ),
+    "all compound": (
+        ["0.left.png", "0.right.png", "0.meta.json"],
+        [["0.left.png", "0.right.png", "0.meta.json"]],
+    ),
     "one pair among compounds": (["0.i.jpg", "0.i.txt", "0.m.json"], [["0.i.jpg", "0.i.txt", "0.m.json"]]),
     "dots in names": (
         ["img.0.png", "img.0.json", "img.1.png", "img.1.json"],
@@ -69,9 +75,18 @@ GROUPS = {
         ["p.0.jpg", "p.0.jpg.json", "p.1.jpg", "p.1.jpg.json"],
         [["p.0.jpg", "p.0.jpg.json"], ["p.1.jpg", "p.1.jpg.json"]],
     ),
-    "folders": (["a/1.png", "a/1.txt", "b/1.png", "b/1.txt"], [["a/1.png", "a/1.txt"], ["b/1.png", "b/1.txt"]]),
-    "dots in folders": (["v1.0/1.png", "v1.0/1.txt", "v1.0/2.png"], [["v1.0/1.png", "v1.0/1.txt"], ["v1.0/2.png"]]),
-    "upper case": (["A.0.PNG", "A.0.TXT", "A.1.PNG", "A.1.TXT"], [["A.0.PNG", "A.0.TXT"], ["A.1.PNG", "A.1.TXT"]]),
+    "folders": (
+        ["a/1.png", "a/1.txt", "b/1.png", "b/1.txt"],
+        [["a/1.png", "a/1.txt"], ["b/1.png", "b/1.txt"]],
+    ),
+    "dots in folders": (
+        ["v1.0/1.png", "v1.0/1.txt", "v1.0/2.png"],
+        [["v1.0/1.png", "v1.0/1.txt"], ["v1.0/2.png"]],
+    ),
+    "upper case": (
+        ["A.0.PNG", "A.0.TXT", "A.1.PNG", "A.1.TXT"],
+        [["A.0.PNG", "A.0.TXT"], ["A.1.PNG", "A.1.TXT"]],
+    ),
 }
 
 
@@ -94,24 +109,39 @@ def test_names_with_dots_are_samples_of_their_own(tmp_path, options):
 
 
 def test_a_leading_dot_slash_changes_nothing(tmp_path):
-    path = add_files(tmp_path / "x.tar", {"./a.png": SCAN, "./a.txt": b"Three.", "b.png": OTHER, "./b.txt": b"Eight."})
+    path = add_files(
+        tmp_path / "x.tar", {"./a.png": SCAN, "./a.txt": b"Three.", "b.png": OTHER, "./b.txt": b"Eight."}
+    )
     assert answers(path) == [("Three.", [SCAN]), ("Eight.", [OTHER])]
 
 
 def test_images_stand_in_the_order_in_which_the_json_names_them(tmp_path):
     row = {"question": "Which?", "answer": "Eight.", "images": ["0.b.png", "a.png"]}
-    path = add_files(tmp_path / "x.tar", {"0.a.png": SCAN, "0.b.png": OTHER, "0.json": json.dumps(row).encode()})
+    path = add_files(
+        tmp_path / "x.tar", {"0.a.png": SCAN, "0.b.png": OTHER, "0.json": json.dumps(row).encode()}
+    )
     assert answers(path) == [("Eight.", [OTHER, SCAN])]
     row["images"] = ["c.png", "a.png"]
-    path = add_files(tmp_path / "y.tar", {"0.a.png": SCAN, "0.b.png": OTHER, "0.json": json.dumps(row).encode()})
+    path = add_files(
+        tmp_path / "y.tar", {"0.a.png": SCAN, "0.b.png": OTHER, "0.json": json.dumps(row).encode()}
+    )
     with pytest.raises(UserError, match=r"row 0: images\[0\]: names no file of the sample, got 'c.png'"):
         samples(path)
 
 
 CLASHES = {
-    "two texts": ({"a.png": SCAN, "a.txt": b"One.", "a.caption": b"Two."}, "two texts, got a.txt and a.caption"),
-    "two JSON files": ({"a.png": SCAN, "a.json": vqa("A"), "a.b.json": vqa("B")}, "JSON files, got a.json and a.b.json"),
-    "the same text twice": ({"a.l.txt": b"A.", "a.r.txt": b"A.", "a.png": SCAN}, "two texts, got a.l.txt and a.r.txt"),
+    "two texts": (
+        {"a.png": SCAN, "a.txt": b"One.", "a.caption": b"Two."},
+        "two texts, got a.txt and a.caption",
+    ),
+    "two JSON files": (
+        {"a.png": SCAN, "a.json": vqa("A"), "a.b.json": vqa("B")},
+        "JSON files, got a.json and a.b.json",
+    ),
+    "the same text twice": (
+        {"a.l.txt": b"A.", "a.r.txt": b"A.", "a.png": SCAN},
+        "two texts, got a.l.txt and a.r.txt",
+    ),
     "two classes": ({"a.png": SCAN, "a.cls": b"1", "a.cls2": b"2"}, "two texts, got a.cls and a.cls2"),
     "text and JSON differ": (
         {"a.png": SCAN, "a.txt": b"One.", "a.json": b'{"text": "Two."}'},
@@ -153,7 +183,9 @@ def test_what_operating_systems_leave_behind_is_recognised(name):
     assert is_leftover(name)
 
 
-@pytest.mark.parametrize("name", ["a.png", "x.y/a.png", "thumbs/db.png", "_a.png", ".a.png", "macosx/a.png", "..a"])
+@pytest.mark.parametrize(
+    "name", ["a.png", "x.y/a.png", "thumbs/db.png", "_a.png", ".a.png", "macosx/a.png", "..a"]
+)
 def test_users_files_are_no_leftovers(name):
     assert not is_leftover(name)
 

@@ -45,7 +45,9 @@ def test_auto_takes_the_language_models_own_template_where_there_is_one():
 
 
 def test_a_wanted_chat_template_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="^data.template: found chat, but the language model has no chat template; set"):
+    with pytest.raises(
+        UserError, match="^data.template: found chat, but the language model has no chat template; set"
+    ):
         processor_with(None, template="chat")
 
 

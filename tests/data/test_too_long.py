@@ -35,7 +35,9 @@ def test_a_sample_that_fits_stays_as_it_is(policy):
 
 
 def test_a_longer_sample_is_an_error_that_says_where():
-    with pytest.raises(UserError, match=r"^a.json: row 5: found \d+ text tokens, the limit is 9; shorten [^\n]*$"):
+    with pytest.raises(
+        UserError, match=r"^a.json: row 5: found \d+ text tokens, the limit is 9; shorten [^\n]*$"
+    ):
         encode_within(nano_processor(), sample(TURNS), 9)
 
 
@@ -55,7 +57,9 @@ def test_the_last_exchanges_go_with_their_images(kept, left_images, turns):
 
 
 def test_a_first_exchange_that_does_not_fit_drops_the_sample():
-    assert isinstance(encode_within(nano_processor(), sample(TURNS), length(TURNS[:3]) - 1, "drop_turns"), Dropped)
+    assert isinstance(
+        encode_within(nano_processor(), sample(TURNS), length(TURNS[:3]) - 1, "drop_turns"), Dropped
+    )
 
 
 def test_a_documents_last_chunks_go_with_their_images():
@@ -94,7 +98,9 @@ def test_a_sample_without_labels_never_trains(policy):
     silent = sample([user("a"), {**assistant("b"), "loss": False}])
     found = encode_within(nano_processor(), silent, 100, policy)
     assert found == Dropped("found no word of the assistant's to learn")
-    with pytest.raises(UserError, match="^a.json: row 5: found no word of the assistant's to learn; remove[^\n]*$"):
+    with pytest.raises(
+        UserError, match="^a.json: row 5: found no word of the assistant's to learn; remove[^\n]*$"
+    ):
         encode_within(nano_processor(), silent, 100, "error")
     cut = encode_within(nano_processor(), sample([user("long " * 30), assistant("b")]), 20, "truncate_text")
     assert isinstance(cut, Dropped) and cut.too_long

@@ -32,9 +32,13 @@ def sample(*messages, images: int = 0, **fields) -> Sample:
 UNLEARNED = {**assistant("Long words."), "loss": False}
 SAMPLES = {
     "one answer": sample(user(IMAGE, "Which digit?"), assistant("Three."), images=1),
-    "two answers": sample(user("Which digit?"), assistant("Three, of all ten."), user("And?"), assistant("Two.")),
+    "two answers": sample(
+        user("Which digit?"), assistant("Three, of all ten."), user("And?"), assistant("Two.")
+    ),
     "one of two with loss": sample(user("A?"), UNLEARNED, user("B?"), assistant("B.")),
-    "a pair": sample(user("A?"), assistant("First."), user("B?"), assistant("Right."), rejected=[assistant("Wrong.")]),
+    "a pair": sample(
+        user("A?"), assistant("First."), user("B?"), assistant("Right."), rejected=[assistant("Wrong.")]
+    ),
     "a caption": sample({"role": DOCUMENT, "content": [IMAGE, text("A digit.")]}, images=1),
     "a document": sample(
         {"role": DOCUMENT, "content": [IMAGE, text("One long."), IMAGE, text("Two.")]},
@@ -101,7 +105,9 @@ def test_train_and_check_warn_in_the_same_line_on_stderr(folder, capfd, monkeypa
     assert main(["check", *command, "--json"]) == 0
     said = capfd.readouterr()
     (line,) = warned(said.err.splitlines())
-    assert line.startswith("warning: eval.max_new_tokens: 1 of 2 reference answers is longer than 5 tokens (longest: ")
+    assert line.startswith(
+        "warning: eval.max_new_tokens: 1 of 2 reference answers is longer than 5 tokens (longest: "
+    )
     record = json.loads(said.out)
     assert record["warnings"] == [line.removeprefix("warning: ")]
     assert record["answers"].items() >= {"answers": 2, "too_long": 1, "max_new_tokens": 5}.items()
@@ -124,7 +130,13 @@ def test_check_stops_counting_at_max_samples_of_each_source(folder, capfd):
     for name in ("a", "b"):
         rows = [LONG | {"answer": answer} for answer in ("A", "B", LONG["answer"])]
         Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = ["check", "./recipe.yaml", "data.eval=[{path: a.jsonl}, {path: b.jsonl}]", "eval.max_samples=2", "--json"]
+    command = [
+        "check",
+        "./recipe.yaml",
+        "data.eval=[{path: a.jsonl}, {path: b.jsonl}]",
+        "eval.max_samples=2",
+        "--json",
+    ]
     assert main([*command, "eval.max_new_tokens=4"]) == 0
     said = capfd.readouterr()
     assert json.loads(said.out)["answers"]["answers"] == 4 and "warning" not in said.err

@@ -15,7 +15,9 @@ HELD_OUT, NOT_HERE = Probe([], [], "held-out samples of the run"), Probe([], [],
 def measured(loss: float = 1.0, right: int = 12, logits: float = 1.0, spread: float = 0.0) -> Measured:
     """Samples of 4 tokens, with losses that differ by ``spread`` from one to the next."""
     losses = [4 * (loss + spread * (-1) ** number) for number in range(SAMPLES)]
-    return Measured(losses, [4] * SAMPLES, [number < right for number in range(SAMPLES)], torch.full((3, 5), logits))
+    return Measured(
+        losses, [4] * SAMPLES, [number < right for number in range(SAMPLES)], torch.full((3, 5), logits)
+    )
 
 
 def is_worse(adapter: Measured, merged: Measured, probe: Probe = HELD_OUT) -> bool:

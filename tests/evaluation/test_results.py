@@ -21,7 +21,6 @@ from flamingo_ft.inference.answer import answer_batch
 from flamingo_ft.model import build_flamingo
 from tests.data.dialogues import IMAGE, assistant, user
 
-
 PLAIN = {"free_text": False, "classes": None}  # of a task with few samples
 
 
@@ -37,7 +36,9 @@ def test_case_spaces_and_final_punctuation_do_not_count(said):
     assert is_right(question, said)
 
 
-@pytest.mark.parametrize("said", ["", "Two", "Two and seventeen.", "Seven and two.", "Two and seven. Yes.", "2 and 7"])
+@pytest.mark.parametrize(
+    "said", ["", "Two", "Two and seventeen.", "Seven and two.", "Two and seven. Yes.", "2 and 7"]
+)
 def test_other_words_are_wrong(said):
     (question,) = questions_of([sample("x", "Two and seven.")])
     assert not is_right(question, said)
@@ -62,8 +63,22 @@ def test_a_summary_has_every_accuracy_overall_and_per_task():
         "accuracy_majority": 0.5,
         "verdict": None,
         "per_task": {
-            "a": {"accuracy": 0.0, "samples": 1, "before": 1.0, "shuffled_images": 1.0, "majority": 1.0, **PLAIN},
-            "b": {"accuracy": 2 / 3, "samples": 3, "before": 0.0, "shuffled_images": 1 / 3, "majority": 1 / 3, **PLAIN},
+            "a": {
+                "accuracy": 0.0,
+                "samples": 1,
+                "before": 1.0,
+                "shuffled_images": 1.0,
+                "majority": 1.0,
+                **PLAIN,
+            },
+            "b": {
+                "accuracy": 2 / 3,
+                "samples": 3,
+                "before": 0.0,
+                "shuffled_images": 1 / 3,
+                "majority": 1 / 3,
+                **PLAIN,
+            },
         },
     }
 
@@ -80,7 +95,10 @@ def test_every_question_counts_once_whatever_its_task_is_called(task):
     questions = questions_of([sample(task, "1"), sample("colour", "red"), sample("colour", "blue")])
     summary = Results(questions, {"after": ["1", "", ""]}).summary()
     assert summary["accuracy"] == pytest.approx(1 / 3)
-    assert {name: each["accuracy"] for name, each in summary["per_task"].items()} == {task: 1.0, "colour": 0.0}
+    assert {name: each["accuracy"] for name, each in summary["per_task"].items()} == {
+        task: 1.0,
+        "colour": 0.0,
+    }
     assert sum(each["samples"] for each in summary["per_task"].values()) == len(questions)
 
 
@@ -140,7 +158,11 @@ def run(tmp_path):
     for index in range(3):
         Image.new("RGB", (32, 32), (80 * index,) * 3).save(tmp_path / f"{index}.png")
     rows = [
-        {"messages": [user(IMAGE, "Which digit?"), assistant("Seven.")], "images": [f"{index}.png"], "task": "digit"}
+        {
+            "messages": [user(IMAGE, "Which digit?"), assistant("Seven.")],
+            "images": [f"{index}.png"],
+            "task": "digit",
+        }
         for index in range(3)
     ]
     rows.append({"messages": [user("Hello."), assistant("Good day.")]})
@@ -184,7 +206,9 @@ def test_an_adapter_without_a_recipe_is_measured_on_the_samples_that_are_named(r
     folder, _, _ = run
     whole = evaluate_adapter(folder / "run", folder / "held_out.jsonl", ["eval.max_new_tokens=4"])
     (folder / "run" / RECIPE_FILE).unlink()
-    with pytest.raises(UserError, match="run: has no resolved_recipe.yaml, so no held-out samples; .* --data FILE"):
+    with pytest.raises(
+        UserError, match="run: has no resolved_recipe.yaml, so no held-out samples; .* --data FILE"
+    ):
         evaluate_adapter(folder / "run")
     assert evaluate_adapter(folder / "run", folder / "held_out.jsonl", ["eval.max_new_tokens=4"]) == whole
     monkeypatch.chdir(folder)
@@ -221,7 +245,9 @@ def test_samples_are_held_out_though_the_training_file_is_gone(run):
     assert evaluate_adapter(folder / "run")["eval"]["per_task"]["digit"]["samples"] == 3
 
 
-@pytest.mark.parametrize("key", ["train.max_steps=5", "model.language.name=x", "data.template=chat", "eval.steps=5", "a=1"])
+@pytest.mark.parametrize(
+    "key", ["train.max_steps=5", "model.language.name=x", "data.template=chat", "eval.steps=5", "a=1"]
+)
 def test_a_key_that_evaluation_does_not_use_is_refused_by_name(run, key):
     name = key.partition("=")[0]
     with pytest.raises(UserError, match=f"override {name}: evaluation does not use it; it uses data.eval, "):

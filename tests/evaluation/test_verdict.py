@@ -18,7 +18,10 @@ COLOURS = ("Red.", "Green.", "Blue.", "Red.")
 
 def questions(answers, images: int = 1):
     content = [*[IMAGE] * images, {"type": "text", "text": "Which?"}]
-    samples = [Sample([user(*content), assistant(answer)], ["a.png"] * images, "t", f"row {n}") for n, answer in enumerate(answers)]
+    samples = [
+        Sample([user(*content), assistant(answer)], ["a.png"] * images, "t", f"row {n}")
+        for n, answer in enumerate(answers)
+    ]
     return questions_of(samples)
 
 
@@ -34,13 +37,17 @@ def partly(right: list[str], share: float, seed: int) -> list[str]:
 
 def test_a_model_that_reads_its_images_is_said_to_with_both_accuracies():
     asked = references()
-    assert verdict(questions(asked), asked, partly(asked, 0.0, 1)).startswith("reads the images: 100.0 % right, against ")
+    assert verdict(questions(asked), asked, partly(asked, 0.0, 1)).startswith(
+        "reads the images: 100.0 % right, against "
+    )
 
 
 def test_a_model_that_ignores_its_images_is_not_looking_and_something_is_proposed():
     asked = references()
     said = verdict(questions(asked), ["Red."] * 200, ["Red."] * 200)
-    assert said.startswith("the model is not looking: answers barely change with another image (50.0 % right, against 50.0 %")
+    assert said.startswith(
+        "the model is not looking: answers barely change with another image (50.0 % right, against 50.0 %"
+    )
     assert "try " in said and "learning_rate" in said
 
 
@@ -54,7 +61,9 @@ def test_guesses_that_differ_by_chance_are_not_taken_for_reading_the_images(seed
 def test_looking_that_does_no_better_than_the_most_frequent_answer_is_said_to():
     asked = references()
     right = [answer if number % 5 < 2 else "?" for number, answer in enumerate(asked)]
-    assert "no better than always giving the most frequent answer (50.0 %)" in verdict(questions(asked), right, ["?"] * 200)
+    assert "no better than always giving the most frequent answer (50.0 %)" in verdict(
+        questions(asked), right, ["?"] * 200
+    )
 
 
 def test_nothing_is_concluded_from_few_questions_or_from_ones_without_images():
@@ -66,16 +75,22 @@ def test_nothing_is_concluded_from_few_questions_or_from_ones_without_images():
 def test_only_questions_with_images_count():
     asked = references(60)
     mixed = questions(asked[:30]) + questions(asked[30:], images=0)
-    assert verdict(mixed, asked, ["?"] * 30 + asked[30:]).startswith("reads the images: 100.0 % right, against 0.0 %")
+    assert verdict(mixed, asked, ["?"] * 30 + asked[30:]).startswith(
+        "reads the images: 100.0 % right, against 0.0 %"
+    )
 
 
 def test_captions_are_judged_by_whether_they_change():
     captions = [f"A bird number {number} sits on the branch." for number in range(40)]
     blocks = [[IMAGE, {"type": "text", "text": text}] for text in captions]
-    asked = questions_of([Sample([{"role": DOCUMENT, "content": one}], ["a.png"], "t", "row") for one in blocks])
+    asked = questions_of(
+        [Sample([{"role": DOCUMENT, "content": one}], ["a.png"], "t", "row") for one in blocks]
+    )
     other = captions[1:] + captions[:1]
     assert "the answers depend on the images (100 %" in verdict(asked, captions, other)
-    assert verdict(asked, captions, captions).startswith("the model is not looking: 0 % of the answers change")
+    assert verdict(asked, captions, captions).startswith(
+        "the model is not looking: 0 % of the answers change"
+    )
 
 
 def test_the_majority_is_what_always_giving_the_most_frequent_answer_reaches():
@@ -91,7 +106,9 @@ def test_classes_have_their_own_accuracy_and_how_often_they_were_predicted():
         "Blue.": {"samples": 2, "accuracy": 0.5, "predicted": 1},
         "Green.": {"samples": 2, "accuracy": 0.0, "predicted": 1},
     }
-    assert by_class(questions(["a", "b", "c"]), ["a", "b", "c"]) is None, "each answer occurs once: no classes"
+    assert by_class(questions(["a", "b", "c"]), ["a", "b", "c"]) is None, (
+        "each answer occurs once: no classes"
+    )
     assert by_class(questions(["a"] * 9), ["a"] * 9) is None
 
 

@@ -11,15 +11,21 @@ from tests.golden.tiny_models import IMAGE_SIZE
 
 def stored() -> dict[str, torch.Tensor]:
     state = otter_tower().state_dict()
-    return {f"vision_encoder.vision_model.{name.removeprefix('vision_model.')}": t for name, t in state.items()}
+    return {
+        f"vision_encoder.vision_model.{name.removeprefix('vision_model.')}": t for name, t in state.items()
+    }
 
 
 def test_the_tokens_that_otter_took_are_the_tower_s_tokens_here():
     left_out: dict[str, str] = {}
-    tensors = clip.to_open_clip(stored() | {"vision_encoder.vision_model.embeddings.position_ids": torch.arange(10)}, left_out)
+    tensors = clip.to_open_clip(
+        stored() | {"vision_encoder.vision_model.embeddings.position_ids": torch.arange(10)}, left_out
+    )
     assert list(left_out) == ["vision_encoder.vision_model.embeddings.position_ids"]
     visual = build_visual({"embed_dim": 16, "vision_cfg": VISION}).eval()
-    keys = visual.load_state_dict({name.removeprefix(clip.HERE): t for name, t in tensors.items()}, strict=False)
+    keys = visual.load_state_dict(
+        {name.removeprefix(clip.HERE): t for name, t in tensors.items()}, strict=False
+    )
     assert keys.missing_keys == [clip.NOT_USED] and not keys.unexpected_keys
     images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
@@ -29,4 +35,6 @@ def test_the_tokens_that_otter_took_are_the_tower_s_tokens_here():
 
 def test_there_and_back_keeps_every_byte():
     back = clip.from_open_clip(clip.to_open_clip(stored(), {}))
-    assert back.keys() == stored().keys() and all(torch.equal(back[name], tensor) for name, tensor in stored().items())
+    assert back.keys() == stored().keys() and all(
+        torch.equal(back[name], tensor) for name, tensor in stored().items()
+    )

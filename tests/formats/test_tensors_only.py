@@ -51,7 +51,9 @@ def same(found, wanted):
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's files", "files before torch 1.6"])
-@pytest.mark.parametrize("foreign", [{}, {"settings": Settings(rank=16), "arguments": argparse.Namespace(lr=0.1)}])
+@pytest.mark.parametrize(
+    "foreign", [{}, {"settings": Settings(rank=16), "arguments": argparse.Namespace(lr=0.1)}]
+)
 def test_tensors_come_out_as_they_went_in_whatever_lies_beside_them(zipped, foreign, tmp_path):
     torch.save(CONTENT | foreign, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
     found = load_tensors(tmp_path / "file.pt")
@@ -64,7 +66,11 @@ def test_tensors_come_out_as_they_went_in_whatever_lies_beside_them(zipped, fore
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_a_file_would_run_is_not_run(zipped, tmp_path):
     trace = tmp_path / "the code ran"
-    content = CONTENT | {"code": RunsCode(trace), "lookup": pickle.loads, "again": Settings(code=RunsCode(trace))}
+    content = CONTENT | {
+        "code": RunsCode(trace),
+        "lookup": pickle.loads,
+        "again": Settings(code=RunsCode(trace)),
+    }
     torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
     found = load_tensors(tmp_path / "file.pt")
     assert same(found["weights"], CONTENT["weights"]) and not trace.exists()
@@ -77,7 +83,11 @@ def test_what_a_file_would_run_is_not_run(zipped, tmp_path):
 def test_what_is_no_file_of_torch_is_told_in_a_line(tmp_path):
     (tmp_path / "text.pt").write_bytes(b"no tensors here")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps({"code": RunsCode(tmp_path / "ran")}))
-    for name, words in {"text.pt": "not a checkpoint", "raw.pt": "not a checkpoint", "none.pt": "no such checkpoint"}.items():
+    for name, words in {
+        "text.pt": "not a checkpoint",
+        "raw.pt": "not a checkpoint",
+        "none.pt": "no such checkpoint",
+    }.items():
         with pytest.raises(UserError, match=words) as error:
             load_tensors(tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)

@@ -17,7 +17,9 @@ DOCUMENTS = [
     [None, None, "both are cats"],
     ["only here at the end", None, "a mat", None],
 ]
-WORDS = sorted({word for text in [*CAPTIONS, *(p for d in DOCUMENTS for p in d if p)] for word in text.split()})
+WORDS = sorted(
+    {word for text in [*CAPTIONS, *(p for d in DOCUMENTS for p in d if p)] for word in text.split()}
+)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -18,7 +18,13 @@ from tests.golden.tiny_models import EOC_TOKEN, LAYERS, MEDIA_TOKEN, VOCABULARY
 
 FILE = Path(__file__).parent / "mosaic_gpt.safetensors"
 SHAPE = {"d_model": 48, "n_heads": 6, "n_layers": LAYERS, "max_seq_len": 64, "vocab_size": VOCABULARY}
-KIND = {"alibi": True, "attn_qk_ln": True, "no_bias": True, "low_precision_layernorm": True, "attn_impl": "torch"}
+KIND = {
+    "alibi": True,
+    "attn_qk_ln": True,
+    "no_bias": True,
+    "low_precision_layernorm": True,
+    "attn_impl": "torch",
+}
 NEW_TOKENS = 6
 
 

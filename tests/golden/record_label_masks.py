@@ -44,7 +44,9 @@ class KeepsLabels(nn.Module):
         self.module = types.SimpleNamespace(lang_encoder=self.lang_encoder)  # as DDP wraps it
         self.kept: list[tuple[Tensor, Tensor]] = []
 
-    def forward(self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor]:
+    def forward(
+        self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> tuple[Tensor]:
         self.kept.append((lang_x, labels))
         return (self.lang_encoder.embedding.weight.sum(),)
 
@@ -58,7 +60,9 @@ def document_of(parts: list[str | None]) -> str:
     image = {"image_base64": base64.b64encode(buffer.getvalue()).decode()}
     before = [sum(p is not None for p in parts[:i]) for i, part in enumerate(parts) if part is None]
     similar = [[1.0 if sentence == place else 0.0 for sentence in range(len(sentences))] for place in before]
-    return json.dumps({"text_list": sentences, "similarity_matrix": similar, "image_info": [image] * len(before)})
+    return json.dumps(
+        {"text_list": sentences, "similarity_matrix": similar, "image_info": [image] * len(before)}
+    )
 
 
 def batches(tokenizer: Any) -> tuple[list, list]:
@@ -68,7 +72,9 @@ def batches(tokenizer: Any) -> tuple[list, list]:
     captions = preprocess_laion_text(CAPTIONS, tokenizer, max_tokens=TOKENS)
     blank = torch.zeros(3, 224, 224)
     documents = []
-    with patch("open_flamingo.train.data.preprocess_image", lambda images, _: torch.stack([blank] * len(images))):
+    with patch(
+        "open_flamingo.train.data.preprocess_image", lambda images, _: torch.stack([blank] * len(images))
+    ):
         for parts in DOCUMENTS:
             text = [document_of(parts)]
             documents.append(preprocess_interleaved(text, tokenizer, None, 0.0, 1, IMAGES, TOKENS))
@@ -91,7 +97,13 @@ def main() -> None:
     type(tokenizer).additional_special_tokens_ids = tokenizer.convert_tokens_to_ids([EOC, MEDIA])
     captions, documents = batches(tokenizer)
     model = KeepsLabels(len(tokenizer))
-    settings = {"num_epochs": 1, "precision": "fp32", "fsdp": False, "rank": 0, "gradient_accumulation_steps": 1}
+    settings = {
+        "num_epochs": 1,
+        "precision": "fp32",
+        "fsdp": False,
+        "rank": 0,
+        "gradient_accumulation_steps": 1,
+    }
     settings |= {"loss_multiplier_laion": 1.0, "loss_multiplier_mmc4": 1.0, "freeze_lm_embeddings": False}
     settings |= {"report_to_wandb": False, "logging_steps": 100, "fsdp_use_orig_params": False}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -99,7 +111,16 @@ def main() -> None:
     arguments = types.SimpleNamespace(**settings)
     with patch.object(random, "random", lambda: 1.0):
         train_one_epoch(
-            arguments, model, 0, Loader(captions), Loader(documents), tokenizer, optimizer, schedule, "cpu", None
+            arguments,
+            model,
+            0,
+            Loader(captions),
+            Loader(documents),
+            tokenizer,
+            optimizer,
+            schedule,
+            "cpu",
+            None,
         )
     recorded = {}
     for name, (ids, labels) in zip(("captions", "documents"), model.kept, strict=True):

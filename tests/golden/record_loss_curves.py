@@ -30,7 +30,9 @@ def losses_of(case: str, folder: Path) -> list[float]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        status = cli.main(["train", str(RECIPES / f"{recipe}.yaml"), *TEN_STEPS, *overrides, f"train.output_dir={folder}"])
+        status = cli.main(
+            ["train", str(RECIPES / f"{recipe}.yaml"), *TEN_STEPS, *overrides, f"train.output_dir={folder}"]
+        )
     finally:
         torch.set_num_threads(before)
     if status:

@@ -16,15 +16,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.golden.deterministic_weights import fill
-from tests.golden.mosaic_gpt import FILE, KIND, SHAPE, loss_gradients, measure
 from tests.golden.measurements import gradient_table
+from tests.golden.mosaic_gpt import FILE, KIND, SHAPE, loss_gradients, measure
 from tests.golden.recorded import TOLERANCE
 
 
 def original(folder: Path) -> nn.Module:
     """The original model in float32, its weights those of their names."""
     sys.path.insert(0, str(folder.resolve().parent))
-    config = importlib.import_module(f"{folder.name}.configuration_mosaic_gpt").MosaicGPTConfig(**SHAPE, **KIND)
+    config = importlib.import_module(f"{folder.name}.configuration_mosaic_gpt").MosaicGPTConfig(
+        **SHAPE, **KIND
+    )
     model = importlib.import_module(f"{folder.name}.mosaic_gpt").MosaicGPT(config).eval()
     fill(model, "lang_encoder.")
     return model

@@ -44,7 +44,19 @@ def held(folder: Path) -> set[str]:
         ("org/name@v1", HubName("org/name", "v1")),
         ("org/name@refs/pr/1", HubName("org/name", "refs/pr/1")),
         (Path("org/name@main"), HubName("org/name", "main")),
-        *((path, None) for path in ("name", "./org/name", "/org/name", "../name", "~/name", "a/b/c", "org/name@", "o n/e")),
+        *(
+            (path, None)
+            for path in (
+                "name",
+                "./org/name",
+                "/org/name",
+                "../name",
+                "~/name",
+                "a/b/c",
+                "org/name@",
+                "o n/e",
+            )
+        ),
     ],
 )
 def test_what_is_a_name_on_the_hub(place, wanted):
@@ -64,7 +76,12 @@ def test_what_exists_here_is_a_path_and_is_left_alone(hub, tmp_path, monkeypatch
 def test_only_what_a_model_needs_is_fetched(hub):
     needed = {"config.json": b"{}", "adapter_model.safetensors": b"a" * 2000, "chat_template.jinja": b"c"}
     needed |= {"resolved_recipe.yaml": b"r", "tokenizer.json": b"t"}
-    others = ["checkpoints/step-1/adapter_model.safetensors", "tensorboard/events", "figures/loss.png", "report.html"]
+    others = [
+        "checkpoints/step-1/adapter_model.safetensors",
+        "tensorboard/events",
+        "figures/loss.png",
+        "report.html",
+    ]
     others += ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "log.jsonl", "README.md"]
     put(hub, needed | {path: path.encode() for path in others})
     folder = fetch_model(REPO)
@@ -88,7 +105,9 @@ def test_a_composition_without_weights_is_a_folder(hub):
     assert held(fetch_model(REPO)) == {"config.json", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("files", [{}, {"README.md": b"r"}, {"a.pt": b"a", "b.pt": b"b"}, {"weights.safetensors": b"w"}])
+@pytest.mark.parametrize(
+    "files", [{}, {"README.md": b"r"}, {"a.pt": b"a", "b.pt": b"b"}, {"weights.safetensors": b"w"}]
+)
 def test_a_repository_without_a_model_is_told(hub, files):
     put(hub, files)
     assert f"{REPO}: holds no model (found " in refusal(REPO)
@@ -137,7 +156,10 @@ def test_without_a_network_the_cache_serves(hub, monkeypatch):
 def test_offline_what_is_not_in_the_cache_is_told(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal(REPO)
-    assert message.startswith(f"{REPO}: HF_HUB_OFFLINE is set, and it is not whole in the cache") and hub.requests == []
+    assert (
+        message.startswith(f"{REPO}: HF_HUB_OFFLINE is set, and it is not whole in the cache")
+        and hub.requests == []
+    )
 
 
 def test_offline_what_is_partly_in_the_cache_is_told(hub, monkeypatch):
@@ -150,7 +172,11 @@ def test_offline_what_is_partly_in_the_cache_is_told(hub, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "token", "told"),
     [
-        ({"private": True}, None, "is no folder here, and not on the Hub, or is private; check the name, or log in"),
+        (
+            {"private": True},
+            None,
+            "is no folder here, and not on the Hub, or is private; check the name, or log in",
+        ),
         ({"private": True}, "hf_unknown", "found no valid token; log in with `hf auth login`"),
         ({"gated": True}, READER, "is gated; accept its terms on its page of the Hub"),
         ({"gated": True}, None, "is gated; accept its terms on its page of the Hub"),
@@ -174,7 +200,9 @@ def test_what_is_not_there_is_told(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "runs/quickstrat: is no folder here, and not on the Hub" in refusal("runs/quickstrat")
     put(hub, {"config.json": b"{}"})
-    assert f"{REPO}@nothing: is not on the Hub, though the repository is; check the revision" in refusal(f"{REPO}@nothing")
+    assert f"{REPO}@nothing: is not on the Hub, though the repository is; check the revision" in refusal(
+        f"{REPO}@nothing"
+    )
     assert "some--body/run: no name of a repository (" in refusal("some--body/run")
 
 

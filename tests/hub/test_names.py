@@ -7,10 +7,31 @@ import pytest
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model, hub_name
 from flamingo_ft.hub.missing import missing, nearest_path
-from flamingo_ft.hub.names import local_language, local_path, local_start, local_tower, local_weights, looks_like_path
+from flamingo_ft.hub.names import (
+    local_language,
+    local_path,
+    local_start,
+    local_tower,
+    local_weights,
+    looks_like_path,
+)
 
 PATHS = [
-    *("./x", "../x", ".", "..", ".hidden/x", "/abs", "/abs/x", "~", "~/x", "x/", "org/name/", "a/b/c", "runs\\quickstart"),
+    *(
+        "./x",
+        "../x",
+        ".",
+        "..",
+        ".hidden/x",
+        "/abs",
+        "/abs/x",
+        "~",
+        "~/x",
+        "x/",
+        "org/name/",
+        "a/b/c",
+        "runs\\quickstart",
+    ),
     *("local-dir:eyes", "x.pt", "runs/x.pt", "mine/recipe.yaml", "a/model.safetensors", "X/Y.PT"),
 ]
 NAMES = [
@@ -72,7 +93,10 @@ def test_a_plain_name_is_a_backbone_here_only_where_that_is_one(here):
 @pytest.mark.parametrize(
     ("place", "told"),
     [
-        ("runs/quickstrt", "no folder runs/quickstrt; did you mean runs/quickstart? (on the Hub: runs/quickstrt@main)"),
+        (
+            "runs/quickstrt",
+            "no folder runs/quickstrt; did you mean runs/quickstart? (on the Hub: runs/quickstrt@main)",
+        ),
         ("./runs/quickstrt/", "no folder ./runs/quickstrt/; did you mean runs/quickstart?"),
         ("runs\\quickstart", "no folder runs\\quickstart; did you mean runs/quickstart?"),
         ("Run/quickstart/x/y", "no folder Run/quickstart/x/y; check the path"),

@@ -15,7 +15,10 @@ from flamingo_ft.publish.files import belongs, files_of
         ("~/words/", "words"),
         ("local-dir:/home/me/eyes", "local-dir:eyes"),
         (["/data/x.jsonl", 3], ["x.jsonl", 3]),
-        *((same, same) for same in ("org/name", "runs/a", "/", "~", "//", "a /b", "hf-hub:org/name", "/x\ny", None, 1.5)),
+        *(
+            (same, same)
+            for same in ("org/name", "runs/a", "/", "~", "//", "a /b", "hf-hub:org/name", "/x\ny", None, 1.5)
+        ),
     ],
 )
 def test_of_a_local_path_its_last_part_stays(value, shown):
@@ -23,7 +26,12 @@ def test_of_a_local_path_its_last_part_stays(value, shown):
 
 
 def test_only_known_keys_hold_paths():
-    text = {"chat_template": "/no_think {{ x }}", "task": "/a/b", "nested": [{"answer": "/yes"}], "name": "/n"}
+    text = {
+        "chat_template": "/no_think {{ x }}",
+        "task": "/a/b",
+        "nested": [{"answer": "/yes"}],
+        "name": "/n",
+    }
     paths = {"_name_or_path": "/home/me/words", "a_file": "/home/me/a", "nested": {"path": "/home/me/b"}}
     shown = {"_name_or_path": "words", "a_file": "a", "nested": {"path": "b"}}
     assert strip_local_paths(text) == text
@@ -44,11 +52,18 @@ def test_a_tokenizers_words_stay_and_its_places_do_not(tmp_path):
 
 def test_a_processors_template_keeps_a_slash_at_its_beginning(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": "/no_think {{ messages }}"}))
-    assert json.loads(files_of(tmp_path)["processor_config.json"]) == {"chat_template": "/no_think {{ messages }}"}
+    assert json.loads(files_of(tmp_path)["processor_config.json"]) == {
+        "chat_template": "/no_think {{ messages }}"
+    }
 
 
 def test_a_prediction_with_a_line_separator_in_its_text_stays_one_row(tmp_path):
-    row = {"where": "/home/me/x.jsonl: row 0", "images": ["/home/me/0.png"], "question": "a\u2028b\x85c", "answer": "/d"}
+    row = {
+        "where": "/home/me/x.jsonl: row 0",
+        "images": ["/home/me/0.png"],
+        "question": "a\u2028b\x85c",
+        "answer": "/d",
+    }
     (tmp_path / "predictions.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     shown = json.loads(files_of(tmp_path)["predictions.jsonl"])
     assert shown == row | {"where": "x.jsonl: row 0", "images": ["0.png"]}
@@ -57,8 +72,19 @@ def test_a_prediction_with_a_line_separator_in_its_text_stays_one_row(tmp_path):
 @pytest.mark.parametrize(
     ("path", "is_pushed"),
     [
-        *((one, True) for one in ("config.json", "model-00001-of-00002.safetensors", "figures/loss.png", "merges.txt")),
-        *((one, False) for one in ("checkpoints/step-1/config.json", ".cache/x.json", "figures/answers.png", "report.html")),
+        *(
+            (one, True)
+            for one in ("config.json", "model-00001-of-00002.safetensors", "figures/loss.png", "merges.txt")
+        ),
+        *(
+            (one, False)
+            for one in (
+                "checkpoints/step-1/config.json",
+                ".cache/x.json",
+                "figures/answers.png",
+                "report.html",
+            )
+        ),
         *((one, False) for one in (".env", "tensorboard/events.json", "notes.txt", "left_out.jsonl")),
     ],
 )

@@ -22,7 +22,10 @@ def make_flamingo():
     language = load_language("nano")
     language.model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.9)
     model, processor = build_flamingo(
-        load_vision("nano"), language, perceiver={"num_latents": 2, "depth": 1, **small}, cross_attention=small
+        load_vision("nano"),
+        language,
+        perceiver={"num_latents": 2, "depth": 1, **small},
+        cross_attention=small,
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -36,7 +39,9 @@ def end_in_the_middle(model, processor, paths) -> None:
     """Let the end of a chunk, which the language model does not know as an end, be likelier than a late word."""
     head, rows = model.lang_encoder.get_output_embeddings().weight, model.token_rows.output.weight
     messages = [{"role": "user", "content": place_images(PROMPT, 1)}]
-    (words,) = answer_batch(model, processor, [{"messages": messages, "images": paths[:1], "where": "here"}], 64)
+    (words,) = answer_batch(
+        model, processor, [{"messages": messages, "images": paths[:1], "where": "here"}], 64
+    )
     said = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
     end = model.token_rows.token_ids.index(model.config.eoc_token_id)
     rows[end] = 1.01 * head[next(word for word in said if word not in said[:4])]

@@ -68,7 +68,8 @@ def test_answers_of_a_batch_are_those_given_one_by_one(flamingo, files):
 
 def test_an_answer_depends_on_its_image(flamingo, files):
     first, second = (
-        answer_batch(*flamingo, [{**questions(files)[0], "images": [file]}], max_new_tokens=8) for file in files[:2]
+        answer_batch(*flamingo, [{**questions(files)[0], "images": [file]}], max_new_tokens=8)
+        for file in files[:2]
     )
     assert first != second
 

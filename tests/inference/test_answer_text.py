@@ -34,12 +34,16 @@ def processor_of(kind: str, template: str | None) -> FlamingoProcessor:
     tokenizer = nano_processor().tokenizer if kind == "nano" else llama_tokenizer(legacy=kind == "legacy")
     if kind != "nano":
         add_media_tokens(tokenizer)
-    return FlamingoProcessor(nano_processor().image_processor, tokenizer, template or chunk_template(tokenizer))
+    return FlamingoProcessor(
+        nano_processor().image_processor, tokenizer, template or chunk_template(tokenizer)
+    )
 
 
 def let_it_say(monkeypatch, model, processor, text) -> list[int]:
     """In place of generating: after any prompt the tokens of a text, and the end token."""
-    tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [
+        processor.tokenizer.eos_token_id
+    ]
 
     def generate(input_ids, streamer=None, **options):
         if streamer is not None:

@@ -18,7 +18,17 @@ from tests.model.kinds_of_images import KINDS
 
 from .conftest import PROMPT
 
-ROOTS = {"torch", "jinja2", "transformers", "open_clip", "huggingface_hub", "PIL", "numpy", "safetensors", "bitsandbytes"}
+ROOTS = {
+    "torch",
+    "jinja2",
+    "transformers",
+    "open_clip",
+    "huggingface_hub",
+    "PIL",
+    "numpy",
+    "safetensors",
+    "bitsandbytes",
+}
 SCRIPT = """
 import sys
 
@@ -60,17 +70,28 @@ def with_code(folders, tmp_path):
 def test_the_files_import_each_other_and_what_a_reader_has(with_code):
     folder, _ = with_code
     files = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
-    assert len(files) > 10 and "flamingo_backbones_mosaic_gpt" in files  # an architecture that transformers lacks
+    assert (
+        len(files) > 10 and "flamingo_backbones_mosaic_gpt" in files
+    )  # an architecture that transformers lacks
     for name, tree in files.items():
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in files, name
                 defined = {getattr(each, "name", None) for each in files[node.module].body}
-                targets = (t for each in files[node.module].body if isinstance(each, ast.Assign) for t in each.targets)
+                targets = (
+                    t
+                    for each in files[node.module].body
+                    if isinstance(each, ast.Assign)
+                    for t in each.targets
+                )
                 defined |= {target.id for target in targets if isinstance(target, ast.Name)}
                 assert {alias.name for alias in node.names} <= defined, name
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
-                modules = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                modules = (
+                    [node.module]
+                    if isinstance(node, ast.ImportFrom)
+                    else [alias.name for alias in node.names]
+                )
                 assert {module.split(".")[0] for module in modules} <= ROOTS | sys.stdlib_module_names, name
 
 
@@ -82,14 +103,21 @@ def test_where_the_package_is_its_own_classes_are_taken(with_code):
 @pytest.mark.slow
 def test_it_says_the_same_words_without_the_package(with_code, tmp_path):
     folder, paths = with_code
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(tmp_path / "code"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": "",
+    }
     command = [sys.executable, "-c", SCRIPT, str(folder), PROMPT, *map(str, paths)]
     kinds = {kind: KINDS[kind].content for kind in ("RGBA", "16-bit PNG")}
     for kind, content in kinds.items():
         (tmp_path / f"{kind}.png").write_bytes(content)
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     expected = [f"<{answer(folder, images, PROMPT)}>" for images in (paths[:1], paths) for _ in range(2)]
-    shown = load_media(nano_processor(), [{"images": [content], "where": kind} for kind, content in kinds.items()])
+    shown = load_media(
+        nano_processor(), [{"images": [content], "where": kind} for kind, content in kinds.items()]
+    )
     sums = shown["pixel_values"].double().sum((1, 2, 3, 4)).tolist()
     expected += [f"{kind} {total}" for kind, total in zip(kinds, sums, strict=True)]
     assert done.stdout.splitlines() == expected, done.stderr

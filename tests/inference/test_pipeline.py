@@ -8,7 +8,6 @@ from transformers.pipelines.base import Chat
 
 from flamingo_ft.data.collate import load_media
 from flamingo_ft.inference.answer import answer
-
 from tests.model.kinds_of_images import KINDS
 
 from .conftest import PROMPT
@@ -60,7 +59,10 @@ def test_a_pipeline_sees_the_pixels_that_training_sees(folders, tmp_path):
 
 def test_plain_generate_says_what_generate_says(asked):
     folder, expected = asked
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
     how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     for paths, said in expected.values():
         inputs = processor.apply_chat_template(chat(paths, "path"), **how)

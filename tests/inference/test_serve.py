@@ -33,7 +33,11 @@ def served(request, folders):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "flamingo_ft", "serve", str(folder / request.param), "--port", str(port)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1]),
+        "HF_HUB_OFFLINE": "1",
+    }
     log = folder / f"{request.param}.log"
     with log.open("w") as out:
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
@@ -70,7 +74,10 @@ def test_a_served_model_says_what_generate_says_whole_and_streamed(served, image
     request = {"model": str(folder), "messages": dialogue(paths[:images]), "max_tokens": 64}
     found = client.chat.completions.create(**request)
     assert found.choices[0].message.content == expected
-    pieces = [piece.choices[0].delta.content or "" for piece in client.chat.completions.create(**request, stream=True)]
+    pieces = [
+        piece.choices[0].delta.content or ""
+        for piece in client.chat.completions.create(**request, stream=True)
+    ]
     assert len(pieces) > 3 and "".join(pieces) == expected
 
 
@@ -97,7 +104,9 @@ def test_a_served_model_stops_where_asked_and_rejects_what_it_cannot_do(served):
     stopped = client.chat.completions.create(**request, stop=[expected[3]])
     assert stopped.choices[0].message.content.strip() == expected[: expected.index(expected[3])].strip()
     local = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(paths[0])}}]}]
-    broken = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}]
+    broken = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}
+    ]
     for change in ({"max_tokens": 0}, {"n": 2}, {"messages": []}, {"messages": local}, {"messages": broken}):
         with pytest.raises(BadRequestError) as error:
             client.chat.completions.create(**request | change)
@@ -128,5 +137,8 @@ def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp
         "no adapter and no merged model; give the folder that a run or a merge wrote\n"
     )
     folder, _ = folders
-    with socket.create_server(("localhost", 0)) as taken, pytest.raises(UserError, match="give another --port"):
+    with (
+        socket.create_server(("localhost", 0)) as taken,
+        pytest.raises(UserError, match="give another --port"),
+    ):
         serve.serve(str(folder / "adapter"), "localhost", taken.getsockname()[1])

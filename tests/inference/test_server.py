@@ -19,12 +19,12 @@ from starlette.testclient import TestClient
 
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.backbones.context import context_length
-from flamingo_ft.model.images import MAX_PIXELS
 from flamingo_ft.inference.answer import answer
 from flamingo_ft.inference.server.app import build_app
 from flamingo_ft.inference.server.engine import Engine
 from flamingo_ft.inference.server.images import MediaPolicy
 from flamingo_ft.inference.server.requests import GenerationRequest, Sampling
+from flamingo_ft.model.images import MAX_PIXELS
 
 from .conftest import PROMPT
 
@@ -126,7 +126,10 @@ def test_chat_says_what_generate_says_whole_and_streamed(openai, served, said):
 
 def test_responses_say_what_generate_says_whole_and_streamed(openai, served, said):
     url = data_url(served[2][0].read_bytes())
-    content = [{"type": "input_image", "image_url": url, "detail": "auto"}, {"type": "input_text", "text": PROMPT}]
+    content = [
+        {"type": "input_image", "image_url": url, "detail": "auto"},
+        {"type": "input_text", "text": PROMPT},
+    ]
     whole = openai.responses.create(model="digits", input=[{"role": "user", "content": content}])
     assert whole.output_text == said and whole.status == "completed"
     streamed = list(openai.responses.create(model="digits", input=content, stream=True))
@@ -166,7 +169,9 @@ def test_an_answer_that_stops_costs_no_more_tokens(client, served, said):
 
 def test_temperature_samples_and_a_seed_repeats_it(client, served, said):
     def ask(**sampling):
-        return client.post(CHAT, json=asked(served[2][0], **sampling)).json()["choices"][0]["message"]["content"]
+        return client.post(CHAT, json=asked(served[2][0], **sampling)).json()["choices"][0]["message"][
+            "content"
+        ]
 
     assert ask(temperature=0) == ask() == said
     assert ask(temperature=2, seed=1) == ask(temperature=2, seed=1) != said
@@ -181,7 +186,9 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(client, served, said):
 
 def test_penalties_and_biases_change_what_is_said(client, served, said):
     def ask(**steering):
-        return client.post(CHAT, json=asked(served[2][0], **steering)).json()["choices"][0]["message"]["content"]
+        return client.post(CHAT, json=asked(served[2][0], **steering)).json()["choices"][0]["message"][
+            "content"
+        ]
 
     tokenizer = served[1].tokenizer
     token = tokenizer("x", add_special_tokens=False)["input_ids"][-1]
@@ -203,11 +210,17 @@ FIELDS = [
     ({"messages": user("x")}, "messages[0].content[0]"),
     ({"messages": user({"text": "x"})}, "messages[0].content[0].type"),
     ({"messages": user({"type": "text"})}, "messages[0].content[0].text"),
-    ({"messages": user({"type": "video_url", "video_url": {"url": "x"}}, text())}, "messages[0].content[0].type"),
+    (
+        {"messages": user({"type": "video_url", "video_url": {"url": "x"}}, text())},
+        "messages[0].content[0].type",
+    ),
     ({"messages": user({"type": "image", "url": "x"}, text())}, "messages[0].content[0].type"),
     ({"messages": user({"type": "input_image", "file_id": "f"})}, "messages[0].content[0].file_id"),
     ({"messages": user({"type": "image_url"})}, "messages[0].content[0].image_url"),
-    ({"messages": user(image("data:image/png;base64,AA==", detail="best"))}, "messages[0].content[0].image_url.detail"),
+    (
+        {"messages": user(image("data:image/png;base64,AA==", detail="best"))},
+        "messages[0].content[0].image_url.detail",
+    ),
     ({"messages": [{"role": "system", "content": [image("data:,")]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
     ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
@@ -290,15 +303,28 @@ def test_the_other_routes_reject_fields_by_name(client, route, body, field):
 
 
 def test_fields_that_ask_for_nothing_are_accepted(client):
-    nothing = {"n": 1, "logprobs": False, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}}
+    nothing = {
+        "n": 1,
+        "logprobs": False,
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+    }
     nothing |= {"user": "u", "metadata": {"a": "b"}, "store": False, "stop": None, "audio": None, "top_p": 1}
     before = {"role": "assistant", "content": "Five.", "refusal": None, "tool_calls": None, "annotations": []}
     dialogue = [{"role": "developer", "content": "Be brief."}, *user(text()), before, *user(text("Sure?"))]
     assert client.post(CHAT, json={"messages": dialogue, "max_tokens": 2, **nothing}).status_code == 200
     item = {"type": "message", "id": "m", "role": "assistant", "status": "completed"}
     item["content"] = [{"type": "output_text", "text": "Five.", "annotations": []}]
-    body = {"input": [*user(text()), item, *user(text())], "instructions": "Be brief.", "max_output_tokens": 2}
-    assert client.post(RESPONSES, json={**body, "text": {"format": {"type": "text"}}, "tools": []}).status_code == 200
+    body = {
+        "input": [*user(text()), item, *user(text())],
+        "instructions": "Be brief.",
+        "max_output_tokens": 2,
+    }
+    assert (
+        client.post(RESPONSES, json={**body, "text": {"format": {"type": "text"}}, "tools": []}).status_code
+        == 200
+    )
 
 
 def bomb(side):
@@ -306,13 +332,16 @@ def bomb(side):
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
     )
 
 
 def png(size=32):
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(buffer, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+        buffer, "PNG"
+    )
     return buffer.getvalue()
 
 
@@ -356,18 +385,38 @@ def test_only_files_in_the_allowed_folder_are_read(served, tmp_path):
     (folder / "loop.png").symlink_to(folder / "loop.png")
     app = build_app(Engine(model, processor, MediaPolicy(folder)), "digits", MAX_BODY)
     with TestClient(app) as client:
-        for url in ((folder / "a b" / "x.png").as_uri(), str(folder / "a b" / "x.png"), "a b/x.png", "inside.png"):
-            assert client.post(CHAT, json={"messages": user(image(url)), "max_tokens": 1}).status_code == 200, url
-        outside = [secret.as_uri(), str(secret), "../secret.png", "link.png", "loop.png", "a b", "gone.png", "x" * 300]
+        for url in (
+            (folder / "a b" / "x.png").as_uri(),
+            str(folder / "a b" / "x.png"),
+            "a b/x.png",
+            "inside.png",
+        ):
+            assert (
+                client.post(CHAT, json={"messages": user(image(url)), "max_tokens": 1}).status_code == 200
+            ), url
+        outside = [
+            secret.as_uri(),
+            str(secret),
+            "../secret.png",
+            "link.png",
+            "loop.png",
+            "a b",
+            "gone.png",
+            "x" * 300,
+        ]
         outside += [f"file://elsewhere{secret}", "a\0b", f"{folder.as_uri()}/%2e%2e/secret.png"]
         for url in outside:
-            assert "not a file in the folder" in rejected(client, {"messages": user(image(url))})["message"], url
+            assert (
+                "not a file in the folder" in rejected(client, {"messages": user(image(url))})["message"]
+            ), url
 
 
 def test_an_address_of_the_own_network_is_fetched_only_where_allowed(served, web):
     model, processor, _ = served
     for urls, status in (("public", 400), ("any", 200)):
-        with TestClient(build_app(Engine(model, processor, MediaPolicy(urls=urls)), "digits", MAX_BODY)) as client:
+        with TestClient(
+            build_app(Engine(model, processor, MediaPolicy(urls=urls)), "digits", MAX_BODY)
+        ) as client:
             body = {"messages": user(image(f"{web}/a.png")), "max_tokens": 1}
             assert client.post(CHAT, json=body).status_code == status
             error = rejected(client, {"messages": user(image(f"{web}/gone.png"))})
@@ -376,7 +425,9 @@ def test_an_address_of_the_own_network_is_fetched_only_where_allowed(served, web
 
 def test_an_unreachable_url_is_rejected(served):
     model, processor, _ = served
-    with TestClient(build_app(Engine(model, processor, MediaPolicy(urls="any")), "digits", MAX_BODY)) as client:
+    with TestClient(
+        build_app(Engine(model, processor, MediaPolicy(urls="any")), "digits", MAX_BODY)
+    ) as client:
         error = rejected(client, {"messages": user(image("http://127.0.0.1:9/a.png"))})
         assert "cannot fetch http://127.0.0.1:9/a.png" in error["message"]
 
@@ -405,7 +456,9 @@ def test_a_body_that_is_no_json_object_is_rejected(client, body):
     assert "the body" in rejected(client, body)["message"]
 
 
-@pytest.mark.parametrize(("body", "reason"), [(b'{"seed": NaN}', "NaN is not JSON"), (b"[" * 100_000, "nested too deeply")])
+@pytest.mark.parametrize(
+    ("body", "reason"), [(b'{"seed": NaN}', "NaN is not JSON"), (b"[" * 100_000, "nested too deeply")]
+)
 def test_a_body_that_is_no_json_is_rejected_with_the_reason(client, body, reason):
     assert reason in rejected(client, body)["message"]
 
@@ -436,12 +489,16 @@ def test_other_models_and_other_routes_are_not_found(client, openai):
 
 
 def test_openai_s_client_raises_what_it_raises_for_openai(openai):
-    with pytest.raises(BadRequestError, match="max_tokens: must be greater than or equal to 1, got 0") as error:
+    with pytest.raises(
+        BadRequestError, match="max_tokens: must be greater than or equal to 1, got 0"
+    ) as error:
         openai.chat.completions.create(model="digits", messages=user(text()), max_tokens=0)
     assert error.value.param == "max_tokens"
 
 
-def test_a_failure_of_the_model_is_an_error_object_and_the_server_goes_on(client, openai, served, monkeypatch, caplog):
+def test_a_failure_of_the_model_is_an_error_object_and_the_server_goes_on(
+    client, openai, served, monkeypatch, caplog
+):
     def fail(*args, **kwargs):
         raise RuntimeError('CUDA error in "/home/someone/model"')
 
@@ -459,7 +516,10 @@ def test_a_failure_of_the_model_is_an_error_object_and_the_server_goes_on(client
 
 def test_a_dialogue_that_the_chat_template_refuses_is_rejected(client, served, monkeypatch):
     monkeypatch.setattr(served[1], "chat_template", "{{ raise_exception('roles must alternate') }}")
-    for route, body, field in ((CHAT, {"messages": user(text())}, "messages"), (RESPONSES, {"input": "a"}, "messages")):
+    for route, body, field in (
+        (CHAT, {"messages": user(text())}, "messages"),
+        (RESPONSES, {"input": "a"}, "messages"),
+    ):
         error = rejected(client, body, route)
         assert "roles must alternate" in error["message"] and error["param"] == field
 
@@ -492,7 +552,9 @@ def test_an_answer_that_nobody_waits_for_ends_early(engine):
 
 
 def engine_request(**sampling):
-    return GenerationRequest(None, Sampling(**sampling, logit_bias=dict.fromkeys(range(3), -100.0)), prompt="A")
+    return GenerationRequest(
+        None, Sampling(**sampling, logit_bias=dict.fromkeys(range(3), -100.0)), prompt="A"
+    )
 
 
 def test_special_tokens_typed_by_a_client_are_text(client):

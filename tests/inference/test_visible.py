@@ -28,7 +28,11 @@ def test_an_answer_ends_before_its_first_stop_text_without_blanks_around(pieces,
     assert visible(pieces, stop) == expected
 
 
-@given(st.lists(st.text("ab \n", max_size=4), max_size=8), st.text("ab \n", min_size=1, max_size=3), st.booleans())
+@given(
+    st.lists(st.text("ab \n", max_size=4), max_size=8),
+    st.text("ab \n", min_size=1, max_size=3),
+    st.booleans(),
+)
 def test_the_visible_text_is_the_same_for_every_cut(pieces, stop, strip):
     whole = "".join(pieces)
     before, found, _ = whole.partition(stop)

@@ -9,7 +9,9 @@ LAW = "test_zero_gates_leave_the_language_model_unchanged["
 
 def pytest_terminal_summary(terminalreporter):
     """How many families of causal language models carry the bridge, and which were left out and why."""
-    passed = sum(LAW in report.nodeid for report in terminalreporter.stats.get("passed", []) if report.when == "call")
+    passed = sum(
+        LAW in report.nodeid for report in terminalreporter.stats.get("passed", []) if report.when == "call"
+    )
     if not passed:
         return
     total = len(KNOWN) + len(NEWER)

@@ -65,23 +65,40 @@ def _kinds() -> dict[str, Kind]:
         "RGB": Kind(file_of(picture, "PNG"), COLOURS, (), COLOURS),
         "grey": Kind(file_of(Image.fromarray(ALPHA), "PNG"), grey(ALPHA), ("greyscale",), ALPHA),
         "one bit": Kind(file_of(Image.fromarray(bits), "PNG"), grey(bits * 255), ("black and white",), bits),
-        "16-bit PNG": Kind(file_of(Image.fromarray(SIXTEEN), "PNG"), grey(SIXTEEN / 257), ("16-bit",), SIXTEEN),
-        "16-bit TIFF": Kind(file_of(Image.fromarray(SIXTEEN), "TIFF"), grey(SIXTEEN / 257), ("16-bit",), SIXTEEN),
-        "dark 16-bit PNG": Kind(
-            file_of(Image.fromarray(SIXTEEN // 256), "PNG"), grey(SIXTEEN // 256 / 257), ("16-bit",), SIXTEEN // 256
+        "16-bit PNG": Kind(
+            file_of(Image.fromarray(SIXTEEN), "PNG"), grey(SIXTEEN / 257), ("16-bit",), SIXTEEN
         ),
-        "float 0..1": Kind(file_of(Image.fromarray(tiff["1"]), "TIFF"), grey(RAMP * 255), ("float",), tiff["1"]),
-        "float 0..255": Kind(file_of(Image.fromarray(tiff["255"]), "TIFF"), grey(RAMP * 255), ("float",), tiff["255"]),
-        "float 0..65,535": Kind(file_of(Image.fromarray(tiff["65535"]), "TIFF"), grey(RAMP * 255), ("float",)),
+        "16-bit TIFF": Kind(
+            file_of(Image.fromarray(SIXTEEN), "TIFF"), grey(SIXTEEN / 257), ("16-bit",), SIXTEEN
+        ),
+        "dark 16-bit PNG": Kind(
+            file_of(Image.fromarray(SIXTEEN // 256), "PNG"),
+            grey(SIXTEEN // 256 / 257),
+            ("16-bit",),
+            SIXTEEN // 256,
+        ),
+        "float 0..1": Kind(
+            file_of(Image.fromarray(tiff["1"]), "TIFF"), grey(RAMP * 255), ("float",), tiff["1"]
+        ),
+        "float 0..255": Kind(
+            file_of(Image.fromarray(tiff["255"]), "TIFF"), grey(RAMP * 255), ("float",), tiff["255"]
+        ),
+        "float 0..65,535": Kind(
+            file_of(Image.fromarray(tiff["65535"]), "TIFF"), grey(RAMP * 255), ("float",)
+        ),
         "float 0..1,000,000": Kind(
-            file_of(Image.fromarray(tiff["1e+06"]), "TIFF"), grey(RAMP * 255), ("float", "scaled by its own maximum")
+            file_of(Image.fromarray(tiff["1e+06"]), "TIFF"),
+            grey(RAMP * 255),
+            ("float", "scaled by its own maximum"),
         ),
         "32-bit integers": Kind(
             file_of(Image.fromarray(wide), "TIFF"),
             grey(wide / 200_000 * 255),
             ("32-bit integer", "scaled by its own maximum"),
         ),
-        "RGBA": Kind(file_of(Image.fromarray(rgba), "PNG"), over_white(COLOURS, ALPHA), ("transparent",), rgba),
+        "RGBA": Kind(
+            file_of(Image.fromarray(rgba), "PNG"), over_white(COLOURS, ALPHA), ("transparent",), rgba
+        ),
         "LA": Kind(
             file_of(Image.fromarray(la), "PNG"),
             over_white(np.repeat(la[..., :1], 3, -1), ALPHA),

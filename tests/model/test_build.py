@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.vision import load_vision
@@ -50,7 +57,9 @@ def build(vision, tokenizer, make, seed=0, vocab_size=KNOWN, **options):
     lm = make(vocab_size=vocab_size).eval()
     plain = copy.deepcopy(lm)
     backbone = LanguageBackbone(lm, tokenizer, {"name": "random", "revision": None, "sha256": ""})
-    model, processor = build_flamingo(vision, backbone, perceiver=TINY, cross_attention={"heads": 2}, **options)
+    model, processor = build_flamingo(
+        vision, backbone, perceiver=TINY, cross_attention={"heads": 2}, **options
+    )
     return model.eval(), processor, plain
 
 

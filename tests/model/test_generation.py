@@ -58,8 +58,15 @@ def test_beam_scores_are_those_of_whole_forwards(model):
     pixels = images(2, 2)
     tokens = ids("aIbIc", "dIeIf")
     out = model.generate(
-        tokens, pixel_values=pixels, num_beams=3, num_return_sequences=3, max_new_tokens=5, length_penalty=0.0,
-        eos_token_id=None, return_dict_in_generate=True, output_scores=True,
+        tokens,
+        pixel_values=pixels,
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        length_penalty=0.0,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     scores = model(out.sequences, pixels.repeat_interleave(3, 0)).logits[:, 4:-1].detach()
     chosen = scores.log_softmax(-1).gather(-1, out.sequences[:, 5:, None])[..., 0].sum(-1)
@@ -71,11 +78,18 @@ def test_sampled_sequences_follow_their_own_sample(model):
     tokens = ids("aIbIc", "dIeIf")
     torch.manual_seed(3)
     found = model.generate(
-        tokens, pixel_values=pixels, do_sample=True, num_return_sequences=3, max_new_tokens=5, eos_token_id=None
+        tokens,
+        pixel_values=pixels,
+        do_sample=True,
+        num_return_sequences=3,
+        max_new_tokens=5,
+        eos_token_id=None,
     )
     torch.manual_seed(3)
     rows, repeated = tokens.repeat_interleave(3, 0), pixels.repeat_interleave(3, 0)
-    expected = model.generate(rows, pixel_values=repeated, do_sample=True, max_new_tokens=5, eos_token_id=None)
+    expected = model.generate(
+        rows, pixel_values=repeated, do_sample=True, max_new_tokens=5, eos_token_id=None
+    )
     assert torch.equal(found, expected)
 
 
@@ -104,7 +118,9 @@ def test_a_streamer_receives_the_new_tokens(model):
         def end(self):
             received.append(None)
 
-    out = model.generate(ids("aIb"), pixel_values=images(1, 1), streamer=Streamer(), max_new_tokens=4, eos_token_id=None)
+    out = model.generate(
+        ids("aIb"), pixel_values=images(1, 1), streamer=Streamer(), max_new_tokens=4, eos_token_id=None
+    )
     assert received[-1] is None
     assert torch.equal(torch.cat([value.flatten() for value in received[:-1]]), out[0])
 
@@ -114,7 +130,10 @@ def test_chunked_forwards_equal_one(mode):
     model = tiny_flamingo(media_visibility=mode)
     tokens, pixels = ids("aIbcIdIe", "IzIyxwvI"), images(2, 3)
     whole = model(tokens, pixels, use_cache=True).logits
-    for images_of_chunk in (lambda start, chunk: pixels, lambda start, chunk: _mentioned(pixels, tokens, start, chunk)):
+    for images_of_chunk in (
+        lambda start, chunk: pixels,
+        lambda start, chunk: _mentioned(pixels, tokens, start, chunk),
+    ):
         cache, parts = None, []
         for start, chunk in zip(range(0, 8, 3), tokens.split(3, dim=1), strict=True):
             out = model(chunk, images_of_chunk(start, chunk), past_key_values=cache, use_cache=True)
@@ -141,7 +160,9 @@ def test_images_that_could_be_of_the_whole_text_or_of_its_end_are_refused(model)
 def test_prefill_in_chunks_generates_the_same(model):
     tokens, pixels = ids("aIbcIdef"), images(1, 2)
     options = {"pixel_values": pixels, "max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
-    assert torch.equal(model.generate(tokens, prefill_chunk_size=3, **options), model.generate(tokens, **options))
+    assert torch.equal(
+        model.generate(tokens, prefill_chunk_size=3, **options), model.generate(tokens, **options)
+    )
 
 
 @pytest.mark.parametrize("pixels_of", ["all turns", "the new turn"])
@@ -192,6 +213,7 @@ def test_cached_media_equal_passed_media_until_uncached(model):
 
 def test_each_image_is_encoded_once_and_projected_once_per_layer(model):
     calls = {"tower": 0, "to_kv": 0}
+
     def count(name, amount):
         calls[name] += amount
 
@@ -221,7 +243,9 @@ def test_nothing_stays_open_after_an_error(model):
 def test_an_image_token_is_never_generated(model):
     with torch.no_grad():
         model.token_rows.output.weight[0] = 100.0 * model.token_rows.output.weight[0].sign()
-    out = model.generate(ids("aIb"), pixel_values=images(1, 1), max_new_tokens=20, do_sample=True, eos_token_id=None)
+    out = model.generate(
+        ids("aIb"), pixel_values=images(1, 1), max_new_tokens=20, do_sample=True, eos_token_id=None
+    )
     assert (out[:, 3:] != MEDIA).all()
 
 
@@ -247,7 +271,9 @@ def test_token_by_token_forwards_equal_one_whatever_the_cache(family):
         for token in tokens.split(1, dim=1):
             new = pixels[:, len([p for p in parts if p[0] == MEDIA]) :][:, :1] if token == MEDIA else None
             out = model(token, new, use_cache=True, **cache)
-            cache = {name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None}
+            cache = {
+                name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None
+            }
             parts.append((int(token), out.logits))
     torch.testing.assert_close(torch.cat([logits for _, logits in parts], 1), whole, rtol=1e-4, atol=1e-4)
 
@@ -278,11 +304,16 @@ def test_a_prompt_without_ids_is_refused(model):
 def test_several_sequences_of_a_sample_go_on_with_the_new_images_alone(model):
     pixels = images(2, 2)
     options = {"max_new_tokens": 3, "do_sample": True, "eos_token_id": None, "num_return_sequences": 2}
-    first = model.generate(ids("aIb", "cId"), pixel_values=pixels[:, :1], return_dict_in_generate=True, **options)
+    first = model.generate(
+        ids("aIb", "cId"), pixel_values=pixels[:, :1], return_dict_in_generate=True, **options
+    )
     second = torch.cat([first.sequences, ids("eIf").expand(4, -1)], dim=1)
     repeated = pixels.repeat_interleave(2, 0)
-    found = model(second[:, first.past_key_values.get_seq_length() :], repeated[:, 1:],
-                  past_key_values=copy.deepcopy(first.past_key_values)).logits
+    found = model(
+        second[:, first.past_key_values.get_seq_length() :],
+        repeated[:, 1:],
+        past_key_values=copy.deepcopy(first.past_key_values),
+    ).logits
     whole = model(second, repeated).logits[:, -found.shape[1] :]
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
 
@@ -326,7 +357,9 @@ def test_tokens_that_the_language_model_read_alone_do_not_make_it_forget(model):
     cache = model(prompt, images(1, 1), use_cache=True).past_key_values
     model.lang_encoder(between, past_key_values=cache)
     with torch.no_grad():
-        seen, unseen = (model(rest, past_key_values=copy.deepcopy(c)).logits for c in (cache, _without_images(cache)))
+        seen, unseen = (
+            model(rest, past_key_values=copy.deepcopy(c)).logits for c in (cache, _without_images(cache))
+        )
     assert not torch.allclose(seen, unseen)
 
 

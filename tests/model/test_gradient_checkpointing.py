@@ -31,16 +31,21 @@ def trainable(*prefixes, **options):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize(
-    "parts", [("perceiver", "gated_cross_attn_layers", "token_rows"), ("gated_cross_attn_layers",), ("perceiver",)]
+    "parts",
+    [("perceiver", "gated_cross_attn_layers", "token_rows"), ("gated_cross_attn_layers",), ("perceiver",)],
 )
 def test_gradients_equal_those_without(mode, every, parts):
     model = trainable(*parts, cross_attn_every_n_layers=every)
     expected = gradients(model)
     model.activation_checkpointing_enable(mode)
     found = gradients(model)
-    assert expected and all(gradient is not None and gradient.abs().max() > 0 for gradient in expected.values())
+    assert expected and all(
+        gradient is not None and gradient.abs().max() > 0 for gradient in expected.values()
+    )
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("part", ["language model", "cross-attention", "perceiver"])
@@ -105,7 +110,12 @@ def test_one_step_of_eight_equals_eight_accumulated_steps_of_one():
     model.zero_grad(set_to_none=True)
     tokens = text[:, 1:].numel()
     for row in range(8):
-        out = model(text[row : row + 1], pixels[row : row + 1].double(), labels=text[row : row + 1], num_items_in_batch=tokens)
+        out = model(
+            text[row : row + 1],
+            pixels[row : row + 1].double(),
+            labels=text[row : row + 1],
+            num_items_in_batch=tokens,
+        )
         out.loss.backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

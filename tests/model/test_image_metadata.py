@@ -39,7 +39,9 @@ def camera_exif() -> bytes:
     """A block as cameras write it, with resolution, maker, date and place."""
     block = Image.Exif()
     block.endian = ">"
-    block.update({0x0112: ORIENTATION, 0x0128: 2, 0x011A: 72.0, 0x011B: 72.0, 0x010F: "Maker", 0x0132: "2020:01:01"})
+    block.update(
+        {0x0112: ORIENTATION, 0x0128: 2, 0x011A: 72.0, 0x011B: 72.0, 0x010F: "Maker", 0x0132: "2020:01:01"}
+    )
     block.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0)})
     block.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
     return block.tobytes()
@@ -73,7 +75,9 @@ CONTAINERS = {"JPEG": jpeg, "PNG": png_with, "WEBP": webp}
 
 
 def is_upright(image: Image.Image) -> bool:
-    return image.size == (8, 12) and np.abs(np.asarray(image).astype(int) - UPRIGHT).mean() < 12  # JPEG is lossy
+    return (
+        image.size == (8, 12) and np.abs(np.asarray(image).astype(int) - UPRIGHT).mean() < 12
+    )  # JPEG is lossy
 
 
 def mutations(block: bytes, count: int):
@@ -83,7 +87,9 @@ def mutations(block: bytes, count: int):
         changed = bytearray(block)
         for _ in range(dice.choice([1, 1, 2, 4, 8, 20])):
             at = dice.randrange(6, len(changed))
-            changed[at] = dice.choice([0, 1, 255, changed[at] ^ (1 << dice.randrange(8)), dice.randrange(256)])
+            changed[at] = dice.choice(
+                [0, 1, 255, changed[at] ^ (1 << dice.randrange(8)), dice.randrange(256)]
+            )
         yield bytes(changed[: dice.randrange(6, len(changed))] if dice.random() < 0.2 else changed)
 
 
@@ -92,7 +98,10 @@ def mutations(block: bytes, count: int):
 def test_no_mutation_of_exif_costs_the_image_or_an_orientation_that_is_intact(form):
     block = camera_exif()
     entry = block.index(struct.pack(">HHI", 0x0112, SHORT, 1))
-    needed = [slice(6, 16), slice(entry, entry + 12)]  # byte order, start and length of the directory; its entry
+    needed = [
+        slice(6, 16),
+        slice(entry, entry + 12),
+    ]  # byte order, start and length of the directory; its entry
     intact = 0
     for mutated in mutations(block, 400):
         content = CONTAINERS[form](mutated)
@@ -161,11 +170,15 @@ HARMFUL = {
     "a PNG with large text": png((b"zTXt", b"key\0\0" + zlib.compress(bytes(3 << 20)))),
     "a PNG with broken international text": png((b"iTXt", b"XML:com.adobe.xmp\0\1\7")),
     "a PNG with short metadata": png((b"pHYs", b"\0"), (b"gAMA", b""), (b"cHRM", b"\0"), (b"sRGB", b"")),
-    "a PNG with a wrong checksum of metadata": re.sub(rb"(tEXtkey.value).{4}", rb"\1????", png((b"tEXt", b"key\0value"))),
+    "a PNG with a wrong checksum of metadata": re.sub(
+        rb"(tEXtkey.value).{4}", rb"\1????", png((b"tEXt", b"key\0value"))
+    ),
     "a JPEG with a broken ICC profile": jpeg(b"Exif\0\0", b"\xff\xe2\0\x12ICC_PROFILE\0\7\7"),
     "a JPEG with a broken multi-picture index": jpeg(b"Exif\0\0", b"\xff\xe2\0\x0cMPF\0MM\0*\0\0"),
     "a JPEG with broken Photoshop resources": jpeg(b"Exif\0\0", b"\xff\xed\0\x18Photoshop 3.0\08BIM\7\7\7"),
-    "a WebP with broken ICC and XMP": file_of(STORED, "WEBP", lossless=True, icc_profile=b"icc", xmp=b"\xff<x"),
+    "a WebP with broken ICC and XMP": file_of(
+        STORED, "WEBP", lossless=True, icc_profile=b"icc", xmp=b"\xff<x"
+    ),
 }
 
 
@@ -182,7 +195,9 @@ ORIENTED = {
     "XMP beside garbage EXIF": jpeg(
         LOST["garbage"], b"\xff\xe1" + struct.pack(">H", len(XMP_SEGMENT) + 2) + XMP_SEGMENT
     ),
-    "XMP in PNG beside a broken profile": png((b"iCCP", b"name"), (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
+    "XMP in PNG beside a broken profile": png(
+        (b"iCCP", b"name"), (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
+    ),
 }
 
 

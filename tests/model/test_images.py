@@ -51,8 +51,14 @@ def test_training_and_the_processor_see_the_same_normalised_pixels(name, process
     stored = Locator(None, False).image(opened, "row 0: image")  # a Pillow image in a row
     text = base64.b64encode(kind.content).decode()
     seen = {
-        **{f"training: {type(one).__name__}": trained_on(processor, one) for one in (str(path), kind.content, stored)},
-        **{f"asked: {one}": asked_about(processor, one) for one in (path, str(path), f"data:image/png;base64,{text}")},
+        **{
+            f"training: {type(one).__name__}": trained_on(processor, one)
+            for one in (str(path), kind.content, stored)
+        },
+        **{
+            f"asked: {one}": asked_about(processor, one)
+            for one in (path, str(path), f"data:image/png;base64,{text}")
+        },
         "asked: bytes": asked_about(processor, kind.content),
         "asked: Pillow": asked_about(processor, Image.open(path)),
         "asked: base64": asked_about(processor, text),
@@ -82,7 +88,9 @@ def asked_about(processor, image) -> torch.Tensor:
 def test_the_images_of_a_chat_are_read_the_same_way(processor):
     for name in ("16-bit PNG", "RGBA"):
         image = Image.open(io.BytesIO(KINDS[name].content))
-        messages = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}]
+        messages = [
+            {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}
+        ]
         batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
         assert torch.equal(batch["pixel_values"][0, 0], trained_on(processor, KINDS[name].content))
 
@@ -92,7 +100,10 @@ def premultiplied(mode: str) -> Image.Image:
 
 
 IN_MEMORY = {
-    "I;16B": (Image.frombytes("I;16B", (SIDE, SIDE), SIXTEEN.astype(">u2").tobytes()), SIXTEEN[..., None] / 257),
+    "I;16B": (
+        Image.frombytes("I;16B", (SIDE, SIDE), SIXTEEN.astype(">u2").tobytes()),
+        SIXTEEN[..., None] / 257,
+    ),
     "HSV": (Image.fromarray(COLOURS).convert("HSV"), COLOURS),
     "YCbCr": (Image.fromarray(COLOURS).convert("YCbCr"), COLOURS),
     "RGBa": (premultiplied("RGBa"), over_white(COLOURS, ALPHA)),
@@ -127,7 +138,11 @@ def test_the_callers_image_is_not_changed(mode, processor):
     image.info["dpi"] = (72, 72)
     image.getexif()[0x0112] = 6
     before = image.mode, image.tobytes(), dict(image.info), dict(image.getexif())
-    for read in (to_rgb, processor.image_processor.transform, lambda one: Locator(None, False).image(one, "row 0")):
+    for read in (
+        to_rgb,
+        processor.image_processor.transform,
+        lambda one: Locator(None, False).image(one, "row 0"),
+    ):
         read(image)
         assert (image.mode, image.tobytes(), dict(image.info), dict(image.getexif())) == before
     assert to_rgb(image) is not image
@@ -141,7 +156,9 @@ def test_an_open_animation_stays_at_its_frame_and_keeps_what_was_painted_on_it()
     image.putpixel((2, 3), (9, 9, 9))
     for _ in range(2):
         seen = to_rgb(image)
-        assert seen.getpixel((0, 0)) == (0, 255, 0) and seen.getpixel((2, 3)) == (9, 9, 9) and image.tell() == 1
+        assert (
+            seen.getpixel((0, 0)) == (0, 255, 0) and seen.getpixel((2, 3)) == (9, 9, 9) and image.tell() == 1
+        )
 
 
 # Arrays
@@ -201,10 +218,16 @@ REFUSED = {
     "one row": (np.zeros(8, np.uint8), r"shape \(8,\)"),
     "many channels": (np.zeros((8, 8, 7), np.uint8), r"shape \(8, 8, 7\)"),
     "no pixels": (np.zeros((0, 8, 3), np.uint8), "no pixels"),
-    "normalised": (torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)), "before any normalisation"),
+    "normalised": (
+        torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "before any normalisation",
+    ),
     "normalised, mostly bright": (np.linspace(-0.2, 2.6, 64).reshape(8, 8), "before any normalisation"),
     "normalised to -1..1": (np.linspace(-1, 1, 64).reshape(8, 8), "before any normalisation"),
-    "temperatures": (Image.fromarray(np.linspace(-1000, 3000, 64, dtype=np.int32).reshape(8, 8)), "from -1000 to 3000"),
+    "temperatures": (
+        Image.fromarray(np.linspace(-1000, 3000, 64, dtype=np.int32).reshape(8, 8)),
+        "from -1000 to 3000",
+    ),
     "a z-score": (Image.fromarray(np.linspace(-3, 3, 64, dtype=np.float32).reshape(8, 8)), "from -3 to 3"),
     "NaN": (np.full((8, 8), np.nan), "NaN"),
     "negative integers": (np.full((8, 8), -1), "got pixel values from -1 to 0"),
@@ -300,4 +323,8 @@ def test_a_file_whose_text_has_the_readers_own_key_is_still_turned_upright():
     exif[images.ORIENTATION] = 6
     Image.new("RGB", (8, 4)).save(content, "PNG", pnginfo=note, exif=exif)
     opened = Image.open(content)
-    assert to_rgb(opened).size == (4, 8) and conversions(to_rgb(opened)) == ("rotated",) and conversions(opened) == ()
+    assert (
+        to_rgb(opened).size == (4, 8)
+        and conversions(to_rgb(opened)) == ("rotated",)
+        and conversions(opened) == ()
+    )

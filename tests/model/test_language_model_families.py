@@ -90,7 +90,9 @@ COMMON = {
 
 def common_first(families) -> list:
     """The families as parameters, the uncommon ones marked slow."""
-    return [family if family in COMMON else pytest.param(family, marks=pytest.mark.slow) for family in families]
+    return [
+        family if family in COMMON else pytest.param(family, marks=pytest.mark.slow) for family in families
+    ]
 
 
 @pytest.mark.parametrize("family", common_first(FAMILIES))

@@ -30,7 +30,9 @@ def model():
 def seen(model):
     """How many images the tower was given, call by call."""
     counts: list[int] = []
-    hook = model.vision_encoder.conv1.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    hook = model.vision_encoder.conv1.register_forward_pre_hook(
+        lambda module, args: counts.append(len(args[0]))
+    )
     yield counts
     hook.remove()
 
@@ -108,7 +110,9 @@ def test_padding_frames_change_nothing_and_never_reach_the_tower(model, lengths,
     frames = torch.tensor(lengths).view(2, 2)
     pixels, text = images(2, 2, 3, seed=seed), ids("aIbIc", "dIeIg")
     counts = []
-    hook = model.vision_encoder.conv1.register_forward_pre_hook(lambda module, args: counts.append(len(args[0])))
+    hook = model.vision_encoder.conv1.register_forward_pre_hook(
+        lambda module, args: counts.append(len(args[0]))
+    )
     found = latents(model, text, pixel_values=pixels, frame_counts=frames)
     hook.remove()
     assert counts == [sum(lengths)]
@@ -129,7 +133,9 @@ def test_padding_frames_change_nothing_and_never_reach_the_tower(model, lengths,
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_copies_are_found_whatever_their_order_and_nothing_else_is(names, dtype):
     kinds = images(2).to(dtype)
-    kinds = torch.stack([*kinds, kinds[0].flip(-1), kinds[0] + torch.nan])  # the flip has the sum of the first
+    kinds = torch.stack(
+        [*kinds, kinds[0].flip(-1), kinds[0] + torch.nan]
+    )  # the flip has the sum of the first
     first, source = find_copies(kinds[names])
     assert [names[index] for index in first] == list(dict.fromkeys(names))
     assert [names[first[number]] for number in source] == names
@@ -142,7 +148,9 @@ def test_an_image_that_is_there_twice_is_encoded_once_and_read_as_if_twice(model
     expected = model(TEXT, vision_tokens=tokens_of(model, pixels)).logits
     seen.clear()
     torch.testing.assert_close(model(TEXT, pixels).logits, expected)
-    assert seen == [5]  # the text mentions nine frames; one video of three is a copy, and one frame of another
+    assert seen == [
+        5
+    ]  # the text mentions nine frames; one video of three is a copy, and one frame of another
 
 
 def test_lora_in_the_tower_learns_from_each_of_two_copies():

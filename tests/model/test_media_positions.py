@@ -108,7 +108,11 @@ def test_beams_continue_from_a_cache():
 def test_chunks_and_drafts_read_images_at_their_positions():
     model, tokens, pixels = flamingo(), ids("aIbcIdef"), images(1, 2)
     expected = model.generate(tokens, pixel_values=pixels, use_cache=False, **GREEDY)
-    for options in ({"prefill_chunk_size": 3}, {"assistant_model": flamingo()}, {"prompt_lookup_num_tokens": 2}):
+    for options in (
+        {"prefill_chunk_size": 3},
+        {"assistant_model": flamingo()},
+        {"prompt_lookup_num_tokens": 2},
+    ):
         assert torch.equal(model.generate(tokens, pixel_values=pixels, **options, **GREEDY), expected)
 
 
@@ -117,7 +121,9 @@ def test_drafts_are_refused_after_a_cache_whose_tokens_transformers_would_read_t
     model, pixels = flamingo(), images(1, 2)
     cache = model(ids("aIb"), pixels[:, :1], use_cache=True).past_key_values
     options = {"assistant_model": flamingo()} if draft == "assistant" else {"prompt_lookup_num_tokens": 2}
-    with pytest.raises(UserError, match="assisted decoding cannot continue from a cache, got one of 3 tokens"):
+    with pytest.raises(
+        UserError, match="assisted decoding cannot continue from a cache, got one of 3 tokens"
+    ):
         model.generate(ids("aIbcId"), pixel_values=pixels, past_key_values=cache, **options, **GREEDY)
 
 

@@ -141,7 +141,11 @@ def test_an_adapter_with_added_tokens_is_saved_and_loaded(tmp_path):
     expected = model.eval()(**inputs).logits
     save_adapter(model, processor, tmp_path / "adapter")
     loaded, again = load_adapter(tmp_path / "adapter")
-    assert again.tokenizer.convert_tokens_to_ids("<right>") == len(processor.tokenizer) - 1 == inputs["input_ids"].max()
+    assert (
+        again.tokenizer.convert_tokens_to_ids("<right>")
+        == len(processor.tokenizer) - 1
+        == inputs["input_ids"].max()
+    )
     assert torch.equal(loaded(**inputs).logits, expected)
 
 

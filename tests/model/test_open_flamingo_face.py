@@ -7,9 +7,19 @@ import torch
 from PIL import Image
 
 from flamingo_ft import Flamingo, create_model_and_transforms
-
-from .tiny import EOC, MEDIA, PERCEIVER, VISION_CONFIG, VISION_WIDTH, ids, images, open_gates, tiny_language_model
 from flamingo_ft.backbones.tower import build_visual
+
+from .tiny import (
+    EOC,
+    MEDIA,
+    PERCEIVER,
+    VISION_CONFIG,
+    VISION_WIDTH,
+    ids,
+    images,
+    open_gates,
+    tiny_language_model,
+)
 
 
 def flamingo(**options) -> Flamingo:
@@ -37,17 +47,34 @@ def names(function) -> list[str]:
 
 def test_signatures_are_open_flamingos():
     assert names(Flamingo.__init__)[1:] == [
-        "vision_encoder", "lang_encoder", "eoc_token_id", "media_token_id", "vis_dim", "cross_attn_every_n_layers",
+        "vision_encoder",
+        "lang_encoder",
+        "eoc_token_id",
+        "media_token_id",
+        "vis_dim",
+        "cross_attn_every_n_layers",
         "gradient_checkpointing",
     ]
     assert names(Flamingo.forward)[1:] == [
-        "vision_x", "lang_x", "attention_mask", "labels", "clear_conditioned_layers", "past_key_values", "use_cache",
+        "vision_x",
+        "lang_x",
+        "attention_mask",
+        "labels",
+        "clear_conditioned_layers",
+        "past_key_values",
+        "use_cache",
     ]
     assert names(Flamingo.generate)[1:] == ["vision_x", "lang_x", "attention_mask", "kwargs"]
     assert names(Flamingo.cache_media)[1:] == ["input_ids", "vision_x"]
     assert names(create_model_and_transforms) == [
-        "clip_vision_encoder_path", "clip_vision_encoder_pretrained", "lang_encoder_path", "tokenizer_path",
-        "cross_attn_every_n_layers", "use_local_files", "decoder_layers_attr_name", "freeze_lm_embeddings",
+        "clip_vision_encoder_path",
+        "clip_vision_encoder_pretrained",
+        "lang_encoder_path",
+        "tokenizer_path",
+        "cross_attn_every_n_layers",
+        "use_local_files",
+        "decoder_layers_attr_name",
+        "freeze_lm_embeddings",
         "flamingo_kwargs",
     ]
 
@@ -86,7 +113,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(mode):
     def gradients():
         model.train().zero_grad(set_to_none=True)
         model(video(1, 1), text, labels=text).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if name.startswith(("perceiver", "gated"))}
+        return {
+            name: p.grad for name, p in model.named_parameters() if name.startswith(("perceiver", "gated"))
+        }
 
     expected = gradients()
     model.gradient_checkpointing_enable(mode)
@@ -97,7 +126,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(mode):
 
 def test_the_constructor_switches_gradient_checkpointing_on():
     model = flamingo(gradient_checkpointing=True)
-    flags = [module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    flags = [
+        module.gradient_checkpointing
+        for module in model.modules()
+        if hasattr(module, "gradient_checkpointing")
+    ]
     assert flags and all(flags)
 
 
@@ -117,11 +150,18 @@ def test_the_factory_makes_what_open_flamingos_makes():
     tokenizer.padding_side = "left"
     text = tokenizer(["<image>An image of", "<image>Two<|endofchunk|>"], return_tensors="pt", padding=True)
     pixels = torch.stack([transform(Image.new("RGB", (32, 32)))] * 2)[:, None, None]
-    out = model.generate(vision_x=pixels, lang_x=text["input_ids"], attention_mask=text["attention_mask"],
-                         max_new_tokens=5, num_beams=3)
+    out = model.generate(
+        vision_x=pixels,
+        lang_x=text["input_ids"],
+        attention_mask=text["attention_mask"],
+        max_new_tokens=5,
+        num_beams=3,
+    )
     assert torch.equal(out[:, : text["input_ids"].shape[1]], text["input_ids"])
 
 
 def test_the_factory_can_freeze_the_embeddings():
-    model, *_ = create_model_and_transforms("nano", None, "nano", "nano", freeze_lm_embeddings=True, perceiver=PERCEIVER)
+    model, *_ = create_model_and_transforms(
+        "nano", None, "nano", "nano", freeze_lm_embeddings=True, perceiver=PERCEIVER
+    )
     assert not any(p.requires_grad for p in model.lang_encoder.parameters())

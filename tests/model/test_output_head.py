@@ -54,7 +54,9 @@ def test_the_logits_and_gradients_of_rows_scored_apart_are_those_of_the_whole_ma
     wide, apart = with_scores(hidden, rows), RowsApart(matrix, ids_)
     logits = torch.cat([wide @ apart[start : start + chunk].T for start in range(0, 60, chunk)], dim=-1)
     torch.testing.assert_close(logits, whole, rtol=1e-13, atol=1e-13)
-    for found, one in zip(torch.autograd.grad((logits * weights).sum(), (hidden, rows)), expected, strict=True):
+    for found, one in zip(
+        torch.autograd.grad((logits * weights).sum(), (hidden, rows)), expected, strict=True
+    ):
         torch.testing.assert_close(found, one, rtol=1e-12, atol=1e-12)
     assert torch.equal(wide @ apart.T, wide @ apart[:].T) and apart.shape[1] % 8 == 0
 

@@ -51,7 +51,9 @@ def gradients(model, batch, backbone: bool) -> tuple[torch.Tensor, dict[str, tor
 def loss_from_backbone(model, batch):
     """As TRL computes it: the last hidden state times the output head."""
     labels = batch["labels"][:, 1:]
-    hidden = model.base_model(**{name: each for name, each in batch.items() if name != "labels"}, use_cache=False)
+    hidden = model.base_model(
+        **{name: each for name, each in batch.items() if name != "labels"}, use_cache=False
+    )
     head = model.get_output_embeddings()
     logits = torch.nn.functional.linear(hidden.last_hidden_state[:, :-1], head.weight, head.bias)
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -61,7 +63,9 @@ def loss_from_backbone(model, batch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["immediate", "all_preceding", "following"])
 @pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
-def test_packed_samples_have_the_loss_and_the_gradients_that_they_have_apart(family, mode, attention, backbone):
+def test_packed_samples_have_the_loss_and_the_gradients_that_they_have_apart(
+    family, mode, attention, backbone
+):
     lm = make_tiny(family)
     if family != "mpt":  # it has attention of its own alone
         lm.set_attn_implementation(attention)
@@ -74,7 +78,9 @@ def test_packed_samples_have_the_loss_and_the_gradients_that_they_have_apart(fam
     assert found.keys() == expected.keys()
     largest = max(float(each.abs().max()) for each in expected.values())
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=relative, atol=absolute * largest, msg=name)
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=relative, atol=absolute * largest, msg=name
+        )
 
 
 @pytest.mark.parametrize("mode", ["immediate", "all_preceding", "following"])
@@ -83,7 +89,9 @@ def test_without_document_ids_a_document_would_see_the_images_of_others(mode):
     model = tiny_flamingo(media_visibility=mode).double()
     _, packed = batches()
     own = model(**packed).logits
-    mixed = model(**{name: each for name, each in packed.items() if name != "document_ids"}, use_cache=False).logits
+    mixed = model(
+        **{name: each for name, each in packed.items() if name != "document_ids"}, use_cache=False
+    ).logits
     assert (own - mixed).abs().max() > 1e-3
 
 
@@ -117,7 +125,9 @@ def test_families_that_keep_documents_apart_may_be_packed(family):
 
 @pytest.mark.parametrize("family", ["bloom", "mamba", "roberta"])
 def test_families_that_read_across_documents_are_refused(family):
-    with pytest.raises(UserError, match=f"^data.packing: a {family} model [^\n]*; set data.packing to false[^\n]*$"):
+    with pytest.raises(
+        UserError, match=f"^data.packing: a {family} model [^\n]*; set data.packing to false[^\n]*$"
+    ):
         check_packing(tiny_flamingo(lm=make_tiny(family)), rows=2)
 
 

@@ -37,7 +37,12 @@ def test_the_image_transform_is_open_clips_own(processor):
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{NANO_FOLDER}")
     for image in (A, picture(3, (32, 32)), picture(4, (300, 41))):
         assert torch.equal(processor.image_processor.transform(image), transform(image))
-    for mode in ("L", "P", "RGBA", "CMYK"):  # in RGB from the start: OpenCLIP would resize a palette's indices
+    for mode in (
+        "L",
+        "P",
+        "RGBA",
+        "CMYK",
+    ):  # in RGB from the start: OpenCLIP would resize a palette's indices
         image = A.convert(mode)
         assert torch.equal(processor.image_processor.transform(image), transform(image.convert("RGB")))
 
@@ -81,7 +86,10 @@ def test_text_without_images_is_the_tokenizers_own(processor):
 
 def test_tokenizer_arguments_may_be_grouped(processor):
     flat = processor(text=["a b", "c"], padding="max_length", max_length=9, padding_side="left")
-    options = {"text_kwargs": {"max_length": 9, "padding_side": "left"}, "common_kwargs": {"padding": "max_length"}}
+    options = {
+        "text_kwargs": {"max_length": 9, "padding_side": "left"},
+        "common_kwargs": {"padding": "max_length"},
+    }
     assert flat.data == processor(text=["a b", "c"], **options).data
     assert [len(row) for row in flat["input_ids"]] == [9, 9]
 
@@ -132,7 +140,11 @@ def test_the_chat_template_writes_typed_blocks_as_text(processor):
     assert processor.apply_chat_template(TURNS) == TEXT
     short = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\nHo.<|im_end|>\n"
     assert processor.apply_chat_template([TURNS, [user("Hi."), assistant("Ho.")]]) == [TEXT, short]
-    plain = [{"role": "user", "content": "<image>?"}, {"role": "assistant"}, {"role": "assistant", "content": None}]
+    plain = [
+        {"role": "user", "content": "<image>?"},
+        {"role": "assistant"},
+        {"role": "assistant", "content": None},
+    ]
     assert processor.apply_chat_template(plain[:1], add_generation_prompt=True).startswith(
         "<|im_start|>user\n<image>?<|im_end|>"
     )
@@ -169,7 +181,11 @@ def test_images_in_blocks_may_be_files(processor, tmp_path, key):
 
 
 def test_a_batch_of_conversations_keeps_each_its_images(processor):
-    conversations = [TURNS, [user("Hi."), assistant("Hi.")], [user({"type": "image", "image": C}), assistant("C.")]]
+    conversations = [
+        TURNS,
+        [user("Hi."), assistant("Hi.")],
+        [user({"type": "image", "image": C}), assistant("C.")],
+    ]
     found = processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **WHOLE)
     assert found["pixel_values"].shape == (3, 2, 3, 32, 32)
     assert torch.equal(found["pixel_values"][0], pixels(processor, A, B))
@@ -188,7 +204,9 @@ def test_a_block_of_another_type_is_refused(processor):
 
 @pytest.mark.parametrize("template", [None, CHATML, CHUNK_TEMPLATE])
 def test_a_saved_processor_comes_back_the_same(processor, template, tmp_path):
-    processor = FlamingoProcessor(processor.image_processor, fresh_tokenizer(processor), chat_template=template)
+    processor = FlamingoProcessor(
+        processor.image_processor, fresh_tokenizer(processor), chat_template=template
+    )
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
     again.save_pretrained(tmp_path / "again")
@@ -197,7 +215,12 @@ def test_a_saved_processor_comes_back_the_same(processor, template, tmp_path):
     assert type(again) is FlamingoProcessor
     assert again.chat_template == processor.chat_template == (template or processor.tokenizer.chat_template)
     assert again.image_token_id == processor.image_token_id
-    inputs = {"images": [A, B], "text": ["<image> one", "two <image> é世🦩"], "padding": True, "return_tensors": "pt"}
+    inputs = {
+        "images": [A, B],
+        "text": ["<image> one", "two <image> é世🦩"],
+        "padding": True,
+        "return_tensors": "pt",
+    }
     first, second = processor(**inputs), again(**inputs)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -278,7 +301,8 @@ def test_trls_collator_takes_batches_without_any_image(processor):
 def test_trls_collator_takes_prompts_with_completions(processor):
     collate = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
     pairs = [
-        {"prompt": row["messages"][:1], "completion": row["messages"][1:], "images": row["images"]} for row in rows()
+        {"prompt": row["messages"][:1], "completion": row["messages"][1:], "images": row["images"]}
+        for row in rows()
     ]
     batch = collate(pairs)
     assert batch["pixel_values"].shape == (4, 3, 3, 32, 32)

@@ -29,7 +29,10 @@ EVA = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "", "timm_proj"
 TOWERS = {
     "clip": {},
     "convnext": {
-        "vision_config": {"embed_dim": 16, "vision_cfg": {"timm_model_name": "test_convnext", "image_size": 160}},
+        "vision_config": {
+            "embed_dim": 16,
+            "vision_cfg": {"timm_model_name": "test_convnext", "image_size": 160},
+        },
         "vision_width": 64,
     },
     "eva": {"vision_config": {"embed_dim": 16, "vision_cfg": EVA}, "vision_width": 192},
@@ -47,7 +50,9 @@ def load(folder: Path, wanted: str, **options) -> nn.Module:
 
 
 def plain_linears(model: nn.Module) -> list[str]:
-    return [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and not is_quantized(part)]
+    return [
+        name for name, part in model.named_modules() if isinstance(part, nn.Linear) and not is_quantized(part)
+    ]
 
 
 def saved(folder: Path, **options) -> Path:
@@ -186,7 +191,9 @@ def test_open_flamingos_face_tells_it_too():
 def test_lora_on_a_quantized_flamingo_wraps_bitsandbytes_layers():
     model = put_together("nf4", "int8")
     wrapped = get_peft_model(model, LoraConfig(target_modules=["in_proj", "q_proj"]))
-    layers = {type(part).__name__ for part in wrapped.modules() if type(part).__module__ == "peft.tuners.lora.bnb"}
+    layers = {
+        type(part).__name__ for part in wrapped.modules() if type(part).__module__ == "peft.tuners.lora.bnb"
+    }
     assert layers == {"Linear4bit", "Linear8bitLt"}
 
 

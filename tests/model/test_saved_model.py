@@ -104,7 +104,12 @@ def test_the_output_head_given_to_trainers_has_the_rows_in_place():
 
 def test_what_a_checkpoint_does_not_hold_is_restored(tmp_path):
     """Rotary tables of an EVA tower, and a language model's own computed buffers, are in no state dict."""
-    vision = {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "", "timm_proj": "", "image_size": 224}
+    vision = {
+        "timm_model_name": "eva02_tiny_patch14_224",
+        "timm_pool": "",
+        "timm_proj": "",
+        "image_size": 224,
+    }
     config = {"embed_dim": 16, "vision_cfg": vision}
     model = tiny_flamingo(lm=make_tiny("falcon_h1"), vision_config=config, vision_width=192)
     assert non_persistent_buffers(config)

@@ -26,7 +26,10 @@ def rows(processor) -> list[dict[str, torch.Tensor]]:
     ids = [processor.tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
     length = min(one.shape[1] for one in ids)
     ids = [one[:, :length] for one in ids]
-    return [{"input_ids": ids[0], "labels": ids[0], "pixel_values": image}, {"input_ids": ids[1], "labels": ids[1]}]
+    return [
+        {"input_ids": ids[0], "labels": ids[0], "pixel_values": image},
+        {"input_ids": ids[1], "labels": ids[1]},
+    ]
 
 
 def learn(model, batches) -> list[float]:
@@ -82,7 +85,10 @@ def sharded(folder, *overrides: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     "overrides",
-    [pytest.param((), id="bridge", marks=pytest.mark.slow), pytest.param(BRIDGE_AND_LORA, id="bridge and LoRA, checkpointed")],
+    [
+        pytest.param((), id="bridge", marks=pytest.mark.slow),
+        pytest.param(BRIDGE_AND_LORA, id="bridge and LoRA, checkpointed"),
+    ],
 )
 def test_two_processes_with_half_of_it_each_learn_what_one_learns(small_run, overrides):
     found = sharded(small_run, *overrides)

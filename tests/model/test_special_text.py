@@ -21,14 +21,18 @@ def llama(legacy: bool):
 
 TOKENIZERS = {"nano": nano_processor().tokenizer, "llama": llama(False), "legacy llama": llama(True)}
 WORDS = st.sampled_from(["Seven.", " ", "\n", "世", "🦩", "e\u0301", "see", "<", "image>", "  ", "<|im_"])
-PLAIN = st.lists(WORDS | st.text(max_size=4), max_size=5).map("".join).filter(lambda text: "<image>" not in text)
+PLAIN = (
+    st.lists(WORDS | st.text(max_size=4), max_size=5).map("".join).filter(lambda text: "<image>" not in text)
+)
 TYPED = st.sampled_from(["<image>", "<|endofchunk|>", "</s>", "<s>", "<|im_end|>", "<0x41>", "<image></s>"])
 parametrized = pytest.mark.parametrize("name", TOKENIZERS)
 
 
 def genuine(tokenizer, ids):
     """Ids of the tokens that no plain text gives: images and ends."""
-    wanted = {tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endofchunk|>", tokenizer.eos_token)}
+    wanted = {
+        tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endofchunk|>", tokenizer.eos_token)
+    }
     return [token for token in ids if token in wanted]
 
 
@@ -110,6 +114,8 @@ def test_the_processor_and_its_chat_template_give_the_ids_of_training():
     found = processor.apply_chat_template(turns, tokenize=True, **marks)
     again = processor(images=turns[0]["content"][0]["image"], text=text, add_special_tokens=False)
     assert found["input_ids"] == again["input_ids"] == [expected.input_ids]
-    assert [label != IGNORED for label in expected.labels] == [mask == 1 for mask in found["assistant_masks"][0]]
+    assert [label != IGNORED for label in expected.labels] == [
+        mask == 1 for mask in found["assistant_masks"][0]
+    ]
     with pytest.raises(UserError, match="text 0 has 1 <image> markers but 0 images"):
         processor(text=text)

@@ -55,7 +55,10 @@ def test_a_ragged_padded_batch_equals_its_samples_alone(mode, side):
     texts, counts = ["aIbIcId", "ab", "Iabc", "aIbI"], [3, 0, 1, 2]
     pixels = images(len(texts), 3, seed=3)
     width = max(map(len, texts))
-    rows, mask = torch.zeros(len(texts), width, dtype=torch.long), torch.zeros(len(texts), width, dtype=torch.long)
+    rows, mask = (
+        torch.zeros(len(texts), width, dtype=torch.long),
+        torch.zeros(len(texts), width, dtype=torch.long),
+    )
     positions = torch.zeros_like(rows)
     for row, text in enumerate(texts):
         span = slice(width - len(text), width) if side == "left" else slice(0, len(text))

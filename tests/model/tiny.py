@@ -11,7 +11,13 @@ VOCABULARY, MEDIA, EOC = 60, 58, 59
 IMAGE_SIZE, VISION_WIDTH = 16, 32
 VISION_CONFIG = {
     "embed_dim": 16,
-    "vision_cfg": {"image_size": IMAGE_SIZE, "layers": 2, "width": VISION_WIDTH, "head_width": 16, "patch_size": 8},
+    "vision_cfg": {
+        "image_size": IMAGE_SIZE,
+        "layers": 2,
+        "width": VISION_WIDTH,
+        "head_width": 16,
+        "patch_size": 8,
+    },
     "quick_gelu": False,
 }
 PERCEIVER = {"num_latents": 3, "depth": 2, "heads": 2, "dim_head": 8}
@@ -44,7 +50,10 @@ def tiny_flamingo(seed: int = 0, lm: torch.nn.Module | None = None, perceiver: d
         media_token_id=MEDIA,
         eoc_token_id=EOC,
         **{
-            "vision_config": VISION_CONFIG, "vision_width": VISION_WIDTH, "new_token_ids": [MEDIA, EOC], **options
+            "vision_config": VISION_CONFIG,
+            "vision_width": VISION_WIDTH,
+            "new_token_ids": [MEDIA, EOC],
+            **options,
         },
     )
     model = FlamingoForConditionalGeneration(config, lang_encoder=lm).eval()

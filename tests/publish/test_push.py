@@ -59,7 +59,12 @@ def leave_a_run(folder: Path, here: Path) -> None:
     (folder / "figures").mkdir()
     for name in ("loss.png", "gates.png", "answers.png"):
         (folder / "figures" / name).write_bytes(b"png")
-    for path in ("checkpoints/step-1/adapter_model.safetensors", "tensorboard/events", ".hidden/x.json", "report.html"):
+    for path in (
+        "checkpoints/step-1/adapter_model.safetensors",
+        "tensorboard/events",
+        ".hidden/x.json",
+        "report.html",
+    ):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(str(here))
 
@@ -90,7 +95,13 @@ def test_only_what_belongs_to_it_is_pushed_and_no_place_of_this_machine(on_a_bri
     push(on_a_bridge, REPO)
     files = hub.files(REPO)
     assert {path for path in files if "/" in path} == {"figures/loss.png", "figures/gates.png"}
-    assert {"README.md", "adapter_model.safetensors", "adapter_config.json", "config.json", "metrics.json"} <= {*files}
+    assert {
+        "README.md",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "config.json",
+        "metrics.json",
+    } <= {*files}
     assert "report.html" not in files and not any(path.startswith(".") for path in files)
     for name, content in [*files.items(), *hub.files(BASE).items()]:
         for secret in (str(tmp_path), str(Path.home()), WRITER):
@@ -168,7 +179,10 @@ def test_a_merged_model_is_pushed_whole(adapter, hub, capfd):
 def test_weights_of_an_earlier_push_do_not_stay(adapter, hub):
     push(adapter, REPO)
     digest = hub.store(b"w" * LARGE)
-    hub.repositories[REPO].history[-1].files |= {"model-00001-of-00002.safetensors": digest, "notes.txt": digest}
+    hub.repositories[REPO].history[-1].files |= {
+        "model-00001-of-00002.safetensors": digest,
+        "notes.txt": digest,
+    }
     push(adapter, REPO)
     assert "model-00001-of-00002.safetensors" not in hub.files(REPO) and "notes.txt" in hub.files(REPO)
 
@@ -200,15 +214,24 @@ def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
     ("request_", "status", "reason"),
     [
         ("POST /api/repos/create", 429, "the Hub takes no more requests from here for a while (429)"),
-        pytest.param(f"POST /api/models/{REPO}/commit", 500, "the Hub is in trouble (500)", marks=pytest.mark.slow),
-        pytest.param(f"POST /api/models/{REPO}/commit", 403, "the token may not write there", marks=pytest.mark.slow),
+        pytest.param(
+            f"POST /api/models/{REPO}/commit", 500, "the Hub is in trouble (500)", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            f"POST /api/models/{REPO}/commit", 403, "the token may not write there", marks=pytest.mark.slow
+        ),
         (f"POST /api/models/{REPO}/commit", 404, "failed ("),
         pytest.param(
-            f"POST /api/models/{REPO}/commit", None, "the connection to the Hub broke off (", marks=pytest.mark.slow
+            f"POST /api/models/{REPO}/commit",
+            None,
+            "the connection to the Hub broke off (",
+            marks=pytest.mark.slow,
         ),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(adapter, hub, capfd, request_, status, reason):
+def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(
+    adapter, hub, capfd, request_, status, reason
+):
     hub.fail(request_, times=1000, status=status)
     assert main(["push", "run", REPO]) == 2
     assert f"error: somebody/digits{'-base' if 'create' in request_ else ''}: {reason}" in told(capfd)
@@ -217,7 +240,11 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(adapter, hub
 
 @pytest.mark.parametrize(
     ("token", "reason"),
-    [(None, "found no valid token"), ("hf_wrong", "found no valid token"), (READER, "the token may not write there")],
+    [
+        (None, "found no valid token"),
+        ("hf_wrong", "found no valid token"),
+        (READER, "the token may not write there"),
+    ],
 )
 def test_who_may_not_write_is_told(adapter, hub, monkeypatch, capfd, token, reason):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
@@ -261,14 +288,20 @@ def test_the_card_says_what_it_is_and_the_hub_can_read_it(adapter, hub):
     text = hub.files(REPO)["README.md"].decode()
     card = ModelCard(text)
     data = card.data
-    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "peft", "image-text-to-text")
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "apache-2.0",
+        "peft",
+        "image-text-to-text",
+    )
     assert data.model_name == "digits" and [one.metric_value for one in data.eval_results] == [0.5]
     card.validate()
     assert f'answer("{REPO}"' in text and f'from_pretrained("{REPO}")' in text
     assert "figures/loss.png" in text and "figures/gates.png" in text and "<details>" in text
     assert "| &lt;image&gt;Which \\| shade? | Dark. |  | /Light. |" in text
     assert re.search(r"The loss went from 2 to 1\.", text)
-    assert re.search(r"\| vision \| nano \| apache-2.0 \|", text) and re.search(r"\| language \| nano \| apache-2.0 \|", text)
+    assert re.search(r"\| vision \| nano \| apache-2.0 \|", text) and re.search(
+        r"\| language \| nano \| apache-2.0 \|", text
+    )
 
 
 def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):

@@ -43,10 +43,15 @@ def train(
     world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     world |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     log = folder / f"{output}.txt"
-    ranks = [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {} for rank in range(processes)]
+    ranks = [
+        world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        for rank in range(processes)
+    ]
     arounds = [killing.Around(environment=rank, spoil=spoil) for rank in ranks]
     started = [killing.start(command(output, *overrides), folder, log, around) for around in arounds]
-    ended = [killing.kill_when(process, killing.after(LIMIT)) for process in started]  # one may wait for another for ever
+    ended = [
+        killing.kill_when(process, killing.after(LIMIT)) for process in started
+    ]  # one may wait for another for ever
     return ended, log.read_text()
 
 

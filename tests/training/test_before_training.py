@@ -41,14 +41,18 @@ def test_a_run_that_cannot_be_planned_says_why_and_goes_ahead(folder, monkeypatc
         raise UserError("data.max_text_tokens: found neither data nor a limit")
 
     monkeypatch.setattr(module, "plan_memory", unknown)
-    assert memory_line(recipe()) == "memory: not planned (data.max_text_tokens: found neither data nor a limit)"
+    assert (
+        memory_line(recipe()) == "memory: not planned (data.max_text_tokens: found neither data nor a limit)"
+    )
 
 
 def test_a_model_that_needs_the_values_of_tensors_is_not_planned_and_trains_all_the_same(folder, monkeypatch):
     """As mixtures of experts do, which choose weights by the tokens that they see."""
     monkeypatch.setattr(memory, "dry_step", lambda *_: torch.ones(2).nonzero())
     line = memory_line(recipe())
-    assert line.startswith("memory: not planned (model.language.name: a step of nano cannot be simulated without its weights")
+    assert line.startswith(
+        "memory: not planned (model.language.name: a step of nano cannot be simulated without its weights"
+    )
 
 
 def test_a_gpu_that_fails_while_planning_is_not_taken_for_a_model_that_cannot_be_planned(folder, monkeypatch):
@@ -64,7 +68,9 @@ def test_a_gpu_that_fails_while_planning_is_not_taken_for_a_model_that_cannot_be
 def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(folder, capsys, leaks):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     content = (folder / "0.png").read_bytes()
-    (folder / "copy.png").write_bytes(content if leaks else content + b"\0")  # the same picture in another file is for `check`
+    (folder / "copy.png").write_bytes(
+        content if leaks else content + b"\0"
+    )  # the same picture in another file is for `check`
     (folder / "eval.jsonl").write_text(json.dumps(rows[0] | {"images": ["copy.png"]}))
     off = "eval={before: false, shuffled_images: false, max_new_tokens: 2}"
     assert main(["train", "./recipe.yaml", "data.eval=[{path: eval.jsonl}]", off]) == 0

@@ -53,12 +53,22 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("regime", [(LORA,), (NOTHING_WHOLE, LORA, "model.init_from=start")], ids=["LoRA", "LoRA only"])
+@pytest.mark.parametrize(
+    "regime", [(LORA,), (NOTHING_WHOLE, LORA, "model.init_from=start")], ids=["LoRA", "LoRA only"]
+)
 def test_lora_trains_alike_with_accumulation(tmp_path, monkeypatch, regime):
     write_data(tmp_path, MIXED)
     monkeypatch.chdir(tmp_path)
     write_start(tmp_path / "start")
-    succeed(tmp_path, "one", "train.batch_size=4", "train.gradient_accumulation_steps=2", *regime, *STEPS, processes=1)
+    succeed(
+        tmp_path,
+        "one",
+        "train.batch_size=4",
+        "train.gradient_accumulation_steps=2",
+        *regime,
+        *STEPS,
+        processes=1,
+    )
     succeed(tmp_path, "two", "train.gradient_accumulation_steps=2", *regime, *STEPS)
     assert_trained_alike(tmp_path, "one", "two")
 
@@ -73,15 +83,24 @@ SHARDED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [pytest.param(name, marks=[pytest.mark.slow] * bool(SHARDED[name])) for name in SHARDED])
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.slow] * bool(SHARDED[name])) for name in SHARDED]
+)
 def test_a_sharded_run_trains_alike_and_goes_on(tmp_path, case):
     write_data(tmp_path, MIXED)
-    options = ("train.save_steps=2", "eval={steps: 2, keep: best, batch_size: 2, max_new_tokens: 4}", *STEPS, *SHARDED[case])
+    options = (
+        "train.save_steps=2",
+        "eval={steps: 2, keep: best, batch_size: 2, max_new_tokens: 4}",
+        *STEPS,
+        *SHARDED[case],
+    )
     succeed(tmp_path, "one", "train.batch_size=4", *options, processes=1)
     succeed(tmp_path, "two", "train.fsdp=true", *options)
     assert_trained_alike(tmp_path, "one", "two")
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
-    assert first["eval"] == second["eval"] and first["train"]["best"]["step"] == second["train"]["best"]["step"]
+    assert (
+        first["eval"] == second["eval"] and first["train"]["best"]["step"] == second["train"]["best"]["step"]
+    )
     weights = (tmp_path / "two" / WEIGHTS).read_bytes()
     for name in ("metrics.json", WEIGHTS):
         (tmp_path / "two" / name).unlink()

@@ -30,7 +30,8 @@ def pairs(small_run):
     """The small run with a pair of answers about each image."""
     answers = ("Dark.", "Light.")
     rows = [
-        {"prompt": "Which shade?", "chosen": answers[i], "rejected": answers[1 - i], "images": [f"{i}.png"]} for i in range(2)
+        {"prompt": "Which shade?", "chosen": answers[i], "rejected": answers[1 - i], "images": [f"{i}.png"]}
+        for i in range(2)
     ]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return small_run
@@ -75,7 +76,9 @@ def test_the_reference_stays_what_the_policy_was_before_training(pairs, case):
     assert torch.equal(scores(trainer, reference, batch), before)
     assert (scores(trainer, policy, batch) - before).abs().max() > 1e-2
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)  # both are one model yet
+    assert losses[0]["loss"] == pytest.approx(
+        torch.log(torch.tensor(2.0)).item(), abs=1e-6
+    )  # both are one model yet
     assert losses[0]["rewards/margins"] == 0 and losses[-1]["rewards/margins"] > 0
 
 
@@ -114,7 +117,12 @@ def test_the_reference_of_a_run_that_goes_on_is_that_of_its_beginning(pairs):
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_ends_with_the_same_adapter(pairs):
-    kept = ("train.max_steps=4", "train.save_steps=2", "train.save_total_limit=3", "train.checkpoint_dir=kept")
+    kept = (
+        "train.max_steps=4",
+        "train.save_steps=2",
+        "train.save_total_limit=3",
+        "train.checkpoint_dir=kept",
+    )
     steps = (*DPO, *regimes.REGIMES["bridge and LoRA"], *kept)
     train(regimes.recipe(*steps, "train.output_dir=whole"))
     shutil.rmtree("kept/step-4")
@@ -146,7 +154,9 @@ def test_a_batch_tells_its_pairs_the_tokens_of_both_answers_and_each_image_once(
         assert (len(told.rows), told.images, told.label_tokens) == (2, 2, int(batch["completion_mask"].sum()))
 
 
-@pytest.mark.parametrize("more", [["train.num_workers=2"], ["data.cache={folder: cache}"], ["data.group_by_length=true"]])
+@pytest.mark.parametrize(
+    "more", [["train.num_workers=2"], ["data.cache={folder: cache}"], ["data.group_by_length=true"]]
+)
 def test_pairs_come_the_same_way_as_other_samples(pairs, more):
     plain, other = contents(), contents(*more)
     if "data.cache={folder: cache}" in more:
@@ -160,27 +170,47 @@ def test_pairs_come_the_same_way_as_other_samples(pairs, more):
 
 def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
     rows = Path("pairs.jsonl").read_text()
-    Path("pairs.jsonl").write_text(rows + "\n" + json.dumps({"prompt": "What?", "chosen": "A.", "rejected": "A."}))
+    Path("pairs.jsonl").write_text(
+        rows + "\n" + json.dumps({"prompt": "What?", "chosen": "A.", "rejected": "A."})
+    )
     held_out = "data.eval=[{path: held_out.jsonl}]"
     Path("held_out.jsonl").write_text(rows)
     with pytest.raises(UserError, match="pairs.jsonl: row 2: rejected: found the same as chosen"):
         train(regimes.recipe(*DPO, held_out))
-    more = ("data.on_bad_sample=skip", "data.max_bad_share=0.5", "train.output_dir=skipped", "train.max_steps=2")
+    more = (
+        "data.on_bad_sample=skip",
+        "data.max_bad_share=0.5",
+        "train.output_dir=skipped",
+        "train.max_steps=2",
+    )
     metrics = train(regimes.recipe(*DPO, held_out, *more))
     assert {"accuracy", "accuracy_before", "accuracy_shuffled_images"} <= set(metrics["eval"])
-    answers = [json.loads(line)["answer"] for line in Path("skipped/predictions.jsonl").read_text().splitlines()]
+    answers = [
+        json.loads(line)["answer"] for line in Path("skipped/predictions.jsonl").read_text().splitlines()
+    ]
     assert answers == ["Dark.", "Light."]
-    assert [json.loads(line)["where"][-5:] for line in Path("skipped/left_out.jsonl").read_text().splitlines()] == ["row 2"]
+    assert [
+        json.loads(line)["where"][-5:] for line in Path("skipped/left_out.jsonl").read_text().splitlines()
+    ] == ["row 2"]
 
 
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
-        (["data.train=[{path: train.jsonl}]"], "train.jsonl: found messages samples, wanted preference pairs"),
-        (["train.method=sft"], "pairs.jsonl: found preference pairs, wanted samples with one answer; set train.method to dpo"),
+        (
+            ["data.train=[{path: train.jsonl}]"],
+            "train.jsonl: found messages samples, wanted preference pairs",
+        ),
+        (
+            ["train.method=sft"],
+            "pairs.jsonl: found preference pairs, wanted samples with one answer; set train.method to dpo",
+        ),
         (["data.packing=true", "data.max_text_tokens=64"], "data.packing: pairs are compared row by row"),
         (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: found 0.1; dpo compares"),
-        (["train.dpo={loss_type: ipo, label_smoothing: 0.1}"], "train.dpo.label_smoothing: found loss_type ipo"),
+        (
+            ["train.dpo={loss_type: ipo, label_smoothing: 0.1}"],
+            "train.dpo.label_smoothing: found loss_type ipo",
+        ),
     ],
 )
 def test_what_does_not_go_with_pairs_is_told_in_one_line(pairs, more, complaint):
@@ -198,7 +228,13 @@ def test_what_does_not_go_with_pairs_is_told_in_one_line(pairs, more, complaint)
         ("{beta: 0.5, loss_type: hinge}", lambda x: (1 - 0.5 * x).relu()),
         (
             "{beta: 0.5, label_smoothing: 0.2}",
-            lambda x: -(0.8 * torch.nn.functional.logsigmoid(0.5 * x) - 0.2 * torch.nn.functional.logsigmoid(-0.5 * x)) / 0.6,
+            lambda x: (
+                -(
+                    0.8 * torch.nn.functional.logsigmoid(0.5 * x)
+                    - 0.2 * torch.nn.functional.logsigmoid(-0.5 * x)
+                )
+                / 0.6
+            ),
         ),
     ],
 )

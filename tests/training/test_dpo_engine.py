@@ -16,7 +16,12 @@ from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)
 def four(pairs):  # noqa: F811
     answers = ("Dark.", "Light, I say.")
     rows = [
-        {"prompt": "Which shade" + "?" * n, "chosen": answers[n % 2], "rejected": answers[1 - n % 2], "images": [f"{n % 2}.png"]}
+        {
+            "prompt": "Which shade" + "?" * n,
+            "chosen": answers[n % 2],
+            "rejected": answers[1 - n % 2],
+            "images": [f"{n % 2}.png"],
+        }
         for n in range(4)
     ]
     Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -42,5 +47,7 @@ def test_one_step_of_four_pairs_equals_accumulated_ones(four):
 @pytest.mark.filterwarnings("ignore")
 def test_a_loss_that_is_no_number_names_the_pairs(pairs):  # noqa: F811
     wild = ("train.learning_rate=1e36", "train.max_grad_norm=1e30")
-    with pytest.raises(UserError, match=r"loss is nan at step 2; trained on .*pairs.jsonl: row [01], .*pairs.jsonl: row"):
+    with pytest.raises(
+        UserError, match=r"loss is nan at step 2; trained on .*pairs.jsonl: row [01], .*pairs.jsonl: row"
+    ):
         train(regimes.recipe(*DPO, *wild))

@@ -14,13 +14,21 @@ from tests import regimes
 from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)
 
 WEIGHTS = "adapter_model.safetensors"
-HELD_OUT = (*DPO, "data.eval=[{path: held_out.jsonl}]", "eval={steps: 2, before: false, shuffled_images: false}")
+HELD_OUT = (
+    *DPO,
+    "data.eval=[{path: held_out.jsonl}]",
+    "eval={steps: 2, before: false, shuffled_images: false}",
+)
 
 
 @pytest.fixture
 def held_out(pairs):  # noqa: F811
     """Beside the pairs that are trained on three others, no two of one length."""
-    answers = [("Dark.", "Light."), ("Light, as you see.", "Dark."), ("Dark.", "Light, or so it seems to me.")]
+    answers = [
+        ("Dark.", "Light."),
+        ("Light, as you see.", "Dark."),
+        ("Dark.", "Light, or so it seems to me."),
+    ]
     rows = [
         {"prompt": "Which shade?", "chosen": chosen, "rejected": rejected, "images": [f"{number % 2}.png"]}
         for number, (chosen, rejected) in enumerate(answers)
@@ -39,13 +47,17 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
     trainer = regimes.trainer(model, processor, *HELD_OUT)
     samples = open_data(wanted.data, 0).held_out_samples()
     regimes.shake(model)
-    alone = [judge(trainer, HeldOut([sample], model, processor, wanted), None)["eval_loss"] for sample in samples]
+    alone = [
+        judge(trainer, HeldOut([sample], model, processor, wanted), None)["eval_loss"] for sample in samples
+    ]
     assert len({round(loss, 3) for loss in alone}) == 3
     for size in (1, 2, 8):
         of_size = regimes.recipe(*HELD_OUT, f"eval.batch_size={size}")
         found = judge(trainer, HeldOut(samples, model, processor, of_size), None)["eval_loss"]
         assert found == pytest.approx(sum(alone) / 3, rel=1e-5)
-        shares = [list(HeldOut(samples, model, processor, of_size, rank=rank, world_size=2)) for rank in range(2)]
+        shares = [
+            list(HeldOut(samples, model, processor, of_size, rank=rank, world_size=2)) for rank in range(2)
+        ]
         assert len(shares[0]) == len(shares[1]) and sum(count for share in shares for _, count in share) == 3
 
 
@@ -67,5 +79,7 @@ def test_held_out_samples_with_one_answer_are_refused_before_training_where_thei
     with pytest.raises(UserError, match="train.jsonl: row 0: found one answer; eval.steps compares two"):
         train(regimes.recipe(*HELD_OUT, single))
     assert not Path("run/log.jsonl").exists()
-    metrics = train(regimes.recipe(*HELD_OUT, single, "eval.steps=null", "train.max_steps=1", "train.output_dir=asked"))
+    metrics = train(
+        regimes.recipe(*HELD_OUT, single, "eval.steps=null", "train.max_steps=1", "train.output_dir=asked")
+    )
     assert 0 <= metrics["eval"]["accuracy"] <= 1

@@ -76,7 +76,11 @@ def built(wanted):
 @pytest.mark.slow
 def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(folder):  # noqa: F811
     """With LoRA's dropout, which draws random numbers as it goes."""
-    dropout = ("lora={language: {r: 2}, lora_dropout: 0.2}", "eval.before=false", "eval.shuffled_images=false")
+    dropout = (
+        "lora={language: {r: 2}, lora_dropout: 0.2}",
+        "eval.before=false",
+        "eval.shuffled_images=false",
+    )
     train(recipe("train.output_dir=without", *dropout))
     train(recipe("train.output_dir=with", STEPS, *dropout))
     assert Path("without", WEIGHTS).read_bytes() == Path("with", WEIGHTS).read_bytes()
@@ -97,10 +101,14 @@ def by_script(monkeypatch, values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("keep", [pytest.param("last", marks=pytest.mark.slow), "best"])
-def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_where_asked(folder, monkeypatch, keep):  # noqa: F811
+def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_where_asked(
+    folder, monkeypatch, keep
+):  # noqa: F811
     by_script(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
     written = []
-    monkeypatch.setattr("flamingo_ft.training.best.write_best", lambda *a: (written.append(0), write_best(*a)))
+    monkeypatch.setattr(
+        "flamingo_ft.training.best.write_best", lambda *a: (written.append(0), write_best(*a))
+    )
     metrics = train(recipe(NO_ANSWERS, f"eval.keep={keep}", "train.max_steps=8"))
     best = Path("run/checkpoints/best")
     assert len(written) == 2 and {path.name for path in best.parent.iterdir()} == {"best", "step-8"}
@@ -137,7 +145,9 @@ def test_a_best_adapter_that_is_lost_is_reported(folder, monkeypatch):  # noqa: 
     Path("run/metrics.json").unlink()
     with pytest.raises(UserError, match="the best adapter is gone; resume with eval.keep=last"):
         train(wanted, resume=True)
-    assert train(recipe(NO_ANSWERS, "eval.keep=last", "train.max_steps=4"), resume=True)["train"]["steps"] == 4
+    assert (
+        train(recipe(NO_ANSWERS, "eval.keep=last", "train.max_steps=4"), resume=True)["train"]["steps"] == 4
+    )
 
 
 @pytest.mark.slow
@@ -152,7 +162,12 @@ def test_accuracy_tells_the_best_where_asked(folder):  # noqa: F811
     metrics = train(recipe(STEPS, "eval.metric=accuracy", "eval.keep=best", "train.max_steps=6"))
     accuracies = {entry["step"]: entry["eval_accuracy"] for entry in log() if "eval_accuracy" in entry}
     best = metrics["train"]["best"]
-    assert best["accuracy"] == max(accuracies.values()) == accuracies[best["step"]] == metrics["eval"]["accuracy"]
+    assert (
+        best["accuracy"]
+        == max(accuracies.values())
+        == accuracies[best["step"]]
+        == metrics["eval"]["accuracy"]
+    )
 
 
 @pytest.mark.slow
@@ -170,7 +185,11 @@ def test_best_and_patience_go_on_after_a_resume(folder, monkeypatch, interrupted
         raise KeyboardInterrupt
 
     def step(self, *arguments, **options):
-        return killed() if self.state.global_step == interrupted_at else training_step(self, *arguments, **options)
+        return (
+            killed()
+            if self.state.global_step == interrupted_at
+            else training_step(self, *arguments, **options)
+        )
 
     monkeypatch.setattr("flamingo_ft.training.engine.judge", scripted)
     wanted = (NO_ANSWERS, "eval.patience=2", "eval.keep=best", "train.max_steps=40", "train.save_steps=2")
@@ -206,7 +225,9 @@ def test_a_kill_between_two_renames_loses_no_best(small_run):
     best.rename(best.with_name(".best.replaced"))
     atomic.begin_folder(best)
     atomic.sweep(best.parent)
-    assert (best / WEIGHTS).read_bytes() == weights and [path.name for path in best.parent.iterdir()] == ["best"]
+    assert (best / WEIGHTS).read_bytes() == weights and [path.name for path in best.parent.iterdir()] == [
+        "best"
+    ]
 
 
 def test_a_best_that_is_lost_is_not_compared_with(small_run):

@@ -96,22 +96,40 @@ def test_preference_pairs_train_in_an_unmodified_dpo_trainer(name, tmp_path):
     model, processor = build_model(wanted)
     data = open_data(wanted.data, 0)
     rows = [preference_row(sample) for sample in data.samples(data.train)]
-    options = {"per_device_train_batch_size": len(rows), "max_steps": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    options = {
+        "per_device_train_batch_size": len(rows),
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+    }
     arguments = DPOConfig(
-        output_dir=str(tmp_path / "dpo"), bf16=False, use_cpu=True, report_to="none", save_strategy="no", **options
+        output_dir=str(tmp_path / "dpo"),
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        **options,
     )
     lora = LoraConfig(target_modules=["q_proj", "v_proj"])
     trainer = DPOTrainer(
-        model=model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=processor, peft_config=lora
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=processor,
+        peft_config=lora,
     )
     trainer.train()
-    margins = [float(entry["rewards/margins"]) for entry in trainer.state.log_history if "rewards/margins" in entry]
+    margins = [
+        float(entry["rewards/margins"]) for entry in trainer.state.log_history if "rewards/margins" in entry
+    ]
     assert margins[-1] > margins[0]
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_preference_pairs_are_refused_where_one_answer_is_learned(name, train, tmp_path):
-    with pytest.raises(UserError, match="found preference pairs, wanted samples with one answer; set train.method to dpo"):
+    with pytest.raises(
+        UserError, match="found preference pairs, wanted samples with one answer; set train.method to dpo"
+    ):
         train(FIXTURES[name](tmp_path))
 
 
@@ -123,7 +141,11 @@ def test_packed_and_grouped_batches_train_too(name, way, train, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["messages", *(pytest.param(name, marks=pytest.mark.slow) for name in ("video", "frames", "jsonl_base64"))]
+    "name",
+    [
+        "messages",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("video", "frames", "jsonl_base64")),
+    ],
 )
 def test_stored_tokens_give_the_same_losses_cold_and_warm(name, train, tmp_path):
     cache = {"folder": str(tmp_path / "cache"), "dtype": "fp32"}

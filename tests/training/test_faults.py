@@ -59,7 +59,9 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it(folder, 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "sync", full_at_step_4)
         said = told(capfd)
-    assert "run/checkpoints/step-4: cannot write this checkpoint" in said and "No space left on device" in said
+    assert (
+        "run/checkpoints/step-4: cannot write this checkpoint" in said and "No space left on device" in said
+    )
     assert "the last one is run/checkpoints/step-2" in said and "--resume" in said
     assert list(checkpoints(folder / "run" / "checkpoints")) == [2]
     verify(folder / "run" / "checkpoints" / "step-2")
@@ -70,7 +72,11 @@ def test_a_file_that_may_not_grow_so_large_is_told_in_a_line(folder):
     process = killing.start(COMMAND, folder, folder / "log.txt", killing.Around(file_limit=200_000))
     assert killing.wait(process) == 2
     said = (folder / "log.txt").read_text()
-    assert "step-2: cannot write this checkpoint" in said and "there is none yet" in said and "Traceback" not in said
+    assert (
+        "step-2: cannot write this checkpoint" in said
+        and "there is none yet" in said
+        and "Traceback" not in said
+    )
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_loaded(folder, monkeypatch, capfd):
@@ -82,7 +88,9 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_loaded(fo
 def stopped_after_step_2(folder) -> None:
     there = killing.file_there(folder / "run" / "checkpoints", "step-2")
     process = killing.start(COMMAND, folder, folder / "log.txt")
-    assert killing.kill_when(process, there, signal.SIGTERM) == 128 + signal.SIGTERM, (folder / "log.txt").read_text()
+    assert killing.kill_when(process, there, signal.SIGTERM) == 128 + signal.SIGTERM, (
+        folder / "log.txt"
+    ).read_text()
 
 
 @pytest.mark.slow
@@ -121,7 +129,9 @@ def test_other_rows_than_the_run_began_with_are_refused(folder, capfd):
 @pytest.mark.slow
 def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder, monkeypatch, capfd, weights):
     def full(*_, **__):
-        raise SafetensorError("No space left on device")  # as safetensors says it; open files say an OSError without a name
+        raise SafetensorError(
+            "No space left on device"
+        )  # as safetensors says it; open files say an OSError without a name
 
     with monkeypatch.context() as patch:
         patch.setattr("flamingo_ft.training.run.save_adapter", full)
@@ -150,7 +160,9 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, capfd
     """They would count as the newer ones: its own would be removed as soon as they are written."""
     assert main([*COMMAND, "train.checkpoint_dir=drive"]) == 0
     said = told(capfd, "train.checkpoint_dir=drive", "train.output_dir=second")
-    assert "train.checkpoint_dir: drive holds step-6 of an earlier run" in said and not list((folder / "second").iterdir())
+    assert "train.checkpoint_dir: drive holds step-6 of an earlier run" in said and not list(
+        (folder / "second").iterdir()
+    )
 
 
 def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
@@ -159,7 +171,10 @@ def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
     manifest = tmp_path / MANIFEST
     record, written = verify(tmp_path), manifest.read_bytes()
     for place in range(len(written)):
-        for changed in (written[:place], written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :]):
+        for changed in (
+            written[:place],
+            written[:place] + bytes([written[place] ^ 1]) + written[place + 1 :],
+        ):
             manifest.write_bytes(changed)
             try:
                 assert verify(tmp_path) == record
@@ -179,7 +194,9 @@ def test_a_checkpoint_of_a_later_version_is_not_taken_for_a_damaged_one(tmp_path
     assert newest_good(tmp_path)[0] == tmp_path / "step-1"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("2 trained parameters would not be saved"), RuntimeError("NCCL error: unhandled")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("2 trained parameters would not be saved"), RuntimeError("NCCL error: unhandled")]
+)
 def test_a_fault_that_is_not_the_disks_is_not_reported_as_a_full_one(folder, monkeypatch, error):
     def fails(*_, **__):
         raise error

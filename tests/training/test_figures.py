@@ -72,7 +72,10 @@ def boxes(figure) -> list:
 def test_the_report_draws_what_the_model_saw(run, tmp_path, name):
     path = tmp_path / "image"
     path.write_bytes(KINDS[name].content)
-    shown = [{"images": [image], "before": "x", "after": "x"} for image in (str(path), preview(KINDS[name].content))]
+    shown = [
+        {"images": [image], "before": "x", "after": "x"}
+        for image in (str(path), preview(KINDS[name].content))
+    ]
     for axes in answer_grid(run(*shown)).axes:
         (drawn,) = axes.get_images()
         assert np.abs(np.asarray(drawn.get_array()).astype(int) - KINDS[name].expected).max() <= 1
@@ -143,7 +146,9 @@ def test_every_task_has_its_turn():
     assert spread(items[:1], 5, lambda item: item[0]) == ["a1"]
 
 
-@pytest.mark.parametrize("columns", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "columns", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_long_captions_lie_over_nothing_and_stay_inside(run, paint, columns):
     images = [[paint(8, 8)], [paint(600, 300)] * 2, [paint(300, 600)], [paint(8, 8)] * 5]
     asked = [{"images": some, "question": LONG, "before": "W" * 200, "after": LONG} for some in images]

@@ -50,11 +50,16 @@ def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
 def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder, hub, capfd):
     assert main(["train", "./recipe.yaml", "train.max_steps=6", "train.output_dir=alone"]) == 0
 
-    def pushed() -> bool:  # the first of all, which gives way to none; the run ends no sooner than the last is
+    def pushed() -> (
+        bool
+    ):  # the first of all, which gives way to none; the run ends no sooner than the last is
         return REPO in hub.repositories and any(path.startswith("checkpoints/") for path in hub.files(REPO))
 
     around = killing.Around({"HF_TOKEN": WRITER}, hub=hub.constants)
-    assert killing.kill_when(killing.start(COMMAND, folder, folder / "log.txt", around), pushed) == killing.KILLED
+    assert (
+        killing.kill_when(killing.start(COMMAND, folder, folder / "log.txt", around), pushed)
+        == killing.KILLED
+    )
     shutil.rmtree(folder / "run")
     assert main([*COMMAND, "--resume"]) == 0
     said = told(capfd)
@@ -68,7 +73,9 @@ def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, 
     shutil.rmtree(folder / "run")
     files = hub.repositories[REPO].history[-1].files
     files["checkpoints/step-6/training/optimizer.pt"] = hub.store(b"not what it was")
-    before = next(path.split("/")[1] for path in files if path.endswith("/checkpoint.json") and "step-6" not in path)
+    before = next(
+        path.split("/")[1] for path in files if path.endswith("/checkpoint.json") and "step-6" not in path
+    )
     assert main([*COMMAND, "--resume"]) == 0
     said = told(capfd)
     assert "damaged on the Hub" in said and f"going on from run/checkpoints/{before}" in said
@@ -96,7 +103,11 @@ def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status)
 
 @pytest.mark.parametrize(
     ("token", "reason"),
-    [(None, "found no valid token"), ("hf_wrong", "found no valid token"), (READER, "the token may not write there")],
+    [
+        (None, "found no valid token"),
+        ("hf_wrong", "found no valid token"),
+        (READER, "the token may not write there"),
+    ],
 )
 def test_who_may_not_write_is_told_before_anything_is_loaded(folder, hub, monkeypatch, capfd, token, reason):
     monkeypatch.setattr("flamingo_ft.training.run.open_data", None)

@@ -25,7 +25,9 @@ def stepped(made, compute, inputs) -> tuple[float, dict, dict]:
     made.model.zero_grad()
     loss = compute(made, made.model, dict(inputs), num_items_in_batch=torch.tensor(5))
     loss.backward()
-    gradients = {name: p.grad.clone() for name, p in trainable_parameters(made.model).items() if p.grad is not None}
+    gradients = {
+        name: p.grad.clone() for name, p in trainable_parameters(made.model).items() if p.grad is not None
+    }
     metrics = {name: values.pop() for name, values in made._metrics["train"].items()}
     return loss.item(), gradients, metrics
 

@@ -35,7 +35,9 @@ def test_families_with_a_plain_head_train(folder, family):  # noqa: F811
     assert trainer_for(family, num_key_value_heads=2, head_dim=16)
 
 
-@pytest.mark.parametrize(("family", "options"), [("bert", {"is_decoder": True}), ("roberta", {"is_decoder": True})])
+@pytest.mark.parametrize(
+    ("family", "options"), [("bert", {"is_decoder": True}), ("roberta", {"is_decoder": True})]
+)
 def test_families_with_a_transform_in_the_head_are_refused(folder, family, options):  # noqa: F811
     with pytest.raises(UserError, match=f"the training loss of a {family} model is not its own"):
         trainer_for(family, **options)

@@ -69,7 +69,11 @@ def test_a_bad_loss_stops_the_run_before_the_step_and_names_step_samples_and_mod
 def test_a_bad_gradient_after_a_good_loss_names_its_parameter(small_run, inside):
     bad = made("train.max_steps=4", f"train.optimizer_in_backward={inside}")
     spoil_gradient(bad, BLOCK, {1})
-    cause = f"that of {BLOCK}, whose weight is not finite" if inside == "true" else f"first gradient that is not is that of {BLOCK}.weight"
+    cause = (
+        f"that of {BLOCK}, whose weight is not finite"
+        if inside == "true"
+        else f"first gradient that is not is that of {BLOCK}.weight"
+    )
     with pytest.raises(UserError, match=rf"gradient's norm is (nan|inf) at step 2; .*{re.escape(cause)}"):
         bad.train()
 

@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
+from flamingo_ft.training.arguments import trainer_arguments
 from flamingo_ft.training.in_backward import InBackward
 from flamingo_ft.training.optimizer import check_machine, make_optimizer, part_of
-from flamingo_ft.training.arguments import trainer_arguments
 
 from ..regimes import LORA, REGIMES, build, inputs, quantized, recipe, shake, trainer
 
@@ -83,24 +83,32 @@ def test_the_state_of_steps_inside_the_backward_pass_is_saved_and_goes_on(kind, 
 PLAINER = ("adamw_8bit", "paged_adamw")  # the third is both
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in PLAINER), "paged_adamw_8bit"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in PLAINER), "paged_adamw_8bit"]
+)
 @pytest.mark.parametrize("inside", ["false", "true"])
 def test_lean_optimizers_learn_what_adamw_learns(small_run, name, inside):
     """The first steps have the sign of the gradient and the length of the learning rate: roughly, in 8 bits."""
     start = trained("train.learning_rate=1.0e-12")
     exact, lean = trained(), trained(f"train.optimizer={name}", f"train.optimizer_in_backward={inside}")
-    moved, moved_lean = ({n: p.detach() - start[n].detach() for n, p in after.items()} for after in (exact, lean))
+    moved, moved_lean = (
+        {n: p.detach() - start[n].detach() for n, p in after.items()} for after in (exact, lean)
+    )
     for parameter, update in moved.items():
         assert torch.isfinite(lean[parameter]).all()
         if update.numel() > 1000:
-            assert torch.cosine_similarity(update.flatten(), moved_lean[parameter].flatten(), dim=0) > 0.9, parameter
+            assert torch.cosine_similarity(update.flatten(), moved_lean[parameter].flatten(), dim=0) > 0.9, (
+                parameter
+            )
 
 
 def test_large_states_are_in_8_bits(small_run):
     model, processor = build()
     made = trainer(model, processor, STEPS, "train.optimizer=adamw_8bit")
     made.train()
-    states = {name: made.optimizer.state[parameter] for name, parameter in trainable_parameters(model).items()}
+    states = {
+        name: made.optimizer.state[parameter] for name, parameter in trainable_parameters(model).items()
+    }
     large = {name: state for name, state in states.items() if model.get_parameter(name).numel() >= 4096}
     assert large and all(state["state1"].dtype == torch.uint8 for state in large.values())
 
@@ -122,7 +130,12 @@ def test_each_part_has_its_own_rate_and_decay(small_run):
     model, processor = build(LORA, "trainable.new_tokens=true")
     groups = trainer(model, processor, LORA, RATES, DECAYS).optimizer.param_groups
     assert [group["name"] for group in groups] == [
-        "perceiver", "perceiver", "cross_attention", "cross_attention", "new_tokens", "lora"
+        "perceiver",
+        "perceiver",
+        "cross_attention",
+        "cross_attention",
+        "new_tokens",
+        "lora",
     ]
     rates, decays = ({g["name"]: g[key] for g in groups[::-1]} for key in ("lr", "weight_decay"))
     assert rates == {"perceiver": 0.001, "cross_attention": 0.002, "new_tokens": 0.003, "lora": 0.004}
@@ -155,7 +168,10 @@ def test_a_saved_state_of_groups_fits_the_same_recipe_again(small_run):
     first.train()
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     for name, parameter in trainable_parameters(first.model).items():
-        kept, loaded = first.optimizer.state[parameter], second.optimizer.state[second.model.get_parameter(name)]
+        kept, loaded = (
+            first.optimizer.state[parameter],
+            second.optimizer.state[second.model.get_parameter(name)],
+        )
         assert all(torch.equal(kept[key], loaded[key]) for key in kept), name
 
 
@@ -175,7 +191,9 @@ def test_warm_up_and_course_are_counted_in_optimizer_steps(small_run, scheduler,
     made.add_callback(_Rates(seen))
     made.train()
     for peak, rates in zip((0.001, 0.001, 0.002, 0.002, 0.003, 0.004), zip(*seen, strict=True), strict=True):
-        torch.testing.assert_close(torch.tensor(rates) / peak, torch.tensor(shares).float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            torch.tensor(rates) / peak, torch.tensor(shares).float(), rtol=1e-4, atol=1e-6
+        )
 
 
 class _Rates(TrainerCallback):
@@ -193,7 +211,10 @@ class _Rates(TrainerCallback):
     [
         (["train.learning_rates.lora=0.1"], "train.learning_rates.lora: no part has LoRA"),
         (["train.weight_decays.lora=0.1"], "train.weight_decays.lora: no part has LoRA"),
-        (["trainable.new_tokens=false", "train.learning_rates.new_tokens=0.1"], "found trainable.new_tokens false; remove"),
+        (
+            ["trainable.new_tokens=false", "train.learning_rates.new_tokens=0.1"],
+            "found trainable.new_tokens false; remove",
+        ),
         (
             ["trainable.perceiver=false", "lora.perceiver={r: 2}", "train.learning_rates.perceiver=0.1"],
             "its LoRA goes by the value named lora",

@@ -38,7 +38,9 @@ def python_is_full(*_, **__):
 def test_a_step_that_does_not_fit_is_told_in_a_line(fails, owner, more):
     with pytest.raises(OutOfMemory) as error, out_of_memory.oom_as_user_error("training"):
         fails()
-    assert str(error.value).startswith(f"training: {owner} memory is full{more}; lower train.batch_size or change")
+    assert str(error.value).startswith(
+        f"training: {owner} memory is full{more}; lower train.batch_size or change"
+    )
 
 
 def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys):  # noqa: F811
@@ -49,7 +51,9 @@ def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys
     assert "memory of a training step on a GPU, GiB" in told and "language model" in told
 
 
-@pytest.mark.parametrize("place", ["flamingo_ft.training.engine.judge", "flamingo_ft.training.examination.answer_questions"])
+@pytest.mark.parametrize(
+    "place", ["flamingo_ft.training.engine.judge", "flamingo_ft.training.examination.answer_questions"]
+)
 def test_evaluations_that_do_not_fit_have_their_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)
     monkeypatch.setattr(out_of_memory, "make_report", lambda recipe: _Report())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flamingo_ft.errors import UserError
 from flamingo_ft.config import TrainSection
+from flamingo_ft.errors import UserError
 from flamingo_ft.training.output_dir import RECIPE_FILE, prepare_output_dir, refuse_elsewhere
 
 
@@ -33,7 +33,8 @@ def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path):
 def test_a_folder_that_holds_a_run_is_refused_with_both_remedies(run):
     before = contents(run)
     with pytest.raises(
-        UserError, match=r"already holds a run; go on with it with --resume, .* --overwrite, .* train\.output_dir="
+        UserError,
+        match=r"already holds a run; go on with it with --resume, .* --overwrite, .* train\.output_dir=",
     ):
         prepare_output_dir(run)
     assert contents(run) == before

@@ -61,8 +61,21 @@ CASES = {
         "train.gradient_checkpointing=true",
     ],
 }
-MIXED = {"nf4, single", "LoRA", "nf4", "int8", "checkpointing", "computing in bf16, nf4"}  # others have each of these
-MIXED |= {"DoRA", "computing in bf16", "LoRA in the tower and the bridge", "dpo, nf4, LoRA alone, checkpointing", "nf4, the tower too"}
+MIXED = {
+    "nf4, single",
+    "LoRA",
+    "nf4",
+    "int8",
+    "checkpointing",
+    "computing in bf16, nf4",
+}  # others have each of these
+MIXED |= {
+    "DoRA",
+    "computing in bf16",
+    "LoRA in the tower and the bridge",
+    "dpo, nf4, LoRA alone, checkpointing",
+    "nf4, the tower too",
+}
 
 
 def quickstart(*overrides: str) -> Recipe:
@@ -80,12 +93,16 @@ def data(tmp_path_factory) -> dict[str, str]:
     alike = [row | {"images": images[2 * index : 2 * index + 2]} for index in range(100)]
     *prompt, answer = row["messages"]
     pairs = [
-        {"prompt": prompt, "chosen": [answer], "rejected": "No one can tell.", "images": one["images"]} for one in alike
+        {"prompt": prompt, "chosen": [answer], "rejected": "No one can tell.", "images": one["images"]}
+        for one in alike
     ]
     path = tmp_path_factory.mktemp("data")
     for method, rows in (("sft", alike), ("dpo", pairs)):
         (path / f"{method}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]" for method in ("sft", "dpo")}
+    return {
+        method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]"
+        for method in ("sft", "dpo")
+    }
 
 
 # --- against a real step ---
@@ -98,7 +115,11 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
         weight = getattr(module, "weight", None)
         state = getattr(weight, "quant_state", None)
         outer = getattr(state, "state2", None)
-        scales = [getattr(state, "absmax", None), getattr(state, "code", None), getattr(state, "offset", None)]
+        scales = [
+            getattr(state, "absmax", None),
+            getattr(state, "code", None),
+            getattr(state, "offset", None),
+        ]
         scales += [getattr(outer, "absmax", None), getattr(outer, "code", None)]
         scales += [getattr(owner, "SCB", None) for owner in (weight, getattr(module, "state", None))]
         yield from (tensor for tensor in scales if isinstance(tensor, Tensor))
@@ -106,10 +127,12 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "overrides", [pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] * (name in MIXED)) for name in CASES]
+    "overrides",
+    [pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] * (name in MIXED)) for name in CASES],
 )
 def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
     """Of one that learns every token: the plan counts no labels."""
+
     def learn_all(inputs):
         return at_label_positions(inputs | {"labels": inputs["input_ids"]})
 
@@ -169,7 +192,9 @@ def test_the_parts_of_a_plan_add_up_to_its_peak():
     plan = planned("lora.language={r: 8}", "model.language.quantization=nf4")
     step = plan.step
     assert step.weights + step.optimizer + step.gradients_at_peak + plan.activations == plan.peak
-    assert sum(part.frozen + part.trainable for part in plan.components) == pytest.approx(step.weights, rel=0.05)
+    assert sum(part.frozen + part.trainable for part in plan.components) == pytest.approx(
+        step.weights, rel=0.05
+    )
 
 
 def test_state_that_is_paged_is_not_counted_as_memory_of_the_gpu():
@@ -192,7 +217,10 @@ def test_packed_rows_are_planned_as_long_as_they_become_with_the_images_of_all_t
     assert batch.text_tokens == 200 and batch.where_from == "rows packed of the first 256 samples"
     recipe = quickstart(*packing)
     model, processor = build_model(recipe)
-    real = [row["pixel_values"].shape[1] for row in first_batches(open_data(recipe.data, 0), recipe, model, processor)]
+    real = [
+        row["pixel_values"].shape[1]
+        for row in first_batches(open_data(recipe.data, 0), recipe, model, processor)
+    ]
     assert abs(batch.images - max(real)) <= 2  # the rows looked at are not those of the run
 
 
@@ -229,7 +257,12 @@ def shape(folder: Path, language: PreTrainedConfig, every: int) -> Recipe:
                 "cross_attn_every_n_layers": every,
             },
             "data": {"train": [{"path": folder / "none.jsonl"}]},
-            "train": {"output_dir": folder / "run", "max_steps": 1, "batch_size": 1, "gradient_checkpointing": True},
+            "train": {
+                "output_dir": folder / "run",
+                "max_steps": 1,
+                "batch_size": 1,
+                "gradient_checkpointing": True,
+            },
         }
     )
 
@@ -238,7 +271,12 @@ def mpt(width: int, layers: int) -> MptConfig:
     return MptConfig(d_model=width, n_layers=layers, n_heads=width // 128, vocab_size=50432, dtype="bfloat16")
 
 
-REDPAJAMA = {"hidden_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 10240}
+REDPAJAMA = {
+    "hidden_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 10240,
+}
 SHAPES = {
     "3B": (mpt(2048, 24), 1, 944),
     "4B": (GPTNeoXConfig(**REDPAJAMA, vocab_size=50432, dtype="bfloat16"), 2, 961),
@@ -287,10 +325,17 @@ def test_what_fits_every_card_gets_no_advice():
 
 
 def test_the_command_prints_tables_or_the_same_as_json(capsys):
-    assert cli.main(["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1"]) == 0
+    assert (
+        cli.main(["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1"]) == 0
+    )
     shown = capsys.readouterr().out
     assert "perceiver" in shown and "peak" in shown and "H200" in shown
-    assert cli.main(["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1", "--json"]) == 0
+    assert (
+        cli.main(
+            ["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1", "--json"]
+        )
+        == 0
+    )
     record = json.loads(capsys.readouterr().out)
     assert record["cuda"]["peak"] > 0 and record["gpus"][0]["fits"]
     assert torch.cuda.is_available() or record["cpu"]["peak"] > 0
@@ -309,6 +354,8 @@ def test_a_huge_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
 
 def test_batches_that_wait_in_accumulation_are_counted_and_not_made(monkeypatch):
     sizes = {"text_tokens": 64, "images": 1}
-    two, three = (plan_memory(quickstart(f"train.gradient_accumulation_steps={n}"), **sizes).peak for n in (2, 3))
+    two, three = (
+        plan_memory(quickstart(f"train.gradient_accumulation_steps={n}"), **sizes).peak for n in (2, 3)
+    )
     many = plan_memory(quickstart("train.gradient_accumulation_steps=1000000"), **sizes).peak
     assert many - three == (three - two) * (1_000_000 - 3)

@@ -1,6 +1,5 @@
 """Number formats: what a machine computes in, what stays exact beside it, what a scaled loss does when it overflows."""
 
-
 import pytest
 import torch
 
@@ -18,7 +17,9 @@ BF16, FP16 = torch.bfloat16, torch.float16
 def machine(request, monkeypatch):
     """What torch says of a machine's GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param != "none")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: request.param == "A100")
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: request.param == "A100"
+    )
     return request.param
 
 
@@ -34,7 +35,9 @@ def test_auto_is_the_same_for_4_bit_matrices_and_for_what_is_around_them(small_r
 @pytest.mark.parametrize("machine", ["A100"], indirect=True)
 def test_two_half_formats_in_one_model_are_refused(small_run, machine):
     settings = ("train.precision=fp16", *quantized("nf4"))
-    with pytest.raises(UserError, match=r"model.vision.compute_dtype: auto is bfloat16 here.*use fp16 for both"):
+    with pytest.raises(
+        UserError, match=r"model.vision.compute_dtype: auto is bfloat16 here.*use fp16 for both"
+    ):
         precision.check_precision(recipe(*settings))
     same = ("model.vision.compute_dtype=fp16", "model.language.compute_dtype=fp16")
     precision.check_precision(recipe(*settings, *same))
@@ -49,7 +52,9 @@ def test_float16_by_itself_refuses_what_it_refuses_by_name(small_run, machine, s
 
 def test_float16_without_a_gpu_is_refused_before_anything_is_loaded(small_run, monkeypatch):
     monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
-    with pytest.raises(UserError, match="train.precision: fp16 computes on a GPU, and found none; use fp32, bf16 or auto"):
+    with pytest.raises(
+        UserError, match="train.precision: fp16 computes on a GPU, and found none; use fp32, bf16 or auto"
+    ):
         train(recipe("train.precision=fp16"))
 
 
@@ -84,8 +89,12 @@ def test_an_overflow_costs_a_step_and_not_one_of_the_schedule(small_run, monkeyp
     """A scale beyond float16 overflows until it was halved often enough; the rate goes on from where it was."""
     course = ("train.max_steps=3", "train.warmup_steps=4", "train.lr_scheduler=constant")
     made = float16_trainer(monkeypatch, *course, scale=2.0**40)
-    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(made.model).items()}
+    before = {
+        name: parameter.detach().clone() for name, parameter in trainable_parameters(made.model).items()
+    }
     made.train()
-    assert all(torch.equal(parameter, before[name]) for name, parameter in trainable_parameters(made.model).items())
+    assert all(
+        torch.equal(parameter, before[name]) for name, parameter in trainable_parameters(made.model).items()
+    )
     assert made.accelerator.scaler.get_scale() == 2.0**37
     assert [entry["learning_rate"] for entry in made.state.log_history if "loss" in entry] == [0.0] * 3

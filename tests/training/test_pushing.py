@@ -41,7 +41,9 @@ def checkpoint(root, step):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def on_hub(hub, step, revision="main"):
@@ -107,7 +109,9 @@ def test_a_hub_that_falls_silent_is_given_up_and_told(root, hub, said, monkeypat
     hub.hold(COMMIT)
     with pushing.pushing(REPO, 2, said.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
-    assert said[0].startswith(f"waiting for uploads to {REPO}") and said[-1].startswith(f"{REPO} lacks step-1")
+    assert said[0].startswith(f"waiting for uploads to {REPO}") and said[-1].startswith(
+        f"{REPO} lacks step-1"
+    )
 
 
 def test_waiting_for_a_silent_hub_can_be_broken_off(root, hub, said, monkeypatch):
@@ -133,10 +137,9 @@ def test_a_disk_without_links_or_room_does_not_end_training(root, hub, said, mon
     def full(*_, **__):
         raise shutil.Error([("adapter.bin", "there", "no space left")])
 
-    with pushing.pushing(REPO, 2, said.append) as uploads:
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "copytree", full)
-            uploads.push_checkpoint(checkpoint(root, 1))
+    with pushing.pushing(REPO, 2, said.append) as uploads, monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        uploads.push_checkpoint(checkpoint(root, 1))
     assert "no space left" in said[0] and said[-1].startswith(f"{REPO} lacks step-1")
     assert [path.name for path in root.iterdir()] == ["step-1"]
 

@@ -24,7 +24,9 @@ def entries(steps: int, layers: int = 2) -> list[dict]:
     gate_names = [(kind, layer) for kind in ("attention", "feed_forward") for layer in range(layers)]
     opened = {f"gate/{kind}/{layer}": -0.1 * layer for kind, layer in gate_names}
     numbers |= {"learning_rate": 1e-3} | opened
-    return [{"loss": 1 / step, "seconds": 2.0 * step, "step": step, **numbers} for step in range(1, steps + 1)]
+    return [
+        {"loss": 1 / step, "seconds": 2.0 * step, "step": step, **numbers} for step in range(1, steps + 1)
+    ]
 
 
 @pytest.fixture
@@ -123,17 +125,27 @@ def test_a_long_curve_is_thinned_and_keeps_its_end():
 
 
 def test_parts_with_one_course_share_a_curve():
-    rates = {"learning_rate/perceiver": 1e-3, "learning_rate/cross_attention": 1e-3, "learning_rate/lora": 1e-4}
+    rates = {
+        "learning_rate/perceiver": 1e-3,
+        "learning_rate/cross_attention": 1e-3,
+        "learning_rate/lora": 1e-4,
+    }
     (axes,) = curves.rate_figure([{"step": n, "learning_rate": 1e-3, **rates} for n in (1, 2)]).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert len(labels) == 2 and labels[0].startswith("cross attention, perceiver") and labels[1].startswith("lora")
+    assert (
+        len(labels) == 2
+        and labels[0].startswith("cross attention, perceiver")
+        and labels[1].startswith("lora")
+    )
 
 
 @pytest.mark.parametrize("layers", [2, 32])
 def test_gates_are_drawn_by_layer_and_by_size_alone(layers):
     attention, feed_forward, *_ = gates.gate_figure(entries(3, layers)).axes
     for axes in (attention, feed_forward):
-        assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx([0.1 * n for n in range(layers)])
+        assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx(
+            [0.1 * n for n in range(layers)]
+        )
 
 
 def test_rewards_of_preference_training_are_shown(folder):
@@ -145,7 +157,10 @@ def test_rewards_of_preference_training_are_shown(folder):
 
 def test_a_report_that_cannot_be_drawn_is_told_and_ends_nothing(folder, monkeypatch):
     monkeypatch.setattr(live, "write_report", lambda *_, **__: 1 / 0)
-    with pytest.warns(UserWarning, match="report could not be written: ZeroDivisionError"), leaving_a_report(folder):
+    with (
+        pytest.warns(UserWarning, match="report could not be written: ZeroDivisionError"),
+        leaving_a_report(folder),
+    ):
         pass
 
 
@@ -160,7 +175,11 @@ def test_no_report_is_left_where_no_run_began(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("method", "said"), [("sft", "Cross-entropy of the reference answers"), ("dpo", "The preference loss")])
+@pytest.mark.parametrize(
+    ("method", "said"), [("sft", "Cross-entropy of the reference answers"), ("dpo", "The preference loss")]
+)
 def test_the_loss_is_described_as_that_of_the_runs_method(folder, method, said):
-    (folder / "resolved_recipe.yaml").write_text(dump_recipe(recipe("train.max_steps=8", f"train.method={method}")))
+    (folder / "resolved_recipe.yaml").write_text(
+        dump_recipe(recipe("train.max_steps=8", f"train.method={method}"))
+    )
     assert said in words(write_report(folder).read_text())

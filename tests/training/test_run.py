@@ -62,7 +62,9 @@ def test_a_run_leaves_its_adapter_recipe_metrics_answers_and_log(folder):
     assert metrics["train"]["steps"] == 4 and metrics["train"]["seconds"] > 0
     model, _ = load_adapter(run)
     bridge = (model.perceiver, model.gated_cross_attn_layers, model.token_rows)
-    assert metrics["train"]["trainable_parameters"] == sum(p.numel() for part in bridge for p in part.parameters())
+    assert metrics["train"]["trainable_parameters"] == sum(
+        p.numel() for part in bridge for p in part.parameters()
+    )
     accuracies = {"accuracy", "accuracy_before", "accuracy_shuffled_images", "accuracy_majority"}
     assert set(metrics["eval"]) == accuracies | {"per_task", "verdict"}
     assert metrics["eval"]["verdict"].startswith("too few held-out questions with images")
@@ -100,7 +102,11 @@ def test_accumulated_steps_are_the_steps_of_one_large_batch(folder):
     Path("train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     losses, adapters = [], []
     for name, batch, accumulate in (("whole", 8, 1), ("accumulated", 1, 8)):
-        settings = [f"train.batch_size={batch}", f"train.gradient_accumulation_steps={accumulate}", "data.eval=[]"]
+        settings = [
+            f"train.batch_size={batch}",
+            f"train.gradient_accumulation_steps={accumulate}",
+            "data.eval=[]",
+        ]
         assert main(["train", "./recipe.yaml", f"train.output_dir={name}", *settings]) == 0
         lines = [json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()]
         losses.append(torch.tensor([entry["loss"] for entry in lines if "loss" in entry]))
@@ -153,7 +159,9 @@ def test_an_earlier_run_is_never_overwritten(folder):
 def test_a_question_longer_than_the_context_is_told_before_training(folder):
     question = {"question": "Which shade? " * 400, "answer": "Dark.", "image": "0.png"}
     Path("eval.jsonl").write_text(json.dumps(question))
-    with pytest.raises(UserError, match=r"eval.jsonl: row 0: found \d+ text tokens .* context is 512; shorten"):
+    with pytest.raises(
+        UserError, match=r"eval.jsonl: row 0: found \d+ text tokens .* context is 512; shorten"
+    ):
         train(recipe())
     assert not (folder / "run" / "log.jsonl").exists()
 
@@ -181,7 +189,9 @@ def test_skipped_rows_are_counted_and_listed_those_held_out_and_of_a_run_that_to
 
 @pytest.mark.slow
 def test_data_that_a_run_does_not_take_leave_its_folder_free_for_the_next(folder):
-    Path("pairs.jsonl").write_text(json.dumps({"prompt": "Which shade?", "chosen": "Dark.", "rejected": "Light."}))
+    Path("pairs.jsonl").write_text(
+        json.dumps({"prompt": "Which shade?", "chosen": "Dark.", "rejected": "Light."})
+    )
     with pytest.raises(UserError, match="found preference pairs"):
         train(recipe("data.train=[{path: pairs.jsonl}]"))
     train(recipe("train.max_steps=1"))

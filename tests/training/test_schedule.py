@@ -134,7 +134,10 @@ def test_a_finished_run_extended_in_epochs_equals_the_longer_run_to_the_last_bit
     assert "run: finished after 10 steps" in capfd.readouterr().err
     assert Path(WEIGHTS).stat().st_mtime_ns == written
     assert main([*COMMAND, constant, "train.epochs=1", "--resume"]) == 2
-    assert "train.max_steps: got 5" in (said := capfd.readouterr().err) and "has trained 10 steps already" in said
+    assert (
+        "train.max_steps: got 5" in (said := capfd.readouterr().err)
+        and "has trained 10 steps already" in said
+    )
     shutil.rmtree("run/checkpoints")
     assert main([*COMMAND, constant, "train.max_steps=12", "--resume"]) == 2
     said = capfd.readouterr().err
@@ -156,7 +159,9 @@ def test_restored_rates_are_set_by_the_schedule_of_the_run_not_of_the_checkpoint
     resumed.load_state_dict(ended.state_dict())
     assert [group["lr"] for group in long.param_groups] == [0, 0]
     recompute_learning_rates(resumed)
-    assert [group["lr"] for group in long.param_groups] == resumed.get_last_lr() == pytest.approx([0.05, 0.15])
+    assert (
+        [group["lr"] for group in long.param_groups] == resumed.get_last_lr() == pytest.approx([0.05, 0.15])
+    )
 
 
 @pytest.mark.slow
@@ -168,7 +173,9 @@ def test_an_extended_run_has_the_learning_rates_of_the_longer_schedule_from_its_
     assert main([*linear, "train.max_steps=3"]) == 0
     assert main([*linear, "train.max_steps=6", "--resume"]) == 0
     extended, longer = rates(), rates("long")
-    assert [extended[step] for step in (4, 5, 6)] == pytest.approx([longer[step] for step in (4, 5, 6)], rel=1e-12)
+    assert [extended[step] for step in (4, 5, 6)] == pytest.approx(
+        [longer[step] for step in (4, 5, 6)], rel=1e-12
+    )
     entries = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     by_part = {entry["step"]: entry["learning_rate/perceiver"] for entry in entries if "loss" in entry}
     assert by_part[4] == pytest.approx(longer[4], rel=1e-12) and len(set(losses())) == 6
@@ -176,6 +183,8 @@ def test_an_extended_run_has_the_learning_rates_of_the_longer_schedule_from_its_
 
 def test_a_recipe_in_epochs_is_refused_where_a_source_turns_out_to_be_a_stream(folder):
     recipe = regimes.recipe("train.epochs=1")
-    data = recipe.data.model_copy(update={"train": (recipe.data.train[0].model_copy(update={"streaming": True}),)})
+    data = recipe.data.model_copy(
+        update={"train": (recipe.data.train[0].model_copy(update={"streaming": True}),)}
+    )
     with pytest.raises(UserError, match="train.epochs: got 1, but a streamed source has no known length"):
         with_max_steps(recipe, open_data(data, 0))

@@ -51,7 +51,9 @@ def test_each_entry_tells_throughput_memory_and_norm_as_flat_numbers(run):
     for entry in entries:
         assert all(isinstance(value, int | float) for value in entry.values())
         assert entry["memory_gib"] > 0 and entry["grad_norm"] > 0
-        assert entry["images_per_second"] == pytest.approx(entry["samples_per_second"])  # an image in each sample
+        assert entry["images_per_second"] == pytest.approx(
+            entry["samples_per_second"]
+        )  # an image in each sample
         assert entry["label_tokens_per_second"] > entry["samples_per_second"] > 0
     assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
 
@@ -85,7 +87,11 @@ def test_throughput_is_over_training_alone_and_starts_anew(monkeypatch):
             now[0] = 100.0
     now[0] = 102.0
     read = clock.read(counts)
-    assert (read["samples_per_second"], read["images_per_second"], read["label_tokens_per_second"]) == (2, 4, 20)
+    assert (read["samples_per_second"], read["images_per_second"], read["label_tokens_per_second"]) == (
+        2,
+        4,
+        20,
+    )
     assert not counts
     now[0] = 103.0
     assert clock.read(Counter(samples=3))["samples_per_second"] == 3
@@ -127,7 +133,12 @@ def test_steps_that_are_trained_again_replace_those_in_tensorboard(tmp_path):
         time.sleep(1.1)  # a file of events is named after the second
     events = EventAccumulator(str(tmp_path))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+    ]
 
 
 def test_a_tracker_that_is_not_installed_is_refused_by_name_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -232,7 +243,9 @@ def test_a_report_is_rare_however_much_is_logged(tmp_path, monkeypatch):
     while now[0] < 1000:
         report.on_log(None, state, None)
         now[0] += 1
-    assert drawn[0] >= 30 and all(later - before >= 84 for before, later in zip(drawn, drawn[1:], strict=False))
+    assert drawn[0] >= 30 and all(
+        later - before >= 84 for before, later in zip(drawn, drawn[1:], strict=False)
+    )
     assert 4 * len(drawn) <= 0.05 * now[0]
 
 

@@ -15,7 +15,13 @@ from tests import regimes
 from tests.hub_server import WRITER
 
 START = "somebody/start"
-COMMAND = ["train", "./recipe.yaml", *regimes.REGIMES["LoRA only"][:-1], f"model.init_from={START}", "train.max_steps=2"]
+COMMAND = [
+    "train",
+    "./recipe.yaml",
+    *regimes.REGIMES["LoRA only"][:-1],
+    f"model.init_from={START}",
+    "train.max_steps=2",
+]
 
 
 @pytest.fixture

@@ -60,7 +60,9 @@ def test_killed_at_five_random_moments_the_adapter_is_the_same_to_the_last_bit(u
         process = killing.start(command("--resume"), fresh, fresh / "log.txt")
         codes.append(killing.kill_when(process, killing.after(moment)))
     half_written = killing.file_there(fresh / "run" / "checkpoints", ".step-*.partial")
-    codes.append(killing.kill_when(killing.start(command("--resume"), fresh, fresh / "log.txt"), half_written))
+    codes.append(
+        killing.kill_when(killing.start(command("--resume"), fresh, fresh / "log.txt"), half_written)
+    )
     assert set(codes) <= {0, killing.KILLED}, (moments, codes, (fresh / "log.txt").read_text())
     assert finish(fresh) == (whole / WEIGHTS).read_bytes(), moments
 
@@ -72,7 +74,9 @@ def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, fresh, number):
     said = (fresh / "log.txt").read_text()
     assert code == 128 + number, said
     assert f"stopped by {signal.Signals(number).name} after step" in said
-    assert "go on with: flamingo-ft train ./recipe.yaml train.max_steps=8" in said and said.strip().endswith("--resume")
+    assert "go on with: flamingo-ft train ./recipe.yaml train.max_steps=8" in said and said.strip().endswith(
+        "--resume"
+    )
     assert not (fresh / WEIGHTS).exists()
     assert finish(fresh) == (uninterrupted[0] / WEIGHTS).read_bytes()
 
@@ -80,12 +84,20 @@ def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, fresh, number):
 @pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_the_main_one(fresh):
     """As batch systems, systemd and `timeout` send it."""
-    arguments = ["train", "./recipe.yaml", "train.max_steps=4000", "train.num_workers=2", "train.save_steps=2"]
+    arguments = [
+        "train",
+        "./recipe.yaml",
+        "train.max_steps=4000",
+        "train.num_workers=2",
+        "train.save_steps=2",
+    ]
     process = killing.start(arguments, fresh, fresh / "log.txt")
     there = killing.file_there(fresh / "run" / "checkpoints", "step-4")
     code = killing.kill_when(process, there, signal.SIGTERM, send=os.killpg)
     said = (fresh / "log.txt").read_text()
-    assert code == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in said and "Traceback" not in said
+    assert (
+        code == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in said and "Traceback" not in said
+    )
 
 
 @pytest.mark.slow
@@ -118,7 +130,9 @@ def test_a_finished_run_is_left_alone(uninterrupted):
 
 def test_a_run_of_another_recipe_is_refused_key_by_key(uninterrupted, capfd):
     folder, _ = uninterrupted
-    assert run_in(folder, "--resume", "train.learning_rate=1.0", "lora.language.r=5", "train.save_steps=3") == 2
+    assert (
+        run_in(folder, "--resume", "train.learning_rate=1.0", "lora.language.r=5", "train.save_steps=3") == 2
+    )
     said = (folder / "log.txt").read_text()
     assert "train.learning_rate was 0.01, is 1.0" in said and "lora.language.r was 4, is 5" in said
     assert "save_steps" not in said.split("another recipe")[-1]
@@ -136,7 +150,9 @@ def test_killed_after_its_last_step_a_run_does_not_train_on(uninterrupted, fresh
 def test_from_a_checkpoint_folder_alone_a_run_goes_on(uninterrupted, fresh):
     drive = fresh / "drive"
     where = f"train.checkpoint_dir={drive}"
-    code = killing.kill_when(killing.start(command(where), fresh, fresh / "log.txt"), killing.file_there(drive, "step-4"))
+    code = killing.kill_when(
+        killing.start(command(where), fresh, fresh / "log.txt"), killing.file_there(drive, "step-4")
+    )
     assert code == killing.KILLED
     shutil.rmtree(fresh / "run")
     assert run_in(fresh, where, "--resume") == 0, (fresh / "log.txt").read_text()

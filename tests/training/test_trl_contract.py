@@ -9,9 +9,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from flamingo_ft import build_flamingo, load_language, load_vision
 from flamingo_ft.data import Sample, encode, preference_row
+from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.locate import lossless_bytes
 from flamingo_ft.data.packing import collate_packed
-from flamingo_ft.data.collate import collate_text
 from tests.data.dialogues import IMAGE, assistant, user
 
 BRIDGE = ["perceiver", *(f"gated_cross_attn_layers.{index}" for index in range(4))]
@@ -36,13 +36,22 @@ def picture(shade: int) -> Image.Image:
 def dialogues() -> Dataset:
     """One image, two images, none: as they come."""
     messages = [{"role": "user", "content": "Which digit?"}, {"role": "assistant", "content": "Seven."}]
-    return Dataset.from_list([{"messages": messages, "images": [picture(i)] * ((i + 1) % 3)} for i in range(8)])
+    return Dataset.from_list(
+        [{"messages": messages, "images": [picture(i)] * ((i + 1) % 3)} for i in range(8)]
+    )
 
 
 def options(tmp_path, **more) -> dict:
     return {
-        "output_dir": str(tmp_path), "max_steps": 2, "per_device_train_batch_size": 4, "report_to": "none",
-        "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 1e-2, **more,
+        "output_dir": str(tmp_path),
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-2,
+        **more,
     }
 
 
@@ -136,10 +145,14 @@ def test_dpo_on_preference_samples_reads_typed_markers_as_text(parts, tmp_path):
             worse = [*samples[row].messages[:1], *samples[row].rejected]
             expected = encode(processor, worse if answers else samples[row].messages)
             ids, mask = batch["input_ids"][first + row], batch["attention_mask"][first + row].bool()
-            length = len(expected.input_ids)  # TRL keeps the line break that the template writes after an answer
+            length = len(
+                expected.input_ids
+            )  # TRL keeps the line break that the template writes after an answer
             assert ids[mask].tolist()[:length] == expected.input_ids
     trainer.train()
-    assert all(torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry)
+    assert all(
+        torch.isfinite(torch.tensor(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
+    )
 
 
 def test_packed_rows_train_as_the_same_samples_apart(parts, tmp_path):

@@ -35,7 +35,9 @@ class OwnCollator:
         self.processor = processor
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        texts = [self.processor.image_token * len(row["images"]) + row["messages"][0]["content"] for row in rows]
+        texts = [
+            self.processor.image_token * len(row["images"]) + row["messages"][0]["content"] for row in rows
+        ]
         images = [row["images"] for row in rows]
         batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         skipped = (batch["input_ids"] == self.processor.image_token_id) | (batch["attention_mask"] == 0)
@@ -43,13 +45,17 @@ class OwnCollator:
 
 
 def sft(model, processor, folder):
-    arguments = SFTConfig(**options(folder, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}))
+    arguments = SFTConfig(
+        **options(folder, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True})
+    )
     return SFTTrainer(model, arguments, OwnCollator(processor), dialogues(), processing_class=processor)
 
 
 def dpo(model, processor, folder, **more):
     arguments = DPOConfig(**options(folder, per_device_train_batch_size=2, **more))
-    return DPOTrainer(model, frozen(model), arguments, train_dataset=samples(**PAIRS), processing_class=processor)
+    return DPOTrainer(
+        model, frozen(model), arguments, train_dataset=samples(**PAIRS), processing_class=processor
+    )
 
 
 def mpo(model, processor, folder):
@@ -59,7 +65,10 @@ def mpo(model, processor, folder):
 
 def kto(model, processor, folder):
     rows = Dataset.from_list(
-        [{**row, "completion": turn("assistant", "Seven."), "label": i % 2 == 0} for i, row in enumerate(samples())]
+        [
+            {**row, "completion": turn("assistant", "Seven."), "label": i % 2 == 0}
+            for i, row in enumerate(samples())
+        ]
     )
     arguments = KTOConfig(**options(folder, per_device_train_batch_size=2))
     return KTOTrainer(model, frozen(model), arguments, train_dataset=rows, processing_class=processor)
@@ -87,7 +96,9 @@ def test_a_trainer_changes_what_is_declared_trainable_alone(parts, tmp_path, mak
     trainer = make(model, processor, tmp_path)
     trainer.train()
     losses = [entry["train_loss"] for entry in trainer.state.log_history if "train_loss" in entry]
-    assert trainer.state.global_step == trainer.args.max_steps and all(map(torch.isfinite, map(torch.tensor, losses)))
+    assert trainer.state.global_step == trainer.args.max_steps and all(
+        map(torch.isfinite, map(torch.tensor, losses))
+    )
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed <= {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in changed} == set(TRAINED)

@@ -41,7 +41,9 @@ class FrozenTower:
 
     def __init__(self, visual: nn.Module, dtype: torch.dtype, autocast: torch.dtype | None = None):
         if any(".lora_" in name for name, _ in visual.named_parameters()):
-            raise UserError("data.cache: LoRA changes the tower, so its tokens cannot be kept; set one of them to null")
+            raise UserError(
+                "data.cache: LoRA changes the tower, so its tokens cannot be kept; set one of them to null"
+            )
         self.visual, self.dtype, self.autocast = visual, dtype, autocast
         self.device = next(visual.parameters()).device
         size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
@@ -93,7 +95,9 @@ class FrozenFeatures:
             known.append(self._encode(batch[FRESH], batch[FRESH_KEYS]))
         padding = known[0].new_zeros(1, *self.store.shape)  # at the end, where -1 points
         tokens = torch.cat([*known, padding])[batch[FRAME_INDEX].to(self.tower.device)]
-        return {name: value for name, value in batch.items() if name not in PENDING} | {"vision_tokens": tokens}
+        return {name: value for name, value in batch.items() if name not in PENDING} | {
+            "vision_tokens": tokens
+        }
 
     def _encode(self, images: Tensor, keys: list[str]) -> Tensor:
         tokens = self.tower.encode(images)
@@ -120,7 +124,12 @@ def open_features(
     dtype = DTYPES[cache.dtype]
     tower = FrozenTower(model.vision_encoder, dtype, autocast)
     key = features_key(
-        model, preprocess, autocast=str(autocast), images_at_once=tower.at_once, shape=tower.shape, dtype=cache.dtype
+        model,
+        preprocess,
+        autocast=str(autocast),
+        images_at_once=tower.at_once,
+        shape=tower.shape,
+        dtype=cache.dtype,
     )
     store = FeatureStore(_folder_for(cache.folder, key), tower.shape, dtype)
     max_bytes = None if cache.max_gib is None else int(cache.max_gib * GIB)
@@ -139,5 +148,7 @@ def _folder_for(root: Path, key: Mapping[str, Any]) -> Path:
         os.replace(partial, described)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
-        raise UserError(f"data.cache.folder: {root} {reason}; name another folder, or free some space") from None
+        raise UserError(
+            f"data.cache.folder: {root} {reason}; name another folder, or free some space"
+        ) from None
     return folder

@@ -20,7 +20,9 @@ FORMAT = 1  # raised when the same pixels are to become other tokens
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "bitsandbytes", "pillow", "av", "torchcodec")
 
 
-def features_key(model: FlamingoForConditionalGeneration, preprocess: Mapping[str, Any], **how: Any) -> dict[str, Any]:
+def features_key(
+    model: FlamingoForConditionalGeneration, preprocess: Mapping[str, Any], **how: Any
+) -> dict[str, Any]:
     """The tower as it is, the transform, the software, and ``how`` it is run: JSON-able, for `folder_name`.
 
     The digest is of the tower's tensors as they stand in memory, so it also tells apart what quantization, another

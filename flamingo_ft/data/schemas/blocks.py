@@ -97,10 +97,14 @@ def _block(block: Any, where: str) -> Part:
 def _check_alone(block: Mapping[str, Any], form: str, keys: Sequence[str], where: str) -> None:
     """Refuse a block with an image beside its text, text beside its image, or two images: one would be lost."""
     own = keys or ("text",)
-    other = next((key for key in block if key in CONTENT_KEYS and key not in own and has_content(block[key])), None)
+    other = next(
+        (key for key in block if key in CONTENT_KEYS and key not in own and has_content(block[key])), None
+    )
     if other is not None:
         got = kind(block[other])
-        raise UserError(f"{where}.{other}: not read in a block of type {form}, got {got}; give it a block of its own")
+        raise UserError(
+            f"{where}.{other}: not read in a block of type {form}, got {got}; give it a block of its own"
+        )
     sources = [key for key in block if key in keys and not is_blank(block[key])]
     if len(sources) > 1 and len({str(block[key]) for key in sources}) > 1 and {*sources} != {"path", "bytes"}:
         raise UserError(f"{where}: one block has two images, got {' and '.join(sources)}; keep one of them")

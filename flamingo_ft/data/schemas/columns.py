@@ -14,14 +14,76 @@ from flamingo_ft.errors import UserError
 # Columns by these names are part of the task that a row states. Exact names, not parts of names: question_id,
 # answer_type or caption_source are metadata.
 TASK_COLUMNS = frozenset(
-    """
-    answer answers audio audios caption captions choice choices chosen class_label cls completion completions
-    claim context contexts conversation conversations dialog dialogue explanation ground_truth groundtruth hint hints
-    history hypothesis input inputs instruction instructions label labels lecture loss_weight loss_weights messages
-    option options output outputs passage premise prompt prompts queries query question questions rationale
-    rationales reasoning reasoning_content rejected rejected_response response responses sample_weight sentence
-    solution solutions statement system system_message system_prompt target targets thinking
-    """.split()
+    [
+        "answer",
+        "answers",
+        "audio",
+        "audios",
+        "caption",
+        "captions",
+        "choice",
+        "choices",
+        "chosen",
+        "class_label",
+        "cls",
+        "completion",
+        "completions",
+        "claim",
+        "context",
+        "contexts",
+        "conversation",
+        "conversations",
+        "dialog",
+        "dialogue",
+        "explanation",
+        "ground_truth",
+        "groundtruth",
+        "hint",
+        "hints",
+        "history",
+        "hypothesis",
+        "input",
+        "inputs",
+        "instruction",
+        "instructions",
+        "label",
+        "labels",
+        "lecture",
+        "loss_weight",
+        "loss_weights",
+        "messages",
+        "option",
+        "options",
+        "output",
+        "outputs",
+        "passage",
+        "premise",
+        "prompt",
+        "prompts",
+        "queries",
+        "query",
+        "question",
+        "questions",
+        "rationale",
+        "rationales",
+        "reasoning",
+        "reasoning_content",
+        "rejected",
+        "rejected_response",
+        "response",
+        "responses",
+        "sample_weight",
+        "sentence",
+        "solution",
+        "solutions",
+        "statement",
+        "system",
+        "system_message",
+        "system_prompt",
+        "target",
+        "targets",
+        "thinking",
+    ]
 )
 NUMBERED = re.compile(
     r"(answer|caption|choice|completion|image|img|input|instruction|label|option|output|prompt|question|response"
@@ -31,7 +93,9 @@ LETTERS = frozenset("abcdefgh")  # the options of a multiple-choice question, wh
 # Columns by these names, or with such values, hold the image of a row that has no other.
 IMAGE_COLUMNS = re.compile(r"(image|img|photo|picture|pic|video|frame)s?(_?(path|file|url|uri|name|id))?s?")
 NUMBER = re.compile(r"[+-]?[0-9][0-9.,eE+-]*")
-IMAGE_FILE = re.compile(r"\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|jp2|mp4|webm|mkv|avi|mov)", re.IGNORECASE)
+IMAGE_FILE = re.compile(
+    r"\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|jp2|mp4|webm|mkv|avi|mov)", re.IGNORECASE
+)
 # They change what a chat template writes or which turns are learned, so a row is no longer itself without them.
 UNSUPPORTED = {
     "tools": "write the tools into a system message, or remove the column",
@@ -71,14 +135,20 @@ def find_columns(
 
 def unread_columns(row: Row, read: Collection[str]) -> dict[str, Any]:
     """The columns with something in them that are not among ``read``."""
-    return {name: value for name, value in row.items() if name not in read and name != MEMBERS and has_content(value)}
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in read and name != MEMBERS and has_content(value)
+    }
 
 
 def refuse_unsupported(unread: Mapping[str, Any], where: str) -> None:
     """Refuse a row with a column that no schema can take, and that must not be left out."""
     for column, value in unread.items():
         if plain(column) in UNSUPPORTED:
-            raise UserError(f"{where}: {column}: cannot be used, got {kind(value)}; {UNSUPPORTED[plain(column)]}")
+            raise UserError(
+                f"{where}: {column}: cannot be used, got {kind(value)}; {UNSUPPORTED[plain(column)]}"
+            )
 
 
 def lost_column(unread: Mapping[str, Any], fields: Collection[str], read_values: Any) -> str | None:
@@ -136,7 +206,9 @@ def _named(row: Row, field: str, column: str, where: str) -> str:
 def _one_of(matching: list[str], where: str, remedy: str) -> str:
     if len(matching) > 1:
         got = " and ".join(map(repr, matching))
-        raise UserError(f"{where}: several columns have this name, got {got}; rename one, or choose with {remedy}")
+        raise UserError(
+            f"{where}: several columns have this name, got {got}; rename one, or choose with {remedy}"
+        )
     return matching[0]
 
 

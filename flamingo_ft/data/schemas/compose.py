@@ -61,18 +61,26 @@ def _dialogue(turns: Sequence[Turn], where: str) -> str:
 
 def _placed(draft: Draft, contents: list[list[Part]], where: str) -> list[list[Part]]:
     """The contents with a medium in every place."""
-    open_places = [part for content in contents for part in content if isinstance(part, Place) and part.medium is None]
+    open_places = [
+        part for content in contents for part in content if isinstance(part, Place) and part.medium is None
+    ]
     if not open_places and (draft.images or draft.videos):
         first = next((i for i, turn in enumerate(draft.turns) if turn.role == "user"), 0)
         contents[first] = [*_filled(draft), *contents[first]]  # before the first user turn, as in TRL
         return contents
     if any(place.video for place in open_places):
-        _check_count(sum(not place.video for place in open_places), len(draft.images), MEDIA_TOKEN, "images", where)
-        _check_count(sum(place.video for place in open_places), len(draft.videos), VIDEO_MARKER, "videos", where)
+        _check_count(
+            sum(not place.video for place in open_places), len(draft.images), MEDIA_TOKEN, "images", where
+        )
+        _check_count(
+            sum(place.video for place in open_places), len(draft.videos), VIDEO_MARKER, "videos", where
+        )
         queues = {False: iter(_filled(draft, videos=False)), True: iter(_filled(draft, images=False))}
     else:
         found = len(draft.images) + len(draft.videos)
-        _check_count(len(open_places), found, MEDIA_TOKEN, "images" if not draft.videos else "images and videos", where)
+        _check_count(
+            len(open_places), found, MEDIA_TOKEN, "images" if not draft.videos else "images and videos", where
+        )
         queues = dict.fromkeys((False, True), iter(_filled(draft)))
     return [[_fill(part, queues) for part in content] for content in contents]
 
@@ -108,5 +116,7 @@ def _rejected(draft: Draft) -> list[dict[str, Any]] | None:
     contents = [read_content(turn.content, turn.where, False) for turn in draft.rejected]
     for turn, content in zip(draft.rejected, contents, strict=True):
         if any(isinstance(part, Place) for part in content):
-            raise UserError(f"{turn.where}: found an image in the rejected answer, wanted words; move it to the prompt")
+            raise UserError(
+                f"{turn.where}: found an image in the rejected answer, wanted words; move it to the prompt"
+            )
     return [_message(turn, content) for turn, content in zip(draft.rejected, contents, strict=True)]

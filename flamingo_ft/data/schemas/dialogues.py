@@ -82,7 +82,9 @@ def _spoken(turn: Any, where: str) -> Turn:
 def _turn(message: Mapping[str, Any], role: str, keys: tuple[str, str], where: str) -> Turn:
     _, content = keys
     place = f"{where}.{content}"
-    if len(message) == len(keys) and isinstance(message[content], str):  # most messages: there is nothing else in them
+    if len(message) == len(keys) and isinstance(
+        message[content], str
+    ):  # most messages: there is nothing else in them
         return Turn(role, message[content], place)
     field = where.rpartition(": ")[2].partition("[")[0]
     unread = [f"{field}[].{key}" for key in unread_texts(message, keys, where)]

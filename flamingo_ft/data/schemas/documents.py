@@ -52,7 +52,9 @@ def _read_mmc4(row: Row, where: str) -> tuple[list[dict], list[Given]]:
     """Each image before the text that it was matched with, as OpenFlamingo was trained."""
     texts = list_field(row, "text_list", where)
     infos = list_field(row, "image_info", where) if given(row, "image_info") else []
-    matched = [_matched(info, len(texts), f"{where}: image_info[{index}]") for index, info in enumerate(infos)]
+    matched = [
+        _matched(info, len(texts), f"{where}: image_info[{index}]") for index, info in enumerate(infos)
+    ]
     blocks, images = [], []
     for index, text in enumerate(texts):
         for number in (number for number, text_index in enumerate(matched) if text_index == index):
@@ -68,7 +70,9 @@ def _matched(info: Any, texts: int, where: str) -> int:
     index = info.get("matched_text_index")
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < texts:
         found = index if isinstance(index, int) else kind(index)
-        raise UserError(f"{where}.matched_text_index: found {found}, wanted the number of one of {texts} texts, from 0")
+        raise UserError(
+            f"{where}.matched_text_index: found {found}, wanted the number of one of {texts} texts, from 0"
+        )
     return index
 
 
@@ -97,7 +101,9 @@ def _read_obelics(row: Row, where: str) -> tuple[list[dict], list[Given]]:
     texts, pictures = list_field(row, "texts", where), list_field(row, "images", where)
     if len(texts) != len(pictures):
         counts = f"{len(texts)} texts and {len(pictures)} images"
-        raise UserError(f"{where}: found {counts}, wanted lists of one length with null where the other has something")
+        raise UserError(
+            f"{where}: found {counts}, wanted lists of one length with null where the other has something"
+        )
     blocks, images = [], []
     for index, pair in enumerate(zip(texts, pictures, strict=True)):
         _check_one_of(pair, index, where)
@@ -114,7 +120,9 @@ def _check_one_of(pair: Sequence[Any], index: int, where: str) -> None:
     present = sum(value is not None for value in pair)
     if present != 1:
         found = "both a text and an image" if present else "neither text nor image"
-        raise UserError(f"{where}: texts[{index}]: found {found}, wanted one of them and null in the other list")
+        raise UserError(
+            f"{where}: texts[{index}]: found {found}, wanted one of them and null in the other list"
+        )
 
 
 def _text(text: str) -> dict[str, str]:

@@ -29,7 +29,9 @@ def _media(row: Row, name: str, where: str, single: Callable[[Any, str], list[Gi
     listed = [] if _is_none(row.get(several)) else list_field(row, several, where)
     listed = [] if _is_none(listed) else listed  # it may have been a list as JSON text
     if one and listed:
-        raise UserError(f"{where}: found both {name} and {several}, wanted one of them; join them into {several}")
+        raise UserError(
+            f"{where}: found both {name} and {several}, wanted one of them; join them into {several}"
+        )
     return one or [Given(value, f"{where}: {several}[{index}]") for index, value in enumerate(listed)]
 
 

@@ -20,10 +20,14 @@ def read_preference(row: Row, where: str) -> Draft:
     prompt, chosen, rejected = _prompt_and_answers(row, chosen, rejected, where)
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns or turns[0].role != "assistant":
-            raise UserError(f"{where}: {name}: found no answer of the assistant's, wanted one after the prompt")
+            raise UserError(
+                f"{where}: {name}: found no answer of the assistant's, wanted one after the prompt"
+            )
     if _told(chosen) == _told(rejected):
         raise UserError(f"{where}: rejected: found the same as chosen, wanted a worse answer; remove the row")
-    return Draft([*system_of(row, where), *prompt, *chosen], images_of(row, where), videos_of(row, where), rejected)
+    return Draft(
+        [*system_of(row, where), *prompt, *chosen], images_of(row, where), videos_of(row, where), rejected
+    )
 
 
 def _prompt_and_answers(
@@ -36,10 +40,14 @@ def _prompt_and_answers(
         return said(row, "prompt", "user", where), chosen, rejected
     pairs = zip(chosen, rejected, strict=False)
     shared = len(
-        list(takewhile(lambda pair: _told(pair[:1]) == _told(pair[1:]) and pair[0].role != "assistant", pairs))
+        list(
+            takewhile(lambda pair: _told(pair[:1]) == _told(pair[1:]) and pair[0].role != "assistant", pairs)
+        )
     )
     if not shared:
-        raise UserError(f"{where}: prompt: found none, wanted text or messages that chosen and rejected answer")
+        raise UserError(
+            f"{where}: prompt: found none, wanted text or messages that chosen and rejected answer"
+        )
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 

@@ -20,7 +20,10 @@ def read_alpaca(row: Row, where: str) -> Draft:
     more = optional_text(row, "input", where)
     user = Turn("user", question if more is None else f"{question}\n{more}", f"{where}: instruction")
     return _answered(
-        [*system_of(row, where), user], _answer(words_field(row, "output", where), f"{where}: output"), row, where
+        [*system_of(row, where), user],
+        _answer(words_field(row, "output", where), f"{where}: output"),
+        row,
+        where,
     )
 
 
@@ -56,7 +59,9 @@ def _answer(text: str, where: str) -> Turn:
 
 
 def _most_frequent(row: Row, where: str) -> str:
-    answers = [_one(answer, f"{where}: answers[{i}]") for i, answer in enumerate(list_field(row, "answers", where))]
+    answers = [
+        _one(answer, f"{where}: answers[{i}]") for i, answer in enumerate(list_field(row, "answers", where))
+    ]
     if not answers:
         raise UserError(f"{where}: answers: found an empty list, wanted at least one answer")
     return Counter(answers).most_common(1)[0][0]

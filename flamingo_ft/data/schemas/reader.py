@@ -38,7 +38,9 @@ class RowReader:
     task, and that the schema does not read, is refused.
     """
 
-    def __init__(self, schema: str, columns: Mapping[str, str], locator: Locator, where: str, guessed: bool = False):
+    def __init__(
+        self, schema: str, columns: Mapping[str, str], locator: Locator, where: str, guessed: bool = False
+    ):
         check_columns(columns, schema, where)
         self.schema = schema
         self._columns = {field: column for field, column in columns.items() if field != IMAGES_FILE}
@@ -46,7 +48,10 @@ class RowReader:
         self._locator = locator
         self._guessed = guessed
         self._images: dict[str, ImagesById] = {}
-        self._last: tuple[tuple[str, ...] | None, dict[str, str]] = (None, {})  # column names, the column of each field
+        self._last: tuple[tuple[str, ...] | None, dict[str, str]] = (
+            None,
+            {},
+        )  # column names, the column of each field
 
     def read(self, row: Any, where: str, file: str, find: Find) -> Sample:
         """The sample of a parsed row of ``file``; ``find`` gives other rows of that file by their id."""

@@ -57,7 +57,9 @@ def check_columns(columns: Mapping[str, str], name: str, where: str) -> None:
     known = {*SCHEMAS[name].fields, *(COMMON if name != MIMICIT else ("task",))}
     unknown = [field for field in columns if field not in known]
     if unknown:
-        raise UserError(f"{where}: columns: found {unknown[0]!r}, wanted fields of {name}: {', '.join(sorted(known))}")
+        raise UserError(
+            f"{where}: columns: found {unknown[0]!r}, wanted fields of {name}: {', '.join(sorted(known))}"
+        )
 
 
 def _has(*names: str) -> Callable[[Row], bool]:
@@ -94,7 +96,9 @@ SCHEMAS = {
         preference.read_preference,
     ),
     "messages": Schema(("messages",), "messages and images", _has("messages"), dialogues.read_messages),
-    "llava": Schema(("conversations",), "conversations of human and gpt, image", _is_llava, dialogues.read_llava),
+    "llava": Schema(
+        ("conversations",), "conversations of human and gpt, image", _is_llava, dialogues.read_llava
+    ),
     "sharegpt": Schema(
         ("conversations", "system"),
         "conversations of from and value or role and content, images",
@@ -126,7 +130,10 @@ SCHEMAS = {
         documents.read_interleaved,
     ),
     "vqa": Schema(
-        ("question", "answer", "answers", "system"), "question, answer or answers, image", _is_vqa, questions.read_vqa
+        ("question", "answer", "answers", "system"),
+        "question, answer or answers, image",
+        _is_vqa,
+        questions.read_vqa,
     ),
     "caption": Schema(
         documents.CAPTION_FIELDS,

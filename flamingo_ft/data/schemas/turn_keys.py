@@ -74,7 +74,9 @@ def unread_block_texts(block: Mapping[str, Any], keys: Collection[str], where: s
     return _unread(block, (*keys, "name"), (*UNSUPPORTED, *UNSUPPORTED_LOSS, *LOSS_KEYS), where)
 
 
-def _unread(message: Mapping[str, Any], known: Collection[str], refused: Collection[str], where: str) -> list[str]:
+def _unread(
+    message: Mapping[str, Any], known: Collection[str], refused: Collection[str], where: str
+) -> list[str]:
     unread = {key: value for key, value in message.items() if key not in known and has_content(value)}
     for key, value in unread.items():
         if key in refused:

@@ -98,7 +98,9 @@ def load_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
         return DatasetsRows(str(path), dataset.to_iterable_dataset() if streaming else dataset)
 
 
-def load_hub(name: str, config: str | None, split: str, revision: str | None, streaming: bool) -> DatasetsRows:
+def load_hub(
+    name: str, config: str | None, split: str, revision: str | None, streaming: bool
+) -> DatasetsRows:
     """A dataset on the Hub."""
     where = f"{name}[{split}]"
     return _load(where, name, name=config, split=split, revision=revision, streaming=streaming)
@@ -168,11 +170,19 @@ def _is_of_the_hub(path: str) -> bool:
     """Whether `datasets` itself put the path there: a file on the Hub, or one that it downloaded."""
     caches = (HF_HUB_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
     real = os.path.realpath(path)
-    return bool(REMOTE.match(path)) or any(Path(real).is_relative_to(os.path.realpath(cache)) for cache in caches)
+    return bool(REMOTE.match(path)) or any(
+        Path(real).is_relative_to(os.path.realpath(cache)) for cache in caches
+    )
 
 
 def _has_labels(feature: Any) -> bool:
-    inside = feature.values() if isinstance(feature, dict) else [feature.feature] if hasattr(feature, "feature") else []
+    inside = (
+        feature.values()
+        if isinstance(feature, dict)
+        else [feature.feature]
+        if hasattr(feature, "feature")
+        else []
+    )
     return isinstance(feature, datasets.ClassLabel) or any(map(_has_labels, inside))
 
 

@@ -69,7 +69,9 @@ class JsonRows:
 def _rows_in(value: Any, name: str) -> list[Any]:
     if isinstance(value, Mapping):
         if isinstance(value.get(HOLDER), Mapping):
-            return [{"id": key, **row} if isinstance(row, Mapping) else row for key, row in value[HOLDER].items()]
+            return [
+                {"id": key, **row} if isinstance(row, Mapping) else row for key, row in value[HOLDER].items()
+            ]
         lists = [inside for inside in value.values() if isinstance(inside, list)]
         value = lists[0] if len(lists) == 1 else value.get(HOLDER, value)
     if not isinstance(value, list):

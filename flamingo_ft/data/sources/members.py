@@ -51,7 +51,9 @@ def parse_name(path: str) -> Name:
 
 def samples_in(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator[list[T]]:
     """Group members, in the order of the tar, into samples. Where files are sorted by name, it holds one at a time."""
-    for _, same_key in groupby(((parse_name(path_of(member)), member) for member in members), lambda pair: pair[0].key):
+    for _, same_key in groupby(
+        ((parse_name(path_of(member)), member) for member in members), lambda pair: pair[0].key
+    ):
         group = _Group()
         for name, member in same_key:
             if group.is_complete_without(name):
@@ -86,9 +88,16 @@ class _Group:
 
     def is_complete_without(self, name: Name) -> bool:
         """Whether there is a sample already that a further member does not belong to."""
-        if not self._paired or self._named_by_key or self._owner(name) is not None or name.stem in self._media_stems:
+        if (
+            not self._paired
+            or self._named_by_key
+            or self._owner(name) is not None
+            or name.stem in self._media_stems
+        ):
             return False
-        return name.kind == MEDIA or name.kind in {other.kind for other, _ in self._members if other.kind in ANCHORS}
+        return name.kind == MEDIA or name.kind in {
+            other.kind for other, _ in self._members if other.kind in ANCHORS
+        }
 
     def samples(self) -> Iterator[list[Any]]:
         if not self._paired or self._named_by_key or self._fits_one_sample():

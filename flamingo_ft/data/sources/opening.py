@@ -62,7 +62,9 @@ def _matching(path: Path) -> Sequence[Path]:
     found = sorted(path.parent.glob(path.name)) if any(mark in path.name for mark in PATTERN_MARKS) else []
     files = [one for one in found if one.is_file() and not is_leftover(one.name)]
     if not files:
-        raise UserError(f"{path}: no such data file; check the path (a recipe's paths start from the recipe's folder)")
+        raise UserError(
+            f"{path}: no such data file; check the path (a recipe's paths start from the recipe's folder)"
+        )
     return files
 
 
@@ -74,12 +76,16 @@ def _open_file(path: Path, streaming: bool) -> Rows:
             f"{path}: found a {path.suffix or 'nameless'} file, wanted one of {KINDS}, or a folder of images"
         )
     reader = READERS[suffix]
-    return datasets_rows.load_files(path, streaming) if reader is None else reader(path, indexed=not streaming)
+    return (
+        datasets_rows.load_files(path, streaming) if reader is None else reader(path, indexed=not streaming)
+    )
 
 
 def _open_folder(path: Path, entry: DataSource) -> Rows:
     """A folder of images, or of a dataset's files."""
-    holds_images = any(_is_image(file) and not is_leftover(str(file.relative_to(path))) for file in path.rglob("*"))
+    holds_images = any(
+        _is_image(file) and not is_leftover(str(file.relative_to(path))) for file in path.rglob("*")
+    )
     saved = any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     load = datasets_rows.load_image_folder if holds_images and not saved else datasets_rows.load_folder
     return load(path, entry.split, entry.streaming)

@@ -40,11 +40,15 @@ class Source:
         self._limit = entry.limit
         self._files: Sequence[Rows] = open_files(entry)
         self.indexed = all(file.indexed for file in self._files)
-        self._starts = list(accumulate((len(file) for file in self._files), initial=0)) if self.indexed else [0]
+        self._starts = (
+            list(accumulate((len(file) for file in self._files), initial=0)) if self.indexed else [0]
+        )
         row, where = self._first_row()
         self.format = entry.format if entry.format != "auto" else schema_of(row, entry.columns, where)
         locator = Locator(root_of(entry), data.allow_urls)
-        self._reader = RowReader(self.format, entry.columns, locator, self.name, guessed=entry.format == "auto")
+        self._reader = RowReader(
+            self.format, entry.columns, locator, self.name, guessed=entry.format == "auto"
+        )
         self.unread = self._reader.unread(row, where) if isinstance(row, Mapping) else ()
 
     def __len__(self) -> int:

@@ -161,7 +161,9 @@ def _row(content: Mapping[str, bytes], where: str) -> dict[str, Any]:
     for column, suffixes in (("text", TEXTS), ("cls", CLASSES)):
         name = _only(suffixes, content, where)
         if name is not None:
-            row[column] = _same_or_new(row, column, _text(content[name], f"{where}: {name}"), f"{where}: {name}")
+            row[column] = _same_or_new(
+                row, column, _text(content[name], f"{where}: {name}"), f"{where}: {name}"
+            )
     _add_media(row, "image", {name: data for name, data in content.items() if _suffix(name) in IMAGES}, where)
     _add_media(row, "video", {name: data for name, data in content.items() if _suffix(name) in VIDEOS}, where)
     return row
@@ -217,7 +219,9 @@ def _find(name: Any, files: Mapping[str, bytes]) -> bytes | None:
     """The file of that name, with or without the key that all files of a sample begin with."""
     for file, data in files.items():
         base = posixpath.basename(file)
-        if isinstance(name, str) and any(same_name(name, one) for one in (file, base, base.partition(".")[2])):
+        if isinstance(name, str) and any(
+            same_name(name, one) for one in (file, base, base.partition(".")[2])
+        ):
             return data
     return None
 

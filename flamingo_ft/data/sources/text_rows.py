@@ -24,7 +24,9 @@ CHUNK_BYTES = 1 << 22
 WHITESPACE = b" \t\r\n\v\f"
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 WELL_FORMED = "close every quote and end lines with a line feed"
-LONGEST_FIELD = (1 << 31) - 1  # an image as base64 is longer than the 131,072 characters that csv allows by itself
+LONGEST_FIELD = (
+    1 << 31
+) - 1  # an image as base64 is longer than the 131,072 characters that csv allows by itself
 
 
 class TextRows:
@@ -136,12 +138,16 @@ class DelimitedRows(TextRows):
                 lines.clear()
 
     def _cells(self, text: str, where: str) -> list[str]:
-        csv.field_size_limit(LONGEST_FIELD)  # a setting of the process, and this may be another than the index's
+        csv.field_size_limit(
+            LONGEST_FIELD
+        )  # a setting of the process, and this may be another than the index's
         try:
             lines = io.StringIO(text, newline="\n")
             return next(csv.reader(lines, delimiter=self._delimiter, strict=True), [])
         except csv.Error as error:
-            raise UserError(f"{where}: not {self._delimiter!r}-separated text ({error}); {WELL_FORMED}") from None
+            raise UserError(
+                f"{where}: not {self._delimiter!r}-separated text ({error}); {WELL_FORMED}"
+            ) from None
 
 
 def parse_json(text: str, where: str, wanted: str) -> Any:

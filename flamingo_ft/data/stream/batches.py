@@ -120,7 +120,9 @@ class Batches:
         else:
             self.tally.use(result.encoded.cut, result.encoded.rewritten)
 
-    def _results(self, begin: int, kept_back: set[int], start: int) -> Iterator[tuple[int, Prepared | LeftOut]]:
+    def _results(
+        self, begin: int, kept_back: set[int], start: int
+    ) -> Iterator[tuple[int, Prepared | LeftOut]]:
         """What this process's draws from place ``begin`` on give, but those between that were given out already."""
         wanted = (
             (place, draw)
@@ -199,7 +201,9 @@ def packed(batch_size: int, row_length: int) -> Fill:
     return fill
 
 
-def by_length(order: Order, size_of: Callable[[Draw], int], batch_size: int) -> Callable[[int], Iterator[Draw]]:
+def by_length(
+    order: Order, size_of: Callable[[Draw], int], batch_size: int
+) -> Callable[[int], Iterator[Draw]]:
     """The order with samples of like length next to each other, to be entered at any place."""
     window = WINDOW * batch_size
 

@@ -81,7 +81,9 @@ class Order:
 
     def _drawn_by_epoch(self, start: int) -> Iterator[Draw]:
         number = start
-        for epoch in itertools.count(start // self.epoch_length):  # epochs are as long as the first, or a little shorter
+        for epoch in itertools.count(
+            start // self.epoch_length
+        ):  # epochs are as long as the first, or a little shorter
             begin, end = self._shown_before(epoch), self._shown_before(epoch + 1)
             if end <= number:
                 continue
@@ -133,7 +135,9 @@ class Order:
                 continue
             rng = np.random.default_rng([self.seed, index, number])
             shown = 0
-            for shown, pair in enumerate(_shuffled(enumerate(mixed.source.stream()), self.shuffle_buffer, rng), start=1):
+            for shown, pair in enumerate(
+                _shuffled(enumerate(mixed.source.stream()), self.shuffle_buffer, rng), start=1
+            ):
                 yield pair
             if not shown:
                 raise UserError(f"{mixed.source.name}: found no rows; wanted at least one sample")
@@ -145,7 +149,9 @@ def _few_at_a_time(numbers: np.ndarray) -> Iterator[Any]:
         yield from numbers[begin : begin + AT_ONCE].tolist()
 
 
-def grouped(draws: Iterator[Draw], size_of: Callable[[Draw], int], batch: int, window: int, seed: int) -> Iterator[Draw]:
+def grouped(
+    draws: Iterator[Draw], size_of: Callable[[Draw], int], batch: int, window: int, seed: int
+) -> Iterator[Draw]:
     """The draws with those of like size next to each other, ``batch`` at a time.
 
     Within each ``window`` draws (a multiple of ``batch``) they are sorted by size, cut into batches, and the batches

@@ -62,7 +62,9 @@ class Tally:
         self._in_a_row += 1
         self._check_share()
         if self._in_a_row >= (self.epoch_length or 10_000):
-            raise UserError(f"data.train: found no sample to train on among {self._in_a_row} rows, the last: {row.reason}")
+            raise UserError(
+                f"data.train: found no sample to train on among {self._in_a_row} rows, the last: {row.reason}"
+            )
 
     def _check_share(self) -> None:
         """Of different rows: those of later epochs are the same ones again."""
@@ -90,7 +92,11 @@ class Tally:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on later has to know."""
-        rows = {"bad_rows": dict(self.bad_rows), "dropped_rows": dict(self.dropped_rows), "in_a_row": self._in_a_row}
+        rows = {
+            "bad_rows": dict(self.bad_rows),
+            "dropped_rows": dict(self.dropped_rows),
+            "in_a_row": self._in_a_row,
+        }
         return self.record() | rows
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

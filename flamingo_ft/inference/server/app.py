@@ -44,7 +44,9 @@ class Api:
             form = reply(self.name, generation.include_usage)
             headers = {REQUEST_ID: request.headers.get(REQUEST_ID, form.number)}
             if generation.stream:
-                return StreamingResponse(_events(answer, form), media_type="text/event-stream", headers=headers)
+                return StreamingResponse(
+                    _events(answer, form), media_type="text/event-stream", headers=headers
+                )
             return JSONResponse(form.whole(await _whole_text(request, answer), answer), headers=headers)
 
         return handle
@@ -137,4 +139,6 @@ async def _answer_failed(request: Request, error: Exception) -> Response:
 async def _http_error(request: Request, error: HTTPException) -> Response:
     routes = "POST /v1/chat/completions, /v1/completions and /v1/responses"
     message = f"{request.method} {shown(request.url.path)}: {error.detail}; this server has {routes}"
-    return JSONResponse(error_body(message, "invalid_request_error"), error.status_code, headers=error.headers)
+    return JSONResponse(
+        error_body(message, "invalid_request_error"), error.status_code, headers=error.headers
+    )

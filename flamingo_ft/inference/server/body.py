@@ -37,7 +37,9 @@ def _parse(content: bytes) -> dict[str, Any]:
         if _SURROGATE.search(content):
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise RequestError("the body has half of a surrogate pair, which is not text; send valid Unicode") from None
+        raise RequestError(
+            "the body has half of a surrogate pair, which is not text; send valid Unicode"
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RequestError(f"the body is not valid JSON ({reason})") from None

@@ -80,7 +80,9 @@ class _TokenReceiver(StoppingCriteria):
     transformers. It may be called once more after the end.
     """
 
-    def __init__(self, answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: list[int], text: VisibleText):
+    def __init__(
+        self, answer: Answer, tokenizer: PreTrainedTokenizerBase, ends: list[int], text: VisibleText
+    ):
         self._answer, self._ends, self._text = answer, ends, text
         self._tokenizer = tokenizer.backend_tokenizer
         self._decoding = DecodeStream([], skip_special_tokens=True)
@@ -170,7 +172,9 @@ class Engine:
         return stack_media([[transform(open_link(link, self._policy)).unsqueeze(0) for link in links]])
 
     @torch.no_grad()
-    def _generate(self, ids: list[int], media: dict[str, Tensor], request: GenerationRequest, answer: Answer) -> None:
+    def _generate(
+        self, ids: list[int], media: dict[str, Tensor], request: GenerationRequest, answer: Answer
+    ) -> None:
         sampling, tokenizer = request.sampling, self._processor.tokenizer
         text = VisibleText(sampling.stop, strip=request.prompt is None)
         receiver = _TokenReceiver(answer, tokenizer, self._ends, text)

@@ -91,7 +91,11 @@ def _local(link: ImageLink, policy: MediaPolicy) -> Path:
         folder = policy.folder.resolve(strict=True)
         path = (folder / _path(link.url)).resolve()
         allowed = path.is_relative_to(folder) and path.is_file()
-    except (OSError, ValueError, RuntimeError):  # a name that is too long, has a null byte, is a loop of links
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # a name that is too long, has a null byte, is a loop of links
         raise outside from None
     if not allowed:
         raise outside

@@ -36,7 +36,9 @@ def _message(value: Any, field: str, images: list[ImageLink]) -> dict[str, Any]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
-        raise RequestError(f"must be a text or a list of content blocks, got {shown(content)}", f"{field}.content")
+        raise RequestError(
+            f"must be a text or a list of content blocks, got {shown(content)}", f"{field}.content"
+        )
     blocks = [_block(block, f"{field}.content[{index}]", role, images) for index, block in enumerate(content)]
     return {"role": ROLES[role], "content": blocks}
 
@@ -53,7 +55,9 @@ def _block(value: Any, field: str, role: str, images: list[ImageLink]) -> dict[s
     if kind not in IMAGE_BLOCKS:
         raise RequestError(f"must be text or image_url, got {shown(kind)}", f"{field}.type")
     if role != "user":
-        raise RequestError(f"images belong in messages of the user, got one in a message of role {role}", field)
+        raise RequestError(
+            f"images belong in messages of the user, got one in a message of role {role}", field
+        )
     _check_keys(value, field, ("type", "image_url", "detail"))
     images.append(_link(value, f"{field}.image_url"))
     return {"type": "image"}

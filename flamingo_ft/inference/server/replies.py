@@ -74,7 +74,12 @@ class _ChoicesReply(_Named):
         return _sse(self._body(self.chunk_kind, choices, **({"usage": None} if self.include_usage else {})))
 
     def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        name = {"id": f"{self.prefix}-{self.number}", "object": kind, "created": self.created, "model": self.model}
+        name = {
+            "id": f"{self.prefix}-{self.number}",
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
         return {**name, "choices": choices, **more}
 
 
@@ -84,14 +89,20 @@ class ChatReply(_ChoicesReply):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def opening(self) -> str:
-        return self._event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+        return self._event(
+            [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+        )
 
     def _choice(self, text: str, finish_reason: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
 
     def _part(self, text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
-        return {"index": 0, "delta": {} if text is None else {"content": text}, "finish_reason": finish_reason}
+        return {
+            "index": 0,
+            "delta": {} if text is None else {"content": text},
+            "finish_reason": finish_reason,
+        }
 
 
 class CompletionReply(_ChoicesReply):
@@ -123,7 +134,9 @@ class ResponseReply(_Named):
         return (
             self._event("response.created", response=began)
             + self._event("response.in_progress", response=began)
-            + self._event("response.output_item.added", output_index=0, item=self._message(None, "in_progress"))
+            + self._event(
+                "response.output_item.added", output_index=0, item=self._message(None, "in_progress")
+            )
             + self._event("response.content_part.added", **self._place(), part=_text(""))
         )
 
@@ -156,7 +169,9 @@ class ResponseReply(_Named):
         message = {"id": f"msg_{self.number}", "type": "message", "role": "assistant"}
         return {**message, "status": status, "content": content}
 
-    def _response(self, status: str, output: list[dict[str, Any]], answer: Answer | None = None) -> dict[str, Any]:
+    def _response(
+        self, status: str, output: list[dict[str, Any]], answer: Answer | None = None
+    ) -> dict[str, Any]:
         return {
             "id": f"resp_{self.number}",
             "object": "response",

@@ -29,7 +29,9 @@ NO_EFFECT = frozenset(
     }
 )
 TEXT_FORMAT = {"type": "text"}
-LEAST_TEMPERATURE = 1e-3  # a smaller one is greedy: scores divided by it would overflow, which ends CUDA's context
+LEAST_TEMPERATURE = (
+    1e-3  # a smaller one is greedy: scores divided by it would overflow, which ends CUDA's context
+)
 
 # What this server cannot do, with the values that ask for nothing.
 Unsupported = Mapping[str, tuple[Any, ...]]
@@ -170,7 +172,9 @@ def completion_request(body: Mapping[str, Any]) -> GenerationRequest:
     if not isinstance(prompt, str) or not prompt:
         raise RequestError(f"must be one text that is not empty, got {shown(prompt)}", "prompt")
     if MEDIA_TOKEN in prompt:
-        raise RequestError(f"got {MEDIA_TOKEN}, but no images are read here; use /v1/chat/completions", "prompt")
+        raise RequestError(
+            f"got {MEDIA_TOKEN}, but no images are read here; use /v1/chat/completions", "prompt"
+        )
     return _request(fields, _text_sampling(fields, fields.max_tokens), prompt=prompt)
 
 
@@ -188,7 +192,11 @@ def _read_input(value: Any) -> tuple[list[dict[str, Any]], list[ImageLink]]:
     """A text, the parts of one message, or messages."""
     if isinstance(value, str):
         return read_messages([{"role": "user", "content": value}], "input")
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" not in item for item in value):
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(item, dict) and "role" not in item for item in value)
+    ):
         if all(str(item.get("type")).startswith("input_") for item in value):
             return read_messages([{"role": "user", "content": value}], "input")
     return read_messages(value, "input")

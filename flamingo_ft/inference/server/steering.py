@@ -24,7 +24,9 @@ class Steering(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         said = input_ids[:, self._prompt_tokens :]
         times = torch.zeros_like(scores).scatter_add_(1, said, torch.ones_like(said, dtype=scores.dtype))
-        scores = scores - self._sampling.frequency_penalty * times - self._sampling.presence_penalty * (times > 0)
+        scores = (
+            scores - self._sampling.frequency_penalty * times - self._sampling.presence_penalty * (times > 0)
+        )
         for token, bias in self._sampling.logit_bias.items():
             scores[:, token] += bias
         return scores

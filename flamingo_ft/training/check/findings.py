@@ -165,7 +165,9 @@ class Findings:
         if self.bad and self.on_bad_sample == "error":
             return f"found {self.bad:,} bad rows; mend or remove them, or set data.on_bad_sample to skip"
         if self.bad_share > self.max_bad_share:
-            share = f"found {self.bad_share:.1%} of the training rows bad, the limit is {self.max_bad_share:.1%}"
+            share = (
+                f"found {self.bad_share:.1%} of the training rows bad, the limit is {self.max_bad_share:.1%}"
+            )
             return f"{share}; mend them, or raise data.max_bad_share"
         return None
 

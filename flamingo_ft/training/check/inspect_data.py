@@ -16,7 +16,6 @@ from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample, apply_template, encode, open_source
-from flamingo_ft.model.download import is_url
 from flamingo_ft.data.encode import text_of
 from flamingo_ft.data.fields import MEMBERS
 from flamingo_ft.data.schemas.table import MIMICIT
@@ -25,6 +24,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.download import is_url
 
 from ..backbone_files import BackboneFiles
 
@@ -125,7 +125,11 @@ def inspect_data(entry: DataSource, measure: Measure) -> InspectedData:
 
 def guess_columns(columns: Iterable[str]) -> tuple[str, dict[str, str]] | None:
     """A schema that columns fit by the names that people use, and which column is which of its fields."""
-    by_name = {re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_"): column for column in columns if column != MEMBERS}
+    by_name = {
+        re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_"): column
+        for column in columns
+        if column != MEMBERS
+    }
     found = {
         name: next((by_name[synonym] for synonym in synonyms if synonym in by_name), None)
         for name, synonyms in SYNONYMS.items()
@@ -171,7 +175,10 @@ def _with_image_root(entry: DataSource) -> DataSource:
     """The entry with the image_root in which most of the first rows can be used."""
     if entry.image_root is not None or entry.path.is_dir() or _usable(entry) == ROWS_TRIED:
         return entry
-    candidates = [entry, *(entry.model_copy(update={"image_root": root}) for root in _folders_near(entry.path.parent))]
+    candidates = [
+        entry,
+        *(entry.model_copy(update={"image_root": root}) for root in _folders_near(entry.path.parent)),
+    ]
     return max(candidates, key=_usable)  # the first of equally good ones
 
 

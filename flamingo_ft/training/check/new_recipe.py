@@ -100,8 +100,14 @@ def new_recipe_text(file: Path, wishes: Wishes) -> tuple[str, list[str]]:
 def _tower(wishes: Wishes) -> tuple[str, str | None]:
     """The vision tower and its tag: small beside the nano language model, OpenAI's ViT-L-14 beside a real one."""
     if wishes.vision is None:
-        return (NANO, None) if wishes.language in (None, NANO) else ("ViT-L-14", wishes.pretrained or "openai")
-    whole = wishes.vision == NANO or wishes.vision.startswith("hf-hub:") or Path(wishes.vision).expanduser().is_dir()
+        return (
+            (NANO, None) if wishes.language in (None, NANO) else ("ViT-L-14", wishes.pretrained or "openai")
+        )
+    whole = (
+        wishes.vision == NANO
+        or wishes.vision.startswith("hf-hub:")
+        or Path(wishes.vision).expanduser().is_dir()
+    )
     if not whole and wishes.pretrained is None:
         raise UserError(
             f"--vision {wishes.vision}: an architecture has no weights of its own; add --pretrained TAG, such as openai"
@@ -141,7 +147,11 @@ def _schedule(train: InspectedData, held_out: InspectedData | None, most_in_batc
     samples = sum(mixed.size for mixed in data.train)
     evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.held_out)
     batch = min(most_in_batch, samples)
-    epochs = 1 if samples >= LARGE else min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FEWEST_STEPS * batch / samples)))
+    epochs = (
+        1
+        if samples >= LARGE
+        else min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FEWEST_STEPS * batch / samples)))
+    )
     return {
         "eval_fraction": fraction,
         "held_out": evaluated,
@@ -177,10 +187,14 @@ def _notes(*inspected: InspectedData | None) -> list[str]:
     for one in filter(None, inspected):
         if one.problems:
             rows = f"{len(one.problems):,} of {one.read:,} rows cannot be used"
-            notes.append(f"{one.entry.path}: {rows}, the first: {one.problems[0]}; flamingo-ft check lists all")
+            notes.append(
+                f"{one.entry.path}: {rows}, the first: {one.problems[0]}; flamingo-ft check lists all"
+            )
         if one.unread:
             remedy = "if one is part of the task, write it into a column that is read, or name its field with --column"
-            notes.append(f"{one.entry.path}: columns of text that are left out: {', '.join(one.unread)}; {remedy}")
+            notes.append(
+                f"{one.entry.path}: columns of text that are left out: {', '.join(one.unread)}; {remedy}"
+            )
         if not one.pictured:
             remedy = "if a column holds them, add --column image=COLUMN"
             notes.append(f"{one.entry.path}: the rows read have no images; {remedy}")
@@ -209,7 +223,11 @@ def _source(file: Path, inspected: InspectedData) -> str:
 def _path_in(file: Path, path: Path) -> str:
     """A path as the recipe has it: relative to its folder where that is near, absolute elsewhere."""
     relative = os.path.relpath(path.absolute(), file.absolute().parent)
-    return str(path.absolute()) if relative.startswith(os.path.join("..", "..", "..")) else Path(relative).as_posix()
+    return (
+        str(path.absolute())
+        if relative.startswith(os.path.join("..", "..", ".."))
+        else Path(relative).as_posix()
+    )
 
 
 def _folder_or_name(backbone: str) -> str:
@@ -245,7 +263,11 @@ def _one_line(text: Any) -> str:
 def _render(values: Mapping[str, Any]) -> str:
     loader = PackageLoader("flamingo_ft.training.check", "")
     environment = Environment(
-        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=loader,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"yaml": _yaml, "line": _one_line, "n": "{:,}".format}
     return environment.get_template("new_recipe.yaml.jinja").render(values)

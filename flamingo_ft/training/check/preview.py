@@ -72,7 +72,9 @@ def _shown(mixed: Mixed, row: Row, encoding: Encoding, video_frames: int) -> Ite
     except UserError:
         return
     texts = texts_of(encoded)
-    tokens = [token for text in texts for token in shown_tokens(encoding.processor, text.input_ids, text.labels)]
+    tokens = [
+        token for text in texts for token in shown_tokens(encoding.processor, text.input_ids, text.labels)
+    ]
     yield Shown(
         sample.where,
         sample.task,

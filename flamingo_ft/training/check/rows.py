@@ -124,7 +124,9 @@ class Looking(Dataset):
             unread=sample.unread,
             content=sample_digest(sample, [picture.digest for picture in pictures]),
             pictures=[picture.digest for picture in pictures[: len(kept)]],
-            conversions=dict(Counter(name for picture in pictures[: len(kept)] for name in picture.conversions)),
+            conversions=dict(
+                Counter(name for picture in pictures[: len(kept)] for name in picture.conversions)
+            ),
         )
 
     def _pictures(self, sample: Sample, raw: RawRow, problems: list[Problem]) -> Iterator[Picture]:
@@ -151,7 +153,10 @@ def rows_of(part: int, mixed: Mixed) -> Iterator[Row]:
     """The rows of one source; where a stream breaks off, the reason in place of the rest."""
     source = mixed.source
     if source.indexed:
-        yield from (Row(part, number) for number in (range(len(source)) if mixed.rows is None else mixed.rows.tolist()))
+        yield from (
+            Row(part, number)
+            for number in (range(len(source)) if mixed.rows is None else mixed.rows.tolist())
+        )
         return
     try:
         yield from (Row(part, number, raw) for number, raw in enumerate(source.stream()))

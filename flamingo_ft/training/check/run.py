@@ -48,7 +48,10 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
         form = text_form(processor, own_ends(recipe.model))
         findings = replace(account.findings(name, _length(recipe, data)), text_form=form)
         (new / RECORD_FILE).write_text(json.dumps(findings.record(), indent=2) + "\n", encoding="utf-8")
-        shown = [first_samples(part, mixed, encoding, recipe.data.video_frames) for part, mixed in enumerate(mixture)]
+        shown = [
+            first_samples(part, mixed, encoding, recipe.data.video_frames)
+            for part, mixed in enumerate(mixture)
+        ]
         write_page(new, findings, account.problems, shown, save_figures(findings, new))
     return findings
 

@@ -93,5 +93,9 @@ def _piece(processor: FlamingoProcessor, text: str, begin: int, end: int) -> Pie
 
 def _quoted(text: str) -> str:
     """A text on one line, without the middle of a long system prompt."""
-    text = text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN // 2]} ... {text[-LONGEST_SHOWN // 2 :]}"
+    text = (
+        text
+        if len(text) <= LONGEST_SHOWN
+        else f"{text[: LONGEST_SHOWN // 2]} ... {text[-LONGEST_SHOWN // 2 :]}"
+    )
     return json.dumps(text, ensure_ascii=False)

@@ -24,14 +24,18 @@ class Token:
     special: bool
 
 
-def shown_tokens(processor: FlamingoProcessor, input_ids: Sequence[int], labels: Sequence[int]) -> list[Token]:
+def shown_tokens(
+    processor: FlamingoProcessor, input_ids: Sequence[int], labels: Sequence[int]
+) -> list[Token]:
     """Every token of a sample, special ones too."""
     tokenizer = processor.tokenizer
     names = tokenizer.convert_ids_to_tokens(input_ids)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return [
         Token(token, text, str(name), label != IGNORED, token == processor.image_token_id, token in special)
-        for token, text, name, label in zip(input_ids, _texts(processor, input_ids), names, labels, strict=True)
+        for token, text, name, label in zip(
+            input_ids, _texts(processor, input_ids), names, labels, strict=True
+        )
     ]
 
 

@@ -33,7 +33,9 @@ def prepare_root(root: Path) -> None:
             pass
     except OSError as error:
         found = f"{root}: {error.strerror}"
-        raise UserError(f"train.checkpoint_dir: cannot write checkpoints to {found}; name a folder that can be") from None
+        raise UserError(
+            f"train.checkpoint_dir: cannot write checkpoints to {found}; name a folder that can be"
+        ) from None
 
 
 def refuse_earlier(root: Path) -> None:

@@ -31,7 +31,9 @@ def check_fits(folder: Path, sources: Mapping[str, int | None]) -> None:
     for name, rows in record["sources"].items():
         if name in sources and sources[name] != rows:
             found = f"{name} had {rows} rows when it was written, found {sources[name]}"
-            raise UserError(f"{folder}: {found}; restore the file, or begin a new run in another train.output_dir")
+            raise UserError(
+                f"{folder}: {found}; restore the file, or begin a new run in another train.output_dir"
+            )
 
 
 def restore(engine: Engine, folder: Path) -> None:

@@ -66,7 +66,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         newer = whole = False
     if newer:
-        raise NewerFormat(f"{folder}: checkpoint of format {record['format']}, newer than {FORMAT}; upgrade flamingo_ft")
+        raise NewerFormat(
+            f"{folder}: checkpoint of format {record['format']}, newer than {FORMAT}; upgrade flamingo_ft"
+        )
     if not whole:
         raise UserError(f"{folder}: no checkpoint, its {MANIFEST} is missing or damaged")
     return record

@@ -77,7 +77,9 @@ def _write(engine: Engine, keeping: Keeping, folder: Path) -> None:
     engine._save_optimizer_and_scheduler(str(training))
     engine._save_scaler(str(training))
     engine._save_rng_state(str(training))
-    (training / data_file(processes.rank())).write_text(json.dumps(engine.batches.state_dict()), encoding="utf-8")
+    (training / data_file(processes.rank())).write_text(
+        json.dumps(engine.batches.state_dict()), encoding="utf-8"
+    )
     model = engine.accelerator.unwrap_model(engine.model)
     save_adapter(model, keeping.processor, folder, write=processes.is_main())
     if processes.is_main():

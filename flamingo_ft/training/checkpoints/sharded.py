@@ -17,7 +17,9 @@ SCHEDULER = "scheduler.pt"
 def save_parts(optimizer: torch.optim.Optimizer, schedule: Any, folder: Path) -> None:
     """Write this process's part of the optimizer's state, and once the schedule."""
     state = optimizer.state_dict()
-    entries = {number: {name: _part(value) for name, value in one.items()} for number, one in state["state"].items()}
+    entries = {
+        number: {name: _part(value) for name, value in one.items()} for number, one in state["state"].items()
+    }
     torch.save({"state": entries, "param_groups": state["param_groups"]}, folder / _file())
     if processes.is_main():
         torch.save(schedule.state_dict(), folder / SCHEDULER)
@@ -46,4 +48,6 @@ def _joined(value: Any, parameter: Tensor) -> Any:
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.dim() == 0:
         return value
     where = {"shape": parameter.shape, "stride": parameter.stride()}
-    return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements, **where)
+    return DTensor.from_local(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, **where
+    )

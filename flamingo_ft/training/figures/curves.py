@@ -81,7 +81,9 @@ def rate_figure(entries: Sequence[Entry]) -> Figure | None:
 
 def norm_figure(entries: Sequence[Entry]) -> Figure | None:
     """Norm of the gradient before clipping."""
-    return _figure("Gradient norm", "norm before clipping", _found(curve(entries, "grad_norm")), from_zero=True)
+    return _figure(
+        "Gradient norm", "norm before clipping", _found(curve(entries, "grad_norm")), from_zero=True
+    )
 
 
 def throughput_figure(entries: Sequence[Entry]) -> Figure | None:
@@ -139,11 +141,15 @@ def _figure(
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(curves) > 1:
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9, borderaxespad=0.2)
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9, borderaxespad=0.2
+        )
     return figure
 
 
-def _draw(axes: Axes, curves: Sequence[Curve], colours: Sequence[str], *, from_zero: bool, write: Write) -> None:
+def _draw(
+    axes: Axes, curves: Sequence[Curve], colours: Sequence[str], *, from_zero: bool, write: Write
+) -> None:
     for one, colour in zip(curves, cycle(colours), strict=False):
         few = len(one.steps) <= 12
         label = f"{one.label} {write(one.values[-1])}"

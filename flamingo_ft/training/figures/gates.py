@@ -61,7 +61,9 @@ def _panels() -> tuple[Figure, Sequence[Axes]]:
 def _gates(entries: Sequence[Entry], kind: str) -> dict[int, Curve]:
     """The curves of one kind of gate by layer."""
     start = f"gate/{kind}/"
-    layers = sorted({int(key.removeprefix(start)) for entry in entries for key in entry if key.startswith(start)})
+    layers = sorted(
+        {int(key.removeprefix(start)) for entry in entries for key in entry if key.startswith(start)}
+    )
     found = {layer: curve(entries, f"{start}{layer}") for layer in layers}
     return {layer: one for layer, one in found.items() if one is not None}
 

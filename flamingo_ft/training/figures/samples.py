@@ -102,7 +102,9 @@ def _answered(prediction: dict[str, Any]) -> _Cell:
     below = [_judged(time, prediction) for time in times]
     if not times or not _is_right(prediction, times[-1]):
         below.append((_cut(f"right: {prediction['answer']}", ANSWER_LINES), INK))
-    return _Cell([open_preview(image) for image in prediction["images"]], _cut(question, QUESTION_LINES), below)
+    return _Cell(
+        [open_preview(image) for image in prediction["images"]], _cut(question, QUESTION_LINES), below
+    )
 
 
 def _judged(time: str, prediction: dict[str, Any]) -> tuple[str, str]:
@@ -124,7 +126,9 @@ def _unanswered(sample: Sample) -> _Cell:
     for message, text in zip(turns, texts, strict=True):
         lines, colour = looks[message["role"]]
         told.append((_cut(text, lines), colour))
-    return _Cell([open_medium(medium, sample.where)[0] for medium in sample.images], above=told[0][0], below=told[1:])
+    return _Cell(
+        [open_medium(medium, sample.where)[0] for medium in sample.images], above=told[0][0], below=told[1:]
+    )
 
 
 def _mark_images(texts: Sequence[str]) -> list[str]:

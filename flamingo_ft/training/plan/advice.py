@@ -30,7 +30,10 @@ class Change:
     @property
     def overrides(self) -> list[str]:
         """As the command line takes them."""
-        return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.values.items()]
+        return [
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}"
+            for key, value in self.values.items()
+        ]
 
 
 def advise(planner: Planner, plan: Plan) -> list[Change]:

@@ -74,7 +74,9 @@ def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[i
         add = heapq.heappush if count <= CANDIDATES else heapq.heappushpop
         add(likely, (_length(sample), count, sample))
     tokens = max(_text_tokens(processor, sample) for *_, sample in likely)
-    where_from = "the longest of the data" if count < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
+    where_from = (
+        "the longest of the data" if count < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
+    )
     return min(tokens, limit), images, where_from
 
 
@@ -106,10 +108,16 @@ def find_batch(
     if tokens is None or images is None:
         found = longest(recipe, processor, limit) or (limit, 1, "the limit")
         where_from = found[2] if tokens is None else where_from
-        tokens, images = (own if own is not None else other for own, other in zip((tokens, images), found, strict=False))
+        tokens, images = (
+            own if own is not None else other for own, other in zip((tokens, images), found, strict=False)
+        )
     if tokens >= ENDLESS:
-        raise UserError("data.max_text_tokens: found neither data nor a limit to plan for; set it, or --text-tokens")
-    return Batch(recipe.train.batch_size, tokens, images, size, where_from, 2 if recipe.train.method == "dpo" else 1)
+        raise UserError(
+            "data.max_text_tokens: found neither data nor a limit to plan for; set it, or --text-tokens"
+        )
+    return Batch(
+        recipe.train.batch_size, tokens, images, size, where_from, 2 if recipe.train.method == "dpo" else 1
+    )
 
 
 def _frames(sample: Sample, recipe: Recipe) -> int:

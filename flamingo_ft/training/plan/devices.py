@@ -22,8 +22,25 @@ HALF = (torch.float16, torch.bfloat16)
 
 # torch/include/ATen/autocast_mode.h, AT_FORALL_FP32 and AT_FORALL_FP32_SET_OPT_DTYPE: those that models run.
 FLOAT32_UNDER_AUTOCAST = {
-    "exp", "log", "log1p", "reciprocal", "rsqrt", "pow", "__pow__", "softplus", "layer_norm", "rms_norm", "group_norm",
-    "softmax", "log_softmax", "cumsum", "cumprod", "prod", "sum", "norm", "logsumexp",
+    "exp",
+    "log",
+    "log1p",
+    "reciprocal",
+    "rsqrt",
+    "pow",
+    "__pow__",
+    "softplus",
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "softmax",
+    "log_softmax",
+    "cumsum",
+    "cumprod",
+    "prod",
+    "sum",
+    "norm",
+    "logsumexp",
 }
 PROMOTED_ON_CPU_ALONE = "index_copy"
 
@@ -31,7 +48,9 @@ PROMOTED_ON_CPU_ALONE = "index_copy"
 class Float32Operators(TorchFunctionMode):
     """CUDA's float32 operators under CPU autocast, which has fewer of them, and an operator of its own to promote."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(function, "__name__", "") in FLOAT32_UNDER_AUTOCAST and torch.is_autocast_enabled("cpu"):
             args = tuple(_float(value) for value in args)
@@ -81,7 +100,9 @@ def fused_attention(
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    return efficient(query, key, value, _bias(attn_mask, query, key), True, dropout_p, is_causal, scale=scale)[0]
+    return efficient(
+        query, key, value, _bias(attn_mask, query, key), True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def _bias(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:

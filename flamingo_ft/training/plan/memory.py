@@ -80,7 +80,9 @@ class Planner:
     text_tokens, images: of each sample; None is what the longest samples of the recipe's data have.
     """
 
-    def __init__(self, recipe: Recipe, device: Device, *, text_tokens: int | None = None, images: int | None = None):
+    def __init__(
+        self, recipe: Recipe, device: Device, *, text_tokens: int | None = None, images: int | None = None
+    ):
         self.recipe = recipe
         self.device = device
         self._sizes = {"text_tokens": text_tokens, "images": images}
@@ -97,7 +99,9 @@ class Planner:
             return Plan(self.device, batch, components, self._step(model, batch, recipe.train))
         half = self._step(model, replace(batch, samples=largest // 2), recipe.train)
         whole = self._step(self._build(recipe)[0], replace(batch, samples=largest), recipe.train)
-        return Plan(self.device, batch, components, extrapolate(half, largest // 2, whole, largest, batch.samples))
+        return Plan(
+            self.device, batch, components, extrapolate(half, largest // 2, whole, largest, batch.samples)
+        )
 
     def _build(self, recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
         files = copy.deepcopy(self._files)
@@ -117,7 +121,9 @@ class Planner:
                 f"({reason[0] if reason else type(error).__name__}); a run does not need the plan"
             ) from error
 
-    def _batch(self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> Batch:
+    def _batch(
+        self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
+    ) -> Batch:
         limit = text_limit(model.config, recipe.data.max_text_tokens)
         batch = find_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
         self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
@@ -135,7 +141,9 @@ def _without_torch_log() -> Iterator[None]:
         log.disabled = was
 
 
-def extrapolate(first: StepMemory, samples: int, second: StepMemory, more_samples: int, to: int) -> StepMemory:
+def extrapolate(
+    first: StepMemory, samples: int, second: StepMemory, more_samples: int, to: int
+) -> StepMemory:
     """The step of a batch of ``to`` samples, from those of two smaller ones: every activation grows with the batch."""
     grown = (second.peak - first.peak) * (to - more_samples) // (more_samples - samples)
     return replace(second, peak=second.peak + grown)
@@ -152,7 +160,9 @@ def plan_memory(
     return Planner(recipe, device, text_tokens=text_tokens, images=images).plan(recipe)
 
 
-def _components(model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device) -> Iterable[Component]:
+def _components(
+    model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device
+) -> Iterable[Component]:
     """The parts of the model, and LoRA beside each; what dpo's reference has of its own."""
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # what is tied is there once
     for name, prefix in COMPONENTS.items():
@@ -163,13 +173,17 @@ def _components(model: FlamingoForConditionalGeneration, recipe: Recipe, device:
             yield _component(f"LoRA on {name}", updates.values(), recipe.train, device)
     if recipe.train.method == "dpo":
         kept = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
-        yield Component("reference", frozen=kept, trainable_parameters=0, trainable=0, gradients=0, optimizer=0)
+        yield Component(
+            "reference", frozen=kept, trainable_parameters=0, trainable=0, gradients=0, optimizer=0
+        )
 
 
 def _component(name: str, tensors: Iterable[Tensor], wanted: TrainSection, device: Device) -> Component:
     frozen = [tensor for tensor in tensors if not tensor.requires_grad]
     trained = [tensor for tensor in tensors if tensor.requires_grad]
-    states = [tensor for parameter in trained for tensor in optimizer_state(parameter, wanted.optimizer, device)[0]]
+    states = [
+        tensor for parameter in trained for tensor in optimizer_state(parameter, wanted.optimizer, device)[0]
+    ]
     size = sum(tensor.nbytes for tensor in trained)
     return Component(
         name,

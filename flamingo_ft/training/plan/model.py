@@ -30,7 +30,11 @@ BRIDGE = ("perceiver", "gated_cross_attn_layers")
 
 
 def build_on_meta(
-    recipe: Recipe, tower: dict, lm_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, device: Device
+    recipe: Recipe,
+    tower: dict,
+    lm_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: Device,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """What `build_model` makes of the recipe on ``device``, on the meta device."""
     wanted = recipe.model

@@ -31,7 +31,8 @@ class Report:
             "gpus": [gpu_record(gpu, self.cuda) for gpu in GPUS],
             "assumed": {"cuda_context": CONTEXT, "fragmentation": FRAGMENTATION},
             "changes": [
-                {"overrides": change.overrides, "saved": change.saved, "peak": change.plan.peak} for change in self.changes
+                {"overrides": change.overrides, "saved": change.saved, "peak": change.plan.peak}
+                for change in self.changes
             ],
         }
 
@@ -60,4 +61,9 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 def gpu_record(gpu: Gpu, plan: Plan) -> dict[str, Any]:
     """Whether a card holds a plan."""
-    return {"name": gpu.name, "usable_gib": gpu.usable_gib, "needed": int(gpu.needed(plan)), "fits": gpu.fits(plan)}
+    return {
+        "name": gpu.name,
+        "usable_gib": gpu.usable_gib,
+        "needed": int(gpu.needed(plan)),
+        "fits": gpu.fits(plan),
+    }

@@ -21,7 +21,11 @@ SCALES_BLOCK = 256  # scales that share a scale, with double quantization
 
 
 def pack_linears(
-    module: nn.Module, quantization: Quantization, compute_dtype: torch.dtype, on_cuda: bool, skip: Container[str] = ()
+    module: nn.Module,
+    quantization: Quantization,
+    compute_dtype: torch.dtype,
+    on_cuda: bool,
+    skip: Container[str] = (),
 ) -> None:
     """Replace the linear layers in ``module`` that are not in ``skip``, in place, by stand-ins of their packed size."""
     for name, layer in list(module.named_modules()):
@@ -72,7 +76,9 @@ class Packed4bit(_Packed):
         return _Product4bit.apply(x.to(self.compute_dtype), bias, self).to(x.dtype)
 
     def restored(self, dtype: torch.dtype) -> Tensor:
-        scales = self.scales.to(torch.float32) if self.double_quantization else self.scales  # alive beside the matrix
+        scales = (
+            self.scales.to(torch.float32) if self.double_quantization else self.scales
+        )  # alive beside the matrix
         matrix = super().restored(dtype)
         del scales
         return matrix
@@ -102,7 +108,11 @@ class _Product4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return torch.matmul(gradient, ctx.layer.restored(ctx.layer.source_dtype).to(gradient.dtype)), None, None
+        return (
+            torch.matmul(gradient, ctx.layer.restored(ctx.layer.source_dtype).to(gradient.dtype)),
+            None,
+            None,
+        )
 
 
 class _Product8bit(torch.autograd.Function):

@@ -48,14 +48,22 @@ class StepMemory:
     gradients_at_peak: int
 
 
-def dry_step(model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device) -> StepMemory:
+def dry_step(
+    model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device
+) -> StepMemory:
     """Forward, loss and backward as the trainer runs them; inside the FakeTensorMode that the model was made in."""
     trained = trainable_parameters(model).values()
     if wanted.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": partial(recomputing_like, device)})
+        model.activation_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": partial(recomputing_like, device)}
+        )
     models = [model, frozen_copy(model)] if wanted.method == "dpo" else [model]
     model.train()
-    with LiveBytes(CUDA_BLOCK if device == "cuda" else 1) as live, behaving_like(device), _full_batch(models, batch):
+    with (
+        LiveBytes(CUDA_BLOCK if device == "cuda" else 1) as live,
+        behaving_like(device),
+        _full_batch(models, batch),
+    ):
         weights = live.hold(tensor for one in models for tensor in chain(one.parameters(), one.buffers()))
         state = [optimizer_state(parameter, wanted.optimizer, device) for parameter in trained]
         optimizer = live.current - weights
@@ -63,14 +71,21 @@ def dry_step(model: FlamingoForConditionalGeneration, batch: Batch, wanted: Trai
         live.restart()
         _forward_and_backward(models, batch, wanted, device)
     return StepMemory(
-        weights, optimizer, sum(paged for _, paged in state), sum(gradients.values()), live.peak, live.gradients_at_peak
+        weights,
+        optimizer,
+        sum(paged for _, paged in state),
+        sum(gradients.values()),
+        live.peak,
+        live.gradients_at_peak,
     )
 
 
 def computes_in(precision: str, device: Device) -> torch.dtype | None:
     """The format of the trainer's autocast on ``device``, None for none. What an older GPU chooses is as large."""
     automatic = "bf16" if device == "cuda" else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[automatic if precision == "auto" else precision]
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        automatic if precision == "auto" else precision
+    ]
 
 
 def _forward_and_backward(
@@ -123,7 +138,9 @@ def _loss(
 ) -> Tensor:
     """The mean over labels, or beside a ``reference`` what follows from both models' log-probabilities."""
     alone = reference is None
-    log_probs, *metrics = _scores(model, inputs, device, METRICS if alone else DPO_METRICS, labels_alone=alone)
+    log_probs, *metrics = _scores(
+        model, inputs, device, METRICS if alone else DPO_METRICS, labels_alone=alone
+    )
     if alone:
         return -log_probs.sum() / inputs["labels"][:, 1:].numel()
     with torch.no_grad():
@@ -139,7 +156,9 @@ def _scores(
     labels_alone: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """TRL's fused head (trl.trainer.utils.add_fused_lm_head); every position counts as one with a label."""
-    masks = {"attention_mask": inputs["attention_mask"]} if len(inputs["input_ids"]) > 1 else {}  # alone: no padding
+    masks = (
+        {"attention_mask": inputs["attention_mask"]} if len(inputs["input_ids"]) > 1 else {}
+    )  # alone: no padding
     with model.scoring_rows_apart():
         output = model.backbone(inputs["input_ids"], inputs.get("pixel_values"), use_cache=False, **masks)
         head = model.get_output_embeddings()
@@ -167,7 +186,9 @@ def _given_to_the_head(hidden: Tensor, device: Device, labels_alone: bool) -> Te
 
 def _scored(hidden: Tensor) -> Tensor:
     """What ``hidden[mask]`` of an all-true mask gives: (B, T, D) -> (B * T, D), gathered."""
-    rows, columns = (index.reshape(-1) for index in torch.meshgrid(*map(torch.arange, hidden.shape[:2]), indexing="ij"))
+    rows, columns = (
+        index.reshape(-1) for index in torch.meshgrid(*map(torch.arange, hidden.shape[:2]), indexing="ij")
+    )
     return hidden[rows, columns]
 
 
@@ -198,8 +219,12 @@ def _media(
     rows = torch.arange(samples).repeat_interleave(images)
     slots = torch.arange(images).repeat(samples)
     frames = given.frames[rows, slots].flatten(0, 1)
-    tokens = spatial_tokens(model.vision_encoder, frames if copies == 1 else frames[torch.arange(len(frames) // copies)])
-    tokens = (tokens if copies == 1 else tokens[torch.arange(len(tokens)).repeat(copies)]).unflatten(0, (-1, 1))
+    tokens = spatial_tokens(
+        model.vision_encoder, frames if copies == 1 else frames[torch.arange(len(frames) // copies)]
+    )
+    tokens = (tokens if copies == 1 else tokens[torch.arange(len(tokens)).repeat(copies)]).unflatten(
+        0, (-1, 1)
+    )
     encoded = model.perceiver(tokens[None], slots[None])[0]
     latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
     latents[rows, slots] = encoded

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-CUDA_BLOCK = 512  # bytes; torch's caching allocator hands out multiples of it (c10/cuda/CUDACachingAllocator.h)
+CUDA_BLOCK = (
+    512  # bytes; torch's caching allocator hands out multiples of it (c10/cuda/CUDACachingAllocator.h)
+)
 ANSWERS = {"_local_scalar_dense"}  # operators that ask a tensor for its content
 
 
@@ -43,7 +45,9 @@ class LiveBytes(TorchDispatchMode):
         """Forget the peak so far."""
         self.peak, self.gradients_at_peak = self.current, self.gradients
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function._opname in ANSWERS and isinstance(args[0], torch._subclasses.FakeTensor):
             return False if args[0].dtype == torch.bool else 0
         result = function(*args, **(kwargs or {}))

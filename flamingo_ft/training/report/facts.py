@@ -46,7 +46,9 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> dict[str, Any] | None:
     overall = {key: key if key == "accuracy" else f"accuracy_{key}" for key in columns.values()}
     measured = {header: key for header, key in columns.items() if evaluation.get(overall[key]) is not None}
     tasks = evaluation["per_task"]
-    rows = {name: (task["samples"], *(task.get(key) for key in measured.values())) for name, task in tasks.items()}
+    rows = {
+        name: (task["samples"], *(task.get(key) for key in measured.values())) for name, task in tasks.items()
+    }
     total = sum(task["samples"] for task in tasks.values())
     return {
         "columns": [*measured],

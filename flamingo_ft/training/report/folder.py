@@ -31,7 +31,9 @@ class RunFolder:
     def read(cls, folder: Path) -> RunFolder:
         """UserError where no run has begun in the folder; any other file may be missing."""
         if not (folder / RECIPE_FILE).is_file():
-            raise UserError(f"{folder}: not the folder of a run, {RECIPE_FILE} not found; give a run's output_dir")
+            raise UserError(
+                f"{folder}: not the folder of a run, {RECIPE_FILE} not found; give a run's output_dir"
+            )
         return cls(
             folder,
             load_recipe(folder / RECIPE_FILE, require=()),

@@ -60,7 +60,9 @@ def draw(folder: Path, **how: Any) -> None:
     try:
         write_report(folder, **how)
     except Exception as error:  # whatever is wrong with a picture, training must not end by it
-        warnings.warn(f"{folder}: the report could not be written: {type(error).__name__}: {error}", stacklevel=2)
+        warnings.warn(
+            f"{folder}: the report could not be written: {type(error).__name__}: {error}", stacklevel=2
+        )
 
 
 def _draw_last(folder: Path, **how: Any) -> None:

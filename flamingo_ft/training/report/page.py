@@ -40,7 +40,11 @@ def write_report(folder: str | Path, *, goes_on: bool = False, stopped: str | No
         pictures=pictures,
         accuracy=accuracy_table(run.metrics.get("eval") or {}),
         classes=class_table(run.metrics.get("eval") or {}),
-        free_text=[name for name, task in (run.metrics.get("eval") or {}).get("per_task", {}).items() if task.get("free_text")],
+        free_text=[
+            name
+            for name, task in (run.metrics.get("eval") or {}).get("per_task", {}).items()
+            if task.get("free_text")
+        ],
         verdict=(run.metrics.get("eval") or {}).get("verdict"),
         facts=facts(run),
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],

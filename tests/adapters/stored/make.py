@@ -1,6 +1,6 @@
 """Store an adapter, and what it says, with the code of the package that is on the path: see README.md.
 
-    PYTHONPATH=CHECKOUT python make.py KIND FOLDER
+PYTHONPATH=CHECKOUT python make.py KIND FOLDER
 """
 
 import sys
@@ -57,7 +57,9 @@ def add_updates(model, targets):
     from flamingo_ft.adapters.lora import add_lora
     from flamingo_ft.config import LoraSection
 
-    lora = LoraSection(**{part: {"r": 2, "lora_alpha": 4, "target_modules": names} for part, names in targets.items()})
+    lora = LoraSection(
+        **{part: {"r": 2, "lora_alpha": 4, "target_modules": names} for part, names in targets.items()}
+    )
     add_lora(model, lora)
     return (lora,)
 

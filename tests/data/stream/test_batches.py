@@ -46,12 +46,16 @@ def assemble(rows) -> dict[str, list]:
     }
 
 
-def batches(*sources, size=4, workers=0, dropped=(), skip=True, share=1.0, grouping=False, fill=None, rank=0, world=1):
+def batches(
+    *sources, size=4, workers=0, dropped=(), skip=True, share=1.0, grouping=False, fill=None, rank=0, world=1
+):
     order = Order([Mixed(source) for source in sources], seed=3, shuffle_buffer=5)
     tally = Tally(skip, share, order.epoch_length)
     draws = by_length(order, lambda draw: draw.row, size) if grouping else order.draws
     prepare = Preparing(sources, Encode(frozenset(dropped)), draw_number)
-    return Batches(draws, prepare, fill or in_order(size), assemble, tally, Loading(size, workers, rank, world))
+    return Batches(
+        draws, prepare, fill or in_order(size), assemble, tally, Loading(size, workers, rank, world)
+    )
 
 
 def taken(made: Batches, count: int) -> list[list[list[int]]]:
@@ -63,7 +67,9 @@ def flat(batches_taken) -> list[int]:
     return [number for batch in batches_taken for row in batch for number in row]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than cores, on purpose
 BAD = frozenset({1, 8, 13})
 SOURCES = {
     "indexed": lambda: (Numbers(20, bad=BAD), Numbers(7)),
@@ -102,7 +108,9 @@ def test_what_is_random_of_a_draw_depends_on_its_number_alone():
         plain |= batch["draws"]
     for batch in islice(batches(Numbers(30), grouping=True, workers=2), 6):
         grouped |= batch["draws"]
-    assert {*plain} & {*grouped} and all(plain[number] == row for number, row in grouped.items() if number in plain)
+    assert {*plain} & {*grouped} and all(
+        plain[number] == row for number, row in grouped.items() if number in plain
+    )
 
 
 def test_packed_rows_are_no_longer_than_asked_and_hold_every_sample_once():
@@ -134,12 +142,16 @@ def test_bad_rows_are_left_out_counted_and_named():
 def test_a_bad_row_ends_a_run_that_does_not_skip_with_its_own_line(workers):
     with pytest.raises(UserError) as caught:
         taken(batches(Numbers(20, bad=BAD), skip=False, workers=workers), 10)
-    assert str(caught.value) in {f"numbers: row {row}: found nothing, wanted a number; remove the row" for row in BAD}
+    assert str(caught.value) in {
+        f"numbers: row {row}: found nothing, wanted a number; remove the row" for row in BAD
+    }
 
 
 def test_too_many_bad_rows_end_a_run_that_skips():
     assert taken(batches(Numbers(20, bad=BAD), share=0.15), 20)  # three of twenty, epoch after epoch
-    with pytest.raises(UserError, match=r"data.max_bad_share: found 3 of \d+ rows bad, more than 0.1 of them .* mend them"):
+    with pytest.raises(
+        UserError, match=r"data.max_bad_share: found 3 of \d+ rows bad, more than 0.1 of them .* mend them"
+    ):
         taken(batches(Numbers(20, bad=BAD), share=0.1), 20)
 
 

@@ -17,7 +17,9 @@ from flamingo_ft.errors import UserError
 from .fakes import Numbers
 
 mixtures = st.lists(
-    st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.3, 2.0]), st.booleans()), min_size=1, max_size=3
+    st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.3, 2.0]), st.booleans()),
+    min_size=1,
+    max_size=3,
 )
 
 

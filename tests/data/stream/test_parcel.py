@@ -26,7 +26,12 @@ def test_a_parcel_holds_what_was_put_in():
     pixels, tokens = torch.randn(2, 3, 4, 5), torch.randn(4, 6).bfloat16().t()
     rows = [
         (7, Prepared("a: row 0", Encoded([1, 2], [-100, 2], 2), [pixels, torch.empty(0, 3)])),
-        (8, Prepared("a: row 1", Encoded([1], [1], 1), [[Frame("k", tokens=tokens), Frame("l", pixels=pixels[0])]])),
+        (
+            8,
+            Prepared(
+                "a: row 1", Encoded([1], [1], 1), [[Frame("k", tokens=tokens), Frame("l", pixels=pixels[0])]]
+            ),
+        ),
         (9, "left out"),
     ]
     (_, one), (_, two), last = unwrap(pickle.loads(pickle.dumps(wrap(rows))))
@@ -41,14 +46,20 @@ class Picture(Dataset):
     """Rows of one image and a few tokens."""
 
     def __getitem__(self, draw: Draw) -> Prepared:
-        return Prepared("", Encoded([draw.number] * 3, [draw.number] * 3, 1), [torch.full((1, 3, 4, 4), draw.number)])
+        return Prepared(
+            "", Encoded([draw.number] * 3, [draw.number] * 3, 1), [torch.full((1, 3, 4, 4), draw.number)]
+        )
 
 
-@pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="counts this process's open files as Linux shows them")
+@pytest.mark.skipif(
+    not os.path.isdir(OPEN_FILES), reason="counts this process's open files as Linux shows them"
+)
 def test_rows_kept_back_for_packing_hold_no_files_open():
     draws = lambda start: (Draw(number, 0, number) for number in count(start))  # noqa: E731
     tally = Tally(skip_bad=False, max_bad_share=0, epoch_length=None)
-    assemble = lambda rows: [(one.encoded.input_ids[0], int(one.media[0][0, 0, 0, 0])) for row in rows for one in row]  # noqa: E731
+    assemble = lambda rows: [
+        (one.encoded.input_ids[0], int(one.media[0][0, 0, 0, 0])) for row in rows for one in row
+    ]  # noqa: E731
     before = len(os.listdir(OPEN_FILES))
     batches = iter(Batches(draws, Picture(), packed(1, 90), assemble, tally, Loading(1, workers=1)))
     first = next(batches)

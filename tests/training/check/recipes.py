@@ -16,7 +16,12 @@ def recipe(folder: Path, train: list, workers: int = 0, method: str = "sft", **d
         {
             "model": {"vision": {"name": "nano"}, "language": {"name": "nano"}},
             "data": {"train": train, **data},
-            "train": {"output_dir": str(folder / "run"), "max_steps": 1, "num_workers": workers, "method": method},
+            "train": {
+                "output_dir": str(folder / "run"),
+                "max_steps": 1,
+                "num_workers": workers,
+                "method": method,
+            },
         }
     )
 
@@ -43,5 +48,7 @@ def problem_lines(folder: Path) -> list[str]:
     lines = []
     for problem in problems:
         row = None if problem["row"] is None else f"row {problem['row']}"
-        lines.append(": ".join(part for part in (problem["file"], row, problem["field"], problem["problem"]) if part))
+        lines.append(
+            ": ".join(part for part in (problem["file"], row, problem["field"], problem["problem"]) if part)
+        )
     return lines

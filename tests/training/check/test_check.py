@@ -35,7 +35,9 @@ GOOD_DOCUMENTS = {  # with something to learn, which text without images is not
     "mmc4": {"text_list": ["A."], "image_info": [{"image_name": "a.png", "matched_text_index": 0}]},
     "obelics": {"texts": [None, "A."], "images": ["a.png", None]},
 }
-NUMBER = re.compile(r"(image|video) \d+ of \d+: ")  # which of a row's images; errors of a run name the file alone
+NUMBER = re.compile(
+    r"(image|video) \d+ of \d+: "
+)  # which of a row's images; errors of a run name the file alone
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +121,9 @@ def test_a_sample_that_is_too_long_or_has_nothing_to_learn_is_a_problem_of_its_r
     checked(folder, [write_rows(folder / "x.jsonl", rows)], max_text_tokens=60)
     long, unlearned = problem_lines(folder)
     assert f"{folder}/x.jsonl: row 1: found " in long and "the limit is 60" in long
-    assert unlearned == f"{folder}/x.jsonl: row 2: found no word of the assistant's to learn; remove the sample"
+    assert (
+        unlearned == f"{folder}/x.jsonl: row 2: found no word of the assistant's to learn; remove the sample"
+    )
 
 
 # --- what is there ---
@@ -149,10 +153,16 @@ def test_token_counts_equal_those_of_batches(quickstart):
     samples = [source.sample(i, raw) for i, raw in enumerate(source.stream())]
     batch = collate_text([encode(nano_processor(), sample) for sample in samples], pad_token_id=0)
     lengths, learned = batch["attention_mask"].sum(1), (batch["labels"] != IGNORED).sum(1)
-    for name, values in (("text_tokens", lengths), ("label_tokens", learned), ("loss_share", learned / lengths)):
+    for name, values in (
+        ("text_tokens", lengths),
+        ("label_tokens", learned),
+        ("loss_share", learned / lengths),
+    ):
         found = findings.distributions[name]
         numbers = torch.tensor([found.least, found.mean, found.most])
-        torch.testing.assert_close(numbers, torch.stack([values.min(), values.double().mean(), values.max()]).float())
+        torch.testing.assert_close(
+            numbers, torch.stack([values.min(), values.double().mean(), values.max()]).float()
+        )
         assert found.median == pytest.approx(values.double().quantile(0.5).item())
         assert sum(found.counts) == len(samples) and len(found.edges) == len(found.counts) + 1
     assert findings.parts[0].text_tokens == lengths.sum() and findings.parts[0].label_tokens == learned.sum()
@@ -178,13 +188,17 @@ def test_images_that_are_converted_are_counted_by_what_is_done_to_them(folder):
         for table in check_tables(record):
             console.print(table)
     for name, count in expected.items():
-        assert re.search(rf"{re.escape(name)} +{count} +\d+ +{re.escape(CONVERSIONS[name][:20])}", printed.get())
+        assert re.search(
+            rf"{re.escape(name)} +{count} +\d+ +{re.escape(CONVERSIONS[name][:20])}", printed.get()
+        )
         assert f'<td class="name">{name}</td><td class="n">{count}</td>' in page
 
 
 def test_nothing_is_said_of_conversions_where_there_are_none(folder):
     Image.new("RGB", (8, 8)).save(folder / "plain.png")
-    record = checked(folder, [write_rows(folder / "x.jsonl", [asked("<image>?", "A", ("plain.png",))])]).record()
+    record = checked(
+        folder, [write_rows(folder / "x.jsonl", [asked("<image>?", "A", ("plain.png",))])]
+    ).record()
     assert record["parts"][0]["conversions"] == {}
     assert "Image conversions" not in (folder / "check" / "check.html").read_text()
     assert not any("converted" in str(getattr(table, "title", table)) for table in check_tables(record))
@@ -260,20 +274,29 @@ def test_no_weights_are_touched(folder, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("weights were loaded")
 
-    readers = ("safetensors.torch.load_file", "safetensors.safe_open", "transformers.modeling_utils.safe_open")
+    readers = (
+        "safetensors.torch.load_file",
+        "safetensors.safe_open",
+        "transformers.modeling_utils.safe_open",
+    )
     for place in ("torch.load", *readers):
         monkeypatch.setattr(place, refuse)
     monkeypatch.setattr(transformers.PreTrainedModel, "__init__", refuse)
     monkeypatch.setattr("flamingo_ft.backbones.language.load_language", refuse)
     monkeypatch.setattr("flamingo_ft.backbones.vision.load_vision", refuse)
-    assert checked(folder, [write_rows(folder / "x.jsonl", [asked("<image>?", "A", ("a.png",))])]).objection is None
+    assert (
+        checked(folder, [write_rows(folder / "x.jsonl", [asked("<image>?", "A", ("a.png",))])]).objection
+        is None
+    )
 
 
 def test_only_an_earlier_check_is_replaced(folder):
     entry = write_rows(folder / "x.jsonl", [asked("?", "A")])
     (folder / "check").mkdir()
     (folder / "check" / "mine.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds files but no earlier check; choose another folder: --out FOLDER"):
+    with pytest.raises(
+        UserError, match="holds files but no earlier check; choose another folder: --out FOLDER"
+    ):
         checked(folder, [entry])
     assert [path.name for path in (folder / "check").iterdir()] == ["mine.txt"]
     (folder / "check" / "mine.txt").unlink()

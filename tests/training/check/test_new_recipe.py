@@ -30,7 +30,9 @@ def offline(tmp_path, tmp_path_factory, monkeypatch):
         raise AssertionError("a connection was tried")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr("flamingo_ft.training.check.run.save_figures", lambda findings, folder: {})  # they take long
+    monkeypatch.setattr(
+        "flamingo_ft.training.check.run.save_figures", lambda findings, folder: {}
+    )  # they take long
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
@@ -51,7 +53,10 @@ def table(path: Path, header: list[str], rows: list) -> Path:
 
 
 def asked(names: list[str], **changes) -> list[dict]:
-    rows = ({"image": name, "question": f"{number}: {ROW[0]}", "answer": ROW[1]} for number, name in enumerate(names))
+    rows = (
+        {"image": name, "question": f"{number}: {ROW[0]}", "answer": ROW[1]}
+        for number, name in enumerate(names)
+    )
     return [row | changes for row in rows]
 
 
@@ -69,13 +74,25 @@ def made(data: Path, **wishes):
     return recipe, findings
 
 
-KINDS = ("llava", "sharegpt", "alpaca", "vqa", "mimicit", "interleaved_mmc4", "csv_captions", "preference", "tar_shards")
+KINDS = (
+    "llava",
+    "sharegpt",
+    "alpaca",
+    "vqa",
+    "mimicit",
+    "interleaved_mmc4",
+    "csv_captions",
+    "preference",
+    "tar_shards",
+)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_data_of_any_schema_gets_a_recipe_that_passes_the_check(tmp_path, name):
     entry = FIXTURES[name](tmp_path)
-    recipe, findings = made(Path(entry["path"]), image_root=entry.get("image_root") and Path(entry["image_root"]))
+    recipe, findings = made(
+        Path(entry["path"]), image_root=entry.get("image_root") and Path(entry["image_root"])
+    )
     assert recipe.data.train[0].format == findings.parts[0].format
     assert recipe.train.method == ("dpo" if findings.parts[0].format == "preference" else "sft")
 
@@ -96,7 +113,11 @@ def test_columns_of_other_names_and_images_in_another_folder_are_found(tmp_path)
     data = table(tmp_path / "data" / "x.csv", ["Photo", "Query", "label"], [(name, *ROW) for name in names])
     recipe, findings = made(data)
     (source,) = recipe.data.train
-    assert source.format == "vqa" and source.columns == {"image": "Photo", "question": "Query", "answer": "label"}
+    assert source.format == "vqa" and source.columns == {
+        "image": "Photo",
+        "question": "Query",
+        "answer": "label",
+    }
     assert source.image_root.resolve() == tmp_path / "data" / "scans" and findings.parts[0].images == 8
 
 
@@ -111,7 +132,10 @@ def test_images_beside_the_folder_of_the_data_are_found(tmp_path):
     ("columns", "guess"),
     [
         (["image", "question", "label"], ("vqa", {"answer": "label"})),
-        (["Image File", "Prompt", "A"], ("vqa", {"image": "Image File", "question": "Prompt", "answer": "A"})),
+        (
+            ["Image File", "Prompt", "A"],
+            ("vqa", {"image": "Image File", "question": "Prompt", "answer": "A"}),
+        ),
         (["file_name", "title"], ("caption", {"image": "file_name", "caption": "title"})),
         (["query", "reply"], ("vqa", {"question": "query", "answer": "reply"})),
         (["a_column", "another"], None),
@@ -122,16 +146,26 @@ def test_columns_are_guessed_by_the_names_that_people_use(columns, guess):
 
 
 def test_columns_may_be_named_and_columns_that_fit_nothing_are_refused(tmp_path):
-    data = table(tmp_path / "x.csv", ["one", "two", "three"], [(name, *ROW) for name in pictures(tmp_path, 4)])
+    data = table(
+        tmp_path / "x.csv", ["one", "two", "three"], [(name, *ROW) for name in pictures(tmp_path, 4)]
+    )
     with pytest.raises(UserError, match="one, two, three"):
         write_new_recipe(Path("mine/new.yaml"), Wishes(data))
     assert not Path("mine").exists()
     command = ["recipes", "new", "new.yaml", "--data", str(data), "--format", "vqa"]
-    assert main([*command, "--column", "image=one", "--column", "question=two", "--column", "answer=three"]) == 0
-    assert load_recipe("new.yaml").data.train[0].columns == {"image": "one", "question": "two", "answer": "three"}
+    assert (
+        main([*command, "--column", "image=one", "--column", "question=two", "--column", "answer=three"]) == 0
+    )
+    assert load_recipe("new.yaml").data.train[0].columns == {
+        "image": "one",
+        "question": "two",
+        "answer": "three",
+    }
 
 
-@pytest.mark.parametrize("folder", ["it's: #1 {a, b}", "[x] -", "ü 日本", "new\nline", '"quoted"', "true", "1e3"])
+@pytest.mark.parametrize(
+    "folder", ["it's: #1 {a, b}", "[x] -", "ü 日本", "new\nline", '"quoted"', "true", "1e3"]
+)
 def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
     names = pictures(tmp_path / folder / "scans", 3)
     data = rows_of(tmp_path / folder / "x.jsonl", asked(names))
@@ -145,7 +179,9 @@ def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
 def test_evaluation_data_is_taken_and_measured(tmp_path):
     names = pictures(tmp_path, 6)
     train = rows_of(tmp_path / "x.jsonl", asked(names[:3]))
-    held_out = rows_of(tmp_path / "y.jsonl", asked(names[3:], answer="Words, and words again, and more of them."))
+    held_out = rows_of(
+        tmp_path / "y.jsonl", asked(names[3:], answer="Words, and words again, and more of them.")
+    )
     recipe, findings = made(train, eval=held_out)
     assert recipe.data.eval[0].path.resolve() == held_out and recipe.data.eval_fraction is None
     assert findings.answers.answers == 3
@@ -153,14 +189,20 @@ def test_evaluation_data_is_taken_and_measured(tmp_path):
 
 def test_nothing_is_held_out_where_all_rows_share_an_image(tmp_path):
     recipe, _ = made(rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 1) * 4)))
-    assert recipe.data.eval_fraction is None and "no rows can be held out" in Path("mine/new.yaml").read_text()
+    assert (
+        recipe.data.eval_fraction is None and "no rows can be held out" in Path("mine/new.yaml").read_text()
+    )
 
 
 def test_rows_that_cannot_be_used_are_told_and_left_to_the_user(tmp_path):
     rows = [*asked(pictures(tmp_path, 5)), *asked(["gone.png"])]
     notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
-    assert len(notes) == 1 and "1 of 6 rows cannot be used, the first: " in notes[0] and "gone.png" in notes[0]
-    assert load_recipe("new.yaml").data.on_bad_sample == "error" and "gone.png" in Path("new.yaml").read_text()
+    assert (
+        len(notes) == 1 and "1 of 6 rows cannot be used, the first: " in notes[0] and "gone.png" in notes[0]
+    )
+    assert (
+        load_recipe("new.yaml").data.on_bad_sample == "error" and "gone.png" in Path("new.yaml").read_text()
+    )
     with pytest.raises(UserError, match=r"gone.png.*\(and none of the first 1 rows can be used\)"):
         write_new_recipe(Path("none.yaml"), Wishes(rows_of(tmp_path / "y.jsonl", asked(["gone.png"]))))
 
@@ -189,7 +231,10 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     ("options", "told"),
     [
         (["--data", "gone.jsonl"], "gone.jsonl: no such data file"),
-        (["--data", "x.jsonl", "--vision", "ViT-B-32"], "--vision ViT-B-32: an architecture has no weights of its own"),
+        (
+            ["--data", "x.jsonl", "--vision", "ViT-B-32"],
+            "--vision ViT-B-32: an architecture has no weights of its own",
+        ),
         (["--data", "x.jsonl", "--format", "vqaa"], "--format vqaa: no schema of this name"),
         (["--data", "x.jsonl", "--column", "answer"], "--column answer: want FIELD=COLUMN"),
         (["--data", "x.jsonl", "--image-root", "gone"], "'gone' does not exist"),

@@ -24,7 +24,9 @@ from tests.data.test_bad_data import SCAN
 
 from .recipes import asked, checked, write_rows
 
-NASTY = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; <|im_end|> {{ 7 * 7 }} é日🙂\u202e\nend"
+NASTY = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; <|im_end|> {{ 7 * 7 }} é日🙂\u202e\nend"
+)
 
 
 class Page(HTMLParser):
@@ -58,7 +60,10 @@ def page(tmp_path):
     """Of a source whose one sample, file name and broken row are nasty."""
     name = "<b onclick=alert(3)>.jsonl"
     (tmp_path / "a.png").write_bytes(SCAN)
-    rows = [asked(f"<image>{NASTY}", NASTY, ("a.png",), task=NASTY), asked("?", "A", ("<svg onload=alert(4)>.png",))]
+    rows = [
+        asked(f"<image>{NASTY}", NASTY, ("a.png",), task=NASTY),
+        asked("?", "A", ("<svg onload=alert(4)>.png",)),
+    ]
     entry = write_rows(tmp_path / name, rows)
     checked(tmp_path, [entry], on_bad_sample="skip", max_bad_share=1)
     return Page((tmp_path / "check" / "check.html").read_text(encoding="utf-8")), entry["path"]
@@ -73,7 +78,9 @@ def test_what_users_wrote_is_text(page):
         assert attributes.get("src", "data:").startswith("data:image/") or "src" not in attributes
     assert "<script>alert(1)</script>" in shown.words and "<svg onload=alert(4)>.png" in shown.words
     assert "<b onclick=alert(3)>.jsonl" in shown.words
-    policy = next(a["content"] for tag, a in shown.elements if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for tag, a in shown.elements if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert "default-src 'none'" in policy and "script-src" not in policy
 
 
@@ -81,7 +88,9 @@ def test_coloured_tokens_are_those_with_labels(page):
     shown, path = page
     encoded = encode(nano_processor(), first_sample(path))
     assert [number for number, _, _ in shown.tokens] == encoded.input_ids
-    assert ["learned" in classes for _, classes, _ in shown.tokens] == [label != IGNORED for label in encoded.labels]
+    assert ["learned" in classes for _, classes, _ in shown.tokens] == [
+        label != IGNORED for label in encoded.labels
+    ]
     assert [text for _, classes, text in shown.tokens if "media" in classes] == ["<image> 1"]
     said = "".join(text for _, classes, text in shown.tokens if "learned" in classes and text != "·")
     assert said.replace("⏎\n", "\n") == f"{NASTY}<|im_end|>"
@@ -122,12 +131,16 @@ def test_repetitions_are_those_of_a_plain_count(trained, held_out):
     found = find_duplicates(numbers, first_held_out=1)
     contents = Counter(content for content, _ in trained)
     assert found.copies == sum(times - 1 for times in contents.values())
-    assert [group.times for group in found.groups] == sorted((n for n in contents.values() if n > 1), reverse=True)
+    assert [group.times for group in found.groups] == sorted(
+        (n for n in contents.values() if n > 1), reverse=True
+    )
     assert found.leaked == sum(content in contents for content, _ in held_out)
     seen = {picture for _, pictures in trained for picture in pictures}
     assert found.leaked_pictures == sum(bool(seen & {*pictures}) for _, pictures in held_out)
     everywhere = Counter(picture for _, pictures in (*trained, *held_out) for picture in pictures)
-    assert found.pictures == len(everywhere) and found.repeated == sum(times > 1 for times in everywhere.values())
+    assert found.pictures == len(everywhere) and found.repeated == sum(
+        times > 1 for times in everywhere.values()
+    )
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=50))
@@ -143,8 +156,17 @@ def test_a_histogram_counts_every_number_in_bins_of_whole_numbers(values):
 def test_figures_are_images_beside_the_page_and_inside_it(tmp_path):
     checked(tmp_path, [write_rows(tmp_path / "x.jsonl", [asked("?", "A")])])
     names = {path.name for path in (tmp_path / "check").iterdir()}
-    assert names == {"check.html", "check.json", "problems.jsonl", "text_tokens.png", "images.png", "loss_share.png"}
+    assert names == {
+        "check.html",
+        "check.json",
+        "problems.jsonl",
+        "text_tokens.png",
+        "images.png",
+        "loss_share.png",
+    }
     for name in ("text_tokens.png", "images.png", "loss_share.png"):
         assert Image.open(tmp_path / "check" / name).size > (300, 200)
     page = Page((tmp_path / "check" / "check.html").read_text(encoding="utf-8"))
-    assert sum(attributes.get("src", "").startswith("data:image/png") for tag, attributes in page.elements) == 3
+    assert (
+        sum(attributes.get("src", "").startswith("data:image/png") for tag, attributes in page.elements) == 3
+    )

@@ -29,14 +29,21 @@ def test_an_answer_that_is_too_long_is_a_problem_whichever_it_is(tmp_path):
     findings = checked(tmp_path, train, method="dpo", max_text_tokens=60)
     assert findings.parts[0].samples == 1
     lines = problem_lines(tmp_path)
-    assert [line.split(": found ")[0] for line in lines] == [f"{tmp_path}/x.jsonl: row {row}" for row in (1, 2)]
+    assert [line.split(": found ")[0] for line in lines] == [
+        f"{tmp_path}/x.jsonl: row {row}" for row in (1, 2)
+    ]
     assert all("the limit is 60" in line for line in lines)
 
 
 def test_only_answers_count_as_learned_not_what_the_assistant_said_before(tmp_path):
     train = written(tmp_path, ("Yes, I am sure of it.", SHORT), (SHORT, "Yes, I am sure of it."))
     (part,) = checked(tmp_path, train, method="dpo").parts
-    messages = [user("Which?"), assistant("Seven, that is what I see."), user("Sure?"), assistant("Yes, I am sure of it.")]
+    messages = [
+        user("Which?"),
+        assistant("Seven, that is what I see."),
+        user("Sure?"),
+        assistant("Yes, I am sure of it."),
+    ]
     longer = encode_pair(nano_processor(), Sample(messages, [], "other", "", [assistant(SHORT)]), 500).chosen
     assert (part.text_tokens, part.label_tokens) == (2 * longer.text_tokens, 2 * longer.label_tokens)
     shown = re.sub("<[^>]*>", "", (tmp_path / "check" / "check.html").read_text())
@@ -51,4 +58,9 @@ def test_what_a_policy_takes_of_a_pair_is_taken_of_both_texts(tmp_path):
     whole = encode_pair(nano_processor(), sample, 500)
     assert text.encoded is None and text.problem is None
     assert text.losses["drop_sample"]["tokens"] == whole.chosen.text_tokens + whole.rejected.text_tokens
-    assert text.losses["truncate_text"] == {"samples": 0, "turns": 0, "tokens": whole.rejected.text_tokens - 60, "images": 0}
+    assert text.losses["truncate_text"] == {
+        "samples": 0,
+        "turns": 0,
+        "tokens": whole.rejected.text_tokens - 60,
+        "images": 0,
+    }

@@ -57,7 +57,10 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     data = f"data:\n  train: [{{path: {tmp_path}/a.jsonl}}]\n"
     recipe.write_text(data + f"train: {{max_steps: 1, output_dir: {tmp_path}/run}}\n")
-    assert cli.main(["check", str(recipe), *backbones, "train.num_workers=0", "--out", str(tmp_path / "check")]) == 0
+    assert (
+        cli.main(["check", str(recipe), *backbones, "train.num_workers=0", "--out", str(tmp_path / "check")])
+        == 0
+    )
     line = (
         'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" stands before answers, '
         'which end with "<|im_end|>" (then "\\n", without loss)'

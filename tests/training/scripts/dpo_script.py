@@ -60,4 +60,8 @@ trainer = DPOTrainer(
     processing_class=processor,
 )
 trainer.train()
-print(json.dumps([entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]))
+print(
+    json.dumps(
+        [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    )
+)
