@@ -12,8 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from flamingo_ft.registration import register_with_transformers
-
-__version__ = "0.1.0"
+from flamingo_ft.version import __version__
 
 # Before torch starts its threads: spinning while they wait makes a training step 15 times slower on a machine of two
 # cores that does anything else (measured: 30 steps of the quickstart in 106 s against 7 s).

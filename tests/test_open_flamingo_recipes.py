@@ -13,7 +13,7 @@ from flamingo_ft import cli
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
 from flamingo_ft.config import load_recipe
-from flamingo_ft.recipe_library import packaged_recipes
+from flamingo_ft.config.library import packaged_recipes
 
 from . import hub_folders
 from .hub_server import Hub, Repository

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flamingo_ft.recipe_library import packaged_recipes
+from flamingo_ft.config.library import packaged_recipes
 
 from .recipe_needs import needs_the_hub
 

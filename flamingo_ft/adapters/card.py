@@ -16,11 +16,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
-from flamingo_ft import __version__
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.model import FlamingoConfig
+from flamingo_ft.version import __version__
 
 from .card_metadata import metadata
 from .contents import kept_parts

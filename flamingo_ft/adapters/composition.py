@@ -15,13 +15,13 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save_file
 
-from flamingo_ft import __version__
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import existing, fetch_model
 from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo_ft.version import __version__
 
 from .answering import answer_greedily
 from .card import CARD

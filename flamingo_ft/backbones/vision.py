@@ -104,7 +104,7 @@ def load_vision(
         preprocess=tower_preprocess(visual, located.preprocess, resize_mode),
         width=token_width(visual),
         source=dict(
-            **dict(zip(("name", "pretrained"), local_source(name, pretrained))),
+            **dict(zip(("name", "pretrained"), local_source(name, pretrained), strict=True)),
             revision=located.revision,
             sha256=sha256,
             quantization=quantization.record() if quantization else None,

@@ -10,7 +10,8 @@ from typing import Any
 
 from flamingo_ft.config.schema import Recipe
 from flamingo_ft.errors import UserError
-from flamingo_ft.recipe_library import SCHEMA_FILE
+
+from .library import SCHEMA_FILE
 
 MODELINE = f"# yaml-language-server: $schema={SCHEMA_FILE}"
 """The comment that points an editor to the schema beside a recipe."""

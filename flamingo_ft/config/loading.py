@@ -22,7 +22,8 @@ from flamingo_ft.config.section import PathKind
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.missing import missing
 from flamingo_ft.hub.names import ON_HUB
-from flamingo_ft.recipe_library import find_recipe, is_packaged
+
+from .library import find_recipe, is_packaged
 
 RECIPE_FILE = "resolved_recipe.yaml"
 """The recipe with every default, the first file that a run writes: a folder with it holds a run."""

@@ -87,7 +87,7 @@ def local_path(
         return None
     first = Path(text).parts[0]
     return existing or next(
-        (place for place, folder in zip(places, folders) if os.path.isdir(folder / first)), None
+        (place for place, folder in zip(places, folders, strict=True) if os.path.isdir(folder / first)), None
     )
 
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from flamingo_ft.config import Recipe
-from flamingo_ft.data import OpenedData, Sample
+from flamingo_ft.data import OpenedData
 from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.encode import text_of
 from flamingo_ft.data.features import FrozenFeatures, open_features, pending_media
 from flamingo_ft.data.media_reader import PixelReader, StoredReader
+from flamingo_ft.data.methods import check_method, encoder
 from flamingo_ft.data.packing import collate_packed
-from flamingo_ft.data.pair import collate_pairs, encode_pair, twice
+from flamingo_ft.data.pair import collate_pairs, twice
 from flamingo_ft.data.stack import stack_media
 from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order, packed
-from flamingo_ft.data.stream.order import Draw, Mixed, Order
+from flamingo_ft.data.stream.order import Draw, Order
 from flamingo_ft.data.stream.prepare import Prepared, Preparing
 from flamingo_ft.data.stream.tally import Tally
-from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.backbone_files import text_limit
 
-from .backbone_files import text_limit
 from .packing_check import check_packing
 from .precision import computes_in
 
@@ -85,33 +85,11 @@ def assemble_pairs(
 
 
 ASSEMBLE = {"sft": assemble, "dpo": assemble_pairs}
-ENCODE = {"sft": encode_within, "dpo": encode_pair}
-
-
-def encoder(processor: FlamingoProcessor, recipe: Recipe, limit: int) -> Callable[[Sample], Any]:
-    """From a sample to the tokens, at most ``limit`` in each text, that the recipe's method learns from."""
-    return partial(ENCODE[recipe.train.method], processor, max_text_tokens=limit, policy=recipe.data.too_long)
 
 
 def _media(features: FrozenFeatures | None, rows: list[list[Prepared]]) -> dict[str, Tensor]:
     media = [[medium for sample in row for medium in sample.media] for row in rows]
     return stack_media(media) if features is None else features.complete(pending_media(media))
-
-
-def check_method(sources: Sequence[Mixed], method: str) -> None:
-    """Refuse sources that do not have what ``method`` learns from."""
-    for mixed in sources:
-        are_pairs = mixed.source.format == "preference"
-        if are_pairs and method == "sft":
-            raise UserError(
-                f"{mixed.source.name}: found preference pairs, wanted samples with one answer; "
-                "set train.method to dpo, or name another format"
-            )
-        if not are_pairs and method == "dpo":
-            raise UserError(
-                f"{mixed.source.name}: found {mixed.source.format} samples, wanted preference pairs (prompt, chosen, "
-                "rejected) for train.method dpo; name such data, or set train.method to sft"
-            )
 
 
 def _features(

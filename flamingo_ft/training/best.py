@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from flamingo_ft import atomic
+from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.contents import adapter_tensors
 from flamingo_ft.adapters.files import WEIGHTS, read_tensors
@@ -25,7 +25,6 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import fill, let_go
 
-from . import processes
 from .checkpoints import best_folder, checkpoint_root
 
 

@@ -16,10 +16,10 @@ from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from flamingo_ft import processes
 from flamingo_ft.data.stream.batches import Batches, Contents
 from flamingo_ft.model.sharding import is_sharded
 
-from . import processes
 from .checkpoints import TRAINING, Keeping, load_parts, read_manifest, restore, save_checkpoint, save_parts
 from .examination import Examination
 from .held_out import HeldOut, judge

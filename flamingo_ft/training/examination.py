@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from flamingo_ft import processes
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.evaluation.accuracy import accuracy, answer_questions
@@ -14,7 +15,6 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from flamingo_ft.model.sharding import is_sharded
 from flamingo_ft.progress import Bars
 
-from . import processes
 from .out_of_memory import oom_as_user_error
 
 

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo_ft import processes
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.media_reader import PixelReader
+from flamingo_ft.data.methods import encoder
 from flamingo_ft.data.stream.prepare import Prepared
 from flamingo_ft.data.too_long import Dropped
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.backbone_files import text_limit
 from flamingo_ft.progress import Bars
 
-from . import processes
-from .backbone_files import text_limit
-from .batches import ASSEMBLE, encoder
+from .batches import ASSEMBLE
 
 Weighed = tuple[
     dict[str, Tensor], int

@@ -17,7 +17,7 @@ from threading import Lock, Thread
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from flamingo_ft import atomic
+from flamingo_ft import atomic, processes
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.hub.connection import silence_ends, without_bars
 from flamingo_ft.hub.errors import FAILURES, quoted, reason
@@ -25,7 +25,6 @@ from flamingo_ft.hub.retry import patiently
 from flamingo_ft.hub.upload import additions
 from flamingo_ft.publish import with_card
 
-from . import processes
 from .checkpoints import checkpoint_folder, verify
 
 FOLDER = "checkpoints"

@@ -11,9 +11,8 @@ from typing import Any
 import psutil
 import torch
 
+from flamingo_ft import processes
 from flamingo_ft.model.sharding import whole
-
-from . import processes
 
 COUNTED = ("samples", "images", "label_tokens")
 GATES = {"attention": "attn_gate", "feed_forward": "ff_gate"}  # in the log -> in a block

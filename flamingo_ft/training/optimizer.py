@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from transformers import Trainer, TrainingArguments
 
+from flamingo_ft import processes
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.adapters.trainable import BRIDGE, is_lora
 from flamingo_ft.backbones.quantization import require_bitsandbytes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
 
-from . import processes
 from .in_backward import InBackward
 
 # Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.

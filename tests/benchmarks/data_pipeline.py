@@ -26,6 +26,7 @@ from torchvision import transforms
 
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.config import DataSection, DataSource
+from flamingo_ft.config.library import library_folder
 from flamingo_ft.data import open_data
 from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.media_reader import PixelReader
@@ -37,7 +38,6 @@ from flamingo_ft.data.stream.tally import Tally
 from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tokens import add_media_tokens
-from flamingo_ft.recipe_library import library_folder
 
 BATCH, SIDE, PHOTO = 32, 224, (640, 480)
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)

@@ -27,7 +27,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.model import build_flamingo
-from flamingo_ft.training.plan.tracker import LiveBytes
+from flamingo_ft.plan.tracker import LiveBytes
 from flamingo_ft.training.trainer import FlamingoTrainer, make_trainer
 
 MIB = 2**20

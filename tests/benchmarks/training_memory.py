@@ -35,9 +35,9 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
+from flamingo_ft.plan import plan_memory
+from flamingo_ft.plan.tracker import LiveBytes
 from flamingo_ft.training.build import build_model
-from flamingo_ft.training.plan import plan_memory
-from flamingo_ft.training.plan.tracker import LiveBytes
 from flamingo_ft.training.trainer import make_trainer
 
 GIB = 2**30

@@ -311,7 +311,7 @@ def test_a_file_under_another_images_name_counts_as_missing(store):
 
 def test_the_folder_is_not_filled_beyond_the_budget_and_nothing_is_evicted(store):
     size = len(store.content(KEY, TOKENS))
-    for opening in range(2):
+    for _ in range(2):
         writer = FeatureWriter(store, store.folder, max_bytes=int(3.5 * size))
         for number in range(5):
             writer.add(FeatureStore.key_of(contents(number)), TOKENS)

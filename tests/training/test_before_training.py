@@ -11,9 +11,9 @@ import torch
 
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
+from flamingo_ft.plan import memory
 from flamingo_ft.training import notices as module
 from flamingo_ft.training.notices import memory_line
-from flamingo_ft.training.plan import memory
 
 from ..regimes import recipe, write_run
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from flamingo_ft import processes
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.cli import main
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import UserError
-from flamingo_ft.training import processes, run
+from flamingo_ft.training import run
 from flamingo_ft.training.trainer import FlamingoTrainer
 from tests.regimes import LORA, NOTHING_WHOLE, write_start
 from tests.training.launching import losses, torchrun, train, write_data

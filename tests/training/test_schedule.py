@@ -13,10 +13,11 @@ from transformers import get_linear_schedule_with_warmup
 from flamingo_ft.cli import main
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
+from flamingo_ft.data.epochs import steps_per_epoch, with_max_steps
 from flamingo_ft.errors import UserError
 from flamingo_ft.training import schedule
 from flamingo_ft.training.arguments import trainer_arguments
-from flamingo_ft.training.schedule import recompute_learning_rates, steps_per_epoch, with_max_steps
+from flamingo_ft.training.schedule import recompute_learning_rates
 from tests import regimes
 
 WEIGHTS = "run/adapter_model.safetensors"

@@ -18,10 +18,10 @@ from transformers import TrainerControl, TrainerState
 from flamingo_ft import progress as progress_module
 from flamingo_ft.errors import UserError
 from flamingo_ft.progress import LINE_SECONDS, progress_bars
+from flamingo_ft.report import LiveReport
+from flamingo_ft.report.log_file import LogFile, read_log, write_log
 from flamingo_ft.training import meter, trackers
 from flamingo_ft.training.callbacks import ProgressBar
-from flamingo_ft.training.log_file import LogFile, read_log, write_log
-from flamingo_ft.training.report import LiveReport
 from flamingo_ft.training.run import train
 from flamingo_ft.training.trackers import check_trackers, tracker_callbacks
 
@@ -238,7 +238,7 @@ def test_a_report_is_rare_however_much_is_logged(tmp_path, monkeypatch):
         drawn.append(now[0])
         now[0] += 4
 
-    monkeypatch.setattr("flamingo_ft.training.report.live.draw", draw)
+    monkeypatch.setattr("flamingo_ft.report.live.draw", draw)
     report, state = LiveReport(tmp_path), TrainerState(is_world_process_zero=True)
     while now[0] < 1000:
         report.on_log(None, state, None)

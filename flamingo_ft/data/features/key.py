@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from flamingo_ft import __version__
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.images import READER_VERSION
+from flamingo_ft.version import __version__
 
 FORMAT = 1  # raised when the same pixels are to become other tokens
 # Whose code turns files into pixels and pixels into tokens. One that is not installed is not used.

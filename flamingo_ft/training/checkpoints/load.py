@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flamingo_ft import atomic
+from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import restore_trainable
 from flamingo_ft.errors import UserError
-from flamingo_ft.training import processes
 
 from .folders import best_folder
 from .manifest import read_manifest

@@ -19,14 +19,13 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
-from flamingo_ft import atomic
+from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError, one_line
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.training import processes
 
 from .folders import best_folder, checkpoint_folder, checkpoints, keep_newest
 from .manifest import seal

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flamingo_ft.training import processes
+from flamingo_ft import processes
 
 SCHEDULER = "scheduler.pt"
 

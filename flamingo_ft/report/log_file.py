@@ -1,0 +1,51 @@
+"""log.jsonl: every entry of the log as it comes, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flamingo_ft import atomic
+
+LOG_FILE = "log.jsonl"
+METRICS_FILE = "metrics.json"
+"""The last file that a run writes: a folder that has it holds a finished run."""
+
+Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step
+
+
+class LogFile(TrainerCallback):
+    """Appends entries to the log of a run; at its start, writes those of the run that is gone on with."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            write_log(self.folder, state.log_history)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(_lines(state.log_history[-1:]))
+
+
+def write_log(folder: Path, entries: Iterable[Entry]) -> None:
+    """Write these entries, and no others."""
+    atomic.write_text(folder / LOG_FILE, _lines(entries))
+
+
+def read_log(folder: Path) -> list[Entry]:
+    """All entries so far; a last line that a killed process left half written is none."""
+    lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _lines(entries: Iterable[Entry]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)

@@ -1,0 +1,271 @@
+"""A recipe made for somebody's data loads, passes the check and trains; nothing is downloaded or overwritten for it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from flamingo_ft.check.inspect_data import guess_columns
+from flamingo_ft.check.new_recipe import Wishes, write_new_recipe
+from flamingo_ft.check.run import check
+from flamingo_ft.cli import main
+from flamingo_ft.config import load_recipe
+from flamingo_ft.errors import UserError
+from tests.data.fixtures import FIXTURES
+
+ROW = ("Which shade is this?", "Dark.")
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, tmp_path_factory, monkeypatch):
+    """No connection is made, though the client would be allowed to."""
+
+    def refuse(*_):
+        raise AssertionError("a connection was tried")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("flamingo_ft.check.run.save_figures", lambda findings, folder: {})  # they take long
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.chdir(tmp_path)
+
+
+def pictures(folder: Path, count: int) -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (8, 8), (number % 256,) * 3).save(folder / f"{number}.png")
+    return [f"{number}.png" for number in range(count)]
+
+
+def table(path: Path, header: list[str], rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def asked(names: list[str], **changes) -> list[dict]:
+    rows = (
+        {"image": name, "question": f"{number}: {ROW[0]}", "answer": ROW[1]}
+        for number, name in enumerate(names)
+    )
+    return [row | changes for row in rows]
+
+
+def rows_of(path: Path, rows: list[dict]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def made(data: Path, **wishes):
+    """The recipe for some data, checked: what `check` finds, and the recipe."""
+    write_new_recipe(Path("mine/new.yaml"), Wishes(data, **wishes))
+    recipe = load_recipe("mine/new.yaml", ["train.num_workers=0"])
+    findings = check(recipe, "new", Path("checked"))
+    assert findings.objection is None and findings.warnings == [], findings
+    return recipe, findings
+
+
+KINDS = (
+    "llava",
+    "sharegpt",
+    "alpaca",
+    "vqa",
+    "mimicit",
+    "interleaved_mmc4",
+    "csv_captions",
+    "preference",
+    "tar_shards",
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_data_of_any_schema_gets_a_recipe_that_passes_the_check(tmp_path, name):
+    entry = FIXTURES[name](tmp_path)
+    recipe, findings = made(
+        Path(entry["path"]), image_root=entry.get("image_root") and Path(entry["image_root"])
+    )
+    assert recipe.data.train[0].format == findings.parts[0].format
+    assert recipe.train.method == ("dpo" if findings.parts[0].format == "preference" else "sft")
+
+
+def test_lengths_and_sizes_follow_from_the_data(tmp_path):
+    rows = asked(pictures(tmp_path, 50))
+    rows[7]["answer"] = "Dark, and as far as anybody can say also rather small for a picture of this kind."
+    recipe, findings = made(rows_of(tmp_path / "x.jsonl", rows))
+    longest = max(findings.distributions["label_tokens"].most, findings.answers.longest)
+    assert longest <= recipe.eval.max_new_tokens <= 2 * longest
+    assert recipe.data.max_text_tokens >= findings.distributions["text_tokens"].most
+    assert recipe.data.eval_fraction == 0.2 and [part.rows for part in findings.parts] == [40, 10]
+    assert recipe.train.epochs == 20 and findings.length.max_steps == 50
+
+
+def test_columns_of_other_names_and_images_in_another_folder_are_found(tmp_path):
+    names = pictures(tmp_path / "data" / "scans", 10)
+    data = table(tmp_path / "data" / "x.csv", ["Photo", "Query", "label"], [(name, *ROW) for name in names])
+    recipe, findings = made(data)
+    (source,) = recipe.data.train
+    assert source.format == "vqa" and source.columns == {
+        "image": "Photo",
+        "question": "Query",
+        "answer": "label",
+    }
+    assert source.image_root.resolve() == tmp_path / "data" / "scans" and findings.parts[0].images == 8
+
+
+def test_images_beside_the_folder_of_the_data_are_found(tmp_path):
+    names = pictures(tmp_path / "photos", 5)
+    (tmp_path / "notes").mkdir()
+    recipe, _ = made(rows_of(tmp_path / "notes" / "x.jsonl", asked([f"photos/{name}" for name in names])))
+    assert recipe.data.train[0].image_root.resolve() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("columns", "guess"),
+    [
+        (["image", "question", "label"], ("vqa", {"answer": "label"})),
+        (
+            ["Image File", "Prompt", "A"],
+            ("vqa", {"image": "Image File", "question": "Prompt", "answer": "A"}),
+        ),
+        (["file_name", "title"], ("caption", {"image": "file_name", "caption": "title"})),
+        (["query", "reply"], ("vqa", {"question": "query", "answer": "reply"})),
+        (["a_column", "another"], None),
+    ],
+)
+def test_columns_are_guessed_by_the_names_that_people_use(columns, guess):
+    assert guess_columns(columns) == guess
+
+
+def test_columns_may_be_named_and_columns_that_fit_nothing_are_refused(tmp_path):
+    data = table(
+        tmp_path / "x.csv", ["one", "two", "three"], [(name, *ROW) for name in pictures(tmp_path, 4)]
+    )
+    with pytest.raises(UserError, match="one, two, three"):
+        write_new_recipe(Path("mine/new.yaml"), Wishes(data))
+    assert not Path("mine").exists()
+    command = ["recipes", "new", "new.yaml", "--data", str(data), "--format", "vqa"]
+    assert (
+        main([*command, "--column", "image=one", "--column", "question=two", "--column", "answer=three"]) == 0
+    )
+    assert load_recipe("new.yaml").data.train[0].columns == {
+        "image": "one",
+        "question": "two",
+        "answer": "three",
+    }
+
+
+@pytest.mark.parametrize(
+    "folder", ["it's: #1 {a, b}", "[x] -", "ü 日本", "new\nline", '"quoted"', "true", "1e3"]
+)
+def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
+    names = pictures(tmp_path / folder / "scans", 3)
+    data = rows_of(tmp_path / folder / "x.jsonl", asked(names))
+    file = tmp_path / "new.yaml"
+    write_new_recipe(file, Wishes(data, output_dir=folder))
+    (source,) = load_recipe(file).data.train
+    assert source.path == data and source.image_root == tmp_path / folder / "scans"
+    assert load_recipe(file).train.output_dir == Path(folder)
+
+
+def test_evaluation_data_is_taken_and_measured(tmp_path):
+    names = pictures(tmp_path, 6)
+    train = rows_of(tmp_path / "x.jsonl", asked(names[:3]))
+    held_out = rows_of(
+        tmp_path / "y.jsonl", asked(names[3:], answer="Words, and words again, and more of them.")
+    )
+    recipe, findings = made(train, eval=held_out)
+    assert recipe.data.eval[0].path.resolve() == held_out and recipe.data.eval_fraction is None
+    assert findings.answers.answers == 3
+
+
+def test_nothing_is_held_out_where_all_rows_share_an_image(tmp_path):
+    recipe, _ = made(rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 1) * 4)))
+    assert (
+        recipe.data.eval_fraction is None and "no rows can be held out" in Path("mine/new.yaml").read_text()
+    )
+
+
+def test_rows_that_cannot_be_used_are_told_and_left_to_the_user(tmp_path):
+    rows = [*asked(pictures(tmp_path, 5)), *asked(["gone.png"])]
+    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    assert (
+        len(notes) == 1 and "1 of 6 rows cannot be used, the first: " in notes[0] and "gone.png" in notes[0]
+    )
+    assert (
+        load_recipe("new.yaml").data.on_bad_sample == "error" and "gone.png" in Path("new.yaml").read_text()
+    )
+    with pytest.raises(UserError, match=r"gone.png.*\(and none of the first 1 rows can be used\)"):
+        write_new_recipe(Path("none.yaml"), Wishes(rows_of(tmp_path / "y.jsonl", asked(["gone.png"]))))
+
+
+def test_a_tokenizer_that_is_not_here_is_not_fetched_and_lengths_are_called_estimates(tmp_path, capsys):
+    data = rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 4)))
+    assert main(["recipes", "new", "new.yaml", "--data", str(data), "--language", "somebody/some-model"]) == 0
+    said, text = capsys.readouterr(), Path("new.yaml").read_text()
+    assert "lengths are estimated from characters" in said.err and "wrote new.yaml" in said.out
+    recipe = load_recipe("new.yaml")
+    assert recipe.model.language.name == "somebody/some-model" and recipe.model.vision.name == "ViT-L-14"
+    assert recipe.data.max_text_tokens is None and "estimated" in text
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    data = rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 4)))
+    Path("new.yaml").write_text("mine")
+    Path("recipe.schema.json").write_text("mine too")
+    assert main(["recipes", "new", "new.yaml", "--data", str(data)]) == 2
+    assert "error: new.yaml: exists already; choose another name" in capsys.readouterr().err
+    assert main(["recipes", "new", "other.yaml", "--data", str(data)]) == 0
+    assert Path("new.yaml").read_text() == "mine" and Path("recipe.schema.json").read_text() == "mine too"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--data", "gone.jsonl"], "gone.jsonl: no such data file"),
+        (
+            ["--data", "x.jsonl", "--vision", "ViT-B-32"],
+            "--vision ViT-B-32: an architecture has no weights of its own",
+        ),
+        (["--data", "x.jsonl", "--format", "vqaa"], "--format vqaa: no schema of this name"),
+        (["--data", "x.jsonl", "--column", "answer"], "--column answer: want FIELD=COLUMN"),
+        (["--data", "x.jsonl", "--image-root", "gone"], "'gone' does not exist"),
+        ([], "Missing option '--data'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, options, told):
+    rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 2)))
+    assert main(["recipes", "new", "new.yaml", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and told in line and not Path("new.yaml").exists()
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_and_is_planned(tmp_path):
+    names = pictures(tmp_path / "data" / "scans", 12)
+    data = table(tmp_path / "data" / "x.csv", ["photo", "query", "label"], [(name, *ROW) for name in names])
+    assert main(["recipes", "new", "new.yaml", "--data", str(data)]) == 0
+    assert main(["train", "new.yaml", "train.epochs=0.5", "train.num_workers=0"]) == 0
+    assert json.loads(Path("runs/new/metrics.json").read_text())["train"]["steps"] == 1
+    assert main(["plan", "new.yaml"]) == 0
+    shutil.rmtree("runs")
+
+
+def test_columns_that_a_new_recipe_leaves_out_are_named(tmp_path):
+    rows = asked(pictures(tmp_path, 6), choices=["Dark.", "Light."], A="1", B="2")
+    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    assert len(notes) == 1 and "columns of text that are left out: choices, A, B; " in notes[0]
+    assert "# Columns of text that are left out: choices, A, B\n" in Path("new.yaml").read_text()
+
+
+def test_a_new_recipe_for_rows_without_images_says_so(tmp_path):
+    rows = [{"question": f"{number}?", "answer": "Yes.", "shot": f"{number}.png"} for number in range(6)]
+    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    expected = "the rows read have no images; if a column holds them, add --column image=COLUMN"
+    assert any(expected in note for note in notes)

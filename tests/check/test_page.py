@@ -1,0 +1,171 @@
+"""The page shows every token as it is learned, and nothing that users wrote does anything in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from flamingo_ft.check.duplicates import find_duplicates
+from flamingo_ft.check.numbers import Distribution, Numbers
+from flamingo_ft.check.rows import Seen
+from flamingo_ft.check.tokens import shown_tokens
+from flamingo_ft.config import DataSection, DataSource
+from flamingo_ft.data import open_source
+from flamingo_ft.data.encode import IGNORED, encode
+from flamingo_ft.model.processor import CHUNK_TEMPLATE
+from tests.check.recipes import asked, checked, write_rows
+from tests.data.dialogues import CHATML, nano_processor
+from tests.data.test_bad_data import SCAN
+
+NASTY = (
+    "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; <|im_end|> {{ 7 * 7 }} é日🙂\u202e\nend"
+)
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text of each token."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements, self.tokens, self.words = [], [], ""
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.elements.append((tag, attributes))
+        self._inside = tag == "span" and "title" in attributes
+        if self._inside:
+            self.tokens.append((int(attributes["title"].split()[0]), {*attributes["class"].split()}, ""))
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        self.words += data
+        if self._inside:
+            number, classes, text = self.tokens[-1]
+            self.tokens[-1] = (number, classes, text + data)
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Of a source whose one sample, file name and broken row are nasty."""
+    name = "<b onclick=alert(3)>.jsonl"
+    (tmp_path / "a.png").write_bytes(SCAN)
+    rows = [
+        asked(f"<image>{NASTY}", NASTY, ("a.png",), task=NASTY),
+        asked("?", "A", ("<svg onload=alert(4)>.png",)),
+    ]
+    entry = write_rows(tmp_path / name, rows)
+    checked(tmp_path, [entry], on_bad_sample="skip", max_bad_share=1)
+    return Page((tmp_path / "check" / "check.html").read_text(encoding="utf-8")), entry["path"]
+
+
+def test_what_users_wrote_is_text(page):
+    shown, path = page
+    tags = Counter(tag for tag, _ in shown.elements)
+    assert not {"script", "svg", "b onclick", "iframe", "a", "link"} & {*tags}
+    for _, attributes in shown.elements:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert attributes.get("src", "data:").startswith("data:image/") or "src" not in attributes
+    assert "<script>alert(1)</script>" in shown.words and "<svg onload=alert(4)>.png" in shown.words
+    assert "<b onclick=alert(3)>.jsonl" in shown.words
+    policy = next(
+        a["content"] for tag, a in shown.elements if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    assert "default-src 'none'" in policy and "script-src" not in policy
+
+
+def test_coloured_tokens_are_those_with_labels(page):
+    shown, path = page
+    encoded = encode(nano_processor(), first_sample(path))
+    assert [number for number, _, _ in shown.tokens] == encoded.input_ids
+    assert ["learned" in classes for _, classes, _ in shown.tokens] == [
+        label != IGNORED for label in encoded.labels
+    ]
+    assert [text for _, classes, text in shown.tokens if "media" in classes] == ["<image> 1"]
+    said = "".join(text for _, classes, text in shown.tokens if "learned" in classes and text != "·")
+    assert said.replace("⏎\n", "\n") == f"{NASTY}<|im_end|>"
+
+
+def first_sample(path):
+    entry = DataSource(path=path)
+    source = open_source(entry, DataSection(train=(entry,)))
+    return source.sample(0, source.raw(0))
+
+
+@pytest.mark.parametrize("template", [None, CHATML, CHUNK_TEMPLATE], ids=["own", "chatml", "chunk"])
+@given(question=st.text(min_size=1).filter(str.strip), answer=st.text(min_size=1).filter(str.strip))
+@settings(max_examples=20, deadline=None)
+def test_tokens_together_are_the_text(template, question, answer):
+    processor = nano_processor(template)
+    messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    encoded = encode(processor, messages)
+    tokens = shown_tokens(processor, encoded.input_ids, encoded.labels)
+    whole = processor.tokenizer.decode(
+        encoded.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    assert "".join(token.text for token in tokens) == whole
+    assert [token.id for token in tokens] == encoded.input_ids
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 5), max_size=3)), max_size=30),
+    st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 5), max_size=3)), max_size=10),
+)
+@settings(max_examples=100, deadline=None)
+def test_repetitions_are_those_of_a_plain_count(trained, held_out):
+    numbers = Numbers()
+    for part, rows in ((0, trained), (1, held_out)):
+        for row, (content, pictures) in enumerate(rows):
+            numbers.add(Seen(part, 0, row, content=content, pictures=pictures))
+    found = find_duplicates(numbers, first_held_out=1)
+    contents = Counter(content for content, _ in trained)
+    assert found.copies == sum(times - 1 for times in contents.values())
+    assert [group.times for group in found.groups] == sorted(
+        (n for n in contents.values() if n > 1), reverse=True
+    )
+    assert found.leaked == sum(content in contents for content, _ in held_out)
+    seen = {picture for _, pictures in trained for picture in pictures}
+    assert found.leaked_pictures == sum(bool(seen & {*pictures}) for _, pictures in held_out)
+    everywhere = Counter(picture for _, pictures in (*trained, *held_out) for picture in pictures)
+    assert found.pictures == len(everywhere) and found.repeated == sum(
+        times > 1 for times in everywhere.values()
+    )
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=50))
+def test_a_histogram_counts_every_number_in_bins_of_whole_numbers(values):
+    found = Distribution.of(np.array(values))
+    assert sum(found.counts) == len(values) and len(found.counts) <= 40
+    assert (found.least, found.most) == (min(values), max(values))
+    assert found.mean == pytest.approx(sum(values) / len(values)) and found.median == np.median(values)
+    widths = {round(b - a, 6) for a, b in zip(found.edges, found.edges[1:], strict=False)}
+    assert len(widths) == 1 and all(edge % 1 == 0.5 for edge in found.edges)
+
+
+def test_figures_are_images_beside_the_page_and_inside_it(tmp_path):
+    checked(tmp_path, [write_rows(tmp_path / "x.jsonl", [asked("?", "A")])])
+    names = {path.name for path in (tmp_path / "check").iterdir()}
+    assert names == {
+        "check.html",
+        "check.json",
+        "problems.jsonl",
+        "text_tokens.png",
+        "images.png",
+        "loss_share.png",
+    }
+    for name in ("text_tokens.png", "images.png", "loss_share.png"):
+        assert Image.open(tmp_path / "check" / name).size > (300, 200)
+    page = Page((tmp_path / "check" / "check.html").read_text(encoding="utf-8"))
+    assert (
+        sum(attributes.get("src", "").startswith("data:image/png") for tag, attributes in page.elements) == 3
+    )

@@ -1,0 +1,65 @@
+"""A check of preference pairs looks at both texts, as training does."""
+
+from __future__ import annotations
+
+import re
+
+from flamingo_ft.check.encoding import Encoding
+from flamingo_ft.data.pair import encode_pair
+from flamingo_ft.data.sample import Sample
+from tests.check.recipes import checked, problem_lines, recipe, write_rows
+from tests.data.dialogues import assistant, nano_processor, user
+
+SHORT, LONG = "No.", "No, " + "no, " * 40 + "no."
+
+
+def pair(chosen: str, rejected: str) -> dict:
+    before = [("user", "Which?"), ("assistant", "Seven, that is what I see."), ("user", "Sure?")]
+    prompt = [{"role": role, "content": content} for role, content in before]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def written(folder, *pairs) -> list:
+    return [write_rows(folder / "x.jsonl", [pair(*one) for one in pairs])]
+
+
+def test_an_answer_that_is_too_long_is_a_problem_whichever_it_is(tmp_path):
+    train = written(tmp_path, ("Yes.", SHORT), (LONG, SHORT), ("Yes.", LONG))
+    findings = checked(tmp_path, train, method="dpo", max_text_tokens=60)
+    assert findings.parts[0].samples == 1
+    lines = problem_lines(tmp_path)
+    assert [line.split(": found ")[0] for line in lines] == [
+        f"{tmp_path}/x.jsonl: row {row}" for row in (1, 2)
+    ]
+    assert all("the limit is 60" in line for line in lines)
+
+
+def test_only_answers_count_as_learned_not_what_the_assistant_said_before(tmp_path):
+    train = written(tmp_path, ("Yes, I am sure of it.", SHORT), (SHORT, "Yes, I am sure of it."))
+    (part,) = checked(tmp_path, train, method="dpo").parts
+    messages = [
+        user("Which?"),
+        assistant("Seven, that is what I see."),
+        user("Sure?"),
+        assistant("Yes, I am sure of it."),
+    ]
+    longer = encode_pair(nano_processor(), Sample(messages, [], "other", "", [assistant(SHORT)]), 500).chosen
+    assert (part.text_tokens, part.label_tokens) == (2 * longer.text_tokens, 2 * longer.label_tokens)
+    shown = re.sub("<[^>]*>", "", (tmp_path / "check" / "check.html").read_text())
+    assert shown.count("Yes, I am sure of it.") == shown.count("No.") == 2
+
+
+def test_what_a_policy_takes_of_a_pair_is_taken_of_both_texts(tmp_path):
+    messages = [user("Sure?"), assistant("Yes.")]
+    sample = Sample(messages, [], "other", "x", [assistant(LONG)])
+    data = recipe(tmp_path, written(tmp_path), method="dpo", too_long="drop_sample").data
+    text = Encoding(nano_processor(), data, 60, compares=True)(sample)
+    whole = encode_pair(nano_processor(), sample, 500)
+    assert text.encoded is None and text.problem is None
+    assert text.losses["drop_sample"]["tokens"] == whole.chosen.text_tokens + whole.rejected.text_tokens
+    assert text.losses["truncate_text"] == {
+        "samples": 0,
+        "turns": 0,
+        "tokens": whole.rejected.text_tokens - 60,
+        "images": 0,
+    }

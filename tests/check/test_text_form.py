@@ -1,0 +1,85 @@
+"""A check shows the tokens around answers, where generation stops, and answers that the chat template changes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from flamingo_ft import cli
+from flamingo_ft.adapters.answering import end_token_ids
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.check.text_form import ANSWER, QUESTION, text_form
+from flamingo_ft.config import ModelSection
+from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
+from flamingo_ft.model.backbone_files import own_ends
+from tests.check.recipes import asked, checked, write_rows
+from tests.data.chat_templates import FAMILIES, LAST_REASONING
+from tests.data.dialogues import TEMPLATES, assistant, nano_processor, user
+from tests.data.test_chat_templates import llama_processor
+
+ALL = {**{name: template for name, (template, *_) in FAMILIES.items()}, "chunk": TEMPLATES["chunk"][0]}
+
+
+@pytest.mark.parametrize("make", [nano_processor, llama_processor])
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_shown_is_what_training_and_prompts_hold(name, make):
+    processor = make(ALL[name])
+    form = text_form(processor, 0)
+    encoded = encode(processor, [user(QUESTION), assistant(ANSWER)])
+    name_of = processor.tokenizer.convert_ids_to_tokens
+    learned = name_of([label for label in encoded.labels if label != IGNORED])
+    assert name_of(encoded.input_ids)[: len(form.begins.tokens)] == form.begins.tokens
+    if form.ends.tokens:
+        assert learned[-len(form.ends.tokens) :] == form.ends.tokens
+    prompt = name_of(encode_prompt(processor, [user(QUESTION)]))
+    assert prompt[len(prompt) - len(form.prompt.tokens) :] == form.prompt.tokens
+    assert form.learns_to_stop == (form.ends.tokens[-1] in form.stops) and form.warning is None
+    assert "<|endofchunk|>" in form.stops
+
+
+def test_the_stopping_tokens_are_those_of_the_model():
+    processor = nano_processor()
+    section = ModelSection.model_validate({"vision": {"name": "nano"}, "language": {"name": "nano"}})
+    stops = processor.tokenizer.convert_ids_to_tokens(end_token_ids(load_language("nano").model, processor))
+    assert text_form(processor, own_ends(section)).stops == stops
+
+
+def test_a_template_that_never_stops_is_warned_of():
+    form = text_form(nano_processor(TEMPLATES["end outside the marks"][0]), None)
+    assert not form.learns_to_stop and "answers run on until eval.max_new_tokens" in form.warning
+
+
+def test_check_says_how_dialogues_are_written(tmp_path, capsys):
+    write_rows(tmp_path / "a.jsonl", [asked("?", "A")])
+    backbones = ["model.vision.name=nano", "model.language.name=nano"]
+    recipe = tmp_path / "recipe.yaml"
+    data = f"data:\n  train: [{{path: {tmp_path}/a.jsonl}}]\n"
+    recipe.write_text(data + f"train: {{max_steps: 1, output_dir: {tmp_path}/run}}\n")
+    assert (
+        cli.main(["check", str(recipe), *backbones, "train.num_workers=0", "--out", str(tmp_path / "check")])
+        == 0
+    )
+    line = (
+        'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" stands before answers, '
+        'which end with "<|im_end|>" (then "\\n", without loss)'
+    )
+    told = capsys.readouterr().out.splitlines()
+    assert line in told and "generation stops at <|im_end|> or <|endofchunk|>" in told
+    record = json.loads((tmp_path / "check" / "check.json").read_text())
+    assert record["text_form"]["ends"] == {"text": "<|im_end|>", "tokens": ["<|im_end|>"]}
+    assert record["text_lines"][0] == line and record["warnings"] == []
+    assert "stands before answers, which end with" in (tmp_path / "check" / "check.html").read_text()
+
+
+def test_samples_whose_answers_the_template_changes_are_counted(tmp_path, monkeypatch):
+    processor = nano_processor(LAST_REASONING)
+    monkeypatch.setattr("flamingo_ft.model.backbone_files.BackboneFiles.processor", lambda self: processor)
+    monkeypatch.setattr("flamingo_ft.data.templates._template", lambda processor, name: LAST_REASONING)
+    said = {"role": "assistant", "content": "<think>why</think>Seven."}
+    question = {"role": "user", "content": "?"}
+    rows = [{"messages": [question, said]}, {"messages": [question, said, question, said]}, asked("?", "A")]
+    findings = checked(tmp_path, [write_rows(tmp_path / "a.jsonl", rows)])
+    assert findings.parts[0].rewritten == 1
+    (line,) = findings.warnings
+    assert line.startswith("the chat template leaves out or changes words of answers in 1 samples")

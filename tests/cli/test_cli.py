@@ -1,0 +1,289 @@
+"""The command line parses, calls and prints; a mistake costs one line, exit code 2 and no heavy import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import flamingo_ft
+from flamingo_ft import cli, evaluation, inference, training
+from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.errors import UserError
+
+RECIPE = """\
+# Teach one thing
+model: {vision: {name: nano}, language: {name: nano}}
+data: {train: [{path: train.jsonl}]}
+train: {output_dir: run, max_steps: 2}
+"""
+METRICS = {
+    "eval": {
+        "accuracy": 0.97,
+        "accuracy_before": 0.31,
+        "accuracy_shuffled_images": 0.29,
+        "accuracy_majority": 0.33,
+        "verdict": "reads the images: 97.0 % right, against 29.0 % with another image",
+        "per_task": {
+            "which digit": {
+                "accuracy": 0.981,
+                "before": 0.1,
+                "shuffled_images": 0.12,
+                "samples": 360,
+            },
+            "even or odd": {
+                "accuracy": 0.96,
+                "before": 0.5,
+                "shuffled_images": 0.49,
+                "majority": 0.53,
+                "samples": 360,
+                "classes": {
+                    "Even.": {"accuracy": 0.95, "samples": 190, "predicted": 185},
+                    "Odd.": {"accuracy": 0.97, "samples": 170, "predicted": 175},
+                },
+            },
+        },
+    },
+    "train": {"steps": 600, "seconds": 171.6, "trainable_parameters": 1234567},
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An own current directory with a recipe, its data and an image."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    (tmp_path / "a.png").write_bytes(b"")
+    (tmp_path / "b.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def entry_point(monkeypatch):
+    """Put a stand-in for an entry point where the command line looks for it; returns the list of calls."""
+
+    def replace(package, module: str, function: str, answer):
+        calls = []
+
+        def stand_in(*arguments, **options):
+            calls.append(arguments)
+            if isinstance(answer, BaseException):
+                raise answer
+            return answer
+
+        stand_in_module = SimpleNamespace(**{function: stand_in})
+        monkeypatch.setitem(sys.modules, f"{package.__name__}.{module}", stand_in_module)
+        monkeypatch.setattr(package, module, stand_in_module, raising=False)
+        return calls
+
+    return replace
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    """The real command in a process of its own; its last line of stdout names the heavy imports."""
+    script = (
+        "import sys\n"
+        "from flamingo_ft.cli import main\n"
+        "code = main()\n"
+        "print(sorted({'torch', 'transformers', 'open_clip', 'matplotlib', 'datasets'} & set(sys.modules)))\n"
+        "sys.exit(code)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1])}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+# --- cost and form of help and refusals ---
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--help"],
+        ["train", "--help"],
+        ["plan", "--help"],
+        ["check", "--help"],
+        ["recipes", "--help"],
+        ["--version"],
+    ],
+)
+def test_help_comes_without_heavy_imports(here, arguments):
+    done = run(*arguments)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_names_every_verb():
+    shown = run("--help").stdout
+    assert all(verb in shown for verb in ("train", "plan", "check", "eval", "generate", "recipes"))
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["train", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
+        (["train", "recipe.yaml", "train.max_steps=ten"], "found 'ten'; want a whole number"),
+        (
+            ["train", "recipe.yaml", "data.train.0.path=gone"],
+            "relative paths here start from the current directory",
+        ),
+        (["train", "recipe.yaml", "max_steps"], "want KEY=VALUE"),
+        (["train", "gone.yaml"], "recipe gone.yaml: "),
+        (["plan", "recipe.yaml", "train.batch_size=0"], "found 0; want 1 or more"),
+        (["plan", "recipe.yaml", "--text-tokens", "0"], "Invalid value for '--text-tokens'"),
+        (["train", "recipe.yaml", "train.output_dir=."], "holds files but no run; choose another"),
+        (["train", "recipe.yaml", "train.output_dir=a.png"], "a.png is a file; choose another"),
+        (["train"], "Missing argument 'RECIPE'; see flamingo-ft train --help"),
+        (["train", "recipe.yaml", "--overwrit"], "No such option: --overwrit"),
+        (["tarin"], "No such command 'tarin'"),
+        (
+            ["eval", "run", "--data", "gone.jsonl"],
+            "file 'gone.jsonl' does not exist; see flamingo-ft eval --help",
+        ),
+        (["generate", "run", "--prompt", "?", "--image", "gone.png"], "file 'gone.png' does not exist"),
+        (["generate", "run", "--image", "a.png"], "Missing option '--prompt'"),
+        (["generate", "run", "--prompt", "?", "--max-new-tokens", "0"], "greater than or equal to 1"),
+        (["recipes", "copy", "gone"], "recipe"),
+        (["merge", "run"], "Missing argument 'OUT'"),
+        (["merge", "run", "out", "--base", "int8"], "'int8' is not one of 'bf16', 'dequantized'"),
+        (["plan", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
+        (["check", "recipe.yaml", "data.too_lon=error"], "did you mean data.too_long?"),
+    ],
+)
+def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here, arguments, told):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert done.stdout.splitlines() == ["[]"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and told in line
+
+
+def test_each_problem_of_a_recipe_is_an_error_line_of_its_own(here, capsys):
+    assert cli.main(["train", "recipe.yaml", "train.seed=x", "train.max_steps=x"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: override train.") for line in lines)
+
+
+def test_the_package_runs_as_a_module(here):
+    environment = {**os.environ, "PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1])}
+    command = [sys.executable, "-m", "flamingo_ft", "train", "gone.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: recipe gone.yaml: ")
+
+
+# --- errors from inside ---
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (UserError("sample 3 of x.jsonl: no image"), "error: sample 3 of x.jsonl: no image\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "x.png"),
+            "error: x.png: No such file or directory\n",
+        ),
+        (PermissionError(13, "Permission denied", "/x"), "error: /x: Permission denied\n"),
+    ],
+)
+def test_a_mistake_found_late_is_told_like_one_found_early(here, entry_point, capsys, error, told):
+    entry_point(inference, "answer", "answer", error)
+    assert cli.main(["generate", "run", "--prompt", "?"]) == 2
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), OSError("a bug"), FileNotFoundError("a bug"), KeyError("a bug")]
+)
+def test_an_error_that_is_not_the_users_keeps_its_traceback(here, entry_point, error):
+    entry_point(inference, "answer", "answer", error)
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["generate", "run", "--prompt", "?"])
+
+
+def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
+    entry_point(training, "run", "train", KeyboardInterrupt())
+    assert cli.main(["train", "recipe.yaml"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+# --- verbs ---
+
+
+def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point, capsys):
+    calls = entry_point(training, "run", "train", METRICS)
+    assert cli.main(["train", "recipe.yaml", "train.max_steps=3", "train.learning_rate=1e-3"]) == 0
+    ((recipe, _),) = calls
+    assert (recipe.train.max_steps, recipe.train.learning_rate) == (3, 1e-3)
+    assert Path("run").is_dir()
+    shown = capsys.readouterr().out
+    for cell in ("before", "after", "with another image", "98.1 %", "10.0 %", "12.0 %", "97.0 %", "720"):
+        assert cell in shown
+    assert "even or odd: 'Even.' 95.0 % of 190, 'Odd.' 97.0 % of 170" in shown
+    assert "verdict: reads the images: 97.0 % right, against 29.0 % with another image" in shown
+    assert "majority" in shown and "53.0 %" in shown and "33.0 %" in shown
+    assert "trained 1,234,567 parameters for 600 steps in 172 s" in shown
+    assert "flamingo-ft generate run --image FILE" in shown
+
+
+def test_train_never_overwrites_a_run_silently(here, entry_point, capsys):
+    calls = entry_point(training, "run", "train", METRICS)
+    Path("run").mkdir()
+    Path("run", RECIPE_FILE).write_text("an earlier run")
+    assert cli.main(["train", "recipe.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert calls == [] and "train.output_dir=FOLDER" in error and "--overwrite" in error
+    assert cli.main(["train", "recipe.yaml", "--overwrite"]) == 0
+    assert Path("run.old-1", RECIPE_FILE).read_text() == "an earlier run"
+    assert f"moved the earlier run to {here / 'run.old-1'}" in capsys.readouterr().err
+
+
+def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
+    measured = {"eval": {"accuracy": 0.5, "per_task": {"which digit": {"accuracy": 0.5, "samples": 2}}}}
+    calls = entry_point(evaluation, "run", "evaluate_adapter", measured)
+    assert cli.main(["eval", "run", "--data", "train.jsonl"]) == 0
+    assert [call[:3] for call in calls] == [("run", "train.jsonl", ())]
+    shown = capsys.readouterr().out
+    assert "accuracy" in shown and "50.0 %" in shown and "before" not in shown and "another" not in shown
+
+
+def test_eval_without_data_leaves_the_choice_to_the_adapter(here, entry_point):
+    calls = entry_point(evaluation, "run", "evaluate_adapter", METRICS)
+    assert cli.main(["eval", "run", "eval.batch_size=2"]) == 0
+    assert [call[:3] for call in calls] == [("run", None, ["eval.batch_size=2"])]
+
+
+def test_generate_prints_the_answer_alone_and_keeps_the_order_of_images(here, entry_point, capsys):
+    calls = entry_point(inference, "answer", "answer", "a three [and] a four")
+    options = ["--image", "b.png", "--image", "a.png", "--prompt", "Which digits?", "--max-new-tokens", "5"]
+    assert cli.main(["generate", "run", *options]) == 0
+    assert calls == [("run", [Path("b.png"), Path("a.png")], "Which digits?", 5)]
+    assert capsys.readouterr().out == "a three [and] a four\n"
+
+
+def test_recipes_are_listed_with_what_they_do_and_copied_by_name(here, monkeypatch, capsys):
+    library = here / "library"
+    (library / "one").mkdir(parents=True)
+    (library / "one.yaml").write_text(RECIPE.replace("train.jsonl", "one/train.jsonl"))
+    monkeypatch.setattr("flamingo_ft.config.library.library_folder", lambda: library)
+    assert cli.main(["recipes"]) == 0
+    assert "one" in (shown := capsys.readouterr().out) and "Teach one thing" in shown
+    assert cli.main(["recipes", "copy", "one", "mine"]) == 0
+    assert capsys.readouterr().out.split() == ["mine/one.yaml", "mine/one"]
+    assert cli.main(["recipes", "copy", "one", "mine"]) == 2
+    assert "mine/one.yaml: exists already" in capsys.readouterr().err
+
+
+def test_arguments_that_a_shell_made_of_a_pattern_are_not_all_echoed(here, capsys):
+    images = [f"photos/{number:05}.png" for number in range(10_000)]
+    for name in ("a.png", *images[:1]):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert cli.main(["generate", "runs/a", "--prompt", "What?", "--image", "a.png", *images]) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 500 and "photos/00000.png" in said and "once for each of them" in said

@@ -1,0 +1,361 @@
+"""The memory plan is what a real step takes: on a CPU, counted tensor by tensor; for the sizes on paper, exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import GPTNeoXConfig, MptConfig, PreTrainedConfig
+
+from flamingo_ft import cli
+from flamingo_ft.backbones.language import NANO_FOLDER
+from flamingo_ft.config import Recipe, load_recipe
+from flamingo_ft.data import open_data
+from flamingo_ft.plan import Planner, plan_memory
+from flamingo_ft.plan.advice import advise, with_values
+from flamingo_ft.plan.gpus import GPUS
+from flamingo_ft.plan.tracker import LiveBytes
+from flamingo_ft.training.build import build_model
+from flamingo_ft.training.label_positions import at_label_positions
+from flamingo_ft.training.trainer import first_batches, make_trainer
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+CASES = {
+    "as it is": [],
+    "checkpointing": ["train.gradient_checkpointing=true"],
+    "LoRA": ["lora.language={r: 8}"],
+    "nf4": ["model.language.quantization=nf4"],
+    "nf4, single": ["model.language={name: nano, quantization: nf4, double_quantization: false}"],
+    "int8": ["model.language.quantization=int8"],
+    "nf4, LoRA alone, checkpointing": [
+        "model.language.quantization=nf4",
+        "lora.language={r: 8}",
+        "trainable={perceiver: false, cross_attention: false, new_tokens: false}",
+        "train.gradient_checkpointing=true",
+    ],
+    "nf4, the tower too": ["model.language.quantization=nf4", "model.vision.quantization=nf4"],
+    "int8, the tower too": ["model.language.quantization=int8", "model.vision.quantization=int8"],
+    "LoRA in the tower and the bridge": [
+        "trainable={perceiver: false, cross_attention: false, new_tokens: true}",
+        "lora={vision: {r: 4}, perceiver: {r: 2}, cross_attention: {r: 4}}",
+    ],
+    "DoRA": ["lora.language={r: 8}", "lora.use_dora=true"],
+    "8-bit AdamW": ["train.optimizer=adamw_8bit"],
+    "a step inside the backward pass": ["train.optimizer_in_backward=true"],
+    "bf16": ["trainable.dtype=bf16"],
+    "computing in bf16": ["train.precision=bf16"],
+    "computing in bf16, nf4": ["train.precision=bf16", "model.language.quantization=nf4"],
+    "accumulation": ["train.gradient_accumulation_steps=2"],
+    "dpo": ["train.method=dpo"],
+    "dpo, nf4, LoRA alone, checkpointing": [
+        "train.method=dpo",
+        "model.language.quantization=nf4",
+        "lora.language={r: 8}",
+        "trainable={perceiver: false, cross_attention: false, new_tokens: false}",
+        "train.gradient_checkpointing=true",
+    ],
+}
+MIXED = {
+    "nf4, single",
+    "LoRA",
+    "nf4",
+    "int8",
+    "checkpointing",
+    "computing in bf16, nf4",
+}  # others have each of these
+MIXED |= {
+    "DoRA",
+    "computing in bf16",
+    "LoRA in the tower and the bridge",
+    "dpo, nf4, LoRA alone, checkpointing",
+    "nf4, the tower too",
+}
+
+
+def quickstart(*overrides: str) -> Recipe:
+    return load_recipe(QUICKSTART, ["train.batch_size=8", "train.max_steps=3", *overrides])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, str]:
+    """For each method a hundred samples with the same text and two images each, no image twice: copies would be encoded
+    once."""
+    folder = QUICKSTART.parent / "quickstart"
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    images = list(dict.fromkeys(image for row in rows for image in row["images"]))
+    row = next(row for row in rows if len(row["images"]) == 2)
+    alike = [row | {"images": images[2 * index : 2 * index + 2]} for index in range(100)]
+    *prompt, answer = row["messages"]
+    pairs = [
+        {"prompt": prompt, "chosen": [answer], "rejected": "No one can tell.", "images": one["images"]}
+        for one in alike
+    ]
+    path = tmp_path_factory.mktemp("data")
+    for method, rows in (("sft", alike), ("dpo", pairs)):
+        (path / f"{method}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {
+        method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]"
+        for method in ("sft", "dpo")
+    }
+
+
+# --- against a real step ---
+
+
+def all_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters, buffers, and the scales that bitsandbytes keeps beside its matrices."""
+    yield from chain(model.parameters(), model.buffers())
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        outer = getattr(state, "state2", None)
+        scales = [
+            getattr(state, "absmax", None),
+            getattr(state, "code", None),
+            getattr(state, "offset", None),
+        ]
+        scales += [getattr(outer, "absmax", None), getattr(outer, "code", None)]
+        scales += [getattr(owner, "SCB", None) for owner in (weight, getattr(module, "state", None))]
+        yield from (tensor for tensor in scales if isinstance(tensor, Tensor))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] * (name in MIXED)) for name in CASES],
+)
+def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
+    """Of one that learns every token: the plan counts no labels."""
+
+    def learn_all(inputs):
+        return at_label_positions(inputs | {"labels": inputs["input_ids"]})
+
+    monkeypatch.setattr("flamingo_ft.training.trainer.at_label_positions", learn_all)
+    source = data["dpo" if "train.method=dpo" in overrides else "sft"]
+    recipe = quickstart(source, f"train.output_dir={tmp_path}", *overrides)
+    model, processor = build_model(recipe)
+    plan = plan_memory(recipe, device="cpu")
+    assert (plan.batch.images, plan.batch.where_from) == (2, "the longest of the data")
+    trainer = make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
+    with LiveBytes() as live:
+        weights = live.hold(all_tensors(model))
+        weights += live.hold(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
+        live.restart()
+        trainer.train()
+    assert plan.step.weights == weights
+    assert plan.peak == pytest.approx(live.peak, rel=0.02)
+
+
+# --- laws of the plan ---
+
+
+def planned(*overrides: str, device: str = "cuda"):
+    return plan_memory(quickstart(*overrides), device=device, text_tokens=40, images=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_bigger_batch_never_needs_less(device):
+    peaks = [planned(f"train.batch_size={size}", device=device).peak for size in (1, 2, 4)]
+    assert peaks == sorted(peaks)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        pytest.param(["lora.language={r: 8}"], marks=pytest.mark.slow),
+        pytest.param(["model.language.quantization=int8"], marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_checkpointing_never_needs_more(device, overrides):
+    kept = planned(*overrides, device=device)
+    assert planned("train.gradient_checkpointing=true", *overrides, device=device).peak <= kept.peak
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["train.optimizer=adamw_8bit", "train.optimizer_in_backward=true", "train.activation_offload=true"],
+)
+def test_a_memory_switch_never_needs_more(override):
+    assert planned(override).peak <= planned().peak
+
+
+def test_the_parts_of_a_plan_add_up_to_its_peak():
+    plan = planned("lora.language={r: 8}", "model.language.quantization=nf4")
+    step = plan.step
+    assert step.weights + step.optimizer + step.gradients_at_peak + plan.activations == plan.peak
+    assert sum(part.frozen + part.trainable for part in plan.components) == pytest.approx(
+        step.weights, rel=0.05
+    )
+
+
+def test_state_that_is_paged_is_not_counted_as_memory_of_the_gpu():
+    wide = "model.cross_attention={heads: 16, dim_head: 64}"  # the nano matrices are too small to be paged
+    pinned, paged = (planned(wide, f"train.optimizer={name}") for name in ("adamw_8bit", "paged_adamw_8bit"))
+    assert paged.step.paged > 0 and pinned.step.paged == 0
+    assert paged.step.optimizer < pinned.step.optimizer
+
+
+@pytest.mark.slow
+def test_the_data_say_how_long_a_sample_is():
+    batch = plan_memory(quickstart()).batch
+    assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
+
+
+@pytest.mark.slow
+def test_packed_rows_are_planned_as_long_as_they_become_with_the_images_of_all_their_samples():
+    packing = ("data.packing=true", "data.max_text_tokens=200", "train.batch_size=4")
+    batch = plan_memory(quickstart(*packing)).batch
+    assert batch.text_tokens == 200 and batch.where_from == "rows packed of the first 256 samples"
+    recipe = quickstart(*packing)
+    model, processor = build_model(recipe)
+    real = [
+        row["pixel_values"].shape[1]
+        for row in first_batches(open_data(recipe.data, 0), recipe, model, processor)
+    ]
+    assert abs(batch.images - max(real)) <= 2  # the rows looked at are not those of the run
+
+
+def test_frames_of_videos_are_planned_as_images(tmp_path):
+    frames = [[str(tmp_path / "a.png")] * count for count in (3, 12)]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows = [{"question": "What?", "answer": "It.", "videos": frames}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    batch = plan_memory(quickstart(f"data.train=[{{path: {tmp_path}/rows.jsonl}}]")).batch
+    assert batch.images == 3 + 8
+
+
+def test_without_the_data_the_limit_says_so(tmp_path):
+    source = f"data.train=[{{path: {tmp_path}/none.jsonl}}]"
+    recipe = load_recipe(QUICKSTART, [source, "data.max_text_tokens=20"], require=())
+    batch = plan_memory(recipe).batch
+    assert (batch.text_tokens, batch.images, batch.where_from) == (20, 1, "the limit")
+
+
+# --- sizes on paper ---
+
+
+def shape(folder: Path, language: PreTrainedConfig, every: int) -> Recipe:
+    """A recipe over a language model of which only configuration and tokenizer are there, and a ViT-L/14."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((NANO_FOLDER / name).read_bytes())
+    language.architectures = [f"{type(language).__name__.removesuffix('Config')}ForCausalLM"]
+    language.save_pretrained(folder)
+    return Recipe.model_validate(
+        {
+            "model": {
+                "vision": {"name": "ViT-L-14"},
+                "language": {"name": str(folder), "quantization": "nf4"},
+                "cross_attn_every_n_layers": every,
+            },
+            "data": {"train": [{"path": folder / "none.jsonl"}]},
+            "train": {
+                "output_dir": folder / "run",
+                "max_steps": 1,
+                "batch_size": 1,
+                "gradient_checkpointing": True,
+            },
+        }
+    )
+
+
+def mpt(width: int, layers: int) -> MptConfig:
+    return MptConfig(d_model=width, n_layers=layers, n_heads=width // 128, vocab_size=50432, dtype="bfloat16")
+
+
+REDPAJAMA = {
+    "hidden_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 10240,
+}
+SHAPES = {
+    "3B": (mpt(2048, 24), 1, 944),
+    "4B": (GPTNeoXConfig(**REDPAJAMA, vocab_size=50432, dtype="bfloat16"), 2, 961),
+    "9B": (mpt(4096, 32), 4, 1179),
+}
+
+
+@pytest.mark.parametrize(
+    "config, every, millions",
+    [pytest.param(*SHAPES[name], id=name, marks=[pytest.mark.slow] * (name != "9B")) for name in SHAPES],
+)
+def test_open_flamingos_bridges_have_the_sizes_it_reports(tmp_path, config, every, millions):
+    plan = plan_memory(shape(tmp_path, config, every), text_tokens=16, images=1)
+    parts = {part.name: part.trainable_parameters for part in plan.components}
+    exact = parts["perceiver"] + parts["cross-attention"]
+    print(f"perceiver {parts['perceiver']:,}, with cross-attention {exact:,}")
+    assert parts["perceiver"] == 63_019_008
+    assert round(exact / 1e6) == millions
+
+
+# --- advice ---
+
+
+@pytest.mark.slow
+def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
+    recipe = shape(tmp_path, mpt(2048, 2), 1)
+    recipe = with_values(recipe, {"train.gradient_checkpointing": False, "train.batch_size": 32})
+    planner = Planner(recipe, "cuda", text_tokens=2048, images=1)
+    before = planner.plan(recipe)
+    changes = advise(planner, before)
+    assert changes and all(change.saved > 0 for change in changes)
+    for change in changes:
+        recipe = with_values(recipe, change.values)
+        after = plan_memory(recipe, text_tokens=2048, images=1)
+        assert before.peak - after.peak == change.saved and after.peak == change.plan.peak
+        before = after
+    assert all(gpu.fits(before) for gpu in GPUS)
+
+
+def test_what_fits_every_card_gets_no_advice():
+    planner = Planner(quickstart(), "cuda", text_tokens=16, images=1)
+    assert advise(planner, planner.plan(planner.recipe)) == []
+
+
+# --- the command ---
+
+
+def test_the_command_prints_tables_or_the_same_as_json(capsys):
+    assert (
+        cli.main(["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1"]) == 0
+    )
+    shown = capsys.readouterr().out
+    assert "perceiver" in shown and "peak" in shown and "H200" in shown
+    assert (
+        cli.main(
+            ["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1", "--json"]
+        )
+        == 0
+    )
+    record = json.loads(capsys.readouterr().out)
+    assert record["cuda"]["peak"] > 0 and record["gpus"][0]["fits"]
+    assert torch.cuda.is_available() or record["cpu"]["peak"] > 0
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_huge_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
+    sizes = {"text_tokens": 42, "images": 2}
+    large = quickstart("train.batch_size=96")
+    direct = plan_memory(large, device=device, **sizes).peak
+    monkeypatch.setattr("flamingo_ft.plan.memory.MOST_POSITIONS", 42 * 32)
+    assert plan_memory(large, device=device, **sizes).peak == pytest.approx(direct, rel=1e-3)
+    huge = plan_memory(quickstart("train.batch_size=5000000"), device=device, **sizes)
+    assert huge.batch.samples == 5_000_000 and huge.peak > 10**12
+
+
+def test_batches_that_wait_in_accumulation_are_counted_and_not_made(monkeypatch):
+    sizes = {"text_tokens": 64, "images": 1}
+    two, three = (
+        plan_memory(quickstart(f"train.gradient_accumulation_steps={n}"), **sizes).peak for n in (2, 3)
+    )
+    many = plan_memory(quickstart("train.gradient_accumulation_steps=1000000"), **sizes).peak
+    assert many - three == (three - two) * (1_000_000 - 3)

@@ -1,0 +1,183 @@
+"""The report of a run: what it shows, that it stands alone, and that it never ends a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from flamingo_ft.config import dump_recipe
+from flamingo_ft.errors import Stopped, UserError
+from flamingo_ft.report import curves, gates, leaving_a_report, live, write_report
+from tests.regimes import recipe, write_run
+
+REFRESH = 'http-equiv="refresh"'
+
+
+def entries(steps: int, layers: int = 2) -> list[dict]:
+    """A log that has everything."""
+    numbers = {"grad_norm": 1.0, "memory_gib": 1.5, "images_per_second": 9.0, "label_tokens_per_second": 99.0}
+    gate_names = [(kind, layer) for kind in ("attention", "feed_forward") for layer in range(layers)]
+    opened = {f"gate/{kind}/{layer}": -0.1 * layer for kind, layer in gate_names}
+    numbers |= {"learning_rate": 1e-3} | opened
+    return [
+        {"loss": 1 / step, "seconds": 2.0 * step, "step": step, **numbers} for step in range(1, steps + 1)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder of a run that is under way: step 4 of 8."""
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "resolved_recipe.yaml").write_text(dump_recipe(recipe("train.max_steps=8")))
+    write(tmp_path / "run", entries(4))
+    return tmp_path / "run"
+
+
+def write(folder, log: list[dict], predictions: list[dict] | None = None) -> None:
+    for name, rows in (("log", log), ("predictions", predictions or [])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finish(folder) -> None:
+    task = {"accuracy": 0.75, "samples": 4, "before": 0.25, "shuffled_images": 0.5}
+    evaluation = {"accuracy": 0.75, "accuracy_before": 0.25, "accuracy_shuffled_images": 0.5}
+    evaluation["per_task"] = {"shade": task}
+    trained = {"steps": 8, "seconds": 75.0, "trainable_parameters": 12_345}
+    (folder / "metrics.json").write_text(json.dumps({"eval": evaluation, "train": trained}))
+
+
+def words(page: str) -> str:
+    """The page's text, without markup."""
+    parser = HTMLParser()
+    found: list[str] = []
+    parser.handle_data = found.append
+    parser.feed(page)
+    return " ".join(" ".join(found).split())
+
+
+def test_a_run_under_way_says_how_far_it_is_and_looks_again(folder):
+    page = write_report(folder, goes_on=True).read_text()
+    assert REFRESH in page
+    assert "training, step 4 of 8, about 8 s left" in words(page)
+    assert "resolved_recipe.yaml --resume" in page
+
+
+def test_a_finished_run_shows_its_accuracies_and_stays_as_it_is(folder):
+    finish(folder)
+    page = write_report(folder).read_text()
+    assert REFRESH not in page
+    for told in ("finished after 8 steps", "12,345", "1 min 15 s"):
+        assert told in words(page)
+    assert "all 4 25.0 % 75.0 % 50.0 %" in words(page)
+    assert "flamingo-ft generate" in page and "--resume" not in page
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (Stopped(15, 4), "stopped at step 4 of 8 by SIGTERM"),
+        (UserError("loss is nan\nmore"), "by an error: loss is nan"),
+    ],
+)
+def test_a_run_that_was_ended_says_by_what(folder, error, told):
+    with pytest.raises(type(error)), leaving_a_report(folder):
+        raise error
+    page = (folder / "report.html").read_text()
+    assert told in words(page) and REFRESH not in page
+
+
+def test_the_page_needs_nothing_beside_it_and_runs_no_scripts(folder):
+    said = {"task": "t", "images": [], "question": "<script>alert(1)</script>", "answer": "a", "before": "b"}
+    write(folder, entries(4), [said])
+    page = write_report(folder).read_text()
+    assert "<script" not in page and "default-src 'none'" in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,20})', page)
+    assert len(sources) >= 7 and all(source.startswith("data:image/png") for source in sources)
+
+
+def test_every_figure_on_the_page_is_a_file_too(folder):
+    page = write_report(folder).read_text()
+    assert page.count("<img") == len(list((folder / "figures").glob("*.png"))) >= 6
+
+
+@pytest.mark.parametrize("log", [[], entries(1), entries(3, layers=0), [{"eval_loss": 1.0, "step": 2}]])
+def test_a_run_with_little_in_its_log_has_a_report(folder, log):
+    write(folder, log)
+    assert "</html>" in write_report(folder, goes_on=True).read_text()
+
+
+def test_a_loss_that_is_no_number_is_left_out_of_the_curve():
+    log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 1.0}]
+    (axes,) = curves.loss_figure(log).axes
+    assert list(axes.lines[0].get_ydata()) == [2.0, 1.0]
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_end():
+    found = curves.curve([{"step": n, "loss": n} for n in range(1, 10_002)], "loss")
+    assert len(found.steps) <= curves.MOST_POINTS and found.steps[-1] == 10_001
+
+
+def test_parts_with_one_course_share_a_curve():
+    rates = {
+        "learning_rate/perceiver": 1e-3,
+        "learning_rate/cross_attention": 1e-3,
+        "learning_rate/lora": 1e-4,
+    }
+    (axes,) = curves.rate_figure([{"step": n, "learning_rate": 1e-3, **rates} for n in (1, 2)]).axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert (
+        len(labels) == 2
+        and labels[0].startswith("cross attention, perceiver")
+        and labels[1].startswith("lora")
+    )
+
+
+@pytest.mark.parametrize("layers", [2, 32])
+def test_gates_are_drawn_by_layer_and_by_size_alone(layers):
+    attention, feed_forward, *_ = gates.gate_figure(entries(3, layers)).axes
+    for axes in (attention, feed_forward):
+        assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx(
+            [0.1 * n for n in range(layers)]
+        )
+
+
+def test_rewards_of_preference_training_are_shown(folder):
+    write(folder, [entry | {"rewards/margins": 0.5, "rewards/accuracies": 0.9} for entry in entries(4)])
+    page = words(write_report(folder).read_text())
+    assert "reward margin 0.5" in page and "pairs ranked rightly 90.0 %" in page
+    assert (folder / "figures" / "reward_margin.png").is_file()
+
+
+def test_a_report_that_cannot_be_drawn_is_told_and_ends_nothing(folder, monkeypatch):
+    monkeypatch.setattr(live, "write_report", lambda *_, **__: 1 / 0)
+    with (
+        pytest.warns(UserWarning, match="report could not be written: ZeroDivisionError"),
+        leaving_a_report(folder),
+    ):
+        pass
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"not the folder of a run, resolved_recipe.yaml not found"):
+        write_report(tmp_path)
+
+
+def test_no_report_is_left_where_no_run_began(tmp_path):
+    with leaving_a_report(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "said"), [("sft", "Cross-entropy of the reference answers"), ("dpo", "The preference loss")]
+)
+def test_the_loss_is_described_as_that_of_the_runs_method(folder, method, said):
+    (folder / "resolved_recipe.yaml").write_text(
+        dump_recipe(recipe("train.max_steps=8", f"train.method={method}"))
+    )
+    assert said in words(write_report(folder).read_text())
