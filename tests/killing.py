@@ -60,7 +60,7 @@ def _run(arguments: list[str], folder: str, log: str, around: Around) -> None:
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(output, stream)
-        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
         if around.spoil is not None:
             around.spoil()
         code = main(arguments)

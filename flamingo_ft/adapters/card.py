@@ -92,7 +92,7 @@ def _parameters(folder: Path) -> int:
     adapter = folder / WEIGHTS
     for file in [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in tensors.keys())
+            total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in list(tensors.keys()))
     return total
 
 

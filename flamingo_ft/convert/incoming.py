@@ -38,7 +38,7 @@ Target = Literal["auto", "adapter", "model"]
 def import_checkpoint(
     source: str | Path,
     out: str | Path,
-    wanted: Backbones = Backbones(),
+    wanted: Backbones = Backbones(),  # noqa: B008 (immutable)
     *,
     to: Target = "auto",
     start: str | Path | None = None,

@@ -25,7 +25,7 @@ class Golden:
         with safe_open(FOLDER / f"{family}.safetensors", framework="pt") as file:
             prefix = f"every{every}."
             self.tensors = {
-                k.removeprefix(prefix): file.get_tensor(k) for k in file.keys() if k.startswith(prefix)
+                k.removeprefix(prefix): file.get_tensor(k) for k in list(file.keys()) if k.startswith(prefix)
             }
             self.gradient_names = json.loads(file.metadata()["about"])["gradients"][str(every)]
 

@@ -102,8 +102,10 @@ def by_script(monkeypatch, values: list[float]) -> None:
 
 @pytest.mark.parametrize("keep", [pytest.param("last", marks=pytest.mark.slow), "best"])
 def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_where_asked(
-    folder, monkeypatch, keep
-):  # noqa: F811
+    folder,  # noqa: F811 (the fixture)
+    monkeypatch,
+    keep,
+):
     by_script(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
     written = []
     monkeypatch.setattr(

@@ -134,12 +134,11 @@ class Order:
                 yield from ((row, None) for row in _few_at_a_time(self._pass(index, number)))
                 continue
             rng = np.random.default_rng([self.seed, index, number])
-            shown = 0
-            for shown, pair in enumerate(
-                _shuffled(enumerate(mixed.source.stream()), self.shuffle_buffer, rng), start=1
-            ):
+            empty = True
+            for pair in _shuffled(enumerate(mixed.source.stream()), self.shuffle_buffer, rng):
+                empty = False
                 yield pair
-            if not shown:
+            if empty:
                 raise UserError(f"{mixed.source.name}: found no rows; wanted at least one sample")
 
 

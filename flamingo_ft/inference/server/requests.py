@@ -196,9 +196,9 @@ def _read_input(value: Any) -> tuple[list[dict[str, Any]], list[ImageLink]]:
         isinstance(value, list)
         and value
         and all(isinstance(item, dict) and "role" not in item for item in value)
+        and all(str(item.get("type")).startswith("input_") for item in value)
     ):
-        if all(str(item.get("type")).startswith("input_") for item in value):
-            return read_messages([{"role": "user", "content": value}], "input")
+        return read_messages([{"role": "user", "content": value}], "input")
     return read_messages(value, "input")
 
 

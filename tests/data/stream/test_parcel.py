@@ -55,11 +55,13 @@ class Picture(Dataset):
     not os.path.isdir(OPEN_FILES), reason="counts this process's open files as Linux shows them"
 )
 def test_rows_kept_back_for_packing_hold_no_files_open():
-    draws = lambda start: (Draw(number, 0, number) for number in count(start))  # noqa: E731
+    def draws(start):
+        return (Draw(number, 0, number) for number in count(start))
+
+    def assemble(rows):
+        return [(one.encoded.input_ids[0], int(one.media[0][0, 0, 0, 0])) for row in rows for one in row]
+
     tally = Tally(skip_bad=False, max_bad_share=0, epoch_length=None)
-    assemble = lambda rows: [
-        (one.encoded.input_ids[0], int(one.media[0][0, 0, 0, 0])) for row in rows for one in row
-    ]  # noqa: E731
     before = len(os.listdir(OPEN_FILES))
     batches = iter(Batches(draws, Picture(), packed(1, 90), assemble, tally, Loading(1, workers=1)))
     first = next(batches)
