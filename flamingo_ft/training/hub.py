@@ -160,7 +160,7 @@ class Pushing:
 
 def _hold(folder: Path) -> Path:
     """The same files under a name that nobody removes."""
-    held = atomic.beside(folder.with_name(f"{folder.name}.pushed"))
+    held = atomic.partial_path(folder.with_name(f"{folder.name}.pushed"))
     atomic.link_folder(folder, held)
     return held
 
