@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
@@ -57,7 +58,7 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: config.json is damaged ({one_line(error)}); copy the folder again"
+            f"{folder}: config.json is damaged ({error_message(error)}); copy the folder again"
         ) from None
 
 
@@ -68,7 +69,7 @@ def read_processor(folder: Path) -> FlamingoProcessor:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: the processor does not load ({one_line(error)}); copy the folder again"
+            f"{folder}: the processor does not load ({error_message(error)}); copy the folder again"
         ) from None
 
 
@@ -91,7 +92,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: {LORA_CONFIG} is damaged ({one_line(error)}); copy the adapter again"
+            f"{folder}: {LORA_CONFIG} is damaged ({error_message(error)}); copy the adapter again"
         ) from None
 
 
