@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
+from flamingo_ft.formatting import one_line, percent
 from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig
@@ -70,7 +71,7 @@ def card_text(
         training=metrics.get("train"),
         losses=_losses(folder),
         evaluation=evaluation and _complete(evaluation),
-        percent=lambda share: "" if share is None else f"{100 * share:.1f} %",
+        percent=percent,
         figures={file: told for file, told in FIGURES.items() if (folder / "figures" / file).is_file()},
         samples=_samples(folder),
         cell=_cell,
@@ -125,7 +126,7 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 def _cell(text: str | None) -> str:
     """Text that stands in a table's cell as it is."""
-    return html.escape(" ".join((text or "").split()), quote=False).replace("|", "\\|").replace("*", "\\*")
+    return html.escape(one_line(text or ""), quote=False).replace("|", "\\|").replace("*", "\\*")
 
 
 def _complete(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
@@ -56,7 +57,7 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: {CONFIG_FILE} is damaged ({one_line(error)}); copy the folder again"
+            f"{folder}: {CONFIG_FILE} is damaged ({error_message(error)}); copy the folder again"
         ) from None
 
 
@@ -67,7 +68,7 @@ def read_processor(folder: Path) -> FlamingoProcessor:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: the processor does not load ({one_line(error)}); copy the folder again"
+            f"{folder}: the processor does not load ({error_message(error)}); copy the folder again"
         ) from None
 
 
@@ -90,7 +91,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: {ADAPTER_CONFIG} is damaged ({one_line(error)}); copy the adapter again"
+            f"{folder}: {ADAPTER_CONFIG} is damaged ({error_message(error)}); copy the adapter again"
         ) from None
 
 

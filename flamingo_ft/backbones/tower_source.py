@@ -12,7 +12,8 @@ import open_clip
 from open_clip.pretrained import download_pretrained_from_hf
 
 from flamingo_ft.backbones.license import license_in, license_on_hub
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.errors import told
 from flamingo_ft.hub.missing import missing
 from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, commit_of, local_tower, local_weights
@@ -163,7 +164,9 @@ def _read_config(file: Path) -> tuple[dict, dict]:
         contents = json.loads(file.read_text(encoding="utf-8"))
         return _tower_config(contents["model_cfg"]), contents.get("preprocess_cfg", {})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no OpenCLIP configuration ({one_line(error)}); correct it") from error
+        raise UserError(
+            f"{file} is no OpenCLIP configuration ({error_message(error)}); correct it"
+        ) from error
 
 
 def _download(repository: str, file: str | None, revision: str | None) -> Path:

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.missing import existing
 from flamingo_ft.hub.weight_files import CHECKPOINT_FILES, CONFIG_FILE, INDEX_FILES, shard_names
 from flamingo_ft.machine_errors import reraise_machine_error
@@ -97,7 +98,7 @@ def _read(file: Path) -> Any:
     except SafetensorError as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{file}: not a readable safetensors file ({one_line(error)}); copy it again"
+            f"{file}: not a readable safetensors file ({error_message(error)}); copy it again"
         ) from None
 
 
@@ -107,7 +108,7 @@ def stored_config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{file}: is no JSON ({one_line(error)}); copy the checkpoint again") from None
+        raise UserError(f"{file}: is no JSON ({error_message(error)}); copy the checkpoint again") from None
     if not isinstance(found, dict):
         raise UserError(
             f"{file}: is no configuration (found a {type(found).__name__}); copy the checkpoint again"

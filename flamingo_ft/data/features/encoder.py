@@ -18,6 +18,7 @@ from flamingo_ft.backbones.quantization import DTYPES, formats_in
 from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.config.data import CacheSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .key import features_key, folder_name
@@ -25,7 +26,6 @@ from .pending import FOUND, FRAME_INDEX, FRESH, FRESH_KEYS
 from .store import FeatureStore
 from .writer import FeatureWriter
 
-GIB = 1 << 30
 AT_ONCE = 8  # images
 PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
 
