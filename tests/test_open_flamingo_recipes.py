@@ -11,7 +11,7 @@ from open_clip.factory import _MODEL_CONFIGS
 
 from flamingo_ft import cli
 from flamingo_ft.adapters import load_adapter
-from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
+from flamingo_ft.adapters.released_models import MODELS, TOWER, Released, released
 from flamingo_ft.config import load_recipe
 from flamingo_ft.config.library import packaged_recipes
 

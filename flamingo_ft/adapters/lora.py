@@ -19,7 +19,7 @@ from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .initialise import (
+from .lora_init import (
     Batches,
     check_initialisation,
     directions_read,

@@ -7,7 +7,7 @@ from torch import nn
 
 from flamingo_ft.backbones.rounding import rounded
 from flamingo_ft.config import LoraSection, TrainableSection
-from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 # The parts of a Flamingo, as the recipe's `trainable` and `lora` sections name them -> where they live in the model.
 BRIDGE = {
@@ -66,3 +66,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def is_lora(name: str) -> bool:
     """Whether a parameter's name is that of an update rather than of what it updates."""
     return ".lora_" in name
+
+
+def kept_parts(config: FlamingoConfig) -> list[str]:
+    """The parts of the bridge that the adapter holds whole; a bridge that started from nothing is held whole."""
+    return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts

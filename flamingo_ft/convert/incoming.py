@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.adapters import save_adapter
-from flamingo_ft.adapters.start import put_bridge, start_bridge
+from flamingo_ft.adapters.init_from import put_bridge, start_bridge
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.decoder_layers import hidden_size
 from flamingo_ft.backbones.language import LanguageBackbone, load_language

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
+from flamingo_ft.adapters.released_models import MODELS, TOWER, Released, released
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint
 from flamingo_ft.formats.geometry import Geometry

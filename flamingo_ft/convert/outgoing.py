@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flamingo_ft.adapters.files import read_config, read_flamingo_config, read_processor
-from flamingo_ft.adapters.fold import fold_lora
 from flamingo_ft.adapters.load import load_base, put_adapter
+from flamingo_ft.adapters.merge import fold_lora
 from flamingo_ft.atomic import file_in_place, folder_in_place
 from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.quantization import formats_in

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from flamingo_ft.adapters import write_card
 from flamingo_ft.adapters.answering import answer_greedily
-from flamingo_ft.adapters.fold import fold_lora
-from flamingo_ft.adapters.merge import LARGEST_SHARD, as_whole
+from flamingo_ft.adapters.merge import LARGEST_SHARD, as_whole, fold_lora
 from flamingo_ft.adapters.save import save_processor
 from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.identity import tensors_sha256

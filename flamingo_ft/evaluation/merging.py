@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.adapters.code import write_code
 from flamingo_ft.adapters.files import read_config, read_processor
 from flamingo_ft.adapters.load import load_adapter, load_whole
 from flamingo_ft.adapters.merge import Base, check_mergeable, quantize_merged, trained_in, write_merged
+from flamingo_ft.adapters.remote_code import write_code
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.context import context_length
 from flamingo_ft.backbones.quantization import Quantization

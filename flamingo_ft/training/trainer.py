@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from flamingo_ft.adapters.reference import answer_alike, drop_nothing, frozen_copy
+from flamingo_ft.adapters.prepare import answer_alike, drop_nothing, frozen_copy
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.epochs import with_max_steps

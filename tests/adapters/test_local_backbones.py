@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import load_adapter, save_adapter, write_composition
-from flamingo_ft.adapters.restore import restore_trainable
+from flamingo_ft.adapters.load import restore_trainable
 from flamingo_ft.backbones.language import NANO_FOLDER as WORDS
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.tower_source import NANO_FOLDER as EYES
@@ -16,7 +16,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.backbone_files import backbone_files
-from flamingo_ft.publish.files import files_of, with_card
+from flamingo_ft.publish.push import files_of, with_card
 
 from ..regimes import RECIPE, build, logits, shake
 

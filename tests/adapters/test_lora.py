@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable, trainable_parameters
 from flamingo_ft.adapters.lora import _pattern, add_lora, find_targets
-from flamingo_ft.adapters.originals import Originals
+from flamingo_ft.adapters.lora_init import Originals
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.quantization import dequantized
 from flamingo_ft.backbones.tower import build_visual, layers_after_tokens

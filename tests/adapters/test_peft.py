@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from flamingo_ft.adapters import Adapters, load_adapter, load_base, save_adapter
+from flamingo_ft.adapters.init_from import bridge_of
 from flamingo_ft.adapters.load import put_bridge_parts
-from flamingo_ft.adapters.start import bridge_of
 from flamingo_ft.adapters.trainable import is_lora
 from flamingo_ft.errors import UserError
 

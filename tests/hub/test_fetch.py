@@ -10,7 +10,7 @@ import pytest
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import HubName, fetch_model, hub_name, pinned
-from flamingo_ft.hub.retry import ATTEMPTS
+from flamingo_ft.hub.errors import ATTEMPTS
 from tests.hub_server import READER, WRITER, Repository
 
 REPO = "org/some.model-1"

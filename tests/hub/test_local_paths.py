@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from flamingo_ft.hub.places import strip_local_path, strip_local_paths
-from flamingo_ft.publish.files import belongs, files_of
+from flamingo_ft.hub.local_paths import strip_local_path, strip_local_paths
+from flamingo_ft.publish.push import belongs, files_of
 
 
 @pytest.mark.parametrize(

@@ -25,13 +25,13 @@ from flamingo_ft.model.parts import holds_parts, named_composition
 
 from .files import (
     BRIDGE_FILE,
+    places_of,
     read_bridge,
     read_config,
     read_flamingo_config,
     read_lora_config,
     read_tensors,
 )
-from .recorded import places_of
 from .trainable import BRIDGE, cast_parameter, is_lora
 
 # What must be the same for a bridge to mean the same in another model.

@@ -21,13 +21,12 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
-from .contents import adapter_tensors, kept_parts
 from .files import read_base_name, read_config, read_lora_config, read_processor, read_tensors
+from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, put_bridge_parts, put_lora
 from .lora import open_what_is_updated
-from .save import save_adapter
-from .start import GEOMETRY
-from .trainable import is_lora
+from .save import adapter_tensors, save_adapter
+from .trainable import is_lora, kept_parts
 
 # What adapters must have in common for their updates to be combined entry by entry.
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")

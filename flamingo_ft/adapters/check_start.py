@@ -28,8 +28,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, read_checkpoint
 from flamingo_ft.hub.names import NANO, local_language, local_tower, local_weights
 
-from .released import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, Released, released
-from .start import is_foreign
+from .init_from import is_foreign
+from .released_models import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, Released, released
 
 _QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
 QUICK_GELU = (
