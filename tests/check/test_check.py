@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from flamingo_ft import cli
-from flamingo_ft.check import run
+from flamingo_ft.check.check_data import check
 from flamingo_ft.cli.check_table import check_tables
 from flamingo_ft.config import load_recipe
 from flamingo_ft.config.library import find_recipe
@@ -24,7 +24,7 @@ from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.data.too_long import Dropped, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.images import CONVERSIONS
-from tests.check.recipes import asked, checked, problem_lines, recipe, write_rows
+from tests.check.small_recipes import asked, checked, problem_lines, recipe, write_rows
 from tests.data.dialogues import nano_processor
 from tests.data.fixtures import FACTS, FIXTURES, SCANS
 from tests.data.test_bad_data import BAD_ROWS, GOOD, SCAN
@@ -133,7 +133,7 @@ def quickstart(tmp_path_factory):
     """Its recipe, the first 60 training and 20 held-out rows of it, and what a check finds."""
     few = ["data.train.0.limit=60", "data.eval.0.limit=20", "train.num_workers=0"]
     wanted = load_recipe(find_recipe("quickstart"), few)
-    return wanted, run.check(wanted, "quickstart", tmp_path_factory.mktemp("quickstart") / "check")
+    return wanted, check(wanted, "quickstart", tmp_path_factory.mktemp("quickstart") / "check")
 
 
 def test_counts_equal_an_independent_count(quickstart):

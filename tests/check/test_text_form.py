@@ -9,11 +9,11 @@ import pytest
 from flamingo_ft import cli
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.check.text_form import ANSWER, QUESTION, text_form
+from flamingo_ft.check.text_checks import ANSWER, QUESTION, text_form
 from flamingo_ft.config import ModelSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
 from flamingo_ft.model.backbone_files import own_ends
-from tests.check.recipes import asked, checked, write_rows
+from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.chat_templates import FAMILIES, LAST_REASONING
 from tests.data.dialogues import TEMPLATES, assistant, nano_processor, user
 from tests.data.test_chat_templates import llama_processor
