@@ -6,12 +6,11 @@ The report is a folder with check.html, check.json, problems.jsonl and three his
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from flamingo_ft import atomic
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, steps_per_epoch, with_max_steps
@@ -73,9 +72,7 @@ def _inspect_all(
     sources: Sequence[Mixed], text_inspector: TextInspector, builder: ReportBuilder, workers: int
 ) -> None:
     """Inspect every row of every source, with a progress bar on stderr."""
-    inspector = RowInspector(
-        [mixed.source for mixed in sources], text_inspector, builder.config.video_frames
-    )
+    inspector = RowInspector([mixed.source for mixed in sources], text_inspector, builder.config.video_frames)
     indexed = all(mixed.source.indexed for mixed in sources)
     total = sum(mixed.size for mixed in sources) if indexed else None
     with progress_bars(stderr=True) as progress:
@@ -93,13 +90,9 @@ def _report_folder(folder: Path) -> Iterator[Path]:
     Raises UserError if ``folder`` is a file, or holds files but no earlier check.
     """
     _refuse_other_files(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as new:
-        yield Path(new)
-        folder.mkdir(exist_ok=True)
-        # check.json marks the folder as ours: moved first, so that the rest of an interrupted move can be replaced.
-        for path in sorted(Path(new).iterdir(), key=lambda path: path.name != RECORD_FILE):
-            os.replace(path, folder / path.name)
+    # check.json marks the folder as ours; moved first, so that an interrupted move can be replaced by the next check.
+    with atomic.files_in_place(folder, first=RECORD_FILE) as new:
+        yield new
 
 
 def _refuse_other_files(folder: Path) -> None:

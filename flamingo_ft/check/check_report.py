@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_ft.evaluation.answer_lengths import AnswerLengths
+from flamingo_ft.formatting import percent, plural
 
 from .row_inspector import Problem, RowResult
 from .text_checks import DialogueFormat
@@ -166,7 +167,7 @@ class TrainingLength:
 
     @property
     def line(self) -> str:
-        steps = f"training: {self.max_steps:,} optimizer step{'' if self.max_steps == 1 else 's'}"
+        steps = f"training: {plural(self.max_steps, 'optimizer step')}"
         if self.epochs is None:
             return steps
         about = "about " if self.estimated else ""
@@ -218,7 +219,7 @@ class CheckReport:
             return f"got {self.bad:,} bad rows; fix or remove them, or set data.on_bad_sample to skip"
         if self.bad_share > self.max_bad_share:
             return (
-                f"got {self.bad_share:.1%} bad training rows, the limit is {self.max_bad_share:.1%}; "
+                f"got {percent(self.bad_share)} bad training rows, the limit is {percent(self.max_bad_share)}; "
                 "fix them, or raise data.max_bad_share"
             )
         return None

@@ -271,7 +271,9 @@ def token_previews(
     texts = _token_texts(processor, input_ids)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return [
-        TokenPreview(token, text, str(name), label != IGNORED, token == processor.image_token_id, token in special)
+        TokenPreview(
+            token, text, str(name), label != IGNORED, token == processor.image_token_id, token in special
+        )
         for token, text, name, label in zip(input_ids, texts, names, labels, strict=True)
     ]
 

@@ -143,7 +143,7 @@ def check(
     settings = load_recipe(path, overrides or (), require=("data", "backbones"))
     folder = out or Path("runs") / f"check_{path.stem}"
 
-    from flamingo_ft.check.check_data import check as check_data
+    from flamingo_ft.check.check_data import check_data
 
     found = check_data(settings, path.stem, folder).record()
     _print_findings(found, as_json, folder)

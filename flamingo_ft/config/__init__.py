@@ -4,7 +4,7 @@
 """
 
 from flamingo_ft.config.data import AugmentationSection, CacheSection, DataSection, DataSource
-from flamingo_ft.config.loading import RECIPE_FILE, dump_recipe, load_recipe
+from flamingo_ft.config.loading import METRICS_FILE, RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.config.schema import (
     CrossAttentionSection,
     LanguageSection,
@@ -37,6 +37,7 @@ __all__ = [
     "TrainSection",
     "TrainableSection",
     "VisionSection",
+    "METRICS_FILE",
     "RECIPE_FILE",
     "dump_recipe",
     "load_recipe",

@@ -26,6 +26,8 @@ from flamingo_ft.hub.names import ON_HUB
 from .library import find_recipe, is_packaged
 
 RECIPE_FILE = "resolved_recipe.yaml"
+METRICS_FILE = "metrics.json"
+"""The last file that a run writes: a folder that has it holds a finished run."""
 """The recipe with every default, the first file that a run writes: a folder with it holds a run."""
 
 NEEDS = {

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from flamingo_ft.config import Recipe
+from flamingo_ft.formatting import GIB, MIB
 
 from .planner import Plan, Planner
 
@@ -68,8 +69,6 @@ def gpu_record(gpu: Gpu, plan: Plan) -> dict[str, Any]:
         "fits": gpu.fits(plan),
     }
 
-
-GIB, MIB = 2**30, 2**20
 
 # Outside torch's allocator: the CUDA context with the loaded kernels of torch and bitsandbytes. Not measured here; users
 # report 0.3 to 0.6 GiB by card and driver.

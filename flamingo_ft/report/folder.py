@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
+from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE, load_predictions
 
-from .log_file import LOG_FILE, METRICS_FILE, Entry, read_log
+from .log_file import LOG_FILE, Entry, read_log
 
 
 @dataclass(frozen=True)

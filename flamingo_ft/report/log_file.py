@@ -12,8 +12,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from flamingo_ft import atomic
 
 LOG_FILE = "log.jsonl"
-METRICS_FILE = "metrics.json"
-"""The last file that a run writes: a folder that has it holds a finished run."""
 
 Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step
 

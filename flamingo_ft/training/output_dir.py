@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 
 from flamingo_ft import atomic
-from flamingo_ft.config import RECIPE_FILE, TrainSection
+from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, TrainSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.report.log_file import METRICS_FILE
 
 
 def prepare_output_dir(

@@ -10,7 +10,7 @@ from typing import Any
 
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
-from flamingo_ft.config import RECIPE_FILE, Recipe, dump_recipe
+from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
 from flamingo_ft.data.stream.tally import added
@@ -20,7 +20,7 @@ from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
 from flamingo_ft.inference.answer import encode_prompts
 from flamingo_ft.progress import progress_bars
 from flamingo_ft.report import LiveReport, leaving_a_report
-from flamingo_ft.report.log_file import METRICS_FILE, LogFile, write_log
+from flamingo_ft.report.log_file import LogFile, write_log
 
 from .best import evaluation_callbacks, take_best
 from .build import build_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flamingo_ft.check.check_data import check
+from flamingo_ft.check.check_data import check_data
 from flamingo_ft.check.inspect_data import guess_columns
 from flamingo_ft.check.new_recipe import RecipeOptions, write_new_recipe
 from flamingo_ft.cli import main
@@ -31,7 +31,7 @@ def offline(tmp_path, tmp_path_factory, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(
-        "flamingo_ft.check.check_data.save_figures", lambda findings, folder: {}
+        "flamingo_ft.check.check_data.save_histograms", lambda findings, folder: {}
     )  # they take long
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -69,7 +69,7 @@ def made(data: Path, **wishes):
     """The recipe for some data, checked: what `check` finds, and the recipe."""
     write_new_recipe(Path("mine/new.yaml"), RecipeOptions(data, **wishes))
     recipe = load_recipe("mine/new.yaml", ["train.num_workers=0"])
-    findings = check(recipe, "new", Path("checked"))
+    findings = check_data(recipe, "new", Path("checked"))
     assert findings.objection is None and findings.warnings == [], findings
     return recipe, findings
 

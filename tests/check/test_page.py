@@ -126,18 +126,18 @@ def test_repetitions_are_those_of_a_plain_count(trained, held_out):
     numbers = RowTable()
     for part, rows in ((0, trained), (1, held_out)):
         for row, (content, pictures) in enumerate(rows):
-            numbers.add(RowResult(part, 0, row, content=content, pictures=pictures))
-    found = find_duplicates(numbers, first_held_out=1)
+            numbers.add(RowResult(part, 0, row, digest=content, media_digests=pictures))
+    found = find_duplicates(numbers, train_sources=1)
     contents = Counter(content for content, _ in trained)
     assert found.copies == sum(times - 1 for times in contents.values())
-    assert [group.times for group in found.groups] == sorted(
+    assert [group.size for group in found.copy_groups] == sorted(
         (n for n in contents.values() if n > 1), reverse=True
     )
     assert found.leaked == sum(content in contents for content, _ in held_out)
     seen = {picture for _, pictures in trained for picture in pictures}
-    assert found.leaked_pictures == sum(bool(seen & {*pictures}) for _, pictures in held_out)
+    assert found.leaked_media == sum(bool(seen & {*pictures}) for _, pictures in held_out)
     everywhere = Counter(picture for _, pictures in (*trained, *held_out) for picture in pictures)
-    assert found.pictures == len(everywhere) and found.repeated == sum(
+    assert found.media == len(everywhere) and found.repeated_media == sum(
         times > 1 for times in everywhere.values()
     )
 

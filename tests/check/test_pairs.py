@@ -53,7 +53,7 @@ def test_what_a_policy_takes_of_a_pair_is_taken_of_both_texts(tmp_path):
     messages = [user("Sure?"), assistant("Yes.")]
     sample = Sample(messages, [], "other", "x", [assistant(LONG)])
     data = recipe(tmp_path, written(tmp_path), method="dpo", too_long="drop_sample").data
-    text = TextInspector(nano_processor(), data, 60, compares=True)(sample)
+    text = TextInspector(nano_processor(), data, 60, pairs=True)(sample)
     whole = encode_pair(nano_processor(), sample, 500)
     assert text.encoded is None and text.problem is None
     assert text.losses["drop_sample"]["tokens"] == whole.chosen.text_tokens + whole.rejected.text_tokens
