@@ -77,7 +77,9 @@ def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  #
         return computer_is_full()
 
     monkeypatch.setattr(Engine, "training_step", step)
-    monkeypatch.setattr(out_of_memory, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept]))
+    monkeypatch.setattr(
+        out_of_memory, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept])
+    )
     with pytest.raises(OutOfMemory) as error:
         run.train(recipe("data.eval=[]"))
     assert error.value.plan == [True, True]
