@@ -3,7 +3,7 @@
 from .card import write_card
 from .check_start import check_start
 from .composition import load_composition, name_base, write_composition
-from .init_from import start_bridge
+from .init_from import init_bridge
 from .load import load_adapter, load_base, load_trained, restore_trainable
 from .lora import add_lora
 from .merge import write_merged
@@ -25,7 +25,7 @@ __all__ = [
     "restore_trainable",
     "save_adapter",
     "set_trainable",
-    "start_bridge",
+    "init_bridge",
     "trainable_parameters",
     "write_card",
     "write_composition",

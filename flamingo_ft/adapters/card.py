@@ -28,7 +28,7 @@ from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.version import __version__
 
 from .files import read_flamingo_config, read_lora_config
-from .trainable import kept_parts
+from .trainable import parts_in_adapter
 
 CARD = "README.md"
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
@@ -86,7 +86,7 @@ def _contents(folder: Path, config: FlamingoConfig) -> list[str]:
     """What the adapter holds, in words."""
     if config.merged or not (folder / ADAPTER_WEIGHTS).is_file():
         return []
-    parts = [PART_NAMES[part] for part in kept_parts(config)]
+    parts = [PART_NAMES[part] for part in parts_in_adapter(config)]
     return parts + (["LoRA"] if read_lora_config(folder) is not None else [])
 
 

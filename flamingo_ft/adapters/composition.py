@@ -27,7 +27,7 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import Parts
 from flamingo_ft.version import __version__
 
-from .answering import answer_greedily
+from .answering import use_greedy_decoding
 from .card import CARD
 from .files import (
     BRIDGE_FILE,
@@ -36,11 +36,11 @@ from .files import (
     read_lora_config,
     read_processor,
 )
-from .init_from import bridge_of, put_as_stored
-from .load import join_backbones, load_adapter, put_together
-from .lora import updates_the_tower
+from .init_from import bridge_tensors, load_bridge_as_stored
+from .load import assemble_backbones, assemble_model, load_adapter
+from .lora import targets_vision
 from .merge import cast
-from .save import forget_place, save_processor
+from .save import reset_name_or_path, save_processor
 from .trainable import BACKBONES
 
 
@@ -58,8 +58,8 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     config, processor = read_config(adapter), read_processor(adapter)
     bridge = _bridge_below(adapter, config, start) if config.bridge_init else None
     lora = read_lora_config(adapter)
-    config.open_attention = config.open_attention or (lora is not None and updates_the_tower(lora))
-    forget_place(config)
+    config.open_attention = config.open_attention or (lora is not None and targets_vision(lora))
+    reset_name_or_path(config)
     out.mkdir(parents=True)
     if bridge is not None:
         config.bridge_init["path"] = BRIDGE_FILE
@@ -81,8 +81,8 @@ def load_composition(folder: str | Path, **options: Any) -> FlamingoForCondition
     bridge = folder / BRIDGE_FILE
     if config.bridge_init:
         config.bridge_init["path"] = str(bridge.resolve())
-    model = put_together(folder, config, bridge, **options)
-    answer_greedily(model, read_processor(folder))
+    model = assemble_model(folder, config, bridge, **options)
+    use_greedy_decoding(model, read_processor(folder))
     return model.eval().requires_grad_(False)
 
 
@@ -98,15 +98,15 @@ def _bridge_below(adapter: Path, config: FlamingoConfig, start: str | Path | Non
 
     The backbones are loaded along: rows that a checkpoint gives to new tokens are read through the language model.
     """
-    model = join_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
+    model = assemble_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
     before = _backbones_sha256(model)
-    put_as_stored(model, adapter, config.bridge_init, start)
+    load_bridge_as_stored(model, adapter, config.bridge_init, start)
     if _backbones_sha256(model) != before:
         raise UserError(
             f"{adapter}: builds on a checkpoint that has backbones of its own, which a composition cannot name; merge the "
             "adapter, and give the merged model"
         )
-    return {name: tensor.contiguous() for name, tensor in sorted(bridge_of(model).items())}
+    return {name: tensor.contiguous() for name, tensor in sorted(bridge_tensors(model).items())}
 
 
 def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:

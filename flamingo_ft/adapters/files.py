@@ -119,14 +119,14 @@ def read_bridge(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def places_of(folder: Path, recorded: str) -> list[Path]:
+def candidate_paths(folder: Path, recorded: str) -> list[Path]:
     """Where to look for a path that the adapter in ``folder`` records, the likeliest first."""
     path, adapter = Path(os.path.expanduser(recorded.removeprefix(LOCAL_DIR))), folder.resolve()
     above = [] if path.is_absolute() else [parent / path for parent in adapter.parents]
     return list(dict.fromkeys([path, adapter.parent / path.name, *above]))
 
 
-def with_places(folder: Path, config: FlamingoConfig) -> FlamingoConfig:
+def resolve_local_backbones(folder: Path, config: FlamingoConfig) -> FlamingoConfig:
     """A copy of an adapter's configuration, with the absolute paths of local backbones as they are now.
 
     Raises UserError, with the places that were looked at, for a folder or file that is in none of them.
@@ -165,7 +165,7 @@ def _is_file(part: str, source: Mapping[str, Any]) -> bool:
 
 
 def _find(folder: Path, part: str, recorded: str, counts: Callable[[Path], bool]) -> Path:
-    places = places_of(folder, recorded)
+    places = candidate_paths(folder, recorded)
     found = next((place for place in places if counts(place)), None)
     if found is None:
         looked = ", ".join(str(place.absolute()) for place in places)

@@ -28,13 +28,13 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .init_from import bridge_at
+from .init_from import read_bridge_tensors
 from .trainable import BRIDGE, PREFIXES
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
 
-def check_initialisation(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> None:
+def check_lora_init(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> None:
     """Refuse an initialisation that the weights, or another choice, do not allow."""
     how = lora.init_lora_weights
     quantized = [name for name in targets if is_quantized(model.get_submodule(name))]
@@ -66,7 +66,7 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def updates_of(model: nn.Module) -> dict[str, Tensor]:
+def lora_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies, in the computer's memory, of every A and B by its name in an adapter."""
     return {
         f"{name}.{matrix}.weight": weights.weight.detach().cpu().clone()
@@ -77,9 +77,9 @@ def updates_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def start_at_what_quantization_lost(model: FlamingoForConditionalGeneration) -> None:
+def init_loftq(model: FlamingoForConditionalGeneration) -> None:
     """The best update of each rank to W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
-    originals = Originals(model)
+    originals = UnquantizedWeights(model)
     for name, layer in _lora_layers(model).items():
         kept = dequantized(layer.get_base_layer()).float()
         lost = originals[name].to(kept) - kept
@@ -96,7 +96,7 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
     parameter[tuple(slice(size) for size in value.shape)] = value.to(parameter)
 
 
-def directions_read(
+def eva_directions(
     model: FlamingoForConditionalGeneration, config: LoraConfig, batches: Batches | None
 ) -> dict:
     """The principal directions (rank, in) of what each target of ``config`` reads on training batches, by its name.
@@ -117,7 +117,7 @@ def directions_read(
 
 
 @torch.no_grad()
-def start_along(model: nn.Module, directions: Mapping[str, Tensor]) -> None:
+def init_eva(model: nn.Module, directions: Mapping[str, Tensor]) -> None:
     """Let every A start along its layer's directions; B stays at zero."""
     for name, found in directions.items():
         for matrix in model.get_submodule(name).lora_A.values():
@@ -130,7 +130,7 @@ def _rows(inputs: Tensor | tuple) -> Tensor:
     return first.flatten(0, -2).float()
 
 
-class Originals:
+class UnquantizedWeights:
     """From a layer's name in the model to its matrix (out, in) before quantization."""
 
     def __init__(self, model: FlamingoForConditionalGeneration):
@@ -164,4 +164,4 @@ class Originals:
 
     @cached_property
     def _bridge(self) -> dict[str, Tensor]:
-        return bridge_at(fetch_model(self._model.config.bridge_init["path"]))
+        return read_bridge_tensors(fetch_model(self._model.config.bridge_init["path"]))

@@ -26,11 +26,11 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .answering import answer_greedily
+from .answering import use_greedy_decoding
 from .card import write_card
 from .files import read_config, read_flamingo_config, read_tensors
-from .load import load_base, put_adapter
-from .save import forget_place
+from .load import load_adapter_into, load_base
+from .save import reset_name_or_path
 from .trainable import PREFIXES, cast_parameter, is_lora
 from .verify import verify_merge
 
@@ -78,7 +78,7 @@ def check_mergeable(adapter: Path, out: Path) -> None:
     read_config(adapter)
 
 
-def trained_in(config: FlamingoConfig) -> list[str]:
+def base_quantizations(config: FlamingoConfig) -> list[str]:
     """Return the quantization formats of the base that an adapter was trained on."""
     kept = [config.bridge_quantization, *(source.get("quantization") for source in config.backbones.values())]
     return sorted({record["format"] for record in kept if record})
@@ -117,14 +117,14 @@ def _write(
     _refuse_non_finite(adapter)
     model = _load_base(adapter, base, dtype, start)
     _refuse_other_quantization(adapter, model)
-    put_adapter(model, adapter)
+    load_adapter_into(model, adapter)
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
     close_attention(model.vision_encoder)
     cast(model, dtype)
-    answer_greedily(model, processor)
+    use_greedy_decoding(model, processor)
     digest = tensors_sha256(read_tensors(adapter))
-    as_whole(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
+    make_standalone(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
     write_card(folder)
@@ -151,14 +151,14 @@ def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGener
         )
 
 
-def as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
+def make_standalone(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
     """The configuration of a model that builds on nothing else."""
     for source in config.backbones.values():
         source["quantization"] = None
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
     config.open_attention = False
     config.text_config.quantization_config = None
-    forget_place(config)
+    reset_name_or_path(config)
     config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
 
 

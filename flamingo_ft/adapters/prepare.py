@@ -16,8 +16,8 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .files import read_lora_config
-from .init_from import starting_lora
-from .load import put_lora, quantize_frozen_bridge
+from .init_from import lora_to_start_from
+from .load import load_lora_weights, quantize_frozen_bridge
 from .lora import add_lora
 from .lora_init import Batches
 from .trainable import set_trainable
@@ -41,13 +41,13 @@ def prepare_training(
         )
         model.config.bridge_quantization = kept_as.record()
         quantize_frozen_bridge(model, kept_as)
-    earlier = starting_lora(recipe.model.init_from)
+    earlier = lora_to_start_from(recipe.model.init_from)
     # Updates that go on start where they ended, whatever they started from.
     lora = recipe.lora.model_copy(update={"init_lora_weights": "default"}) if earlier else recipe.lora
     config = add_lora(model, lora, batches)
     if earlier:
         _check_same_lora(recipe.model.init_from, config)
-        put_lora(model, earlier)
+        load_lora_weights(model, earlier)
     set_trainable(model, recipe.trainable, recipe.lora)
 
 
@@ -78,14 +78,14 @@ def frozen_copy(model: FlamingoForConditionalGeneration) -> FlamingoForCondition
     return copy.deepcopy(model, memo).eval()
 
 
-def answer_alike(reference: nn.Module, training: bool) -> None:
+def match_training_mode(reference: nn.Module, training: bool) -> None:
     """Let 8-bit layers compute as those of the policy do: on a CPU, bitsandbytes rounds activations in evaluation alone."""
     for module in reference.modules():
         if is_quantized(module):
             module.train(training)
 
 
-def drop_nothing(model: nn.Module) -> None:
+def zero_dropout(model: nn.Module) -> None:
     """Set to zero the rates at which layers drop units, where transformers keeps them as numbers (OPT, BART, ...); TRL
     sees to modules that do nothing else."""
     for module in model.modules():

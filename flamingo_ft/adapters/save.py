@@ -24,7 +24,7 @@ from flamingo_ft.model.sharding import whole
 from .card import write_card
 from .files import PREFIX
 from .lora import ADAPTER, base_name, has_lora
-from .trainable import BRIDGE, is_lora, kept_parts, trainable_parameters
+from .trainable import BRIDGE, is_lora, parts_in_adapter, trainable_parameters
 
 # What AutoPeftModel makes the base with, from the composition that the adapter names.
 AUTO_MAPPING = {
@@ -94,7 +94,7 @@ def _as_plain_lora(
     # The weights are in the file: nothing is to be made up, or taken out of the base, when it is loaded.
     loaded_as = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": AUTO_MAPPING}
     config = dataclasses.replace(model.peft_config[adapter], **loaded_as)
-    start = getattr(model, "lora_start", None)
+    start = getattr(model, "initial_lora", None)
     if not start:
         return tensors, config
     doubled = {name: _with_start(name, tensor, start) for name, tensor in tensors.items()}
@@ -111,7 +111,7 @@ def _with_start(name: str, tensor: Tensor, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor, first], dim=0) if ".lora_A." in name else torch.cat([tensor, -first], dim=1)
 
 
-def forget_place(config: FlamingoConfig) -> None:
+def reset_name_or_path(config: FlamingoConfig) -> None:
     """Leave out in which folder of this machine the language model lay; what it was asked for by stays."""
     config.text_config._name_or_path = ((config.backbones or {}).get("language") or {}).get("name") or ""
 
@@ -119,7 +119,7 @@ def forget_place(config: FlamingoConfig) -> None:
 def _own_config(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
     """The model's configuration without what the language model's loader left in it: how it was quantized this time."""
     config = FlamingoConfig.from_dict(model.config.to_dict())
-    forget_place(config)
+    reset_name_or_path(config)
     if ((config.backbones or {}).get("language") or {}).get("quantization"):
         config.text_config.quantization_config = None
     return config
@@ -127,7 +127,7 @@ def _own_config(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
 
 def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAPTER) -> dict[str, Tensor]:
     """What an adapter holds, by name: LoRA, and the parts of the bridge that its base does not have."""
-    kept = tuple(BRIDGE[part] for part in kept_parts(model.config))
+    kept = tuple(BRIDGE[part] for part in parts_in_adapter(model.config))
     state = model.state_dict()
     bridge = {
         _own_name(model, name, adapter): tensor

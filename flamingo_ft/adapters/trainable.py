@@ -50,10 +50,10 @@ def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> No
     Raises UserError for a value beyond the range of ``dtype``.
     """
     if parameter.is_floating_point():
-        parameter.data = rounded(name, parameter.data, kept_dtype(name, dtype))
+        parameter.data = rounded(name, parameter.data, parameter_dtype(name, dtype))
 
 
-def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the parameter ``name`` in a model of ``dtype``: the gates are too fine for less than float32."""
     return torch.float32 if name.endswith("_gate") else dtype
 
@@ -68,6 +68,6 @@ def is_lora(name: str) -> bool:
     return ".lora_" in name
 
 
-def kept_parts(config: FlamingoConfig) -> list[str]:
+def parts_in_adapter(config: FlamingoConfig) -> list[str]:
     """The parts of the bridge that the adapter holds whole; a bridge that started from nothing is held whole."""
     return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts

@@ -44,7 +44,7 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
     return checkpoints[0]
 
 
-def pinned(place: str | Path, found: Path) -> str:
+def pinned_name(place: str | Path, found: Path) -> str:
     """What to write down of ``place``, which `fetch_model` found: it leads to the same content later, or on a copy."""
     name = hub_name(place)
     return str(Path(place).resolve()) if name is None else str(HubName(name.repository, commit_of(found)))

@@ -21,7 +21,7 @@ from .errors import CLIENT_ERRORS, error_reason, hub_error, with_retries
 Files = Mapping[str, "bytes | Path"]  # path in the repository -> content, or the file that has it
 
 
-def make_repository(repository: str, private: bool = False, branch: str | None = None) -> None:
+def create_repository(repository: str, private: bool = False, branch: str | None = None) -> None:
     """Make sure that it is there, and the branch of it, and may be written to. UserError where not."""
     api = HfApi()
     try:

@@ -26,7 +26,7 @@ from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.local_paths import strip_local_path, strip_local_paths
 from flamingo_ft.hub.names import NAME, looks_like_path
-from flamingo_ft.hub.upload import make_repository, upload
+from flamingo_ft.hub.upload import create_repository, upload
 from flamingo_ft.hub.weight_files import (
     ADAPTER_CONFIG,
     ANY_INDEX,
@@ -40,7 +40,7 @@ BASE_ENDING = "-base"
 
 
 @dataclass(frozen=True)
-class Pushed:
+class PushResult:
     """repository: name on the Hub; base: that of an adapter's composition, None for a model; url: of the commit."""
 
     repository: str
@@ -59,7 +59,7 @@ def push(
     license: str | None = None,
     start: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
-) -> Pushed:
+) -> PushResult:
     """Push the adapter or the model in ``folder``, each repository in one commit.
 
     folder: of a run, an adapter or a merged model; merged: merge an adapter first. private, revision: of repositories
@@ -73,10 +73,10 @@ def push(
     folder = existing_path(folder)
     is_adapter = _check_folder(folder, merged, base)
     if not is_adapter:
-        make_repository(repository, private, revision)
+        create_repository(repository, private, revision)
         return _push_model(folder, repository, revision, license, say)
     if merged:
-        make_repository(repository, private, revision)
+        create_repository(repository, private, revision)
         with tempfile.TemporaryDirectory() as scratch:
             say(f"merging {folder}")
             merge_adapter(folder, Path(scratch) / "merged", start=start)
@@ -114,8 +114,10 @@ def _check_folder(folder: Path, merged: bool, base: str | None) -> bool:
 
 def _push_model(
     folder: Path, repository: str, branch: str | None, license: str | None, say: Callable[[str], None]
-) -> Pushed:
-    return Pushed(repository, None, _commit(repository, with_card(folder, repository, license), branch, say))
+) -> PushResult:
+    return PushResult(
+        repository, None, _commit(repository, files_to_push(folder, repository, license), branch, say)
+    )
 
 
 def _push_adapter(
@@ -127,20 +129,20 @@ def _push_adapter(
     license: str | None,
     start: str | Path | None,
     say: Callable[[str], None],
-) -> Pushed:
+) -> PushResult:
     """The base first: an adapter that is there can be loaded."""
     base = shared or repository + BASE_ENDING
     config = read_config(folder)
     _tell_local_parts(folder, config, say)
     if shared:
         check_same_base(folder, read_flamingo_config(fetch_model(shared)), config)
-        make_repository(repository, private, branch)
+        create_repository(repository, private, branch)
     else:
         _push_base(folder, base, repository, private, branch, start, say)
-    files = with_card(folder, repository, license)
+    files = files_to_push(folder, repository, license)
     named = {"base_model_name_or_path": base, "revision": None if shared else branch}  # as PEFT keeps them
     files[ADAPTER_CONFIG] = json_bytes(json.loads(files[ADAPTER_CONFIG]) | named)
-    return Pushed(repository, base, _commit(repository, files, branch, say))
+    return PushResult(repository, base, _commit(repository, files, branch, say))
 
 
 def _push_base(
@@ -157,8 +159,8 @@ def _push_base(
         composition = Path(scratch) / "base"
         write_composition(folder, composition, start=start)
         for name in (base, repository):
-            make_repository(name, private, branch)
-        _commit(base, files_of(composition), branch, say)
+            create_repository(name, private, branch)
+        _commit(base, publishable_files(composition), branch, say)
 
 
 def _commit(
@@ -179,7 +181,7 @@ def _tell_local_parts(folder: Path, config: FlamingoConfig, say: Callable[[str],
             )
 
 
-BELONGING = (
+PUBLISHED_PATTERNS = (
     *ANY_SAFETENSORS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.py", "README.md", RECIPE_FILE,
     PREDICTIONS_FILE, "log.jsonl",
 )  # fmt: skip
@@ -196,11 +198,11 @@ KEYS_OF_FILES = {
 PLACES_IN_PREDICTIONS = ("where", "images")
 
 
-def belongs(path: str) -> bool:
+def is_published(path: str) -> bool:
     """Whether a file, by its path in a folder, is of the adapter or the model there, and not of what else a run leaves."""
     if "/" in path:
         return bool(FIGURES.fullmatch(path)) and path != OF_SAMPLES
-    return any(fnmatch(path, one) for one in BELONGING) and not path.startswith(".")
+    return any(fnmatch(path, one) for one in PUBLISHED_PATTERNS) and not path.startswith(".")
 
 
 def is_weights(path: str) -> bool:
@@ -208,16 +210,16 @@ def is_weights(path: str) -> bool:
     return "/" not in path and any(fnmatch(path, one) for one in ANY_SAFETENSORS)
 
 
-def files_of(folder: Path) -> dict[str, bytes | Path]:
+def publishable_files(folder: Path) -> dict[str, bytes | Path]:
     """Path -> content, or the file itself where nothing in it is to be left out."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: _shown(name, path) for name, path in named.items() if belongs(name)}
+    return {name: _shown(name, path) for name, path in named.items() if is_published(name)}
 
 
-def with_card(folder: Path, repository: str, license: str | None = None) -> dict[str, bytes | Path]:
+def files_to_push(folder: Path, repository: str, license: str | None = None) -> dict[str, bytes | Path]:
     """The same with a card of what lies there, under its name on the Hub."""
-    files = files_of(folder)
+    files = publishable_files(folder)
     text = card_text(folder, repository, license)
     if any(name.endswith(".py") for name in files):
         text += WITHOUT_THE_PACKAGE.replace("this/folder", repository)

@@ -22,7 +22,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.errors import CLIENT_ERRORS, error_reason, safe_message, with_retries
 from flamingo_ft.hub.upload import additions, limit_timeouts, no_progress_bars
-from flamingo_ft.publish import with_card
+from flamingo_ft.publish import files_to_push
 
 from .checkpoints import checkpoint_folder, verify
 
@@ -152,7 +152,7 @@ class Pushing:
         # The client's own upload of a folder may take several commits, and people load an adapter between them.
         own = [
             CommitOperationAdd(path, content)
-            for path, content in with_card(output_dir, self.repository).items()
+            for path, content in files_to_push(output_dir, self.repository).items()
         ]
         self._api.create_commit(self.repository, own, commit_message="The trained adapter")
 

@@ -19,7 +19,7 @@ from flamingo_ft.adapters.card import card_text
 from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.cli import main
 from flamingo_ft.hub import errors
-from flamingo_ft.publish import push, with_card
+from flamingo_ft.publish import files_to_push, push
 from tests import regimes
 from tests.hub_server import LARGE, READER, WRITER
 
@@ -343,7 +343,7 @@ def test_text_that_begins_with_a_slash_is_pushed_as_it_is(adapter):
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     evaluation = {"accuracy": 0.5, "per_task": {"/sign language/": {"accuracy": 0.5, "samples": 2}}}
     (adapter / "metrics.json").write_text(json.dumps({"eval": evaluation}))
-    files = with_card(adapter, REPO)
+    files = files_to_push(adapter, REPO)
     shown = yaml.safe_load(files["resolved_recipe.yaml"])["data"]
     assert shown["system_prompt"] == "/no_think Answer in one word."
     assert shown["train"][0]["columns"] == {"answer": "/label"} and shown["train"][0]["path"] == "train.jsonl"
