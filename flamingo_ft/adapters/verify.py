@@ -29,9 +29,10 @@ from flamingo_ft.backbones.quantization import is_conv1d, is_quantized, plain_li
 from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import is_lora
 
 from .files import read_lora_config, read_tensors
-from .trainable import is_lora, parameter_dtype
+from .trainable import parameter_dtype
 
 BLOCK = (
     2**15

@@ -216,9 +216,7 @@ class Recipe(Section):
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]]:
     """Location and message of each cross-field validation error."""
-    trained = [
-        part for part in ("perceiver", "cross_attention", "new_tokens") if getattr(recipe.trainable, part)
-    ]
+    trained = [part.name for part in BRIDGE_PARTS if getattr(recipe.trainable, part.name)]
     for part in recipe.lora.parts:
         if part in trained:
             reason = (
@@ -230,7 +228,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str | int, ...], str]
     if recipe.model.bridge_quantization != "none" and recipe.model.init_from is None:
         reason = "a fresh bridge has nothing worth freezing; use none, or name a model.init_from"
         yield ("model", "bridge_quantization"), reason
-    elif recipe.model.bridge_quantization != "none" and {"perceiver", "cross_attention"} <= set(trained):
+    elif recipe.model.bridge_quantization != "none" and {
+        part.name for part in BRIDGE_PARTS if part.takes_lora
+    } <= set(trained):
         yield (
             ("model", "bridge_quantization"),
             "all of the bridge trains, and what trains cannot be quantized; use none",

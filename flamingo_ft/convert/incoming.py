@@ -15,16 +15,17 @@ from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.decoder_layers import hidden_size
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
+from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, clip, read_checkpoint
 from flamingo_ft.formats.geometry import Geometry, geometry
 from flamingo_ft.formats.otter import ANSWER_TOKEN
-from flamingo_ft.formats.recognise import MADE_ANEW, OTTER
+from flamingo_ft.formats.recognise import BRIDGE, MADE_ANEW, OTTER
 from flamingo_ft.formats.stored import some
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
-from flamingo_ft.model.checkpoints import check_belongs
-from flamingo_ft.model.tokens import add_media_tokens
+from flamingo_ft.model.added_tokens import add_media_tokens
+from flamingo_ft.model.open_flamingo_checkpoints import check_belongs
 
 from .known import Backbones, backbones_for
 from .report import Conversion, about
@@ -194,19 +195,15 @@ def _fill(
 
 def _parts(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint) -> list[str]:
     """The parts of the bridge that a checkpoint on top of another holds whole."""
-    prefixes = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers."}
     parts = [
-        part
-        for part, prefix in prefixes.items()
-        if any(name.startswith(prefix) for name in checkpoint.bridge)
+        part.name for part in BRIDGE_PARTS if any(name.startswith(part.prefix) for name in checkpoint.bridge)
     ]
     return parts + ["new_tokens"] * bool(vocabulary_names(model).keys() & checkpoint.language.keys())
 
 
 def _check_whole(model: FlamingoForConditionalGeneration, checkpoint: Checkpoint, has_start: bool) -> None:
     """Refuse what lacks a weight of the bridge, unless it builds on another checkpoint."""
-    prefixes = ("perceiver.", "gated_cross_attn_layers.")
-    wanted = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    wanted = {name for name, _ in model.named_parameters() if name.startswith(BRIDGE)}
     lacking, unknown = sorted(wanted - checkpoint.bridge.keys()), sorted(checkpoint.bridge.keys() - wanted)
     if unknown or (lacking and not has_start):
         what = (

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from flamingo_ft.adapters.load import load_lora_weights
 from flamingo_ft.adapters.lora import inject, linear_layers, lora_config
-from flamingo_ft.adapters.trainable import PREFIXES
 from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats.stored import some
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import PARTS
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -28,7 +28,7 @@ def add_updates(
         raise UserError(
             f"{where}: its LoRA comes without lora_alpha; say what it was trained with (--lora-alpha)"
         )
-    targets = {part: names for part in PREFIXES if (names := _targets(tensors, PREFIXES[part]))}
+    targets = {part.name: names for part in PARTS.values() if (names := _targets(tensors, part.prefix))}
     known = {part: set(linear_layers(model, part)) for part in targets}
     foreign = [name for part, names in targets.items() for name in names if name not in known[part]]
     if foreign:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from flamingo_ft.model.processor import FlamingoProcessor, begins_with_bos, flatten, is_image
-from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN
 
 from .sample import DOCUMENT
 

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 from flamingo_ft.model.processor import FlamingoProcessor, flatten
 from flamingo_ft.model.special_text import Tokens, encode_text
-from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 from .dialogue import is_rewritten, write_dialogue, write_prompt
 from .document import is_document, write_beginning, write_document

@@ -9,7 +9,7 @@ from PIL import Image as PillowImage
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import shorten
 from flamingo_ft.model import images
-from flamingo_ft.model.download import download, is_url
+from flamingo_ft.model.image_source import download, is_url
 
 from .sample import Image, Medium, Video
 from .video import even_positions, read_frames

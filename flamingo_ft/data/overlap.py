@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.download import is_url
+from flamingo_ft.model.image_source import is_url
 
 from .media import read_content
 from .sample import Image, Medium, Sample, Video

@@ -9,7 +9,7 @@ from PIL import Image as PillowImage
 
 from flamingo_ft.formatting import data_uri
 from flamingo_ft.model import images
-from flamingo_ft.model.download import is_url
+from flamingo_ft.model.image_source import is_url
 
 from .media import open_image, open_medium
 from .sample import Medium

@@ -11,18 +11,12 @@ from transformers import Trainer, TrainingArguments
 
 from flamingo_ft import processes
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.trainable import BRIDGE, is_lora
 from flamingo_ft.backbones.quantization import require_bitsandbytes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_decayed, optimizer_group
 
 from .in_backward import InBackward
-
-# Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
-UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
-
-LORA = "lora"
-PARTS = (*BRIDGE, LORA)  # as train.learning_rates names them
 
 # The recipe's names -> transformers'. The fused AdamW needs no memory of its own.
 OPTIMIZERS = {
@@ -101,9 +95,9 @@ def parameter_groups(model: torch.nn.Module, wanted: TrainSection) -> list[dict]
     """
     named = trainable_parameters(model)
     groups = []
-    for part in PARTS:
-        of_part = sorted(name for name in named if part_of(name) == part)
-        decayed = [name for name in of_part if named[name].dim() >= 2 and not name.startswith(UNDECAYED)]
+    for part in OPTIMIZER_GROUPS:
+        of_part = sorted(name for name in named if optimizer_group(name) == part)
+        decayed = [name for name in of_part if is_decayed(name, named[name])]
         undecayed = [name for name in of_part if name not in {*decayed}]
         rate = getattr(wanted.learning_rates, part) or wanted.learning_rate
         for names, decay in ((decayed, _decay(wanted, part)), (undecayed, 0.0)):
@@ -111,11 +105,6 @@ def parameter_groups(model: torch.nn.Module, wanted: TrainSection) -> list[dict]
                 {"params": [named[n] for n in names], "name": part, "lr": rate, "weight_decay": decay}
             )
     return [group for group in groups if group["params"]]
-
-
-def part_of(name: str) -> str:
-    """The part, one of ``PARTS``, that a trainable parameter counts to; LoRA is one wherever it is."""
-    return LORA if is_lora(name) else next(part for part, prefix in BRIDGE.items() if name.startswith(prefix))
 
 
 def _decay(wanted: TrainSection, part: str) -> float:

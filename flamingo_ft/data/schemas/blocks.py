@@ -9,7 +9,7 @@ from typing import Any
 
 from flamingo_ft.data.fields import has_content, is_blank, kind, text_field, whole
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .draft import Given
 from .turn_keys import unread_block_texts

@@ -8,7 +8,7 @@ from typing import Any
 from flamingo_ft.data.locate import Locator
 from flamingo_ft.data.sample import DOCUMENT, ROLES, UNNAMED_TASK, Medium, Sample
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .blocks import VIDEO_MARKER, Part, Place, read_content, typed
 from .draft import Draft, Given, Turn

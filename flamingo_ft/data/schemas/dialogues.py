@@ -10,7 +10,7 @@ from typing import Any
 from flamingo_ft.data.fields import Row, given, kind, list_field, optional_text
 from flamingo_ft.data.sample import ROLES
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .blocks import unread_block_keys
 from .draft import Draft, Turn
