@@ -9,7 +9,7 @@ import numpy as np
 
 from flamingo_ft.config import DataSection, EvalSection
 from flamingo_ft.data import OpenedData
-from flamingo_ft.data.sources.rows import RawRow
+from flamingo_ft.data.sources.source import RawRow
 from flamingo_ft.evaluation.answer_lengths import AnswerLengths
 
 from .duplicates import Group, find_duplicates
@@ -29,7 +29,7 @@ class Account:
         self.answers = AnswerLengths(evaluation.max_new_tokens)
         self._most_evaluated = evaluation.max_samples
         self._evaluated: Counter = Counter()
-        self.sources = [mixed.source for mixed in (*data.train, *data.held_out)]
+        self.sources = [mixed.source for mixed in (*data.train, *data.eval)]
         self.trained = len(data.train)
         self.parts = [
             Part(source.name, TRAIN if index < self.trained else HELD_OUT, source.format)

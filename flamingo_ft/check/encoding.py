@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from flamingo_ft.config import DataSection
-from flamingo_ft.data.encode import Encoded
-from flamingo_ft.data.pair import EncodedPair, encode_pair
+from flamingo_ft.data.encode import Dropped, Encoded, TooLong, encode_within
+from flamingo_ft.data.pairs import EncodedPair, encode_pair
 from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.too_long import Dropped, TooLong, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
 from flamingo_ft.model import FlamingoProcessor

@@ -11,7 +11,7 @@ from PIL import Image as PillowImage
 
 from flamingo_ft.data import open_medium
 from flamingo_ft.data.sample import Medium, Video
-from flamingo_ft.data.stream.order import Mixed
+from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
 
 from .encoding import Encoding, texts_of
@@ -47,7 +47,7 @@ class Shown:
     more_pictures: int
 
 
-def first_samples(part: int, mixed: Mixed, encoding: Encoding, video_frames: int) -> list[Shown]:
+def first_samples(part: int, mixed: WeightedSource, encoding: Encoding, video_frames: int) -> list[Shown]:
     """The first usable samples of a source."""
     shown: list[Shown] = []
     for row, _ in zip(rows_of(part, mixed), range(TRIED), strict=False):
@@ -57,7 +57,7 @@ def first_samples(part: int, mixed: Mixed, encoding: Encoding, video_frames: int
     return shown
 
 
-def _shown(mixed: Mixed, row: Row, encoding: Encoding, video_frames: int) -> Iterator[Shown]:
+def _shown(mixed: WeightedSource, row: Row, encoding: Encoding, video_frames: int) -> Iterator[Shown]:
     """The sample of a row, if it can be used."""
     if row.failure is not None:
         return

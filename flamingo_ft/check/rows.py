@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from flamingo_ft.data import Sample, Source
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.sample import Video
-from flamingo_ft.data.sources.rows import RawRow
-from flamingo_ft.data.stream.order import Mixed
+from flamingo_ft.data.sources.source import RawRow
+from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
 
 from .digests import Picture, Pictures, sample_digest
@@ -138,7 +138,7 @@ class Looking(Dataset):
                 problems.append(Problem(file_of(sample.where, raw.row), raw.row, name, str(error)))
 
 
-def look(mixture: Sequence[Mixed], looking: Looking, workers: int) -> Iterable[Seen]:
+def look(mixture: Sequence[WeightedSource], looking: Looking, workers: int) -> Iterable[Seen]:
     """All rows of all sources, in order whatever the number of workers, in constant memory."""
     rows = (row for part, mixed in enumerate(mixture) for row in rows_of(part, mixed))
     batches = iter(lambda: list(islice(rows, ROWS_AT_A_TIME)), [])
@@ -149,7 +149,7 @@ def look(mixture: Sequence[Mixed], looking: Looking, workers: int) -> Iterable[S
     return (seen for batch in loader for seen in batch)
 
 
-def rows_of(part: int, mixed: Mixed) -> Iterator[Row]:
+def rows_of(part: int, mixed: WeightedSource) -> Iterator[Row]:
     """The rows of one source; where a stream breaks off, the reason in place of the rest."""
     source = mixed.source
     if source.indexed:

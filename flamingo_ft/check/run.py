@@ -10,8 +10,8 @@ from pathlib import Path
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, steps_per_epoch, with_max_steps
-from flamingo_ft.data.stream.order import Mixed
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
+from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.model.backbone_files import backbone_files, own_ends, text_limit
 from flamingo_ft.progress import progress_bars
 
@@ -42,7 +42,7 @@ def check(recipe: Recipe, name: str, folder: Path) -> Findings:
         limit = text_limit(files.language, recipe.data.max_text_tokens)
         encoding = Encoding(processor, recipe.data, limit, compares=recipe.train.method == "dpo")
         data = open_data(recipe.data, recipe.train.seed)
-        mixture = [*data.train, *data.held_out]
+        mixture = [*data.train, *data.eval]
         account = Account(data, recipe.eval, encoding.limit, ProblemList(new / PROBLEMS_FILE))
         _look_at_all(mixture, encoding, account, recipe.train.num_workers)
         form = text_form(processor, own_ends(recipe.model))
@@ -62,7 +62,9 @@ def _length(recipe: Recipe, data: OpenedData) -> Length:
     return Length(steps, epochs, samples_per_epoch(recipe, data), recipe.data.packing)
 
 
-def _look_at_all(mixture: Sequence[Mixed], encoding: Encoding, account: Account, workers: int) -> None:
+def _look_at_all(
+    mixture: Sequence[WeightedSource], encoding: Encoding, account: Account, workers: int
+) -> None:
     looking = Looking([mixed.source for mixed in mixture], encoding, account.section.video_frames)
     total = sum(mixed.size for mixed in mixture) if all(mixed.source.indexed for mixed in mixture) else None
     with progress_bars(stderr=True) as progress:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flamingo_ft.adapters.answering import stopping_ids
-from flamingo_ft.data.dialogue import write_dialogue, write_prompt
-from flamingo_ft.data.encode import text_message
+from flamingo_ft.data.render import render_dialogue, render_prompt
+from flamingo_ft.data.sample import text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.special_text import encode_text
@@ -70,8 +70,8 @@ def text_form(processor: FlamingoProcessor, own_ends: int | Sequence[int] | None
     """
     messages = [text_message("user", QUESTION), text_message("assistant", ANSWER)]
     try:
-        text, spans = write_dialogue(processor, messages)
-        prompt = write_prompt(processor, messages[:1])
+        text, spans = render_dialogue(processor, messages)
+        prompt = render_prompt(processor, messages[:1])
     except UserError:
         return None
     if text.count(QUESTION) != 1 or text.count(ANSWER) != 1 or not text.startswith(prompt) or not spans:

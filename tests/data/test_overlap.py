@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flamingo_ft.data import Sample, overlap
-from flamingo_ft.data.overlap import find_overlap
+from flamingo_ft.data.eval_split import find_overlap
 from flamingo_ft.data.sample import Video
 
 
@@ -21,7 +21,7 @@ def test_copies_under_other_names_are_found_and_the_first_is_named(tmp_path):
     train = samples(tmp_path, {"train/a": b"first", "train/b": b"other", "train/c": b"third!!"})
     held = samples(tmp_path, {"eval/x": b"unlike", "eval/y": b"other", "eval/z": b"first"})
     found = find_overlap(train, held)
-    assert (found.count, {(found.held_out, found.train)} & {("eval/z", "train/a")}) == (
+    assert (found.count, {(found.eval, found.train)} & {("eval/z", "train/a")}) == (
         2,
         {("eval/z", "train/a")},
     )
