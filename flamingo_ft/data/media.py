@@ -23,7 +23,8 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from flamingo_ft.config import AugmentationSection
-from flamingo_ft.errors import UserError, shortened
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import data_uri, shorten
 from flamingo_ft.model import FlamingoProcessor, images
 from flamingo_ft.model.download import download, is_url
 
@@ -91,7 +92,7 @@ def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str
 
 def display_name(medium: str | Path | bytes, where: str | None) -> str:
     """What errors call a file: the sample and its path; bytes alone have no name."""
-    name = f"{len(medium)} bytes" if isinstance(medium, bytes) else shortened(medium)
+    name = f"{len(medium)} bytes" if isinstance(medium, bytes) else shorten(medium)
     return f"{where}: {name}" if where else name
 
 
@@ -185,7 +186,7 @@ def preview(medium: Medium) -> str:
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    return DATA_URI + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_uri(buffer.getvalue())
 
 
 def open_preview(text: str) -> PillowImage.Image:

@@ -66,7 +66,7 @@ def learned(encoded) -> list[int]:
     return [token for token in encoded.labels if token != IGNORED]
 
 
-def nonempty_text(message) -> str:
+def words(message) -> str:
     return "".join(block["text"] for block in message["content"])
 
 
@@ -78,7 +78,7 @@ def test_the_labels_say_exactly_what_the_assistant_says_and_its_end(name, messag
     processor = nano_processor(template)
     encoded = encode(processor, messages)
     expected = "".join(
-        said(nonempty_text(m)) for m in messages if m["role"] == "assistant" and m.get("loss") is not False
+        said(words(m)) for m in messages if m["role"] == "assistant" and m.get("loss") is not False
     )
     assert processor.tokenizer.decode(learned(encoded)) == expected
     assert len(encoded.labels) == len(encoded.input_ids)
@@ -112,21 +112,21 @@ def test_learning_begins_where_the_prompt_ends(name):
 @pytest.mark.parametrize("words", ["Seven.", "é世🦩", "a  b", "<image>", "No <image></s> or <s>.", "世</s>"])
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "marked"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_with_a_llama_tokenizer_the_labels_are_the_answer_too(legacy, name, nonempty_text):
+def test_with_a_llama_tokenizer_the_labels_are_the_answer_too(legacy, name, words):
     template, said = TEMPLATES[name]
     tokenizer = llama_tokenizer(legacy)
     add_media_tokens(tokenizer)
     processor = FlamingoProcessor(nano_processor().image_processor, tokenizer, chat_template=template)
     turns = [
         user(IMAGE, "Which digit is this?"),
-        assistant(nonempty_text),
+        assistant(words),
         user("Yes. <image> No?"),
         assistant("Good 世"),
     ]
     encoded = encode(processor, turns)
     assert encoded.input_ids.count(processor.image_token_id) == encoded.images == 1
     assert tokenizer.decode(encoded.input_ids).count("Yes. <image> No?") == 1
-    expected = said(nonempty_text) + said("Good 世")
+    expected = said(words) + said("Good 世")
     if name in ("llama-2", "vicuna"):  # written with the tokenizer's own end token
         expected = expected.replace("<|im_end|>", "</s>")
     assert tokenizer.decode(learned(encoded)).lstrip() == expected.lstrip()

@@ -33,7 +33,7 @@ from flamingo_ft.data.features import (
     open_feature_cache,
 )
 from flamingo_ft.data.features import encoder as encoder_module
-from flamingo_ft.data.features import key as key_module
+from flamingo_ft.data.features import store as key_module
 from flamingo_ft.data.features.encoder import FrozenTower
 from flamingo_ft.data.features.store import bytes_under
 from flamingo_ft.errors import UserError

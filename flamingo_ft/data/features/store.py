@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from flamingo_ft import atomic
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.images import READER_VERSION
@@ -154,16 +154,9 @@ class FeatureWriter:
             self.left -= len(content)
 
     def _write(self, path: Path, content: bytes) -> None:
-        """All of it or nothing: written beside and renamed, so that no reader and no killed run sees a part."""
-        partial = self._partial / uuid.uuid4().hex
-        try:
-            for folder in (self._partial, path.parent):
-                folder.mkdir(exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        for folder in (self._partial, path.parent):
+            folder.mkdir(exist_ok=True)
+        atomic.write_shared(path, content, self._partial)
 
     def _give_up(self, error: OSError) -> None:
         self.is_open = False

@@ -47,9 +47,7 @@ def test_draws_are_numbered_and_a_seed_gives_one_order(parts):
     assert draws == taken(order_of(parts, seed=5), 50)
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 12), st.sampled_from([1.0, 1.5, 2.0, 0.5])), min_size=1, max_size=3)
-)
+@given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from([1.0, 1.5, 2.0, 0.5])), min_size=1, max_size=3))
 def test_a_row_is_shown_as_often_as_its_weight_says(parts):
     order = order_of([(count, weight, True) for count, weight in parts])
     epochs = 4
