@@ -16,8 +16,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import measure_answers
 from flamingo_ft.formatting import gib
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.plan.gpus import CONTEXT, FRAGMENTATION
-from flamingo_ft.plan.memory import plan_memory
+from flamingo_ft.plan.plan_report import CONTEXT, FRAGMENTATION
+from flamingo_ft.plan.planner import plan_memory
 
 
 def memory_line(recipe: Recipe) -> str:
