@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from flamingo_ft.adapters.answering import stopping_ids
+from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.config import DataSection
 from flamingo_ft.data.encode import Dropped, Encoded, TooLong, encode_within
 from flamingo_ft.data.pairs import EncodedPair, encode_pair
@@ -168,7 +168,7 @@ def dialogue_format(
     asks = _piece(processor, text, question_start + len(QUESTION), len(prompt))
     ends = _piece(processor, text, answer_end, loss_end)
     follows = _piece(processor, text, loss_end, len(text))
-    stops = processor.tokenizer.convert_ids_to_tokens(stopping_ids(processor, own_ends))
+    stops = processor.tokenizer.convert_ids_to_tokens(stop_token_ids(processor, own_ends))
     return DialogueFormat(begins, asks, ends, follows, stops, not set(stops).isdisjoint(ends.tokens))
 
 

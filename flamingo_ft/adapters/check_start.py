@@ -28,8 +28,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, read_checkpoint
 from flamingo_ft.hub.names import NANO, local_language, local_tower, local_weights
 
-from .released import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, Released, released
-from .start import is_foreign
+from .init_from import is_foreign_checkpoint
+from .released_models import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, ReleasedModel, released
 
 _QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
 QUICK_GELU = (
@@ -48,11 +48,11 @@ def check_start(section: ModelSection) -> None:
         return
     if (model := released(start)) is not None:
         _check_named(model, section)
-    elif is_foreign(start):
+    elif is_foreign_checkpoint(start):
         _check_shapes(start, section)
 
 
-def _check_named(model: Released, section: ModelSection) -> None:
+def _check_named(model: ReleasedModel, section: ModelSection) -> None:
     wrong = list(_departures(model, section))
     if wrong:
         raise UserError(
@@ -60,7 +60,7 @@ def _check_named(model: Released, section: ModelSection) -> None:
         )
 
 
-def _departures(model: Released, section: ModelSection) -> Iterator[str]:
+def _departures(model: ReleasedModel, section: ModelSection) -> Iterator[str]:
     """What a recipe says otherwise than a released model needs."""
     vision = section.vision
     if not _is_its_language(model, section.language):
@@ -76,7 +76,7 @@ def _departures(model: Released, section: ModelSection) -> Iterator[str]:
             yield f"sizes of its own in model.{key} (leave it out)"
 
 
-def _is_its_language(model: Released, section: LanguageSection) -> bool:
+def _is_its_language(model: ReleasedModel, section: LanguageSection) -> bool:
     """By name on the Hub; a copy in a folder, by its shape."""
     if section.name != NANO and local_language(section.name, section.revision) is None:
         return section.name.lower() in [name.lower() for name in model.languages]
@@ -168,7 +168,7 @@ def _hint(found: _Shape) -> str:
     return f"{names} has this geometry, with tower {' '.join(TOWER)} and cross_attn_every_n_layers {alike[0].interval}"
 
 
-def _has_shape(model: Released, found: _Shape) -> bool:
+def _has_shape(model: ReleasedModel, found: _Shape) -> bool:
     if found.layers_path not in (None, model.layers_path):
         return False
     return (found.blocks, found.width, found.tower) == (model.blocks, model.width, TOWER_WIDTH)

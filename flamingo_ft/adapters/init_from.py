@@ -18,42 +18,45 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
 from flamingo_ft.formats.recognise import MADE_ANEW
 from flamingo_ft.formats.stored import some, stored_config
-from flamingo_ft.hub import fetch_model, hub_name, pinned
+from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, TRAINING_CHECKPOINTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import holds_parts, named_composition
 
 from .files import (
     BRIDGE_FILE,
+    candidate_paths,
     read_bridge,
     read_config,
     read_flamingo_config,
     read_lora_config,
     read_tensors,
 )
-from .recorded import places_of
 from .trainable import BRIDGE, cast_parameter, is_lora
 
 # What must be the same for a bridge to mean the same in another model.
 GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
 
 
-def start_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> None:
+def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> None:
     """Give ``model`` the bridge of ``start`` and record it in the model's configuration.
 
     Raises UserError for a bridge of another shape or of other backbones, and where ``start`` has learned more than a
     bridge that the model would go without (its language model was merged with LoRA).
     """
     place = fetch_model(start)
-    if is_foreign(place):
+    if is_foreign_checkpoint(place):
         _check_visibility(model.config, place)
     else:
         _check_same(model.config, _config(place), place)
-    _put_start(model, place)
-    model.config.bridge_init = {"path": pinned(start, place), "sha256": tensors_sha256(bridge_of(model))}
+    _load_bridge(model, place)
+    model.config.bridge_init = {
+        "path": pinned_name(start, place),
+        "sha256": tensors_sha256(bridge_tensors(model)),
+    }
 
 
-def restart_bridge(
+def load_recorded_bridge(
     model: FlamingoForConditionalGeneration, folder: Path, start: str | Path | None = None
 ) -> None:
     """Give ``model`` the bridge that its configuration, read from ``folder``, records.
@@ -61,25 +64,25 @@ def restart_bridge(
     start: where that bridge lies now, if neither where it lay nor beside ``folder``. Raises UserError when it is not
     there, or another one.
     """
-    _put_recorded(model, folder, model.config.bridge_init, start)
+    _load_recorded(model, folder, model.config.bridge_init, start)
 
 
-def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
+def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
-    if is_foreign(start):
+    if is_foreign_checkpoint(start):
         report = load_open_flamingo(model, start)
         if lost := [name for name in report.unexpected if not MADE_ANEW.fullmatch(name)]:
             raise UserError(f"model.init_from: {start} holds {some(lost)}, for which the model has no place")
     elif not (start / ADAPTER_WEIGHTS).is_file():
-        put_bridge(model, _tensors(start))
+        copy_bridge(model, _tensors(start))
     else:
         record = read_config(start).bridge_init
         if record:
-            _put_recorded(model, start, record)
-        put_bridge(model, _tensors(start))
+            _load_recorded(model, start, record)
+        copy_bridge(model, _tensors(start))
 
 
-def _put_recorded(
+def _load_recorded(
     model: FlamingoForConditionalGeneration,
     folder: Path,
     record: Mapping[str, str],
@@ -87,22 +90,22 @@ def _put_recorded(
 ) -> None:
     """Put in place what the adapter in ``folder`` builds on, as it was when that was trained; UserError when it is gone or
     another."""
-    put_as_stored(model, folder, record, start)
+    load_bridge_as_stored(model, folder, record, start)
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(BRIDGE.values())):
             cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
 
 
-def put_as_stored(
+def load_bridge_as_stored(
     model: FlamingoForConditionalGeneration,
     folder: Path,
     record: Mapping[str, str],
     start: str | Path | None = None,
 ) -> None:
     """The same in the number formats that it is stored in, which its content hash is of."""
-    path = _whereabouts(folder, record["path"], start)
-    _put_start(model, path)
-    found = tensors_sha256(bridge_of(model))
+    path = _locate_bridge(folder, record["path"], start)
+    _load_bridge(model, path)
+    found = tensors_sha256(bridge_tensors(model))
     if found != record["sha256"]:
         raise UserError(
             f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
@@ -110,13 +113,13 @@ def put_as_stored(
         )
 
 
-def _whereabouts(folder: Path, recorded: str, start: str | Path | None) -> Path:
+def _locate_bridge(folder: Path, recorded: str, start: str | Path | None) -> Path:
     """Where a bridge lies now: at ``start`` where that is given, else where it lay, beside the adapter that builds on it,
     in the adapter's base, or on the Hub."""
     if start is not None:
         return fetch_model(start)
-    places = places_of(folder, recorded)
-    path = next((place for place in places if place.exists()), None) or _bridge_of_base(folder)
+    places = candidate_paths(folder, recorded)
+    path = next((place for place in places if place.exists()), None) or _bridge_of_composition(folder)
     if path is None and hub_name(recorded):
         return fetch_model(recorded)
     if path is None:
@@ -128,7 +131,7 @@ def _whereabouts(folder: Path, recorded: str, start: str | Path | None) -> Path:
     return path
 
 
-def _bridge_of_base(folder: Path) -> Path | None:
+def _bridge_of_composition(folder: Path) -> Path | None:
     """The bridge in the composition that an adapter names as its base; None where it names only its language model."""
     name = named_composition(folder)
     if name is None:
@@ -137,7 +140,7 @@ def _bridge_of_base(folder: Path) -> Path | None:
     return bridge if bridge.is_file() else None
 
 
-def starting_lora(start: str | Path | None) -> dict[str, Tensor]:
+def lora_to_start_from(start: str | Path | None) -> dict[str, Tensor]:
     """The LoRA tensors that an adapter to start from has; none for anything else."""
     folder = None if start is None else fetch_model(start)
     if folder is None or not (folder / ADAPTER_WEIGHTS).is_file() or read_lora_config(folder) is None:
@@ -145,7 +148,7 @@ def starting_lora(start: str | Path | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in read_tensors(folder).items() if is_lora(name)}
 
 
-def bridge_of(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
+def bridge_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
     """The whole bridge, by name."""
     return {
         name: tensor for name, tensor in model.state_dict().items() if name.startswith(tuple(BRIDGE.values()))
@@ -153,7 +156,7 @@ def bridge_of(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def put_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
+def copy_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
     """Put parts of a bridge in place, in the number formats that they were kept in. UserError for what does not fit."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
@@ -164,14 +167,14 @@ def put_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Te
         parameters[name].data = tensor.to(parameters[name].device, copy=True)
 
 
-def bridge_at(folder: Path) -> dict[str, Tensor]:
+def read_bridge_tensors(folder: Path) -> dict[str, Tensor]:
     """The whole bridge of an adapter or a whole model, by name; what an adapter builds on comes from there."""
-    if is_foreign(folder):
+    if is_foreign_checkpoint(folder):
         raise UserError(
             f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it"
         )
     record = read_config(folder).bridge_init if (folder / ADAPTER_WEIGHTS).is_file() else None
-    below = bridge_at(_whereabouts(folder, record["path"], None)) if record else {}
+    below = read_bridge_tensors(_locate_bridge(folder, record["path"], None)) if record else {}
     return below | _tensors(folder)
 
 
@@ -200,7 +203,7 @@ def _config(folder: Path) -> FlamingoConfig:
     return read_flamingo_config(folder)
 
 
-def is_foreign(start: Path) -> bool:
+def is_foreign_checkpoint(start: Path) -> bool:
     """Whether this is another Flamingo's checkpoint: a file, a folder that says so, or one with such a file alone."""
     if start.is_file():
         return start.name != BRIDGE_FILE

@@ -8,25 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from flamingo_ft.backbones.attention import open_attention
+from flamingo_ft.backbones.language import language_folder
 from flamingo_ft.backbones.quantization import dequantized, formats_in, is_quantized
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.config import LoraSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .originals import Originals
-from .trainable import BRIDGE
+from .init_from import read_bridge_tensors
+from .trainable import BRIDGE, PREFIXES
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
 
-def check_initialisation(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> None:
+def check_lora_init(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> None:
     """Refuse an initialisation that the weights, or another choice, do not allow."""
     how = lora.init_lora_weights
     quantized = [name for name in targets if is_quantized(model.get_submodule(name))]
@@ -58,7 +66,7 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def updates_of(model: nn.Module) -> dict[str, Tensor]:
+def lora_weights(model: nn.Module) -> dict[str, Tensor]:
     """Copies, in the computer's memory, of every A and B by its name in an adapter."""
     return {
         f"{name}.{matrix}.weight": weights.weight.detach().cpu().clone()
@@ -69,9 +77,9 @@ def updates_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def start_at_what_quantization_lost(model: FlamingoForConditionalGeneration) -> None:
+def init_loftq(model: FlamingoForConditionalGeneration) -> None:
     """The best update of each rank to W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
-    originals = Originals(model)
+    originals = UnquantizedWeights(model)
     for name, layer in _lora_layers(model).items():
         kept = dequantized(layer.get_base_layer()).float()
         lost = originals[name].to(kept) - kept
@@ -88,7 +96,7 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
     parameter[tuple(slice(size) for size in value.shape)] = value.to(parameter)
 
 
-def directions_read(
+def eva_directions(
     model: FlamingoForConditionalGeneration, config: LoraConfig, batches: Batches | None
 ) -> dict:
     """The principal directions (rank, in) of what each target of ``config`` reads on training batches, by its name.
@@ -109,7 +117,7 @@ def directions_read(
 
 
 @torch.no_grad()
-def start_along(model: nn.Module, directions: Mapping[str, Tensor]) -> None:
+def init_eva(model: nn.Module, directions: Mapping[str, Tensor]) -> None:
     """Let every A start along its layer's directions; B stays at zero."""
     for name, found in directions.items():
         for matrix in model.get_submodule(name).lora_A.values():
@@ -120,3 +128,40 @@ def _rows(inputs: Tensor | tuple) -> Tensor:
     """What a layer read, as a table (rows, in)."""
     first = inputs[0] if isinstance(inputs, tuple) else inputs
     return first.flatten(0, -2).float()
+
+
+class UnquantizedWeights:
+    """From a layer's name in the model to its matrix (out, in) before quantization."""
+
+    def __init__(self, model: FlamingoForConditionalGeneration):
+        self._model = model
+        self._sources = model.config.backbones
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name.startswith(PREFIXES["language"]):
+            return self._of_language(name)
+        if name.startswith(PREFIXES["vision"]):
+            return self._tower.get_submodule(name.removeprefix(PREFIXES["vision"])).weight
+        return self._bridge[f"{name}.weight"]
+
+    def _of_language(self, name: str) -> Tensor:
+        with WeightFiles(self._folder) as files:
+            matrix = files[name.removeprefix(PREFIXES["language"]) + ".weight"]
+        base = self._model.get_submodule(name).get_base_layer()
+        was = getattr(base, "source_cls", type(base))  # what transformers put the quantized layer in place of
+        return matrix.T if was is Conv1D else matrix  # GPT-2 keeps its matrices the other way round
+
+    @cached_property
+    def _folder(self) -> Path:
+        return language_folder(self._sources["language"]["name"], self._sources["language"]["revision"])
+
+    @cached_property
+    def _tower(self) -> nn.Module:
+        source = self._sources["vision"]
+        visual = load_vision(source["name"], source["pretrained"], source["revision"]).visual
+        open_attention(visual)
+        return visual
+
+    @cached_property
+    def _bridge(self) -> dict[str, Tensor]:
+        return read_bridge_tensors(fetch_model(self._model.config.bridge_init["path"]))

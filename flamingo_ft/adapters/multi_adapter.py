@@ -21,13 +21,12 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
-from .contents import adapter_tensors, kept_parts
 from .files import read_base_name, read_config, read_lora_config, read_processor, read_tensors
-from .load import check_backbone, check_tensors, load_base, put_bridge_parts, put_lora
-from .lora import open_what_is_updated
-from .save import save_adapter
-from .start import GEOMETRY
-from .trainable import is_lora
+from .init_from import GEOMETRY
+from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
+from .lora import unfuse_targeted_attention
+from .save import adapter_tensors, save_adapter
+from .trainable import is_lora, parts_in_adapter
 
 # What adapters must have in common for their updates to be combined entry by entry.
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")
@@ -81,7 +80,7 @@ class Adapters:
             updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
             expected = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
             check_tensors(folder, updates, expected)
-            put_lora(self.model, updates, peft_name(name))
+            load_lora_weights(self.model, updates, peft_name(name))
         self._folders[name] = folder
         self.use(name)
 
@@ -104,7 +103,7 @@ class Adapters:
         expected = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
         check_tensors(folder, updates, expected)
         if updates:
-            put_lora(self.model, updates, peft_name(name))
+            load_lora_weights(self.model, updates, peft_name(name))
         self._folders[name] = folder
         self.use(name)
 
@@ -117,7 +116,7 @@ class Adapters:
         elif self._peft is not None:
             self._peft.base_model.disable_adapter_layers()
         if bridge:
-            put_bridge_parts(self.model, self._bridge(name))
+            set_bridge_parameters(self.model, self._bridge(name))
         self.in_use, self.model.adapter_base = name, read_base_name(self._folders[name])
 
     @contextmanager
@@ -186,7 +185,7 @@ class Adapters:
             raise UserError("an adapter's name is empty; give it one")
 
     def _inject(self, name: str, lora: LoraConfig) -> None:
-        open_what_is_updated(self.model, lora)
+        unfuse_targeted_attention(self.model, lora)
         if self._peft is None:
             self._peft = PeftModel(
                 self.model, lora, adapter_name=peft_name(name), autocast_adapter_dtype=False
@@ -222,5 +221,5 @@ def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -
             f"{folder}: adapter of other images: it has its own size or transform; load it by itself"
         )
     starts = [(config.bridge_init or {}).get("sha256") for config in (found, base)]
-    if starts[0] != starts[1] or kept_parts(found) != kept_parts(base):
+    if starts[0] != starts[1] or parts_in_adapter(found) != parts_in_adapter(base):
         raise UserError(f"{folder}: adapter of another base: it builds on another bridge; load it by itself")

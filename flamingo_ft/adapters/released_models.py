@@ -22,7 +22,7 @@ TOWER_WIDTH = 1024
 
 
 @dataclass(frozen=True)
-class Released:
+class ReleasedModel:
     """A checkpoint on the Hub.
 
     languages: names of its language model on the Hub, the one to use first; it has ``width`` and ``layers`` decoder
@@ -50,14 +50,14 @@ class Released:
         return f"model.language.name {self.languages[0]}, {vision}, {rest}"
 
 
-def _mpt_1b(name: str, kind: str) -> Released:
+def _mpt_1b(name: str, kind: str) -> ReleasedModel:
     languages = tuple(f"{owner}/mpt-1b-redpajama-200b{kind}" for owner in ("anas-awadalla", "mosaicml"))
-    return Released(name, languages, "transformer.blocks", width=2048, layers=24, interval=1)
+    return ReleasedModel(name, languages, "transformer.blocks", width=2048, layers=24, interval=1)
 
 
-def _incite_3b(name: str, kind: str) -> Released:
+def _incite_3b(name: str, kind: str) -> ReleasedModel:
     languages = (f"togethercomputer/RedPajama-INCITE-{kind}-3B-v1",)
-    return Released(name, languages, "gpt_neox.layers", width=2560, layers=32, interval=2)
+    return ReleasedModel(name, languages, "gpt_neox.layers", width=2560, layers=32, interval=2)
 
 
 MODELS = (
@@ -65,7 +65,7 @@ MODELS = (
     _mpt_1b("openflamingo/OpenFlamingo-3B-vitl-mpt1b-langinstruct", "-dolly"),
     _incite_3b("openflamingo/OpenFlamingo-4B-vitl-rpj3b", "Base"),
     _incite_3b("openflamingo/OpenFlamingo-4B-vitl-rpj3b-langinstruct", "Instruct"),
-    Released(
+    ReleasedModel(
         "openflamingo/OpenFlamingo-9B-vitl-mpt7b",
         ("anas-awadalla/mpt-7b", "mosaicml/mpt-7b"),
         "transformer.blocks",
@@ -74,7 +74,7 @@ MODELS = (
         interval=4,
     ),
     # v1. In training its text looked at the image before it or the one after it, by chance; used, at the one after it.
-    Released(
+    ReleasedModel(
         "openflamingo/OpenFlamingo-9B-deprecated",
         ("huggyllama/llama-7b", "luodian/llama-7b-hf"),
         "model.layers",
@@ -84,14 +84,14 @@ MODELS = (
         visibility=("following", "immediate"),
     ),
 )
-RELEASED: Mapping[str, Released] = {
+RELEASED: Mapping[str, ReleasedModel] = {
     model.name.lower(): model for model in MODELS
 }  # the Hub does not mind the case
 
 _IN_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<model>[^/]+)/snapshots/")
 
 
-def released(place: str | Path) -> Released | None:
+def released(place: str | Path) -> ReleasedModel | None:
     """The released model that a name on the Hub, or a file in the Hugging Face cache, belongs to; None for others."""
     name = hub_name(place)
     if name is not None:

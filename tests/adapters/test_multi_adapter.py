@@ -7,7 +7,7 @@ import torch
 
 from flamingo_ft import Adapters
 from flamingo_ft.adapters import load_adapter, save_adapter
-from flamingo_ft.adapters.several import peft_name
+from flamingo_ft.adapters.multi_adapter import peft_name
 from flamingo_ft.errors import UserError
 
 from ..regimes import LORA, build, logits, quantized, shake

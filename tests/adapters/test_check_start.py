@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import check_start
-from flamingo_ft.adapters.released import MODELS, released
+from flamingo_ft.adapters.released_models import MODELS, released
 from flamingo_ft.backbones import language
 from flamingo_ft.config import ModelSection
 from flamingo_ft.errors import UserError

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from flamingo_ft.hub.places import strip_local_path, strip_local_paths
-from flamingo_ft.publish.files import belongs, files_of
+from flamingo_ft.hub.local_paths import strip_local_path, strip_local_paths
+from flamingo_ft.publish.push import is_published, publishable_files
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_only_known_keys_hold_paths():
 def test_a_tokenizers_words_stay_and_its_places_do_not(tmp_path):
     words = {"eos_token": "/end", "extra_special_tokens": ["/a/b"], "name_or_path": "/home/me/words"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
-    shown = json.loads(files_of(tmp_path)["tokenizer_config.json"])
+    shown = json.loads(publishable_files(tmp_path)["tokenizer_config.json"])
     assert shown == words | {"name_or_path": "words"}
 
 
 def test_a_processors_template_keeps_a_slash_at_its_beginning(tmp_path):
     (tmp_path / "processor_config.json").write_text(json.dumps({"chat_template": "/no_think {{ messages }}"}))
-    assert json.loads(files_of(tmp_path)["processor_config.json"]) == {
+    assert json.loads(publishable_files(tmp_path)["processor_config.json"]) == {
         "chat_template": "/no_think {{ messages }}"
     }
 
@@ -65,7 +65,7 @@ def test_a_prediction_with_a_line_separator_in_its_text_stays_one_row(tmp_path):
         "answer": "/d",
     }
     (tmp_path / "predictions.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
-    shown = json.loads(files_of(tmp_path)["predictions.jsonl"])
+    shown = json.loads(publishable_files(tmp_path)["predictions.jsonl"])
     assert shown == row | {"where": "x.jsonl: row 0", "images": ["0.png"]}
 
 
@@ -89,4 +89,4 @@ def test_a_prediction_with_a_line_separator_in_its_text_stays_one_row(tmp_path):
     ],
 )
 def test_which_files_belong(path, is_pushed):
-    assert belongs(path) == is_pushed
+    assert is_published(path) == is_pushed
