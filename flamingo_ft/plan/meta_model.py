@@ -25,7 +25,7 @@ from flamingo_ft.backbones.tower import build_visual, token_width, tower_preproc
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
 from flamingo_ft.config.tables import BRIDGE_PARTS
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
