@@ -9,8 +9,8 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from flamingo_ft.backbones.quantization import is_quantized, plain_linear
-from flamingo_ft.backbones.rounding import rounded
+from flamingo_ft.backbones.quantization import is_quantized, dequantized_linear
+from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .trainable import PREFIXES, cast_parameter, is_lora
@@ -31,7 +31,7 @@ def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None
         folded = plain.get_base_layer()
         final = dtype or (found if found.is_floating_point else torch.float32)
         for leaf, parameter in folded.named_parameters():
-            parameter.data = rounded(f"{name}.{leaf}", parameter.data, final)
+            parameter.data = cast_in_range(f"{name}.{leaf}", parameter.data, final)
         model.set_submodule(name, folded)
     if layers:
         del model.peft_config
@@ -42,7 +42,7 @@ def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGenera
     """The layer in float32; around the matrix that its quantized one stands for, where it is quantized."""
     if not is_quantized(layer.get_base_layer()):
         return layer.float()
-    alone = nn.ModuleDict({"layer": plain_linear(layer.get_base_layer(), torch.float32, name)})
+    alone = nn.ModuleDict({"layer": dequantized_linear(layer.get_base_layer(), torch.float32, name)})
     for adapter, config in model.peft_config.items():
         own = {"r": layer.r[adapter], "lora_alpha": layer.lora_alpha[adapter], "target_modules": ["layer"]}
         inject_adapter_in_model(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import Parts

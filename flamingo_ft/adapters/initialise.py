@@ -15,7 +15,7 @@ from peft import EvaConfig, LoraConfig, get_eva_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from flamingo_ft.backbones.quantization import dequantized, formats_in, is_quantized
+from flamingo_ft.backbones.quantization import dequantized_weight, quantization_formats, is_quantized
 from flamingo_ft.config import LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
@@ -43,7 +43,7 @@ def check_initialisation(model: nn.Module, lora: LoraSection, targets: Sequence[
             how, "is kept as a LoRA of twice the rank, which DoRA and rsLoRA would scale anew", "neither"
         )
     if how == "loftq":
-        plain = [name for name in targets if "4bit" not in formats_in(model.get_submodule(name))]
+        plain = [name for name in targets if "4bit" not in quantization_formats(model.get_submodule(name))]
         if plain:
             raise _refusal(
                 how, f"makes up for what 4 bits lost, and {plain[0]} is not kept in 4", "quantization: nf4"
@@ -73,7 +73,7 @@ def start_at_what_quantization_lost(model: FlamingoForConditionalGeneration) -> 
     """The best update of each rank to W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
     originals = Originals(model)
     for name, layer in _lora_layers(model).items():
-        kept = dequantized(layer.get_base_layer()).float()
+        kept = dequantized_weight(layer.get_base_layer()).float()
         lost = originals[name].to(kept) - kept
         for adapter, rank in layer.r.items():
             left, values, right = torch.linalg.svd(lost / layer.scaling[adapter], full_matrices=False)

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from flamingo_ft.backbones.attention import close_attention
-from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.attention import refuse_attention
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, dequantize_linears
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
@@ -110,7 +110,7 @@ def _write(
     put_adapter(model, adapter)
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
-    close_attention(model.vision_encoder)
+    refuse_attention(model.vision_encoder)
     cast(model, dtype)
     answer_greedily(model, processor)
     digest = tensors_sha256(read_tensors(adapter))

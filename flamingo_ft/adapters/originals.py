@@ -8,10 +8,10 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flamingo_ft.backbones.attention import open_attention
+from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import language_folder
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.backbones.weight_files import WeightFiles
+from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
@@ -34,7 +34,7 @@ class Originals:
         return self._bridge[f"{name}.weight"]
 
     def _of_language(self, name: str) -> Tensor:
-        with WeightFiles(self._folder) as files:
+        with SafetensorsFolder(self._folder) as files:
             matrix = files[name.removeprefix(PREFIXES["language"]) + ".weight"]
         base = self._model.get_submodule(name).get_base_layer()
         was = getattr(base, "source_cls", type(base))  # what transformers put the quantized layer in place of
@@ -48,7 +48,7 @@ class Originals:
     def _tower(self) -> nn.Module:
         source = self._sources["vision"]
         visual = load_vision(source["name"], source["pretrained"], source["revision"]).visual
-        open_attention(visual)
+        unfuse_attention(visual)
         return visual
 
     @cached_property

@@ -18,7 +18,7 @@ from flamingo_ft.adapters.files import read_config, read_processor
 from flamingo_ft.adapters.load import load_adapter, load_whole
 from flamingo_ft.adapters.merge import Base, check_mergeable, quantize_merged, trained_in, write_merged
 from flamingo_ft.atomic import folder_in_place
-from flamingo_ft.backbones.context import context_length
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+from transformers import BloomConfig, GPT2Config, MptConfig, OPTConfig
+from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 
 from flamingo_ft.backbones.decoder_layers import (
     DECODER_LAYERS,
-    UNFIT,
+    UNSUPPORTED,
     ResidualStreams,
     find_decoder_layers,
     hidden_size,
@@ -133,11 +136,11 @@ def test_a_wrong_override_is_an_error_that_shows_the_right_one(override, problem
     assert "'model.layers' (3 entries)" in message
 
 
-@pytest.mark.parametrize("model_type", UNFIT)
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
 def test_a_family_that_does_not_fit_is_refused_with_its_reason(model_type):
     lm = nn.Module()
     lm.config = SimpleNamespace(model_type=model_type)
-    assert UNFIT[model_type] in refusal(lm)
+    assert UNSUPPORTED[model_type] in refusal(lm)
 
 
 @pytest.mark.parametrize(
@@ -176,3 +179,16 @@ def test_an_update_reaches_every_residual_stream_alike(layout, shape):
     }[layout](change)
     for stream in by_stream:
         assert torch.equal(stream, update)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (OPTConfig(max_position_embeddings=64), 64),
+        (MptConfig(max_seq_len=32), 32),
+        (GPT2Config(n_positions=16), 16),
+        (BloomConfig(), NO_CONTEXT_LIMIT),
+    ],
+)
+def test_the_context_is_what_the_language_model_was_made_for(config, length):
+    assert context_length(config) == length

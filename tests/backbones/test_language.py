@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
-from flamingo_ft.backbones.identity import files_sha256
+from flamingo_ft.backbones.provenance import files_sha256
 from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch

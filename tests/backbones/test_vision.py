@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flamingo_ft.backbones import tower_source
-from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.tower import (
     build_visual,
     image_transform,

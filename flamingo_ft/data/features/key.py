@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.images import READER_VERSION
 from flamingo_ft.version import __version__
