@@ -42,7 +42,9 @@ class UnfusedAttention(nn.Module):
         attn_mask: (Q, K) or (N * H, Q, K); True where attention is blocked, or values to add to the scores.
         """
         if need_weights:
-            raise UserError("attention weights are not available from this vision tower; ask for its tokens only")
+            raise UserError(
+                "attention weights are not available from this vision tower; ask for its tokens only"
+            )
         inputs = [x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)]
         if query is key and key is value:
             projections = self.in_proj(inputs[0]).chunk(3, dim=-1)

@@ -167,7 +167,9 @@ def language_folder(
     folder = NANO_FOLDER if name == NANO else local_language(name, revision)
     if folder is not None and folder.is_dir():
         if revision is not None:
-            raise UserError(f"revision {revision} given for {name}, which is not on the Hub; remove the revision")
+            raise UserError(
+                f"revision {revision} given for {name}, which is not on the Hub; remove the revision"
+            )
         return folder
     if name == NANO:
         raise UserError(f"the nano language model is missing from {folder}; reinstall the package")

@@ -172,7 +172,9 @@ def _quantize(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device
             threshold=config.llm_int8_threshold,
             device="meta",
         )
-        weight = layer.weight.data.cpu()  # a weight that is not on the CPU would be moved without quantizing it
+        weight = (
+            layer.weight.data.cpu()
+        )  # a weight that is not on the CPU would be moved without quantizing it
     else:
         quantized = bnb.nn.Linear4bit(
             layer.in_features,

@@ -44,7 +44,10 @@ def build_visual(config: dict) -> nn.Module:
     """
     # The public constructor also builds a text tower: the smallest possible one, discarded at once.
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
-    vision_cfg = {**config["vision_cfg"], "timm_model_pretrained": False}  # else timm downloads ImageNet weights
+    vision_cfg = {
+        **config["vision_cfg"],
+        "timm_model_pretrained": False,
+    }  # else timm downloads ImageNet weights
     quick_gelu = config.get("quick_gelu", False)
     visual = open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
     if config.get("image_size"):

@@ -98,7 +98,9 @@ def find_tower(name: str, pretrained: str | None, revision: str | None) -> Tower
     if folder is None and is_architecture(name):
         return _find_architecture(_dashed(name), pretrained, revision)
     if pretrained:
-        raise UserError(f"pretrained {pretrained} needs an OpenCLIP architecture, got {name}; remove pretrained")
+        raise UserError(
+            f"pretrained {pretrained} needs an OpenCLIP architecture, got {name}; remove pretrained"
+        )
     if name == NANO:
         return _find_in_folder(NANO_FOLDER)
     if name.startswith(ON_HUB):
@@ -171,7 +173,9 @@ def _find_on_hub(repository: str, revision: str | None) -> TowerSource:
 def _find_in_folder(folder: Path) -> TowerSource:
     file = folder / OPEN_CLIP_CONFIG_FILE
     if not file.is_file():
-        raise UserError(f"{folder} has no {OPEN_CLIP_CONFIG_FILE}; give a folder in OpenCLIP's local-dir format")
+        raise UserError(
+            f"{folder} has no {OPEN_CLIP_CONFIG_FILE}; give a folder in OpenCLIP's local-dir format"
+        )
     config, preprocess = _read_config(file)
     if not any(entry.suffix in OPEN_CLIP_SUFFIXES for entry in folder.iterdir()):
         raise UserError(f"{folder} holds no weights; add {OPEN_CLIP_WEIGHTS}")
@@ -187,7 +191,9 @@ def _read_config(file: Path) -> tuple[dict, dict]:
         contents = json.loads(file.read_text(encoding="utf-8"))
         return _tower_config(contents["model_cfg"]), contents.get("preprocess_cfg", {})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not an OpenCLIP configuration ({error_message(error)}); correct it") from error
+        raise UserError(
+            f"{file} is not an OpenCLIP configuration ({error_message(error)}); correct it"
+        ) from error
 
 
 def _tower_config(model_cfg: dict) -> dict:

@@ -35,7 +35,10 @@ from flamingo_ft.machine_errors import reraise_machine_error
 
 # Raised by open_clip, torch and safetensors for files that are missing, damaged or of another architecture.
 UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)
-NUMPY_SUFFIXES = (".npz", ".npy")  # big_vision's weights, which OpenCLIP writes into the tower tensor by tensor
+NUMPY_SUFFIXES = (
+    ".npz",
+    ".npy",
+)  # big_vision's weights, which OpenCLIP writes into the tower tensor by tensor
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,9 @@ def import_checkpoint(
         else:
             save_adapter(model, processor, folder)
     if changed:
-        notes.append(f"{len(changed)} tensors of the backbones are the checkpoint's own ({first_few(changed)})")
+        notes.append(
+            f"{len(changed)} tensors of the backbones are the checkpoint's own ({first_few(changed)})"
+        )
     kind = " ".join([f"{checkpoint.format} checkpoint", *(f"({mark})" for mark in checkpoint.wrapping)])
     return Conversion(kind, result, out, describe_checkpoint(checkpoint) + notes)
 
@@ -104,7 +106,9 @@ def _dtype_notes(model: FlamingoForConditionalGeneration) -> list[str]:
     dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
     if len(dtypes) == 1:
         return []
-    return [f"its weights are in {' and '.join(dtypes)}, and load in the widest of these unless dtype is given"]
+    return [
+        f"its weights are in {' and '.join(dtypes)}, and load in the widest of these unless dtype is given"
+    ]
 
 
 # --- The model to load the checkpoint into

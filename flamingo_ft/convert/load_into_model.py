@@ -48,7 +48,9 @@ def load_bridge(
     if start is not None:
         return [f"it builds on {start}"]
     if missing:
-        return [f"no rows of the new tokens in the file for {first_few(missing)}: the language model's are used"]
+        return [
+            f"no rows of the new tokens in the file for {first_few(missing)}: the language model's are used"
+        ]
     return []
 
 
@@ -65,7 +67,10 @@ def _check_complete_bridge(
     model: FlamingoForConditionalGeneration, checkpoint: ForeignCheckpoint, has_start: bool
 ) -> None:
     expected = {name for name, _ in model.named_parameters() if name.startswith(BRIDGE_PREFIXES)}
-    missing, unknown = sorted(expected - checkpoint.bridge.keys()), sorted(checkpoint.bridge.keys() - expected)
+    missing, unknown = (
+        sorted(expected - checkpoint.bridge.keys()),
+        sorted(checkpoint.bridge.keys() - expected),
+    )
     if missing and not has_start:
         problem = f"lacks {len(missing)} weights of the bridge ({first_few(missing)})"
         raise UserError(f"{checkpoint.path}: {problem}; give the whole checkpoint")

@@ -42,7 +42,9 @@ def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dic
 def _clip_config(tower: dict[str, Any], source: object) -> dict[str, Any]:
     """Return a CLIPVisionConfig's content for an OpenCLIP tower."""
     vision = tower["vision_cfg"]
-    others = sorted(key for key, value in vision.items() if key not in _VIT_KEYS and value not in (None, False))
+    others = sorted(
+        key for key, value in vision.items() if key not in _VIT_KEYS and value not in (None, False)
+    )
     if others or not isinstance(vision.get("layers"), int):
         raise UserError(
             f"{source}: Otter needs a plain CLIP ViT, got a tower with {others or vision['layers']}; "

@@ -33,7 +33,9 @@ from .stored_files import StoredTensors, first_few, read_checkpoint_files, unwra
 OPEN_FLAMINGO, OPEN_FLAMINGO_1 = "OpenFlamingo v2", "OpenFlamingo v1"
 OTTER, MULTIMODAL_GPT = "Otter", "Multimodal-GPT"
 
-_CROSS_ATTENTION = re.compile(r"lang_encoder\.(?P<layers>.+)\.(?P<k>\d+)\.gated_cross_attn_layer\.(?P<rest>.+)")
+_CROSS_ATTENTION = re.compile(
+    r"lang_encoder\.(?P<layers>.+)\.(?P<k>\d+)\.gated_cross_attn_layer\.(?P<rest>.+)"
+)
 _DECODER_LAYER = re.compile(r"lang_encoder\.(?P<layers>.+)\.(?P<k>\d+)\.decoder_layer\.(?P<rest>.+)")
 # OpenFlamingo registers these modules a second time, under a second name.
 _CROSS_ATTENTION_ALIAS = re.compile(r"lang_encoder\.gated_cross_attn_layers\.(?P<k>\d+)\.(?P<rest>.+)")
@@ -121,7 +123,9 @@ def _find_decoder_layers(names: list[str]) -> str | None:
 
 def _recognize_format(stored: StoredTensors, names: list[str]) -> str:
     if any(name.startswith("token_rows.") for name in names):
-        raise UserError(f"{stored.path}: already in flamingo-ft's format; export it from its folder with --to")
+        raise UserError(
+            f"{stored.path}: already in flamingo-ft's format; export it from its folder with --to"
+        )
     if any(is_otter_name(name) for name in names) or stored.config.get("model_type") == "otter":
         return OTTER
     if any(is_lora_name(name) for name in names):
@@ -226,9 +230,7 @@ def _bridge_shape(bridge: Mapping[str, Tensor], path: object) -> BridgeShape:
     embeddings = {"max_num_media": "perceiver.media_time_embs", "max_num_frames": "perceiver.frame_embs"}
     perceiver |= {key: len(bridge[name]) for key, name in embeddings.items() if name in bridge}
     cross_attention = {**_heads(query, path), "ff_mult": len(feed_forward) // feed_forward.shape[1]}
-    return BridgeShape(
-        interval, tuple(blocks), query.shape[1], latents.shape[1], perceiver, cross_attention
-    )
+    return BridgeShape(interval, tuple(blocks), query.shape[1], latents.shape[1], perceiver, cross_attention)
 
 
 def _indices(bridge: Mapping[str, Tensor], pattern: str) -> list[int]:

@@ -47,7 +47,9 @@ def to_otter_name(name: str) -> str:
 # PEFT < 0.3 wrote `lora_A.weight`, later versions `lora_A.default.weight`; since 0.6 the adapted layer is a `base_layer`.
 _LORA_WEIGHT = re.compile(r"\.lora_(?P<which>[AB])(\.\w+)?\.weight$")
 _PEFT_WRAPPER = re.compile(r"^lang_encoder\.base_model\.model\.")
-_TUNING_CONFIG = "tuning_config"  # Multimodal-GPT keeps rank and alpha here, Otter in config.json's lora_config
+_TUNING_CONFIG = (
+    "tuning_config"  # Multimodal-GPT keeps rank and alpha here, Otter in config.json's lora_config
+)
 
 
 def strip_peft_wrapper(name: str) -> str:
@@ -77,7 +79,9 @@ def stored_lora_alpha(extras: Mapping[str, Any], config: Mapping[str, Any]) -> f
 # --- transformers keeps query, key and value apart and OpenCLIP stacks them.
 
 VISION_PREFIX, CLIP_VISION_PREFIX = "vision_encoder.", "vision_encoder.vision_model."
-UNUSED_PROJECTION = "proj"  # OpenCLIP's projection of the pooled token, which the spatial tokens do not pass through
+UNUSED_PROJECTION = (
+    "proj"  # OpenCLIP's projection of the pooled token, which the spatial tokens do not pass through
+)
 
 _CLIP_TO_OPEN_CLIP = {
     "embeddings.class_embedding": "class_embedding",

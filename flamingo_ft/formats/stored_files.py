@@ -84,7 +84,9 @@ def _weight_files(path: Path) -> list[Path]:
     for file in (path / name for name in CHECKPOINT_FILES):
         if file.is_file():
             return [file]
-    raise UserError(f"{path}: no weights ({', '.join(CHECKPOINT_FILES)}); give the file or folder of a checkpoint")
+    raise UserError(
+        f"{path}: no weights ({', '.join(CHECKPOINT_FILES)}); give the file or folder of a checkpoint"
+    )
 
 
 def _read(file: Path) -> Any:

@@ -116,7 +116,9 @@ def test_4_bit_matrices_that_can_be_sharded_are_stored_otherwise_and_mean_the_sa
     first, second = (holder["linear"] for holder in holders)
     assert first.weight.dtype == torch.uint8 and second.weight.dtype == shardable.dtype
     x = torch.randn(5, 64, dtype=shardable.dtype)
-    assert torch.equal(first(x), second(x)) and torch.equal(dequantized_weight(first), dequantized_weight(second))
+    assert torch.equal(first(x), second(x)) and torch.equal(
+        dequantized_weight(first), dequantized_weight(second)
+    )
     assert shardable.record() == usual.record()
 
 
@@ -130,7 +132,9 @@ def test_a_language_model_loads_with_all_matrices_quantized_but_its_head(wanted,
     name = save(lm, tmp_path)
     found = load_language(name, quantization=Quantization(wanted), device="cpu")
     plain = [part for part, module in found.model.named_modules() if type(module) is nn.Linear]
-    assert plain == ["lm_head"] and quantization_formats(found.model) == {"int8" if wanted == "int8" else "4bit"}
+    assert plain == ["lm_head"] and quantization_formats(found.model) == {
+        "int8" if wanted == "int8" else "4bit"
+    }
     assert torch.equal(found.model.lm_head.weight, lm.lm_head.weight)
     assert found.source == {
         "name": name,
@@ -214,7 +218,9 @@ def test_without_bitsandbytes_quantization_is_refused_with_the_remedy(monkeypatc
     for loader in (load_language, load_vision):
         message = refusal(loader, "nano", quantization=Quantization("int8"))
         assert message == "quantization int8 needs bitsandbytes; pip install bitsandbytes, or use none"
-    assert quantization_formats(load_vision("nano").visual) == set() and load_language("nano").model is not None
+    assert (
+        quantization_formats(load_vision("nano").visual) == set() and load_language("nano").model is not None
+    )
 
 
 @pytest.mark.slow

@@ -15,7 +15,12 @@ from torch import nn
 
 from flamingo_ft.backbones.attention import refuse_attention
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.backbones.quantization import Quantization, dequantize_linears, quantization_formats, is_quantized
+from flamingo_ft.backbones.quantization import (
+    Quantization,
+    dequantize_linears,
+    quantization_formats,
+    is_quantized,
+)
 from flamingo_ft.backbones.tower import quantize_tower
 from flamingo_ft.backbones.tower import build_visual, image_transform, spatial_tokens
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision

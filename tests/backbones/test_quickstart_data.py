@@ -115,9 +115,9 @@ def test_the_preference_files_are_those_the_script_writes(tmp_path):
 @pytest.mark.parametrize("source", PREFERENCES)
 def test_the_preferred_answer_is_the_one_of_the_dialogue_and_the_other_is_of_its_kind(source):
     name, count = PREFERENCES[source]
-    pairs = rows_of(name.removesuffix('.jsonl'))
+    pairs = rows_of(name.removesuffix(".jsonl"))
     assert len(pairs) == count
-    for row, pair in zip(rows_of(source.removesuffix('.jsonl')), pairs, strict=False):
+    for row, pair in zip(rows_of(source.removesuffix(".jsonl")), pairs, strict=False):
         assert (pair["images"], pair["chosen"]) == (row["images"], row["messages"][-1]["content"][0]["text"])
         answers = {pair["chosen"], pair["rejected"]}
         assert len(answers) == 2
@@ -125,5 +125,8 @@ def test_the_preferred_answer_is_the_one_of_the_dialogue_and_the_other_is_of_its
 
 
 def test_no_scan_of_held_out_pairs_is_trained_on():
-    shown = [{image for pair in rows_of(name.removesuffix('.jsonl')) for image in pair["images"]} for name, _ in PREFERENCES.values()]
+    shown = [
+        {image for pair in rows_of(name.removesuffix(".jsonl")) for image in pair["images"]}
+        for name, _ in PREFERENCES.values()
+    ]
     assert not shown[0] & shown[1]

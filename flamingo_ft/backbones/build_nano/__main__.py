@@ -129,7 +129,9 @@ def last_answer_accuracy(
 ) -> float:
     """Return the fraction of conversations in which every token of the last answer is the model's first choice."""
     questions = [messages[:-1] for messages in conversations]
-    prompts = tokenizer.apply_chat_template(questions, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompts = tokenizer.apply_chat_template(questions, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     answers = tokenizer([c[-1]["content"] + tokenizer.eos_token for c in conversations])["input_ids"]
     rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
