@@ -35,8 +35,7 @@ from flamingo_ft.backbones.quantization import Quantization, normalize_bnb_layer
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.fetch import download
-from flamingo_ft.hub.missing import missing
-from flamingo_ft.hub.names import NANO, commit_of, local_language
+from flamingo_ft.hub.names import NANO, commit_of, local_language, missing_path_message
 from flamingo_ft.hub.weight_files import CONFIG_FILE
 from flamingo_ft.machine_errors import reraise_machine_error
 
@@ -174,7 +173,7 @@ def language_folder(
     if name == NANO:
         raise UserError(f"the nano language model is missing from {folder}; reinstall the package")
     if folder is not None:
-        raise UserError(f"language model: {missing(name, on_hub=f'{name} with revision main')}")
+        raise UserError(f"language model: {missing_path_message(name, on_hub=f'{name} with revision main')}")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"language model {name!r}: neither a folder nor a name on the Hub; check the name")
     what = f"language model {name}" + (f" (revision {revision})" if revision else "")

@@ -14,9 +14,16 @@ from flamingo_ft.backbones.compat import download_pretrained_from_hf
 from flamingo_ft.backbones.provenance import license_in, license_on_hub
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
-from flamingo_ft.hub.errors import told
-from flamingo_ft.hub.missing import missing
-from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, commit_of, local_tower, local_weights
+from flamingo_ft.hub.errors import hub_error
+from flamingo_ft.hub.names import (
+    LOCAL_DIR,
+    NANO,
+    ON_HUB,
+    commit_of,
+    local_tower,
+    local_weights,
+    missing_path_message,
+)
 from flamingo_ft.hub.weight_files import OPEN_CLIP_CONFIG_FILE, OPEN_CLIP_SUFFIXES, OPEN_CLIP_WEIGHTS
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
@@ -107,7 +114,7 @@ def find_tower(name: str, pretrained: str | None, revision: str | None) -> Tower
         return _find_on_hub(name.removeprefix(ON_HUB), revision)
     if folder is not None:
         if not folder.is_dir():
-            hint = missing(name.removeprefix(LOCAL_DIR), on_hub=f"{ON_HUB}{name}")
+            hint = missing_path_message(name.removeprefix(LOCAL_DIR), on_hub=f"{ON_HUB}{name}")
             raise UserError(f"vision tower: {hint}")
         return _find_in_folder(folder)
     nearest = difflib.get_close_matches(_dashed(name), ["nano", *open_clip.list_models()], n=3, cutoff=0.4)
@@ -159,7 +166,7 @@ def _check_tag_or_file(name: str, pretrained: str) -> None:
             f"tags of {name}: {tags}; or give a file with weights"
         )
     if not file.is_file():
-        raise UserError(f"weights of {name}: {missing(pretrained)}")
+        raise UserError(f"weights of {name}: {missing_path_message(pretrained)}")
 
 
 def _find_on_hub(repository: str, revision: str | None) -> TowerSource:
@@ -210,4 +217,4 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
         return Path(download_pretrained_from_hf(repository, filename=file, revision=revision))
     except FileNotFoundError as error:  # open_clip raises this for every failure
         what = f"{file or 'weights'} of vision tower {repository} (revision {revision or 'main'})"
-        raise told(what, error) from None
+        raise hub_error(what, error) from None

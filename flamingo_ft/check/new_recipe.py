@@ -10,19 +10,20 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flamingo_ft.config import DataSection, DataSource, load_recipe
-from flamingo_ft.config.data import DataFormat
+from flamingo_ft.config.data import FORMATS
 from flamingo_ft.config.document import parse
 from flamingo_ft.config.keys import MODELINE, schema_text
 from flamingo_ft.config.library import SCHEMA_FILE
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import one_line
 
-from .inspect_data import ROWS_READ, InspectedData, Measure, inspect_data
+from .inspect_data import ROWS_READ, InspectedData, LengthCounter, inspect_data
 
 NANO = "nano"
 BATCH, NANO_BATCH = 8, 16  # samples
@@ -36,7 +37,7 @@ LARGE = 100_000  # samples, of which one pass is enough to begin with
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RecipeOptions:
     """What the user gave: the data, and where it is not to be found out, more. Paths from the current directory."""
 
     data: Path
@@ -50,7 +51,7 @@ class Wishes:
     output_dir: str | None = None
 
 
-def write_new_recipe(file: Path, wishes: Wishes) -> list[str]:
+def write_new_recipe(file: Path, wishes: RecipeOptions) -> list[str]:
     """Write a recipe to ``file``, which must not exist, and the schema that editors use beside it.
 
     Returns what the user should know: problems in the data, estimates. Raises UserError where the data cannot be used.
@@ -72,11 +73,11 @@ def write_new_recipe(file: Path, wishes: Wishes) -> list[str]:
     return notes
 
 
-def new_recipe_text(file: Path, wishes: Wishes) -> tuple[str, list[str]]:
+def new_recipe_text(file: Path, wishes: RecipeOptions) -> tuple[str, list[str]]:
     """The recipe, and notes about it."""
     language = wishes.language or NANO
     vision, pretrained = _tower(wishes)
-    measure = Measure(_folder_or_name(language))
+    measure = LengthCounter(_folder_or_name(language))
     train = inspect_data(_entry(wishes.data, wishes), measure)
     held_out = None if wishes.eval is None else inspect_data(_entry(wishes.eval, wishes), measure)
     values = {
@@ -97,7 +98,7 @@ def new_recipe_text(file: Path, wishes: Wishes) -> tuple[str, list[str]]:
     return _render(values), _notes(train, held_out)
 
 
-def _tower(wishes: Wishes) -> tuple[str, str | None]:
+def _tower(wishes: RecipeOptions) -> tuple[str, str | None]:
     """The vision tower and its tag: small beside the nano language model, OpenAI's ViT-L-14 beside a real one."""
     if wishes.vision is None:
         return (
@@ -115,10 +116,10 @@ def _tower(wishes: Wishes) -> tuple[str, str | None]:
     return wishes.vision, wishes.pretrained
 
 
-def _entry(path: Path, wishes: Wishes) -> DataSource:
+def _entry(path: Path, wishes: RecipeOptions) -> DataSource:
     root = None if wishes.image_root is None else wishes.image_root.expanduser().absolute()
-    if wishes.format not in get_args(DataFormat):
-        known = ", ".join(get_args(DataFormat))
+    if wishes.format not in FORMATS:
+        known = ", ".join(FORMATS)
         raise UserError(f"--format {wishes.format}: no schema of this name; use one of {known}")
     path = path.expanduser().absolute()
     return DataSource(path=path, image_root=root, format=wishes.format, columns=dict(wishes.columns))
@@ -255,11 +256,6 @@ def _yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=not value.isprintable())
 
 
-def _one_line(text: Any) -> str:
-    """Text in a comment, which a line break would end."""
-    return " ".join(str(text).split())
-
-
 def _render(values: Mapping[str, Any]) -> str:
     loader = PackageLoader("flamingo_ft.check", "")
     environment = Environment(
@@ -269,5 +265,5 @@ def _render(values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"yaml": _yaml, "line": _one_line, "n": "{:,}".format}
+    environment.filters |= {"yaml": _yaml, "line": one_line, "n": "{:,}".format}
     return environment.get_template("new_recipe.yaml.jinja").render(values)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
+from flamingo_ft.adapters.released_models import MODELS, TOWER, ReleasedModel, released
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import ForeignCheckpoint
 from flamingo_ft.formats.foreign_checkpoint import OPEN_FLAMINGO, OPEN_FLAMINGO_1, BridgeShape
@@ -78,7 +78,7 @@ def _find_language(source: str, checkpoint: ForeignCheckpoint, shape: BridgeShap
     )
 
 
-def _has_shape(model: Released, checkpoint: ForeignCheckpoint, shape: BridgeShape) -> bool:
+def _has_shape(model: ReleasedModel, checkpoint: ForeignCheckpoint, shape: BridgeShape) -> bool:
     same_layers = checkpoint.decoder_layers in (None, model.layers_path)
     return same_layers and (shape.blocks, shape.lm_width) == (model.blocks, model.width)
 

@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flamingo_ft.adapters.files import read_config, read_flamingo_config, read_processor
-from flamingo_ft.adapters.fold import fold_lora
-from flamingo_ft.adapters.load import load_base, put_adapter
+from flamingo_ft.adapters.load import load_adapter_into, load_base
+from flamingo_ft.adapters.merge import fold_lora
 from flamingo_ft.atomic import file_in_place, folder_in_place
 from flamingo_ft.backbones.attention import refuse_attention
 from flamingo_ft.backbones.quantization import quantization_formats
@@ -122,7 +122,7 @@ def _load_source(source: str | Path, out: Path, start: str | Path | None) -> _So
         return _Source(model.eval(), processor, "model", (), True, ())
     read_config(folder)
     model = load_base(folder, start=start, quantized=False, dtype="auto", device="cpu")
-    put_adapter(model, folder)
+    load_adapter_into(model, folder)
     folded = tuple(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LoraLayer)
     )

@@ -11,9 +11,8 @@ from typing import Literal
 import torch
 
 from flamingo_ft.adapters import save_adapter, write_card
-from flamingo_ft.adapters.answering import answer_greedily
-from flamingo_ft.adapters.fold import fold_lora
-from flamingo_ft.adapters.merge import LARGEST_SHARD, as_whole
+from flamingo_ft.adapters.answering import use_greedy_decoding
+from flamingo_ft.adapters.merge import LARGEST_SHARD, fold_lora, make_standalone
 from flamingo_ft.adapters.save import save_processor
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.attention import refuse_attention
@@ -206,8 +205,8 @@ def _save_model(
         "lora": lora_parts,
         "own_backbones": own_backbones,
     }
-    answer_greedily(model, processor)
-    as_whole(model.config, reduce(torch.promote_types, dtypes), origin)
+    use_greedy_decoding(model, processor)
+    make_standalone(model.config, reduce(torch.promote_types, dtypes), origin)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     save_processor(processor, folder)
     write_card(folder)

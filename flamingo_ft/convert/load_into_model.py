@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flamingo_ft.adapters.load import put_lora
+from flamingo_ft.adapters.init_from import copy_bridge, init_bridge
+from flamingo_ft.adapters.load import load_lora_weights
 from flamingo_ft.adapters.lora import inject, linear_layers, lora_config
-from flamingo_ft.adapters.start import put_bridge, start_bridge
 from flamingo_ft.adapters.trainable import PREFIXES
 from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
@@ -38,12 +38,12 @@ def load_bridge(
     """
     check_belongs(model, checkpoint)
     if start is not None:
-        start_bridge(model, start)
+        init_bridge(model, start)
         model.config.adapter_parts = _parts_held(model, checkpoint)
     elif model.token_rows is not None:
         model.token_rows.copy_from(model.lang_encoder)
     _check_complete_bridge(model, checkpoint, has_start=start is not None)
-    put_bridge(model, checkpoint.bridge)
+    copy_bridge(model, checkpoint.bridge)
     missing = load_token_rows(model, checkpoint.language, checkpoint.path)
     if start is not None:
         return [f"it builds on {start}"]
@@ -181,7 +181,7 @@ def add_checkpoint_lora(
         for part, layers in targets.items()
     }
     inject(model, lora_config(model, LoraSection(**parts), targets))
-    put_lora(model, tensors)
+    load_lora_weights(model, tensors)
 
 
 def _target_layers(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:

@@ -13,15 +13,22 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.adapters.code import write_code
 from flamingo_ft.adapters.files import read_config, read_processor
-from flamingo_ft.adapters.load import load_adapter, load_whole
-from flamingo_ft.adapters.merge import Base, check_mergeable, quantize_merged, trained_in, write_merged
+from flamingo_ft.adapters.load import load_adapter, load_whole_model
+from flamingo_ft.adapters.merge import (
+    Base,
+    base_quantizations,
+    check_mergeable,
+    quantize_merged,
+    write_merged,
+)
+from flamingo_ft.adapters.remote_code import write_code
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import percent
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
@@ -72,12 +79,12 @@ def merge_adapter(
         warnings.warn(message, FutureWarning, stacklevel=2)
     named, adapter, out = str(adapter), fetch_model(adapter), Path(out)
     check_mergeable(adapter, out)
-    processor, formats = read_processor(adapter), trained_in(read_config(adapter))
+    processor, formats = read_processor(adapter), base_quantizations(read_config(adapter))
     with folder_in_place(out) as folder:
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
         report = {
             "adapter": named,
-            "trained_in": formats,
+            "base_quantizations": formats,
             "base": base,
             "dtype": str(dtype).removeprefix("torch."),
         }
@@ -121,10 +128,10 @@ def _measure_all(
         ):  # only for comparison, and it may be larger than what is merged
             add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
     if quantization is not None:
-        add("merged_before_quantization", lambda: load_whole(folder))
+        add("merged_before_quantization", lambda: load_whole_model(folder))
         quantize_merged(folder, quantization)
         gc.collect()
-    add("merged", lambda: load_whole(folder))
+    add("merged", lambda: load_whole_model(folder))
     found = logit_difference(models["merged"], models["adapter"])
     return {**found, "prompts_from": probe.origin, "cost": cost(models, probe, *margins)}
 
@@ -157,14 +164,14 @@ def _refuse_worse(report: dict[str, Any]) -> None:
     if tolerance is not None and not report["relative"] <= tolerance:
         raise UserError(
             f"{report['adapter']}: the merged model's logits are {report['relative']:.2g} of the largest away from the "
-            f"adapter's (token agreement {report['token_agreement']:.1%}), beyond the tolerance of {tolerance:.2g}; "
+            f"adapter's (token agreement {percent(report['token_agreement'])}), beyond the tolerance of {tolerance:.2g}; "
             f"{_remedies(report)}leave --tolerance out"
         )
 
 
 def _margins(found: dict[str, Any]) -> str:
     accuracy = found["accuracy_margin"]
-    return f"{found['margin']:.2g} nats" + ("" if accuracy is None else f" and {accuracy:.1%}")
+    return f"{found['margin']:.2g} nats" + ("" if accuracy is None else f" and {percent(accuracy)}")
 
 
 def _against(figures: dict[str, float], form: str) -> str:
@@ -174,7 +181,7 @@ def _against(figures: dict[str, float], form: str) -> str:
 def _remedies(report: dict[str, Any]) -> str:
     """What could bring the merged model closer to the adapter."""
     choices = {
-        "--base dequantized": report["trained_in"] and report["base"] == "bf16",
+        "--base dequantized": report["base_quantizations"] and report["base"] == "bf16",
         "--dtype bf16": report["dtype"] == "float16",
         "--dtype fp32": report["dtype"] == "bfloat16",
         "no --quantization": report["quantization"],

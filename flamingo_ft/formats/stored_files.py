@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
-from flamingo_ft.hub.missing import existing
+from flamingo_ft.hub.names import existing_path
 from flamingo_ft.hub.weight_files import CHECKPOINT_FILES, CONFIG_FILE, INDEX_FILES, shard_names
 from flamingo_ft.machine_errors import reraise_machine_error
 
@@ -43,7 +43,7 @@ class StoredTensors:
 
 def read_checkpoint_files(path: Path) -> StoredTensors:
     """Read a checkpoint's file or folder. Raises UserError if it is missing, damaged or not a state dict."""
-    path = existing(path)
+    path = existing_path(path)
     config = read_config_json(path if path.is_dir() else path.parent)
     if path.is_dir() and config.get("model_type") == OWN_MODEL_TYPE:
         raise UserError(

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from flamingo_ft.backbones.quantization import quantization_formats, normalize_bnb_layers
+from flamingo_ft.backbones.quantization import normalize_bnb_layers, quantization_formats
 from flamingo_ft.backbones.tower import quantize_tower
 from flamingo_ft.errors import UserError
 

@@ -11,7 +11,7 @@ from timm.models.eva import EvaAttention
 from timm.models.swin_transformer_v2 import WindowAttention
 from torch import nn
 
-from flamingo_ft.backbones.attention import refuse_attention, is_unfused, unfuse_attention
+from flamingo_ft.backbones.attention import is_unfused, refuse_attention, unfuse_attention
 from flamingo_ft.backbones.tower import build_visual, spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TOWERS
@@ -201,13 +201,13 @@ def test_attention_weights_are_refused():
     holder = nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
     unfuse_attention(holder)
     x = torch.randn(1, QUERIES, WIDTH)
-    assert "computes none" in refusal(lambda holder: holder["attn"](x, x, x, need_weights=True), holder)
+    assert "not available from this vision tower" in refusal(lambda holder: holder["attn"](x, x, x, need_weights=True), holder)
 
 
 def test_a_tower_with_an_adapter_does_not_close():
     visual, _ = random_tower(OPENABLE["clip"])
     unfuse_attention(visual)
     inject_adapter_in_model(LoraConfig(target_modules=["in_proj"]), visual)
-    assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, no plain" in refusal(
+    assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, not a plain" in refusal(
         refuse_attention, visual
     )

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import pytest
-from transformers import BloomConfig, GPT2Config, MptConfig, OPTConfig
-from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from flamingo_ft.backbones.decoder_layers import (
     DECODER_LAYERS,
+    NO_CONTEXT_LIMIT,
     UNSUPPORTED,
     ResidualStreams,
+    context_length,
     find_decoder_layers,
     hidden_size,
     residual_streams,
@@ -124,8 +131,8 @@ def test_an_override_is_obeyed_before_anything_else():
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("model.layer", "leads nowhere in LlamaForCausalLM"),
-        ("model.embed_tokens.weight", "leads nowhere in LlamaForCausalLM"),
+        ("model.layer", "does not exist in LlamaForCausalLM"),
+        ("model.embed_tokens.weight", "does not exist in LlamaForCausalLM"),
         ("model.norm", "is a LlamaRMSNorm in LlamaForCausalLM, not a list of layers"),
         ("", "is a LlamaForCausalLM in LlamaForCausalLM, not a list of layers"),
     ],

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flamingo_ft.backbones
 from flamingo_ft.backbones.build_nano.__main__ import SEED, build_language, build_vision
-from flamingo_ft.backbones.build_nano.quickstart_data import load_scans, split_scans
 from flamingo_ft.backbones.build_nano.language_model import (
     CONVERSATIONS_FOR_TOKENIZER,
-    tokenizer_for,
     make_corpus,
+    tokenizer_for,
 )
+from flamingo_ft.backbones.build_nano.quickstart_data import load_scans, split_scans
 
 NANO = Path(flamingo_ft.backbones.__file__).parent / "nano"
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"

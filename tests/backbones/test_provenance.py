@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-from flamingo_ft.backbones.language import SMALL_FILES, load_language
-from flamingo_ft.backbones.provenance import MODEL_CARD, license_in, license_on_hub
-from flamingo_ft.backbones.vision import load_vision
-from tests.hub_server import Repository
 import hashlib
 import json
 import os
@@ -18,8 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flamingo_ft.backbones.provenance import files_sha256, tensors_sha256
+from flamingo_ft.backbones.language import SMALL_FILES, load_language
+from flamingo_ft.backbones.provenance import (
+    MODEL_CARD,
+    files_sha256,
+    license_in,
+    license_on_hub,
+    tensors_sha256,
+)
+from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
+from tests.hub_server import Repository
 
 
 @pytest.fixture
@@ -117,7 +121,7 @@ def test_every_shard_of_an_index_counts(folder):
     save_file({"b": torch.ones(2)}, folder / shards["b"])
     assert files_sha256(folder) != before
     (folder / shards["b"]).unlink()
-    with pytest.raises(UserError, match="names model-00002-of-00002.safetensors, which is not there"):
+    with pytest.raises(UserError, match="lists model-00002-of-00002.safetensors, which does not exist"):
         files_sha256(folder)
 
 

@@ -14,14 +14,14 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from flamingo_ft.backbones import quantization
-from flamingo_ft.backbones.provenance import files_sha256
 from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.provenance import files_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
     dequantize_linears,
     dequantized_weight,
-    quantization_formats,
     is_quantized,
+    quantization_formats,
     quantize_linears,
 )
 from flamingo_ft.backbones.vision import load_vision
@@ -207,7 +207,7 @@ def test_quantizing_what_is_quantized_is_refused(method, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(load_language, name, quantization=Quantization("nf4"))
-    assert "kept in nf4, but is already quantized" in message and method in message and "to none" in message
+    assert "quantization nf4 given, but it is already quantized" in message and method in message and "to none" in message
 
 
 # Without bitsandbytes

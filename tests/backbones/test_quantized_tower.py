@@ -18,11 +18,10 @@ from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
     dequantize_linears,
-    quantization_formats,
     is_quantized,
+    quantization_formats,
 )
-from flamingo_ft.backbones.tower import quantize_tower
-from flamingo_ft.backbones.tower import build_visual, image_transform, spatial_tokens
+from flamingo_ft.backbones.tower import build_visual, image_transform, quantize_tower, spatial_tokens
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TEXT_CFG, TOWERS, checkpoint, timm_config, write_folder

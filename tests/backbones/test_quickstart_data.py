@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
-import pytest
-from flamingo_ft.backbones.build_nano.quickstart_data import PREFERENCES, write_preferences
-import json
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -15,9 +11,13 @@ from random import Random
 import pytest
 from PIL import Image
 
-from flamingo_ft.backbones.build_nano.quickstart_data import load_scans
 from flamingo_ft.backbones.build_nano.digit_questions import KINDS
-from flamingo_ft.backbones.build_nano.quickstart_data import write_dataset
+from flamingo_ft.backbones.build_nano.quickstart_data import (
+    PREFERENCES,
+    load_scans,
+    write_dataset,
+    write_preferences,
+)
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

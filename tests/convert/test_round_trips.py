@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from flamingo_ft.formats.stored_files import read_checkpoint_files
 from torch import Tensor
 
 from flamingo_ft.adapters import (
+    init_bridge,
     load_adapter,
     load_trained,
     save_adapter,
     set_trainable,
-    start_bridge,
     write_composition,
 )
 from flamingo_ft.adapters.files import read_tensors
@@ -20,7 +21,6 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import TrainableSection
 from flamingo_ft.convert import Backbones, export_open_flamingo, export_otter, import_checkpoint
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats.stored_files import read_checkpoint_files
 from flamingo_ft.model import (
     Flamingo,
     FlamingoForConditionalGeneration,
@@ -207,7 +207,7 @@ def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, bac
     model, processor = build_flamingo(
         vision, language, cross_attn_every_n_layers=EVERY, media_visibility=visibility
     )
-    start_bridge(model, start)
+    init_bridge(model, start)
     reference = untrained_flamingo("mpt", EVERY, media_visibility=visibility)
     load_open_flamingo(reference, foreign.open_flamingo("mpt"))
     expected = logits(reference, "mpt")
@@ -234,8 +234,8 @@ def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
         cross_attention=HEADS,
     )
     with pytest.raises(UserError, match="has backbones of its own, which would be lost"):
-        start_bridge(model, tmp_path / "model")
-    start_bridge(model, folder)
+        init_bridge(model, tmp_path / "model")
+    init_bridge(model, folder)
     save_adapter(
         model, FlamingoProcessor.for_backbones(vision.preprocess, language.tokenizer), tmp_path / "trained"
     )
@@ -269,5 +269,5 @@ def test_otter_s_own_token_is_left_out_where_the_vocabulary_has_no_row_for_it(ba
     found = import_checkpoint(
         foreign.save(tmp_path / "final_weights.pt", tensors), tmp_path / "adapter", backbones["llama"]
     )
-    assert any("no row for <answer>" in line for line in found.lines)
+    assert any("<answer> is left out" in line for line in found.lines)
     assert "<answer>" not in load_adapter(tmp_path / "adapter")[1].tokenizer.get_vocab()

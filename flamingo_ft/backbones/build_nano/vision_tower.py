@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from flamingo_ft.backbones.build_nano.quickstart_data import SIDE, Scan
 from flamingo_ft.backbones.build_nano.digit_questions import DIGIT_WORDS
+from flamingo_ft.backbones.build_nano.quickstart_data import SIDE, Scan
 from flamingo_ft.hub.weight_files import OPEN_CLIP_CONFIG_FILE, OPEN_CLIP_WEIGHTS
 
 CONTEXT_LENGTH = 12
