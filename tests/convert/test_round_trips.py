@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from flamingo_ft.formats.stored_files import read_checkpoint_files
 from torch import Tensor
 
 from flamingo_ft.adapters import (
@@ -21,6 +20,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import TrainableSection
 from flamingo_ft.convert import Backbones, export_open_flamingo, export_otter, import_checkpoint
 from flamingo_ft.errors import UserError
+from flamingo_ft.formats.stored_files import read_checkpoint_files
 from flamingo_ft.model import (
     Flamingo,
     FlamingoForConditionalGeneration,

@@ -71,7 +71,7 @@ def test_the_reference_stays_what_the_policy_was_before_training(pairs, case):
     policy, reference, batch = trainer.model, trainer.ref_model, next(iter(trainer.batches))
     before = scores(trainer, policy, batch)
     assert torch.equal(scores(trainer, reference, batch), before)
-    trainer.batches.load_state_dict({"next": 0, "waiting": [], "tally": trainer.batches.tally.state_dict()})
+    trainer.batches.load_state_dict({"next": 0, "waiting": [], "tally": trainer.batches.stats.state_dict()})
     trainer.train()
     assert torch.equal(scores(trainer, reference, batch), before)
     assert (scores(trainer, policy, batch) - before).abs().max() > 1e-2

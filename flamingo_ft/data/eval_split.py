@@ -1,23 +1,33 @@
-"""Holding out a share of the rows, those that share an image together, so that no held-out image is trained on."""
+"""Holding out a share of the rows, those that share an image together, so that no held-out image is trained on.
+
+Held-out images that are trained on too, found by content before a run begins.
+
+Files are compared byte by byte through their digests, and only files of equal size are read. `flamingo-ft check` compares
+decoded pixels, and so finds a picture that was saved again too.
+
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.download import is_url
 
-from .sample import Image, Sample, Video
+from .media import read_bytes
+from .sample import Image, Medium, Sample, Video
 from .sources import Source
 
 Place = tuple[int, int]  # a source and a row of it
 
 
-def hold_out(sources: Sequence[Source], fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def split_eval(sources: Sequence[Source], fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each indexed source the numbers of the rows to train on, and of those held out, both in order.
 
     About ``fraction`` of a source's rows are held out, at least one; which follows from the seed and what the rows show
@@ -88,17 +98,21 @@ def _groups(sources: Sequence[Source], seed: int) -> list[list[Place]]:
 
 def _shown(sample: Sample) -> list[bytes]:
     """The images of a sample, by their digests; of one without, its text."""
-    return [_digest(image) for image in _images(sample)] or [_digest(str(sample.messages))]
+    return [_digest(image) for image in _images(sample.images)] or [_digest(str(sample.messages))]
 
 
-def _images(sample: Sample) -> list[Image]:
-    media = [(*m.frames, m.file) if isinstance(m, Video) else (m,) for m in sample.images]
-    return [image for frames in media for image in frames if image is not None]
+def _images(media: Iterable[Medium]) -> Iterator[Image]:
+    """Yield each image file, and for a video its file or its frames."""
+    for medium in media:
+        if isinstance(medium, Video):
+            yield from medium.frames if medium.file is None else (medium.file,)
+        else:
+            yield medium
 
 
 def _rank(sample: Sample, seed: int) -> bytes:
     """By words and the names of images: folders may be moved."""
-    names = [_digest(os.path.basename(image)) for image in _images(sample)]
+    names = [_digest(os.path.basename(image)) for image in _images(sample.images)]
     return _digest(f"{seed} {names} {sample.messages}")
 
 
@@ -127,3 +141,65 @@ class _Union:
         """Make one set of those of all ``keys``; the least of their roots stands for it, whatever the order."""
         roots = sorted({self.root(key) for key in keys})
         self._above.update(dict.fromkeys(roots, roots[0]))
+
+
+MISSING = -1  # size of a file that is not there, or not on this machine
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """count: held-out samples with an image that is trained on. eval, train: where the first one is, and where the
+    same image is trained on."""
+
+    count: int
+    eval: str
+    train: str
+
+
+def find_overlap(train: Iterable[Sample], held_out: Iterable[Sample]) -> Overlap | None:
+    """Held-out samples that share an image with a training sample; None where there are none. URLs are not fetched."""
+    by_size: dict[int, list[tuple[Image, str]]] = defaultdict(list)
+    for sample in held_out:
+        for image in _images(sample.images):
+            by_size[_size(image)].append((image, sample.where))
+    by_size.pop(MISSING, None)
+    digests = {}
+    shared: dict[str, str] = {}  # where of a held-out sample -> where of the first training sample
+    for sample in train:
+        for image in _images(sample.images):
+            size = _size(image)
+            if size not in by_size:
+                continue
+            if size not in digests:
+                digests[size] = _by_digest(by_size[size])
+            for where in digests[size].get(_content_digest(image), ()):
+                shared.setdefault(where, sample.where)
+    return Overlap(len(shared), *next(iter(shared.items()))) if shared else None
+
+
+def _size(image: Image) -> int:
+    if isinstance(image, bytes):
+        return len(image)
+    if isinstance(image, str) and is_url(image):
+        return MISSING
+    try:
+        return os.stat(image).st_size
+    except OSError:
+        return MISSING
+
+
+def _by_digest(images: Iterable[tuple[Image, str]]) -> dict[bytes, list[str]]:
+    found: dict[bytes, list[str]] = defaultdict(list)
+    for image, where in images:
+        digest = _content_digest(image)
+        if digest is not None:
+            found[digest].append(where)
+    return found
+
+
+def _content_digest(image: Image) -> bytes | None:
+    """None for a file that cannot be read, which is reported where it is used."""
+    try:
+        return hashlib.blake2b(read_bytes(image), digest_size=16).digest()
+    except UserError:
+        return None

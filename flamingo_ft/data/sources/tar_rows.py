@@ -9,13 +9,11 @@ from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flamingo_ft.data.fields import MEMBERS, kind
-from flamingo_ft.data.file_names import same_name
-from flamingo_ft.data.mapped_file import MappedFile
+from flamingo_ft.data.fields import TAR_MEMBERS, type_name
+from flamingo_ft.data.files import MappedFile, is_system_file, same_name
 from flamingo_ft.errors import UserError
 
-from .leftovers import is_leftover
-from .members import CLASSES, IMAGES, JSON, REFUSED, TEXTS, VIDEOS, samples_in
+from .tar_samples import CLASSES, IMAGES, JSON, REFUSED, TEXTS, VIDEOS, group_members
 from .text_rows import parse_json
 
 
@@ -64,7 +62,7 @@ class TarRows:
     def stream(self) -> Iterator[Content]:
         with open(self.name, "rb") as file:
             opened = _Opened(file, "r|*")
-            for files in samples_in(opened.contents(), itemgetter(0)):
+            for files in group_members(opened.contents(), itemgetter(0)):
                 if any(content is None for _, content in files):
                     break
                 yield _repeated([name for name, _ in files]) or dict(files)
@@ -84,7 +82,7 @@ class TarRows:
     def _members(self) -> Iterator[list[Member] | Damaged | Repeated]:
         with open(self.name, "rb") as file:
             opened = _Opened(file, "r:")
-            for infos in samples_in(opened.infos(), attrgetter("name")):
+            for infos in group_members(opened.infos(), attrgetter("name")):
                 members = [Member(info.name, info.offset_data, info.size) for info in infos]
                 if any(start + size > self._file.size for _, start, size in members):
                     yield Damaged("it ends within a file")
@@ -109,7 +107,7 @@ class _Opened:
                 for info in self._tar:
                     self._tar.members = []  # tarfile keeps them all
                     info.name = posixpath.normpath(info.name)
-                    if info.isreg() and not is_leftover(info.name):
+                    if info.isreg() and not is_system_file(info.name):
                         yield info
                 self.damage = _damaged_header(self._file.name, self._tar.offset)
         except (tarfile.TarError, EOFError, OSError) as error:
@@ -150,7 +148,7 @@ def _row(content: Mapping[str, bytes], where: str) -> dict[str, Any]:
 
     Raises UserError for a second text or JSON, and for a file that may run code.
     """
-    row: dict[str, Any] = {MEMBERS: content}
+    row: dict[str, Any] = {TAR_MEMBERS: content}
     refused = next((name for name in content if _suffix(name) in REFUSED), None)
     if refused is not None:
         remedy = "store images as PNG or JPEG, and the rest as JSON"
@@ -210,7 +208,7 @@ def _add_media(row: dict[str, Any], column: str, files: Mapping[str, bytes], whe
 def _named(name: Any, files: Mapping[str, bytes], where: str) -> bytes:
     found = _find(name, files)
     if found is None:
-        got = repr(name) if isinstance(name, str) else kind(name)
+        got = repr(name) if isinstance(name, str) else type_name(name)
         raise UserError(f"{where}: names no file of the sample, got {got}; name one of {', '.join(files)}")
     return found
 
@@ -229,7 +227,7 @@ def _find(name: Any, files: Mapping[str, bytes]) -> bytes | None:
 def _object(data: bytes, where: str) -> dict[str, Any]:
     value = parse_json(_text(data, where), where, "an object")
     if not isinstance(value, dict):
-        raise UserError(f"{where}: found {kind(value)}, wanted an object")
+        raise UserError(f"{where}: found {type_name(value)}, wanted an object")
     return value
 
 

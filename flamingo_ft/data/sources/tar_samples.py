@@ -6,6 +6,7 @@ although they are several samples. They are told apart by their stems, the names
 where a text or JSON and an image have the same stem, and the other files do not fit that one sample (a second text or
 JSON, an image of another stem), each text's or JSON's stem is a sample, with the files whose names begin with it.
 A text or JSON that is named by the first part alone (`7.json`) always belongs to the whole group.
+
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def parse_name(path: str) -> Name:
     return Name(f"{folder}/{file.partition('.')[0]}", f"{folder}/{stem or file}", kind)
 
 
-def samples_in(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator[list[T]]:
+def group_members(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator[list[T]]:
     """Group members, in the order of the tar, into samples. Where files are sorted by name, it holds one at a time."""
     for _, same_key in groupby(
         ((parse_name(path_of(member)), member) for member in members), lambda pair: pair[0].key

@@ -19,8 +19,8 @@ from flamingo_ft.model import images
 from flamingo_ft.model.image_metadata import ORIENTATION
 from flamingo_ft.model.image_source import DATA_URI, decode_base64
 
-from .fields import kind
-from .file_names import on_disk
+from .fields import type_name
+from .files import resolve_unicode
 from .sample import Image, Video
 
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -32,7 +32,7 @@ TIFF_MODES = ("CMYK", "F", "I", "I;16B", "LAB", "PA", "YCbCr")
 
 
 @dataclass(frozen=True)
-class Locator:
+class MediaResolver:
     """Turns images and videos as rows have them into paths, URLs and bytes, and refuses what must not be read.
 
     root: the folder that paths start from and stay in, symbolic links followed; None where there is none.
@@ -69,7 +69,7 @@ class Locator:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, str):
-            raise UserError(f"{where}: found {kind(value)}, wanted the path of {noun}")
+            raise UserError(f"{where}: found {type_name(value)}, wanted the path of {noun}")
         return self._named(value, where, noun)
 
     def _named(self, text: str, where: str, noun: str) -> Image:
@@ -96,7 +96,7 @@ class Locator:
             )
         path = self.root / text
         try:
-            path = on_disk(path)
+            path = resolve_unicode(path)
             inside = Path(os.path.realpath(path)).is_relative_to(self._real_root)
         except (OSError, ValueError):  # a name too long, or with a null byte
             raise _not_there(path, where, noun) from None

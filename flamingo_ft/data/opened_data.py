@@ -11,33 +11,33 @@ from flamingo_ft.config import DataSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.download import is_url
 
-from .held_out import hold_out
-from .media import open_medium, read_content
+from .eval_split import split_eval
+from .media import open_medium, read_bytes
 from .sample import Medium, Sample, Video
 from .sources import open_source
-from .stream.order import Mixed
+from .stream.order import WeightedSource
 
-SOON_READ = 50_000  # rows; some seconds
+MAX_VALIDATED_ROWS = 50_000  # rows; some seconds
 
 
 @dataclass(frozen=True)
 class OpenedData:
-    """Sources of a recipe. ``train``: with weights; ``held_out``: never trained on.
+    """Sources of a recipe. ``train``: with weights; ``eval``: never trained on.
 
-    left_out: where each held-out row is that was looked at and cannot be used, and why.
+    skipped: where each held-out row is that was looked at and cannot be used, and why.
     """
 
     section: DataSection
-    train: list[Mixed]
-    held_out: list[Mixed]
-    left_out: dict[str, str] = field(default_factory=dict)
+    train: list[WeightedSource]
+    eval: list[WeightedSource]
+    skipped: dict[str, str] = field(default_factory=dict)
 
-    def samples(self, mixture: Sequence[Mixed]) -> Iterator[Sample]:
+    def samples(self, mixture: Sequence[WeightedSource]) -> Iterator[Sample]:
         """The samples of some of the sources, one after the other, in the order of their rows; bad ones end it or are
         left out, as the recipe says."""
         return itertools.chain.from_iterable(_samples(mixed, self.section) for mixed in mixture)
 
-    def look_through(self) -> None:
+    def validate_rows(self) -> None:
         """Read the rows of training sources that are soon read, so that a run that bad rows end is not begun.
 
         Raises UserError for the first bad one, where they are not skipped. Images are not opened.
@@ -45,16 +45,14 @@ class OpenedData:
         if self.section.on_bad_sample == "skip":
             return
         for mixed in self.train:
-            if mixed.source.indexed and mixed.size <= SOON_READ:
+            if mixed.source.indexed and mixed.size <= MAX_VALIDATED_ROWS:
                 for _ in _samples(mixed, self.section):
                     pass
 
-    def held_out_samples(self, most_per_source: int | None = None) -> list[Sample]:
+    def eval_samples(self, most_per_source: int | None = None) -> list[Sample]:
         """The first held-out samples of each source, their images looked at: evaluation must not fail after training."""
-        read = partial(_samples, section=self.section, look=True, left_out=self.left_out)
-        return [
-            sample for mixed in self.held_out for sample in itertools.islice(read(mixed), most_per_source)
-        ]
+        read = partial(_samples, section=self.section, look=True, left_out=self.skipped)
+        return [sample for mixed in self.eval for sample in itertools.islice(read(mixed), most_per_source)]
 
 
 def open_data(section: DataSection, seed: int) -> OpenedData:
@@ -62,19 +60,22 @@ def open_data(section: DataSection, seed: int) -> OpenedData:
 
     Raises UserError for a source that cannot be opened or has nothing to hold out.
     """
-    train = [Mixed(open_source(entry, section), entry.weight) for entry in section.train]
-    held_out = [Mixed(open_source(entry, section)) for entry in section.eval]
+    train = [WeightedSource(open_source(entry, section), entry.weight) for entry in section.train]
+    held_out = [WeightedSource(open_source(entry, section)) for entry in section.eval]
     if section.eval_fraction:
-        splits = hold_out([mixed.source for mixed in train], section.eval_fraction, seed)
-        held_out += [Mixed(mixed.source, rows=rows) for mixed, (_, rows) in zip(train, splits, strict=True)]
+        splits = split_eval([mixed.source for mixed in train], section.eval_fraction, seed)
+        held_out += [
+            WeightedSource(mixed.source, rows=rows) for mixed, (_, rows) in zip(train, splits, strict=True)
+        ]
         train = [
-            Mixed(mixed.source, mixed.weight, rows) for mixed, (rows, _) in zip(train, splits, strict=True)
+            WeightedSource(mixed.source, mixed.weight, rows)
+            for mixed, (rows, _) in zip(train, splits, strict=True)
         ]
     return OpenedData(section, train, held_out)
 
 
 def _samples(
-    mixed: Mixed, section: DataSection, look: bool = False, left_out: dict[str, str] | None = None
+    mixed: WeightedSource, section: DataSection, look: bool = False, left_out: dict[str, str] | None = None
 ) -> Iterator[Sample]:
     """The samples of a source; look: only those whose images can be read. left_out: gets where others are, and why."""
     source = mixed.source
@@ -110,6 +111,6 @@ def _looked_at(sample: Sample, video_frames: int) -> Sample:
 def _at_hand(medium: Medium, where: str) -> Medium:
     """The medium with the content of URLs in their place."""
     if not isinstance(medium, Video):
-        return read_content(medium, where) if isinstance(medium, str) and is_url(medium) else medium
+        return read_bytes(medium, where) if isinstance(medium, str) and is_url(medium) else medium
     file = None if medium.file is None else _at_hand(medium.file, where)
     return Video(tuple(_at_hand(frame, where) for frame in medium.frames), file)

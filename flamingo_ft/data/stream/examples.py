@@ -1,20 +1,70 @@
-"""What became of the rows that were looked at: how many were used, and which were left out and why."""
+"""From a draw to what a batch is made of; this is the work that worker processes do.
+
+What became of the rows that were looked at: how many were used, and which were left out and why.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flamingo_ft.data.encode import Cut
+from torch.utils.data import Dataset
+
+from flamingo_ft.data.encode import Cut, Dropped, Encoded
+from flamingo_ft.data.pairs import EncodedPair
+from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.sources import Source
 from flamingo_ft.errors import UserError
+
+from .order import SampleIndex
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row that trains: its text in token ids, or both texts of a pair, and its media as tensors, in order."""
+
+    where: str
+    encoded: Encoded | EncodedPair
+    media: list[Any]
+
+
+class ExampleDataset(Dataset):
+    """From draws to `Example` rows, or `SkippedRow` ones with the reason.
+
+    encode: from a sample to its tokens, or why a policy drops it. read_media: from the sample, how many of its media are
+    kept, and the draw's number, which seeds what is random, to their tensors.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encode: Callable[[Sample], Encoded | EncodedPair | Dropped],
+        read_media: Callable[[Sample, int, int], list[Any]],
+    ):
+        self.sources, self.encode, self.read_media = sources, encode, read_media
+
+    def __getitem__(self, draw: SampleIndex) -> Example | SkippedRow:
+        source = self.sources[draw.source]
+        where = f"{source.name}: row {draw.row}"
+        try:
+            raw = source.raw(draw.row) if draw.raw is None else draw.raw
+            where = source.where(raw)
+            sample = source.sample(draw.row, raw)
+            encoded = self.encode(sample)
+            if isinstance(encoded, Dropped):
+                return SkippedRow(draw.number, where, encoded.reason, bad=False)
+            return Example(where, encoded, self.read_media(sample, encoded.images, draw.number))
+        except UserError as error:
+            return SkippedRow(draw.number, where, str(error), bad=True)
+
 
 JUDGED_FROM = 100  # rows, before which a share means little; fewer where an epoch has fewer
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedRow:
     """A row that does not train. bad: it cannot be used (damaged, malformed), else a policy of the recipe dropped it."""
 
     number: int
@@ -24,7 +74,7 @@ class LeftOut:
 
 
 @dataclass
-class Tally:
+class DataStats:
     """Counts over the rows looked at so far.
 
     Raises UserError through `add` for the first bad row, or, where they are skipped, once they are more than
@@ -43,7 +93,7 @@ class Tally:
     dropped_rows: dict[str, str] = field(default_factory=dict)
     _in_a_row: int = 0
 
-    def use(self, cut: Cut, rewritten: bool = False) -> None:
+    def count_used(self, cut: Cut, rewritten: bool = False) -> None:
         """Count a row that trains, what a policy took away of it, and whether its chat template changes an answer."""
         self.seen += 1
         self.rewritten += rewritten
@@ -51,7 +101,7 @@ class Tally:
         if cut != Cut():
             self.shortened.update({"samples": 1, **asdict(cut)})
 
-    def leave_out(self, row: LeftOut) -> None:
+    def count_skipped(self, row: SkippedRow) -> None:
         """Count a row that does not train."""
         if row.bad and not self.skip_bad:
             raise UserError(row.reason)
@@ -77,11 +127,11 @@ class Tally:
             )
 
     @property
-    def left_out(self) -> dict[str, str]:
+    def skipped_rows(self) -> dict[str, str]:
         """Where each row is that did not train, and why."""
         return self.bad_rows | self.dropped_rows
 
-    def record(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """The counts, as ``metrics.json`` has them; a row counts each time that it is looked at."""
         return {
             "rows": self.seen,
@@ -97,7 +147,7 @@ class Tally:
             "dropped_rows": dict(self.dropped_rows),
             "in_a_row": self._in_a_row,
         }
-        return self.record() | rows
+        return self.metrics() | rows
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -107,8 +157,8 @@ class Tally:
         self.shortened, self._in_a_row = Counter(state["shortened"]), state["in_a_row"]
 
 
-def added(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of what several processes counted, each as `Tally.record` gives it."""
+def total_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The sum of what several processes counted, each as `DataStats.metrics` gives it."""
     whole = {key: sum(record[key] for record in records) for key in ("rows", "skipped", "dropped")}
     rewritten = sum(record.get("rewritten", 0) for record in records)
     whole |= {"rewritten": rewritten} if rewritten else {}
