@@ -72,7 +72,9 @@ def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
     if is_foreign_checkpoint(start):
         report = load_open_flamingo(model, start)
         if lost := [name for name in report.unexpected if not RECOMPUTED_BUFFERS.fullmatch(name)]:
-            raise UserError(f"model.init_from: {start} holds {first_few(lost)}, for which the model has no place")
+            raise UserError(
+                f"model.init_from: {start} holds {first_few(lost)}, for which the model has no place"
+            )
     elif not (start / ADAPTER_WEIGHTS).is_file():
         copy_bridge(model, _tensors(start))
     else:

@@ -47,7 +47,11 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     UserError, with nothing loaded, when the file is for another language model or interval or lacks a bridge weight.
     """
     is_read = isinstance(checkpoint, Mapping)
-    found = parse_checkpoint(unwrap_state_dict(checkpoint, Path("checkpoint"))) if is_read else read_checkpoint(Path(checkpoint))
+    found = (
+        parse_checkpoint(unwrap_state_dict(checkpoint, Path("checkpoint")))
+        if is_read
+        else read_checkpoint(Path(checkpoint))
+    )
     check_belongs(model, found)
     if found.lora:
         raise UserError(
@@ -128,11 +132,14 @@ def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
 
 def _check(report: LoadReport, quantized: bool) -> None:
     missing, unknown = (
-        [name for name in names if name.startswith(BRIDGE_PREFIXES)] for names in (report.missing, report.unexpected)
+        [name for name in names if name.startswith(BRIDGE_PREFIXES)]
+        for names in (report.missing, report.unexpected)
     )
     remedy = "build the model with the sizes of the checkpoint"
     if quantized:
         remedy += ", its backbones unquantized where the checkpoint holds their layers"
     for what, names in (("lacks", missing), ("does not fit", report.mismatched), ("has unknown", unknown)):
         if names:
-            raise UserError(f"checkpoint {what} {len(names)} of the model's weights: {first_few(names)}; {remedy}")
+            raise UserError(
+                f"checkpoint {what} {len(names)} of the model's weights: {first_few(names)}; {remedy}"
+            )

@@ -201,7 +201,9 @@ def test_attention_weights_are_refused():
     holder = nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
     unfuse_attention(holder)
     x = torch.randn(1, QUERIES, WIDTH)
-    assert "not available from this vision tower" in refusal(lambda holder: holder["attn"](x, x, x, need_weights=True), holder)
+    assert "not available from this vision tower" in refusal(
+        lambda holder: holder["attn"](x, x, x, need_weights=True), holder
+    )
 
 
 def test_a_tower_with_an_adapter_does_not_close():

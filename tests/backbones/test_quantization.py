@@ -207,7 +207,11 @@ def test_quantizing_what_is_quantized_is_refused(method, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(load_language, name, quantization=Quantization("nf4"))
-    assert "quantization nf4 given, but it is already quantized" in message and method in message and "to none" in message
+    assert (
+        "quantization nf4 given, but it is already quantized" in message
+        and method in message
+        and "to none" in message
+    )
 
 
 # Without bitsandbytes
