@@ -29,7 +29,7 @@ def test_an_error_of_another_process_ends_this_one_and_only_the_main_one_reports
     monkeypatch.setattr(processes, "is_main", lambda: is_main)
     monkeypatch.setattr(processes, "any_process", lambda flag: True)
     monkeypatch.setattr(processes, "all_gather", lambda message: [message, "row 3: no image"])
-    expected = (UserError, "process 1: row 3: no image") if is_main else (ReportedElsewhere, "")
+    expected = (UserError, "process 1: row 3: no image") if is_main else (ReportedElsewhere, None)
     with pytest.raises(expected[0], match=expected[1]) as caught, processes.raise_together():
         pass
     assert isinstance(caught.value, ReportedElsewhere) is not is_main

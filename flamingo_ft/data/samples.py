@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 
 from .sample import Sample
 from .sources import open_source

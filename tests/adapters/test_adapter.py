@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable, trainable_parameters
 from flamingo_ft.adapters.save import WEIGHTS
-from flamingo_ft.config.schema import TrainableSection
+from flamingo_ft.config import TrainableSection
 from flamingo_ft.errors import UserError
 
 

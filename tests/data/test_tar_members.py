@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_source
 from flamingo_ft.data.sources.leftovers import is_leftover
 from flamingo_ft.data.sources.members import samples_in

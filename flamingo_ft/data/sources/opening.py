@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from flamingo_ft.config.data import DataSource
+from flamingo_ft.config import DataSource
 from flamingo_ft.data.file_names import on_disk
 from flamingo_ft.errors import UserError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, islice
 from typing import Any
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data.locate import Locator
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.data.schemas.reader import RowReader, schema_of
