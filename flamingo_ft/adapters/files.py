@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
@@ -12,15 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from flamingo_ft.backbones.tower_source import is_architecture
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
+from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, is_model_folder, looks_like_path
+from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
 from flamingo_ft.model.parts import named_composition
 
-WEIGHTS = "adapter_model.safetensors"
-LORA_CONFIG = "adapter_config.json"
 BRIDGE_FILE = "bridge.safetensors"  # beside a composition: the bridge that adapters of it build on
 PREFIX = "base_model.model."  # PEFT's, for everything inside the model it wraps
 
@@ -30,7 +35,7 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 def read_config(folder: Path) -> FlamingoConfig:
     """The adapter's configuration, checked to be one that this version reads."""
-    missing = [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{folder}: not an adapter, {' and '.join(missing)} not found; give the folder a run wrote"
@@ -47,7 +52,7 @@ def read_config(folder: Path) -> FlamingoConfig:
 def read_flamingo_config(folder: Path) -> FlamingoConfig:
     """The configuration of an adapter or a whole model. UserError where it is damaged, or another model's."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if values["model_type"] != FlamingoConfig.model_type:
             raise UserError(
                 f"{folder}: holds a {values['model_type']} model; give the folder that a run or a merge wrote"
@@ -58,7 +63,7 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: config.json is damaged ({error_message(error)}); copy the folder again"
+            f"{folder}: {CONFIG_FILE} is damaged ({error_message(error)}); copy the folder again"
         ) from None
 
 
@@ -85,20 +90,22 @@ def read_base_name(folder: Path) -> str | None:
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:
-    if not (folder / LORA_CONFIG).is_file():
-        raise UserError(f"{folder}: not an adapter, {LORA_CONFIG} not found; give the folder a run wrote")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder}: not an adapter, {ADAPTER_CONFIG} not found; give the folder a run wrote")
     try:
         return LoraConfig.from_pretrained(str(folder))
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: {LORA_CONFIG} is damaged ({error_message(error)}); copy the adapter again"
+            f"{folder}: {ADAPTER_CONFIG} is damaged ({error_message(error)}); copy the adapter again"
         ) from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors under the model's names."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in read_bridge(folder / WEIGHTS).items()}
+    return {
+        name.removeprefix(PREFIX): tensor for name, tensor in read_bridge(folder / ADAPTER_WEIGHTS).items()
+    }
 
 
 def read_bridge(path: Path) -> dict[str, Tensor]:
@@ -110,3 +117,59 @@ def read_bridge(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path}: not a readable safetensors file ({error}); copy the adapter again"
         ) from None
+
+
+def candidate_paths(folder: Path, recorded: str) -> list[Path]:
+    """Where to look for a path that the adapter in ``folder`` records, the likeliest first."""
+    path, adapter = Path(os.path.expanduser(recorded.removeprefix(LOCAL_DIR))), folder.resolve()
+    above = [] if path.is_absolute() else [parent / path for parent in adapter.parents]
+    return list(dict.fromkeys([path, adapter.parent / path.name, *above]))
+
+
+def resolve_local_backbones(folder: Path, config: FlamingoConfig) -> FlamingoConfig:
+    """A copy of an adapter's configuration, with the absolute paths of local backbones as they are now.
+
+    Raises UserError, with the places that were looked at, for a folder or file that is in none of them.
+    """
+    config = copy.deepcopy(config)
+    config.backbones = {
+        part: {**source, **_located(folder, part, source)} for part, source in config.backbones.items()
+    }
+    return config
+
+
+def _located(folder: Path, part: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a backbone's record that are different now."""
+    found = {}
+    if _is_folder(part, source):
+        place = _find(folder, part, source["name"], is_model_folder)
+        found = {"name": str(place.absolute()), "revision": None}
+    if _is_file(part, source):
+        found["pretrained"] = str(_find(folder, part, source["pretrained"], os.path.isfile).absolute())
+    return found
+
+
+def _is_folder(part: str, source: Mapping[str, Any]) -> bool:
+    """Whether a backbone is a folder on this machine. What came from the Hub is recorded with its commit."""
+    name = source["name"]
+    if name == NANO or name.startswith(ON_HUB):
+        return False
+    if looks_like_path(name):
+        return True
+    return source.get("revision") is None and not (part == "vision" and is_architecture(name))
+
+
+def _is_file(part: str, source: Mapping[str, Any]) -> bool:
+    """Whether the weights of a tower are a file on this machine."""
+    return part == "vision" and bool(source.get("pretrained")) and looks_like_path(source["pretrained"])
+
+
+def _find(folder: Path, part: str, recorded: str, counts: Callable[[Path], bool]) -> Path:
+    places = candidate_paths(folder, recorded)
+    found = next((place for place in places if counts(place)), None)
+    if found is None:
+        looked = ", ".join(str(place.absolute()) for place in places)
+        raise UserError(
+            f"{folder}: {part} backbone {recorded} is not there (looked at {looked}); put it back, or beside the adapter"
+        )
+    return found

@@ -20,8 +20,7 @@ from flamingo_ft.config.section import PathKind
 from flamingo_ft.config.validation_errors import dotted, validation_errors
 from flamingo_ft.config.yaml_document import Document, Location, parse
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub.missing import missing
-from flamingo_ft.hub.names import ON_HUB
+from flamingo_ft.hub.names import ON_HUB, missing_path_message
 
 RECIPE_FILE = "resolved_recipe.yaml"
 """The recipe with every default, the first file that a run writes: a folder that has it holds a run."""
@@ -137,7 +136,7 @@ def _missing_paths(
         hub_names = {PathKind.LANGUAGE: f"{name} with revision main", PathKind.TOWER: f"{ON_HUB}{name}"}
         is_in_recipe_folder = sources.start_of(location, kind) == sources.folder
         start = "the recipe's folder" if is_in_recipe_folder else "the current directory"
-        problem = missing(
+        problem = missing_path_message(
             path, name=name, on_hub=hub_names.get(kind), remedy=f"relative paths here start from {start}"
         )
         yield location, f"{dotted(location)}: {problem}"

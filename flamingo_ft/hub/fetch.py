@@ -10,21 +10,14 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import CONFIG_FILE, TORCH_SUFFIXES, WEIGHT_PATTERNS
 
-from .errors import FAILURES, is_unreachable, passes, told
-from .missing import existing
-from .names import HubName, commit_of, hub_name
-from .retry import patiently
+from .errors import CLIENT_ERRORS, hub_error, is_transient, is_unreachable, with_retries
+from .names import HubName, commit_of, existing_path, hub_name
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml")
-WEIGHTS = (
-    ("*.safetensors",),
-    ("*.bin",),
-    ("*.pt", "*.pth"),
-)  # the first format that a repository has is taken
 # Checkpoints, figures and logs of a run lie in folders; what trainers of others leave beside the weights.
 NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
-CHECKPOINT_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def fetch_model(place: str | Path, **options: Any) -> Path:
@@ -37,12 +30,12 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
     """
     name = hub_name(place)
     if name is None:
-        return existing(place)
+        return existing_path(place)
     folder = _fetch(name, options)
     found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    if (folder / "config.json") in found:
+    if (folder / CONFIG_FILE) in found:
         return folder
-    checkpoints = [path for path in found if path.suffix in CHECKPOINT_SUFFIXES]
+    checkpoints = [path for path in found if path.suffix in TORCH_SUFFIXES]
     if len(checkpoints) != 1:
         held = ", ".join(sorted(path.name for path in found)[:3]) or "no files of one"
         raise UserError(
@@ -51,7 +44,7 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
     return checkpoints[0]
 
 
-def pinned(place: str | Path, found: Path) -> str:
+def pinned_name(place: str | Path, found: Path) -> str:
     """What to write down of ``place``, which `fetch_model` found: it leads to the same content later, or on a copy."""
     name = hub_name(place)
     return str(Path(place).resolve()) if name is None else str(HubName(name.repository, commit_of(found)))
@@ -60,7 +53,7 @@ def pinned(place: str | Path, found: Path) -> str:
 def _fetch(name: HubName, options: Mapping[str, Any]) -> Path:
     """Download the small files and the weights in one format; all of one commit."""
     revision = name.revision
-    for patterns in WEIGHTS:
+    for patterns in WEIGHT_PATTERNS:
         folder = download(
             str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED, **options
         )
@@ -89,6 +82,6 @@ def download(
         **options,
     )
     try:
-        return Path(patiently(take, lambda error: passes(error) and not is_unreachable(error)))
-    except FAILURES as error:
-        raise told(asked, error) from None
+        return Path(with_retries(take, lambda error: is_transient(error) and not is_unreachable(error)))
+    except CLIENT_ERRORS as error:
+        raise hub_error(asked, error) from None

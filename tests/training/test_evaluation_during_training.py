@@ -70,7 +70,7 @@ def built(wanted):
     model, processor = build_model(wanted)
     shake(model, 0.3)
     data = open_data(wanted.data, 0)
-    return model, processor, data.held_out_samples(), make_trainer(model.train(), processor, data, wanted, [])
+    return model, processor, data.eval_samples(), make_trainer(model.train(), processor, data, wanted, [])
 
 
 @pytest.mark.slow
@@ -226,7 +226,7 @@ def test_a_kill_between_two_renames_loses_no_best(small_run):
     weights = (best / WEIGHTS).read_bytes()
     best.rename(best.with_name(".best.replaced"))
     atomic.begin_folder(best)
-    atomic.sweep(best.parent)
+    atomic.remove_leftovers(best.parent)
     assert (best / WEIGHTS).read_bytes() == weights and [path.name for path in best.parent.iterdir()] == [
         "best"
     ]

@@ -6,8 +6,6 @@ Shapes: B samples, M media, F frames, N images, C channels, H height, W width, V
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flamingo_ft import atomic
 from flamingo_ft.backbones.quantization import DTYPES, formats_in
 from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.config import CacheSection
@@ -22,10 +21,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .key import features_key, folder_name
 from .pending import FOUND, FRAME_INDEX, FRESH, FRESH_KEYS
-from .store import FeatureStore
-from .writer import FeatureWriter
+from .store import FeatureStore, FeatureWriter, features_key, folder_name
 
 AT_ONCE = 8  # images
 PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
@@ -73,7 +70,7 @@ class FrozenTower:
         return torch.equal(tokens.roll(3, 0)[1::2], again[1::2])
 
 
-class FrozenFeatures:
+class FeatureCache:
     """Completes batches whose images are partly tokens already; keeps what it had to encode.
 
     store: for the workers that prepare the batches.
@@ -83,7 +80,7 @@ class FrozenFeatures:
         self.tower, self.store, self._writer = tower, store, writer
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch with what `pending_media` gave, to one with vision_tokens (B, M, F, V, D) in its place.
+        """A batch with what `collate_frames` gave, to one with vision_tokens (B, M, F, V, D) in its place.
 
         They are on the tower's device and in the cache's number format; those of padding are zero. A batch without
         media stays as it is.
@@ -106,14 +103,14 @@ class FrozenFeatures:
         return tokens
 
 
-def open_features(
+def open_feature_cache(
     model: FlamingoForConditionalGeneration,
     preprocess: Mapping[str, Any],
     cache: CacheSection,
     *,
     autocast: torch.dtype | None = None,
     writers: int = 1,
-) -> FrozenFeatures:
+) -> FeatureCache:
     """The tokens of ``model``'s tower as a recipe wants them kept, on the device where the model is.
 
     preprocess: the transform that gives the pixels (``image_processor.open_clip_preprocess``). autocast: the number
@@ -133,19 +130,18 @@ def open_features(
     )
     store = FeatureStore(_folder_for(cache.folder, key), tower.shape, dtype)
     max_bytes = None if cache.max_gib is None else int(cache.max_gib * GIB)
-    return FrozenFeatures(tower, store, FeatureWriter(store, cache.folder, max_bytes, writers))
+    return FeatureCache(tower, store, FeatureWriter(store, cache.folder, max_bytes, writers))
 
 
 def _folder_for(root: Path, key: Mapping[str, Any]) -> Path:
     """The key's own folder, which says in key.json what it is for; made where it is missing."""
     folder = root / folder_name(key)
-    described, partial = folder / "key.json", folder / f"key.{uuid.uuid4().hex}"
+    described = folder / "key.json"
     if described.is_file():
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, described)
+        atomic.write_shared(described, (json.dumps(key, indent=2) + "\n").encode(), folder)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
         raise UserError(

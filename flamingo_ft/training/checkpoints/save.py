@@ -56,7 +56,7 @@ def save_checkpoint(engine: Engine, keeping: Keeping) -> Path:
         if processes.is_main():
             atomic.begin_folder(folder)
         processes.barrier()
-        beside = atomic.beside(folder)
+        beside = atomic.partial_path(folder)
         _write(engine, keeping, beside)
         processes.barrier()
         if processes.is_main():
