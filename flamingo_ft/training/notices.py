@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import psutil
 import torch
 
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, Sample
 from flamingo_ft.data.eval_split import find_overlap
