@@ -78,7 +78,7 @@ class Engine:
     def get_batch_samples(self, batches: Iterator, number: int, *arguments: Any) -> Any:
         """The batches of one optimizer step; a bad row of one process ends all."""
         self.batches.contents.clear()
-        with processes.failing_together():
+        with processes.raise_together():
             drawn = list(itertools.islice(batches, number))
         samples = super().get_batch_samples(iter(drawn), number, *arguments)
         self.contents = list(self.batches.contents)
