@@ -25,7 +25,7 @@ from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.backbone_files import BackboneFiles
-from flamingo_ft.model.image_source import is_url
+from flamingo_ft.model.download import is_url
 
 ROWS_READ = 20_000  # some seconds
 ROWS_TRIED = 20  # to find the folder of their images

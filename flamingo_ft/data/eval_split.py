@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.image_source import is_url
+from flamingo_ft.model.download import is_url
 
 from .media import read_bytes
 from .sample import Image, Medium, Sample, Video

@@ -26,7 +26,7 @@ from flamingo_ft.config import AugmentationSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, shorten
 from flamingo_ft.model import FlamingoProcessor, images
-from flamingo_ft.model.image_source import download, is_url
+from flamingo_ft.model.download import download, is_url
 
 from .augment import augment
 from .features import FeatureStore, Frame, lookup_frame

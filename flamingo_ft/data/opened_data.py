@@ -9,7 +9,7 @@ from functools import partial
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.image_source import is_url
+from flamingo_ft.model.download import is_url
 
 from .eval_split import split_eval
 from .media import open_medium, read_bytes

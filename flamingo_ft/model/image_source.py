@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
-import http.client
-import io
-import ipaddress
 import os
 import re
-import socket
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote, urlsplit
 
 from PIL import Image
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.formatting import error_message, shorten
+from flamingo_ft.formatting import shorten
 
+from .download import download, is_url
 from .images import UnreadableImage, open_image, to_rgb
 
 DATA_URI = re.compile(r"data:[^,]{0,200},")
-TIMEOUT_SECONDS = 20.0  # without an answer
-LONGEST_SECONDS = 120.0  # in all
-MOST_BYTES = 64 << 20
-CHUNK_BYTES = 1 << 16
-FAILURES = (OSError, http.client.HTTPException, ValueError)
-NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-URL_CHARACTERS = "%/:=&?~#+!$,;'@()*[]"
 
 
 def read_image(source: Any) -> Image.Image:
@@ -74,113 +60,3 @@ def _name(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
         return shorten(source)
     return f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else "image"
-
-
-def is_url(text: str) -> bool:
-    return text.lower().startswith(("http://", "https://"))
-
-
-def download(url: str, where: str, *, public_only: bool = False) -> bytes:
-    """The content at an http(s) URL, redirections followed to no other scheme. UserError naming it when there is none,
-    it takes longer than `LONGEST_SECONDS`, or is larger than `MOST_BYTES`.
-
-    public_only: for URLs that strangers choose. Addresses of this machine and of private networks are refused, after a
-    redirection too, and no proxy is used: it would connect to them on its own.
-    """
-    try:
-        if not is_url(url) or not urlsplit(url).hostname:
-            raise ValueError("not an http(s) URL with a host")
-        request = urllib.request.Request(
-            quote(url, safe=URL_CHARACTERS), headers={"User-Agent": "flamingo_ft"}
-        )
-        with _opener(public_only).open(request, timeout=TIMEOUT_SECONDS) as response:
-            return _read(response)
-    except FAILURES as error:
-        reason = error_message(error, None)
-        raise UserError(
-            f"{where}: cannot fetch {shorten(url)} ({reason}); check the URL and the network"
-        ) from None
-
-
-class _PublicConnection(http.client.HTTPConnection):
-    def connect(self) -> None:
-        _check_name(self.host, self.port)
-        super().connect()
-        _check_peer(self.sock)
-
-
-class _PublicSecureConnection(http.client.HTTPSConnection):
-    def connect(self) -> None:
-        _check_name(self.host, self.port)
-        super().connect()
-        _check_peer(self.sock)
-
-
-class _PublicHTTPHandler(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicConnection, request)
-
-
-class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicSecureConnection, request)
-
-
-def _check_name(host: str, port: int) -> None:
-    """Before connecting: otherwise errors would say which ports of the private network are open."""
-    for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        _check_public(address[0])
-
-
-def _check_peer(connection: socket.socket) -> None:
-    """Before the request is sent: the name may lead elsewhere than when it was checked."""
-    try:
-        _check_public(connection.getpeername()[0])
-    except ValueError:
-        connection.close()
-        raise
-
-
-def _check_public(address: str) -> None:
-    """Raises ValueError for an address of this machine, of a private network or of no single machine."""
-    found = _ipv4_in(ipaddress.ip_address(address.partition("%")[0]))
-    if not found.is_global or found.is_multicast:
-        raise ValueError("not a public address")
-
-
-def _ipv4_in(
-    address: ipaddress.IPv4Address | ipaddress.IPv6Address,
-) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that an IPv6 one leads to, where it does (mapped, 6to4, NAT64)."""
-    if isinstance(address, ipaddress.IPv4Address):
-        return address
-    if address in NAT64:
-        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return address.ipv4_mapped or address.sixtofour or address
-
-
-def _opener(public_only: bool) -> urllib.request.OpenerDirector:
-    """http and https alone: urllib's usual one reads file: and ftp: too, also when it is sent there."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler({} if public_only else None),
-        urllib.request.UnknownHandler(),
-        _PublicHTTPHandler() if public_only else urllib.request.HTTPHandler(),
-        _PublicHTTPSHandler() if public_only else urllib.request.HTTPSHandler(),
-        urllib.request.HTTPDefaultErrorHandler(),
-        urllib.request.HTTPRedirectHandler(),
-        urllib.request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
-
-
-def _read(response: io.BufferedIOBase) -> bytes:
-    deadline, content = time.monotonic() + LONGEST_SECONDS, bytearray()
-    while chunk := response.read(CHUNK_BYTES):
-        content += chunk
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"larger than {MOST_BYTES >> 20} MiB")
-        if time.monotonic() > deadline:
-            raise ValueError(f"slower than {LONGEST_SECONDS:.0f} s")
-    return bytes(content)

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from PIL.Image import Image
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.image_source import download, is_url
+from flamingo_ft.model.download import download, is_url
 from flamingo_ft.model.images import UnreadableImage, open_image
 
 from .errors import RequestError, shown
