@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flamingo_ft.config import DataSection, DataSource, load_recipe
-from flamingo_ft.config.data import FORMATS
-from flamingo_ft.config.document import parse
+from flamingo_ft.config.data_section import FORMATS
 from flamingo_ft.config.keys import MODELINE, schema_text
 from flamingo_ft.config.library import SCHEMA_FILE
+from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
@@ -146,7 +146,7 @@ def _schedule(train: InspectedData, held_out: InspectedData | None, most_in_batc
     """What is held out, and how long and in what batches to train."""
     fraction, data = _split(train, holds_out=held_out is None)
     samples = sum(mixed.size for mixed in data.train)
-    evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.held_out)
+    evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.eval)
     batch = min(most_in_batch, samples)
     epochs = (
         1

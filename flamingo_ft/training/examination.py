@@ -48,10 +48,10 @@ class Examination:
     def _answers(self, told: str, questions: Sequence[Question], stays: bool = True) -> list[str]:
         """In the order of ``questions``, which the processes share out; those of a sharded model run as one."""
         together = is_sharded(self._model)
-        mine = questions if together else processes.share(questions)
+        mine = questions if together else processes.shard(questions)
         bar = self._progress.add_task(told, total=len(mine), note="")
         with oom_as_user_error("evaluation"):
             answers = self._answer(mine, advance=partial(self._progress.advance, bar), **self._options)
         if not stays:
             self._progress.remove_task(bar)
-        return answers if together else processes.joined(answers)
+        return answers if together else processes.unshard(answers)

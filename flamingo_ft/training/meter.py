@@ -88,5 +88,5 @@ def gates(model: torch.nn.Module) -> dict[str, float]:
 
 def _over_processes(measured: list[float]) -> list[float]:
     """Counts summed over the processes, seconds and memory the largest."""
-    *counts, seconds, memory = zip(*processes.everyones(measured), strict=True)
+    *counts, seconds, memory = zip(*processes.all_gather(measured), strict=True)
     return [*map(sum, counts), max(seconds), max(memory)]

@@ -13,8 +13,8 @@ from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
-from flamingo_ft.data.stream.tally import added
-from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
+from flamingo_ft.data.stream.examples import total_metrics
+from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
 from flamingo_ft.inference.answer import encode_prompts
@@ -57,7 +57,7 @@ def train(
     tell: called with the data once it is open. resume: resume what there is of this run. say: called with lines for the
     user: where it resumes, planned and free memory, held-out images that are trained on; None: none of that is looked at.
     Returns what is written to ``metrics.json``. Raises UserError for data, backbones or an output directory that will
-    not do, before training, OutOfMemory, which is one with a plan, and Stopped where a signal ended the run.
+    not do, before training, OutOfMemory, which is one with a plan, and StoppedBySignal where a signal ended the run.
     """
     try:
         with io_errors_as_user_error(recipe.train):
@@ -76,14 +76,14 @@ def _whole_run(
     check_trackers(recipe.train)
     if recipe.train.epochs is not None:
         recipe = _with_counted_steps(recipe, say)
-    start = processes.from_main(partial(find_start, recipe)) if resume else Start()
+    start = processes.run_on_main(partial(find_start, recipe)) if resume else Start()
     for note in start.notes if processes.is_main() else ():
         say(note)
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     check_start(recipe.model)
-    recipe = processes.from_main(partial(with_pinned_start, recipe, start.checkpoint))
-    processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
+    recipe = processes.run_on_main(partial(with_pinned_start, recipe, start.checkpoint))
+    processes.run_on_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
         with leaving_a_report(wanted.output_dir):
@@ -97,7 +97,7 @@ def _whole_run(
 
 def _with_counted_steps(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
     """The recipe with its epochs in optimizer steps, which are reported."""
-    with processes.failing_together():
+    with processes.raise_together():
         data = open_data(recipe.data, recipe.train.seed)
         counted = with_max_steps(recipe, data)
     if processes.is_main():
@@ -127,9 +127,9 @@ def _run(
     """From the data to ``metrics.json``, the last file that is written."""
     output_dir = recipe.train.output_dir
     with progress_bars(disable=not processes.is_main()) as progress:
-        with processes.failing_together():
+        with processes.raise_together():
             data = _open(recipe, start, tell)
-            held_out = data.held_out_samples(recipe.eval.max_samples)
+            held_out = data.eval_samples(recipe.eval.max_samples)
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
@@ -141,7 +141,7 @@ def _run(
             callbacks = [LogFile(output_dir), *tracker_callbacks(recipe.train), *shown]
             callbacks += [*evaluation_callbacks(recipe, processor), stopping]
         with (
-            processes.failing_together()
+            processes.raise_together()
         ):  # apart: a sharded model waits for all, which refuse the same from here on
             trainer = make_trainer(model, processor, data, recipe, callbacks)
             trainer.pushing = uploads
@@ -177,7 +177,7 @@ def _open(recipe: Recipe, start: Start, tell: Callable[[OpenedData], None]) -> O
     data = open_data(recipe.data, recipe.train.seed)
     if processes.is_main():
         tell(data)
-    data.look_through()
+    data.validate_rows()
     if start.checkpoint:
         check_fits(start.checkpoint, rows_of(data))
     return data
@@ -203,19 +203,19 @@ def _train(
     try:
         with oom_as_user_error("training"):
             trainer.train_from(checkpoint)
-    except ToldElsewhere:
+    except ReportedElsewhere:
         raise
     except UserError as error:
         error.args = (f"{error}{_where_to_go_on(recipe)}",)
         raise
     finally:
         if processes.is_main():
-            _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
+            _list_left_out(data.skipped | trainer.batches.stats.skipped_rows, output_dir)
     if stopping.number is not None:
-        raise Stopped(stopping.number, trainer.state.global_step)
-    tallies = processes.everyones((trainer.batches.tally.record(), trainer.batches.tally.left_out))
+        raise StoppedBySignal(stopping.number, trainer.state.global_step)
+    tallies = processes.all_gather((trainer.batches.stats.metrics(), trainer.batches.stats.skipped_rows))
     if processes.is_main():
-        left_out = [data.left_out, *(rows for _, rows in tallies)]
+        left_out = [data.skipped, *(rows for _, rows in tallies)]
         _list_left_out({where: why for rows in left_out for where, why in rows.items()}, output_dir)
         write_log(output_dir, trainer.state.log_history)
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
@@ -225,8 +225,8 @@ def _train(
         | skipped_record(trainer.state.log_history)
         | take_best(trainer, recipe)
     )
-    counts = added([counted for counted, _ in tallies])
-    return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
+    counts = total_metrics([counted for counted, _ in tallies])
+    return record | {"data": counts | ({"held_out_skipped": len(data.skipped)} if data.skipped else {})}
 
 
 def _where_to_go_on(recipe: Recipe) -> str:

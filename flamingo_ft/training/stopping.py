@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import processes
-from flamingo_ft.errors import Stopped
+from flamingo_ft.errors import StoppedBySignal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,7 +43,7 @@ class Stopping(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if processes.agree(self.number is not None):
+        if processes.any_process(self.number is not None):
             self.number = self.number or signal.SIGTERM  # another process was told
             control.should_save = control.should_training_stop = True
 
@@ -63,4 +63,4 @@ class Stopping(TrainerCallback):
     def _told(self, number: int, frame: Any) -> None:
         again, self.number = self.number is not None, number
         if again or not self._training:
-            raise Stopped(number)
+            raise StoppedBySignal(number)

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flamingo_ft import processes
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
-from flamingo_ft.data.stream.tally import added
+from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.training import run
@@ -189,21 +188,11 @@ def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
     assert "set train.fsdp to true" in capsys.readouterr().err
 
 
-def test_what_is_shared_out_comes_back_in_order(monkeypatch):
-    everything, parts = list(range(7)), []
-    monkeypatch.setattr(processes, "world_size", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        parts.append(processes.share(everything))
-    monkeypatch.setattr(processes, "everyones", lambda part: parts)
-    assert processes.joined(parts[0]) == everything
-
-
 def test_counts_of_processes_add_up():
     one = {"rows": 3, "skipped": 1, "dropped": 0, "shortened": {"samples": 1}}
     both = {"rows": 7, "skipped": 1, "dropped": 2, "shortened": {"samples": 1, "turns": 2}}
     other = {"rows": 4, "skipped": 0, "dropped": 2, "shortened": {"turns": 2}}
-    assert added([one, other]) == both
+    assert total_metrics([one, other]) == both
 
 
 def test_two_gpus_in_one_process_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):

@@ -71,7 +71,7 @@ def test_the_reference_stays_what_the_policy_was_before_training(pairs, case):
     policy, reference, batch = trainer.model, trainer.ref_model, next(iter(trainer.batches))
     before = scores(trainer, policy, batch)
     assert torch.equal(scores(trainer, reference, batch), before)
-    trainer.batches.load_state_dict({"next": 0, "waiting": [], "tally": trainer.batches.tally.state_dict()})
+    trainer.batches.load_state_dict({"next": 0, "waiting": [], "tally": trainer.batches.stats.state_dict()})
     trainer.train()
     assert torch.equal(scores(trainer, reference, batch), before)
     assert (scores(trainer, policy, batch) - before).abs().max() > 1e-2
@@ -205,11 +205,11 @@ def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
             ["train.method=sft"],
             "pairs.jsonl: found preference pairs, wanted samples with one answer; set train.method to dpo",
         ),
-        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: pairs are compared row by row"),
-        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: found 0.1; dpo compares"),
+        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: dpo compares pairs row by row"),
+        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: got 0.1, but dpo compares"),
         (
             ["train.dpo={loss_type: ipo, label_smoothing: 0.1}"],
-            "train.dpo.label_smoothing: found loss_type ipo",
+            "train.dpo.label_smoothing: got loss_type ipo",
         ),
     ],
 )

@@ -14,17 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_ft import atomic
-from flamingo_ft.backbones.quantization import DTYPES, formats_in
+from flamingo_ft.backbones.quantization import DTYPES, quantization_formats
 from flamingo_ft.backbones.tower import spatial_tokens
-from flamingo_ft.config.data import CacheSection
+from flamingo_ft.config import CacheSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .key import features_key, folder_name
 from .pending import FOUND, FRAME_INDEX, FRESH, FRESH_KEYS
-from .store import FeatureStore
-from .writer import FeatureWriter
+from .store import FeatureStore, FeatureWriter, features_key, folder_name
 
 AT_ONCE = 8  # images
 PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
@@ -47,7 +45,9 @@ class FrozenTower:
         self.device = next(visual.parameters()).device
         size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
         trial = torch.randn(AT_ONCE, 3, *size, generator=torch.Generator().manual_seed(0))
-        self.at_once = AT_ONCE if "int8" not in formats_in(visual) and self._keeps_apart(trial) else 1
+        self.at_once = (
+            AT_ONCE if "int8" not in quantization_formats(visual) and self._keeps_apart(trial) else 1
+        )
         self.shape = tuple(self.encode(trial[:1]).shape[1:])
 
     @torch.no_grad()
@@ -72,7 +72,7 @@ class FrozenTower:
         return torch.equal(tokens.roll(3, 0)[1::2], again[1::2])
 
 
-class FrozenFeatures:
+class FeatureCache:
     """Completes batches whose images are partly tokens already; keeps what it had to encode.
 
     store: for the workers that prepare the batches.
@@ -82,7 +82,7 @@ class FrozenFeatures:
         self.tower, self.store, self._writer = tower, store, writer
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch with what `pending_media` gave, to one with vision_tokens (B, M, F, V, D) in its place.
+        """A batch with what `collate_frames` gave, to one with vision_tokens (B, M, F, V, D) in its place.
 
         They are on the tower's device and in the cache's number format; those of padding are zero. A batch without
         media stays as it is.
@@ -105,14 +105,14 @@ class FrozenFeatures:
         return tokens
 
 
-def open_features(
+def open_feature_cache(
     model: FlamingoForConditionalGeneration,
     preprocess: Mapping[str, Any],
     cache: CacheSection,
     *,
     autocast: torch.dtype | None = None,
     writers: int = 1,
-) -> FrozenFeatures:
+) -> FeatureCache:
     """The tokens of ``model``'s tower as a recipe wants them kept, on the device where the model is.
 
     preprocess: the transform that gives the pixels (``image_processor.open_clip_preprocess``). autocast: the number
@@ -132,7 +132,7 @@ def open_features(
     )
     store = FeatureStore(_folder_for(cache.folder, key), tower.shape, dtype)
     max_bytes = None if cache.max_gib is None else int(cache.max_gib * GIB)
-    return FrozenFeatures(tower, store, FeatureWriter(store, cache.folder, max_bytes, writers))
+    return FeatureCache(tower, store, FeatureWriter(store, cache.folder, max_bytes, writers))
 
 
 def _folder_for(root: Path, key: Mapping[str, Any]) -> Path:
