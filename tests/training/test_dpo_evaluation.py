@@ -7,8 +7,8 @@ import pytest
 
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.held_out import HeldOut, judge
-from flamingo_ft.training.run import train
+from flamingo_ft.training.evaluator import EvalBatches, run_evaluation
+from flamingo_ft.training.train import train
 from tests import regimes
 
 from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)
@@ -48,15 +48,17 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
     samples = open_data(wanted.data, 0).held_out_samples()
     regimes.shake(model)
     alone = [
-        judge(trainer, HeldOut([sample], model, processor, wanted), None)["eval_loss"] for sample in samples
+        run_evaluation(trainer, EvalBatches([sample], model, processor, wanted), None)["eval_loss"]
+        for sample in samples
     ]
     assert len({round(loss, 3) for loss in alone}) == 3
     for size in (1, 2, 8):
         of_size = regimes.recipe(*HELD_OUT, f"eval.batch_size={size}")
-        found = judge(trainer, HeldOut(samples, model, processor, of_size), None)["eval_loss"]
+        found = run_evaluation(trainer, EvalBatches(samples, model, processor, of_size), None)["eval_loss"]
         assert found == pytest.approx(sum(alone) / 3, rel=1e-5)
         shares = [
-            list(HeldOut(samples, model, processor, of_size, rank=rank, world_size=2)) for rank in range(2)
+            list(EvalBatches(samples, model, processor, of_size, rank=rank, world_size=2))
+            for rank in range(2)
         ]
         assert len(shares[0]) == len(shares[1]) and sum(count for share in shares for _, count in share) == 3
 

@@ -1,4 +1,4 @@
-"""The batches that a recipe trains on."""
+"""The training batches of a recipe: order, encoding, media, packing and collation put together."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import text_limit
 
-from .packing_check import check_packing
-from .precision import computes_in
+from .arguments import autocast_dtype
+from .model_checks import check_packing
 
 
-def training_batches(
+def make_train_batches(
     data: OpenedData,
     model: FlamingoForConditionalGeneration,
     processor: FlamingoProcessor,
@@ -38,84 +38,86 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batches:
-    """Endless batches of ``data``, those of process ``rank`` of ``world_size``.
+    """Return the endless training batches of process ``rank`` of ``world_size``.
 
-    Raises UserError where the recipe wants of its data or its language model what they cannot give.
+    Raises UserError if the data do not fit ``train.method``, or the language model cannot pack.
     """
     check_method(data.train, recipe.train.method)
-    wanted, limit = recipe.data, text_limit(model.config, recipe.data.max_text_tokens)
-    if wanted.packing:
-        check_packing(model, recipe.train.batch_size)
-    features = _features(model, processor, recipe, world_size)
+    data_config, batch_size = recipe.data, recipe.train.batch_size
+    limit = text_limit(model.config, data_config.max_text_tokens)
+    if data_config.packing:
+        check_packing(model, batch_size)
+    features = _open_features(model, processor, recipe, world_size)
     encode = encoder(processor, recipe, limit)
-    order = Order(data.train, recipe.train.seed, wanted.shuffle_buffer)
+    order = Order(data.train, recipe.train.seed, data_config.shuffle_buffer)
+    read_media = _media_reader(processor, recipe, features)
+    collate = COLLATE[recipe.train.method]
     return Batches(
-        order=_order_of(order, data, recipe),
-        prepare=Preparing(
-            [mixed.source for mixed in data.train], encode, _media_reader(processor, recipe, features)
-        ),
-        fill=packed(recipe.train.batch_size, limit) if wanted.packing else in_order(recipe.train.batch_size),
-        assemble=partial(
-            ASSEMBLE[recipe.train.method], processor.tokenizer.pad_token_id, wanted.packing, features
-        ),
-        tally=Tally(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
-        loading=Loading(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
+        order=_draws(order, data, recipe),
+        prepare=Preparing([mixed.source for mixed in data.train], encode, read_media),
+        fill=packed(batch_size, limit) if data_config.packing else in_order(batch_size),
+        assemble=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
+        tally=Tally(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
+        loading=Loading(batch_size, recipe.train.num_workers, rank, world_size),
     )
 
 
-def assemble(
+def collate_samples(
     pad_token_id: int, packing: bool, features: FrozenFeatures | None, rows: list[list[Prepared]]
 ) -> dict[str, Tensor]:
-    """The tensors of a batch of ``rows``, each of one sample, or of several where they are packed."""
+    """Return the tensors of a batch; each row is one sample, or several if they are packed."""
     texts = [[sample.encoded for sample in row] for row in rows]
-    text = (
-        collate_packed(texts, pad_token_id)
-        if packing
-        else collate_text([one for (one,) in texts], pad_token_id)
-    )
-    return text | _media(features, rows)
+    if packing:
+        text = collate_packed(texts, pad_token_id)
+    else:
+        text = collate_text([encoded for (encoded,) in texts], pad_token_id)
+    return text | _collate_media(features, rows)
 
 
-def assemble_pairs(
+def collate_preferences(
     pad_token_id: int, packing: bool, features: FrozenFeatures | None, rows: list[list[Prepared]]
 ) -> dict[str, Tensor]:
-    """The tensors of a batch of pairs, one to a row, the chosen halves before the rejected ones."""
+    """Return the tensors of a batch of preference pairs, one per row: all chosen answers, then all rejected ones."""
     text = collate_pairs([pair.encoded for (pair,) in rows], pad_token_id)
-    return text | twice(_media(features, rows))
+    return text | twice(_collate_media(features, rows))
 
 
-ASSEMBLE = {"sft": assemble, "dpo": assemble_pairs}
+COLLATE = {"sft": collate_samples, "dpo": collate_preferences}
 
 
-def _media(features: FrozenFeatures | None, rows: list[list[Prepared]]) -> dict[str, Tensor]:
+def _collate_media(features: FrozenFeatures | None, rows: list[list[Prepared]]) -> dict[str, Tensor]:
     media = [[medium for sample in row for medium in sample.media] for row in rows]
     return stack_media(media) if features is None else features.complete(pending_media(media))
 
 
-def _features(
+def _open_features(
     model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe, writers: int
 ) -> FrozenFeatures | None:
+    """Open the feature cache of the frozen vision tower; None without ``data.cache``."""
     if recipe.data.cache is None:
         return None
-    autocast = computes_in(recipe.train.precision)
+    autocast = autocast_dtype(recipe.train.precision)
     preprocess = processor.image_processor.open_clip_preprocess
     return open_features(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
 
 
-def _media_reader(processor: FlamingoProcessor, recipe: Recipe, features: FrozenFeatures | None) -> Any:
+def _media_reader(
+    processor: FlamingoProcessor, recipe: Recipe, features: FrozenFeatures | None
+) -> PixelReader | StoredReader:
     if features is not None:
         return StoredReader(processor, features.store)
     return PixelReader(processor, recipe.data.augmentation, recipe.train.seed)
 
 
-def _order_of(order: Order, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
+def _draws(order: Order, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
+    """Return a function from a position to the draws from there on, grouped by length if the recipe says so."""
     if not recipe.data.group_by_length:
         return order.draws
-    return by_length(order, partial(_characters, data), recipe.train.batch_size)
+    return by_length(order, partial(_text_length, data), recipe.train.batch_size)
 
 
-def _characters(data: OpenedData, draw: Draw) -> int:
-    """Of a draw's text, about: what its length is judged by before it is encoded."""
+def _text_length(data: OpenedData, draw: Draw) -> int:
+    """Return the approximate number of characters of a sample, before it is encoded; 0 if it is bad."""
     source = data.train[draw.source].source
     try:
         sample = source.sample(draw.row, source.raw(draw.row) if draw.raw is None else draw.raw)
