@@ -20,6 +20,7 @@ from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
@@ -27,7 +28,6 @@ from flamingo_ft.model.tokens import grow_vocabulary
 from .answering import answer_greedily
 from .contents import adapter_tensors, kept_parts
 from .files import (
-    WEIGHTS,
     read_base_name,
     read_config,
     read_flamingo_config,
@@ -39,8 +39,6 @@ from .lora import ADAPTER, inject, open_what_is_updated
 from .recorded import with_places
 from .start import restart_bridge
 from .trainable import BRIDGE, is_lora
-
-WHOLE = "model*.safetensors"  # the weights of a model that is no adapter
 
 
 def load_adapter(
@@ -72,10 +70,7 @@ def load_adapter(
 def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
     folder = fetch_model(folder)
-    is_whole = (
-        (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
-    )
-    return (load_whole(folder), read_processor(folder)) if is_whole else load_adapter(folder)
+    return (load_whole(folder), read_processor(folder)) if is_whole_model(folder) else load_adapter(folder)
 
 
 def load_whole(folder: Path) -> FlamingoForConditionalGeneration:

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from flamingo_ft.formatting import percent
+
 MOST_CLASSES = 5  # that a line holds
 _ACCURACIES = (  # column, key in a task's results, key in the results over all tasks
     ("majority", "majority", "accuracy_majority"),
@@ -32,10 +34,10 @@ def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
     for header in ["samples", *headers]:
         table.add_column(header, justify="right")
     for name, task in tasks.items():
-        table.add_row(name, f"{task['samples']:,}", *(_percent(task.get(key)) for _, key, _ in measured))
+        table.add_row(name, f"{task['samples']:,}", *(percent(task.get(key)) for _, key, _ in measured))
     table.add_section()
     total = sum(task["samples"] for task in tasks.values())
-    table.add_row("all", f"{total:,}", *(_percent(evaluation[key]) for _, _, key in measured))
+    table.add_row("all", f"{total:,}", *(percent(evaluation[key]) for _, _, key in measured))
     return table
 
 
@@ -45,7 +47,7 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MOST_CLASSES:
             shares = (
-                f"{label!r} {_percent(one['accuracy'])} of {one['samples']:,}"
+                f"{label!r} {percent(one['accuracy'])} of {one['samples']:,}"
                 for label, one in classes.items()
             )
             yield f"{name}: {', '.join(shares)}"
@@ -75,7 +77,7 @@ def merge_table(report: Mapping[str, Any]) -> Table:
         "accuracy" if cost["accuracy_margin"] is not None else "answers as the adapter", justify="right"
     )
     for name, loss in cost["loss"].items():
-        table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", _percent(cost["accuracy"][name]))
+        table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", percent(cost["accuracy"][name]))
     return table
 
 
@@ -95,7 +97,7 @@ def merge_lines(report: Mapping[str, Any]) -> str:
         f"verified {verified['tensors']:,} tensors, {verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
         f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); refused where it "
         f"is higher by more than {cost['margin']:.2g} beyond twice that{accuracy}\n"
-        f"logits: token agreement {100 * report['token_agreement']:.1f} %, largest difference {report['relative']:.2g} of "
+        f"logits: token agreement {percent(report['token_agreement'])}, largest difference {report['relative']:.2g} of "
         f"the largest, on {report['tokens']:,} tokens"
     )
 
@@ -126,7 +128,3 @@ def _data_line(data: Mapping[str, Any]) -> str:
         line += f"\nthe chat template left out or changed words of answers in {rows}"
     held_out = data.get("held_out_skipped")
     return line + (f"\n{held_out:,} held-out rows skipped as bad; see left_out.jsonl" if held_out else "")
-
-
-def _percent(accuracy: float | None) -> str:
-    return "" if accuracy is None else f"{100 * accuracy:.1f} %"

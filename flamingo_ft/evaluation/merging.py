@@ -22,6 +22,7 @@ from flamingo_ft.backbones.context import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import percent
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
@@ -157,14 +158,14 @@ def _refuse_worse(report: dict[str, Any]) -> None:
     if tolerance is not None and not report["relative"] <= tolerance:
         raise UserError(
             f"{report['adapter']}: the merged model's logits are {report['relative']:.2g} of the largest away from the "
-            f"adapter's (token agreement {report['token_agreement']:.1%}), beyond the tolerance of {tolerance:.2g}; "
+            f"adapter's (token agreement {percent(report['token_agreement'])}), beyond the tolerance of {tolerance:.2g}; "
             f"{_remedies(report)}leave --tolerance out"
         )
 
 
 def _margins(found: dict[str, Any]) -> str:
     accuracy = found["accuracy_margin"]
-    return f"{found['margin']:.2g} nats" + ("" if accuracy is None else f" and {accuracy:.1%}")
+    return f"{found['margin']:.2g} nats" + ("" if accuracy is None else f" and {percent(accuracy)}")
 
 
 def _against(figures: dict[str, float], form: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from flamingo_ft.formatting import percent
+
 from .accuracy import is_right, normalise
 from .baselines import is_free_text, majority
 from .questions import Question
@@ -44,7 +46,7 @@ def _of_accuracies(outcomes: Sequence[tuple[bool, bool]], changed: float, baseli
     """outcomes: right with the true images, right with others; a paired comparison (McNemar, 1947)."""
     right, other = (sum(column) / len(outcomes) for column in zip(*outcomes, strict=True))
     gain, error = right - other, math.sqrt(sum(a != b for a, b in outcomes)) / len(outcomes)
-    figures = f"{right:.1%} right, against {other:.1%} with another image".replace("%", " %")
+    figures = f"{percent(right)} right, against {percent(other)} with another image"
     if gain <= max(CLEAR * error, LEAST_GAIN):
         if changed < BARELY:
             return f"{NOT_LOOKING}: answers barely change with another image ({figures}); {REMEDY}"
@@ -52,13 +54,12 @@ def _of_accuracies(outcomes: Sequence[tuple[bool, bool]], changed: float, baseli
             f"{NO_USE}: answers change with another image, but are right about as often ({figures}); {REMEDY}"
         )
     if right <= baseline:
-        always = f"{baseline:.1%}".replace("%", " %")
-        return f"reads the images, yet does no better than always giving the most frequent answer ({always}): {figures}; {REMEDY}"
+        return f"reads the images, yet does no better than always giving the most frequent answer ({percent(baseline)}): {figures}; {REMEDY}"
     return f"reads the images: {figures}"
 
 
 def _of_free_text(changed: float) -> str:
-    share = f"{changed:.0%} of the answers change with another image".replace("%", " %")
+    share = f"{percent(changed, digits=0)} of the answers change with another image"
     if changed < BARELY:
         return f"{NOT_LOOKING}: {share}; {REMEDY}"
     return f"the answers depend on the images ({share}); whether they are right, exact match cannot tell for free text"

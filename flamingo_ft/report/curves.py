@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import percent, significant
 
 from .log_file import LOG_FILE, Entry, read_log
 from .look import BLUE, GREEN, ORANGE, RED, SIZE, TEAL, VIOLET, check_run, dress, new_axes
@@ -97,8 +98,8 @@ def throughput_figure(entries: Sequence[Entry]) -> Figure | None:
     all_axes = figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0]
     for axes, colour, (unit, found) in zip(all_axes, COLOURS, shown.items(), strict=False):
         dress(axes, "", f"{unit}/s", "")
-        _draw(axes, [found], [colour], from_zero=True, write=_short)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        _draw(axes, [found], [colour], from_zero=True, write=significant)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
     dress(all_axes[0], "Throughput", all_axes[0].get_ylabel(), all_axes[0].get_xlabel())
     all_axes[-1].set_xlabel("optimizer step")
@@ -136,7 +137,7 @@ def _figure(
     if not curves:
         return None
     figure, axes = new_axes(title, ylabel)
-    _draw(axes, curves, COLOURS, from_zero=from_zero, write=_percent if share else _short)
+    _draw(axes, curves, COLOURS, from_zero=from_zero, write=percent if share else significant)
     if share:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
@@ -170,14 +171,6 @@ def _name_last(axes: Axes, one: Curve, colour: str, write: Write) -> None:
     """The last value, right of the curve's end."""
     beside = {"xytext": (7, 5), "textcoords": "offset points", "ha": "left", "va": "center"}
     axes.annotate(write(one.values[-1]), (one.steps[-1], one.values[-1]), color=colour, fontsize=9, **beside)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
 
 
 def _set_height(axes: Axes, values: Sequence[float], from_zero: bool) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flamingo_ft.formatting import duration, significant
+
 from .folder import RunFolder
 
 MEASURES = (  # name, key in the log, how it is written
@@ -25,7 +27,7 @@ def facts(run: RunFolder) -> dict[str, str]:
     trained = run.metrics.get("train", {})
     known = {"parameters trained": f"{trained['trainable_parameters']:,}"} if trained else {}
     if run.seconds is not None:
-        known["training time"] = clock(run.seconds)
+        known["training time"] = duration(run.seconds)
     for name, key, form in MEASURES:
         value = run.last(key)
         if value is not None:
@@ -66,19 +68,6 @@ def class_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, int, floa
     ]
 
 
-def clock(seconds: float) -> str:
-    """1 h 2 min, 3 min 20 s or 45 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def percent(share: float | None) -> str:
-    """42.0 %, or nothing where nothing was measured."""
-    return "" if share is None else f"{100 * share:.1f} %"
-
-
 def _written(form: str, value: float) -> str:
     """Large numbers have no places after the point."""
-    return f"{value:,.0f}" if form == "{:,.3g}" and value >= 100 else form.format(value).replace("%", " %")
+    return significant(value) if form == "{:,.3g}" else form.format(value).replace("%", " %")

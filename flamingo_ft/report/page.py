@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flamingo_ft import atomic
+from flamingo_ft.formatting import data_uri, duration, percent
 from flamingo_ft.version import __version__
 
-from .facts import accuracy_table, class_table, clock, facts, percent
+from .facts import accuracy_table, class_table, facts
 from .folder import RunFolder
 from .pictures import save_figures
 
@@ -29,7 +29,7 @@ def write_report(folder: str | Path, *, goes_on: bool = False, stopped: str | No
     Returns the page's path. UserError where the folder holds no run.
     """
     run = RunFolder.read(Path(folder))
-    pictures = {name: _data_uri(path) for name, path in save_figures(run).items()}
+    pictures = {name: data_uri(path.read_bytes()) for name, path in save_figures(run).items()}
     loader = PackageLoader("flamingo_ft.report", "")
     blocks = {"trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, **blocks)
@@ -50,7 +50,7 @@ def write_report(folder: str | Path, *, goes_on: bool = False, stopped: str | No
         facts=facts(run),
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
         percent=percent,
-        clock=clock,
+        duration=duration,
     )
     atomic.write_text(run.folder / REPORT_FILE, page)
     return run.folder / REPORT_FILE
@@ -64,7 +64,3 @@ def status(run: RunFolder, goes_on: bool, stopped: str | None) -> tuple[str, str
     if stopped is not None:
         return f"stopped at {place} by {stopped}", "bad"
     return (f"training, {place}", "warn") if goes_on else (f"not finished, {place}", "bad")
-
-
-def _data_uri(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"

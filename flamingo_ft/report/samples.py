@@ -28,6 +28,7 @@ from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import normalise
 from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
+from flamingo_ft.formatting import one_line
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 from .look import BLUE, GREEN, INK, RED, check_run
@@ -140,7 +141,7 @@ def _mark_images(texts: Sequence[str]) -> list[str]:
         return f" {f'[{next(numbers)}]' if several else ''}{found[1]} "
 
     marked = [re.sub(rf"\s*{MEDIA_TOKEN}\s*([.,;:?!]?)", mark, text) for text in texts]
-    return [" ".join(text.split()) for text in marked]
+    return [one_line(text) for text in marked]
 
 
 def _cut(text: str, lines: int) -> str:

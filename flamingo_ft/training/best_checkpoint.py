@@ -19,9 +19,10 @@ from transformers import (
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.contents import adapter_tensors
-from flamingo_ft.adapters.files import WEIGHTS, read_tensors
+from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import fill, let_go
 
@@ -92,7 +93,7 @@ def save_best(model: FlamingoForConditionalGeneration, processor: FlamingoProces
     main = processes.is_main()
     if main:
         atomic.begin_folder(folder)
-    save_adapter(model, processor, atomic.beside(folder), write=main)
+    save_adapter(model, processor, atomic.partial_path(folder), write=main)
     if main:
         atomic.finish_folder(folder)
     processes.barrier()
@@ -101,7 +102,7 @@ def save_best(model: FlamingoForConditionalGeneration, processor: FlamingoProces
 @torch.no_grad()
 def restore_best(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     """Load the adapter that `save_best` wrote into the same model."""
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"{folder}: the best adapter is missing; resume with eval.keep=last to end with the last one"
         )

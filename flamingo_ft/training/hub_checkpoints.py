@@ -24,7 +24,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import atomic, processes
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.connection import silence_ends, without_bars
 from flamingo_ft.hub.errors import FAILURES, quoted, reason
 from flamingo_ft.hub.retry import patiently
@@ -113,7 +114,7 @@ class BackgroundUploads:
         try:
             files = _link_for_upload(folder)
         except OSError as error:
-            self.log(f"not pushed to {self.repository}: {folder.name} ({one_line(error)})")
+            self.log(f"not pushed to {self.repository}: {folder.name} ({error_message(error)})")
             return
         with self._lock:
             replaced, self._waiting = self._waiting, (folder.name, files)
@@ -184,7 +185,7 @@ class BackgroundUploads:
 
 def _link_for_upload(folder: Path) -> Path:
     """Link (or copy) a checkpoint's files to a folder that pruning does not delete."""
-    copy = atomic.beside(folder.with_name(f"{folder.name}.pushed"))
+    copy = atomic.partial_path(folder.with_name(f"{folder.name}.pushed"))
     atomic.link_folder(folder, copy)
     return copy
 

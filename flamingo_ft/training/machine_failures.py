@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError
 
 from flamingo_ft.config import Recipe, TrainSection
-from flamingo_ft.errors import OutOfMemory, UserError, one_line
+from flamingo_ft.errors import OutOfMemory, UserError
+from flamingo_ft.formatting import MAX_MESSAGE_CHARACTERS, error_message, one_line
 from flamingo_ft.machine_errors import disk_failure, out_of_memory
-from flamingo_ft.plan.report import make_report
+from flamingo_ft.plan.plan_report import make_plan_report
 
 from .checkpoints import checkpoint_root, newest_checkpoint
 
@@ -45,7 +46,7 @@ def attach_memory_plan(error: OutOfMemory, recipe: Recipe) -> OutOfMemory:
         torch.cuda.empty_cache()
     try:
         with oom_as_user_error("training"):
-            error.plan = make_report(recipe).record()
+            error.plan = make_plan_report(recipe).record()
     except UserError:  # no memory for the plan either, or a model that cannot be planned
         error.plan = None
     return error
@@ -63,14 +64,14 @@ def io_errors_as_user_error(train_config: TrainSection) -> Iterator[None]:
         if failure is None:
             raise
         raise UserError(
-            f"{train_config.output_dir}: cannot write ({' '.join(failure.split())[:200]}); "
+            f"{train_config.output_dir}: cannot write ({one_line(failure, MAX_MESSAGE_CHARACTERS)}); "
             f"free disk space, and {_how_to_resume(train_config)}"
         ) from error
 
 
 def _worker_message(error: Exception, train_config: TrainSection) -> str:
     return (
-        f"train.num_workers: a data-loading worker died ({one_line(error)}), most likely out of memory; "
+        f"train.num_workers: a data-loading worker died ({error_message(error)}), most likely out of memory; "
         f"lower train.num_workers, or set it to 0, and {_how_to_resume(train_config)}"
     )
 

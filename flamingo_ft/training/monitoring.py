@@ -20,10 +20,10 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from flamingo_ft import processes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import GIB, percent, significant
 from flamingo_ft.model.sharding import whole
 from flamingo_ft.progress import Bars
 
-GIB = 2**30
 COUNTED = ("samples", "images", "label_tokens")  # per second in the log
 GATES = {"attention": "attn_gate", "feed_forward": "ff_gate"}  # name in the log -> attribute of a block
 
@@ -161,18 +161,13 @@ class ProgressBar(TrainerCallback):
 def _evaluation_parts(logs: dict[str, float]) -> list[str]:
     accuracy = logs.get("eval_accuracy")
     loss = f"held-out loss {float(logs['eval_loss']):.4f}"
-    return [loss] if accuracy is None else [loss, f"accuracy {100 * accuracy:.1f} %"]
+    return [loss] if accuracy is None else [loss, f"accuracy {percent(accuracy)}"]
 
 
 def _throughput_parts(logs: dict[str, float]) -> list[str]:
     rates = {"label tokens/s": "label_tokens_per_second", "images/s": "images_per_second"}
-    parts = [f"{format_rate(logs[key])} {unit}" for unit, key in rates.items() if key in logs]
+    parts = [f"{significant(logs[key], 2)} {unit}" for unit, key in rates.items() if key in logs]
     return parts + ([f"{logs['memory_gib']:.2f} GiB"] if "memory_gib" in logs else [])
-
-
-def format_rate(per_second: float) -> str:
-    """Format a rate with two significant digits or, from 10 on, as a whole number: 3.2 or 12,346."""
-    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 # --- experiment trackers ---

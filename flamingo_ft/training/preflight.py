@@ -17,13 +17,13 @@ from flamingo_ft.data.mixture import SOON_READ
 from flamingo_ft.data.overlap import find_overlap
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import measure_answers
+from flamingo_ft.formatting import gib
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.plan.gpus import CONTEXT, FRAGMENTATION
-from flamingo_ft.plan.memory import plan_memory
+from flamingo_ft.plan.plan_report import CONTEXT, FRAGMENTATION
+from flamingo_ft.plan.planner import plan_memory
 
 from .arguments import autocast_dtype
 
-GIB = 2**30
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -115,7 +115,7 @@ def memory_notice(recipe: Recipe) -> str:
         free, where = torch.cuda.mem_get_info(device)[0], f"on {torch.cuda.get_device_name(device)}"
     else:
         free, where = psutil.virtual_memory().available, "of host RAM"
-    line = f"memory: planned peak {peak / GIB:.2f} GiB, {free / GIB:.2f} GiB {where} are free"
+    line = f"memory: planned peak {gib(peak)} GiB, {gib(free)} GiB {where} are free"
     return line if peak <= free else f"warning: {line}; flamingo-ft plan says what to change"
 
 

@@ -84,7 +84,7 @@ def find_start_point(recipe: Recipe) -> StartPoint:
 def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]]:
     """Return the newest undamaged checkpoint in ``root`` or on the Hub, and notes about damaged and fetched ones."""
     if root.is_dir():
-        atomic.sweep(root)
+        atomic.remove_leftovers(root)
     checkpoint, problems = latest_valid(root)
     notes = [f"damaged: {problem}" for problem in problems]
     if recipe.train.push_to_hub:

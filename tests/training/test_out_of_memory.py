@@ -58,14 +58,14 @@ def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys
 )
 def test_evaluations_that_do_not_fit_have_their_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)
-    monkeypatch.setattr(machine_failures, "make_report", lambda recipe: _Report())
+    monkeypatch.setattr(machine_failures, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="evaluation: GPU memory is full.*lower eval.batch_size"):
         train(recipe("eval.steps=1", f"eval.before={str('run_evaluation' not in place).lower()}"))
 
 
 def test_a_backbone_that_does_not_fit_is_not_reported_as_damaged(folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", gpu_is_full)
-    monkeypatch.setattr(machine_failures, "make_report", lambda recipe: _Report())
+    monkeypatch.setattr(machine_failures, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="loading: GPU memory is full.*quantize the backbones"):
         train(recipe())
 
@@ -80,7 +80,7 @@ def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  #
 
     monkeypatch.setattr(FlamingoTrainerMixin, "training_step", step)
     monkeypatch.setattr(
-        machine_failures, "make_report", lambda recipe: _Report([ref() is None for ref in kept])
+        machine_failures, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept])
     )
     with pytest.raises(OutOfMemory) as error:
         train(recipe("data.eval=[]"))
@@ -89,7 +89,7 @@ def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  #
 
 def test_memory_that_is_too_short_for_a_plan_leaves_the_line(folder, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(FlamingoTrainerMixin, "training_step", gpu_is_full)
-    monkeypatch.setattr(machine_failures, "make_report", host_is_full)
+    monkeypatch.setattr(machine_failures, "make_plan_report", host_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
     assert "error: training: GPU memory is full" in capsys.readouterr().err
 

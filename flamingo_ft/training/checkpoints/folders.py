@@ -28,7 +28,7 @@ def prepare_checkpoint_root(root: Path) -> None:
     """Create ``root`` and check that it is writable, before hours of training. Raise UserError if it is not."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        atomic.sweep(root)
+        atomic.remove_leftovers(root)
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:

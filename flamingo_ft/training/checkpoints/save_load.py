@@ -26,8 +26,9 @@ from transformers import TrainerState
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import restore_trainable, save_adapter
 from flamingo_ft.config import RECIPE_FILE
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
+from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
@@ -90,7 +91,7 @@ def save_checkpoint(trainer: CheckpointedTrainer) -> Path:
         if processes.is_main():
             atomic.begin_folder(folder)
         processes.barrier()
-        partial = atomic.beside(folder)
+        partial = atomic.partial_path(folder)
         _write_files(trainer, partial)
         processes.barrier()
         if processes.is_main():
@@ -140,7 +141,7 @@ def _disk_message(folder: Path, root: Path, error: Exception) -> str:
     newest = newest_checkpoint(root)
     last = f"the last one is {newest}" if newest else "there is none yet"
     return (
-        f"{folder}: cannot write this checkpoint ({one_line(error)}); {last}; "
+        f"{folder}: cannot write this checkpoint ({error_message(error)}); {last}; "
         "free disk space or choose another train.checkpoint_dir, and resume with --resume"
     )
 
@@ -176,7 +177,7 @@ def _restore_best_folder(folder: Path, root: Path) -> None:
     """Put the checkpoint's best adapter back into ``root``; without one in the checkpoint, leave ``root`` as it is."""
     if best_folder(folder).is_dir():
         atomic.begin_folder(best_folder(root)).rmdir()
-        atomic.link_folder(best_folder(folder), atomic.beside(best_folder(root)))
+        atomic.link_folder(best_folder(folder), atomic.partial_path(best_folder(root)))
         atomic.finish_folder(best_folder(root))
 
 
