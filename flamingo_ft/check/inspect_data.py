@@ -46,7 +46,7 @@ SYNONYMS = {
 
 
 @dataclass
-class Lengths:
+class TextLengths:
     """Of the samples read: the longest text and the longest answer, in tokens, and how many texts exceed the context.
 
     counted: with the language model's tokenizer; else estimated. context: of the language model; None: not known.
@@ -67,7 +67,7 @@ class InspectedData:
 
     entry: DataSource
     rows: int
-    lengths: Lengths
+    lengths: TextLengths
     read: int = 0
     urls: bool = False
     pictured: int = 0
@@ -75,18 +75,18 @@ class InspectedData:
     problems: list[str] = field(default_factory=list)
 
 
-class Measure:
+class LengthCounter:
     """Measures samples with the tokenizer of ``language``, a name or folder, if that is on this machine."""
 
     def __init__(self, language: str):
         self.processor, self.context = _local_processor(language)
         self._ends = frozenset() if self.processor is None else answer_ends(self.processor)
 
-    def lengths(self) -> Lengths:
+    def lengths(self) -> TextLengths:
         """Nothing measured yet."""
-        return Lengths(self.processor is not None, self.context)
+        return TextLengths(self.processor is not None, self.context)
 
-    def add(self, lengths: Lengths, sample: Sample) -> None:
+    def add(self, lengths: TextLengths, sample: Sample) -> None:
         """UserError for a sample that the chat template refuses."""
         if self.processor is None:
             text, answers = _estimated(sample)
@@ -98,7 +98,7 @@ class Measure:
         lengths.over_context += self.context is not None and text > self.context
 
 
-def inspect_data(entry: DataSource, measure: Measure) -> InspectedData:
+def inspect_data(entry: DataSource, measure: LengthCounter) -> InspectedData:
     """Read ``entry``, and find out what it leaves open: schema, columns, image_root.
 
     Raises UserError for a source that cannot be opened or fits no schema, and where none of its rows can be used.

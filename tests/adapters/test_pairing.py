@@ -14,7 +14,7 @@ from flamingo_ft.adapters.released import MODELS, released
 from flamingo_ft.backbones import language
 from flamingo_ft.config import ModelSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.plan.memory import Planner
+from flamingo_ft.plan.planner import Planner
 from flamingo_ft.training import train as train_module
 from flamingo_ft.training.train import train
 

@@ -19,11 +19,10 @@ from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import backbone_files, text_limit
 
-from .batch import Batch, find_batch
-from .devices import Device
-from .model import build_on_meta, move_to_fake
-from .optimizer import optimizer_state
-from .step import StepMemory, dry_step
+from .cuda_emulation import Device
+from .longest_batch import Batch, longest_batch
+from .meta_model import build_meta_model, move_to_fake
+from .simulated_step import StepMemory, optimizer_state, simulate_step
 
 # A larger batch is extrapolated from two smaller ones: a dry run loops over the positions of a batch in chunks.
 MOST_POSITIONS = 65_536  # text tokens of all samples
@@ -105,14 +104,14 @@ class Planner:
 
     def _build(self, recipe: Recipe) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
         files = copy.deepcopy(self._files)
-        return build_on_meta(recipe, files.tower, files.language, files.tokenizer, self.device)
+        return build_meta_model(recipe, files.tower, files.language, files.tokenizer, self.device)
 
     def _step(self, model: FlamingoForConditionalGeneration, batch: Batch, train: TrainSection) -> StepMemory:
         """The dry run. UserError for a model whose operations need the values of tensors, as many mixtures of experts do."""
         try:
             with _without_torch_log(), FakeTensorMode():
                 move_to_fake(model)
-                return dry_step(model, batch, train, self.device)
+                return simulate_step(model, batch, train, self.device)
         except RuntimeError as error:
             reraise_machine_error(error)
             reason = str(error).strip().splitlines()
@@ -125,7 +124,7 @@ class Planner:
         self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
     ) -> Batch:
         limit = text_limit(model.config, recipe.data.max_text_tokens)
-        batch = find_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
+        batch = longest_batch(recipe, processor, model.vision_encoder.image_size, limit, self._sizes)
         self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
         return batch
 

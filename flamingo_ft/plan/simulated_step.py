@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from math import ceil
 from typing import Any
 
 import torch
@@ -24,10 +25,9 @@ from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import no_media
 from flamingo_ft.model.media_input import MediaInput
 
-from .batch import Batch
-from .devices import Device, behaving_like, recomputing_like
-from .optimizer import optimizer_state
-from .tracker import CUDA_BLOCK, LiveBytes
+from .cuda_emulation import Device, emulate_device, recompute_context
+from .longest_batch import Batch
+from .memory_tracker import CUDA_ALLOCATION_BLOCK, MemoryTracker
 
 STASH = 5  # activations that TRL's offloading keeps on the GPU while they are copied (OffloadActivations)
 SMALLEST_OFFLOADED = 1024  # bytes
@@ -48,20 +48,20 @@ class StepMemory:
     gradients_at_peak: int
 
 
-def dry_step(
+def simulate_step(
     model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device
 ) -> StepMemory:
     """Forward, loss and backward as the trainer runs them; inside the FakeTensorMode that the model was made in."""
     trained = trainable_parameters(model).values()
     if wanted.gradient_checkpointing:
         model.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": partial(recomputing_like, device)}
+            {"use_reentrant": False, "context_fn": partial(recompute_context, device)}
         )
     models = [model, frozen_copy(model)] if wanted.method == "dpo" else [model]
     model.train()
     with (
-        LiveBytes(CUDA_BLOCK if device == "cuda" else 1) as live,
-        behaving_like(device),
+        MemoryTracker(CUDA_ALLOCATION_BLOCK if device == "cuda" else 1) as live,
+        emulate_device(device),
         _full_batch(models, batch),
     ):
         weights = live.hold(tensor for one in models for tensor in chain(one.parameters(), one.buffers()))
@@ -80,7 +80,7 @@ def dry_step(
     )
 
 
-def computes_in(precision: str, device: Device) -> torch.dtype | None:
+def autocast_dtype(precision: str, device: Device) -> torch.dtype | None:
     """The format of the trainer's autocast on ``device``, None for none. What an older GPU chooses is as large."""
     automatic = "bf16" if device == "cuda" else "fp32"
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
@@ -96,8 +96,8 @@ def _forward_and_backward(
     samples = batch.media() if device == "cpu" else None
     steps = wanted.gradient_accumulation_steps
     batches = [batch.tensors() for _ in range(min(steps, 2))]  # from the second on, all are alike
-    waiting = _waiting(batches[0], steps - len(batches), CUDA_BLOCK if device == "cuda" else 1)
-    autocast = computes_in(wanted.precision, device)
+    waiting = _waiting(batches[0], steps - len(batches), CUDA_ALLOCATION_BLOCK if device == "cuda" else 1)
+    autocast = autocast_dtype(wanted.precision, device)
     for inputs in batches:
         with _offloaded(wanted.activation_offload and device == "cuda"):
             with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -113,7 +113,7 @@ def _waiting(inputs: dict[str, Tensor], batches: int, block: int) -> list[Tensor
     return [torch.zeros(batches, size, dtype=torch.uint8) for size in sizes] if batches else []
 
 
-def _watch_gradients(trained: Any, live: LiveBytes, at_once: bool) -> dict[int, int]:
+def _watch_gradients(trained: Any, live: MemoryTracker, at_once: bool) -> dict[int, int]:
     """Bytes of each parameter's gradient, filled in as they come; dropped as they come where the step is ``at_once``."""
     sizes: dict[int, int] = {}
 
@@ -258,3 +258,26 @@ def _back(kept: Any) -> Tensor:
         return kept
     shape, stride, dtype = kept
     return torch.empty_strided(shape, stride, dtype=dtype)
+
+
+SMALLEST_8BIT, SMALLEST_PAGED, STATE_BLOCK = 4096, 100_000, 256  # elements
+
+
+def optimizer_state(parameter: Tensor, optimizer: str, device: Device) -> tuple[list[Tensor], int]:
+    """The state of one parameter as tensors on the device, and the bytes that are paged."""
+    kept = _kept(parameter, optimizer)
+    moments, scales = kept[:2], kept[2:]
+    if optimizer.startswith("paged_") and device == "cuda" and parameter.numel() >= SMALLEST_PAGED:
+        return scales, sum(moment.nbytes for moment in moments)
+    return kept, 0
+
+
+def _kept(parameter: Tensor, optimizer: str) -> list[Tensor]:
+    """Two moments, then their scales."""
+    if optimizer == "adamw":
+        return [torch.empty_like(parameter) for _ in range(2)]
+    if not optimizer.endswith("8bit") or parameter.numel() < SMALLEST_8BIT:
+        return [torch.empty_like(parameter, dtype=torch.float32) for _ in range(2)]
+    moments = [torch.empty_like(parameter, dtype=torch.uint8) for _ in range(2)]
+    blocks = ceil(parameter.numel() / STATE_BLOCK)
+    return moments + [parameter.new_empty(blocks, dtype=torch.float32) for _ in range(2)]

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.check.findings import Findings
-from flamingo_ft.check.run import check
+from flamingo_ft.check.check_data import check_data
+from flamingo_ft.check.check_report import CheckReport
 from flamingo_ft.config import Recipe
 
 
@@ -26,9 +26,9 @@ def recipe(folder: Path, train: list, workers: int = 0, method: str = "sft", **d
     )
 
 
-def checked(folder: Path, train: list, workers: int = 0, method: str = "sft", **data: Any) -> Findings:
+def checked(folder: Path, train: list, workers: int = 0, method: str = "sft", **data: Any) -> CheckReport:
     """What a check finds, its files being in ``folder`` / "check"."""
-    return check(recipe(folder, train, workers, method, **data), "test", folder / "check")
+    return check_data(recipe(folder, train, workers, method, **data), "test", folder / "check")
 
 
 def write_rows(path: Path, rows: list) -> dict[str, str]:

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-CUDA_BLOCK = (
+CUDA_ALLOCATION_BLOCK = (
     512  # bytes; torch's caching allocator hands out multiples of it (c10/cuda/CUDACachingAllocator.h)
 )
 ANSWERS = {"_local_scalar_dense"}  # operators that ask a tensor for its content
 
 
-class LiveBytes(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Counts storages from the operator that makes them until nothing refers to them, on real and on fake tensors.
 
     block: sizes are rounded up to it, in bytes. ``current`` and ``peak`` are in bytes; ``gradients`` is what callers

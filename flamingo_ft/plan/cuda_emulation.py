@@ -45,7 +45,7 @@ FLOAT32_UNDER_AUTOCAST = {
 PROMOTED_ON_CPU_ALONE = "index_copy"
 
 
-class Float32Operators(TorchFunctionMode):
+class CudaFloat32Ops(TorchFunctionMode):
     """CUDA's float32 operators under CPU autocast, which has fewer of them, and an operator of its own to promote."""
 
     def __torch_function__(
@@ -61,9 +61,9 @@ class Float32Operators(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def recomputing_like(device: Device) -> tuple[AbstractContextManager, AbstractContextManager]:
+def recompute_context(device: Device) -> tuple[AbstractContextManager, AbstractContextManager]:
     """What checkpointing is to forward and to recompute in: the engine leaves function modes behind."""
-    return nullcontext(), Float32Operators() if device == "cuda" else nullcontext()
+    return nullcontext(), CudaFloat32Ops() if device == "cuda" else nullcontext()
 
 
 def _float(value: Any) -> Any:
@@ -71,11 +71,11 @@ def _float(value: Any) -> Any:
 
 
 @contextmanager
-def behaving_like(device: Device) -> Iterator[None]:
+def emulate_device(device: Device) -> Iterator[None]:
     """Autocast, attention and TRL's loss as they allocate on ``device``."""
     with ExitStack() as stack:
         if device == "cuda":
-            stack.enter_context(Float32Operators())
+            stack.enter_context(CudaFloat32Ops())
             stack.enter_context(_replaced(functional, scaled_dot_product_attention=fused_attention))
             stack.enter_context(_replaced(chunked_logprob, **_LOSS_KERNELS))
         yield

@@ -92,7 +92,7 @@ def _fullest_row(
     return limit, images, f"rows packed of the first {len(sizes)} samples"
 
 
-def find_batch(
+def longest_batch(
     recipe: Recipe,
     processor: FlamingoProcessor,
     image_size: int | tuple[int, int],
