@@ -11,6 +11,7 @@ import torch
 
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import gib
 from flamingo_ft.plan import planner
 from flamingo_ft.training import preflight
 from flamingo_ft.training.preflight import memory_notice
@@ -29,8 +30,8 @@ def folder(tmp_path, monkeypatch):
 
 def test_the_plan_is_held_against_the_memory_that_is_free(folder, monkeypatch):
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory(3 * 2**30))
-    planned = preflight.plan_memory(recipe(), device="cpu").peak / 2**30
-    assert memory_notice(recipe()) == f"memory: planned peak {planned:.2f} GiB, 3.00 GiB of host RAM are free"
+    planned = gib(preflight.plan_memory(recipe(), device="cpu").peak)
+    assert memory_notice(recipe()) == f"memory: planned peak {planned} GiB, 3.00 GiB of host RAM are free"
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory(2**20))
     line = memory_notice(recipe())
     assert line.startswith("warning: memory: planned peak") and "flamingo-ft plan says what to change" in line
@@ -76,6 +77,6 @@ def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(fo
     off = "eval={before: false, shuffled_images: false, max_new_tokens: 2}"
     assert main(["train", "./recipe.yaml", "data.eval=[{path: eval.jsonl}]", off]) == 0
     said = capsys.readouterr().err
-    assert re.search(r"memory: planned peak \d+\.\d\d GiB, \d+\.\d\d GiB of host RAM are free", said)
+    assert re.search(r"memory: planned peak \d+\.\d+ GiB, \d+\.\d\d GiB of host RAM are free", said)
     assert ("warning: 1 of 1 held-out samples show an image that is trained on too" in said) == leaks
     assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", said)
