@@ -24,7 +24,7 @@ from flamingo_ft.backbones.quantized_tower import refuse_without_matrices
 from flamingo_ft.backbones.tower import build_visual, token_width, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 

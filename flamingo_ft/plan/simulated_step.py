@@ -17,7 +17,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils as trl_utils
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.reference import frozen_copy
+from flamingo_ft.adapters.prepare import frozen_copy
 from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration

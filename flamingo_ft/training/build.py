@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback
 
-from flamingo_ft.adapters import prepare_training, start_bridge
+from flamingo_ft.adapters import init_bridge, prepare_training
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
@@ -19,7 +19,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.epochs import with_max_steps
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.model.sharding import shard
 
@@ -75,7 +75,7 @@ def build_model(
     apply_template(processor, recipe.data)
     processor.image_processor.video_frames = recipe.data.video_frames
     if model_config.init_from is not None:
-        start_bridge(model, model_config.init_from)
+        init_bridge(model, model_config.init_from)
     model.to(device)
     prepare_training(model, recipe, init_batches and partial(init_batches, model, processor))
     return model, processor

@@ -15,11 +15,10 @@ from torch import Tensor
 from flamingo_ft import processes
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
-from flamingo_ft.data.encode import IGNORED
-from flamingo_ft.data.media_reader import PixelReader
+from flamingo_ft.data.encode import IGNORED, Dropped
+from flamingo_ft.data.media import PixelLoader
 from flamingo_ft.data.methods import encoder
-from flamingo_ft.data.stream.prepare import Prepared
-from flamingo_ft.data.too_long import Dropped
+from flamingo_ft.data.stream.examples import Example
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import accuracy, answer_questions
 from flamingo_ft.evaluation.questions import Question, questions_of
@@ -113,7 +112,7 @@ class EvalBatches:
         kept.sort(key=lambda pair: pair[1].text_tokens)  # little padding; the sort is stable
         size = recipe.eval.batch_size
         self._batches = [kept[start : start + size] for start in range(0, len(kept), size)]
-        self._read_media = PixelReader(processor)
+        self._read_media = PixelLoader(processor)
         self._collate = partial(COLLATE[recipe.train.method], processor.tokenizer.pad_token_id, False, None)
         self._weight = WEIGHTS[recipe.train.method]
         self._progress = progress
@@ -126,7 +125,7 @@ class EvalBatches:
         for index in indices if self._progress is None else _with_bar(self._progress, indices):
             batch = self._batches[min(index, len(self._batches) - 1)]
             rows = [
-                [Prepared(sample.where, text, self._read_media(sample, text.images, 0))]
+                [Example(sample.where, text, self._read_media(sample, text.images, 0))]
                 for sample, text in batch
             ]
             inputs = self._collate(rows)

@@ -26,11 +26,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from flamingo_ft import atomic, processes
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
-from flamingo_ft.hub.connection import silence_ends, without_bars
-from flamingo_ft.hub.errors import FAILURES, quoted, reason
-from flamingo_ft.hub.retry import patiently
-from flamingo_ft.hub.upload import additions
-from flamingo_ft.publish import with_card
+from flamingo_ft.hub.errors import CLIENT_ERRORS, error_reason, safe_message, with_retries
+from flamingo_ft.hub.upload import additions, limit_timeouts, no_progress_bars
+from flamingo_ft.publish import files_to_push
 
 from .checkpoints import checkpoint_folder, verify
 from .monitoring import ThroughputMeter
@@ -51,8 +49,8 @@ def prepare_repository(repository: str, starts_new_run: bool) -> None:
         api.create_repo(repository, private=True, exist_ok=True)
         api.auth_check(repository, write=True)
         existing = steps_on_hub(api, repository) if starts_new_run else []
-    except FAILURES as error:
-        raise UserError(f"train.push_to_hub: {repository}: {reason(error, writes=True)}") from None
+    except CLIENT_ERRORS as error:
+        raise UserError(f"train.push_to_hub: {repository}: {error_reason(error, writes=True)}") from None
     if existing:
         raise UserError(
             f"train.push_to_hub: {repository} holds step-{existing[0]} of an earlier run; resume that run with --resume, "
@@ -68,7 +66,7 @@ def background_uploads(
     if repository is None or not processes.is_main():
         yield None
         return
-    with silence_ends():
+    with limit_timeouts():
         uploads = BackgroundUploads(repository, limit, log)
         try:
             yield uploads
@@ -158,10 +156,10 @@ class BackgroundUploads:
     def _upload(self, name: str, commit: Callable[[], None]) -> None:
         """Try several times; log a failure without raising it."""
         try:
-            with without_bars():
-                patiently(commit, lambda error: True)
-        except FAILURES as error:
-            self.log(f"not pushed to {self.repository}: {name} ({quoted(error)})")
+            with no_progress_bars():
+                with_retries(commit, lambda error: True)
+        except CLIENT_ERRORS as error:
+            self.log(f"not pushed to {self.repository}: {name} ({safe_message(error)})")
             return
         with self._lock:
             self.missing = [entry for entry in self.missing if entry != name]
@@ -178,7 +176,7 @@ class BackgroundUploads:
 
     def _commit_run(self, output_dir: Path) -> None:
         # The client's upload_folder may take several commits, and someone may load the adapter between two of them.
-        files = with_card(output_dir, self.repository)
+        files = files_to_push(output_dir, self.repository)
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         self._api.create_commit(self.repository, operations, commit_message="The trained adapter")
 
@@ -213,16 +211,16 @@ def fetch_newer_checkpoint(repository: str, root: Path, after_step: int) -> Iter
                 yield f"damaged on the Hub: {error}"
     except RepositoryNotFoundError:
         return
-    except FAILURES as error:
+    except CLIENT_ERRORS as error:
         if after_step < 0:
-            raise UserError(f"train.push_to_hub: {repository}: {reason(error, writes=True)}") from None
-        yield f"could not look for newer checkpoints in {repository} ({quoted(error)})"
+            raise UserError(f"train.push_to_hub: {repository}: {error_reason(error, writes=True)}") from None
+        yield f"could not look for newer checkpoints in {repository} ({safe_message(error)})"
 
 
 def _fetch(repository: str, root: Path, step: int) -> Path:
     """Download and verify a checkpoint, then move it into place."""
     folder = checkpoint_folder(root, step)
-    with _scratch_folder(root) as scratch, without_bars():
+    with _scratch_folder(root) as scratch, no_progress_bars():
         snapshot_download(repository, allow_patterns=[f"{FOLDER}/{folder.name}/*"], local_dir=scratch)
         downloaded = scratch / FOLDER / folder.name
         verify(downloaded)

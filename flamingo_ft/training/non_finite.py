@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flamingo_ft.data.stream.batches import Contents
+from flamingo_ft.data.stream.batches import BatchContents
 from flamingo_ft.errors import UserError
 
 from .compat import tree_leaves
@@ -37,11 +37,11 @@ class NonFiniteGuard:
     def __init__(self, skip: bool = False):
         self.skip = skip
         self.bad_in_a_row = 0
-        self._batches: list[tuple[dict[str, Any], Contents]] = []
+        self._batches: list[tuple[dict[str, Any], BatchContents]] = []
         self._losses: list[Tensor] = []
         self._last_finite: Tensor | None = None
 
-    def start_step(self, batches: Sequence[dict[str, Any]], contents: Sequence[Contents]) -> None:
+    def start_step(self, batches: Sequence[dict[str, Any]], contents: Sequence[BatchContents]) -> None:
         """Begin an optimizer step over ``batches``."""
         self._batches, self._losses = list(zip(batches, contents, strict=True)), []
 
@@ -125,7 +125,7 @@ def _is_scaler_overflow(trainer: Any) -> bool:
     return scaler is not None and scaler.get_scale() >= 1
 
 
-def _rows_of(batches: Sequence[tuple[Any, Contents]], bad: Sequence[bool]) -> list[str]:
+def _rows_of(batches: Sequence[tuple[Any, BatchContents]], bad: Sequence[bool]) -> list[str]:
     """Return where the samples of the bad batches come from; those of all batches if none is known to be bad."""
     chosen = [contents for (_, contents), is_bad in zip(batches, bad, strict=False) if is_bad]
     return [row for contents in chosen or [contents for _, contents in batches] for row in contents.rows]

@@ -13,8 +13,8 @@ from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.quantization import DTYPES, Quantization, require_bitsandbytes
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.data import OpenedData, Sample
-from flamingo_ft.data.mixture import SOON_READ
-from flamingo_ft.data.overlap import find_overlap
+from flamingo_ft.data.eval_split import find_overlap
+from flamingo_ft.data.opened_data import MAX_VALIDATED_ROWS
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import measure_answers
 from flamingo_ft.formatting import gib
@@ -133,12 +133,14 @@ def evaluation_warnings(
 
 def _overlap(data: OpenedData, eval_samples: Sequence[Sample]) -> str | None:
     """Describe the images in both training and held-out samples; None for streams and large sources, which are not read."""
-    if not eval_samples or not all(mixed.source.indexed and mixed.size <= SOON_READ for mixed in data.train):
+    if not eval_samples or not all(
+        mixed.source.indexed and mixed.size <= MAX_VALIDATED_ROWS for mixed in data.train
+    ):
         return None
     found = find_overlap(data.samples(data.train), eval_samples)
     if found is None:
         return None
     return (
         f"{found.count:,} of {len(eval_samples):,} held-out samples show an image that is trained on too "
-        f"(first {found.held_out}, trained on in {found.train}), so accuracy on them says little; hold these images out"
+        f"(first {found.eval}, trained on in {found.train}), so accuracy on them says little; hold these images out"
     )

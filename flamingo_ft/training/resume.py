@@ -11,7 +11,7 @@ from typing import Any
 from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import fetch_model, hub_name, pinned
+from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 
 from .checkpoints import checkpoint_root, latest_valid, quarantine_newer, read_manifest
 from .hub_checkpoints import fetch_newer_checkpoint
@@ -149,7 +149,7 @@ def pin_init_from(recipe: Recipe, checkpoint: Path | None) -> Recipe:
         if earlier is not None:
             fetch_model(earlier)
             return _with_init_from(recipe, earlier)
-    return _with_init_from(recipe, Path(pinned(init_from, fetch_model(init_from))))
+    return _with_init_from(recipe, Path(pinned_name(init_from, fetch_model(init_from))))
 
 
 def _with_earlier_commit(recipe: Recipe, earlier: Recipe) -> Recipe:

@@ -16,7 +16,7 @@ from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
-from flamingo_ft.data.stream.tally import added
+from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
@@ -149,7 +149,7 @@ def _run(
     with progress_bars(disable=not processes.is_main()) as progress:
         with processes.failing_together():
             data = _open_data(recipe, checkpoint, on_data)
-            eval_samples = data.held_out_samples(recipe.eval.max_samples)
+            eval_samples = data.eval_samples(recipe.eval.max_samples)
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # Raises for questions longer than the context, which would otherwise fail only after training.
@@ -193,7 +193,7 @@ def _open_data(recipe: Recipe, checkpoint: Path | None, on_data: DataCallback | 
     data = open_data(recipe.data, recipe.train.seed)
     if on_data is not None and processes.is_main():
         on_data(data)
-    data.look_through()
+    data.validate_rows()
     if checkpoint:
         check_compatible(checkpoint, count_source_rows(data))
     return data
@@ -244,12 +244,12 @@ def _train(
         raise
     finally:
         if processes.is_main():
-            _write_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
+            _write_left_out(data.skipped | trainer.batches.stats.skipped_rows, output_dir)
     if stop.signal is not None:
         raise Stopped(stop.signal, trainer.state.global_step)
-    per_process = processes.everyones((trainer.batches.tally.record(), trainer.batches.tally.left_out))
+    per_process = processes.everyones((trainer.batches.stats.metrics(), trainer.batches.stats.skipped_rows))
     if processes.is_main():
-        left_out = dict(data.left_out)
+        left_out = dict(data.skipped)
         for _, rows in per_process:
             left_out |= rows
         _write_left_out(left_out, output_dir)
@@ -262,9 +262,9 @@ def _train(
     if skipped := count_skipped_steps(trainer.state.log_history):
         metrics[SKIPPED] = skipped
     metrics |= apply_best(trainer, recipe)
-    metrics["data"] = added([counts for counts, _ in per_process])
-    if data.left_out:
-        metrics["data"]["held_out_skipped"] = len(data.left_out)
+    metrics["data"] = total_metrics([counts for counts, _ in per_process])
+    if data.skipped:
+        metrics["data"]["held_out_skipped"] = len(data.skipped)
     return metrics
 
 

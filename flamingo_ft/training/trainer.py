@@ -17,9 +17,9 @@ from transformers import TrainerState
 from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft import processes
-from flamingo_ft.adapters.reference import answer_alike, drop_nothing, frozen_copy
+from flamingo_ft.adapters.prepare import frozen_copy, match_training_mode, zero_dropout
 from flamingo_ft.data.encode import IGNORED
-from flamingo_ft.data.stream.batches import Batches, Contents
+from flamingo_ft.data.stream.batches import BatchContents, Batches
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.sharding import is_sharded
 
@@ -61,8 +61,8 @@ class FlamingoTrainerMixin:
         super().__init__(train_dataset=columns, eval_dataset=columns, **arguments)
         self.batches, self.checkpoint_policy = batches, checkpoint_policy
         self.earlier_seconds, self._start_time = 0.0, time.monotonic()
-        self.pending: list[Contents] = []
-        self.current: Contents | None = None
+        self.pending: list[BatchContents] = []
+        self.current: BatchContents | None = None
         self.counts: Counter = Counter()
         self.meter = ThroughputMeter()
         self.eval_batches: EvalBatches | None = None
@@ -253,11 +253,11 @@ class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
     """Direct preference optimisation (arXiv:2305.18290) against the initial model, without dropout in either."""
 
     def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
-        drop_nothing(model)
+        zero_dropout(model)
         super().__init__(*given, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        answer_alike(self.ref_model, self.model.training)
+        match_training_mode(self.ref_model, self.model.training)
         with warnings.catch_warnings():
             # TRL 1.16 reads transformers' old name for activation checkpointing.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

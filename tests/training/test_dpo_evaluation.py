@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
     wanted = regimes.recipe(*HELD_OUT, "eval.batch_size=1")
     model, processor = regimes.build_model(wanted)
     trainer = regimes.trainer(model, processor, *HELD_OUT)
-    samples = open_data(wanted.data, 0).held_out_samples()
+    samples = open_data(wanted.data, 0).eval_samples()
     regimes.shake(model)
     alone = [
         run_evaluation(trainer, EvalBatches([sample], model, processor, wanted), None)["eval_loss"]
@@ -78,7 +78,7 @@ def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(held_o
 
 def test_held_out_samples_with_one_answer_are_refused_before_training_where_their_loss_is_wanted(held_out):
     single = "data.eval=[{path: train.jsonl}]"
-    with pytest.raises(UserError, match="train.jsonl: row 0: found one answer; eval.steps compares two"):
+    with pytest.raises(UserError, match="train.jsonl: row 0: got one answer, but eval.steps compares two"):
         train(regimes.recipe(*HELD_OUT, single))
     assert not Path("run/log.jsonl").exists()
     metrics = train(
