@@ -50,7 +50,7 @@ def make_train_batches(
     limit = text_limit(model.config, data_config.max_text_tokens)
     if data_config.packing:
         check_packing(model, batch_size)
-    features = _open_feature_cache(model, processor, recipe, world_size)
+    features = _feature_cache(model, processor, recipe, world_size)
     encode = encoder(processor, recipe, limit)
     order = SampleOrder(data.train, recipe.train.seed, data_config.shuffle_buffer)
     read_media = _media_reader(processor, recipe, features)
@@ -93,7 +93,7 @@ def _collate_media(features: FeatureCache | None, rows: list[list[Example]]) -> 
     return stack_media(media) if features is None else features.complete(collate_frames(media))
 
 
-def _open_features(
+def _feature_cache(
     model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe, writers: int
 ) -> FeatureCache | None:
     """Open the feature cache of the frozen vision tower; None without ``data.cache``."""
