@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import DPOConfig, SFTConfig
 
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.quantization import DTYPES
 from flamingo_ft.config import Recipe
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from flamingo_ft.adapters import init_bridge, prepare_training
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from flamingo_ft import processes
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.quantization import DTYPES, Quantization, require_bitsandbytes
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.data import OpenedData, Sample

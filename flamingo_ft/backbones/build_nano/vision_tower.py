@@ -1,4 +1,4 @@
-"""The nano vision tower: an OpenCLIP ViT of 4 layers, trained with captions on the training scans alone."""
+"""The nano vision tower: an OpenCLIP ViT of 4 layers, trained with captions on the training scans only."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from flamingo_ft.backbones.nano_build.digits import SIDE, Scan
-from flamingo_ft.backbones.nano_build.language_of_digits import DIGIT_WORDS
-from flamingo_ft.hub.weight_files import OPEN_CLIP_WEIGHTS
+from flamingo_ft.backbones.build_nano.digit_questions import DIGIT_WORDS
+from flamingo_ft.backbones.build_nano.quickstart_data import SIDE, Scan
+from flamingo_ft.hub.weight_files import OPEN_CLIP_CONFIG_FILE, OPEN_CLIP_WEIGHTS
 
 CONTEXT_LENGTH = 12
 EMBED_DIM = 64
@@ -38,15 +38,14 @@ VISION_CFG = {
     "width": 64,
     "head_width": 16,
     "mlp_ratio": 4.0,
-    # Captions are compared with the mean of the spatial tokens before ln_post, so that those learn the digit:
-    # they are what a Flamingo sees.
+    # Captions are compared with the mean of the spatial tokens before ln_post, which are what a Flamingo sees.
     "pool_type": "avg",
     "final_ln_after_pool": True,
 }
 
 
 def tower_config(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """The content of open_clip_config.json."""
+    """Return the content of open_clip_config.json."""
     text_cfg = {
         "context_length": CONTEXT_LENGTH,
         "vocab_size": len(tokenizer),
@@ -69,22 +68,24 @@ def tower_config(tokenizer: PreTrainedTokenizerFast) -> dict:
 
 
 def build_tower(tokenizer: PreTrainedTokenizerFast) -> open_clip.CLIP:
+    """Build the CLIP model with random weights."""
     config = tower_config(tokenizer)["model_cfg"]
     return open_clip.CLIP(config["embed_dim"], config["vision_cfg"], config["text_cfg"])
 
 
-def pixels_of(scans: list[Scan]) -> Tensor:
-    """(N, 3, 32, 32) images from 0 to 1, as a user's image loader makes them from the picture files."""
+def to_pixels(scans: list[Scan]) -> Tensor:
+    """Return images (N, 3, 32, 32) from 0 to 1, as a user's image loader makes them from the picture files."""
     rows = [torch.tensor(list(scan.picture().tobytes()), dtype=torch.float32) for scan in scans]
     return (torch.stack(rows) / 255).view(-1, 1, SIDE, SIDE).expand(-1, 3, -1, -1)
 
 
 def normalize(images: Tensor) -> Tensor:
+    """Subtract the mean and divide by the standard deviation of the preprocessing."""
     return (images - MEAN) / STD
 
 
 def augment(images: Tensor) -> Tensor:
-    """(N, 3, H, W) images turned, sheared, resized, shifted, brightened and given noise, each at random."""
+    """Rotate, shear, resize, shift, brighten and add noise to images (N, 3, H, W), each at random."""
     count = len(images)
     angle = (torch.rand(count) - 0.5) * math.radians(20)
     zoom = 0.9 + 0.2 * torch.rand(count, 2)
@@ -104,36 +105,36 @@ def augment(images: Tensor) -> Tensor:
 
 
 def caption_ids(rng: Random, tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """(10, context length) token ids of one caption for each digit, all in the same words."""
-    words = rng.choice(CAPTIONS)
-    texts = [words.format(word=word, numeral=numeral) for numeral, word in enumerate(DIGIT_WORDS)]
+    """Return token ids (10, context length) of one caption for each digit, all in the same words."""
+    caption = rng.choice(CAPTIONS)
+    texts = [caption.format(word=word, numeral=numeral) for numeral, word in enumerate(DIGIT_WORDS)]
     return tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH, return_tensors="pt").input_ids
 
 
-def with_end_token(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The tokenizer as the text tower needs it: a text ends with the token where its features are read."""
+def add_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Make the tokenizer end every text with its end token, whose features the text tower reads."""
     end, end_id = tokenizer.eos_token, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, end_id)]
     )
-    return tokenizer
 
 
 def train_tower(
     scans: list[Scan], tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int, batch_size: int = 128
 ) -> open_clip.CLIP:
-    """A CLIP model that names the scan: each image is told which of the ten captions is its own."""
+    """Train a CLIP model to choose, for each image, the caption of its digit among all ten."""
     torch.manual_seed(seed)
     rng = Random(seed)
     model = build_tower(tokenizer).train()
-    images, labels = pixels_of(scans), torch.tensor([scan.digit for scan in scans])
+    images, labels = to_pixels(scans), torch.tensor([scan.digit for scan in scans])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     for _ in range(steps):
-        chosen = torch.randint(len(scans), (batch_size,))
-        seen = model.encode_image(normalize(augment(images[chosen])), normalize=True)
-        said = model.encode_text(caption_ids(rng, tokenizer), normalize=True)
-        loss = F.cross_entropy(model.logit_scale.exp() * seen @ said.T, labels[chosen], label_smoothing=0.05)
+        batch = torch.randint(len(scans), (batch_size,))
+        image_features = model.encode_image(normalize(augment(images[batch])), normalize=True)
+        text_features = model.encode_text(caption_ids(rng, tokenizer), normalize=True)
+        logits = model.logit_scale.exp() * image_features @ text_features.T
+        loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -143,20 +144,20 @@ def train_tower(
     return model.eval()
 
 
-def spatial_means(model: open_clip.CLIP, scans: list[Scan]) -> Tensor:
-    """(N, D) mean of each scan's spatial tokens before ln_post."""
+def mean_spatial_tokens(model: open_clip.CLIP, scans: list[Scan]) -> Tensor:
+    """Return the mean (N, D) of each scan's spatial tokens before ln_post."""
     with torch.no_grad():
-        found = model.visual.forward_intermediates(
-            normalize(pixels_of(scans)), indices=1, intermediates_only=True, output_fmt="NLC"
+        outputs = model.visual.forward_intermediates(
+            normalize(to_pixels(scans)), indices=1, intermediates_only=True, output_fmt="NLC"
         )
-    return found["image_intermediates"][0].mean(dim=1)
+    return outputs["image_intermediates"][0].mean(dim=1)
 
 
 def save_tower(model: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the folder that open_clip loads as `local-dir:FOLDER`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps(tower_config(tokenizer), indent=2) + "\n"
-    (folder / "open_clip_config.json").write_text(config, encoding="utf-8")
+    (folder / OPEN_CLIP_CONFIG_FILE).write_text(config, encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / OPEN_CLIP_WEIGHTS)
     tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""What people ask about pictures of digits, and the right answers: the one place for every task's wording.
+"""Questions about pictures of digits, and their right answers: the one place for every task's wording.
 
-A question is a tuple of parts: text, or a `Picture` where an image stands. The quickstart data puts real
-images at the pictures; the blind corpus of the nano language model puts words there, or nothing.
+A question is a tuple of parts: text, or a `Picture` in place of an image. The quickstart data puts real images there;
+the text-only corpus of the nano language model puts words there, or nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "e
 
 @dataclass(frozen=True)
 class Picture:
-    """A place in a question where the image of `digit` stands."""
+    """Placeholder for an image of `digit` in a question."""
 
     digit: int
 
@@ -28,17 +28,22 @@ Part = str | Picture
 
 @dataclass(frozen=True)
 class Turn:
+    """A question and its answer."""
+
     question: tuple[Part, ...]
     answer: str
 
 
 @dataclass(frozen=True)
 class Dialogue:
+    """Turns of a conversation; `task` names it in the data."""
+
     task: str
     turns: tuple[Turn, ...]
 
     @property
     def pictures(self) -> list[Picture]:
+        """The pictures of all turns, in order."""
         return [part for turn in self.turns for part in turn.question if isinstance(part, Picture)]
 
 
@@ -96,15 +101,15 @@ PAIR_LAYOUTS = (
 
 
 def sentence(words: str) -> str:
-    """The words as a sentence: "seven" becomes "Seven."."""
+    """Return the words as a sentence: "seven" becomes "Seven."."""
     return words[0].upper() + words[1:] + "."
 
 
-def name_of(digit: int) -> str:
+def name_answer(digit: int) -> str:
     return sentence(DIGIT_WORDS[digit])
 
 
-def parity_of(digit: int) -> str:
+def parity_answer(digit: int) -> str:
     return "Odd." if digit % 2 else "Even."
 
 
@@ -113,7 +118,7 @@ def yes_or_no(is_so: bool) -> str:
 
 
 def about_one(rng: Random, digit: int, questions: tuple[str, ...]) -> tuple[Part, ...]:
-    """A question about one picture, which mostly stands first and sometimes last."""
+    """Return a question about one picture, which mostly comes first and sometimes last."""
     question = rng.choice(questions)
     if rng.random() < 0.2:
         return (question + " ", Picture(digit))
@@ -121,18 +126,18 @@ def about_one(rng: Random, digit: int, questions: tuple[str, ...]) -> tuple[Part
 
 
 def about_two(rng: Random, first: int, second: int, questions: tuple[str, ...]) -> tuple[Part, ...]:
-    """A question about two pictures that stand within the text."""
+    """Return a question about two pictures within the text."""
     before, between, after = rng.choice(PAIR_LAYOUTS)
     parts = (before, Picture(first), between, Picture(second), after + rng.choice(questions))
     return tuple(part for part in parts if part)
 
 
 def which_digit(rng: Random, digit: int) -> Dialogue:
-    return Dialogue("which_digit", (Turn(about_one(rng, digit, WHICH_DIGIT), name_of(digit)),))
+    return Dialogue("which_digit", (Turn(about_one(rng, digit, WHICH_DIGIT), name_answer(digit)),))
 
 
 def even_or_odd(rng: Random, digit: int) -> Dialogue:
-    return Dialogue("even_or_odd", (Turn(about_one(rng, digit, EVEN_OR_ODD), parity_of(digit)),))
+    return Dialogue("even_or_odd", (Turn(about_one(rng, digit, EVEN_OR_ODD), parity_answer(digit)),))
 
 
 def larger_than_five(rng: Random, digit: int) -> Dialogue:
@@ -152,32 +157,32 @@ def same_digit(rng: Random, first: int, second: int) -> Dialogue:
 
 def parity_then_name(rng: Random, digit: int) -> Dialogue:
     """Two turns about one picture; the first answer leaves five digits for the second."""
-    first = Turn(about_one(rng, digit, EVEN_OR_ODD), parity_of(digit))
-    return Dialogue("dialogue", (first, Turn((rng.choice(WHICH_DIGIT_AGAIN),), name_of(digit))))
+    first = Turn(about_one(rng, digit, EVEN_OR_ODD), parity_answer(digit))
+    return Dialogue("dialogue", (first, Turn((rng.choice(WHICH_DIGIT_AGAIN),), name_answer(digit))))
 
 
 def larger_then_parity(rng: Random, digit: int) -> Dialogue:
-    """Two turns about one picture; the first answer tells nothing about the second."""
+    """Two turns about one picture; the first answer says nothing about the second."""
     first = Turn(about_one(rng, digit, LARGER_THAN_FIVE), yes_or_no(digit > 5))
-    return Dialogue("dialogue", (first, Turn((rng.choice(EVEN_OR_ODD),), parity_of(digit))))
+    return Dialogue("dialogue", (first, Turn((rng.choice(EVEN_OR_ODD),), parity_answer(digit))))
 
 
 def name_then_next(rng: Random, first: int, second: int) -> Dialogue:
     """The second turn brings a second picture and asks for its name."""
-    opening = Turn(about_one(rng, first, WHICH_DIGIT), name_of(first))
+    opening = Turn(about_one(rng, first, WHICH_DIGIT), name_answer(first))
     return Dialogue(
-        "dialogue", (opening, Turn((Picture(second), rng.choice(WHICH_DIGIT_NEXT)), name_of(second)))
+        "dialogue", (opening, Turn((Picture(second), rng.choice(WHICH_DIGIT_NEXT)), name_answer(second)))
     )
 
 
 def name_then_compare(rng: Random, first: int, second: int) -> Dialogue:
     """The second turn brings a second picture and compares it with the first."""
-    opening = Turn(about_one(rng, first, WHICH_DIGIT), name_of(first))
+    opening = Turn(about_one(rng, first, WHICH_DIGIT), name_answer(first))
     question = (Picture(second), rng.choice(SAME_AS_BEFORE))
     return Dialogue("dialogue", (opening, Turn(question, yes_or_no(first == second))))
 
 
-Draw = tuple[int, ...]
+Digits = tuple[int, ...]  # of the pictures of one dialogue
 
 EVERY_DIGIT = (tuple((digit,) for digit in range(10)),)
 UP_TO_FIVE_OR_LARGER = (tuple((digit,) for digit in range(6)), tuple((digit,) for digit in range(6, 10)))
@@ -192,26 +197,27 @@ SAME_OR_DIFFERENT = (
 class Kind:
     """One kind of dialogue.
 
-    `make` writes it for given digits. `groups` are the digits it is asked about: the groups come equally
-    often, and so do the draws within a group, so that answers are balanced. `chance` is the share of last
-    answers that are right by the best guess without seeing, when the turns before are given.
+    make: writes it for given digits. groups: the digits it is asked about; groups are equally frequent, and so are
+        the entries of a group, so that answers are balanced.
+    chance: accuracy of the best guess at the last answer without seeing the pictures, given the turns before.
     """
 
     make: Callable[..., Dialogue]
-    groups: tuple[tuple[Draw, ...], ...]
+    groups: tuple[tuple[Digits, ...], ...]
     chance: float
 
     def random(self, rng: Random) -> Dialogue:
+        """Return a random dialogue of this kind."""
         return self.make(rng, *rng.choice(rng.choice(self.groups)))
 
     def balanced(self, rng: Random, count: int) -> list[Dialogue]:
-        """`count` dialogues that go round the groups, and round each group in a new order every time."""
+        """Return `count` dialogues that cycle through the groups, and through each group in a new order every time."""
         decks = [endless(rng, group) for group in self.groups]
         return [self.make(rng, *next(decks[i % len(decks)])) for i in range(count)]
 
 
 def endless(rng: Random, items: Sequence[T]) -> Iterator[T]:
-    """The items in random order, again and again, each once per round."""
+    """Yield the items in random order without end, each once per round."""
     while True:
         yield from rng.sample(items, len(items))
 

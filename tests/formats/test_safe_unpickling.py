@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats.tensors_only import load_tensors
+from flamingo_ft.formats.safe_unpickling import load_torch_file
 
 
 class RunsCode:
@@ -56,7 +56,7 @@ def same(found, wanted):
 )
 def test_tensors_come_out_as_they_went_in_whatever_lies_beside_them(zipped, foreign, tmp_path):
     torch.save(CONTENT | foreign, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-    found = load_tensors(tmp_path / "file.pt")
+    found = load_torch_file(tmp_path / "file.pt")
     assert all(same(found[key], value) for key, value in CONTENT.items())
     if foreign:
         assert type(found["settings"]) is not Settings and found["settings"]["rank"] == 16
@@ -72,7 +72,7 @@ def test_what_a_file_would_run_is_not_run(zipped, tmp_path):
         "again": Settings(code=RunsCode(trace)),
     }
     torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-    found = load_tensors(tmp_path / "file.pt")
+    found = load_torch_file(tmp_path / "file.pt")
     assert same(found["weights"], CONTENT["weights"]) and not trace.exists()
     assert not callable(getattr(found["lookup"], "__wrapped__", None)) and found["lookup"] is not pickle.loads
     with pytest.raises(FileExistsError):  # the file is not harmless: unpickled by torch, it would have run
@@ -89,6 +89,6 @@ def test_what_is_no_file_of_torch_is_told_in_a_line(tmp_path):
         "none.pt": "no such checkpoint",
     }.items():
         with pytest.raises(UserError, match=words) as error:
-            load_tensors(tmp_path / name)
+            load_torch_file(tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)
     assert not (tmp_path / "ran").exists()

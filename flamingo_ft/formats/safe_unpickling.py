@@ -1,8 +1,8 @@
-"""Torch files without running what is in them: tensors and plain containers come out, everything else is inert.
+"""Load torch files without running code from them: tensors and plain containers are kept, all else becomes inert.
 
-A pickle names the classes and functions that rebuild its objects, and calls them. Checkpoints of training loops hold such
-objects beside their tensors (arguments, configurations of libraries that need not be installed). Here whatever is no tensor
-is rebuilt by a stand-in that only remembers what it was given.
+A pickle names the classes and functions that rebuild its objects, and calls them. Checkpoints of training loops hold
+such objects beside their tensors (arguments, configurations of libraries that need not be installed). Here a stand-in
+that only stores its arguments takes the place of everything that is not a tensor.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import MAX_MESSAGE_CHARACTERS, one_line
 from flamingo_ft.machine_errors import reraise_machine_error
 
-# What torch and pickle raise for files that are cut, damaged or of another kind.
+# Raised by torch and pickle for files that are truncated, damaged or of another kind.
 UNREADABLE = (
     pickle.UnpicklingError,
     EOFError,
@@ -30,13 +30,18 @@ UNREADABLE = (
     TypeError,
 )
 
-_REBUILD = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")
+# The functions of torch that a torch file names to rebuild its tensors.
+_TENSOR_BUILDERS = {
+    ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
+}
 
 
-def load_tensors(path: Path) -> Any:
-    """The content of a torch file, tensors on the CPU and mapped from the disk where the format allows it.
+def load_torch_file(path: Path) -> Any:
+    """Load the content of a torch file: tensors on the CPU, memory-mapped if the file format allows it.
 
-    Raises UserError for a file that is missing, cannot be read or is none of torch's.
+    Raises UserError for a file that is missing, unreadable or not torch's.
     """
     try:
         return _load(path)
@@ -54,21 +59,21 @@ def load_tensors(path: Path) -> Any:
 
 
 def _load(path: Path) -> Any:
-    options = {"map_location": "cpu", "mmap": _is_zip(path)}
+    options: dict[str, Any] = {"map_location": "cpu", "mmap": _is_zip(path)}
     try:
         return torch.load(path, weights_only=True, **options)
     except pickle.UnpicklingError:
-        return torch.load(path, weights_only=False, pickle_module=_Inert, **options)
+        return torch.load(path, weights_only=False, pickle_module=_InertPickle, **options)
 
 
 def _is_zip(path: Path) -> bool:
-    """Whether torch wrote it as an archive, as since 1.6; only those can be mapped."""
+    """Return whether the file is a zip archive, as torch writes them since 1.6; only those can be memory-mapped."""
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 
 
-class Remembered(dict):
-    """Stands in for an object of a class that is not looked up: its entries or attributes, by name."""
+class InertObject(dict):
+    """Stand-in for an object whose class is not imported: its entries or attributes, by name."""
 
     def __init__(self, *arguments: Any, **named: Any):
         super().__init__(named)
@@ -79,36 +84,35 @@ class Remembered(dict):
             if isinstance(part, Mapping):
                 self.update(part)
 
-    def __call__(self, *arguments: Any, **named: Any) -> Remembered:
-        return Remembered()
+    def __call__(self, *arguments: Any, **named: Any) -> InertObject:
+        return InertObject()
 
     def append(self, entry: Any) -> None:
-        """Lists of their own kind are filled one by one."""
+        """Take an entry of a pickled subclass of list."""
         self[len(self)] = entry
 
     def extend(self, entries: Any) -> None:
-        """Or several at once."""
+        """Take several entries of a pickled subclass of list."""
         for entry in entries:
             self.append(entry)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows what rebuilds tensors, and nothing else."""
+    """Looks up only what rebuilds tensors."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        if module == "torch._utils" and name in _REBUILD:
-            return getattr(torch._utils, name)
-        if module in ("torch", "torch.storage") and name.endswith("Storage"):
+        is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+        if is_storage or (module, name) in _TENSOR_BUILDERS:
             return super().find_class(module, name)
         if (module, name) == ("torch", "Size") or isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        return type(name, (Remembered,), {"__module__": module})
+        return type(name, (InertObject,), {"__module__": module})
 
 
-class _Inert:
-    """What torch asks of a pickle module."""
+class _InertPickle:
+    """The part of the pickle module's interface that torch.load uses."""
 
     Unpickler = _Unpickler
 

@@ -13,8 +13,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from flamingo_ft.backbones.identity import files_sha256, tensors_sha256
+from flamingo_ft.backbones.language import SMALL_FILES, load_language
+from flamingo_ft.backbones.provenance import (
+    MODEL_CARD,
+    files_sha256,
+    license_in,
+    license_on_hub,
+    tensors_sha256,
+)
+from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
+from tests.hub_server import Repository
 
 
 @pytest.fixture
@@ -112,7 +121,7 @@ def test_every_shard_of_an_index_counts(folder):
     save_file({"b": torch.ones(2)}, folder / shards["b"])
     assert files_sha256(folder) != before
     (folder / shards["b"]).unlink()
-    with pytest.raises(UserError, match="names model-00002-of-00002.safetensors, which is not there"):
+    with pytest.raises(UserError, match="lists model-00002-of-00002.safetensors, which does not exist"):
         files_sha256(folder)
 
 
@@ -138,3 +147,45 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, case):
     with pytest.raises(UserError) as caught:
         files_sha256(folder)
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("card", "license"),
+    [
+        ("---\nlicense: mit\n---\n# A model", "mit"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
+        ("---\nlicense: other\nlicense_name: llama3\nlicense_link: https://example.org\n---\n", "llama3"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("---\ntags: [a]\n---\n", None),
+        ("# No metadata", None),
+        ("---\nlicense: [unclosed\n---\n", None),
+        ("---\n- a list\n---\n", None),
+        (None, None),
+    ],
+)
+def test_a_card_states_a_licence_or_none(tmp_path, card, license):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert license_in(tmp_path) == license
+
+
+def test_the_nano_backbones_have_the_packages_licence():
+    assert load_vision("nano").license == load_language("nano").license == "apache-2.0"
+
+
+def test_a_repository_that_is_out_of_reach_states_none(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert license_on_hub("nobody/nothing", None) is None
+
+
+def test_a_repositorys_card_is_fetched_for_it(hub):
+    repository = hub.repositories.setdefault("org/tower", Repository(private=False))
+    oid = hub.store(b"---\nlicense: other\nlicense_name: openrail\n---\n")
+    lines = [
+        {"key": "header", "value": {"summary": "put"}},
+        {"key": "lfsFile", "value": {"path": "README.md", "oid": oid}},
+    ]
+    repository.branches.setdefault("main", [])
+    hub.commit(repository, "main", lines)
+    assert license_on_hub("org/tower", None) == "openrail"
+    assert MODEL_CARD in SMALL_FILES, "a language model's comes with its other small files"

@@ -1,20 +1,20 @@
-"""The blind corpus: what the nano language model reads before any image exists.
+"""The text-only corpus that the nano language model is trained on.
 
-Three kinds of text: dialogues about pictures that are not there (the answer is a guess), the same dialogues
-with words at the place of the picture (the answer follows from them), and plain sentences.
+Three kinds of text: dialogues about pictures that are missing (answers are guesses), the same dialogues with words in
+place of the pictures (answers follow from them), and plain sentences.
 """
 
 from __future__ import annotations
 
 from random import Random
 
-from flamingo_ft.backbones.nano_build.language_of_digits import (
+from flamingo_ft.backbones.build_nano.digit_questions import (
     DIGIT_WORDS,
     KINDS,
     SAME_OR_DIFFERENT,
     Dialogue,
     Part,
-    parity_of,
+    parity_answer,
     sentence,
     yes_or_no,
 )
@@ -28,14 +28,14 @@ SYSTEM_PROMPTS = (
     "Look at the picture and answer.",
 )
 CAPTIONS = ("{word}",) * 6 + ("a {word}", "the digit {word}", "{numeral}", "({word})", "Picture: a {word}")
-# Comparing is the hardest thing to learn, so it is talked about most.
+# Comparing is the hardest to learn, so it is the most frequent.
 COMPARISONS = tuple(kind for kind in KINDS if kind.groups is SAME_OR_DIFFERENT)
-KINDS_AS_OFTEN_AS_READ = (*KINDS, *(kind for kind in COMPARISONS for _ in range(2)))
-SHARE_BLIND, SHARE_CAPTIONED = 0.2, 0.6
+WEIGHTED_KINDS = (*KINDS, *(kind for kind in COMPARISONS for _ in range(2)))
+BLIND_FRACTION, CAPTIONED_FRACTION = 0.2, 0.6  # the rest is plain dialogue
 
 
 def question_in_words(parts: tuple[Part, ...], caption: str) -> str:
-    """The question as text, with the caption where a picture stands."""
+    """Return the question as text, with the caption in place of a picture."""
     text = ""
     for part in parts:
         if isinstance(part, str):
@@ -45,8 +45,8 @@ def question_in_words(parts: tuple[Part, ...], caption: str) -> str:
     return text
 
 
-def messages_of(rng: Random, dialogue: Dialogue, captioned: bool) -> list[Message]:
-    """The dialogue in words: captions in one form at the pictures' places, or nothing there."""
+def dialogue_messages(rng: Random, dialogue: Dialogue, captioned: bool) -> list[Message]:
+    """Return the dialogue as messages, with captions of one form or nothing in place of the pictures."""
     caption = rng.choice(CAPTIONS) if captioned else ""
     messages = []
     for turn in dialogue.turns:
@@ -56,24 +56,24 @@ def messages_of(rng: Random, dialogue: Dialogue, captioned: bool) -> list[Messag
 
 
 def picture_dialogue(rng: Random, captioned: bool) -> list[Message]:
-    """One or two dialogues of the tasks in a row, so that questions come at many positions."""
+    """Return one or two dialogues in a row, so that questions occur at many positions."""
     messages: list[Message] = []
     if rng.random() < 0.15:
         messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
     for _ in range(rng.choice((1, 1, 1, 1, 2))):
-        messages += messages_of(rng, rng.choice(KINDS_AS_OFTEN_AS_READ).random(rng), captioned)
+        messages += dialogue_messages(rng, rng.choice(WEIGHTED_KINDS).random(rng), captioned)
     return messages
 
 
 def fact(rng: Random) -> str:
-    """A true sentence about small numbers."""
+    """Return a true statement about small numbers."""
     a, b = rng.randrange(10), rng.randrange(10)
     first, second = DIGIT_WORDS[a], DIGIT_WORDS[b]
     size = "larger than" if a > b else "smaller than" if a < b else "the same as"
     return rng.choice(
         (
             f"{first} is {size} {second}",
-            f"the digit {first} is {parity_of(a)[:-1].lower()}",
+            f"the digit {first} is {parity_answer(a)[:-1].lower()}",
             f"{first} and {second} are {'the same' if a == b else 'different'} digits",
             f"in numerals {first} is written {a}",
             f"after {first} comes {(*DIGIT_WORDS, 'ten')[a + 1]}",
@@ -109,7 +109,7 @@ GREETINGS = (
 
 
 def scene(rng: Random) -> str:
-    """A plain sentence about things, some of them counted."""
+    """Return a plain statement about things, some of them counted."""
     thing, other = rng.sample(THINGS, 2)
     quality, action = rng.choice(QUALITIES), rng.choice(ACTIONS)
     number = rng.randrange(2, 10)
@@ -123,14 +123,14 @@ def scene(rng: Random) -> str:
 
 
 def comparison(rng: Random) -> tuple[str, str]:
-    """Two digits in words, and whether they are the same."""
+    """Return a question about two digits in words, and whether they are the same."""
     first, second = rng.choice(rng.choice(SAME_OR_DIFFERENT))
     form = rng.choice(COMPARISON_FORMS)
     return form.format(DIGIT_WORDS[first], DIGIT_WORDS[second]), yes_or_no(first == second)
 
 
 def plain_dialogue(rng: Random) -> list[Message]:
-    """A greeting, a request for a fact, two digits to compare, or a sentence to repeat."""
+    """Return a greeting, a request for a fact, two digits to compare, or a sentence to repeat."""
     pick = rng.random()
     if pick < 0.15:
         question, answer = rng.choice(GREETINGS)
@@ -145,8 +145,8 @@ def plain_dialogue(rng: Random) -> list[Message]:
 
 
 def conversation(rng: Random) -> list[Message]:
-    """One conversation of the corpus."""
+    """Return one random conversation of the corpus."""
     pick = rng.random()
-    if pick < SHARE_BLIND + SHARE_CAPTIONED:
-        return picture_dialogue(rng, captioned=pick >= SHARE_BLIND)
+    if pick < BLIND_FRACTION + CAPTIONED_FRACTION:
+        return picture_dialogue(rng, captioned=pick >= BLIND_FRACTION)
     return plain_dialogue(rng)
