@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flamingo_ft.cli.recipes import recipes_app
-from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
+from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
@@ -453,7 +453,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is told in a line, without a traceback."""
     try:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
-    except ToldElsewhere:
+    except ReportedElsewhere:
         return MISTAKE
     except OutOfMemory as error:
         code = _refuse(str(error))
@@ -462,7 +462,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _refuse(str(error))
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         return _tell_how_to_go_on(stopped, sys.argv[1:] if arguments is None else arguments)
     except typer.TyperException as error:
         return _refuse(f"{_usage_problem(error)}; see {_command_of(error)} --help")
@@ -493,7 +493,7 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell_how_to_go_on(stopped: Stopped, arguments: Sequence[str]) -> int:
+def _tell_how_to_go_on(stopped: StoppedBySignal, arguments: Sequence[str]) -> int:
     command = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     if _is_main_process():
         _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")

@@ -68,7 +68,7 @@ class Evaluator:
         The processes share the questions out; with a sharded model each of them runs all questions.
         """
         sharded = is_sharded(self._model)
-        own_questions = questions if sharded else processes.share(questions)
+        own_questions = questions if sharded else processes.shard(questions)
         bar = self._progress.add_task(title, total=len(own_questions), note="")
         with oom_as_user_error("evaluation"):
             answers = self._answer(
@@ -76,7 +76,7 @@ class Evaluator:
             )
         if not keep_bar:
             self._progress.remove_task(bar)
-        return answers if sharded else processes.joined(answers)
+        return answers if sharded else processes.unshard(answers)
 
 
 class EvalBatches:

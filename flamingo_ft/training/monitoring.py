@@ -66,7 +66,7 @@ class ThroughputMeter:
         """
         seconds = max(time.monotonic() - self._start_time - self._paused_seconds, 1e-9)
         own = [*(counts[name] for name in COUNTED), seconds, memory_gib()]
-        *totals, all_seconds, all_memory = zip(*processes.everyones(own), strict=True)
+        *totals, all_seconds, all_memory = zip(*processes.all_gather(own), strict=True)
         counts.clear()
         self.reset()
         rates = {

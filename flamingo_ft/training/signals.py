@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import processes
-from flamingo_ft.errors import Stopped
+from flamingo_ft.errors import StoppedBySignal
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -43,7 +43,7 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if processes.agree(self.signal is not None):
+        if processes.any_process(self.signal is not None):
             self.signal = self.signal or signal.SIGTERM  # it may have reached another process only
             control.should_save = control.should_training_stop = True
 
@@ -64,4 +64,4 @@ class StopOnSignal(TrainerCallback):
         is_second = self.signal is not None
         self.signal = number
         if is_second or not self._training:
-            raise Stopped(number)
+            raise StoppedBySignal(number)

@@ -17,7 +17,7 @@ from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
 from flamingo_ft.data.stream.examples import total_metrics
-from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
+from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
 from flamingo_ft.inference.answer import encode_prompts
@@ -68,7 +68,7 @@ def train(
     checks behind them. tell, say: deprecated names of on_data and log.
 
     Returns what is written to ``metrics.json``. Raises UserError, before training, for unusable data, backbones or output
-    directories, OutOfMemory (a UserError with a memory plan), and Stopped if a signal ended the run.
+    directories, OutOfMemory (a UserError with a memory plan), and StoppedBySignal if a signal ended the run.
     """
     if tell is not None or say is not None:
         warnings.warn("train(tell=, say=) are now on_data= and log=", FutureWarning, stacklevel=2)
@@ -92,15 +92,15 @@ def _train_whole_run(
     check_trackers(recipe.train)
     if recipe.train.epochs is not None:
         recipe = _with_counted_steps(recipe, notify)
-    start = processes.from_main(partial(find_start_point, recipe)) if resume else StartPoint()
+    start = processes.run_on_main(partial(find_start_point, recipe)) if resume else StartPoint()
     if processes.is_main():
         for note in start.notes:
             notify(note)
     if start.finished:
         return json.loads((recipe.train.output_dir / METRICS_FILE).read_text(encoding="utf-8"))
     check_start(recipe.model)
-    recipe = processes.from_main(partial(pin_init_from, recipe, start.checkpoint))
-    processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
+    recipe = processes.run_on_main(partial(pin_init_from, recipe, start.checkpoint))
+    processes.run_on_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
     train_config, stop = recipe.train, StopOnSignal()
     with (
         stop.handlers_installed(),
@@ -117,7 +117,7 @@ def _train_whole_run(
 
 def _with_counted_steps(recipe: Recipe, notify: LogFunction) -> Recipe:
     """Return the recipe with ``epochs`` converted to ``max_steps``, and log the number."""
-    with processes.failing_together():
+    with processes.raise_together():
         data = open_data(recipe.data, recipe.train.seed)
         counted = with_max_steps(recipe, data)
     if processes.is_main():
@@ -147,7 +147,7 @@ def _run(
     """Load data and model, train, evaluate, and write the run's files, ``metrics.json`` last."""
     output_dir = recipe.train.output_dir
     with progress_bars(disable=not processes.is_main()) as progress:
-        with processes.failing_together():
+        with processes.raise_together():
             data = _open_data(recipe, checkpoint, on_data)
             eval_samples = data.eval_samples(recipe.eval.max_samples)
             with oom_as_user_error("loading"):
@@ -158,7 +158,7 @@ def _run(
                 for line in evaluation_warnings(data, eval_samples, processor, recipe.eval.max_new_tokens):
                     log(line)
         # A block of its own: from here on a sharded model waits for all processes, and all of them raise alike.
-        with processes.failing_together():
+        with processes.raise_together():
             callbacks = _callbacks(recipe, processor, progress, stop)
             trainer = make_trainer(model, processor, data, recipe, callbacks)
         if uploads is not None:
@@ -237,7 +237,7 @@ def _train(
     try:
         with oom_as_user_error("training"):
             trainer.train_from(checkpoint)
-    except ToldElsewhere:
+    except ReportedElsewhere:
         raise
     except UserError as error:
         error.args = (f"{error}{_resume_hint(recipe)}",)
@@ -246,8 +246,8 @@ def _train(
         if processes.is_main():
             _write_left_out(data.skipped | trainer.batches.stats.skipped_rows, output_dir)
     if stop.signal is not None:
-        raise Stopped(stop.signal, trainer.state.global_step)
-    per_process = processes.everyones((trainer.batches.stats.metrics(), trainer.batches.stats.skipped_rows))
+        raise StoppedBySignal(stop.signal, trainer.state.global_step)
+    per_process = processes.all_gather((trainer.batches.stats.metrics(), trainer.batches.stats.skipped_rows))
     if processes.is_main():
         left_out = dict(data.skipped)
         for _, rows in per_process:

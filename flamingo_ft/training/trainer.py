@@ -99,7 +99,7 @@ class FlamingoTrainerMixin:
     def get_batch_samples(self, batches: Iterator, number: int, *arguments: Any) -> Any:
         """Draw the batches of one optimizer step; a bad row in one process raises in all of them."""
         self.batches.contents.clear()
-        with processes.failing_together():
+        with processes.raise_together():
             drawn = list(itertools.islice(batches, number))
         samples = super().get_batch_samples(iter(drawn), number, *arguments)
         self.pending = list(self.batches.contents)

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flamingo_ft import processes
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
 from flamingo_ft.data.stream.examples import total_metrics
@@ -187,16 +186,6 @@ def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", "./recipe.yaml"]) == 2
     assert "set train.fsdp to true" in capsys.readouterr().err
-
-
-def test_what_is_shared_out_comes_back_in_order(monkeypatch):
-    everything, parts = list(range(7)), []
-    monkeypatch.setattr(processes, "world_size", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        parts.append(processes.share(everything))
-    monkeypatch.setattr(processes, "everyones", lambda part: parts)
-    assert processes.joined(parts[0]) == everything
 
 
 def test_counts_of_processes_add_up():

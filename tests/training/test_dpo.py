@@ -205,11 +205,11 @@ def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
             ["train.method=sft"],
             "pairs.jsonl: found preference pairs, wanted samples with one answer; set train.method to dpo",
         ),
-        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: pairs are compared row by row"),
-        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: found 0.1; dpo compares"),
+        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: dpo compares pairs row by row"),
+        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: got 0.1, but dpo compares"),
         (
             ["train.dpo={loss_type: ipo, label_smoothing: 0.1}"],
-            "train.dpo.label_smoothing: found loss_type ipo",
+            "train.dpo.label_smoothing: got loss_type ipo",
         ),
     ],
 )

@@ -213,11 +213,11 @@ class _Rates(TrainerCallback):
         (["train.weight_decays.lora=0.1"], "train.weight_decays.lora: no part has LoRA"),
         (
             ["trainable.new_tokens=false", "train.learning_rates.new_tokens=0.1"],
-            "found trainable.new_tokens false; remove",
+            "got trainable.new_tokens false; remove",
         ),
         (
             ["trainable.perceiver=false", "lora.perceiver={r: 2}", "train.learning_rates.perceiver=0.1"],
-            "its LoRA goes by the value named lora",
+            "its LoRA uses the value named lora",
         ),
     ],
 )
