@@ -1,6 +1,7 @@
 """A whole run on a few real samples: what it writes, that it repeats, that it loses nothing."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from flamingo_ft.cli import main
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.run import evaluate_adapter
-from flamingo_ft.training.run import train
+from flamingo_ft.training import train as train_module
+from flamingo_ft.training.train import train
+from flamingo_ft.training.trainer import FlamingoTrainer
 
 RECIPE = """\
 # a small run
@@ -116,6 +119,14 @@ def test_accumulated_steps_are_the_steps_of_one_large_batch(folder):
         torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=1e-3, msg=name)
 
 
+def test_the_earlier_names_of_arguments_still_work_and_warn(folder, monkeypatch):
+    monkeypatch.setattr(train_module, "_train_whole_run", lambda recipe, resume, *callbacks: callbacks)
+    with pytest.warns(FutureWarning, match="on_data= and log="):
+        assert train(recipe(), tell=print, say=repr) == (print, repr)
+    with pytest.warns(FutureWarning, match="on_data= and log="):
+        assert train(recipe(), print, say=repr) == (print, repr)
+
+
 def test_save_steps_keep_the_adapter_on_the_way(folder):
     train(recipe("train.save_steps=2", "data.eval=[]"))
     kept = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
@@ -125,10 +136,19 @@ def test_save_steps_keep_the_adapter_on_the_way(folder):
     assert not torch.equal(model.perceiver.latents, final.perceiver.latents)
 
 
-def test_sources_are_drawn_by_weight(folder):
+def test_sources_are_drawn_by_weight(folder, monkeypatch):
+    """Weights of 3 and 1 on sources of 8 and 6 rows: an epoch of 24 + 6 draws."""
     Path("other.jsonl").write_text(Path("eval.jsonl").read_text())
     sources = "data.train=[{path: train.jsonl, weight: 3}, {path: other.jsonl}]"
-    assert train(recipe(sources, "data.eval=[]"))["train"]["steps"] == 4
+    training_step, trained = FlamingoTrainer.training_step, Counter()
+
+    def counted(trainer, *arguments, **options):
+        trained.update(Path(row.split(": ")[0]).name for row in trainer.pending[0].rows)
+        return training_step(trainer, *arguments, **options)
+
+    monkeypatch.setattr(FlamingoTrainer, "training_step", counted)
+    train(recipe(sources, "data.eval=[]", "train.max_steps=5", "train.batch_size=6"))
+    assert trained == {"train.jsonl": 24, "other.jsonl": 6}
 
 
 @pytest.mark.slow

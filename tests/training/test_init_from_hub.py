@@ -51,7 +51,7 @@ def test_a_run_keeps_to_the_commit_that_it_began_with(commit, hub, small_run, ca
     (small_run / "run" / "metrics.json").unlink()
     shutil.rmtree(small_run / "run" / "checkpoints" / "step-2")
     assert main([*COMMAND, "train.save_steps=1", "--resume"]) == 0
-    assert "going on from run/checkpoints/step-1" in capsys.readouterr().err
+    assert "resuming from run/checkpoints/step-1" in capsys.readouterr().err
     assert torch.equal(regimes.logits(*load_adapter("run")), expected)
 
 
@@ -64,7 +64,7 @@ def test_another_start_is_another_recipe(commit, hub, small_run, capsys):
 
 
 def test_a_start_that_is_not_there_is_told_before_anything_is_loaded(hub, small_run, monkeypatch, capsys):
-    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     assert main(COMMAND) == 2
     assert f"error: {START}: is no folder here, and not on the Hub" in capsys.readouterr().err
     assert not any((small_run / "run").iterdir())

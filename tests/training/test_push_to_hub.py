@@ -63,7 +63,7 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder
     shutil.rmtree(folder / "run")
     assert main([*COMMAND, "--resume"]) == 0
     said = told(capfd)
-    assert f"from {REPO}" in said and "going on from run/checkpoints/step-" in said
+    assert f"from {REPO}" in said and "resuming from run/checkpoints/step-" in said
     assert (folder / WEIGHTS).read_bytes() == (folder / "alone" / "adapter_model.safetensors").read_bytes()
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, 
     )
     assert main([*COMMAND, "--resume"]) == 0
     said = told(capfd)
-    assert "damaged on the Hub" in said and f"going on from run/checkpoints/{before}" in said
+    assert "damaged on the Hub" in said and f"resuming from run/checkpoints/{before}" in said
     load_adapter(folder / "run")
 
 
@@ -87,7 +87,7 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, 
     assert main([*COMMAND, "train.max_steps=2"]) == 0
     before = hub.files(REPO)
     assert main([*COMMAND, "train.output_dir=second"]) == 2
-    assert f"{REPO} holds step-2 of an earlier run; go on with that run with --resume" in told(capfd)
+    assert f"{REPO} holds step-2 of an earlier run; resume that run with --resume" in told(capfd)
     assert hub.files(REPO) == before
 
 
@@ -110,7 +110,7 @@ def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status)
     ],
 )
 def test_who_may_not_write_is_told_before_anything_is_loaded(folder, hub, monkeypatch, capfd, token, reason):
-    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     assert main(COMMAND) == 2
     said = told(capfd)

@@ -1,4 +1,4 @@
-"""The adapter of the best evaluation so far, kept beside the checkpoints, and training that ends where none gets better."""
+"""Keep the adapter of the best evaluation so far, stop early, and end the run with the best adapter if asked to."""
 
 from __future__ import annotations
 
@@ -30,17 +30,20 @@ from .checkpoints import best_folder, checkpoint_root
 
 
 def evaluation_callbacks(recipe: Recipe, processor: FlamingoProcessor) -> list[TrainerCallback]:
-    """What evaluations during training, where there are any, lead to."""
+    """Return the callbacks that act on evaluations during training: keep the best adapter, stop early."""
     if recipe.eval.steps is None:
         return []
-    keep = KeepBest(processor, best_folder(checkpoint_root(recipe.train)))
-    return [keep] if recipe.eval.patience is None else [keep, EarlyStoppingCallback(recipe.eval.patience)]
+    keep_best = KeepBest(processor, best_folder(checkpoint_root(recipe.train)))
+    if recipe.eval.patience is None:
+        return [keep_best]
+    return [keep_best, EarlyStoppingCallback(recipe.eval.patience)]
 
 
 class KeepBest(TrainerCallback):
-    """Writes the adapter after each evaluation that is better than those before it; also judges the last step.
+    """Saves the adapter after each evaluation better than all before it; makes the last step an evaluation too.
 
-    ``state.best_metric`` (set by transformers, after this) and ``state.best_global_step`` go with a checkpoint.
+    ``state.best_metric`` (which transformers sets after this callback) and ``state.best_global_step`` are saved in
+    checkpoints.
     """
 
     def __init__(self, processor: FlamingoProcessor, folder: Path):
@@ -51,8 +54,8 @@ class KeepBest(TrainerCallback):
     ) -> None:
         if state.best_metric is not None and not self.folder.is_dir():
             warnings.warn(
-                f"{self.folder}: the adapter of the best evaluation (step {state.best_global_step}) is not there; "
-                "the best is now looked for among the evaluations from here on",
+                f"{self.folder}: the adapter of the best evaluation (step {state.best_global_step}) is missing; "
+                "the best evaluation from here on is kept instead",
                 stacklevel=2,
             )
             state.best_metric = state.best_global_step = None
@@ -75,18 +78,18 @@ class KeepBest(TrainerCallback):
         value = (metrics or {}).get(f"eval_{args.metric_for_best_model}", math.nan)
         if is_better(value, state.best_metric, args.greater_is_better):
             state.best_global_step = state.global_step
-            write_best(model, self.processor, self.folder)
+            save_best(model, self.processor, self.folder)
 
 
-def is_better(value: float, best: float | None, greater: bool) -> bool:
-    """Whether a metric is better than the best so far; one that is no number never is."""
+def is_better(value: float, best: float | None, greater_is_better: bool) -> bool:
+    """Return whether ``value`` beats the best so far; NaN never does."""
     if best is None:
         return math.isfinite(value)
-    return value > best if greater else value < best
+    return value > best if greater_is_better else value < best
 
 
-def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
-    """Put the adapter in ``folder``, whole or not at all, in place of the one there; every process has to come here."""
+def save_best(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, folder: Path) -> None:
+    """Atomically replace the adapter in ``folder``; every process must call it."""
     main = processes.is_main()
     if main:
         atomic.begin_folder(folder)
@@ -97,27 +100,26 @@ def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProce
 
 
 @torch.no_grad()
-def put_back(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    """Give ``model`` the adapter that `write_best` wrote of it."""
+def restore_best(model: FlamingoForConditionalGeneration, folder: Path) -> None:
+    """Load the adapter that `save_best` wrote into the same model."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
-            f"{folder}: the best adapter is gone; resume with eval.keep=last to end with the last one"
+            f"{folder}: the best adapter is missing; resume with eval.keep=last to end with the last one"
         )
     stored = read_tensors(folder)
     let_go(model)
     for name, tensor in adapter_tensors(model).items():
-        # Updates that started from the base (PiSSA) are stored with their start behind them.
+        # LoRA initialized from the base (PiSSA) is stored with its initial values appended.
         fill(tensor, stored[name][tuple(slice(size) for size in tensor.shape)])
 
 
-def take_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:
-    """Give the model the adapter of its best evaluation, where the recipe ends with that; what `metrics.json` says of
-    the best."""
+def apply_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:
+    """If ``eval.keep`` is best, restore the best adapter. Return what ``metrics.json`` records of the best evaluation."""
     state, folder = trainer.state, best_folder(checkpoint_root(recipe.train))
     if recipe.eval.steps is None or state.best_global_step is None:
         return {}
     if recipe.eval.keep == "best":
-        put_back(trainer.model, folder)
+        restore_best(trainer.model, folder)
     return {
         "best": {"step": state.best_global_step, recipe.eval.metric: state.best_metric},
         "kept": recipe.eval.keep,

@@ -11,9 +11,10 @@ import torch
 
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import gib
 from flamingo_ft.plan import planner
-from flamingo_ft.training import notices as module
-from flamingo_ft.training.notices import memory_line
+from flamingo_ft.training import preflight
+from flamingo_ft.training.preflight import memory_notice
 
 from ..regimes import recipe, write_run
 
@@ -28,11 +29,11 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_plan_is_held_against_the_memory_that_is_free(folder, monkeypatch):
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: Memory(3 * 2**30))
-    planned = module.plan_memory(recipe(), device="cpu").peak / 2**30
-    assert memory_line(recipe()) == f"memory: planned peak {planned:.2f} GiB, 3.00 GiB of host RAM are free"
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: Memory(2**20))
-    line = memory_line(recipe())
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory(3 * 2**30))
+    planned = gib(preflight.plan_memory(recipe(), device="cpu").peak)
+    assert memory_notice(recipe()) == f"memory: planned peak {planned} GiB, 3.00 GiB of host RAM are free"
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory(2**20))
+    line = memory_notice(recipe())
     assert line.startswith("warning: memory: planned peak") and "flamingo-ft plan says what to change" in line
 
 
@@ -40,16 +41,17 @@ def test_a_run_that_cannot_be_planned_says_why_and_goes_ahead(folder, monkeypatc
     def unknown(*_, **__):
         raise UserError("data.max_text_tokens: found neither data nor a limit")
 
-    monkeypatch.setattr(module, "plan_memory", unknown)
+    monkeypatch.setattr(preflight, "plan_memory", unknown)
     assert (
-        memory_line(recipe()) == "memory: not planned (data.max_text_tokens: found neither data nor a limit)"
+        memory_notice(recipe())
+        == "memory: not planned (data.max_text_tokens: found neither data nor a limit)"
     )
 
 
 def test_a_model_that_needs_the_values_of_tensors_is_not_planned_and_trains_all_the_same(folder, monkeypatch):
     """As mixtures of experts do, which choose weights by the tokens that they see."""
     monkeypatch.setattr(planner, "simulate_step", lambda *_: torch.ones(2).nonzero())
-    line = memory_line(recipe())
+    line = memory_notice(recipe())
     assert line.startswith(
         "memory: not planned (model.language.name: a step of nano cannot be simulated without its weights"
     )
@@ -61,7 +63,7 @@ def test_a_gpu_that_fails_while_planning_is_not_taken_for_a_model_that_cannot_be
 
     monkeypatch.setattr(planner, "simulate_step", failing)
     with pytest.raises(RuntimeError, match="CUDA error"):
-        memory_line(recipe())
+        memory_notice(recipe())
 
 
 @pytest.mark.parametrize("leaks", [True, False])
@@ -75,6 +77,6 @@ def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(fo
     off = "eval={before: false, shuffled_images: false, max_new_tokens: 2}"
     assert main(["train", "./recipe.yaml", "data.eval=[{path: eval.jsonl}]", off]) == 0
     said = capsys.readouterr().err
-    assert re.search(r"memory: planned peak \d+\.\d\d GiB, \d+\.\d\d GiB of host RAM are free", said)
+    assert re.search(r"memory: planned peak \d+\.\d+ GiB, \d+\.\d\d GiB of host RAM are free", said)
     assert ("warning: 1 of 1 held-out samples show an image that is trained on too" in said) == leaks
     assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", said)

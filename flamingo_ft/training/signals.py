@@ -1,7 +1,7 @@
-"""A run that is told to stop: by Ctrl-C, or by a machine that is going down (SIGTERM).
+"""Stop a run on SIGINT (Ctrl-C) or SIGTERM (a machine that shuts down).
 
-While it trains, the optimizer step is finished and a checkpoint written; at any other time, and when told again, it
-stops at once, for there is nothing to save that is not on disk.
+During training, the current optimizer step is finished and a checkpoint saved. At any other time, and on a second signal,
+the run stops at once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from flamingo_ft.errors import StoppedBySignal
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopping(TrainerCallback):
-    """Waits for a signal; ends training after the step in which one came.
+class StopOnSignal(TrainerCallback):
+    """Ends training, with a checkpoint, after the step in which a signal arrived.
 
-    number: the signal that came, or None.
+    signal: number of the received signal, or None.
     """
 
     def __init__(self) -> None:
-        self.number: int | None = None
+        self.signal: int | None = None
         self._training = False
 
     def on_train_begin(
@@ -43,24 +43,25 @@ class Stopping(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if processes.any_process(self.number is not None):
-            self.number = self.number or signal.SIGTERM  # another process was told
+        if processes.any_process(self.signal is not None):
+            self.signal = self.signal or signal.SIGTERM  # it may have reached another process only
             control.should_save = control.should_training_stop = True
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals, in the main thread; elsewhere they cannot be had, and go where they went before."""
+    def handlers_installed(self) -> Iterator[None]:
+        """Handle the signals inside the block. Python allows that in the main thread only; elsewhere do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._told) for number in SIGNALS}
+        previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _told(self, number: int, frame: Any) -> None:
-        again, self.number = self.number is not None, number
-        if again or not self._training:
+    def _handle(self, number: int, frame: Any) -> None:
+        is_second = self.signal is not None
+        self.signal = number
+        if is_second or not self._training:
             raise StoppedBySignal(number)

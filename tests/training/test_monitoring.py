@@ -1,10 +1,12 @@
-"""What can be seen of a run: its log as it comes, throughput without pauses, gates by layer, trackers, bars."""
+"""What can be seen of a run: its log as it comes, throughput without pauses, gates by layer, monitoring, bars."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
+import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -20,10 +22,9 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.progress import LINE_SECONDS, progress_bars
 from flamingo_ft.report import LiveReport
 from flamingo_ft.report.log_file import LogFile, read_log, write_log
-from flamingo_ft.training import meter, trackers
-from flamingo_ft.training.callbacks import ProgressBar
-from flamingo_ft.training.run import train
-from flamingo_ft.training.trackers import check_trackers, tracker_callbacks
+from flamingo_ft.training import monitoring
+from flamingo_ft.training.monitoring import ProgressBar, check_trackers, tracker_callbacks
+from flamingo_ft.training.train import train
 
 from ..regimes import recipe, write_run
 
@@ -62,7 +63,7 @@ def test_gates_are_logged_under_the_number_of_their_decoder_layer(run):
     model = SimpleNamespace()
     block = SimpleNamespace(attn_gate=torch.tensor([0.5]), ff_gate=torch.tensor([-2.0]))
     model.gated_cross_attn_layers = [None, block, None]
-    assert meter.gates(model) == pytest.approx(
+    assert monitoring.gate_values(model) == pytest.approx(
         {"gate/attention/1": math.tanh(0.5), "gate/feed_forward/1": math.tanh(-2.0)}
     )
     first, *_, last = training_entries(run)
@@ -71,15 +72,15 @@ def test_gates_are_logged_under_the_number_of_their_decoder_layer(run):
 
 def test_each_named_part_has_the_rate_that_the_step_was_made_with():
     groups = [{"name": "perceiver", "initial_lr": 1e-3}, {"name": "lora", "initial_lr": 2e-4}]
-    rates = meter.learning_rates(SimpleNamespace(param_groups=groups), 5e-4)
+    rates = monitoring.learning_rates(SimpleNamespace(param_groups=groups), 5e-4)
     assert rates == pytest.approx({"learning_rate/perceiver": 5e-4, "learning_rate/lora": 1e-4})
-    assert meter.learning_rates(SimpleNamespace(param_groups=[{"lr": 1.0}]), 0.5) == {}
+    assert monitoring.learning_rates(SimpleNamespace(param_groups=[{"lr": 1.0}]), 0.5) == {}
 
 
 def test_throughput_is_over_training_alone_and_starts_anew(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    clock, counts = meter.Meter(), Counter(samples=8, images=16, label_tokens=80)
+    clock, counts = monitoring.ThroughputMeter(), Counter(samples=8, images=16, label_tokens=80)
     now[0] = 2.0
     with clock.paused():
         now[0] = 50.0
@@ -125,7 +126,7 @@ def test_steps_that_are_trained_again_replace_those_in_tensorboard(tmp_path):
     args = SimpleNamespace(to_json_string=lambda: "{}", output_dir=str(tmp_path))
     for begin, value in ((0, 1.0), (2, 2.0)):
         state = TrainerState(is_world_process_zero=True, global_step=begin)
-        board = trackers.TensorBoard(tmp_path)
+        board = monitoring.TensorBoard(tmp_path)
         board.on_train_begin(args, state, TrainerControl())
         for state.global_step in range(begin + 1, 5):
             board.on_log(args, state, TrainerControl(), logs={"loss": value})
@@ -144,7 +145,7 @@ def test_steps_that_are_trained_again_replace_those_in_tensorboard(tmp_path):
 def test_a_tracker_that_is_not_installed_is_refused_by_name_before_anything_is_loaded(tmp_path, monkeypatch):
     write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(monitoring, "find_spec", lambda name: None)
     for name in ("wandb", "trackio"):
         refusal = rf"report_to: {name} is not installed; pip install 'flamingo_ft\[{name}\]'"
         with pytest.raises(UserError, match=refusal):
@@ -153,19 +154,21 @@ def test_a_tracker_that_is_not_installed_is_refused_by_name_before_anything_is_l
 
 
 def test_a_folder_of_logs_is_not_taken_for_the_package(tmp_path, monkeypatch):
+    """wandb writes its logs to a folder called wandb, which Python then finds as a namespace package."""
     (tmp_path / "wandb").mkdir()
-    monkeypatch.syspath_prepend(tmp_path)
-    if trackers.find_spec("wandb").origin is None:
-        wanted = SimpleNamespace(report_to=("wandb",))
-        with pytest.raises(UserError, match="not installed"):
-            check_trackers(wanted)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    assert importlib.util.find_spec("wandb").origin is None
+    with pytest.raises(UserError, match="report_to: wandb is not installed"):
+        check_trackers(SimpleNamespace(report_to=("wandb",)))
 
 
 def test_wandb_and_trackio_stay_on_this_machine_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
     environment = {"GRADIO_ANALYTICS_ENABLED": "True"}
-    monkeypatch.setattr(trackers.os, "environ", environment)
-    monkeypatch.setattr(trackers, "WandbCallback", object)
-    monkeypatch.setattr(trackers, "TrackioCallback", object)
+    monkeypatch.setattr(monitoring.os, "environ", environment)
+    monkeypatch.setattr(monitoring, "WandbCallback", object)
+    monkeypatch.setattr(monitoring, "TrackioCallback", object)
     tracker_callbacks(SimpleNamespace(report_to=("wandb", "trackio"), output_dir=tmp_path))
     assert environment["WANDB_MODE"] == "offline" and environment["GRADIO_ANALYTICS_ENABLED"] == "True"
     environment.clear()
