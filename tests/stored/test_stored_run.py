@@ -59,7 +59,8 @@ def merged_today(tmp_path_factory) -> Path:
 
 def test_merging_a_stored_adapter_gives_the_weights_it_gave(merged_today):
     today, with_lora = (
-        load_file(path) for path in (merged_today / "model.safetensors", STORED / "merged_with_lora.safetensors")
+        load_file(path)
+        for path in (merged_today / "model.safetensors", STORED / "merged_with_lora.safetensors")
     )
     assert today.keys() == EXPECTED["merged_sha256"].keys() and len(with_lora) == 4
     for name, digest in EXPECTED["merged_sha256"].items():
@@ -73,7 +74,9 @@ def test_merging_a_stored_adapter_gives_the_weights_it_gave(merged_today):
 def test_a_stored_merged_model_gives_what_it_gave(merged_today, tmp_path):
     folder = tmp_path / "merged"
     shutil.copytree(STORED / "merged", folder)
-    weights = load_file(merged_today / "model.safetensors") | load_file(STORED / "merged_with_lora.safetensors")
+    weights = load_file(merged_today / "model.safetensors") | load_file(
+        STORED / "merged_with_lora.safetensors"
+    )
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert {path.name for path in folder.iterdir()} == {*EXPECTED["merged_files"]}
     model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
@@ -93,7 +96,9 @@ def test_a_stored_checkpoint_resumes_to_the_losses_and_the_adapter_of_a_run_that
     assert main(["train", "./recipe.yaml", "--resume"]) == 0
     assert losses(tmp_path / "run") == pytest.approx(EXPECTED["losses"], rel=1e-4)
     assert len(EXPECTED["losses"]) == STEPS
-    found, whole = (load_file(folder / "adapter_model.safetensors") for folder in (Path("run"), STORED / "adapter"))
+    found, whole = (
+        load_file(folder / "adapter_model.safetensors") for folder in (Path("run"), STORED / "adapter")
+    )
     assert found.keys() == whole.keys()
     for name, tensor in whole.items():
         assert torch.allclose(found[name], tensor, rtol=1e-3, atol=1e-4), name
