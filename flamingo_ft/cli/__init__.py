@@ -78,7 +78,7 @@ def train(
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
     from flamingo_ft.config import load_recipe
     from flamingo_ft.config.library import find_recipe
-    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_elsewhere
+    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     path = find_recipe(recipe)
     settings = load_recipe(path, overrides or ())
@@ -88,14 +88,14 @@ def train(
             "found --overwrite and --resume; one begins anew, the other goes on: give one of them"
         )
     if resume:
-        refuse_elsewhere(path, settings.train)
+        refuse_lost_run(path, settings.train)
     earlier = prepare_output_dir(folder, overwrite=overwrite) if _is_main_process() and not resume else None
     if earlier:
         typer.echo(f"moved the earlier run to {earlier}", err=True)
 
-    from flamingo_ft.training import run
+    from flamingo_ft.training.train import train as run_training
 
-    metrics = run.train(settings, _tell_sources, resume=resume, say=_say)
+    metrics = run_training(settings, _tell_sources, resume=resume, log=_say)
     if _is_main_process():
         _print_metrics(metrics)
         typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
