@@ -20,8 +20,9 @@ from .added_tokens import add_media_tokens
 
 @dataclass(frozen=True)
 class BackboneFiles:
-    """tower: a `VisionBackbone.config`, and resize_mode how images are brought to its size; language, tokenizer: the
-    language model's."""
+    """tower: a `VisionBackbone.config`, and resize_mode how images are brought to its size; language,
+    tokenizer: the language model's.
+    """
 
     tower: dict
     resize_mode: str | None
@@ -44,7 +45,7 @@ def backbone_files(model: ModelSection) -> BackboneFiles:
     return BackboneFiles(tower, vision.resize_mode, *language_files(language.name, language.revision))
 
 
-def own_ends(model: ModelSection) -> int | list[int] | None:
+def eos_token_ids(model: ModelSection) -> int | list[int] | None:
     """The tokens with which the language model, as it was released, ends what it generates."""
     folder = language_folder(model.language.name, model.language.revision, weights=False)
     if (folder / "generation_config.json").is_file():

@@ -28,8 +28,9 @@ def build_flamingo(
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """A Flamingo with a new bridge, all of it frozen, and the processor that feeds it.
 
-    The tokenizer gains ``<|endofchunk|>``, ``<image>`` and ``extra_tokens``, whose rows train like theirs; the other
-    options are those of `FlamingoConfig`. Raises UserError when the language model's decoder layers cannot be found.
+    The tokenizer gains ``<|endofchunk|>``, ``<image>`` and ``extra_tokens``, whose rows train like theirs;
+    the other options are those of `FlamingoConfig`. Raises UserError when the language model's decoder layers
+    cannot be found.
     """
     lm, tokenizer = language.model, language.tokenizer
     known_rows = len(tokenizer)

@@ -1,10 +1,11 @@
 """A language model's chat template, corrected where its prompt for an answer is not how it writes an answer.
 
-An answer must be asked for with exactly the text that stood before answers in training. Not every template sees to
-that: some ignore ``add_generation_prompt``, some open ``<think>`` in the prompt and write no reasoning before earlier
-answers, and some write an empty reasoning block before the last answer alone. Each template is tried on short
-dialogues. One whose prompt does not fit gets, as its prompt, what it writes before its answers; and an empty block
-that it writes before the last answer alone is left out, so that all answers begin alike.
+An answer must be asked for with exactly the text that stood before answers in training. Not every template
+sees to that: some ignore ``add_generation_prompt``, some open ``<think>`` in the prompt and write no
+reasoning before earlier answers, and some write an empty reasoning block before the last answer alone. Each
+template is tried on short dialogues. One whose prompt does not fit gets, as its prompt, what it writes before
+its answers; and an empty block that it writes before the last answer alone is left out, so that all answers
+begin alike.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
+
+from .compat import render_jinja_template
 
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -63,10 +65,11 @@ def render(
     marked: bool = False,
     add_generation_prompt: bool = False,
 ) -> tuple[str, list[Span]]:
-    """A dialogue as the chat template writes it, and the spans that its generation marks enclose, if asked for.
+    """A dialogue as the chat template writes it, and the spans that its generation marks enclose, if asked
+    for.
 
-    transformers' own token mask is not used: it misses the last bytes of a span that ends in a character of several
-    tokens. Raises UserError for a dialogue that the template refuses.
+    transformers' own token mask is not used: it misses the last bytes of a span that ends in a character of
+    several tokens. Raises UserError for a dialogue that the template refuses.
     """
     try:
         texts, spans = render_jinja_template(
@@ -95,8 +98,8 @@ def is_marked(template: str) -> bool:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer in a rendered dialogue. prompt: what asks for it; asked: the dialogue before it, without a prompt; None
-    where the template refuses to write them.
+    """An answer in a rendered dialogue. prompt: what asks for it; asked: the dialogue before it, without a
+    prompt; None where the template refuses to write them.
 
     lead: the text before the answer, of which the part from ``learned`` on carries loss.
     """
@@ -108,7 +111,9 @@ class _Answer:
 
     @property
     def gap(self) -> str | None:
-        """What stands between the prompt and the answer; "" for white space alone, None where the prompt differs."""
+        """What stands between the prompt and the answer; "" for white space alone, None where the prompt
+        differs.
+        """
         if self.prompt is None or not self.lead.startswith(self.prompt):
             return None
         gap = self.lead[len(self.prompt) : self.learned]
@@ -197,7 +202,8 @@ def _fits(answers: Sequence[_Answer]) -> bool:
 def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Iterator[str]:
     """Corrected templates to try: with another prompt, without the last answer's block, and both.
 
-    What stands before an earlier answer comes first: it is how answers are written in the dialogues that follow them.
+    What stands before an earlier answer comes first: it is how answers are written in the dialogues that
+    follow them.
     """
     found = answers(template)
     if not is_marked(template):
@@ -211,7 +217,9 @@ def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Itera
 
 
 def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
-    """The template without what it writes between prompt and last answer, and not between prompt and earlier ones."""
+    """The template without what it writes between prompt and last answer, and not between prompt and earlier
+    ones.
+    """
     last = answers[-1]
     if not last.gap or last.asked is None or not last.prompt.startswith(last.asked):
         return
@@ -227,13 +235,17 @@ def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
 
 
 def _filled(wrapper: str, template: str, **values: Any) -> str:
-    """The wrapper around the template, and in it the values. Jinja drops a template's last line break, so it goes."""
+    """The wrapper around the template, and in it the values. Jinja drops a template's last line break, so it
+    goes.
+    """
     names = re.compile("|".join(sorted(["TEMPLATE", *values], key=len, reverse=True)))
     body = template.removesuffix("\n")
     return names.sub(lambda name: body if name[0] == "TEMPLATE" else jinja_literal(values[name[0]]), wrapper)
 
 
 def jinja_literal(value: str | list[str]) -> str:
-    """Strings as Jinja source; without braces and percent signs, which elsewhere begin and end Jinja's blocks."""
+    """Strings as Jinja source; without braces and percent signs, which elsewhere begin and end Jinja's
+    blocks.
+    """
     source = json.dumps(value, ensure_ascii=False)
     return source.replace("{", "\\x7b").replace("}", "\\x7d").replace("%", "\\x25")

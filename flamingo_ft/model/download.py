@@ -1,7 +1,7 @@
 """Files from the network: for samples whose recipe allows it, and for URLs that are given to the processor.
 
-urllib rather than httpx, which a dependency brings along: httpx has no public hook between connecting and sending, where
-the address that a name led to is checked.
+urllib rather than httpx, which a dependency brings along: httpx has no public hook between connecting and
+sending, where the address that a name led to is checked.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def is_url(text: str) -> bool:
 
 
 def download(url: str, where: str, *, public_only: bool = False) -> bytes:
-    """The content at an http(s) URL, redirections followed to no other scheme. UserError naming it when there is none,
-    it takes longer than `LONGEST_SECONDS`, or is larger than `MOST_BYTES`.
+    """The content at an http(s) URL, redirections followed to no other scheme. UserError naming it when there
+    is none, it takes longer than `LONGEST_SECONDS`, or is larger than `MOST_BYTES`.
 
-    public_only: for URLs that strangers choose. Addresses of this machine and of private networks are refused, after a
-    redirection too, and no proxy is used: it would connect to them on its own.
+    public_only: for URLs that strangers choose. Addresses of this machine and of private networks are
+    refused, after a redirection too, and no proxy is used: it would connect to them on its own.
     """
     try:
         if not is_url(url) or not urlsplit(url).hostname:

@@ -1,7 +1,9 @@
-"""Metadata of image files, read and removed without trust: EXIF written by real cameras and editors is often damaged.
+"""Metadata of image files, read and removed without trust: EXIF written by real cameras and editors is often
+damaged.
 
-Pillow needs whole, valid EXIF to turn an image upright and, in some formats, to open it at all. Here the orientation is
-read from whatever is left of the metadata, and files are rewritten without it, their pixels untouched.
+Pillow needs whole, valid EXIF to turn an image upright and, in some formats, to open it at all. Here the
+orientation is read from whatever is left of the metadata, and files are rewritten without it, their pixels
+untouched.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ _TIFF_PIXELS = {
 
 
 def stored_orientation(info: Mapping[str, Any]) -> int | None:
-    """The orientation (1..8) in a Pillow image's ``info``, from EXIF, else from XMP; None where neither has one."""
+    """The orientation (1..8) in a Pillow image's ``info``, from EXIF, else from XMP; None where neither has
+    one.
+    """
     for name in ("exif", "Raw profile type exif"):
         block = info.get(name)
         block = _unhex(block) if isinstance(block, str) else block
@@ -97,7 +101,8 @@ def exif_orientation(block: bytes) -> int | None:
 
 
 def split_metadata(source: str | os.PathLike[str] | bytes) -> tuple[bytes, dict[str, Any]] | None:
-    """An image file without its metadata, and the EXIF and XMP that it had, in the form of a Pillow image's info.
+    """An image file without its metadata, and the EXIF and XMP that it had, in the form of a Pillow image's
+    info.
 
     None for a format that this is not known for.
     """
@@ -199,7 +204,9 @@ def _split_webp(content: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def _split_avif(content: bytes) -> tuple[bytes, dict[str, Any]]:
-    """The items of metadata get a type that no decoder knows. An image's orientation is a property of its own here."""
+    """The items of metadata get a type that no decoder knows. An image's orientation is a property of its own
+    here.
+    """
     bare = re.sub(rb"(infe[\x02\x03]\0\0.(?:..|....)\0\0)(?:Exif|mime)", rb"\1free", content, flags=re.DOTALL)
     return bare, {}
 

@@ -1,4 +1,6 @@
-"""Images as callers of the processor give them: paths, URLs, data URIs, base64, file contents, pictures and arrays."""
+"""Images as callers of the processor give them: paths, URLs, data URIs, base64, file contents, pictures and
+arrays.
+"""
 
 from __future__ import annotations
 

@@ -23,10 +23,11 @@ DARKEST = (
 def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Scale values to 0..255, rounded, and name what was done (names of `images.CONVERSIONS`).
 
-    bool and 8 bits: as they are. 16 bits without sign: 65,535 is white, however dark the image. Other integers and
-    floats have no fixed white: it is the first of 255 and 65,535 (floats: 1, 255 and 65,535) that the largest value
-    does not exceed, or the largest value itself. Floats may exceed it up to twofold. Values a little below zero and NaN
-    are black, values beyond white are white. ValueError for values far below zero (normalised pixels, temperatures).
+    bool and 8 bits: as they are. 16 bits without sign: 65,535 is white, however dark the image. Other
+    integers and floats have no fixed white: it is the first of 255 and 65,535 (floats: 1, 255 and 65,535)
+    that the largest value does not exceed, or the largest value itself. Floats may exceed it up to twofold.
+    Values a little below zero and NaN are black, values beyond white are white. ValueError for values far
+    below zero (normalised pixels, temperatures).
     """
     if values.dtype == bool:
         return values.astype(np.uint8) * np.uint8(255), []
@@ -38,7 +39,8 @@ def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def channels_last(array: Any) -> np.ndarray:
-    """A numpy array or torch tensor (H, W), (H, W, C) or (C, H, W) as (H, W, C). ValueError for anything else.
+    """A numpy array or torch tensor (H, W), (H, W, C) or (C, H, W) as (H, W, C). ValueError for anything
+    else.
 
     Where both ends of a shape could be channels, they come first in a tensor and last in an array.
     """

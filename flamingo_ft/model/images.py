@@ -1,7 +1,7 @@
 """The one reader of images: whatever holds a picture, to upright 8-bit RGB.
 
-Training, evaluation, the processor (and with it pipelines, the server and TRL), reports and checks all read images
-here, so a person sees in a report what the model saw.
+Training, evaluation, the processor (and with it pipelines, the server and TRL), reports and checks all read
+images here, so a person sees in a report what the model saw.
 
 - The orientation in EXIF or XMP is applied. Damaged metadata is ignored and never costs the image.
 - Transparent pixels are drawn over white: the colours hidden under them were never meant to be seen.
@@ -90,8 +90,9 @@ class UnreadableImage(ValueError):
 
 
 def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """Read an image file, given as a path or as its content. UnreadableImage for damaged files, other formats and
-    more than `MAX_PIXELS` pixels, which are not decoded."""
+    """Read an image file, given as a path or as its content. UnreadableImage for damaged files, other formats
+    and more than `MAX_PIXELS` pixels, which are not decoded.
+    """
     try:
         return _read(source)
     except UnreadableImage:
@@ -106,8 +107,9 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
 def to_rgb(image: Any) -> Image.Image:
     """Convert a Pillow image, a numpy array or a torch tensor; the input stays as it is.
 
-    Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool, integers, or
-    floats in 0..1 or 0..255. UnreadableImage for other shapes and values, such as batches and normalised pixels.
+    Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool,
+    integers, or floats in 0..1 or 0..255. UnreadableImage for other shapes and values, such as batches and
+    normalised pixels.
     """
     if isinstance(image, Image.Image) and image.mode == "RGB" and _is_read(image):
         return image

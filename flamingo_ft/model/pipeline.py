@@ -1,8 +1,8 @@
-"""transformers' image-text-to-text pipeline for a Flamingo: images read as training reads them, answers without the space
-that they begin with.
+"""transformers' image-text-to-text pipeline for a Flamingo: images read as training reads them, answers
+without the space that they begin with.
 
-transformers converts images to RGB before the processor sees them: 16 bits clipped, transparency dropped. And it cuts the
-prompt off the decoded text, where the space before an answer's first word stays with the answer.
+transformers converts images to RGB before the processor sees them: 16 bits clipped, transparency dropped. And
+it cuts the prompt off the decoded text, where the space before an answer's first word stays with the answer.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import ImageTextToTextPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline, ReturnType
 
+from .compat import ReturnType
 from .image_source import read_image
 from .processor import FlamingoProcessor
 
@@ -20,7 +21,8 @@ TASK = "image-text-to-text"
 
 
 class FlamingoPipeline(ImageTextToTextPipeline):
-    """The task's pipeline for every model; only for a Flamingo it is another than the one that it derives from.
+    """The task's pipeline for every model; only for a Flamingo it is another than the one that it derives
+    from.
 
     Text that continues the caller's (a raw text in full, a last message of the assistant's) keeps its spaces.
     """
@@ -51,7 +53,9 @@ class FlamingoPipeline(ImageTextToTextPipeline):
 
 
 def register_pipeline() -> None:
-    """Let ``transformers.pipeline("image-text-to-text")`` make this pipeline, which goes by the task, not by the model."""
+    """Let ``transformers.pipeline("image-text-to-text")`` make this pipeline, which goes by the task, not by
+    the model.
+    """
     PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = FlamingoPipeline
 
 

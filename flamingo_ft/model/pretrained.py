@@ -1,7 +1,8 @@
-"""Models that are not stored whole: an adapter's folder, or a composition that names its two backbones.
+"""What ``from_pretrained`` loads besides whole models: an adapter, or a composition that names its two
+backbones.
 
-`FlamingoForConditionalGeneration.from_pretrained` takes them too. What puts them together is imported by its name when
-it is needed, as it stands on this part of the package.
+Here they are found and fetched; `flamingo_ft.adapters`, which is built on the model, loads them
+(`FlamingoForConditionalGeneration.set_adapter_loader`).
 """
 
 from __future__ import annotations
@@ -10,11 +11,8 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
@@ -24,42 +22,28 @@ from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, CONFIG_FILE, MODEL_WEIG
 from .configuration import FlamingoConfig
 from .quantized import WHERE
 
-PUTS_TOGETHER = "flamingo_ft.adapters.composition"
-OF_THE_CLIENT = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "token",
-)  # options that say how files are fetched
+FETCH_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # of huggingface_hub
 
 
 @dataclass(frozen=True)
-class ModelFolders:
-    """Where the parts of a model lie; one of the two may be missing.
-
-    base: a composition's folder; adapter: an adapter's.
-    """
+class AdapterFolders:
+    """The folder of an adapter and of the composition that it names as its base, one of them or both."""
 
     base: Path | None
     adapter: Path | None
 
 
-def from_parts(
-    name: Any, options: Mapping[str, Any]
-) -> PreTrainedModel | tuple[PreTrainedModel, dict] | None:
-    """What ``from_pretrained(name, **options)`` gives where that is an adapter or a composition; None elsewhere."""
-    parts = find_parts(name, options)
-    return None if parts is None else import_module(PUTS_TOGETHER).load_parts(parts, options)
+def find_adapter(name: Any, options: Mapping[str, Any]) -> AdapterFolders | None:
+    """Return the local folders of the adapter or composition that ``from_pretrained(name, **options)`` names.
 
-
-def find_parts(name: Any, options: Mapping[str, Any]) -> ModelFolders | None:
-    """The parts that a model consists of; None for a whole one, and for what transformers has to say no to."""
+    None for a whole model, and for a name that transformers is to refuse.
+    """
     adapter = (options.get("adapter_kwargs") or {}).get("_adapter_model_path")
     if name is None or (Path(name).is_dir() and not is_partial(Path(name))):
         return None
     if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
         of_adapter = {**options, "revision": None, **options["adapter_kwargs"]}
-        return ModelFolders(
+        return AdapterFolders(
             _fetch(name if options.get("revision") else _as_recorded(str(name)), options),
             _fetch(adapter, of_adapter),
         )
@@ -70,9 +54,9 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> ModelFolders | None:
     if not is_partial(folder):
         return None
     if not (folder / ADAPTER_CONFIG).is_file():
-        return ModelFolders(folder, None)
+        return AdapterFolders(folder, None)
     base = None if Path(name).is_dir() else named_composition(folder)
-    return ModelFolders(base and _fetch(base, {**options, "revision": None}), folder)
+    return AdapterFolders(base and _fetch(base, {**options, "revision": None}), folder)
 
 
 def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
@@ -107,7 +91,9 @@ def named_composition(adapter: Path) -> str | None:
 
 
 def _as_recorded(name: str, revision: str | None = None) -> str:
-    """A name that an adapter records, as one that means the same beside any folders: with a revision it is the Hub's."""
+    """A name that an adapter records, as one that means the same beside any folders: with a revision it is
+    the Hub's.
+    """
     found = None if os.path.exists(name) else NAME.fullmatch(name)
     return str(HubName(found["repository"], revision or found["revision"] or "main")) if found else name
 
@@ -120,6 +106,6 @@ def _fetch(name: Any, options: Mapping[str, Any]) -> Path:
         raise UserError(
             f"{name}: parts of a model are looked for at the top of a repository; leave subfolder out"
         )
-    given = {key: options[key] for key in OF_THE_CLIENT if options.get(key) is not None}
+    given = {key: options[key] for key in FETCH_OPTIONS if options.get(key) is not None}
     revision = options.get("revision")
     return fetch_model(f"{name}@{revision}" if revision else name, **given)

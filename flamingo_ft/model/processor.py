@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
@@ -26,8 +25,8 @@ from .image_source import read_image
 from .images import to_rgb
 from .special_text import protect, tokenize
 
-# Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template. The space before
-# an answer is the assistant's: with most tokenizers it is part of the answer's first token.
+# Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template. The space
+# before an answer is the assistant's: with most tokenizers it is part of the answer's first token.
 CHUNK_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -47,7 +46,9 @@ class FlamingoImageProcessor(BaseImageProcessor):
     def __init__(
         self, open_clip_preprocess: Mapping[str, Any] | None = None, video_frames: int = 8, **kwargs: Any
     ):
-        """video_frames: how many frames of a video are looked at; kept here so that it is the same after training."""
+        """video_frames: how many frames of a video are looked at; kept here so that it is the same after
+        training.
+        """
         super().__init__(**kwargs)
         self.open_clip_preprocess = dict(open_clip_preprocess or {})
         self.video_frames = video_frames
@@ -104,14 +105,15 @@ class FlamingoProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
+        """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer
+        zero-padded.
 
-        ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword arguments go to
-        the tokenizer. It adds no special tokens to texts that begin with one, as chat templates write them and training
-        reads them. Special tokens that stand-ins stand for (`special_text`), as `apply_chat_template` writes them, are
-        text. Raises UserError when images and markers do not match, when a marker is lost to truncation, and for an
-        image that cannot be read.
+        ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each
+        a PIL image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword
+        arguments go to the tokenizer. It adds no special tokens to texts that begin with one, as chat
+        templates write them and training reads them. Special tokens that stand-ins stand for
+        (`special_text`), as `apply_chat_template` writes them, are text. Raises UserError when images and
+        markers do not match, when a marker is lost to truncation, and for an image that cannot be read.
         """
         if text is None:
             raise UserError(
@@ -150,9 +152,10 @@ class FlamingoProcessor(ProcessorMixin):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers' processors: typed content blocks become text with ``<image>`` where images stand.
 
-        Images inside the blocks are processed along when ``tokenize=True``. A special token typed inside a text block
-        stays text; in text that is returned, a stand-in marks it for the processor (``special_text.restore`` shows it).
-        The prompt for an answer (``add_generation_prompt``) is what stood before answers in training.
+        Images inside the blocks are processed along when ``tokenize=True``. A special token typed inside a
+        text block stays text; in text that is returned, a stand-in marks it for the processor
+        (``special_text.restore`` shows it). The prompt for an answer (``add_generation_prompt``) is what
+        stood before answers in training.
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
@@ -170,7 +173,9 @@ class FlamingoProcessor(ProcessorMixin):
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
-        """As the tokenizer's; without special tokens it is an answer for people, with no white space around it."""
+        """As the tokenizer's; without special tokens it is an answer for people, with no white space around
+        it.
+        """
         text = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
         return _stripped(text) if skip_special_tokens else text
 
@@ -188,8 +193,8 @@ class FlamingoProcessor(ProcessorMixin):
 def flatten(message: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The message with its content as one string, ``<image>`` in place of each image block.
 
-    What spells a special token inside text blocks is exchanged for a stand-in (`special_text.protect`); a plain string
-    stays as it is, its ``<image>`` markers images. Raises UserError for blocks of other types.
+    What spells a special token inside text blocks is exchanged for a stand-in (`special_text.protect`); a
+    plain string stays as it is, its ``<image>`` markers images. Raises UserError for blocks of other types.
     """
     content = message.get("content") or ""
     return {**message, "content": content if isinstance(content, str) else flat_text(content, tokenizer)}
@@ -215,7 +220,9 @@ def is_image(block: Mapping[str, Any]) -> bool:
 
 
 def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
-    """Images per text: as they are when nested, else in the order of the markers. UserError where counts differ."""
+    """Images per text: as they are when nested, else in the order of the markers. UserError where counts
+    differ.
+    """
     images = [] if images is None else images
     images = images if isinstance(images, (list, tuple)) else [images]
     remedy = f"put one {MEDIA_TOKEN} where each image belongs"

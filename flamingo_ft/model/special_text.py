@@ -1,8 +1,8 @@
 """A special token's string, typed inside a text, stays text: it becomes no image and ends no answer.
 
-Before a chat template writes a dialogue, each such string in its text is exchanged for a stand-in of the same length, a
-run of characters for private use. The written text may be cut and joined, as trainers do. On tokenization the strings
-come back, and the stretch of text around them is read without special tokens.
+Before a chat template writes a dialogue, each such string in its text is exchanged for a stand-in of the same
+length, a run of characters for private use. The written text may be cut and joined, as trainers do. On
+tokenization the strings come back, and the stretch of text around them is read without special tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
 
-# The last plane of Unicode, all for private use: a stand-in begins with the character numbered as its special token.
+# The last plane of Unicode, all for private use: a stand-in begins with the character numbered as its special
+# token.
 FIRST, FILLER = 0x100000, "\U0010fffd"
 STAND_IN = re.compile("[\U00100000-\U0010fffc]")
 
@@ -48,7 +49,9 @@ def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Sp
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> Tokens:
-    """A text, with stand-ins or without, to tokens; without, as the tokenizer does. UserError for a slow tokenizer."""
+    """A text, with stand-ins or without, to tokens; without, as the tokenizer does. UserError for a slow
+    tokenizer.
+    """
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
         raise UserError(
@@ -99,7 +102,9 @@ def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
 def _with_typed_as_text(
     tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens
 ) -> Tokens:
-    """The tokens with each stretch between two genuine special tokens read as text where something is typed in it."""
+    """The tokens with each stretch between two genuine special tokens read as text where something is typed
+    in it.
+    """
     pairs = list(zip(tokens.ids, tokens.offsets, strict=True))
     found, token, begin = [], 0, 0
     for place in [*_genuine(tokenizer, text, typed, pairs), len(pairs)]:
@@ -113,7 +118,9 @@ def _with_typed_as_text(
 def _genuine(
     tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], pairs: list[tuple[int, Span]]
 ) -> list[int]:
-    """Places of the special tokens that were not typed; one that stands for other characters (a byte) is none."""
+    """Places of the special tokens that were not typed; one that stands for other characters (a byte) is
+    none.
+    """
     literals = _specials(tokenizer, len(tokenizer)).by_id
     return [
         place
@@ -129,7 +136,9 @@ def _stretch(
     typed: list[Span],
     found: list[tuple[int, Span]],
 ) -> list[tuple[int, Span]]:
-    """The tokens ``found`` between two special tokens, or those that the text there has without special tokens."""
+    """The tokens ``found`` between two special tokens, or those that the text there has without special
+    tokens.
+    """
     if not found or not _overlaps(where, typed):
         return found
     begin, words = where[0], text[slice(*where)]
@@ -139,8 +148,9 @@ def _stretch(
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool, first: int | None) -> Tokens:
-    """Tokens of a text without special tokens. begins: it is a text's beginning, where some tokenizers put a space;
-    first: how the text starts in its place, where that is known."""
+    """Tokens of a text without special tokens. begins: it is a text's beginning, where some tokenizers put a
+    space; first: how the text starts in its place, where that is known.
+    """
     alone = _encode(tokenizer, text, split_special_tokens=True)
     if begins or (first is not None and alone.ids[0] == first):
         return alone
