@@ -80,7 +80,7 @@ def collate_samples(
 def collate_preferences(
     pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a batch of preference pairs, one per row: all chosen answers, then all rejected ones."""
+    """Return the tensors of a batch of pairs, one per row: all chosen answers, then all rejected ones."""
     text = collate_pairs([pair.encoded for (pair,) in rows], pad_token_id)
     return text | repeat_media(_collate_media(features, rows))
 
@@ -113,7 +113,7 @@ def _media_reader(
 
 
 def _draws(order: SampleOrder, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
-    """Return a function from a position to the draws from there on, grouped by length if the recipe says so."""
+    """Return a function from a position to the samples from there on, grouped by length if configured."""
     if not recipe.data.group_by_length:
         return order.draws
     return sorted_by_length(order, partial(_text_length, data), recipe.train.batch_size)

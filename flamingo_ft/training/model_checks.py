@@ -1,4 +1,4 @@
-"""Checks that a language model trains as intended: TRL's loss equals its own, and packed documents stay apart."""
+"""Checks that a language model trains as intended: with its own loss, packed documents kept apart."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LOGITS_TOLERANCE, LOGITS_TOLERANCE_ROUNDED = 1e-4, 0.05
 def check_loss(trainer: SFTTrainer) -> None:
     """Compare TRL's loss with the model's own on a short text. Raise UserError if they differ.
 
-    TRL computes it from the last hidden state and the output head's matrix, never forming all logits. That is wrong, without
-    any error, for families whose head is more than a matrix (a transform, a scale unknown to TRL) or whose own loss does
-    not shift labels by one token.
+    TRL computes it from the last hidden state and the output head's matrix, never forming all logits. That is
+    wrong, without any error, for families whose head is more than a matrix (a transform, a scale unknown to
+    TRL) or whose own loss does not shift labels by one token.
     """
     model = trainer.model
     was_training = model.training
@@ -62,10 +62,10 @@ def _loss_message(model: torch.nn.Module, reason: str) -> str:
 def check_packing(model: FlamingoForConditionalGeneration, rows: int = 1) -> None:
     """Compare documents packed into one row, in a batch of ``rows`` such rows, with each document alone.
 
-    Raise UserError if their logits differ. transformers separates documents in self-attention where positions start again
-    at 0, for families that build their masks the usual way. With positions from the mask (ALiBi), with a state that runs
-    along the row (state-space models, recurrences, convolutions) or with some attention kernels, documents would read
-    each other without any error.
+    Raise UserError if their logits differ. transformers separates documents in self-attention where positions
+    start again at 0, for families that build their masks the usual way. With positions from the mask (ALiBi),
+    with a state that runs along the row (state-space models, recurrences, convolutions) or with some
+    attention kernels, documents would read each other without any error.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""TRL's SFT and DPO trainers with what a run adds: ready-made batches, evaluation, non-finite checks and checkpoints."""
+"""TRL's SFT and DPO trainers, with our batches, evaluation, non-finite checks and checkpoints."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class FlamingoTrainerMixin:
     """What every training method adds to TRL's trainer; comes before it among the bases.
 
     pending: contents of this optimizer step's batches that are still to be trained on, the next one first.
-    current: contents of the batch in training, or of the last one. counts: samples, label tokens and images since the
-    last log entry. earlier_seconds: training time of the processes before this one.
+    current: contents of the batch in training, or of the last one. counts: samples, label tokens and images
+    since the last log entry. earlier_seconds: training time of the processes before this one.
     """
 
     def __init__(
@@ -56,7 +56,8 @@ class FlamingoTrainerMixin:
         non_finite: str = "stop",
         **arguments: Any,
     ):
-        # TRL inspects the datasets for image columns; the rows themselves come from `batches` and `eval_batches`.
+        # TRL inspects the datasets for image columns; the rows themselves come from `batches` and
+        # `eval_batches`.
         columns = Dataset.from_list([{"messages": [], "images": []}])
         super().__init__(train_dataset=columns, eval_dataset=columns, **arguments)
         self.batches, self.checkpoint_policy = batches, checkpoint_policy
@@ -76,7 +77,7 @@ class FlamingoTrainerMixin:
         return self.batches
 
     def set_eval(self, eval_batches: EvalBatches, accuracy_fn: Callable[[], float] | None) -> None:
-        """Set what is evaluated during training: the loss over ``eval_batches`` and, if given, an accuracy."""
+        """Set what evaluations during training measure: the loss of ``eval_batches`` and perhaps accuracy."""
         self.eval_batches, self.accuracy_fn = eval_batches, accuracy_fn
 
     def get_eval_dataloader(self, *_: Any) -> EvalBatches:
@@ -125,7 +126,7 @@ class FlamingoTrainerMixin:
         return loss
 
     def _get_grad_norm(self, *arguments: Any, **options: Any) -> torch.Tensor | float:
-        """Return the gradient's norm and check it: Trainer's only hook between the backward pass and the step.
+        """Return the gradient's norm and check it: this is Trainer's only hook between backward and step.
 
         If the optimizer steps inside the backward pass, it is the norm of the gradients that were used.
         """
@@ -141,7 +142,8 @@ class FlamingoTrainerMixin:
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Accumulate gradients of a sharded model locally until the last batch of a step.
 
-        Trainer's own version reads a `distributed_config` that only transformers' own sharding leaves on a model.
+        Trainer's own version reads a `distributed_config` that only transformers' own sharding leaves on a
+        model.
         """
         self.model.set_requires_gradient_sync(False)
         try:
@@ -152,7 +154,7 @@ class FlamingoTrainerMixin:
     # --- the run as a whole ---
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end, from scratch or from a checkpoint; if no step is left, only restore the checkpoint."""
+        """Train to the end, from a checkpoint or from scratch; if no step is left, only restore."""
         self._start_time = time.monotonic()
         self.meter.reset()
         if checkpoint is not None and self._has_no_steps_left(
@@ -201,7 +203,7 @@ class FlamingoTrainerMixin:
         return self.accelerator.unwrap_model(self.model)
 
     def save_trainer_files(self, folder: Path) -> None:
-        """Write optimizer, schedule, loss scale, random states and trainer state; every process must call it."""
+        """Write optimizer, schedule, loss scale, random states and trainer state, in every process."""
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
@@ -250,7 +252,7 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
 
 
 class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
-    """Direct preference optimisation (arXiv:2305.18290) against the initial model, without dropout in either."""
+    """Direct preference optimization (arXiv:2305.18290) against the initial model, both without dropout."""
 
     def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)
@@ -265,13 +267,13 @@ class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
 
 
 def select_label_positions(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace ``labels`` (B, T) by the N label tokens alone, so that the output head scores no other position.
+    """Replace ``labels`` (B, T) by the N label tokens alone, so that the head scores no other position.
 
-    The head is the widest matrix of a language model, and most positions (prompts, images, padding) predict no label.
-    TRL's fused head skips those on a GPU only.
+    The head is the widest matrix of a language model, and most positions (prompts, images, padding) predict
+    no label. TRL's fused head skips those on a GPU only.
 
-    Returns the other inputs, TRL's pre-shifted ``shift_labels`` (1, N), and ``predicting`` (N, 2): row and column of the
-    position that predicts each label.
+    Returns the other inputs, TRL's pre-shifted ``shift_labels`` (1, N), and ``predicting`` (N, 2): row and
+    column of the position that predicts each label.
     """
     next_tokens = inputs["labels"][:, 1:]
     predicting = torch.nonzero(next_tokens != IGNORED)
