@@ -76,7 +76,7 @@ class KeepBest(TrainerCallback):
         **_: Any,
     ) -> None:
         value = (metrics or {}).get(f"eval_{args.metric_for_best_model}", math.nan)
-        if is_better(value, state.best_metric, args.greater_is_better):
+        if is_better(value, state.best_metric, bool(args.greater_is_better)):
             state.best_global_step = state.global_step
             save_best(model, self.processor, self.folder)
 

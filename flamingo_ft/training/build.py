@@ -76,8 +76,9 @@ def build_model(
     processor.image_processor.video_frames = recipe.data.video_frames
     if model_config.init_from is not None:
         init_bridge(model, model_config.init_from)
-    model.to(device)
-    prepare_training(model, recipe, init_batches and partial(init_batches, model, processor))
+    model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps torch's method)
+    batches_of_model = None if init_batches is None else partial(init_batches, model, processor)
+    prepare_training(model, recipe, batches_of_model)
     return model, processor
 
 

@@ -26,7 +26,7 @@ def disable_amp_scaling_in_step(optimizer: torch.optim.Optimizer) -> None:
     A fused step that skips an overflowed gradient counts as taken, and the schedule would move on. torch has
     no public switch for it.
     """
-    optimizer._step_supports_amp_scaling = False
+    setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no such attribute in torch's stubs)
 
 
 def set_last_learning_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float]) -> None:

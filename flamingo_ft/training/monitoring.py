@@ -99,8 +99,9 @@ def learning_rates(optimizer: Any, first_rate: float) -> dict[str, float]:
 def gate_values(model: torch.nn.Module) -> dict[str, float]:
     """Return tanh of each gate, in -1..1, keyed by its kind and the decoder layer that its block precedes."""
     gates: dict[str, torch.Tensor] = {}
+    blocks: Any = getattr(model, "gated_cross_attn_layers", ())
     for name, attribute in GATES.items():
-        for layer, block in enumerate(getattr(model, "gated_cross_attn_layers", ())):
+        for layer, block in enumerate(blocks):
             if block is not None:
                 gates[f"gate/{name}/{layer}"] = getattr(block, attribute).detach()
     if not gates:

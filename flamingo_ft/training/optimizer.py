@@ -92,6 +92,7 @@ def warmup_steps(train_config: TrainSection) -> int:
     """Return the number of warmup steps of a recipe whose ``max_steps`` is known."""
     if train_config.warmup_ratio is None:
         return train_config.warmup_steps
+    assert train_config.max_steps is not None
     return math.ceil(exact_fraction(train_config.warmup_ratio) * train_config.max_steps)
 
 
@@ -133,7 +134,7 @@ class InBackwardOptimizer(torch.optim.Optimizer):
         for parameter in self._optimizers:
             parameter.register_post_accumulate_grad_hook(self._step_parameter)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
         """Do nothing: the steps were taken in the backward pass."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:

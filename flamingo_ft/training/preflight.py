@@ -70,8 +70,9 @@ def check_precision(recipe: Recipe) -> None:
         _check_float16(recipe)
     for name in ("vision", "language"):
         quantization = Quantization.of(getattr(recipe.model, name))
-        half = quantization and autocast in HALF_DTYPES and quantization.dtype in HALF_DTYPES
-        if half and quantization.dtype != autocast:
+        if quantization is None or autocast not in HALF_DTYPES or quantization.dtype not in HALF_DTYPES:
+            continue
+        if quantization.dtype != autocast:
             both = next(word for word, dtype in DTYPES.items() if dtype == autocast)
             raise UserError(
                 f"model.{name}.compute_dtype: {quantization.compute_dtype} is "
@@ -99,7 +100,7 @@ def _check_float16(recipe: Recipe) -> None:
         )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -62,7 +62,7 @@ def find_start_point(recipe: Recipe) -> StartPoint:
         done = finished_steps(output_dir)
         if done is not None:
             _refuse_fewer_steps(recipe, done, output_dir)
-            if recipe.train.max_steps <= earlier.train.max_steps:
+            if _max_steps(recipe) <= _max_steps(earlier):
                 note = (
                     f"{output_dir}: finished after {done} steps, nothing left to do; "
                     "to extend it, raise train.max_steps or train.epochs"
@@ -109,7 +109,7 @@ def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _refuse_fewer_steps(recipe: Recipe, done: int, folder: Path) -> None:
-    steps = recipe.train.max_steps
+    steps = _max_steps(recipe)
     if steps < done:
         raise UserError(
             f"train.max_steps: got {steps} (from train.epochs, if that is set), but {folder} has trained "
@@ -117,9 +117,15 @@ def _refuse_fewer_steps(recipe: Recipe, done: int, folder: Path) -> None:
         )
 
 
+def _max_steps(recipe: Recipe) -> int:
+    """Return ``train.max_steps``, which a resolved recipe always has."""
+    assert recipe.train.max_steps is not None
+    return recipe.train.max_steps
+
+
 def _length_note(recipe: Recipe, earlier: Recipe) -> list[str]:
     """Return a note if the number of steps has changed."""
-    before, now = earlier.train.max_steps, recipe.train.max_steps
+    before, now = _max_steps(earlier), _max_steps(recipe)
     if before == now:
         return []
     return [
@@ -161,16 +167,14 @@ def _with_earlier_commit(recipe: Recipe, earlier: Recipe) -> Recipe:
 
     A commit in ``recipe`` itself stays as it is.
     """
-    names = [
-        None if one.model.init_from is None else hub_name(one.model.init_from) for one in (recipe, earlier)
-    ]
-    current_name, earlier_name = names
-    if current_name is None or earlier_name is None:
+    current, earlier_start = recipe.model.init_from, earlier.model.init_from
+    if current is None or earlier_start is None:
+        return recipe
+    current_name, earlier_name = hub_name(current), hub_name(earlier_start)
+    if current_name is None or earlier_name is None or current_name.repository != earlier_name.repository:
         return recipe
     names_a_commit = re.fullmatch(r"[0-9a-f]{40}", current_name.revision or "")
-    if current_name.repository != earlier_name.repository or names_a_commit:
-        return recipe
-    return _with_init_from(recipe, earlier.model.init_from)
+    return recipe if names_a_commit else _with_init_from(recipe, earlier_start)
 
 
 def _with_init_from(recipe: Recipe, init_from: Path) -> Recipe:

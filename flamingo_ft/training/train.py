@@ -256,10 +256,12 @@ def _train(
             left_out |= rows
         _write_left_out(left_out, output_dir)
         write_log(output_dir, trainer.state.log_history)
-    metrics = {
+    metrics: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "seconds": round(trainer.seconds(), 1),
-        "trainable_parameters": sum(p.numel() for p in trainable_parameters(trainer.model).values()),
+        "trainable_parameters": sum(
+            p.numel() for p in trainable_parameters(trainer.unwrapped_model()).values()
+        ),
     }
     if skipped := count_skipped_steps(trainer.state.log_history):
         metrics[SKIPPED] = skipped

@@ -60,6 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raise UserError if it is missing or damaged, NewerFormat if a later flamingo_ft wrote it.
     """
     path = folder / MANIFEST
+    record: dict[str, Any] = {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         newer = record["format"] > FORMAT

@@ -72,9 +72,11 @@ class CheckpointedTrainer(Protocol):
     """
 
     state: TrainerState
-    batches: Stateful
     checkpoint_policy: CheckpointPolicy
     earlier_seconds: float
+
+    @property
+    def batches(self) -> Stateful: ...
 
     def unwrapped_model(self) -> FlamingoForConditionalGeneration: ...
 
