@@ -30,7 +30,13 @@ from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.local_paths import strip_local_path, strip_local_paths
 from flamingo_ft.hub.names import NAME, looks_like_path
 from flamingo_ft.hub.upload import create_repository, upload
-from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ANY_INDEX, ANY_SAFETENSORS, is_adapter, is_whole_model
+from flamingo_ft.hub.weight_files import (
+    ADAPTER_CONFIG,
+    ANY_INDEX,
+    ANY_SAFETENSORS,
+    is_adapter,
+    is_whole_model,
+)
 from flamingo_ft.model import FlamingoConfig
 
 BASE_SUFFIX = "-base"
@@ -128,7 +134,9 @@ def _check_folder(folder: Path, merged: bool, base: str | None) -> bool:
     return False
 
 
-def _push_model(folder: Path, repository: str, branch: str | None, license: str | None, log: Log) -> PushResult:
+def _push_model(
+    folder: Path, repository: str, branch: str | None, license: str | None, log: Log
+) -> PushResult:
     url = _commit(repository, files_to_push(folder, repository, license), branch, log)
     return PushResult(repository, None, url)
 
