@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT
 from flamingo_ft.config import Recipe
-from flamingo_ft.config.loading import is_there
+from flamingo_ft.config.paths import path_exists
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.collate import pack
 from flamingo_ft.data.encode import encode
@@ -62,7 +62,7 @@ TEXT = ("input_ids", "attention_mask", "labels")
 def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:
     """Text tokens and images of the longest of the recipe's first samples, or of rows packed of them, and where they
     were found; None without its files, or where they are on the Hub: a plan downloads no data."""
-    if not all(source.path is not None and is_there(source.path) for source in recipe.data.train):
+    if not all(source.path is not None and path_exists(source.path) for source in recipe.data.train):
         return None
     data = open_data(recipe.data, recipe.train.seed)
     samples = itertools.islice(data.samples(data.train), LOOKED_AT)

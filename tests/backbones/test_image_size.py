@@ -14,7 +14,7 @@ from flamingo_ft.adapters import Adapters, load_adapter, save_adapter, set_train
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.tower import build_visual, image_transform, spatial_tokens
 from flamingo_ft.backbones.vision import tower_config
-from flamingo_ft.config.schema import TrainableSection, VisionSection
+from flamingo_ft.config import TrainableSection, VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.plan.meta_model import meta_vision

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from flamingo_ft import atomic
 from flamingo_ft.backbones.quantization import DTYPES, quantization_formats
 from flamingo_ft.backbones.tower import spatial_tokens
-from flamingo_ft.config.data import CacheSection
+from flamingo_ft.config import CacheSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
