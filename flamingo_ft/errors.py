@@ -26,17 +26,6 @@ class Stopped(BaseException):
         self.number, self.step = number, step
 
 
-def shortened(text: Any) -> str:
-    """A path or URL on one line, and its beginning alone where it is no path but data."""
-    line = str(text).replace("\n", "\\n")
-    return line if len(line) <= 300 else f"{line[:300]}..."
-
-
-def one_line(error: Exception) -> str:
-    """What another library said, on one line and no longer than a line should be, to be quoted in a `UserError`."""
-    return " ".join(str(error).split())[:200]
-
-
 class OutOfMemory(UserError):
     """A run that did not fit into memory. plan: what `flamingo-ft plan --json` tells of it, where that could be made."""
 

@@ -18,6 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from flamingo_ft.formatting import clock
+
 LINE_SECONDS = 30  # between two lines about the same task, without a terminal
 WIDEST_BAR, NARROWEST_BAR = 40, 4
 BESIDE_BAR = 64  # columns of a terminal that the bar leaves to words and numbers
@@ -61,7 +63,7 @@ class Bars(Progress):
     def time_left(self, task_id: TaskID) -> str | None:
         """h:mm:ss until the task is done, as far as that is known."""
         left = self._tasks[task_id].time_remaining
-        return None if left is None else _clock(left)
+        return None if left is None else clock(left)
 
     def _print_progress(self, task_id: TaskID) -> None:
         if self.interactive or time.monotonic() - self._last_line < LINE_SECONDS:
@@ -87,8 +89,3 @@ def progress_bars(stderr: bool = False, disable: bool = False) -> Bars:
         console=console,
         disable=disable,
     )
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

@@ -14,6 +14,7 @@ PACKAGE = Path(flamingo_ft.__file__).parent
 ORDER = (
     "errors",
     "version",
+    "formatting",
     "atomic",
     "machine_errors",
     "progress",

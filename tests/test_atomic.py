@@ -29,11 +29,40 @@ def test_sweeping_removes_leftovers_and_nothing_else(tmp_path):
         (tmp_path / name / "inside").mkdir(parents=True)
     for name in (".config.json.partial", ".hidden", "notes.partial"):
         (tmp_path / name).write_text("")
-    atomic.sweep(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial", "step-2"]
 
 
 def test_what_was_to_be_replaced_and_is_not_comes_back(tmp_path):
     (tmp_path / ".step-2.replaced" / "inside").mkdir(parents=True)
-    atomic.sweep(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert (tmp_path / "step-2" / "inside").is_dir() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_files_are_moved_when_nothing_failed_the_first_one_first_and_other_files_stay(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "record.json").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic.files_in_place(folder, first="record.json") as partial:
+        (partial / "record.json").write_text("half")
+        raise ZeroDivisionError
+    assert (folder / "record.json").read_text() == "old"
+    with atomic.files_in_place(folder, first="record.json") as partial:
+        for name in ("record.json", "a.txt"):
+            (partial / name).write_text("new")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "notes.txt": "mine",
+        "record.json": "new",
+        "a.txt": "new",
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_file_that_cannot_replace_another_leaves_nothing_behind(tmp_path):
+    (tmp_path / "place" / "inside").mkdir(parents=True)
+    with pytest.raises(OSError):
+        atomic.write_shared(tmp_path / "place", b"content", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["place"]
+    atomic.write_shared(tmp_path / "file", b"content", tmp_path)
+    assert (tmp_path / "file").read_bytes() == b"content" and len(list(tmp_path.iterdir())) == 2

@@ -18,13 +18,15 @@ from safetensors import safe_open
 
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
+from flamingo_ft.formatting import one_line, percent
 from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.version import __version__
 
 from .card_metadata import metadata
 from .contents import kept_parts
-from .files import WEIGHTS, read_flamingo_config, read_lora_config
+from .files import read_flamingo_config, read_lora_config
 
 CARD = "README.md"
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
@@ -69,7 +71,7 @@ def card_text(
         training=metrics.get("train"),
         losses=_losses(folder),
         evaluation=evaluation and _complete(evaluation),
-        percent=lambda share: "" if share is None else f"{100 * share:.1f} %",
+        percent=percent,
         figures={file: told for file, told in FIGURES.items() if (folder / "figures" / file).is_file()},
         samples=_samples(folder),
         cell=_cell,
@@ -80,7 +82,7 @@ def card_text(
 
 def _contents(folder: Path, config: FlamingoConfig) -> list[str]:
     """What the adapter holds, in words."""
-    if config.merged or not (folder / WEIGHTS).is_file():
+    if config.merged or not (folder / ADAPTER_WEIGHTS).is_file():
         return []
     parts = [PART_NAMES[part] for part in kept_parts(config)]
     return parts + (["LoRA"] if read_lora_config(folder) is not None else [])
@@ -89,8 +91,8 @@ def _contents(folder: Path, config: FlamingoConfig) -> list[str]:
 def _parameters(folder: Path) -> int:
     """In the folder's weights; only their headers are read."""
     total = 0
-    adapter = folder / WEIGHTS
-    for file in [adapter] if adapter.is_file() else sorted(folder.glob("model*.safetensors")):
+    adapter = folder / ADAPTER_WEIGHTS
+    for file in [adapter] if adapter.is_file() else sorted(folder.glob(MODEL_SAFETENSORS)):
         with safe_open(file, "pt") as tensors:
             total += sum(math.prod(tensors.get_slice(key).get_shape()) for key in list(tensors.keys()))
     return total
@@ -124,7 +126,7 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 def _cell(text: str | None) -> str:
     """Text that stands in a table's cell as it is."""
-    return html.escape(" ".join((text or "").split()), quote=False).replace("|", "\\|").replace("*", "\\*")
+    return html.escape(one_line(text or ""), quote=False).replace("|", "\\|").replace("*", "\\*")
 
 
 def _complete(evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import existing, fetch_model
 from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
+from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.version import __version__
 
@@ -27,7 +28,6 @@ from .answering import answer_greedily
 from .card import CARD
 from .files import (
     BRIDGE_FILE,
-    LORA_CONFIG,
     read_config,
     read_flamingo_config,
     read_lora_config,
@@ -84,7 +84,7 @@ def load_composition(folder: str | Path, **options: Any) -> FlamingoForCondition
 
 def name_base(adapter: str | Path, base: str) -> None:
     """Write into an adapter's folder which composition is its base: a folder, or ``org/name`` on the Hub."""
-    path = Path(adapter) / LORA_CONFIG
+    path = Path(adapter) / ADAPTER_CONFIG
     values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 

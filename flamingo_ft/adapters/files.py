@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
+from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
 from flamingo_ft.model.parts import named_composition
 
-WEIGHTS = "adapter_model.safetensors"
-LORA_CONFIG = "adapter_config.json"
 BRIDGE_FILE = "bridge.safetensors"  # beside a composition: the bridge that adapters of it build on
 PREFIX = "base_model.model."  # PEFT's, for everything inside the model it wraps
 
@@ -29,7 +29,7 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 def read_config(folder: Path) -> FlamingoConfig:
     """The adapter's configuration, checked to be one that this version reads."""
-    missing = [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]
+    missing = [name for name in (CONFIG_FILE, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(
             f"{folder}: not an adapter, {' and '.join(missing)} not found; give the folder a run wrote"
@@ -46,7 +46,7 @@ def read_config(folder: Path) -> FlamingoConfig:
 def read_flamingo_config(folder: Path) -> FlamingoConfig:
     """The configuration of an adapter or a whole model. UserError where it is damaged, or another model's."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if values["model_type"] != FlamingoConfig.model_type:
             raise UserError(
                 f"{folder}: holds a {values['model_type']} model; give the folder that a run or a merge wrote"
@@ -57,7 +57,7 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: config.json is damaged ({one_line(error)}); copy the folder again"
+            f"{folder}: {CONFIG_FILE} is damaged ({error_message(error)}); copy the folder again"
         ) from None
 
 
@@ -68,7 +68,7 @@ def read_processor(folder: Path) -> FlamingoProcessor:
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: the processor does not load ({one_line(error)}); copy the folder again"
+            f"{folder}: the processor does not load ({error_message(error)}); copy the folder again"
         ) from None
 
 
@@ -84,20 +84,22 @@ def read_base_name(folder: Path) -> str | None:
 
 
 def _read_peft_config(folder: Path) -> LoraConfig:
-    if not (folder / LORA_CONFIG).is_file():
-        raise UserError(f"{folder}: not an adapter, {LORA_CONFIG} not found; give the folder a run wrote")
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise UserError(f"{folder}: not an adapter, {ADAPTER_CONFIG} not found; give the folder a run wrote")
     try:
         return LoraConfig.from_pretrained(str(folder))
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{folder}: {LORA_CONFIG} is damaged ({one_line(error)}); copy the adapter again"
+            f"{folder}: {ADAPTER_CONFIG} is damaged ({error_message(error)}); copy the adapter again"
         ) from None
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors under the model's names."""
-    return {name.removeprefix(PREFIX): tensor for name, tensor in read_bridge(folder / WEIGHTS).items()}
+    return {
+        name.removeprefix(PREFIX): tensor for name, tensor in read_bridge(folder / ADAPTER_WEIGHTS).items()
+    }
 
 
 def read_bridge(path: Path) -> dict[str, Tensor]:

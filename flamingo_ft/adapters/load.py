@@ -20,6 +20,7 @@ from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.tokens import grow_vocabulary
@@ -27,7 +28,6 @@ from flamingo_ft.model.tokens import grow_vocabulary
 from .answering import answer_greedily
 from .contents import adapter_tensors, kept_parts
 from .files import (
-    WEIGHTS,
     read_base_name,
     read_config,
     read_flamingo_config,
@@ -39,8 +39,6 @@ from .lora import ADAPTER, inject, open_what_is_updated
 from .recorded import with_places
 from .start import restart_bridge
 from .trainable import BRIDGE, is_lora
-
-WHOLE = "model*.safetensors"  # the weights of a model that is no adapter
 
 
 def load_adapter(
@@ -78,10 +76,7 @@ def load_trained(
     quantization: of the frozen weights; None: as in training, or as a merged model is stored.
     """
     folder = fetch_model(folder)
-    is_whole = (
-        (folder / "config.json").is_file() and not (folder / WEIGHTS).is_file() and any(folder.glob(WHOLE))
-    )
-    if is_whole:
+    if is_whole_model(folder):
         return load_whole(folder, quantization), read_processor(folder)
     quantized = {None: True, "none": False}.get(quantization, quantization)
     return load_adapter(folder, quantized=quantized)
@@ -117,8 +112,8 @@ def load_base(
 ) -> FlamingoForConditionalGeneration:
     """What an adapter was trained on: its backbones and the bridge it builds on, a random one where it builds on none.
 
-    quantized: as in training (True), unquantized (False), or as given. dtype: of the unquantized language model. Raises UserError as
-    `load_adapter` does.
+    quantized: as in training (True), unquantized (False), or as given. dtype: of the unquantized language model. Raises
+    UserError as `load_adapter` does.
     """
     folder, start = fetch_model(folder), None if start is None else fetch_model(start)
     options = {"quantized": quantized, "dtype": dtype, "device": device}

@@ -18,11 +18,12 @@ from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, dequantize_linears
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .answering import answer_greedily
 from .card import write_card
-from .files import WEIGHTS, read_config, read_flamingo_config, read_tensors
+from .files import read_config, read_flamingo_config, read_tensors
 from .fold import cast, fold_lora
 from .load import load_base, put_adapter
 from .save import forget_place
@@ -62,8 +63,12 @@ def check_mergeable(adapter: Path, out: Path) -> None:
     """Raise UserError where ``out`` exists, and where ``adapter`` is no adapter."""
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
-    config = adapter / "config.json"
-    if config.is_file() and not (adapter / WEIGHTS).is_file() and read_flamingo_config(adapter).merged:
+    config = adapter / CONFIG_FILE
+    if (
+        config.is_file()
+        and not (adapter / ADAPTER_WEIGHTS).is_file()
+        and read_flamingo_config(adapter).merged
+    ):
         raise UserError(f"{adapter}: is a merged model already; give the adapter that it was merged from")
     read_config(adapter)
 
@@ -79,7 +84,7 @@ def quantize_merged(folder: Path, quantization: Quantization) -> None:
     model = FlamingoForConditionalGeneration.from_pretrained(
         folder, quantization_config=quantization.bnb_config()
     )
-    for file in folder.glob("model*.safetensors*"):
+    for file in folder.glob(f"{MODEL_SAFETENSORS}*"):
         file.unlink()
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
 

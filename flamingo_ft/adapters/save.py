@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from flamingo_ft.atomic import file_in_place
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import whole
 
 from .card import write_card
 from .contents import adapter_tensors, name_in_file
-from .files import PREFIX, WEIGHTS
+from .files import PREFIX
 from .lora import ADAPTER, base_name, has_lora
 from .trainable import trainable_parameters
 
@@ -57,7 +58,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     tensors, config = _as_plain_lora(model, tensors, adapter)
     contiguous = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    with file_in_place(folder / WEIGHTS) as file:
+    with file_in_place(folder / ADAPTER_WEIGHTS) as file:
         save_file(contiguous, file, metadata={"format": "pt"})
     config.save_pretrained(folder)
     _own_config(model).save_pretrained(folder)

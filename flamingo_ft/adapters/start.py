@@ -17,14 +17,14 @@ from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
 from flamingo_ft.formats.recognise import MADE_ANEW
-from flamingo_ft.formats.stored import OF_TRAINING, some, stored_config
+from flamingo_ft.formats.stored import some, stored_config
 from flamingo_ft.hub import fetch_model, hub_name, pinned
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, TRAINING_CHECKPOINTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import holds_parts, named_composition
 
 from .files import (
     BRIDGE_FILE,
-    WEIGHTS,
     read_bridge,
     read_config,
     read_flamingo_config,
@@ -70,7 +70,7 @@ def _put_start(model: FlamingoForConditionalGeneration, start: Path) -> None:
         report = load_open_flamingo(model, start)
         if lost := [name for name in report.unexpected if not MADE_ANEW.fullmatch(name)]:
             raise UserError(f"model.init_from: {start} holds {some(lost)}, for which the model has no place")
-    elif not (start / WEIGHTS).is_file():
+    elif not (start / ADAPTER_WEIGHTS).is_file():
         put_bridge(model, _tensors(start))
     else:
         record = read_config(start).bridge_init
@@ -140,7 +140,7 @@ def _bridge_of_base(folder: Path) -> Path | None:
 def starting_lora(start: str | Path | None) -> dict[str, Tensor]:
     """The LoRA tensors that an adapter to start from has; none for anything else."""
     folder = None if start is None else fetch_model(start)
-    if folder is None or not (folder / WEIGHTS).is_file() or read_lora_config(folder) is None:
+    if folder is None or not (folder / ADAPTER_WEIGHTS).is_file() or read_lora_config(folder) is None:
         return {}
     return {name: tensor for name, tensor in read_tensors(folder).items() if is_lora(name)}
 
@@ -170,7 +170,7 @@ def bridge_at(folder: Path) -> dict[str, Tensor]:
         raise UserError(
             f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it"
         )
-    record = read_config(folder).bridge_init if (folder / WEIGHTS).is_file() else None
+    record = read_config(folder).bridge_init if (folder / ADAPTER_WEIGHTS).is_file() else None
     below = bridge_at(_whereabouts(folder, record["path"], None)) if record else {}
     return below | _tensors(folder)
 
@@ -179,7 +179,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     """The tensors of the bridge that are in a folder, or are such a file, under the names they have in a model without LoRA."""
     if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
         return read_bridge(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         if holds_parts(folder):
             raise UserError(
                 f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from an adapter"
@@ -191,7 +191,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _config(folder: Path) -> FlamingoConfig:
-    if (folder / WEIGHTS).is_file():
+    if (folder / ADAPTER_WEIGHTS).is_file():
         return read_config(folder)
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -206,7 +206,7 @@ def is_foreign(start: Path) -> bool:
         return start.name != BRIDGE_FILE
     config = stored_config(start)
     return config.get("model_type") == "otter" or (
-        not config and any((start / name).is_file() for name in OF_TRAINING)
+        not config and any((start / name).is_file() for name in TRAINING_CHECKPOINTS)
     )
 
 

@@ -16,20 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_ft.errors import UserError
-
-CONFIG_FILES = ("config.json", "open_clip_config.json")
-
-# What open_clip and transformers load when a folder holds several, in their order of preference.
-WEIGHT_FILES = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+from flamingo_ft.hub.weight_files import (
+    BACKBONE_WEIGHTS,
+    CONFIG_FILE,
+    OPEN_CLIP_CONFIG_FILE,
+    WEIGHT_SUFFIXES,
+    shard_names,
 )
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+CONFIG_FILES = (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE)
+
 
 # The first complete set is the vocabulary; downloads differ in which of the others they bring along.
 VOCABULARY_FILES = (
@@ -89,13 +85,13 @@ def _existing(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 def _weight_files(folder: Path) -> list[Path]:
     """The weights a loader would take: one file, the shards of an index, or all that look like weights."""
-    preferred = _existing(folder, WEIGHT_FILES)
+    preferred = _existing(folder, BACKBONE_WEIGHTS)
     if not preferred:
         return [file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
     if preferred[0].suffix != ".json":
         return preferred[:1]
-    shards = set(json.loads(preferred[0].read_text(encoding="utf-8"))["weight_map"].values())
-    missing = [name for name in sorted(shards) if not (folder / name).is_file()]
+    shards = shard_names(preferred[0])
+    missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{preferred[0]} names {missing[0]}, which is not there; download the model again")
     return [folder / name for name in shards]

@@ -36,7 +36,8 @@ from flamingo_ft.backbones.identity import files_sha256, has_vocabulary
 from flamingo_ft.backbones.license import CARD, license_in
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.quantization import Quantization, settle
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.fetch import download
 from flamingo_ft.hub.missing import missing
 from flamingo_ft.hub.names import NANO, commit_of, local_language
@@ -253,7 +254,7 @@ def _load(auto_class: type, folder: Path, name: str, **options: object) -> objec
         remedy = "check that its files are there, whole, and not newer than the installed transformers"
         if "trust_remote_code" in str(error):
             remedy = "it comes with code of its own: pass trust_remote_code=True if you trust that"
-        problem = f"language model {name} does not load ({auto_class.__name__}): {one_line(error)}"
+        problem = f"language model {name} does not load ({auto_class.__name__}): {error_message(error)}"
         raise UserError(f"{problem}; {remedy}") from error
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flamingo_ft.backbones.image_size import refuse_part_of_a_patch, set_image_size
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 
 # What torch and timm raise for images of a size that a tower is not made for.
 UNSIZEABLE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError)
@@ -54,7 +55,7 @@ def at_size(name: str, config: dict, image_size: int | None) -> dict:
     except UNSIZEABLE as error:
         raise UserError(
             f"vision tower {name} is made for images of {native} pixels and cannot take {image_size} "
-            f"({one_line(error)}); leave image_size out, or choose a ViT"
+            f"({error_message(error)}); leave image_size out, or choose a ViT"
         ) from error
     return sized
 

@@ -12,14 +12,14 @@ import open_clip
 from open_clip.pretrained import download_pretrained_from_hf
 
 from flamingo_ft.backbones.license import license_in, license_on_hub
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.errors import told
 from flamingo_ft.hub.missing import missing
 from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, commit_of, local_tower, local_weights
+from flamingo_ft.hub.weight_files import OPEN_CLIP_CONFIG_FILE, OPEN_CLIP_SUFFIXES, OPEN_CLIP_WEIGHTS
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
-CONFIG_FILE = "open_clip_config.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth")  # what open_clip looks for in a local-dir
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def native_config(name: str, pretrained: str | None) -> dict:
         return _locate_architecture(architecture, None, None).config
     if not name.startswith(ON_HUB):
         return locate(name, None, None).config
-    file = _download(name.removeprefix(ON_HUB), CONFIG_FILE, None)
+    file = _download(name.removeprefix(ON_HUB), OPEN_CLIP_CONFIG_FILE, None)
     return _read_config(file)[0]
 
 
@@ -136,7 +136,7 @@ def _refuse_unknown_tag(name: str, pretrained: str) -> None:
 
 
 def _locate_on_hub(repository: str, revision: str | None) -> Located:
-    config_file = _download(repository, CONFIG_FILE, revision)
+    config_file = _download(repository, OPEN_CLIP_CONFIG_FILE, revision)
     _download(repository, None, commit_of(config_file))
     return replace(
         _locate_folder(config_file.parent, commit_of(config_file)), repository=repository, folder=None
@@ -147,12 +147,14 @@ def _locate_folder(folder: Path, revision: str | None = None, name: str | None =
     """name: what the folder was asked for by, where it may not exist."""
     if name is not None and not folder.is_dir():
         raise UserError(f"vision tower: {missing(name.removeprefix(LOCAL_DIR), on_hub=f'{ON_HUB}{name}')}")
-    file = folder / CONFIG_FILE
+    file = folder / OPEN_CLIP_CONFIG_FILE
     if not file.is_file():
-        raise UserError(f"{folder} has no {CONFIG_FILE}; give a folder in OpenCLIP's local-dir format")
+        raise UserError(
+            f"{folder} has no {OPEN_CLIP_CONFIG_FILE}; give a folder in OpenCLIP's local-dir format"
+        )
     config, preprocess = _read_config(file)
-    if not any(entry.suffix in WEIGHT_SUFFIXES for entry in folder.iterdir()):
-        raise UserError(f"{folder} holds no weights; add open_clip_model.safetensors")
+    if not any(entry.suffix in OPEN_CLIP_SUFFIXES for entry in folder.iterdir()):
+        raise UserError(f"{folder} holds no weights; add {OPEN_CLIP_WEIGHTS}")
     return Located(f"local-dir:{folder}", config, preprocess=preprocess, revision=revision, folder=folder)
 
 
@@ -162,7 +164,9 @@ def _read_config(file: Path) -> tuple[dict, dict]:
         contents = json.loads(file.read_text(encoding="utf-8"))
         return _tower_config(contents["model_cfg"]), contents.get("preprocess_cfg", {})
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no OpenCLIP configuration ({one_line(error)}); correct it") from error
+        raise UserError(
+            f"{file} is no OpenCLIP configuration ({error_message(error)}); correct it"
+        ) from error
 
 
 def _download(repository: str, file: str | None, revision: str | None) -> Path:

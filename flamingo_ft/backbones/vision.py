@@ -26,7 +26,8 @@ from flamingo_ft.backbones.tower import (
 )
 from flamingo_ft.backbones.tower_source import Located, local_source, locate, native_config
 from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, let_go_of_file, weights_file
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import reraise_machine_error
 
 # What open_clip, torch and safetensors raise for files that are missing, broken or of another architecture.
@@ -160,6 +161,6 @@ def _told(located: Located) -> Iterator[None]:
     except UNLOADABLE as error:
         reraise_machine_error(error)
         raise UserError(
-            f"cannot load {file} as {located.model}: {one_line(error)}; "
+            f"cannot load {file} as {located.model}: {error_message(error)}; "
             "check that weights and architecture belong together"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,8 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from flamingo_ft.hub.weight_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, shard_names
 
 
 class WeightFiles:
@@ -44,9 +42,9 @@ class WeightFiles:
         return sorted(self._files)
 
     def _shards(self) -> list[Path]:
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
-        if not (self.folder / INDEX).is_file():
-            raise UserError(f"{self.folder}: found no {SINGLE}; give a model in the safetensors format")
-        index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        return [self.folder / name for name in sorted(set(index["weight_map"].values()))]
+        if (self.folder / SAFETENSORS_FILE).is_file():
+            return [self.folder / SAFETENSORS_FILE]
+        index = self.folder / SAFETENSORS_INDEX
+        if not index.is_file():
+            raise UserError(f"{self.folder}: no {SAFETENSORS_FILE}; give a model in the safetensors format")
+        return [self.folder / name for name in shard_names(index)]

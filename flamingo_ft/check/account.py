@@ -10,7 +10,7 @@ import numpy as np
 from flamingo_ft.config import DataSection, EvalSection
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.sources.rows import RawRow
-from flamingo_ft.evaluation.answer_lengths import AnswerLengths
+from flamingo_ft.evaluation.questions import AnswerLengths
 
 from .duplicates import Group, find_duplicates
 from .findings import Copies, Findings, Length, Part, Repeats, TooLong

@@ -10,7 +10,7 @@ from flamingo_ft.data.pair import EncodedPair, encode_pair
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.data.too_long import Dropped, TooLong, encode_within
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
+from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of
 from flamingo_ft.model import FlamingoProcessor
 
 POLICIES = ("drop_sample", "drop_turns", "truncate_text")
@@ -42,7 +42,7 @@ class Encoding:
 
     def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int, compares: bool = False):
         self.processor, self.policy, self.limit, self.compares = processor, data.too_long, limit, compares
-        self._ends = answer_ends(processor)
+        self._ends = end_tokens_of(processor)
 
     def __call__(self, sample: Sample) -> Text:
         try:
@@ -60,7 +60,7 @@ class Encoding:
         return Text(None if isinstance(chosen, Dropped) else chosen, losses=losses, answers=answers)
 
     def _answers(self, sample: Sample, whole: Encoded | EncodedPair) -> tuple[int, ...]:
-        return tuple(answers_of(self.processor, sample, texts_of(whole)[0], self._ends))
+        return tuple(answer_lengths(self.processor, sample, texts_of(whole)[0], self._ends))
 
     def _within(self, sample: Sample, limit: int, policy: TooLong) -> Encoded | EncodedPair | Dropped:
         encode = encode_pair if self.compares and sample.rejected else encode_within

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flamingo_ft.evaluation.answer_lengths import AnswerLengths
+from flamingo_ft.evaluation.questions import AnswerLengths
+from flamingo_ft.formatting import percent, plural
 
 from .numbers import Distribution
 from .rows import Problem, Seen
@@ -117,7 +118,7 @@ class Length:
     @property
     def line(self) -> str:
         """The same in words."""
-        steps = f"training: {self.max_steps:,} optimizer step{'' if self.max_steps == 1 else 's'}"
+        steps = f"training: {plural(self.max_steps, 'optimizer step')}"
         if self.epochs is None:
             return steps
         about = "about " if self.estimated else ""
@@ -165,9 +166,7 @@ class Findings:
         if self.bad and self.on_bad_sample == "error":
             return f"found {self.bad:,} bad rows; mend or remove them, or set data.on_bad_sample to skip"
         if self.bad_share > self.max_bad_share:
-            share = (
-                f"found {self.bad_share:.1%} of the training rows bad, the limit is {self.max_bad_share:.1%}"
-            )
+            share = f"found {percent(self.bad_share)} of the training rows bad, the limit is {percent(self.max_bad_share)}"
             return f"{share}; mend them, or raise data.max_bad_share"
         return None
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flamingo_ft import atomic
 from flamingo_ft.errors import UserError
 
 from .findings import MADE_BY
@@ -23,13 +22,8 @@ def check_folder(folder: Path) -> Iterator[Path]:
     Raises UserError where ``folder`` is a file, or holds files but no check.
     """
     _refuse_other_things(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as new:
-        yield Path(new)
-        folder.mkdir(exist_ok=True)
-        # The file that marks a check goes first: what is left of an interrupted move can be replaced too.
-        for path in sorted(Path(new).iterdir(), key=lambda path: path.name != RECORD_FILE):
-            os.replace(path, folder / path.name)
+    with atomic.files_in_place(folder, first=RECORD_FILE) as new:
+        yield new
 
 
 def _refuse_other_things(folder: Path) -> None:

@@ -10,17 +10,18 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flamingo_ft.config import DataSection, DataSource, load_recipe
-from flamingo_ft.config.data import DataFormat
+from flamingo_ft.config.data import FORMATS
 from flamingo_ft.config.document import parse
 from flamingo_ft.config.keys import MODELINE, schema_text
 from flamingo_ft.config.library import SCHEMA_FILE
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import one_line
 
 from .inspect_data import ROWS_READ, InspectedData, Measure, inspect_data
 
@@ -117,8 +118,8 @@ def _tower(wishes: Wishes) -> tuple[str, str | None]:
 
 def _entry(path: Path, wishes: Wishes) -> DataSource:
     root = None if wishes.image_root is None else wishes.image_root.expanduser().absolute()
-    if wishes.format not in get_args(DataFormat):
-        known = ", ".join(get_args(DataFormat))
+    if wishes.format not in FORMATS:
+        known = ", ".join(FORMATS)
         raise UserError(f"--format {wishes.format}: no schema of this name; use one of {known}")
     path = path.expanduser().absolute()
     return DataSource(path=path, image_root=root, format=wishes.format, columns=dict(wishes.columns))
@@ -255,11 +256,6 @@ def _yaml(value: Any) -> str:
     return json.dumps(value, ensure_ascii=not value.isprintable())
 
 
-def _one_line(text: Any) -> str:
-    """Text in a comment, which a line break would end."""
-    return " ".join(str(text).split())
-
-
 def _render(values: Mapping[str, Any]) -> str:
     loader = PackageLoader("flamingo_ft.check", "")
     environment = Environment(
@@ -269,5 +265,5 @@ def _render(values: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"yaml": _yaml, "line": _one_line, "n": "{:,}".format}
+    environment.filters |= {"yaml": _yaml, "line": one_line, "n": "{:,}".format}
     return environment.get_template("new_recipe.yaml.jinja").render(values)

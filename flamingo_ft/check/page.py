@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from flamingo_ft.formatting import data_uri, percent
 from flamingo_ft.model.images import CONVERSIONS
 from flamingo_ft.version import __version__
 
@@ -39,8 +39,8 @@ def write_page(
         findings=findings,
         problems=problems,
         shown=[(part, samples) for part, samples in zip(findings.parts, shown, strict=True) if samples],
-        figures={name: _data_uri(path) for name, path in figures.items()},
-        percent=_percent,
+        figures={name: data_uri(path.read_bytes()) for name, path in figures.items()},
+        percent=percent,
         conversions=_conversions(findings),
         short=partial(_short, _common_folder(findings)),
     )
@@ -67,11 +67,3 @@ def _common_folder(findings: Findings) -> str:
 
 def _short(folder: str, name: str) -> str:
     return name.removeprefix(folder)
-
-
-def _data_uri(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
-
-
-def _percent(part: float, whole: float = 1) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from flamingo_ft.data import open_medium
 from flamingo_ft.data.sample import Medium, Video
 from flamingo_ft.data.stream.order import Mixed
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import data_uri
 
 from .encoding import Encoding, texts_of
 from .rows import Row, rows_of
@@ -99,4 +99,4 @@ def _uri(image: PillowImage.Image) -> str:
     image.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     image.save(buffer, form)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    return data_uri(buffer.getvalue(), f"image/{form.lower()}")

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from flamingo_ft.formatting import percent
 from flamingo_ft.model.images import CONVERSIONS
 
 _OF_A_SAMPLE = {
@@ -49,7 +50,7 @@ def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:
         table.add_column(header, justify="right")
     for number, part in enumerate(parts, start=1):
         share = part["label_tokens"] / part["text_tokens"] if part["text_tokens"] else None
-        table.add_row(str(number), *(f"{part[column]:,}" for column in columns), _percent(share))
+        table.add_row(str(number), *(f"{part[column]:,}" for column in columns), percent(share))
     return table
 
 
@@ -79,7 +80,7 @@ def sample_table(distributions: Mapping[str, Mapping[str, Any]]) -> Table:
             told, *(f"{values[key]:,.{int(key == 'mean')}f}" for key in ("least", "median", "mean", "most"))
         )
     share = distributions["loss_share"]
-    table.add_row("share with loss", *(_percent(share[key]) for key in ("least", "median", "mean", "most")))
+    table.add_row("share with loss", *(percent(share[key]) for key in ("least", "median", "mean", "most")))
     return table
 
 
@@ -123,7 +124,3 @@ def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:
 
 def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"

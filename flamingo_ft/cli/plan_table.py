@@ -8,7 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-GIB = 2**30
+from flamingo_ft.formatting import gib, percent
+
 _COLUMNS = ("frozen", "trained", "grads", "state")
 
 
@@ -20,7 +21,7 @@ def plan_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
     if report["changes"]:
         yield changes_table(report["changes"])
     if report["cpu"]:
-        yield f"without a GPU: {_gib(report['cpu']['peak'])} GiB of the computer's memory for tensors, and what Python takes"
+        yield f"without a GPU: {gib(report['cpu']['peak'])} GiB of the computer's memory for tensors, and what Python takes"
 
 
 def memory_table(plan: Mapping[str, Any], where: str) -> Table:
@@ -34,7 +35,7 @@ def memory_table(plan: Mapping[str, Any], where: str) -> Table:
     for part in plan["components"]:
         sizes = (part["frozen"], part["trainable"], part["gradients"], part["optimizer"])
         table.add_row(
-            part["name"], _millions(part["trainable_parameters"]), *map(_gib, sizes), _gib(sum(sizes))
+            part["name"], _millions(part["trainable_parameters"]), *map(gib, sizes), gib(sum(sizes))
         )
     table.add_section()
     beside = plan["activations"] + plan["gradients_at_peak"]
@@ -43,8 +44,8 @@ def memory_table(plan: Mapping[str, Any], where: str) -> Table:
         ("gradients by then", plan["gradients_at_peak"]),
         ("activations, copies", plan["activations"]),
     ):
-        table.add_row(name, "", "", "", "", "", _gib(size))
-    table.add_row("peak", _millions(plan["trainable_parameters"]), "", "", "", "", _gib(plan["peak"]))
+        table.add_row(name, "", "", "", "", "", gib(size))
+    table.add_row("peak", _millions(plan["trainable_parameters"]), "", "", "", "", gib(plan["peak"]))
     return table
 
 
@@ -55,22 +56,20 @@ def batch_line(plan: Mapping[str, Any]) -> str:
         f"for {batch['samples']} x {batch['text_tokens']} text tokens ({batch['where_from']}), "
         f"{batch['images']} images to a sample"
     )
-    paged = f"; {_gib(plan['paged'])} GiB of optimizer state are paged, and may wait in the computer's memory"
+    paged = f"; {gib(plan['paged'])} GiB of optimizer state are paged, and may wait in the computer's memory"
     return line + (paged if plan["paged"] else "")
 
 
 def gpu_table(gpus: Sequence[Mapping[str, Any]], assumed: Mapping[str, float]) -> Table:
     """Which cards hold the run."""
-    beside = (
-        f"{_gib(assumed['cuda_context'])} GiB for CUDA and {100 * assumed['fragmentation']:.0f} % for gaps"
-    )
+    beside = f"{gib(assumed['cuda_context'])} GiB for CUDA and {percent(assumed['fragmentation'], digits=0)} for gaps"
     table = Table(title=f"does it fit? with {beside}", title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("card")
     for header in ("usable GiB", "needed GiB", "fits"):
         table.add_column(header, justify="right")
     for gpu in gpus:
         table.add_row(
-            gpu["name"], f"{gpu['usable_gib']:.1f}", _gib(gpu["needed"]), "yes" if gpu["fits"] else "no"
+            gpu["name"], f"{gpu['usable_gib']:.1f}", gib(gpu["needed"]), "yes" if gpu["fits"] else "no"
         )
     return table
 
@@ -84,13 +83,9 @@ def changes_table(changes: Sequence[Mapping[str, Any]]) -> Table:
     for header in ("saves GiB", "peak GiB"):
         table.add_column(header, justify="right")
     for change in changes:
-        table.add_row(" ".join(change["overrides"]), _gib(change["saved"]), _gib(change["peak"]))
+        table.add_row(" ".join(change["overrides"]), gib(change["saved"]), gib(change["peak"]))
     return table
 
 
 def _millions(parameters: int) -> str:
     return f"{parameters / 1e6:,.2f} M" if parameters else ""
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.{2 if size >= GIB else 3}f}"

@@ -7,24 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from flamingo_ft.config.section import LAX, Count, InputPath, Section, SharedPath
+from flamingo_ft.config.section import LAX, Count, InputPath, Section, SharedPath, one_of
+from flamingo_ft.config.tables import DATASET_FORMATS
 
 if TYPE_CHECKING:
     from flamingo_ft.config.schema import Recipe
 
-DataFormat = Literal[
-    "auto",
-    "messages",
-    "llava",
-    "sharegpt",
-    "alpaca",
-    "prompt_completion",
-    "vqa",
-    "caption",
-    "mimicit",
-    "interleaved",
-    "preference",
-]
+FORMATS = ("auto", *DATASET_FORMATS)
+DataFormat = Annotated[str, one_of(FORMATS), Field(json_schema_extra={"enum": [*FORMATS]})]
 
 
 class DataSource(Section):

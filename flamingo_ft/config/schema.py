@@ -23,7 +23,9 @@ from flamingo_ft.config.section import (
     StartPath,
     TowerName,
     WeightsName,
+    with_keys,
 )
+from flamingo_ft.config.tables import BRIDGE_PARTS, LORA_PARTS, Part
 from flamingo_ft.config.train import EvalSection, TrainSection, contradictions_of_training
 
 CONTRADICTION = "contradiction"  # the kind of an error between values; `found` in its context has location and reason of each
@@ -135,15 +137,15 @@ class ModelSection(Section):
     """Shape of the gated cross-attention blocks."""
 
 
+@with_keys(
+    {
+        part.name: (bool, Field(part.trainable, description=f"Train the {part.label} in full."))
+        for part in BRIDGE_PARTS
+    }
+)
 class TrainableSection(Section):
     """Which parts of the bridge are trained in full. The backbones stay frozen; LoRA is configured under lora."""
 
-    perceiver: bool = True
-    """Train the perceiver resampler."""
-    cross_attention: bool = True
-    """Train the gated cross-attention blocks."""
-    new_tokens: bool = True
-    """Train the embedding rows of the tokens added to the language model (image and end-of-chunk markers)."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype in which trainable weights are stored. auto: fp32. bf16 halves their memory, at some loss of precision in
     small updates."""
@@ -161,18 +163,16 @@ class LoraPart(Section):
     layers.0.mlp.up_proj."""
 
 
+def _lora_doc(part: Part) -> str:
+    needs = "" if part.trainable is None else f" Needs trainable.{part.name} false."
+    return f"LoRA on the {part.label}. null: none.{needs}"
+
+
+@with_keys({part.name: (LoraPart | None, Field(None, description=_lora_doc(part))) for part in LORA_PARTS})
 class LoraSection(Section):
     """LoRA, configured per part (null: no LoRA there); dropout, variants and initialization are shared by all
     parts."""
 
-    language: LoraPart | None = None
-    """LoRA on the language model. null: none."""
-    cross_attention: LoraPart | None = None
-    """LoRA on the gated cross-attention blocks. null: none. Needs trainable.cross_attention false."""
-    perceiver: LoraPart | None = None
-    """LoRA on the perceiver resampler. null: none. Needs trainable.perceiver false."""
-    vision: LoraPart | None = None
-    """LoRA on the vision tower. null: none."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability on the input of LoRA layers."""
     use_dora: bool = False
@@ -186,7 +186,7 @@ class LoraSection(Section):
     @property
     def parts(self) -> dict[str, LoraPart]:
         """The parts that get LoRA, by name."""
-        named = {name: getattr(self, name) for name in ("language", "cross_attention", "perceiver", "vision")}
+        named = {part.name: getattr(self, part.name) for part in LORA_PARTS}
         return {name: part for name, part in named.items() if part is not None}
 
 

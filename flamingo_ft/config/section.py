@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+)
+from pydantic_core import PydanticKnownError
 
 LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples
 Count = Annotated[int, Field(ge=1)]
@@ -52,6 +62,32 @@ class Section(BaseModel):
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+S = TypeVar("S", bound=Section)
+
+
+def with_keys(keys: dict[str, Any]) -> Callable[[type[S]], type[S]]:
+    """Return a class decorator that puts ``keys``, {name: (type, Field)}, in front of a section's own."""
+
+    def extend(section: type[S]) -> type[S]:
+        first = create_model(f"{section.__name__}Keys", __base__=Section, **keys)
+        names = {"__doc__": section.__doc__, "__module__": section.__module__}
+        return create_model(section.__name__, __base__=(section, first), **names)
+
+    return extend
+
+
+def one_of(names: Collection[str]) -> AfterValidator:
+    """Return a validator for a name out of a table, which is looked up when a recipe is read: entries may be added."""
+
+    def check(name: str) -> str:
+        if name in names:
+            return name
+        *others, last = (repr(known) for known in names)
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+
+    return AfterValidator(check)
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from flamingo_ft.config.section import LAX, Count, FilePath, Section
+from flamingo_ft.config.section import LAX, Count, FilePath, Section, one_of, with_keys
+from flamingo_ft.config.tables import BRIDGE_PARTS, METRICS
 
 if TYPE_CHECKING:
     from flamingo_ft.config.schema import Recipe
@@ -16,26 +17,30 @@ Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
 
 
+_RATE_DOC = "Peak learning rate of the {}. null: train.learning_rate."
+_DECAY_DOC = "Weight decay of the matrices of the {}. null: train.weight_decay."
+
+
+@with_keys(
+    {part.name: (Rate | None, Field(None, description=_RATE_DOC.format(part.label))) for part in BRIDGE_PARTS}
+)
 class RatesSection(Section):
     """Peak learning rates per part. null: train.learning_rate."""
 
-    perceiver: Rate | None = None
-    """Peak learning rate of the perceiver resampler. null: train.learning_rate."""
-    cross_attention: Rate | None = None
-    """Peak learning rate of the gated cross-attention blocks. null: train.learning_rate."""
-    new_tokens: Rate | None = None
-    """Peak learning rate of the embedding rows of new tokens. null: train.learning_rate."""
     lora: Rate | None = None
     """Peak learning rate of all LoRA weights. null: train.learning_rate."""
 
 
+@with_keys(
+    {
+        part.name: (Decay | None, Field(None, description=_DECAY_DOC.format(part.label)))
+        for part in BRIDGE_PARTS
+        if part.decays
+    }
+)
 class DecaysSection(Section):
     """Weight decay per part. null: train.weight_decay. Gates, norms, latents and token rows are never decayed."""
 
-    perceiver: Decay | None = None
-    """Weight decay of the perceiver resampler's matrices. null: train.weight_decay."""
-    cross_attention: Decay | None = None
-    """Weight decay of the gated cross-attention blocks' matrices. null: train.weight_decay."""
     lora: Decay | None = None
     """Weight decay of all LoRA matrices. null: train.weight_decay."""
 
@@ -161,7 +166,7 @@ class EvalSection(Section):
     answers: bool = True
     """Whether evaluations during training also generate answers and measure accuracy, which takes longer than the
     loss alone."""
-    metric: Literal["loss", "accuracy"] = "loss"
+    metric: Annotated[str, one_of(METRICS), Field(json_schema_extra={"enum": [*METRICS]})] = "loss"
     """Metric that decides which evaluation is the best, for keep and patience."""
     keep: Literal["last", "best"] = "last"
     """Which adapter the run ends with: that of the last step (last), or of the best evaluation (best). best needs
@@ -196,8 +201,9 @@ def contradictions_of_training(recipe: Recipe) -> Iterator[tuple[tuple[str | int
             ("eval", "steps"),
             "there is nothing to evaluate on; name data.eval or data.eval_fraction, or set it to null",
         )
-    if judged.metric == "accuracy" and not judged.answers and judged.steps:
-        yield ("eval", "metric"), "accuracy comes from answers; set eval.answers to true, or use loss"
+    if judged.metric != "loss" and not judged.answers and judged.steps:
+        reason = f"{judged.metric} needs generated answers; set eval.answers to true, or use loss"
+        yield ("eval", "metric"), reason
     yield from _settings_of_what_stays_frozen(recipe)
     yield from _contradictions_of_dpo(recipe)
     yield from _contradictions_of_fsdp(recipe)

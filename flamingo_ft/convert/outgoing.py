@@ -13,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from flamingo_ft.adapters.files import WEIGHTS, read_config, read_flamingo_config, read_processor
+from flamingo_ft.adapters.files import read_config, read_flamingo_config, read_processor
 from flamingo_ft.adapters.fold import fold_lora
 from flamingo_ft.adapters.load import load_base, put_adapter
 from flamingo_ft.atomic import file_in_place, folder_in_place
@@ -23,6 +23,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formats import clip, otter
 from flamingo_ft.formats.recognise import BRIDGE, OPEN_FLAMINGO, OPEN_FLAMINGO_1, OTTER
 from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, PYTORCH_FILENAME_PATTERN, PYTORCH_INDEX
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .otter_config import ANSWER_TOKEN, otter_config, otter_notes
@@ -83,7 +84,7 @@ def export_otter(source: str | Path, out: str | Path, *, start: str | Path | Non
     tensors = _bridge(loaded) | _language(loaded, None, whole=True) | clip.from_open_clip(tower)
     tensors = {otter.to_otter(name): tensor.contiguous() for name, tensor in tensors.items()}
     with folder_in_place(out) as folder:
-        (folder / "config.json").write_text(
+        (folder / CONFIG_FILE).write_text(
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
         )
         _write_shards(tensors, folder)
@@ -96,13 +97,13 @@ def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
     folder = fetch_model(source)
     if out.exists():
         raise UserError(f"{out}: exists already, and nothing is overwritten; choose another place")
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise UserError(
             f"{source}: no adapter and no model of this package; give the folder that a run or a merge wrote"
         )
     config = read_flamingo_config(folder)
     processor = read_processor(folder)
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         model = FlamingoForConditionalGeneration.from_pretrained(folder)
         if formats_in(model):
             raise UserError(f"{source}: was written quantized; convert the adapter, or an unquantized merge")
@@ -220,7 +221,7 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     """As transformers wrote them when Otter was made: torch's files, with an index where there are several."""
     options: dict[str, Any] = {
         "max_shard_size": LARGEST_FILE,
-        "filename_pattern": "pytorch_model{suffix}.bin",
+        "filename_pattern": PYTORCH_FILENAME_PATTERN,
     }
     split = split_torch_state_dict_into_shards(tensors, **options)
     for file, names in split.filename_to_tensors.items():
@@ -228,4 +229,4 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "pytorch_model.bin.index.json").write_text(text, encoding="utf-8")
+        (folder / PYTORCH_INDEX).write_text(text, encoding="utf-8")

@@ -13,7 +13,8 @@ from typing import Any
 
 from PIL import Image as PillowImage
 
-from flamingo_ft.errors import UserError, shortened
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import shorten
 from flamingo_ft.model import images
 from flamingo_ft.model.image_metadata import ORIENTATION
 from flamingo_ft.model.image_source import DATA_URI, decode_base64
@@ -85,15 +86,13 @@ class Locator:
         if scheme not in ("http", "https"):
             raise UserError(f"{where}: found a URL of {scheme}:, wanted a path inside image_root, or http(s)")
         if not self.allow_urls:
-            raise UserError(
-                f"{where}: found the URL {shortened(url)}; set data.allow_urls to true to fetch it"
-            )
+            raise UserError(f"{where}: found the URL {shorten(url)}; set data.allow_urls to true to fetch it")
         return url
 
     def _path(self, text: str, where: str, noun: str) -> str:
         if self.root is None:
             raise UserError(
-                f"{where}: found the path {shortened(text)}; set image_root to the folder it starts from"
+                f"{where}: found the path {shorten(text)}; set image_root to the folder it starts from"
             )
         path = self.root / text
         try:
@@ -103,7 +102,7 @@ class Locator:
             raise _not_there(path, where, noun) from None
         if not inside:
             remedy = "set image_root to a folder around all images"
-            raise UserError(f"{where}: found {shortened(path)}, which leads out of {self.root}; {remedy}")
+            raise UserError(f"{where}: found {shorten(path)}, which leads out of {self.root}; {remedy}")
         if not os.path.isfile(path):
             raise _not_there(path, where, noun)
         return str(path)
@@ -142,9 +141,7 @@ def _kept(image: PillowImage.Image, where: str) -> bytes:
 
 
 def _not_there(path: Path, where: str, noun: str) -> UserError:
-    return UserError(
-        f"{where}: no such {noun.split()[1]} {shortened(path)}; check the path or set image_root"
-    )
+    return UserError(f"{where}: no such {noun.split()[1]} {shorten(path)}; check the path or set image_root")
 
 
 def _inside(value: Mapping) -> Any:

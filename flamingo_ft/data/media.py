@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL import Image as PillowImage
 
-from flamingo_ft.errors import UserError, shortened
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import shorten
 from flamingo_ft.model import images
 from flamingo_ft.model.download import download, is_url
 
@@ -68,5 +69,5 @@ def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str
 
 def name_in(medium: str | Path | bytes, where: str | None) -> str:
     """What errors call a file: the sample and its path; bytes alone have no name."""
-    name = f"{len(medium)} bytes" if isinstance(medium, bytes) else shortened(medium)
+    name = f"{len(medium)} bytes" if isinstance(medium, bytes) else shorten(medium)
     return f"{where}: {name}" if where else name

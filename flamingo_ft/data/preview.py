@@ -7,6 +7,7 @@ import io
 
 from PIL import Image as PillowImage
 
+from flamingo_ft.formatting import data_uri
 from flamingo_ft.model import images
 from flamingo_ft.model.download import is_url
 
@@ -25,7 +26,7 @@ def preview(medium: Medium) -> str:
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
-    return DATA_URI + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_uri(buffer.getvalue())
 
 
 def open_preview(text: str) -> PillowImage.Image:

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.model import images
 
 # Containers of videos. FFmpeg knows others that are lists of files to open, local ones and on the network.
@@ -54,7 +55,7 @@ def _readable(av: ModuleType, where: str) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = error_message(error, None)
         raise UserError(f"{where}: not a readable video ({reason}); replace it") from None
 
 

@@ -13,6 +13,7 @@ SIGNIFICANT = 2.0  # standard errors
 MIN_GAIN = 0.02  # smaller differences in accuracy are of no use, however significant
 FEW_CHANGES = 0.1  # fraction of answers that change with the image
 NOT_LOOKING, NO_USE = "the model is not looking", "the images are of no use to the model"
+READS_IMAGES = "reads the images"
 REMEDY = (
     "try more steps, a higher train.learning_rate (above all for the gates), a smaller model.cross_attn_every_n_layers, or "
     "more varied questions that cannot be answered without the image"
@@ -60,8 +61,8 @@ def _of_scores(
         )
     if score <= majority:
         baseline = f"always giving the most frequent answer ({metric.text(majority)})"
-        return f"reads the images, yet does no better than {baseline}: {figures}; {REMEDY}"
-    return f"reads the images: {figures}"
+        return f"{READS_IMAGES}, yet does no better than {baseline}: {figures}; {REMEDY}"
+    return f"{READS_IMAGES}: {figures}"
 
 
 def _of_free_text(changed: float) -> str:

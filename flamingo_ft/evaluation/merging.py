@@ -22,6 +22,7 @@ from flamingo_ft.backbones.context import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import percent
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
@@ -175,7 +176,7 @@ def _refuse_worse(report: dict[str, Any]) -> None:
     if tolerance is not None and not report["relative"] <= tolerance:
         raise UserError(
             f"{report['adapter']}: the merged model's logits differ from the adapter's by {report['relative']:.2g} of "
-            f"the largest (token agreement {report['token_agreement']:.1%}), beyond the tolerance of {tolerance:.2g}; "
+            f"the largest (token agreement {percent(report['token_agreement'])}), beyond the tolerance of {tolerance:.2g}; "
             f"{_remedies(report)}leave --tolerance out"
         )
 

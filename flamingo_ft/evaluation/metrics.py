@@ -5,7 +5,8 @@ To add a metric, register it once, for example at the end of this file:
     register_metric(Metric("word_overlap", score=word_overlap, label="word overlap"))
 
 It then appears in metrics.json, in the log of evaluations during training (as ``eval_word_overlap``), in tables,
-figures, the report and the model card, and ``eval.metric: word_overlap`` selects the best checkpoint by it.
+figures, the report and the model card, and ``eval.metric: word_overlap`` selects the best checkpoint by it. A line in
+`flamingo_ft.config.tables.METRICS` makes the name known to recipes before this module is imported.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flamingo_ft.config import tables
 from flamingo_ft.data.sample import DOCUMENT
-from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import percent
 
 from .questions import Question
 
@@ -41,7 +43,7 @@ class Metric:
     description: what is measured, as a phrase, for the model card.
     aggregate: scores of all questions -> one value.
     higher_is_better: direction, for the best checkpoint and for merging.
-    format: how a value is written; a format in % also means that values are fractions in 0..1.
+    format: value -> text; `percent`, the default, means that values are fractions in 0..1.
     axis: label of the figure's y axis.
     hub_type: identifier of the metric on the Hugging Face Hub.
     merge_margin: how much worse a merged model may be than its adapter; None: reported, but never a reason to refuse.
@@ -53,7 +55,7 @@ class Metric:
     description: str = ""
     aggregate: Callable[[Sequence[float]], float] = mean
     higher_is_better: bool = True
-    format: str = "{:.1%}"
+    format: Callable[[float], str] = percent
     axis: str = ""
     hub_type: str = ""
     merge_margin: float | None = None
@@ -73,33 +75,27 @@ class Metric:
     @property
     def is_fraction(self) -> bool:
         """Whether values lie in 0..1 and are shown in percent."""
-        return self.format.endswith("%}")
+        return self.format is percent
 
     def text(self, value: float | None) -> str:
         """Return a value as text, such as ``42.0 %``; empty for None."""
-        return "" if value is None else self.format.format(value).replace("%", " %")
+        return "" if value is None else self.format(value)
 
 
 METRICS: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> None:
-    """Add a metric to the registry. Raise ValueError for a name that is taken."""
+    """Add a metric to the registry, and to the values of ``eval.metric``. Raise ValueError for a name that is taken."""
     if metric.name in METRICS or metric.name == LOSS:
         raise ValueError(f"metric {metric.name!r} is already registered; choose another name")
     METRICS[metric.name] = metric
+    tables.METRICS.setdefault(metric.name, metric.description or metric.label)
 
 
 def evaluate_metrics(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, float]:
     """Return the value of every registered metric by name."""
     return {name: metric.evaluate(questions, predictions) for name, metric in METRICS.items()}
-
-
-def check_metric_name(name: str) -> None:
-    """Raise UserError for a value of ``eval.metric`` that is neither the loss nor a registered metric."""
-    if name != LOSS and name not in METRICS:
-        known = ", ".join([LOSS, *METRICS])
-        raise UserError(f"eval.metric: unknown metric, got {name}; use one of {known}")
 
 
 def higher_is_better(name: str) -> bool:

@@ -12,16 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.missing import existing
+from flamingo_ft.hub.weight_files import CHECKPOINT_FILES, CONFIG_FILE, INDEX_FILES, shard_names
 from flamingo_ft.machine_errors import reraise_machine_error
 
 from .tensors_only import load_tensors
 
-# What a folder's weights are called, in the order in which they are preferred.
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-OF_TRAINING = ("final_weights.pt", "checkpoint.pt")  # Otter's and OpenFlamingo's
-WHOLE = ("model.safetensors", "pytorch_model.bin", *OF_TRAINING)
 WRAPPING = "model_state_dict"  # where training loops put the weights, beside optimizer and schedule
 OF_SEVERAL_DEVICES = "module."
 OWN = "flamingo"  # the model_type of this package's models
@@ -79,24 +77,15 @@ def _has_prefix(content: Mapping[Any, Any]) -> bool:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    for index in (path / name for name in INDEXES):
+    for index in (path / name for name in INDEX_FILES):
         if index.is_file():
-            return [path / shard for shard in sorted(_shards(index))]
-    found = [path / name for name in WHOLE if (path / name).is_file()]
+            return [path / shard for shard in shard_names(index)]
+    found = [path / name for name in CHECKPOINT_FILES if (path / name).is_file()]
     if not found:
         raise UserError(
-            f"{path}: found no weights there ({', '.join(WHOLE)}); give a checkpoint's file or folder"
+            f"{path}: found no weights there ({', '.join(CHECKPOINT_FILES)}); give a checkpoint's file or folder"
         )
     return found[:1]
-
-
-def _shards(index: Path) -> set[str]:
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{index}: is no index of weights ({one_line(error)}); copy the checkpoint again"
-        ) from None
 
 
 def _read(file: Path) -> Any:
@@ -109,17 +98,17 @@ def _read(file: Path) -> Any:
     except SafetensorError as error:
         reraise_machine_error(error)
         raise UserError(
-            f"{file}: not a readable safetensors file ({one_line(error)}); copy it again"
+            f"{file}: not a readable safetensors file ({error_message(error)}); copy it again"
         ) from None
 
 
 def stored_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json, {} where there is none. UserError where it is damaged."""
-    file = folder / "config.json"
+    file = folder / CONFIG_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except ValueError as error:
-        raise UserError(f"{file}: is no JSON ({one_line(error)}); copy the checkpoint again") from None
+        raise UserError(f"{file}: is no JSON ({error_message(error)}); copy the checkpoint again") from None
     if not isinstance(found, dict):
         raise UserError(
             f"{file}: is no configuration (found a {type(found).__name__}); copy the checkpoint again"

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import MAX_MESSAGE_CHARACTERS, one_line
 from flamingo_ft.machine_errors import reraise_machine_error
 
 # What torch and pickle raise for files that are cut, damaged or of another kind.
@@ -46,7 +47,7 @@ def load_tensors(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a whole checkpoint file") from None
     except UNREADABLE as error:
         reraise_machine_error(error)
-        reason = one_line(error) or "it is empty"
+        reason = one_line(error, MAX_MESSAGE_CHARACTERS) or "it is empty"
         raise UserError(
             f"{path}: not a checkpoint of plain tensors ({reason}); save it again as a state dict"
         ) from None

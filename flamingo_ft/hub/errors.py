@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import MAX_MESSAGE_CHARACTERS, one_line
 from flamingo_ft.machine_errors import disk_failure
 
 # Whichever HTTP library the client uses: its errors are those that have no answer of a Hub.
@@ -130,4 +131,4 @@ def quoted(error: BaseException) -> str:
     text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", TOKEN.sub("hf_...", str(error)))
     for secret in filter(None, [get_token()]):
         text = text.replace(secret, "...")
-    return one_line(RuntimeError(text)) or type(error).__name__
+    return one_line(text, MAX_MESSAGE_CHARACTERS) or type(error).__name__

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import CONFIG_FILE, TORCH_SUFFIXES, WEIGHT_PATTERNS
 
 from .errors import FAILURES, is_unreachable, passes, told
 from .missing import existing
@@ -17,14 +18,8 @@ from .names import HubName, commit_of, hub_name
 from .retry import patiently
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml")
-WEIGHTS = (
-    ("*.safetensors",),
-    ("*.bin",),
-    ("*.pt", "*.pth"),
-)  # the first format that a repository has is taken
 # Checkpoints, figures and logs of a run lie in folders; what trainers of others leave beside the weights.
 NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_state*")
-CHECKPOINT_SUFFIXES = (".bin", ".pt", ".pth")
 
 
 def fetch_model(place: str | Path, **options: Any) -> Path:
@@ -40,9 +35,9 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
         return existing(place)
     folder = _fetch(name, options)
     found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
-    if (folder / "config.json") in found:
+    if (folder / CONFIG_FILE) in found:
         return folder
-    checkpoints = [path for path in found if path.suffix in CHECKPOINT_SUFFIXES]
+    checkpoints = [path for path in found if path.suffix in TORCH_SUFFIXES]
     if len(checkpoints) != 1:
         held = ", ".join(sorted(path.name for path in found)[:3]) or "no files of one"
         raise UserError(
@@ -60,7 +55,7 @@ def pinned(place: str | Path, found: Path) -> str:
 def _fetch(name: HubName, options: Mapping[str, Any]) -> Path:
     """Download the small files and the weights in one format; all of one commit."""
     revision = name.revision
-    for patterns in WEIGHTS:
+    for patterns in WEIGHT_PATTERNS:
         folder = download(
             str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED, **options
         )

@@ -18,13 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
+from .weight_files import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE
+
 NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w.-][\w./-]*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 NANO = "nano"  # both backbones that come with the package
 ON_HUB = "hf-hub:"  # OpenCLIP's prefix of a tower on the Hub
 LOCAL_DIR = "local-dir:"  # OpenCLIP's prefix of a tower in a folder
-MODEL_CONFIGS = ("config.json", "open_clip_config.json")
 FILE_SUFFIXES = {
     ".bin", ".ckpt", ".csv", ".gguf", ".json", ".jsonl", ".npz", ".parquet", ".pt", ".pth", ".safetensors", ".tar",
     ".yaml", ".yml", ".zip",
@@ -127,7 +128,7 @@ def local_weights(pretrained: str, folders: Sequence[Path] = HERE) -> Path | Non
 
 def is_model_folder(path: Path) -> bool:
     """Whether a folder holds the configuration of a language model or a vision tower."""
-    return any(os.path.isfile(path / file) for file in MODEL_CONFIGS)
+    return any(os.path.isfile(path / file) for file in (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE))
 
 
 def commit_of(path: Path) -> str | None:

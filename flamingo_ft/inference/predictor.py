@@ -35,6 +35,7 @@ from flamingo_ft.model.images import UnreadableImage, to_rgb
 from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 BATCH_SIZE = 8
+FORMATS = ("none", "int8", "nf4", "fp4")
 FILES = (str, bytes, os.PathLike, Video)  # images by path, URL or content; others are already decoded
 
 
@@ -81,6 +82,9 @@ class Predictor:
         quantization: of the frozen backbones: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"none"``, or a `Quantization`; by
         default as in training, or as the merged model is stored. options: as in the constructor.
         """
+        if isinstance(quantization, str) and quantization not in FORMATS:
+            known = ", ".join(FORMATS)
+            raise UserError(f"quantization: must be one of {known}, got {quantization}")
         if isinstance(quantization, str) and quantization != "none":
             quantization = Quantization(quantization)
         return cls(*load_trained(name_or_folder, quantization=quantization), **options)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -76,7 +77,7 @@ def render(
             **special_tokens,
         )
     except (TemplateError, TypeError) as error:  # the latter where it takes content in typed blocks alone
-        problem = " ".join(str(error).split())
+        problem = error_message(error, None)
         raise UserError(
             f"chat template: refuses the dialogue ({problem}); change its roles or the template, "
             "or set data.template to flamingo"

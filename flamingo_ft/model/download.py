@@ -11,7 +11,8 @@ import urllib.error
 import urllib.request
 from urllib.parse import quote, urlsplit
 
-from flamingo_ft.errors import UserError, shortened
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message, shorten
 
 TIMEOUT_SECONDS = 20.0  # without an answer
 LONGEST_SECONDS = 120.0  # in all
@@ -42,9 +43,9 @@ def download(url: str, where: str, *, public_only: bool = False) -> bytes:
         with _opener(public_only).open(request, timeout=TIMEOUT_SECONDS) as response:
             return _read(response)
     except FAILURES as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = error_message(error, None)
         raise UserError(
-            f"{where}: cannot fetch {shortened(url)} ({reason}); check the URL and the network"
+            f"{where}: cannot fetch {shorten(url)} ({reason}); check the URL and the network"
         ) from None
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from flamingo_ft.errors import UserError, shortened
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import shorten
 
 from .download import download, is_url
 from .images import UnreadableImage, open_image, to_rgb
@@ -57,5 +58,5 @@ def _content(text: str) -> str | bytes:
 
 def _name(source: Any) -> str:
     if isinstance(source, (str, os.PathLike)):
-        return shortened(source)
+        return shorten(source)
     return f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else "image"

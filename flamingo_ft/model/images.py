@@ -25,6 +25,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flamingo_ft.formatting import error_message
+
 from .image_metadata import METADATA_ERRORS, ORIENTATION, split_metadata, stored_orientation
 from .image_values import channels_last, eight_bit
 
@@ -132,7 +134,7 @@ def reading() -> Iterator[None]:
     except UnreadableImage:
         raise
     except UNREADABLE as error:
-        raise UnreadableImage(_words(error)) from None
+        raise UnreadableImage(error_message(error, None)) from None
 
 
 def orientation(image: Image.Image) -> int:
@@ -270,11 +272,7 @@ def _reason(error: Exception, source: str | os.PathLike[str] | bytes) -> str:
         return "an empty file"
     if isinstance(error, Image.UnidentifiedImageError):
         return "of no known image format"
-    return _words(error)
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return error_message(error, None)
 
 
 def _size(path: str | os.PathLike[str]) -> int | None:

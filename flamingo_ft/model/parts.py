@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.missing import refuse_missing
 from flamingo_ft.hub.names import NAME, HubName
+from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, CONFIG_FILE, MODEL_WEIGHTS
 
 from .configuration import FlamingoConfig
 from .quantized import WHERE
@@ -32,7 +32,6 @@ OF_THE_CLIENT = (
     "local_files_only",
     "token",
 )  # options that say how files are fetched
-WHOLE = ("model*.safetensors", "pytorch_model*.bin")  # the weights of a model that needs no other
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
     folder = _fetch(name, options)
     if not holds_parts(folder):
         return None
-    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         return Parts(folder, None)
     base = None if Path(name).is_dir() else named_composition(folder)
     return Parts(base and _fetch(base, {**options, "revision": None}), folder)
@@ -93,12 +92,14 @@ def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
 
 def holds_parts(folder: Path) -> bool:
     """Whether a folder has a Flamingo's configuration, and not the weights of a whole one."""
-    return (folder / CONFIG_NAME).is_file() and not any(any(folder.glob(weights)) for weights in WHOLE)
+    return (folder / CONFIG_FILE).is_file() and not any(
+        any(folder.glob(weights)) for weights in MODEL_WEIGHTS
+    )
 
 
 def named_composition(adapter: Path) -> str | None:
     """The composition that an adapter names as its base; None where it names its language model alone."""
-    texts = ((adapter / file).read_text(encoding="utf-8") for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    texts = ((adapter / file).read_text(encoding="utf-8") for file in (CONFIG_FILE, ADAPTER_CONFIG))
     config, peft = map(json.loads, texts)
     named, revision = peft.get("base_model_name_or_path"), peft.get("revision")
     if named is None or named == ((config.get("backbones") or {}).get("language") or {}).get("name"):

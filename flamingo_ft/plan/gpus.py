@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .memory import Plan
+from flamingo_ft.formatting import GIB, MIB
 
-GIB, MIB = 2**30, 2**20
+from .memory import Plan
 
 # Outside torch's allocator: the CUDA context with the loaded kernels of torch and bitsandbytes. Not measured here; users
 # report 0.3 to 0.6 GiB by card and driver.

@@ -18,10 +18,10 @@ from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.evaluation.merging import MERGE_FILE
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.hub.places import strip_local_path, strip_local_paths
+from flamingo_ft.hub.weight_files import ANY_INDEX, ANY_SAFETENSORS
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 BELONGING = (
-    *WEIGHTS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.py", "README.md", RECIPE_FILE,
+    *ANY_SAFETENSORS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.py", "README.md", RECIPE_FILE,
     PREDICTIONS_FILE, "log.jsonl",
 )  # fmt: skip
 FIGURES, OF_SAMPLES = (
@@ -29,7 +29,7 @@ FIGURES, OF_SAMPLES = (
     "figures/answers.png",
 )  # the images in the latter are the user's
 # Their text is a model's vocabulary, where a slash is a slash.
-AS_IT_IS = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
+AS_IT_IS = ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json", ANY_INDEX)
 TOKENIZER = "tokenizer_config.json"
 KEYS_OF_FILES = {
     MERGE_FILE: ("adapter",)
@@ -46,7 +46,7 @@ def belongs(path: str) -> bool:
 
 def is_weights(path: str) -> bool:
     """Whether a loader would take the file for weights, beside others or in their place."""
-    return "/" not in path and any(fnmatch(path, one) for one in WEIGHTS)
+    return "/" not in path and any(fnmatch(path, one) for one in ANY_SAFETENSORS)
 
 
 def files_of(folder: Path) -> dict[str, bytes | Path]:

@@ -9,19 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flamingo_ft.adapters import write_composition
-from flamingo_ft.adapters.files import LORA_CONFIG, WEIGHTS, read_config, read_flamingo_config
+from flamingo_ft.adapters.files import read_config, read_flamingo_config
 from flamingo_ft.adapters.several import check_same_base
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.merging import merge_adapter
 from flamingo_ft.hub import existing, fetch_model
 from flamingo_ft.hub.names import NAME, looks_like_path
 from flamingo_ft.hub.upload import make_repository, upload
+from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, is_adapter, is_whole_model
 from flamingo_ft.model import FlamingoConfig
 
 from .files import files_of, is_weights, json_bytes, with_card
 
 BASE_ENDING = "-base"
-WHOLE = "model*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def _check_names(repository: str, base: str | None) -> None:
 
 def _check_folder(folder: Path, merged: bool, base: str | None) -> bool:
     """Whether it holds an adapter; UserError where it holds no merged model either."""
-    if (folder / "config.json").is_file() and (folder / WEIGHTS).is_file():
+    if is_adapter(folder):
         read_config(folder)
         if merged and base:
             raise UserError(
                 f"found --merged and --base {base}; a merged model builds on nothing: give one of them"
             )
         return True
-    if not (folder / "config.json").is_file() or not any(folder.glob(WHOLE)):
+    if not is_whole_model(folder):
         raise UserError(
             f"{folder}: holds no adapter and no merged model; give the folder that a run or a merge wrote"
         )
@@ -124,7 +124,7 @@ def _push_adapter(
         _push_base(folder, base, repository, private, branch, start, say)
     files = with_card(folder, repository, license)
     named = {"base_model_name_or_path": base, "revision": None if shared else branch}  # as PEFT keeps them
-    files[LORA_CONFIG] = json_bytes(json.loads(files[LORA_CONFIG]) | named)
+    files[ADAPTER_CONFIG] = json_bytes(json.loads(files[ADAPTER_CONFIG]) | named)
     return Pushed(repository, base, _commit(repository, files, branch, say))
 
 

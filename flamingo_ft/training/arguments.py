@@ -9,6 +9,7 @@ from trl import DPOConfig, SFTConfig
 
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
+from flamingo_ft.evaluation.metrics import higher_is_better
 
 from .optimizer import OPTIMIZERS
 from .precision import computes_in
@@ -64,7 +65,7 @@ def _common(recipe: Recipe) -> dict[str, Any]:
         "eval_steps": judged.steps,
         "per_device_eval_batch_size": judged.batch_size,
         "metric_for_best_model": judged.metric if judged.steps else None,
-        "greater_is_better": judged.metric == "accuracy",
+        "greater_is_better": higher_is_better(judged.metric),
         "save_strategy": "steps",
         "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
         "save_only_model": wanted.fsdp,  # Trainer knows no checkpoints of a sharded model, and does not write them here

@@ -19,9 +19,10 @@ from transformers import (
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.contents import adapter_tensors
-from flamingo_ft.adapters.files import WEIGHTS, read_tensors
+from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import fill, let_go
 
@@ -89,7 +90,7 @@ def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProce
     main = processes.is_main()
     if main:
         atomic.begin_folder(folder)
-    save_adapter(model, processor, atomic.beside(folder), write=main)
+    save_adapter(model, processor, atomic.partial_path(folder), write=main)
     if main:
         atomic.finish_folder(folder)
     processes.barrier()
@@ -98,7 +99,7 @@ def write_best(model: FlamingoForConditionalGeneration, processor: FlamingoProce
 @torch.no_grad()
 def put_back(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     """Give ``model`` the adapter that `write_best` wrote of it."""
-    if not (folder / WEIGHTS).is_file():
+    if not (folder / ADAPTER_WEIGHTS).is_file():
         raise UserError(
             f"{folder}: the best adapter is gone; resume with eval.keep=last to end with the last one"
         )

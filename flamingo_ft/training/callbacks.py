@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from flamingo_ft.evaluation.metrics import METRICS
+from flamingo_ft.formatting import significant
 from flamingo_ft.progress import Bars
 
 
@@ -55,18 +57,15 @@ class ProgressBar(TrainerCallback):
 
 
 def _evaluated(logs: dict[str, float]) -> list[str]:
-    accuracy = logs.get("eval_accuracy")
-    loss = f"held-out loss {float(logs['eval_loss']):.4f}"
-    return [loss] if accuracy is None else [loss, f"accuracy {100 * accuracy:.1f} %"]
+    values = [f"held-out loss {float(logs['eval_loss']):.4f}"]
+    for name, metric in METRICS.items():
+        if f"eval_{name}" in logs:
+            values.append(f"{metric.label} {metric.text(logs[f'eval_{name}'])}")
+    return values
 
 
 def _figures(logs: dict[str, float]) -> list[str]:
     """Throughput and memory in words."""
     rates = {"label tokens/s": "label_tokens_per_second", "images/s": "images_per_second"}
-    figures = [f"{rate(logs[key])} {unit}" for unit, key in rates.items() if key in logs]
+    figures = [f"{significant(logs[key], 2)} {unit}" for unit, key in rates.items() if key in logs]
     return figures + ([f"{logs['memory_gib']:.2f} GiB"] if "memory_gib" in logs else [])
-
-
-def rate(value: float) -> str:
-    """A number a second, with as many places as are significant: 12,346 or 3.2."""
-    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

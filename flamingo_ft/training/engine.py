@@ -51,7 +51,7 @@ class Engine:
         self.counts: Counter = Counter()
         self.meter = Meter()
         self.held_out: HeldOut | None = None
-        self.share_right: Callable[[], float] | None = None
+        self.scores: Callable[[], dict[str, float]] | None = None
         self.pushing: Pushing | None = None
         self.finite = Finite(skips=non_finite == "skip_step")
 
@@ -62,16 +62,16 @@ class Engine:
     def judge_by(self, held_out: HeldOut, examination: Examination | None) -> None:
         """What evaluations during training go by: the loss of ``held_out``, the answers in an examination."""
         self.held_out = held_out
-        self.share_right = None if examination is None else examination.share_right
+        self.scores = None if examination is None else examination.scores
 
     def get_eval_dataloader(self, *_: Any) -> HeldOut:
         """Every held-out sample once, with what its batch weighs in the mean."""
         return self.held_out
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Loss and accuracy on the held-out samples."""
+        """Loss and metrics on the held-out samples."""
         with self.meter.paused(), oom_as_user_error("evaluation"):
-            metrics = judge(self, self.get_eval_dataloader(), self.share_right)
+            metrics = judge(self, self.get_eval_dataloader(), self.scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

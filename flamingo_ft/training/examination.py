@@ -8,9 +8,10 @@ from functools import partial
 from flamingo_ft import processes
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
-from flamingo_ft.evaluation.accuracy import accuracy, answer_questions
+from flamingo_ft.evaluation.metrics import evaluate_metrics
 from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.results import Results
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.sharding import is_sharded
 from flamingo_ft.progress import Bars
@@ -31,13 +32,13 @@ class Examination:
     ):
         self.results = Results(questions_of(held_out))
         self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
-        self._answer = partial(answer_questions, model, processor)
+        self._predictor = Predictor(model, processor)
         self._progress, self._model = progress, model
 
-    def share_right(self) -> float:
-        """Ask about the held-out samples and forget the answers; the share of right ones."""
+    def scores(self) -> dict[str, float]:
+        """Answer the held-out questions and forget the answers; return the value of every metric."""
         questions = self.results.questions
-        return accuracy(questions, self._answers("evaluating", questions, stays=False))
+        return evaluate_metrics(questions, self._answers("evaluating", questions, stays=False))
 
     def take(self, name: str, samples: Sequence[Sample]) -> None:
         """Ask about ``samples``, the held-out ones or those with their images exchanged."""
@@ -51,7 +52,8 @@ class Examination:
         mine = questions if together else processes.share(questions)
         bar = self._progress.add_task(told, total=len(mine), note="")
         with oom_as_user_error("evaluation"):
-            answers = self._answer(mine, advance=partial(self._progress.advance, bar), **self._options)
+            on_batch = partial(self._progress.advance, bar)
+            answers = self._predictor.answer(mine, on_batch=on_batch, **self._options)
         if not stays:
             self._progress.remove_task(bar)
         return answers if together else processes.joined(answers)

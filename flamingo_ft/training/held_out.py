@@ -113,9 +113,10 @@ WEIGHTS = {"sft": _label_tokens, "dpo": _pairs}
 
 
 @torch.no_grad()
-def judge(trainer: Any, held_out: HeldOut, share_right: Callable[[], float] | None) -> dict[str, float]:
-    """``eval_loss``, the mean over all label tokens or pairs, and ``eval_accuracy`` in 0..1, where there is
-    ``share_right``.
+def judge(
+    trainer: Any, held_out: HeldOut, scores: Callable[[], dict[str, float]] | None
+) -> dict[str, float]:
+    """``eval_loss``, the mean over all label tokens or pairs, and with ``scores`` every metric, as ``eval_accuracy``.
 
     They are logged while the model is in evaluation mode: by that TRL tells its figures of evaluation from training's.
     """
@@ -128,8 +129,8 @@ def judge(trainer: Any, held_out: HeldOut, share_right: Callable[[], float] | No
         total += torch.stack([loss.double() * weight, torch.full_like(loss, weight, dtype=torch.float64)])
     loss_sum, weights = trainer.accelerator.reduce(total).tolist()
     metrics = {"eval_loss": loss_sum / weights}
-    if share_right is not None:
-        metrics["eval_accuracy"] = share_right()
+    if scores is not None:
+        metrics |= {f"eval_{name}": value for name, value in scores().items()}
     model.eval()
     trainer.log(dict(metrics))
     model.train(training)

@@ -18,7 +18,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, sn
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from flamingo_ft import atomic, processes
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.connection import silence_ends, without_bars
 from flamingo_ft.hub.errors import FAILURES, quoted, reason
 from flamingo_ft.hub.retry import patiently
@@ -88,7 +89,7 @@ class Pushing:
         try:
             held = _hold(folder)
         except OSError as error:
-            self.say(f"not pushed to {self.repository}: {folder.name} ({one_line(error)})")
+            self.say(f"not pushed to {self.repository}: {folder.name} ({error_message(error)})")
             return
         with self._lock:
             replaced, self._waiting = self._waiting, [(folder.name, held)]
@@ -160,7 +161,7 @@ class Pushing:
 
 def _hold(folder: Path) -> Path:
     """The same files under a name that nobody removes."""
-    held = atomic.beside(folder.with_name(f"{folder.name}.pushed"))
+    held = atomic.partial_path(folder.with_name(f"{folder.name}.pushed"))
     atomic.link_folder(folder, held)
     return held
 

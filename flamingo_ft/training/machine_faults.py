@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from safetensors import SafetensorError
 
 from flamingo_ft.config import TrainSection
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import MAX_MESSAGE_CHARACTERS, error_message, one_line
 from flamingo_ft.machine_errors import disk_failure
 
 from .checkpoints import checkpoint_root, checkpoints
@@ -27,13 +28,13 @@ def io_errors_as_user_error(train: TrainSection) -> Iterator[None]:
         full = disk_failure(error)
         if full is None:
             raise
-        found = f"{train.output_dir}: cannot write ({' '.join(full.split())[:200]})"
+        found = f"{train.output_dir}: cannot write ({one_line(full, MAX_MESSAGE_CHARACTERS)})"
         raise UserError(f"{found}; make room on that disk, and {_resume(train)}") from error
 
 
 def _worker_died(error: Exception, train: TrainSection) -> str:
     return (
-        f"train.num_workers: a process that prepares batches ended ({one_line(error)}), most likely for lack of "
+        f"train.num_workers: a process that prepares batches ended ({error_message(error)}), most likely for lack of "
         f"memory; lower train.num_workers, or set it to 0, and {_resume(train)}"
     )
 

@@ -12,11 +12,11 @@ import psutil
 import torch
 
 from flamingo_ft import processes
+from flamingo_ft.formatting import GIB
 from flamingo_ft.model.sharding import whole
 
 COUNTED = ("samples", "images", "label_tokens")
 GATES = {"attention": "attn_gate", "feed_forward": "ff_gate"}  # in the log -> in a block
-GIB = 2**30
 
 
 class Meter:

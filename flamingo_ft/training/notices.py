@@ -13,12 +13,11 @@ from flamingo_ft.data import OpenedData, Sample
 from flamingo_ft.data.mixture import SOON_READ
 from flamingo_ft.data.overlap import find_overlap
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.answer_lengths import measure_answers
+from flamingo_ft.evaluation.questions import measure_answers
+from flamingo_ft.formatting import gib
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.plan.gpus import CONTEXT, FRAGMENTATION
 from flamingo_ft.plan.memory import plan_memory
-
-GIB = 2**30
 
 
 def memory_line(recipe: Recipe) -> str:
@@ -35,7 +34,7 @@ def memory_line(recipe: Recipe) -> str:
         free = torch.cuda.mem_get_info(device)[0]
     else:
         owner, free = "of host RAM", psutil.virtual_memory().available
-    line = f"memory: planned peak {peak / GIB:.2f} GiB, {free / GIB:.2f} GiB {owner} are free"
+    line = f"memory: planned peak {gib(peak)} GiB, {gib(free)} GiB {owner} are free"
     return line if peak <= free else f"warning: {line}; flamingo-ft plan says what to change"
 
 

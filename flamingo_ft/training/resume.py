@@ -64,7 +64,7 @@ def find_start(recipe: Recipe) -> Start:
                     notes=[f"{output_dir}: finished after {done} steps, nothing is left to do; {longer}"],
                 )
     if root.is_dir():
-        atomic.sweep(root)
+        atomic.remove_leftovers(root)
     checkpoint, wrong = newest_good(root)
     notes = [f"damaged: {problem}" for problem in wrong]
     if recipe.train.push_to_hub:

@@ -15,11 +15,11 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
-from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
+from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
-from flamingo_ft.inference.answer import encode_prompts
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.progress import progress_bars
-from flamingo_ft.report import LiveReport, leaving_a_report
+from flamingo_ft.report import LiveReport, final_report
 from flamingo_ft.report.log_file import LogFile, write_log
 
 from .best import evaluation_callbacks, take_best
@@ -86,7 +86,7 @@ def _whole_run(
     processes.from_main(partial(_prepare_folders, recipe, resume, start.checkpoint is not None))
     stopping, wanted = Stopping(), recipe.train
     with stopping.listening(), pushing(wanted.push_to_hub, wanted.save_total_limit, say) as uploads:
-        with leaving_a_report(wanted.output_dir):
+        with final_report(wanted.output_dir):
             if listener and processes.is_main():
                 say(memory_line(recipe))
             metrics = _run(recipe, start, stopping, tell, uploads, listener)
@@ -133,7 +133,7 @@ def _run(
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
-            encode_prompts(model, processor, [as_row(question) for question in questions_of(held_out)])
+            Predictor(model, processor).encode(questions_of(held_out))
             if listener and processes.is_main():
                 for line in warnings_about_evaluation(data, held_out, processor, recipe.eval.max_new_tokens):
                     listener(line)
@@ -190,7 +190,7 @@ def _examine_before(
     if checkpoint is None:
         examination.take(BEFORE, held_out)
     else:
-        examination.results.recall(BEFORE, checkpoint)
+        examination.results.restore(BEFORE, checkpoint)
     if processes.is_main():
         examination.results.save(output_dir)
 

@@ -8,9 +8,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable, trainable_parameters
-from flamingo_ft.adapters.save import WEIGHTS
 from flamingo_ft.config.schema import TrainableSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 
 
 def inputs(processor):
@@ -76,7 +76,7 @@ def test_the_declared_parts_train_and_nothing_else(make_model, part):
 def test_every_trainable_tensor_is_in_the_file(make_model, tmp_path):
     model, processor = make_model()
     save_adapter(model, processor, tmp_path)
-    kept = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / WEIGHTS)}
+    kept = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / ADAPTER_WEIGHTS)}
     assert set(trainable_parameters(model)) <= kept
 
 
@@ -115,7 +115,7 @@ def test_an_adapter_records_what_it_belongs_to(saved):
 
 
 def damaged(folder, what):
-    weights = folder / WEIGHTS
+    weights = folder / ADAPTER_WEIGHTS
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(weights)
     first = sorted(tensors)[0]

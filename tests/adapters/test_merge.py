@@ -15,12 +15,12 @@ import flamingo_ft
 from flamingo_ft import cli
 from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters import merge as merging
-from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization, dequantized, formats_in
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation import merging as merging_quality
 from flamingo_ft.evaluation.merging import merge_adapter
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 
 from ..regimes import LORA, REGIMES, build, inputs, logits, quantized, recipe, shake
 
@@ -80,7 +80,10 @@ def test_merged_into_the_unquantized_base_is_the_base_with_the_adapters_update(s
     adapter(*REGIMES["bridge and LoRA"], *quantized(form))
     merge_adapter("adapter", "merged", dtype=torch.float32)
     name = "lang_encoder.model.layers.1.mlp.up_proj"
-    tensors, merged = load_file(Path("adapter", WEIGHTS)), load_file(Path("merged", "model.safetensors"))
+    tensors, merged = (
+        load_file(Path("adapter", ADAPTER_WEIGHTS)),
+        load_file(Path("merged", "model.safetensors")),
+    )
     a, b = (tensors[f"base_model.model.{name}.lora_{matrix}.weight"].double() for matrix in "AB")
     original = (
         flamingo_ft.load_language("nano").model.get_submodule(name.removeprefix("lang_encoder.")).weight
@@ -274,7 +277,10 @@ def test_a_merged_matrix_is_rounded_once(small_run, dtype):
     """No further from W + scaling * B A than half the dtype's spacing, the base not rounded before the sum."""
     adapter(LORA)
     merge_adapter("adapter", "merged", dtype=dtype)
-    tensors, written = load_file(Path("adapter", WEIGHTS)), load_file(Path("merged", "model.safetensors"))
+    tensors, written = (
+        load_file(Path("adapter", ADAPTER_WEIGHTS)),
+        load_file(Path("merged", "model.safetensors")),
+    )
     for name in (UP, SQUARE):
         a, b = (
             tensors[f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight"].double()
@@ -295,10 +301,10 @@ def test_what_quantization_alone_changes_is_measured_beside_it(small_run):
 
 def test_an_adapter_with_values_that_are_not_finite_is_refused_by_the_tensors_name(small_run, capsys):
     adapter(LORA)
-    tensors = load_file(Path("adapter", WEIGHTS))
+    tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
     name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))
     tensors[name][0] = torch.nan
-    save_file(tensors, Path("adapter", WEIGHTS), {"format": "pt"})
+    save_file(tensors, Path("adapter", ADAPTER_WEIGHTS), {"format": "pt"})
     assert f"{name.removeprefix('base_model.model.')} has non-finite values" in refused(
         capsys, "adapter", "merged"
     )
@@ -325,10 +331,10 @@ def test_a_reference_that_does_not_fit_in_memory_is_left_out(small_run, monkeypa
 
 def test_a_value_beyond_float16_is_refused(small_run, capsys):
     adapter(LORA)
-    tensors = load_file(Path("adapter", WEIGHTS))
+    tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
     name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))
     tensors[name][0] = 1e6
-    save_file(tensors, Path("adapter", WEIGHTS), {"format": "pt"})
+    save_file(tensors, Path("adapter", ADAPTER_WEIGHTS), {"format": "pt"})
     line = refused(capsys, "adapter", "merged", "--dtype", "fp16")
     assert "up_proj.weight: float16 holds values up to 65,504, got " in line and "use bfloat16 (bf16)" in line
     assert not list(Path.cwd().glob("merged*"))
@@ -336,9 +342,10 @@ def test_a_value_beyond_float16_is_refused(small_run, capsys):
 
 def test_a_damaged_adapter_is_refused(small_run, capsys):
     adapter(LORA)
-    tensors = load_file(Path("adapter", WEIGHTS))
+    tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
     save_file(
-        {name: tensor for name, tensor in tensors.items() if "lora_B" not in name}, Path("adapter", WEIGHTS)
+        {name: tensor for name, tensor in tensors.items() if "lora_B" not in name},
+        Path("adapter", ADAPTER_WEIGHTS),
     )
     assert "lacks 28 of its weights" in refused(capsys, "adapter", "merged")
 

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 
 from flamingo_ft.adapters import load_adapter, load_base, save_adapter, trainable_parameters
-from flamingo_ft.adapters.files import WEIGHTS
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 
 from ..regimes import REGIMES, build, logits, quantized, shake, trainer
 
@@ -90,7 +90,7 @@ def test_the_bytes_do_not_depend_on_the_hash_seed(small_run):
 def test_what_was_started_from_and_stayed_frozen_is_not_in_the_adapter(small_run):
     model, processor = build(*settings("LoRA only", "nf4"))
     save_adapter(model, processor, Path("adapter"))
-    assert all(".lora_" in name for name in load_file(Path("adapter", WEIGHTS)))
+    assert all(".lora_" in name for name in load_file(Path("adapter", ADAPTER_WEIGHTS)))
     assert model.config.bridge_init["path"] == str(small_run / "start")
 
 
@@ -98,7 +98,7 @@ def test_a_frozen_part_of_a_fresh_bridge_is_in_the_adapter(small_run):
     model, processor = build("trainable.perceiver=false")
     shake(model)
     save_adapter(model, processor, Path("adapter"))
-    assert any("perceiver.latents" in name for name in load_file(Path("adapter", WEIGHTS)))
+    assert any("perceiver.latents" in name for name in load_file(Path("adapter", ADAPTER_WEIGHTS)))
     expected = logits(model, processor)
     assert torch.equal(logits(*load_adapter("adapter")), expected)
 

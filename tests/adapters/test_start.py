@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flamingo_ft.adapters import load_adapter, save_adapter, write_composition
-from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.merging import merge_adapter
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 
 from ..regimes import LORA, NOTHING_WHOLE, REGIMES, build, logits, quantized, shake, write_start
 
@@ -83,7 +83,7 @@ def test_a_third_stage_builds_on_the_second_and_the_first(small_run):
     second, processor = build(part, "model.init_from=start")
     shake(second)
     save_adapter(second, processor, Path("second"))
-    assert all("gated_cross_attn_layers" in name for name in load_file(Path("second", WEIGHTS)))
+    assert all("gated_cross_attn_layers" in name for name in load_file(Path("second", ADAPTER_WEIGHTS)))
     third, _ = build(NOTHING_WHOLE, LORA, "model.init_from=second")
     torch.testing.assert_close(logits(third, processor), logits(second, processor), rtol=0, atol=1e-5)
     shake(third)
@@ -196,9 +196,9 @@ def test_an_adapter_on_an_open_flamingo_checkpoint_can_be_built_on(small_run):
 
 def test_a_bridge_that_changed_is_refused(small_run):
     save_adapter(*build(*LORA_ONLY), Path("adapter"))
-    tensors = load_file(Path("start", WEIGHTS))
+    tensors = load_file(Path("start", ADAPTER_WEIGHTS))
     name = next(name for name in tensors if name.endswith("latents"))
-    save_file({**tensors, name: tensors[name] + 1}, Path("start", WEIGHTS))
+    save_file({**tensors, name: tensors[name] + 1}, Path("start", ADAPTER_WEIGHTS))
     with pytest.raises(UserError, match="adapter of another base: the bridge of .* had content"):
         load_adapter("adapter")
 

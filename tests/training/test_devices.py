@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from flamingo_ft import processes
 from flamingo_ft.adapters import load_adapter
-from flamingo_ft.adapters.files import WEIGHTS
 from flamingo_ft.cli import main
 from flamingo_ft.data.stream.tally import added
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.training import run
 from flamingo_ft.training.trainer import FlamingoTrainer
 from tests.regimes import LORA, NOTHING_WHOLE, write_start
@@ -29,7 +29,7 @@ STEPS = ("train.max_steps=3", "data.eval=[{path: train.jsonl}]")
 
 def assert_trained_alike(folder, one: str, two: str) -> None:
     assert losses(folder / two) == pytest.approx(losses(folder / one), rel=1e-5)
-    first, second = (load_file(folder / run / WEIGHTS) for run in (one, two))
+    first, second = (load_file(folder / run / ADAPTER_WEIGHTS) for run in (one, two))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         # AdamW makes a share of the learning rate, 0.01, of what rounding does to a gradient near zero.
@@ -102,12 +102,12 @@ def test_a_sharded_run_trains_alike_and_goes_on(tmp_path, case):
     assert (
         first["eval"] == second["eval"] and first["train"]["best"]["step"] == second["train"]["best"]["step"]
     )
-    weights = (tmp_path / "two" / WEIGHTS).read_bytes()
-    for name in ("metrics.json", WEIGHTS):
+    weights = (tmp_path / "two" / ADAPTER_WEIGHTS).read_bytes()
+    for name in ("metrics.json", ADAPTER_WEIGHTS):
         (tmp_path / "two" / name).unlink()
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-3")
     succeed(tmp_path, "two", "train.fsdp=true", *options, "--resume")
-    assert (tmp_path / "two" / WEIGHTS).read_bytes() == weights
+    assert (tmp_path / "two" / ADAPTER_WEIGHTS).read_bytes() == weights
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_two_processes_go_on_from_a_checkpoint(tmp_path):
     (tmp_path / "again" / "metrics.json").unlink()
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-4")
     succeed(tmp_path, "again", "train.max_steps=4", "train.save_steps=2", "--resume")
-    first, second = ((tmp_path / run / WEIGHTS).read_bytes() for run in ("whole", "again"))
+    first, second = ((tmp_path / run / ADAPTER_WEIGHTS).read_bytes() for run in ("whole", "again"))
     assert first == second
 
 

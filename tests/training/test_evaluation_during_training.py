@@ -226,7 +226,7 @@ def test_a_kill_between_two_renames_loses_no_best(small_run):
     weights = (best / WEIGHTS).read_bytes()
     best.rename(best.with_name(".best.replaced"))
     atomic.begin_folder(best)
-    atomic.sweep(best.parent)
+    atomic.remove_leftovers(best.parent)
     assert (best / WEIGHTS).read_bytes() == weights and [path.name for path in best.parent.iterdir()] == [
         "best"
     ]

@@ -12,7 +12,7 @@ from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.run import evaluate_adapter
+from flamingo_ft.evaluation.evaluate import evaluate_adapter
 from flamingo_ft.training.run import train
 
 RECIPE = """\

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from flamingo_ft.backbones.nano_build.digits import SIDE, Scan
 from flamingo_ft.backbones.nano_build.language_of_digits import DIGIT_WORDS
+from flamingo_ft.hub.weight_files import OPEN_CLIP_WEIGHTS
 
 CONTEXT_LENGTH = 12
 EMBED_DIM = 64
@@ -157,5 +158,5 @@ def save_tower(model: open_clip.CLIP, tokenizer: PreTrainedTokenizerFast, folder
     config = json.dumps(tower_config(tokenizer), indent=2) + "\n"
     (folder / "open_clip_config.json").write_text(config, encoding="utf-8")
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    save_file(state, folder / OPEN_CLIP_WEIGHTS)
     tokenizer.save_pretrained(folder)

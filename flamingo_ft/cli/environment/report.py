@@ -14,11 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.formatting import GIB
 from flamingo_ft.version import __version__
 
 from .anonymous import anonymous
 
-GIB = 2**30
 PROBE = Path(__file__).with_name("probe.py")
 TIMEOUT_SECONDS = 300
 PACKAGES = {  # distribution: module

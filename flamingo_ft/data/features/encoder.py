@@ -6,8 +6,6 @@ Shapes: B samples, M media, F frames, N images, C channels, H height, W width, V
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flamingo_ft import atomic
 from flamingo_ft.backbones.quantization import DTYPES, formats_in
 from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.config.data import CacheSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .key import features_key, folder_name
@@ -26,7 +26,6 @@ from .pending import FOUND, FRAME_INDEX, FRESH, FRESH_KEYS
 from .store import FeatureStore
 from .writer import FeatureWriter
 
-GIB = 1 << 30
 AT_ONCE = 8  # images
 PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
 
@@ -139,13 +138,12 @@ def open_features(
 def _folder_for(root: Path, key: Mapping[str, Any]) -> Path:
     """The key's own folder, which says in key.json what it is for; made where it is missing."""
     folder = root / folder_name(key)
-    described, partial = folder / "key.json", folder / f"key.{uuid.uuid4().hex}"
+    described = folder / "key.json"
     if described.is_file():
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(key, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, described)
+        atomic.write_shared(described, (json.dumps(key, indent=2) + "\n").encode(), folder)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
         raise UserError(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 import warnings
 from pathlib import Path
 
 from torch import Tensor
+
+from flamingo_ft import atomic
 
 from .store import FeatureStore
 
@@ -48,16 +49,9 @@ class FeatureWriter:
             self.left -= len(content)
 
     def _write(self, path: Path, content: bytes) -> None:
-        """All of it or nothing: written beside and renamed, so that no reader and no killed run sees a part."""
-        partial = self._partial / uuid.uuid4().hex
-        try:
-            for folder in (self._partial, path.parent):
-                folder.mkdir(exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
+        for folder in (self._partial, path.parent):
+            folder.mkdir(exist_ok=True)
+        atomic.write_shared(path, content, self._partial)
 
     def _give_up(self, error: OSError) -> None:
         self.is_open = False

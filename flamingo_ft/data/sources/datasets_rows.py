@@ -19,6 +19,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message, shorten
 from flamingo_ft.machine_errors import reraise_machine_error
 
 from .leftovers import is_leftover
@@ -35,7 +36,6 @@ FAILURES = (
     pa.ArrowException,
 )
 BATCH_ROWS = 64
-LONGEST_REASON = 300  # characters
 REMOTE = re.compile(r"(zip://[^:]*::)?hf://")  # a file on the Hub, or in an archive there
 
 
@@ -151,8 +151,7 @@ def _reason(error: BaseException) -> str:
     """What went wrong in the first place, on one line."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+    return shorten(error_message(error, None))
 
 
 def _fetched(value: Any) -> Any:

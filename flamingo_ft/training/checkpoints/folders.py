@@ -28,7 +28,7 @@ def prepare_root(root: Path) -> None:
     """Make sure, before hours of training, that checkpoints can be written there. UserError where they cannot."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        atomic.sweep(root)
+        atomic.remove_leftovers(root)
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:

@@ -50,5 +50,5 @@ def _restore_best(folder: Path, root: Path) -> None:
     """Put the checkpoint's best adapter beside the checkpoints. Earlier checkpoints have none: what is there stays."""
     if best_folder(folder).is_dir():
         atomic.begin_folder(best_folder(root)).rmdir()
-        atomic.link_folder(best_folder(folder), atomic.beside(best_folder(root)))
+        atomic.link_folder(best_folder(folder), atomic.partial_path(best_folder(root)))
         atomic.finish_folder(best_folder(root))

@@ -22,8 +22,9 @@ from transformers.trainer_callback import ExportableState
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.config import RECIPE_FILE
-from flamingo_ft.errors import UserError, one_line
+from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE
+from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoProcessor
 
@@ -55,7 +56,7 @@ def save_checkpoint(engine: Engine, keeping: Keeping) -> Path:
         if processes.is_main():
             atomic.begin_folder(folder)
         processes.barrier()
-        beside = atomic.beside(folder)
+        beside = atomic.partial_path(folder)
         _write(engine, keeping, beside)
         processes.barrier()
         if processes.is_main():
@@ -117,6 +118,6 @@ def _message(folder: Path, root: Path, error: Exception) -> str:
     good = next(iter(checkpoints(root).values()), None)
     last = f"the last one is {good}" if good else "there is none yet"
     return (
-        f"{folder}: cannot write this checkpoint ({one_line(error)}); {last}; "
+        f"{folder}: cannot write this checkpoint ({error_message(error)}); {last}; "
         "make room there or name another train.checkpoint_dir, and go on with --resume"
     )
