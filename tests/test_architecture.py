@@ -104,7 +104,7 @@ def test_a_folder_imports_only_folders_above_it_and_only_backbones_imports_the_e
         ("model", "def f():\n    from flamingo_ft.data.batch import collate"),
         ("training", "from flamingo_ft.cli import main"),
         ("training", "import open_clip.model"),
-        ("plan", "from flamingo_ft.check.findings import Findings"),
+        ("plan", "from flamingo_ft.check.check_report import CheckReport"),
         ("training", "from flamingo_ft.check import findings"),
         ("config", "from bitsandbytes import nn"),
     ],

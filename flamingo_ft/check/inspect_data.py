@@ -16,10 +16,10 @@ from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample, apply_template, encode, open_source
-from flamingo_ft.data.encode import text_of
-from flamingo_ft.data.fields import MEMBERS
+from flamingo_ft.data.fields import TAR_MEMBERS
+from flamingo_ft.data.sample import message_text
 from flamingo_ft.data.schemas.table import MIMICIT
-from flamingo_ft.data.sources.opening import open_files
+from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of, questions_of
 from flamingo_ft.model import FlamingoProcessor
@@ -45,7 +45,7 @@ SYNONYMS = {
 
 
 @dataclass
-class Lengths:
+class TextLengths:
     """Of the samples read: the longest text and the longest answer, in tokens, and how many texts exceed the context.
 
     counted: with the language model's tokenizer; else estimated. context: of the language model; None: not known.
@@ -66,7 +66,7 @@ class InspectedData:
 
     entry: DataSource
     rows: int
-    lengths: Lengths
+    lengths: TextLengths
     read: int = 0
     urls: bool = False
     pictured: int = 0
@@ -74,18 +74,18 @@ class InspectedData:
     problems: list[str] = field(default_factory=list)
 
 
-class Measure:
+class LengthCounter:
     """Measures samples with the tokenizer of ``language``, a name or folder, if that is on this machine."""
 
     def __init__(self, language: str):
         self.processor, self.context = _local_processor(language)
         self._ends = frozenset() if self.processor is None else end_tokens_of(self.processor)
 
-    def lengths(self) -> Lengths:
+    def lengths(self) -> TextLengths:
         """Nothing measured yet."""
-        return Lengths(self.processor is not None, self.context)
+        return TextLengths(self.processor is not None, self.context)
 
-    def add(self, lengths: Lengths, sample: Sample) -> None:
+    def add(self, lengths: TextLengths, sample: Sample) -> None:
         """UserError for a sample that the chat template refuses."""
         if self.processor is None:
             text, answers = _estimated(sample)
@@ -97,7 +97,7 @@ class Measure:
         lengths.over_context += self.context is not None and text > self.context
 
 
-def inspect_data(entry: DataSource, measure: Measure) -> InspectedData:
+def inspect_data(entry: DataSource, measure: LengthCounter) -> InspectedData:
     """Read ``entry``, and find out what it leaves open: schema, columns, image_root.
 
     Raises UserError for a source that cannot be opened or fits no schema, and where none of its rows can be used.
@@ -126,7 +126,7 @@ def guess_columns(columns: Iterable[str]) -> tuple[str, dict[str, str]] | None:
     by_name = {
         re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_"): column
         for column in columns
-        if column != MEMBERS
+        if column != TAR_MEMBERS
     }
     found = {
         name: next((by_name[synonym] for synonym in synonyms if synonym in by_name), None)
@@ -159,7 +159,7 @@ def _with_schema(entry: DataSource) -> DataSource:
 
 def _first_columns(entry: DataSource) -> list[str]:
     """The columns of the first row that can be parsed; none where rows are no mappings."""
-    for file in open_files(entry):
+    for file in open_row_files(entry):
         for number, content in enumerate(islice(file.stream(), ROWS_TRIED)):
             try:
                 row = file.parse(content, f"{file.name}: row {number}")
@@ -223,7 +223,7 @@ def _local_processor(language: str) -> tuple[FlamingoProcessor | None, int | Non
 def _estimated(sample: Sample) -> tuple[int, list[int]]:
     """Text tokens, and those of each answer, by the number of characters."""
     texts = [*sample.messages, *(sample.rejected or ())]
-    text = sum(_tokens(text_of(message)) + MESSAGE_TOKENS for message in texts)
+    text = sum(_tokens(message_text(message)) + MESSAGE_TOKENS for message in texts)
     return text, [_tokens(question.answer) + 1 for question in questions_of([sample])]
 
 

@@ -23,7 +23,7 @@ from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
 
-from .inspect_data import ROWS_READ, InspectedData, Measure, inspect_data
+from .inspect_data import ROWS_READ, InspectedData, LengthCounter, inspect_data
 
 NANO = "nano"
 BATCH, NANO_BATCH = 8, 16  # samples
@@ -37,7 +37,7 @@ LARGE = 100_000  # samples, of which one pass is enough to begin with
 
 
 @dataclass(frozen=True)
-class Wishes:
+class RecipeOptions:
     """What the user gave: the data, and where it is not to be found out, more. Paths from the current directory."""
 
     data: Path
@@ -51,7 +51,7 @@ class Wishes:
     output_dir: str | None = None
 
 
-def write_new_recipe(file: Path, wishes: Wishes) -> list[str]:
+def write_new_recipe(file: Path, wishes: RecipeOptions) -> list[str]:
     """Write a recipe to ``file``, which must not exist, and the schema that editors use beside it.
 
     Returns what the user should know: problems in the data, estimates. Raises UserError where the data cannot be used.
@@ -73,11 +73,11 @@ def write_new_recipe(file: Path, wishes: Wishes) -> list[str]:
     return notes
 
 
-def new_recipe_text(file: Path, wishes: Wishes) -> tuple[str, list[str]]:
+def new_recipe_text(file: Path, wishes: RecipeOptions) -> tuple[str, list[str]]:
     """The recipe, and notes about it."""
     language = wishes.language or NANO
     vision, pretrained = _tower(wishes)
-    measure = Measure(_folder_or_name(language))
+    measure = LengthCounter(_folder_or_name(language))
     train = inspect_data(_entry(wishes.data, wishes), measure)
     held_out = None if wishes.eval is None else inspect_data(_entry(wishes.eval, wishes), measure)
     values = {
@@ -98,7 +98,7 @@ def new_recipe_text(file: Path, wishes: Wishes) -> tuple[str, list[str]]:
     return _render(values), _notes(train, held_out)
 
 
-def _tower(wishes: Wishes) -> tuple[str, str | None]:
+def _tower(wishes: RecipeOptions) -> tuple[str, str | None]:
     """The vision tower and its tag: small beside the nano language model, OpenAI's ViT-L-14 beside a real one."""
     if wishes.vision is None:
         return (
@@ -116,7 +116,7 @@ def _tower(wishes: Wishes) -> tuple[str, str | None]:
     return wishes.vision, wishes.pretrained
 
 
-def _entry(path: Path, wishes: Wishes) -> DataSource:
+def _entry(path: Path, wishes: RecipeOptions) -> DataSource:
     root = None if wishes.image_root is None else wishes.image_root.expanduser().absolute()
     if wishes.format not in FORMATS:
         known = ", ".join(FORMATS)
@@ -146,7 +146,7 @@ def _schedule(train: InspectedData, held_out: InspectedData | None, most_in_batc
     """What is held out, and how long and in what batches to train."""
     fraction, data = _split(train, holds_out=held_out is None)
     samples = sum(mixed.size for mixed in data.train)
-    evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.held_out)
+    evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.eval)
     batch = min(most_in_batch, samples)
     epochs = (
         1

@@ -121,9 +121,9 @@ def plan(
 
     settings = load_recipe(find_recipe(recipe), overrides or (), require=("backbones",))
 
-    from flamingo_ft.plan import report
+    from flamingo_ft.plan.plan_report import make_plan_report
 
-    _print_plan(report.make_report(settings, text_tokens, images).record(), as_json)
+    _print_plan(make_plan_report(settings, text_tokens, images).record(), as_json)
 
 
 @app.command()
@@ -143,9 +143,9 @@ def check(
     settings = load_recipe(path, overrides or (), require=("data", "backbones"))
     folder = out or Path("runs") / f"check_{path.stem}"
 
-    from flamingo_ft.check import run
+    from flamingo_ft.check.check_data import check_data
 
-    found = run.check(settings, path.stem, folder).record()
+    found = check_data(settings, path.stem, folder).record()
     _print_findings(found, as_json, folder)
     if found["objection"]:
         raise typer.Exit(_refuse(found["objection"]))
@@ -391,7 +391,7 @@ def _say(line: str) -> None:
 
 
 def _tell_sources(data: OpenedData) -> None:
-    for part, mixture in (("train", data.train), ("held out", data.held_out)):
+    for part, mixture in (("train", data.train), ("held out", data.eval)):
         for mixed in mixture:
             rows = f"{mixed.size:,} rows" if mixed.source.indexed else "streamed"
             typer.echo(f"{mixed.source.name} ({part}): {rows} of schema {mixed.source.format}", err=True)

@@ -20,7 +20,7 @@ _OF_A_SAMPLE = {
 
 
 def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
-    """What to print of the record of `Findings` (check/findings.py)."""
+    """What to print of the record of `CheckReport` (check/check_report.py)."""
     yield from source_lines(record["parts"])
     yield from record["text_lines"]
     yield source_table(record["parts"])

@@ -14,7 +14,7 @@ _COLUMNS = ("frozen", "trained", "grads", "state")
 
 
 def plan_tables(report: Mapping[str, Any]) -> Iterator[Table | str]:
-    """What to print of a report's record (plan/report.py), sizes in bytes there and in GiB here."""
+    """What to print of a report's record (plan/plan_report.py), sizes in bytes there and in GiB here."""
     yield memory_table(report["cuda"], "on a GPU")
     yield batch_line(report["cuda"])
     yield gpu_table(report["gpus"], report["assumed"])

@@ -129,9 +129,9 @@ def new_recipe(
     ] = None,
 ) -> None:
     """Write a starting recipe that fits your data, with a reason for each value. Nothing is downloaded."""
-    from flamingo_ft.check.new_recipe import Wishes, write_new_recipe
+    from flamingo_ft.check.new_recipe import RecipeOptions, write_new_recipe
 
-    wishes = Wishes(
+    wishes = RecipeOptions(
         data, eval_data, image_root, format_, _columns(column or ()), language, vision, pretrained, output_dir
     )
     for note in write_new_recipe(file, wishes):

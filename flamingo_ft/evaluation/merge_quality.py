@@ -23,8 +23,8 @@ from flamingo_ft.backbones.context import context_length
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Dropped, Encoded, OpenedData, Sample, encode_within, open_data
 from flamingo_ft.data.collate import load_media
-from flamingo_ft.data.encode import IGNORED, encode_prompt, text_message
-from flamingo_ft.data.sample import UNNAMED_TASK
+from flamingo_ft.data.encode import IGNORED, encode_prompt
+from flamingo_ft.data.sample import UNNAMED_TASK, text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor, Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -81,15 +81,15 @@ def eval_set_of_run(folder: Path, processor: FlamingoProcessor, context: int, sa
         return None
     questions = [q for q in questions_of(selected) if len(encode_prompt(processor, q.messages)) < context]
     questions = questions[: min(samples, MAX_QUESTIONS)]
-    origin = HELD_OUT if data.held_out else TRAINED_ON
+    origin = HELD_OUT if data.eval else TRAINED_ON
     return EvalSet(encoded, questions, origin, recipe.eval.batch_size, recipe.eval.max_new_tokens)
 
 
 def _select(data: OpenedData, samples: int) -> list[Sample]:
     """Return readable samples of every held-out source, or of every training source if none is held out."""
-    sources = data.held_out or data.train
+    sources = data.eval or data.train
     per_source = -(-samples // len(sources))
-    return replace(data, held_out=sources).held_out_samples(per_source)[:samples]
+    return replace(data, eval=sources).eval_samples(per_source)[:samples]
 
 
 def _encode(
@@ -106,7 +106,8 @@ def made_up_eval_set(model: FlamingoForConditionalGeneration, processor: Flaming
     generator = np.random.default_rng(0)
     content = [{"type": "image"}, {"type": "text", "text": "What is in this picture, and where?"}]
     prompts = [
-        Prompt([{"role": "user", "content": content}], [_noise(generator)], "made up") for _ in range(NOISE_IMAGES)
+        Prompt([{"role": "user", "content": content}], [_noise(generator)], "made up")
+        for _ in range(NOISE_IMAGES)
     ]
     prompts.append(Prompt([text_message("user", "Name three colours.")], [], "made up"))
     answers = Predictor(model, processor).answer(prompts, max_new_tokens=MADE_UP_TOKENS)

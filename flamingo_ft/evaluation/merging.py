@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.adapters.code import write_code
 from flamingo_ft.adapters.files import read_config, read_processor
-from flamingo_ft.adapters.load import load_adapter, load_whole
-from flamingo_ft.adapters.merge import Base, check_mergeable, quantize_merged, trained_in, write_merged
+from flamingo_ft.adapters.load import load_adapter, load_whole_model
+from flamingo_ft.adapters.merge import (
+    Base,
+    base_quantizations,
+    check_mergeable,
+    quantize_merged,
+    write_merged,
+)
+from flamingo_ft.adapters.remote_code import write_code
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.context import context_length
 from flamingo_ft.backbones.quantization import Quantization
@@ -83,7 +89,7 @@ def merge_adapter(
         warnings.warn(message, FutureWarning, stacklevel=2)
     name, adapter, out = str(adapter), fetch_model(adapter), Path(out)
     check_mergeable(adapter, out)
-    processor, formats = read_processor(adapter), trained_in(read_config(adapter))
+    processor, formats = read_processor(adapter), base_quantizations(read_config(adapter))
     with folder_in_place(out) as folder:
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
         report = {
@@ -136,10 +142,10 @@ def _measure_models(
         with suppress(torch.OutOfMemoryError):
             add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
     if quantization is not None:
-        add("merged_before_quantization", lambda: load_whole(folder))
+        add("merged_before_quantization", lambda: load_whole_model(folder))
         quantize_merged(folder, quantization)
         gc.collect()
-    add("merged", lambda: load_whole(folder))
+    add("merged", lambda: load_whole_model(folder))
     return models, eval_set
 
 

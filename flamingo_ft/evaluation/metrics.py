@@ -73,6 +73,11 @@ class Metric:
         return self.evaluate(questions, [most_frequent_answer(questions)] * len(questions))
 
     @property
+    def title(self) -> str:
+        """The label as a heading begins."""
+        return self.label[:1].upper() + self.label[1:]
+
+    @property
     def is_fraction(self) -> bool:
         """Whether values lie in 0..1 and are shown in percent."""
         return self.format is percent

@@ -10,10 +10,10 @@ from itertools import groupby
 from typing import Any
 
 from flamingo_ft.data import Sample, encode
-from flamingo_ft.data.document import is_document
-from flamingo_ft.data.encode import IGNORED, Encoded, end_token_id, text_of
-from flamingo_ft.data.preference import answer_begins
-from flamingo_ft.data.sample import DOCUMENT, Medium
+from flamingo_ft.data.encode import IGNORED, Encoded, end_token_id
+from flamingo_ft.data.pairs import answer_begins
+from flamingo_ft.data.render import is_document
+from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Prompt
 from flamingo_ft.model import FlamingoProcessor
@@ -50,11 +50,11 @@ def _questions(sample: Sample, index: int) -> Iterator[Question]:
     first = answer_begins(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
-            yield _question(sample, index, sample.messages[:turn], text_of(message))
+            yield _question(sample, index, sample.messages[:turn], message_text(message))
         elif message["role"] == DOCUMENT and sample.images:
             blocks = message["content"]
             after_last = 1 + max(i for i, block in enumerate(blocks) if block["type"] == "image")
-            answer = text_of({"content": blocks[after_last:]}).strip()
+            answer = message_text({"content": blocks[after_last:]}).strip()
             yield _question(sample, index, [{**message, "content": blocks[:after_last]}], answer)
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.adapters.card import CardTable
 from flamingo_ft.atomic import file_in_place
-from flamingo_ft.data.encode import readable
-from flamingo_ft.data.preview import preview
+from flamingo_ft.data.media import preview
+from flamingo_ft.data.sample import display_text
 
 from .image_use import image_use
 from .metrics import ACCURACY, METRICS, Metric, is_free_text, scores_by_class
@@ -20,6 +21,12 @@ from .questions import Question
 BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"  # conditions under which questions are asked
 MAJORITY = "majority"  # baseline: always give the most frequent reference answer
 COLUMNS = (MAJORITY, BEFORE, AFTER, SHUFFLED)  # of score tables, in this order
+COLUMN_HEADERS = {
+    MAJORITY: "majority answer",
+    BEFORE: "before",
+    AFTER: "after",
+    SHUFFLED: "with another image",
+}
 PREDICTIONS_FILE = "predictions.jsonl"
 
 
@@ -103,7 +110,7 @@ def _row(question: Question) -> dict[str, Any]:
         "where": question.where,
         "task": question.task,
         "images": [preview(medium) for medium in question.images],
-        "question": readable(question.messages[-1]).strip(),
+        "question": display_text(question.messages[-1]).strip(),
         "answer": question.answer,
     }
 
@@ -139,12 +146,41 @@ def score_tables(evaluation: Mapping[str, Any] | None) -> list[ScoreTable]:
 def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:
     measured = tuple(column for column in COLUMNS if evaluation.get(overall_key(metric, column)) is not None)
     tasks = {
-        name: TaskScores(record["samples"], tuple(record.get(task_key(metric, column)) for column in measured))
+        name: TaskScores(
+            record["samples"], tuple(record.get(task_key(metric, column)) for column in measured)
+        )
         for name, record in evaluation["per_task"].items()
     }
     samples = sum(task.samples for task in tasks.values())
     overall = TaskScores(samples, tuple(evaluation[overall_key(metric, column)] for column in measured))
     return ScoreTable(metric, measured, tasks, overall)
+
+
+def card_tables(evaluation: Mapping[str, Any] | None) -> list[CardTable]:
+    """Return `score_tables` as the model card takes them: finished text, with a column for every condition."""
+    return [_card_table(table) for table in score_tables(evaluation)]
+
+
+def _card_table(table: ScoreTable) -> CardTable:
+    metric = table.metric
+
+    def cells(row: TaskScores) -> list[str]:
+        by_column = dict(zip(table.columns, row.values, strict=True))
+        return [metric.text(by_column.get(column)) for column in COLUMNS]
+
+    rows = [[task, str(row.samples), *cells(row)] for task, row in table.tasks.items()]
+    after = table.columns.index(AFTER)
+    values = {"all": table.overall.values[after]}
+    if len(table.tasks) > 1:
+        values |= {task: row.values[after] for task, row in table.tasks.items()}
+    return CardTable(
+        title=f"{metric.title} on held-out samples",
+        description=metric.description or metric.label,
+        hub_type=metric.hub_type or metric.name,
+        columns=[COLUMN_HEADERS[column] for column in COLUMNS],
+        rows=[*rows, ["all", "", *cells(table.overall)]],
+        values=values,
+    )
 
 
 @dataclass(frozen=True)

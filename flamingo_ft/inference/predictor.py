@@ -27,7 +27,7 @@ from flamingo_ft.data.collate import pad_ids
 from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.data.media_reader import read_pixels
 from flamingo_ft.data.sample import Video
-from flamingo_ft.data.schemas.blocks import split_markers
+from flamingo_ft.data.schemas.build_sample import text_to_blocks
 from flamingo_ft.data.stack import stack_media
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -194,4 +194,4 @@ def place_images(prompt: str, images: int) -> list[dict[str, str]]:
         raise UserError(
             f"prompt: got {markers} {MEDIA_TOKEN} markers and {images} images; give one image for each marker"
         )
-    return split_markers(prompt)
+    return text_to_blocks(prompt)

@@ -68,8 +68,8 @@ def loss_figure(entries: Sequence[Entry]) -> Figure | None:
 
 def metric_figure(entries: Sequence[Entry], metric: Metric) -> Figure | None:
     """Plot a metric at each evaluation during training."""
-    title = f"{metric.label[:1].upper()}{metric.label[1:]} on held-out samples"
     curves = _present(curve(entries, f"eval_{metric.name}"))
+    title = f"{metric.title} on held-out samples"
     return _figure(title, metric.axis or metric.label, curves, is_fraction=metric.is_fraction)
 
 
@@ -78,7 +78,9 @@ def learning_rate_figure(entries: Sequence[Entry]) -> Figure | None:
     prefix = "learning_rate/"
     keys = sorted({key for entry in entries for key in entry if key.startswith(prefix)})
     by_points: dict[tuple, list[str]] = {}
-    for found in _present(*(curve(entries, key, key.removeprefix(prefix)) for key in keys or ["learning_rate"])):
+    for found in _present(
+        *(curve(entries, key, key.removeprefix(prefix)) for key in keys or ["learning_rate"])
+    ):
         by_points.setdefault((found.steps, found.values), []).append(found.label.replace("_", " "))
     curves = [Curve(", ".join(parts), steps, values) for (steps, values), parts in by_points.items()]
     figure = _figure("Learning rate", "learning rate", curves, from_zero=True)

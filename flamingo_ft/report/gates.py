@@ -86,9 +86,7 @@ def _add_layer_key(figure: Figure, panels: Sequence[Axes], layers: Sequence[int]
     """Show which colour is which layer: a legend for a few layers, a colour bar for many."""
     if len(layers) <= MAX_LEGEND_LAYERS:
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside right center", frameon=False, fontsize=FONT_SIZES["tick"]
-        )
+        figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=FONT_SIZES["tick"])
         return
     bar = figure.colorbar(ScalarMappable(norm, COLOURS), ax=list(panels), pad=0.02)
     bar.ax.set_ylim(layers[0], layers[-1])

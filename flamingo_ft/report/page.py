@@ -13,15 +13,7 @@ from matplotlib.figure import Figure
 from flamingo_ft import atomic
 from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
 from flamingo_ft.evaluation.metrics import METRICS
-from flamingo_ft.evaluation.results import (
-    AFTER,
-    BEFORE,
-    MAJORITY,
-    PREDICTIONS_FILE,
-    SHUFFLED,
-    class_scores,
-    score_tables,
-)
+from flamingo_ft.evaluation.results import COLUMN_HEADERS, PREDICTIONS_FILE, class_scores, score_tables
 from flamingo_ft.formatting import data_uri, duration, percent, significant
 from flamingo_ft.version import __version__
 
@@ -38,12 +30,6 @@ REFRESH_SECONDS = 30  # interval at which a browser reloads the page of a run in
 LOSS_CAPTIONS = {
     "sft": "Cross-entropy of the reference answers: how surprised the model is by them.",
     "dpo": "The preference loss (sigmoid: 0.69 for no preference, towards 0 as the chosen answers win).",
-}
-COLUMN_HEADERS = {
-    MAJORITY: "majority answer",
-    BEFORE: "before",
-    AFTER: "after",
-    SHUFFLED: "with another image",
 }
 
 

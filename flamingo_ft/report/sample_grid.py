@@ -21,10 +21,8 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
-from flamingo_ft.data.encode import readable
-from flamingo_ft.data.media import open_medium
-from flamingo_ft.data.preview import open_preview
-from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.media import open_medium, open_preview
+from flamingo_ft.data.sample import Sample, display_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import exact_match
 from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
@@ -119,7 +117,7 @@ def _is_correct(prediction: dict[str, Any], condition: str) -> bool:
 def _sample_cell(sample: Sample) -> _Cell:
     """Show a dialogue: its first turn above the images, the others below."""
     turns = [message for message in sample.messages if message["role"] != "system"]
-    texts = _number_images([readable(message) for message in turns])
+    texts = _number_images([display_text(message) for message in turns])
     styles = {"user": (QUESTION_LINES, INK), "assistant": (ANSWER_LINES, BLUE)}
     lines = []
     for message, text in zip(turns, texts, strict=True):
@@ -145,9 +143,7 @@ def _number_images(texts: Sequence[str]) -> list[str]:
 def _cut(text: str, max_lines: int) -> str:
     """Wrap text into at most ``max_lines`` lines of about the same length, none wider than a cell."""
     text = text[: MAX_LINE_CHARACTERS * (max_lines + 1)]  # the rest is certainly cut off
-    widths = [
-        width for width in range(5, MAX_LINE_CHARACTERS) if all(map(_fits, textwrap.wrap(text, width)))
-    ]
+    widths = [width for width in range(5, MAX_LINE_CHARACTERS) if all(map(_fits, textwrap.wrap(text, width)))]
     needed = len(textwrap.wrap(text, widths[-1]))
     if needed > max_lines:
         return "\n".join(textwrap.wrap(text, widths[-1], max_lines=max_lines, placeholder=" …"))

@@ -11,7 +11,7 @@ import torch
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import OutOfMemory, UserError
 from flamingo_ft.machine_errors import out_of_memory
-from flamingo_ft.plan.report import make_report
+from flamingo_ft.plan.plan_report import make_plan_report
 
 REMEDIES = {
     "training": "lower train.batch_size or change what the plan below says",
@@ -41,7 +41,7 @@ def with_plan(error: OutOfMemory, recipe: Recipe) -> OutOfMemory:
         torch.cuda.empty_cache()
     try:
         with oom_as_user_error("training"):
-            error.plan = make_report(recipe).record()
+            error.plan = make_plan_report(recipe).record()
     except UserError:  # no room for a plan either, or no sizes to plan for
         error.plan = None
     return error

@@ -17,7 +17,7 @@ from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config.schema import TrainableSection, VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
-from flamingo_ft.plan.model import meta_vision
+from flamingo_ft.plan.meta_model import meta_vision
 
 from .test_vision import CLIP_CFG, TOWERS, write_folder
 

@@ -27,7 +27,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.model import build_flamingo
-from flamingo_ft.plan.tracker import LiveBytes
+from flamingo_ft.plan.memory_tracker import MemoryTracker
 from flamingo_ft.training.trainer import FlamingoTrainer, make_trainer
 
 MIB = 2**20
@@ -76,7 +76,7 @@ def measure(
     trainer: FlamingoTrainer, loss_of: Callable[[], torch.Tensor], steps: int
 ) -> tuple[float, int, float]:
     """Seconds of a step, the most bytes alive in one on top of the weights, and the loss."""
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         weights = live.hold([*trainer.model.parameters(), *trainer.model.buffers()])
         loss_of().backward()
     trainer.model.zero_grad()

@@ -36,7 +36,7 @@ from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.plan import plan_memory
-from flamingo_ft.plan.tracker import LiveBytes
+from flamingo_ft.plan.memory_tracker import MemoryTracker
 from flamingo_ft.training.build import build_model
 from flamingo_ft.training.trainer import make_trainer
 
@@ -183,7 +183,7 @@ def _load_all_code() -> None:
 
 
 def _live_bytes(trainer: object) -> int:
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         live.hold(chain(trainer.model.parameters(), trainer.model.buffers(), _scales(trainer.model)))
         live.restart()
         trainer.train()

@@ -14,17 +14,16 @@ from PIL import Image
 from rich.console import Console
 
 from flamingo_ft import cli
-from flamingo_ft.check import run
+from flamingo_ft.check.check_data import check_data
 from flamingo_ft.cli.check_table import check_tables
 from flamingo_ft.config import load_recipe
 from flamingo_ft.config.library import find_recipe
 from flamingo_ft.data import open_data, open_source
 from flamingo_ft.data.collate import collate_text
-from flamingo_ft.data.encode import IGNORED, encode
-from flamingo_ft.data.too_long import Dropped, encode_within
+from flamingo_ft.data.encode import IGNORED, Dropped, encode, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.images import CONVERSIONS
-from tests.check.recipes import asked, checked, problem_lines, recipe, write_rows
+from tests.check.small_recipes import asked, checked, problem_lines, recipe, write_rows
 from tests.data.dialogues import nano_processor
 from tests.data.fixtures import FACTS, FIXTURES, SCANS
 from tests.data.test_bad_data import BAD_ROWS, GOOD, SCAN
@@ -101,7 +100,7 @@ def test_every_unreadable_image_of_a_row_is_listed_and_every_copy_of_it(folder):
         f"row 1: image 1 of 1: {folder}/words.png",
         f"row 2: image 1 of 1: {folder}/cut.png",
     ]
-    assert findings.bad == 3 and findings.objection == "found no sample to train on"
+    assert findings.bad == 3 and findings.objection == "got no usable training sample"
 
 
 def test_a_stream_that_breaks_off_is_told_and_the_other_sources_are_read(folder, monkeypatch):
@@ -133,7 +132,7 @@ def quickstart(tmp_path_factory):
     """Its recipe, the first 60 training and 20 held-out rows of it, and what a check finds."""
     few = ["data.train.0.limit=60", "data.eval.0.limit=20", "train.num_workers=0"]
     wanted = load_recipe(find_recipe("quickstart"), few)
-    return wanted, run.check(wanted, "quickstart", tmp_path_factory.mktemp("quickstart") / "check")
+    return wanted, check_data(wanted, "quickstart", tmp_path_factory.mktemp("quickstart") / "check")
 
 
 def test_counts_equal_an_independent_count(quickstart):
@@ -345,7 +344,7 @@ def test_good_data_ends_with_code_0_and_bad_data_with_2_after_telling_it_all(her
     ]
     assert lines[-2:] == [
         "error: and 5 more problems",
-        "error: found 25 bad rows; mend or remove them, or set data.on_bad_sample to skip",
+        "error: got 25 bad rows; fix or remove them, or set data.on_bad_sample to skip",
     ]
     page = Path("out/check.html").read_text()
     assert all(f'<td class="n">{row}</td>' in page for row in range(1, 26))
@@ -358,7 +357,7 @@ def test_rows_to_skip_are_told_and_are_no_mistake_below_the_recipes_share(here, 
     assert cli.main([*skip, "data.max_bad_share=0.25"]) == 0
     assert f"skipped: {here}/x.jsonl: row 3" in capsys.readouterr().err
     assert cli.main([*skip, "data.max_bad_share=0.24"]) == 2
-    assert "found 25.0% of the training rows bad, the limit is 24.0%" in capsys.readouterr().err
+    assert "got 25.0 % bad training rows, the limit is 24.0 %" in capsys.readouterr().err
 
 
 def test_json_is_all_of_the_output_and_what_the_folder_has(here, capsys):

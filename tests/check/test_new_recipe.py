@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flamingo_ft.check.check_data import check_data
 from flamingo_ft.check.inspect_data import guess_columns
-from flamingo_ft.check.new_recipe import Wishes, write_new_recipe
-from flamingo_ft.check.run import check
+from flamingo_ft.check.new_recipe import RecipeOptions, write_new_recipe
 from flamingo_ft.cli import main
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
@@ -30,7 +30,9 @@ def offline(tmp_path, tmp_path_factory, monkeypatch):
         raise AssertionError("a connection was tried")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr("flamingo_ft.check.run.save_figures", lambda findings, folder: {})  # they take long
+    monkeypatch.setattr(
+        "flamingo_ft.check.check_data.save_histograms", lambda findings, folder: {}
+    )  # they take long
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
@@ -65,9 +67,9 @@ def rows_of(path: Path, rows: list[dict]) -> Path:
 
 def made(data: Path, **wishes):
     """The recipe for some data, checked: what `check` finds, and the recipe."""
-    write_new_recipe(Path("mine/new.yaml"), Wishes(data, **wishes))
+    write_new_recipe(Path("mine/new.yaml"), RecipeOptions(data, **wishes))
     recipe = load_recipe("mine/new.yaml", ["train.num_workers=0"])
-    findings = check(recipe, "new", Path("checked"))
+    findings = check_data(recipe, "new", Path("checked"))
     assert findings.objection is None and findings.warnings == [], findings
     return recipe, findings
 
@@ -148,7 +150,7 @@ def test_columns_may_be_named_and_columns_that_fit_nothing_are_refused(tmp_path)
         tmp_path / "x.csv", ["one", "two", "three"], [(name, *ROW) for name in pictures(tmp_path, 4)]
     )
     with pytest.raises(UserError, match="one, two, three"):
-        write_new_recipe(Path("mine/new.yaml"), Wishes(data))
+        write_new_recipe(Path("mine/new.yaml"), RecipeOptions(data))
     assert not Path("mine").exists()
     command = ["recipes", "new", "new.yaml", "--data", str(data), "--format", "vqa"]
     assert (
@@ -168,7 +170,7 @@ def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
     names = pictures(tmp_path / folder / "scans", 3)
     data = rows_of(tmp_path / folder / "x.jsonl", asked(names))
     file = tmp_path / "new.yaml"
-    write_new_recipe(file, Wishes(data, output_dir=folder))
+    write_new_recipe(file, RecipeOptions(data, output_dir=folder))
     (source,) = load_recipe(file).data.train
     assert source.path == data and source.image_root == tmp_path / folder / "scans"
     assert load_recipe(file).train.output_dir == Path(folder)
@@ -194,7 +196,7 @@ def test_nothing_is_held_out_where_all_rows_share_an_image(tmp_path):
 
 def test_rows_that_cannot_be_used_are_told_and_left_to_the_user(tmp_path):
     rows = [*asked(pictures(tmp_path, 5)), *asked(["gone.png"])]
-    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    notes = write_new_recipe(Path("new.yaml"), RecipeOptions(rows_of(tmp_path / "x.jsonl", rows)))
     assert (
         len(notes) == 1 and "1 of 6 rows cannot be used, the first: " in notes[0] and "gone.png" in notes[0]
     )
@@ -202,7 +204,7 @@ def test_rows_that_cannot_be_used_are_told_and_left_to_the_user(tmp_path):
         load_recipe("new.yaml").data.on_bad_sample == "error" and "gone.png" in Path("new.yaml").read_text()
     )
     with pytest.raises(UserError, match=r"gone.png.*\(and none of the first 1 rows can be used\)"):
-        write_new_recipe(Path("none.yaml"), Wishes(rows_of(tmp_path / "y.jsonl", asked(["gone.png"]))))
+        write_new_recipe(Path("none.yaml"), RecipeOptions(rows_of(tmp_path / "y.jsonl", asked(["gone.png"]))))
 
 
 def test_a_tokenizer_that_is_not_here_is_not_fetched_and_lengths_are_called_estimates(tmp_path, capsys):
@@ -259,13 +261,13 @@ def test_the_recipe_trains_and_is_planned(tmp_path):
 
 def test_columns_that_a_new_recipe_leaves_out_are_named(tmp_path):
     rows = asked(pictures(tmp_path, 6), choices=["Dark.", "Light."], A="1", B="2")
-    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    notes = write_new_recipe(Path("new.yaml"), RecipeOptions(rows_of(tmp_path / "x.jsonl", rows)))
     assert len(notes) == 1 and "columns of text that are left out: choices, A, B; " in notes[0]
     assert "# Columns of text that are left out: choices, A, B\n" in Path("new.yaml").read_text()
 
 
 def test_a_new_recipe_for_rows_without_images_says_so(tmp_path):
     rows = [{"question": f"{number}?", "answer": "Yes.", "shot": f"{number}.png"} for number in range(6)]
-    notes = write_new_recipe(Path("new.yaml"), Wishes(rows_of(tmp_path / "x.jsonl", rows)))
+    notes = write_new_recipe(Path("new.yaml"), RecipeOptions(rows_of(tmp_path / "x.jsonl", rows)))
     expected = "the rows read have no images; if a column holds them, add --column image=COLUMN"
     assert any(expected in note for note in notes)

@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from flamingo_ft.check.duplicates import find_duplicates
-from flamingo_ft.check.numbers import Distribution, Numbers
-from flamingo_ft.check.rows import Seen
-from flamingo_ft.check.tokens import shown_tokens
+from flamingo_ft.check.check_report import Distribution
+from flamingo_ft.check.report_builder import RowTable, find_duplicates
+from flamingo_ft.check.report_page import token_previews
+from flamingo_ft.check.row_inspector import RowResult
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_source
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.model.processor import CHUNK_TEMPLATE
-from tests.check.recipes import asked, checked, write_rows
+from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.dialogues import CHATML, nano_processor
 from tests.data.test_bad_data import SCAN
 
@@ -109,7 +109,7 @@ def test_tokens_together_are_the_text(template, question, answer):
     messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     encoded = encode(processor, messages)
-    tokens = shown_tokens(processor, encoded.input_ids, encoded.labels)
+    tokens = token_previews(processor, encoded.input_ids, encoded.labels)
     whole = processor.tokenizer.decode(
         encoded.input_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
@@ -123,21 +123,21 @@ def test_tokens_together_are_the_text(template, question, answer):
 )
 @settings(max_examples=100, deadline=None)
 def test_repetitions_are_those_of_a_plain_count(trained, held_out):
-    numbers = Numbers()
+    numbers = RowTable()
     for part, rows in ((0, trained), (1, held_out)):
         for row, (content, pictures) in enumerate(rows):
-            numbers.add(Seen(part, 0, row, content=content, pictures=pictures))
-    found = find_duplicates(numbers, first_held_out=1)
+            numbers.add(RowResult(part, 0, row, digest=content, media_digests=pictures))
+    found = find_duplicates(numbers, train_sources=1)
     contents = Counter(content for content, _ in trained)
     assert found.copies == sum(times - 1 for times in contents.values())
-    assert [group.times for group in found.groups] == sorted(
+    assert [group.size for group in found.copy_groups] == sorted(
         (n for n in contents.values() if n > 1), reverse=True
     )
     assert found.leaked == sum(content in contents for content, _ in held_out)
     seen = {picture for _, pictures in trained for picture in pictures}
-    assert found.leaked_pictures == sum(bool(seen & {*pictures}) for _, pictures in held_out)
+    assert found.leaked_media == sum(bool(seen & {*pictures}) for _, pictures in held_out)
     everywhere = Counter(picture for _, pictures in (*trained, *held_out) for picture in pictures)
-    assert found.pictures == len(everywhere) and found.repeated == sum(
+    assert found.media == len(everywhere) and found.repeated_media == sum(
         times > 1 for times in everywhere.values()
     )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from flamingo_ft.check.encoding import Encoding
-from flamingo_ft.data.pair import encode_pair
+from flamingo_ft.check.text_checks import TextInspector
+from flamingo_ft.data.pairs import encode_pair
 from flamingo_ft.data.sample import Sample
-from tests.check.recipes import checked, problem_lines, recipe, write_rows
+from tests.check.small_recipes import checked, problem_lines, recipe, write_rows
 from tests.data.dialogues import assistant, nano_processor, user
 
 SHORT, LONG = "No.", "No, " + "no, " * 40 + "no."
@@ -53,7 +53,7 @@ def test_what_a_policy_takes_of_a_pair_is_taken_of_both_texts(tmp_path):
     messages = [user("Sure?"), assistant("Yes.")]
     sample = Sample(messages, [], "other", "x", [assistant(LONG)])
     data = recipe(tmp_path, written(tmp_path), method="dpo", too_long="drop_sample").data
-    text = Encoding(nano_processor(), data, 60, compares=True)(sample)
+    text = TextInspector(nano_processor(), data, 60, pairs=True)(sample)
     whole = encode_pair(nano_processor(), sample, 500)
     assert text.encoded is None and text.problem is None
     assert text.losses["drop_sample"]["tokens"] == whole.chosen.text_tokens + whole.rejected.text_tokens

@@ -9,11 +9,11 @@ import pytest
 from flamingo_ft import cli
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.check.text_form import ANSWER, QUESTION, text_form
+from flamingo_ft.check.text_checks import ANSWER, QUESTION, dialogue_format
 from flamingo_ft.config import ModelSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
 from flamingo_ft.model.backbone_files import own_ends
-from tests.check.recipes import asked, checked, write_rows
+from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.chat_templates import FAMILIES, LAST_REASONING
 from tests.data.dialogues import TEMPLATES, assistant, nano_processor, user
 from tests.data.test_chat_templates import llama_processor
@@ -25,7 +25,7 @@ ALL = {**{name: template for name, (template, *_) in FAMILIES.items()}, "chunk":
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_shown_is_what_training_and_prompts_hold(name, make):
     processor = make(ALL[name])
-    form = text_form(processor, 0)
+    form = dialogue_format(processor, 0)
     encoded = encode(processor, [user(QUESTION), assistant(ANSWER)])
     name_of = processor.tokenizer.convert_ids_to_tokens
     learned = name_of([label for label in encoded.labels if label != IGNORED])
@@ -42,11 +42,11 @@ def test_the_stopping_tokens_are_those_of_the_model():
     processor = nano_processor()
     section = ModelSection.model_validate({"vision": {"name": "nano"}, "language": {"name": "nano"}})
     stops = processor.tokenizer.convert_ids_to_tokens(end_token_ids(load_language("nano").model, processor))
-    assert text_form(processor, own_ends(section)).stops == stops
+    assert dialogue_format(processor, own_ends(section)).stops == stops
 
 
 def test_a_template_that_never_stops_is_warned_of():
-    form = text_form(nano_processor(TEMPLATES["end outside the marks"][0]), None)
+    form = dialogue_format(nano_processor(TEMPLATES["end outside the marks"][0]), None)
     assert not form.learns_to_stop and "answers run on until eval.max_new_tokens" in form.warning
 
 
@@ -61,7 +61,7 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
         == 0
     )
     line = (
-        'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" stands before answers, '
+        'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" precedes answers, '
         'which end with "<|im_end|>" (then "\\n", without loss)'
     )
     told = capsys.readouterr().out.splitlines()
@@ -69,13 +69,13 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
     record = json.loads((tmp_path / "check" / "check.json").read_text())
     assert record["text_form"]["ends"] == {"text": "<|im_end|>", "tokens": ["<|im_end|>"]}
     assert record["text_lines"][0] == line and record["warnings"] == []
-    assert "stands before answers, which end with" in (tmp_path / "check" / "check.html").read_text()
+    assert "precedes answers, which end with" in (tmp_path / "check" / "check.html").read_text()
 
 
 def test_samples_whose_answers_the_template_changes_are_counted(tmp_path, monkeypatch):
     processor = nano_processor(LAST_REASONING)
     monkeypatch.setattr("flamingo_ft.model.backbone_files.BackboneFiles.processor", lambda self: processor)
-    monkeypatch.setattr("flamingo_ft.data.templates._template", lambda processor, name: LAST_REASONING)
+    monkeypatch.setattr("flamingo_ft.data.render._template", lambda processor, name: LAST_REASONING)
     said = {"role": "assistant", "content": "<think>why</think>Seven."}
     question = {"role": "user", "content": "?"}
     rows = [{"messages": [question, said]}, {"messages": [question, said, question, said]}, asked("?", "A")]

@@ -22,7 +22,7 @@ from flamingo_ft.evaluation.questions import (
 from flamingo_ft.model.processor import CHUNK_TEMPLATE
 from flamingo_ft.training import run
 from tests import regimes
-from tests.check.recipes import asked, checked, write_rows
+from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.dialogues import CHATML, IMAGE, LLAMA_2, VICUNA, assistant, nano_processor, user
 
 

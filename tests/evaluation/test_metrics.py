@@ -58,11 +58,18 @@ def test_a_metric_registered_in_one_place_is_everywhere(metric, tmp_path, monkey
     evaluated = ("data.eval=[{path: train.jsonl}]", "eval={steps: 1, metric: length_error, keep: best}")
     metrics = train(regimes.recipe("train.max_steps=2", "train.logging_steps=1", *evaluated))
     evaluation = json.loads(Path("run/metrics.json").read_text())["eval"]
-    for key in ("length_error", "length_error_before", "length_error_shuffled_images", "length_error_majority"):
+    for key in (
+        "length_error",
+        "length_error_before",
+        "length_error_shuffled_images",
+        "length_error_majority",
+    ):
         assert evaluation[key] >= 0
         assert all(task[key] >= 0 for task in evaluation["per_task"].values())
 
-    logged = {entry["step"]: entry["eval_length_error"] for entry in read_log(Path("run")) if "eval_loss" in entry}
+    logged = {
+        entry["step"]: entry["eval_length_error"] for entry in read_log(Path("run")) if "eval_loss" in entry
+    }
     best = metrics["train"]["best"]
     assert [*logged] == [1, 2] and best["length_error"] == logged[best["step"]] == min(logged.values())
     assert f"length error {logged[2]:.0f} characters" in capsys.readouterr().out

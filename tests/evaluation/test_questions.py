@@ -88,4 +88,3 @@ def test_questions_about_other_images_are_the_same_questions():
     for before, after in zip(questions_of(samples), questions_of(with_other_images(samples)), strict=True):
         assert (before.messages, before.answer, before.sample) == (after.messages, after.answer, after.sample)
         assert before.images != after.images and len(before.images) == len(after.images)
-

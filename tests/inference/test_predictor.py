@@ -74,7 +74,9 @@ def test_an_answer_depends_on_its_image(flamingo, files):
     assert predictor(files[0], "Which digit is this?") != predictor(files[1], "Which digit is this?")
 
 
-@pytest.mark.parametrize("form", [str, Image.open, lambda path: np.asarray(Image.open(path)), lambda path: path.read_bytes()])
+@pytest.mark.parametrize(
+    "form", [str, Image.open, lambda path: np.asarray(Image.open(path)), lambda path: path.read_bytes()]
+)
 def test_a_path_a_picture_an_array_and_a_files_content_are_the_same_image(flamingo, files, form):
     predictor = Predictor(*flamingo, max_new_tokens=8)
     asked = "First <image> then <image>. Name both."

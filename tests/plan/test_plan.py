@@ -18,9 +18,8 @@ from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.plan import Planner, plan_memory
-from flamingo_ft.plan.advice import advise, with_values
-from flamingo_ft.plan.gpus import GPUS
-from flamingo_ft.plan.tracker import LiveBytes
+from flamingo_ft.plan.memory_tracker import MemoryTracker
+from flamingo_ft.plan.plan_report import GPUS, advise, with_values
 from flamingo_ft.training.build import build_model
 from flamingo_ft.training.label_positions import at_label_positions
 from flamingo_ft.training.trainer import first_batches, make_trainer
@@ -143,7 +142,7 @@ def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, ov
     plan = plan_memory(recipe, device="cpu")
     assert (plan.batch.images, plan.batch.where_from) == (2, "the longest of the data")
     trainer = make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
-    with LiveBytes() as live:
+    with MemoryTracker() as live:
         weights = live.hold(all_tensors(model))
         weights += live.hold(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
         live.restart()
@@ -346,7 +345,7 @@ def test_a_huge_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
     sizes = {"text_tokens": 42, "images": 2}
     large = quickstart("train.batch_size=96")
     direct = plan_memory(large, device=device, **sizes).peak
-    monkeypatch.setattr("flamingo_ft.plan.memory.MOST_POSITIONS", 42 * 32)
+    monkeypatch.setattr("flamingo_ft.plan.planner.MOST_POSITIONS", 42 * 32)
     assert plan_memory(large, device=device, **sizes).peak == pytest.approx(direct, rel=1e-3)
     huge = plan_memory(quickstart("train.batch_size=5000000"), device=device, **sizes)
     assert huge.batch.samples == 5_000_000 and huge.peak > 10**12

@@ -11,7 +11,7 @@ import torch
 
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
-from flamingo_ft.plan import memory
+from flamingo_ft.plan import planner
 from flamingo_ft.training import notices as module
 from flamingo_ft.training.notices import memory_line
 
@@ -48,7 +48,7 @@ def test_a_run_that_cannot_be_planned_says_why_and_goes_ahead(folder, monkeypatc
 
 def test_a_model_that_needs_the_values_of_tensors_is_not_planned_and_trains_all_the_same(folder, monkeypatch):
     """As mixtures of experts do, which choose weights by the tokens that they see."""
-    monkeypatch.setattr(memory, "dry_step", lambda *_: torch.ones(2).nonzero())
+    monkeypatch.setattr(planner, "simulate_step", lambda *_: torch.ones(2).nonzero())
     line = memory_line(recipe())
     assert line.startswith(
         "memory: not planned (model.language.name: a step of nano cannot be simulated without its weights"
@@ -59,7 +59,7 @@ def test_a_gpu_that_fails_while_planning_is_not_taken_for_a_model_that_cannot_be
     def failing(*_):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
-    monkeypatch.setattr(memory, "dry_step", failing)
+    monkeypatch.setattr(planner, "simulate_step", failing)
     with pytest.raises(RuntimeError, match="CUDA error"):
         memory_line(recipe())
 

@@ -56,14 +56,14 @@ def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys
 )
 def test_evaluations_that_do_not_fit_have_their_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)
-    monkeypatch.setattr(out_of_memory, "make_report", lambda recipe: _Report())
+    monkeypatch.setattr(out_of_memory, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="evaluation: GPU memory is full.*lower eval.batch_size"):
         run.train(recipe("eval.steps=1", f"eval.before={str('judge' not in place).lower()}"))
 
 
 def test_a_model_that_does_not_fit_is_told_as_such(folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr(run, "build_model", gpu_is_full)
-    monkeypatch.setattr(out_of_memory, "make_report", lambda recipe: _Report())
+    monkeypatch.setattr(out_of_memory, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="loading: GPU memory is full.*quantize the backbones"):
         run.train(recipe())
 
@@ -77,7 +77,9 @@ def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  #
         return computer_is_full()
 
     monkeypatch.setattr(Engine, "training_step", step)
-    monkeypatch.setattr(out_of_memory, "make_report", lambda recipe: _Report([ref() is None for ref in kept]))
+    monkeypatch.setattr(
+        out_of_memory, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept])
+    )
     with pytest.raises(OutOfMemory) as error:
         run.train(recipe("data.eval=[]"))
     assert error.value.plan == [True, True]
@@ -85,7 +87,7 @@ def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  #
 
 def test_memory_that_is_too_short_for_a_plan_leaves_the_line(folder, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(Engine, "training_step", gpu_is_full)
-    monkeypatch.setattr(out_of_memory, "make_report", computer_is_full)
+    monkeypatch.setattr(out_of_memory, "make_plan_report", computer_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
     assert "error: training: GPU memory is full" in capsys.readouterr().err
 

@@ -1,0 +1,110 @@
+"""Check a recipe's data: read and decode every row, summarise it, and write the report.
+
+The report is a folder with check.html, check.json, problems.jsonl and three histograms.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flamingo_ft import atomic
+from flamingo_ft.config import Recipe
+from flamingo_ft.data import OpenedData, open_data
+from flamingo_ft.data.epochs import samples_per_epoch, steps_per_epoch, with_max_steps
+from flamingo_ft.data.render import apply_template
+from flamingo_ft.data.stream.order import WeightedSource
+from flamingo_ft.errors import UserError
+from flamingo_ft.model.backbone_files import backbone_files, own_ends, text_limit
+from flamingo_ft.progress import progress_bars
+
+from .check_report import MADE_BY, CheckReport, TrainingLength
+from .report_builder import ProblemLog, ReportBuilder
+from .report_page import preview_samples, save_histograms, write_page
+from .row_inspector import RowInspector, inspect_rows
+from .text_checks import TextInspector, dialogue_format
+
+PROBLEMS_FILE = "problems.jsonl"
+RECORD_FILE = "check.json"
+
+
+def check_data(recipe: Recipe, name: str, folder: Path) -> CheckReport:
+    """Read every row of the recipe's data, write the report to ``folder`` and return it.
+
+    Reads the backbones' configuration and tokenizer, but no weights.
+
+    Args:
+        name: the recipe's name, for the title of the report.
+
+    Raises:
+        UserError: a data source cannot be opened, a backbone does not exist, or ``folder`` holds other files.
+    """
+    with _report_folder(folder) as new:
+        files = backbone_files(recipe.model)
+        processor = files.processor()
+        apply_template(processor, recipe.data)
+        limit = text_limit(files.language, recipe.data.max_text_tokens)
+        inspector = TextInspector(processor, recipe.data, limit, pairs=recipe.train.method == "dpo")
+        data = open_data(recipe.data, recipe.train.seed)
+        sources = [*data.train, *data.eval]
+        builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))
+        _inspect_all(sources, inspector, builder, recipe.train.num_workers)
+        text_form = dialogue_format(processor, own_ends(recipe.model))
+        report = builder.build(name, _training_length(recipe, data), text_form)
+        (new / RECORD_FILE).write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
+        previews = [
+            preview_samples(index, source, inspector, recipe.data.video_frames)
+            for index, source in enumerate(sources)
+        ]
+        write_page(new, report, builder.problems, previews, save_histograms(report, new))
+    return report
+
+
+def _training_length(recipe: Recipe, data: OpenedData) -> TrainingLength:
+    per_epoch, steps = steps_per_epoch(recipe, data), with_max_steps(recipe, data).train.max_steps
+    epochs = None if per_epoch is None else float(steps / per_epoch)
+    return TrainingLength(steps, epochs, samples_per_epoch(recipe, data), recipe.data.packing)
+
+
+def _inspect_all(
+    sources: Sequence[WeightedSource], text_inspector: TextInspector, builder: ReportBuilder, workers: int
+) -> None:
+    """Inspect every row of every source, with a progress bar on stderr."""
+    inspector = RowInspector([mixed.source for mixed in sources], text_inspector, builder.config.video_frames)
+    indexed = all(mixed.source.indexed for mixed in sources)
+    total = sum(mixed.size for mixed in sources) if indexed else None
+    with progress_bars(stderr=True) as progress:
+        bar = progress.add_task("checking", total=total, note="")
+        for result in inspect_rows(sources, inspector, workers):
+            builder.add(result)
+            count = builder.problems.count
+            progress.update(bar, advance=1, note=f"problems: {count:,}" if count else "")
+
+
+@contextmanager
+def _report_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder and move its files to ``folder`` if the block succeeds.
+
+    Raises UserError if ``folder`` is a file, or holds files but no earlier check.
+    """
+    _refuse_other_files(folder)
+    # check.json marks the folder as ours; moved first, so that an interrupted move can be replaced by the next check.
+    with atomic.files_in_place(folder, first=RECORD_FILE) as new:
+        yield new
+
+
+def _refuse_other_files(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder: --out FOLDER")
+    if folder.is_dir() and any(folder.iterdir()) and not _is_check_folder(folder):
+        raise UserError(f"{folder}: holds files but no earlier check; choose another folder: --out FOLDER")
+
+
+def _is_check_folder(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("made_by") == MADE_BY
