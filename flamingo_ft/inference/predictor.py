@@ -23,12 +23,11 @@ from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.answering import MAX_NEW_TOKENS, end_token_ids
 from flamingo_ft.backbones.context import context_length
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.data.collate import pad_ids
+from flamingo_ft.data.collate import pad_ids, stack_media
 from flamingo_ft.data.encode import encode_prompt
-from flamingo_ft.data.media_reader import read_pixels
+from flamingo_ft.data.media import load_pixels
 from flamingo_ft.data.sample import Video
 from flamingo_ft.data.schemas.build_sample import text_to_blocks
-from flamingo_ft.data.stack import stack_media
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.images import UnreadableImage, to_rgb
@@ -169,7 +168,7 @@ class Predictor:
     def _pixels(self, image: Any, where: str) -> Tensor:
         """Read an image or video as pixels (F frames, C, H, W)."""
         if isinstance(image, FILES):
-            return read_pixels(self.processor, image, where)
+            return load_pixels(self.processor, image, where)
         try:
             return self.processor.image_processor.transform(to_rgb(image)).unsqueeze(0)
         except UnreadableImage as error:

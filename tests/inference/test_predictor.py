@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from flamingo_ft import Predictor
 from flamingo_ft.adapters import save_adapter
+from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import formats_in
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft import Predictor
-from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.answer import answer
 from flamingo_ft.inference.predictor import Prompt, place_images

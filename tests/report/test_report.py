@@ -10,7 +10,7 @@ import pytest
 
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import Stopped, UserError
-from flamingo_ft.report import curves, gates, final_report, live, write_report
+from flamingo_ft.report import curves, final_report, gates, live, write_report
 from tests.regimes import recipe, write_run
 
 REFRESH = 'http-equiv="refresh"'
