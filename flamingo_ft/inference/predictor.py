@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.answering import MAX_NEW_TOKENS, end_token_ids
-from flamingo_ft.backbones.context import context_length
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.data.collate import pad_ids, stack_media
 from flamingo_ft.data.encode import encode_prompt
