@@ -17,7 +17,7 @@ from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Prompt
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.model.tokens import EOC_TOKEN
+from flamingo_ft.model.added_tokens import EOC_TOKEN
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from flamingo_ft.data.sample import Video
 from flamingo_ft.data.schemas.build_sample import text_to_blocks
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 from flamingo_ft.model.images import UnreadableImage, to_rgb
-from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 BATCH_SIZE = 8
 FORMATS = ("none", "int8", "nf4", "fp4")

@@ -26,7 +26,7 @@ from flamingo_ft.data.sample import Sample, display_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import exact_match
 from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .style import BLUE, GREEN, INK, RED, check_run
 
