@@ -11,7 +11,7 @@ from flamingo_ft import Predictor
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.quantization import formats_in
+from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.answer import answer
@@ -188,9 +188,9 @@ def test_an_adapter_on_disk_answers_as_the_model_it_was_saved_from(flamingo, fil
 
 
 def test_a_predictor_is_loaded_once_and_with_the_quantization_that_is_asked(adapter, files):
-    assert formats_in(Predictor.from_pretrained(adapter, quantization="none").model) == set()
+    assert quantization_formats(Predictor.from_pretrained(adapter, quantization="none").model) == set()
     predictor = Predictor.from_pretrained(adapter, quantization="nf4", max_new_tokens=4)
-    assert formats_in(predictor.model) == {"4bit"}
+    assert quantization_formats(predictor.model) == {"4bit"}
     assert isinstance(predictor(files[0], "Which?"), str)
     with pytest.raises(UserError, match="quantization: must be one of none, int8, nf4, fp4, got nf5"):
         Predictor.from_pretrained(adapter, quantization="nf5")
