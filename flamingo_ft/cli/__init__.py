@@ -369,7 +369,7 @@ def push(
     from flamingo_ft import publish
 
     options = {"private": private, "revision": revision, "merged": merged, "base": base, "license": license_}
-    pushed = publish.push(folder, repository, start=start, say=_say, **options)
+    pushed = publish.push(folder, repository, start=start, log=_say, **options)
     typer.echo(
         f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else "")
     )
