@@ -161,12 +161,12 @@ def test_a_download_that_fills_the_disk_asks_for_room():
 def test_every_command_reports_full_memory_and_a_full_disk_in_a_line(
     fails, line, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setattr("flamingo_ft.evaluation.run.evaluate_adapter", fails)
+    monkeypatch.setattr("flamingo_ft.evaluation.evaluate.evaluate_adapter", fails)
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert line in capsys.readouterr().err
 
 
 def test_any_other_error_of_a_command_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr("flamingo_ft.evaluation.run.evaluate_adapter", gpu_is_broken)
+    monkeypatch.setattr("flamingo_ft.evaluation.evaluate.evaluate_adapter", gpu_is_broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         cli.main(["eval", str(tmp_path)])
