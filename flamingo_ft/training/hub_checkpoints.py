@@ -27,7 +27,7 @@ from flamingo_ft import atomic, processes
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.errors import CLIENT_ERRORS, error_reason, safe_message, with_retries
-from flamingo_ft.hub.upload import additions, limit_timeouts, no_progress_bars
+from flamingo_ft.hub.upload import folder_additions, limit_timeouts, no_progress_bars
 from flamingo_ft.publish import files_to_push
 
 from .checkpoints import checkpoint_folder, verify
@@ -173,7 +173,7 @@ class BackgroundUploads:
             CommitOperationDelete(f"{FOLDER}/step-{step}/", is_folder=True)
             for step in others[self.limit - 1 :]
         ]
-        operations = [*additions(files, f"{FOLDER}/{name}/"), *deletions]
+        operations = [*folder_additions(files, f"{FOLDER}/{name}/"), *deletions]
         message = f"Checkpoint of {name.replace('-', ' ')}"
         self._api.create_commit(self.repository, operations, commit_message=message)
 
