@@ -1,1 +1,1 @@
-"""The two frozen backbones: OpenCLIP towers and causal language models, their quantization, and how they are recognised."""
+"""The two frozen backbones: OpenCLIP towers and causal language models, their quantization and identity."""
