@@ -1,5 +1,4 @@
-"""What ``from_pretrained`` loads besides whole models: an adapter, or a composition that names its two
-backbones.
+"""What ``from_pretrained`` loads besides whole models: adapters, and compositions that name two backbones.
 
 Here they are found and fetched; `flamingo_ft.adapters`, which is built on the model, loads them
 (`FlamingoForConditionalGeneration.set_adapter_loader`).
@@ -20,7 +19,7 @@ from flamingo_ft.hub.names import NAME, HubName, check_path_exists
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, CONFIG_FILE, MODEL_WEIGHTS
 
 from .configuration import FlamingoConfig
-from .quantized import WHERE
+from .quantized import HUB_OPTIONS
 
 FETCH_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token")  # of huggingface_hub
 
@@ -41,12 +40,10 @@ def find_adapter(name: Any, options: Mapping[str, Any]) -> AdapterFolders | None
     adapter = (options.get("adapter_kwargs") or {}).get("_adapter_model_path")
     if name is None or (Path(name).is_dir() and not is_partial(Path(name))):
         return None
-    if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub, and the base that it names
-        of_adapter = {**options, "revision": None, **options["adapter_kwargs"]}
-        return AdapterFolders(
-            _fetch(name if options.get("revision") else _as_recorded(str(name)), options),
-            _fetch(adapter, of_adapter),
-        )
+    if adapter is not None and str(adapter) != str(name):  # an adapter on the Hub and its base
+        base = name if options.get("revision") else _as_recorded(str(name))
+        adapter_options = {**options, "revision": None, **options["adapter_kwargs"]}
+        return AdapterFolders(_fetch(base, options), _fetch(adapter, adapter_options))
     check_path_exists(name)
     if not Path(name).is_dir() and _is_merged(name, options):
         return None
@@ -60,42 +57,47 @@ def find_adapter(name: Any, options: Mapping[str, Any]) -> AdapterFolders | None
 
 
 def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
-    """Whether a repository holds a merged model, by its configuration. UserError where it is another model's."""
+    """Whether a repository's configuration is that of a merged model. Raises UserError for another
+    architecture.
+    """
     if isinstance(options.get("config"), FlamingoConfig):
         return bool(options["config"].merged)
-    where = {key: options[key] for key in WHERE if key in options}
+    where = {key: options[key] for key in HUB_OPTIONS if key in options}
     config, _ = FlamingoConfig.get_config_dict(name, **where)
     if config.get("model_type") != FlamingoConfig.model_type:
         raise UserError(
-            f"{name}: holds a {config.get('model_type')} model, no Flamingo; where an adapter names it as its base, load "
-            "the adapter's folder itself, or let the adapter name a composition"
+            f"{name}: expected a Flamingo, got a {config.get('model_type')} model; if an adapter names it as its base, "
+            "load the adapter's folder itself, or let the adapter name a composition"
         )
     return bool(config.get("merged"))
 
 
 def is_partial(folder: Path) -> bool:
-    """Whether a folder has a Flamingo's configuration, and not the weights of a whole one."""
+    """Whether a folder has a Flamingo's configuration but not the weights of a whole model."""
     return (folder / CONFIG_FILE).is_file() and not any(
         any(folder.glob(weights)) for weights in MODEL_WEIGHTS
     )
 
 
 def named_composition(adapter: Path) -> str | None:
-    """The composition that an adapter names as its base; None where it names its language model alone."""
-    texts = ((adapter / file).read_text(encoding="utf-8") for file in (CONFIG_FILE, ADAPTER_CONFIG))
-    config, peft = map(json.loads, texts)
-    named, revision = peft.get("base_model_name_or_path"), peft.get("revision")
-    if named is None or named == ((config.get("backbones") or {}).get("language") or {}).get("name"):
+    """Return the composition that an adapter names as its base; None if it names its language model alone."""
+    config = json.loads((adapter / CONFIG_FILE).read_text(encoding="utf-8"))
+    peft_config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base = peft_config.get("base_model_name_or_path")
+    language = (config.get("backbones") or {}).get("language") or {}
+    if base is None or base == language.get("name"):
         return None
-    return _as_recorded(named, revision)
+    return _as_recorded(base, peft_config.get("revision"))
 
 
 def _as_recorded(name: str, revision: str | None = None) -> str:
-    """A name that an adapter records, as one that means the same beside any folders: with a revision it is
-    the Hub's.
+    """Return a recorded base so that it is not mistaken for a local folder: names on the Hub get their
+    revision.
     """
-    found = None if os.path.exists(name) else NAME.fullmatch(name)
-    return str(HubName(found["repository"], revision or found["revision"] or "main")) if found else name
+    match = None if os.path.exists(name) else NAME.fullmatch(name)
+    if match is None:
+        return name
+    return str(HubName(match["repository"], revision or match["revision"] or "main"))
 
 
 def _fetch(name: Any, options: Mapping[str, Any]) -> Path:
@@ -104,8 +106,8 @@ def _fetch(name: Any, options: Mapping[str, Any]) -> Path:
         return folder / (options.get("subfolder") or "")
     if options.get("subfolder"):
         raise UserError(
-            f"{name}: parts of a model are looked for at the top of a repository; leave subfolder out"
+            f"{name}: adapters and compositions are read from the top of a repository; leave subfolder out"
         )
-    given = {key: options[key] for key in FETCH_OPTIONS if options.get(key) is not None}
+    fetch_options = {key: options[key] for key in FETCH_OPTIONS if options.get(key) is not None}
     revision = options.get("revision")
-    return fetch_model(f"{name}@{revision}" if revision else name, **given)
+    return fetch_model(f"{name}@{revision}" if revision else name, **fetch_options)
