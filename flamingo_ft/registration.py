@@ -49,7 +49,7 @@ def register() -> None:
 
 
 class _AfterTransformers(MetaPathFinder):
-    """Calls `register` after the import of transformers, or of the module of this package that imported it."""
+    """Calls `register` after the import of transformers, or of this package's module that imported it."""
 
     def __init__(self) -> None:
         self._here = threading.local()  # each thread imports on its own

@@ -96,8 +96,8 @@ def _check_rows_can_be_added(model: FlamingoCore) -> None:
         raise UserError(f"{WHERE}: PEFT has wrapped the rows of new tokens; {ADVICE}, or add them before")
     if model.config.bridge_init:
         raise UserError(
-            f"{WHERE}: the bridge was started from {model.config.bridge_init['path']}, which has no rows for more "
-            "tokens; merge it first, or train a new bridge with these tokens"
+            f"{WHERE}: the bridge was started from {model.config.bridge_init['path']}, which has no rows "
+            "for more tokens; merge it first, or train a new bridge with these tokens"
         )
 
 
@@ -106,7 +106,7 @@ def check_embeddings(module: object, rows: TokenRows | None, where: str) -> None
     needed = 1 + max(rows.token_ids) if rows is not None else 0
     if not isinstance(module, nn.Module):
         raise UserError(
-            f"{where}: needs a torch module, got {type(module).__name__}; pass a layer of the kind that lang_encoder has"
+            f"{where}: needs a torch module, got {type(module).__name__}; pass one like lang_encoder's own"
         )
     if len(module.weight) < needed:
         raise UserError(

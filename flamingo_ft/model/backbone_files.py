@@ -1,4 +1,4 @@
-"""What is known of a recipe's backbones before their weights are loaded: configuration, transform, tokenizer."""
+"""What is known of a recipe's backbones before their weights are loaded: configs, transform, tokenizer."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def eos_token_ids(model: ModelSection) -> int | list[int] | None:
 
 
 def text_limit(config: PreTrainedConfig, max_text_tokens: int | None) -> int:
-    """Return the longest sample in text tokens: ``max_text_tokens``, but at most the model's context length."""
+    """Return the longest sample in text tokens: ``max_text_tokens``, at most the model's context length."""
     return min(max_text_tokens or NO_CONTEXT_LIMIT, context_length(config))

@@ -50,7 +50,7 @@ WITHOUT_BLOCK = (
 
 @dataclass(frozen=True)
 class AnswerTemplate:
-    """A chat template for dialogues and prompts. problem: why it cannot be used for training, if it cannot."""
+    """A chat template for dialogues and prompts. problem: why it cannot be used for training, if so."""
 
     text: str
     problem: str | None = None

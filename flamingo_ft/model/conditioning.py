@@ -158,7 +158,7 @@ class MediaConditioning:
             now.media, now.call, now.past, now.documents = outer
 
     def hold(self, media: Media, times: Tensor) -> None:
-        """Keep ``media`` until `release`. Later text without media tokens starts at text time ``times`` (B,)."""
+        """Keep ``media`` until `release`; later text without media starts at text time ``times`` (B,)."""
         self.held, self._held_times = media, times
 
     def release(self) -> None:
@@ -213,7 +213,7 @@ class MediaConditioning:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:
             raise ValueError(
-                "forward: got no input_ids, in which a Flamingo finds its media; pass them instead of inputs_embeds"
+                "forward: got no input_ids, where a Flamingo finds its media; pass them, not inputs_embeds"
             )
         self.start(input_ids, get_cache(kwargs))
 
@@ -276,8 +276,8 @@ def _refuse_recomputation() -> None:
     """
     if in_backward():
         raise RuntimeError(
-            "a checkpoint wrapper recomputes a decoder layer together with its hooks, and the bridge would get no gradient; "
-            "use the model's activation_checkpointing_enable() instead"
+            "a checkpoint wrapper recomputes a decoder layer together with its hooks, and the bridge would "
+            "get no gradient; use the model's activation_checkpointing_enable() instead"
         )
 
 

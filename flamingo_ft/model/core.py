@@ -96,7 +96,7 @@ class FlamingoCore(nn.Module):
         """
         if input_ids is None:
             raise UserError(
-                "forward: got no input_ids, in which a Flamingo finds its media; pass the text as token ids"
+                "forward: got no input_ids, where a Flamingo finds its media; pass the text as token ids"
             )
         is_media = input_ids == self.conditioning.media_token_id
         mentioned, seen = is_media.sum(-1), self.media_in_cache(input_ids, cache)
@@ -105,7 +105,7 @@ class FlamingoCore(nn.Module):
             return self._known_media(mentioned, seen, None if past is None else past.media)
         if len(given.frames) != len(input_ids):
             raise UserError(
-                f"forward: got {len(given.frames)} rows of images for {len(input_ids)} rows of text; pass one for each"
+                f"forward: got {len(given.frames)} rows of images for {len(input_ids)} of text; pass one each"
             )
         if seen.any() and are_of_the_end(seen, mentioned, given.slots):
             positions = media_positions(seen, given.slots)
@@ -115,7 +115,7 @@ class FlamingoCore(nn.Module):
         return encode_media(self.vision_encoder, self.perceiver, given, seen + mentioned, positions)
 
     def media_in_cache(self, input_ids: Tensor, cache: object | None) -> Tensor:
-        """Return the number of media tokens (R,) in a key/value cache, for each row of ``input_ids`` (R, T)."""
+        """Return the number of media tokens (R,) in a key/value cache for each row of ``input_ids`` (R, T)"""
         length, past = cache_length(cache), past_of(cache)
         if past is None or not length:
             return input_ids.new_zeros(len(input_ids))
@@ -138,7 +138,7 @@ class FlamingoCore(nn.Module):
         return self.conditioning.open(self.media_for(input_ids, given, cache, documents), documents)
 
     def follow_language_model(self) -> None:
-        """Hook the rows of new tokens onto the embedding and the output head that the language model has now."""
+        """Hook the rows of new tokens onto the embedding and output head that the language model has now."""
         if self.token_rows is not None:
             self.token_rows.follow(self.lang_encoder)
 
@@ -149,7 +149,7 @@ class FlamingoCore(nn.Module):
         """
         if input_ids is None:
             raise UserError(
-                "generate: got no input_ids, in which a Flamingo finds its media; pass the prompt as token ids"
+                "generate: got no input_ids, where a Flamingo finds its media; pass the prompt as token ids"
             )
         cache, mask = get_cache(kwargs), kwargs.get("attention_mask")
         _refuse_assisted_continuation(kwargs, cache)
@@ -196,6 +196,6 @@ def _refuse_assisted_continuation(options: Mapping[str, Any], cache: object | No
     assisted = options.get("assistant_model") is not None or lookup is not None
     if assisted and cache_length(cache):
         raise UserError(
-            f"generate: assisted decoding cannot continue from a cache, got one of {cache_length(cache)} tokens; "
-            "pass the whole text without a cache, or no assistant"
+            f"generate: assisted decoding cannot continue from a cache, got one of {cache_length(cache)} "
+            "tokens; pass the whole text without a cache, or no assistant"
         )

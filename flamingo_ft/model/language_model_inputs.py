@@ -32,7 +32,7 @@ def get_cache(values: Mapping[str, object] | tuple) -> object | None:
 
 
 def name_cache(lm: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``inputs`` with their cache, if any, under the name that the ``forward`` of ``lm`` has for it."""
+    """Return ``inputs``, their cache, if any, under the name that the ``forward`` of ``lm`` has for it."""
     others = {name: value for name, value in inputs.items() if name not in CACHE_ARGUMENTS}
     cache = get_cache(inputs)
     if cache is None:

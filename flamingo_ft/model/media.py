@@ -61,7 +61,7 @@ def media_input(
     """
     if pixel_values is not None and vision_tokens is not None:
         raise UserError(
-            "forward: got both pixel_values and vision_tokens, which are the tower's output for them; pass one"
+            "forward: got both pixel_values and vision_tokens, the tower's output for them; pass one"
         )
     if pixel_values is None and vision_tokens is None:
         return None
@@ -86,8 +86,8 @@ def _frames_of_pixels(pixels: Tensor) -> Tensor:
 def _frames_of_tokens(tokens: Tensor) -> Tensor:
     if tokens.dim() != 5:
         raise UserError(
-            f"vision_tokens: must be (samples, media, frames, tokens, width), got shape {tuple(tokens.shape)}; "
-            "add the missing axes"
+            f"vision_tokens: must be (samples, media, frames, tokens, width), got shape "
+            f"{tuple(tokens.shape)}; add the missing axes"
         )
     return tokens
 
@@ -196,8 +196,8 @@ def are_of_the_end(seen: Tensor, mentioned: Tensor, given: int) -> bool:
     whole, end = int((seen + mentioned).max()), int(mentioned.max())
     if given == whole == end:
         raise UserError(
-            f"forward: cannot tell whether the {given} images of each row belong to the whole text or to the new tokens "
-            "alone; continue these rows one at a time"
+            f"forward: cannot tell whether the {given} images of each row belong to the whole text or to "
+            "the new tokens alone; continue these rows one at a time"
         )
     return given < whole
 

@@ -146,8 +146,8 @@ class Flamingo(FlamingoCore):
         report = load_open_flamingo(self, state_dict)
         if strict and (report.missing or report.unexpected):
             raise RuntimeError(
-                f"load_state_dict: {len(report.missing)} missing and {len(report.unexpected)} unexpected keys; "
-                "OpenFlamingo's checkpoints do not have the frozen backbones: pass strict=False"
+                f"load_state_dict: {len(report.missing)} missing and {len(report.unexpected)} unexpected "
+                "keys; OpenFlamingo's checkpoints do not have the frozen backbones: pass strict=False"
             )
         return IncompatibleKeys(report.missing, report.unexpected)
 

@@ -74,8 +74,8 @@ def check_fits_model(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None
     theirs, ours = checkpoint.decoder_layers, model.decoder_layers_attr_name
     if theirs not in (None, ours):
         raise UserError(
-            f"checkpoint is for another language model: its decoder layers are at {theirs}, this model's at {ours}; "
-            "build the model around the language model that the checkpoint was trained with"
+            f"checkpoint is for another language model: its decoder layers are at {theirs}, this model's at "
+            f"{ours}; build the model around the language model that the checkpoint was trained with"
         )
     blocks = [k for k, block in enumerate(model.gated_cross_attn_layers) if block is not None]
     prefix = CROSS_ATTENTION.prefix
@@ -83,8 +83,9 @@ def check_fits_model(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None
     stored = sorted({int(name.partition(".")[0]) for name in names})
     if stored and stored != blocks:
         raise UserError(
-            f"checkpoint has cross-attention before layers {first_few(stored)}, this model before {first_few(blocks)}; "
-            f"build the model with cross_attn_every_n_layers={stored[0] + 1} and the language model of the checkpoint"
+            f"checkpoint has cross-attention before layers {first_few(stored)}, this model before "
+            f"{first_few(blocks)}; build the model with cross_attn_every_n_layers={stored[0] + 1} and the "
+            "language model of the checkpoint"
         )
 
 
@@ -99,8 +100,8 @@ def _check_vocabulary(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> Non
     last = max(model.token_rows.token_ids)
     if name in tensors and len(tensors[name]) <= last:
         raise UserError(
-            f"checkpoint has a vocabulary of {len(tensors[name])} tokens, but the model's new tokens go up to id {last} of "
-            f"{len(embedding)}; build the model with the tokenizer of the checkpoint"
+            f"checkpoint has a vocabulary of {len(tensors[name])} tokens, but the model's go up to id "
+            f"{last} of {len(embedding)}; build the model with the tokenizer of the checkpoint"
         )
 
 
@@ -118,7 +119,7 @@ def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], vocab
 
 
 def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
-    """Whether the shapes agree. A vocabulary matrix may have fewer rows: OpenFlamingo cuts off padding rows."""
+    """Whether the shapes agree; a vocabulary matrix may have fewer rows: OpenFlamingo cuts padding rows."""
     if tensor.shape == target.shape:
         return True
     is_vocabulary = target.dim() == tensor.dim() == 2 and len(target) == vocabulary

@@ -108,5 +108,5 @@ class PerceiverResampler(nn.Module):
 def _check_fits(count: int, embeddings: Tensor, what: str, option: str) -> None:
     if count > len(embeddings):
         raise UserError(
-            f"perceiver: {option} is {len(embeddings)}, got {count} {what}; pass fewer, or raise it for a new bridge"
+            f"perceiver: {option} is {len(embeddings)}, got {count} {what}; pass fewer, or train with more"
         )

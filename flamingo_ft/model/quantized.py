@@ -90,12 +90,13 @@ def check_saveable(model: nn.Module) -> None:
     """
     if getattr(model, "peft_config", None):
         raise UserError(
-            "save_pretrained: a Flamingo with LoRA cannot be saved whole; save its adapter with save_adapter, or merge that"
+            "save_pretrained: a Flamingo with LoRA cannot be saved whole; save its adapter with "
+            "save_adapter, or merge that"
         )
     if quantization_formats(model) and getattr(model, "hf_quantizer", None) is None:
         raise UserError(
-            "save_pretrained: a Flamingo built from quantized backbones cannot be saved whole; save its adapter, or save it "
-            "unquantized and load that with a quantization_config"
+            "save_pretrained: a Flamingo built from quantized backbones cannot be saved whole; save its "
+            "adapter, or save it unquantized and load that with a quantization_config"
         )
 
 

@@ -72,7 +72,7 @@ def copy_into(tensor: Tensor, values: Tensor) -> None:
 
 
 def _replicated(unit: nn.Module, others: set[nn.Parameter] = frozenset()) -> set[nn.Parameter]:
-    """Return the parameters of a unit, without ``others``, whose dtype keeps them out of its common buffer."""
+    """Return the parameters of a unit, without ``others``, whose dtype differs from most of it."""
     sizes: Counter = Counter()
     own = [parameter for parameter in unit.parameters() if parameter not in others]
     for parameter in own:

@@ -76,7 +76,7 @@ class TokenRows(nn.Module):
 
     @torch.no_grad()
     def reset(self, lm: nn.Module, known: int) -> None:
-        """Initialize every row with the mean of the first ``known`` rows of the language model's own matrix."""
+        """Initialize every row with the mean of the first ``known`` rows of the language model's matrix."""
         self.input.weight.copy_(lm.get_input_embeddings().weight[:known].float().mean(0))
         if self.output is not None:
             self.output.weight.copy_(lm.get_output_embeddings().weight[:known].float().mean(0))
@@ -198,8 +198,8 @@ class OutputHead:
         matrix = self._head.weight
         if not matrix.is_floating_point():
             raise UserError(
-                f"output head: quantized, got a weight of {matrix.dtype}; exclude it from quantization when loading the "
-                "language model (llm_int8_skip_modules)"
+                f"output head: quantized, got a weight of {matrix.dtype}; exclude it from quantization when "
+                "loading the language model (llm_int8_skip_modules)"
             )
         matrix = _gathered(matrix)
         if self._apart:
@@ -209,7 +209,7 @@ class OutputHead:
 
 
 def with_scores(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Append to hidden states (..., D) their products with ``rows`` (N, D), and padding: (..., D + columns)."""
+    """Append to hidden states (..., D) their products with ``rows`` (N, D) and padding: (..., D + columns)"""
     scores = functional.linear(hidden, rows.to(hidden)).to(hidden.dtype)
     padding = hidden.new_zeros(*hidden.shape[:-1], _columns(len(rows)) - len(rows))
     return torch.cat([hidden, scores, padding], dim=-1)

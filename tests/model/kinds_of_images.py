@@ -1,4 +1,4 @@
-"""One picture in many kinds of files, each with the RGB pixels that anyone would compute from it with numpy."""
+"""One picture in many kinds of files, each with the RGB pixels expected of it, computed with numpy."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def vision():
 
 
 def build(vision, tokenizer, make, seed=0, vocab_size=KNOWN, **options):
-    """A Flamingo around a random language model, its processor, and a copy of the language model as it was."""
+    """A Flamingo around a random language model, its processor, and a copy of the language model before."""
     torch.manual_seed(seed)
     lm = make(vocab_size=vocab_size).eval()
     plain = copy.deepcopy(lm)

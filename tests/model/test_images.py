@@ -1,4 +1,4 @@
-"""The one reader of images: every kind of file, picture and array becomes the pixels that numpy says it has."""
+"""The image reader: every kind of file, picture and array is read into the pixels that numpy computes."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""What the model is shown: pixels or the tower's tokens of them, media with frames, and the same image twice."""
+"""The model's media input: pixels or the tower's tokens, media with several frames, repeated images."""
 
 from __future__ import annotations
 
