@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from flamingo_ft.adapters.released import Released
+from flamingo_ft.adapters.released_models import ReleasedModel
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.model import FlamingoForConditionalGeneration, build_flamingo
@@ -147,7 +147,7 @@ def write_tower(folder: Path) -> Path:
     return folder
 
 
-def write_checkpoint(folder: Path, model: Released, language: Path, tower: str, pretrained: str) -> Path:
+def write_checkpoint(folder: Path, model: ReleasedModel, language: Path, tower: str, pretrained: str) -> Path:
     """A released model's checkpoint.pt around small backbones: the bridge, and embeddings without rows of padding."""
     vision, lm = load_vision(tower, pretrained), load_language(str(language))
     flamingo, _ = build_flamingo(vision, lm, cross_attn_every_n_layers=model.interval)
@@ -158,7 +158,7 @@ def write_checkpoint(folder: Path, model: Released, language: Path, tower: str, 
 
 
 def open_flamingo_names(
-    flamingo: FlamingoForConditionalGeneration, model: Released, vocabulary: int
+    flamingo: FlamingoForConditionalGeneration, model: ReleasedModel, vocabulary: int
 ) -> dict[str, Tensor]:
     """The bridge and the first rows of the embeddings under the names that OpenFlamingo saves them by; version 1, whose text
     could see the following image, saved the cross-attention under a second one too."""

@@ -19,7 +19,7 @@ from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.formats import tensors_only
-from flamingo_ft.hub.errors import reason
+from flamingo_ft.hub.errors import error_reason
 
 GPU_FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB"
 
@@ -151,7 +151,7 @@ def test_a_full_disk_is_told_from_everything_else(error, is_disk):
 def test_a_download_that_fills_the_disk_asks_for_room():
     with pytest.raises(OSError) as error:
         disk_is_full()
-    assert "make room" in reason(error.value) and "/cache/file" in reason(error.value)
+    assert "make room" in error_reason(error.value) and "/cache/file" in error_reason(error.value)
 
 
 @pytest.mark.parametrize(

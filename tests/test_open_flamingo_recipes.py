@@ -11,7 +11,7 @@ from open_clip.factory import _MODEL_CONFIGS
 
 from flamingo_ft import cli
 from flamingo_ft.adapters import load_adapter
-from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
+from flamingo_ft.adapters.released_models import MODELS, TOWER, ReleasedModel, released
 from flamingo_ft.config import load_recipe
 from flamingo_ft.config.library import packaged_recipes
 
@@ -34,7 +34,7 @@ def put(hub: Hub, name: str, folder: Path) -> None:
     hub.commit(repository, "main", [{"key": "header", "value": {"summary": "put"}}, *lines])
 
 
-def stand_in(hub: Hub, model: Released, folder: Path) -> dict[str, torch.Tensor]:
+def stand_in(hub: Hub, model: ReleasedModel, folder: Path) -> dict[str, torch.Tensor]:
     """Put a small model in the place of a released one, with its backbones; what its checkpoint holds."""
     family = next(family for part, family in FAMILIES.items() if part in model.languages[0])
     language = hub_folders.write_stand_in(folder / "language", family)
@@ -63,7 +63,7 @@ def test_each_language_model_that_was_released_with_has_a_recipe():
     }
 
 
-def arguments_for(model: Released) -> list[str]:
+def arguments_for(model: ReleasedModel) -> list[str]:
     """The recipe that starts from a model, or from another of its shape, with what makes it start from this one."""
     starts = {name: released(load_recipe(name).model.init_from) for name in RECIPES}
     own = [name for name, start in starts.items() if start is model]

@@ -1,16 +1,15 @@
 """What trains, and how it is kept."""
 
 from .card import write_card
+from .check_start import check_start
 from .composition import load_composition, name_base, write_composition
-from .load import load_adapter, load_base, load_trained
+from .init_from import init_bridge
+from .load import load_adapter, load_base, load_trained, restore_trainable
 from .lora import add_lora
 from .merge import write_merged
-from .pairing import check_start
+from .multi_adapter import Adapters
 from .prepare import prepare_training
-from .restore import restore_trainable
 from .save import save_adapter
-from .several import Adapters
-from .start import start_bridge
 from .trainable import set_trainable, trainable_parameters
 
 __all__ = [
@@ -26,7 +25,7 @@ __all__ = [
     "restore_trainable",
     "save_adapter",
     "set_trainable",
-    "start_bridge",
+    "init_bridge",
     "trainable_parameters",
     "write_card",
     "write_composition",

@@ -14,7 +14,7 @@ MAX_NEW_TOKENS = 64
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def answer_greedily(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> None:
+def use_greedy_decoding(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> None:
     """Let plain ``model.generate`` choose and stop as answers are wanted. What else its configuration says stays."""
     config = copy.deepcopy(model.generation_config)
     config.do_sample = False
@@ -29,10 +29,10 @@ def answer_greedily(model: FlamingoForConditionalGeneration, processor: Flamingo
 
 def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:
     """The tokens that end an answer: the language model's own, the chat template's, and the end of a chunk."""
-    return stopping_ids(processor, model.generation_config.eos_token_id)
+    return stop_token_ids(processor, model.generation_config.eos_token_id)
 
 
-def stopping_ids(processor: FlamingoProcessor, own: int | Sequence[int] | None) -> list[int]:
+def stop_token_ids(processor: FlamingoProcessor, own: int | Sequence[int] | None) -> list[int]:
     """The same before there is a model. own: the end tokens of its generation configuration."""
     own = [own] if own is None or isinstance(own, int) else own
     end_of_chunk = processor.tokenizer.convert_tokens_to_ids(EOC_TOKEN)

@@ -8,6 +8,7 @@ so that transformers and PEFT find all that the adapter needs.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save_file
 
 from flamingo_ft.atomic import file_in_place
+from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.identity import tensors_sha256
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import existing, fetch_model
-from flamingo_ft.hub.places import BACKBONE_KEYS, strip_local_paths
+from flamingo_ft.hub import existing_path, fetch_model
+from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import Parts
 from flamingo_ft.version import __version__
 
-from .answering import answer_greedily
+from .answering import use_greedy_decoding
 from .card import CARD
 from .files import (
     BRIDGE_FILE,
@@ -33,10 +36,11 @@ from .files import (
     read_lora_config,
     read_processor,
 )
-from .load import join_backbones, put_together
-from .lora import updates_the_tower
-from .save import forget_place, save_processor
-from .start import bridge_of, put_as_stored
+from .init_from import bridge_tensors, load_bridge_as_stored
+from .load import assemble_backbones, assemble_model, load_adapter
+from .lora import targets_vision
+from .merge import cast
+from .save import reset_name_or_path, save_processor
 from .trainable import BACKBONES
 
 
@@ -54,8 +58,8 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     config, processor = read_config(adapter), read_processor(adapter)
     bridge = _bridge_below(adapter, config, start) if config.bridge_init else None
     lora = read_lora_config(adapter)
-    config.open_attention = config.open_attention or (lora is not None and updates_the_tower(lora))
-    forget_place(config)
+    config.open_attention = config.open_attention or (lora is not None and targets_vision(lora))
+    reset_name_or_path(config)
     out.mkdir(parents=True)
     if bridge is not None:
         config.bridge_init["path"] = BRIDGE_FILE
@@ -71,14 +75,14 @@ def load_composition(folder: str | Path, **options: Any) -> FlamingoForCondition
 
     Raises UserError when a backbone or the bridge is not the recorded one.
     """
-    folder = existing(folder)
+    folder = existing_path(folder)
     config = read_flamingo_config(folder)
     _check_named(folder, config)
     bridge = folder / BRIDGE_FILE
     if config.bridge_init:
         config.bridge_init["path"] = str(bridge.resolve())
-    model = put_together(folder, config, bridge, **options)
-    answer_greedily(model, read_processor(folder))
+    model = assemble_model(folder, config, bridge, **options)
+    use_greedy_decoding(model, read_processor(folder))
     return model.eval().requires_grad_(False)
 
 
@@ -94,15 +98,15 @@ def _bridge_below(adapter: Path, config: FlamingoConfig, start: str | Path | Non
 
     The backbones are loaded along: rows that a checkpoint gives to new tokens are read through the language model.
     """
-    model = join_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
+    model = assemble_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
     before = _backbones_sha256(model)
-    put_as_stored(model, adapter, config.bridge_init, start)
+    load_bridge_as_stored(model, adapter, config.bridge_init, start)
     if _backbones_sha256(model) != before:
         raise UserError(
             f"{adapter}: builds on a checkpoint that has backbones of its own, which a composition cannot name; merge the "
             "adapter, and give the merged model"
         )
-    return {name: tensor.contiguous() for name, tensor in sorted(bridge_of(model).items())}
+    return {name: tensor.contiguous() for name, tensor in sorted(bridge_tensors(model).items())}
 
 
 def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
@@ -134,3 +138,133 @@ def _write_card(config: FlamingoConfig, folder: Path) -> None:
         kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
     )
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
+
+
+# What transformers' own callers pass along, and what says where files lie: nothing of it changes what is loaded here.
+OF_NO_MATTER = {
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "config",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "tqdm_class",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+}
+# Of a configuration: formats, which are options of their own, and in what an adapter's and its base's may differ.
+MAY_DIFFER = {
+    "_name_or_path",
+    "adapter_parts",
+    "architectures",
+    "bridge_init",
+    "dtype",
+    "open_attention",
+    "text_config",
+    "transformers_version",
+    "auto_map",
+}
+UNDERSTOOD = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
+
+
+def load_parts(parts: Parts, options: Mapping[str, Any]) -> Any:
+    """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a composition's as
+    `load_composition`.
+
+    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each part
+    keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is one; without one the
+    CPU, or for quantized parts as with "auto". Raises UserError for options that say more than can be done.
+    """
+    folder = parts.adapter or parts.base
+    _refuse(folder, options)
+    device = _device(folder, options.get("device_map"))
+    if parts.adapter is None:
+        model = load_composition(folder, device=device)
+    else:
+        model, _ = load_adapter(folder, start=_bridge_in(parts.base), device=device)
+        model._hf_peft_config_loaded = bool(getattr(model, "peft_config", None))
+    dtype = _dtype(options)
+    if dtype is not None:
+        cast(model, dtype)
+    attention = options.get("attn_implementation") or _asked_attention(options.get("config"))
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return (model, _nothing_missing()) if options.get("output_loading_info") else model
+
+
+def _refuse(folder: Path, options: Mapping[str, Any]) -> None:
+    known = OF_NO_MATTER | UNDERSTOOD
+    unknown = sorted(key for key, value in options.items() if key not in known and value is not None)
+    unknown += _changed(options.get("config"), read_flamingo_config(folder))
+    if "quantization_config" in unknown:
+        remedy = "merge it and load that with a quantization_config"
+        raise UserError(f"{folder}: its backbones are kept as it records, in no other quantization; {remedy}")
+    if unknown:
+        raise UserError(
+            f"{folder}: from_pretrained cannot take {', '.join(unknown)} where a model is put together from its "
+            "backbones; leave it out, or merge the adapter and load that"
+        )
+
+
+def _changed(given: Any, stored: FlamingoConfig) -> list[str]:
+    """What a configuration that was passed says otherwise than the stored one: what a caller changed, since Auto
+    classes pass on what they read."""
+    if not isinstance(given, FlamingoConfig):
+        return []
+    ours, theirs = stored.to_dict(), given.to_dict()
+    return [key for key in sorted(theirs) if key not in MAY_DIFFER and theirs[key] != ours.get(key)]
+
+
+def _device(folder: Path, device_map: Any) -> torch.device:
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:
+        device_map = device_map[""]
+    if device_map is None:
+        return default_device() if _is_quantized(read_flamingo_config(folder)) else torch.device("cpu")
+    if device_map == "auto":
+        return default_device()
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise UserError(
+            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to spread it"
+        ) from None
+
+
+def _is_quantized(config: FlamingoConfig) -> bool:
+    return any((source or {}).get("quantization") for source in (config.backbones or {}).values())
+
+
+def _dtype(options: Mapping[str, Any]) -> torch.dtype | None:
+    """The number format that was asked for; None for each part's own."""
+    asked = options.get("dtype") or options.get("torch_dtype")
+    asked = getattr(torch, asked, asked) if isinstance(asked, str) else asked
+    if asked in (None, "auto"):
+        return None
+    if not isinstance(asked, torch.dtype):
+        raise UserError(f"dtype {asked!r} is no number format; give one such as bfloat16, or auto")
+    return asked
+
+
+def _asked_attention(config: Any) -> str | None:
+    """What an Auto class was asked for, which passes it on inside the configuration."""
+    return (
+        getattr(config, "_attn_implementation_internal", None) if isinstance(config, FlamingoConfig) else None
+    )
+
+
+def _bridge_in(base: Path | None) -> Path | None:
+    bridge = None if base is None else base / BRIDGE_FILE
+    return bridge if bridge is not None and bridge.is_file() else None
+
+
+def _nothing_missing() -> dict[str, Any]:
+    """transformers' loading report of a model in which everything found its place, as is checked while loading."""
+    return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}

@@ -23,10 +23,10 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.quantized import mark_quantized
+from flamingo_ft.model.sharding import fill, let_go
 from flamingo_ft.model.tokens import grow_vocabulary
 
-from .answering import answer_greedily
-from .contents import adapter_tensors, kept_parts
+from .answering import use_greedy_decoding
 from .files import (
     read_base_name,
     read_config,
@@ -34,11 +34,12 @@ from .files import (
     read_lora_config,
     read_processor,
     read_tensors,
+    resolve_local_backbones,
 )
-from .lora import ADAPTER, inject, open_what_is_updated
-from .recorded import with_places
-from .start import restart_bridge
-from .trainable import BRIDGE, is_lora
+from .init_from import load_recorded_bridge
+from .lora import ADAPTER, inject, unfuse_targeted_attention
+from .save import adapter_tensors, name_in_file
+from .trainable import BRIDGE, is_lora, parts_in_adapter, trainable_parameters
 
 
 def load_adapter(
@@ -62,18 +63,20 @@ def load_adapter(
         load_base(folder, start=start, device=device, quantized=quantized),
         read_processor(folder),
     )
-    put_adapter(model, folder)
-    answer_greedily(model, processor)
+    load_adapter_into(model, folder)
+    use_greedy_decoding(model, processor)
     return model.eval().requires_grad_(False), processor
 
 
 def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
     folder = fetch_model(folder)
-    return (load_whole(folder), read_processor(folder)) if is_whole_model(folder) else load_adapter(folder)
+    return (
+        (load_whole_model(folder), read_processor(folder)) if is_whole_model(folder) else load_adapter(folder)
+    )
 
 
-def load_whole(folder: Path) -> FlamingoForConditionalGeneration:
+def load_whole_model(folder: Path) -> FlamingoForConditionalGeneration:
     """A merged model, or any that was saved whole, in eval mode on the GPU where there is one."""
     read_flamingo_config(folder)
     model = FlamingoForConditionalGeneration.from_pretrained(folder, device_map={"": default_device()})
@@ -95,13 +98,13 @@ def load_base(
     """
     folder, start = fetch_model(folder), None if start is None else fetch_model(start)
     options = {"quantized": quantized, "dtype": dtype, "device": device}
-    model = put_together(folder, read_config(folder), start, **options)
+    model = assemble_model(folder, read_config(folder), start, **options)
     if (lora := read_lora_config(folder)) is not None:
-        open_what_is_updated(model, lora)
+        unfuse_targeted_attention(model, lora)
     return model
 
 
-def put_together(
+def assemble_model(
     folder: Path,
     config: FlamingoConfig,
     start: str | Path | None,
@@ -112,16 +115,16 @@ def put_together(
 ) -> FlamingoForConditionalGeneration:
     """The model of a configuration, read from ``folder``, out of its parts; otherwise as `load_base`."""
     device = default_device() if device is None else torch.device(device)
-    model = join_backbones(folder, config, quantized, dtype, device)
+    model = assemble_backbones(folder, config, quantized, dtype, device)
     if config.bridge_init:
-        restart_bridge(model, folder, start)
+        load_recorded_bridge(model, folder, start)
     model.to(device)
     if quantized and config.bridge_quantization:
         quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
     return model
 
 
-def join_backbones(
+def assemble_backbones(
     folder: Path,
     config: FlamingoConfig,
     quantized: bool,
@@ -132,7 +135,7 @@ def join_backbones(
 
     The model's own configuration has the places where local ones lie now.
     """
-    config = with_places(folder, config)
+    config = resolve_local_backbones(folder, config)
     loaded = {
         part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")
     }
@@ -143,27 +146,27 @@ def join_backbones(
     return FlamingoForConditionalGeneration(config, loaded["vision"].visual, lm)
 
 
-def put_adapter(model: FlamingoForConditionalGeneration, folder: Path) -> None:
+def load_adapter_into(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     """Put LoRA and bridge of an adapter into its base. Each tensor must be there and fit."""
     tensors, lora = read_tensors(folder), read_lora_config(folder)
     if lora is not None:
         inject(model, lora)
     check_tensors(folder, tensors, adapter_tensors(model))
-    put_bridge_parts(model, {name: tensor for name, tensor in tensors.items() if not is_lora(name)})
+    set_bridge_parameters(model, {name: tensor for name, tensor in tensors.items() if not is_lora(name)})
     model.adapter_base = read_base_name(folder)
     if lora is not None:
-        put_lora(model, {name: tensor for name, tensor in tensors.items() if is_lora(name)})
+        load_lora_weights(model, {name: tensor for name, tensor in tensors.items() if is_lora(name)})
 
 
 @torch.no_grad()
-def put_bridge_parts(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
+def set_bridge_parameters(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
     """Replace parameters of the bridge, in the number formats that the tensors have."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].data = tensor.to(parameters[name].device)
 
 
-def put_lora(
+def load_lora_weights(
     model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], adapter: str = ADAPTER
 ) -> None:
     """Fill the updates of an injected adapter, in the number formats that the tensors have."""
@@ -175,7 +178,7 @@ def put_lora(
 
 def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, quantization: Quantization) -> None:
     """Keep the matrices of the bridge's parts that no adapter of this model holds in fewer bits."""
-    frozen = [part for part in ("perceiver", "cross_attention") if part not in kept_parts(model.config)]
+    frozen = [part for part in ("perceiver", "cross_attention") if part not in parts_in_adapter(model.config)]
     for part in frozen:
         quantize_linears(model.get_submodule(BRIDGE[part].removesuffix(".")), quantization, model.device)
     mark_quantized(model)
@@ -223,3 +226,54 @@ def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str
             raise UserError(
                 f"{folder}: {name} has shape {shapes[0]}, wanted {shapes[1]}; the adapter is damaged"
             )
+
+
+PLACES = (
+    "name",
+    "pretrained",
+    "revision",
+    "path",
+)  # of a base: where it was, which may change; its content may not
+
+
+@torch.no_grad()
+def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> None:
+    """Copy an adapter that `save_adapter` wrote of this model into its trainable parameters, to the last bit.
+
+    Raises UserError where the adapter lacks one of them, has it in another shape, or belongs to another base.
+    """
+    _check_base(model, folder)
+    tensors = read_tensors(folder)
+    let_go(model)
+    for name, parameter in trainable_parameters(model).items():
+        stored = tensors.get(name_in_file(name))
+        if stored is None:
+            raise UserError(
+                f"{folder}: {name} trains, but is not in this adapter; resume with the recipe of its run"
+            )
+        # Updates that took their start out of the base are kept with that start behind them (`_with_start`).
+        stored = stored[tuple(slice(size) for size in parameter.shape)]
+        if stored.shape != parameter.shape:
+            found = f"{name} has shape {tuple(stored.shape)}, wanted {tuple(parameter.shape)}"
+            raise UserError(f"{folder}: {found}; resume with the recipe of its run")
+        fill(parameter, stored)
+
+
+def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:
+    stored, here = _base_of(read_config(folder)), _base_of(model.config)
+    for part, record in stored.items():
+        if _content(record) != _content(here[part]):
+            raise UserError(
+                f"{folder}: trained on {part} {record}, got {here[part]}; restore what it was trained on"
+            )
+
+
+def _base_of(config: FlamingoConfig) -> dict[str, Mapping[str, Any]]:
+    """What an adapter's configuration records of each part of the model that it belongs to."""
+    parts = {f"{part} backbone": source for part, source in (config.backbones or {}).items()}
+    return {"bridge of": config.bridge_init or {}, "vision backbone": {}, "language backbone": {}, **parts}
+
+
+def _content(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what copies of the same content differ in."""
+    return {key: value for key, value in record.items() if key not in PLACES}

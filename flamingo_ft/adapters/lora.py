@@ -19,13 +19,13 @@ from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .initialise import (
+from .lora_init import (
     Batches,
-    check_initialisation,
-    directions_read,
-    start_along,
-    start_at_what_quantization_lost,
-    updates_of,
+    check_lora_init,
+    eva_directions,
+    init_eva,
+    init_loftq,
+    lora_weights,
 )
 from .trainable import PREFIXES
 
@@ -46,33 +46,33 @@ def add_lora(
         open_attention(model.vision_encoder)
     targets = {part: find_targets(model, part, wanted) for part, wanted in lora.parts.items()}
     config = lora_config(model, lora, targets)
-    check_initialisation(model, lora, [name for names in targets.values() for name in names])
-    directions = directions_read(model, config, batches) if lora.init_lora_weights == "eva" else {}
+    check_lora_init(model, lora, [name for names in targets.values() for name in names])
+    directions = eva_directions(model, config, batches) if lora.init_lora_weights == "eva" else {}
     inject(model, config)
     if lora.init_lora_weights == "pissa":
-        model.lora_start = updates_of(model)
+        model.initial_lora = lora_weights(model)
     elif lora.init_lora_weights == "loftq":
-        start_at_what_quantization_lost(model)
-    start_along(model, directions)
+        init_loftq(model)
+    init_eva(model, directions)
     return config
 
 
 def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
     """Put the updates that ``config`` describes into the model. The rest of the model is left as it was."""
-    open_what_is_updated(model, config)
+    unfuse_targeted_attention(model, config)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, ADAPTER)
     for name, parameter in model.named_parameters():  # PEFT freezes all that is not LoRA
         parameter.requires_grad_(trains.get(name.replace(".base_layer.", "."), parameter.requires_grad))
 
 
-def open_what_is_updated(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
+def unfuse_targeted_attention(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
     """Give the tower linear layers for all its matrices where ``config`` updates some of them."""
-    if updates_the_tower(config):
+    if targets_vision(config):
         open_attention(model.vision_encoder)
 
 
-def updates_the_tower(config: LoraConfig) -> bool:
+def targets_vision(config: LoraConfig) -> bool:
     """Whether a configuration of this package has updates to matrices of the vision tower."""
     return re.escape(PREFIXES["vision"]) in config.target_modules
 
@@ -126,7 +126,7 @@ def lora_config(
         lora_dropout=lora.lora_dropout,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        init_lora_weights=peft_initialisation(lora),
+        init_lora_weights=peft_init(lora),
     )
 
 
@@ -137,7 +137,7 @@ def base_name(model: FlamingoForConditionalGeneration) -> str | None:
     )
 
 
-def peft_initialisation(lora: LoraSection) -> bool | str:
+def peft_init(lora: LoraSection) -> bool | str:
     """What PEFT itself starts the updates from; the others are started from afterwards."""
     return lora.init_lora_weights if lora.init_lora_weights in ("gaussian", "pissa") else True
 

@@ -7,26 +7,31 @@ measured in `evaluation.merging`, which calls this.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.quantization import Quantization, dequantize_linears
+from flamingo_ft.backbones.quantization import Quantization, dequantize_linears, is_quantized, plain_linear
+from flamingo_ft.backbones.rounding import rounded
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .answering import answer_greedily
+from .answering import use_greedy_decoding
 from .card import write_card
 from .files import read_config, read_flamingo_config, read_tensors
-from .fold import cast, fold_lora
-from .load import load_base, put_adapter
-from .save import forget_place
+from .load import load_adapter_into, load_base
+from .save import reset_name_or_path
+from .trainable import PREFIXES, cast_parameter, is_lora
 from .verify import verify_merge
 
 Base = Literal["bf16", "dequantized"]
@@ -73,7 +78,7 @@ def check_mergeable(adapter: Path, out: Path) -> None:
     read_config(adapter)
 
 
-def trained_in(config: FlamingoConfig) -> list[str]:
+def base_quantizations(config: FlamingoConfig) -> list[str]:
     """Return the quantization formats of the base that an adapter was trained on."""
     kept = [config.bridge_quantization, *(source.get("quantization") for source in config.backbones.values())]
     return sorted({record["format"] for record in kept if record})
@@ -112,14 +117,14 @@ def _write(
     _refuse_non_finite(adapter)
     model = _load_base(adapter, base, dtype, start)
     _refuse_other_quantization(adapter, model)
-    put_adapter(model, adapter)
+    load_adapter_into(model, adapter)
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
     close_attention(model.vision_encoder)
     cast(model, dtype)
-    answer_greedily(model, processor)
+    use_greedy_decoding(model, processor)
     digest = tensors_sha256(read_tensors(adapter))
-    as_whole(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
+    make_standalone(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     processor.save_pretrained(folder)
     write_card(folder)
@@ -146,12 +151,55 @@ def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGener
         )
 
 
-def as_whole(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
+def make_standalone(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
     """The configuration of a model that builds on nothing else."""
     for source in config.backbones.values():
         source["quantization"] = None
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
     config.open_attention = False
     config.text_config.quantization_config = None
-    forget_place(config)
+    reset_name_or_path(config)
     config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
+
+
+def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None = None) -> list[str]:
+    """Fold LoRA into its matrices, in place and one by one. Returns the parts that had any.
+
+    Each sum is computed in float32, from the matrix as it was loaded or from what a quantized one stands for, and
+    rounded once: to ``dtype``, by default the matrix's own, float32 for a quantized one. Raises UserError for a sum
+    beyond its range.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        plain = _in_float32(name, layer, model)
+        found = layer.get_base_layer().weight.dtype
+        plain.merge(safe_merge=True)
+        folded = plain.get_base_layer()
+        final = dtype or (found if found.is_floating_point else torch.float32)
+        for leaf, parameter in folded.named_parameters():
+            parameter.data = rounded(f"{name}.{leaf}", parameter.data, final)
+        model.set_submodule(name, folded)
+    if layers:
+        del model.peft_config
+    return [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in layers)]
+
+
+def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGeneration) -> LoraLayer:
+    """The layer in float32; around the matrix that its quantized one stands for, where it is quantized."""
+    if not is_quantized(layer.get_base_layer()):
+        return layer.float()
+    alone = nn.ModuleDict({"layer": plain_linear(layer.get_base_layer(), torch.float32, name)})
+    for adapter, config in model.peft_config.items():
+        own = {"r": layer.r[adapter], "lora_alpha": layer.lora_alpha[adapter], "target_modules": ["layer"]}
+        inject_adapter_in_model(
+            dataclasses.replace(config, rank_pattern={}, alpha_pattern={}, **own), alone, adapter
+        )
+    lora = {key: tensor for key, tensor in layer.state_dict().items() if is_lora(f".{key}")}
+    alone["layer"].load_state_dict(lora, strict=False)
+    return alone["layer"].float()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give every parameter that dtype, but the gates, which stay in float32; one by one."""
+    for name, parameter in model.named_parameters():
+        cast_parameter(name, parameter, dtype)

@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,10 +22,9 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, 
 from flamingo_ft.model.sharding import whole
 
 from .card import write_card
-from .contents import adapter_tensors, name_in_file
 from .files import PREFIX
 from .lora import ADAPTER, base_name, has_lora
-from .trainable import trainable_parameters
+from .trainable import BRIDGE, is_lora, parts_in_adapter, trainable_parameters
 
 # What AutoPeftModel makes the base with, from the composition that the adapter names.
 AUTO_MAPPING = {
@@ -95,7 +94,7 @@ def _as_plain_lora(
     # The weights are in the file: nothing is to be made up, or taken out of the base, when it is loaded.
     loaded_as = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": AUTO_MAPPING}
     config = dataclasses.replace(model.peft_config[adapter], **loaded_as)
-    start = getattr(model, "lora_start", None)
+    start = getattr(model, "initial_lora", None)
     if not start:
         return tensors, config
     doubled = {name: _with_start(name, tensor, start) for name, tensor in tensors.items()}
@@ -112,7 +111,7 @@ def _with_start(name: str, tensor: Tensor, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([tensor, first], dim=0) if ".lora_A." in name else torch.cat([tensor, -first], dim=1)
 
 
-def forget_place(config: FlamingoConfig) -> None:
+def reset_name_or_path(config: FlamingoConfig) -> None:
     """Leave out in which folder of this machine the language model lay; what it was asked for by stays."""
     config.text_config._name_or_path = ((config.backbones or {}).get("language") or {}).get("name") or ""
 
@@ -120,7 +119,36 @@ def forget_place(config: FlamingoConfig) -> None:
 def _own_config(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
     """The model's configuration without what the language model's loader left in it: how it was quantized this time."""
     config = FlamingoConfig.from_dict(model.config.to_dict())
-    forget_place(config)
+    reset_name_or_path(config)
     if ((config.backbones or {}).get("language") or {}).get("quantization"):
         config.text_config.quantization_config = None
     return config
+
+
+def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAPTER) -> dict[str, Tensor]:
+    """What an adapter holds, by name: LoRA, and the parts of the bridge that its base does not have."""
+    kept = tuple(BRIDGE[part] for part in parts_in_adapter(model.config))
+    state = model.state_dict()
+    bridge = {
+        _own_name(model, name, adapter): tensor
+        for name, tensor in state.items()
+        if name.startswith(kept) and not is_lora(name)
+    }
+    # PEFT would look for the vocabulary's original size on the Hub; the token rows have what was added to it.
+    has_any = has_lora(model, adapter)
+    lora = get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False) if has_any else {}
+    return bridge | lora
+
+
+def _own_name(model: FlamingoForConditionalGeneration, name: str, adapter: str) -> str:
+    """A tensor's name where ``adapter`` is the only one: a layer that only others update is plain then."""
+    layer, base, leaf = name.partition(".base_layer.")
+    return f"{layer}.{leaf}" if base and adapter not in model.get_submodule(layer).r else name
+
+
+def name_in_file(name: str, adapter: str = ADAPTER) -> str:
+    """A parameter's name as PEFT keeps it: without the adapter's own name."""
+    if not is_lora(name):
+        return name
+    plain = name.replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
+    return plain.removesuffix(".weight") if "lora_magnitude_vector" in plain else plain

@@ -7,7 +7,7 @@ from torch import nn
 
 from flamingo_ft.backbones.rounding import rounded
 from flamingo_ft.config import LoraSection, TrainableSection
-from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
 # The parts of a Flamingo, as the recipe's `trainable` and `lora` sections name them -> where they live in the model.
 BRIDGE = {
@@ -50,10 +50,10 @@ def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> No
     Raises UserError for a value beyond the range of ``dtype``.
     """
     if parameter.is_floating_point():
-        parameter.data = rounded(name, parameter.data, kept_dtype(name, dtype))
+        parameter.data = rounded(name, parameter.data, parameter_dtype(name, dtype))
 
 
-def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the parameter ``name`` in a model of ``dtype``: the gates are too fine for less than float32."""
     return torch.float32 if name.endswith("_gate") else dtype
 
@@ -66,3 +66,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def is_lora(name: str) -> bool:
     """Whether a parameter's name is that of an update rather than of what it updates."""
     return ".lora_" in name
+
+
+def parts_in_adapter(config: FlamingoConfig) -> list[str]:
+    """The parts of the bridge that the adapter holds whole; a bridge that started from nothing is held whole."""
+    return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts

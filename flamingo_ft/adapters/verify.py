@@ -31,7 +31,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
 from .files import read_lora_config, read_tensors
-from .trainable import is_lora, kept_dtype
+from .trainable import is_lora, parameter_dtype
 
 BLOCK = (
     2**15
@@ -43,7 +43,7 @@ LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 
 
 @dataclass(frozen=True)
-class Verified:
+class VerificationResult:
     """What was compared: all tensors, and those of them that LoRA changed.
 
     worst: the matrix with LoRA that comes closest to what rounding allows, None without LoRA; worst_error: its largest
@@ -82,7 +82,7 @@ class Expected:
 
 def verify_merge(
     folder: Path, adapter: Path, base: FlamingoForConditionalGeneration, dtype: torch.dtype
-) -> Verified:
+) -> VerificationResult:
     """Compare the model written to ``folder`` with ``adapter`` on ``base``, the base that was merged into.
 
     dtype: that was asked for. Raises UserError for a tensor that is missing or unknown, for a matrix with LoRA that
@@ -104,7 +104,7 @@ def verify_merge(
         )
     _refuse_errors(adapter, errors, with_lora, dtype)
     worst = max(with_lora, key=errors.__getitem__, default=None)
-    return Verified(len(errors), len(with_lora), worst, errors.get(worst, 0.0))
+    return VerificationResult(len(errors), len(with_lora), worst, errors.get(worst, 0.0))
 
 
 def _refuse_errors(
@@ -140,7 +140,7 @@ def _expected(
     for names, tensor, is_parameter, transposed in _tensors_of(base):
         raw = next((whole.pop(name) for name in names if name in whole), tensor)
         update = next((updates.pop(name) for name in names if name in updates), None)
-        kept = kept_dtype(names[0], dtype) if is_parameter and raw.is_floating_point() else raw.dtype
+        kept = parameter_dtype(names[0], dtype) if is_parameter and raw.is_floating_point() else raw.dtype
         yield Expected([closed.get(name, name) for name in names], raw, kept, update, transposed)
     if left := sorted([*whole, *updates]):
         raise _wrong(adapter, f"the adapter's {left[0]} has no place in it", len(left))

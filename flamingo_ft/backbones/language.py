@@ -39,8 +39,7 @@ from flamingo_ft.backbones.quantization import Quantization, settle
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.fetch import download
-from flamingo_ft.hub.missing import missing
-from flamingo_ft.hub.names import NANO, commit_of, local_language
+from flamingo_ft.hub.names import NANO, commit_of, local_language, missing_path_message
 from flamingo_ft.machine_errors import is_machine_error, reraise_machine_error
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
@@ -188,7 +187,7 @@ def language_folder(
     if name == NANO:
         raise UserError(f"the nano language model is missing from {folder}; install the package again")
     if folder is not None:
-        raise UserError(f"language model: {missing(name, on_hub=f'{name} with revision main')}")
+        raise UserError(f"language model: {missing_path_message(name, on_hub=f'{name} with revision main')}")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"language model {name!r}: neither a folder nor a name on the Hub; check the name")
     asked = f"language model {name}" + (f" (revision {revision})" if revision else "")

@@ -14,9 +14,16 @@ from open_clip.pretrained import download_pretrained_from_hf
 from flamingo_ft.backbones.license import license_in, license_on_hub
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
-from flamingo_ft.hub.errors import told
-from flamingo_ft.hub.missing import missing
-from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, commit_of, local_tower, local_weights
+from flamingo_ft.hub.errors import hub_error
+from flamingo_ft.hub.names import (
+    LOCAL_DIR,
+    NANO,
+    ON_HUB,
+    commit_of,
+    local_tower,
+    local_weights,
+    missing_path_message,
+)
 from flamingo_ft.hub.weight_files import OPEN_CLIP_CONFIG_FILE, OPEN_CLIP_SUFFIXES, OPEN_CLIP_WEIGHTS
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
@@ -126,7 +133,7 @@ def _has_tag(name: str, pretrained: str) -> bool:
 def _refuse_unknown_tag(name: str, pretrained: str) -> None:
     file = None if _has_tag(name, pretrained) else local_weights(pretrained)
     if file is not None and not file.is_file():
-        raise UserError(f"weights of {name}: {missing(pretrained)}")
+        raise UserError(f"weights of {name}: {missing_path_message(pretrained)}")
     if file is None and not _has_tag(name, pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
@@ -146,7 +153,9 @@ def _locate_on_hub(repository: str, revision: str | None) -> Located:
 def _locate_folder(folder: Path, revision: str | None = None, name: str | None = None) -> Located:
     """name: what the folder was asked for by, where it may not exist."""
     if name is not None and not folder.is_dir():
-        raise UserError(f"vision tower: {missing(name.removeprefix(LOCAL_DIR), on_hub=f'{ON_HUB}{name}')}")
+        raise UserError(
+            f"vision tower: {missing_path_message(name.removeprefix(LOCAL_DIR), on_hub=f'{ON_HUB}{name}')}"
+        )
     file = folder / OPEN_CLIP_CONFIG_FILE
     if not file.is_file():
         raise UserError(
@@ -175,7 +184,7 @@ def _download(repository: str, file: str | None, revision: str | None) -> Path:
         return Path(download_pretrained_from_hf(repository, filename=file, revision=revision))
     except FileNotFoundError as error:  # open_clip turns every failure into this one
         wanted = f"{file or 'weights'} of vision tower {repository} (revision {revision or 'main'})"
-        raise told(wanted, error) from None
+        raise hub_error(wanted, error) from None
 
 
 def _tower_config(model_cfg: dict) -> dict:

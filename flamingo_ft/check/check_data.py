@@ -14,8 +14,8 @@ from flamingo_ft import atomic
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, steps_per_epoch, with_max_steps
-from flamingo_ft.data.stream.order import Mixed
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
+from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.backbone_files import backbone_files, own_ends, text_limit
 from flamingo_ft.progress import progress_bars
@@ -48,7 +48,7 @@ def check_data(recipe: Recipe, name: str, folder: Path) -> CheckReport:
         limit = text_limit(files.language, recipe.data.max_text_tokens)
         inspector = TextInspector(processor, recipe.data, limit, pairs=recipe.train.method == "dpo")
         data = open_data(recipe.data, recipe.train.seed)
-        sources = [*data.train, *data.held_out]
+        sources = [*data.train, *data.eval]
         builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))
         _inspect_all(sources, inspector, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, own_ends(recipe.model))
@@ -70,7 +70,7 @@ def _training_length(recipe: Recipe, data: OpenedData) -> TrainingLength:
 
 
 def _inspect_all(
-    sources: Sequence[Mixed], text_inspector: TextInspector, builder: ReportBuilder, workers: int
+    sources: Sequence[WeightedSource], text_inspector: TextInspector, builder: ReportBuilder, workers: int
 ) -> None:
     """Inspect every row of every source, with a progress bar on stderr."""
     inspector = RowInspector([mixed.source for mixed in sources], text_inspector, builder.config.video_frames)

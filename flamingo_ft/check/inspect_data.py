@@ -16,10 +16,10 @@ from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample, apply_template, encode, open_source
-from flamingo_ft.data.encode import text_of
-from flamingo_ft.data.fields import MEMBERS
+from flamingo_ft.data.fields import TAR_MEMBERS
+from flamingo_ft.data.sample import message_text
 from flamingo_ft.data.schemas.table import MIMICIT
-from flamingo_ft.data.sources.opening import open_files
+from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
 from flamingo_ft.evaluation.questions import questions_of
@@ -127,7 +127,7 @@ def guess_columns(columns: Iterable[str]) -> tuple[str, dict[str, str]] | None:
     by_name = {
         re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_"): column
         for column in columns
-        if column != MEMBERS
+        if column != TAR_MEMBERS
     }
     found = {
         name: next((by_name[synonym] for synonym in synonyms if synonym in by_name), None)
@@ -160,7 +160,7 @@ def _with_schema(entry: DataSource) -> DataSource:
 
 def _first_columns(entry: DataSource) -> list[str]:
     """The columns of the first row that can be parsed; none where rows are no mappings."""
-    for file in open_files(entry):
+    for file in open_row_files(entry):
         for number, content in enumerate(islice(file.stream(), ROWS_TRIED)):
             try:
                 row = file.parse(content, f"{file.name}: row {number}")
@@ -224,7 +224,7 @@ def _local_processor(language: str) -> tuple[FlamingoProcessor | None, int | Non
 def _estimated(sample: Sample) -> tuple[int, list[int]]:
     """Text tokens, and those of each answer, by the number of characters."""
     texts = [*sample.messages, *(sample.rejected or ())]
-    text = sum(_tokens(text_of(message)) + MESSAGE_TOKENS for message in texts)
+    text = sum(_tokens(message_text(message)) + MESSAGE_TOKENS for message in texts)
     return text, [_tokens(question.answer) + 1 for question in questions_of([sample])]
 
 

@@ -146,7 +146,7 @@ def _schedule(train: InspectedData, held_out: InspectedData | None, most_in_batc
     """What is held out, and how long and in what batches to train."""
     fraction, data = _split(train, holds_out=held_out is None)
     samples = sum(mixed.size for mixed in data.train)
-    evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.held_out)
+    evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.eval)
     batch = min(most_in_batch, samples)
     epochs = (
         1

@@ -13,7 +13,7 @@ import numpy as np
 
 from flamingo_ft.config import EvalSection
 from flamingo_ft.data import OpenedData
-from flamingo_ft.data.sources.rows import RawRow
+from flamingo_ft.data.sources.source import RawRow
 from flamingo_ft.evaluation.answer_lengths import AnswerLengths
 
 from .check_report import (
@@ -42,7 +42,7 @@ class ReportBuilder:
         self._answers = AnswerLengths(evaluation.max_new_tokens)
         self._max_eval_samples = evaluation.max_samples
         self._eval_samples: Counter[int] = Counter()  # by source
-        self._sources = [mixed.source for mixed in (*data.train, *data.held_out)]
+        self._sources = [mixed.source for mixed in (*data.train, *data.eval)]
         self._train_sources = len(data.train)
         self._stats = [
             SourceStats(source.name, TRAIN if index < self._train_sources else HELD_OUT, source.format)

@@ -18,7 +18,7 @@ from PIL import Image
 from flamingo_ft.data import Sample, open_medium
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.sample import Medium, Video
-from flamingo_ft.data.stream.order import Mixed
+from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, percent
 from flamingo_ft.model import FlamingoProcessor
@@ -205,7 +205,7 @@ class SamplePreview:
 
 
 def preview_samples(
-    index: int, source: Mixed, inspector: TextInspector, video_frames: int
+    index: int, source: WeightedSource, inspector: TextInspector, video_frames: int
 ) -> list[SamplePreview]:
     """Return previews of the first usable samples of the source at ``index``."""
     previews: list[SamplePreview] = []
@@ -221,7 +221,9 @@ def preview_samples(
     return previews
 
 
-def _preview(source: Mixed, row: Row, inspector: TextInspector, video_frames: int) -> SamplePreview | None:
+def _preview(
+    source: WeightedSource, row: Row, inspector: TextInspector, video_frames: int
+) -> SamplePreview | None:
     """Return a preview of a row, or None if it is not trained on. Raises UserError if it cannot be read."""
     if row.failure is not None:
         return None

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from flamingo_ft.data import Sample, Source, open_medium
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.sample import Medium, Video
-from flamingo_ft.data.sources.rows import RawRow
-from flamingo_ft.data.stream.order import Mixed
+from flamingo_ft.data.sources.source import RawRow
+from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.images import conversions
 
@@ -174,7 +174,9 @@ def _usable_row(
     )
 
 
-def inspect_rows(sources: Sequence[Mixed], inspector: RowInspector, workers: int) -> Iterable[RowResult]:
+def inspect_rows(
+    sources: Sequence[WeightedSource], inspector: RowInspector, workers: int
+) -> Iterable[RowResult]:
     """Inspect all rows of all sources, in order for any number of workers, in constant memory."""
     rows = (row for index, source in enumerate(sources) for row in rows_of(index, source))
     batches = iter(lambda: list(islice(rows, ROWS_PER_BATCH)), [])
@@ -188,7 +190,7 @@ def inspect_rows(sources: Sequence[Mixed], inspector: RowInspector, workers: int
     return (result for batch in loader for result in batch)
 
 
-def rows_of(index: int, source: Mixed) -> Iterator[Row]:
+def rows_of(index: int, source: WeightedSource) -> Iterator[Row]:
     """Yield the rows of the source at ``index``; if a stream breaks off, its error instead of the rest."""
     if source.source.indexed:
         numbers = range(len(source.source)) if source.rows is None else source.rows.tolist()

@@ -6,13 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from flamingo_ft.adapters.answering import stopping_ids
+from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.config import DataSection
-from flamingo_ft.data.dialogue import write_dialogue, write_prompt
-from flamingo_ft.data.encode import Encoded, text_message
-from flamingo_ft.data.pair import EncodedPair, encode_pair
-from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.too_long import Dropped, TooLong, encode_within
+from flamingo_ft.data.encode import Dropped, Encoded, TooLong, encode_within
+from flamingo_ft.data.pairs import EncodedPair, encode_pair
+from flamingo_ft.data.render import render_dialogue, render_prompt
+from flamingo_ft.data.sample import Sample, text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
 from flamingo_ft.model import FlamingoProcessor
@@ -159,8 +158,8 @@ def dialogue_format(
     """
     messages = [text_message("user", QUESTION), text_message("assistant", ANSWER)]
     try:
-        text, spans = write_dialogue(processor, messages)
-        prompt = write_prompt(processor, messages[:1])
+        text, spans = render_dialogue(processor, messages)
+        prompt = render_prompt(processor, messages[:1])
     except UserError:
         return None
     if text.count(QUESTION) != 1 or text.count(ANSWER) != 1 or not text.startswith(prompt) or not spans:
@@ -171,7 +170,7 @@ def dialogue_format(
     asks = _piece(processor, text, question_start + len(QUESTION), len(prompt))
     ends = _piece(processor, text, answer_end, loss_end)
     follows = _piece(processor, text, loss_end, len(text))
-    stops = processor.tokenizer.convert_ids_to_tokens(stopping_ids(processor, own_ends))
+    stops = processor.tokenizer.convert_ids_to_tokens(stop_token_ids(processor, own_ends))
     return DialogueFormat(begins, asks, ends, follows, stops, not set(stops).isdisjoint(ends.tokens))
 
 

@@ -391,7 +391,7 @@ def _say(line: str) -> None:
 
 
 def _tell_sources(data: OpenedData) -> None:
-    for part, mixture in (("train", data.train), ("held out", data.held_out)):
+    for part, mixture in (("train", data.train), ("held out", data.eval)):
         for mixed in mixture:
             rows = f"{mixed.size:,} rows" if mixed.source.indexed else "streamed"
             typer.echo(f"{mixed.source.name} ({part}): {rows} of schema {mixed.source.format}", err=True)

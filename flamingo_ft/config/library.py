@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub.missing import nearest_path
+from flamingo_ft.hub.names import nearest_path
 
 SCHEMA_FILE = "recipe.schema.json"
 """The JSON schema of a recipe, which editors read: beside the packaged recipes, and beside a copy."""

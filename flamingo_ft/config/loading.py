@@ -20,8 +20,7 @@ from flamingo_ft.config.problems import dotted, problems
 from flamingo_ft.config.schema import Recipe
 from flamingo_ft.config.section import PathKind
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub.missing import missing
-from flamingo_ft.hub.names import ON_HUB
+from flamingo_ft.hub.names import ON_HUB, missing_path_message
 
 from .library import find_recipe, is_packaged
 
@@ -144,7 +143,9 @@ def _missing_paths(
             if sources.start(location, kind) == sources.folder
             else "the current directory"
         )
-        problem = missing(path, name=name, on_hub=on_hub, remedy=f"relative paths here start from {start}")
+        problem = missing_path_message(
+            path, name=name, on_hub=on_hub, remedy=f"relative paths here start from {start}"
+        )
         yield location, f"{dotted(location)}: {problem}"
 
 

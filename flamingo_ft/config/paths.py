@@ -22,8 +22,8 @@ from pydantic.fields import FieldInfo
 from flamingo_ft.config.document import Location
 from flamingo_ft.config.schema import Recipe
 from flamingo_ft.config.section import PathKind, section_of
+from flamingo_ft.hub.local_paths import strip_local_path
 from flamingo_ft.hub.names import LOCAL_DIR, local_language, local_start, local_tower, local_weights
-from flamingo_ft.hub.places import strip_local_path
 
 MODELS = (PathKind.TOWER, PathKind.WEIGHTS, PathKind.LANGUAGE, PathKind.START)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.adapters import save_adapter
-from flamingo_ft.adapters.start import put_bridge, start_bridge
+from flamingo_ft.adapters.init_from import copy_bridge, init_bridge
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.decoder_layers import hidden_size
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
@@ -176,12 +176,12 @@ def _fill(
     """Put the bridge in place, in the number formats it is kept in; what it builds on first. Returns what to tell."""
     check_belongs(model, checkpoint)
     if start is not None:
-        start_bridge(model, start)
+        init_bridge(model, start)
         model.config.adapter_parts = _parts(model, checkpoint)
     elif model.token_rows is not None:
         model.token_rows.copy_from(model.lang_encoder)
     _check_whole(model, checkpoint, start is not None)
-    put_bridge(model, checkpoint.bridge)
+    copy_bridge(model, checkpoint.bridge)
     without = take_rows(model, checkpoint.language, checkpoint.where)
     if start is not None:
         return [f"it builds on {start}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flamingo_ft.adapters.released import MODELS, TOWER, Released, released
+from flamingo_ft.adapters.released_models import MODELS, TOWER, ReleasedModel, released
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint
 from flamingo_ft.formats.geometry import Geometry
@@ -42,7 +42,7 @@ def backbones_for(source: str, checkpoint: Checkpoint, shape: Geometry, wanted: 
     return Backbones(wanted.language, *TOWER)
 
 
-def _the_only(source: str, alike: list[Released], checkpoint: Checkpoint) -> str:
+def _the_only(source: str, alike: list[ReleasedModel], checkpoint: Checkpoint) -> str:
     told = (checkpoint.config.get("text_config") or {}).get("_name_or_path")
     if len(alike) == 1 and not told:
         return alike[0].languages[0]
@@ -53,6 +53,6 @@ def _the_only(source: str, alike: list[Released], checkpoint: Checkpoint) -> str
     )
 
 
-def _has_shape(model: Released, checkpoint: Checkpoint, shape: Geometry) -> bool:
+def _has_shape(model: ReleasedModel, checkpoint: Checkpoint, shape: Geometry) -> bool:
     same_layers = checkpoint.layers in (None, model.layers_path)
     return same_layers and (shape.blocks, shape.width) == (model.blocks, model.width)

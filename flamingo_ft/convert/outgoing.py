@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flamingo_ft.adapters.files import read_config, read_flamingo_config, read_processor
-from flamingo_ft.adapters.fold import fold_lora
-from flamingo_ft.adapters.load import load_base, put_adapter
+from flamingo_ft.adapters.load import load_adapter_into, load_base
+from flamingo_ft.adapters.merge import fold_lora
 from flamingo_ft.atomic import file_in_place, folder_in_place
 from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.quantization import formats_in
@@ -118,7 +118,7 @@ def _load(source: str | Path, out: Path, start: str | Path | None) -> Loaded:
         else []
     )
     model = load_base(folder, start=start, quantized=False, dtype="auto", device="cpu")
-    put_adapter(model, folder)
+    load_adapter_into(model, folder)
     folded = tuple(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LoraLayer)
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flamingo_ft.adapters.load import put_lora
+from flamingo_ft.adapters.load import load_lora_weights
 from flamingo_ft.adapters.lora import inject, linear_layers, lora_config
 from flamingo_ft.adapters.trainable import PREFIXES
 from flamingo_ft.config import LoraPart, LoraSection
@@ -41,7 +41,7 @@ def add_updates(
         for part, names in targets.items()
     }
     inject(model, lora_config(model, LoraSection(**parts), targets))
-    put_lora(model, tensors)
+    load_lora_weights(model, tensors)
 
 
 def _check_complete(

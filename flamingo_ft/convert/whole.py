@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.adapters import write_card
-from flamingo_ft.adapters.answering import answer_greedily
-from flamingo_ft.adapters.fold import fold_lora
-from flamingo_ft.adapters.merge import LARGEST_SHARD, as_whole
+from flamingo_ft.adapters.answering import use_greedy_decoding
+from flamingo_ft.adapters.merge import LARGEST_SHARD, fold_lora, make_standalone
 from flamingo_ft.adapters.save import save_processor
 from flamingo_ft.backbones.attention import close_attention
 from flamingo_ft.backbones.identity import tensors_sha256
@@ -39,8 +38,8 @@ def save_whole(
         "lora": parts,
         "own_backbones": own_backbones,
     }
-    answer_greedily(model, processor)
-    as_whole(model.config, reduce(torch.promote_types, formats), origin)
+    use_greedy_decoding(model, processor)
+    make_standalone(model.config, reduce(torch.promote_types, formats), origin)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     save_processor(processor, folder)
     write_card(folder)

@@ -1,14 +1,13 @@
 """From files as people have them to batches."""
 
-from .encode import Encoded, encode
+from .encode import Dropped, Encoded, encode, encode_within
 from .media import open_medium
-from .mixture import OpenedData, open_data
-from .preference import preference_row
+from .opened_data import OpenedData, open_data
+from .pairs import preference_row
+from .render import apply_template
 from .sample import Sample
-from .samples import read_samples
 from .sources import Source, open_source
-from .templates import apply_template
-from .too_long import Dropped, encode_within
+from .sources.source import read_samples
 
 __all__ = [
     "Dropped",

@@ -12,12 +12,12 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.backbone_files import backbone_files, text_limit
 
+from .collate import pack
+from .encode import Dropped
 from .methods import encoder
-from .mixture import OpenedData
-from .packing import pack
-from .stream.order import Draw, Order
-from .templates import apply_template
-from .too_long import Dropped
+from .opened_data import OpenedData
+from .render import apply_template
+from .stream.order import SampleIndex, SampleOrder
 
 PACKED_SAMPLES = 1_000  # encoded to estimate how many samples fit into a packed row
 
@@ -55,7 +55,7 @@ def steps_per_epoch(recipe: Recipe, data: OpenedData) -> Fraction | None:
 
 def samples_per_epoch(recipe: Recipe, data: OpenedData) -> int | None:
     """Samples, or pairs, that are drawn in one epoch; None where a source is streamed."""
-    return Order(data.train, recipe.train.seed).epoch_length
+    return SampleOrder(data.train, recipe.train.seed).epoch_length
 
 
 def exact_fraction(number: float) -> Fraction:
@@ -70,14 +70,14 @@ def _rows_per_sample(recipe: Recipe, data: OpenedData) -> Fraction:
     apply_template(processor, recipe.data)
     limit = text_limit(files.language, recipe.data.max_text_tokens)
     encode = encoder(processor, recipe, limit)
-    order = Order(data.train, recipe.train.seed)
+    order = SampleOrder(data.train, recipe.train.seed)
     draws = list(islice(order.draws(), min(PACKED_SAMPLES, order.epoch_length)))
     sizes = [size for draw in draws if (size := _size(data, draw, encode)) is not None]
     rows = sum(1 for _ in pack(sizes, int, limit))
     return Fraction(max(1, rows), len(draws))
 
 
-def _size(data: OpenedData, draw: Draw, encode: Any) -> int | None:
+def _size(data: OpenedData, draw: SampleIndex, encode: Any) -> int | None:
     """Text tokens of a drawn sample; None for one that is skipped or dropped."""
     source = data.train[draw.source].source
     try:

@@ -11,7 +11,7 @@ from flamingo_ft.errors import UserError
 
 Row = Mapping[str, Any]
 
-MEMBERS = "__members__"
+TAR_MEMBERS = "__members__"
 """Where a row out of a tar keeps the content of its files, by name."""
 
 _NAMES = {
@@ -26,14 +26,14 @@ _NAMES = {
 }
 
 
-def kind(value: Any) -> str:
+def type_name(value: Any) -> str:
     """What a value is, in a user's words."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN (an empty cell)"
     return "null" if value is None else _NAMES.get(type(value), type(value).__name__)
 
 
-def given(row: Row, name: str) -> bool:
+def has_value(row: Row, name: str) -> bool:
     """Whether a row has something in a field. Tables put null or NaN where they have nothing."""
     value = row.get(name)
     return value is not None and not (isinstance(value, float) and math.isnan(value))
@@ -69,12 +69,12 @@ def texts_in(value: Any) -> Iterator[str]:
 def text_field(row: Row, name: str, where: str) -> str:
     if not isinstance(row.get(name), str):
         raise UserError(f"{where}: {name}: found {_found(row, name)}, wanted text")
-    return whole(row[name], f"{where}: {name}")
+    return check_unicode(row[name], f"{where}: {name}")
 
 
 def optional_text(row: Row, name: str, where: str) -> str | None:
     """None where there is nothing, or no words."""
-    text = text_field(row, name, where) if given(row, name) else ""
+    text = text_field(row, name, where) if has_value(row, name) else ""
     return text if text.strip() else None
 
 
@@ -88,24 +88,24 @@ def list_field(row: Row, name: str, where: str) -> list:
     return value
 
 
-def words(value: Any, where: str) -> str:
+def nonempty_text(value: Any, where: str) -> str:
     """Text that says something; a number is taken for what is written. UserError for null, NaN and empty text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: found {kind(value)}, wanted text")
+        raise UserError(f"{where}: found {type_name(value)}, wanted text")
     if not value.strip():
         raise UserError(f"{where}: found no words, wanted text; write it or remove the row")
-    return whole(value, where)
+    return check_unicode(value, where)
 
 
-def words_field(row: Row, name: str, where: str) -> str:
+def nonempty_text_field(row: Row, name: str, where: str) -> str:
     if name not in row:
         raise UserError(f"{where}: {name}: found no such field, wanted text")
-    return words(row[name], f"{where}: {name}")
+    return nonempty_text(row[name], f"{where}: {name}")
 
 
-def whole(text: str, where: str) -> str:
+def check_unicode(text: str, where: str) -> str:
     """The text, refused where JSON escapes made half a character of it, which no tokenizer takes."""
     try:
         text.encode()
@@ -117,7 +117,7 @@ def whole(text: str, where: str) -> str:
 
 
 def _found(row: Row, name: str) -> str:
-    return kind(row[name]) if name in row else "no such field"
+    return type_name(row[name]) if name in row else "no such field"
 
 
 def _parsed(text: str) -> Any:

@@ -10,15 +10,15 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
-from .pair import encode_pair
+from .encode import encode_within
+from .pairs import encode_pair
 from .sample import Sample
-from .stream.order import Mixed
-from .too_long import encode_within
+from .stream.order import WeightedSource
 
 ENCODE = {"sft": encode_within, "dpo": encode_pair}
 
 
-def check_method(sources: Sequence[Mixed], method: str) -> None:
+def check_method(sources: Sequence[WeightedSource], method: str) -> None:
     """Refuse sources that do not have what ``method`` learns from."""
     for mixed in sources:
         are_pairs = mixed.source.format == "preference"

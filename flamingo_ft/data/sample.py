@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 ROLES = ("system", "user", "assistant")
 DOCUMENT = "document"  # the role of text that is to be gone on with, not answered; alone in its sample
@@ -41,3 +44,18 @@ class Sample:
     where: str
     rejected: list[dict[str, Any]] | None = None
     unread: tuple[str, ...] = ()
+
+
+def text_message(role: str, text: str) -> dict[str, Any]:
+    """A message of words alone."""
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """The words of a message, without its images."""
+    return "".join(block["text"] for block in message["content"] if block["type"] == "text")
+
+
+def display_text(message: Mapping[str, Any]) -> str:
+    """A message for people to read, ``<image>`` where an image stands."""
+    return "".join(block["text"] if block["type"] == "text" else MEDIA_TOKEN for block in message["content"])

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from flamingo_ft.data import Sample, encode
-from flamingo_ft.data.document import is_document
 from flamingo_ft.data.encode import IGNORED, Encoded, end_token_id
+from flamingo_ft.data.render import is_document
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tokens import EOC_TOKEN

@@ -14,8 +14,8 @@ from PIL import Image
 from flamingo_ft.backbones.context import context_length
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Dropped, Encoded, OpenedData, Sample, encode_within, open_data
-from flamingo_ft.data.encode import encode_prompt, text_message
-from flamingo_ft.data.sample import UNNAMED_TASK
+from flamingo_ft.data.encode import encode_prompt
+from flamingo_ft.data.sample import UNNAMED_TASK, text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.answer import answer_batch
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -60,7 +60,7 @@ def probe_of_run(folder: Path, processor: FlamingoProcessor, context: int, sampl
     if not encoded:
         return None
     questions = [q for q in questions_of(found) if len(encode_prompt(processor, q.messages)) < context]
-    origin = HELD_OUT if data.held_out else "samples that the run was trained on (it holds none out)"
+    origin = HELD_OUT if data.eval else "samples that the run was trained on (it holds none out)"
     questions = questions[: min(samples, ANSWERS)]
     return Probe(encoded, questions, origin, recipe.eval.batch_size, recipe.eval.max_new_tokens)
 
@@ -84,8 +84,8 @@ def made_up_probe(model: FlamingoForConditionalGeneration, processor: FlamingoPr
 
 def _spread(data: OpenedData, samples: int) -> list[Sample]:
     """Samples of every source that is held out, or of every source where none is; their images can be read."""
-    held_out = data.held_out or data.train
-    found = replace(data, held_out=held_out).held_out_samples(-(-samples // len(held_out)))
+    held_out = data.eval or data.train
+    found = replace(data, eval=held_out).eval_samples(-(-samples // len(held_out)))
     return found[:samples]
 
 

@@ -13,10 +13,16 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.adapters.code import write_code
 from flamingo_ft.adapters.files import read_config, read_processor
-from flamingo_ft.adapters.load import load_adapter, load_whole
-from flamingo_ft.adapters.merge import Base, check_mergeable, quantize_merged, trained_in, write_merged
+from flamingo_ft.adapters.load import load_adapter, load_whole_model
+from flamingo_ft.adapters.merge import (
+    Base,
+    base_quantizations,
+    check_mergeable,
+    quantize_merged,
+    write_merged,
+)
+from flamingo_ft.adapters.remote_code import write_code
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.context import context_length
 from flamingo_ft.backbones.quantization import Quantization
@@ -73,12 +79,12 @@ def merge_adapter(
         warnings.warn(message, FutureWarning, stacklevel=2)
     named, adapter, out = str(adapter), fetch_model(adapter), Path(out)
     check_mergeable(adapter, out)
-    processor, formats = read_processor(adapter), trained_in(read_config(adapter))
+    processor, formats = read_processor(adapter), base_quantizations(read_config(adapter))
     with folder_in_place(out) as folder:
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
         report = {
             "adapter": named,
-            "trained_in": formats,
+            "base_quantizations": formats,
             "base": base,
             "dtype": str(dtype).removeprefix("torch."),
         }
@@ -122,10 +128,10 @@ def _measure_all(
         ):  # only for comparison, and it may be larger than what is merged
             add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
     if quantization is not None:
-        add("merged_before_quantization", lambda: load_whole(folder))
+        add("merged_before_quantization", lambda: load_whole_model(folder))
         quantize_merged(folder, quantization)
         gc.collect()
-    add("merged", lambda: load_whole(folder))
+    add("merged", lambda: load_whole_model(folder))
     found = logit_difference(models["merged"], models["adapter"])
     return {**found, "prompts_from": probe.origin, "cost": cost(models, probe, *margins)}
 
@@ -175,7 +181,7 @@ def _against(figures: dict[str, float], form: str) -> str:
 def _remedies(report: dict[str, Any]) -> str:
     """What could bring the merged model closer to the adapter."""
     choices = {
-        "--base dequantized": report["trained_in"] and report["base"] == "bf16",
+        "--base dequantized": report["base_quantizations"] and report["base"] == "bf16",
         "--dtype bf16": report["dtype"] == "float16",
         "--dtype fp32": report["dtype"] == "bfloat16",
         "no --quantization": report["quantization"],

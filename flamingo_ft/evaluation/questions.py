@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flamingo_ft.data.encode import text_of
-from flamingo_ft.data.preference import answer_begins
-from flamingo_ft.data.sample import DOCUMENT, Medium, Sample
+from flamingo_ft.data.pairs import answer_begins
+from flamingo_ft.data.sample import DOCUMENT, Medium, Sample, message_text
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ def _questions(sample: Sample, number: int) -> Iterator[Question]:
     first = answer_begins(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
-            yield _question(sample, number, sample.messages[:turn], text_of(message))
+            yield _question(sample, number, sample.messages[:turn], message_text(message))
         elif message["role"] == DOCUMENT and sample.images:
             blocks = message["content"]
             after_last = 1 + max(i for i, block in enumerate(blocks) if block["type"] == "image")
-            answer = text_of({"content": blocks[after_last:]}).strip()
+            answer = message_text({"content": blocks[after_last:]}).strip()
             yield _question(sample, number, [{**message, "content": blocks[:after_last]}], answer)
 
 

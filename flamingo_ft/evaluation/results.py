@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_ft.atomic import file_in_place
-from flamingo_ft.data.encode import readable
-from flamingo_ft.data.preview import preview
+from flamingo_ft.data.media import preview
+from flamingo_ft.data.sample import display_text
 
 from .accuracy import accuracy
 from .baselines import by_class, is_free_text, majority
@@ -80,6 +80,6 @@ def _row(question: Question) -> dict[str, Any]:
         "where": question.where,
         "task": question.task,
         "images": [preview(medium) for medium in question.images],
-        "question": readable(question.messages[-1]).strip(),
+        "question": display_text(question.messages[-1]).strip(),
         "answer": question.answer,
     }

@@ -47,8 +47,8 @@ def evaluate_adapter(
     folder = fetch_model(adapter)
     recipe = recipe_for_evaluation(adapter, folder, data, overrides)
     opened = open_data(recipe.data, recipe.train.seed)
-    samples = opened.held_out_samples(recipe.eval.max_samples)
-    for reason in opened.left_out.values():
+    samples = opened.eval_samples(recipe.eval.max_samples)
+    for reason in opened.skipped.values():
         say(f"skipped: {reason}")
     if not samples:
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")

@@ -86,7 +86,7 @@ def parse(stored: Stored | Mapping[str, Any]) -> Checkpoint:
     return found
 
 
-def is_foreign(names: Mapping[str, Any] | list[str]) -> bool:
+def is_foreign_checkpoint(names: Mapping[str, Any] | list[str]) -> bool:
     """Whether names are those of one of these formats, in which the language model's layers are wrapped."""
     bare = [updates.without_wrapper(name) for name in names]
     return any(_BLOCK.fullmatch(name) or _BLOCK_AGAIN.fullmatch(name) for name in bare)
@@ -100,7 +100,7 @@ def _format(stored: Stored, names: list[str]) -> str:
         return OTTER
     if has_lora:
         return MULTIMODAL_GPT
-    if not any(name.startswith(_PERCEIVER) for name in names) and not is_foreign(names):
+    if not any(name.startswith(_PERCEIVER) for name in names) and not is_foreign_checkpoint(names):
         raise UserError(
             f"{stored.where}: no checkpoint of a known format: it has names such as {some(names)}; known are OpenFlamingo's "
             "v1 and v2, Otter's and Multimodal-GPT's"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
-from flamingo_ft.hub.missing import existing
+from flamingo_ft.hub.names import existing_path
 from flamingo_ft.hub.weight_files import CHECKPOINT_FILES, CONFIG_FILE, INDEX_FILES, shard_names
 from flamingo_ft.machine_errors import reraise_machine_error
 
@@ -41,7 +41,7 @@ class Stored:
 
 def read_stored(path: Path) -> Stored:
     """Read a checkpoint's file or folder. UserError where it is missing, damaged or holds no dict of tensors."""
-    path = existing(path)
+    path = existing_path(path)
     config = stored_config(path if path.is_dir() else path.parent)
     if path.is_dir() and config.get("model_type") == OWN:
         raise UserError(

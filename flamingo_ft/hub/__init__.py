@@ -1,7 +1,6 @@
 """The Hugging Face Hub: names, fetching, pushing, and what goes wrong there in words."""
 
-from .fetch import fetch_model, pinned
-from .missing import existing
-from .names import HubName, hub_name
+from .fetch import fetch_model, pinned_name
+from .names import HubName, existing_path, hub_name
 
-__all__ = ["HubName", "existing", "fetch_model", "hub_name", "pinned"]
+__all__ = ["HubName", "existing_path", "fetch_model", "hub_name", "pinned_name"]

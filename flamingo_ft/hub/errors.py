@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
+from collections.abc import Callable
 from importlib import import_module
+from typing import TypeVar
 
 from huggingface_hub import get_token
 from huggingface_hub.constants import is_offline_mode
@@ -27,26 +30,26 @@ from flamingo_ft.machine_errors import disk_failure
 HTTP = import_module(HfHubHTTPError.__bases__[0].__module__)
 
 # What the client was seen to raise: for a Hub's answer, for none, for files and names, for an upload that failed.
-FAILURES = (HfHubHTTPError, HTTP.HTTPError, OSError, RuntimeError, ValueError)
+CLIENT_ERRORS = (HfHubHTTPError, HTTP.HTTPError, OSError, RuntimeError, ValueError)
 
-TELLING = (
+INFORMATIVE_ERRORS = (
     HfHubHTTPError,
     HTTP.TransportError,
     OfflineModeIsEnabled,
     HFValidationError,
     LocalTokenNotFoundError,
 )
-PASSING = (408, 429, 500, 502, 503, 504)  # statuses that another try may not find again
+TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)  # statuses that another try may not find again
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 TOKEN = re.compile(r"hf_\w+")
 
 
-def told(asked: str, error: Exception, writes: bool = False) -> UserError:
+def hub_error(asked: str, error: Exception, writes: bool = False) -> UserError:
     """The error of a command that asked the Hub for, or wanted to write to, ``asked``."""
-    return UserError(f"{asked}: {reason(error, writes)}")
+    return UserError(f"{asked}: {error_reason(error, writes)}")
 
 
-def reason(error: Exception, writes: bool = False) -> str:
+def error_reason(error: Exception, writes: bool = False) -> str:
     """What was found, and what to do about it. writes: whether something was to be written there."""
     first = cause(error)
     status = status_of(first)
@@ -59,7 +62,7 @@ def reason(error: Exception, writes: bool = False) -> str:
     if isinstance(first, RevisionNotFoundError):
         return "is not on the Hub, though the repository is; check the revision"
     if isinstance(first, HFValidationError):
-        return f"no name of a repository ({quoted(first)}); give org/name"
+        return f"no name of a repository ({safe_message(first)}); give org/name"
     if isinstance(first, OfflineModeIsEnabled) or (
         isinstance(error, LocalEntryNotFoundError) and is_offline_mode()
     ):
@@ -92,20 +95,20 @@ def _trouble(error: Exception, status: int | None) -> str:
     if status is not None and status >= 500:
         return f"the Hub is in trouble ({status}); try again later"
     if isinstance(error, HTTP.ConnectError):
-        return f"the Hub cannot be reached ({quoted(error)}); check the network"
+        return f"the Hub cannot be reached ({safe_message(error)}); check the network"
     if isinstance(error, HTTP.TransportError):
-        return f"the connection to the Hub broke off ({quoted(error)}); try again"
+        return f"the connection to the Hub broke off ({safe_message(error)}); try again"
     if isinstance(error, LocalEntryNotFoundError):
         return "is not in the cache, and the Hub was not to be asked; check the name, or give a folder"
     if isinstance(error, EntryNotFoundError):
-        return f"the repository holds no such file ({quoted(error)}); check the name"
-    return f"failed ({quoted(error)}); try again"
+        return f"the repository holds no such file ({safe_message(error)}); check the name"
+    return f"failed ({safe_message(error)}); try again"
 
 
 def cause(error: BaseException) -> BaseException:
     """What went wrong first, as far as it tells something: the client wraps it, once or twice."""
     seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, TELLING):
+    while seen is not None and not isinstance(seen, INFORMATIVE_ERRORS):
         seen = seen.__cause__ or seen.__context__
     return error if seen is None else seen
 
@@ -115,10 +118,10 @@ def status_of(error: BaseException) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether another try may go well: a Hub in trouble, or a connection that broke off."""
     first = cause(error)
-    return status_of(first) in PASSING or isinstance(first, HTTP.TransportError)
+    return status_of(first) in TRANSIENT_STATUSES or isinstance(first, HTTP.TransportError)
 
 
 def is_unreachable(error: Exception) -> bool:
@@ -126,9 +129,43 @@ def is_unreachable(error: Exception) -> bool:
     return isinstance(cause(error), HTTP.ConnectError)
 
 
-def quoted(error: BaseException) -> str:
+def safe_message(error: BaseException) -> str:
     """What the client said, on one line, without a token and without what a signed address carries."""
     text = re.sub(r"(https?://[^\s?]+)\?\S*", r"\1", TOKEN.sub("hf_...", str(error)))
     for secret in filter(None, [get_token()]):
         text = text.replace(secret, "...")
     return one_line(text, MAX_MESSAGE_CHARACTERS) or type(error).__name__
+
+
+ATTEMPTS, FIRST_WAIT = 4, 2.0  # tries of one thing, and seconds before the second, doubled for each after it
+LONGEST_WAIT = 60.0  # seconds, where a Hub names its own
+
+T = TypeVar("T")
+
+
+def with_retries(
+    action: Callable[[], T],
+    worth_it: Callable[[Exception], bool] = is_transient,
+    say: Callable[[Exception, float], None] = lambda error, seconds: None,
+) -> T:
+    """What ``action`` gives, at the latest after `ATTEMPTS` tries; its error where that is not ``worth_it``, or the last.
+
+    say: hears of each failure that another try follows, and of the seconds until then.
+    """
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return action()
+        except CLIENT_ERRORS as error:
+            if not worth_it(error):
+                raise
+            wait = max(FIRST_WAIT * 2**attempt, _asked_to_wait(error))
+            say(error, wait)
+        time.sleep(wait)
+    return action()
+
+
+def _asked_to_wait(error: Exception) -> float:
+    """Seconds that the Hub's answer names, within reason."""
+    headers = getattr(getattr(cause(error), "response", None), "headers", {})
+    named = headers.get("Retry-After") or ""
+    return min(float(named), LONGEST_WAIT) if named.isdigit() else 0.0

@@ -12,10 +12,8 @@ from huggingface_hub import snapshot_download
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import CONFIG_FILE, TORCH_SUFFIXES, WEIGHT_PATTERNS
 
-from .errors import FAILURES, is_unreachable, passes, told
-from .missing import existing
-from .names import HubName, commit_of, hub_name
-from .retry import patiently
+from .errors import CLIENT_ERRORS, hub_error, is_transient, is_unreachable, with_retries
+from .names import HubName, commit_of, existing_path, hub_name
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.yaml")
 # Checkpoints, figures and logs of a run lie in folders; what trainers of others leave beside the weights.
@@ -32,7 +30,7 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
     """
     name = hub_name(place)
     if name is None:
-        return existing(place)
+        return existing_path(place)
     folder = _fetch(name, options)
     found = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
     if (folder / CONFIG_FILE) in found:
@@ -46,7 +44,7 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
     return checkpoints[0]
 
 
-def pinned(place: str | Path, found: Path) -> str:
+def pinned_name(place: str | Path, found: Path) -> str:
     """What to write down of ``place``, which `fetch_model` found: it leads to the same content later, or on a copy."""
     name = hub_name(place)
     return str(Path(place).resolve()) if name is None else str(HubName(name.repository, commit_of(found)))
@@ -84,6 +82,6 @@ def download(
         **options,
     )
     try:
-        return Path(patiently(take, lambda error: passes(error) and not is_unreachable(error)))
-    except FAILURES as error:
-        raise told(asked, error) from None
+        return Path(with_retries(take, lambda error: is_transient(error) and not is_unreachable(error)))
+    except CLIENT_ERRORS as error:
+        raise hub_error(asked, error) from None

@@ -12,11 +12,15 @@ An explicit revision always means the Hub, unless the name exists as a path.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePath
+
+from flamingo_ft.errors import UserError
 
 from .weight_files import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE
 
@@ -135,3 +139,67 @@ def commit_of(path: Path) -> str | None:
     """The commit of what lies in the Hugging Face cache, ``.../snapshots/<commit>/...``; None elsewhere."""
     found = re.search(r"/models--[^/]+/snapshots/([^/]+)(/|$)", path.as_posix())
     return found[1] if found else None
+
+
+MOST_ENTRIES = 10_000  # of one folder that are compared
+ALIKE = 0.7  # smallest similarity of a suggestion, as difflib measures it
+
+
+def existing_path(place: str | Path) -> Path:
+    """The path ``place``. UserError where it leads nowhere, naming the existing path that is spelt most like it."""
+    path = Path(os.path.expanduser(place))
+    if str(place) and os.path.exists(path):
+        return path
+    raise UserError(missing_path_message(place))
+
+
+def check_path_exists(place: str | Path) -> None:
+    """Raise UserError where ``place`` is a path, and not a name on the Hub, that leads nowhere."""
+    if hub_name(place) is None:
+        existing_path(place)
+
+
+def missing_path_message(
+    place: str | Path,
+    kind: str | None = None,
+    *,
+    name: str | None = None,
+    on_hub: str | None = None,
+    remedy: str = "check the path",
+) -> str:
+    """The text of the error for a path that leads nowhere.
+
+    kind: file or folder, by default as the suffix says. name: what was given for ``place``, where that is another. on_hub:
+    how to name the repository on the Hub that it may mean, by default with a revision. remedy: what to do where no
+    existing path is spelt alike.
+    """
+    text = str(place)
+    kind = kind or ("file" if PurePath(text).suffix.lower() in FILE_SUFFIXES else "folder")
+    nearest = None if set("*?[") & set(text) else nearest_path(text)
+    remedy = f"did you mean {nearest}?" if nearest else remedy
+    name = text if name is None else name
+    hint = f" (on the Hub: {on_hub or f'{name}@main'})" if NAME.fullmatch(name) else ""
+    return f"no {kind} {text or repr(text)}; {remedy}{hint}"
+
+
+def nearest_path(place: str | Path) -> Path | None:
+    """The existing path that is spelt most like ``place``, component by component; None where a component has none."""
+    path = Path(os.path.expanduser(str(place).replace("\\", "/")))
+    found = Path(path.anchor)
+    for part in path.parts[bool(path.anchor) :]:
+        name = part if os.path.exists(found / part) else _nearest_entry(found, part)
+        if name is None:
+            return None
+        found /= name
+    return found if path.parts else None
+
+
+def _nearest_entry(folder: Path, name: str) -> str | None:
+    """The entry of a folder that is spelt most like ``name``, in upper or lower case."""
+    try:
+        with os.scandir(folder) as entries:
+            names = {entry.name.lower(): entry.name for entry in islice(entries, MOST_ENTRIES)}
+    except OSError:  # not a folder, or not readable: there is nothing to suggest
+        return None
+    alike = difflib.get_close_matches(name.lower(), names, n=1, cutoff=ALIKE)
+    return names[alike[0]] if alike else None

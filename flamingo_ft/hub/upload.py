@@ -6,26 +6,28 @@ sent again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, close_session, get_session
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from .connection import silence_ends
-from .errors import FAILURES, reason, told
-from .retry import patiently
+from .compat import client_factory, replace_client_factory
+from .errors import CLIENT_ERRORS, error_reason, hub_error, with_retries
 
 Files = Mapping[str, "bytes | Path"]  # path in the repository -> content, or the file that has it
 
 
-def make_repository(repository: str, private: bool = False, branch: str | None = None) -> None:
+def create_repository(repository: str, private: bool = False, branch: str | None = None) -> None:
     """Make sure that it is there, and the branch of it, and may be written to. UserError where not."""
     api = HfApi()
     try:
-        patiently(partial(_make, api, repository, private, branch))
-    except FAILURES as error:
-        raise told(repository, error, writes=True) from None
+        with_retries(partial(_make, api, repository, private, branch))
+    except CLIENT_ERRORS as error:
+        raise hub_error(repository, error, writes=True) from None
 
 
 def _make(api: HfApi, repository: str, private: bool, branch: str | None) -> None:
@@ -58,13 +60,13 @@ def upload(
         return str(made.commit_url)
 
     def again(error: Exception, seconds: float) -> None:
-        say(f"{repository}: {reason(error, writes=True)}; trying again in {seconds:.0f} s")
+        say(f"{repository}: {error_reason(error, writes=True)}; trying again in {seconds:.0f} s")
 
     try:
-        with silence_ends():
-            return patiently(commit, say=again)
-    except FAILURES as error:
-        raise told(repository, error, writes=True) from None
+        with limit_timeouts():
+            return with_retries(commit, say=again)
+    except CLIENT_ERRORS as error:
+        raise hub_error(repository, error, writes=True) from None
 
 
 def additions(folder: Path, below: str = "") -> Sequence[CommitOperationAdd]:
@@ -74,3 +76,51 @@ def additions(folder: Path, below: str = "") -> Sequence[CommitOperationAdd]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
+
+
+TIMEOUT_S = 120.0  # seconds without a byte, after which a connection counts as lost
+
+
+@contextmanager
+def limit_timeouts() -> Iterator[None]:
+    """Limit the client's waiting for a Hub that falls silent, as one does behind a network that is gone.
+
+    Only limits that are not set are changed, and they are put back afterwards. All else that a user set stays: the
+    session itself (proxy, certificates, headers), and the factory that makes the next one after a connection failed.
+    """
+    usual, session = client_factory(), get_session()
+    timeout = session.timeout
+
+    def limited_client() -> Any:
+        client = usual()
+        client.timeout = _limited(client.timeout)
+        return client
+
+    session.timeout = _limited(timeout)
+    replace_client_factory(limited_client)
+    try:
+        yield
+    finally:
+        session.timeout = timeout
+        if client_factory() is limited_client:  # not where the block set another
+            replace_client_factory(usual)
+            if get_session() is not session:  # a limited one: the next is the user's own again
+                close_session()
+
+
+def _limited(timeout: Any) -> Any:
+    """A client's timeouts with `TIMEOUT_S` for each that it does not have."""
+    seconds = {kind: TIMEOUT_S if value is None else value for kind, value in timeout.as_dict().items()}
+    return type(timeout)(**seconds)
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """The client's own progress bars would run through others."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()

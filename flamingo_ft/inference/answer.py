@@ -15,7 +15,7 @@ from flamingo_ft.backbones.context import context_length
 from flamingo_ft.data.collate import load_media, pad_ids
 from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.data.media import open_image
-from flamingo_ft.data.schemas.blocks import split_markers
+from flamingo_ft.data.schemas.build_sample import text_to_blocks
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.tokens import MEDIA_TOKEN
@@ -46,7 +46,7 @@ def place_images(prompt: str, images: int) -> list[dict[str, str]]:
             f"--prompt has {markers} {MEDIA_TOKEN} markers but {images} images were given; "
             "give one --image for each marker"
         )
-    return split_markers(prompt)
+    return text_to_blocks(prompt)
 
 
 @torch.no_grad()

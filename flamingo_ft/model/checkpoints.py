@@ -13,7 +13,7 @@ from torch import Tensor
 from flamingo_ft.backbones.quantization import formats_in
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import Checkpoint, parse, read_checkpoint
-from flamingo_ft.formats.recognise import BRIDGE, is_foreign
+from flamingo_ft.formats.recognise import BRIDGE, is_foreign_checkpoint
 from flamingo_ft.formats.stored import some, unwrap
 
 from .core import FlamingoCore
@@ -36,7 +36,7 @@ class LoadReport:
 def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
     """Whether the keys are OpenFlamingo's, bare or as its training saved them."""
     content = state_dict.get("model_state_dict", state_dict)
-    return is_foreign([str(key).removeprefix("module.") for key in content])
+    return is_foreign_checkpoint([str(key).removeprefix("module.") for key in content])
 
 
 def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str, Any]) -> LoadReport:

@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
-from flamingo_ft.hub.missing import refuse_missing
-from flamingo_ft.hub.names import NAME, HubName
+from flamingo_ft.hub.names import NAME, HubName, check_path_exists
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, CONFIG_FILE, MODEL_WEIGHTS
 
 from .configuration import FlamingoConfig
 from .quantized import WHERE
 
-PUTS_TOGETHER = "flamingo_ft.adapters.from_parts"
+PUTS_TOGETHER = "flamingo_ft.adapters.composition"
 OF_THE_CLIENT = (
     "cache_dir",
     "force_download",
@@ -64,7 +63,7 @@ def find_parts(name: Any, options: Mapping[str, Any]) -> Parts | None:
             _fetch(name if options.get("revision") else _as_recorded(str(name)), options),
             _fetch(adapter, of_adapter),
         )
-    refuse_missing(name)
+    check_path_exists(name)
     if not Path(name).is_dir() and _is_merged(name, options):
         return None
     folder = _fetch(name, options)

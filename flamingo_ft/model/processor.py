@@ -18,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub.missing import refuse_missing
+from flamingo_ft.hub.names import check_path_exists
 
 from .chat_template import answer_template
 from .image_source import read_image
@@ -98,7 +98,7 @@ class FlamingoProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> FlamingoProcessor:
         """As every processor of transformers. Raises UserError for a path that leads nowhere."""
-        refuse_missing(pretrained_model_name_or_path)
+        check_path_exists(pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __call__(

@@ -15,10 +15,10 @@ from flamingo_ft.backbones.context import ENDLESS
 from flamingo_ft.config import Recipe
 from flamingo_ft.config.loading import is_there
 from flamingo_ft.data import Sample, open_data
-from flamingo_ft.data.encode import encode, text_of
-from flamingo_ft.data.packing import pack
-from flamingo_ft.data.preference import prompt_and_answers
-from flamingo_ft.data.sample import Video
+from flamingo_ft.data.collate import pack
+from flamingo_ft.data.encode import encode
+from flamingo_ft.data.pairs import prompt_and_answers
+from flamingo_ft.data.sample import Video, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
@@ -148,7 +148,7 @@ def _images(sample: Sample, recipe: Recipe) -> int:
 def _characters(sample: Sample) -> int:
     """Estimate the length of the sample's longest text in characters."""
     return max(
-        sum(len(text_of(message)) + TEMPLATE_CHARACTERS for message in text) for text in _texts(sample)
+        sum(len(message_text(message)) + TEMPLATE_CHARACTERS for message in text) for text in _texts(sample)
     )
 
 

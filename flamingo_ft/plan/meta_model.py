@@ -22,7 +22,7 @@ from flamingo_ft.backbones.quantized_tower import refuse_without_matrices
 from flamingo_ft.backbones.tower import build_visual, token_width, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
@@ -144,7 +144,7 @@ def _compute_dtype(quantization: Quantization, device: Device) -> torch.dtype:
 # --- stand-ins for quantized layers ---
 #
 # They follow bitsandbytes 0.50.2, bitsandbytes/autograd/_functions.py: a 4-bit layer dequantizes its matrix in
-# the forward and again in the backward pass, and keeps nothing in between; an 8-bit layer saves its input.
+# the forward and again in the backward pass, keeping nothing in between; an 8-bit layer saves its input.
 
 
 def quantize_linears(

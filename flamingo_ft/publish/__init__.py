@@ -1,6 +1,5 @@
 """An adapter or a merged model to the Hub."""
 
-from .files import with_card
-from .push import push
+from .push import files_to_push, push
 
-__all__ = ["push", "with_card"]
+__all__ = ["push", "files_to_push"]

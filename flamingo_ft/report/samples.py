@@ -21,10 +21,8 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
-from flamingo_ft.data.encode import readable
-from flamingo_ft.data.media import open_medium
-from flamingo_ft.data.preview import open_preview
-from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.media import open_medium, open_preview
+from flamingo_ft.data.sample import Sample, display_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import normalise
 from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
@@ -121,7 +119,7 @@ def _is_right(prediction: dict[str, Any], time: str) -> bool:
 def _unanswered(sample: Sample) -> _Cell:
     """A dialogue: its first words above the images, the rest below."""
     turns = [message for message in sample.messages if message["role"] != "system"]
-    texts = _mark_images([readable(message) for message in turns])
+    texts = _mark_images([display_text(message) for message in turns])
     looks = {"user": (QUESTION_LINES, INK), "assistant": (ANSWER_LINES, BLUE)}
     told = []
     for message, text in zip(turns, texts, strict=True):

@@ -10,18 +10,21 @@ from torch import Tensor
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
-from flamingo_ft.data.collate import collate_text
-from flamingo_ft.data.encode import text_of
-from flamingo_ft.data.features import FrozenFeatures, open_features, pending_media
-from flamingo_ft.data.media_reader import PixelReader, StoredReader
+from flamingo_ft.data.collate import collate_packed, collate_text, stack_media
+from flamingo_ft.data.features import FeatureCache, collate_frames, open_feature_cache
+from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
 from flamingo_ft.data.methods import check_method, encoder
-from flamingo_ft.data.packing import collate_packed
-from flamingo_ft.data.pair import collate_pairs, twice
-from flamingo_ft.data.stack import stack_media
-from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order, packed
-from flamingo_ft.data.stream.order import Draw, Order
-from flamingo_ft.data.stream.prepare import Prepared, Preparing
-from flamingo_ft.data.stream.tally import Tally
+from flamingo_ft.data.pairs import collate_pairs, repeat_media
+from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.stream.batches import (
+    Batches,
+    LoaderConfig,
+    one_sample_per_row,
+    packed_rows,
+    sorted_by_length,
+)
+from flamingo_ft.data.stream.examples import DataStats, Example, ExampleDataset
+from flamingo_ft.data.stream.order import SampleIndex, SampleOrder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import text_limit
@@ -48,23 +51,25 @@ def training_batches(
         check_packing(model, recipe.train.batch_size)
     features = _features(model, processor, recipe, world_size)
     encode = encoder(processor, recipe, limit)
-    order = Order(data.train, recipe.train.seed, wanted.shuffle_buffer)
+    order = SampleOrder(data.train, recipe.train.seed, wanted.shuffle_buffer)
     return Batches(
         order=_order_of(order, data, recipe),
-        prepare=Preparing(
+        prepare=ExampleDataset(
             [mixed.source for mixed in data.train], encode, _media_reader(processor, recipe, features)
         ),
-        fill=packed(recipe.train.batch_size, limit) if wanted.packing else in_order(recipe.train.batch_size),
+        fill=packed_rows(recipe.train.batch_size, limit)
+        if wanted.packing
+        else one_sample_per_row(recipe.train.batch_size),
         assemble=partial(
             ASSEMBLE[recipe.train.method], processor.tokenizer.pad_token_id, wanted.packing, features
         ),
-        tally=Tally(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
-        loading=Loading(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
+        stats=DataStats(wanted.on_bad_sample == "skip", wanted.max_bad_share, order.epoch_length),
+        loading=LoaderConfig(recipe.train.batch_size, recipe.train.num_workers, rank, world_size),
     )
 
 
 def assemble(
-    pad_token_id: int, packing: bool, features: FrozenFeatures | None, rows: list[list[Prepared]]
+    pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
 ) -> dict[str, Tensor]:
     """The tensors of a batch of ``rows``, each of one sample, or of several where they are packed."""
     texts = [[sample.encoded for sample in row] for row in rows]
@@ -77,48 +82,48 @@ def assemble(
 
 
 def assemble_pairs(
-    pad_token_id: int, packing: bool, features: FrozenFeatures | None, rows: list[list[Prepared]]
+    pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
 ) -> dict[str, Tensor]:
     """The tensors of a batch of pairs, one to a row, the chosen halves before the rejected ones."""
     text = collate_pairs([pair.encoded for (pair,) in rows], pad_token_id)
-    return text | twice(_media(features, rows))
+    return text | repeat_media(_media(features, rows))
 
 
 ASSEMBLE = {"sft": assemble, "dpo": assemble_pairs}
 
 
-def _media(features: FrozenFeatures | None, rows: list[list[Prepared]]) -> dict[str, Tensor]:
+def _media(features: FeatureCache | None, rows: list[list[Example]]) -> dict[str, Tensor]:
     media = [[medium for sample in row for medium in sample.media] for row in rows]
-    return stack_media(media) if features is None else features.complete(pending_media(media))
+    return stack_media(media) if features is None else features.complete(collate_frames(media))
 
 
 def _features(
     model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe, writers: int
-) -> FrozenFeatures | None:
+) -> FeatureCache | None:
     if recipe.data.cache is None:
         return None
     autocast = computes_in(recipe.train.precision)
     preprocess = processor.image_processor.open_clip_preprocess
-    return open_features(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
+    return open_feature_cache(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
 
 
-def _media_reader(processor: FlamingoProcessor, recipe: Recipe, features: FrozenFeatures | None) -> Any:
+def _media_reader(processor: FlamingoProcessor, recipe: Recipe, features: FeatureCache | None) -> Any:
     if features is not None:
-        return StoredReader(processor, features.store)
-    return PixelReader(processor, recipe.data.augmentation, recipe.train.seed)
+        return CachedFeatureLoader(processor, features.store)
+    return PixelLoader(processor, recipe.data.augmentation, recipe.train.seed)
 
 
-def _order_of(order: Order, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
+def _order_of(order: SampleOrder, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
     if not recipe.data.group_by_length:
         return order.draws
-    return by_length(order, partial(_characters, data), recipe.train.batch_size)
+    return sorted_by_length(order, partial(_characters, data), recipe.train.batch_size)
 
 
-def _characters(data: OpenedData, draw: Draw) -> int:
+def _characters(data: OpenedData, draw: SampleIndex) -> int:
     """Of a draw's text, about: what its length is judged by before it is encoded."""
     source = data.train[draw.source].source
     try:
         sample = source.sample(draw.row, source.raw(draw.row) if draw.raw is None else draw.raw)
     except UserError:
         return 0
-    return sum(len(text_of(message)) for message in [*sample.messages, *(sample.rejected or ())])
+    return sum(len(message_text(message)) for message in [*sample.messages, *(sample.rejected or ())])

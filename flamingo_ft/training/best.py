@@ -18,8 +18,8 @@ from transformers import (
 
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import save_adapter
-from flamingo_ft.adapters.contents import adapter_tensors
 from flamingo_ft.adapters.files import read_tensors
+from flamingo_ft.adapters.save import adapter_tensors
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS

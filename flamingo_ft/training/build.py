@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from flamingo_ft.adapters import prepare_training, start_bridge
+from flamingo_ft.adapters import init_bridge, prepare_training
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
 # From the model and its processor to some training batches.
@@ -56,7 +56,7 @@ def build_model(
     apply_template(processor, recipe.data)
     processor.image_processor.video_frames = recipe.data.video_frames
     if wanted.init_from is not None:
-        start_bridge(model, wanted.init_from)
+        init_bridge(model, wanted.init_from)
     model.to(device)
     prepare_training(model, recipe, some_batches and partial(some_batches, model, processor))
     return model, processor

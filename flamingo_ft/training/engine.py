@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from flamingo_ft import processes
-from flamingo_ft.data.stream.batches import Batches, Contents
+from flamingo_ft.data.stream.batches import BatchContents, Batches
 from flamingo_ft.model.sharding import is_sharded
 
 from .checkpoints import TRAINING, Keeping, load_parts, read_manifest, restore, save_checkpoint, save_parts
@@ -46,8 +46,8 @@ class Engine:
         super().__init__(train_dataset=rows, eval_dataset=rows, **arguments)
         self.batches, self.keeping = batches, keeping
         self.seconds_before, self._began = 0.0, time.monotonic()
-        self.contents: list[Contents] = []
-        self.trained_on: Contents | None = None
+        self.contents: list[BatchContents] = []
+        self.trained_on: BatchContents | None = None
         self.counts: Counter = Counter()
         self.meter = Meter()
         self.held_out: HeldOut | None = None

@@ -16,11 +16,10 @@ from torch import Tensor
 from flamingo_ft import processes
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
-from flamingo_ft.data.encode import IGNORED
-from flamingo_ft.data.media_reader import PixelReader
+from flamingo_ft.data.encode import IGNORED, Dropped
+from flamingo_ft.data.media import PixelLoader
 from flamingo_ft.data.methods import encoder
-from flamingo_ft.data.stream.prepare import Prepared
-from flamingo_ft.data.too_long import Dropped
+from flamingo_ft.data.stream.examples import Example
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import text_limit
@@ -64,7 +63,7 @@ class HeldOut:
         kept.sort(key=lambda one: one[1].text_tokens)  # stable; little padding
         size = recipe.eval.batch_size
         self._batches = [kept[start : start + size] for start in range(0, len(kept), size)]
-        self._read = PixelReader(processor)
+        self._read = PixelLoader(processor)
         self._assemble = partial(ASSEMBLE[recipe.train.method], processor.tokenizer.pad_token_id, False, None)
         self._weigh = WEIGHTS[recipe.train.method]
         self._progress = progress
@@ -77,7 +76,7 @@ class HeldOut:
         for place in places if self._progress is None else _shown(self._progress, places):
             batch = self._batches[min(place, len(self._batches) - 1)]
             rows = [
-                [Prepared(sample.where, text, self._read(sample, text.images, 0))] for sample, text in batch
+                [Example(sample.where, text, self._read(sample, text.images, 0))] for sample, text in batch
             ]
             inputs = self._assemble(rows)
             yield inputs, self._weigh(inputs) if place < len(self._batches) else 0

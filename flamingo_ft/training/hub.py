@@ -20,11 +20,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from flamingo_ft import atomic, processes
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
-from flamingo_ft.hub.connection import silence_ends, without_bars
-from flamingo_ft.hub.errors import FAILURES, quoted, reason
-from flamingo_ft.hub.retry import patiently
-from flamingo_ft.hub.upload import additions
-from flamingo_ft.publish import with_card
+from flamingo_ft.hub.errors import CLIENT_ERRORS, error_reason, safe_message, with_retries
+from flamingo_ft.hub.upload import additions, limit_timeouts, no_progress_bars
+from flamingo_ft.publish import files_to_push
 
 from .checkpoints import checkpoint_folder, verify
 
@@ -41,8 +39,8 @@ def prepare_repository(repository: str, begins: bool) -> None:
         api.create_repo(repository, private=True, exist_ok=True)
         api.auth_check(repository, write=True)
         earlier = checkpoints_of(api, repository) if begins else []
-    except FAILURES as error:
-        raise UserError(f"train.push_to_hub: {repository}: {reason(error, writes=True)}") from None
+    except CLIENT_ERRORS as error:
+        raise UserError(f"train.push_to_hub: {repository}: {error_reason(error, writes=True)}") from None
     if earlier:
         raise UserError(
             f"train.push_to_hub: {repository} holds step-{earlier[0]} of an earlier run; go on with that run with --resume, "
@@ -56,7 +54,7 @@ def pushing(repository: str | None, limit: int, say: Callable[[str], None]) -> I
     if repository is None or not processes.is_main():
         yield None
         return
-    with silence_ends():
+    with limit_timeouts():
         uploads = Pushing(repository, limit, say)
         try:
             yield uploads
@@ -129,12 +127,12 @@ class Pushing:
             shutil.rmtree(held, ignore_errors=True)
 
     def _upload(self, name: str, commit: Callable[[], None]) -> None:
-        """Try several times; a failure is told, and ends nothing."""
+        """Try several times; a failure is reported, and ends nothing."""
         try:
-            with without_bars():
-                patiently(commit, lambda error: True)
-        except FAILURES as error:
-            self.say(f"not pushed to {self.repository}: {name} ({quoted(error)})")
+            with no_progress_bars():
+                with_retries(commit, lambda error: True)
+        except CLIENT_ERRORS as error:
+            self.say(f"not pushed to {self.repository}: {name} ({safe_message(error)})")
             return
         with self._lock:
             self.missing = [one for one in self.missing if one != name]
@@ -154,7 +152,7 @@ class Pushing:
         # The client's own upload of a folder may take several commits, and people load an adapter between them.
         own = [
             CommitOperationAdd(path, content)
-            for path, content in with_card(output_dir, self.repository).items()
+            for path, content in files_to_push(output_dir, self.repository).items()
         ]
         self._api.create_commit(self.repository, own, commit_message="The trained adapter")
 
@@ -189,16 +187,16 @@ def fetch_newer(repository: str, root: Path, than: int) -> Iterator[str]:
                 yield f"damaged on the Hub: {error}"
     except RepositoryNotFoundError:
         return
-    except FAILURES as error:
+    except CLIENT_ERRORS as error:
         if than < 0:
-            raise UserError(f"train.push_to_hub: {repository}: {reason(error, writes=True)}") from None
-        yield f"{repository} was not looked at ({quoted(error)})"
+            raise UserError(f"train.push_to_hub: {repository}: {error_reason(error, writes=True)}") from None
+        yield f"{repository} was not looked at ({safe_message(error)})"
 
 
 def _fetch(repository: str, root: Path, step: int) -> Path:
     """Download, verify, and put in place."""
     folder = checkpoint_folder(root, step)
-    with _scratch(root) as scratch, without_bars():
+    with _scratch(root) as scratch, no_progress_bars():
         snapshot_download(repository, allow_patterns=[f"{FOLDER}/{folder.name}/*"], local_dir=scratch)
         downloaded = scratch / FOLDER / folder.name
         verify(downloaded)

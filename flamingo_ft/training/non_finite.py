@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from flamingo_ft.data.stream.batches import Contents
+from flamingo_ft.data.stream.batches import BatchContents
 from flamingo_ft.errors import UserError
 
 from .in_backward import inside_backward
@@ -36,11 +36,11 @@ class Finite:
     def __init__(self, skips: bool = False):
         self.skips = skips
         self.in_a_row = 0
-        self._batches: list[tuple[dict[str, Any], Contents]] = []
+        self._batches: list[tuple[dict[str, Any], BatchContents]] = []
         self._losses: list[Tensor] = []
         self._good: Tensor | None = None
 
-    def begin(self, batches: Sequence[dict[str, Any]], contents: Sequence[Contents]) -> None:
+    def begin(self, batches: Sequence[dict[str, Any]], contents: Sequence[BatchContents]) -> None:
         """A step is about to be taken over ``batches``."""
         self._batches, self._losses = list(zip(batches, contents, strict=True)), []
 
@@ -122,7 +122,7 @@ def _overflowed(trainer: Any) -> bool:
     return scaler is not None and scaler.get_scale() >= 1
 
 
-def _rows(batches: Sequence[tuple[Any, Contents]], bad: Sequence[bool]) -> list[str]:
+def _rows(batches: Sequence[tuple[Any, BatchContents]], bad: Sequence[bool]) -> list[str]:
     """Where the samples of the bad batches are; of all, where none is known to be."""
     chosen = [contents for (_, contents), is_bad in zip(batches, bad, strict=False) if is_bad]
     return [row for contents in chosen or [contents for _, contents in batches] for row in contents.rows]

@@ -10,8 +10,8 @@ import torch
 from flamingo_ft.backbones.device import default_device
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, Sample
-from flamingo_ft.data.mixture import SOON_READ
-from flamingo_ft.data.overlap import find_overlap
+from flamingo_ft.data.eval_split import find_overlap
+from flamingo_ft.data.opened_data import MAX_VALIDATED_ROWS
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import measure_answers
 from flamingo_ft.formatting import gib
@@ -52,10 +52,12 @@ def warnings_about_evaluation(
 
 def _overlap(data: OpenedData, held_out: Sequence[Sample]) -> str | None:
     """Streams are not read through for it."""
-    if not held_out or not all(mixed.source.indexed and mixed.size <= SOON_READ for mixed in data.train):
+    if not held_out or not all(
+        mixed.source.indexed and mixed.size <= MAX_VALIDATED_ROWS for mixed in data.train
+    ):
         return None
     found = find_overlap(data.samples(data.train), held_out)
     return found and (
         f"{found.count:,} of {len(held_out):,} held-out samples show an image that is trained on too "
-        f"(first {found.held_out}, trained on in {found.train}); accuracy on them says little: hold them out"
+        f"(first {found.eval}, trained on in {found.train}); accuracy on them says little: hold them out"
     )

@@ -13,7 +13,7 @@ from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
-from flamingo_ft.data.stream.tally import added
+from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
 from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
@@ -129,7 +129,7 @@ def _run(
     with progress_bars(disable=not processes.is_main()) as progress:
         with processes.failing_together():
             data = _open(recipe, start, tell)
-            held_out = data.held_out_samples(recipe.eval.max_samples)
+            held_out = data.eval_samples(recipe.eval.max_samples)
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # refuses too long ones
@@ -177,7 +177,7 @@ def _open(recipe: Recipe, start: Start, tell: Callable[[OpenedData], None]) -> O
     data = open_data(recipe.data, recipe.train.seed)
     if processes.is_main():
         tell(data)
-    data.look_through()
+    data.validate_rows()
     if start.checkpoint:
         check_fits(start.checkpoint, rows_of(data))
     return data
@@ -210,12 +210,12 @@ def _train(
         raise
     finally:
         if processes.is_main():
-            _list_left_out(data.left_out | trainer.batches.tally.left_out, output_dir)
+            _list_left_out(data.skipped | trainer.batches.stats.skipped_rows, output_dir)
     if stopping.number is not None:
         raise Stopped(stopping.number, trainer.state.global_step)
-    tallies = processes.everyones((trainer.batches.tally.record(), trainer.batches.tally.left_out))
+    tallies = processes.everyones((trainer.batches.stats.metrics(), trainer.batches.stats.skipped_rows))
     if processes.is_main():
-        left_out = [data.left_out, *(rows for _, rows in tallies)]
+        left_out = [data.skipped, *(rows for _, rows in tallies)]
         _list_left_out({where: why for rows in left_out for where, why in rows.items()}, output_dir)
         write_log(output_dir, trainer.state.log_history)
     parameters = sum(p.numel() for p in trainable_parameters(trainer.model).values())
@@ -225,8 +225,8 @@ def _train(
         | skipped_record(trainer.state.log_history)
         | take_best(trainer, recipe)
     )
-    counts = added([counted for counted, _ in tallies])
-    return record | {"data": counts | ({"held_out_skipped": len(data.left_out)} if data.left_out else {})}
+    counts = total_metrics([counted for counted, _ in tallies])
+    return record | {"data": counts | ({"held_out_skipped": len(data.skipped)} if data.skipped else {})}
 
 
 def _where_to_go_on(recipe: Recipe) -> str:

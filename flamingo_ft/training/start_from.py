@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
-from flamingo_ft.hub import fetch_model, hub_name, pinned
+from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 
 
 def with_pinned_start(recipe: Recipe, earlier: Path | None) -> Recipe:
@@ -19,7 +19,7 @@ def with_pinned_start(recipe: Recipe, earlier: Path | None) -> Recipe:
         return recipe
     kept = None if earlier is None else load_recipe(earlier / RECIPE_FILE, require=()).model.init_from
     found = fetch_model(wanted if kept is None else kept)
-    return _starting_from(recipe, kept or Path(pinned(wanted, found)))
+    return _starting_from(recipe, kept or Path(pinned_name(wanted, found)))
 
 
 def as_pinned(recipe: Recipe, earlier: Recipe) -> Recipe:

@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from flamingo_ft.adapters.reference import answer_alike, drop_nothing, frozen_copy
+from flamingo_ft.adapters.prepare import frozen_copy, match_training_mode, zero_dropout
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.epochs import with_max_steps
@@ -44,11 +44,11 @@ class FlamingoDpoTrainer(Engine, DPOTrainer):
     """Direct preference optimisation (arXiv:2305.18290) against the model that it starts from, neither with dropout."""
 
     def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
-        drop_nothing(model)
+        zero_dropout(model)
         super().__init__(*given, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        answer_alike(self.ref_model, self.model.training)
+        match_training_mode(self.ref_model, self.model.training)
         with (
             warnings.catch_warnings()
         ):  # TRL 1.16 asks transformers for the old name of activation checkpointing

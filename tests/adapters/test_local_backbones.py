@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import load_adapter, save_adapter, write_composition
-from flamingo_ft.adapters.restore import restore_trainable
+from flamingo_ft.adapters.load import restore_trainable
 from flamingo_ft.backbones.language import NANO_FOLDER as WORDS
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.tower_source import NANO_FOLDER as EYES
@@ -16,7 +16,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.backbone_files import backbone_files
-from flamingo_ft.publish.files import files_of, with_card
+from flamingo_ft.publish.push import files_to_push, publishable_files
 
 from ..regimes import RECIPE, build, logits, shake
 
@@ -132,7 +132,7 @@ def test_a_checkpoint_goes_on_where_its_backbones_lie_elsewhere_by_now(local, ma
 def test_what_is_pushed_has_no_path_of_a_local_backbone(made, tmp_path):
     folder, _ = made
     write_composition(folder / "runs/one", tmp_path / "base")
-    pushed = {**with_card(folder / "runs/one", "org/name"), **files_of(tmp_path / "base")}
+    pushed = {**files_to_push(folder / "runs/one", "org/name"), **publishable_files(tmp_path / "base")}
     assert {"config.json", "adapter_config.json", "README.md"} <= pushed.keys()
     for name, content in pushed.items():
         content = content if isinstance(content, bytes) else content.read_bytes()

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable, trainable_parameters
 from flamingo_ft.adapters.lora import _pattern, add_lora, find_targets
-from flamingo_ft.adapters.originals import Originals
+from flamingo_ft.adapters.lora_init import UnquantizedWeights
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.quantization import dequantized
 from flamingo_ft.backbones.tower import build_visual, layers_after_tokens
@@ -187,7 +187,7 @@ def test_loftq_starts_at_the_best_update_to_what_quantization_lost(small_run):
     overrides = (*quantized("nf4", "LoRA"), NOTHING_WHOLE, LORA, "model.init_from=start")
     parts = ("lora.cross_attention={r: 2}", "lora.vision={r: 2}")
     model, _ = build(*overrides, *parts, "lora.init_lora_weights=loftq")
-    originals = Originals(model)
+    originals = UnquantizedWeights(model)
     for name, layer in layers(model).items():
         kept = dequantized(layer.get_base_layer()).double()
         lost = originals[name].double() - kept

@@ -12,8 +12,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from flamingo_ft.adapters import Adapters, load_adapter, load_base, save_adapter
-from flamingo_ft.adapters.load import put_bridge_parts
-from flamingo_ft.adapters.start import bridge_of
+from flamingo_ft.adapters.init_from import bridge_tensors
+from flamingo_ft.adapters.load import set_bridge_parameters
 from flamingo_ft.adapters.trainable import is_lora
 from flamingo_ft.errors import UserError
 
@@ -45,7 +45,9 @@ def pair(request, pairs):
     first, second = pairs[request.param]
     (model, processor), (other, _) = load_adapter(first), load_adapter(second)
     said = [regimes.logits(model, processor), regimes.logits(other, processor)]
-    put_bridge_parts(model, {name: tensor for name, tensor in bridge_of(other).items() if not is_lora(name)})
+    set_bridge_parameters(
+        model, {name: tensor for name, tensor in bridge_tensors(other).items() if not is_lora(name)}
+    )
     mixed = regimes.logits(model, processor)
     assert torch.equal(mixed, said[0]) == (request.param == "LoRA") and not torch.equal(*said)
     return first, second, *said, mixed, processor

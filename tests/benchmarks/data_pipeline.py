@@ -28,14 +28,12 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.config.library import library_folder
 from flamingo_ft.data import open_data
-from flamingo_ft.data.collate import collate_text
-from flamingo_ft.data.media_reader import PixelReader
-from flamingo_ft.data.stack import stack_media
-from flamingo_ft.data.stream.batches import Batches, Loading, in_order
-from flamingo_ft.data.stream.order import Order
-from flamingo_ft.data.stream.prepare import Preparing
-from flamingo_ft.data.stream.tally import Tally
-from flamingo_ft.data.too_long import encode_within
+from flamingo_ft.data.collate import collate_text, stack_media
+from flamingo_ft.data.encode import encode_within
+from flamingo_ft.data.media import PixelLoader
+from flamingo_ft.data.stream.batches import Batches, LoaderConfig, one_sample_per_row
+from flamingo_ft.data.stream.examples import DataStats, ExampleDataset
+from flamingo_ft.data.stream.order import SampleOrder
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tokens import add_media_tokens
 
@@ -79,17 +77,17 @@ def our_batches(path: Path, made: FlamingoProcessor, workers: int, streaming: bo
     """Batches as training makes them."""
     section = DataSection(train=(DataSource(path=path, streaming=streaming),))
     data = open_data(section, seed=0)
-    order = Order(data.train, 0, section.shuffle_buffer)
+    order = SampleOrder(data.train, 0, section.shuffle_buffer)
     encode = partial(encode_within, made, max_text_tokens=512)
     return Batches(
         order.draws,
-        Preparing([mixed.source for mixed in data.train], encode, PixelReader(made)),
-        in_order(BATCH),
+        ExampleDataset([mixed.source for mixed in data.train], encode, PixelLoader(made)),
+        one_sample_per_row(BATCH),
         lambda rows: (
             collate_text([one.encoded for (one,) in rows], 0) | stack_media([one.media for (one,) in rows])
         ),
-        Tally(False, 0.05, order.epoch_length),
-        Loading(BATCH, workers),
+        DataStats(False, 0.05, order.epoch_length),
+        LoaderConfig(BATCH, workers),
     )
 
 

@@ -30,7 +30,7 @@ from flamingo_ft.adapters import add_lora, set_trainable, trainable_parameters
 from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone
 from flamingo_ft.config.data import CacheSection
 from flamingo_ft.config.schema import LoraPart, LoraSection, TrainableSection
-from flamingo_ft.data.features import Frame, FrozenFeatures, find_frame, open_features, pending_media
+from flamingo_ft.data.features import FeatureCache, Frame, collate_frames, lookup_frame, open_feature_cache
 from flamingo_ft.data.media import open_image
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
@@ -54,7 +54,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = make_images(Path(folder), wanted.images)
         samples = list(groups(files, wanted.images_per_sample))
-        features = open_features(
+        features = open_feature_cache(
             model, processor.image_processor.open_clip_preprocess, CacheSection(folder=Path(folder) / "cache")
         )
         ways = {"without": partial(pixels_of, processor), "with": partial(tokens_of, processor, features)}
@@ -121,15 +121,15 @@ def pixels_of(processor: FlamingoProcessor, samples: list[list[Path]]) -> dict[s
 
 
 def tokens_of(
-    processor: FlamingoProcessor, features: FrozenFeatures, samples: list[list[Path]]
+    processor: FlamingoProcessor, features: FeatureCache, samples: list[list[Path]]
 ) -> dict[str, Tensor]:
     """And what it is with it."""
 
     def find(file: Path) -> Frame:
         decode = lambda: processor.image_processor.transform(open_image(file))  # noqa: E731
-        return find_frame(features.store, file.read_bytes(), decode)
+        return lookup_frame(features.store, file.read_bytes(), decode)
 
-    return features.complete(pending_media([[[find(file)] for file in sample] for sample in samples]))
+    return features.complete(collate_frames([[[find(file)] for file in sample] for sample in samples]))
 
 
 def run_epoch(

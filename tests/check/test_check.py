@@ -20,8 +20,7 @@ from flamingo_ft.config import load_recipe
 from flamingo_ft.config.library import find_recipe
 from flamingo_ft.data import open_data, open_source
 from flamingo_ft.data.collate import collate_text
-from flamingo_ft.data.encode import IGNORED, encode
-from flamingo_ft.data.too_long import Dropped, encode_within
+from flamingo_ft.data.encode import IGNORED, Dropped, encode, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.images import CONVERSIONS
 from tests.check.small_recipes import asked, checked, problem_lines, recipe, write_rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from flamingo_ft.check.text_checks import TextInspector
-from flamingo_ft.data.pair import encode_pair
+from flamingo_ft.data.pairs import encode_pair
 from flamingo_ft.data.sample import Sample
 from tests.check.small_recipes import checked, problem_lines, recipe, write_rows
 from tests.data.dialogues import assistant, nano_processor, user

@@ -75,7 +75,7 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
 def test_samples_whose_answers_the_template_changes_are_counted(tmp_path, monkeypatch):
     processor = nano_processor(LAST_REASONING)
     monkeypatch.setattr("flamingo_ft.model.backbone_files.BackboneFiles.processor", lambda self: processor)
-    monkeypatch.setattr("flamingo_ft.data.templates._template", lambda processor, name: LAST_REASONING)
+    monkeypatch.setattr("flamingo_ft.data.render._template", lambda processor, name: LAST_REASONING)
     said = {"role": "assistant", "content": "<think>why</think>Seven."}
     question = {"role": "user", "content": "?"}
     rows = [{"messages": [question, said]}, {"messages": [question, said, question, said]}, asked("?", "A")]

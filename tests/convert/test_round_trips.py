@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.adapters import (
+    init_bridge,
     load_adapter,
     load_trained,
     save_adapter,
     set_trainable,
-    start_bridge,
     write_composition,
 )
 from flamingo_ft.adapters.files import read_tensors
@@ -207,7 +207,7 @@ def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, bac
     model, processor = build_flamingo(
         vision, language, cross_attn_every_n_layers=EVERY, media_visibility=visibility
     )
-    start_bridge(model, start)
+    init_bridge(model, start)
     reference = untrained_flamingo("mpt", EVERY, media_visibility=visibility)
     load_open_flamingo(reference, foreign.open_flamingo("mpt"))
     expected = logits(reference, "mpt")
@@ -234,8 +234,8 @@ def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
         cross_attention=HEADS,
     )
     with pytest.raises(UserError, match="has backbones of its own, which would be lost"):
-        start_bridge(model, tmp_path / "model")
-    start_bridge(model, folder)
+        init_bridge(model, tmp_path / "model")
+    init_bridge(model, folder)
     save_adapter(
         model, FlamingoProcessor.for_backbones(vision.preprocess, language.tokenizer), tmp_path / "trained"
     )

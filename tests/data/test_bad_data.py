@@ -28,7 +28,7 @@ EMPTY = "found no words, wanted text; write it or remove the row"
 EMPTY_TURN = "found no words, wanted text or an image; remove the turn"
 
 
-def said(*turns: tuple[str, object]) -> dict:
+def text_or_messages(*turns: tuple[str, object]) -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -52,38 +52,42 @@ GOOD = {
 BAD_ROWS = {
     "empty user turn": (
         "messages",
-        said(("user", ""), ("assistant", "A")),
+        text_or_messages(("user", ""), ("assistant", "A")),
         f"messages[0].content: {EMPTY_TURN}",
     ),
     "blank answer": (
         "messages",
-        said(("user", "Q"), ("assistant", " \n")),
+        text_or_messages(("user", "Q"), ("assistant", " \n")),
         f"messages[1].content: {EMPTY_TURN}",
     ),
-    "no blocks": ("messages", said(("user", []), ("assistant", "A")), f"messages[0].content: {EMPTY_TURN}"),
+    "no blocks": (
+        "messages",
+        text_or_messages(("user", []), ("assistant", "A")),
+        f"messages[0].content: {EMPTY_TURN}",
+    ),
     "content NaN": (
         "messages",
-        said(("user", math.nan), ("assistant", "A")),
+        text_or_messages(("user", math.nan), ("assistant", "A")),
         "messages[0].content: found NaN (an empty cell), wanted text or a list of typed blocks",
     ),
     "late system": (
         "messages",
-        said(("user", "Q"), ("system", "S"), ("assistant", "A")),
+        text_or_messages(("user", "Q"), ("system", "S"), ("assistant", "A")),
         "messages[1].content: found a system message here, wanted it first; move or join it",
     ),
     "two users": (
         "messages",
-        said(("user", "Q"), ("user", "Q"), ("assistant", "A")),
+        text_or_messages(("user", "Q"), ("user", "Q"), ("assistant", "A")),
         "messages[1].content: found user after user, wanted user and assistant in turn; join them",
     ),
     "two answers": (
         "messages",
-        said(("user", "Q"), ("assistant", "A"), ("assistant", "A")),
+        text_or_messages(("user", "Q"), ("assistant", "A"), ("assistant", "A")),
         "messages[2].content: found assistant after assistant, wanted user and assistant in turn; join them",
     ),
     "system then answer": (
         "messages",
-        said(("system", "S"), ("assistant", "A")),
+        text_or_messages(("system", "S"), ("assistant", "A")),
         "messages: found an assistant turn first, wanted what it answers before it",
     ),
     "loss of text": (
@@ -93,37 +97,37 @@ BAD_ROWS = {
     ),
     "more images": (
         "messages",
-        {**said(("user", "<image>?"), ("assistant", "A")), "images": ["a.png"] * 2},
+        {**text_or_messages(("user", "<image>?"), ("assistant", "A")), "images": ["a.png"] * 2},
         f"found 1 <image> markers but 2 images; {MARKERS}",
     ),
     "more markers": (
         "messages",
-        {**said(("user", "<image><image>?"), ("assistant", "A")), "images": ["a.png"]},
+        {**text_or_messages(("user", "<image><image>?"), ("assistant", "A")), "images": ["a.png"]},
         f"found 2 <image> markers but 1 images; {MARKERS}",
     ),
     "more videos": (
         "messages",
-        {**said(("user", "<video>?"), ("assistant", "A")), "videos": [["a.png"]] * 2},
+        {**text_or_messages(("user", "<video>?"), ("assistant", "A")), "videos": [["a.png"]] * 2},
         "found 1 <video> markers but 2 videos; add the missing videos or remove markers",
     ),
     "no frames": (
         "messages",
-        {**said(("user", "?"), ("assistant", "A")), "videos": [[]]},
+        {**text_or_messages(("user", "?"), ("assistant", "A")), "videos": [[]]},
         "videos[0]: found no frames, wanted at least one image",
     ),
     "missing frame": (
         "messages",
-        {**said(("user", "?"), ("assistant", "A")), "video": ["a.png", "b.png"]},
+        {**text_or_messages(("user", "?"), ("assistant", "A")), "video": ["a.png", "b.png"]},
         "video[1]: no such image FOLDER/b.png; check the path or set image_root",
     ),
     "image URL without URL": (
         "messages",
-        said(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "A")),
+        text_or_messages(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "A")),
         "messages[0].content[0].image_url: found null, wanted the path of an image",
     ),
     "half a data URI": (
         "messages",
-        said(
+        text_or_messages(
             ("user", [{"type": "image_url", "image_url": "data:image/png;base64,iVBOR"}]), ("assistant", "A")
         ),
         "messages[0].content[0].image_url: not base64 (Invalid base64-encoded string: number of data characters (5) "
@@ -131,7 +135,9 @@ BAD_ROWS = {
     ),
     "empty data URI": (
         "messages",
-        said(("user", [{"type": "image", "image": "data:image/png;base64,"}]), ("assistant", "A")),
+        text_or_messages(
+            ("user", [{"type": "image", "image": "data:image/png;base64,"}]), ("assistant", "A")
+        ),
         "messages[0].content[0].image: found an empty file, wanted an image",
     ),
     "path upwards": (

@@ -8,9 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 from flamingo_ft.config import DataSection
-from flamingo_ft.data.dialogue import is_rewritten
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt, end_token_id
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import answers_are_rewritten, apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.chat_template import answer_template
 from flamingo_ft.model.processor import FlamingoProcessor
@@ -170,7 +169,7 @@ def test_an_answer_whose_words_the_template_leaves_out_is_counted():
     encoded = encode(processor, REASONED)
     assert encoded.rewritten and learned(processor, encoded) == "\n\nSeven.<|im_end|>Yes.<|im_end|>"
     silent = [{**turn, "loss": False} for turn in REASONED]
-    assert not is_rewritten(processor, silent, "")
+    assert not answers_are_rewritten(processor, silent, "")
 
 
 def test_the_last_prompt_is_the_dialogues_beginning_where_the_system_message_moves():

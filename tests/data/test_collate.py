@@ -8,10 +8,9 @@ import torch
 from PIL import Image
 
 from flamingo_ft.data.collate import collate_text, load_media
-from flamingo_ft.data.encode import IGNORED, encode
+from flamingo_ft.data.encode import IGNORED, encode, encode_within
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.too_long import encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
 

@@ -25,11 +25,17 @@ from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config.data import CacheSection
 from flamingo_ft.config.schema import LoraPart, LoraSection
-from flamingo_ft.data.features import FeatureStore, FeatureWriter, find_frame, open_features, pending_media
+from flamingo_ft.data.features import (
+    FeatureStore,
+    FeatureWriter,
+    collate_frames,
+    lookup_frame,
+    open_feature_cache,
+)
 from flamingo_ft.data.features import encoder as encoder_module
-from flamingo_ft.data.features import key as key_module
+from flamingo_ft.data.features import store as key_module
 from flamingo_ft.data.features.encoder import FrozenTower
-from flamingo_ft.data.features.writer import bytes_under
+from flamingo_ft.data.features.store import bytes_under
 from flamingo_ft.errors import UserError
 
 from ..model.tiny import ids, images, tiny_flamingo
@@ -41,7 +47,7 @@ TOKENS = torch.arange(12.0).view(4, 3)
 
 def opened(folder: Path, model=None, preprocess=PREPROCESS, max_gib=None, dtype="bf16", **options):
     model = tiny_flamingo() if model is None else model
-    return open_features(
+    return open_feature_cache(
         model, preprocess, CacheSection(folder=folder, dtype=dtype, max_gib=max_gib), **options
     )
 
@@ -57,8 +63,8 @@ def pixels(number: int) -> torch.Tensor:
 
 def batch_of(store: FeatureStore, *rows: list[list[int]]) -> dict:
     """Samples of media of frames, each frame an image by its number."""
-    find = lambda number: find_frame(store, contents(number), lambda: pixels(number))  # noqa: E731
-    return pending_media([[[find(number) for number in medium] for medium in row] for row in rows])
+    find = lambda number: lookup_frame(store, contents(number), lambda: pixels(number))  # noqa: E731
+    return collate_frames([[[find(number) for number in medium] for medium in row] for row in rows])
 
 
 def stored(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import pytest
 
 from flamingo_ft.config.data import DataSource
 from flamingo_ft.data import read_samples
-from flamingo_ft.data.file_names import on_disk, same_name
+from flamingo_ft.data.files import resolve_unicode, same_name
 from flamingo_ft.errors import UserError
 
 from .fixtures import FACTS, SCANS, add_files
@@ -69,7 +69,7 @@ def test_no_form_of_a_name_leads_out_of_the_image_root(tmp_path):
 def test_a_missing_name_is_reported_as_it_was_written(tmp_path):
     with pytest.raises(UserError, match="no such image .*Café/über 가.png; check"):
         read(tmp_path, NFC)
-    assert on_disk(tmp_path / NFC) == tmp_path / NFC
+    assert resolve_unicode(tmp_path / NFC) == tmp_path / NFC
 
 
 def test_images_of_a_tar_match_the_names_in_its_json_in_either_form(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flamingo_ft.data.held_out import hold_out
+from flamingo_ft.data.eval_split import split_eval
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 
@@ -33,7 +33,7 @@ rows_of_images = st.lists(st.lists(st.sampled_from("abcdefghijklmnop"), max_size
 def test_the_two_parts_are_all_rows_and_share_no_image(images, fraction, seed):
     source = Shown(images)
     try:
-        ((trained, held),) = hold_out([source], fraction, seed)
+        ((trained, held),) = split_eval([source], fraction, seed)
     except UserError as error:
         assert "could be held out" in str(error)
         return
@@ -45,7 +45,7 @@ def test_the_two_parts_are_all_rows_and_share_no_image(images, fraction, seed):
 @given(rows_of_images, rows_of_images, st.floats(0.05, 0.5), st.integers(0, 9))
 def test_an_image_held_out_of_one_source_is_not_trained_on_in_another(first, second, fraction, seed):
     try:
-        parts = hold_out([Shown(first), Shown(second)], fraction, seed)
+        parts = split_eval([Shown(first), Shown(second)], fraction, seed)
     except UserError as error:
         assert "could be held out" in str(error)
         return
@@ -59,33 +59,33 @@ def test_an_image_held_out_of_one_source_is_not_trained_on_in_another(first, sec
 
 def test_a_large_group_is_not_held_out_where_smaller_ones_do():
     images = [["a.png"]] * 50 + [[f"{i}.png"] for i in range(50)]
-    assert all(len(hold_out([Shown(images)], 0.1, seed)[0][1]) == 10 for seed in range(10))
+    assert all(len(split_eval([Shown(images)], 0.1, seed)[0][1]) == 10 for seed in range(10))
 
 
 def test_moving_the_folder_of_images_holds_out_the_same_rows():
     here, there = ([[f"{folder}/{i}.png"] for i in range(50)] for folder in ("/here", "/moved/there"))
-    assert np.array_equal(hold_out([Shown(here)], 0.2, 0)[0][1], hold_out([Shown(there)], 0.2, 0)[0][1])
+    assert np.array_equal(split_eval([Shown(here)], 0.2, 0)[0][1], split_eval([Shown(there)], 0.2, 0)[0][1])
 
 
 def test_the_share_is_that_asked_for_and_another_seed_holds_out_others():
     source = Numbers(1000)
-    first, again, other = (hold_out([source], 0.1, seed)[0][1] for seed in (0, 0, 1))
+    first, again, other = (split_eval([source], 0.1, seed)[0][1] for seed in (0, 0, 1))
     assert len(first) == 100
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_what_is_held_out_does_not_depend_on_the_order_of_rows():
     images = [[f"{i}.png"] for i in range(40)]
-    held = {images[row][0] for row in hold_out([Shown(images)], 0.2, 0)[0][1]}
+    held = {images[row][0] for row in split_eval([Shown(images)], 0.2, 0)[0][1]}
     turned = images[::-1]
-    assert held == {turned[row][0] for row in hold_out([Shown(turned)], 0.2, 0)[0][1]}
+    assert held == {turned[row][0] for row in split_eval([Shown(turned)], 0.2, 0)[0][1]}
 
 
 def test_rows_that_cannot_be_read_are_left_to_training_which_tells_of_them():
-    ((trained, held),) = hold_out([Shown([[f"{i}.png"] for i in range(10)], bad=frozenset({3, 4}))], 0.5, 0)
+    ((trained, held),) = split_eval([Shown([[f"{i}.png"] for i in range(10)], bad=frozenset({3, 4}))], 0.5, 0)
     assert {3, 4} <= set(trained) and len(held) == 5
 
 
 def test_rows_that_all_hang_together_cannot_be_held_out():
     with pytest.raises(UserError, match="could be held out .* name a held-out file in data.eval"):
-        hold_out([Shown([["a.png"]] * 5)], 0.2, 0)
+        split_eval([Shown([["a.png"]] * 5)], 0.2, 0)

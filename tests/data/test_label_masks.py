@@ -8,7 +8,7 @@ import pytest
 
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.data.sample import DOCUMENT
-from flamingo_ft.data.schemas.blocks import split_markers
+from flamingo_ft.data.schemas.build_sample import text_to_blocks
 from flamingo_ft.model.processor import FlamingoProcessor
 from flamingo_ft.model.tokens import add_media_tokens
 from tests.golden.label_mask_cases import CAPTIONS, DOCUMENTS, word_tokenizer
@@ -50,7 +50,7 @@ def test_dialogues_in_llavas_form_have_the_labels_of_its_rule(case, legacy):
     texts = [case["system"], *case["turns"]]
     encoded = encode(
         processor,
-        [{"role": role, "content": split_markers(text)} for role, text in zip(roles, texts, strict=True)],
+        [{"role": role, "content": text_to_blocks(text)} for role, text in zip(roles, texts, strict=True)],
     )
     pieces = [piece for piece, _ in case["written"]]
     whole = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from flamingo_ft.data import open_medium
-from flamingo_ft.data.locate import Locator, lossless_bytes
 from flamingo_ft.data.media import open_image
+from flamingo_ft.data.media_resolver import MediaResolver, lossless_bytes
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import download, images
@@ -135,7 +135,7 @@ MODES = ("RGB", "RGBA", "L", "P", "CMYK", "I;16", "F", "1", "LA", "I", "I;16B", 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_pillow_image_is_kept_without_loss(mode):
     image = pillow_image(mode)
-    content = Locator(None, False).image(image, "row 0: image")
+    content = MediaResolver(None, False).image(image, "row 0: image")
     kept = Image.open(io.BytesIO(content))
     assert kept.mode == image.mode and kept.tobytes() == image.tobytes()
     assert content == lossless_bytes(image)
@@ -164,7 +164,7 @@ def test_a_palette_with_alpha_is_kept():
 def test_a_pillow_image_of_a_truncated_file_is_refused_in_one_line():
     cut = Image.open(io.BytesIO(file_of(photo(), "JPEG")[:-200]))
     with pytest.raises(UserError, match=r"row 0: image: not a readable image \(.*truncated"):
-        Locator(None, False).image(cut, "row 0: image")
+        MediaResolver(None, False).image(cut, "row 0: image")
 
 
 def test_metadata_that_cannot_be_written_again_does_not_cost_a_pillow_image():
@@ -393,4 +393,4 @@ def test_base64_with_and_without_its_header_is_the_file():
         {"bytes": text},
         {"bytes": content},
     ):
-        assert Locator(None, False).image(value, "row 0: image") == content
+        assert MediaResolver(None, False).image(value, "row 0: image") == content

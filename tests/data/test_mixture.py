@@ -56,7 +56,7 @@ def question(**media) -> dict:
 
 def test_images_of_held_out_samples_are_fetched_once(tmp_path, url):
     rows = [question(image=f"{url}/a.png"), question(videos=[[f"{url}/b.png", "red.png"]])]
-    samples = held_out(tmp_path, rows, allow_urls=True).held_out_samples()
+    samples = held_out(tmp_path, rows, allow_urls=True).eval_samples()
     for _ in range(2):
         frames = [open_medium(medium) for sample in samples for medium in sample.images]
         assert [len(pictures) for pictures in frames] == [1, 2]
@@ -68,11 +68,11 @@ def test_a_held_out_image_that_cannot_be_fetched_is_told_with_its_url(tmp_path, 
         tmp_path, [question(image=f"{url}/a.png"), question(image=f"{url}/a.png")], allow_urls=True
     )
     with pytest.raises(UserError, match=rf"row 1: .*{url}/a.png"):
-        data.held_out_samples()
+        data.eval_samples()
 
 
 def test_held_out_rows_that_are_skipped_are_listed(tmp_path):
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
     data = held_out(tmp_path, [question(image="red.png"), question(image="none.png")], on_bad_sample="skip")
-    assert len(data.held_out_samples()) == 1
-    assert list(data.left_out) == [f"{tmp_path}/rows.jsonl: row 1"]
+    assert len(data.eval_samples()) == 1
+    assert list(data.skipped) == [f"{tmp_path}/rows.jsonl: row 1"]

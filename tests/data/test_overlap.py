@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from flamingo_ft.data import Sample, overlap
-from flamingo_ft.data.overlap import find_overlap
+from flamingo_ft.data import Sample, eval_split
+from flamingo_ft.data.eval_split import find_overlap
 from flamingo_ft.data.sample import Video
 
 
@@ -21,7 +21,7 @@ def test_copies_under_other_names_are_found_and_the_first_is_named(tmp_path):
     train = samples(tmp_path, {"train/a": b"first", "train/b": b"other", "train/c": b"third!!"})
     held = samples(tmp_path, {"eval/x": b"unlike", "eval/y": b"other", "eval/z": b"first"})
     found = find_overlap(train, held)
-    assert (found.count, {(found.held_out, found.train)} & {("eval/z", "train/a")}) == (
+    assert (found.count, {(found.eval, found.train)} & {("eval/z", "train/a")}) == (
         2,
         {("eval/z", "train/a")},
     )
@@ -46,7 +46,7 @@ def test_only_files_of_equal_size_are_read(tmp_path, monkeypatch):
     train = samples(tmp_path, {f"train/{n}": b"x" * n for n in range(1, 200)})
     held = samples(tmp_path, {"eval/a": b"y" * 7})
     read = []
-    monkeypatch.setattr(overlap, "read_content", lambda image: read.append(image) or b"")
+    monkeypatch.setattr(eval_split, "read_bytes", lambda image: read.append(image) or b"")
     find_overlap(train, held)
     assert len(read) == 2
 

@@ -7,14 +7,12 @@ import torch
 from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from flamingo_ft.data.encode import IGNORED, Cut, encode
-from flamingo_ft.data.locate import lossless_bytes
-from flamingo_ft.data.media_reader import PixelReader
-from flamingo_ft.data.pair import encode_pair
-from flamingo_ft.data.preference import preference_row
+from flamingo_ft.data.encode import IGNORED, Cut, Dropped, encode
+from flamingo_ft.data.media import PixelLoader
+from flamingo_ft.data.media_resolver import lossless_bytes
+from flamingo_ft.data.pairs import encode_pair, preference_row
 from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.stream.prepare import Prepared
-from flamingo_ft.data.too_long import Dropped
+from flamingo_ft.data.stream.examples import Example
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.batches import assemble_pairs
 
@@ -95,11 +93,11 @@ def test_a_batch_is_what_trls_collator_makes_of_the_same_rows():
     processor = nano_processor()
     two = [user(IMAGE, "One.", IMAGE, "Are they the same digit?")]
     samples = [pair(), pair("Seven.", "It is a two.", [user(IMAGE, "Which?")]), pair("Yes.", "No.", two)]
-    read = PixelReader(processor)
+    read = PixelLoader(processor)
     rows = []
     for number, sample in enumerate(samples):
         encoded = encode_pair(processor, sample, 500)
-        rows.append([Prepared(sample.where, encoded, read(sample, encoded.images, number))])
+        rows.append([Example(sample.where, encoded, read(sample, encoded.images, number))])
     ours = assemble_pairs(processor.tokenizer.pad_token_id, False, None, rows)
     theirs = DataCollatorForVisionPreference(processor)(
         [copy.deepcopy(preference_row(sample)) for sample in samples]

@@ -3,8 +3,8 @@
 import pytest
 from PIL import Image
 
-from flamingo_ft.data.locate import lossless_bytes
-from flamingo_ft.data.preference import preference_row
+from flamingo_ft.data.media_resolver import lossless_bytes
+from flamingo_ft.data.pairs import preference_row
 from flamingo_ft.data.sample import Sample, Video
 from flamingo_ft.errors import UserError
 

@@ -130,15 +130,15 @@ def test_a_source_becomes_the_samples_that_were_meant(tmp_path, name):
 def test_rows_by_number_are_the_rows_in_order_also_after_pickling(tmp_path, name):
     entry = FIXTURES[name](tmp_path)
     source = opened(entry)
-    in_order = samples_of(source)
+    one_sample_per_row = samples_of(source)
     assert source.indexed == (name not in IN_ORDER_ALONE)
     copy = pickle.loads(pickle.dumps(source))
-    assert samples_of(copy) == in_order
-    assert samples_of(opened({**entry, "streaming": True})) == in_order
+    assert samples_of(copy) == one_sample_per_row
+    assert samples_of(opened({**entry, "streaming": True})) == one_sample_per_row
     if source.indexed:
-        assert len(copy) == len(in_order)
+        assert len(copy) == len(one_sample_per_row)
         numbers = random.Random(0).sample(range(len(copy)), len(copy))
-        assert [copy.sample(i, copy.raw(i)) for i in numbers] == [in_order[i] for i in numbers]
+        assert [copy.sample(i, copy.raw(i)) for i in numbers] == [one_sample_per_row[i] for i in numbers]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flamingo_ft.data.stack import stack_media
+from flamingo_ft.data.collate import stack_media
 
 lengths = st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4)
 

@@ -7,8 +7,8 @@ import pytest
 
 from flamingo_ft.config.data import DataSection, DataSource
 from flamingo_ft.data import open_source
-from flamingo_ft.data.sources.leftovers import is_leftover
-from flamingo_ft.data.sources.members import samples_in
+from flamingo_ft.data.files import is_system_file
+from flamingo_ft.data.sources.tar_samples import group_members
 from flamingo_ft.errors import UserError
 
 from .fixtures import FACTS, SCANS, add_files, put
@@ -92,13 +92,13 @@ GROUPS = {
 
 @pytest.mark.parametrize(("names", "expected"), GROUPS.values(), ids=GROUPS)
 def test_members_are_grouped_by_what_their_names_mean(names, expected):
-    assert [*samples_in(names, str)] == expected
+    assert [*group_members(names, str)] == expected
 
 
 def test_ten_thousand_members_under_one_key_are_grouped_in_no_time():
-    assert len([*samples_in((f"doc.{i}.png" for i in range(10_000)), str)]) == 1
+    assert len([*group_members((f"doc.{i}.png" for i in range(10_000)), str)]) == 1
     pairs = (f"doc.{i // 2}.{('png', 'txt')[i % 2]}" for i in range(20_000))
-    assert len([*samples_in(pairs, str)]) == 10_000
+    assert len([*group_members(pairs, str)]) == 10_000
 
 
 @pytest.mark.parametrize("options", [{}, {"streaming": True}])
@@ -180,14 +180,14 @@ LEFTOVERS = [
 
 @pytest.mark.parametrize("name", LEFTOVERS)
 def test_what_operating_systems_leave_behind_is_recognised(name):
-    assert is_leftover(name)
+    assert is_system_file(name)
 
 
 @pytest.mark.parametrize(
     "name", ["a.png", "x.y/a.png", "thumbs/db.png", "_a.png", ".a.png", "macosx/a.png", "..a"]
 )
 def test_users_files_are_no_leftovers(name):
-    assert not is_leftover(name)
+    assert not is_system_file(name)
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])

@@ -7,7 +7,7 @@ from transformers import AutoProcessor
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
-from flamingo_ft.data.templates import apply_template
+from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
 

@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flamingo_ft.data.encode import IGNORED, Encoded, encode
+from flamingo_ft.data.encode import IGNORED, Dropped, Encoded, encode, encode_within
 from flamingo_ft.data.sample import DOCUMENT, Sample
-from flamingo_ft.data.too_long import Dropped, encode_within
 from flamingo_ft.errors import UserError
 
 from .dialogues import IMAGE, TEMPLATES, assistant, blocks, nano_processor, system, user

@@ -5,12 +5,12 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 
-from flamingo_ft.hub import retry
+from flamingo_ft.hub import errors
 
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     """Between two tries, here and in the client."""
-    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))

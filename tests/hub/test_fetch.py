@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import HubName, fetch_model, hub_name, pinned
-from flamingo_ft.hub.retry import ATTEMPTS
+from flamingo_ft.hub import HubName, fetch_model, hub_name, pinned_name
+from flamingo_ft.hub.errors import ATTEMPTS
 from tests.hub_server import READER, WRITER, Repository
 
 REPO = "org/some.model-1"
@@ -68,7 +68,7 @@ def test_what_exists_here_is_a_path_and_is_left_alone(hub, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     for place in (REPO, f"{REPO}@main"):
         Path(place).mkdir(parents=True)
-        assert fetch_model(place) == Path(place) and pinned(place, Path(place)) == str(tmp_path / place)
+        assert fetch_model(place) == Path(place) and pinned_name(place, Path(place)) == str(tmp_path / place)
     assert refusal("/not/there/at/all") == "no folder /not/there/at/all; check the path"
     assert hub.requests == []
 
@@ -118,7 +118,7 @@ def test_revisions_are_told_apart_and_a_pinned_name_stays(hub):
     put(hub, {"config.json": b"2"}, branch="next")
     first, second = fetch_model(REPO), fetch_model(f"{REPO}@next")
     assert [(folder / "config.json").read_bytes() for folder in (first, second)] == [b"1", b"2"]
-    name = pinned(REPO, first)
+    name = pinned_name(REPO, first)
     assert name == f"{REPO}@{hub.repositories[REPO].history[-1].oid}"
     put(hub, {"config.json": b"3"})
     assert (fetch_model(name) / "config.json").read_bytes() == b"1"
@@ -132,7 +132,7 @@ def test_what_is_in_the_cache_is_not_fetched_again(hub):
     assert fetch_model(REPO) == first
     assert [request for request in hub.requests if "/api/" not in request] == []
     hub.requests.clear()
-    assert fetch_model(pinned(REPO, first)) == first and hub.requests == []
+    assert fetch_model(pinned_name(REPO, first)) == first and hub.requests == []
 
 
 def test_of_a_new_commit_only_what_changed_is_fetched(hub):

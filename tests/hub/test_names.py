@@ -6,7 +6,6 @@ import pytest
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model, hub_name
-from flamingo_ft.hub.missing import missing, nearest_path
 from flamingo_ft.hub.names import (
     local_language,
     local_path,
@@ -14,6 +13,8 @@ from flamingo_ft.hub.names import (
     local_tower,
     local_weights,
     looks_like_path,
+    missing_path_message,
+    nearest_path,
 )
 
 PATHS = [
@@ -109,7 +110,7 @@ def test_a_plain_name_is_a_backbone_here_only_where_that_is_one(here):
     ],
 )
 def test_a_path_that_leads_nowhere_is_refused_with_the_nearest_one(here, hub, place, told):
-    assert missing(place) == told
+    assert missing_path_message(place) == told
     with pytest.raises(UserError) as caught:
         fetch_model(place)
     assert str(caught.value) == told and hub.requests == []

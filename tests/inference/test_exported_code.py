@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 import flamingo_ft
-from flamingo_ft.adapters.code import write_code
+from flamingo_ft.adapters.remote_code import write_code
 from flamingo_ft.data.collate import load_media
 from flamingo_ft.inference.answer import answer
 from tests.data.dialogues import nano_processor

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_ft.data.locate import lossless_bytes
+from flamingo_ft.data.media_resolver import lossless_bytes
 from flamingo_ft.model.image_metadata import exif_orientation, split_metadata
 from flamingo_ft.model.images import conversions, open_image, to_rgb
 

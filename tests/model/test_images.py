@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from flamingo_ft.data.collate import load_media
-from flamingo_ft.data.locate import Locator
+from flamingo_ft.data.media_resolver import MediaResolver
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import images
 from flamingo_ft.model.images import UnreadableImage, conversions, open_image, to_rgb
@@ -48,7 +48,7 @@ def test_training_and_the_processor_see_the_same_normalised_pixels(name, process
     path = tmp_path / "image"
     path.write_bytes(kind.content)
     opened = Image.open(io.BytesIO(kind.content))
-    stored = Locator(None, False).image(opened, "row 0: image")  # a Pillow image in a row
+    stored = MediaResolver(None, False).image(opened, "row 0: image")  # a Pillow image in a row
     text = base64.b64encode(kind.content).decode()
     seen = {
         **{
@@ -122,7 +122,7 @@ def test_modes_that_only_exist_in_memory_are_read_and_kept_as_they_are_read(mode
     seen = np.asarray(to_rgb(image)).astype(int)
     if expected is not None:
         assert np.abs(seen - expected).max() <= (8 if mode in ("HSV", "YCbCr", "RGBa") else LEVEL)
-    stored = open_image(Locator(None, False).image(image, "row 0: image"))
+    stored = open_image(MediaResolver(None, False).image(image, "row 0: image"))
     assert (np.asarray(stored) == seen).all()
 
 
@@ -141,7 +141,7 @@ def test_the_callers_image_is_not_changed(mode, processor):
     for read in (
         to_rgb,
         processor.image_processor.transform,
-        lambda one: Locator(None, False).image(one, "row 0"),
+        lambda one: MediaResolver(None, False).image(one, "row 0"),
     ):
         read(image)
         assert (image.mode, image.tobytes(), dict(image.info), dict(image.getexif())) == before
@@ -268,7 +268,7 @@ def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(name, fe
         with pytest.raises(UnreadableImage, match="32 x 32 pixels, the limit is"):
             read(image)
     with pytest.raises(UserError, match=r"row 0: image: .*32 x 32 pixels"):
-        Locator(None, False).image(opened, "row 0: image")
+        MediaResolver(None, False).image(opened, "row 0: image")
 
 
 def test_the_processor_and_arrays_have_the_same_limit(few_pixels, processor):

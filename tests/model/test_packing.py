@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flamingo_ft.data.collate import collate_text
+from flamingo_ft.data.collate import collate_packed, collate_text, pack
 from flamingo_ft.data.encode import IGNORED, Encoded
-from flamingo_ft.data.packing import collate_packed, pack
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.packing_check import check_packing
 

@@ -157,7 +157,7 @@ def test_the_nano_flamingo_loads_quantized_and_answers_much_the_same(wanted, lea
 # Put together from quantized backbones
 
 
-def put_together(vision: str | None, language: str | None) -> nn.Module:
+def assemble_model(vision: str | None, language: str | None) -> nn.Module:
     backbones = (
         load("nano", quantization=Quantization(wanted) if wanted else None, device="cpu")
         for load, wanted in ((load_vision, vision), (load_language, language))
@@ -175,7 +175,7 @@ def put_together(vision: str | None, language: str | None) -> nn.Module:
     ],
 )
 def test_a_model_tells_peft_what_its_parts_are_kept_in(vision, language, flags):
-    model = put_together(vision, language)
+    model = assemble_model(vision, language)
     assert (model.is_loaded_in_4bit, model.is_loaded_in_8bit) == flags
     assert model.config.open_attention == (vision is not None)
     logits = model(torch.tensor([[3, model.config.media_token_id, 4]]), torch.randn(1, 1, 3, 32, 32)).logits
@@ -189,7 +189,7 @@ def test_open_flamingos_face_tells_it_too():
 
 
 def test_lora_on_a_quantized_flamingo_wraps_bitsandbytes_layers():
-    model = put_together("nf4", "int8")
+    model = assemble_model("nf4", "int8")
     wrapped = get_peft_model(model, LoraConfig(target_modules=["in_proj", "q_proj"]))
     layers = {
         type(part).__name__ for part in wrapped.modules() if type(part).__module__ == "peft.tuners.lora.bnb"
@@ -199,7 +199,7 @@ def test_lora_on_a_quantized_flamingo_wraps_bitsandbytes_layers():
 
 def test_a_model_put_together_from_quantized_backbones_is_not_saved_whole(tmp_path):
     with pytest.raises(UserError, match="save its adapter") as caught:
-        put_together("nf4", None).save_pretrained(tmp_path)
+        assemble_model("nf4", None).save_pretrained(tmp_path)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 

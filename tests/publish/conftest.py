@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import file_download
 from huggingface_hub.utils import _http
 
-from flamingo_ft.hub import retry
+from flamingo_ft.hub import errors
 from tests.hub_server import READER, WRITER
 
 
@@ -23,6 +23,6 @@ def nothing_tells_a_token(tmp_path, caplog):
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     """Between two tries, here and in the client."""
-    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))

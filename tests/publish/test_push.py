@@ -18,8 +18,8 @@ from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters.card import card_text
 from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.cli import main
-from flamingo_ft.hub import retry
-from flamingo_ft.publish import push, with_card
+from flamingo_ft.hub import errors
+from flamingo_ft.publish import files_to_push, push
 from tests import regimes
 from tests.hub_server import LARGE, READER, WRITER
 
@@ -204,9 +204,9 @@ def test_what_was_uploaded_before_a_connection_dropped_is_not_sent_again(adapter
 
 @pytest.mark.parametrize("status", [429, *(pytest.param(one, marks=pytest.mark.slow) for one in (500, None))])
 def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
-    hub.fail(f"POST /api/models/{REPO}/commit", times=retry.ATTEMPTS - 1, status=status)
+    hub.fail(f"POST /api/models/{REPO}/commit", times=errors.ATTEMPTS - 1, status=status)
     assert main(["push", "run", REPO]) == 0
-    assert told(capfd).count("trying again in ") == retry.ATTEMPTS - 1
+    assert told(capfd).count("trying again in ") == errors.ATTEMPTS - 1
     assert len(hub.repositories[REPO].history) == 2
 
 
@@ -328,8 +328,8 @@ def test_an_adapter_of_backbones_on_this_machine_is_pushed_with_a_word_of_it(ada
 
 
 def test_a_silent_hub_is_given_up(adapter, hub, monkeypatch, capfd):
-    monkeypatch.setattr("flamingo_ft.hub.connection.SILENCE", 0.2)
-    monkeypatch.setattr(retry, "ATTEMPTS", 1)
+    monkeypatch.setattr("flamingo_ft.hub.upload.TIMEOUT_S", 0.2)
+    monkeypatch.setattr(errors, "ATTEMPTS", 1)
     hub.hold(f"POST /api/models/{REPO}/commit")
     assert main(["push", "run", REPO]) == 2
     assert "the connection to the Hub broke off (" in told(capfd)
@@ -343,7 +343,7 @@ def test_text_that_begins_with_a_slash_is_pushed_as_it_is(adapter):
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     evaluation = {"accuracy": 0.5, "per_task": {"/sign language/": {"accuracy": 0.5, "samples": 2}}}
     (adapter / "metrics.json").write_text(json.dumps({"eval": evaluation}))
-    files = with_card(adapter, REPO)
+    files = files_to_push(adapter, REPO)
     shown = yaml.safe_load(files["resolved_recipe.yaml"])["data"]
     assert shown["system_prompt"] == "/no_think Answer in one word."
     assert shown["train"][0]["columns"] == {"answer": "/label"} and shown["train"][0]["path"] == "train.jsonl"

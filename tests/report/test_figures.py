@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from flamingo_ft.data import Sample
-from flamingo_ft.data.preview import preview
+from flamingo_ft.data.media import preview
 from flamingo_ft.errors import UserError
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
 from flamingo_ft.report.look import GREEN, RED

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from flamingo_ft import processes
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
-from flamingo_ft.data.stream.tally import added
+from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.training import run
@@ -203,7 +203,7 @@ def test_counts_of_processes_add_up():
     one = {"rows": 3, "skipped": 1, "dropped": 0, "shortened": {"samples": 1}}
     both = {"rows": 7, "skipped": 1, "dropped": 2, "shortened": {"samples": 1, "turns": 2}}
     other = {"rows": 4, "skipped": 0, "dropped": 2, "shortened": {"turns": 2}}
-    assert added([one, other]) == both
+    assert total_metrics([one, other]) == both
 
 
 def test_two_gpus_in_one_process_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):

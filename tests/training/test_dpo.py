@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.reference import drop_nothing, frozen_copy
+from flamingo_ft.adapters.prepare import frozen_copy, zero_dropout
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
@@ -71,7 +71,7 @@ def test_the_reference_stays_what_the_policy_was_before_training(pairs, case):
     policy, reference, batch = trainer.model, trainer.ref_model, next(iter(trainer.batches))
     before = scores(trainer, policy, batch)
     assert torch.equal(scores(trainer, reference, batch), before)
-    trainer.batches.load_state_dict({"next": 0, "waiting": [], "tally": trainer.batches.tally.state_dict()})
+    trainer.batches.load_state_dict({"next": 0, "waiting": [], "tally": trainer.batches.stats.state_dict()})
     trainer.train()
     assert torch.equal(scores(trainer, reference, batch), before)
     assert (scores(trainer, policy, batch) - before).abs().max() > 1e-2
@@ -136,7 +136,7 @@ def test_a_run_that_goes_on_ends_with_the_same_adapter(pairs):
 def test_neither_model_drops_units_where_rates_are_numbers():
     layer = torch.nn.Linear(2, 2)
     layer.attention_dropout, layer.dropped = 0.1, True
-    drop_nothing(torch.nn.Sequential(layer))
+    zero_dropout(torch.nn.Sequential(layer))
     assert (layer.attention_dropout, layer.dropped) == (0.0, True)
 
 

@@ -45,7 +45,7 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
     wanted = regimes.recipe(*HELD_OUT, "eval.batch_size=1")
     model, processor = regimes.build_model(wanted)
     trainer = regimes.trainer(model, processor, *HELD_OUT)
-    samples = open_data(wanted.data, 0).held_out_samples()
+    samples = open_data(wanted.data, 0).eval_samples()
     regimes.shake(model)
     alone = [
         judge(trainer, HeldOut([sample], model, processor, wanted), None)["eval_loss"] for sample in samples

@@ -70,7 +70,7 @@ def built(wanted):
     model, processor = build_model(wanted)
     shake(model, 0.3)
     data = open_data(wanted.data, 0)
-    return model, processor, data.held_out_samples(), make_trainer(model.train(), processor, data, wanted, [])
+    return model, processor, data.eval_samples(), make_trainer(model.train(), processor, data, wanted, [])
 
 
 @pytest.mark.slow

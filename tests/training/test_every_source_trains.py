@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import open_data
-from flamingo_ft.data.preference import preference_row
+from flamingo_ft.data.pairs import preference_row
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.build import build_model
 from flamingo_ft.training.trainer import make_trainer
@@ -86,7 +86,7 @@ def test_the_loss_falls_and_no_row_is_lost(name, train, tmp_path):
     trainer = train(FIXTURES[name](tmp_path))
     losses = losses_of(trainer)
     assert len(losses) == STEPS and losses[-1] < losses[0]
-    record = trainer.batches.tally.record()
+    record = trainer.batches.stats.metrics()
     assert record["rows"] == 3 * STEPS and not record["skipped"] and not record["dropped"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
-from flamingo_ft.hub import retry
+from flamingo_ft.hub import errors
 from tests import killing, regimes
 from tests.hub_server import READER, WRITER
 
@@ -21,7 +21,7 @@ WEIGHTS = "run/adapter_model.safetensors"
 def folder(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
     regimes.write_run(tmp_path)
     return tmp_path
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from flamingo_ft import atomic
-from flamingo_ft.hub import connection, retry
+from flamingo_ft.hub import errors, upload
 from flamingo_ft.training import hub as pushing
 from flamingo_ft.training.checkpoints.manifest import seal
 from tests.hub_server import LARGE, WRITER
@@ -21,7 +21,7 @@ COMMIT = f"POST /api/models/{REPO}/commit"
 @pytest.fixture
 def root(tmp_path, monkeypatch, hub):
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    monkeypatch.setattr(retry, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
     pushing.prepare_repository(REPO, begins=True)
     return tmp_path / "root"
 
@@ -85,7 +85,7 @@ def test_the_commit_of_a_checkpoint_removes_the_oldest(root, hub, said):
 
 
 def test_a_later_checkpoint_makes_up_for_one_that_failed(root, hub, said):
-    hub.fail(COMMIT, times=retry.ATTEMPTS, status=403)
+    hub.fail(COMMIT, times=errors.ATTEMPTS, status=403)
     with pushing.pushing(REPO, 2, said.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
         while not said:
@@ -96,15 +96,15 @@ def test_a_later_checkpoint_makes_up_for_one_that_failed(root, hub, said):
 
 
 def test_a_failure_that_passes_is_tried_again_without_a_word(root, hub, said):
-    hub.fail(COMMIT, times=retry.ATTEMPTS - 1, status=403)
+    hub.fail(COMMIT, times=errors.ATTEMPTS - 1, status=403)
     with pushing.pushing(REPO, 2, said.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
     assert titles(hub) == ["Checkpoint of step 1"] and said == []
 
 
 def test_a_hub_that_falls_silent_is_given_up_and_told(root, hub, said, monkeypatch):
-    monkeypatch.setattr(connection, "SILENCE", 0.2)
-    monkeypatch.setattr(retry, "ATTEMPTS", 1)
+    monkeypatch.setattr(upload, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(errors, "ATTEMPTS", 1)
     monkeypatch.setattr(pushing, "PATIENCE", 0.1)
     hub.hold(COMMIT)
     with pushing.pushing(REPO, 2, said.append) as uploads:

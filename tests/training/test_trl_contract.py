@@ -9,9 +9,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from flamingo_ft import build_flamingo, load_language, load_vision
 from flamingo_ft.data import Sample, encode, preference_row
-from flamingo_ft.data.collate import collate_text
-from flamingo_ft.data.locate import lossless_bytes
-from flamingo_ft.data.packing import collate_packed
+from flamingo_ft.data.collate import collate_packed, collate_text
+from flamingo_ft.data.media_resolver import lossless_bytes
 from tests.data.dialogues import IMAGE, assistant, user
 
 BRIDGE = ["perceiver", *(f"gated_cross_attn_layers.{index}" for index in range(4))]

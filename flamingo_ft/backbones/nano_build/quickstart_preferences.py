@@ -29,7 +29,7 @@ def wrong_answer(rng: Random, right: str) -> str:
     return sentence(" and ".join(digits))
 
 
-def text_of(message: dict) -> str:
+def message_text(message: dict) -> str:
     """A message as plain text, `<image>` where one stands."""
     return "".join("<image>" if block["type"] == "image" else block["text"] for block in message["content"])
 
@@ -37,8 +37,8 @@ def text_of(message: dict) -> str:
 def pair_of(row: dict, rng: Random) -> dict:
     """The last question of a row of the quickstart, what was said before it, and both answers."""
     *before, right = row["messages"]
-    prompt = [{"role": message["role"], "content": text_of(message)} for message in before]
-    chosen = text_of(right)
+    prompt = [{"role": message["role"], "content": message_text(message)} for message in before]
+    chosen = message_text(right)
     question = prompt[0]["content"] if len(prompt) == 1 else prompt
     answers = {"chosen": chosen, "rejected": wrong_answer(rng, chosen)}
     return {"task": row["task"], "prompt": question, **answers, "images": row["images"]}

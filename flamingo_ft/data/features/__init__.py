@@ -1,20 +1,19 @@
 """The frozen tower's tokens of every image, computed once and kept on disk.
 
-Workers look images up (`FeatureStore`, `find_frame`) and send along what they found (`pending_media`); the training
-process encodes and keeps what was missing (`FrozenFeatures.complete`).
+Workers look images up (`FeatureStore`, `lookup_frame`) and send along what they found (`collate_frames`); the training
+process encodes and keeps what was missing (`FeatureCache.complete`).
 """
 
-from .encoder import FrozenFeatures, open_features
-from .pending import Frame, find_frame, pending_media
-from .store import FeatureStore
-from .writer import FeatureWriter
+from .encoder import FeatureCache, open_feature_cache
+from .pending import Frame, collate_frames, lookup_frame
+from .store import FeatureStore, FeatureWriter
 
 __all__ = [
     "FeatureStore",
     "FeatureWriter",
     "Frame",
-    "FrozenFeatures",
-    "find_frame",
-    "open_features",
-    "pending_media",
+    "FeatureCache",
+    "lookup_frame",
+    "open_feature_cache",
+    "collate_frames",
 ]

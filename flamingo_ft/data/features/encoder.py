@@ -21,10 +21,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
 
-from .key import features_key, folder_name
 from .pending import FOUND, FRAME_INDEX, FRESH, FRESH_KEYS
-from .store import FeatureStore
-from .writer import FeatureWriter
+from .store import FeatureStore, FeatureWriter, features_key, folder_name
 
 AT_ONCE = 8  # images
 PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
@@ -72,7 +70,7 @@ class FrozenTower:
         return torch.equal(tokens.roll(3, 0)[1::2], again[1::2])
 
 
-class FrozenFeatures:
+class FeatureCache:
     """Completes batches whose images are partly tokens already; keeps what it had to encode.
 
     store: for the workers that prepare the batches.
@@ -82,7 +80,7 @@ class FrozenFeatures:
         self.tower, self.store, self._writer = tower, store, writer
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch with what `pending_media` gave, to one with vision_tokens (B, M, F, V, D) in its place.
+        """A batch with what `collate_frames` gave, to one with vision_tokens (B, M, F, V, D) in its place.
 
         They are on the tower's device and in the cache's number format; those of padding are zero. A batch without
         media stays as it is.
@@ -105,14 +103,14 @@ class FrozenFeatures:
         return tokens
 
 
-def open_features(
+def open_feature_cache(
     model: FlamingoForConditionalGeneration,
     preprocess: Mapping[str, Any],
     cache: CacheSection,
     *,
     autocast: torch.dtype | None = None,
     writers: int = 1,
-) -> FrozenFeatures:
+) -> FeatureCache:
     """The tokens of ``model``'s tower as a recipe wants them kept, on the device where the model is.
 
     preprocess: the transform that gives the pixels (``image_processor.open_clip_preprocess``). autocast: the number
@@ -132,7 +130,7 @@ def open_features(
     )
     store = FeatureStore(_folder_for(cache.folder, key), tower.shape, dtype)
     max_bytes = None if cache.max_gib is None else int(cache.max_gib * GIB)
-    return FrozenFeatures(tower, store, FeatureWriter(store, cache.folder, max_bytes, writers))
+    return FeatureCache(tower, store, FeatureWriter(store, cache.folder, max_bytes, writers))
 
 
 def _folder_for(root: Path, key: Mapping[str, Any]) -> Path:

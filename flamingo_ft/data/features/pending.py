@@ -27,7 +27,7 @@ class Frame:
     pixels: Tensor | None = None
 
 
-def find_frame(
+def lookup_frame(
     store: FeatureStore, content: bytes, pixels: Callable[[], Tensor], number: int | None = None
 ) -> Frame:
     """What is known of an image file's ``content`` (of a video: of its frame ``number``, counted in the whole video).
@@ -39,8 +39,8 @@ def find_frame(
     return Frame(key, pixels=pixels()) if tokens is None else Frame(key, tokens)
 
 
-def pending_media(rows: Sequence[Sequence[Sequence[Frame]]]) -> dict[str, Any]:
-    """Part of a batch, for `FrozenFeatures.complete`: the frames of each medium of each sample; {} without media.
+def collate_frames(rows: Sequence[Sequence[Sequence[Frame]]]) -> dict[str, Any]:
+    """Part of a batch, for `FeatureCache.complete`: the frames of each medium of each sample; {} without media.
 
     found_tokens (S, V, D), fresh_pixels (P, C, H, W) and their fresh_keys, each image once; frame_index (B, M, F) into
     both one after the other, -1 for padding; frame_counts (B, M).

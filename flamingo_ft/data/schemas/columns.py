@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from flamingo_ft.data.fields import MEMBERS, Row, has_content, kind, texts_in
+from flamingo_ft.data.fields import TAR_MEMBERS, Row, has_content, texts_in, type_name
 from flamingo_ft.errors import UserError
 
 # Columns by these names are part of the task that a row states. Exact names, not parts of names: question_id,
@@ -108,7 +108,7 @@ UNSUPPORTED = {
 
 
 @lru_cache(maxsize=4096)
-def plain(name: str) -> str:
+def normalize_name(name: str) -> str:
     """A column's name without case, surrounding white space and byte order mark."""
     return name.strip("\ufeff \t\r\n").casefold()
 
@@ -124,8 +124,8 @@ def find_columns(
     found = {field: _named(row, field, column, where) for field, column in columns.items()}
     by_name: dict[str, list[str]] = {}
     for column in row:
-        if plain(column) in fields and plain(column) not in found:
-            by_name.setdefault(plain(column), []).append(column)
+        if normalize_name(column) in fields and normalize_name(column) not in found:
+            by_name.setdefault(normalize_name(column), []).append(column)
     for field, matching in by_name.items():
         free = [column for column in matching if column not in found.values()] or matching
         remedy = f"columns: {{{field}: {free[0]}}}"
@@ -138,42 +138,44 @@ def unread_columns(row: Row, read: Collection[str]) -> dict[str, Any]:
     return {
         name: value
         for name, value in row.items()
-        if name not in read and name != MEMBERS and has_content(value)
+        if name not in read and name != TAR_MEMBERS and has_content(value)
     }
 
 
 def refuse_unsupported(unread: Mapping[str, Any], where: str) -> None:
     """Refuse a row with a column that no schema can take, and that must not be left out."""
     for column, value in unread.items():
-        if plain(column) in UNSUPPORTED:
+        if normalize_name(column) in UNSUPPORTED:
             raise UserError(
-                f"{where}: {column}: cannot be used, got {kind(value)}; {UNSUPPORTED[plain(column)]}"
+                f"{where}: {column}: cannot be used, got {type_name(value)}; {UNSUPPORTED[normalize_name(column)]}"
             )
 
 
 def lost_column(unread: Mapping[str, Any], fields: Collection[str], read_values: Any) -> str | None:
     """The first unread column that looks like part of the task: by its name, or as one of ``fields``, which the schema
     could have read. What the fields that are read say too is not lost."""
-    suspects = [name for name in unread if plain(name) in fields or _is_of_the_task(name, unread)]
+    suspects = [name for name in unread if normalize_name(name) in fields or _is_of_the_task(name, unread)]
     said = {*_atoms(read_values)} if suspects else set()
     return next((name for name in suspects if not {*_atoms(unread[name])} <= said), None)
 
 
 def _is_of_the_task(name: str, unread: Collection[str]) -> bool:
-    is_option = plain(name) in LETTERS and {"a", "b"} <= {*map(plain, unread)}
+    is_option = normalize_name(name) in LETTERS and {"a", "b"} <= {*map(normalize_name, unread)}
     return is_option or _is_named_like_the_task(name)
 
 
 @lru_cache(maxsize=4096)
 def _is_named_like_the_task(name: str) -> bool:
-    words = re.sub(r"[\s-]+", "_", plain(name))
+    words = re.sub(r"[\s-]+", "_", normalize_name(name))
     return words in TASK_COLUMNS or NUMBERED.fullmatch(words) is not None
 
 
 def image_column(unread: Mapping[str, Any]) -> str | None:
     """The unread column that looks most like an image, for rows without any: by its value, else by its name."""
     by_value = (name for name, value in unread.items() if _is_image(value))
-    by_name = (name for name in unread if IMAGE_COLUMNS.fullmatch(re.sub(r"[\s-]+", "_", plain(name))))
+    by_name = (
+        name for name in unread if IMAGE_COLUMNS.fullmatch(re.sub(r"[\s-]+", "_", normalize_name(name)))
+    )
     return next(chain(by_value, by_name), None)
 
 
@@ -196,9 +198,9 @@ def _is_image(value: Any) -> bool:
 def _named(row: Row, field: str, column: str, where: str) -> str:
     if column in row:
         return column
-    matching = [name for name in row if plain(name) == plain(column)]
+    matching = [name for name in row if normalize_name(name) == normalize_name(column)]
     if not matching:
-        names = ", ".join(name for name in row if name != MEMBERS)
+        names = ", ".join(name for name in row if name != TAR_MEMBERS)
         raise UserError(f"{where}: columns: {field}: found no column {column!r}, wanted one of {names}")
     return _one_of(matching, f"{where}: columns: {field}", "the exact name")
 

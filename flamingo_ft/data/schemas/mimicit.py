@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flamingo_ft.data.fields import Row, given, list_field, words_field
-from flamingo_ft.data.mapped_file import MappedFile
+from flamingo_ft.data.fields import Row, has_value, list_field, nonempty_text_field
+from flamingo_ft.data.files import MappedFile
 from flamingo_ft.errors import UserError
 
-from .draft import Draft, Given, Turn
+from .schema import MediaRef, ParsedRow, Turn
 
 IMAGES_FILE = "images_file"
 SUFFIX = "_instructions"
@@ -60,10 +60,10 @@ def images_file(instructions: Path, named: str | None, root: Path) -> Path:
     return found
 
 
-def read_mimicit(row: Row, where: str, find: Callable[[str], Row | None], images: ImagesById) -> Draft:
+def read_mimicit(row: Row, where: str, find: Callable[[str], Row | None], images: ImagesById) -> ParsedRow:
     """The row's examples (``rel_ins_ids``) in order, then its own instruction; images, instruction, answer of each."""
     turns, media = [], []
-    examples = list_field(row, "rel_ins_ids", where) if given(row, "rel_ins_ids") else []
+    examples = list_field(row, "rel_ins_ids", where) if has_value(row, "rel_ins_ids") else []
     for index, key in enumerate(examples):
         place = f"{where}: rel_ins_ids[{index}]"
         example = find(str(key))
@@ -71,20 +71,20 @@ def read_mimicit(row: Row, where: str, find: Callable[[str], Row | None], images
             raise UserError(f"{place}: found {key!r}, which is no row of the file; remove it or add the row")
         _append(example, place, images, turns, media)
     _append(row, where, images, turns, media)
-    return Draft(turns, media)
+    return ParsedRow(turns, media)
 
 
-def _append(row: Row, where: str, images: ImagesById, turns: list[Turn], media: list[Given]) -> None:
+def _append(row: Row, where: str, images: ImagesById, turns: list[Turn], media: list[MediaRef]) -> None:
     keys = list_field(row, "image_ids", where)
     media += [_image(key, f"{where}: image_ids[{index}]", images) for index, key in enumerate(keys)]
-    question = {"type": "text", "text": words_field(row, "instruction", where)}
-    answer = {"type": "text", "text": words_field(row, "answer", where)}
+    question = {"type": "text", "text": nonempty_text_field(row, "instruction", where)}
+    answer = {"type": "text", "text": nonempty_text_field(row, "answer", where)}
     turns.append(Turn("user", [*[{"type": "image"} for _ in keys], question], f"{where}: instruction"))
     turns.append(Turn("assistant", [answer], f"{where}: answer"))
 
 
-def _image(key: object, where: str, images: ImagesById) -> Given:
+def _image(key: object, where: str, images: ImagesById) -> MediaRef:
     data = images.get(str(key))
     if data is None:
         raise UserError(f"{where}: found {key!r}, which is not in {images}; add the image or remove the row")
-    return Given(data if data.startswith("data:") else f"data:;base64,{data}", where)
+    return MediaRef(data if data.startswith("data:") else f"data:;base64,{data}", where)

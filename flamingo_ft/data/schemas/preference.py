@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import takewhile
 
-from flamingo_ft.data.fields import Row, given
+from flamingo_ft.data.fields import Row, has_value
 from flamingo_ft.errors import UserError
 
 from .dialogues import system_of
-from .draft import Draft, Turn
-from .media_fields import images_of, videos_of
-from .questions import said
+from .questions import text_or_messages
+from .schema import ParsedRow, Turn, images_of, videos_of
 
 
-def read_preference(row: Row, where: str) -> Draft:
+def read_preference(row: Row, where: str) -> ParsedRow:
     """prompt, chosen and rejected, each text or messages; a prompt may stand in both answers instead, as in TRL."""
-    chosen, rejected = (said(row, name, "assistant", where) for name in ("chosen", "rejected"))
+    chosen, rejected = (text_or_messages(row, name, "assistant", where) for name in ("chosen", "rejected"))
     prompt, chosen, rejected = _prompt_and_answers(row, chosen, rejected, where)
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns or turns[0].role != "assistant":
@@ -25,7 +24,7 @@ def read_preference(row: Row, where: str) -> Draft:
             )
     if _told(chosen) == _told(rejected):
         raise UserError(f"{where}: rejected: found the same as chosen, wanted a worse answer; remove the row")
-    return Draft(
+    return ParsedRow(
         [*system_of(row, where), *prompt, *chosen], images_of(row, where), videos_of(row, where), rejected
     )
 
@@ -36,8 +35,8 @@ def _prompt_and_answers(
     whole = (
         chosen and chosen[0].role != "assistant"
     )  # the prompt stands in the answers, whether in ``prompt`` too or not
-    if given(row, "prompt") and not whole:
-        return said(row, "prompt", "user", where), chosen, rejected
+    if has_value(row, "prompt") and not whole:
+        return text_or_messages(row, "prompt", "user", where), chosen, rejected
     pairs = zip(chosen, rejected, strict=False)
     shared = len(
         list(

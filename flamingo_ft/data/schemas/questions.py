@@ -6,51 +6,60 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from flamingo_ft.data.fields import Row, given, list_field, optional_text, words, words_field
+from flamingo_ft.data.fields import (
+    Row,
+    has_value,
+    list_field,
+    nonempty_text,
+    nonempty_text_field,
+    optional_text,
+)
 from flamingo_ft.errors import UserError
 
 from .dialogues import messages_of, system_of
-from .draft import Draft, Turn
-from .media_fields import images_of, videos_of
+from .schema import ParsedRow, Turn, images_of, videos_of
 
 
-def read_alpaca(row: Row, where: str) -> Draft:
+def read_alpaca(row: Row, where: str) -> ParsedRow:
     """instruction, an optional input on the next line, output."""
-    question = words_field(row, "instruction", where)
+    question = nonempty_text_field(row, "instruction", where)
     more = optional_text(row, "input", where)
     user = Turn("user", question if more is None else f"{question}\n{more}", f"{where}: instruction")
     return _answered(
         [*system_of(row, where), user],
-        _answer(words_field(row, "output", where), f"{where}: output"),
+        _answer(nonempty_text_field(row, "output", where), f"{where}: output"),
         row,
         where,
     )
 
 
-def read_prompt_completion(row: Row, where: str) -> Draft:
+def read_prompt_completion(row: Row, where: str) -> ParsedRow:
     """prompt and completion, each text or a list of messages."""
-    turns = [*said(row, "prompt", "user", where), *said(row, "completion", "assistant", where)]
-    return Draft(turns, images_of(row, where), videos_of(row, where))
+    turns = [
+        *text_or_messages(row, "prompt", "user", where),
+        *text_or_messages(row, "completion", "assistant", where),
+    ]
+    return ParsedRow(turns, images_of(row, where), videos_of(row, where))
 
 
-def read_vqa(row: Row, where: str) -> Draft:
+def read_vqa(row: Row, where: str) -> ParsedRow:
     """question and answer, or answers of several people: the most frequent one, the first of equally frequent ones."""
-    question = Turn("user", words_field(row, "question", where), f"{where}: question")
-    name = "answer" if given(row, "answer") or not given(row, "answers") else "answers"
-    answer = words_field(row, name, where) if name == "answer" else _most_frequent(row, where)
+    question = Turn("user", nonempty_text_field(row, "question", where), f"{where}: question")
+    name = "answer" if has_value(row, "answer") or not has_value(row, "answers") else "answers"
+    answer = nonempty_text_field(row, name, where) if name == "answer" else _most_frequent(row, where)
     return _answered([*system_of(row, where), question], _answer(answer, f"{where}: {name}"), row, where)
 
 
-def said(row: Row, name: str, role: str, where: str) -> list[Turn]:
+def text_or_messages(row: Row, name: str, role: str, where: str) -> list[Turn]:
     """A field that is one message's text, or a list of messages."""
     if isinstance(row.get(name), list):
         return messages_of(row[name], f"{where}: {name}")
-    text = words_field(row, name, where)
+    text = nonempty_text_field(row, name, where)
     return [Turn(role, text, f"{where}: {name}")]
 
 
-def _answered(turns: list[Turn], answer: Turn, row: Row, where: str) -> Draft:
-    return Draft([*turns, answer], images_of(row, where), videos_of(row, where))
+def _answered(turns: list[Turn], answer: Turn, row: Row, where: str) -> ParsedRow:
+    return ParsedRow([*turns, answer], images_of(row, where), videos_of(row, where))
 
 
 def _answer(text: str, where: str) -> Turn:
@@ -70,5 +79,5 @@ def _most_frequent(row: Row, where: str) -> str:
 def _one(answer: Any, where: str) -> str:
     """An answer, or the object that VQAv2 wraps it in."""
     if isinstance(answer, Mapping):
-        return words_field(answer, "answer", where)
-    return words(answer, where)
+        return nonempty_text_field(answer, "answer", where)
+    return nonempty_text(answer, where)

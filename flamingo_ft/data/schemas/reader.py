@@ -7,23 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.data.fields import Row, kind, optional_text
-from flamingo_ft.data.locate import Locator
+from flamingo_ft.data.fields import Row, optional_text, type_name
+from flamingo_ft.data.media_resolver import MediaResolver
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 
+from .build_sample import build_sample
 from .columns import (
     find_columns,
     image_column,
     lost_column,
-    plain,
+    normalize_name,
     refuse_unsupported,
     text_columns,
     unread_columns,
 )
-from .compose import compose
 from .mimicit import IMAGES_FILE, ImagesById, images_file, read_mimicit
-from .table import COMMON, MIMICIT, SCHEMAS, check_columns, recognise
+from .table import COMMON, MIMICIT, SCHEMAS, check_columns, detect_schema
 
 Find = Callable[[str], Row | None]
 CAPTION = "caption"
@@ -39,7 +39,12 @@ class RowReader:
     """
 
     def __init__(
-        self, schema: str, columns: Mapping[str, str], locator: Locator, where: str, guessed: bool = False
+        self,
+        schema: str,
+        columns: Mapping[str, str],
+        locator: MediaResolver,
+        where: str,
+        guessed: bool = False,
     ):
         check_columns(columns, schema, where)
         self.schema = schema
@@ -63,7 +68,7 @@ class RowReader:
             draft = read_mimicit(row, where, lambda key: self._other(find(key), where), self._images_of(file))
         else:
             draft = SCHEMAS[self.schema].read(row, where)
-        sample = compose(draft, task, where, self._locator)
+        sample = build_sample(draft, task, where, self._locator)
         if self._guessed and not sample.images:
             self._refuse_guess(image_column(unread), unread, found, "the image", where)
         names = (*text_columns(unread), *draft.unread)
@@ -96,7 +101,9 @@ class RowReader:
             return {}
         refuse_unsupported(unread, where)
         if self._guessed:
-            asked = {name: value for name, value in unread.items() if plain(name) not in self._columns}
+            asked = {
+                name: value for name, value in unread.items() if normalize_name(name) not in self._columns
+            }
             lost = lost_column(asked, schema.fields, [row[column] for column in read.values()])
             self._refuse_guess(lost, unread, read, "part of the task", where)
         return unread
@@ -109,11 +116,13 @@ class RowReader:
             return
         reason = f"looks like {what}, but schema {self.schema} (recognised from the columns) does not read it"
         remedy = "write its text into a column that is read, map it to a field with columns"
-        if self.schema == CAPTION and plain(column) in QUESTIONS:
+        if self.schema == CAPTION and normalize_name(column) in QUESTIONS:
             answer = next(read[field] for field in SCHEMAS[CAPTION].fields if field in read)
             remedy = f"set columns: {{question: {column}, answer: {answer}}} to ask it"
         leave_out = f"or set format: {self.schema} to leave it out"
-        raise UserError(f"{where}: {column}: {reason}, got {kind(unread[column])}; {remedy}, {leave_out}")
+        raise UserError(
+            f"{where}: {column}: {reason}, got {type_name(unread[column])}; {remedy}, {leave_out}"
+        )
 
     def _other(self, row: Row | None, where: str) -> Row | None:
         return None if row is None else _with_fields(row, self._columns_in(row, where))
@@ -125,11 +134,11 @@ class RowReader:
         return self._images[file]
 
 
-def schema_of(row: Any, columns: Mapping[str, str], where: str) -> str:
+def detect_format(row: Any, columns: Mapping[str, str], where: str) -> str:
     """The schema that a row fits, once its columns have the names of fields."""
     columns = {field: column for field, column in columns.items() if field != IMAGES_FILE}
     found = find_columns(_object(row, where, "columns"), columns, ALL_FIELDS, where, strict=False)
-    return recognise(_with_fields(row, found), where)
+    return detect_schema(_with_fields(row, found), where)
 
 
 def _with_fields(row: Row, found: Mapping[str, str]) -> Row:
@@ -139,5 +148,5 @@ def _with_fields(row: Row, found: Mapping[str, str]) -> Row:
 
 def _object(row: Any, where: str, wants: str) -> Row:
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: found {kind(row)}, wanted an object with {wants}")
+        raise UserError(f"{where}: found {type_name(row)}, wanted an object with {wants}")
     return row

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flamingo_ft.data.fields import MEMBERS, Row, kind
+from flamingo_ft.data.fields import TAR_MEMBERS, Row, type_name
 from flamingo_ft.errors import UserError
 
 from . import dialogues, documents, preference, questions
-from .draft import Draft
-from .media_fields import MEDIA_FIELDS
 from .mimicit import IMAGES_FILE
+from .schema import MEDIA_FIELDS, ParsedRow
 
 MIMICIT = "mimicit"
 COMMON = (*MEDIA_FIELDS, "task")
@@ -28,7 +27,7 @@ class Schema:
     fields: tuple[str, ...]
     wants: str
     fits: Callable[[Row], bool]
-    read: Callable[[Row, str], Draft] | None
+    read: Callable[[Row, str], ParsedRow] | None
     picks: Callable[[Row], str | None] | None = None
     """The one of the fields that a row is read from, where they are alternatives."""
 
@@ -38,13 +37,13 @@ class Schema:
         return self.fields if picked is None else (picked,)
 
 
-def recognise(row: Any, where: str) -> str:
+def detect_schema(row: Any, where: str) -> str:
     """The name of the schema that a row's columns fit. UserError listing what was found and what would do."""
     if not isinstance(row, Mapping):
-        raise UserError(f"{where}: found {kind(row)}, wanted an object")
+        raise UserError(f"{where}: found {type_name(row)}, wanted an object")
     name = next((name for name, schema in SCHEMAS.items() if schema.fits(row)), None)
     if name is None:
-        found = ", ".join(column for column in row if column != MEMBERS) or "none"
+        found = ", ".join(column for column in row if column != TAR_MEMBERS) or "none"
         known = "; ".join(f"{name} ({schema.wants})" for name, schema in SCHEMAS.items())
         raise UserError(
             f"{where}: found the columns {found}, wanted those of {known}; name them with columns and format"

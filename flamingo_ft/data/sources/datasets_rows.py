@@ -18,11 +18,10 @@ from datasets.utils.file_utils import xopen
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HfHubHTTPError
 
+from flamingo_ft.data.files import is_system_file
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message, shorten
 from flamingo_ft.machine_errors import reraise_machine_error
-
-from .leftovers import is_leftover
 
 # What loading was seen to raise for what is not there, is offline, or is damaged.
 FAILURES = (
@@ -139,7 +138,7 @@ def _files_without_leftovers(folder: Path) -> dict[str, list[str]] | None:
     """
 
     def is_kept(path: str) -> bool:
-        return not is_leftover(Path(os.path.relpath(path, folder)).as_posix())
+        return not is_system_file(Path(os.path.relpath(path, folder)).as_posix())
 
     if all(is_kept(os.path.join(root, file)) for root, _, files in os.walk(folder) for file in files):
         return None

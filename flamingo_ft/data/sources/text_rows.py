@@ -1,32 +1,26 @@
 """JSONL, CSV and TSV: files of text in which every row stands by itself, and fails by itself.
 
 Not read through `datasets`, which refuses a whole file for one malformed row and makes the types of all rows one.
+
+
+A JSON file that is one list of rows, or an object around such a list.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flamingo_ft.data.mapped_file import MappedFile, text_start
+from flamingo_ft.data.fields import type_name
+from flamingo_ft.data.files import MappedFile, skip_bom
 from flamingo_ft.errors import UserError
-
-from .dialect import dialect_of
 
 CHUNK_BYTES = 1 << 22
 WHITESPACE = b" \t\r\n\v\f"
-NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
-WELL_FORMED = "close every quote and end lines with a line feed"
-LONGEST_FIELD = (
-    1 << 31
-) - 1  # an image as base64 is longer than the 131,072 characters that csv allows by itself
 
 
 class TextRows:
@@ -36,7 +30,7 @@ class TextRows:
         self.name = str(path)
         self.indexed = indexed
         self._file = MappedFile(path)
-        self._begin = text_start(path)
+        self._begin = skip_bom(path)
         self._starts = self._index() if indexed else np.empty(0, np.int64)
 
     def __len__(self) -> int:
@@ -88,68 +82,6 @@ class JsonLines(TextRows):
         return view[start : len(view) if end < 0 else end]
 
 
-class DelimitedRows(TextRows):
-    """Text with a header, its cells separated by commas, semicolons or tabs.
-
-    An empty cell is null, and `nan` is what pandas wrote for a number it had not.
-    """
-
-    def __init__(self, path: Path, indexed: bool):
-        csv.field_size_limit(LONGEST_FIELD)
-        self._delimiter, self._header = dialect_of(path, text_start(path))
-        super().__init__(path, indexed)
-        header = next(self._records(), (0, b""))[1]
-        self._columns = self._cells(_decode(header, str(path)), str(path)) if header.strip() else []
-        if len({*self._columns}) != len(self._columns):
-            raise UserError(f"{path}: found columns of the same name in the first line; name each once")
-
-    def content(self, row: int) -> bytes:
-        end = int(self._starts[row + 1]) if row + 1 < len(self._starts) else self._file.size
-        return self._file.view()[int(self._starts[row]) : end]
-
-    def stream(self) -> Iterator[bytes]:
-        yield from (content for index, (_, content) in enumerate(self._records()) if index)
-
-    def parse(self, content: bytes, where: str) -> Mapping[str, Any]:
-        cells = self._cells(_decode(content, where), where)
-        if len(cells) != len(self._columns):
-            wanted = f"{len(self._columns)} ({', '.join(self._columns)})"
-            remedy = f"put text with {NAMES[self._delimiter]} in quotes"
-            raise UserError(f"{where}: found {len(cells)} cells, wanted {wanted}; {remedy}")
-        return {name: _cell(cell) for name, cell in zip(self._columns, cells, strict=True)}
-
-    def _index(self) -> np.ndarray:
-        return np.fromiter((start for start, _ in self._records()), np.int64)[1:]
-
-    def _records(self) -> Iterator[tuple[int, bytes]]:
-        """Each record but blank ones, and the byte it starts at; it has several lines where line breaks are quoted."""
-        csv.field_size_limit(LONGEST_FIELD)
-        with open(self.name, "rb") as file:
-            file.seek(self._header)
-            lines: list[bytes] = []
-            # Only where a record ends is asked here, so bytes that are not UTF-8 may pass: parsing refuses them.
-            texts = (lines.append(line) or line.decode("latin-1") for line in file)
-            start, reader = self._header, csv.reader(texts, delimiter=self._delimiter)
-            while _advance(reader):
-                record = b"".join(lines)
-                if record.strip(WHITESPACE):
-                    yield start, record
-                start += len(record)
-                lines.clear()
-
-    def _cells(self, text: str, where: str) -> list[str]:
-        csv.field_size_limit(
-            LONGEST_FIELD
-        )  # a setting of the process, and this may be another than the index's
-        try:
-            lines = io.StringIO(text, newline="\n")
-            return next(csv.reader(lines, delimiter=self._delimiter, strict=True), [])
-        except csv.Error as error:
-            raise UserError(
-                f"{where}: not {self._delimiter!r}-separated text ({error}); {WELL_FORMED}"
-            ) from None
-
-
 def parse_json(text: str, where: str, wanted: str) -> Any:
     """JSON text to a value. UserError, beginning with ``where``, when it is none."""
     try:
@@ -168,13 +100,68 @@ def _decode(content: bytes, where: str) -> str:
         raise UserError(f"{where}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
-def _advance(reader: Iterator[list[str]]) -> bool:
-    """Read one record on; False at the end. A malformed one is refused when it is parsed."""
-    try:
-        return next(reader, None) is not None
-    except csv.Error:
-        return True
+WANTED = "a list of rows"
+HOLDER = "data"  # under which an object may keep its rows
 
 
-def _cell(text: str) -> Any:
-    return None if text == "" else math.nan if text.lower() == "nan" else text
+class JsonRows:
+    """Rows of a JSON file, parsed once in each process that reads them: JSON cannot be entered in its middle.
+
+    A list, an object with one list in it (`{"data": [...]}`), or an object with `data: {key: row}`, whose rows get
+    their key as ``id``.
+    """
+
+    def __init__(self, path: Path, indexed: bool):
+        self.name = str(path)
+        self.indexed = indexed
+        self._file = MappedFile(path)
+        self._rows: list[Any] | None = None
+        self._numbers: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._loaded())
+
+    def content(self, row: int) -> Any:
+        return self._loaded()[row]
+
+    def stream(self) -> Iterator[Any]:
+        yield from self._loaded()
+
+    def parse(self, content: Any, where: str) -> Any:
+        return content
+
+    def find(self, key: str) -> Mapping[str, Any] | None:
+        if self._numbers is None:
+            rows = enumerate(self._loaded())
+            self._numbers = {str(row["id"]): i for i, row in rows if isinstance(row, Mapping) and "id" in row}
+        number = self._numbers.get(key)
+        return None if number is None else self._loaded()[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_rows": None, "_numbers": None}
+
+    def _loaded(self) -> list[Any]:
+        if self._rows is None:
+            self._rows = _rows_in(self._parsed(), self.name)
+        return self._rows
+
+    def _parsed(self) -> Any:
+        content = self._file.view()[skip_bom(self._file.path) :]
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.name}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        return parse_json(text, self.name, f"{WANTED} (one object a line belongs in a .jsonl file)")
+
+
+def _rows_in(value: Any, name: str) -> list[Any]:
+    if isinstance(value, Mapping):
+        if isinstance(value.get(HOLDER), Mapping):
+            return [
+                {"id": key, **row} if isinstance(row, Mapping) else row for key, row in value[HOLDER].items()
+            ]
+        lists = [inside for inside in value.values() if isinstance(inside, list)]
+        value = lists[0] if len(lists) == 1 else value.get(HOLDER, value)
+    if not isinstance(value, list):
+        raise UserError(f"{name}: found {type_name(value)}, wanted {WANTED}")
+    return value

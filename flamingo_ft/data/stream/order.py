@@ -20,7 +20,7 @@ AT_ONCE = 4096  # numbers
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleIndex:
     """One row to be shown: the ``number``-th of a run, row ``row`` of source ``source``.
 
     raw: the row itself where its source is streamed, else None.
@@ -33,7 +33,7 @@ class Draw:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class WeightedSource:
     """A source in a mixture.
 
     weight: how often its rows are shown, relative to those of other sources (for streams: its share of the draws).
@@ -49,19 +49,19 @@ class Mixed:
         """Rows that may be shown, of an indexed source."""
         return len(self.source) if self.rows is None else len(self.rows)
 
-    def shown_before(self, epoch: int) -> int:
+    def draws_before(self, epoch: int) -> int:
         """Draws of this source, indexed, in the first ``epoch`` epochs."""
         return math.ceil(self.weight * self.size * epoch)
 
 
-class Order:
+class SampleOrder:
     """The draws of a mixture, in order, without an end.
 
     Where all sources are indexed, an epoch shows a row of a source of weight w w times on average, never two of its
     rows more than one time apart. Otherwise sources are drawn by weight, and a streamed one is shuffled within a buffer.
     """
 
-    def __init__(self, mixture: Sequence[Mixed], seed: int, shuffle_buffer: int = 1000):
+    def __init__(self, mixture: Sequence[WeightedSource], seed: int, shuffle_buffer: int = 1000):
         self.mixture = mixture
         self.seed = seed
         self.shuffle_buffer = shuffle_buffer
@@ -73,13 +73,13 @@ class Order:
         """Draws in an epoch; None where a source is streamed."""
         return self._shown_before(1) if self.indexed else None
 
-    def draws(self, start: int = 0) -> Iterator[Draw]:
+    def draws(self, start: int = 0) -> Iterator[SampleIndex]:
         """The draws from number ``start`` on."""
         if not self.indexed:
             return itertools.islice(self._drawn_by_weight(), start, None)
         return self._drawn_by_epoch(start)
 
-    def _drawn_by_epoch(self, start: int) -> Iterator[Draw]:
+    def _drawn_by_epoch(self, start: int) -> Iterator[SampleIndex]:
         number = start
         for epoch in itertools.count(
             start // self.epoch_length
@@ -88,14 +88,14 @@ class Order:
             if end <= number:
                 continue
             for source, row in _few_at_a_time(self._epoch(epoch)[number - begin :]):
-                yield Draw(number, source, row)
+                yield SampleIndex(number, source, row)
                 number += 1
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """The draws of one epoch, (N, 2): source and row."""
         parts = []
         for index, mixed in enumerate(self.mixture):
-            rows = self._rows(index, mixed.shown_before(epoch), mixed.shown_before(epoch + 1))
+            rows = self._rows(index, mixed.draws_before(epoch), mixed.draws_before(epoch + 1))
             parts.append(np.stack([np.full_like(rows, index), rows], axis=1))
         draws = np.concatenate(parts)
         return draws[np.random.default_rng([self.seed, epoch]).permutation(len(draws))]
@@ -115,16 +115,16 @@ class Order:
 
     def _shown_before(self, epoch: int) -> int:
         """Draws in the first ``epoch`` epochs."""
-        return sum(mixed.shown_before(epoch) for mixed in self.mixture)
+        return sum(mixed.draws_before(epoch) for mixed in self.mixture)
 
-    def _drawn_by_weight(self) -> Iterator[Draw]:
+    def _drawn_by_weight(self) -> Iterator[SampleIndex]:
         rng = np.random.default_rng(self.seed)
         shares = np.array([mixed.weight for mixed in self.mixture])
         streams = [self._endless(index) for index in range(len(self.mixture))]
         for number in itertools.count():
             source = int(rng.choice(len(streams), p=shares / shares.sum()))
             row, raw = next(streams[source])
-            yield Draw(number, source, row, raw)
+            yield SampleIndex(number, source, row, raw)
 
     def _endless(self, index: int) -> Iterator[tuple[int, Any]]:
         """Row number and raw row of one source, pass after pass; raw is None where the source is indexed."""
@@ -148,9 +148,9 @@ def _few_at_a_time(numbers: np.ndarray) -> Iterator[Any]:
         yield from numbers[begin : begin + AT_ONCE].tolist()
 
 
-def grouped(
-    draws: Iterator[Draw], size_of: Callable[[Draw], int], batch: int, window: int, seed: int
-) -> Iterator[Draw]:
+def group_by_length(
+    draws: Iterator[SampleIndex], size_of: Callable[[SampleIndex], int], batch: int, window: int, seed: int
+) -> Iterator[SampleIndex]:
     """The draws with those of like size next to each other, ``batch`` at a time.
 
     Within each ``window`` draws (a multiple of ``batch``) they are sorted by size, cut into batches, and the batches
@@ -174,7 +174,7 @@ def _shuffled(items: Iterator[Any], size: int, rng: np.random.Generator) -> Iter
     yield from buffer
 
 
-def _refuse_empty(mixture: Sequence[Mixed]) -> None:
+def _refuse_empty(mixture: Sequence[WeightedSource]) -> None:
     for mixed in mixture:
         if mixed.source.indexed and not mixed.size:
             raise UserError(f"{mixed.source.name}: found no rows; wanted at least one sample")

@@ -20,9 +20,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.context import context_length
-from flamingo_ft.data.collate import pad_ids
+from flamingo_ft.data.collate import pad_ids, stack_media
 from flamingo_ft.data.encode import encode_prompt
-from flamingo_ft.data.stack import stack_media
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 

@@ -8,13 +8,17 @@ from itertools import islice
 import pytest
 import torch
 
-from flamingo_ft.data.encode import Encoded
+from flamingo_ft.data.encode import Dropped, Encoded
 from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.stream.batches import Batches, Loading, by_length, in_order, packed
-from flamingo_ft.data.stream.order import Mixed, Order
-from flamingo_ft.data.stream.prepare import Preparing
-from flamingo_ft.data.stream.tally import Tally
-from flamingo_ft.data.too_long import Dropped
+from flamingo_ft.data.stream.batches import (
+    Batches,
+    LoaderConfig,
+    one_sample_per_row,
+    packed_rows,
+    sorted_by_length,
+)
+from flamingo_ft.data.stream.examples import DataStats, ExampleDataset
+from flamingo_ft.data.stream.order import SampleOrder, WeightedSource
 from flamingo_ft.errors import UserError
 
 from .fakes import Numbers
@@ -49,12 +53,17 @@ def assemble(rows) -> dict[str, list]:
 def batches(
     *sources, size=4, workers=0, dropped=(), skip=True, share=1.0, grouping=False, fill=None, rank=0, world=1
 ):
-    order = Order([Mixed(source) for source in sources], seed=3, shuffle_buffer=5)
-    tally = Tally(skip, share, order.epoch_length)
-    draws = by_length(order, lambda draw: draw.row, size) if grouping else order.draws
-    prepare = Preparing(sources, Encode(frozenset(dropped)), draw_number)
+    order = SampleOrder([WeightedSource(source) for source in sources], seed=3, shuffle_buffer=5)
+    stats = DataStats(skip, share, order.epoch_length)
+    draws = sorted_by_length(order, lambda draw: draw.row, size) if grouping else order.draws
+    prepare = ExampleDataset(sources, Encode(frozenset(dropped)), draw_number)
     return Batches(
-        draws, prepare, fill or in_order(size), assemble, tally, Loading(size, workers, rank, world)
+        draws,
+        prepare,
+        fill or one_sample_per_row(size),
+        assemble,
+        stats,
+        LoaderConfig(size, workers, rank, world),
     )
 
 
@@ -77,7 +86,7 @@ SOURCES = {
 }
 
 
-WAYS = {"plain": {}, "grouped": {"grouping": True}, "packed": {"fill": packed(2, 9)}}
+WAYS = {"plain": {}, "grouped": {"grouping": True}, "packed": {"fill": packed_rows(2, 9)}}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -99,7 +108,7 @@ def test_a_run_goes_on_at_the_exact_sample(kind, options, workers):
     second = batches(*SOURCES[kind](), dropped=[2], workers=workers, **options)
     second.load_state_dict(first.state_dict())
     assert before + taken(second, 7) == expected
-    assert second.tally.record() == whole.tally.record()
+    assert second.stats.metrics() == whole.stats.metrics()
 
 
 def test_what_is_random_of_a_draw_depends_on_its_number_alone():
@@ -114,12 +123,12 @@ def test_what_is_random_of_a_draw_depends_on_its_number_alone():
 
 
 def test_packed_rows_are_no_longer_than_asked_and_hold_every_sample_once():
-    made = batches(Numbers(40), fill=packed(2, 9))
+    made = batches(Numbers(40), fill=packed_rows(2, 9))
     rows = [row for batch in taken(made, 12) for row in batch]
     assert all(sum(1 + number % 5 for number in row) <= 9 for row in rows)
     assert max(map(len, rows)) > 1
     given = [number for row in rows for number in row]
-    assert len(given) == made.tally.seen - len(made.state_dict()["waiting"])
+    assert len(given) == made.stats.seen - len(made.state_dict()["waiting"])
 
 
 def test_processes_share_the_draws_out():
@@ -132,10 +141,10 @@ def test_bad_rows_are_left_out_counted_and_named():
     made = batches(Numbers(20, bad=BAD), dropped=[5, 6])
     rows = flat(taken(made, 15))
     assert not {*rows} & {*BAD, 5, 6} and {*rows} == {*range(20)} - {*BAD, 5, 6}
-    record = made.tally.record()
+    record = made.stats.metrics()
     assert record["rows"] == len(rows) + record["skipped"] + record["dropped"]
-    assert {*made.tally.left_out} == {f"numbers: row {row}" for row in (*BAD, 5, 6)}
-    assert made.tally.left_out["numbers: row 5"] == "numbers: row 5: too long"
+    assert {*made.stats.skipped_rows} == {f"numbers: row {row}" for row in (*BAD, 5, 6)}
+    assert made.stats.skipped_rows["numbers: row 5"] == "numbers: row 5: too long"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flamingo_ft.data.stream.order import Draw, Mixed, Order, grouped
+from flamingo_ft.data.stream.order import SampleIndex, SampleOrder, WeightedSource, group_by_length
 from flamingo_ft.errors import UserError
 
 from .fakes import Numbers
@@ -23,11 +23,13 @@ mixtures = st.lists(
 )
 
 
-def order_of(parts, seed: int = 0, buffer: int = 4) -> Order:
-    return Order([Mixed(Numbers(count, indexed), weight) for count, weight, indexed in parts], seed, buffer)
+def order_of(parts, seed: int = 0, buffer: int = 4) -> SampleOrder:
+    return SampleOrder(
+        [WeightedSource(Numbers(count, indexed), weight) for count, weight, indexed in parts], seed, buffer
+    )
 
 
-def taken(order: Order, count: int, start: int = 0) -> list[Draw]:
+def taken(order: SampleOrder, count: int, start: int = 0) -> list[SampleIndex]:
     return list(islice(order.draws(start), count))
 
 
@@ -66,7 +68,7 @@ def test_an_epoch_shows_every_row_once_and_the_next_in_another_order():
 
 
 def test_only_the_rows_that_may_be_shown_are():
-    order = Order([Mixed(Numbers(10), rows=np.array([1, 4, 7]))], seed=0)
+    order = SampleOrder([WeightedSource(Numbers(10), rows=np.array([1, 4, 7]))], seed=0)
     assert {draw.row for draw in taken(order, 30)} == {1, 4, 7}
 
 
@@ -92,7 +94,7 @@ def test_a_source_without_rows_is_refused(indexed):
 def test_grouping_by_length_keeps_the_rows_and_makes_batches_alike():
     order = order_of([(97, 1.0, True)])
     plain = taken(order, 80)
-    found = list(grouped(iter(plain), lambda draw: draw.row, 4, 40, seed=0))
+    found = list(group_by_length(iter(plain), lambda draw: draw.row, 4, 40, seed=0))
     assert sorted(d.number for d in found[:40]) == list(range(40))
     assert sorted(d.number for d in found[40:]) == list(range(40, 80))
 

@@ -13,11 +13,9 @@ from torch.utils.data import Dataset
 
 from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.features import Frame
-from flamingo_ft.data.stream.batches import Batches, Loading, packed
-from flamingo_ft.data.stream.order import Draw
-from flamingo_ft.data.stream.parcel import unwrap, wrap
-from flamingo_ft.data.stream.prepare import Prepared
-from flamingo_ft.data.stream.tally import Tally
+from flamingo_ft.data.stream.batches import Batches, LoaderConfig, packed_rows, unwrap, wrap
+from flamingo_ft.data.stream.examples import DataStats, Example
+from flamingo_ft.data.stream.order import SampleIndex
 
 OPEN_FILES = "/proc/self/fd"
 
@@ -25,10 +23,10 @@ OPEN_FILES = "/proc/self/fd"
 def test_a_parcel_holds_what_was_put_in():
     pixels, tokens = torch.randn(2, 3, 4, 5), torch.randn(4, 6).bfloat16().t()
     rows = [
-        (7, Prepared("a: row 0", Encoded([1, 2], [-100, 2], 2), [pixels, torch.empty(0, 3)])),
+        (7, Example("a: row 0", Encoded([1, 2], [-100, 2], 2), [pixels, torch.empty(0, 3)])),
         (
             8,
-            Prepared(
+            Example(
                 "a: row 1", Encoded([1], [1], 1), [[Frame("k", tokens=tokens), Frame("l", pixels=pixels[0])]]
             ),
         ),
@@ -45,8 +43,8 @@ def test_a_parcel_holds_what_was_put_in():
 class Picture(Dataset):
     """Rows of one image and a few tokens."""
 
-    def __getitem__(self, draw: Draw) -> Prepared:
-        return Prepared(
+    def __getitem__(self, draw: SampleIndex) -> Example:
+        return Example(
             "", Encoded([draw.number] * 3, [draw.number] * 3, 1), [torch.full((1, 3, 4, 4), draw.number)]
         )
 
@@ -56,16 +54,16 @@ class Picture(Dataset):
 )
 def test_rows_kept_back_for_packing_hold_no_files_open():
     def draws(start):
-        return (Draw(number, 0, number) for number in count(start))
+        return (SampleIndex(number, 0, number) for number in count(start))
 
     def assemble(rows):
         return [(one.encoded.input_ids[0], int(one.media[0][0, 0, 0, 0])) for row in rows for one in row]
 
-    tally = Tally(skip_bad=False, max_bad_share=0, epoch_length=None)
+    stats = DataStats(skip_bad=False, max_bad_share=0, epoch_length=None)
     before = len(os.listdir(OPEN_FILES))
-    batches = iter(Batches(draws, Picture(), packed(1, 90), assemble, tally, Loading(1, workers=1)))
+    batches = iter(Batches(draws, Picture(), packed_rows(1, 90), assemble, stats, LoaderConfig(1, workers=1)))
     first = next(batches)
     assert len(first) == 30 and all(token == shown for token, shown in first)
-    assert tally.seen > 400  # samples in rows that are still open
+    assert stats.seen > 400  # samples in rows that are still open
     assert len(os.listdir(OPEN_FILES)) - before < 50
     assert all(token == shown for batch in islice(batches, 3) for token, shown in batch)

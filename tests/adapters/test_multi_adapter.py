@@ -1,0 +1,207 @@
+"""Several adapters on one base: each is itself when it is in use, and combinations are what their names say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from flamingo_ft import Adapters
+from flamingo_ft.adapters import load_adapter, save_adapter
+from flamingo_ft.adapters.multi_adapter import peft_name
+from flamingo_ft.errors import UserError
+
+from ..regimes import LORA, build, logits, quantized, shake
+
+UPDATED = (LORA, "lora.perceiver={r: 2}", "trainable.perceiver=false")
+
+
+@pytest.fixture(params=["none", "nf4"])
+def folders(request, small_run):
+    """Two adapters with LoRA on two parts, a third with a bridge alone, and what each says."""
+    form = quantized(request.param) if request.param != "none" else ()
+    for seed, (name, overrides) in enumerate({"a": UPDATED, "b": UPDATED, "c": ()}.items()):
+        model, processor = build(*overrides, *form)
+        shake(model, 0.2, seed)
+        save_adapter(model, processor, Path(name))
+    return {name: logits(*load_adapter(name)) for name in "abc"}
+
+
+def load_all() -> Adapters:
+    adapters = Adapters("a", "a")
+    for name in "bc":
+        adapters.load(name, name)
+    return adapters
+
+
+def test_each_adapter_is_itself_when_it_is_in_use(folders):
+    adapters = load_all()
+    assert adapters.names == ["a", "b", "c"] and adapters.in_use == "c"
+    for name in "cabca":
+        adapters.use(name)
+        assert torch.equal(logits(adapters.model, adapters.processor), folders[name]), name
+
+
+def test_a_bridge_stays_where_only_lora_is_switched(folders):
+    adapters = load_all()
+    adapters.use("a")
+    latents = adapters.model.perceiver.latents.clone()
+    adapters.use("b", bridge=False)
+    assert torch.equal(adapters.model.perceiver.latents, latents)
+    assert not torch.equal(logits(adapters.model, adapters.processor), folders["b"])
+
+
+def test_disabled_is_without_lora_and_only_inside_the_block(folders):
+    adapters = load_all()
+    adapters.use("a")
+    with adapters.disabled():
+        without = logits(adapters.model, adapters.processor)
+    assert not torch.equal(without, folders["a"])
+    assert torch.equal(logits(adapters.model, adapters.processor), folders["a"])
+    adapters.use("c")
+    with adapters.disabled():
+        assert torch.equal(logits(adapters.model, adapters.processor), folders["c"])
+
+
+def test_a_combination_of_one_adapter_is_that_adapter(folders):
+    adapters = load_all()
+    adapters.combine({"a": 1.0}, "again")
+    found = logits(adapters.model, adapters.processor)
+    torch.testing.assert_close(found, folders["a"], rtol=1e-4, atol=1e-4)
+
+
+def test_a_linear_combination_averages_the_factors_of_every_update(folders):
+    """PEFT combines A and B, each weighted by the root of weight times scaling, rather than their products."""
+    adapters = load_all()
+    adapters.combine({"a": 0.5, "b": 0.5}, "mean")
+    for prefix in ("lang_encoder.", "perceiver."):
+        layer = next(
+            m
+            for n, m in adapters.model.named_modules()
+            if n.startswith(prefix) and hasattr(m, "lora_A") and m.lora_A
+        )
+        for matrix in (layer.lora_A, layer.lora_B):
+            root = (0.5 * layer.scaling[peft_name("a")]) ** 0.5
+            a, b, mean = (matrix[peft_name(name)].weight for name in ("a", "b", "mean"))
+            torch.testing.assert_close(mean, root * (a + b))
+        assert layer.scaling[peft_name("mean")] == 1.0
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "dare_ties"])
+def test_a_combination_can_be_saved_and_comes_back(folders, method):
+    torch.manual_seed(0)
+    adapters = load_all()
+    adapters.combine({"a": 0.7, "b": 0.3}, "both", method)
+    assert adapters.in_use == "both"
+    adapters.save("both")
+    assert torch.equal(logits(*load_adapter("both")), logits(adapters.model, adapters.processor))
+
+
+def test_what_cannot_be_loaded_used_or_combined_is_refused(folders):
+    adapters = load_all()
+    with pytest.raises(UserError, match="an adapter named b is loaded already"):
+        adapters.load("b", "b")
+    with pytest.raises(UserError, match="no adapter named d; loaded are a, b, c"):
+        adapters.use("d")
+    with pytest.raises(UserError, match="adapter c has no LoRA to combine"):
+        adapters.combine({"a": 1.0, "c": 1.0}, "ac")
+    save_adapter(*build("lora.language={r: 2}"), Path("other"))
+    adapters.load("other", "other")
+    with pytest.raises(UserError, match="adapters a, other differ in r; combine adapters of the same shape"):
+        adapters.combine({"a": 1.0, "other": 1.0}, "mixed")
+
+
+def test_an_adapter_of_another_base_is_refused(folders):
+    save_adapter(*build("model.cross_attn_every_n_layers=2"), Path("sparse"))
+    save_adapter(*build(LORA, "model.init_from=start", "trainable.perceiver=false"), Path("second"))
+    adapters = load_all()
+    with pytest.raises(
+        UserError, match="sparse: adapter of another base: cross_attn_every_n_layers 2, here 1"
+    ):
+        adapters.load("sparse", "sparse")
+    with pytest.raises(UserError, match="second: adapter of another base: it builds on another bridge"):
+        adapters.load("second", "second")
+
+
+def test_an_update_in_the_tower_is_itself_after_an_adapter_without(small_run):
+    for name, overrides in {"a": (LORA,), "v": ("lora.vision={r: 2}",)}.items():
+        model, processor = build(*overrides)
+        shake(model, 0.2)
+        save_adapter(model, processor, Path(name))
+    adapters = Adapters("a", "a")
+    adapters.load("v", "v")
+    expected = logits(*load_adapter("v"))
+    torch.testing.assert_close(logits(adapters.model, adapters.processor), expected, rtol=0, atol=1e-4)
+
+
+def test_an_adapter_is_saved_as_it_is_beside_another_that_updates_more(folders):
+    model, processor = build(LORA)
+    shake(model, 0.2)
+    save_adapter(model, processor, Path("plain"))
+    adapters = Adapters("plain", "plain")
+    adapters.load("a", "a")
+    adapters.use("plain")
+    adapters.save("again")
+    assert torch.equal(logits(*load_adapter("again")), logits(model, processor))
+
+
+def test_adapters_whose_names_begin_alike_do_not_meet(small_run):
+    for name, dtype in {"x": "fp32", "y": "bf16"}.items():
+        model, processor = build(LORA, f"trainable.dtype={dtype}")
+        shake(model, 0.2)
+        save_adapter(model, processor, Path(name))
+    adapters = Adapters("x", "run10")
+    adapters.load("y", "run1")
+    adapters.use("run10")
+    assert torch.equal(logits(adapters.model, adapters.processor), logits(*load_adapter("x")))
+
+
+def test_a_combination_takes_no_name_that_is_taken_or_empty(folders):
+    adapters = load_all()
+    for name, told in {"a": "an adapter named a is loaded already", "": "an adapter's name is empty"}.items():
+        with pytest.raises(UserError, match=told):
+            adapters.combine({"a": 0.5, "b": 0.5}, name)
+    with pytest.raises(UserError, match="found no adapters to combine"):
+        adapters.combine({}, "none")
+    adapters.use("a")
+    assert torch.equal(logits(adapters.model, adapters.processor), folders["a"])
+
+
+NAMES = [
+    "mlp",
+    "model",
+    "layers",
+    "weight",
+    "q_proj",
+    "lora_A",
+    "base_layer",
+    "0",
+    "default",
+    "keys",
+    "a.b",
+    "a/b",
+    "a%2Fb",
+    "ä ö",
+]
+
+
+def test_an_adapter_may_have_the_name_of_a_module_or_any_other(small_run):
+    for seed, name in enumerate("ab"):
+        model, processor = build(LORA)
+        shake(model, 0.2, seed)
+        save_adapter(model, processor, Path(name))
+    expected = [logits(*load_adapter(name)) for name in "ab"]
+    adapters = Adapters("a", NAMES[0])
+    for number, name in enumerate(NAMES[1:], start=1):
+        adapters.load("ab"[number % 2], name)
+    assert adapters.names == NAMES
+    for number, name in enumerate(NAMES):
+        adapters.use(name)
+        assert adapters.in_use == name
+        assert torch.equal(logits(adapters.model, adapters.processor), expected[number % 2]), name
+    adapters.save("again")
+    assert torch.equal(logits(*load_adapter("again")), logits(adapters.model, adapters.processor))
+    adapters.replace("mlp", "b")
+    assert torch.equal(logits(adapters.model, adapters.processor), expected[1])
+    adapters.combine({"mlp": 0.5, "q_proj": 0.5}, "layers.0")
+    adapters.save("both")
+    assert torch.equal(logits(*load_adapter("both")), logits(adapters.model, adapters.processor))
