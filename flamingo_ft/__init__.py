@@ -46,7 +46,7 @@ _HOMES = {
     "name_base": "flamingo_ft.adapters",
     "push": "flamingo_ft.publish",
     "save_adapter": "flamingo_ft.adapters",
-    "train": "flamingo_ft.training.run",
+    "train": "flamingo_ft.training.train",
     "write_composition": "flamingo_ft.adapters",
 }
 

@@ -17,8 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save_file
 
 from flamingo_ft.atomic import file_in_place
-from flamingo_ft.backbones.device import default_device
-from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.device_and_dtype import default_device
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths

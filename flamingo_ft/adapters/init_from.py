@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.weight_files import WeightFiles
+from flamingo_ft.backbones.provenance import tensors_sha256
+from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
-from flamingo_ft.formats.recognise import MADE_ANEW
-from flamingo_ft.formats.stored import some, stored_config
+from flamingo_ft.formats.foreign_checkpoint import RECOMPUTED_BUFFERS
+from flamingo_ft.formats.stored_files import first_few, read_config_json
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, TRAINING_CHECKPOINTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
@@ -71,8 +71,10 @@ def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
     if is_foreign_checkpoint(start):
         report = load_open_flamingo(model, start)
-        if lost := [name for name in report.unexpected if not MADE_ANEW.fullmatch(name)]:
-            raise UserError(f"model.init_from: {start} holds {some(lost)}, for which the model has no place")
+        if lost := [name for name in report.unexpected if not RECOMPUTED_BUFFERS.fullmatch(name)]:
+            raise UserError(
+                f"model.init_from: {start} holds {first_few(lost)}, for which the model has no place"
+            )
     elif not (start / ADAPTER_WEIGHTS).is_file():
         copy_bridge(model, _tensors(start))
     else:
@@ -187,7 +189,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             raise UserError(
                 f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from an adapter"
             )
-        with WeightFiles(folder) as files:
+        with SafetensorsFolder(folder) as files:
             return {name: files[name] for name in files.names() if name.startswith(tuple(BRIDGE.values()))}
     own = read_tensors(folder)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in own.items() if not is_lora(name)}
@@ -207,7 +209,7 @@ def is_foreign_checkpoint(start: Path) -> bool:
     """Whether this is another Flamingo's checkpoint: a file, a folder that says so, or one with such a file alone."""
     if start.is_file():
         return start.name != BRIDGE_FILE
-    config = stored_config(start)
+    config = read_config_json(start)
     return config.get("model_type") == "otter" or (
         not config and any((start / name).is_file() for name in TRAINING_CHECKPOINTS)
     )

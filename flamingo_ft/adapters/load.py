@@ -14,7 +14,7 @@ import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor
 
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision

@@ -13,8 +13,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flamingo_ft.backbones.attention import open_attention
-from flamingo_ft.backbones.tower import layers_after_tokens
+from flamingo_ft.backbones.attention import unfuse_attention
+from flamingo_ft.backbones.tower import modules_after_tokens
 from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
@@ -43,7 +43,7 @@ def add_lora(
     if not lora.parts:
         return None
     if lora.vision:  # its attention has matrices that no layer is called for
-        open_attention(model.vision_encoder)
+        unfuse_attention(model.vision_encoder)
     targets = {part: find_targets(model, part, wanted) for part, wanted in lora.parts.items()}
     config = lora_config(model, lora, targets)
     check_lora_init(model, lora, [name for names in targets.values() for name in names])
@@ -69,7 +69,7 @@ def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
 def unfuse_targeted_attention(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
     """Give the tower linear layers for all its matrices where ``config`` updates some of them."""
     if targets_vision(config):
-        open_attention(model.vision_encoder)
+        unfuse_attention(model.vision_encoder)
 
 
 def targets_vision(config: LoraConfig) -> bool:
@@ -101,7 +101,7 @@ def linear_layers(model: FlamingoForConditionalGeneration, part: str) -> list[st
     of the tower that its spatial tokens do not come from."""
     prefix, left_out = PREFIXES[part], {model.lang_encoder.get_output_embeddings()}
     if part == "vision":
-        left_out |= layers_after_tokens(model.vision_encoder)
+        left_out |= modules_after_tokens(model.vision_encoder)
     return [
         name
         for name, module in model.named_modules()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flamingo_ft.backbones.rounding import rounded
+from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.config import LoraSection, TrainableSection
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 
@@ -50,7 +50,7 @@ def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> No
     Raises UserError for a value beyond the range of ``dtype``.
     """
     if parameter.is_floating_point():
-        parameter.data = rounded(name, parameter.data, parameter_dtype(name, dtype))
+        parameter.data = cast_in_range(name, parameter.data, parameter_dtype(name, dtype))
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

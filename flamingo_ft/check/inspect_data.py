@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from flamingo_ft.backbones.context import ENDLESS, context_length
+from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import DataSection, DataSource
@@ -236,7 +236,7 @@ def _local_processor(language: str) -> tuple[FlamingoProcessor | None, int | Non
     processor = BackboneFiles(tower_config("nano"), None, config, tokenizer).processor()
     apply_template(processor, DataSection(train=(DataSource(path=Path()),)))
     context = context_length(config)
-    return processor, None if context >= ENDLESS else context
+    return processor, None if context >= NO_CONTEXT_LIMIT else context
 
 
 def _estimated_tokens(sample: Sample) -> tuple[int, list[int]]:

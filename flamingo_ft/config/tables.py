@@ -1,6 +1,6 @@
-"""Plain data of what a recipe can name: parts of the model, formats of data, metrics.
+"""Tables of plain data behind the keys of a recipe: parts of the model, dataset formats, metrics, keys of other trainers.
 
-Only names, labels and defaults are here, so that a recipe is checked without importing torch. What a part, format or
+Only names, labels and defaults are here, so that a recipe is validated without importing torch. What a part, format or
 metric does is attached to its name in the folder that owns it: `model`, `data` and `evaluation`.
 """
 
@@ -60,4 +60,97 @@ DATASET_FORMATS = {
 METRICS = {
     "loss": "cross-entropy of the reference answers, in nats per token; lower is better",
     "accuracy": "fraction of generated answers that equal the reference answer; higher is better",
+}
+
+# Keys of other trainers' configurations, in lower case -> what they are called in a recipe, to suggest the right key. No key
+# of a recipe has one of these spellings. Entries of a list are under index 0.
+FOREIGN_KEYS = {
+    # transformers' TrainingArguments
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "num_steps": "train.max_steps",
+    "total_steps": "train.max_steps",
+    "max_train_steps": "train.max_steps",
+    "iterations": "train.max_steps",
+    "lr": "train.learning_rate",
+    "per_device_train_batch_size": "train.batch_size",
+    "train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "grad_accum": "train.gradient_accumulation_steps",
+    "accumulate_grad_batches": "train.gradient_accumulation_steps",
+    "warmup_proportion": "train.warmup_ratio",
+    "num_warmup_steps": "train.warmup_steps",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "scheduler": "train.lr_scheduler",
+    "optim": "train.optimizer",
+    "clip_grad": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm",
+    "max_norm": "train.max_grad_norm",
+    "eval_steps": "eval.steps",
+    "metric_for_best_model": "eval.metric",
+    "load_best_model_at_end": "eval.keep",
+    "save_interval": "train.save_steps",
+    "log_interval": "train.logging_steps",
+    "dataloader_num_workers": "train.num_workers",
+    "workers": "train.num_workers",
+    "random_seed": "train.seed",
+    "hub_model_id": "train.push_to_hub",
+    "output": "train.output_dir",
+    "out_dir": "train.output_dir",
+    "save_dir": "train.output_dir",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "tf32": "train.precision",
+    "mixed_precision": "train.precision",
+    "torch_dtype": "trainable.dtype",
+    # models and quantization
+    "model_name_or_path": "model.language.name",
+    "model_id": "model.language.name",
+    "base_model": "model.language.name",
+    "lang_encoder_path": "model.language.name",
+    "llm": "model.language",
+    "vision_encoder_path": "model.vision.name",
+    "vision_tower": "model.vision.name",
+    "vision_encoder_pretrained": "model.vision.pretrained",
+    "resume_from_checkpoint": "model.init_from",
+    "checkpoint": "model.init_from",
+    "pretrained_checkpoint": "model.init_from",
+    "load_in_4bit": "model.language.quantization",
+    "load_in_8bit": "model.language.quantization",
+    "bnb_4bit_quant_type": "model.language.quantization",
+    "bnb_4bit_use_double_quant": "model.language.double_quantization",
+    "bnb_4bit_compute_dtype": "model.language.compute_dtype",
+    # PEFT
+    "lora_r": "lora.language.r",
+    "lora_rank": "lora.language.r",
+    "rank": "lora.language.r",
+    "alpha": "lora.language.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.language.target_modules",
+    "peft": "lora",
+    "peft_config": "lora",
+    # data
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train.0.hub",
+    "dataset_path": "data.train.0.path",
+    "data_path": "data.train.0.path",
+    "train_file": "data.train.0.path",
+    "train_data": "data.train",
+    "eval_dataset": "data.eval",
+    "validation_file": "data.eval",
+    "eval_data": "data.eval",
+    "val_set_size": "data.eval_fraction",
+    "image_folder": "data.train.0.image_root",
+    "image_dir": "data.train.0.image_root",
+    "max_seq_length": "data.max_text_tokens",
+    "max_length": "data.max_text_tokens",
+    "cutoff_len": "data.max_text_tokens",
+    "sequence_len": "data.max_text_tokens",
+    "model_max_length": "data.max_text_tokens",
+    "chat_template": "data.template",
+    "system": "data.system_prompt",
+    "sample_packing": "data.packing",
+    "cache_dir": "data.cache.folder",
 }

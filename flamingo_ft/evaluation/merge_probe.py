@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from flamingo_ft.backbones.context import context_length
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Dropped, Encoded, OpenedData, Sample, encode_within, open_data
 from flamingo_ft.data.encode import encode_prompt

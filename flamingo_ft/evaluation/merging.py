@@ -24,7 +24,7 @@ from flamingo_ft.adapters.merge import (
 )
 from flamingo_ft.adapters.remote_code import write_code
 from flamingo_ft.atomic import folder_in_place
-from flamingo_ft.backbones.context import context_length
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import UserError

@@ -11,7 +11,7 @@ import torch
 
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.answering import end_token_ids
-from flamingo_ft.backbones.context import context_length
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.data.collate import load_media, pad_ids
 from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.data.media import open_image

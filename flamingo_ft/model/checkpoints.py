@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo_ft.backbones.quantization import formats_in
+from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats import Checkpoint, parse, read_checkpoint
-from flamingo_ft.formats.recognise import BRIDGE, is_foreign_checkpoint
-from flamingo_ft.formats.stored import some, unwrap
+from flamingo_ft.formats import ForeignCheckpoint, parse_checkpoint, read_checkpoint
+from flamingo_ft.formats.foreign_checkpoint import BRIDGE_PREFIXES, has_wrapped_layers
+from flamingo_ft.formats.stored_files import first_few, unwrap_state_dict
 
 from .core import FlamingoCore
 
@@ -36,7 +36,7 @@ class LoadReport:
 def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
     """Whether the keys are OpenFlamingo's, bare or as its training saved them."""
     content = state_dict.get("model_state_dict", state_dict)
-    return is_foreign_checkpoint([str(key).removeprefix("module.") for key in content])
+    return has_wrapped_layers(str(key).removeprefix("module.") for key in content)
 
 
 def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str, Any]) -> LoadReport:
@@ -47,18 +47,22 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     UserError, with nothing loaded, when the file is for another language model or interval or lacks a bridge weight.
     """
     is_read = isinstance(checkpoint, Mapping)
-    found = parse(unwrap(checkpoint, Path("checkpoint"))) if is_read else read_checkpoint(Path(checkpoint))
+    found = (
+        parse_checkpoint(unwrap_state_dict(checkpoint, Path("checkpoint")))
+        if is_read
+        else read_checkpoint(Path(checkpoint))
+    )
     check_belongs(model, found)
     if found.lora:
         raise UserError(
-            f"{found.where}: holds LoRA, which would be lost here; bring it in with flamingo-ft convert"
+            f"{found.path}: holds LoRA, which would be lost here; bring it in with flamingo-ft convert"
         )
     tensors = found.tensors()
     targets = {
         name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")
     }
     report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
-    _check(report, bool(formats_in(model)))
+    _check(report, bool(quantization_formats(model)))
     _check_rows(model, tensors)
     with torch.no_grad():
         for name in report.loaded:
@@ -82,9 +86,9 @@ def _check_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def check_belongs(model: FlamingoCore, checkpoint: Checkpoint) -> None:
+def check_belongs(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None:
     """Refuse a checkpoint of another language model or interval than the model has."""
-    found, wanted = checkpoint.layers, model.decoder_layers_attr_name
+    found, wanted = checkpoint.decoder_layers, model.decoder_layers_attr_name
     if found not in (None, wanted):
         raise UserError(
             f"checkpoint is for another language model: its decoder layers are at {found}, this model's at {wanted}; "
@@ -100,7 +104,7 @@ def _check_interval(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
     )
     if found and found != wanted:
         raise UserError(
-            f"checkpoint has cross-attention before layers {some(found)}, this model before {some(wanted)}; "
+            f"checkpoint has cross-attention before layers {first_few(found)}, this model before {first_few(wanted)}; "
             f"build the model with cross_attn_every_n_layers={found[0] + 1} and the language model of the checkpoint"
         )
 
@@ -128,11 +132,14 @@ def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
 
 def _check(report: LoadReport, quantized: bool) -> None:
     missing, unknown = (
-        [name for name in names if name.startswith(BRIDGE)] for names in (report.missing, report.unexpected)
+        [name for name in names if name.startswith(BRIDGE_PREFIXES)]
+        for names in (report.missing, report.unexpected)
     )
     remedy = "build the model with the sizes of the checkpoint"
     if quantized:
         remedy += ", its backbones unquantized where the checkpoint holds their layers"
     for what, names in (("lacks", missing), ("does not fit", report.mismatched), ("has unknown", unknown)):
         if names:
-            raise UserError(f"checkpoint {what} {len(names)} of the model's weights: {some(names)}; {remedy}")
+            raise UserError(
+                f"checkpoint {what} {len(names)} of the model's weights: {first_few(names)}; {remedy}"
+            )

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo_ft.backbones.context import ENDLESS
+from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT
 from flamingo_ft.config import Recipe
-from flamingo_ft.config.loading import is_there
+from flamingo_ft.config.paths import path_exists
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.collate import pack
 from flamingo_ft.data.encode import encode
@@ -91,7 +91,7 @@ def longest_batch(
         if tokens is None:
             tokens, where_from = data_tokens, data_where
         images = data_images if images is None else images
-    if tokens >= ENDLESS:
+    if tokens >= NO_CONTEXT_LIMIT:
         raise UserError(
             "data.max_text_tokens: got neither data nor a limit to plan for; set it, or --text-tokens"
         )
@@ -104,11 +104,11 @@ def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> 
 
     Returns None if the recipe's files are not on this machine: a plan downloads no data.
     """
-    if not all(source.path is not None and is_there(source.path) for source in recipe.data.train):
+    if not all(source.path is not None and path_exists(source.path) for source in recipe.data.train):
         return None
     data = open_data(recipe.data, recipe.train.seed)
     samples = itertools.islice(data.samples(data.train), MAX_SAMPLES_READ)
-    if recipe.data.packing and limit < ENDLESS:
+    if recipe.data.packing and limit < NO_CONTEXT_LIMIT:
         return _fullest_row(itertools.islice(samples, TOKENIZED_SAMPLES), recipe, processor, limit)
     count, images, longest = 0, 0, []
     for count, sample in enumerate(samples, start=1):

@@ -15,11 +15,10 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from flamingo_ft.adapters import add_lora, set_trainable
-from flamingo_ft.backbones.attention import open_attention
+from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.quantization import DTYPES, Quantization
-from flamingo_ft.backbones.quantized_tower import refuse_without_matrices
-from flamingo_ft.backbones.tower import build_visual, token_width, tower_preprocess
+from flamingo_ft.backbones.tower import build_visual, check_quantizable, token_width, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
 from flamingo_ft.data.render import apply_template
@@ -90,8 +89,8 @@ def meta_vision(tower: dict, config: VisionSection, device: Device) -> VisionBac
     visual = build_visual(tower).eval().requires_grad_(False)
     quantization = Quantization.of(config)
     if quantization:
-        refuse_without_matrices(visual)
-        open_attention(visual)
+        check_quantizable(visual)
+        unfuse_attention(visual)
         visual.to(_compute_dtype(quantization, device))
         quantize_linears(visual, quantization, device)
     source = {"name": config.name, "pretrained": config.pretrained, "revision": None, "sha256": None}
@@ -143,8 +142,8 @@ def _compute_dtype(quantization: Quantization, device: Device) -> torch.dtype:
 
 # --- stand-ins for quantized layers ---
 #
-# They follow bitsandbytes 0.50.2, bitsandbytes/autograd/_functions.py: a 4-bit layer dequantizes its matrix in
-# the forward and again in the backward pass, keeping nothing in between; an 8-bit layer saves its input.
+# They follow bitsandbytes 0.50.2, bitsandbytes/autograd/_functions.py: a 4-bit layer dequantizes its matrix
+# in the forward and again in the backward pass, keeping nothing in between; an 8-bit one saves its input.
 
 
 def quantize_linears(

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from flamingo_ft import processes
 from flamingo_ft.config import RECIPE_FILE
-from flamingo_ft.errors import Stopped
+from flamingo_ft.errors import StoppedBySignal
 
 from .page import write_report
 
@@ -50,7 +50,7 @@ def leaving_a_report(folder: Path) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What ended a run, in a line."""
-    if isinstance(error, Stopped):
+    if isinstance(error, StoppedBySignal):
         return signal.Signals(error.number).name
     return f"an error: {str(error) or type(error).__name__}".splitlines()[0]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flamingo_ft.config.data import DataSource
+from flamingo_ft.config import DataSource
 from flamingo_ft.data import read_samples
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.errors import UserError

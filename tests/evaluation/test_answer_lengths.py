@@ -15,7 +15,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import AnswerLengths, answer_ends, answers_of, measure_answers
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.model.processor import CHUNK_TEMPLATE
-from flamingo_ft.training import run
+from flamingo_ft.training import train as train_module
 from tests import regimes
 from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.dialogues import CHATML, IMAGE, LLAMA_2, VICUNA, assistant, nano_processor, user
@@ -112,7 +112,7 @@ def test_train_and_check_warn_in_the_same_line_on_stderr(folder, capfd, monkeypa
     assert record["warnings"] == [line.removeprefix("warning: ")]
     assert record["answers"].items() >= {"answers": 2, "too_long": 1, "max_new_tokens": 5}.items()
     assert record["warnings"][0] in Path("runs/check_recipe/check.html").read_text()
-    monkeypatch.setattr(run, "make_trainer", stop)
+    monkeypatch.setattr(train_module, "make_trainer", stop)
     assert main(["train", *command]) == 2
     assert warned(capfd.readouterr().err.splitlines()) == [line]
 

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from flamingo_ft.config import dump_recipe
-from flamingo_ft.errors import Stopped, UserError
+from flamingo_ft.errors import StoppedBySignal, UserError
 from flamingo_ft.report import curves, gates, leaving_a_report, live, write_report
 from tests.regimes import recipe, write_run
 
@@ -80,7 +80,7 @@ def test_a_finished_run_shows_its_accuracies_and_stays_as_it_is(folder):
 @pytest.mark.parametrize(
     "error, told",
     [
-        (Stopped(15, 4), "stopped at step 4 of 8 by SIGTERM"),
+        (StoppedBySignal(15, 4), "stopped at step 4 of 8 by SIGTERM"),
         (UserError("loss is nan\nmore"), "by an error: loss is nan"),
     ],
 )
