@@ -1,4 +1,4 @@
-"""The private names of other libraries in `compat.py` files exist: an upgrade that removes one is noticed by name."""
+"""Private names in `compat.py` files exist: an upgrade of a library that removes one is noticed by name."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.names import NAME
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig
+from flamingo_ft.model.parts import BRIDGE
 from flamingo_ft.version import __version__
 
 from .files import read_flamingo_config, read_lora_config
@@ -32,11 +33,6 @@ from .trainable import parts_in_adapter
 
 CARD = "README.md"
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
-PART_NAMES = {
-    "perceiver": "the perceiver resampler",
-    "cross_attention": "the gated cross-attention",
-    "new_tokens": "the embedding rows of the new tokens",
-}
 FIGURES = {"loss.png": "Loss in the course of training", "gates.png": "How far the gates are open"}
 SAMPLES = 5  # predictions that are shown
 OPTIONAL = ("before", "shuffled_images", "majority")  # what an evaluation may not have measured
@@ -86,7 +82,7 @@ def _contents(folder: Path, config: FlamingoConfig) -> list[str]:
     """What the adapter holds, in words."""
     if config.merged or not (folder / ADAPTER_WEIGHTS).is_file():
         return []
-    parts = [PART_NAMES[part] for part in parts_in_adapter(config)]
+    parts = [f"the {BRIDGE[part].label}" for part in parts_in_adapter(config)]
     return parts + (["LoRA"] if read_lora_config(folder) is not None else [])
 
 

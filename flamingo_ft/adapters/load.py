@@ -22,9 +22,10 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.added_tokens import grow_vocabulary
+from flamingo_ft.model.parts import BRIDGE, is_lora
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.sharding import fill, let_go
-from flamingo_ft.model.tokens import grow_vocabulary
 
 from .answering import use_greedy_decoding
 from .files import (
@@ -39,7 +40,7 @@ from .files import (
 from .init_from import load_recorded_bridge
 from .lora import ADAPTER, inject, unfuse_targeted_attention
 from .save import adapter_tensors, name_in_file
-from .trainable import BRIDGE, is_lora, parts_in_adapter, trainable_parameters
+from .trainable import parts_in_adapter, trainable_parameters
 
 
 def load_adapter(
@@ -178,9 +179,10 @@ def load_lora_weights(
 
 def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, quantization: Quantization) -> None:
     """Keep the matrices of the bridge's parts that no adapter of this model holds in fewer bits."""
-    frozen = [part for part in ("perceiver", "cross_attention") if part not in parts_in_adapter(model.config)]
-    for part in frozen:
-        quantize_linears(model.get_submodule(BRIDGE[part].removesuffix(".")), quantization, model.device)
+    trained = parts_in_adapter(model.config)
+    for part in BRIDGE.values():
+        if part.takes_lora and part.name not in trained:
+            quantize_linears(model.get_submodule(part.module), quantization, model.device)
     mark_quantized(model)
 
 

@@ -27,7 +27,7 @@ from flamingo_ft.formats.key_names import ANSWER_TOKEN
 from flamingo_ft.formats.stored_files import first_few
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
-from flamingo_ft.model.tokens import add_media_tokens
+from flamingo_ft.model.added_tokens import add_media_tokens
 
 from .conversion import Backbones, Conversion, describe_checkpoint, resolve_backbones
 from .load_into_model import add_checkpoint_lora, changed_backbone_tensors, load_bridge, replace_tensors

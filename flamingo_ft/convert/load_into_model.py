@@ -11,15 +11,16 @@ from torch import Tensor
 from flamingo_ft.adapters.init_from import copy_bridge, init_bridge
 from flamingo_ft.adapters.load import load_lora_weights
 from flamingo_ft.adapters.lora import inject, linear_layers, lora_config
-from flamingo_ft.adapters.trainable import PREFIXES
 from flamingo_ft.config import LoraPart, LoraSection
+from flamingo_ft.config.tables import NEW_TOKENS
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import ForeignCheckpoint
 from flamingo_ft.formats.foreign_checkpoint import BRIDGE_PREFIXES, RECOMPUTED_BUFFERS
 from flamingo_ft.formats.key_names import UNUSED_PROJECTION, VISION_PREFIX
 from flamingo_ft.formats.stored_files import first_few
 from flamingo_ft.model import FlamingoForConditionalGeneration
-from flamingo_ft.model.checkpoints import check_belongs
+from flamingo_ft.model.open_flamingo_checkpoints import check_belongs
+from flamingo_ft.model.parts import BRIDGE, PARTS, part_of
 
 from .vocabulary import load_token_rows, vocabulary_matrices
 
@@ -56,11 +57,10 @@ def load_bridge(
 
 def _parts_held(model: FlamingoForConditionalGeneration, checkpoint: ForeignCheckpoint) -> list[str]:
     """Return the parts of the bridge that a checkpoint on top of another holds in full."""
-    names = {"perceiver": "perceiver.", "cross_attention": "gated_cross_attn_layers."}
-    parts = [part for part, prefix in names.items() if any(n.startswith(prefix) for n in checkpoint.bridge)]
+    held = {part_of(name).name for name in checkpoint.bridge}
     if vocabulary_matrices(model).keys() & checkpoint.language.keys():
-        parts.append("new_tokens")
-    return parts
+        held.add(NEW_TOKENS.name)  # foreign checkpoints keep their rows in the language model's matrices
+    return [part for part in BRIDGE if part in held]
 
 
 def _check_complete_bridge(
@@ -170,7 +170,7 @@ def add_checkpoint_lora(
         raise UserError(
             f"{path}: lora_alpha must be a positive whole number, got {alpha}; this LoRA cannot be imported"
         )
-    targets = {part: _target_layers(tensors, prefix) for part, prefix in PREFIXES.items()}
+    targets = {name: _target_layers(tensors, part.prefix) for name, part in PARTS.items()}
     targets = {part: layers for part, layers in targets.items() if layers}
     _check_targets_exist(model, targets, path)
     all_layers = [layer for layers in targets.values() for layer in layers]

@@ -11,7 +11,7 @@ from flamingo_ft.data.encode import IGNORED, Encoded, end_token_id
 from flamingo_ft.data.render import is_document
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.model.tokens import EOC_TOKEN
+from flamingo_ft.model.added_tokens import EOC_TOKEN
 
 
 @dataclass

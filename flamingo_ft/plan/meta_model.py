@@ -21,6 +21,7 @@ from flamingo_ft.backbones.quantization import DTYPES, Quantization
 from flamingo_ft.backbones.tower import build_visual, check_quantizable, token_width, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
+from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
@@ -28,7 +29,6 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from .compat import get_keys_to_not_convert
 from .cuda_emulation import Device
 
-BRIDGE = ("perceiver", "gated_cross_attn_layers")
 WEIGHTS_PER_SCALE = 64  # bitsandbytes' 4-bit block size
 SCALES_PER_SCALE = 256  # with double quantization
 
@@ -128,8 +128,10 @@ def _quantize_frozen_bridge(model: FlamingoForConditionalGeneration, recipe: Rec
     if recipe.model.bridge_quantization == "none":
         return
     quantization = Quantization(recipe.model.bridge_quantization)
-    for part in BRIDGE:
-        module = model.get_submodule(part)
+    for part in BRIDGE_PARTS:
+        if not part.takes_lora:  # no matrices to quantize
+            continue
+        module = model.get_submodule(part.module)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             quantize_linears(module, quantization, device)
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from flamingo_ft.config import Recipe
+from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.formatting import GIB, MIB
 
 from .planner import Plan, Planner
@@ -180,9 +181,9 @@ def candidate_changes(recipe: Recipe) -> list[Values]:
         candidates.append({"train.batch_size": 1, "train.gradient_accumulation_steps": steps})
     if recipe.model.init_from is not None:  # a new bridge must be trained in full
         candidates.append({"model.bridge_quantization": "nf4"})
-        for part in ("perceiver", "cross_attention"):
-            if getattr(recipe.trainable, part):
-                candidates.append({f"trainable.{part}": False, f"lora.{part}": {"r": 16}})
+        for part in BRIDGE_PARTS:
+            if part.takes_lora and getattr(recipe.trainable, part.name):
+                candidates.append({f"trainable.{part.name}": False, f"lora.{part.name}": {"r": 16}})
     return [values for values in candidates if _changes_anything(recipe, values)]
 
 

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from flamingo_ft.adapters import check_start
 from flamingo_ft.config import Recipe, TrainSection
+from flamingo_ft.config.tables import BRIDGE_PARTS, LANGUAGE, VISION
 from flamingo_ft.errors import UserError
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import backbone_files, text_limit
+from flamingo_ft.model.parts import is_lora
 
 from .compat import FAKE_TENSOR_LOG, FakeTensorMode
 from .cuda_emulation import Device
@@ -24,18 +26,11 @@ from .longest_batch import Batch, longest_batch
 from .meta_model import build_meta_model, meta_to_fake
 from .simulated_step import StepMemory, optimizer_state, simulate_step
 
-# Larger batches are extrapolated from two smaller ones: the simulation loops over chunks of a batch's
-# positions.
+# Larger batches are extrapolated from two smaller ones: the simulation takes time for each chunk of positions.
 MAX_POSITIONS = 65_536  # text tokens of all samples
 MIN_SAMPLES = 16
 
-COMPONENTS = {  # name in the table -> key prefix in the model
-    "vision tower": "vision_encoder.",
-    "language model": "lang_encoder.",
-    "perceiver": "perceiver.",
-    "cross-attention": "gated_cross_attn_layers.",
-    "new tokens": "token_rows.",
-}
+COMPONENTS = (VISION, LANGUAGE, *BRIDGE_PARTS)
 
 
 @dataclass(frozen=True)
@@ -170,12 +165,12 @@ def _components(
 ) -> Iterator[Component]:
     """Yield the parts of the model, the LoRA on each, and the weights that DPO's reference copies."""
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # tied tensors once
-    for name, prefix in COMPONENTS.items():
-        own = [key for key in tensors if key.startswith(prefix)]
-        lora = [tensors[key] for key in own if ".lora_" in key]
-        yield _component(name, [tensors[key] for key in own if ".lora_" not in key], recipe.train, device)
+    for part in COMPONENTS:
+        own = [key for key in tensors if key.startswith(part.prefix)]
+        lora = [tensors[key] for key in own if is_lora(key)]
+        yield _component(part.short, [tensors[key] for key in own if not is_lora(key)], recipe.train, device)
         if lora:
-            yield _component(f"LoRA on {name}", lora, recipe.train, device)
+            yield _component(f"LoRA on {part.short}", lora, recipe.train, device)
     if recipe.train.method == "dpo":
         copied = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
         yield Component(

@@ -27,7 +27,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.accuracy import normalise
 from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
 from flamingo_ft.formatting import one_line
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .look import BLUE, GREEN, INK, RED, check_run
 

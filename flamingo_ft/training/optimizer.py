@@ -12,18 +12,12 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.trainable import BRIDGE, is_lora
 from flamingo_ft.config import TrainSection
 from flamingo_ft.data.epochs import exact_fraction
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_decayed, optimizer_group
 
 from .compat import disable_amp_scaling_in_step, set_last_learning_rates
-
-# Latents, position embeddings and token rows: decay would pull learned content to zero without simplifying the model.
-UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
-
-LORA = "lora"
-PARTS = (*BRIDGE, LORA)  # as train.learning_rates names them
 
 # The recipe's names -> transformers' names. The fused AdamW needs no temporary memory.
 OPTIMIZERS = {
@@ -69,9 +63,9 @@ def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]
     """
     named = trainable_parameters(model)
     groups = []
-    for part in PARTS:
-        names = sorted(name for name in named if part_of(name) == part)
-        decayed = [name for name in names if named[name].dim() >= 2 and not name.startswith(UNDECAYED)]
+    for part in OPTIMIZER_GROUPS:
+        names = sorted(name for name in named if optimizer_group(name) == part)
+        decayed = [name for name in names if is_decayed(name, named[name])]
         undecayed = [name for name in names if name not in {*decayed}]
         rate = getattr(train_config.learning_rates, part) or train_config.learning_rate
         for members, decay in ((decayed, _weight_decay(train_config, part)), (undecayed, 0.0)):
@@ -79,11 +73,6 @@ def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]
             if parameters:
                 groups.append({"params": parameters, "name": part, "lr": rate, "weight_decay": decay})
     return groups
-
-
-def part_of(name: str) -> str:
-    """Return the part, one of ``PARTS``, of a trainable parameter; LoRA weights are one part wherever they are."""
-    return LORA if is_lora(name) else next(part for part, prefix in BRIDGE.items() if name.startswith(prefix))
 
 
 def _weight_decay(train_config: TrainSection, part: str) -> float:

@@ -5,8 +5,8 @@ import torch
 from transformers import TextIteratorStreamer, pipeline
 
 from flamingo_ft.inference.answer import answer_batch
+from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.processor import FlamingoProcessor, chunk_template
-from flamingo_ft.model.tokens import add_media_tokens
 from tests.data.chat_templates import NO_PROMPT, OPENS_REASONING
 from tests.data.dialogues import CHATML, LLAMA_2, VICUNA, nano_processor, user
 from tests.data.llama_tokenizer import llama_tokenizer

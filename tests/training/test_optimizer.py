@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.parts import optimizer_group
 from flamingo_ft.training.arguments import trainer_arguments
-from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer, part_of
+from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer
 from flamingo_ft.training.preflight import check_machine
 
 from ..regimes import LORA, REGIMES, build, inputs, quantized, recipe, shake, trainer
@@ -142,7 +143,7 @@ def test_each_part_has_its_own_rate_and_decay(small_run):
     assert decays == {"perceiver": 0.1, "cross_attention": 0.0, "new_tokens": 0.0, "lora": 0.3}
     held = {id(p): group["name"] for group in groups for p in group["params"]}
     for name, parameter in trainable_parameters(model).items():
-        assert held[id(parameter)] == part_of(name), name
+        assert held[id(parameter)] == optimizer_group(name), name
     assert len(held) == len(trainable_parameters(model))
 
 
@@ -158,7 +159,7 @@ def test_a_part_with_a_rate_near_nothing_stays_where_it_is_under_every_optimizer
     moved = {"perceiver": 0.0, "cross_attention": 0.0, "lora": 0.0, "new_tokens": 0.0}
     for name, parameter in trainable_parameters(model).items():
         change = (parameter.detach() - before[name]).abs().max().item()
-        moved[part_of(name)] = max(moved[part_of(name)], change)
+        moved[optimizer_group(name)] = max(moved[optimizer_group(name)], change)
     assert moved["perceiver"] < 1e-6 and min(moved[part] for part in ("cross_attention", "lora")) > 1e-3
 
 
