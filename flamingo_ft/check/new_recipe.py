@@ -148,7 +148,7 @@ def _schedule(train: InspectedData, evaluation: InspectedData | None, max_batch_
     """Return the evaluation split, the batch size and the length of the run."""
     fraction, data = _split(train, hold_out=evaluation is None)
     samples = sum(source.size for source in data.train)
-    eval_samples = evaluation.rows if evaluation else sum(source.size for source in data.held_out)
+    eval_samples = evaluation.rows if evaluation else sum(source.size for source in data.eval)
     batch_size = min(max_batch_size, samples)
     if samples >= LARGE:
         epochs = 1

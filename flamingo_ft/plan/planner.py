@@ -26,7 +26,7 @@ from .longest_batch import Batch, longest_batch
 from .meta_model import build_meta_model, meta_to_fake
 from .simulated_step import StepMemory, optimizer_state, simulate_step
 
-# Larger batches are extrapolated from two smaller ones: the simulation takes time for each chunk of positions.
+# Larger batches are extrapolated from two smaller ones: a simulation takes time for each chunk of positions.
 MAX_POSITIONS = 65_536  # text tokens of all samples
 MIN_SAMPLES = 16
 
