@@ -18,12 +18,12 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
 from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
-from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
-from flamingo_ft.inference.answer import encode_prompts
+from flamingo_ft.evaluation.questions import questions_of, with_other_images
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
-from flamingo_ft.report import LiveReport, leaving_a_report
+from flamingo_ft.report import LiveReport, final_report
 from flamingo_ft.report.log_file import LogFile, write_log
 
 from .best_checkpoint import apply_best, evaluation_callbacks
@@ -63,12 +63,13 @@ def train(
 ) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
-    on_data: called with the data once they are open. resume: resume this run if there is anything of it. log: called with
-    lines for the user: where the run resumes, planned and free memory, held-out images that are trained on; None skips the
-    checks behind them. tell, say: deprecated names of on_data and log.
+    on_data: called with the data once they are open. resume: resume this run if there is anything of it. log:
+    called with lines for the user: where the run resumes, planned and free memory, held-out images that are
+    trained on; None skips the checks behind them. tell, say: deprecated names of on_data and log.
 
-    Returns what is written to ``metrics.json``. Raises UserError, before training, for unusable data, backbones or output
-    directories, OutOfMemory (a UserError with a memory plan), and StoppedBySignal if a signal ended the run.
+    Returns what is written to ``metrics.json``. Raises UserError, before training, for unusable data,
+    backbones or output directories, OutOfMemory (a UserError with a memory plan), and StoppedBySignal if a
+    signal ended the run.
     """
     if tell is not None or say is not None:
         warnings.warn("train(tell=, say=) are now on_data= and log=", FutureWarning, stacklevel=2)
@@ -106,7 +107,7 @@ def _train_whole_run(
         stop.handlers_installed(),
         background_uploads(train_config.push_to_hub, train_config.save_total_limit, notify) as uploads,
     ):
-        with leaving_a_report(train_config.output_dir):
+        with final_report(train_config.output_dir):
             if log and processes.is_main():
                 log(memory_notice(recipe))
             metrics = _run(recipe, start.checkpoint, stop, uploads, on_data, log)
@@ -153,11 +154,12 @@ def _run(
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # Raises for questions longer than the context, which would otherwise fail only after training.
-            encode_prompts(model, processor, [as_row(question) for question in questions_of(eval_samples)])
+            Predictor(model, processor).encode(questions_of(eval_samples))
             if log and processes.is_main():
                 for line in evaluation_warnings(data, eval_samples, processor, recipe.eval.max_new_tokens):
                     log(line)
-        # A block of its own: from here on a sharded model waits for all processes, and all of them raise alike.
+        # A block of its own: from here on a sharded model waits for all processes, and all of them raise
+        # alike.
         with processes.raise_together():
             callbacks = _callbacks(recipe, processor, progress, stop)
             trainer = make_trainer(model, processor, data, recipe, callbacks)
@@ -169,7 +171,7 @@ def _run(
         evaluator = Evaluator(model, processor, eval_samples, recipe, progress)
         if recipe.eval.steps:
             eval_batches = EvalBatches(eval_samples, model, processor, recipe, progress)
-            trainer.set_eval(eval_batches, evaluator.accuracy if recipe.eval.answers else None)
+            trainer.set_eval(eval_batches, evaluator.scores if recipe.eval.answers else None)
         if recipe.eval.before:
             _evaluate_before(evaluator, eval_samples, checkpoint, output_dir)
         train_metrics = _train(trainer, data, recipe, checkpoint, stop)
@@ -182,7 +184,7 @@ def _run(
     metrics["train"] = train_metrics
     if processes.is_main():
         evaluator.results.save(output_dir)
-        write_card(output_dir, metrics)
+        write_card(output_dir, metrics, tables=card_tables(metrics.get("eval")))
         atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     processes.barrier()
     return metrics
@@ -220,7 +222,7 @@ def _evaluate_before(
     if checkpoint is None:
         evaluator.evaluate(BEFORE, samples)
     else:
-        evaluator.results.recall(BEFORE, checkpoint)
+        evaluator.results.restore(BEFORE, checkpoint)
     if processes.is_main():
         evaluator.results.save(output_dir)
 
@@ -254,10 +256,12 @@ def _train(
             left_out |= rows
         _write_left_out(left_out, output_dir)
         write_log(output_dir, trainer.state.log_history)
-    metrics = {
+    metrics: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "seconds": round(trainer.seconds(), 1),
-        "trainable_parameters": sum(p.numel() for p in trainable_parameters(trainer.model).values()),
+        "trainable_parameters": sum(
+            p.numel() for p in trainable_parameters(trainer.unwrapped_model()).values()
+        ),
     }
     if skipped := count_skipped_steps(trainer.state.log_history):
         metrics[SKIPPED] = skipped

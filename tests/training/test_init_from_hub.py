@@ -66,5 +66,5 @@ def test_another_start_is_another_recipe(commit, hub, small_run, capsys):
 def test_a_start_that_is_not_there_is_told_before_anything_is_loaded(hub, small_run, monkeypatch, capsys):
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     assert main(COMMAND) == 2
-    assert f"error: {START}: is no folder here, and not on the Hub" in capsys.readouterr().err
+    assert f"error: {START}: not a local folder, and not on the Hub" in capsys.readouterr().err
     assert not any((small_run / "run").iterdir())

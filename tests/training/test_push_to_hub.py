@@ -104,8 +104,8 @@ def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status)
 @pytest.mark.parametrize(
     ("token", "reason"),
     [
-        (None, "found no valid token"),
-        ("hf_wrong", "found no valid token"),
+        (None, "no valid token"),
+        ("hf_wrong", "no valid token"),
         (READER, "the token may not write there"),
     ],
 )
@@ -119,5 +119,5 @@ def test_who_may_not_write_is_told_before_anything_is_loaded(folder, hub, monkey
 
 def test_what_is_no_name_is_told_before_the_hub_is_asked(folder, hub, capfd):
     assert main([*COMMAND, "train.push_to_hub=some--body/run"]) == 2
-    assert "train.push_to_hub: some--body/run: no name of a repository" in told(capfd)
+    assert "train.push_to_hub: some--body/run: not the name of a repository" in told(capfd)
     assert hub.requests == []
