@@ -66,11 +66,12 @@ class TestLoading:
         finally:
             transformers.logging.set_verbosity(before)
 
-    def test_a_tower_does_not_load_as_mismatched(self, fails, monkeypatch):
-        monkeypatch.setattr("flamingo_ft.backbones.vision.fill_from_file", fails)
+    @pytest.mark.parametrize("quantization", [None, Quantization("int8")], ids=["unquantized", "int8"])
+    def test_a_tower_does_not_load_as_mismatched(self, quantization, fails, monkeypatch):
+        monkeypatch.setattr("flamingo_ft.backbones.vision.load_visual_state_dict", fails)
         monkeypatch.setattr("open_clip.create_model", fails)
         with pytest.raises(RuntimeError, match="CUDA"):
-            load_vision("nano")
+            load_vision("nano", quantization=quantization)
 
     def test_a_checkpoint_is_not_taken_for_a_damaged_one(self, fails, monkeypatch, tmp_path):
         torch.save({"weight": torch.ones(2)}, tmp_path / "checkpoint.pt")
