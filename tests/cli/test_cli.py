@@ -286,4 +286,4 @@ def test_arguments_that_a_shell_made_of_a_pattern_are_not_all_echoed(here, capsy
         Path(name).touch()
     assert cli.main(["generate", "runs/a", "--prompt", "What?", "--image", "a.png", *images]) == 2
     said = capsys.readouterr().err
-    assert len(said) < 500 and "photos/00000.png" in said and "once for each of them" in said
+    assert len(said) < 500 and "photos/00000.png" in said and "repeat an option" in said
