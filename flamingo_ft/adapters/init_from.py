@@ -21,7 +21,8 @@ from flamingo_ft.formats.stored_files import first_few, read_config_json
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, TRAINING_CHECKPOINTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
-from flamingo_ft.model.parts import holds_parts, named_composition
+from flamingo_ft.model.parts import in_bridge, is_lora
+from flamingo_ft.model.pretrained import is_partial, named_composition
 
 from .files import (
     BRIDGE_FILE,
@@ -32,7 +33,7 @@ from .files import (
     read_lora_config,
     read_tensors,
 )
-from .trainable import BRIDGE, cast_parameter, is_lora
+from .trainable import cast_parameter
 
 # What must be the same for a bridge to mean the same in another model.
 GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
@@ -94,7 +95,7 @@ def _load_recorded(
     another."""
     load_bridge_as_stored(model, folder, record, start)
     for name, parameter in model.named_parameters():
-        if name.startswith(tuple(BRIDGE.values())):
+        if in_bridge(name):
             cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
 
 
@@ -152,9 +153,7 @@ def lora_to_start_from(start: str | Path | None) -> dict[str, Tensor]:
 
 def bridge_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
     """The whole bridge, by name."""
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if name.startswith(tuple(BRIDGE.values()))
-    }
+    return {name: tensor for name, tensor in model.state_dict().items() if in_bridge(name)}
 
 
 @torch.no_grad()
@@ -185,12 +184,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
         return read_bridge(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        if holds_parts(folder):
+        if is_partial(folder):
             raise UserError(
                 f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from an adapter"
             )
         with SafetensorsFolder(folder) as files:
-            return {name: files[name] for name in files.names() if name.startswith(tuple(BRIDGE.values()))}
+            return {name: files[name] for name in files.names() if in_bridge(name)}
     own = read_tensors(folder)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in own.items() if not is_lora(name)}
 

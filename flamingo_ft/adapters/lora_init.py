@@ -24,12 +24,13 @@ from flamingo_ft.backbones.quantization import dequantized_weight, is_quantized,
 from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import LoraSection
+from flamingo_ft.config.tables import LANGUAGE, VISION
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import BRIDGE
 
 from .init_from import read_bridge_tensors
-from .trainable import BRIDGE, PREFIXES
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -138,15 +139,15 @@ class UnquantizedWeights:
         self._sources = model.config.backbones
 
     def __getitem__(self, name: str) -> Tensor:
-        if name.startswith(PREFIXES["language"]):
+        if name.startswith(LANGUAGE.prefix):
             return self._of_language(name)
-        if name.startswith(PREFIXES["vision"]):
-            return self._tower.get_submodule(name.removeprefix(PREFIXES["vision"])).weight
+        if name.startswith(VISION.prefix):
+            return self._tower.get_submodule(name.removeprefix(VISION.prefix)).weight
         return self._bridge[f"{name}.weight"]
 
     def _of_language(self, name: str) -> Tensor:
         with SafetensorsFolder(self._folder) as files:
-            matrix = files[name.removeprefix(PREFIXES["language"]) + ".weight"]
+            matrix = files[name.removeprefix(LANGUAGE.prefix) + ".weight"]
         base = self._model.get_submodule(name).get_base_layer()
         was = getattr(base, "source_cls", type(base))  # what transformers put the quantized layer in place of
         return matrix.T if was is Conv1D else matrix  # GPT-2 keeps its matrices the other way round

@@ -30,13 +30,14 @@ from flamingo_ft.backbones.quantization import (
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.parts import PARTS, is_lora
 
 from .answering import use_greedy_decoding
 from .card import write_card
 from .files import read_config, read_flamingo_config, read_tensors
 from .load import load_adapter_into, load_base
 from .save import reset_name_or_path
-from .trainable import PREFIXES, cast_parameter, is_lora
+from .trainable import cast_parameter
 from .verify import verify_merge
 
 Base = Literal["bf16", "dequantized"]
@@ -186,7 +187,7 @@ def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None
         model.set_submodule(name, folded)
     if layers:
         del model.peft_config
-    return [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in layers)]
+    return [part.name for part in PARTS.values() if any(name.startswith(part.prefix) for name in layers)]
 
 
 def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGeneration) -> LoraLayer:

@@ -29,9 +29,10 @@ from flamingo_ft.backbones.quantization import dequantized_linear, is_conv1d, is
 from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import is_lora
 
 from .files import read_lora_config, read_tensors
-from .trainable import is_lora, parameter_dtype
+from .trainable import parameter_dtype
 
 BLOCK = (
     2**15

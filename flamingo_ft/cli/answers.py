@@ -29,12 +29,12 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure accuracy on held-out samples: of a run's adapter, a converted adapter or a merged model."""
+    """Evaluate a run's adapter, a converted adapter or a merged model on held-out samples."""
     from flamingo_ft.cli.metrics_table import print_metrics
     from flamingo_ft.cli.output import log
-    from flamingo_ft.evaluation import run
+    from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
-    print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data), overrides or (), log))
+    print_metrics(evaluate_adapter(adapter, None if data is None else str(data), overrides or (), log))
 
 
 def generate(
@@ -51,9 +51,9 @@ def generate(
     ] = 64,
 ) -> None:
     """Answer a prompt about images."""
-    from flamingo_ft.inference import answer
+    from flamingo_ft.inference.answer import answer
 
-    typer.echo(answer.answer(adapter, image or [], prompt, max_new_tokens))
+    typer.echo(answer(adapter, image or [], prompt, max_new_tokens))
 
 
 def serve(

@@ -9,15 +9,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flamingo_ft.evaluation.merge_quality import MADE_UP
+from flamingo_ft.evaluation.metrics import METRICS, Metric
+from flamingo_ft.evaluation.results import AFTER, BEFORE, MAJORITY, SHUFFLED, ScoreTable, score_tables
 from flamingo_ft.formatting import percent
 
 MAX_CLASSES = 5  # of a task whose classes are listed one by one
-_ACCURACIES = (  # column, key in a task's results, key in the results over all tasks
-    ("majority", "majority", "accuracy_majority"),
-    ("before", "before", "accuracy_before"),
-    ("after", "accuracy", "accuracy"),
-    ("with another image", "shuffled_images", "accuracy_shuffled_images"),
-)
+_COLUMNS = {MAJORITY: "majority", BEFORE: "before", AFTER: "after", SHUFFLED: "with another image"}
 _MERGE_MODELS = {
     "adapter": "adapter, as trained",
     "adapter_on_unquantized_base": "adapter on its unquantized base",
@@ -29,7 +27,8 @@ _MERGE_MODELS = {
 def print_metrics(metrics: Mapping[str, Any]) -> None:
     """Print the metrics of a run or an evaluation (metrics.json)."""
     if metrics.get("eval"):
-        Console().print(accuracy_table(metrics["eval"]))
+        for table in evaluation_tables(metrics["eval"]):
+            Console().print(table)
         for line in evaluation_lines(metrics["eval"]):
             typer.echo(line)
     if metrics.get("train"):
@@ -42,28 +41,24 @@ def print_merge_report(report: Mapping[str, Any]) -> None:
     typer.echo(merge_lines(report))
 
 
-def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
-    """Return a table with a row per task and one over all tasks, and a column for each accuracy that was
-    measured.
+def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each metric in the ``eval`` record of metrics.json: a row per task, and one over all."""
+    return [_evaluation_table(scores) for scores in score_tables(evaluation)]
 
-    evaluation: {"accuracy", "accuracy_before"?, "accuracy_shuffled_images"?, "accuracy_majority"?,
-        "per_task": {task: {"accuracy", "samples", "before"?, "shuffled_images"?, "majority"?}}}, accuracies
-        in 0..1.
-    """
-    tasks = evaluation["per_task"]
-    measured = [column for column in _ACCURACIES if evaluation.get(column[2]) is not None]
-    is_only_after = not any(name in ("before", "with another image") for name, *_ in measured)
 
-    table = Table(title="accuracy on held-out samples", title_justify="left")
+def _evaluation_table(scores: ScoreTable) -> Table:
+    metric = scores.metric
+    headers = [_COLUMNS[column] for column in scores.columns]
+    if BEFORE not in scores.columns and SHUFFLED not in scores.columns:
+        headers = [metric.label if header == "after" else header for header in headers]
+    table = Table(title=f"{metric.label} on held-out samples", title_justify="left")
     table.add_column("task")
-    headers = ["accuracy" if is_only_after and name == "after" else name for name, *_ in measured]
     for header in ["samples", *headers]:
         table.add_column(header, justify="right")
-    for name, task in tasks.items():
-        table.add_row(name, f"{task['samples']:,}", *(percent(task.get(key)) for _, key, _ in measured))
+    for name, row in scores.tasks.items():
+        table.add_row(name, f"{row.samples:,}", *map(metric.text, row.values))
     table.add_section()
-    total = sum(task["samples"] for task in tasks.values())
-    table.add_row("all", f"{total:,}", *(percent(evaluation[key]) for _, _, key in measured))
+    table.add_row("all", f"{scores.overall.samples:,}", *map(metric.text, scores.overall.values))
     return table
 
 
@@ -73,11 +68,8 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MAX_CLASSES:
-            accuracies = (
-                f"{label!r} {percent(one['accuracy'])} of {one['samples']:,}"
-                for label, one in classes.items()
-            )
-            yield f"{name}: {', '.join(accuracies)}"
+            scores = (f"{label!r} {_class_text(scores)}" for label, scores in classes.items())
+            yield f"{name}: {', '.join(scores)}"
     free_text = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
     if free_text:
         yield (
@@ -86,6 +78,11 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         )
     if evaluation.get("verdict"):
         yield f"verdict: {evaluation['verdict']}"
+
+
+def _class_text(scores: Mapping[str, Any]) -> str:
+    values = " / ".join(metric.text(scores.get(metric.name)) for metric in METRICS.values())
+    return f"{values} of {scores['samples']:,}"
 
 
 def training_line(training: Mapping[str, Any]) -> str:
@@ -121,16 +118,18 @@ def _data_lines(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def merge_table(report: Mapping[str, Any]) -> Table:
-    """Return a table of loss and accuracy of the adapter and the merged model, and of what quantization alone
-    changes."""
+    """Return a table of loss and metrics of the adapter, of the merged model, and of what quantization changes."""
     cost = report["cost"]
+    metrics = [metric for name, metric in METRICS.items() if name in cost]
+    reference = ", the adapter's answers as reference" if report["prompts_from"] == MADE_UP else ""
     table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
-    has_references = cost["accuracy_margin"] is not None
-    table.add_column("accuracy" if has_references else "same answers as the adapter", justify="right")
+    for metric in metrics:
+        table.add_column(f"{metric.label}{reference}", justify="right")
     for name, loss in cost["loss"].items():
-        table.add_row(_MERGE_MODELS[name], f"{loss:.4f}", percent(cost["accuracy"][name]))
+        values = (metric.text(cost[metric.name][name]) for metric in metrics)
+        table.add_row(_MERGE_MODELS[name], f"{loss:.4f}", *values)
     return table
 
 
@@ -140,15 +139,21 @@ def merge_lines(report: Mapping[str, Any]) -> str:
     worst = (
         f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
     )
-    accuracy = ""
-    if cost["accuracy_margin"] is not None:
-        points = f"{100 * cost['accuracy_margin']:.0f} points"
-        accuracy = f", or if accuracy is lower by more than {points} in the same way"
+    limits = "".join(
+        f", or {metric.label} {'lower' if metric.higher_is_better else 'higher'} by more than "
+        f"{_margin_text(metric, cost[f'{name}_margin'])} in the same way"
+        for name, metric in METRICS.items()
+        if cost.get(f"{name}_margin") is not None
+    )
     return (
         f"verified {verified['tensors']:,} tensors, "
         f"{verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
         f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); "
-        f"refused if it is higher by more than {cost['margin']:.2g} beyond twice that{accuracy}\n"
+        f"refused if it is higher by more than {cost['margin']:.2g} beyond twice that{limits}\n"
         f"logits: token agreement {percent(report['token_agreement'])}, "
         f"largest difference {report['relative']:.2g} of the largest, on {report['tokens']:,} tokens"
     )
+
+
+def _margin_text(metric: Metric, margin: float) -> str:
+    return f"{100 * margin:.0f} points" if metric.is_fraction else metric.text(margin)

@@ -190,7 +190,7 @@ def push(
         base=base,
         license=license_,
         start=start,
-        say=log,
+        log=log,
     )
     base_line = f", its base in {pushed.base}" if pushed.base else ""
     typer.echo(f"{pushed.repository} is at {pushed.url}{base_line}")

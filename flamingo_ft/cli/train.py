@@ -32,7 +32,7 @@ def train(
     """Train as RECIPE describes, evaluate, and save an adapter."""
     from flamingo_ft.config import load_recipe
     from flamingo_ft.config.library import find_recipe
-    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_elsewhere
+    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     if overwrite and resume:
         raise UserError("--overwrite starts again and --resume continues; give one of them")
@@ -40,7 +40,7 @@ def train(
     settings = load_recipe(path, overrides or ())
     folder = settings.train.output_dir
     if resume:
-        refuse_elsewhere(path, settings.train)
+        refuse_lost_run(path, settings.train)
     elif is_main_process():
         earlier = prepare_output_dir(folder, overwrite=overwrite)
         if earlier:
@@ -48,9 +48,9 @@ def train(
 
     from flamingo_ft.cli.metrics_table import print_metrics
     from flamingo_ft.cli.output import log
-    from flamingo_ft.training import run
+    from flamingo_ft.training.train import train as run_training
 
-    metrics = run.train(settings, print_sources, resume=resume, say=log)
+    metrics = run_training(settings, print_sources, resume=resume, log=log)
     if is_main_process():
         print_metrics(metrics)
         typer.echo(f"adapter in {folder}; try it: flamingo-ft generate {folder} --image FILE --prompt TEXT")

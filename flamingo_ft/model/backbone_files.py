@@ -15,7 +15,7 @@ from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import ModelSection
 
 from . import FlamingoProcessor
-from .tokens import add_media_tokens
+from .added_tokens import add_media_tokens
 
 
 @dataclass(frozen=True)

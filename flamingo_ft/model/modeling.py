@@ -15,17 +15,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flamingo_ft.backbones.attention import is_unfused, unfuse_attention
 from flamingo_ft.backbones.tower import build_visual, non_persistent_buffers
 
+from .added_tokens import add_tokens, check_embeddings, grow_vocabulary
 from .conditioning import cache_in
 from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
-from .media_input import media_input
-from .more_tokens import add_tokens, check_embeddings
+from .media import media_input
 from .packed import for_language_model
-from .parts import from_parts
 from .perceiver import PerceiverResampler
+from .pretrained import from_parts
 from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
-from .tokens import grow_vocabulary
 
 
 class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):

@@ -23,13 +23,12 @@ from flamingo_ft.backbones.quantization import DTYPES, Quantization
 from flamingo_ft.backbones.tower import build_visual, check_quantizable, token_width, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
+from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
 from .cuda_emulation import Device
-
-BRIDGE = ("perceiver", "gated_cross_attn_layers")
 
 
 def build_meta_model(
@@ -116,8 +115,10 @@ def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, recipe: Reci
     if wanted == "none":
         return
     quantization = Quantization(wanted)
-    for part in BRIDGE:
-        module = model.get_submodule(part)
+    for part in BRIDGE_PARTS:
+        if not part.takes_lora:
+            continue
+        module = model.get_submodule(part.module)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             replace_linears(module, quantization, compute_dtype(quantization, device), device == "cuda")
 

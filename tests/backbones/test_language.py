@@ -163,7 +163,7 @@ def test_a_model_that_is_not_in_the_cache_is_an_error_when_the_hub_is_not_to_be_
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RepositoryNotFoundError, "is no folder here, and not on the Hub, or is private"),
+        (RepositoryNotFoundError, "not a local folder, and not on the Hub or private"),
         (GatedRepoError, "is gated; accept its terms"),
         (RevisionNotFoundError, "though the repository is; check the revision"),
         (HfHubHTTPError, "failed (500 and more); try again"),

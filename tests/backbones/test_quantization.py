@@ -26,7 +26,7 @@ from flamingo_ft.backbones.quantization import (
 )
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.tokens import grow_vocabulary
+from flamingo_ft.model.added_tokens import grow_vocabulary
 from tests.backbones.test_language import IDS, save_tokenizer
 from tests.model.tiny import tiny_language_model
 

@@ -207,7 +207,7 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback(here, entry_point, e
 
 
 def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
-    entry_point(training, "run", "train", KeyboardInterrupt())
+    entry_point(training, "train", "train", KeyboardInterrupt())
     assert cli.main(["train", "recipe.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -216,7 +216,7 @@ def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
 
 
 def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point, capsys):
-    calls = entry_point(training, "run", "train", METRICS)
+    calls = entry_point(training, "train", "train", METRICS)
     assert cli.main(["train", "recipe.yaml", "train.max_steps=3", "train.learning_rate=1e-3"]) == 0
     ((recipe, _),) = calls
     assert (recipe.train.max_steps, recipe.train.learning_rate) == (3, 1e-3)
@@ -232,7 +232,7 @@ def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point
 
 
 def test_train_never_overwrites_a_run_silently(here, entry_point, capsys):
-    calls = entry_point(training, "run", "train", METRICS)
+    calls = entry_point(training, "train", "train", METRICS)
     Path("run").mkdir()
     Path("run", RECIPE_FILE).write_text("an earlier run")
     assert cli.main(["train", "recipe.yaml"]) == 2
@@ -245,7 +245,7 @@ def test_train_never_overwrites_a_run_silently(here, entry_point, capsys):
 
 def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
     measured = {"eval": {"accuracy": 0.5, "per_task": {"which digit": {"accuracy": 0.5, "samples": 2}}}}
-    calls = entry_point(evaluation, "run", "evaluate_adapter", measured)
+    calls = entry_point(evaluation, "evaluate", "evaluate_adapter", measured)
     assert cli.main(["eval", "run", "--data", "train.jsonl"]) == 0
     assert [call[:3] for call in calls] == [("run", "train.jsonl", ())]
     shown = capsys.readouterr().out
@@ -253,7 +253,7 @@ def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
 
 
 def test_eval_without_data_leaves_the_choice_to_the_adapter(here, entry_point):
-    calls = entry_point(evaluation, "run", "evaluate_adapter", METRICS)
+    calls = entry_point(evaluation, "evaluate", "evaluate_adapter", METRICS)
     assert cli.main(["eval", "run", "eval.batch_size=2"]) == 0
     assert [call[:3] for call in calls] == [("run", None, ["eval.batch_size=2"])]
 
