@@ -92,7 +92,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> None:
-    """Add a metric to the registry and to the values of ``eval.metric``. ValueError for a name that is taken."""
+    """Add a metric to the registry and to the values of ``eval.metric``. ValueError if the name is taken."""
     if metric.name in METRICS or metric.name == LOSS:
         raise ValueError(f"metric {metric.name!r} is already registered; choose another name")
     METRICS[metric.name] = metric
