@@ -74,7 +74,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, fresh, number):
     said = (fresh / "log.txt").read_text()
     assert code == 128 + number, said
     assert f"stopped by {signal.Signals(number).name} after step" in said
-    assert "go on with: flamingo-ft train ./recipe.yaml train.max_steps=8" in said and said.strip().endswith(
+    assert "resume with: flamingo-ft train ./recipe.yaml train.max_steps=8" in said and said.strip().endswith(
         "--resume"
     )
     assert not (fresh / WEIGHTS).exists()
