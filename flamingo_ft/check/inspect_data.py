@@ -18,7 +18,7 @@ from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample, apply_template, encode, open_source
 from flamingo_ft.data.fields import TAR_MEMBERS
 from flamingo_ft.data.sample import message_text
-from flamingo_ft.data.schemas.table import MIMICIT
+from flamingo_ft.data.schemas import SCHEMAS
 from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
@@ -184,9 +184,10 @@ def _with_image_root(entry: DataSource) -> DataSource:
 def _usable(entry: DataSource) -> int:
     """How many of the first rows can be used; all of a file with few rows count as `ROWS_TRIED`.
 
-    They are streamed, so that a large file is not indexed for every folder; MIMIC-IT's rows refer to others by number.
+    They are streamed, so that a large file is not indexed for every folder, unless rows refer to other rows of the file.
     """
-    trial = entry.model_copy(update={"streaming": entry.format != MIMICIT, "limit": ROWS_TRIED})
+    needs_file = entry.format in SCHEMAS and SCHEMAS[entry.format].open_file is not None
+    trial = entry.model_copy(update={"streaming": not needs_file, "limit": ROWS_TRIED})
     source, rows, usable = open_source(trial, _section(trial)), 0, 0
     for rows, raw in enumerate(source.stream(), start=1):
         try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flamingo_ft.config.schema import Recipe
 
 FORMATS = ("auto", *DATASET_FORMATS)
-DataFormat = Annotated[str, one_of(FORMATS), Field(json_schema_extra={"enum": [*FORMATS]})]
+DataFormat = Annotated[str, one_of(DATASET_FORMATS, "auto"), Field(json_schema_extra={"enum": [*FORMATS]})]
 
 
 class DataSource(Section):

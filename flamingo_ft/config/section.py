@@ -78,14 +78,17 @@ def with_keys(keys: dict[str, Any]) -> Callable[[type[S]], type[S]]:
     return extend
 
 
-def one_of(names: Collection[str]) -> AfterValidator:
-    """Return a validator for a name out of a table, which is looked up when a recipe is read: entries may be added."""
+def one_of(names: Collection[str], *others: str) -> AfterValidator:
+    """Return a validator for a name out of a table, which is looked up when a recipe is read: entries may be added.
+
+    others: names that are not in the table and stand first.
+    """
 
     def check(name: str) -> str:
-        if name in names:
+        if name in others or name in names:
             return name
-        *others, last = (repr(known) for known in names)
-        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        *known, last = map(repr, (*others, *names))
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(known)} or {last}"})
 
     return AfterValidator(check)
 

@@ -94,7 +94,7 @@ def pack(
     for item in items:
         size = length(item)
         if size > row_length:
-            raise ValueError(f"found an item of length {size}, a row holds {row_length}")
+            raise ValueError(f"got an item of length {size}, a row holds {row_length}")
         place = next(
             (index for index, (filled, _) in enumerate(rows) if filled + size <= row_length), len(rows)
         )

@@ -139,7 +139,7 @@ def _check_images(processor: FlamingoProcessor, messages: Messages, ids: list[in
     found = ids.count(processor.image_token_id)
     if found != wanted:
         raise UserError(
-            f"chat template: found {found} {MEDIA_TOKEN} tokens where the dialogue has {wanted} images; "
+            f"chat template: got {found} {MEDIA_TOKEN} tokens where the dialogue has {wanted} images; "
             "use a template that writes every message whole"
         )
     return found
@@ -147,7 +147,7 @@ def _check_images(processor: FlamingoProcessor, messages: Messages, ids: list[in
 
 TooLong = Literal["error", "drop_sample", "drop_turns", "truncate_text"]
 
-NOTHING_TO_LEARN = "found no word of the assistant's to learn"
+NOTHING_TO_LEARN = "no assistant text to train on"
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,12 @@ def _shortened(
         return whole
     if policy == "error":
         raise UserError(
-            f"found {found} text tokens, the limit is {limit}; "
+            f"got {found} text tokens, the limit is {limit}; "
             "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
         )
     kept = _SHORTEN[policy](processor, sample, whole, limit)
     if kept is None:
-        return Dropped(f"found {found} text tokens, the limit is {limit}", too_long=True)
+        return Dropped(f"got {found} text tokens, the limit is {limit}", too_long=True)
     if not has_labels(kept.labels):
         return Dropped(f"{NOTHING_TO_LEARN} among its first {limit} of {found} text tokens", too_long=True)
     return replace(kept, cut=_cut(whole, kept, kept.cut.turns))

@@ -132,7 +132,7 @@ def is_document(messages: Sequence[Mapping[str, Any]]) -> bool:
     found = [message["role"] == DOCUMENT for message in messages]
     if any(found) and len(found) > 1:
         raise UserError(
-            f"messages: found a {DOCUMENT} among {len(found)} messages; let it stand alone in its sample"
+            f"messages: got a {DOCUMENT} among {len(found)} messages; let it stand alone in its sample"
         )
     return any(found)
 
@@ -194,7 +194,7 @@ def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
         processor.chat_template = _checked(processor, template)
         return
     if protect(processor.tokenizer, data.system_prompt) != data.system_prompt:
-        raise UserError("data.system_prompt: found a special token's text in it; write it without")
+        raise UserError("data.system_prompt: got a special token's text in it; write it without")
     processor.chat_template = (
         WITH_SYSTEM_PROMPT.replace("PROMPT", jinja_literal(data.system_prompt)) + template
     )
@@ -216,7 +216,7 @@ def _template(processor: FlamingoProcessor, wanted: str) -> str:
     has_own = processor.tokenizer.chat_template is not None
     if wanted == "chat" and not has_own:
         raise UserError(
-            "data.template: found chat, but the language model has no chat template; set it to auto or flamingo"
+            "data.template: got chat, but the language model has no chat template; set it to auto or flamingo"
         )
     if wanted == "flamingo" or not has_own:
         return chunk_template(processor.tokenizer)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flamingo_ft.data.pairs import answer_begins
+from flamingo_ft.data.pairs import answer_start
 from flamingo_ft.data.sample import DOCUMENT, Medium, Sample, message_text
 
 
@@ -34,7 +34,7 @@ def questions_of(samples: Sequence[Sample]) -> list[Question]:
 
 
 def _questions(sample: Sample, number: int) -> Iterator[Question]:
-    first = answer_begins(sample.messages) if sample.rejected else 0
+    first = answer_start(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
             yield _question(sample, number, sample.messages[:turn], message_text(message))

@@ -97,7 +97,7 @@ def test_a_sample_as_long_as_the_limit_passes_and_a_longer_one_is_refused(folder
     with pytest.raises(UserError) as caught:
         collate(row(folder, 1), limit=length - 1)
     assert str(caught.value) == (
-        f"row 5: found {length} text tokens, the limit is {length - 1}; "
+        f"row 5: got {length} text tokens, the limit is {length - 1}; "
         "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
     )
 
@@ -115,7 +115,7 @@ def test_what_the_chat_template_refuses_is_told_with_its_sample(folder):
 def test_a_sample_with_nothing_to_learn_is_refused(folder):
     marks_nothing = "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(
-        UserError, match="^row 5: found no word of the assistant's to learn; remove the sample$"
+        UserError, match="^row 5: no assistant text to train on; remove the sample$"
     ):
         collate(row(folder, 0), processor=nano_processor(marks_nothing))
 

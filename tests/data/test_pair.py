@@ -66,7 +66,7 @@ def test_one_half_that_is_too_long_drops_both(policy, answers):
 
 def test_a_pair_that_is_too_long_is_an_error_that_says_where():
     with pytest.raises(
-        UserError, match=r"^a.json: row 3: found \d+ text tokens, the limit is 9; shorten [^\n]*$"
+        UserError, match=r"^a.json: row 3: got \d+ text tokens, the limit is 9; shorten [^\n]*$"
     ):
         encode_pair(nano_processor(), pair(), 9)
 
@@ -84,7 +84,7 @@ def test_answers_that_are_alike_as_far_as_they_go_are_no_pair():
     found = [encode_pair(nano_processor(), sample, limit, "truncate_text") for limit in (long, long - 5)]
     assert not isinstance(found[0], Dropped) and isinstance(found[1], Dropped) and found[1].too_long
     with pytest.raises(
-        UserError, match="^a.json: row 3: found the same tokens in chosen and rejected; remove the row$"
+        UserError, match="^a.json: row 3: chosen and rejected have the same tokens; remove the row$"
     ):
         encode_pair(nano_processor(), pair("Yes.", "Yes."), 500)
 

@@ -29,16 +29,16 @@ def test_the_prompt_ends_with_the_last_question():
 @pytest.mark.parametrize(
     ("sample", "complaint"),
     [
-        (pair([user(IMAGE, "a"), assistant("b")], None), "rejected: found none"),
+        (pair([user(IMAGE, "a"), assistant("b")], None), "rejected: missing"),
         (
             pair([user(IMAGE, "a"), assistant("b")], [user("c")]),
-            "rejected: found no answer of the assistant's",
+            "rejected: does not end with an assistant message",
         ),
-        (pair([user(IMAGE, "a")], [assistant("c")]), "chosen: found no answer of the assistant's"),
-        (pair([user("a"), assistant(IMAGE, "b")], [assistant("c")]), "chosen: found an image in the answer"),
+        (pair([user(IMAGE, "a")], [assistant("c")]), "chosen: does not end with an assistant message"),
+        (pair([user("a"), assistant(IMAGE, "b")], [assistant("c")]), "chosen: got an image in the answer"),
         (
             pair([user(IMAGE, "a"), assistant("b")], [assistant("c")], [Video(file="a.mp4")]),
-            "images: found a video",
+            "images: got a video",
         ),
     ],
 )

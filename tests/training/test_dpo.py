@@ -175,7 +175,7 @@ def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
     )
     held_out = "data.eval=[{path: held_out.jsonl}]"
     Path("held_out.jsonl").write_text(rows)
-    with pytest.raises(UserError, match="pairs.jsonl: row 2: rejected: found the same as chosen"):
+    with pytest.raises(UserError, match="pairs.jsonl: row 2: rejected: the same as chosen"):
         train(regimes.recipe(*DPO, held_out))
     more = (
         "data.on_bad_sample=skip",
@@ -199,11 +199,11 @@ def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
     [
         (
             ["data.train=[{path: train.jsonl}]"],
-            "train.jsonl: found messages samples, wanted preference pairs",
+            r"train.jsonl: train.method dpo expects preference pairs \(prompt, chosen, rejected\), got messages samples",
         ),
         (
             ["train.method=sft"],
-            "pairs.jsonl: found preference pairs, wanted samples with one answer; set train.method to dpo",
+            "pairs.jsonl: expected samples with one answer, got preference pairs; set train.method to dpo",
         ),
         (["data.packing=true", "data.max_text_tokens=64"], "data.packing: pairs are compared row by row"),
         (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: found 0.1; dpo compares"),

@@ -128,7 +128,7 @@ def test_preference_pairs_train_in_an_unmodified_dpo_trainer(name, tmp_path):
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_preference_pairs_are_refused_where_one_answer_is_learned(name, train, tmp_path):
     with pytest.raises(
-        UserError, match="found preference pairs, wanted samples with one answer; set train.method to dpo"
+        UserError, match="expected samples with one answer, got preference pairs; set train.method to dpo"
     ):
         train(FIXTURES[name](tmp_path))
 

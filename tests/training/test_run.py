@@ -160,7 +160,7 @@ def test_a_question_longer_than_the_context_is_told_before_training(folder):
     question = {"question": "Which shade? " * 400, "answer": "Dark.", "image": "0.png"}
     Path("eval.jsonl").write_text(json.dumps(question))
     with pytest.raises(
-        UserError, match=r"eval.jsonl: row 0: found \d+ text tokens .* context is 512; shorten"
+        UserError, match=r"eval.jsonl: row 0: got \d+ text tokens .* context is 512; shorten"
     ):
         train(recipe())
     assert not (folder / "run" / "log.jsonl").exists()

@@ -113,7 +113,7 @@ class DataStats:
         self._check_share()
         if self._in_a_row >= (self.epoch_length or 10_000):
             raise UserError(
-                f"data.train: found no sample to train on among {self._in_a_row} rows, the last: {row.reason}"
+                f"data.train: got no sample to train on among {self._in_a_row} rows, the last: {row.reason}"
             )
 
     def _check_share(self) -> None:
@@ -122,7 +122,7 @@ class DataStats:
         judged = max(seen, min(JUDGED_FROM, self.epoch_length or JUDGED_FROM))
         if bad > self.max_bad_share * judged:
             raise UserError(
-                f"data.max_bad_share: found {bad} of {seen} rows bad, more than {self.max_bad_share:g} of them "
+                f"data.max_bad_share: got {bad} of {seen} rows bad, more than {self.max_bad_share:g} of them "
                 f"(the last: {next(reversed(self.bad_rows.values()))}); mend them, or raise data.max_bad_share"
             )
 

@@ -139,7 +139,7 @@ class SampleOrder:
                 empty = False
                 yield pair
             if empty:
-                raise UserError(f"{mixed.source.name}: found no rows; wanted at least one sample")
+                raise UserError(f"{mixed.source.name}: got no rows; expected at least one sample")
 
 
 def _few_at_a_time(numbers: np.ndarray) -> Iterator[Any]:
@@ -177,4 +177,4 @@ def _shuffled(items: Iterator[Any], size: int, rng: np.random.Generator) -> Iter
 def _refuse_empty(mixture: Sequence[WeightedSource]) -> None:
     for mixed in mixture:
         if mixed.source.indexed and not mixed.size:
-            raise UserError(f"{mixed.source.name}: found no rows; wanted at least one sample")
+            raise UserError(f"{mixed.source.name}: got no rows; expected at least one sample")

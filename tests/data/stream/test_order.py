@@ -87,7 +87,7 @@ def test_streams_are_drawn_by_weight():
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_source_without_rows_is_refused(indexed):
-    with pytest.raises(UserError, match="numbers: found no rows; wanted at least one sample"):
+    with pytest.raises(UserError, match="numbers: no rows; provide at least one sample"):
         taken(order_of([(0, 1.0, indexed)]), 1)
 
 
