@@ -29,6 +29,7 @@ _HOMES = {
     "FlamingoForConditionalGeneration": "flamingo_ft.model",
     "FlamingoImageProcessor": "flamingo_ft.model",
     "FlamingoProcessor": "flamingo_ft.model",
+    "Predictor": "flamingo_ft.inference.predictor",
     "Quantization": "flamingo_ft.backbones.quantization",
     "UserError": "flamingo_ft.errors",
     "build_flamingo": "flamingo_ft.model",
@@ -46,7 +47,7 @@ _HOMES = {
     "name_base": "flamingo_ft.adapters",
     "push": "flamingo_ft.publish",
     "save_adapter": "flamingo_ft.adapters",
-    "train": "flamingo_ft.training.run",
+    "train": "flamingo_ft.training.train",
     "write_composition": "flamingo_ft.adapters",
 }
 

@@ -1,4 +1,4 @@
-"""What ends a command in a way that a user is meant to read."""
+"""Exceptions that end a command with a message instead of a traceback."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Bad input, told in one line: what is wrong, where, what was found, and what to do about it.
+    """Invalid input. The message is one line per problem: where it is, what is wrong, what was found, what to do.
 
     The command line prints it without a traceback and exits with code 2.
     """
 
 
-class ToldElsewhere(UserError):
-    """The same, in a process that leaves telling it to the main one."""
+class ReportedElsewhere(UserError):
+    """A UserError that another process of the same run reports; this one ends silently."""
 
 
-class Stopped(BaseException):
-    """A run ended as it was told to, by a signal. step: of the checkpoint that it saved, if it did."""
+class OutOfMemory(UserError):
+    """Training ran out of memory. plan: the record that `flamingo-ft plan --json` prints, where it could be computed."""
+
+    plan: dict[str, Any] | None = None
+
+
+class StoppedBySignal(BaseException):
+    """A run ended early because of a signal, after saving a checkpoint at ``step`` if that is not None."""
 
     def __init__(self, number: int, step: int | None = None):
         saved = "" if step is None else f" after step {step}, which is saved"
         super().__init__(f"stopped by {signal.Signals(number).name}{saved}")
         self.number, self.step = number, step
-
-
-class OutOfMemory(UserError):
-    """A run that did not fit into memory. plan: what `flamingo-ft plan --json` tells of it, where that could be made."""
-
-    plan: dict[str, Any] | None = None

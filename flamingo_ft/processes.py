@@ -1,7 +1,7 @@
-"""The processes that train together, one for each device; alone, all of this is nothing.
+"""The processes of a distributed run, one per device. In a single process, every function here does nothing.
 
-What differs between them is a batch, and with it an error: an error of one process alone would leave the others waiting
-for it, so what may fail in one is done inside `failing_together`.
+The processes draw different batches, so an error may occur in one of them alone, and the others would wait for it forever.
+Whatever may fail in one process therefore runs inside `raise_together`.
 """
 
 from __future__ import annotations
@@ -12,94 +12,89 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 
-from flamingo_ft.errors import ToldElsewhere, UserError
+from flamingo_ft.errors import ReportedElsewhere, UserError
 
 T = TypeVar("T")
 
 
 def _state() -> PartialState:
-    """Of accelerate, which without a word on CPUs takes each process there for the only one."""
+    """Return accelerate's state. Without ``cpu=True``, accelerate ignores the other processes of a run on CPUs."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Return the index of this process, from 0."""
     return _state().process_index
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes."""
     return _state().num_processes
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes and prints."""
+    """Whether this process, of rank 0, writes files and prints."""
     return _state().is_main_process
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     _state().wait_for_everyone()
 
 
-def agree(flag: bool) -> bool:
-    """Whether ``flag`` is true in any process; all have to ask."""
+def any_process(flag: bool) -> bool:
+    """Return whether ``flag`` is true in any process. Collective: every process has to call it."""
     if world_size() == 1:
         return flag
-    flags = torch.tensor(int(flag), device=_state().device)
-    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return bool(flags)
+    return bool(reduce(torch.tensor(int(flag), device=_state().device), reduction="max"))
 
 
-def everyones(value: T) -> list[T]:
-    """What each process has, by rank; all have to ask. The values go through pickle, so they should be small."""
-    if world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+def all_gather(value: T) -> list[T]:
+    """Return the value of each process, by rank. Collective; values are pickled, so they should be small."""
+    return gather_object([value]) if world_size() > 1 else [value]
 
 
-def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of ``items``, every world-size-th of them."""
+def shard(items: Sequence[T]) -> Sequence[T]:
+    """Return this process's share of ``items``: every world-size-th of them, beginning at its rank."""
     return items[rank() :: world_size()]
 
 
-def joined(parts: T) -> list:
-    """The inverse of `share`: what the processes made of their parts, in the order of the whole."""
-    whole = [None] * sum(map(len, found := everyones(parts)))
-    for number, part in enumerate(found):
-        whole[number :: len(found)] = part
-    return whole
+def unshard(results: Sequence[T]) -> list[T]:
+    """Return the results of all processes for their `shard` of some items, in the order of the items. Collective."""
+    shards = all_gather(results)
+    merged: list[Any] = [None] * sum(map(len, shards))
+    for first, part in enumerate(shards):
+        merged[first :: len(shards)] = part
+    return merged
 
 
 @contextmanager
-def failing_together() -> Iterator[None]:
-    """A UserError of any process inside the block becomes one of all at its end; the main one tells it.
+def raise_together() -> Iterator[None]:
+    """Turn a UserError of any process inside the block into an error of all processes at its end.
 
-    All have to come here, and there may be nothing inside that waits for another process.
+    The main process raises the error itself, the others `ReportedElsewhere`. Every process has to enter the block, and
+    nothing inside may wait for another process.
     """
     error = None
     try:
         yield
-    except UserError as found:
-        error = found
-    if not agree(error is not None):
+    except UserError as caught:
+        error = caught
+    if not any_process(error is not None):
         return
-    errors = everyones(error and str(error))
+    messages = all_gather(error and str(error))
     if not is_main():
-        raise ToldElsewhere from error
-    raise error or UserError(_of_another(errors))
+        raise ReportedElsewhere from error
+    if error is not None:
+        raise error
+    failed = next(number for number, message in enumerate(messages) if message is not None)
+    raise UserError(f"process {failed}: {messages[failed]}")
 
 
-def from_main(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the main process, for all; it runs in no other."""
-    with failing_together():
-        made = make() if is_main() else None
-    return everyones(made)[0]
-
-
-def _of_another(errors: list[str | None]) -> str:
-    number, message = next((number, message) for number, message in enumerate(errors) if message is not None)
-    return f"process {number}: {message}"
+def run_on_main(function: Callable[[], T]) -> T:
+    """Run ``function`` in the main process alone and return its result, or raise its UserError, in every process."""
+    with raise_together():
+        result = [function() if is_main() else None]
+    return broadcast_object_list(result)[0]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 KILLED = -signal.SIGKILL
-PRELOADED = ["flamingo_ft.training.run", "flamingo_ft.config.library", "tests.killing"]
+PRELOADED = ["flamingo_ft.training.train", "flamingo_ft.config.library", "tests.killing"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)
 

@@ -11,8 +11,7 @@ from PIL import Image
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
-from flamingo_ft.training.build import build_model
-from flamingo_ft.training.trainer import make_trainer
+from flamingo_ft.training.build import build_model, make_trainer
 
 RECIPE = """\
 # a small run

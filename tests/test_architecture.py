@@ -95,7 +95,7 @@ def test_a_folder_imports_only_folders_above_it_and_only_backbones_imports_the_e
 @pytest.mark.parametrize(
     "place, source",
     [
-        ("model", "import flamingo_ft.training.run"),
+        ("model", "import flamingo_ft.training.train"),
         ("model", "from flamingo_ft import data"),
         ("model", "from flamingo_ft import FlamingoProcessor"),
         ("model", "import flamingo_ft"),

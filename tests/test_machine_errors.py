@@ -18,7 +18,7 @@ from flamingo_ft.backbones import language as language_module
 from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.formats import tensors_only
+from flamingo_ft.formats import safe_unpickling
 from flamingo_ft.hub.errors import error_reason
 
 GPU_FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB"
@@ -66,17 +66,18 @@ class TestLoading:
         finally:
             transformers.logging.set_verbosity(before)
 
-    def test_a_tower_does_not_load_as_mismatched(self, fails, monkeypatch):
-        monkeypatch.setattr("flamingo_ft.backbones.vision.fill_from_file", fails)
+    @pytest.mark.parametrize("quantization", [None, Quantization("int8")], ids=["unquantized", "int8"])
+    def test_a_tower_does_not_load_as_mismatched(self, quantization, fails, monkeypatch):
+        monkeypatch.setattr("flamingo_ft.backbones.vision.load_visual_state_dict", fails)
         monkeypatch.setattr("open_clip.create_model", fails)
         with pytest.raises(RuntimeError, match="CUDA"):
-            load_vision("nano")
+            load_vision("nano", quantization=quantization)
 
     def test_a_checkpoint_is_not_taken_for_a_damaged_one(self, fails, monkeypatch, tmp_path):
         torch.save({"weight": torch.ones(2)}, tmp_path / "checkpoint.pt")
-        monkeypatch.setattr(tensors_only.torch, "load", fails)
+        monkeypatch.setattr(safe_unpickling.torch, "load", fails)
         with pytest.raises(RuntimeError, match="CUDA"):
-            tensors_only.load_tensors(tmp_path / "checkpoint.pt")
+            safe_unpickling.load_torch_file(tmp_path / "checkpoint.pt")
 
 
 def test_a_damaged_language_model_is_still_one_line(tmp_path):
@@ -93,7 +94,7 @@ def test_a_zip_that_is_no_checkpoint_is_damaged_and_the_disk_is_not_full(tmp_pat
     with zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as archive:
         archive.writestr(entry, b"content")
     with pytest.raises(ValueError, match="not a checkpoint of plain tensors"):
-        tensors_only.load_tensors(tmp_path / "checkpoint.pt")
+        safe_unpickling.load_torch_file(tmp_path / "checkpoint.pt")
 
 
 def test_an_adapter_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
@@ -160,12 +161,12 @@ def test_a_download_that_fills_the_disk_asks_for_room():
 def test_every_command_reports_full_memory_and_a_full_disk_in_a_line(
     fails, line, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setattr("flamingo_ft.evaluation.run.evaluate_adapter", fails)
+    monkeypatch.setattr("flamingo_ft.evaluation.evaluate.evaluate_adapter", fails)
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert line in capsys.readouterr().err
 
 
 def test_any_other_error_of_a_command_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr("flamingo_ft.evaluation.run.evaluate_adapter", gpu_is_broken)
+    monkeypatch.setattr("flamingo_ft.evaluation.evaluate.evaluate_adapter", gpu_is_broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         cli.main(["eval", str(tmp_path)])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from flamingo_ft.data.encode import end_token_id
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.tokens import EOC_TOKEN
+from flamingo_ft.model.added_tokens import EOC_TOKEN
 
 MAX_NEW_TOKENS = 64
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")

@@ -25,7 +25,7 @@ from flamingo_ft.config import (
     VisionSection,
 )
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats import Checkpoint, read_checkpoint
+from flamingo_ft.formats import ForeignCheckpoint, read_checkpoint
 from flamingo_ft.hub.names import NANO, local_language, local_tower, local_weights
 
 from .init_from import is_foreign_checkpoint
@@ -139,7 +139,7 @@ def _check_shapes(start: Path, section: ModelSection) -> None:
         raise UserError(f"model.init_from: {start} has {found}; the recipe makes {ours}; {_hint(found)}")
 
 
-def _shape_of(checkpoint: Checkpoint) -> _Shape | None:
+def _shape_of(checkpoint: ForeignCheckpoint) -> _Shape | None:
     """None where the file holds no bridge that shows it: what loads it tells what it lacks."""
     matches = ((_QUERY.fullmatch(name), tensor) for name, tensor in checkpoint.bridge.items())
     queries = {int(match[1]): tensor for match, tensor in matches if match}
@@ -147,7 +147,7 @@ def _shape_of(checkpoint: Checkpoint) -> _Shape | None:
     if not queries or latents is None:
         return None
     blocks = tuple(sorted(queries))
-    return _Shape(checkpoint.layers, blocks, queries[blocks[0]].shape[1], latents.shape[1])
+    return _Shape(checkpoint.decoder_layers, blocks, queries[blocks[0]].shape[1], latents.shape[1])
 
 
 def _recipe_shape(section: ModelSection) -> _Shape:

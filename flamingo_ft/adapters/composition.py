@@ -17,14 +17,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save_file
 
 from flamingo_ft.atomic import file_in_place
-from flamingo_ft.backbones.device import default_device
-from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.device_and_dtype import default_device
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
-from flamingo_ft.model.parts import Parts
+from flamingo_ft.model.parts import in_bridge
+from flamingo_ft.model.pretrained import ModelFolders
 from flamingo_ft.version import __version__
 
 from .answering import use_greedy_decoding
@@ -41,7 +42,6 @@ from .load import assemble_backbones, assemble_model, load_adapter
 from .lora import targets_vision
 from .merge import cast
 from .save import reset_name_or_path, save_processor
-from .trainable import BACKBONES
 
 
 def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path | None = None) -> None:
@@ -115,7 +115,7 @@ def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
     vocabulary = [
         id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module
     ]
-    named = ((name, p) for name, p in model.named_parameters() if name.startswith(tuple(BACKBONES.values())))
+    named = ((name, p) for name, p in model.named_parameters() if not in_bridge(name))
     return tensors_sha256(
         {name: p.detach().index_fill(0, ids, 0) if id(p) in vocabulary else p for name, p in named}
     )
@@ -175,7 +175,7 @@ MAY_DIFFER = {
 UNDERSTOOD = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
 
 
-def load_parts(parts: Parts, options: Mapping[str, Any]) -> Any:
+def load_parts(parts: ModelFolders, options: Mapping[str, Any]) -> Any:
     """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a composition's as
     `load_composition`.
 

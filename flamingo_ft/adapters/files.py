@@ -24,7 +24,7 @@ from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
-from flamingo_ft.model.parts import named_composition
+from flamingo_ft.model.pretrained import named_composition
 
 BRIDGE_FILE = "bridge.safetensors"  # beside a composition: the bridge that adapters of it build on
 PREFIX = "base_model.model."  # PEFT's, for everything inside the model it wraps

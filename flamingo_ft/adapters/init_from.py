@@ -12,16 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.weight_files import WeightFiles
+from flamingo_ft.backbones.provenance import tensors_sha256
+from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
-from flamingo_ft.formats.recognise import MADE_ANEW
-from flamingo_ft.formats.stored import some, stored_config
+from flamingo_ft.formats.foreign_checkpoint import RECOMPUTED_BUFFERS
+from flamingo_ft.formats.stored_files import first_few, read_config_json
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, TRAINING_CHECKPOINTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
-from flamingo_ft.model.parts import holds_parts, named_composition
+from flamingo_ft.model.parts import in_bridge, is_lora
+from flamingo_ft.model.pretrained import is_partial, named_composition
 
 from .files import (
     BRIDGE_FILE,
@@ -32,7 +33,7 @@ from .files import (
     read_lora_config,
     read_tensors,
 )
-from .trainable import BRIDGE, cast_parameter, is_lora
+from .trainable import cast_parameter
 
 # What must be the same for a bridge to mean the same in another model.
 GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
@@ -71,8 +72,10 @@ def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
     """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
     if is_foreign_checkpoint(start):
         report = load_open_flamingo(model, start)
-        if lost := [name for name in report.unexpected if not MADE_ANEW.fullmatch(name)]:
-            raise UserError(f"model.init_from: {start} holds {some(lost)}, for which the model has no place")
+        if lost := [name for name in report.unexpected if not RECOMPUTED_BUFFERS.fullmatch(name)]:
+            raise UserError(
+                f"model.init_from: {start} holds {first_few(lost)}, for which the model has no place"
+            )
     elif not (start / ADAPTER_WEIGHTS).is_file():
         copy_bridge(model, _tensors(start))
     else:
@@ -92,7 +95,7 @@ def _load_recorded(
     another."""
     load_bridge_as_stored(model, folder, record, start)
     for name, parameter in model.named_parameters():
-        if name.startswith(tuple(BRIDGE.values())):
+        if in_bridge(name):
             cast_parameter(name, parameter, getattr(torch, record.get("dtype", "float32")))
 
 
@@ -150,9 +153,7 @@ def lora_to_start_from(start: str | Path | None) -> dict[str, Tensor]:
 
 def bridge_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
     """The whole bridge, by name."""
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if name.startswith(tuple(BRIDGE.values()))
-    }
+    return {name: tensor for name, tensor in model.state_dict().items() if in_bridge(name)}
 
 
 @torch.no_grad()
@@ -183,12 +184,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
         return read_bridge(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        if holds_parts(folder):
+        if is_partial(folder):
             raise UserError(
                 f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from an adapter"
             )
-        with WeightFiles(folder) as files:
-            return {name: files[name] for name in files.names() if name.startswith(tuple(BRIDGE.values()))}
+        with SafetensorsFolder(folder) as files:
+            return {name: files[name] for name in files.names() if in_bridge(name)}
     own = read_tensors(folder)
     return {name.replace(".base_layer.", "."): tensor for name, tensor in own.items() if not is_lora(name)}
 
@@ -207,7 +208,7 @@ def is_foreign_checkpoint(start: Path) -> bool:
     """Whether this is another Flamingo's checkpoint: a file, a folder that says so, or one with such a file alone."""
     if start.is_file():
         return start.name != BRIDGE_FILE
-    config = stored_config(start)
+    config = read_config_json(start)
     return config.get("model_type") == "otter" or (
         not config and any((start / name).is_file() for name in TRAINING_CHECKPOINTS)
     )

@@ -13,11 +13,13 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flamingo_ft.backbones.attention import open_attention
-from flamingo_ft.backbones.tower import layers_after_tokens
+from flamingo_ft.backbones.attention import unfuse_attention
+from flamingo_ft.backbones.tower import modules_after_tokens
 from flamingo_ft.config import LoraPart, LoraSection
+from flamingo_ft.config.tables import VISION
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import PARTS
 
 from .lora_init import (
     Batches,
@@ -27,7 +29,6 @@ from .lora_init import (
     init_loftq,
     lora_weights,
 )
-from .trainable import PREFIXES
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
 
@@ -43,7 +44,7 @@ def add_lora(
     if not lora.parts:
         return None
     if lora.vision:  # its attention has matrices that no layer is called for
-        open_attention(model.vision_encoder)
+        unfuse_attention(model.vision_encoder)
     targets = {part: find_targets(model, part, wanted) for part, wanted in lora.parts.items()}
     config = lora_config(model, lora, targets)
     check_lora_init(model, lora, [name for names in targets.values() for name in names])
@@ -69,12 +70,12 @@ def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
 def unfuse_targeted_attention(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
     """Give the tower linear layers for all its matrices where ``config`` updates some of them."""
     if targets_vision(config):
-        open_attention(model.vision_encoder)
+        unfuse_attention(model.vision_encoder)
 
 
 def targets_vision(config: LoraConfig) -> bool:
     """Whether a configuration of this package has updates to matrices of the vision tower."""
-    return re.escape(PREFIXES["vision"]) in config.target_modules
+    return re.escape(VISION.prefix) in config.target_modules
 
 
 def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: LoraPart) -> list[str]:
@@ -87,7 +88,7 @@ def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: Lor
     ]
     if unmatched or not found:
         exist = ", ".join(
-            dict.fromkeys(_without_numbers(name.removeprefix(PREFIXES[part])) for name in known)
+            dict.fromkeys(_without_numbers(name.removeprefix(PARTS[part].prefix)) for name in known)
         )
         raise UserError(
             f"lora.{part}.target_modules: {(unmatched or ['all-linear'])[0]} matches no matrix of the {part} part; "
@@ -99,9 +100,9 @@ def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: Lor
 def linear_layers(model: FlamingoForConditionalGeneration, part: str) -> list[str]:
     """Names of the matrices of a part that can get an update; not the language model's output head, nor layers
     of the tower that its spatial tokens do not come from."""
-    prefix, left_out = PREFIXES[part], {model.lang_encoder.get_output_embeddings()}
+    prefix, left_out = PARTS[part].prefix, {model.lang_encoder.get_output_embeddings()}
     if part == "vision":
-        left_out |= layers_after_tokens(model.vision_encoder)
+        left_out |= modules_after_tokens(model.vision_encoder)
     return [
         name
         for name, module in model.named_modules()
@@ -156,7 +157,7 @@ def _without_numbers(name: str) -> str:
 
 
 def _anywhere_in(part: str) -> str:
-    return re.escape(PREFIXES[part]) + ".*"
+    return re.escape(PARTS[part].prefix) + ".*"
 
 
 def _pattern(names: Sequence[str], known: Sequence[str]) -> str:

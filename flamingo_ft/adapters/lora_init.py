@@ -18,18 +18,19 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from flamingo_ft.backbones.attention import open_attention
+from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import language_folder
-from flamingo_ft.backbones.quantization import dequantized, formats_in, is_quantized
+from flamingo_ft.backbones.quantization import dequantized_weight, is_quantized, quantization_formats
+from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.backbones.weight_files import WeightFiles
 from flamingo_ft.config import LoraSection
+from flamingo_ft.config.tables import LANGUAGE, VISION
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import BRIDGE
 
 from .init_from import read_bridge_tensors
-from .trainable import BRIDGE, PREFIXES
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -51,7 +52,7 @@ def check_lora_init(model: nn.Module, lora: LoraSection, targets: Sequence[str])
             how, "is kept as a LoRA of twice the rank, which DoRA and rsLoRA would scale anew", "neither"
         )
     if how == "loftq":
-        plain = [name for name in targets if "4bit" not in formats_in(model.get_submodule(name))]
+        plain = [name for name in targets if "4bit" not in quantization_formats(model.get_submodule(name))]
         if plain:
             raise _refusal(
                 how, f"makes up for what 4 bits lost, and {plain[0]} is not kept in 4", "quantization: nf4"
@@ -81,7 +82,7 @@ def init_loftq(model: FlamingoForConditionalGeneration) -> None:
     """The best update of each rank to W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
     originals = UnquantizedWeights(model)
     for name, layer in _lora_layers(model).items():
-        kept = dequantized(layer.get_base_layer()).float()
+        kept = dequantized_weight(layer.get_base_layer()).float()
         lost = originals[name].to(kept) - kept
         for adapter, rank in layer.r.items():
             left, values, right = torch.linalg.svd(lost / layer.scaling[adapter], full_matrices=False)
@@ -138,15 +139,15 @@ class UnquantizedWeights:
         self._sources = model.config.backbones
 
     def __getitem__(self, name: str) -> Tensor:
-        if name.startswith(PREFIXES["language"]):
+        if name.startswith(LANGUAGE.prefix):
             return self._of_language(name)
-        if name.startswith(PREFIXES["vision"]):
-            return self._tower.get_submodule(name.removeprefix(PREFIXES["vision"])).weight
+        if name.startswith(VISION.prefix):
+            return self._tower.get_submodule(name.removeprefix(VISION.prefix)).weight
         return self._bridge[f"{name}.weight"]
 
     def _of_language(self, name: str) -> Tensor:
-        with WeightFiles(self._folder) as files:
-            matrix = files[name.removeprefix(PREFIXES["language"]) + ".weight"]
+        with SafetensorsFolder(self._folder) as files:
+            matrix = files[name.removeprefix(LANGUAGE.prefix) + ".weight"]
         base = self._model.get_submodule(name).get_base_layer()
         was = getattr(base, "source_cls", type(base))  # what transformers put the quantized layer in place of
         return matrix.T if was is Conv1D else matrix  # GPT-2 keeps its matrices the other way round
@@ -159,7 +160,7 @@ class UnquantizedWeights:
     def _tower(self) -> nn.Module:
         source = self._sources["vision"]
         visual = load_vision(source["name"], source["pretrained"], source["revision"]).visual
-        open_attention(visual)
+        unfuse_attention(visual)
         return visual
 
     @cached_property

@@ -18,20 +18,26 @@ from peft import inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from flamingo_ft.backbones.attention import close_attention
-from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.quantization import Quantization, dequantize_linears, is_quantized, plain_linear
-from flamingo_ft.backbones.rounding import rounded
+from flamingo_ft.backbones.attention import refuse_attention
+from flamingo_ft.backbones.device_and_dtype import cast_in_range
+from flamingo_ft.backbones.provenance import tensors_sha256
+from flamingo_ft.backbones.quantization import (
+    Quantization,
+    dequantize_linears,
+    dequantized_linear,
+    is_quantized,
+)
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.parts import PARTS, is_lora
 
 from .answering import use_greedy_decoding
 from .card import write_card
 from .files import read_config, read_flamingo_config, read_tensors
 from .load import load_adapter_into, load_base
 from .save import reset_name_or_path
-from .trainable import PREFIXES, cast_parameter, is_lora
+from .trainable import cast_parameter
 from .verify import verify_merge
 
 Base = Literal["bf16", "dequantized"]
@@ -120,7 +126,7 @@ def _write(
     load_adapter_into(model, adapter)
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
-    close_attention(model.vision_encoder)
+    refuse_attention(model.vision_encoder)
     cast(model, dtype)
     use_greedy_decoding(model, processor)
     digest = tensors_sha256(read_tensors(adapter))
@@ -177,18 +183,18 @@ def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None
         folded = plain.get_base_layer()
         final = dtype or (found if found.is_floating_point else torch.float32)
         for leaf, parameter in folded.named_parameters():
-            parameter.data = rounded(f"{name}.{leaf}", parameter.data, final)
+            parameter.data = cast_in_range(f"{name}.{leaf}", parameter.data, final)
         model.set_submodule(name, folded)
     if layers:
         del model.peft_config
-    return [part for part, prefix in PREFIXES.items() if any(name.startswith(prefix) for name in layers)]
+    return [part.name for part in PARTS.values() if any(name.startswith(part.prefix) for name in layers)]
 
 
 def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGeneration) -> LoraLayer:
     """The layer in float32; around the matrix that its quantized one stands for, where it is quantized."""
     if not is_quantized(layer.get_base_layer()):
         return layer.float()
-    alone = nn.ModuleDict({"layer": plain_linear(layer.get_base_layer(), torch.float32, name)})
+    alone = nn.ModuleDict({"layer": dequantized_linear(layer.get_base_layer(), torch.float32, name)})
     for adapter, config in model.peft_config.items():
         own = {"r": layer.r[adapter], "lora_alpha": layer.lora_alpha[adapter], "target_modules": ["layer"]}
         inject_adapter_in_model(

@@ -20,13 +20,14 @@ from torch import Tensor
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import is_lora
 
 from .files import read_base_name, read_config, read_lora_config, read_processor, read_tensors
 from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
 from .lora import unfuse_targeted_attention
 from .save import adapter_tensors, save_adapter
-from .trainable import is_lora, parts_in_adapter
+from .trainable import parts_in_adapter
 
 # What adapters must have in common for their updates to be combined entry by entry.
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")

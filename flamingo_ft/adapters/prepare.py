@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from flamingo_ft.backbones.quantization import Quantization, is_quantized, shared_state
+from flamingo_ft.backbones.quantization import Quantization, is_quantized, shared_quantization_state
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
@@ -74,7 +74,7 @@ def frozen_copy(model: FlamingoForConditionalGeneration) -> FlamingoForCondition
         kept = nn.Parameter(parameter.detach().clone(), False) if parameter.requires_grad else parameter
         memo[id(parameter)] = kept
     for module in model.modules():
-        memo |= shared_state(module)
+        memo |= shared_quantization_state(module)
     return copy.deepcopy(model, memo).eval()
 
 

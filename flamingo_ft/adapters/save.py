@@ -19,12 +19,13 @@ from torch import Tensor
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.parts import in_parts, is_lora
 from flamingo_ft.model.sharding import whole
 
 from .card import write_card
 from .files import PREFIX
 from .lora import ADAPTER, base_name, has_lora
-from .trainable import BRIDGE, is_lora, parts_in_adapter, trainable_parameters
+from .trainable import parts_in_adapter, trainable_parameters
 
 # What AutoPeftModel makes the base with, from the composition that the adapter names.
 AUTO_MAPPING = {
@@ -127,12 +128,12 @@ def _own_config(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
 
 def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAPTER) -> dict[str, Tensor]:
     """What an adapter holds, by name: LoRA, and the parts of the bridge that its base does not have."""
-    kept = tuple(BRIDGE[part] for part in parts_in_adapter(model.config))
+    kept = parts_in_adapter(model.config)
     state = model.state_dict()
     bridge = {
         _own_name(model, name, adapter): tensor
         for name, tensor in state.items()
-        if name.startswith(kept) and not is_lora(name)
+        if in_parts(name, kept) and not is_lora(name)
     }
     # PEFT would look for the vocabulary's original size on the Hub; the token rows have what was added to it.
     has_any = has_lora(model, adapter)

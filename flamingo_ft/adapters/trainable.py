@@ -5,18 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flamingo_ft.backbones.rounding import rounded
+from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.config import LoraSection, TrainableSection
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import BRIDGE, in_bridge, in_parts, is_gate, is_lora
 
-# The parts of a Flamingo, as the recipe's `trainable` and `lora` sections name them -> where they live in the model.
-BRIDGE = {
-    "perceiver": "perceiver.",
-    "cross_attention": "gated_cross_attn_layers.",
-    "new_tokens": "token_rows.",
-}
-BACKBONES = {"language": "lang_encoder.", "vision": "vision_encoder."}
-PREFIXES = {**BACKBONES, **BRIDGE}
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -29,14 +22,11 @@ def set_trainable(
     """
     model.requires_grad_(False)
     whole = [part for part in BRIDGE if getattr(trainable, part)]
-    updated = tuple(PREFIXES[part] for part in (lora.parts if lora else ()))
+    with_lora = lora.parts if lora else ()
     for name, parameter in model.named_parameters():
-        is_update = is_lora(name)
-        if is_update or name.startswith(tuple(BRIDGE.values())):
+        if is_lora(name) or in_bridge(name):
             cast_parameter(name, parameter, DTYPES[trainable.dtype])
-        parameter.requires_grad_(
-            name.startswith(updated if is_update else tuple(BRIDGE[part] for part in whole))
-        )
+        parameter.requires_grad_(in_parts(name, with_lora if is_lora(name) else whole))
     model.config.adapter_parts = list(BRIDGE) if model.config.bridge_init is None else whole
     if (
         model.config.bridge_init is not None
@@ -50,22 +40,17 @@ def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> No
     Raises UserError for a value beyond the range of ``dtype``.
     """
     if parameter.is_floating_point():
-        parameter.data = rounded(name, parameter.data, parameter_dtype(name, dtype))
+        parameter.data = cast_in_range(name, parameter.data, parameter_dtype(name, dtype))
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the parameter ``name`` in a model of ``dtype``: the gates are too fine for less than float32."""
-    return torch.float32 if name.endswith("_gate") else dtype
+    return torch.float32 if is_gate(name) else dtype
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def is_lora(name: str) -> bool:
-    """Whether a parameter's name is that of an update rather than of what it updates."""
-    return ".lora_" in name
 
 
 def parts_in_adapter(config: FlamingoConfig) -> list[str]:

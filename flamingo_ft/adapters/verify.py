@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from flamingo_ft.backbones.attention import closed_names
-from flamingo_ft.backbones.quantization import is_conv1d, is_quantized, plain_linear
-from flamingo_ft.backbones.weight_files import WeightFiles
+from flamingo_ft.backbones.attention import fused_names
+from flamingo_ft.backbones.quantization import dequantized_linear, is_conv1d, is_quantized
+from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import is_lora
 
 from .files import read_lora_config, read_tensors
-from .trainable import is_lora, parameter_dtype
+from .trainable import parameter_dtype
 
 BLOCK = (
     2**15
@@ -91,7 +92,7 @@ def verify_merge(
     """
     errors, with_lora = {}, []
     converted = bool(get_model_conversion_mapping(base, add_legacy=False))
-    with WeightFiles(folder) as files:
+    with SafetensorsFolder(folder) as files:
         unknown = set(files.names())
         for expected in _expected(adapter, base, dtype):
             found = _errors(files, unknown, expected, base if converted else None)
@@ -136,7 +137,7 @@ def _expected(
         name.replace(".base_layer.", "."): tensor for name, tensor in stored.items() if not is_lora(name)
     }
     updates = _updates(adapter, {name: tensor for name, tensor in stored.items() if is_lora(name)})
-    closed = closed_names(base)
+    closed = fused_names(base)
     for names, tensor, is_parameter, transposed in _tensors_of(base):
         raw = next((whole.pop(name) for name in names if name in whole), tensor)
         update = next((updates.pop(name) for name in names if name in updates), None)
@@ -155,7 +156,7 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[list[str], Tensor, bool, boo
     for path, module in model.named_modules():
         prefix, conv1d = f"{path}." if path else "", is_conv1d(module)
         if is_quantized(module):
-            plain = plain_linear(module, torch.float32, path)
+            plain = dequantized_linear(module, torch.float32, path)
             yield from (
                 ([prefix + leaf], tensor.data, True, conv1d) for leaf, tensor in plain.named_parameters()
             )
@@ -194,7 +195,7 @@ def _scale(config: LoraConfig, name: str, rank: int) -> float:
 
 
 def _errors(
-    files: WeightFiles,
+    files: SafetensorsFolder,
     stored: set[str],
     expected: Expected,
     converted: FlamingoForConditionalGeneration | None,

@@ -1,16 +1,14 @@
-"""Language models: a causal LM of transformers and its tokenizer, from the package, a folder or the Hub.
+"""Load a causal language model of transformers and its tokenizer from the package, a folder or the Hub.
 
-Whatever the place, the files end up in one folder and are loaded from there, so a model loads the same way
-online, offline and from the package, and its content hash is that of the files that were read.
+Wherever they come from, the files end up in one folder and are loaded from there, so that a model loads the
+same way online, offline and from the package, and its content hash is that of the files that were read.
 """
 
 from __future__ import annotations
 
-import logging
 import pickle
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +17,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,32 +26,29 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
-from flamingo_ft.backbones.device import default_device
-from flamingo_ft.backbones.identity import files_sha256, has_vocabulary
-from flamingo_ft.backbones.license import CARD, license_in
+from flamingo_ft.backbones.compat import weight_conversion_errors
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
-from flamingo_ft.backbones.quantization import Quantization, settle
+from flamingo_ft.backbones.provenance import MODEL_CARD, files_sha256, has_vocabulary, license_in
+from flamingo_ft.backbones.quantization import Quantization, normalize_bnb_layers
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.fetch import download
 from flamingo_ft.hub.names import NANO, commit_of, local_language, missing_path_message
-from flamingo_ft.machine_errors import is_machine_error, reraise_machine_error
+from flamingo_ft.hub.weight_files import CONFIG_FILE
+from flamingo_ft.machine_errors import reraise_machine_error
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 
-# "name" or "org/name": anything else cannot be a Hub repository.
+# "name" or "org/name": nothing else can be a Hub repository.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-# What loading needs of a repository: not its subfolders, nor the weights once more in their authors' format.
-SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", CARD]
+# What loading needs of a repository: no subfolders, and no second copy of the weights in another format.
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", MODEL_CARD]
 NOT_NEEDED = ["*/*", "consolidated*"]
 
-# What transformers, torch and safetensors raise for files that are missing, broken or of another kind.
+# Raised by transformers, torch and safetensors for files that are missing, damaged or of another kind.
 UNLOADABLE = (
     OSError,
     ValueError,
@@ -66,18 +63,15 @@ UNLOADABLE = (
 
 register_mosaic_gpt()
 
-# Encoders: causal only where their configuration says that they were trained as a decoder.
-ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
-
 
 @dataclass(frozen=True)
 class LanguageBackbone:
-    """A causal language model, the tokenizer that goes with it, and what it can be recognised by.
+    """A causal language model, its tokenizer, and what identifies it.
 
-    source: {"name", "revision", "sha256", "quantization"}: what was asked for (a folder by its absolute path), its Hub
-    commit (None for a folder), the digest of configuration, weights and tokenizer, and how its matrices are kept (None: as
-    they were stored).
-    license: as its model card states it, None where it does not.
+    source: {"name", "revision", "sha256", "quantization"}: the name that was asked for (absolute for a
+        folder), its Hub commit (None for a folder), the hash of configuration, weights and tokenizer, and the
+        format of its matrices (None: as stored).
+    license: as stated on its model card; None if it is not.
     """
 
     model: PreTrainedModel
@@ -100,153 +94,123 @@ def load_language(
     """Load a causal language model, frozen and in eval mode.
 
     name: "nano", a folder, or a Hub repository.
-    revision: of a Hub repository, a commit, branch or tag; the commit it resolves to is recorded.
-    dtype: of the parameters; "auto" is the checkpoint's own; None is that with a GPU and float32 without one, or with
-        quantization its compute dtype.
-    tokenizer: its own "nano", folder or Hub repository, where it does not come with the model and the model's
-        configuration does not name it.
-    local_files_only: take nothing from the Hub that is not in the cache.
+    revision: commit, branch or tag of a Hub repository; the commit it resolves to is recorded.
+    dtype: of the parameters; "auto" is the checkpoint's own. None is the compute dtype with quantization,
+        else the checkpoint's own with a GPU and float32 without one.
+    tokenizer: "nano", a folder or a Hub repository, if the model neither brings one nor names one.
+    local_files_only: use only files that are on this machine.
     trust_remote_code: run code that comes with the model, for architectures that transformers does not have.
-    quantization: how its matrices are kept, all but the output head's.
-    device: where it goes; None leaves it on the CPU, or with quantization puts it on the GPU where there is one.
+    quantization: format of all its matrices except the output head.
+    device: None is the CPU or, with quantization, the GPU if there is one.
 
-    A model that was quantized before it was saved loads as it is. Raises UserError when there is no such model, when
-    it cannot be reached or read, is no causal LM, or is already quantized and was to be quantized.
+    A model that was saved quantized loads as it is. Raises UserError if there is no such model, if it cannot
+    be downloaded or read, if it is not a causal LM, and for quantization of an already quantized model.
     """
     folder = language_folder(name, revision, local_files_only)
     is_local = local_language(name, revision) is not None
     config = _causal_config(folder, name, trust_remote_code)
-    _refuse_twice_quantized(config, name, quantization)
-    code = {"trust_remote_code": trust_remote_code}
-    placed = _placed(dtype, quantization, device)
-    model, report = _load(
-        AutoModelForCausalLM, folder, name, config=config, output_loading_info=True, **placed, **code
+    _check_not_yet_quantized(config, name, quantization)
+    model, info = _from_pretrained(
+        AutoModelForCausalLM,
+        folder,
+        name,
+        config=config,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+        **_dtype_and_device(dtype, quantization, device),
     )
-    _refuse_encoder(model.config, name)
-    _refuse_missing(report["missing_keys"], name)
-    settle(model)
-    tokenizer = tokenizer or _tokenizer_elsewhere(folder, config) or name
-    words = folder if tokenizer == name else language_folder(tokenizer, None, local_files_only, weights=False)
+    _check_not_an_encoder(model.config, name)
+    _check_complete(info["missing_keys"], name)
+    normalize_bnb_layers(model)
+    tokenizer = tokenizer or _named_tokenizer(folder, config) or name
+    tokenizer_folder = folder
+    if tokenizer != name:
+        tokenizer_folder = language_folder(tokenizer, None, local_files_only, weights=False)
     return LanguageBackbone(
         model=model.eval().requires_grad_(False),
-        tokenizer=_load(AutoTokenizer, words, tokenizer, **code),
+        tokenizer=_from_pretrained(
+            AutoTokenizer, tokenizer_folder, tokenizer, trust_remote_code=trust_remote_code
+        ),
         source={
             "name": str(folder.absolute()) if is_local else name,
             "revision": None if is_local else commit_of(folder),
             "sha256": files_sha256(folder),
             "quantization": quantization.record() if quantization else None,
         },
-        license=license_in(folder.parent if name == "nano" else folder),
+        license=license_in(folder.parent if name == NANO else folder),
     )
-
-
-def _placed(
-    dtype: torch.dtype | Literal["auto"] | None,
-    quantization: Quantization | None,
-    device: torch.device | str | None,
-) -> dict[str, Any]:
-    """What `from_pretrained` is told of format, dtype and device. It streams: a shard at a time is in memory."""
-    if quantization is not None:
-        placed = {
-            "quantization_config": quantization.bnb_config(),
-            "device_map": {"": device or default_device()},
-        }
-        return {"dtype": dtype or quantization.dtype, **placed}
-    placed = {} if device is None else {"device_map": {"": device}}
-    return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **placed}
 
 
 def language_files(
     name: str, revision: str | None = None, local_files_only: bool = False
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Configuration and tokenizer of a language model, which say all of it but its weights; only they are fetched.
+    """Load the configuration and tokenizer of a language model; its weights are not downloaded.
 
-    local_files_only: take nothing from the Hub that is not in the cache; UserError where something is missing.
+    local_files_only: use only files that are on this machine. Raises UserError as `load_language` does.
     """
     folder = language_folder(name, revision, local_files_only, weights=False)
     config = _causal_config(folder, name, trust_remote_code=False)
-    elsewhere = _tokenizer_elsewhere(folder, config)
-    words = language_folder(elsewhere, None, local_files_only, weights=False) if elsewhere else folder
-    return config, _load(AutoTokenizer, words, elsewhere or name)
-
-
-def _tokenizer_elsewhere(folder: Path, config: PreTrainedConfig) -> str | None:
-    """The tokenizer's own name, where it does not come with the model and its configuration says (MosaicML's do)."""
-    return None if has_vocabulary(folder) else getattr(config, "tokenizer_name", None)
+    named_tokenizer = _named_tokenizer(folder, config)
+    if named_tokenizer:
+        folder = language_folder(named_tokenizer, None, local_files_only, weights=False)
+    return config, _from_pretrained(AutoTokenizer, folder, named_tokenizer or name)
 
 
 def language_folder(
     name: str, revision: str | None, local_files_only: bool = False, weights: bool = True
 ) -> Path:
-    """The folder that holds the files of `name`, after fetching what is missing."""
+    """Return the folder with the files of ``name``, after downloading what is missing.
+
+    weights: False downloads only the small files. Raises UserError if there is no such model.
+    """
     folder = NANO_FOLDER if name == NANO else local_language(name, revision)
     if folder is not None and folder.is_dir():
         if revision is not None:
-            raise UserError(f"revision {revision} was asked of {name}, which is no Hub repository; remove it")
+            raise UserError(
+                f"revision {revision} given for {name}, which is not on the Hub; remove the revision"
+            )
         return folder
     if name == NANO:
-        raise UserError(f"the nano language model is missing from {folder}; install the package again")
+        raise UserError(f"the nano language model is missing from {folder}; reinstall the package")
     if folder is not None:
         raise UserError(f"language model: {missing_path_message(name, on_hub=f'{name} with revision main')}")
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"language model {name!r}: neither a folder nor a name on the Hub; check the name")
-    asked = f"language model {name}" + (f" (revision {revision})" if revision else "")
-    formats = ["*.safetensors", "*.bin"] if weights else ["*.json"]
-    for form in formats:
-        folder = download(
-            asked, name, revision, [*SMALL_FILES, form], NOT_NEEDED, local_files_only=local_files_only
-        )
-        if any(folder.glob(form)):
-            break
-    return folder
+    what = f"language model {name}" + (f" (revision {revision})" if revision else "")
+
+    def fetch(*patterns: str) -> Path:
+        allowed = [*SMALL_FILES, *patterns]
+        return download(what, name, revision, allowed, NOT_NEEDED, local_files_only=local_files_only)
+
+    if not weights:
+        return fetch()
+    folder = fetch("*.safetensors")
+    return folder if any(folder.glob("*.safetensors")) else fetch("*.bin")
 
 
-def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration in `folder`, refused where no causal LM can be made of it."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"language model {name} has no config.json in {folder}; give a transformers model")
-    config = _load(AutoConfig, folder, name, trust_remote_code=trust_remote_code)
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
-        raise UserError(
-            f"language model {name} is of type {config.model_type!r}, which is no causal language model; "
-            "choose a decoder-only one (Llama, Qwen, GPT, OPT, ...)"
-        )
-    return config
+# --- Loading
 
 
-def _refuse_twice_quantized(config: PreTrainedConfig, name: str, wanted: Quantization | None) -> None:
-    found = getattr(config, "quantization_config", None)
-    if found is not None and wanted is not None:
-        method = dict(found).get("quant_method", "an unknown method")
-        raise UserError(
-            f"language model {name} was to be kept in {wanted.format}, but is already quantized ({method}); "
-            "set quantization to none, or give the unquantized model"
-        )
+def _dtype_and_device(
+    dtype: torch.dtype | Literal["auto"] | None,
+    quantization: Quantization | None,
+    device: torch.device | str | None,
+) -> dict[str, Any]:
+    """Return the options of `from_pretrained`, which loads one shard at a time with any of them."""
+    if quantization is not None:
+        return {
+            "dtype": dtype or quantization.dtype,
+            "quantization_config": quantization.bnb_config(),
+            "device_map": {"": device or default_device()},
+        }
+    options = {} if device is None else {"device_map": {"": device}}
+    return {"dtype": dtype or ("auto" if torch.cuda.is_available() else torch.float32), **options}
 
 
-def _refuse_encoder(config: PreTrainedConfig, name: str) -> None:
-    if config.model_type in ENCODERS and not getattr(config, "is_decoder", True):
-        raise UserError(
-            f"language model {name} is a {config.model_type} encoder, whose tokens see the ones after them; "
-            "choose a decoder-only model, or set is_decoder in its config.json if it was trained as one"
-        )
-
-
-def _refuse_missing(keys: Iterable[str], name: str) -> None:
-    """A frozen model must not hold weights that no file gave: transformers makes them up and only warns."""
-    missing = sorted(keys)
-    if missing:
-        raise UserError(
-            f"the files of language model {name} lack {len(missing)} of its tensors ({missing[0]}, ...); "
-            "give one that was saved with its language-modelling head, whole"
-        )
-
-
-def _load(auto_class: type, folder: Path, name: str, **options: object) -> object:
-    """`auto_class.from_pretrained` on `folder`, offline; its failures become one line, those of the machine stay."""
+def _from_pretrained(auto_class: Any, folder: Path, name: str, **options: Any) -> Any:
+    """Load from ``folder`` without the network. Raises UserError in one line, or the machine's error."""
     try:
-        with _conversion_errors():
+        with weight_conversion_errors():
             return auto_class.from_pretrained(folder, local_files_only=True, **options)
     except UNLOADABLE as error:
         reraise_machine_error(error)
@@ -257,27 +221,50 @@ def _load(auto_class: type, folder: Path, name: str, **options: object) -> objec
         raise UserError(f"{problem}; {remedy}") from error
 
 
-@contextmanager
-def _conversion_errors() -> Iterator[None]:
-    """Raise the machine's error that stopped transformers from converting or quantizing a weight.
+def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Load the configuration. Raises UserError if it is not a causal language model's."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(f"language model {name} has no {CONFIG_FILE} in {folder}; give a transformers model")
+    config = _from_pretrained(AutoConfig, folder, name, trust_remote_code=trust_remote_code)
+    has_own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
+        raise UserError(
+            f"language model {name} is of type {config.model_type!r}, which is not a causal language model; "
+            "choose a decoder-only one (Llama, Qwen, GPT, OPT, ...)"
+        )
+    return config
 
-    transformers catches any exception there, logs its traceback as a warning, and raises a RuntimeError without it.
-    """
-    logged: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: logged.append(record.getMessage())
-    logger = logging.getLogger("transformers.modeling_utils")
-    level, propagate = logger.level, logger.propagate
-    if not logger.isEnabledFor(logging.WARNING):  # a trainer silenced it; it is read here, and stays silent
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-    logger.addHandler(handler)
-    try:
-        yield
-    except RuntimeError as error:
-        lines = (RuntimeError(line.strip()) for text in logged for line in text.splitlines())
-        raise next(filter(is_machine_error, lines), error) from None
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-        logger.propagate = propagate
+
+def _named_tokenizer(folder: Path, config: PreTrainedConfig) -> str | None:
+    """Return the tokenizer named in the configuration of a model that comes without one, such as MPT."""
+    return None if has_vocabulary(folder) else getattr(config, "tokenizer_name", None)
+
+
+def _check_not_yet_quantized(config: PreTrainedConfig, name: str, quantization: Quantization | None) -> None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None and quantization is not None:
+        method = dict(stored).get("quant_method", "an unknown method")
+        raise UserError(
+            f"language model {name}: quantization {quantization.format} given, but it is already quantized "
+            f"({method}); set quantization to none, or give the unquantized model"
+        )
+
+
+def _check_not_an_encoder(config: PreTrainedConfig, name: str) -> None:
+    """Refuse encoders: they are causal only if their configuration sets is_decoder."""
+    is_encoder_family = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
+    if is_encoder_family and not getattr(config, "is_decoder", True):
+        raise UserError(
+            f"language model {name} is a {config.model_type} encoder, whose tokens attend to later ones; "
+            f"choose a decoder-only model, or set is_decoder in its {CONFIG_FILE} if it was trained as one"
+        )
+
+
+def _check_complete(missing_keys: Iterable[str], name: str) -> None:
+    """Refuse a model with missing weights: transformers initializes them at random with only a warning."""
+    keys = sorted(missing_keys)
+    if keys:
+        raise UserError(
+            f"the files of language model {name} lack {len(keys)} of its tensors ({keys[0]}, ...); "
+            "give one that was saved whole, with its language-modelling head"
+        )

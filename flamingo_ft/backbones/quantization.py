@@ -1,28 +1,28 @@
-"""Frozen matrices kept in 8 or 4 bits, through bitsandbytes.
+"""Keep frozen matrices in 8 or 4 bits with bitsandbytes.
 
-int8 is LLM.int8() (arXiv:2208.07339): a scale per row, activations rounded too, outlier columns apart. nf4 and fp4 are
-QLoRA's 4-bit formats (arXiv:2305.14314): a scale per block of 64 weights, which double quantization keeps in 8 bits.
+int8 is LLM.int8() (arXiv:2208.07339): one scale per row, activations rounded too, outlier columns apart. nf4
+and fp4 are QLoRA's 4-bit formats (arXiv:2305.14314): one scale per block of 64 weights, kept in 8 bits by
+double quantization.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import BitsAndBytesConfig, Conv1D
 
-from flamingo_ft.backbones.rounding import rounded
+from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.errors import UserError
 
-try:
+bnb: Any = None  # without bitsandbytes, everything that is not quantized works
+with suppress(ImportError):
     import bitsandbytes as bnb
-except ImportError:  # without it, all works that is not quantized
-    bnb = None
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are not rounded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,14 +31,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 if bnb is not None:
 
     class Linear8bit(bnb.nn.Linear8bitLt):
-        """An 8-bit layer for x (..., D), as ``nn.Linear``: bitsandbytes' fails on maps (N, H, W, D), as in ConvNeXt."""
+        """8-bit layer for inputs (..., D); that of bitsandbytes fails on (N, H, W, D), as in ConvNeXt."""
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class QuantizedSection(Protocol):
-    """What a recipe says of a backbone's quantization."""
+    """The keys of a recipe's section that configure a backbone's quantization."""
 
     quantization: Literal["none", "int8", "nf4", "fp4"]
     double_quantization: bool
@@ -47,12 +47,12 @@ class QuantizedSection(Protocol):
 
 @dataclass(frozen=True)
 class Quantization:
-    """How frozen matrices are kept: their format, and the number format they are multiplied in.
+    """The format of frozen matrices, and the dtype they are multiplied in.
 
     double_quantization: keep the scales of 4-bit blocks in 8 bits.
-    compute_dtype: auto is bf16 or fp16, what the GPU has, and fp32 without one.
-    shardable: keep the bytes of 4-bit matrices as numbers of the compute dtype, which FSDP can share out among processes;
-        what they stand for is the same, so no adapter records it.
+    compute_dtype: auto is bf16 or fp16, whichever the GPU supports, and fp32 without a GPU.
+    shardable: store the bytes of 4-bit matrices as values of the compute dtype, which FSDP can shard. The
+        dequantized weights are the same, so adapters do not record it.
     """
 
     format: Literal["int8", "nf4", "fp4"]
@@ -62,18 +62,18 @@ class Quantization:
 
     @classmethod
     def of(cls, section: QuantizedSection, shardable: bool = False) -> Quantization | None:
-        """What a section of a recipe asks for; None for unquantized."""
+        """Return the quantization that a section of a recipe asks for; None for unquantized."""
         if section.quantization == "none":
             return None
         return cls(section.quantization, section.double_quantization, section.compute_dtype, shardable)
 
     @classmethod
     def from_record(cls, record: dict[str, Any] | None) -> Quantization | None:
-        """The inverse of `record`."""
+        """Invert `record`."""
         return cls(**record) if record else None
 
     def record(self) -> dict[str, Any]:
-        """As an adapter's configuration keeps it."""
+        """Return the fields that an adapter's configuration records."""
         return {name: value for name, value in asdict(self).items() if name != "shardable"}
 
     @property
@@ -86,7 +86,7 @@ class Quantization:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
     def bnb_config(self) -> BitsAndBytesConfig:
-        """The same in transformers' words."""
+        """Return the configuration for transformers."""
         require_bitsandbytes(f"quantization {self.format}")
         if self.format == "int8":
             return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=OUTLIER_THRESHOLD)
@@ -99,23 +99,30 @@ class Quantization:
         )
 
 
-def require_bitsandbytes(wanted: str, instead: str = "none") -> None:
-    """Refuse what ``wanted`` names where bitsandbytes is not installed."""
+def require_bitsandbytes(what: str, instead: str = "none") -> None:
+    """Raise UserError, naming ``what`` needs it, if bitsandbytes is not installed."""
     if bnb is None:
-        raise UserError(f"{wanted} needs bitsandbytes; pip install bitsandbytes, or use {instead}")
+        raise UserError(f"{what} needs bitsandbytes; pip install bitsandbytes, or use {instead}")
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether this is one matrix kept in 8 or 4 bits by bitsandbytes."""
+    """Return whether a module is a linear layer whose matrix bitsandbytes keeps in 8 or 4 bits."""
     return bnb is not None and isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
-def formats_in(module: nn.Module) -> set[str]:
-    """The formats, "int8" and "4bit", of the matrices in a module."""
-    if bnb is None:
-        return set()
-    kinds = {bnb.nn.Linear8bitLt: "int8", bnb.nn.Linear4bit: "4bit"}
-    return {name for part in module.modules() for kind, name in kinds.items() if isinstance(part, kind)}
+def quantization_formats(module: nn.Module) -> set[str]:
+    """Return the formats, "int8" and "4bit", of the quantized matrices in a module."""
+    formats: set[str] = set()
+    if bnb is not None:
+        for part in module.modules():
+            if isinstance(part, bnb.nn.Linear8bitLt):
+                formats.add("int8")
+            elif isinstance(part, bnb.nn.Linear4bit):
+                formats.add("4bit")
+    return formats
+
+
+# --- Quantizing
 
 
 def quantize_linears(
@@ -125,27 +132,28 @@ def quantize_linears(
     *,
     keep: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Replace every linear layer in ``module``, in place and one by one, moving each to ``device``.
+    """Quantize every linear layer in ``module``, in place and one by one, moving each to ``device``.
 
-    device: None leaves each where it is.
-    keep: the names of layers that stay as they are.
-    Raises UserError for a layer whose weights the format cannot take.
+    device: None leaves each where it is. keep: names of layers to leave unquantized.
+    Raises UserError for a layer whose dtype the format does not support.
     """
     config = quantization.bnb_config() if isinstance(quantization, Quantization) else quantization
     for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear) and not is_quantized(layer) and not keep(name):
-            _check_fits(name, layer, config)
+            _check_dtype(name, layer, config)
             target = layer.weight.device if device is None else torch.device(device)
-            module.set_submodule(name, _quantized(layer, config, target))
-    settle(module)
+            module.set_submodule(name, _quantize(layer, config, target))
+    normalize_bnb_layers(module)
 
 
-def settle(module: nn.Module) -> None:
-    """Make the quantized matrices in ``module`` answer alike on every machine and for inputs of any shape.
+def normalize_bnb_layers(module: nn.Module) -> None:
+    """Make the quantized layers in ``module`` give the same results on every machine, for inputs of any
+    shape.
 
-    On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a kernel in bfloat16 at the first evaluation,
-    after which they can be neither trained through nor read, and answers depend on the machine: that is switched off.
-    8-bit matrices become `Linear8bit`. To be called on everything that bitsandbytes' layers were put into.
+    On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a bfloat16 kernel at the first
+    evaluation. After that they can be neither trained through nor read, and results depend on the machine: it
+    is switched off. 8-bit layers become `Linear8bit`. Call it on every module in which bitsandbytes or
+    transformers replaced layers.
     """
     if bnb is None:
         return
@@ -156,46 +164,56 @@ def settle(module: nn.Module) -> None:
             part.__class__ = Linear8bit
 
 
-def shared_state(module: nn.Module) -> dict[int, Any]:
-    """For `copy.deepcopy`: what a quantized matrix keeps beside its bytes, so that a copy with the same weight shares it."""
-    if not is_quantized(module):
-        return {}
-    if isinstance(module, bnb.nn.Linear4bit):
-        return {id(module.quant_state): module.quant_state}
-    if module.weight.CB is not None:
-        module.init_8bit_state()  # else the first of both to run would take the scales for itself
-    return {id(module.state): copy.copy(module.state)}
-
-
-def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every quantized layer in ``module``, in place and one by one, by the linear layer that it stands for."""
-    for name, layer in list(module.named_modules()):
-        if is_quantized(layer):
-            module.set_submodule(name, plain_linear(layer, dtype, name).train(layer.training))
-
-
-def plain_linear(layer: nn.Module, dtype: torch.dtype, name: str = "layer") -> nn.Module:
-    """Return the unquantized layer that a quantized one stands for. GPT-2's ``Conv1D``, which transformers quantizes
-    too, keeps its matrix as (in, out). Raises UserError, naming ``name``, for weights beyond the range of ``dtype``."""
-    matrix = rounded(f"{name}.weight", dequantized(layer), dtype)
-    if is_conv1d(layer):
-        plain, matrix = Conv1D(layer.out_features, layer.in_features), matrix.T.contiguous()
+def _quantize(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> nn.Module:
+    """Return the layer quantized, on ``device``; bitsandbytes quantizes a weight when it is moved there."""
+    quantized: Any
+    if config.load_in_8bit:
+        quantized = bnb.nn.Linear8bitLt(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            has_fp16_weights=False,
+            threshold=config.llm_int8_threshold,
+            device="meta",
+        )
+        weight = (
+            layer.weight.data.cpu()
+        )  # a weight that is not on the CPU would be moved without quantizing it
     else:
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    plain.weight = nn.Parameter(matrix, requires_grad=False)
-    bias = None if layer.bias is None else rounded(f"{name}.bias", layer.bias.data, dtype)
-    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    return plain
+        quantized = bnb.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            layer.bias is not None,
+            compute_dtype=config.bnb_4bit_compute_dtype,
+            compress_statistics=config.bnb_4bit_use_double_quant,
+            quant_type=config.bnb_4bit_quant_type,
+            quant_storage=config.bnb_4bit_quant_storage,
+            device="meta",
+        )
+        weight = layer.weight.data.to(config.bnb_4bit_compute_dtype)  # the dtype it will be dequantized to
+    options = {name: value for name, value in vars(quantized.weight).items() if name not in ("CB", "SCB")}
+    parameter_class: Any = type(quantized.weight)
+    quantized.weight = parameter_class(weight, requires_grad=False, **options)
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
+    quantized.register_parameter("bias", bias)
+    return quantized.to(device).train(layer.training)
 
 
-def is_conv1d(layer: nn.Module) -> bool:
-    """Return whether a layer, or the one that was quantized into it, keeps its matrix as (in, out), as GPT-2's do."""
-    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", nn.Linear) is Conv1D
+def _check_dtype(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> None:
+    if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        target = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
+        raise UserError(
+            f"layer {name}: weights of {layer.weight.dtype} cannot be quantized to {target}; "
+            "load it in float32, bfloat16 or float16, or use none"
+        )
+
+
+# --- Quantized layers and what they stand for
 
 
 @torch.no_grad()
-def dequantized(layer: nn.Module) -> Tensor:
-    """The matrix (out, in) that a quantized layer stands for."""
+def dequantized_weight(layer: Any) -> Tensor:
+    """Return the matrix (out, in) that a quantized layer multiplies by."""
     weight = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -203,46 +221,46 @@ def dequantized(layer: nn.Module) -> Tensor:
     return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
 
 
-def _quantized(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> nn.Linear:
-    """The layer with its matrix in the wanted format, on ``device``."""
-    shape = (layer.in_features, layer.out_features, layer.bias is not None)
-    new = _empty8bit(*shape, config) if config.load_in_8bit else _empty4bit(*shape, config)
-    kept = {name: value for name, value in new.weight.__dict__.items() if name not in ("CB", "SCB")}
-    new.weight = type(new.weight)(_weight(layer, config), requires_grad=False, **kept)
-    new.bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
-    return new.to(device).train(layer.training)
+def dequantized_linear(layer: Any, dtype: torch.dtype, name: str = "layer") -> nn.Linear | Conv1D:
+    """Return the unquantized layer that a quantized one stands for: `nn.Linear`, or GPT-2's `Conv1D`.
+
+    Raises UserError, naming ``name``, for weights beyond the range of ``dtype``.
+    """
+    matrix = cast_in_range(f"{name}.weight", dequantized_weight(layer), dtype)
+    if is_conv1d(layer):
+        linear = Conv1D(layer.out_features, layer.in_features)
+        matrix = matrix.T.contiguous()
+    else:
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(matrix, requires_grad=False)
+    linear.register_parameter("bias", None)
+    if layer.bias is not None:
+        bias = cast_in_range(f"{name}.bias", layer.bias.data, dtype)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
-def _weight(layer: nn.Linear, config: BitsAndBytesConfig) -> Tensor:
-    """The matrix as bitsandbytes is to be given it."""
-    weight = layer.weight.data
-    if config.load_in_8bit:
-        return weight.cpu()  # what comes from anywhere else is moved but not quantized
-    return weight.to(config.bnb_4bit_compute_dtype)  # the dtype in which it will be dequantized
+def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every quantized layer in ``module``, in place and one by one, by its dequantized layer."""
+    for name, layer in list(module.named_modules()):
+        if is_quantized(layer):
+            module.set_submodule(name, dequantized_linear(layer, dtype, name).train(layer.training))
 
 
-def _empty8bit(in_features: int, out_features: int, bias: bool, config: BitsAndBytesConfig) -> nn.Linear:
-    options = {"has_fp16_weights": False, "threshold": config.llm_int8_threshold}
-    return bnb.nn.Linear8bitLt(in_features, out_features, bias, **options, device="meta")
+def is_conv1d(layer: nn.Module) -> bool:
+    """Return whether a layer is, or was quantized from, GPT-2's `Conv1D`, whose matrix is (in, out)."""
+    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", nn.Linear) is Conv1D
 
 
-def _empty4bit(in_features: int, out_features: int, bias: bool, config: BitsAndBytesConfig) -> nn.Linear:
-    return bnb.nn.Linear4bit(
-        in_features,
-        out_features,
-        bias,
-        compute_dtype=config.bnb_4bit_compute_dtype,
-        compress_statistics=config.bnb_4bit_use_double_quant,
-        quant_type=config.bnb_4bit_quant_type,
-        quant_storage=config.bnb_4bit_quant_storage,
-        device="meta",
-    )
+def shared_quantization_state(module: Any) -> dict[int, Any]:
+    """Return a memo for `copy.deepcopy`, with which the copy of a quantized layer shares its scales.
 
-
-def _check_fits(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> None:
-    if layer.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        wanted = "int8" if config.load_in_8bit else config.bnb_4bit_quant_type
-        raise UserError(
-            f"layer {name} has weights of {layer.weight.dtype}, which cannot be kept in {wanted}; "
-            "load it in float32, bfloat16 or float16, or use none"
-        )
+    {} for any other module. Meant for copies that also share the weight.
+    """
+    if not is_quantized(module):
+        return {}
+    if isinstance(module, bnb.nn.Linear4bit):
+        return {id(module.quant_state): module.quant_state}
+    if module.weight.CB is not None:
+        module.init_8bit_state()  # otherwise the first of the two that runs would move the scales to itself
+    return {id(module.state): copy.copy(module.state)}

@@ -1,4 +1,4 @@
-"""A vision tower as a module: built from its configuration, and from images to spatial tokens.
+"""A vision tower as a module: building it, resizing its input, quantizing it, and the tokens it gives.
 
 Shapes: N images, H and W pixels, V spatial tokens (patches), D token width.
 """
@@ -8,33 +8,46 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import open_clip
 import torch
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.timm_model import TimmModel
-from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
-from open_clip.transformer import VisionTransformer
 from PIL import Image
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 
-from flamingo_ft.backbones.image_size import refuse_part_of_a_patch, set_image_size
+from flamingo_ft.backbones.attention import unfuse_attention
+from flamingo_ft.backbones.compat import (
+    ModifiedResNet,
+    PreprocessCfg,
+    TimmModel,
+    VisionTransformer,
+    image_transform_v2,
+    merge_preprocess_dict,
+    resize_positional_embedding,
+)
+from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 
-# What torch and timm raise for images of a size that a tower is not made for.
-UNSIZEABLE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError)
+# Raised by torch and timm for an image size that a tower does not support.
+UNSUPPORTED_SIZE = (RuntimeError, AssertionError, ValueError, TypeError, IndexError, AttributeError)
+
+
+# --- Building
 
 
 def build_visual(config: dict) -> nn.Module:
     """Build the tower of a `VisionBackbone.config` with random weights; nothing is downloaded.
 
-    Under `torch.device("meta")` it costs no memory. A state dict then fills every parameter and persistent
-    buffer; the rest (tables of rotary or relative positions) comes from `non_persistent_buffers(config)`.
+    Under `torch.device("meta")` it takes no memory. A state dict then fills every parameter and persistent
+    buffer; the others (tables of rotary or relative positions) come from `non_persistent_buffers(config)`.
     """
-    # The public constructor wants a text tower too: the smallest one, dropped at once.
+    # The public constructor also builds a text tower: the smallest possible one, discarded at once.
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
-    vision_cfg = {**config["vision_cfg"], "timm_model_pretrained": False}  # else ImageNet weights are fetched
+    vision_cfg: Any = dict(
+        config["vision_cfg"], timm_model_pretrained=False
+    )  # no download of ImageNet weights
     quick_gelu = config.get("quick_gelu", False)
     visual = open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
     if config.get("image_size"):
@@ -42,47 +55,125 @@ def build_visual(config: dict) -> nn.Module:
     return visual
 
 
-def at_size(name: str, config: dict, image_size: int | None) -> dict:
-    """``config`` with another image size, after a try on the meta device. UserError where the tower cannot take it."""
-    native = config["vision_cfg"].get("image_size", 224)
-    if image_size is None or native in (image_size, [image_size, image_size]):
-        return config
-    sized = {**config, "image_size": image_size}
-    try:
-        with torch.device("meta"):
-            refuse_part_of_a_patch(build_visual(config), name, image_size)
-            spatial_tokens(build_visual(sized), torch.zeros(1, 3, image_size, image_size))
-    except UNSIZEABLE as error:
-        raise UserError(
-            f"vision tower {name} is made for images of {native} pixels and cannot take {image_size} "
-            f"({error_message(error)}); leave image_size out, or choose a ViT"
-        ) from error
-    return sized
-
-
 def non_persistent_buffers(config: dict) -> dict[str, Tensor]:
-    """The buffers of `build_visual(config)` that its state dict leaves out, on CPU, by name; {} for most.
+    """Return the buffers of `build_visual(config)` that are not in its state dict, on the CPU, by name.
 
-    Only some timm trunks have any (EVA, PE-Core, Swin). Those towers are built once in memory and dropped.
+    Only some timm trunks have any (EVA, PE-Core, Swin); those towers are built once in memory and discarded.
     """
     with torch.device("meta"):
-        names = _unstored_buffers(build_visual(config))
+        visual = build_visual(config)
+    stored = visual.state_dict().keys()
+    names = [name for name, _ in visual.named_buffers() if name not in stored]
     if not names:
         return {}
-    with torch.device("cpu"):  # the caller may be inside a meta context
+    with torch.device("cpu"):  # the caller may be in a meta context
         visual = build_visual(config)
     return {name: visual.get_buffer(name) for name in names}
 
 
-def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
-    """Tokens of the last block, one per patch, before the tower's final norm: (N, 3, H, W) -> (N, V, D).
+def token_width(visual: Any) -> int:
+    """Return D, the width of the spatial tokens. Raises UserError for anything but an OpenCLIP tower."""
+    kind = type(visual)
+    if issubclass(kind, VisionTransformer):
+        return visual.transformer.width
+    if issubclass(kind, TimmModel):
+        return visual.trunk.feature_info[-1]["num_chs"]
+    if issubclass(kind, ModifiedResNet):
+        return visual.layer4[-1].conv3.out_channels
+    raise UserError(
+        f"unknown token width of a {kind.__name__}; pass the tower of an OpenCLIP model, its .visual"
+    )
 
-    Class and register tokens are dropped; the maps of convolutional towers become tokens row by row. For CLIP
-    ViTs these are the tokens OpenFlamingo saw. The tower is frozen, and in eval mode whatever mode it is in, so
-    patch dropout, stochastic depth and batch statistics play no part; there is a gradient only where LoRA was put
-    into it and trains. Images are cast to the dtype of its first convolution.
 
-    Raises UserError when the tower has no spatial tokens.
+# --- Images
+
+
+def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
+    """Return OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W)."""
+    transform: Any = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    return transform
+
+
+def tower_preprocess(visual: nn.Module, overrides: dict, resize_mode: str | None = None) -> dict:
+    """Return the fields of OpenCLIP's PreprocessCfg: its defaults, ``overrides``, then size and resize mode.
+
+    The size is always the tower's. resize_mode: None for the one that ``overrides`` or OpenCLIP gives.
+    """
+    fields = merge_preprocess_dict(PreprocessCfg(), overrides)
+    fields = merge_preprocess_dict(fields, {"size": visual.image_size, "resize_mode": resize_mode})
+    return json.loads(json.dumps(fields))  # tuples become lists, as they will be once stored
+
+
+def set_image_size(visual: Any, image_size: int) -> None:
+    """Make ``visual`` take images of image_size x image_size pixels, in place; position embeddings are
+    interpolated.
+
+    Does what OpenCLIP's ``force_image_size`` does, for a tower that already has its weights or is on the meta
+    device. Convolutional towers take any size. Raises what torch and timm raise for a tower that does not
+    support the size.
+    """
+    if isinstance(visual, TimmModel):
+        visual.set_input_size((image_size, image_size))
+        return
+    if not isinstance(visual, VisionTransformer):
+        visual.image_size = image_size
+        return
+    visual.image_size = (image_size, image_size)
+    visual.grid_size = tuple(image_size // side for side in visual.patch_size)
+    native = visual.positional_embedding
+    embedding = native.detach().to(torch.promote_types(native.dtype, torch.float32))
+    resized = resize_positional_embedding(visual, embedding)
+    visual.positional_embedding = nn.Parameter(resized, native.requires_grad)
+
+
+def config_at_image_size(name: str, config: dict, image_size: int | None) -> dict:
+    """Return ``config`` with another image size, after a trial run on the meta device.
+
+    name: of the tower, for messages. Raises UserError if the tower does not support the size.
+    """
+    native = config["vision_cfg"].get("image_size", 224)
+    if image_size is None or native in (image_size, [image_size, image_size]):
+        return config
+    resized = {**config, "image_size": image_size}
+    try:
+        with torch.device("meta"):
+            _check_whole_patches(build_visual(config), name, image_size)
+            spatial_tokens(build_visual(resized), torch.zeros(1, 3, image_size, image_size))
+    except UNSUPPORTED_SIZE as error:
+        raise UserError(
+            f"vision tower {name} takes images of {native} pixels and does not support {image_size} "
+            f"({error_message(error)}); leave image_size out, or choose a ViT"
+        ) from error
+    return resized
+
+
+def _check_whole_patches(visual: nn.Module, name: str, image_size: int) -> None:
+    """Refuse a size at which a ViT would ignore the border of the image."""
+    embedding = getattr(visual.trunk, "patch_embed", None) if isinstance(visual, TimmModel) else visual
+    patch = getattr(embedding, "patch_size", None)
+    if patch is None or image_size % patch[0] == 0:
+        return
+    below = image_size // patch[0] * patch[0]
+    choices = " or ".join(str(size) for size in (below, below + patch[0]) if size)
+    raise UserError(
+        f"image_size: must be a multiple of the {patch[0]}-pixel patches of vision tower {name}, "
+        f"got {image_size}; use {choices}"
+    )
+
+
+# --- Spatial tokens
+
+
+def spatial_tokens(visual: Any, images: Tensor) -> Tensor:
+    """Return the last block's tokens, one per patch, before the tower's final norm: (N, 3, H, W) -> (N, V,
+    D).
+
+    Class and register tokens are dropped; the feature maps of convolutional towers become tokens row by row.
+    For CLIP ViTs these are OpenFlamingo's tokens. The tower runs in eval mode whatever mode it is in, so
+    patch dropout, stochastic depth and batch statistics have no effect, and without gradients unless it has
+    trainable LoRA. Images are cast to the dtype of the first convolution.
+
+    Raises UserError for a tower without spatial tokens.
     """
     trunk = getattr(visual, "trunk", visual)
     if not hasattr(visual, "forward_intermediates") or not hasattr(trunk, "forward_intermediates"):
@@ -90,15 +181,16 @@ def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
             f"vision tower {type(trunk).__name__} has no spatial tokens (no forward_intermediates); "
             "choose an OpenCLIP architecture such as ViT-L-14"
         )
-    with torch.set_grad_enabled(torch.is_grad_enabled() and _has_trained_lora(visual)), _eval_mode(visual):
+    needs_grad = torch.is_grad_enabled() and _has_trainable_lora(visual)
+    with torch.set_grad_enabled(needs_grad), _eval_mode(visual):
         outputs = visual.forward_intermediates(
-            _as_input(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
+            _to_input_dtype(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
         )
     return outputs["image_intermediates"][-1].flatten(2).transpose(1, 2)
 
 
-def layers_after_tokens(visual: nn.Module) -> set[nn.Module]:
-    """The modules of a tower that `spatial_tokens` does not call: poolers and heads."""
+def modules_after_tokens(visual: Any) -> set[nn.Module]:
+    """Return the modules of a tower that `spatial_tokens` does not call: poolers and heads."""
     called: set[nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in visual.modules()]
     size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
@@ -110,38 +202,13 @@ def layers_after_tokens(visual: nn.Module) -> set[nn.Module]:
     return set(visual.modules()) - called
 
 
-def token_width(visual: nn.Module) -> int:
-    """D, the width of the tower's spatial tokens. Raises UserError for what is no OpenCLIP tower."""
-    if isinstance(visual, VisionTransformer):
-        return visual.transformer.width
-    if isinstance(visual, TimmModel):
-        return visual.trunk.feature_info[-1]["num_chs"]
-    if isinstance(visual, ModifiedResNet):
-        return visual.layer4[-1].conv3.out_channels
-    raise UserError(
-        f"the token width of a {type(visual).__name__} is not known; pass an OpenCLIP tower (model.visual)"
-    )
-
-
-def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
-    """OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W), normalised."""
-    return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
-
-
-def tower_preprocess(visual: nn.Module, overrides: dict, resize_mode: str | None = None) -> dict:
-    """OpenCLIP's rule: its defaults, then the overrides, then always the tower's image size; and what is wished for."""
-    wanted = {"size": visual.image_size, "resize_mode": resize_mode}
-    fields = merge_preprocess_dict(merge_preprocess_dict(PreprocessCfg(), overrides), wanted)
-    return json.loads(json.dumps(fields))  # tuples become lists, as they will be once stored
-
-
-def _has_trained_lora(module: nn.Module) -> bool:
+def _has_trainable_lora(module: nn.Module) -> bool:
     return any(parameter.requires_grad and ".lora_" in name for name, parameter in module.named_parameters())
 
 
 @contextmanager
 def _eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put every submodule but LoRA's own in eval mode, and back in its own mode afterwards."""
+    """Put every submodule except LoRA's in eval mode, and restore its mode afterwards."""
     training = [part for name, part in module.named_modules() if part.training and ".lora_" not in name]
     for submodule in training:
         submodule.training = False
@@ -152,12 +219,51 @@ def _eval_mode(module: nn.Module) -> Iterator[None]:
             submodule.training = True
 
 
-def _unstored_buffers(visual: nn.Module) -> list[str]:
-    stored = visual.state_dict().keys()
-    return [name for name, _ in visual.named_buffers() if name not in stored]
+def _to_input_dtype(visual: nn.Module, images: Tensor) -> Tensor:
+    for module in visual.modules():
+        if isinstance(module, nn.Conv2d):
+            return images.to(module.weight.dtype)
+    return images
 
 
-def _as_input(visual: nn.Module, images: Tensor) -> Tensor:
-    convolutions = (module for module in visual.modules() if isinstance(module, nn.Conv2d))
-    first = next(convolutions, None)
-    return images if first is None else images.to(first.weight.dtype)
+# --- Quantization
+
+
+def quantize_tower(
+    visual: nn.Module,
+    quantization: Quantization | BitsAndBytesConfig,
+    device: torch.device | str | None = None,
+    *,
+    keep: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Unfuse the attention of ``visual`` and quantize its linear layers, in place, then move it to
+    ``device``.
+
+    device: None leaves each part where it is. keep: names of layers to leave unquantized.
+    Raises UserError for a tower without matrices to quantize, and for a layer that the format does not
+    support.
+    """
+    check_quantizable(visual)
+    unfuse_attention(visual)
+    # An nn.MultiheadAttention that is still fused reads its matrices without calling its submodules.
+    fused = [name for name, module in visual.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    inside = tuple(f"{name}." for name in fused)
+    quantize_linears(visual, quantization, device, keep=lambda name: name.startswith(inside) or keep(name))
+    if device is not None:
+        visual.to(device)
+
+
+def check_quantizable(visual: Any) -> None:
+    """Refuse a tower without linear layers. A head on convolutions does not count: spatial tokens skip it."""
+    if isinstance(visual, VisionTransformer):
+        return
+    if isinstance(visual, TimmModel):
+        trunk: Any = visual.trunk
+        head = trunk.get_classifier()
+        if any(isinstance(module, nn.Linear) and module is not head for module in trunk.modules()):
+            return
+    kind = type(getattr(visual, "trunk", visual)).__name__
+    raise UserError(
+        f"vision tower {kind} has convolutions and no matrices to quantize; set its quantization to none, "
+        "or choose a ViT, SigLIP, EVA or ConvNeXt tower"
+    )

@@ -1,4 +1,4 @@
-"""Where a vision tower comes from: an OpenCLIP architecture and tag, a folder, or a repository on the Hub."""
+"""Find a vision tower: an OpenCLIP architecture and tag, a folder, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
-from open_clip.pretrained import download_pretrained_from_hf
 
-from flamingo_ft.backbones.license import license_in, license_on_hub
+from flamingo_ft.backbones.compat import download_pretrained_from_hf
+from flamingo_ft.backbones.provenance import license_in, license_on_hub
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.errors import hub_error
@@ -30,8 +31,13 @@ NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
 
 
 @dataclass(frozen=True)
-class Located:
-    """A tower found but not loaded yet. `model` and `weights` are what `open_clip.create_model` takes."""
+class TowerSource:
+    """A tower that was found and is not loaded yet.
+
+    model, weights: what `open_clip.create_model` takes as model and pretrained. config: for `build_visual`.
+    has_weights: False for random weights. preprocess: fields of OpenCLIP's PreprocessCfg.
+    repository, revision: on the Hub. folder: on this machine.
+    """
 
     model: str
     config: dict
@@ -43,119 +49,136 @@ class Located:
     folder: Path | None = None
 
     def license(self) -> str | None:
-        """As the model card states it, in its folder or its repository on the Hub."""
+        """Return the license stated on the model card in its folder or its Hub repository."""
         if self.folder is not None:
             return license_in(self.folder.parent if self.folder == NANO_FOLDER else self.folder)
         return None if self.repository is None else license_on_hub(self.repository, self.revision)
 
 
+# --- Names
+
+
 def is_architecture(name: str) -> bool:
-    """Whether OpenCLIP has an architecture of this name."""
-    return name.replace("/", "-") in open_clip.list_models()  # "ViT-B/32", as OpenCLIP reads it
+    """Return whether OpenCLIP has an architecture of this name; "ViT-B/32" is "ViT-B-32" as in OpenCLIP."""
+    return _dashed(name) in open_clip.list_models()
 
 
-def local_source(name: str, pretrained: str | None) -> tuple[str, str | None]:
-    """The same two names, absolute where they are paths: what to record of a tower."""
-    folder = _local_folder(name, pretrained)
-    file = local_weights(pretrained) if pretrained and not _has_tag(name, pretrained) else None
-    return (str(folder.absolute()) if folder else name), (str(file.absolute()) if file else pretrained)
+def _dashed(name: str) -> str:
+    return name.replace("/", "-")
 
 
-def locate(name: str, pretrained: str | None, revision: str | None) -> Located:
-    folder, architecture = _local_folder(name, pretrained), name.replace("/", "-")
-    if folder is None and is_architecture(name):
-        return _locate_architecture(architecture, pretrained, revision)
-    if pretrained:
-        raise UserError(f"pretrained {pretrained} goes with an OpenCLIP architecture, not {name}; remove it")
-    if name == NANO:
-        return _locate_folder(NANO_FOLDER)
-    if name.startswith(ON_HUB):
-        return _locate_on_hub(name.removeprefix(ON_HUB), revision)
-    if folder is not None:
-        return _locate_folder(folder, name=name)
-    nearest = difflib.get_close_matches(architecture, ["nano", *open_clip.list_models()], n=3, cutoff=0.4)
-    raise UserError(
-        f"vision tower {name} is no folder, no hf-hub:ORG/NAME and no OpenCLIP architecture; nearest known: "
-        + (", ".join(nearest) or "none, see open_clip.list_models()")
-    )
+def _has_tag(name: str, pretrained: str) -> bool:
+    """Return whether OpenCLIP has weights with this tag for an architecture."""
+    return is_architecture(name) and bool(open_clip.get_pretrained_cfg(_dashed(name), pretrained))
 
 
 def _local_folder(name: str, pretrained: str | None) -> Path | None:
-    """The folder that a tower's name stands for; None for one that comes from elsewhere."""
+    """Return the folder that a tower's name stands for; None if it comes from elsewhere."""
     folder = local_tower(name, pretrained)
     if folder is None or (is_architecture(name) and not folder.is_dir()):
         return None
     return folder
 
 
-def native_config(name: str, pretrained: str | None) -> dict:
-    if pretrained and is_architecture(name):
-        architecture = name.replace("/", "-")
-        _refuse_unknown_tag(architecture, pretrained)
-        return _locate_architecture(architecture, None, None).config
-    if not name.startswith(ON_HUB):
-        return locate(name, None, None).config
-    file = _download(name.removeprefix(ON_HUB), OPEN_CLIP_CONFIG_FILE, None)
-    return _read_config(file)[0]
+def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
+    """Return name and pretrained with absolute paths for folders and files, as recorded with an adapter."""
+    folder = _local_folder(name, pretrained)
+    file = local_weights(pretrained) if pretrained and not _has_tag(name, pretrained) else None
+    return (str(folder.absolute()) if folder else name), (str(file.absolute()) if file else pretrained)
 
 
 def hub_repository(name: str, pretrained: str | None) -> str | None:
-    """The repository on the Hub that a tower's weights come from; None where they come from elsewhere."""
+    """Return the Hub repository of a tower's weights; None if they come from elsewhere."""
     if name.startswith(ON_HUB):
         return name.removeprefix(ON_HUB)
-    architecture = name.replace("/", "-")
-    known = pretrained and architecture in open_clip.list_models()
-    tag = open_clip.get_pretrained_cfg(architecture, pretrained) if known else {}
+    if not pretrained or not is_architecture(name):
+        return None
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(_dashed(name), pretrained)
     return os.path.split(tag.get("hf_hub") or "")[0] or None
 
 
-def _locate_architecture(name: str, pretrained: str | None, revision: str | None) -> Located:
-    model_cfg = open_clip.get_model_config(name)
-    if not pretrained:
-        return Located(name, _tower_config(model_cfg), has_weights=False)
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
-    if tag:
-        repository, file = os.path.split(tag["hf_hub"])
-        weights = _download(repository, file or None, revision)
-        model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
-        return Located(
-            name, _tower_config(model_cfg), str(weights), True, tag, commit_of(weights), repository
+# --- Finding
+
+
+def find_tower(name: str, pretrained: str | None, revision: str | None) -> TowerSource:
+    """Find the tower for `load_vision`, and download what is not on this machine. Raises as it does."""
+    folder = _local_folder(name, pretrained)
+    if folder is None and is_architecture(name):
+        return _find_architecture(_dashed(name), pretrained, revision)
+    if pretrained:
+        raise UserError(
+            f"pretrained {pretrained} needs an OpenCLIP architecture, got {name}; remove pretrained"
         )
-    _refuse_unknown_tag(name, pretrained)
-    return Located(name, _tower_config(model_cfg), str(local_weights(pretrained)))
+    if name == NANO:
+        return _find_in_folder(NANO_FOLDER)
+    if name.startswith(ON_HUB):
+        return _find_on_hub(name.removeprefix(ON_HUB), revision)
+    if folder is not None:
+        if not folder.is_dir():
+            hint = missing_path_message(name.removeprefix(LOCAL_DIR), on_hub=f"{ON_HUB}{name}")
+            raise UserError(f"vision tower: {hint}")
+        return _find_in_folder(folder)
+    nearest = difflib.get_close_matches(_dashed(name), ["nano", *open_clip.list_models()], n=3, cutoff=0.4)
+    raise UserError(
+        f"vision tower {name} is not a folder, hf-hub:ORG/NAME or OpenCLIP architecture; nearest known: "
+        + (", ".join(nearest) or "none, see open_clip.list_models()")
+    )
 
 
-def _has_tag(name: str, pretrained: str) -> bool:
-    """Whether OpenCLIP has weights of this tag for an architecture."""
-    return is_architecture(name) and bool(open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained))
+def native_tower_config(name: str, pretrained: str | None) -> dict:
+    """Return the tower's configuration at its own image size; of a Hub repository, download only that."""
+    if pretrained and is_architecture(name):
+        _check_tag_or_file(_dashed(name), pretrained)
+        return _tower_config(_model_config(_dashed(name)))
+    if name.startswith(ON_HUB):
+        return _read_config(_download(name.removeprefix(ON_HUB), OPEN_CLIP_CONFIG_FILE, None))[0]
+    return find_tower(name, None, None).config
 
 
-def _refuse_unknown_tag(name: str, pretrained: str) -> None:
-    file = None if _has_tag(name, pretrained) else local_weights(pretrained)
-    if file is not None and not file.is_file():
-        raise UserError(f"weights of {name}: {missing_path_message(pretrained)}")
-    if file is None and not _has_tag(name, pretrained):
+def _find_architecture(name: str, pretrained: str | None, revision: str | None) -> TowerSource:
+    model_cfg = _model_config(name)
+    if not pretrained:
+        return TowerSource(name, _tower_config(model_cfg), has_weights=False)
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(name, pretrained)
+    if not tag:
+        _check_tag_or_file(name, pretrained)
+        return TowerSource(name, _tower_config(model_cfg), weights=str(local_weights(pretrained)))
+    repository, file = os.path.split(tag["hf_hub"])
+    weights = _download(repository, file or None, revision)
+    model_cfg["quick_gelu"] = model_cfg.get("quick_gelu", False) or tag.get("quick_gelu", False)
+    return TowerSource(
+        name,
+        _tower_config(model_cfg),
+        weights=str(weights),
+        preprocess=tag,
+        revision=commit_of(weights),
+        repository=repository,
+    )
+
+
+def _check_tag_or_file(name: str, pretrained: str) -> None:
+    if _has_tag(name, pretrained):
+        return
+    file = local_weights(pretrained)
+    if file is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
             f"{name} has no pretrained tag {pretrained}, nor is that a file; "
             f"tags of {name}: {tags}; or give a file with weights"
         )
+    if not file.is_file():
+        raise UserError(f"weights of {name}: {missing_path_message(pretrained)}")
 
 
-def _locate_on_hub(repository: str, revision: str | None) -> Located:
+def _find_on_hub(repository: str, revision: str | None) -> TowerSource:
     config_file = _download(repository, OPEN_CLIP_CONFIG_FILE, revision)
-    _download(repository, None, commit_of(config_file))
-    return replace(
-        _locate_folder(config_file.parent, commit_of(config_file)), repository=repository, folder=None
-    )
+    commit = commit_of(config_file)
+    _download(repository, None, commit)
+    tower = _find_in_folder(config_file.parent)
+    return replace(tower, revision=commit, repository=repository, folder=None)
 
 
-def _locate_folder(folder: Path, revision: str | None = None, name: str | None = None) -> Located:
-    """name: what the folder was asked for by, where it may not exist."""
-    if name is not None and not folder.is_dir():
-        raise UserError(
-            f"vision tower: {missing_path_message(name.removeprefix(LOCAL_DIR), on_hub=f'{ON_HUB}{name}')}"
-        )
+def _find_in_folder(folder: Path) -> TowerSource:
     file = folder / OPEN_CLIP_CONFIG_FILE
     if not file.is_file():
         raise UserError(
@@ -164,27 +187,27 @@ def _locate_folder(folder: Path, revision: str | None = None, name: str | None =
     config, preprocess = _read_config(file)
     if not any(entry.suffix in OPEN_CLIP_SUFFIXES for entry in folder.iterdir()):
         raise UserError(f"{folder} holds no weights; add {OPEN_CLIP_WEIGHTS}")
-    return Located(f"local-dir:{folder}", config, preprocess=preprocess, revision=revision, folder=folder)
+    return TowerSource(f"local-dir:{folder}", config, preprocess=preprocess, folder=folder)
+
+
+# --- Files
 
 
 def _read_config(file: Path) -> tuple[dict, dict]:
-    """The tower's configuration, and what the file says of the image transform."""
+    """Read the tower's configuration and the fields of the image transform from open_clip_config.json."""
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
         return _tower_config(contents["model_cfg"]), contents.get("preprocess_cfg", {})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is no OpenCLIP configuration ({error_message(error)}); correct it"
+            f"{file} is not an OpenCLIP configuration ({error_message(error)}); correct it"
         ) from error
 
 
-def _download(repository: str, file: str | None, revision: str | None) -> Path:
-    """Fetch one file of a Hub repository (None: its weights) into the cache, unless it is there."""
-    try:
-        return Path(download_pretrained_from_hf(repository, filename=file, revision=revision))
-    except FileNotFoundError as error:  # open_clip turns every failure into this one
-        wanted = f"{file or 'weights'} of vision tower {repository} (revision {revision or 'main'})"
-        raise hub_error(wanted, error) from None
+def _model_config(architecture: str) -> dict[str, Any]:
+    model_cfg = open_clip.get_model_config(architecture)
+    assert model_cfg is not None, architecture  # None only for names that OpenCLIP does not list
+    return model_cfg
 
 
 def _tower_config(model_cfg: dict) -> dict:
@@ -193,3 +216,12 @@ def _tower_config(model_cfg: dict) -> dict:
         "vision_cfg": model_cfg["vision_cfg"],
         "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
     }
+
+
+def _download(repository: str, file: str | None, revision: str | None) -> Path:
+    """Download one file of a Hub repository (None: its weights) into the cache, unless it is there."""
+    try:
+        return Path(download_pretrained_from_hf(repository, filename=file, revision=revision))
+    except FileNotFoundError as error:  # open_clip raises this for every failure
+        what = f"{file or 'weights'} of vision tower {repository} (revision {revision or 'main'})"
+        raise hub_error(what, error) from None

@@ -1,51 +1,60 @@
-"""OpenCLIP vision towers, loaded with their weights."""
+"""Load OpenCLIP vision towers."""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import serialization
 
-from flamingo_ft.backbones.device import default_device
-from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.image_size import set_image_size
+from flamingo_ft.backbones.compat import find_weights_in_folder, load_visual_state_dict
+from flamingo_ft.backbones.device_and_dtype import default_device
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
-from flamingo_ft.backbones.quantized_tower import quantize_tower
 from flamingo_ft.backbones.tower import (
-    at_size,
     build_visual,
+    config_at_image_size,
     non_persistent_buffers,
+    quantize_tower,
+    set_image_size,
     token_width,
     tower_preprocess,
 )
-from flamingo_ft.backbones.tower_source import Located, local_source, locate, native_config
-from flamingo_ft.backbones.tower_weights import StoredTensors, fill_from_file, let_go_of_file, weights_file
+from flamingo_ft.backbones.tower_source import TowerSource, absolute_names, find_tower, native_tower_config
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import reraise_machine_error
 
-# What open_clip, torch and safetensors raise for files that are missing, broken or of another architecture.
+# Raised by open_clip, torch and safetensors for files that are missing, damaged or of another architecture.
 UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)
+LOAD_CONFIG: Any = serialization.config  # torch's options of torch.load
+NUMPY_SUFFIXES = (
+    ".npz",
+    ".npy",
+)  # big_vision's weights, which OpenCLIP writes into the tower tensor by tensor
 
 
 @dataclass(frozen=True)
 class VisionBackbone:
-    """A vision tower and what is needed to rebuild it, to feed it and to recognise it.
+    """A vision tower, and what is needed to rebuild it, to preprocess its images and to identify it.
 
     visual: OpenCLIP's `.visual`, frozen and in eval mode.
-    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"}, for `build_visual`; "image_size" where it is another
-        than the architecture's.
+    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"} for `build_visual`; also "image_size" if that
+        is not the architecture's.
     preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
     width: D, the width of its spatial tokens.
-    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, folders and files by their absolute
-        paths; the digest is of the tower's tensors before they were brought to another image size or quantized.
-    license: as its model card states it, None where it does not.
+    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, with absolute paths
+        for folders and files; the hash is of the tower's tensors before resizing and quantization.
+    license: as stated on its model card; None if it is not.
     """
 
     visual: nn.Module
@@ -70,90 +79,145 @@ def load_vision(
 
     name: "nano"; a folder in OpenCLIP's local-dir format; "hf-hub:org/name"; or an OpenCLIP architecture.
     pretrained: for an architecture, one of its tags or a file with weights; None gives random weights.
-    revision: commit, branch or tag of the Hub repository that holds the weights; None is its main branch.
-    quantization: how its matrices are kept; the rest of it is then in the compute dtype.
-    device: where it goes; None leaves it on the CPU, or with quantization puts it on the GPU where there is one.
-    image_size: pixels (height and width) that it takes, position embeddings interpolated; None for its own.
-    resize_mode: "shortest" (then cropped), "longest" (then padded) or "squash"; None for its own.
+    revision: commit, branch or tag of the Hub repository with the weights; None is its main branch.
+    quantization: format of its matrices; the other parameters are then in the compute dtype.
+    device: None is the CPU or, with quantization, the GPU if there is one.
+    image_size: height and width in pixels, position embeddings interpolated; None for the tower's own.
+    resize_mode: "shortest" (then cropped), "longest" (then padded) or "squash"; None for the tower's own.
 
-    A tag trained with QuickGELU gets QuickGELU, whatever the architecture's name says: OpenCLIP 3 only warns
-    (as for ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights know.
-    A file with weights is taken to fit the architecture as named, with OpenCLIP's default preprocessing.
+    A tag trained with QuickGELU gets QuickGELU whatever the architecture's name says: OpenCLIP 3 only warns
+    (as for ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights were
+    trained on. A file with weights must fit the architecture as named, and gets OpenCLIP's default
+    preprocessing.
 
-    Raises UserError for an unknown name or tag, a download that fails, weights that do not fit, a tower without
-    matrices that could be quantized, and one that cannot take the image size.
+    Raises UserError for an unknown name or tag, a failed download, weights that do not fit, a tower without
+    matrices to quantize, and an unsupported image size.
     """
     if quantization is not None:
         require_bitsandbytes(f"quantization {quantization.format}")
-    located = locate(name, pretrained, revision)
-    if revision and located.revision is None:
-        raise UserError(f"revision {revision} asked of {name}, which is not on the Hub; remove the revision")
-    config = at_size(name, located.config, image_size)
-    visual, stored = _load_lean(located) if quantization else (_load(located), None)
+    tower = find_tower(name, pretrained, revision)
+    if revision and tower.revision is None:
+        raise UserError(f"revision {revision} given for {name}, which is not on the Hub; remove the revision")
+    config = config_at_image_size(name, tower.config, image_size)
+    if quantization is None:
+        visual = _load(tower)
+        sha256 = tensors_sha256(visual)
+    else:
+        visual, stored = _load_memory_mapped(tower)
+        sha256 = tensors_sha256(stored)
     visual.eval().requires_grad_(False)
-    sha256 = tensors_sha256(visual if stored is None else stored)
     if "image_size" in config:
-        set_image_size(visual, image_size)
+        set_image_size(visual, config["image_size"])
     if quantization is not None:
         device = device or default_device()
         quantize_tower(visual, quantization, device)
-        let_go_of_file(visual)
+        _copy_from_file(visual)
         visual.to(quantization.dtype)
+    recorded_name, recorded_pretrained = absolute_names(name, pretrained)
     return VisionBackbone(
         visual=visual if device is None else visual.to(device),
         config=config,
-        preprocess=tower_preprocess(visual, located.preprocess, resize_mode),
+        preprocess=tower_preprocess(visual, tower.preprocess, resize_mode),
         width=token_width(visual),
-        source=dict(
-            **dict(zip(("name", "pretrained"), local_source(name, pretrained), strict=True)),
-            revision=located.revision,
-            sha256=sha256,
-            quantization=quantization.record() if quantization else None,
-            image_size=image_size,
-        ),
-        license=located.license(),
+        source={
+            "name": recorded_name,
+            "pretrained": recorded_pretrained,
+            "revision": tower.revision,
+            "sha256": sha256,
+            "quantization": quantization.record() if quantization else None,
+            "image_size": image_size,
+        },
+        license=tower.license(),
     )
 
 
 def tower_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> dict:
-    """A `VisionBackbone.config` by what `load_vision` takes; of a Hub repository only it is fetched. UserError as there."""
-    return at_size(name, native_config(name, pretrained), image_size)
+    """Return the `VisionBackbone.config` that `load_vision` would give, without its weights. Raises as it
+    does.
+
+    From a Hub repository, only the configuration is downloaded.
+    """
+    return config_at_image_size(name, native_tower_config(name, pretrained), image_size)
 
 
-def _load(located: Located) -> nn.Module:
-    """The tower with its weights, or with random ones. OpenCLIP loads both towers from one file; the text tower is
-    dropped."""
-    if not located.has_weights:
-        return build_visual(located.config)
-    with _told(located):
-        return open_clip.create_model(
-            located.model,
-            pretrained=located.weights,
-            force_quick_gelu=located.config["quick_gelu"],
+# --- Loading weights
+
+
+def _load(tower: TowerSource) -> nn.Module:
+    """Load the tower, or build it with random weights. OpenCLIP's text tower is dropped."""
+    if not tower.has_weights:
+        return build_visual(tower.config)
+    with _loading_errors(tower):
+        model: Any = open_clip.create_model(
+            tower.model,
+            pretrained=tower.weights,
+            force_quick_gelu=tower.config["quick_gelu"],
             require_pretrained=True,
-        ).visual
+        )
+        return model.visual
 
 
-def _load_lean(located: Located) -> tuple[nn.Module, StoredTensors | None]:
-    """The same with no more than the file in memory, and the tensors that the tower would hold otherwise."""
-    file = weights_file(located.model, located.weights) if located.has_weights else None
+class TensorsInDtypes(Mapping[str, Tensor]):
+    """Tensors in other dtypes, each converted when it is read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]):
+        self._tensors = tensors
+        self._dtypes = dtypes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].to(self._dtypes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, nn.Module | TensorsInDtypes]:
+    """Load the tower for quantization, without a second copy in memory.
+
+    OpenCLIP builds both towers with random weights and loads the file beside them: three times the tower.
+    Here the tower is on the meta device and takes the file's tensors, memory-mapped if the format allows it
+    and in the file's dtypes. Also returns what to hash: the tensors in the dtypes that `_load` would give
+    them.
+    """
+    file = _weights_file(tower)
     if file is None:
-        return _load(located), None
-    buffers = non_persistent_buffers(located.config)
+        visual = _load(tower)
+        return visual, visual
+    buffers = non_persistent_buffers(tower.config)
     with torch.device("meta"):
-        visual = build_visual(located.config)
-    with _told(located):
-        stored = fill_from_file(visual, file)
+        visual = build_visual(tower.config)
+    dtypes = {name: tensor.dtype for name, tensor in visual.state_dict().items()}
+    # torch cannot map files of its format before 1.6, which are not zip archives.
+    with _loading_errors(tower), LOAD_CONFIG.patch({"load.mmap": zipfile.is_zipfile(file)}):
+        visual.load_state_dict(load_visual_state_dict(file, visual), strict=True, assign=True)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(visual.get_submodule(owner), leaf, buffer)
-    return visual, stored
+    return visual, TensorsInDtypes(visual.state_dict(), dtypes)
+
+
+def _weights_file(tower: TowerSource) -> Path | None:
+    """Return the file that `open_clip.create_model` would load; None without one, or for NumPy arrays."""
+    if not tower.has_weights:
+        return None
+    file = tower.weights or find_weights_in_folder(Path(tower.model.removeprefix("local-dir:")))
+    return None if file is None or Path(file).suffix in NUMPY_SUFFIXES else Path(file)
+
+
+def _copy_from_file(visual: nn.Module) -> None:
+    """Copy the unquantized tensors, which may be mapped from a file that could change or be removed."""
+    for tensor in (*visual.parameters(), *visual.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 @contextmanager
-def _told(located: Located) -> Iterator[None]:
-    """Turn what goes wrong with a file into one line."""
-    file = located.weights or located.model
+def _loading_errors(tower: TowerSource) -> Iterator[None]:
+    """Raise UserError, in one line, for a file that cannot be loaded."""
+    file = tower.weights or tower.model
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -161,6 +225,6 @@ def _told(located: Located) -> Iterator[None]:
     except UNLOADABLE as error:
         reraise_machine_error(error)
         raise UserError(
-            f"cannot load {file} as {located.model}: {error_message(error)}; "
+            f"cannot load {file} as {tower.model}: {error_message(error)}; "
             "check that weights and architecture belong together"
         ) from error

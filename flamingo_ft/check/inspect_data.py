@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from flamingo_ft.backbones.context import ENDLESS, context_length
+from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import DataSection, DataSource
@@ -21,8 +21,7 @@ from flamingo_ft.data.sample import message_text
 from flamingo_ft.data.schemas import SCHEMAS
 from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
-from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of, questions_of
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.backbone_files import BackboneFiles
 from flamingo_ft.model.download import is_url
@@ -80,7 +79,7 @@ class LengthCounter:
 
     def __init__(self, language: str):
         self.processor, self.context = _local_processor(language)
-        self._ends = frozenset() if self.processor is None else answer_ends(self.processor)
+        self._ends = frozenset() if self.processor is None else end_tokens_of(self.processor)
 
     def lengths(self) -> TextLengths:
         """Nothing measured yet."""
@@ -92,7 +91,7 @@ class LengthCounter:
             text, answers = _estimated(sample)
         else:
             encoded = encode(self.processor, sample)
-            text, answers = encoded.text_tokens, answers_of(self.processor, sample, encoded, self._ends)
+            text, answers = encoded.text_tokens, answer_lengths(self.processor, sample, encoded, self._ends)
         lengths.text_tokens = max(lengths.text_tokens, text)
         lengths.answer_tokens = max([lengths.answer_tokens, *answers])
         lengths.over_context += self.context is not None and text > self.context
@@ -219,7 +218,7 @@ def _local_processor(language: str) -> tuple[FlamingoProcessor | None, int | Non
     processor = BackboneFiles(tower_config("nano"), None, config, tokenizer).processor()
     apply_template(processor, DataSection(train=(DataSource(path=Path()),)))
     context = context_length(config)
-    return processor, None if context >= ENDLESS else context
+    return processor, None if context >= NO_CONTEXT_LIMIT else context
 
 
 def _estimated(sample: Sample) -> tuple[int, list[int]]:

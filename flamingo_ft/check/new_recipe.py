@@ -15,10 +15,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from flamingo_ft.config import DataSection, DataSource, load_recipe
-from flamingo_ft.config.data import FORMATS
-from flamingo_ft.config.document import parse
+from flamingo_ft.config.data_section import FORMATS
 from flamingo_ft.config.keys import MODELINE, schema_text
 from flamingo_ft.config.library import SCHEMA_FILE
+from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from flamingo_ft.cli.recipes import recipes_app
-from flamingo_ft.errors import OutOfMemory, Stopped, ToldElsewhere, UserError
+from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 
 if TYPE_CHECKING:
     from flamingo_ft.data import OpenedData
@@ -78,7 +78,7 @@ def train(
     """Train the bridge as RECIPE says, evaluate it and save it as an adapter."""
     from flamingo_ft.config import load_recipe
     from flamingo_ft.config.library import find_recipe
-    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_elsewhere
+    from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     path = find_recipe(recipe)
     settings = load_recipe(path, overrides or ())
@@ -88,14 +88,14 @@ def train(
             "found --overwrite and --resume; one begins anew, the other goes on: give one of them"
         )
     if resume:
-        refuse_elsewhere(path, settings.train)
+        refuse_lost_run(path, settings.train)
     earlier = prepare_output_dir(folder, overwrite=overwrite) if _is_main_process() and not resume else None
     if earlier:
         typer.echo(f"moved the earlier run to {earlier}", err=True)
 
-    from flamingo_ft.training import run
+    from flamingo_ft.training.train import train as run_training
 
-    metrics = run.train(settings, _tell_sources, resume=resume, say=_say)
+    metrics = run_training(settings, _tell_sources, resume=resume, log=_say)
     if _is_main_process():
         _print_metrics(metrics)
         typer.echo(f"adapter in {folder}; ask it: flamingo-ft generate {folder} --image FILE --prompt TEXT")
@@ -170,10 +170,10 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure accuracy on held-out samples, of a run's adapter, a converted one or a merged model."""
-    from flamingo_ft.evaluation import run
+    """Evaluate a run's adapter, a converted one or a merged model on held-out samples."""
+    from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
-    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data), overrides or (), _say))
+    _print_metrics(evaluate_adapter(adapter, None if data is None else str(data), overrides or (), _say))
 
 
 @app.command()
@@ -187,9 +187,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")] = 64,
 ) -> None:
     """Answer a prompt about images."""
-    from flamingo_ft.inference import answer
+    from flamingo_ft.inference.answer import answer
 
-    typer.echo(answer.answer(adapter, image or [], prompt, max_new_tokens))
+    typer.echo(answer(adapter, image or [], prompt, max_new_tokens))
 
 
 @app.command()
@@ -369,7 +369,7 @@ def push(
     from flamingo_ft import publish
 
     options = {"private": private, "revision": revision, "merged": merged, "base": base, "license": license_}
-    pushed = publish.push(folder, repository, start=start, say=_say, **options)
+    pushed = publish.push(folder, repository, start=start, log=_say, **options)
     typer.echo(
         f"{pushed.repository} is at {pushed.url}" + (f", its base in {pushed.base}" if pushed.base else "")
     )
@@ -405,10 +405,11 @@ def _tell_sources(data: OpenedData) -> None:
 def _print_metrics(metrics: dict) -> None:
     from rich.console import Console
 
-    from flamingo_ft.cli.report_table import accuracy_table, evaluation_lines, training_line
+    from flamingo_ft.cli.report_table import evaluation_lines, evaluation_tables, training_line
 
     if metrics.get("eval"):
-        Console().print(accuracy_table(metrics["eval"]))
+        for table in evaluation_tables(metrics["eval"]):
+            Console().print(table)
         for line in evaluation_lines(metrics["eval"]):
             typer.echo(line)
     if metrics.get("train"):
@@ -453,7 +454,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's mistake is told in a line, without a traceback."""
     try:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
-    except ToldElsewhere:
+    except ReportedElsewhere:
         return MISTAKE
     except OutOfMemory as error:
         code = _refuse(str(error))
@@ -462,7 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except UserError as error:
         return _refuse(str(error))
-    except Stopped as stopped:
+    except StoppedBySignal as stopped:
         return _tell_how_to_go_on(stopped, sys.argv[1:] if arguments is None else arguments)
     except typer.TyperException as error:
         return _refuse(f"{_usage_problem(error)}; see {_command_of(error)} --help")
@@ -493,7 +494,7 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _tell_how_to_go_on(stopped: Stopped, arguments: Sequence[str]) -> int:
+def _tell_how_to_go_on(stopped: StoppedBySignal, arguments: Sequence[str]) -> int:
     command = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     if _is_main_process():
         _say(f"{stopped}; go on with: flamingo-ft {shlex.join(command)} --resume")

@@ -1,24 +1,32 @@
-"""The recipe: everything a run is made of, in one strict and typed YAML file.
+"""The recipe: one strict and typed YAML file that describes a run completely.
 
-`schema` declares the keys; `loading` reads a file, or a packaged recipe by its name, into a `Recipe`.
+`recipe` declares it, one file per section; `load_recipe` reads a file, or a packaged recipe by its name.
 """
 
-from flamingo_ft.config.data import AugmentationSection, CacheSection, DataSection, DataSource
+from flamingo_ft.config.data_section import AugmentationSection, CacheSection, DataSection, DataSource
 from flamingo_ft.config.loading import METRICS_FILE, RECIPE_FILE, dump_recipe, load_recipe
-from flamingo_ft.config.schema import (
+from flamingo_ft.config.model_section import (
     CrossAttentionSection,
     LanguageSection,
     LoraPart,
     LoraSection,
     ModelSection,
     PerceiverSection,
-    Recipe,
     TrainableSection,
     VisionSection,
 )
-from flamingo_ft.config.train import DecaysSection, DpoSection, EvalSection, RatesSection, TrainSection
+from flamingo_ft.config.recipe import Recipe
+from flamingo_ft.config.train_section import (
+    DecaysSection,
+    DpoSection,
+    EvalSection,
+    RatesSection,
+    TrainSection,
+)
 
 __all__ = [
+    "METRICS_FILE",
+    "RECIPE_FILE",
     "AugmentationSection",
     "CacheSection",
     "CrossAttentionSection",
@@ -37,8 +45,6 @@ __all__ = [
     "TrainSection",
     "TrainableSection",
     "VisionSection",
-    "METRICS_FILE",
-    "RECIPE_FILE",
     "dump_recipe",
     "load_recipe",
 ]

@@ -1,101 +1,223 @@
-"""Cross-field validation errors beside those of single values.
-
-Cross-field validation runs only where every value is valid. So invalid values are replaced by defaults, and errors that
-may come from a replaced value are left out.
-"""
+"""Cross-field validation: combinations of values, each valid by itself, that cannot work together."""
 
 from __future__ import annotations
 
-import copy
-import re
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
-from pydantic import BaseModel, ValidationError
+from flamingo_ft.config.data_section import DataSection, DataSource
+from flamingo_ft.config.model_section import LoraSection, ModelSection, TrainableSection
+from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER
+from flamingo_ft.config.train_section import DpoSection, EvalSection, TrainSection
+from flamingo_ft.config.yaml_document import Location
 
-from flamingo_ft.config.document import Location
-from flamingo_ft.config.schema import CONTRADICTION
-from flamingo_ft.config.section import section_of
-
-_ROUNDS = 6  # a section put in for a missing one lacks keys of its own, down to the deepest
+Errors = Iterator[tuple[Location, str]]  # the location of a key, and what is wrong with its value
 
 
-def cross_field_errors(error: ValidationError) -> list[tuple[Location, str]]:
-    """Location and reason of every cross-field error that validation found."""
-    found = (
-        problem["ctx"]["found"]
-        for problem in error.errors(include_url=False)
-        if problem["type"] == CONTRADICTION
-    )
-    return next(found, [])
+def cross_field_errors(
+    model: ModelSection,
+    trainable: TrainableSection,
+    lora: LoraSection,
+    data: DataSection,
+    train: TrainSection,
+    evaluation: EvalSection,
+) -> Errors:
+    """Yield every cross-field validation error of a recipe."""
+    yield from _check_parts(model, trainable, lora)
+    yield from _check_data(data, lora)
+    yield from _check_run_length(train, data)
+    yield from _check_training(train, trainable)
+    yield from _check_evaluation(evaluation, data)
+    yield from _check_per_part_values(train, trainable, lora)
+    yield from _check_dpo(train, data, lora)
+    yield from _check_fsdp(train, model, data)
 
 
-def single_errors(error: ValidationError) -> list[dict[str, Any]]:
-    """pydantic's errors of single values. A list is not too short where its entries have errors of their own."""
-    found = error.errors(include_url=False)
-    return [
-        one
-        for one in found
-        if one["type"] != CONTRADICTION and not (one["type"] == "too_short" and one["input"])
-    ]
+def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
+    """Something is trained, nothing in two ways, and only frozen parts of a loaded bridge are quantized."""
+    in_full = [part.name for part in BRIDGE_PARTS if getattr(trainable, part.name)]
+    for part in lora.parts:
+        if part in in_full:
+            yield (
+                ("lora", part),
+                f"trainable.{part} is true too; train the part in full or through LoRA: set one to false or null",
+            )
+    if not (in_full or lora.parts):
+        yield ("trainable",), "nothing would be trained; set one part to true, or configure lora for one"
+    if model.bridge_quantization == "none":
+        return
+    if model.init_from is None:
+        yield (
+            ("model", "bridge_quantization"),
+            "a newly initialized bridge has to be trained, and only frozen parts are quantized; use none, or set "
+            "model.init_from",
+        )
+    elif {PERCEIVER.name, CROSS_ATTENTION.name} <= {*in_full}:
+        yield (
+            ("model", "bridge_quantization"),
+            "the whole bridge is trained in full, and only frozen parts are quantized; use none",
+        )
 
 
-def cross_field_errors_beside(
-    schema: type[BaseModel], values: Any, wrong: Sequence[Location]
-) -> list[tuple[Location, str]]:
-    """Cross-field errors among the valid values, as far as they can be determined. wrong: locations of the invalid ones."""
-    if not isinstance(values, dict):
-        return []
-    values = copy.deepcopy(values)
-    for _ in range(_ROUNDS):
-        try:
-            schema.model_validate(values)
-        except ValidationError as error:
-            if found := cross_field_errors(error):
-                return [
-                    (where, why)
-                    for where, why in found
-                    if not any(_concerns(where, why, one) for one in wrong)
-                ]
-            for problem in single_errors(error):
-                _repair(schema, values, problem["loc"], problem["type"] == "missing")
-        else:
-            break
-    return []
+def _check_data(data: DataSection, lora: LoraSection) -> Errors:
+    for split, sources in (("train", data.train), ("eval", data.eval)):
+        for index, source in enumerate(sources):
+            yield from _check_source(("data", split, index), source)
+    if data.cache and data.augmentation:
+        yield (
+            ("data", "cache"),
+            "augmentation changes each image every time, so its features cannot be cached; set one of them to null",
+        )
+    if data.cache and lora.vision:
+        yield (
+            ("data", "cache"),
+            "lora.vision changes the tower, so its features cannot be cached; set one of them to null",
+        )
+    if data.packing and data.max_text_tokens is None:
+        yield (
+            ("data", "packing"),
+            "packed rows need a fixed length; set data.max_text_tokens, or packing to false",
+        )
+    if data.packing and data.group_by_length:
+        yield (
+            ("data", "group_by_length"),
+            "packed rows all have the same length; set it or data.packing to false",
+        )
+    if data.eval_fraction and any(source.streaming for source in data.train):
+        yield (
+            ("data", "eval_fraction"),
+            "a fraction of a streamed source cannot be held out; set data.eval instead, or streaming to false",
+        )
 
 
-def _concerns(location: Location, reason: str, wrong: Location) -> bool:
-    """Whether a cross-field error may come from a value that was replaced: one around or inside it, or named by it."""
-    depth = min(len(location), len(wrong))
-    return (
-        location[:depth] == wrong[:depth]
-        or re.search(rf"\b{re.escape(str(wrong[-1]))}\b", reason) is not None
-    )
+def _check_source(location: Location, source: DataSource) -> Errors:
+    if (source.path is None) == (source.hub is None):
+        got = "neither path nor hub" if source.path is None else "both path and hub"
+        yield location, f"got {got}; set one of them"
+    for key in ("config", "revision"):
+        if source.hub is None and getattr(source, key) is not None:
+            yield (*location, key), "only applies to hub, a dataset on the Hugging Face Hub; remove it"
 
 
-def _repair(schema: type[BaseModel], values: Any, location: Location, is_missing: bool) -> None:
-    """Take an invalid value out, in place, or put a valid one where a required one is missing."""
-    *way, last = location
-    section: type[BaseModel] | None = schema
-    for step in way:
-        values = values[step]
-        if section is not None and not isinstance(step, int):
-            section = section_of(section.model_fields[step].annotation)
-    if is_missing and section is not None:
-        values[last] = _stand_in(section, last)
-    elif isinstance(values, dict):
-        values.pop(last, None)
-    elif section is None:  # a list of plain values
-        values.clear()
-    else:
-        values[last] = {}
+def _check_run_length(train: TrainSection, data: DataSection) -> Errors:
+    """The length of the run and of the warmup are each given in one of two units."""
+    if train.max_steps is None and train.epochs is None:
+        yield ("train", "max_steps"), "missing; add it, or train.epochs instead"
+    if train.max_steps is not None and train.epochs is not None:
+        yield (
+            ("train", "epochs"),
+            f"got {train.epochs:g} beside max_steps {train.max_steps}; remove one of them",
+        )
+    if train.epochs is not None and any(source.streaming for source in data.train):
+        yield (
+            ("train", "epochs"),
+            "a streamed source has no known length; use train.max_steps, or set streaming to false",
+        )
+    if train.warmup_ratio is not None and train.warmup_steps:
+        yield (
+            ("train", "warmup_ratio"),
+            f"got {train.warmup_ratio:g} beside warmup_steps {train.warmup_steps}; remove one of them",
+        )
 
 
-def _stand_in(schema: type[BaseModel], name: str) -> Any:
-    """A valid value for a required key: an empty section, which the next round fills, or text, or a number."""
-    annotation = schema.model_fields[name].annotation
-    section = section_of(annotation)
-    if section is not None:
-        return {} if section is annotation else [{}]
-    return "x" if annotation in (str, Path) else 1
+def _check_training(train: TrainSection, trainable: TrainableSection) -> Errors:
+    if train.optimizer_in_backward and train.gradient_accumulation_steps > 1:
+        yield (
+            ("train", "optimizer_in_backward"),
+            f"got gradient_accumulation_steps {train.gradient_accumulation_steps}, but the optimizer steps in every "
+            "backward pass; use 1 and a larger batch_size, or set it to false",
+        )
+    if train.optimizer_in_backward and train.non_finite == "skip_step":
+        yield (
+            ("train", "non_finite"),
+            "a step inside the backward pass cannot be skipped afterwards; use stop, or set optimizer_in_backward to false",
+        )
+    if train.precision == "fp16" and trainable.dtype == "bf16":
+        yield (
+            ("trainable", "dtype"),
+            "got bf16 with train.precision fp16, which needs fp32 weights; use fp32, or train.precision bf16",
+        )
+
+
+def _check_evaluation(evaluation: EvalSection, data: DataSection) -> Errors:
+    if evaluation.steps is None:
+        if evaluation.keep == "best":
+            yield ("eval", "keep"), "best needs evaluations during training; set eval.steps"
+        if evaluation.patience is not None:
+            yield ("eval", "patience"), "needs evaluations during training; set eval.steps"
+        return
+    if not (data.eval or data.eval_fraction):
+        yield (
+            ("eval", "steps"),
+            "there are no samples to evaluate on; set data.eval or data.eval_fraction, or eval.steps to null",
+        )
+    if evaluation.metric != "loss" and not evaluation.answers:
+        yield (
+            ("eval", "metric"),
+            f"{evaluation.metric} needs generated answers; set eval.answers to true, or use loss",
+        )
+
+
+def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
+    """Learning rates and weight decays of parts that are not trained would have no effect."""
+    trained = trainable.model_dump(exclude={"dtype"}) | {"lora": bool(lora.parts)}
+    for section in ("learning_rates", "weight_decays"):
+        for part in getattr(train, section).model_dump(exclude_none=True):
+            if not trained[part]:
+                yield ("train", section, part), _why_unused(part, has_lora=part in lora.parts)
+
+
+def _why_unused(part: str, has_lora: bool) -> str:
+    if part == "lora":
+        return "no part has LoRA; configure lora for one, or remove this value"
+    remedy = "its LoRA uses the value named lora" if has_lora else "remove this value, or set it to true"
+    return f"got trainable.{part} false; {remedy}"
+
+
+def _check_dpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Errors:
+    if train.method != "dpo":
+        if train.dpo != DpoSection():
+            yield ("train", "dpo"), f"has no effect with train.method {train.method}; use dpo, or remove it"
+        return
+    if train.dpo.label_smoothing and train.dpo.loss_type != "sigmoid":
+        yield (
+            ("train", "dpo", "label_smoothing"),
+            f"got loss_type {train.dpo.loss_type}, which has none; use sigmoid, or set it to 0",
+        )
+    if data.packing:
+        yield (
+            ("data", "packing"),
+            "dpo compares pairs row by row, so samples cannot be packed; set it to false (group_by_length also saves "
+            "padding)",
+        )
+    if lora.lora_dropout:
+        yield (
+            ("lora", "lora_dropout"),
+            f"got {lora.lora_dropout:g}, but dpo compares two models without dropout; set it to 0",
+        )
+
+
+def _check_fsdp(train: TrainSection, model: ModelSection, data: DataSection) -> Errors:
+    if not train.fsdp:
+        return
+    if train.method == "dpo":
+        yield (
+            ("train", "fsdp"),
+            "dpo's reference model shares the weights that would be sharded; use sft, or set it to false",
+        )
+    if train.optimizer != "adamw" or train.optimizer_in_backward:
+        yield (
+            ("train", "optimizer"),
+            "sharded weights need adamw after the backward pass; use adamw without optimizer_in_backward, or set "
+            "train.fsdp to false",
+        )
+    if data.cache:
+        yield (
+            ("data", "cache"),
+            "its tower runs outside the sharded model; set it to null, or train.fsdp to false",
+        )
+    quantization = (model.vision.quantization, model.language.quantization)
+    if "int8" in quantization or model.bridge_quantization != "none":
+        yield (
+            ("train", "fsdp"),
+            "8-bit matrices and a quantized bridge cannot be sharded; use nf4 or none, or set it to false",
+        )

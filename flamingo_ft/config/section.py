@@ -1,4 +1,4 @@
-"""What every section of a recipe is: strict, frozen, its keys documented where they stand."""
+"""The base class of a recipe's sections, and the types that their keys share."""
 
 from __future__ import annotations
 
@@ -18,71 +18,70 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples
-Count = Annotated[int, Field(ge=1)]
-
-
-class PathKind(Enum):
-    """What the path of a key is for; decides where a relative one starts (`flamingo_ft.config.paths`)."""
-
-    OUTPUT = "written by the run"
-    SHARED = "written by the run and read by later ones"
-    INPUT = "read"
-    TOWER = "a vision tower"
-    WEIGHTS = "the weights of a vision tower"
-    LANGUAGE = "a language model"
-    START = "a model to start from"
-
-
-FilePath = Annotated[Path, LAX, PathKind.OUTPUT]  # what a run writes, relative to the current directory
-SharedPath = Annotated[Path, LAX, PathKind.SHARED]
-InputPath = Annotated[Path, LAX, PathKind.INPUT]
-TowerName = Annotated[str, PathKind.TOWER]
-WeightsName = Annotated[str, PathKind.WEIGHTS]
-LanguageName = Annotated[str, PathKind.LANGUAGE]
-StartPath = Annotated[Path, LAX, PathKind.START]
-Names = Annotated[
-    tuple[str, ...],
-    LAX,
-    Field(min_length=1),
-    BeforeValidator(lambda v: (v,) if isinstance(v, str) else v),
-    WithJsonSchema(
-        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
-    ),
-]
-
-
-QuantizationFormat = Literal["none", "int8", "nf4", "fp4"]
-ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
-
 
 class Section(BaseModel):
-    """A mapping of a recipe."""
+    """A section (mapping) of a recipe: strict, frozen, without unknown keys. Docstrings of its keys are their
+    documentation."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
+class PathKind(Enum):
+    """What a path is used for, which decides the folder that a relative one starts from
+    (`flamingo_ft.config.paths`)."""
+
+    OUTPUT = "written by the run"
+    SHARED = "written by the run and read by later ones"
+    INPUT = "data"
+    TOWER = "vision tower"
+    WEIGHTS = "weights of a vision tower"
+    LANGUAGE = "language model"
+    START = "model to initialize from"
+
+
+LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples
+Count = Annotated[int, Field(ge=1)]
+
+OutputPath = Annotated[Path, LAX, PathKind.OUTPUT]
+SharedPath = Annotated[Path, LAX, PathKind.SHARED]
+InputPath = Annotated[Path, LAX, PathKind.INPUT]
+StartPath = Annotated[Path, LAX, PathKind.START]
+TowerName = Annotated[str, PathKind.TOWER]
+WeightsName = Annotated[str, PathKind.WEIGHTS]
+LanguageName = Annotated[str, PathKind.LANGUAGE]
+
+ModuleNames = Annotated[  # a list of names, or one name
+    tuple[str, ...],
+    LAX,
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    WithJsonSchema(
+        {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
+    ),
+]
+
+QuantizationFormat = Literal["none", "int8", "nf4", "fp4"]
+ComputeDtype = Literal["auto", "fp32", "bf16", "fp16"]
+
 S = TypeVar("S", bound=Section)
 
 
 def with_keys(keys: dict[str, Any]) -> Callable[[type[S]], type[S]]:
-    """Return a class decorator that puts ``keys``, {name: (type, Field)}, in front of a section's own."""
+    """Return a class decorator that adds ``keys``, {name: (type, Field)}, to a section, in front of its own
+    keys."""
 
     def extend(section: type[S]) -> type[S]:
         first = create_model(f"{section.__name__}Keys", __base__=Section, **keys)
-        names = {"__doc__": section.__doc__, "__module__": section.__module__}
+        names: dict[str, Any] = {"__doc__": section.__doc__, "__module__": section.__module__}
         return create_model(section.__name__, __base__=(section, first), **names)
 
     return extend
 
 
 def one_of(names: Collection[str], *others: str) -> AfterValidator:
-    """Return a validator for a name out of a table, which is looked up when a recipe is read: entries may be added.
-
-    others: names that are not in the table and stand first.
-    """
+    """Return a validator that accepts ``others`` and the entries of a table, those that were added after import included."""
 
     def check(name: str) -> str:
         if name in others or name in names:
@@ -94,6 +93,6 @@ def one_of(names: Collection[str], *others: str) -> AfterValidator:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field is, may be, or is a list of."""
+    """Return the section that a key's type is, is optionally, or is a list of; None for plain values."""
     inside = get_args(annotation) or (annotation,)
     return next((one for one in inside if isinstance(one, type) and issubclass(one, BaseModel)), None)

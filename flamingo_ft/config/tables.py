@@ -1,6 +1,6 @@
-"""Plain data of what a recipe can name: parts of the model, formats of data, metrics.
+"""Tables of plain data behind the keys of a recipe: parts of the model, dataset formats, metrics, keys of other trainers.
 
-Only names, labels and defaults are here, so that a recipe is checked without importing torch. What a part, format or
+Only names, labels and defaults are here, so that a recipe is validated without importing torch. What a part, format or
 metric does is attached to its name in the folder that owns it: `model`, `data` and `evaluation`.
 """
 
@@ -14,32 +14,61 @@ class Part:
     """A part of the model that can be trained.
 
     name: its key in ``trainable``, ``lora``, ``train.learning_rates`` and ``train.weight_decays``. label: what messages
-    and documentation call it. trainable: default of its switch in ``trainable``; None for a part that stays frozen or gets
-    LoRA. takes_lora: whether it may have a section in ``lora``. decays: whether it has matrices that weight decay is for.
+    and documentation call it; short: its name in tables. module: the model's attribute that holds it. trainable: default
+    of its switch in ``trainable``; None for a backbone, which is frozen or gets LoRA. takes_lora: whether it has linear
+    layers, which may get LoRA and be quantized while they are frozen. decays: whether it has matrices that weight decay
+    is for; undecayed: parameters of ``module`` that are matrices by shape only, and are not decayed.
     """
 
     name: str
     label: str
+    short: str
+    module: str
     trainable: bool | None
     takes_lora: bool = True
     decays: bool = True
+    undecayed: tuple[str, ...] = ()
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its parameters begin with."""
+        return f"{self.module}."
 
 
-PERCEIVER = Part("perceiver", "perceiver resampler", trainable=True)
-CROSS_ATTENTION = Part("cross_attention", "gated cross-attention blocks", trainable=True)
-NEW_TOKENS = Part(
-    "new_tokens", "embedding rows of the new tokens", trainable=True, takes_lora=False, decays=False
+PERCEIVER = Part(
+    "perceiver",
+    label="perceiver resampler",
+    short="perceiver",
+    module="perceiver",
+    trainable=True,
+    undecayed=("latents", "frame_embs", "media_time_embs"),
 )
-LANGUAGE = Part("language", "language model", trainable=None)
-VISION = Part("vision", "vision tower", trainable=None)
+CROSS_ATTENTION = Part(
+    "cross_attention",
+    label="gated cross-attention blocks",
+    short="cross-attention",
+    module="gated_cross_attn_layers",
+    trainable=True,
+)
+NEW_TOKENS = Part(
+    "new_tokens",
+    label="embedding rows of the new tokens",
+    short="new tokens",
+    module="token_rows",
+    trainable=True,
+    takes_lora=False,
+    decays=False,
+)
+LANGUAGE = Part(
+    "language", label="language model", short="language model", module="lang_encoder", trainable=None
+)
+VISION = Part("vision", label="vision tower", short="vision tower", module="vision_encoder", trainable=None)
 
+# A trainable part is added here, in one row: recipe keys, trainable set, adapter, optimizer, plan and card follow.
 BRIDGE_PARTS = (PERCEIVER, CROSS_ATTENTION, NEW_TOKENS)
-LORA_PARTS = (
-    LANGUAGE,
-    CROSS_ATTENTION,
-    PERCEIVER,
-    VISION,
-)  # the first that a recipe names sets LoraConfig's own rank
+BACKBONE_PARTS = (LANGUAGE, VISION)
+# The parts that `lora` names, in its order: the first that a recipe gives LoRA sets the rank of peft.LoraConfig.
+LORA_PARTS = (LANGUAGE, CROSS_ATTENTION, PERCEIVER, VISION)
 
 # Schema of a dataset's rows -> the columns it is recognised by, tried in this order: the first that fits is used. A
 # preference pair has a prompt too, and an instruction of MIMIC-IT an answer.
@@ -60,4 +89,97 @@ DATASET_FORMATS = {
 METRICS = {
     "loss": "cross-entropy of the reference answers, in nats per token; lower is better",
     "accuracy": "fraction of generated answers that equal the reference answer; higher is better",
+}
+
+# Keys of other trainers' configurations, in lower case -> what they are called in a recipe, to suggest the right key. No key
+# of a recipe has one of these spellings. Entries of a list are under index 0.
+FOREIGN_KEYS = {
+    # transformers' TrainingArguments
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "num_steps": "train.max_steps",
+    "total_steps": "train.max_steps",
+    "max_train_steps": "train.max_steps",
+    "iterations": "train.max_steps",
+    "lr": "train.learning_rate",
+    "per_device_train_batch_size": "train.batch_size",
+    "train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "per_device_eval_batch_size": "eval.batch_size",
+    "grad_accum": "train.gradient_accumulation_steps",
+    "accumulate_grad_batches": "train.gradient_accumulation_steps",
+    "warmup_proportion": "train.warmup_ratio",
+    "num_warmup_steps": "train.warmup_steps",
+    "lr_scheduler_type": "train.lr_scheduler",
+    "scheduler": "train.lr_scheduler",
+    "optim": "train.optimizer",
+    "clip_grad": "train.max_grad_norm",
+    "gradient_clipping": "train.max_grad_norm",
+    "max_norm": "train.max_grad_norm",
+    "eval_steps": "eval.steps",
+    "metric_for_best_model": "eval.metric",
+    "load_best_model_at_end": "eval.keep",
+    "save_interval": "train.save_steps",
+    "log_interval": "train.logging_steps",
+    "dataloader_num_workers": "train.num_workers",
+    "workers": "train.num_workers",
+    "random_seed": "train.seed",
+    "hub_model_id": "train.push_to_hub",
+    "output": "train.output_dir",
+    "out_dir": "train.output_dir",
+    "save_dir": "train.output_dir",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "tf32": "train.precision",
+    "mixed_precision": "train.precision",
+    "torch_dtype": "trainable.dtype",
+    # models and quantization
+    "model_name_or_path": "model.language.name",
+    "model_id": "model.language.name",
+    "base_model": "model.language.name",
+    "lang_encoder_path": "model.language.name",
+    "llm": "model.language",
+    "vision_encoder_path": "model.vision.name",
+    "vision_tower": "model.vision.name",
+    "vision_encoder_pretrained": "model.vision.pretrained",
+    "resume_from_checkpoint": "model.init_from",
+    "checkpoint": "model.init_from",
+    "pretrained_checkpoint": "model.init_from",
+    "load_in_4bit": "model.language.quantization",
+    "load_in_8bit": "model.language.quantization",
+    "bnb_4bit_quant_type": "model.language.quantization",
+    "bnb_4bit_use_double_quant": "model.language.double_quantization",
+    "bnb_4bit_compute_dtype": "model.language.compute_dtype",
+    # PEFT
+    "lora_r": "lora.language.r",
+    "lora_rank": "lora.language.r",
+    "rank": "lora.language.r",
+    "alpha": "lora.language.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_target_modules": "lora.language.target_modules",
+    "peft": "lora",
+    "peft_config": "lora",
+    # data
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train.0.hub",
+    "dataset_path": "data.train.0.path",
+    "data_path": "data.train.0.path",
+    "train_file": "data.train.0.path",
+    "train_data": "data.train",
+    "eval_dataset": "data.eval",
+    "validation_file": "data.eval",
+    "eval_data": "data.eval",
+    "val_set_size": "data.eval_fraction",
+    "image_folder": "data.train.0.image_root",
+    "image_dir": "data.train.0.image_root",
+    "max_seq_length": "data.max_text_tokens",
+    "max_length": "data.max_text_tokens",
+    "cutoff_len": "data.max_text_tokens",
+    "sequence_len": "data.max_text_tokens",
+    "model_max_length": "data.max_text_tokens",
+    "chat_template": "data.template",
+    "system": "data.system_prompt",
+    "sample_packing": "data.packing",
+    "cache_dir": "data.cache.folder",
 }

@@ -1,8 +1,7 @@
-"""Checkpoints of other Flamingos brought in, and adapters and models written for those."""
+"""Import checkpoints of other Flamingos, and export adapters and models in their formats."""
 
-from .incoming import import_checkpoint
-from .known import Backbones
-from .outgoing import export_open_flamingo, export_otter
-from .report import Conversion
+from .conversion import Backbones, Conversion
+from .exporter import export_open_flamingo, export_otter
+from .importer import import_checkpoint
 
 __all__ = ["Backbones", "Conversion", "export_open_flamingo", "export_otter", "import_checkpoint"]

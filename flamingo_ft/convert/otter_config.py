@@ -1,30 +1,33 @@
-"""Otter's configuration of a Flamingo: the tower as transformers' CLIP, the language model's as it is."""
+"""Otter's config.json for a Flamingo, with the tower as transformers' CLIP."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats.otter import ANSWER_TOKEN
+from flamingo_ft.formats.key_names import ANSWER_TOKEN
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-WIDTH = 1024  # of the tower's tokens, a constant of Otter's code
-OPENED = {
+TOKEN_WIDTH = 1024  # of the tower's tokens; hard-coded in Otter
+
+# The language models that Otter's code can load, with its names of the classes.
+LANGUAGE_MODEL_CLASSES = {
     "llama": "LlamaForCausalLM",
     "mpt": "MPTForCausalLM",
     "mosaic_gpt": "MosaicGPT",
-}  # and its names of the classes
-_PLAIN_VIT = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_ratio"}
+}
+_VIT_KEYS = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_ratio"}
 
 
 def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dict[str, Any]:
-    """What Otter's config.json says. UserError for a tower that is no CLIP ViT."""
+    """Return Otter's config.json. Raises UserError, naming ``source``, for a tower that is not a CLIP ViT."""
     config = model.config
-    text = config.text_config.to_dict() | {"vocab_size": len(model.get_input_embeddings().weight)}
-    text["architectures"] = [OPENED.get(text["model_type"]) or type(model.lang_encoder).__name__]
+    embeddings: Any = model.get_input_embeddings()
+    text = config.text_config.to_dict() | {"vocab_size": len(embeddings.weight)}
+    lm_class = LANGUAGE_MODEL_CLASSES.get(text["model_type"]) or type(model.lang_encoder).__name__
+    text["architectures"] = [lm_class]
     text["_name_or_path"] = ((config.backbones or {}).get("language") or {}).get("name") or ""
-    frames = (config.perceiver or {}).get("max_num_frames")
-    return {
+    content = {
         "model_type": "otter",
         "architectures": ["OtterForConditionalGeneration"],
         "cross_attn_every_n_layers": config.cross_attn_every_n_layers,
@@ -32,18 +35,21 @@ def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dic
         "only_attend_previous": True,
         "text_config": text,
         "vision_config": _clip_config(config.vision_config, source),
-        **({"max_num_frames": frames} if frames else {}),
     }
+    frames = (config.perceiver or {}).get("max_num_frames")
+    return content | ({"max_num_frames": frames} if frames else {})
 
 
 def _clip_config(tower: dict[str, Any], source: object) -> dict[str, Any]:
+    """Return a CLIPVisionConfig's content for an OpenCLIP tower."""
     vision = tower["vision_cfg"]
-    other = sorted(
-        key for key, value in vision.items() if key not in _PLAIN_VIT and value not in (None, False)
+    others = sorted(
+        key for key, value in vision.items() if key not in _VIT_KEYS and value not in (None, False)
     )
-    if other or not isinstance(vision.get("layers"), int):
+    if others or not isinstance(vision.get("layers"), int):
         raise UserError(
-            f"{source}: Otter takes a plain CLIP ViT, this tower has {other or vision['layers']}; it cannot be converted"
+            f"{source}: Otter needs a plain CLIP ViT, got a tower with {others or vision['layers']}; "
+            "it cannot be converted"
         )
     width, ratio = vision["width"], vision.get("mlp_ratio", 4.0)
     return {
@@ -61,16 +67,17 @@ def _clip_config(tower: dict[str, Any], source: object) -> dict[str, Any]:
 
 
 def otter_notes(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[str]:
-    """What keeps Otter's own code from opening the folder as it is."""
+    """Return the reasons why Otter's own code cannot load the folder as it is."""
     kind, notes = model.config.text_config.model_type, []
-    if kind not in OPENED:
-        notes.append(f"Otter's own code opens {', '.join(OPENED)} language models alone, not {kind}")
-    if model.config.vision_width != WIDTH:
+    if kind not in LANGUAGE_MODEL_CLASSES:
+        supported = ", ".join(LANGUAGE_MODEL_CLASSES)
+        notes.append(f"Otter's own code loads only {supported} language models, not {kind}")
+    if model.config.vision_width != TOKEN_WIDTH:
         notes.append(
-            f"Otter's own code takes towers of width {WIDTH} alone, this one has {model.config.vision_width}"
+            f"Otter's own code supports only towers of width {TOKEN_WIDTH}, not {model.config.vision_width}"
         )
     if ANSWER_TOKEN not in processor.tokenizer.get_vocab():
         notes.append(
-            f"its tokenizer has no {ANSWER_TOKEN}, which Otter adds behind <image>: use the tokenizer of the folder"
+            f"its tokenizer has no {ANSWER_TOKEN}, which Otter adds: use the tokenizer in the folder"
         )
     return notes

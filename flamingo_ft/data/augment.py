@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from flamingo_ft.config.data import AugmentationSection
+from flamingo_ft.config import AugmentationSection
 
 RATIO = (3 / 4, 4 / 3)  # width to height of a crop, relative to the image's own
 

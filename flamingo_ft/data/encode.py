@@ -14,9 +14,9 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 from flamingo_ft.model.processor import FlamingoProcessor, flatten, is_image
 from flamingo_ft.model.special_text import Tokens, encode_text
-from flamingo_ft.model.tokens import MEDIA_TOKEN
 
 from .render import (
     answers_are_rewritten,

@@ -19,10 +19,10 @@ from typing import Any
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from flamingo_ft.model.chat_template import Span, answer_template, is_marked, jinja_literal, render
 from flamingo_ft.model.processor import FlamingoProcessor, begins_with_bos, chunk_template, flatten, is_image
 from flamingo_ft.model.special_text import encode_text, protect
-from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN
 
 from .sample import DOCUMENT, text_message
 

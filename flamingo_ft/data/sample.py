@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 ROLES = ("system", "user", "assistant")
 DOCUMENT = "document"  # the role of text that is to be gone on with, not answered; alone in its sample

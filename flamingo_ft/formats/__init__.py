@@ -1,5 +1,5 @@
-"""Checkpoints as other Flamingos keep them: read, recognised by their keys, and brought under this package's names."""
+"""Read checkpoints of other Flamingos without running their code, and map their keys to those used here."""
 
-from .recognise import Checkpoint, parse, read_checkpoint
+from .foreign_checkpoint import ForeignCheckpoint, parse_checkpoint, read_checkpoint
 
-__all__ = ["Checkpoint", "parse", "read_checkpoint"]
+__all__ = ["ForeignCheckpoint", "parse_checkpoint", "read_checkpoint"]

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: names, fetching, pushing, and what goes wrong there in words."""
+"""The Hugging Face Hub: names, downloads, uploads, and errors that say what to do."""
 
 from .fetch import fetch_model, pinned_name
 from .names import HubName, existing_path, hub_name

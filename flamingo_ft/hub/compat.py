@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import getmodule
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http
 
-ClientFactory = Callable[[], Any]  # makes the client's HTTP session
+ClientFactory = Callable[[], Any]  # creates the client's HTTP session
+
+# The HTTP library of the client, which differs between its versions; requests without an answer raise its errors.
+http_library: Any = getmodule(HfHubHTTPError.__bases__[0])
 
 
 def client_factory() -> ClientFactory:
-    """What makes the client's HTTP session. The client has a setter for it and no getter, and whoever replaces it for a
-    while has to put back what a user set."""
+    """Return the factory of the client's HTTP sessions.
+
+    The client has a setter for it and no getter; whoever replaces it for a while must restore what a user set.
+    """
     return _http._GLOBAL_CLIENT_FACTORY
 
 
 def replace_client_factory(factory: ClientFactory) -> None:
-    """Set what makes later sessions. The client's own setter closes the session that other threads are using."""
+    """Set the factory of later sessions; the client's own setter also closes the session that other threads use."""
     _http._GLOBAL_CLIENT_FACTORY = factory

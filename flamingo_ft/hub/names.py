@@ -1,10 +1,10 @@
-"""What a name stands for wherever a path may stand: a path on this machine, or a model elsewhere.
+"""Tell paths on this machine from names on the Hub, wherever both may be given.
 
 Names on the Hugging Face Hub are ``org/name`` and ``org/name@revision``. A name is a path if
 
 - it exists,
-- it is written as only a path can be (`looks_like_path`), or
-- its first component exists: ``runs/quickstrt`` beside a folder ``runs`` is a mistyped path, and not the repository
+- it is written like a path (`looks_like_path`), or
+- its first component exists: ``runs/quickstrt`` beside a folder ``runs`` is a mistyped path, not the repository
   of a user called "runs".
 
 An explicit revision always means the Hub, unless the name exists as a path.
@@ -27,19 +27,22 @@ from .weight_files import CONFIG_FILE, OPEN_CLIP_CONFIG_FILE
 NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w.-][\w./-]*))?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
-NANO = "nano"  # both backbones that come with the package
-ON_HUB = "hf-hub:"  # OpenCLIP's prefix of a tower on the Hub
-LOCAL_DIR = "local-dir:"  # OpenCLIP's prefix of a tower in a folder
+NANO = "nano"  # the name of both backbones that come with the package
+ON_HUB = "hf-hub:"  # OpenCLIP's prefix for a tower on the Hub
+LOCAL_DIR = "local-dir:"  # OpenCLIP's prefix for a tower in a folder
 FILE_SUFFIXES = {
     ".bin", ".ckpt", ".csv", ".gguf", ".json", ".jsonl", ".npz", ".parquet", ".pt", ".pth", ".safetensors", ".tar",
     ".yaml", ".yml", ".zip",
 }  # fmt: skip
 HERE = (Path(),)  # relative paths start from the current directory
 
+MAX_ENTRIES = 10_000  # entries of one folder that are compared with a mistyped name
+MIN_SIMILARITY = 0.7  # of a suggestion, as difflib measures it
+
 
 @dataclass(frozen=True)
 class HubName:
-    """A repository, and a commit, branch or tag of it; None is its main branch."""
+    """A repository and a commit, branch or tag of it; ``revision`` None is the main branch."""
 
     repository: str
     revision: str | None = None
@@ -49,34 +52,35 @@ class HubName:
 
 
 def hub_name(place: str | Path) -> HubName | None:
-    """What ``place`` names on the Hub; None for a path."""
-    found = NAME.fullmatch(str(place))
-    if found is None or local_path(str(place)) is not None:
+    """Return the repository that ``place`` names on the Hub; None for a path."""
+    match = NAME.fullmatch(str(place))
+    if match is None or local_path(str(place)) is not None:
         return None
-    return HubName(found["repository"], found["revision"])
+    return HubName(match["repository"], match["revision"])
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether ``name`` is written as only a path can be: ``./x``, ``/x``, ``~/x``, ``x/``, ``a/b/c``, ``a\\b``, ``x/y.pt``."""
+    """Return whether ``name`` is written like a path: ``./x``, ``/x``, ``~/x``, ``x/``, ``a/b/c``, ``a\\b``, ``x/y.pt``."""
     on_hub = NAME.fullmatch(name)
     if on_hub is not None:
         return on_hub["revision"] is None and PurePath(name).suffix.lower() in FILE_SUFFIXES
-    marks = (
+    return (
         name.startswith((".", "/", "~", LOCAL_DIR))
         or name.endswith("/")
         or "\\" in name
         or name.count("/") > 1
+        or PurePath(name).suffix.lower() in FILE_SUFFIXES
     )
-    return marks or PurePath(name).suffix.lower() in FILE_SUFFIXES
 
 
 def local_path(
-    name: str, folders: Sequence[Path] = HERE, counts: Callable[[Path], bool] = os.path.exists
+    name: str, folders: Sequence[Path] = HERE, accepts: Callable[[Path], bool] = os.path.exists
 ) -> Path | None:
-    """The path that ``name`` stands for, which may not exist; None for a name elsewhere.
+    """Return the path that ``name`` means, which may not exist; None if it is not a path.
 
-    folders: where a relative path may start, the first one preferred. counts: which existing paths a name that does not
-    look like a path may stand for.
+    Args:
+        folders: where a relative path may start, the preferred one first.
+        accepts: which existing paths a name that does not look like a path may mean.
     """
     text = os.path.expanduser(name.removeprefix(LOCAL_DIR))
     if not text:
@@ -85,7 +89,7 @@ def local_path(
     existing = next((place for place in places if os.path.exists(place)), None)
     if looks_like_path(name):
         return existing or places[0]
-    if existing is not None and counts(existing):
+    if existing is not None and accepts(existing):
         return existing
     on_hub = NAME.fullmatch(name)
     if "/" not in text or (on_hub is not None and on_hub["revision"]):
@@ -97,15 +101,15 @@ def local_path(
 
 
 def local_start(name: str, folders: Sequence[Path] = HERE) -> Path | None:
-    """The path of a model to start from; None for a repository on the Hub."""
+    """Return the path of a model to start from; None for a repository on the Hub."""
     path = local_path(name, folders)
     return folders[0] / os.path.expanduser(name) if path is None and NAME.fullmatch(name) is None else path
 
 
 def local_language(name: str, revision: str | None, folders: Sequence[Path] = HERE) -> Path | None:
-    """The folder of a language model; None for the nano one and for a repository on the Hub.
+    """Return the folder of a language model; None for the nano one and for a repository on the Hub.
 
-    A name with a commit is always on the Hub, so that an adapter's record means the same in every directory.
+    A name with a commit is always on the Hub, so that what an adapter records means the same in every directory.
     """
     if name == NANO:
         return None
@@ -116,9 +120,9 @@ def local_language(name: str, revision: str | None, folders: Sequence[Path] = HE
 
 
 def local_tower(name: str, pretrained: str | None, folders: Sequence[Path] = HERE) -> Path | None:
-    """The folder of a vision tower; None for the nano one, a repository on the Hub and an architecture of OpenCLIP.
+    """Return the folder of a vision tower; None for nano, a repository on the Hub and an architecture of OpenCLIP.
 
-    With ``pretrained`` a plain name is an architecture, even beside a folder of the same name.
+    With ``pretrained``, a plain name is an architecture, even beside a folder of the same name.
     """
     if name == NANO or name.startswith(ON_HUB) or (pretrained and not looks_like_path(name)):
         return None
@@ -126,27 +130,23 @@ def local_tower(name: str, pretrained: str | None, folders: Sequence[Path] = HER
 
 
 def local_weights(pretrained: str, folders: Sequence[Path] = HERE) -> Path | None:
-    """The file of a tower's weights; None for one of OpenCLIP's tags."""
+    """Return the file of a tower's weights; None for a pretrained tag of OpenCLIP."""
     return local_path(pretrained, folders, os.path.isfile)
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder holds the configuration of a language model or a vision tower."""
+    """Return whether a folder holds the configuration of a language model or a vision tower."""
     return any(os.path.isfile(path / file) for file in (CONFIG_FILE, OPEN_CLIP_CONFIG_FILE))
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit of what lies in the Hugging Face cache, ``.../snapshots/<commit>/...``; None elsewhere."""
-    found = re.search(r"/models--[^/]+/snapshots/([^/]+)(/|$)", path.as_posix())
-    return found[1] if found else None
-
-
-MOST_ENTRIES = 10_000  # of one folder that are compared
-ALIKE = 0.7  # smallest similarity of a suggestion, as difflib measures it
+    """Return the commit of a path in the Hugging Face cache, ``.../snapshots/<commit>/...``; None elsewhere."""
+    match = re.search(r"/models--[^/]+/snapshots/([^/]+)(/|$)", path.as_posix())
+    return match[1] if match else None
 
 
 def existing_path(place: str | Path) -> Path:
-    """The path ``place``. UserError where it leads nowhere, naming the existing path that is spelt most like it."""
+    """Return ``place`` as a path. Raises UserError, with the most similar existing path, if it does not exist."""
     path = Path(os.path.expanduser(place))
     if str(place) and os.path.exists(path):
         return path
@@ -154,7 +154,7 @@ def existing_path(place: str | Path) -> Path:
 
 
 def check_path_exists(place: str | Path) -> None:
-    """Raise UserError where ``place`` is a path, and not a name on the Hub, that leads nowhere."""
+    """Raise UserError if ``place`` is a path, not a name on the Hub, and does not exist."""
     if hub_name(place) is None:
         existing_path(place)
 
@@ -167,11 +167,13 @@ def missing_path_message(
     on_hub: str | None = None,
     remedy: str = "check the path",
 ) -> str:
-    """The text of the error for a path that leads nowhere.
+    """Return the error message for a path that does not exist.
 
-    kind: file or folder, by default as the suffix says. name: what was given for ``place``, where that is another. on_hub:
-    how to name the repository on the Hub that it may mean, by default with a revision. remedy: what to do where no
-    existing path is spelt alike.
+    Args:
+        kind: "file" or "folder"; by default as the suffix says.
+        name: what the user gave, if it differs from ``place``.
+        on_hub: how to name the repository on the Hub that may be meant; by default ``name`` with a revision.
+        remedy: what to do if no existing path is similar.
     """
     text = str(place)
     kind = kind or ("file" if PurePath(text).suffix.lower() in FILE_SUFFIXES else "folder")
@@ -183,7 +185,7 @@ def missing_path_message(
 
 
 def nearest_path(place: str | Path) -> Path | None:
-    """The existing path that is spelt most like ``place``, component by component; None where a component has none."""
+    """Return the existing path most similar to ``place``, component by component; None if a component has none."""
     path = Path(os.path.expanduser(str(place).replace("\\", "/")))
     found = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
@@ -195,11 +197,11 @@ def nearest_path(place: str | Path) -> Path | None:
 
 
 def _nearest_entry(folder: Path, name: str) -> str | None:
-    """The entry of a folder that is spelt most like ``name``, in upper or lower case."""
+    """Return the entry of a folder that is most similar to ``name``, ignoring case."""
     try:
         with os.scandir(folder) as entries:
-            names = {entry.name.lower(): entry.name for entry in islice(entries, MOST_ENTRIES)}
-    except OSError:  # not a folder, or not readable: there is nothing to suggest
+            names = {entry.name.lower(): entry.name for entry in islice(entries, MAX_ENTRIES)}
+    except OSError:  # not a folder, or not readable: nothing to suggest
         return None
-    alike = difflib.get_close_matches(name.lower(), names, n=1, cutoff=ALIKE)
-    return names[alike[0]] if alike else None
+    similar = difflib.get_close_matches(name.lower(), names, n=1, cutoff=MIN_SIMILARITY)
+    return names[similar[0]] if similar else None

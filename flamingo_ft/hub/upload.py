@@ -1,6 +1,6 @@
-"""Files to a repository on the Hub as one commit, so that nobody sees half of them.
+"""Upload of files to a repository on the Hub in one commit, so that nobody sees half of them.
 
-Large files go up before the commit, by their SHA-256: what is there already, from an upload that broke off too, is not
+Large files are uploaded before the commit by their SHA-256; what is there already, from an interrupted upload too, is not
 sent again.
 """
 
@@ -18,19 +18,21 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from .compat import client_factory, replace_client_factory
 from .errors import CLIENT_ERRORS, error_reason, hub_error, with_retries
 
-Files = Mapping[str, "bytes | Path"]  # path in the repository -> content, or the file that has it
+TIMEOUT_S = 120.0  # seconds without a byte after which a connection counts as lost
+
+Files = Mapping[str, "bytes | Path"]  # path in the repository -> content, or the local file
 
 
 def create_repository(repository: str, private: bool = False, branch: str | None = None) -> None:
-    """Make sure that it is there, and the branch of it, and may be written to. UserError where not."""
+    """Create a repository and its branch unless they exist. Raises UserError if it may not be written to."""
     api = HfApi()
     try:
-        with_retries(partial(_make, api, repository, private, branch))
+        with_retries(partial(_create, api, repository, private, branch))
     except CLIENT_ERRORS as error:
         raise hub_error(repository, error, writes=True) from None
 
 
-def _make(api: HfApi, repository: str, private: bool, branch: str | None) -> None:
+def _create(api: HfApi, repository: str, private: bool, branch: str | None) -> None:
     api.create_repo(repository, private=private, exist_ok=True)
     api.auth_check(repository, write=True)
     if branch is not None:
@@ -44,83 +46,83 @@ def upload(
     *,
     branch: str | None = None,
     replaced: Callable[[str], bool] = lambda path: False,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Commit ``files``, in place of what is ``replaced`` of the repository's others; the address of the commit.
+    """Commit ``files`` and return the URL of the commit. Raises UserError if that fails after all retries.
 
-    What fails for a while is tried again, which ``say`` hears of. UserError where it stays so.
+    Args:
+        replaced: which of the repository's other files, by path, the commit deletes.
+        log: called with a line for each retry.
     """
     api = HfApi()
     additions = [CommitOperationAdd(path, content) for path, content in sorted(files.items())]
 
     def commit() -> str:
-        there = api.list_repo_files(repository, revision=branch)
-        gone = [CommitOperationDelete(path) for path in there if path not in files and replaced(path)]
-        made = api.create_commit(repository, [*additions, *gone], commit_message=title, revision=branch)
-        return str(made.commit_url)
+        existing = api.list_repo_files(repository, revision=branch)
+        deletions = [CommitOperationDelete(path) for path in existing if path not in files and replaced(path)]
+        info = api.create_commit(repository, [*additions, *deletions], commit_message=title, revision=branch)
+        return str(info.commit_url)
 
-    def again(error: Exception, seconds: float) -> None:
-        say(f"{repository}: {error_reason(error, writes=True)}; trying again in {seconds:.0f} s")
+    def log_retry(error: Exception, seconds: float) -> None:
+        log(f"{repository}: {error_reason(error, writes=True)}; trying again in {seconds:.0f} s")
 
     try:
         with limit_timeouts():
-            return with_retries(commit, say=again)
+            return with_retries(commit, on_retry=log_retry)
     except CLIENT_ERRORS as error:
         raise hub_error(repository, error, writes=True) from None
 
 
-def additions(folder: Path, below: str = "") -> Sequence[CommitOperationAdd]:
-    """All files of ``folder``, each read from the disk as it goes up."""
+def folder_additions(folder: Path, prefix: str = "") -> Sequence[CommitOperationAdd]:
+    """Return the additions of all files in ``folder``; each is read from disk as it is uploaded."""
     return [
-        CommitOperationAdd(f"{below}{path.relative_to(folder).as_posix()}", path)
+        CommitOperationAdd(f"{prefix}{path.relative_to(folder).as_posix()}", path)
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     ]
 
 
-TIMEOUT_S = 120.0  # seconds without a byte, after which a connection counts as lost
-
-
 @contextmanager
 def limit_timeouts() -> Iterator[None]:
-    """Limit the client's waiting for a Hub that falls silent, as one does behind a network that is gone.
+    """Give the client timeouts inside the block, where it has none: by default it waits for a silent Hub forever.
 
-    Only limits that are not set are changed, and they are put back afterwards. All else that a user set stays: the
-    session itself (proxy, certificates, headers), and the factory that makes the next one after a connection failed.
+    The client has settings for the timeouts of downloads, but none for those of uploads and commits. All else that a user
+    set stays: the session itself (proxy, certificates, headers), and the factory that creates the next one after a
+    connection failed.
     """
-    usual, session = client_factory(), get_session()
+    factory, session = client_factory(), get_session()
     timeout = session.timeout
 
-    def limited_client() -> Any:
-        client = usual()
-        client.timeout = _limited(client.timeout)
+    def limited_factory() -> Any:
+        client = factory()
+        client.timeout = _with_limits(client.timeout)
         return client
 
-    session.timeout = _limited(timeout)
-    replace_client_factory(limited_client)
+    session.timeout = _with_limits(timeout)
+    replace_client_factory(limited_factory)
     try:
         yield
     finally:
         session.timeout = timeout
-        if client_factory() is limited_client:  # not where the block set another
-            replace_client_factory(usual)
-            if get_session() is not session:  # a limited one: the next is the user's own again
+        if client_factory() is limited_factory:  # unless the block set another
+            replace_client_factory(factory)
+            if get_session() is not session:  # a limited one; the next is the user's own again
                 close_session()
 
 
-def _limited(timeout: Any) -> Any:
-    """A client's timeouts with `TIMEOUT_S` for each that it does not have."""
+def _with_limits(timeout: Any) -> Any:
+    """Return a client's timeouts with `TIMEOUT_S` in place of each that is None."""
     seconds = {kind: TIMEOUT_S if value is None else value for kind, value in timeout.as_dict().items()}
     return type(timeout)(**seconds)
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """The client's own progress bars would run through others."""
-    shown = not are_progress_bars_disabled()
+    """Hide the client's progress bars inside the block; they would interfere with the trainer's."""
+    were_shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
     finally:
-        if shown:
+        if were_shown:
             enable_progress_bars()

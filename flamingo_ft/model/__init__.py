@@ -3,10 +3,10 @@
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 from .build import build_flamingo
-from .checkpoints import LoadReport, load_open_flamingo
 from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
 from .open_flamingo import Flamingo, create_model_and_transforms
+from .open_flamingo_checkpoints import LoadReport, load_open_flamingo
 from .pipeline import register_pipeline
 from .processor import FlamingoImageProcessor, FlamingoProcessor
 

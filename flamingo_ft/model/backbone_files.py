@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from flamingo_ft.backbones.context import ENDLESS, context_length
+from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from flamingo_ft.backbones.language import language_files, language_folder
 from flamingo_ft.backbones.tower import build_visual, tower_preprocess
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import ModelSection
 
 from . import FlamingoProcessor
-from .tokens import add_media_tokens
+from .added_tokens import add_media_tokens
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,4 @@ def own_ends(model: ModelSection) -> int | list[int] | None:
 
 def text_limit(config: PreTrainedConfig, wanted: int | None) -> int:
     """Longest sample in text tokens: as wanted, within the context that a model's configuration tells."""
-    return min(wanted or ENDLESS, context_length(config))
+    return min(wanted or NO_CONTEXT_LIMIT, context_length(config))

@@ -8,11 +8,11 @@ from typing import Any
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.vision import VisionBackbone
 
+from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
 from .conditioning import Visibility
 from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
 from .processor import FlamingoProcessor
-from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
 
 
 def build_flamingo(

@@ -19,6 +19,7 @@ from flamingo_ft.errors import UserError
 from .conditioning import Media, MediaConditioning, Visibility, cache_in, cache_length, past_of, repeat_rows
 from .cross_attention import GatedCrossAttentionBlock
 from .media import (
+    MediaInput,
     are_of_the_end,
     check_counts,
     encode_media,
@@ -27,7 +28,6 @@ from .media import (
     no_media,
     positions_in_documents,
 )
-from .media_input import MediaInput
 from .perceiver import PerceiverResampler
 from .token_rows import TokenRows
 

@@ -1,4 +1,8 @@
-"""Files from the network: for samples whose recipe allows it, and for URLs that are given to the processor."""
+"""Files from the network: for samples whose recipe allows it, and for URLs that are given to the processor.
+
+urllib rather than httpx, which a dependency brings along: httpx has no public hook between connecting and sending, where
+the address that a name led to is checked.
+"""
 
 from __future__ import annotations
 

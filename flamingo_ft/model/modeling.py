@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flamingo_ft.backbones.attention import is_open, open_attention
+from flamingo_ft.backbones.attention import is_unfused, unfuse_attention
 from flamingo_ft.backbones.tower import build_visual, non_persistent_buffers
 
+from .added_tokens import add_tokens, check_embeddings, grow_vocabulary
 from .conditioning import cache_in
 from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
-from .media_input import media_input
-from .more_tokens import add_tokens, check_embeddings
+from .media import media_input
 from .packed import for_language_model
-from .parts import from_parts
 from .perceiver import PerceiverResampler
+from .pretrained import from_parts
 from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
-from .tokens import grow_vocabulary
 
 
 class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):
@@ -56,8 +55,8 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         self.vision_encoder = build_visual(config.vision_config) if vision_encoder is None else vision_encoder
         self.lang_encoder = lang_encoder or AutoModelForCausalLM.from_config(config.text_config)
         if config.open_attention:
-            open_attention(self.vision_encoder)
-        config.open_attention = config.open_attention or is_open(self.vision_encoder)
+            unfuse_attention(self.vision_encoder)
+        config.open_attention = config.open_attention or is_unfused(self.vision_encoder)
         _keep_weights(self.vision_encoder)
         _keep_weights(self.lang_encoder)
         config.text_config = self.lang_encoder.config

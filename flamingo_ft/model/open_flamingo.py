@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 
-from .checkpoints import is_open_flamingo, load_open_flamingo
+from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
 from .core import FlamingoCore
 from .layers import CheckpointedBlock
-from .media_input import media_input
+from .media import media_input
+from .open_flamingo_checkpoints import is_open_flamingo, load_open_flamingo
 from .processor import FlamingoImageProcessor
 from .quantized import mark_quantized
-from .tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
 
 
 class Flamingo(FlamingoCore):

@@ -20,11 +20,11 @@ from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.names import check_path_exists
 
+from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from .chat_template import answer_template
 from .image_source import read_image
 from .images import to_rgb
 from .special_text import protect, tokenize
-from .tokens import EOC_TOKEN, MEDIA_TOKEN
 
 # Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template. The space before
 # an answer is the assistant's: with most tokenizers it is part of the answer's first token.

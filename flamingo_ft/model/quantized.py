@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from flamingo_ft.backbones.quantization import formats_in, settle
-from flamingo_ft.backbones.quantized_tower import quantize_tower
+from flamingo_ft.backbones.quantization import normalize_bnb_layers, quantization_formats
+from flamingo_ft.backbones.tower import quantize_tower
 from flamingo_ft.errors import UserError
 
 from .configuration import FlamingoConfig
@@ -61,7 +61,7 @@ def finish_quantized(model: nn.Module, is_new: bool) -> None:
         model._weight_conversions = (
             None  # transformers 5.23 cannot save again what it has read in these formats
         )
-    settle(model)
+    normalize_bnb_layers(model)
     mark_quantized(model)
 
 
@@ -75,7 +75,7 @@ def _quantize_rest_of_tower(model: nn.Module, config: BitsAndBytesConfig) -> Non
 
 def mark_quantized(model: nn.Module) -> None:
     """Say of a model what formats its parts are in, where PEFT and accelerate look: on the model they are given."""
-    formats = formats_in(model)
+    formats = quantization_formats(model)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = "4bit" in formats, "int8" in formats
 
 
@@ -86,7 +86,7 @@ def refuse_put_together(model: nn.Module) -> None:
         raise UserError(
             "a Flamingo with LoRA cannot be saved whole; save its adapter with save_adapter, or merge that"
         )
-    if formats_in(model) and getattr(model, "hf_quantizer", None) is None:
+    if quantization_formats(model) and getattr(model, "hf_quantizer", None) is None:
         raise UserError(
             "a Flamingo put together from quantized backbones cannot be saved whole; save its adapter, or save it "
             "unquantized and load that with a quantization_config"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo_ft.backbones.context import ENDLESS
+from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT
 from flamingo_ft.config import Recipe
-from flamingo_ft.config.loading import is_there
+from flamingo_ft.config.paths import path_exists
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.collate import pack
 from flamingo_ft.data.encode import encode
@@ -62,11 +62,11 @@ TEXT = ("input_ids", "attention_mask", "labels")
 def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:
     """Text tokens and images of the longest of the recipe's first samples, or of rows packed of them, and where they
     were found; None without its files, or where they are on the Hub: a plan downloads no data."""
-    if not all(source.path is not None and is_there(source.path) for source in recipe.data.train):
+    if not all(source.path is not None and path_exists(source.path) for source in recipe.data.train):
         return None
     data = open_data(recipe.data, recipe.train.seed)
     samples = itertools.islice(data.samples(data.train), LOOKED_AT)
-    if recipe.data.packing and limit < ENDLESS:
+    if recipe.data.packing and limit < NO_CONTEXT_LIMIT:
         return _fullest_row(itertools.islice(samples, CANDIDATES), recipe, processor, limit)
     count, images, likely = 0, 0, []
     for count, sample in enumerate(samples, start=1):
@@ -111,7 +111,7 @@ def longest_batch(
         tokens, images = (
             own if own is not None else other for own, other in zip((tokens, images), found, strict=False)
         )
-    if tokens >= ENDLESS:
+    if tokens >= NO_CONTEXT_LIMIT:
         raise UserError(
             "data.max_text_tokens: found neither data nor a limit to plan for; set it, or --text-tokens"
         )

@@ -17,20 +17,18 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from flamingo_ft.adapters import add_lora, set_trainable
-from flamingo_ft.backbones.attention import open_attention
+from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.quantization import DTYPES, Quantization
-from flamingo_ft.backbones.quantized_tower import refuse_without_matrices
-from flamingo_ft.backbones.tower import build_visual, token_width, tower_preprocess
+from flamingo_ft.backbones.tower import build_visual, check_quantizable, token_width, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
+from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
 from .cuda_emulation import Device
-
-BRIDGE = ("perceiver", "gated_cross_attn_layers")
 
 
 def build_meta_model(
@@ -81,8 +79,8 @@ def meta_vision(config: dict, wanted: VisionSection, device: Device) -> VisionBa
     visual = build_visual(config).eval().requires_grad_(False)
     quantization = Quantization.of(wanted)
     if quantization:
-        refuse_without_matrices(visual)
-        open_attention(visual)
+        check_quantizable(visual)
+        unfuse_attention(visual)
         visual.to(compute_dtype(quantization, device))
         replace_linears(visual, quantization, compute_dtype(quantization, device), device == "cuda")
     source = {"name": wanted.name, "pretrained": wanted.pretrained, "revision": None, "sha256": None}
@@ -117,8 +115,10 @@ def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, recipe: Reci
     if wanted == "none":
         return
     quantization = Quantization(wanted)
-    for part in BRIDGE:
-        module = model.get_submodule(part)
+    for part in BRIDGE_PARTS:
+        if not part.takes_lora:
+            continue
+        module = model.get_submodule(part.module)
         if not any(parameter.requires_grad for parameter in module.parameters()):
             replace_linears(module, quantization, compute_dtype(quantization, device), device == "cuda")
 

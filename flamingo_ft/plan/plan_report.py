@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from flamingo_ft.config import Recipe
+from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.formatting import GIB, MIB
 
 from .planner import Plan, Planner
@@ -169,8 +170,9 @@ def candidates(recipe: Recipe) -> list[Values]:
         offered.append({"train.batch_size": 1, "train.gradient_accumulation_steps": steps})
     if recipe.model.init_from is not None:  # a fresh bridge has to train whole
         offered.append({"model.bridge_quantization": "nf4"})
-        whole = [part for part in ("perceiver", "cross_attention") if getattr(recipe.trainable, part)]
-        offered += [{f"trainable.{part}": False, f"lora.{part}": {"r": 16}} for part in whole]
+        for part in BRIDGE_PARTS:
+            if part.takes_lora and getattr(recipe.trainable, part.name):
+                offered.append({f"trainable.{part.name}": False, f"lora.{part.name}": {"r": 16}})
     return [values for values in offered if _is_new(recipe, values)]
 
 

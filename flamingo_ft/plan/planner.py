@@ -14,10 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_ft.adapters import check_start
 from flamingo_ft.config import Recipe, TrainSection
+from flamingo_ft.config.tables import BRIDGE_PARTS, LANGUAGE, VISION
 from flamingo_ft.errors import UserError
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import backbone_files, text_limit
+from flamingo_ft.model.parts import is_lora
 
 from .cuda_emulation import Device
 from .longest_batch import Batch, longest_batch
@@ -28,13 +30,7 @@ from .simulated_step import StepMemory, optimizer_state, simulate_step
 MOST_POSITIONS = 65_536  # text tokens of all samples
 LEAST_SAMPLES = 16
 
-COMPONENTS = {  # as the table names them -> where they live in the model
-    "vision tower": "vision_encoder.",
-    "language model": "lang_encoder.",
-    "perceiver": "perceiver.",
-    "cross-attention": "gated_cross_attn_layers.",
-    "new tokens": "token_rows.",
-}
+COMPONENTS = (VISION, LANGUAGE, *BRIDGE_PARTS)
 
 
 @dataclass(frozen=True)
@@ -164,12 +160,12 @@ def _components(
 ) -> Iterable[Component]:
     """The parts of the model, and LoRA beside each; what dpo's reference has of its own."""
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # what is tied is there once
-    for name, prefix in COMPONENTS.items():
-        own = {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        updates = {key: tensor for key, tensor in own.items() if ".lora_" in key}
-        yield _component(name, [own[key] for key in own.keys() - updates.keys()], recipe.train, device)
+    for part in COMPONENTS:
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(part.prefix)}
+        updates = {key: tensor for key, tensor in own.items() if is_lora(key)}
+        yield _component(part.short, [own[key] for key in own.keys() - updates.keys()], recipe.train, device)
         if updates:
-            yield _component(f"LoRA on {name}", updates.values(), recipe.train, device)
+            yield _component(f"LoRA on {part.short}", updates.values(), recipe.train, device)
     if recipe.train.method == "dpo":
         kept = sum(tensor.nbytes for tensor in tensors.values() if tensor.requires_grad)
         yield Component(

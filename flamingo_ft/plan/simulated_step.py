@@ -22,8 +22,7 @@ from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media
-from flamingo_ft.model.media import no_media
-from flamingo_ft.model.media_input import MediaInput
+from flamingo_ft.model.media import MediaInput, no_media
 
 from .cuda_emulation import Device, emulate_device, recompute_context
 from .longest_batch import Batch

@@ -1,5 +1,5 @@
-"""An adapter or a merged model to the Hub."""
+"""Prepare an adapter or a merged model for the Hub and push it."""
 
 from .push import files_to_push, push
 
-__all__ = ["push", "files_to_push"]
+__all__ = ["files_to_push", "push"]

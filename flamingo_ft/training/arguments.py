@@ -1,4 +1,4 @@
-"""A recipe's ``train`` and ``eval`` sections in the words of TRL's trainers."""
+"""A recipe's ``train`` and ``eval`` sections as the arguments of TRL's trainers."""
 
 from __future__ import annotations
 
@@ -7,75 +7,89 @@ from typing import Any
 import torch
 from trl import DPOConfig, SFTConfig
 
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
+from flamingo_ft.backbones.quantization import DTYPES
 from flamingo_ft.config import Recipe
+from flamingo_ft.evaluation.metrics import higher_is_better
 
-from .optimizer import OPTIMIZERS
-from .precision import computes_in
-from .schedule import warmup_steps
+from .optimizer import OPTIMIZERS, warmup_steps
 
-# The recipe's names -> transformers', whose "constant" knows no warm-up.
+# The recipe's names -> transformers' names, whose "constant" ignores warmup.
 SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the autocast dtype for ``train.precision`` on this machine; None for float32 without autocast.
+
+    ``auto`` is bfloat16 on a GPU that supports it natively (a T4 only emulates it), float16 on any other GPU, and float32
+    on a CPU.
+    """
+    if precision != "auto":
+        return None if precision == "fp32" else DTYPES[precision]
+    if not torch.cuda.is_available():
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 def trainer_arguments(recipe: Recipe) -> SFTConfig | DPOConfig:
-    """What `make_trainer` gives its trainer, for a recipe with ``train.max_steps``."""
+    """Return the trainer's arguments for a recipe whose length is given by ``train.max_steps``."""
     if recipe.train.method == "dpo":
-        return DPOConfig(**_common(recipe), **_dpo(recipe))
-    return SFTConfig(**_common(recipe))
+        return DPOConfig(**_common_arguments(recipe), **_dpo_arguments(recipe))
+    return SFTConfig(**_common_arguments(recipe))
 
 
-def _dpo(recipe: Recipe) -> dict[str, Any]:
-    wanted = recipe.train.dpo
+def _dpo_arguments(recipe: Recipe) -> dict[str, Any]:
+    dpo = recipe.train.dpo
     return {
-        "beta": wanted.beta,
-        # TRL's sigmoid loss knows no wrong labels; the robust one (arXiv:2403.00409) is the same where there are none.
-        "loss_type": ["robust" if wanted.label_smoothing else wanted.loss_type],
-        "label_smoothing": wanted.label_smoothing,
-        # Policy and reference differ by what was learned, not by which units a backbone happened to drop.
+        "beta": dpo.beta,
+        # TRL's sigmoid loss ignores label smoothing; the robust loss (arXiv:2403.00409) equals it without smoothing.
+        "loss_type": ["robust" if dpo.label_smoothing else dpo.loss_type],
+        "label_smoothing": dpo.label_smoothing,
+        # Policy and reference must differ by what was learned, not by dropout.
         "disable_dropout": True,
     }
 
 
-def _common(recipe: Recipe) -> dict[str, Any]:
-    """What holds for every method."""
-    wanted, judged = recipe.train, recipe.eval
+def _common_arguments(recipe: Recipe) -> dict[str, Any]:
+    """Return the arguments that SFT and DPO share."""
+    train_config, eval_config = recipe.train, recipe.eval
+    autocast = autocast_dtype(train_config.precision)
     return {
-        "output_dir": str(wanted.output_dir),
-        "max_steps": wanted.max_steps,
-        "per_device_train_batch_size": wanted.batch_size,
-        "gradient_accumulation_steps": wanted.gradient_accumulation_steps,
-        "learning_rate": wanted.learning_rate,
-        "weight_decay": wanted.weight_decay,
-        "warmup_steps": warmup_steps(wanted),
-        "lr_scheduler_type": SCHEDULERS[wanted.lr_scheduler],
-        # Stepping in the backward pass, each gradient is clipped by itself.
-        "max_grad_norm": 0.0 if wanted.optimizer_in_backward else wanted.max_grad_norm,
-        "optim": OPTIMIZERS[wanted.optimizer],
-        "activation_checkpointing": wanted.gradient_checkpointing,
-        "activation_offloading": wanted.activation_offload,
-        "logging_steps": wanted.logging_steps,
-        "logging_nan_inf_filter": False,  # by default a loss that is no number is logged as a good one
-        "seed": wanted.seed,
-        "bf16": computes_in(wanted.precision) == torch.bfloat16,
-        "fp16": computes_in(wanted.precision) == torch.float16,
-        "use_cpu": default_device().type == "cpu",  # else bfloat16 is refused where there is no GPU
-        "eval_strategy": "no" if judged.steps is None else "steps",
-        "eval_steps": judged.steps,
-        "per_device_eval_batch_size": judged.batch_size,
-        "metric_for_best_model": judged.metric if judged.steps else None,
-        "greater_is_better": judged.metric == "accuracy",
+        "output_dir": str(train_config.output_dir),
+        "max_steps": train_config.max_steps,
+        "per_device_train_batch_size": train_config.batch_size,
+        "gradient_accumulation_steps": train_config.gradient_accumulation_steps,
+        "learning_rate": train_config.learning_rate,
+        "weight_decay": train_config.weight_decay,
+        "warmup_steps": warmup_steps(train_config),
+        "lr_scheduler_type": SCHEDULERS[train_config.lr_scheduler],
+        # An optimizer that steps inside the backward pass clips each gradient itself.
+        "max_grad_norm": 0.0 if train_config.optimizer_in_backward else train_config.max_grad_norm,
+        "optim": OPTIMIZERS[train_config.optimizer],
+        "activation_checkpointing": train_config.gradient_checkpointing,
+        "activation_offloading": train_config.activation_offload,
+        "logging_steps": train_config.logging_steps,
+        "logging_nan_inf_filter": False,  # by default Trainer hides NaN losses in the log
+        "seed": train_config.seed,
+        "bf16": autocast == torch.bfloat16,
+        "fp16": autocast == torch.float16,
+        "use_cpu": default_device().type == "cpu",  # otherwise Trainer refuses bf16 without a GPU
+        "eval_strategy": "no" if eval_config.steps is None else "steps",
+        "eval_steps": eval_config.steps,
+        "per_device_eval_batch_size": eval_config.batch_size,
+        "metric_for_best_model": eval_config.metric if eval_config.steps else None,
+        "greater_is_better": higher_is_better(eval_config.metric),
         "save_strategy": "steps",
-        "save_steps": wanted.save_steps or wanted.max_steps,  # the last step has one in any case
-        "save_only_model": wanted.fsdp,  # Trainer knows no checkpoints of a sharded model, and does not write them here
-        "ignore_data_skip": True,  # batches know themselves where they were
+        "save_steps": train_config.save_steps or train_config.max_steps,  # the last step is saved in any case
+        "save_only_model": train_config.fsdp,  # Trainer cannot checkpoint such a model; FlamingoTrainerMixin does
+        "ignore_data_skip": True,  # the batches resume at their own position
         "restore_callback_states_from_checkpoint": True,
-        # Every parameter that trains has a gradient in every batch, of plain text too: looking for others, as TRL does
-        # by default, would only cost a walk through the graph.
+        # Every trainable parameter gets a gradient in every batch, text-only batches included, so DDP need not search
+        # the graph for unused ones, as it does by default with TRL.
         "ddp_find_unused_parameters": False,
-        "report_to": "none",  # see trackers.py
-        "project": "flamingo_ft",  # name of the run's project there, and of the run
-        "run_name": wanted.output_dir.name,
+        "report_to": "none",  # see tracker_callbacks
+        "project": "flamingo_ft",  # for the trackers: name of the project, and of the run
+        "run_name": train_config.output_dir.name,
         "disable_tqdm": True,
         "log_level": "error",
         "remove_unused_columns": False,

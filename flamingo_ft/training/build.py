@@ -1,62 +1,150 @@
-"""From a recipe to a model that is ready to train."""
+"""Build what a recipe trains: the model with its processor, and the trainer over the recipe's data."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import PrinterCallback, TrainerCallback
 
 from flamingo_ft.adapters import init_bridge, prepare_training
-from flamingo_ft.backbones.device import default_device
+from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
+from flamingo_ft.data import OpenedData
+from flamingo_ft.data.epochs import with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
+from flamingo_ft.model.sharding import shard
 
-# From the model and its processor to some training batches.
-SomeBatches = Callable[[FlamingoForConditionalGeneration, FlamingoProcessor], Iterable[Mapping[str, Any]]]
+from .arguments import trainer_arguments
+from .checkpoints import CheckpointPolicy, checkpoint_root
+from .compat import mark_as_sharded
+from .dataloader import make_train_batches
+from .model_checks import check_loss
+from .optimizer import make_optimizer
+from .trainer import FlamingoDpoTrainer, FlamingoTrainer
+
+TRAINERS = {"sft": FlamingoTrainer, "dpo": FlamingoDpoTrainer}
+INIT_BATCHES = 16  # enough for EVA's principal directions to converge
+QUANTIZATION_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+
+# Given the model and its processor, return training batches for a data-driven LoRA initialization.
+InitBatches = Callable[[FlamingoForConditionalGeneration, FlamingoProcessor], Iterable[Mapping[str, Any]]]
 
 
 def build_model(
-    recipe: Recipe, some_batches: SomeBatches | None = None
+    recipe: Recipe, init_batches: InitBatches | None = None
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The recipe's backbones with a bridge, new from its seed or the one to start from, and LoRA; what shall train does.
+    """Build the recipe's model, ready to train, and its processor.
 
-    some_batches: for the one initialisation of LoRA that looks at data.
+    The bridge is initialized from the seed or from ``model.init_from``; LoRA is added and parameters are frozen as the
+    recipe says. init_batches: batches for the LoRA initialization that needs data (EVA).
     """
-    wanted, device = recipe.model, default_device()
+    model_config, device = recipe.model, default_device()
     vision = load_vision(
-        wanted.vision.name,
-        wanted.vision.pretrained,
-        quantization=Quantization.of(wanted.vision, shardable=recipe.train.fsdp),
+        model_config.vision.name,
+        model_config.vision.pretrained,
+        quantization=Quantization.of(model_config.vision, shardable=recipe.train.fsdp),
         device=device,
-        image_size=wanted.vision.image_size,
-        resize_mode=wanted.vision.resize_mode,
+        image_size=model_config.vision.image_size,
+        resize_mode=model_config.vision.resize_mode,
     )
     language = load_language(
-        wanted.language.name,
-        wanted.language.revision,
-        quantization=Quantization.of(wanted.language, shardable=recipe.train.fsdp),
+        model_config.language.name,
+        model_config.language.revision,
+        quantization=Quantization.of(model_config.language, shardable=recipe.train.fsdp),
         device=device,
     )
     torch.manual_seed(recipe.train.seed)
     model, processor = build_flamingo(
         vision,
         language,
-        cross_attn_every_n_layers=wanted.cross_attn_every_n_layers,
-        media_visibility=wanted.media_visibility,
-        perceiver=wanted.perceiver.model_dump(),
-        cross_attention=wanted.cross_attention.model_dump(),
-        decoder_layers_attr_name=wanted.language.decoder_layers_attr_name,
+        cross_attn_every_n_layers=model_config.cross_attn_every_n_layers,
+        media_visibility=model_config.media_visibility,
+        perceiver=model_config.perceiver.model_dump(),
+        cross_attention=model_config.cross_attention.model_dump(),
+        decoder_layers_attr_name=model_config.language.decoder_layers_attr_name,
     )
     apply_template(processor, recipe.data)
     processor.image_processor.video_frames = recipe.data.video_frames
-    if wanted.init_from is not None:
-        init_bridge(model, wanted.init_from)
+    if model_config.init_from is not None:
+        init_bridge(model, model_config.init_from)
     model.to(device)
-    prepare_training(model, recipe, some_batches and partial(some_batches, model, processor))
+    prepare_training(model, recipe, init_batches and partial(init_batches, model, processor))
     return model, processor
+
+
+def make_trainer(
+    model: FlamingoForConditionalGeneration,
+    processor: FlamingoProcessor,
+    data: OpenedData,
+    recipe: Recipe,
+    callbacks: list[TrainerCallback],
+) -> FlamingoTrainer | FlamingoDpoTrainer:
+    """Return a trainer over the recipe's data. Raise UserError if TRL's loss would be wrong for this model.
+
+    ``model`` must be as it was before step 1, also when resuming: it is the DPO reference, and the checkpoint is restored
+    afterwards.
+    """
+    recipe = with_max_steps(recipe, data)
+    if recipe.train.fsdp:
+        shard(model)
+        mark_as_sharded(model)
+    arguments = trainer_arguments(recipe)
+    optimizer = make_optimizer(model, recipe.train, arguments)
+    batches = make_train_batches(
+        data, model, processor, recipe, arguments.process_index, arguments.world_size
+    )
+    policy = CheckpointPolicy(
+        root=checkpoint_root(recipe.train),
+        limit=recipe.train.save_total_limit,
+        run_folder=recipe.train.output_dir,
+        processor=processor,
+        source_rows=count_source_rows(data),
+    )
+    with hidden_quantization_flags(model):
+        trainer = TRAINERS[recipe.train.method](
+            batches,
+            policy,
+            recipe.train.non_finite,
+            model=model,
+            args=arguments,
+            processing_class=processor,
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
+        )
+    check_loss(trainer)
+    trainer.remove_callback(PrinterCallback)  # it would print log entries through the progress bar
+    return trainer
+
+
+@contextmanager
+def hidden_quantization_flags(model: FlamingoForConditionalGeneration) -> Iterator[None]:
+    """Keep TRL from casting all trainable parameters, gates included, to bfloat16, as it does for 4/8-bit models."""
+    flags = {name: model.__dict__.pop(name) for name in QUANTIZATION_FLAGS if name in model.__dict__}
+    try:
+        yield
+    finally:
+        model.__dict__.update(flags)
+
+
+def first_batches(
+    data: OpenedData, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
+) -> list[dict[str, torch.Tensor]]:
+    """Return the first training batches, for a data-driven LoRA initialization."""
+    batches = itertools.islice(make_train_batches(data, model, processor, recipe), INIT_BATCHES)
+    return [
+        {name: tensor for name, tensor in batch.items() if name != "completion_mask"} for batch in batches
+    ]
+
+
+def count_source_rows(data: OpenedData) -> dict[str, int | None]:
+    """Return the number of rows of each training source; None for a stream."""
+    return {mixed.source.name: mixed.size if mixed.source.indexed else None for mixed in data.train}

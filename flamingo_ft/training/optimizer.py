@@ -1,30 +1,25 @@
-"""The optimizer that a recipe asks for, over what trains."""
+"""The optimizer of a recipe: parameter groups, learning-rate schedule, and steps inside the backward pass."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from flamingo_ft import processes
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.trainable import BRIDGE, is_lora
-from flamingo_ft.backbones.quantization import require_bitsandbytes
 from flamingo_ft.config import TrainSection
+from flamingo_ft.data.epochs import exact_fraction
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_decayed, optimizer_group
 
-from .in_backward import InBackward
+from .compat import disable_amp_scaling_in_step, set_last_learning_rates
 
-# Vectors and tables that stand for themselves; pulling them to zero would not make the model simpler.
-UNDECAYED = ("perceiver.latents", "perceiver.frame_embs", "perceiver.media_time_embs", "token_rows.")
-
-LORA = "lora"
-PARTS = (*BRIDGE, LORA)  # as train.learning_rates names them
-
-# The recipe's names -> transformers'. The fused AdamW needs no memory of its own.
+# The recipe's names -> transformers' names. The fused AdamW needs no temporary memory.
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
     "adamw_8bit": "adamw_8bit",
@@ -33,92 +28,145 @@ OPTIMIZERS = {
 }
 
 
-def check_machine(wanted: TrainSection) -> None:
-    """Refuse what this machine cannot do, before anything is loaded."""
-    _refuse_gpus_in_one_process(torch.cuda.device_count())
-    _refuse_accelerates_sharding(os.environ)
-    if wanted.fsdp and processes.world_size() == 1:
-        raise UserError(
-            "train.fsdp: found one process, nothing to share with; start several (torchrun --nproc-per-node 2 -m "
-            "flamingo_ft train ...), or set it to false"
-        )
-    if wanted.optimizer != "adamw":
-        require_bitsandbytes(f"train.optimizer: {wanted.optimizer}", instead="adamw")
-    if wanted.activation_offload and not torch.cuda.is_available():
-        raise UserError(
-            "train.activation_offload: found no GPU to move activations away from; set it to false"
-        )
-
-
-def _refuse_gpus_in_one_process(gpus: int) -> None:
-    """Trainer would copy the model to each GPU in every step (`nn.DataParallel`), slowly, and with wrong gradients here."""
-    if gpus > 1 and processes.world_size() == 1:
-        raise UserError(
-            f"found {gpus} GPUs and one process; use one GPU with CUDA_VISIBLE_DEVICES=0, or all with "
-            f"torchrun --nproc-per-node {gpus} -m flamingo_ft train ..."
-        )
-
-
-def _refuse_accelerates_sharding(environment: Mapping[str, str]) -> None:
-    """Which knows nothing of the units here, nor Trainer then of the optimizer's groups."""
-    if environment.get("ACCELERATE_USE_FSDP") == "true":
-        raise UserError(
-            "accelerate: found a configuration of FSDP, which does not know how a Flamingo is sharded; use one without it "
-            "(recipes/accelerate/ddp.yaml), and set train.fsdp to true"
-        )
-
-
 def make_optimizer(
-    model: torch.nn.Module, wanted: TrainSection, arguments: TrainingArguments
+    model: nn.Module, train_config: TrainSection, arguments: TrainingArguments
 ) -> torch.optim.Optimizer:
-    """An optimizer over what trains. UserError for a step inside the backward pass where that cannot be."""
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    make = partial(kind, **options)
-    groups = parameter_groups(model, wanted)
-    if not wanted.optimizer_in_backward:
+    """Return an optimizer over the trainable parameters.
+
+    Raises UserError if ``train.optimizer_in_backward`` is set but cannot work with this number of processes or precision.
+    """
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    make = partial(optimizer_class, **options)
+    groups = parameter_groups(model, train_config)
+    if not train_config.optimizer_in_backward:
         optimizer = make(groups)
-        # A fused step takes the scaler's part and counts as taken where the gradient overflowed; schedules would go on.
-        optimizer._step_supports_amp_scaling = False
+        disable_amp_scaling_in_step(optimizer)
         return optimizer
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise UserError(
-            f"train.optimizer_in_backward: found {max(arguments.world_size, arguments.n_gpu)} processes or GPUs; gradients "
-            "would have to be shared before each step: use one (CUDA_VISIBLE_DEVICES=0), or set it to false"
+            f"train.optimizer_in_backward: got {max(arguments.world_size, arguments.n_gpu)} processes or GPUs, whose "
+            "gradients would have to be reduced before each step; use one (CUDA_VISIBLE_DEVICES=0), or set it to false"
         )
     if arguments.fp16:
         raise UserError(
-            "train.optimizer_in_backward: float16 scales the loss, and a step inside the backward pass cannot be taken "
-            "back where that overflows; use bf16 or fp32, or set it to false"
+            "train.optimizer_in_backward: float16 needs loss scaling, and a step inside the backward pass cannot be "
+            "undone when a scaled gradient overflows; use bf16 or fp32, or set it to false"
         )
-    return InBackward(groups, make, wanted.max_grad_norm)
+    return InBackwardOptimizer(groups, make, train_config.max_grad_norm)
 
 
-def parameter_groups(model: torch.nn.Module, wanted: TrainSection) -> list[dict]:
-    """The trainable parameters for the optimizer: by part, and in each what decays before what does not.
+def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]:
+    """Return the trainable parameters grouped by part, in each part those with weight decay first.
 
-    Each group has the ``name`` of its part. Matrices decay; gates, norms, biases, latents and token rows do not. The order
-    depends on the names of the parameters alone, so a state that was saved fits any later run of the recipe.
+    Each group carries the ``name`` of its part. Matrices decay; gates, norms, biases, latents and token rows do not. The
+    order depends on parameter names alone, so saved optimizer states fit every later run of the recipe.
     """
     named = trainable_parameters(model)
     groups = []
-    for part in PARTS:
-        of_part = sorted(name for name in named if part_of(name) == part)
-        decayed = [name for name in of_part if named[name].dim() >= 2 and not name.startswith(UNDECAYED)]
-        undecayed = [name for name in of_part if name not in {*decayed}]
-        rate = getattr(wanted.learning_rates, part) or wanted.learning_rate
-        for names, decay in ((decayed, _decay(wanted, part)), (undecayed, 0.0)):
-            groups.append(
-                {"params": [named[n] for n in names], "name": part, "lr": rate, "weight_decay": decay}
-            )
-    return [group for group in groups if group["params"]]
+    for part in OPTIMIZER_GROUPS:
+        names = sorted(name for name in named if optimizer_group(name) == part)
+        decayed = [name for name in names if is_decayed(name, named[name])]
+        undecayed = [name for name in names if name not in {*decayed}]
+        rate = getattr(train_config.learning_rates, part) or train_config.learning_rate
+        for members, decay in ((decayed, _weight_decay(train_config, part)), (undecayed, 0.0)):
+            parameters = [named[name] for name in members]
+            if parameters:
+                groups.append({"params": parameters, "name": part, "lr": rate, "weight_decay": decay})
+    return groups
 
 
-def part_of(name: str) -> str:
-    """The part, one of ``PARTS``, that a trainable parameter counts to; LoRA is one wherever it is."""
-    return LORA if is_lora(name) else next(part for part, prefix in BRIDGE.items() if name.startswith(prefix))
+def _weight_decay(train_config: TrainSection, part: str) -> float:
+    """Return the weight decay of a part's matrices; ``train.weight_decays`` has no entry for token rows."""
+    own = getattr(train_config.weight_decays, part, None)
+    return train_config.weight_decay if own is None else own
 
 
-def _decay(wanted: TrainSection, part: str) -> float:
-    """Of a part's matrices. Token rows are named nowhere: none of them decays."""
-    own = getattr(wanted.weight_decays, part, None)
-    return wanted.weight_decay if own is None else own
+# --- learning-rate schedule ---
+
+
+def warmup_steps(train_config: TrainSection) -> int:
+    """Return the number of warmup steps of a recipe whose ``max_steps`` is known."""
+    if train_config.warmup_ratio is None:
+        return train_config.warmup_steps
+    return math.ceil(exact_fraction(train_config.warmup_ratio) * train_config.max_steps)
+
+
+def recompute_learning_rates(scheduler: Any) -> None:
+    """Set the learning rates of a restored `LambdaLR`'s current step from its own schedule.
+
+    The restored optimizer has the rates of the schedule it was saved with, which may have been for fewer steps.
+    """
+    schedule = getattr(scheduler, "scheduler", scheduler)  # unwrap accelerate's scheduler
+    lambdas = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = [base_lr * factor(schedule.last_epoch) for base_lr, factor in lambdas]
+    set_last_learning_rates(schedule, rates)
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+# --- steps inside the backward pass ---
+
+
+class InBackwardOptimizer(torch.optim.Optimizer):
+    """Steps each parameter as soon as its gradient is complete, so that gradients are never held together.
+
+    LOMO (arXiv:2306.09782) does so for SGD. The norm of the whole gradient is not known by then, so each parameter's
+    gradient is clipped to ``max_norm`` by itself.
+
+    make: makes the optimizer for a list of groups; each parameter gets one of its own. Learning rates are read from
+    this optimizer's groups, so schedulers work on it as on any other.
+    """
+
+    def __init__(
+        self, groups: list[dict], make: Callable[[list[dict]], torch.optim.Optimizer], max_norm: float
+    ):
+        super().__init__(groups, defaults=make(groups).defaults)
+        self.max_norm = max_norm
+        self._norms: list[torch.Tensor] = []
+        self._optimizers = {p: make([{**g, "params": [p]}]) for g in self.param_groups for p in g["params"]}
+        self._share_state()
+        for parameter in self._optimizers:
+            parameter.register_post_accumulate_grad_hook(self._step_parameter)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Do nothing: the steps were taken in the backward pass."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Do nothing: each gradient is freed after its step."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)  # replaces groups and state; accelerate calls it before training
+        self._restore_state_dtypes(state_dict)
+        self._share_state()
+
+    def pop_grad_norm(self) -> torch.Tensor:
+        """Return the norm, before clipping, of all gradients used since the last call."""
+        norms, self._norms = self._norms, []
+        return nn.utils.get_total_norm(norms)
+
+    def _restore_state_dtypes(self, state_dict: dict[str, Any]) -> None:
+        """Copy the saved state without torch's cast to the parameter's dtype, which would destroy 8-bit state."""
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, parameter in zip(indices, self._optimizers, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, torch.Tensor):
+                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+    def _share_state(self) -> None:
+        """Let all per-parameter optimizers use this optimizer's state, so that it is saved and loaded as usual."""
+        self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        for optimizer in self._optimizers.values():
+            optimizer.state = self.state
+
+    def _step_parameter(self, parameter: nn.Parameter) -> None:
+        optimizer = self._optimizers[parameter]
+        optimizer.param_groups[0]["lr"] = self._groups[parameter]["lr"]
+        self._norms.append(nn.utils.clip_grad_norm_([parameter], self.max_norm))
+        optimizer.step()
+        parameter.grad = None
+
+
+def find_in_backward_optimizer(optimizer: Any) -> InBackwardOptimizer | None:
+    """Return a trainer's optimizer, without accelerate's wrapper, if it steps inside the backward pass."""
+    unwrapped = getattr(optimizer, "optimizer", optimizer)
+    return unwrapped if isinstance(unwrapped, InBackwardOptimizer) else None

@@ -1,7 +1,8 @@
-"""Where a run goes on: from its newest checkpoint that is whole, if it is this recipe's."""
+"""Where a run starts: from its newest undamaged checkpoint, if that belongs to the same recipe, or from step 1."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,14 @@ from typing import Any
 from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 
-from .checkpoints import checkpoint_root, newest_good, read_manifest, set_aside_after
-from .hub import fetch_newer
+from .checkpoints import checkpoint_root, latest_valid, quarantine_newer, read_manifest
+from .hub_checkpoints import fetch_newer_checkpoint
 from .output_dir import finished_steps
-from .start_from import as_pinned
 
-# Keys that may change within a run: how long it is, where it is kept and shown, and how fast its data come.
-FREE = {
+# Keys that may change when a run is resumed: its length, where it is kept and logged, and how fast its data load.
+CHANGEABLE_KEYS = {
     "train.max_steps",
     "train.epochs",
     "train.output_dir",
@@ -34,71 +35,76 @@ FREE = {
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a run begins. checkpoint: to go on from, or None to begin with step 1; finished: nothing is left to do;
-    notes: what a user should know of how it was found."""
+class StartPoint:
+    """Where a run starts.
+
+    checkpoint: the one to resume from; None: step 1. finished: there is nothing left to do. notes: lines for the user about
+    how it was found.
+    """
 
     checkpoint: Path | None = None
     finished: bool = False
     notes: list[str] = field(default_factory=list)
 
 
-def find_start(recipe: Recipe) -> Start:
-    """What there is of a run of ``recipe``, whose length is in steps, in its output folder and among its checkpoints.
+def find_start_point(recipe: Recipe) -> StartPoint:
+    """Look for a run of ``recipe``, whose ``max_steps`` is set, in its output folder, its checkpoints and on the Hub.
 
-    A finished run is extended where the recipe has more steps than it had. Damaged checkpoints newer than the one to
-    resume from are renamed. Raises UserError for a run of another recipe (a line for each key), for fewer steps than are
-    done, and for a finished run without a checkpoint to extend it from.
+    A finished run is extended if the recipe has more steps than it had. Damaged checkpoints newer than the one to resume
+    from are renamed. Raises UserError for a run of another recipe (a line for each key), for fewer steps than are done, and
+    for a finished run without a checkpoint to extend it from.
     """
     root, output_dir = checkpoint_root(recipe.train), recipe.train.output_dir
     done = None
     if (output_dir / RECIPE_FILE).is_file():
-        earlier = _same_run(recipe, output_dir)
+        earlier = _load_same_run(recipe, output_dir)
         done = finished_steps(output_dir)
         if done is not None:
-            _refuse_fewer(recipe, done, output_dir)
+            _refuse_fewer_steps(recipe, done, output_dir)
             if recipe.train.max_steps <= earlier.train.max_steps:
-                longer = "to extend it, raise train.max_steps or train.epochs"
-                return Start(
-                    finished=True,
-                    notes=[f"{output_dir}: finished after {done} steps, nothing is left to do; {longer}"],
-                )
-    if root.is_dir():
-        atomic.remove_leftovers(root)
-    checkpoint, wrong = newest_good(root)
-    notes = [f"damaged: {problem}" for problem in wrong]
-    if recipe.train.push_to_hub:
-        newest_here = -1 if checkpoint is None else read_manifest(checkpoint)["step"]
-        notes += fetch_newer(recipe.train.push_to_hub, root, newest_here)
-        checkpoint, _ = newest_good(root)
+                note = f"{output_dir}: finished after {done} steps, nothing left to do; to extend it, raise train.max_steps or train.epochs"
+                return StartPoint(finished=True, notes=[note])
+    checkpoint, notes = _find_checkpoint(recipe, root)
     if checkpoint is not None:
-        notes += _new_length(recipe, _same_run(recipe, checkpoint))
-        _refuse_fewer(recipe, read_manifest(checkpoint)["step"], checkpoint)
+        notes += _length_note(recipe, _load_same_run(recipe, checkpoint))
+        _refuse_fewer_steps(recipe, read_manifest(checkpoint)["step"], checkpoint)
     elif done is not None:
         raise UserError(
             f"{root}: no checkpoint of the finished run in {output_dir} is left to extend it from; "
             f"restore step-{done}, or start a new run from its adapter with model.init_from={output_dir}"
         )
-    aside = [f"set aside as {path}" for path in set_aside_after(root, checkpoint)]
-    found = (
-        f"going on from {checkpoint}"
-        if checkpoint
-        else f"no checkpoint in {root}; beginning with the first step"
-    )
-    return Start(checkpoint, notes=[*notes, *aside, found])
+    notes += [f"renamed to {path}" for path in quarantine_newer(root, checkpoint)]
+    if checkpoint:
+        notes.append(f"resuming from {checkpoint}")
+    else:
+        notes.append(f"no checkpoint in {root}; starting from step 1")
+    return StartPoint(checkpoint, notes=notes)
 
 
-def _same_run(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe of the run in ``folder``. UserError where it differs from ``recipe`` in more than `FREE` keys."""
+def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint in ``root`` or on the Hub, and notes about damaged and fetched ones."""
+    if root.is_dir():
+        atomic.remove_leftovers(root)
+    checkpoint, problems = latest_valid(root)
+    notes = [f"damaged: {problem}" for problem in problems]
+    if recipe.train.push_to_hub:
+        local_step = -1 if checkpoint is None else read_manifest(checkpoint)["step"]
+        notes += fetch_newer_checkpoint(recipe.train.push_to_hub, root, local_step)
+        checkpoint, _ = latest_valid(root)
+    return checkpoint, notes
+
+
+def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
+    """Load the recipe of the run in ``folder``. Raise UserError if more than `CHANGEABLE_KEYS` differ from ``recipe``."""
     earlier = load_recipe(folder / RECIPE_FILE, require=())
-    now = as_pinned(recipe, earlier)
-    differing = list(_differences(earlier.model_dump(mode="json"), now.model_dump(mode="json")))
-    if differing:
-        raise UserError("\n".join(f"{folder}: a run of another recipe: {line}" for line in differing))
+    current = _with_earlier_commit(recipe, earlier)
+    differences = list(_differences(earlier.model_dump(mode="json"), current.model_dump(mode="json")))
+    if differences:
+        raise UserError("\n".join(f"{folder}: a run of another recipe: {line}" for line in differences))
     return earlier
 
 
-def _refuse_fewer(recipe: Recipe, done: int, folder: Path) -> None:
+def _refuse_fewer_steps(recipe: Recipe, done: int, folder: Path) -> None:
     steps = recipe.train.max_steps
     if steps < done:
         raise UserError(
@@ -107,18 +113,61 @@ def _refuse_fewer(recipe: Recipe, done: int, folder: Path) -> None:
         )
 
 
-def _new_length(recipe: Recipe, earlier: Recipe) -> list[str]:
-    """A note where the number of steps has changed."""
-    was, now = earlier.train.max_steps, recipe.train.max_steps
-    if was == now:
+def _length_note(recipe: Recipe, earlier: Recipe) -> list[str]:
+    """Return a note if the number of steps has changed."""
+    before, now = earlier.train.max_steps, recipe.train.max_steps
+    if before == now:
         return []
-    return [f"train.max_steps was {was}, is {now}: the learning-rate schedule is recomputed for {now} steps"]
+    return [
+        f"train.max_steps was {before}, is {now}: the learning-rate schedule is recomputed for {now} steps"
+    ]
 
 
-def _differences(earlier: Any, now: Any, key: str = "") -> Iterator[str]:
-    """A line for each value that is not what it was."""
-    if isinstance(earlier, dict) and isinstance(now, dict):
-        for name in {**earlier, **now}:
-            yield from _differences(earlier.get(name), now.get(name), f"{key}.{name}" if key else name)
-    elif earlier != now and key not in FREE:
-        yield f"{key} was {earlier}, is {now}; set it back, or choose another train.output_dir"
+def _differences(earlier: Any, current: Any, key: str = "") -> Iterator[str]:
+    """Yield a line for each value that has changed."""
+    if isinstance(earlier, dict) and isinstance(current, dict):
+        for name in {**earlier, **current}:
+            full_key = f"{key}.{name}" if key else name
+            yield from _differences(earlier.get(name), current.get(name), full_key)
+    elif earlier != current and key not in CHANGEABLE_KEYS:
+        yield f"{key} was {earlier}, is {current}; set it back, or choose another train.output_dir"
+
+
+# --- model.init_from on the Hub: the same commit for the whole run ---
+
+
+def pin_init_from(recipe: Recipe, checkpoint: Path | None) -> Recipe:
+    """Return the recipe with a commit in ``model.init_from``: the checkpoint's, or the newest one, which is fetched.
+
+    Raises UserError if it cannot be fetched.
+    """
+    init_from = recipe.model.init_from
+    if init_from is None or hub_name(init_from) is None:
+        return recipe
+    if checkpoint is not None:
+        earlier = load_recipe(checkpoint / RECIPE_FILE, require=()).model.init_from
+        if earlier is not None:
+            fetch_model(earlier)
+            return _with_init_from(recipe, earlier)
+    return _with_init_from(recipe, Path(pinned_name(init_from, fetch_model(init_from))))
+
+
+def _with_earlier_commit(recipe: Recipe, earlier: Recipe) -> Recipe:
+    """Return the recipe with the earlier run's ``model.init_from`` if that is a commit of the same repository.
+
+    A commit in ``recipe`` itself stays as it is.
+    """
+    names = [
+        None if one.model.init_from is None else hub_name(one.model.init_from) for one in (recipe, earlier)
+    ]
+    current_name, earlier_name = names
+    if current_name is None or earlier_name is None:
+        return recipe
+    names_a_commit = re.fullmatch(r"[0-9a-f]{40}", current_name.revision or "")
+    if current_name.repository != earlier_name.repository or names_a_commit:
+        return recipe
+    return _with_init_from(recipe, earlier.model.init_from)
+
+
+def _with_init_from(recipe: Recipe, init_from: Path) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_from": init_from})})

@@ -1,47 +1,256 @@
-"""TRL's trainer, set up as a recipe says."""
+"""TRL's SFT and DPO trainers with what a run adds: ready-made batches, evaluation, non-finite checks and checkpoints."""
 
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from datasets import Dataset
+from transformers import TrainerState
 from trl import DPOTrainer, SFTTrainer
 
+from flamingo_ft import processes
 from flamingo_ft.adapters.prepare import frozen_copy, match_training_mode, zero_dropout
-from flamingo_ft.config import Recipe
-from flamingo_ft.data import OpenedData
-from flamingo_ft.data.epochs import with_max_steps
-from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.sharding import shard
+from flamingo_ft.data.encode import IGNORED
+from flamingo_ft.data.stream.batches import BatchContents, Batches
+from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.sharding import is_sharded
 
-from .arguments import trainer_arguments
-from .batches import training_batches
-from .checkpoints import Keeping, checkpoint_root
-from .engine import Engine
-from .label_positions import at_label_positions
-from .loss_check import check_loss
-from .optimizer import make_optimizer
+from .checkpoints import (
+    TRAINER_FOLDER,
+    CheckpointPolicy,
+    load_sharded_optimizer,
+    read_manifest,
+    restore_checkpoint,
+    save_checkpoint,
+    save_sharded_optimizer,
+)
+from .compat import TRAINER_STATE_NAME, ExportableState
+from .evaluator import EvalBatches, run_evaluation
+from .machine_failures import oom_as_user_error
+from .monitoring import ThroughputMeter, gate_values, learning_rates
+from .non_finite import NonFiniteGuard
+from .optimizer import find_in_backward_optimizer, recompute_learning_rates
+from .signals import StopOnSignal
 
-LOOKED_AT = 16  # batches, gone over until the directions settle
-QUANTIZED_FLAGS = ("is_loaded_in_4bit", "is_loaded_in_8bit")
+
+class FlamingoTrainerMixin:
+    """What every training method adds to TRL's trainer; comes before it among the bases.
+
+    pending: contents of this optimizer step's batches that are still to be trained on, the next one first.
+    current: contents of the batch in training, or of the last one. counts: samples, label tokens and images since the
+    last log entry. earlier_seconds: training time of the processes before this one.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        checkpoint_policy: CheckpointPolicy,
+        non_finite: str = "stop",
+        **arguments: Any,
+    ):
+        # TRL inspects the datasets for image columns; the rows themselves come from `batches` and `eval_batches`.
+        columns = Dataset.from_list([{"messages": [], "images": []}])
+        super().__init__(train_dataset=columns, eval_dataset=columns, **arguments)
+        self.batches, self.checkpoint_policy = batches, checkpoint_policy
+        self.earlier_seconds, self._start_time = 0.0, time.monotonic()
+        self.pending: list[BatchContents] = []
+        self.current: BatchContents | None = None
+        self.counts: Counter = Counter()
+        self.meter = ThroughputMeter()
+        self.eval_batches: EvalBatches | None = None
+        self.scores_fn: Callable[[], dict[str, float]] | None = None
+        self.non_finite_guard = NonFiniteGuard(skip=non_finite == "skip_step")
+
+    # --- data and evaluation ---
+
+    def get_train_dataloader(self) -> Batches:
+        """Return the endless training batches; ``max_steps`` ends the run."""
+        return self.batches
+
+    def set_eval(self, eval_batches: EvalBatches, scores_fn: Callable[[], dict[str, float]] | None) -> None:
+        """Set what is evaluated during training: the loss over ``eval_batches`` and, if given, metrics by name."""
+        self.eval_batches, self.scores_fn = eval_batches, scores_fn
+
+    def get_eval_dataloader(self, *_: Any) -> EvalBatches:
+        """Return the held-out batches, each with its weight in the mean loss."""
+        return self.eval_batches
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return loss and metrics on the held-out samples."""
+        with self.meter.paused(), oom_as_user_error("evaluation"):
+            metrics = run_evaluation(self, self.get_eval_dataloader(), self.scores_fn)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch on the trainer's device, as Trainer prepares it for `compute_loss`."""
+        return self._prepare_inputs(inputs)
+
+    # --- one optimizer step ---
+
+    def get_batch_samples(self, batches: Iterator, number: int, *arguments: Any) -> Any:
+        """Draw the batches of one optimizer step; a bad row in one process raises in all of them."""
+        self.batches.contents.clear()
+        with processes.raise_together():
+            drawn = list(itertools.islice(batches, number))
+        samples = super().get_batch_samples(iter(drawn), number, *arguments)
+        self.pending = list(self.batches.contents)
+        self.non_finite_guard.start_step(samples[0], self.pending)
+        return samples
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        """Run forward and backward of one batch; return the loss to log."""
+        self.current = self.pending.pop(0)
+        loss = super().training_step(*arguments, **options)
+        self.counts.update(
+            samples=len(self.current.rows),
+            label_tokens=self.current.label_tokens,
+            images=self.current.images,
+        )
+        return self.non_finite_guard.record_loss(loss)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        """Return the method's loss; check it here if the optimizer steps inside the backward pass."""
+        loss = super().compute_loss(*arguments, **options)
+        if torch.is_grad_enabled() and find_in_backward_optimizer(self.optimizer) is not None:
+            self.non_finite_guard.check_loss(self, loss)
+        return loss
+
+    def _get_grad_norm(self, *arguments: Any, **options: Any) -> torch.Tensor | float:
+        """Return the gradient's norm and check it: Trainer's only hook between the backward pass and the step.
+
+        If the optimizer steps inside the backward pass, it is the norm of the gradients that were used.
+        """
+        in_backward = find_in_backward_optimizer(self.optimizer)
+        if in_backward is None:
+            norm = super()._get_grad_norm(*arguments, **options)
+        else:
+            norm = in_backward.pop_grad_norm()
+        self.non_finite_guard.check_step(self, norm)
+        return norm
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Accumulate gradients of a sharded model locally until the last batch of a step.
+
+        Trainer's own version reads a `distributed_config` that only transformers' own sharding leaves on a model.
+        """
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
+    # --- the run as a whole ---
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from scratch or from a checkpoint; if no step is left, only restore the checkpoint."""
+        self._start_time = time.monotonic()
+        self.meter.reset()
+        if checkpoint is not None and self._has_no_steps_left(
+            checkpoint
+        ):  # Trainer would train one more step
+            restore_checkpoint(self, checkpoint)
+            self.state = _saved_state(checkpoint / TRAINER_FOLDER)
+        else:
+            folder = None if checkpoint is None else str(checkpoint / TRAINER_FOLDER)
+            self.train(resume_from_checkpoint=folder)
+
+    def _has_no_steps_left(self, checkpoint: Path) -> bool:
+        """Return whether training was finished at this checkpoint and ``max_steps`` does not extend it."""
+        state = _saved_state(checkpoint / TRAINER_FOLDER)
+        was_finished = read_manifest(checkpoint)["ended"] and self.args.max_steps <= state.max_steps
+        return was_finished or state.global_step >= self.args.max_steps
+
+    def is_finished(self) -> bool:
+        """Return whether training is over; a run stopped by a signal is not."""
+        interrupted = any(
+            callback.signal is not None
+            for callback in self.callback_handler.callbacks
+            if isinstance(callback, StopOnSignal)
+        )
+        stopped_early = self.control.should_training_stop and not interrupted
+        return self.state.global_step >= self.state.max_steps or stopped_early
+
+    def seconds(self) -> float:
+        """Return the training time so far, in seconds, including the processes before this one."""
+        return self.earlier_seconds + time.monotonic() - self._start_time
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        """Log an entry; add throughput, memory, gates and learning rates to entries about training."""
+        if "loss" in logs:
+            logs["seconds"] = round(self.seconds(), 1)
+            logs |= self.meter.read(self.counts) | gate_values(self.model)
+            logs |= learning_rates(self.optimizer, logs.get("learning_rate", 0.0))
+        self.state.epoch = self.batches.epoch  # Trainer would count the endless loader as one epoch
+        with self.meter.paused():
+            super().log(logs, *arguments, **options)
+
+    # --- checkpoints: Trainer's private methods, because its public ones know only its own format ---
+
+    def unwrapped_model(self) -> FlamingoForConditionalGeneration:
+        """Return the model without accelerate's wrapper."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def save_trainer_files(self, folder: Path) -> None:
+        """Write optimizer, schedule, loss scale, random states and trainer state; every process must call it."""
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
+        if processes.is_main():
+            for callback in [*self.callback_handler.callbacks, self.control]:
+                if isinstance(callback, ExportableState):
+                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.meter.paused():
+            save_checkpoint(self)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            save_sharded_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and is_sharded(self.model):
+            load_sharded_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and _saved_state(Path(checkpoint)).max_steps != self.args.max_steps:
+            recompute_learning_rates(self.lr_scheduler)
+
+    def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
+        restore_checkpoint(self, Path(folder).parent)
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        progress = super()._init_training_state(max_steps, *arguments)
+        self.state.compute_steps(
+            self.args, max_steps
+        )  # this run's logging and saving steps, not the saved ones
+        return progress
 
 
-class FlamingoTrainer(Engine, SFTTrainer):
-    """Supervised fine-tuning: the loss is that of the label tokens, and nothing else is scored."""
+class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
+    """Supervised fine-tuning; only the positions that predict a label are scored."""
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> Any:
-        return super().compute_loss(model, at_label_positions(inputs), *arguments, **options)
+        return super().compute_loss(model, select_label_positions(inputs), *arguments, **options)
 
 
-class FlamingoDpoTrainer(Engine, DPOTrainer):
-    """Direct preference optimisation (arXiv:2305.18290) against the model that it starts from, neither with dropout."""
+class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
+    """Direct preference optimisation (arXiv:2305.18290) against the initial model, without dropout in either."""
 
     def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)
@@ -49,81 +258,28 @@ class FlamingoDpoTrainer(Engine, DPOTrainer):
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         match_training_mode(self.ref_model, self.model.training)
-        with (
-            warnings.catch_warnings()
-        ):  # TRL 1.16 asks transformers for the old name of activation checkpointing
+        with warnings.catch_warnings():
+            # TRL 1.16 reads transformers' old name for activation checkpointing.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             return super().compute_loss(*arguments, **options)
 
 
-TRAINERS = {"sft": FlamingoTrainer, "dpo": FlamingoDpoTrainer}
+def select_label_positions(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace ``labels`` (B, T) by the N label tokens alone, so that the output head scores no other position.
 
+    The head is the widest matrix of a language model, and most positions (prompts, images, padding) predict no label.
+    TRL's fused head skips those on a GPU only.
 
-def make_trainer(
-    model: FlamingoForConditionalGeneration,
-    processor: FlamingoProcessor,
-    data: OpenedData,
-    recipe: Recipe,
-    callbacks: list[TrainerCallback],
-) -> FlamingoTrainer | FlamingoDpoTrainer:
-    """A trainer over the recipe's data. UserError where its loss would be a wrong one.
-
-    ``model`` is what dpo compares with: a run that goes on restores what was trained afterwards.
+    Returns the other inputs, TRL's pre-shifted ``shift_labels`` (1, N), and ``predicting`` (N, 2): row and column of the
+    position that predicts each label.
     """
-    recipe = with_max_steps(recipe, data)
-    if recipe.train.fsdp:
-        _shard(model)
-    arguments = trainer_arguments(recipe)
-    optimizer = make_optimizer(model, recipe.train, arguments)
-    batches = training_batches(data, model, processor, recipe, arguments.process_index, arguments.world_size)
-    with as_if_unquantized(model):
-        trainer = TRAINERS[recipe.train.method](
-            batches,
-            Keeping(
-                checkpoint_root(recipe.train),
-                recipe.train.save_total_limit,
-                recipe.train.output_dir,
-                processor,
-                rows_of(data),
-            ),
-            recipe.train.non_finite,
-            model=model,
-            args=arguments,
-            processing_class=processor,
-            callbacks=callbacks,
-            optimizers=(optimizer, None),
-        )
-    check_loss(trainer)
-    trainer.remove_callback(PrinterCallback)  # it prints every log entry through the progress bar
-    return trainer
+    next_tokens = inputs["labels"][:, 1:]
+    predicting = torch.nonzero(next_tokens != IGNORED)
+    label_tokens = next_tokens[predicting[:, 0], predicting[:, 1]]
+    others = {name: value for name, value in inputs.items() if name != "labels"}
+    return others | {"shift_labels": label_tokens[None], "predicting": predicting}
 
 
-def _shard(model: FlamingoForConditionalGeneration) -> None:
-    """Over all processes. Trainer takes it for a model that was sharded while it was loaded, and leaves it so."""
-    shard(model)
-    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
-
-
-@contextmanager
-def as_if_unquantized(model: FlamingoForConditionalGeneration) -> Iterator[None]:
-    """Keep TRL from casting what trains to bfloat16, gates and all, as it does for a model in 4 or 8 bits."""
-    flags = {name: model.__dict__.pop(name) for name in QUANTIZED_FLAGS if name in model.__dict__}
-    try:
-        yield
-    finally:
-        model.__dict__.update(flags)
-
-
-def first_batches(
-    data: OpenedData, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
-) -> list[dict[str, torch.Tensor]]:
-    """Some of the batches that will be trained on, for an initialisation that looks at them."""
-    batches = itertools.islice(training_batches(data, model, processor, recipe), LOOKED_AT)
-    return [
-        {name: tensor for name, tensor in batch.items() if name != "completion_mask"} for batch in batches
-    ]
-
-
-def rows_of(data: OpenedData) -> dict[str, int | None]:
-    """How many rows each source of training data has; None for a stream."""
-    return {mixed.source.name: mixed.size if mixed.source.indexed else None for mixed in data.train}
+def _saved_state(trainer_folder: Path) -> TrainerState:
+    """Load the trainer state from the ``training`` folder of a checkpoint."""
+    return TrainerState.load_from_json(str(trainer_folder / TRAINER_STATE_NAME))

@@ -4,7 +4,7 @@ import torch
 from flamingo_ft.adapters import set_trainable
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.config.schema import TrainableSection
+from flamingo_ft.config import TrainableSection
 from flamingo_ft.model import build_flamingo
 
 PERCEIVER = {"num_latents": 3, "depth": 1, "heads": 2, "dim_head": 8}

@@ -8,7 +8,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable, trainable_parameters
-from flamingo_ft.config.schema import TrainableSection
+from flamingo_ft.config import TrainableSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 

@@ -15,8 +15,8 @@ from flamingo_ft.backbones import language
 from flamingo_ft.config import ModelSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.plan.planner import Planner
-from flamingo_ft.training import run as training
-from flamingo_ft.training.run import train
+from flamingo_ft.training import train as train_module
+from flamingo_ft.training.train import train
 
 from ..hub_folders import write_stand_in
 from ..regimes import recipe
@@ -201,7 +201,7 @@ def test_a_file_of_shapes_that_nobody_released_is_refused_without_a_hint(small_r
 @pytest.mark.parametrize("start", ["openflamingo/OpenFlamingo-3B-vitl-mpt1b", "mine.pt"])
 def test_a_wrong_pairing_is_refused_before_anything_is_loaded_or_written(start, small_run, monkeypatch):
     checkpoint(small_run / "mine.pt", MODELS[0])
-    monkeypatch.delattr(training, "build_model")
+    monkeypatch.delattr(train_module, "build_model")
     with pytest.raises(UserError, match="^model.init_from: .*OpenFlamingo-3B-vitl-mpt1b"):
         train(recipe(f"model.init_from={start}"))
     assert not Path("run").exists()

@@ -15,8 +15,8 @@ from flamingo_ft.adapters import load_adapter, save_adapter, set_trainable, trai
 from flamingo_ft.adapters.lora import _pattern, add_lora, find_targets
 from flamingo_ft.adapters.lora_init import UnquantizedWeights
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
-from flamingo_ft.backbones.quantization import dequantized
-from flamingo_ft.backbones.tower import build_visual, layers_after_tokens
+from flamingo_ft.backbones.quantization import dequantized_weight
+from flamingo_ft.backbones.tower import build_visual, modules_after_tokens
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import LoraPart, LoraSection, TrainableSection
 from flamingo_ft.errors import UserError
@@ -139,7 +139,7 @@ def test_layers_that_the_tokens_do_not_come_from_get_no_update(small_run):
     pooler = {
         name for name, m in visual.named_modules() if "attn_pool" in name and isinstance(m, torch.nn.Linear)
     }
-    after = layers_after_tokens(visual)
+    after = modules_after_tokens(visual)
     assert pooler and all(visual.get_submodule(name) in after for name in pooler)
     assert not any(
         visual.get_submodule(name) in after
@@ -189,7 +189,7 @@ def test_loftq_starts_at_the_best_update_to_what_quantization_lost(small_run):
     model, _ = build(*overrides, *parts, "lora.init_lora_weights=loftq")
     originals = UnquantizedWeights(model)
     for name, layer in layers(model).items():
-        kept = dequantized(layer.get_base_layer()).double()
+        kept = dequantized_weight(layer.get_base_layer()).double()
         lost = originals[name].double() - kept
         left, values, right = torch.linalg.svd(lost, full_matrices=False)
         rank = layer.r["default"]

@@ -15,7 +15,7 @@ import flamingo_ft
 from flamingo_ft import cli
 from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters import merge as merging
-from flamingo_ft.backbones.quantization import Quantization, dequantized, formats_in
+from flamingo_ft.backbones.quantization import Quantization, dequantized_weight, quantization_formats
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation import merging as merging_quality
@@ -132,7 +132,7 @@ def test_a_merged_model_is_quantized_again_by_transformers(small_run, options):
     model = AutoModelForImageTextToText.from_pretrained(
         "merged", quantization_config=BitsAndBytesConfig(**options)
     )
-    assert formats_in(model.vision_encoder) == formats_in(model.lang_encoder) != set()
+    assert quantization_formats(model.vision_encoder) == quantization_formats(model.lang_encoder) != set()
     assert distance(logits(model, AutoProcessor.from_pretrained("merged")), expected) < 0.25
 
 
@@ -141,7 +141,7 @@ def test_a_merged_model_is_written_quantized_where_that_is_asked(small_run):
     report = merge_adapter("adapter", "merged", dtype=torch.float32, quantization=Quantization("nf4"))
     assert report["quantization"]["format"] == "nf4"
     model, processor = load_trained("merged")
-    assert formats_in(model) == {"4bit"}
+    assert quantization_formats(model) == {"4bit"}
     assert distance(logits(model, processor), expected) < 0.25
 
 
@@ -160,7 +160,7 @@ def test_what_a_quantized_base_stands_for_does_not_depend_on_the_merged_number_f
     merge_adapter("adapter", "merged", base="dequantized")
     written = load_file(Path("merged", "model.safetensors"))["lang_encoder.model.layers.0.mlp.up_proj.weight"]
     update = 2 * trained.lora_B["default"].weight @ trained.lora_A["default"].weight
-    expected = dequantized(trained.get_base_layer()) + update
+    expected = dequantized_weight(trained.get_base_layer()) + update
     rounding = 2**-7 * float(
         expected.abs().max()
     )  # of the matrix, then of the sum, to bf16; other codes are 28 % off
@@ -296,7 +296,7 @@ def test_what_quantization_alone_changes_is_measured_beside_it(small_run):
     report = merge_adapter("adapter", "merged", quantization=Quantization("nf4"), margin=10.0)
     rows = ["adapter", "adapter_on_unquantized_base", "merged_before_quantization", "merged"]
     assert list(report["cost"]["loss"]) == list(report["cost"]["accuracy"]) == rows
-    assert formats_in(load_trained("merged")[0]) == {"4bit"}
+    assert quantization_formats(load_trained("merged")[0]) == {"4bit"}
 
 
 def test_an_adapter_with_values_that_are_not_finite_is_refused_by_the_tensors_name(small_run, capsys):

@@ -10,7 +10,7 @@ import torch
 
 from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.quantization import formats_in
+from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.evaluation.merging import merge_adapter
 
 from ..hub_folders import write_stand_in
@@ -49,7 +49,7 @@ def test_they_load_whole_without_their_code(family):
 def test_an_adapter_of_them_comes_back_in_four_bits_and_merges(family):
     settings = ("model.language.name=./lm", *quantized("nf4"), LORA)
     model, processor = build(*settings)
-    assert formats_in(model.lang_encoder) == {"4bit"}
+    assert quantization_formats(model.lang_encoder) == {"4bit"}
     updated = {
         name.split(".lora_A")[0] for name, _ in model.lang_encoder.named_parameters() if "lora_A" in name
     }

@@ -11,7 +11,7 @@ from timm.models.eva import EvaAttention
 from timm.models.swin_transformer_v2 import WindowAttention
 from torch import nn
 
-from flamingo_ft.backbones.attention import close_attention, is_open, open_attention
+from flamingo_ft.backbones.attention import is_unfused, refuse_attention, unfuse_attention
 from flamingo_ft.backbones.tower import build_visual, spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TOWERS
@@ -54,7 +54,7 @@ def tower(request) -> tuple[nn.Module, torch.Tensor]:
 def test_an_opened_tower_gives_the_same_tokens(tower):
     visual, images = tower
     expected = spatial_tokens(visual, images)
-    open_attention(visual)
+    unfuse_attention(visual)
     torch.testing.assert_close(spatial_tokens(visual, images), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -62,10 +62,10 @@ def test_closing_is_the_inverse_of_opening(tower):
     visual, images = tower
     before, tokens = dict(visual.state_dict()), spatial_tokens(visual, images)
     trainable = {name: parameter.requires_grad for name, parameter in visual.named_parameters()}
-    open_attention(visual)
-    close_attention(visual)
+    unfuse_attention(visual)
+    refuse_attention(visual)
     after = visual.state_dict()
-    assert list(after) == list(before) and not is_open(visual)
+    assert list(after) == list(before) and not is_unfused(visual)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {name: parameter.requires_grad for name, parameter in visual.named_parameters()} == trainable
     assert torch.equal(spatial_tokens(visual, images), tokens)
@@ -74,16 +74,16 @@ def test_closing_is_the_inverse_of_opening(tower):
 def test_opening_copies_nothing_and_twice_is_once():
     visual, _ = random_tower(OPENABLE["clip"])
     before = {parameter.data_ptr() for parameter in visual.parameters()}
-    open_attention(visual)
+    unfuse_attention(visual)
     names = list(visual.state_dict())
-    open_attention(visual)
+    unfuse_attention(visual)
     assert {parameter.data_ptr() for parameter in visual.parameters()} == before
-    assert list(visual.state_dict()) == names and is_open(visual)
+    assert list(visual.state_dict()) == names and is_unfused(visual)
 
 
 def test_every_matrix_of_an_opened_tower_is_multiplied_by_its_module(tower):
     visual, images = tower
-    open_attention(visual)
+    unfuse_attention(visual)
     blocks = getattr(visual, "trunk", None) or visual.transformer
     called = set()
     for name, module in blocks.named_modules():
@@ -110,7 +110,7 @@ def test_open_attention_is_torchs_multihead_attention(batch_first, mask, bias):
     }
     given = {"need_weights": False, "attn_mask": masks.get(mask)}
     expected, _ = holder["attn"](query, key, key, **given)
-    open_attention(holder)
+    unfuse_attention(holder)
     found, weights = holder["attn"](query, key, key, **given)
     torch.testing.assert_close(found, expected)
     assert weights is None
@@ -128,7 +128,7 @@ def test_open_custom_attention_is_open_clips_under_a_mask(mask):
         "per head": torch.randn(2 * HEADS, QUERIES, QUERIES, dtype=torch.float64),
     }
     expected = holder["attn"].eval()(x, attn_mask=masks[mask])
-    open_attention(holder)
+    unfuse_attention(holder)
     torch.testing.assert_close(holder["attn"](x, attn_mask=masks[mask]), expected)
 
 
@@ -148,11 +148,11 @@ def test_timms_fused_attention_calls_its_matrix_once_opened(make):
     x = torch.randn(2, 4, WIDTH, dtype=torch.float64)
     expected, called = holder["attn"](x), []
     holder["attn"].qkv.register_forward_hook(lambda *given: called.append("qkv"))
-    open_attention(holder)
+    unfuse_attention(holder)
     torch.testing.assert_close(holder["attn"](x), expected)
-    assert called == ["qkv"] and is_open(holder)
-    close_attention(holder)
-    assert not is_open(holder)
+    assert called == ["qkv"] and is_unfused(holder)
+    refuse_attention(holder)
+    assert not is_unfused(holder)
     assert torch.equal(holder["attn"](x), expected) and called == ["qkv"]
 
 
@@ -161,7 +161,7 @@ def test_dropout_applies_in_training_only():
     holder = nn.ModuleDict(
         {"attn": nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5, batch_first=True)}
     ).train()
-    open_attention(holder)
+    unfuse_attention(holder)
     x = torch.randn(1, QUERIES, WIDTH)
     assert holder["attn"].training
     assert not torch.equal(holder["attn"](x, x, x)[0], holder["attn"](x, x, x)[0])
@@ -171,7 +171,7 @@ def test_dropout_applies_in_training_only():
 
 def test_lora_reaches_both_projections_of_an_opened_tower():
     visual, images = random_tower(OPENABLE["clip"])
-    open_attention(visual)
+    unfuse_attention(visual)
     expected = spatial_tokens(visual, images)
     inject_adapter_in_model(
         LoraConfig(target_modules=["in_proj", "out_proj"], init_lora_weights=False), visual
@@ -191,23 +191,25 @@ def refusal(change, visual: nn.Module) -> str:
 def test_attention_that_cannot_be_opened_is_refused_by_name():
     scaled = build_visual({"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "scaled_cosine_attn": True}})
     assert "transformer.resblocks.0.attn of the vision tower is OpenCLIP's scaled_cosine" in refusal(
-        open_attention, scaled
+        unfuse_attention, scaled
     )
     extra = nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True)})
-    assert "attention attn" in refusal(open_attention, extra)
+    assert "attention attn" in refusal(unfuse_attention, extra)
 
 
 def test_attention_weights_are_refused():
     holder = nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
-    open_attention(holder)
+    unfuse_attention(holder)
     x = torch.randn(1, QUERIES, WIDTH)
-    assert "computes none" in refusal(lambda holder: holder["attn"](x, x, x, need_weights=True), holder)
+    assert "not available from this vision tower" in refusal(
+        lambda holder: holder["attn"](x, x, x, need_weights=True), holder
+    )
 
 
 def test_a_tower_with_an_adapter_does_not_close():
     visual, _ = random_tower(OPENABLE["clip"])
-    open_attention(visual)
+    unfuse_attention(visual)
     inject_adapter_in_model(LoraConfig(target_modules=["in_proj"]), visual)
-    assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, no plain" in refusal(
-        close_attention, visual
+    assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, not a plain" in refusal(
+        refuse_attention, visual
     )

@@ -7,12 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from flamingo_ft.backbones.decoder_layers import (
     DECODER_LAYERS,
-    UNFIT,
+    NO_CONTEXT_LIMIT,
+    UNSUPPORTED,
     ResidualStreams,
+    context_length,
     find_decoder_layers,
     hidden_size,
     residual_streams,
@@ -121,8 +131,8 @@ def test_an_override_is_obeyed_before_anything_else():
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
-        ("model.layer", "leads nowhere in LlamaForCausalLM"),
-        ("model.embed_tokens.weight", "leads nowhere in LlamaForCausalLM"),
+        ("model.layer", "does not exist in LlamaForCausalLM"),
+        ("model.embed_tokens.weight", "does not exist in LlamaForCausalLM"),
         ("model.norm", "is a LlamaRMSNorm in LlamaForCausalLM, not a list of layers"),
         ("", "is a LlamaForCausalLM in LlamaForCausalLM, not a list of layers"),
     ],
@@ -133,11 +143,11 @@ def test_a_wrong_override_is_an_error_that_shows_the_right_one(override, problem
     assert "'model.layers' (3 entries)" in message
 
 
-@pytest.mark.parametrize("model_type", UNFIT)
+@pytest.mark.parametrize("model_type", UNSUPPORTED)
 def test_a_family_that_does_not_fit_is_refused_with_its_reason(model_type):
     lm = nn.Module()
     lm.config = SimpleNamespace(model_type=model_type)
-    assert UNFIT[model_type] in refusal(lm)
+    assert UNSUPPORTED[model_type] in refusal(lm)
 
 
 @pytest.mark.parametrize(
@@ -176,3 +186,16 @@ def test_an_update_reaches_every_residual_stream_alike(layout, shape):
     }[layout](change)
     for stream in by_stream:
         assert torch.equal(stream, update)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (OPTConfig(max_position_embeddings=64), 64),
+        (MptConfig(max_seq_len=32), 32),
+        (GPT2Config(n_positions=16), 16),
+        (BloomConfig(), NO_CONTEXT_LIMIT),
+    ],
+)
+def test_the_context_is_what_the_language_model_was_made_for(config, length):
+    assert context_length(config) == length

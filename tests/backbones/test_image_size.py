@@ -1,4 +1,4 @@
-"""Towers at other image sizes: the tokens are those open_clip gives at that size, wherever the tower is built."""
+"""Towers at other image sizes give the same tokens as in open_clip, however the tower is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flamingo_ft.adapters import Adapters, load_adapter, save_adapter, set_train
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.tower import build_visual, image_transform, spatial_tokens
 from flamingo_ft.backbones.vision import tower_config
-from flamingo_ft.config.schema import TrainableSection, VisionSection
+from flamingo_ft.config import TrainableSection, VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.plan.meta_model import meta_vision
@@ -101,10 +101,10 @@ def test_a_quantized_tower_at_another_size_stays_near_the_unquantized_one(name, 
 @pytest.mark.parametrize(
     "config, size, message",
     [
-        (TOWERS["clip"][0], 50, "wants a multiple of its patches' 8 pixels; use 48 or 56"),
+        (TOWERS["clip"][0], 50, "must be a multiple of the 8-pixel patches of .*, got 50; use 48 or 56"),
         (TOWERS["vit"][0], 7, "use 16"),
         (TOWERS["vit"][0], 100, "use 96 or 112"),
-        ({"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "image_size": [32, 16]}}, 48, "cannot take 48"),
+        ({"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "image_size": [32, 16]}}, 48, "does not support 48"),
     ],
 )
 def test_a_size_that_the_tower_cannot_take_is_refused_in_one_line(config, size, message, tmp_path):

@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, T5Config
 
-from flamingo_ft.backbones.identity import files_sha256
 from flamingo_ft.backbones.language import NANO_FOLDER, load_language
+from flamingo_ft.backbones.provenance import files_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch
 from tests.model.tiny_language_models import make_tiny
@@ -163,7 +163,7 @@ def test_a_model_that_is_not_in_the_cache_is_an_error_when_the_hub_is_not_to_be_
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (RepositoryNotFoundError, "is no folder here, and not on the Hub, or is private"),
+        (RepositoryNotFoundError, "not a local folder, and not on the Hub or private"),
         (GatedRepoError, "is gated; accept its terms"),
         (RevisionNotFoundError, "though the repository is; check the revision"),
         (HfHubHTTPError, "failed (500 and more); try again"),
@@ -199,7 +199,7 @@ def remove_head(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "does not load (AutoConfig)"),
         (lambda f: write_config(f, model_type="martian"), "model type `martian`"),
-        (lambda f: T5Config().save_pretrained(f), "is of type 't5', which is no causal language model"),
+        (lambda f: T5Config().save_pretrained(f), "is of type 't5', which is not a causal language model"),
         (lambda f: (f / "model.safetensors").unlink(), "no file named model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"junk"), "does not load (AutoModelForCausalLM)"),
         (remove_head, "lack 1 of its tensors (lm_head.weight, ...)"),

@@ -14,13 +14,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import flamingo_ft.backbones
-from flamingo_ft.backbones.build_nano import SEED, build_language, build_vision
-from flamingo_ft.backbones.nano_build.digits import load_scans, split_scans
-from flamingo_ft.backbones.nano_build.language_model import (
+from flamingo_ft.backbones.build_nano.__main__ import SEED, build_language, build_vision
+from flamingo_ft.backbones.build_nano.language_model import (
     CONVERSATIONS_FOR_TOKENIZER,
+    make_corpus,
     tokenizer_for,
-    write_corpus,
 )
+from flamingo_ft.backbones.build_nano.quickstart_data import load_scans, split_scans
 
 NANO = Path(flamingo_ft.backbones.__file__).parent / "nano"
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
@@ -201,7 +201,7 @@ def test_the_chat_template_refuses_an_image_rather_than_dropping_it():
 
 
 def test_the_script_still_writes_the_corpus_that_the_language_model_read():
-    made = tokenizer_for(write_corpus(SEED, CONVERSATIONS_FOR_TOKENIZER))
+    made = tokenizer_for(make_corpus(SEED, CONVERSATIONS_FOR_TOKENIZER))
     assert made.get_vocab() == TOKENIZER.get_vocab()
     assert made.chat_template == TOKENIZER.chat_template
 

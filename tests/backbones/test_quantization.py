@@ -14,19 +14,19 @@ from torch import nn
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from flamingo_ft.backbones import quantization
-from flamingo_ft.backbones.identity import files_sha256
 from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.provenance import files_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
     dequantize_linears,
-    dequantized,
-    formats_in,
+    dequantized_weight,
     is_quantized,
+    quantization_formats,
     quantize_linears,
 )
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.tokens import grow_vocabulary
+from flamingo_ft.model.added_tokens import grow_vocabulary
 from tests.backbones.test_language import IDS, save_tokenizer
 from tests.model.tiny import tiny_language_model
 
@@ -61,7 +61,7 @@ def test_a_quantized_layer_multiplies_by_the_matrix_that_it_stands_for(wanted, e
     holder = nn.ModuleDict({"linear": nn.Linear(*shape)})
     plain, x = holder["linear"], torch.randn(4, shape[0])
     quantize_linears(holder, Quantization(wanted))
-    found = dequantized(holder["linear"])
+    found = dequantized_weight(holder["linear"])
     assert (found - plain.weight).norm() / plain.weight.norm() < error
     assert torch.equal(holder["linear"].bias, plain.bias)
     expected = nn.functional.linear(x, found, plain.bias)
@@ -87,7 +87,7 @@ def test_what_is_to_be_kept_is_kept_and_dequantizing_leaves_plain_layers(wanted)
     kept = holder["second"]
     quantize_linears(holder, Quantization(wanted), keep=lambda name: name == "second")
     assert is_quantized(holder["first"]) and holder["second"] is kept
-    matrix = dequantized(holder["first"])
+    matrix = dequantized_weight(holder["first"])
     dequantize_linears(holder, torch.float32)
     assert type(holder["first"]) is nn.Linear and torch.equal(holder["first"].weight, matrix)
 
@@ -116,7 +116,9 @@ def test_4_bit_matrices_that_can_be_sharded_are_stored_otherwise_and_mean_the_sa
     first, second = (holder["linear"] for holder in holders)
     assert first.weight.dtype == torch.uint8 and second.weight.dtype == shardable.dtype
     x = torch.randn(5, 64, dtype=shardable.dtype)
-    assert torch.equal(first(x), second(x)) and torch.equal(dequantized(first), dequantized(second))
+    assert torch.equal(first(x), second(x)) and torch.equal(
+        dequantized_weight(first), dequantized_weight(second)
+    )
     assert shardable.record() == usual.record()
 
 
@@ -130,7 +132,9 @@ def test_a_language_model_loads_with_all_matrices_quantized_but_its_head(wanted,
     name = save(lm, tmp_path)
     found = load_language(name, quantization=Quantization(wanted), device="cpu")
     plain = [part for part, module in found.model.named_modules() if type(module) is nn.Linear]
-    assert plain == ["lm_head"] and formats_in(found.model) == {"int8" if wanted == "int8" else "4bit"}
+    assert plain == ["lm_head"] and quantization_formats(found.model) == {
+        "int8" if wanted == "int8" else "4bit"
+    }
     assert torch.equal(found.model.lm_head.weight, lm.lm_head.weight)
     assert found.source == {
         "name": name,
@@ -188,7 +192,7 @@ def test_a_model_that_was_saved_quantized_loads_as_it_is(tmp_path):
     lm = load(save(tiny_language_model(), tmp_path / "plain"), "nf4")
     name = save(lm, tmp_path / "quantized")
     found = load_language(name)
-    assert found.source["quantization"] is None and formats_in(found.model) == {"4bit"}
+    assert found.source["quantization"] is None and quantization_formats(found.model) == {"4bit"}
     assert torch.equal(found.model(input_ids=IDS).logits, lm(input_ids=IDS).logits)
 
 
@@ -203,7 +207,11 @@ def test_quantizing_what_is_quantized_is_refused(method, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     message = refusal(load_language, name, quantization=Quantization("nf4"))
-    assert "kept in nf4, but is already quantized" in message and method in message and "to none" in message
+    assert (
+        "quantization nf4 given, but it is already quantized" in message
+        and method in message
+        and "to none" in message
+    )
 
 
 # Without bitsandbytes
@@ -214,7 +222,9 @@ def test_without_bitsandbytes_quantization_is_refused_with_the_remedy(monkeypatc
     for loader in (load_language, load_vision):
         message = refusal(loader, "nano", quantization=Quantization("int8"))
         assert message == "quantization int8 needs bitsandbytes; pip install bitsandbytes, or use none"
-    assert formats_in(load_vision("nano").visual) == set() and load_language("nano").model is not None
+    assert (
+        quantization_formats(load_vision("nano").visual) == set() and load_language("nano").model is not None
+    )
 
 
 @pytest.mark.slow

@@ -13,11 +13,15 @@ from open_clip.transformer import Attention as CustomAttention
 from PIL import Image
 from torch import nn
 
-from flamingo_ft.backbones.attention import close_attention
-from flamingo_ft.backbones.identity import tensors_sha256
-from flamingo_ft.backbones.quantization import Quantization, dequantize_linears, formats_in, is_quantized
-from flamingo_ft.backbones.quantized_tower import quantize_tower
-from flamingo_ft.backbones.tower import build_visual, image_transform, spatial_tokens
+from flamingo_ft.backbones.attention import refuse_attention
+from flamingo_ft.backbones.provenance import tensors_sha256
+from flamingo_ft.backbones.quantization import (
+    Quantization,
+    dequantize_linears,
+    is_quantized,
+    quantization_formats,
+)
+from flamingo_ft.backbones.tower import build_visual, image_transform, quantize_tower, spatial_tokens
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TEXT_CFG, TOWERS, checkpoint, timm_config, write_folder
@@ -118,8 +122,8 @@ def test_a_dequantized_tower_closes_and_gives_the_quantized_ones_tokens():
     twin = quantized(visual, "nf4")
     expected = spatial_tokens(twin, images)
     dequantize_linears(twin, torch.float32)
-    close_attention(twin)
-    assert list(twin.state_dict()) == keys and not formats_in(twin)
+    refuse_attention(twin)
+    assert list(twin.state_dict()) == keys and not quantization_formats(twin)
     torch.testing.assert_close(spatial_tokens(twin, images), expected)
 
 
@@ -197,7 +201,7 @@ def test_random_weights_are_quantized_too():
     plain = load_vision("ViT-S-32-alt")
     torch.manual_seed(0)
     found = load_vision("ViT-S-32-alt", quantization=Quantization("int8"), device="cpu")
-    assert found.source["sha256"] == plain.source["sha256"] and formats_in(found.visual) == {"int8"}
+    assert found.source["sha256"] == plain.source["sha256"] and quantization_formats(found.visual) == {"int8"}
 
 
 def test_a_file_that_does_not_fit_is_refused_as_it_is_unquantized(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -10,9 +11,13 @@ from random import Random
 import pytest
 from PIL import Image
 
-from flamingo_ft.backbones.nano_build.digits import load_scans
-from flamingo_ft.backbones.nano_build.language_of_digits import KINDS
-from flamingo_ft.backbones.nano_build.quickstart_data import write_dataset
+from flamingo_ft.backbones.build_nano.digit_questions import KINDS
+from flamingo_ft.backbones.build_nano.quickstart_data import (
+    PREFERENCES,
+    load_scans,
+    write_dataset,
+    write_preferences,
+)
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -94,3 +99,34 @@ def test_the_files_are_those_the_script_writes(tmp_path):
     for path in (tmp_path / "images").iterdir():
         with Image.open(path) as made, Image.open(QUICKSTART / "images" / path.name) as kept:
             assert made.tobytes() == kept.tobytes()
+
+
+CHOICES = ({"Yes.", "No."}, {"Even.", "Odd."})
+
+
+def test_the_preference_files_are_those_the_script_writes(tmp_path):
+    for source in PREFERENCES:
+        shutil.copy(QUICKSTART / source, tmp_path)
+    write_preferences(tmp_path)
+    for name, _ in PREFERENCES.values():
+        assert (tmp_path / name).read_bytes() == (QUICKSTART / name).read_bytes()
+
+
+@pytest.mark.parametrize("source", PREFERENCES)
+def test_the_preferred_answer_is_the_one_of_the_dialogue_and_the_other_is_of_its_kind(source):
+    name, count = PREFERENCES[source]
+    pairs = rows_of(name.removesuffix(".jsonl"))
+    assert len(pairs) == count
+    for row, pair in zip(rows_of(source.removesuffix(".jsonl")), pairs, strict=False):
+        assert (pair["images"], pair["chosen"]) == (row["images"], row["messages"][-1]["content"][0]["text"])
+        answers = {pair["chosen"], pair["rejected"]}
+        assert len(answers) == 2
+        assert answers in CHOICES or len(pair["chosen"].split()) == len(pair["rejected"].split())
+
+
+def test_no_scan_of_held_out_pairs_is_trained_on():
+    shown = [
+        {image for pair in rows_of(name.removesuffix(".jsonl")) for image in pair["images"]}
+        for name, _ in PREFERENCES.values()
+    ]
+    assert not shown[0] & shown[1]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flamingo_ft.backbones import tower_source
-from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.tower import (
     build_visual,
     image_transform,
@@ -131,7 +131,7 @@ def test_maps_become_tokens_row_by_row(name, last):
 def test_a_tower_without_spatial_tokens_is_refused():
     with pytest.raises(UserError, match="Linear has no spatial tokens"):
         spatial_tokens(nn.Linear(3, 3), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(UserError, match="width of a Linear is not known"):
+    with pytest.raises(UserError, match="unknown token width of a Linear"):
         token_width(nn.Linear(3, 3))
 
 
@@ -304,13 +304,13 @@ def test_the_nano_tower_is_a_local_folder_like_any_other():
     [
         (("ViT-B-33",), "nearest known: ViT-B-32"),
         (("tiny", "opeani"), "tags of tiny: openai"),
-        (("nano", "openai"), "remove it"),
+        (("nano", "openai"), "needs an OpenCLIP architecture, got nano; remove pretrained"),
         (("./no/such/folder",), "vision tower: no folder ./no/such/folder; check the path"),
         (("tiny", None, "main"), "remove the revision"),
         (("{tmp}/empyt",), "/empyt; did you mean {tmp}/empty?"),
         (("tiny", "{tmp}/txet.pt"), "weights of tiny: no file {tmp}/txet.pt; did you mean {tmp}/text.pt?"),
         (("{tmp}/empty",), "has no open_clip_config.json"),
-        (("{tmp}/broken",), "broken/open_clip_config.json is no OpenCLIP configuration"),
+        (("{tmp}/broken",), "broken/open_clip_config.json is not an OpenCLIP configuration"),
         (("{tmp}/weightless",), "holds no weights"),
         (("{tmp}/misfit",), "cannot load"),
         (("tiny", "{tmp}/text.pt"), "text.pt holds more than plain weights"),
@@ -337,7 +337,8 @@ def test_without_a_network_the_error_names_what_is_missing(arguments, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         UserError,
-        match=r"(open_clip_config.json|weights|open_clip_.*) of vision tower .*: HF_HUB_OFFLINE is set, and it is not whole in the cache",
+        match=r"(open_clip_config.json|weights|open_clip_.*) of vision tower .*: HF_HUB_OFFLINE is set, "
+        "and the cache is incomplete",
     ) as caught:
         load_vision(*arguments)
     assert "\n" not in str(caught.value)

@@ -35,7 +35,7 @@ from flamingo_ft.data.stream.batches import Batches, LoaderConfig, one_sample_pe
 from flamingo_ft.data.stream.examples import DataStats, ExampleDataset
 from flamingo_ft.data.stream.order import SampleOrder
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.model.tokens import add_media_tokens
+from flamingo_ft.model.added_tokens import add_media_tokens
 
 BATCH, SIDE, PHOTO = 32, 224, (640, 480)
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)

@@ -28,8 +28,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from flamingo_ft import build_flamingo, load_vision
 from flamingo_ft.adapters import add_lora, set_trainable, trainable_parameters
 from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone
-from flamingo_ft.config.data import CacheSection
-from flamingo_ft.config.schema import LoraPart, LoraSection, TrainableSection
+from flamingo_ft.config import CacheSection, LoraPart, LoraSection, TrainableSection
 from flamingo_ft.data.features import FeatureCache, Frame, collate_frames, lookup_frame, open_feature_cache
 from flamingo_ft.data.media import open_image
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor

@@ -28,7 +28,8 @@ from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.model import build_flamingo
 from flamingo_ft.plan.memory_tracker import MemoryTracker
-from flamingo_ft.training.trainer import FlamingoTrainer, make_trainer
+from flamingo_ft.training.build import make_trainer
+from flamingo_ft.training.trainer import FlamingoTrainer
 
 MIB = 2**20
 RECIPE = """\

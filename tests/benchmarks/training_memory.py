@@ -37,8 +37,7 @@ from flamingo_ft.data import open_data
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.plan import plan_memory
 from flamingo_ft.plan.memory_tracker import MemoryTracker
-from flamingo_ft.training.build import build_model
-from flamingo_ft.training.trainer import make_trainer
+from flamingo_ft.training.build import build_model, make_trainer
 
 GIB = 2**30
 # MPT-7B, MPT-1B, and something that trains on a CPU: type, width, layers, tower, interval.

@@ -73,7 +73,7 @@ def test_an_unknown_key_names_the_nearest(here, capsys):
 
 
 def test_a_wrong_type_says_what_is_wanted(here, capsys):
-    assert "found 'many'; want a whole number" in refused(
+    assert "must be a whole number, got 'many'" in refused(
         capsys, "train", "recipe.yaml", "train.max_steps=many"
     )
 
@@ -119,7 +119,7 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
     [
         (
             ["model.language.quantization=int4"],
-            "model.language.quantization: found 'int4'; want 'none', 'int8', 'nf4'",
+            "model.language.quantization: must be 'none', 'int8', 'nf4' or 'fp4', got 'int4'",
         ),
         (
             ["model.vision={name: RN50, quantization: nf4}"],
@@ -136,7 +136,10 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
         (["lora.perceiver={}"], "lora.perceiver: trainable.perceiver is true too"),
         (["model.init_from=."], " holds no adapter, no merged model and is no checkpoint"),
         (["train.activation_offload=true"], "train.activation_offload: found no GPU"),
-        (["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"], "sees one batch"),
+        (
+            ["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"],
+            "the optimizer steps in every backward pass",
+        ),
     ],
 )
 def test_what_cannot_be_quantized_updated_or_started_from(here, capsys, overrides, told):

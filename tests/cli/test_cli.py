@@ -128,14 +128,14 @@ def test_help_names_every_verb():
     "arguments, told",
     [
         (["train", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
-        (["train", "recipe.yaml", "train.max_steps=ten"], "found 'ten'; want a whole number"),
+        (["train", "recipe.yaml", "train.max_steps=ten"], "must be a whole number, got 'ten'"),
         (
             ["train", "recipe.yaml", "data.train.0.path=gone"],
             "relative paths here start from the current directory",
         ),
-        (["train", "recipe.yaml", "max_steps"], "want KEY=VALUE"),
+        (["train", "recipe.yaml", "max_steps"], "must be KEY=VALUE"),
         (["train", "gone.yaml"], "recipe gone.yaml: "),
-        (["plan", "recipe.yaml", "train.batch_size=0"], "found 0; want 1 or more"),
+        (["plan", "recipe.yaml", "train.batch_size=0"], "must be 1 or more, got 0"),
         (["plan", "recipe.yaml", "--text-tokens", "0"], "Invalid value for '--text-tokens'"),
         (["train", "recipe.yaml", "train.output_dir=."], "holds files but no run; choose another"),
         (["train", "recipe.yaml", "train.output_dir=a.png"], "a.png is a file; choose another"),
@@ -245,7 +245,7 @@ def test_train_never_overwrites_a_run_silently(here, entry_point, capsys):
 
 def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
     measured = {"eval": {"accuracy": 0.5, "per_task": {"which digit": {"accuracy": 0.5, "samples": 2}}}}
-    calls = entry_point(evaluation, "run", "evaluate_adapter", measured)
+    calls = entry_point(evaluation, "evaluate", "evaluate_adapter", measured)
     assert cli.main(["eval", "run", "--data", "train.jsonl"]) == 0
     assert [call[:3] for call in calls] == [("run", "train.jsonl", ())]
     shown = capsys.readouterr().out
@@ -253,7 +253,7 @@ def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
 
 
 def test_eval_without_data_leaves_the_choice_to_the_adapter(here, entry_point):
-    calls = entry_point(evaluation, "run", "evaluate_adapter", METRICS)
+    calls = entry_point(evaluation, "evaluate", "evaluate_adapter", METRICS)
     assert cli.main(["eval", "run", "eval.batch_size=2"]) == 0
     assert [call[:3] for call in calls] == [("run", None, ["eval.batch_size=2"])]
 

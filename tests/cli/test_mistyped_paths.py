@@ -75,7 +75,7 @@ def test_a_call_names_the_nearest_path(here, hub, call):
 def test_an_adapter_that_names_its_base_on_the_hub_is_loaded_beside_a_folder_of_that_owner(here, hub):
     """What an adapter records means the same in every directory."""
     from flamingo_ft.adapters import name_base
-    from flamingo_ft.model.parts import named_composition
+    from flamingo_ft.model.pretrained import named_composition
 
     Path("org").mkdir()
     name_base("start", "org/base")

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from flamingo_ft.config import Recipe, dump_recipe, load_recipe
-from flamingo_ft.config.document import parse
-from flamingo_ft.config.foreign_keys import FOREIGN_KEYS
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.config.section import section_of
+from flamingo_ft.config.tables import FOREIGN_KEYS
+from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.errors import UserError
 
 MINIMAL = """\
@@ -314,31 +314,35 @@ WRONG_LINES = [
         "2: model.vison: unknown key; did you mean model.vision?",
     ),
     ("  max_steps: 10", "  max_stesp: 10", "9: train.max_stesp: unknown key; did you mean train.max_steps?"),
-    ("  max_steps: 10", "  max_steps: ten", "9: train.max_steps: found 'ten'; want a whole number"),
-    ("  max_steps: 10", "  max_steps: '10'", "9: train.max_steps: found '10'; want a whole number"),
-    ("  max_steps: 10", "  max_steps: 1.5", "9: train.max_steps: found 1.5; want a whole number"),
-    ("  max_steps: 10", "  max_steps: true", "9: train.max_steps: found true; want a whole number"),
-    ("  max_steps: 10", "  max_steps: 0", "9: train.max_steps: found 0; want 1 or more"),
-    ("  max_steps: 10", "  max_steps:", "9: train.max_steps: missing; add it, or train.epochs in its place"),
-    ("  max_steps: 10", "  max_steps: [1]", "9: train.max_steps: found a list; want a whole number"),
+    ("  max_steps: 10", "  max_steps: ten", "9: train.max_steps: must be a whole number, got 'ten'"),
+    ("  max_steps: 10", "  max_steps: '10'", "9: train.max_steps: must be a whole number, got '10'"),
+    ("  max_steps: 10", "  max_steps: 1.5", "9: train.max_steps: must be a whole number, got 1.5"),
+    ("  max_steps: 10", "  max_steps: true", "9: train.max_steps: must be a whole number, got true"),
+    ("  max_steps: 10", "  max_steps: 0", "9: train.max_steps: must be 1 or more, got 0"),
+    ("  max_steps: 10", "  max_steps:", "9: train.max_steps: missing; add it, or train.epochs instead"),
+    ("  max_steps: 10", "  max_steps: [1]", "9: train.max_steps: must be a whole number, got a list"),
     ("  max_steps: 10\n", "", "7: train.max_steps: missing; add it"),
     (
         "    - path: train.jsonl",
         "    - image_root: x",
-        "6: data.train.0: found neither path nor hub; give one of them",
+        "6: data.train.0: got neither path nor hub; set one of them",
     ),
     (
         "    - path: train.jsonl",
         "    - train.jsonl",
-        "6: data.train.0: found 'train.jsonl'; want a mapping of keys",
+        "6: data.train.0: must be a mapping of keys to values, got 'train.jsonl'",
     ),
-    ("    - path: train.jsonl", "    []", "5: data.train: found an empty list; give at least one entry"),
+    ("    - path: train.jsonl", "    []", "5: data.train: got an empty list; give at least one entry"),
     (
         "{name: nano}\ndata",
         "{name: 12}\ndata",
-        "3: model.language.name: found 12; want text (put it in quotes)",
+        "3: model.language.name: must be text (put it in quotes), got 12",
     ),
-    ("{name: nano}\ndata", "nano\ndata", "3: model.language: found 'nano'; want a mapping of keys to values"),
+    (
+        "{name: nano}\ndata",
+        "nano\ndata",
+        "3: model.language: must be a mapping of keys to values, got 'nano'",
+    ),
 ]
 
 
@@ -356,7 +360,7 @@ def test_a_wrong_line_is_refused_in_one_line_with_its_number_and_what_was_found(
         ("learning_rate: 1e-4", "learning_rate: unknown key; did you mean train.learning_rate?"),
         ("heads: 8", "did you mean model.perceiver.heads or model.cross_attention.heads?"),
         ("vision: {name: nano}", "did you mean model.vision or lora.vision?"),
-        ("zzz: 1", "zzz: unknown key; known here are model, trainable, lora, data, train, eval"),
+        ("zzz: 1", "zzz: unknown key; the keys here are model, trainable, lora, data, train, eval"),
         ("eval: {sed: 1}", "eval.sed: unknown key; did you mean train.seed?"),
     ],
 )
@@ -368,22 +372,32 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, to
 @pytest.mark.parametrize(
     "key, value, told",
     [
-        ("model.language.quantization", "int4", "'int4'; want 'none', 'int8', 'nf4' or 'fp4'"),
-        ("model.vision.compute_dtype", "half", "'half'; want 'auto', 'fp32', 'bf16' or 'fp16'"),
-        ("train.optimizer", "sgd", "'sgd'; want 'adamw', 'adamw_8bit', 'paged_adamw' or 'paged_adamw_8bit'"),
-        ("data.too_long", "cut", "'cut'; want 'error', 'drop_sample', 'drop_turns' or 'truncate_text'"),
+        ("model.language.quantization", "int4", "must be 'none', 'int8', 'nf4' or 'fp4', got 'int4'"),
+        ("model.vision.compute_dtype", "half", "must be 'auto', 'fp32', 'bf16' or 'fp16', got 'half'"),
+        (
+            "train.optimizer",
+            "sgd",
+            "must be 'adamw', 'adamw_8bit', 'paged_adamw' or 'paged_adamw_8bit', got 'sgd'",
+        ),
+        (
+            "data.too_long",
+            "cut",
+            "must be 'error', 'drop_sample', 'drop_turns' or 'truncate_text', got 'cut'",
+        ),
     ],
 )
 def test_a_choice_that_is_not_there_is_refused_with_those_that_are(folder, key, value, told):
     override = f"{key}={value}"
-    assert refusal(write(folder), override) == f"override {override}: {key}: found {told}"
+    assert refusal(write(folder), override) == f"override {override}: {key}: {told}"
 
 
 def test_training_nothing_is_refused(folder):
     message = refusal(
         write(folder), "trainable={perceiver: false, cross_attention: false, new_tokens: false}"
     )
-    assert message.endswith("trainable: nothing would train; set one part to true, or give one LoRA")
+    assert message.endswith(
+        "trainable: nothing would be trained; set one part to true, or configure lora for one"
+    )
 
 
 @pytest.mark.parametrize(
@@ -391,27 +405,27 @@ def test_training_nothing_is_refused(folder):
     [
         (
             "lora.perceiver={}",
-            "lora.perceiver: trainable.perceiver is true too; a part trains whole or through LoRA",
+            "lora.perceiver: trainable.perceiver is true too; train the part in full or through LoRA",
         ),
         (
             "model.bridge_quantization=nf4",
-            "model.bridge_quantization: a fresh bridge has nothing worth freezing",
+            "model.bridge_quantization: a newly initialized bridge has to be trained",
         ),
         (
             "model={init_from: x, bridge_quantization: nf4, vision: {name: nano}, language: {name: nano}}",
-            "model.bridge_quantization: all of the bridge trains, and what trains cannot be quantized",
+            "model.bridge_quantization: the whole bridge is trained in full, and only frozen parts are quantized",
         ),
-        ("lora.language={r: 0}", "lora.language.r: found 0; want 1 or more"),
+        ("lora.language={r: 0}", "lora.language.r: must be 1 or more, got 0"),
         ("lora.language={rank: 8}", "lora.language.rank: unknown key; did you mean lora.language.r?"),
         (
             "lora.language={zzz: 8}",
-            "lora.language.zzz: unknown key; known here are r, lora_alpha, target_modules",
+            "lora.language.zzz: unknown key; the keys here are r, lora_alpha, target_modules",
         ),
-        ("lora.language={target_modules: 3}", "lora.language.target_modules: found 3; want a list"),
+        ("lora.language={target_modules: 3}", "lora.language.target_modules: must be a list, got 3"),
         ("lora.langage={}", "lora.langage: unknown key; did you mean lora.language?"),
     ],
 )
-def test_a_value_that_contradicts_another_or_fits_no_lora_is_refused_in_one_line(folder, override, told):
+def test_a_cross_field_error_or_a_wrong_lora_key_is_reported_in_one_line(folder, override, told):
     assert refusal(write(folder), override).startswith(f"override {override}: {told}")
 
 
@@ -430,8 +444,8 @@ def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):
         write(folder), "train.optimizer_in_backward=true", "train.gradient_accumulation_steps=4"
     )
     assert message == (
-        "override train.optimizer_in_backward=true: train.optimizer_in_backward: found gradient_accumulation_steps 4; "
-        "a step inside the backward pass sees one batch: use 1 and a larger batch_size, or set it to false"
+        "override train.optimizer_in_backward=true: train.optimizer_in_backward: got gradient_accumulation_steps 4, "
+        "but the optimizer steps in every backward pass; use 1 and a larger batch_size, or set it to false"
     )
 
 
@@ -439,21 +453,21 @@ EXCLUSIVE = {
     (
         "data.cache={folder: tokens}",
         "data.augmentation={flip: 0.5}",
-    ): "data.cache: tokens of an image that changes each",
+    ): "data.cache: augmentation changes each image every time",
     ("data.cache={folder: tokens}", "lora.vision={r: 2}"): "data.cache: lora.vision changes the tower",
-    ("data.packing=true",): "data.packing: a row has to be of some length; set data.max_text_tokens",
+    ("data.packing=true",): "data.packing: packed rows need a fixed length; set data.max_text_tokens",
     (
         "data.packing=true",
         "data.max_text_tokens=64",
         "data.group_by_length=true",
-    ): "data.group_by_length: packed rows are all of one length",
+    ): "data.group_by_length: packed rows all have the same length",
     (
         "data.eval_fraction=0.1",
         "data.train.0.streaming=true",
-    ): "data.eval_fraction: a share of a stream cannot be held out",
-    ("data.train.0.hub=org/name",): "data.train.0: found both path and hub; give one of them",
-    ("data.train.0.config=small",): "data.train.0.config: goes with hub",
-    ("data.train.0.revision=main",): "data.train.0.revision: goes with hub",
+    ): "data.eval_fraction: a fraction of a streamed source cannot be held out",
+    ("data.train.0.hub=org/name",): "data.train.0: got both path and hub; set one of them",
+    ("data.train.0.config=small",): "data.train.0.config: only applies to hub",
+    ("data.train.0.revision=main",): "data.train.0.revision: only applies to hub",
 }
 
 
@@ -468,14 +482,14 @@ LENGTHS = {
         "train={output_dir: x, max_steps: 3, epochs: 2}",
     ): "train.epochs: got 2 beside max_steps 3; remove one of them",
     ("train.epochs=2", "train.max_steps=3"): "train.epochs: got 2 beside max_steps 3; remove one of them",
-    ("train.epochs=0",): "train.epochs: found 0; want more than 0",
+    ("train.epochs=0",): "train.epochs: must be more than 0, got 0",
     ("train.epochs=2", "data.train.0.streaming=true"): "train.epochs: a streamed source has no known length",
     ("train.warmup_ratio=1",): "train.warmup_ratio: ",
     (
         "train.warmup_ratio=0.1",
         "train.warmup_steps=3",
     ): "train.warmup_ratio: got 0.1 beside warmup_steps 3; remove one",
-    ("train={output_dir: x}",): "train.max_steps: missing; add it, or train.epochs in its place",
+    ("train={output_dir: x}",): "train.max_steps: missing; add it, or train.epochs instead",
 }
 
 
@@ -552,7 +566,7 @@ def test_what_may_follow_from_a_wrong_value_is_not_reported_as_a_mistake_between
     message = refusal(write(folder, unknown))
     assert "data.packing" not in message and "lora.perceiver" not in message
     assert lines_of(message) == [6, 7, 11, 15, 17]
-    assert "nothing would train" not in refusal(
+    assert "nothing would be trained" not in refusal(
         write(folder), "trainable={perceiver: 3, cross_attention: false, new_tokens: false}"
     )
 
@@ -606,9 +620,12 @@ def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, overri
 @pytest.mark.parametrize(
     "text, told",
     [
-        (MINIMAL + "  max_steps: 12\n", "recipe.yaml:10: max_steps: given twice, first on line 9; keep one"),
-        (MINIMAL + "1: 2\n", "recipe.yaml:10: found 1 as a key; keys are text"),
-        (MINIMAL + "[a]: 2\n", "recipe.yaml:10: found a list or mapping as a key; keys are text"),
+        (
+            MINIMAL + "  max_steps: 12\n",
+            "recipe.yaml:10: max_steps: duplicate key, first on line 9; keep one",
+        ),
+        (MINIMAL + "1: 2\n", "recipe.yaml:10: got 1 as a key; keys have to be text"),
+        (MINIMAL + "[a]: 2\n", "recipe.yaml:10: got a list or mapping as a key; keys have to be text"),
         (
             MINIMAL + "\tseed: 2\n",
             "recipe.yaml:10: not valid YAML: found character '\\t' that cannot start any token",
@@ -625,10 +642,10 @@ def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, overri
         ),
         (
             "",
-            "recipe.yaml:1: found no mapping; a recipe has the keys model, trainable, lora, data, train",
+            "recipe.yaml:1: not a mapping; a recipe has the keys model, trainable, lora, data, train",
         ),
-        ("# only a comment\n", "recipe.yaml:1: found no mapping"),
-        ("- a\n", "recipe.yaml:1: found no mapping"),
+        ("# only a comment\n", "recipe.yaml:1: not a mapping"),
+        ("- a\n", "recipe.yaml:1: not a mapping"),
     ],
 )
 def test_a_file_that_is_not_a_yaml_mapping_is_refused_with_the_line(folder, text, told):
@@ -644,7 +661,7 @@ def test_a_file_that_is_not_text_is_refused(folder):
 
 def test_a_recipe_that_contains_itself_is_refused(folder):
     assert refusal(write(folder, MINIMAL + "eval: &a\n  before: *a\n")).startswith(
-        "recipe.yaml:11: eval.before: found a mapping; want true or false"
+        "recipe.yaml:11: eval.before: must be true or false, got a mapping"
     )
 
 
@@ -678,14 +695,14 @@ def test_an_override_can_give_what_the_file_lacks(folder):
 @pytest.mark.parametrize(
     "override, told",
     [
-        ("train.max_steps", "override 'train.max_steps': want KEY=VALUE, such as train.max_steps=10"),
-        ("=3", "override '=3': want KEY=VALUE, such as train.max_steps=10"),
-        ("train..seed=3", "override 'train..seed=3': want KEY=VALUE, such as train.max_steps=10"),
+        ("train.max_steps", "override 'train.max_steps': must be KEY=VALUE, such as train.max_steps=10"),
+        ("=3", "override '=3': must be KEY=VALUE, such as train.max_steps=10"),
+        ("train..seed=3", "override 'train..seed=3': must be KEY=VALUE, such as train.max_steps=10"),
         ("train.max_step=3", ": train.max_step: unknown key; did you mean train.max_steps?"),
         ("trian.seed=3", ": trian: unknown key; did you mean train?"),
-        ("train.seed=x", ": train.seed: found 'x'; want a whole number"),
+        ("train.seed=x", ": train.seed: must be a whole number, got 'x'"),
         ("train.seed=[", ":1: not valid YAML: expected the node content, but found '<stream end>'"),
-        ("train.seed.x=3", ": train.seed: found a mapping; want a whole number"),
+        ("train.seed.x=3", ": train.seed: must be a whole number, got a mapping"),
         (
             "train.max_steps.x=3",
             ": train.max_steps is a single value and has no keys; set train.max_steps itself",
@@ -694,8 +711,8 @@ def test_an_override_can_give_what_the_file_lacks(folder):
             "data.train.1.path=x",
             ": data.train is a list of 1; use an index below that, or give the whole list: data.train=[...]",
         ),
-        ("data.train=[{}]", ": data.train.0: found neither path nor hub; give one of them"),
-        ("data=\n null", ": data: found null; want a mapping of keys to values"),
+        ("data.train=[{}]", ": data.train.0: got neither path nor hub; set one of them"),
+        ("data=\n null", ": data: must be a mapping of keys to values, got null"),
     ],
 )
 def test_a_wrong_override_is_refused_in_one_line_that_repeats_it(folder, override, told):

@@ -17,10 +17,10 @@ from rich.console import Console
 from flamingo_ft.cli import main
 from flamingo_ft.cli.key_list import print_keys
 from flamingo_ft.config import Recipe, load_recipe
-from flamingo_ft.config.document import parse
 from flamingo_ft.config.keys import MODELINE, json_schema, recipe_keys, schema_text
 from flamingo_ft.config.library import copy_recipe, library_folder, packaged_recipes
-from flamingo_ft.config.problems import _keys, dotted
+from flamingo_ft.config.validation_errors import dotted, recipe_locations
+from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.errors import UserError
 
 SCHEMA = library_folder() / "recipe.schema.json"
@@ -28,7 +28,7 @@ SCHEMA = library_folder() / "recipe.schema.json"
 
 def test_every_key_that_a_recipe_may_have_is_listed_once_with_type_and_description():
     keys = recipe_keys()
-    assert [key.name for key in keys] == [dotted(location) for location in _keys(Recipe)]
+    assert [key.name for key in keys] == [dotted(location) for location in recipe_locations(Recipe)]
     assert all(key.type and key.description and "\n" not in key.description for key in keys)
 
 

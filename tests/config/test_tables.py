@@ -2,10 +2,15 @@
 
 import pytest
 
-from flamingo_ft.config import tables
-from flamingo_ft.config.data import DataSource
-from flamingo_ft.config.schema import LoraSection, TrainableSection
-from flamingo_ft.config.train import DecaysSection, EvalSection, RatesSection
+from flamingo_ft.config import (
+    DataSource,
+    DecaysSection,
+    EvalSection,
+    LoraSection,
+    RatesSection,
+    TrainableSection,
+    tables,
+)
 from flamingo_ft.data.schemas import SCHEMAS
 
 

@@ -28,17 +28,36 @@ def with_(name, tensor):
     return lambda tensors: tensors | {name: tensor}
 
 
+LM = "lang_encoder.model."
 WRONG = {
     "a missing gate": (without(f"{BRIDGE}attn_gate"), {}, "lacks 1 weights of the bridge"),
     "no perceiver": (without("perceiver."), {}, "no whole bridge"),
-    "other names": (lambda _: {"model.weight": torch.ones(2)}, {}, "no checkpoint of a known format.*model.weight"),
-    "an unknown tensor": (with_("lang_encoder.model.layers.0.decoder_layer.extra", torch.ones(2)), {}, "no place for .*extra"),
-    "a longer vocabulary": (with_("lang_encoder.lm_head.weight", torch.ones(200, 32)), {}, r"\(200, 32\), wanted \(128, 32\)"),
-    "a shorter one": (with_("lang_encoder.model.embed_tokens.weight", torch.ones(127, 32)), {}, "vocabulary ends at 127"),
-    "an adapter of changed layers": (
-        with_("lang_encoder.model.norm.weight", torch.ones(32)), {"to": "adapter"}, "1 tensors of the backbones.*--to model",
+    "other names": (
+        lambda _: {"model.weight": torch.ones(2)},
+        {},
+        "not a checkpoint of a known format.*model.weight",
     ),
-}  # fmt: skip
+    "an unknown tensor": (
+        with_(f"{LM}layers.0.decoder_layer.extra", torch.ones(2)),
+        {},
+        "no place for .*extra",
+    ),
+    "a longer vocabulary": (
+        with_("lang_encoder.lm_head.weight", torch.ones(200, 32)),
+        {},
+        r"\(200, 32\), expected \(128, 32\)",
+    ),
+    "a shorter one": (
+        with_(f"{LM}embed_tokens.weight", torch.ones(127, 32)),
+        {},
+        "vocabulary ends at 127",
+    ),
+    "an adapter of changed layers": (
+        with_(f"{LM}norm.weight", torch.ones(32)),
+        {"to": "adapter"},
+        "1 tensors of the backbones.*--to model",
+    ),
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -60,7 +79,7 @@ def test_backbones_of_another_checkpoint(backbones, tmp_path):
     with pytest.raises(UserError, match="tower tokens of width 32, nano has"):
         import_checkpoint(source, tmp_path / "out", Backbones(backbones["llama"].language, "nano"))
     with pytest.raises(
-        UserError, match="does not tell its language model for certain: name it with --language"
+        UserError, match="cannot tell the checkpoint's language model for certain; name it with --language"
     ):
         import_checkpoint(source, tmp_path / "out")
 
@@ -71,7 +90,7 @@ def test_lora_needs_what_it_builds_on_and_its_alpha(backbones, tmp_path):
     bare = foreign.save(tmp_path / "mmgpt.pt", tensors)
     with pytest.raises(UserError, match="LoRA alone.*--start"):
         import_checkpoint(bare, tmp_path / "out", backbones["llama"])
-    with pytest.raises(UserError, match="without lora_alpha.*--lora-alpha"):
+    with pytest.raises(UserError, match="does not record lora_alpha.*--lora-alpha"):
         import_checkpoint(bare, tmp_path / "out", backbones["llama"], start=below)
     import_checkpoint(bare, tmp_path / "out", backbones["llama"], start=below, lora_alpha=4)
     uneven = tensors | {name: t[:1] for name, t in tensors.items() if "layers.0" in name and "lora_A" in name}
@@ -140,7 +159,7 @@ INCOMPLETE = {
         with_(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector.default.weight", torch.ones(32)),
         "magnitude",
     ),
-    "another width": (with_(f"{LAYER}{LORA_A}", torch.ones(2, 48)), r"\(32, 32\) by"),
+    "another width": (with_(f"{LAYER}{LORA_A}", torch.ones(2, 48)), r"matrix of \(32, 32\), got lora_B"),
 }
 
 
@@ -188,7 +207,7 @@ def test_what_is_of_this_package_already_is_no_foreign_checkpoint(backbones, tmp
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     import_checkpoint(source, tmp_path / "model", backbones["llama"], to="model")
     for place in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
-        with pytest.raises(UserError, match="is of this package already"):
+        with pytest.raises(UserError, match="already in flamingo-ft's format"):
             import_checkpoint(place, tmp_path / "out", backbones["llama"])
 
 
@@ -213,5 +232,5 @@ def test_a_damaged_folder_is_told_in_a_line(content, backbones, tmp_path):
 def test_one_matrix_under_two_names_has_one_content(backbones, tmp_path):
     changed = with_("lang_encoder.lm_head.weight", torch.ones(128, 32))
     source = foreign.save(tmp_path / "checkpoint.pt", changed(foreign.open_flamingo("mpt")))
-    with pytest.raises(UserError, match="are one matrix in this language model, and two in the checkpoint"):
+    with pytest.raises(UserError, match="are tied in this language model, but differ in the checkpoint"):
         import_checkpoint(source, tmp_path / "out", backbones["mpt"])

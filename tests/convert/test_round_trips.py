@@ -20,7 +20,7 @@ from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import TrainableSection
 from flamingo_ft.convert import Backbones, export_open_flamingo, export_otter, import_checkpoint
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats.stored import read_stored
+from flamingo_ft.formats.stored_files import read_checkpoint_files
 from flamingo_ft.model import (
     Flamingo,
     FlamingoForConditionalGeneration,
@@ -69,7 +69,7 @@ def test_open_flamingo_s_own_checkpoint_becomes_an_adapter_with_its_logits_and_b
     model, _ = load_adapter(tmp_path / "adapter")
     assert Golden(family, EVERY).distance("logits", logits(model, family)) < TOLERANCE
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
-    assert_holds(read_stored(tmp_path / "back.pt").tensors, foreign.open_flamingo(family))
+    assert_holds(read_checkpoint_files(tmp_path / "back.pt").tensors, foreign.open_flamingo(family))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -88,7 +88,7 @@ def test_version_1_sees_the_following_image_and_goes_back_under_both_names(famil
         export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt").result
         == "OpenFlamingo v1 checkpoint"
     )
-    assert_holds(read_stored(tmp_path / "back.pt").tensors, foreign.open_flamingo_1(family))
+    assert_holds(read_checkpoint_files(tmp_path / "back.pt").tensors, foreign.open_flamingo_1(family))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -98,7 +98,7 @@ def test_otter_s_trained_weights_go_through_an_adapter_with_its_own_token(family
     _, processor = load_adapter(tmp_path / "adapter")
     assert processor.tokenizer.convert_tokens_to_ids("<answer>") == foreign.ANSWER
     export_otter(tmp_path / "adapter", tmp_path / "otter")
-    assert_holds(read_stored(tmp_path / "otter").tensors, foreign.otter_trained(family))
+    assert_holds(read_checkpoint_files(tmp_path / "otter").tensors, foreign.otter_trained(family))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
@@ -110,7 +110,7 @@ def test_a_whole_otter_becomes_a_whole_model_and_back(family, dtype, backbones, 
     )
     assert (found.source, found.result) == ("Otter checkpoint", "model")
     export_otter(tmp_path / "model", tmp_path / "back")
-    back = read_stored(tmp_path / "back")
+    back = read_checkpoint_files(tmp_path / "back")
     assert_holds(back.tensors, tensors)
     assert back.config["vision_config"]["hidden_size"] == 32
     again = import_checkpoint(tmp_path / "back", tmp_path / "again", backbones[family])
@@ -169,7 +169,7 @@ def test_the_bridge_keeps_the_number_format_it_came_in(dtype, backbones, tmp_pat
         foreign.save(tmp_path / "checkpoint.pt", bridge), tmp_path / "adapter", backbones["mpt"]
     )
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
-    assert_holds(read_stored(tmp_path / "back.pt").tensors, bridge)
+    assert_holds(read_checkpoint_files(tmp_path / "back.pt").tensors, bridge)
 
 
 @pytest.mark.parametrize("family", ["mpt"])
@@ -182,7 +182,7 @@ def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbone
     folder = foreign.save_otter(tmp_path / "otter", wrapped, lora_config={"r": foreign.RANK, "lora_alpha": 4})
     import_checkpoint(folder, tmp_path / "model", backbones[family])
     export_otter(tmp_path / "model", tmp_path / "back")
-    back = read_stored(tmp_path / "back").tensors
+    back = read_checkpoint_files(tmp_path / "back").tensors
     for name, tensor in whole.items():
         bare = name.replace("lang_encoder.", "lang_encoder.base_model.model.").removesuffix(".weight")
         a, b = (updates.get(f"{bare}.lora_{which}.default.weight") for which in "AB")
@@ -257,7 +257,7 @@ def test_padding_rows_of_the_vocabulary_are_cut_for_open_flamingo_and_kept_for_o
     )
     export_otter(tmp_path / "adapter", tmp_path / "otter")
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
-    otter, back = read_stored(tmp_path / "otter"), read_stored(tmp_path / "back.pt")
+    otter, back = read_checkpoint_files(tmp_path / "otter"), read_checkpoint_files(tmp_path / "back.pt")
     embedding = "lang_encoder.transformer.wte.weight"
     assert len(otter.tensors[embedding]) == otter.config["text_config"]["vocab_size"] == 140
     assert torch.equal(back.tensors[embedding], foreign.open_flamingo("mpt")[embedding])
@@ -269,5 +269,5 @@ def test_otter_s_own_token_is_left_out_where_the_vocabulary_has_no_row_for_it(ba
     found = import_checkpoint(
         foreign.save(tmp_path / "final_weights.pt", tensors), tmp_path / "adapter", backbones["llama"]
     )
-    assert any("no row for <answer>" in line for line in found.lines)
+    assert any("<answer> is left out" in line for line in found.lines)
     assert "<answer>" not in load_adapter(tmp_path / "adapter")[1].tokenizer.get_vocab()

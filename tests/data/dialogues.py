@@ -7,8 +7,8 @@ from typing import Any
 
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.processor import CHUNK_TEMPLATE, FlamingoProcessor
-from flamingo_ft.model.tokens import add_media_tokens
 
 IMAGE = {"type": "image"}
 

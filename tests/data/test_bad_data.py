@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_medium, open_source
 from flamingo_ft.errors import UserError
 

@@ -11,9 +11,9 @@ from flamingo_ft.config import DataSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt, end_token_id
 from flamingo_ft.data.render import answers_are_rewritten, apply_template
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.chat_template import answer_template
 from flamingo_ft.model.processor import FlamingoProcessor
-from flamingo_ft.model.tokens import add_media_tokens
 
 from .chat_templates import (
     CHANNELS,

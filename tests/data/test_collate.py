@@ -114,9 +114,7 @@ def test_what_the_chat_template_refuses_is_told_with_its_sample(folder):
 
 def test_a_sample_with_nothing_to_learn_is_refused(folder):
     marks_nothing = "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(
-        UserError, match="^row 5: no assistant text to train on; remove the sample$"
-    ):
+    with pytest.raises(UserError, match="^row 5: no assistant text to train on; remove the sample$"):
         collate(row(folder, 0), processor=nano_processor(marks_nothing))
 
 

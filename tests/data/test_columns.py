@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_source
 from flamingo_ft.errors import UserError
 

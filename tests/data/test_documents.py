@@ -6,8 +6,8 @@ from tokenizers import processors
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.processor import FlamingoProcessor
-from flamingo_ft.model.tokens import add_media_tokens
 
 from .dialogues import CHATML, IMAGE, blocks, nano_processor, user
 from .llama_tokenizer import llama_tokenizer

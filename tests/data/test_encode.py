@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt, end_token_id
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.processor import FlamingoProcessor
-from flamingo_ft.model.tokens import add_media_tokens
 
 from .dialogues import CHATML, IMAGE, TEMPLATES, assistant, nano_processor, system, user
 from .llama_tokenizer import llama_tokenizer

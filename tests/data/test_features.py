@@ -20,11 +20,9 @@ import torch
 
 from flamingo_ft.adapters.lora import add_lora
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.quantized_tower import quantize_tower
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.tower import quantize_tower, spatial_tokens
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.config.data import CacheSection
-from flamingo_ft.config.schema import LoraPart, LoraSection
+from flamingo_ft.config import CacheSection, LoraPart, LoraSection
 from flamingo_ft.data.features import (
     FeatureStore,
     FeatureWriter,

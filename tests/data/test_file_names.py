@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from flamingo_ft.config.data import DataSource
+from flamingo_ft.config import DataSource
 from flamingo_ft.data import read_samples
 from flamingo_ft.data.files import resolve_unicode, same_name
 from flamingo_ft.errors import UserError

@@ -9,8 +9,8 @@ import pytest
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.data.schemas.build_sample import text_to_blocks
+from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.processor import FlamingoProcessor
-from flamingo_ft.model.tokens import add_media_tokens
 from tests.golden.label_mask_cases import CAPTIONS, DOCUMENTS, word_tokenizer
 
 from .dialogues import IMAGE, VICUNA, blocks, nano_processor

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flamingo_ft.config.data import DataSource
+from flamingo_ft.config import DataSource
 from flamingo_ft.data import read_samples
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.errors import UserError
@@ -109,7 +109,9 @@ def test_tools_of_a_message_whose_role_no_sample_has_are_refused(tmp_path):
     for role in ("tool", "function", "developer"):
         row = openai()
         row["messages"].insert(2, {"role": role, "content": "4"})
-        with pytest.raises(UserError, match=rf"messages\[2\].role: expected one of system, user, assistant, got '{role}'"):
+        with pytest.raises(
+            UserError, match=rf"messages\[2\].role: expected one of system, user, assistant, got '{role}'"
+        ):
             read(tmp_path, row)
 
 

@@ -14,7 +14,7 @@ from flamingo_ft.data.pairs import encode_pair, preference_row
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.data.stream.examples import Example
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.batches import assemble_pairs
+from flamingo_ft.training.dataloader import collate_preferences
 
 from .dialogues import IMAGE, TEMPLATES, assistant, nano_processor, system, user
 
@@ -98,7 +98,7 @@ def test_a_batch_is_what_trls_collator_makes_of_the_same_rows():
     for number, sample in enumerate(samples):
         encoded = encode_pair(processor, sample, 500)
         rows.append([Example(sample.where, encoded, read(sample, encoded.images, number))])
-    ours = assemble_pairs(processor.tokenizer.pad_token_id, False, None, rows)
+    ours = collate_preferences(processor.tokenizer.pad_token_id, False, None, rows)
     theirs = DataCollatorForVisionPreference(processor)(
         [copy.deepcopy(preference_row(sample)) for sample in samples]
     )

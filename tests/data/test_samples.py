@@ -207,7 +207,11 @@ BROKEN_FILES = {
     "empty": ("x.jsonl", b"", "FILE: no rows; provide at least one sample"),
     "blank lines alone": ("x.jsonl", b"\n \n", "FILE: no rows; provide at least one sample"),
     "an empty list": ("x.json", b"[]", "FILE: no rows; provide at least one sample"),
-    "an empty JSON file": ("x.json", b"", f"FILE: not JSON (Expecting value at character 0); {LIST_EXPECTED}"),
+    "an empty JSON file": (
+        "x.json",
+        b"",
+        f"FILE: not JSON (Expecting value at character 0); {LIST_EXPECTED}",
+    ),
     "an object": ("x.json", b"{}", "FILE: expected a list of rows, got an object"),
     "lines in a JSON file": (
         "x.json",

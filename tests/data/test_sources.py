@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_medium, open_source, read_samples
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError

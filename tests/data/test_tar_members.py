@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import open_source
 from flamingo_ft.data.files import is_system_file
 from flamingo_ft.data.sources.tar_samples import group_members

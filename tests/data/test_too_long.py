@@ -97,9 +97,7 @@ def test_a_sample_without_labels_never_trains(policy):
     silent = sample([user("a"), {**assistant("b"), "loss": False}])
     found = encode_within(nano_processor(), silent, 100, policy)
     assert found == Dropped("no assistant text to train on")
-    with pytest.raises(
-        UserError, match="^a.json: row 5: no assistant text to train on; remove[^\n]*$"
-    ):
+    with pytest.raises(UserError, match="^a.json: row 5: no assistant text to train on; remove[^\n]*$"):
         encode_within(nano_processor(), silent, 100, "error")
     cut = encode_within(nano_processor(), sample([user("long " * 30), assistant("b")]), 20, "truncate_text")
     assert isinstance(cut, Dropped) and cut.too_long

@@ -157,7 +157,7 @@ def test_offline_what_is_not_in_the_cache_is_told(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal(REPO)
     assert (
-        message.startswith(f"{REPO}: HF_HUB_OFFLINE is set, and it is not whole in the cache")
+        message.startswith(f"{REPO}: HF_HUB_OFFLINE is set, and the cache is incomplete")
         and hub.requests == []
     )
 
@@ -166,7 +166,7 @@ def test_offline_what_is_partly_in_the_cache_is_told(hub, monkeypatch):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     (fetch_model(REPO) / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "not whole in the cache" in refusal(REPO)
+    assert "the cache is incomplete" in refusal(REPO)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +175,9 @@ def test_offline_what_is_partly_in_the_cache_is_told(hub, monkeypatch):
         (
             {"private": True},
             None,
-            "is no folder here, and not on the Hub, or is private; check the name, or log in",
+            "not a local folder, and not on the Hub or private; check the name, or log in",
         ),
-        ({"private": True}, "hf_unknown", "found no valid token; log in with `hf auth login`"),
+        ({"private": True}, "hf_unknown", "no valid token; log in with `hf auth login`"),
         ({"gated": True}, READER, "is gated; accept its terms on its page of the Hub"),
         ({"gated": True}, None, "is gated; accept its terms on its page of the Hub"),
     ],
@@ -198,12 +198,12 @@ def test_what_may_be_had_with_a_token_is_fetched(hub, monkeypatch):
 
 def test_what_is_not_there_is_told(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "runs/quickstrat: is no folder here, and not on the Hub" in refusal("runs/quickstrat")
+    assert "runs/quickstrat: not a local folder, and not on the Hub" in refusal("runs/quickstrat")
     put(hub, {"config.json": b"{}"})
     assert f"{REPO}@nothing: is not on the Hub, though the repository is; check the revision" in refusal(
         f"{REPO}@nothing"
     )
-    assert "some--body/run: no name of a repository (" in refusal("some--body/run")
+    assert "some--body/run: not the name of a repository (" in refusal("some--body/run")
 
 
 @pytest.mark.parametrize("request_", [f"GET /api/models/{REPO}/revision", "GET .*/resolve/.*/config.json"])
@@ -211,7 +211,7 @@ def test_what_is_not_there_is_told(hub, tmp_path, monkeypatch):
     ("status", "told"),
     [
         (403, "the token may not read there"),
-        (429, "the Hub takes no more requests from here for a while (429)"),
+        (429, "the Hub limits the rate of requests from here (429)"),
         (500, "the Hub is in trouble (500)"),
         (None, "the connection to the Hub broke off ("),
     ],

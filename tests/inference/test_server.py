@@ -18,7 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from flamingo_ft.adapters import load_trained
-from flamingo_ft.backbones.context import context_length
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.inference.answer import answer
 from flamingo_ft.inference.server.app import build_app
 from flamingo_ft.inference.server.engine import Engine

@@ -17,7 +17,13 @@ from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import build_flamingo
-from flamingo_ft.model.tokens import EOC_TOKEN, MEDIA_TOKEN, PAD_TOKEN, add_media_tokens, grow_vocabulary
+from flamingo_ft.model.added_tokens import (
+    EOC_TOKEN,
+    MEDIA_TOKEN,
+    PAD_TOKEN,
+    add_media_tokens,
+    grow_vocabulary,
+)
 
 KNOWN = len(load_language("nano").tokenizer)
 TINY = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}

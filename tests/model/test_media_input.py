@@ -11,10 +11,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from flamingo_ft.adapters.lora import add_lora
 from flamingo_ft.backbones.tower import spatial_tokens
-from flamingo_ft.config.schema import LoraPart, LoraSection
+from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.copies import find_copies
-from flamingo_ft.model.media_input import media_input
+from flamingo_ft.model.media import find_copies, media_input
 
 from .tiny import ids, images, tiny_flamingo
 

@@ -7,7 +7,7 @@ import torch
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import Flamingo
-from flamingo_ft.model.media_input import media_input
+from flamingo_ft.model.media import media_input
 
 from .test_packing import batches, gradients
 from .tiny import (

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.output_head import RowsApart, with_scores
+from flamingo_ft.model.token_rows import RowsApart, with_scores
 
 from .tiny import MEDIA, ids, images, tiny_flamingo, tiny_language_model
 from .tiny_language_models import make_tiny

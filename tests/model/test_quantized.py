@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.quantization import Quantization, formats_in, is_quantized
+from flamingo_ft.backbones.quantization import Quantization, is_quantized, quantization_formats
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import Flamingo, build_flamingo
@@ -65,7 +65,7 @@ def test_every_matrix_but_the_language_models_head_is_quantized(wanted, tmp_path
     assert plain_linears(model) == ["lang_encoder.lm_head"]
     assert not any(isinstance(part, nn.MultiheadAttention) for part in model.modules())
     assert all(is_quantized(block.attn.in_proj) for block in model.vision_encoder.transformer.resblocks)
-    assert formats_in(model) == {FORMAT[wanted]}
+    assert quantization_formats(model) == {FORMAT[wanted]}
 
 
 def test_gates_norms_latents_and_token_rows_keep_their_bits(wanted, tmp_path):

@@ -7,8 +7,8 @@ from PIL import Image
 
 from flamingo_ft.data.encode import IGNORED, encode
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.special_text import encode_text, protect, restore, tokenize
-from flamingo_ft.model.tokens import add_media_tokens
 from tests.data.dialogues import IMAGE, assistant, nano_processor, user
 from tests.data.llama_tokenizer import llama_tokenizer
 

@@ -20,9 +20,8 @@ from flamingo_ft.data import open_data
 from flamingo_ft.plan import Planner, plan_memory
 from flamingo_ft.plan.memory_tracker import MemoryTracker
 from flamingo_ft.plan.plan_report import GPUS, advise, with_values
-from flamingo_ft.training.build import build_model
-from flamingo_ft.training.label_positions import at_label_positions
-from flamingo_ft.training.trainer import first_batches, make_trainer
+from flamingo_ft.training.build import build_model, first_batches, make_trainer
+from flamingo_ft.training.trainer import select_label_positions
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 CASES = {
@@ -133,9 +132,9 @@ def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, ov
     """Of one that learns every token: the plan counts no labels."""
 
     def learn_all(inputs):
-        return at_label_positions(inputs | {"labels": inputs["input_ids"]})
+        return select_label_positions(inputs | {"labels": inputs["input_ids"]})
 
-    monkeypatch.setattr("flamingo_ft.training.trainer.at_label_positions", learn_all)
+    monkeypatch.setattr("flamingo_ft.training.trainer.select_label_positions", learn_all)
     source = data["dpo" if "train.method=dpo" in overrides else "sft"]
     recipe = quickstart(source, f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)

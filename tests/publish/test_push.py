@@ -213,7 +213,7 @@ def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
 @pytest.mark.parametrize(
     ("request_", "status", "reason"),
     [
-        ("POST /api/repos/create", 429, "the Hub takes no more requests from here for a while (429)"),
+        ("POST /api/repos/create", 429, "the Hub limits the rate of requests from here (429)"),
         pytest.param(
             f"POST /api/models/{REPO}/commit", 500, "the Hub is in trouble (500)", marks=pytest.mark.slow
         ),
@@ -241,8 +241,8 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(
 @pytest.mark.parametrize(
     ("token", "reason"),
     [
-        (None, "found no valid token"),
-        ("hf_wrong", "found no valid token"),
+        (None, "no valid token"),
+        ("hf_wrong", "no valid token"),
         (READER, "the token may not write there"),
     ],
 )
@@ -262,15 +262,15 @@ def test_offline_nothing_is_pushed(adapter, hub, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["run", "digits"], "digits: no name of a repository"),
-        (["run", "a/b/c"], "a/b/c: no name of a repository"),
-        (["run", "some--body/digits"], "no name of a repository ("),
+        (["run", "digits"], "digits: not the name of a repository"),
+        (["run", "a/b/c"], "a/b/c: not the name of a repository"),
+        (["run", "some--body/digits"], "not the name of a repository ("),
         (["empty", REPO], "empty: holds no adapter and no merged model"),
         (["nowhere", REPO], "no folder nowhere; check the path"),
         (["rnu", REPO], "no folder rnu; check the path"),
         (["runn", REPO], "no folder runn; did you mean run?"),
         (["foreign", REPO], "foreign: holds a llama model"),
-        (["run", REPO, "--merged", "--base", BASE], "found --merged and --base"),
+        (["run", REPO, "--merged", "--base", BASE], "got --merged and --base"),
     ],
 )
 def test_what_cannot_be_pushed_is_told_in_one_line(adapter, hub, capfd, arguments, reason):

@@ -44,6 +44,7 @@ train:
   warmup_steps: 1
   num_workers: 0
 """
+PLACE = "/FOLDER"  # stands for the folder of the run in what it recorded
 DIGITS = (3, 8, 1, 6)
 QUESTION = "Which digit is this?"
 
@@ -78,20 +79,41 @@ def logits(model, processor, images: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
+def text_logits(model, processor) -> torch.Tensor:
+    """Return logits (vocabulary without new tokens,) after text alone; rows of new tokens in a composition are random."""
+    ids = processor.tokenizer("Which digit is it?", return_tensors="pt")["input_ids"]
+    vocabulary = model.config.text_config.vocab_size - len(model.config.new_token_ids or ())
+    return model(input_ids=ids).logits[0, -1, :vocabulary].float()
+
+
+@torch.no_grad()
 def answers(model, processor, images: Path) -> list[str]:
-    """Return the greedy answer to the question about each image."""
+    """Return the first tokens of the greedy answer to the question about each image."""
     found = []
     for digit in DIGITS:
-        text = f"{processor.image_token} {QUESTION}"
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+        text = processor.apply_chat_template([question], add_generation_prompt=True)
         picture = Image.open(images / f"{digit}.png").convert("RGB")
         batch = processor(text=text, images=[picture], return_tensors="pt").to(model.device)
-        ids = model.generate(**batch, max_new_tokens=8)
-        found.append(processor.tokenizer.decode(ids[0, -8:], skip_special_tokens=False))
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=8)
+        found.append(processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :]))
     return found
 
 
 def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def relocate(folder: Path, old: str, new: str) -> None:
+    """Replace a path of this machine in the text files of a run, and the digests of its checkpoints accordingly."""
+    for path in [*folder.rglob("*.yaml"), *folder.rglob("*.jsonl"), *folder.rglob("checkpoint.json")]:
+        path.write_text(path.read_text().replace(old, new))
+    for path in folder.rglob("checkpoint.json"):
+        manifest = json.loads(path.read_text())
+        for name, record in manifest["files"].items():
+            content = (path.parent / name).read_bytes()
+            record |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        path.write_text(json.dumps(manifest, indent=2) + "\n")
 
 
 def main() -> None:
@@ -110,7 +132,7 @@ def main() -> None:
     process.wait()
     assert not (here / "run" / "checkpoints" / f"step-{STEPS}").exists()
 
-    leave_out = shutil.ignore_patterns("checkpoints", "figures", "report.html", "*.png")
+    leave_out = shutil.ignore_patterns("checkpoints", "tensorboard", "figures", "report.html")
     shutil.copytree(here / "whole", here / "adapter", ignore=leave_out)
     shutil.rmtree(here / "whole")
     write_composition(here / "adapter", here / "composition")
@@ -123,8 +145,10 @@ def main() -> None:
         else:
             model = FlamingoForConditionalGeneration.from_pretrained(here / name).eval()
             processor = FlamingoProcessor.from_pretrained(here / name)
-        said[name] = logits(model, processor, here)
-        if name != "composition":
+        if name == "composition":
+            said[name] = text_logits(model, processor)
+        else:
+            said[name] = logits(model, processor, here)
             expected[f"{name}_answers"] = answers(model, processor, here)
     save_file(said, here / "logits.safetensors")
 
@@ -135,6 +159,9 @@ def main() -> None:
     folded = {name: tensor for name, tensor in merged.items() if name.endswith("q_proj.weight")}
     save_file(folded, here / "merged_with_lora.safetensors", {"format": "pt"})
     (here / "merged" / "model.safetensors").unlink()
+    shutil.rmtree(here / "run" / "tensorboard", ignore_errors=True)
+    for name in ("run", "adapter", "merged"):
+        relocate(here / name, str(here), PLACE)
     (here / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 

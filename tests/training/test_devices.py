@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from flamingo_ft import processes
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
 from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
-from flamingo_ft.training import run
+from flamingo_ft.training import train as train_module
 from flamingo_ft.training.trainer import FlamingoTrainer
 from tests.regimes import LORA, NOTHING_WHOLE, write_start
 from tests.training.launching import losses, torchrun, train, write_data
@@ -147,7 +146,7 @@ def loads_in_one_process_alone() -> None:
         if os.environ.get("RANK") == "1":
             raise UserError("cannot be loaded here")
 
-    run.encode_prompts = fail
+    train_module.encode_prompts = fail
 
 
 def test_what_one_process_cannot_load_ends_a_sharded_run(tmp_path):
@@ -163,7 +162,7 @@ def bad_numbers_in_one_process() -> None:
     def spoil(trainer, model, inputs, *arguments, **options):
         if os.environ.get("RANK") == "1":
             inputs["pixel_values"].fill_(float("nan"))
-            Path("spoiled.json").write_text(json.dumps(trainer.contents[0].rows))
+            Path("spoiled.json").write_text(json.dumps(trainer.pending[0].rows))
         return trained_on(trainer, model, inputs, *arguments, **options)
 
     FlamingoTrainer.training_step = spoil
@@ -189,16 +188,6 @@ def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
     assert "set train.fsdp to true" in capsys.readouterr().err
 
 
-def test_what_is_shared_out_comes_back_in_order(monkeypatch):
-    everything, parts = list(range(7)), []
-    monkeypatch.setattr(processes, "world_size", lambda: 3)
-    for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        parts.append(processes.share(everything))
-    monkeypatch.setattr(processes, "everyones", lambda part: parts)
-    assert processes.joined(parts[0]) == everything
-
-
 def test_counts_of_processes_add_up():
     one = {"rows": 3, "skipped": 1, "dropped": 0, "shortened": {"samples": 1}}
     both = {"rows": 7, "skipped": 1, "dropped": 2, "shortened": {"samples": 1, "turns": 2}}
@@ -210,7 +199,7 @@ def test_two_gpus_in_one_process_are_refused_before_anything_is_loaded(tmp_path,
     write_data(tmp_path, MIXED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     assert main(["train", "./recipe.yaml"]) == 2
     told = capsys.readouterr().err
     assert "CUDA_VISIBLE_DEVICES=0" in told and "torchrun --nproc-per-node 2 -m flamingo_ft train" in told

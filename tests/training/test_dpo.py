@@ -13,7 +13,7 @@ from flamingo_ft.adapters.prepare import frozen_copy, zero_dropout
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.run import train
+from flamingo_ft.training.train import train
 from tests import regimes
 
 DPO = ("train.method=dpo", "data.train=[{path: pairs.jsonl}]", "train.max_steps=3")
@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_ends_with_the_same_adapter(pairs):
     train(regimes.recipe(*steps, "train.output_dir=whole"))
     shutil.rmtree("kept/step-4")
     told: list[str] = []
-    train(regimes.recipe(*steps, "train.output_dir=resumed"), resume=True, say=told.append)
+    train(regimes.recipe(*steps, "train.output_dir=resumed"), resume=True, log=told.append)
     assert "step-2" in "".join(told)
     whole, resumed = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert resumed == whole
@@ -205,11 +205,11 @@ def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
             ["train.method=sft"],
             "pairs.jsonl: expected samples with one answer, got preference pairs; set train.method to dpo",
         ),
-        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: pairs are compared row by row"),
-        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: found 0.1; dpo compares"),
+        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: dpo compares pairs row by row"),
+        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: got 0.1, but dpo compares"),
         (
             ["train.dpo={loss_type: ipo, label_smoothing: 0.1}"],
-            "train.dpo.label_smoothing: found loss_type ipo",
+            "train.dpo.label_smoothing: got loss_type ipo",
         ),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.run import train
+from flamingo_ft.training.train import train
 from tests import regimes
 
 from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)

@@ -7,8 +7,8 @@ import pytest
 
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.held_out import HeldOut, judge
-from flamingo_ft.training.run import train
+from flamingo_ft.training.evaluator import EvalBatches, run_evaluation
+from flamingo_ft.training.train import train
 from tests import regimes
 
 from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)
@@ -48,15 +48,17 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
     samples = open_data(wanted.data, 0).eval_samples()
     regimes.shake(model)
     alone = [
-        judge(trainer, HeldOut([sample], model, processor, wanted), None)["eval_loss"] for sample in samples
+        run_evaluation(trainer, EvalBatches([sample], model, processor, wanted), None)["eval_loss"]
+        for sample in samples
     ]
     assert len({round(loss, 3) for loss in alone}) == 3
     for size in (1, 2, 8):
         of_size = regimes.recipe(*HELD_OUT, f"eval.batch_size={size}")
-        found = judge(trainer, HeldOut(samples, model, processor, of_size), None)["eval_loss"]
+        found = run_evaluation(trainer, EvalBatches(samples, model, processor, of_size), None)["eval_loss"]
         assert found == pytest.approx(sum(alone) / 3, rel=1e-5)
         shares = [
-            list(HeldOut(samples, model, processor, of_size, rank=rank, world_size=2)) for rank in range(2)
+            list(EvalBatches(samples, model, processor, of_size, rank=rank, world_size=2))
+            for rank in range(2)
         ]
         assert len(shares[0]) == len(shares[1]) and sum(count for share in shares for _, count in share) == 3
 
@@ -76,7 +78,7 @@ def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(held_o
 
 def test_held_out_samples_with_one_answer_are_refused_before_training_where_their_loss_is_wanted(held_out):
     single = "data.eval=[{path: train.jsonl}]"
-    with pytest.raises(UserError, match="train.jsonl: row 0: found one answer; eval.steps compares two"):
+    with pytest.raises(UserError, match="train.jsonl: row 0: got one answer, but eval.steps compares two"):
         train(regimes.recipe(*HELD_OUT, single))
     assert not Path("run/log.jsonl").exists()
     metrics = train(

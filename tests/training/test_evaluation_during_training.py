@@ -11,18 +11,17 @@ from flamingo_ft import atomic
 from flamingo_ft.adapters import load_adapter, trainable_parameters
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.best import KeepBest, put_back, write_best
-from flamingo_ft.training.build import build_model
+from flamingo_ft.training.best_checkpoint import KeepBest, restore_best, save_best
+from flamingo_ft.training.build import build_model, make_trainer
 from flamingo_ft.training.checkpoints import read_manifest
-from flamingo_ft.training.checkpoints.manifest import MANIFEST, seal
-from flamingo_ft.training.engine import Engine
-from flamingo_ft.training.held_out import HeldOut, judge
-from flamingo_ft.training.run import train
-from flamingo_ft.training.trainer import make_trainer
+from flamingo_ft.training.checkpoints.manifest import MANIFEST, write_manifest
+from flamingo_ft.training.evaluator import EvalBatches, run_evaluation
+from flamingo_ft.training.train import train
+from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
 from ..regimes import LORA, build, shake
 from ..regimes import trainer as make
-from .test_run import folder, recipe  # noqa: F401  (a fixture)
+from .test_train import folder, recipe  # noqa: F401  (a fixture)
 
 WEIGHTS = "adapter_model.safetensors"
 STEPS = "eval.steps=2"
@@ -51,17 +50,19 @@ def test_the_loss_is_the_mean_over_the_label_tokens_of_every_sample_once(folder,
     model, processor, samples, made = built(wanted)
     total, tokens, batches = 0.0, 0, []
     for rank in range(processes):
-        batches.append(list(HeldOut(samples, model, processor, wanted, rank=rank, world_size=processes)))
+        batches.append(list(EvalBatches(samples, model, processor, wanted, rank=rank, world_size=processes)))
         for inputs, labels in batches[-1]:
             loss = model(**inputs).loss.item() if labels else 0.0
             total, tokens = total + loss * labels, tokens + labels
     assert len({len(of_rank) for of_rank in batches}) == 1
-    alone = [model(**inputs) for inputs, _ in HeldOut(samples, model, processor, recipe("eval.batch_size=1"))]
-    counts = [labels for _, labels in HeldOut(samples, model, processor, recipe("eval.batch_size=1"))]
+    alone = [
+        model(**inputs) for inputs, _ in EvalBatches(samples, model, processor, recipe("eval.batch_size=1"))
+    ]
+    counts = [labels for _, labels in EvalBatches(samples, model, processor, recipe("eval.batch_size=1"))]
     assert len(counts) == 6 and sum(counts) == tokens and len({*counts}) > 1
     expected = sum(output.loss.item() * count for output, count in zip(alone, counts, strict=True)) / tokens
     assert total / tokens == pytest.approx(expected, rel=1e-5)
-    found = judge(made, HeldOut(samples, model, processor, wanted), None)["eval_loss"]
+    found = run_evaluation(made, EvalBatches(samples, model, processor, wanted), None)["eval_loss"]
     assert found == pytest.approx(expected, rel=1e-5)
     assert model.training
 
@@ -97,7 +98,7 @@ def by_script(monkeypatch, values: list[float]) -> None:
         trainer.log(dict(metrics))
         return metrics
 
-    monkeypatch.setattr("flamingo_ft.training.engine.judge", scripted)
+    monkeypatch.setattr("flamingo_ft.training.trainer.run_evaluation", scripted)
 
 
 @pytest.mark.parametrize("keep", [pytest.param("last", marks=pytest.mark.slow), "best"])
@@ -109,7 +110,7 @@ def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_w
     by_script(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
     written = []
     monkeypatch.setattr(
-        "flamingo_ft.training.best.write_best", lambda *a: (written.append(0), write_best(*a))
+        "flamingo_ft.training.best_checkpoint.save_best", lambda *a: (written.append(0), save_best(*a))
     )
     metrics = train(recipe(NO_ANSWERS, f"eval.keep={keep}", "train.max_steps=8"))
     best = Path("run/checkpoints/best")
@@ -143,9 +144,9 @@ def test_a_best_adapter_that_is_lost_is_reported(folder, monkeypatch):  # noqa: 
         shutil.rmtree(best)
     facts = {key: value for key, value in read_manifest(checkpoint).items() if key in FACTS}
     (checkpoint / MANIFEST).unlink()
-    seal(checkpoint, facts)
+    write_manifest(checkpoint, facts)
     Path("run/metrics.json").unlink()
-    with pytest.raises(UserError, match="the best adapter is gone; resume with eval.keep=last"):
+    with pytest.raises(UserError, match="the best adapter is missing; resume with eval.keep=last"):
         train(wanted, resume=True)
     assert (
         train(recipe(NO_ANSWERS, "eval.keep=last", "train.max_steps=4"), resume=True)["train"]["steps"] == 4
@@ -193,13 +194,13 @@ def test_best_and_patience_go_on_after_a_resume(folder, monkeypatch, interrupted
             else training_step(self, *arguments, **options)
         )
 
-    monkeypatch.setattr("flamingo_ft.training.engine.judge", scripted)
+    monkeypatch.setattr("flamingo_ft.training.trainer.run_evaluation", scripted)
     wanted = (NO_ANSWERS, "eval.patience=2", "eval.keep=best", "train.max_steps=40", "train.save_steps=2")
     whole = train(recipe(*wanted, "train.output_dir=whole"))
-    training_step = Engine.training_step
+    training_step = FlamingoTrainerMixin.training_step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Engine, "training_step", step)
-        patch.setattr("flamingo_ft.training.run.take_best", killed)
+        patch.setattr(FlamingoTrainerMixin, "training_step", step)
+        patch.setattr("flamingo_ft.training.train.apply_best", killed)
         train(recipe(*wanted))
     resumed = train(recipe(*wanted), resume=True)
     assert whole["train"]["steps"] == resumed["train"]["steps"] == 8
@@ -213,16 +214,16 @@ def test_the_best_adapter_put_back_is_the_model_that_it_was_written_of(small_run
     shake(model)
     then = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     best = Path("best")
-    write_best(model, processor, best)
+    save_best(model, processor, best)
     shake(model, seed=1)
-    put_back(model, best)
+    restore_best(model, best)
     assert all(torch.equal(parameter, then[name]) for name, parameter in trainable_parameters(model).items())
 
 
 def test_a_kill_between_two_renames_loses_no_best(small_run):
     model, processor = build()
     best = Path("checkpoints/best")
-    write_best(model, processor, best)
+    save_best(model, processor, best)
     weights = (best / WEIGHTS).read_bytes()
     best.rename(best.with_name(".best.replaced"))
     atomic.begin_folder(best)
@@ -241,5 +242,5 @@ def test_a_best_that_is_lost_is_not_compared_with(small_run):
 
 def test_held_out_samples_that_are_all_too_long_are_told_before_training(folder):  # noqa: F811
     too_long = ("data.too_long=drop_sample", "data.max_text_tokens=8", "eval.before=false")
-    with pytest.raises(UserError, match="eval.steps: found no held-out sample with anything to learn"):
+    with pytest.raises(UserError, match="eval.steps: no held-out sample has label tokens"):
         train(recipe(STEPS, *too_long))

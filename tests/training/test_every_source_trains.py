@@ -16,8 +16,7 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.data.pairs import preference_row
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.build import build_model
-from flamingo_ft.training.trainer import make_trainer
+from flamingo_ft.training.build import build_model, make_trainer
 from tests.data.fixtures import FIXTURES
 
 STEPS = 6

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from flamingo_ft import atomic
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.checkpoints import checkpoints, newest_good, verify
-from flamingo_ft.training.checkpoints.manifest import FORMAT, MANIFEST, seal
+from flamingo_ft.training.checkpoints import latest_valid, list_checkpoints, verify
+from flamingo_ft.training.checkpoints.manifest import FORMAT, MANIFEST, write_manifest
 from tests import killing, regimes
 
 COMMAND = ["train", "./recipe.yaml", "train.max_steps=6", "train.save_steps=2"]
@@ -64,7 +64,7 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it(folder, 
         "run/checkpoints/step-4: cannot write this checkpoint" in said and "No space left on device" in said
     )
     assert "the last one is run/checkpoints/step-2" in said and "--resume" in said
-    assert list(checkpoints(folder / "run" / "checkpoints")) == [2]
+    assert list(list_checkpoints(folder / "run" / "checkpoints")) == [2]
     verify(folder / "run" / "checkpoints" / "step-2")
     assert finish(folder) == weights
 
@@ -81,7 +81,7 @@ def test_a_file_that_may_not_grow_so_large_is_told_in_a_line(folder):
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_loaded(folder, monkeypatch, capfd):
-    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     said = told(capfd, "train.checkpoint_dir=/proc/checkpoints")
     assert "train.checkpoint_dir: cannot write checkpoints to /proc/checkpoints" in said
 
@@ -116,7 +116,7 @@ def test_an_image_lost_while_it_trains_ends_the_run_with_its_name(folder):
     assert killing.kill_when(process, lambda: there() and lose(folder / "0.png"), number=0) == 2
     said = (folder / "log.txt").read_text()
     assert "train.jsonl: row 0" in said and "0.png" in said and "Traceback" not in said
-    assert "the last checkpoint; mend what is wrong, and go on from there with --resume" in said
+    assert "the last checkpoint; fix the problem, and resume from there with --resume" in said
 
 
 @pytest.mark.slow
@@ -124,7 +124,7 @@ def test_other_rows_than_the_run_began_with_are_refused(folder, capfd):
     stopped_after_step_2(folder)
     first, second = (folder / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join([first, second, json.dumps(json.loads(first))]))
-    assert "train.jsonl had 2 rows when it was written, found 3" in told(capfd, "--resume")
+    assert "train.jsonl had 2 rows when this checkpoint was written, got 3" in told(capfd, "--resume")
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder,
         )  # as safetensors says it; open files say an OSError without a name
 
     with monkeypatch.context() as patch:
-        patch.setattr("flamingo_ft.training.run.save_adapter", full)
+        patch.setattr("flamingo_ft.training.train.save_adapter", full)
         said = told(capfd)
     assert "run: cannot write (No space left on device)" in said
     assert "resume from run/checkpoints/step-6 with --resume" in said
@@ -154,7 +154,7 @@ def test_a_worker_that_is_killed_is_told_in_a_line(folder):
 
     assert killing.kill_when(process, there, send=kill_a_worker) == 2
     said = (folder / "log.txt").read_text()
-    assert "train.num_workers: a process that prepares batches ended" in said and "Traceback" not in said
+    assert "train.num_workers: a data-loading worker died" in said and "Traceback" not in said
 
 
 def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, capfd):
@@ -168,7 +168,9 @@ def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, capfd
 
 def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
     (tmp_path / "weights").write_bytes(b"content")
-    seal(tmp_path, {"step": 12, "processes": 1, "seconds": 3.5, "ended": False, "sources": {"a": 2}})
+    write_manifest(
+        tmp_path, {"step": 12, "processes": 1, "seconds": 3.5, "ended": False, "sources": {"a": 2}}
+    )
     manifest = tmp_path / MANIFEST
     record, written = verify(tmp_path), manifest.read_bytes()
     for place in range(len(written)):
@@ -184,13 +186,13 @@ def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
 def test_a_checkpoint_of_a_later_version_is_not_taken_for_a_damaged_one(tmp_path):
     for step in (1, 2):
         (tmp_path / f"step-{step}").mkdir()
-        seal(tmp_path / f"step-{step}", {"step": step})
+        write_manifest(tmp_path / f"step-{step}", {"step": step})
     manifest = tmp_path / "step-2" / MANIFEST
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": FORMAT + 1}))
     with pytest.raises(UserError, match="upgrade flamingo_ft"):
-        newest_good(tmp_path)
+        latest_valid(tmp_path)
     manifest.write_text("{")
-    assert newest_good(tmp_path)[0] == tmp_path / "step-1"
+    assert latest_valid(tmp_path)[0] == tmp_path / "step-1"
 
 
 @pytest.mark.parametrize(
@@ -200,6 +202,6 @@ def test_a_fault_that_is_not_the_disks_is_not_reported_as_a_full_one(folder, mon
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("flamingo_ft.training.checkpoints.save.save_adapter", fails)
+    monkeypatch.setattr("flamingo_ft.training.checkpoints.save_load.save_adapter", fails)
     with pytest.raises(RuntimeError, match=str(error)):
         main([*COMMAND, "train.max_steps=1"])

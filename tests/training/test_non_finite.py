@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.run import train
+from flamingo_ft.training.train import train
 
 from ..regimes import build, recipe, trainer
 
@@ -74,7 +74,7 @@ def test_a_bad_gradient_after_a_good_loss_names_its_parameter(small_run, inside)
         if inside == "true"
         else f"first gradient that is not is that of {BLOCK}.weight"
     )
-    with pytest.raises(UserError, match=rf"gradient's norm is (nan|inf) at step 2; .*{re.escape(cause)}"):
+    with pytest.raises(UserError, match=rf"gradient norm is (nan|inf) at step 2; .*{re.escape(cause)}"):
         bad.train()
 
 
@@ -89,7 +89,7 @@ def test_of_accumulated_batches_the_bad_one_is_named(small_run):
     bad.model.get_submodule(BLOCK).register_forward_hook(spoil)
     with pytest.raises(UserError, match=r"step 1; trained on [^,]*: row [01]: the first output") as error:
         bad.train()
-    third = bad.finite._batches[2][1].rows[0]
+    third = bad.non_finite_guard._batches[2][1].rows[0]
     assert f"trained on {third}:" in str(error.value)
 
 
@@ -102,7 +102,7 @@ def test_a_step_left_out_changes_neither_parameters_nor_optimizer_state(small_ru
     bad.add_callback(_AtStepEnd(lambda: seen.append(state(bad))))
     bad.train()
     assert _same(seen[1], seen[2]) and not _same(seen[2], seen[3])
-    assert "step 3 left out" in capsys.readouterr().err
+    assert "step 3 skipped" in capsys.readouterr().err
     losses = [entry["loss"] for entry in bad.state.log_history if "loss" in entry]
     assert len(losses) == 4 and all(map(math.isfinite, losses))
     assert [entry["skipped_steps"] for entry in bad.state.log_history if "skipped_steps" in entry] == [1]

@@ -10,9 +10,10 @@ from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.parts import optimizer_group
 from flamingo_ft.training.arguments import trainer_arguments
-from flamingo_ft.training.in_backward import InBackward
-from flamingo_ft.training.optimizer import check_machine, make_optimizer, part_of
+from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer
+from flamingo_ft.training.preflight import check_machine
 
 from ..regimes import LORA, REGIMES, build, inputs, quantized, recipe, shake, trainer
 
@@ -48,7 +49,7 @@ def test_no_gradient_is_held_and_each_is_clipped_to_its_own_norm(small_run):
     before = {name: parameter.clone() for name, parameter in trainable_parameters(model).items()}
     plain = copy.deepcopy(model)
     plain(**inputs(processor), labels=inputs(processor)["input_ids"]).loss.backward()
-    InBackward(groups, partial(torch.optim.SGD, lr=1.0), max_norm=1e-3)
+    InBackwardOptimizer(groups, partial(torch.optim.SGD, lr=1.0), max_norm=1e-3)
     model(**inputs(processor), labels=inputs(processor)["input_ids"]).loss.backward()
     gradients = {name: parameter.grad for name, parameter in trainable_parameters(plain).items()}
     for name, parameter in trainable_parameters(model).items():
@@ -66,7 +67,7 @@ def test_the_state_of_steps_inside_the_backward_pass_is_saved_and_goes_on(kind, 
     gradients = torch.randn(4, 8192, dtype=dtype)
 
     def optimizer(p):
-        return InBackward([{"params": [p], "lr": 0.1}], partial(kind, lr=0.1), max_norm=1e9)
+        return InBackwardOptimizer([{"params": [p], "lr": 0.1}], partial(kind, lr=0.1), max_norm=1e9)
 
     first = optimizer(parameter)
     for gradient in gradients[:2]:
@@ -142,7 +143,7 @@ def test_each_part_has_its_own_rate_and_decay(small_run):
     assert decays == {"perceiver": 0.1, "cross_attention": 0.0, "new_tokens": 0.0, "lora": 0.3}
     held = {id(p): group["name"] for group in groups for p in group["params"]}
     for name, parameter in trainable_parameters(model).items():
-        assert held[id(parameter)] == part_of(name), name
+        assert held[id(parameter)] == optimizer_group(name), name
     assert len(held) == len(trainable_parameters(model))
 
 
@@ -158,7 +159,7 @@ def test_a_part_with_a_rate_near_nothing_stays_where_it_is_under_every_optimizer
     moved = {"perceiver": 0.0, "cross_attention": 0.0, "lora": 0.0, "new_tokens": 0.0}
     for name, parameter in trainable_parameters(model).items():
         change = (parameter.detach() - before[name]).abs().max().item()
-        moved[part_of(name)] = max(moved[part_of(name)], change)
+        moved[optimizer_group(name)] = max(moved[optimizer_group(name)], change)
     assert moved["perceiver"] < 1e-6 and min(moved[part] for part in ("cross_attention", "lora")) > 1e-3
 
 
@@ -213,11 +214,11 @@ class _Rates(TrainerCallback):
         (["train.weight_decays.lora=0.1"], "train.weight_decays.lora: no part has LoRA"),
         (
             ["trainable.new_tokens=false", "train.learning_rates.new_tokens=0.1"],
-            "found trainable.new_tokens false; remove",
+            "got trainable.new_tokens false; remove",
         ),
         (
             ["trainable.perceiver=false", "lora.perceiver={r: 2}", "train.learning_rates.perceiver=0.1"],
-            "its LoRA goes by the value named lora",
+            "its LoRA uses the value named lora",
         ),
     ],
 )
@@ -228,7 +229,7 @@ def test_a_rate_of_what_does_not_train_is_refused(small_run, settings, told):
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [({"_n_gpu": 2}, "found 2 processes or GPUs"), ({"fp16": True}, "float16 scales the loss")],
+    [({"_n_gpu": 2}, "got 2 processes or GPUs"), ({"fp16": True}, "float16 needs loss scaling")],
 )
 def test_steps_inside_the_backward_pass_refuse_what_they_cannot_do(small_run, arguments, told):
     model, _ = build()
@@ -241,7 +242,7 @@ def test_steps_inside_the_backward_pass_refuse_what_they_cannot_do(small_run, ar
 
 
 def test_offloading_activations_without_a_gpu_is_refused(small_run):
-    with pytest.raises(UserError, match="train.activation_offload: found no GPU"):
+    with pytest.raises(UserError, match="train.activation_offload: there is no GPU"):
         check_machine(recipe("train.activation_offload=true").train)
 
 

@@ -7,19 +7,20 @@ import torch
 
 from flamingo_ft import cli
 from flamingo_ft.errors import OutOfMemory
-from flamingo_ft.training import out_of_memory, run
-from flamingo_ft.training.engine import Engine
+from flamingo_ft.training import machine_failures
+from flamingo_ft.training.train import train
+from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
-from .test_run import folder, recipe  # noqa: F401  (a fixture)
+from .test_train import folder, recipe  # noqa: F401  (a fixture)
 
-GPU_SAYS = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB of which 1.2 GiB is free."
+GPU_MESSAGE = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB of which 1.2 GiB is free."
 
 
 def gpu_is_full(*_, **__):
-    raise torch.OutOfMemoryError(GPU_SAYS)
+    raise torch.OutOfMemoryError(GPU_MESSAGE)
 
 
-def computer_is_full(*_, **__):
+def host_is_full(*_, **__):
     return torch.empty(1 << 50)  # torch's own allocator fails
 
 
@@ -31,20 +32,20 @@ def python_is_full(*_, **__):
     ("fails", "owner", "more"),
     [
         (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB more)"),
-        (computer_is_full, "host", " (tried to allocate 4503599627370496 bytes more)"),
+        (host_is_full, "host", " (tried to allocate 4503599627370496 bytes more)"),
         (python_is_full, "host", ""),
     ],
 )
-def test_a_step_that_does_not_fit_is_told_in_a_line(fails, owner, more):
-    with pytest.raises(OutOfMemory) as error, out_of_memory.oom_as_user_error("training"):
+def test_a_step_that_does_not_fit_is_a_one_line_error(fails, owner, more):
+    with pytest.raises(OutOfMemory) as error, machine_failures.oom_as_user_error("training"):
         fails()
     assert str(error.value).startswith(
-        f"training: {owner} memory is full{more}; lower train.batch_size or change"
+        f"training: {owner} memory is full{more}; lower train.batch_size or follow"
     )
 
 
 def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(Engine, "training_step", computer_is_full)
+    monkeypatch.setattr(FlamingoTrainerMixin, "training_step", host_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
     told = capsys.readouterr().err
     assert "error: training: host memory is full" in told and "Traceback" not in told
@@ -52,20 +53,21 @@ def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    "place", ["flamingo_ft.training.engine.judge", "flamingo_ft.training.examination.answer_questions"]
+    "place",
+    ["flamingo_ft.training.trainer.run_evaluation", "flamingo_ft.inference.predictor.Predictor.answer"],
 )
 def test_evaluations_that_do_not_fit_have_their_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)
-    monkeypatch.setattr(out_of_memory, "make_plan_report", lambda recipe: _Report())
+    monkeypatch.setattr(machine_failures, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="evaluation: GPU memory is full.*lower eval.batch_size"):
-        run.train(recipe("eval.steps=1", f"eval.before={str('judge' not in place).lower()}"))
+        train(recipe("eval.steps=1", f"eval.before={str('run_evaluation' not in place).lower()}"))
 
 
-def test_a_model_that_does_not_fit_is_told_as_such(folder, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(run, "build_model", gpu_is_full)
-    monkeypatch.setattr(out_of_memory, "make_plan_report", lambda recipe: _Report())
+def test_a_backbone_that_does_not_fit_is_not_reported_as_damaged(folder, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", gpu_is_full)
+    monkeypatch.setattr(machine_failures, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="loading: GPU memory is full.*quantize the backbones"):
-        run.train(recipe())
+        train(recipe())
 
 
 def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  # noqa: F811
@@ -74,20 +76,20 @@ def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  #
     def step(self, model, *_, **__):
         taken = torch.ones(10)
         kept.extend(map(weakref.ref, (taken, model)))
-        return computer_is_full()
+        return host_is_full()
 
-    monkeypatch.setattr(Engine, "training_step", step)
+    monkeypatch.setattr(FlamingoTrainerMixin, "training_step", step)
     monkeypatch.setattr(
-        out_of_memory, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept])
+        machine_failures, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept])
     )
     with pytest.raises(OutOfMemory) as error:
-        run.train(recipe("data.eval=[]"))
+        train(recipe("data.eval=[]"))
     assert error.value.plan == [True, True]
 
 
 def test_memory_that_is_too_short_for_a_plan_leaves_the_line(folder, monkeypatch, capsys):  # noqa: F811
-    monkeypatch.setattr(Engine, "training_step", gpu_is_full)
-    monkeypatch.setattr(out_of_memory, "make_plan_report", computer_is_full)
+    monkeypatch.setattr(FlamingoTrainerMixin, "training_step", gpu_is_full)
+    monkeypatch.setattr(machine_failures, "make_plan_report", host_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
     assert "error: training: GPU memory is full" in capsys.readouterr().err
 
@@ -96,9 +98,9 @@ def test_another_error_stays_what_it_is(folder, monkeypatch):  # noqa: F811
     def step(*_, **__):
         raise RuntimeError("mat1 and mat2 must have the same dtype")
 
-    monkeypatch.setattr(Engine, "training_step", step)
+    monkeypatch.setattr(FlamingoTrainerMixin, "training_step", step)
     with pytest.raises(RuntimeError, match="same dtype"):
-        run.train(recipe("data.eval=[]"))
+        train(recipe("data.eval=[]"))
 
 
 class _Report:

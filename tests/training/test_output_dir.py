@@ -8,7 +8,7 @@ import pytest
 
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.output_dir import RECIPE_FILE, prepare_output_dir, refuse_elsewhere
+from flamingo_ft.training.output_dir import RECIPE_FILE, prepare_output_dir, refuse_lost_run
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_folder_that_holds_a_run_is_refused_with_both_remedies(run):
     before = contents(run)
     with pytest.raises(
         UserError,
-        match=r"already holds a run; go on with it with --resume, .* --overwrite, .* train\.output_dir=",
+        match=r"already holds a run; resume it with --resume, .* --overwrite, .* train\.output_dir=",
     ):
         prepare_output_dir(run)
     assert contents(run) == before
@@ -60,7 +60,7 @@ def test_a_folder_with_other_files_is_refused_even_when_overwriting(tmp_path):
 def test_the_current_directory_is_never_moved_aside(run, monkeypatch):
     monkeypatch.chdir(run)
     for folder in (Path("."), run, run.parent / ".." / "runs" / "one"):
-        with pytest.raises(UserError, match="is or holds the current directory"):
+        with pytest.raises(UserError, match="contains the current directory"):
             prepare_output_dir(folder, overwrite=True)
 
 
@@ -81,8 +81,8 @@ def test_what_a_run_leaves_that_was_killed_before_it_began_is_not_in_the_way(tmp
 
 def test_the_recipe_of_a_run_does_not_begin_another_one_elsewhere(run, tmp_path):
     recipe, elsewhere = run / RECIPE_FILE, tmp_path / "elsewhere"
-    with pytest.raises(UserError, match=rf"nothing to go on with in {elsewhere}, .* train\.output_dir={run}"):
-        refuse_elsewhere(recipe, TrainSection(output_dir=elsewhere, max_steps=1))
-    refuse_elsewhere(recipe, TrainSection(output_dir=run, max_steps=1))
-    refuse_elsewhere(recipe, TrainSection(output_dir=elsewhere, checkpoint_dir=run, max_steps=1))
-    refuse_elsewhere(tmp_path / "mine.yaml", TrainSection(output_dir=elsewhere, max_steps=1))
+    with pytest.raises(UserError, match=rf"nothing to resume in {elsewhere}, .* train\.output_dir={run}"):
+        refuse_lost_run(recipe, TrainSection(output_dir=elsewhere, max_steps=1))
+    refuse_lost_run(recipe, TrainSection(output_dir=run, max_steps=1))
+    refuse_lost_run(recipe, TrainSection(output_dir=elsewhere, checkpoint_dir=run, max_steps=1))
+    refuse_lost_run(tmp_path / "mine.yaml", TrainSection(output_dir=elsewhere, max_steps=1))

@@ -5,8 +5,10 @@ import torch
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
-from flamingo_ft.training import arguments, precision
-from flamingo_ft.training.run import train
+from flamingo_ft.training import arguments
+from flamingo_ft.training.arguments import autocast_dtype
+from flamingo_ft.training.preflight import check_precision
+from flamingo_ft.training.train import train
 
 from ..regimes import LORA, build, quantized, recipe, trainer
 
@@ -24,12 +26,12 @@ def machine(request, monkeypatch):
 
 
 def test_auto_is_what_the_machine_has(machine):
-    assert precision.computes_in("auto") == {"none": None, "T4": FP16, "A100": BF16}[machine]
-    assert [precision.computes_in(word) for word in ("fp32", "bf16", "fp16")] == [None, BF16, FP16]
+    assert autocast_dtype("auto") == {"none": None, "T4": FP16, "A100": BF16}[machine]
+    assert [autocast_dtype(word) for word in ("fp32", "bf16", "fp16")] == [None, BF16, FP16]
 
 
 def test_auto_is_the_same_for_4_bit_matrices_and_for_what_is_around_them(small_run, machine):
-    precision.check_precision(recipe(*quantized("nf4")))
+    check_precision(recipe(*quantized("nf4")))
 
 
 @pytest.mark.parametrize("machine", ["A100"], indirect=True)
@@ -38,29 +40,29 @@ def test_two_half_formats_in_one_model_are_refused(small_run, machine):
     with pytest.raises(
         UserError, match=r"model.vision.compute_dtype: auto is bfloat16 here.*use fp16 for both"
     ):
-        precision.check_precision(recipe(*settings))
+        check_precision(recipe(*settings))
     same = ("model.vision.compute_dtype=fp16", "model.language.compute_dtype=fp16")
-    precision.check_precision(recipe(*settings, *same))
+    check_precision(recipe(*settings, *same))
 
 
 @pytest.mark.parametrize("machine", ["T4"], indirect=True)
 @pytest.mark.parametrize("setting", ["trainable.dtype=bf16", "train.optimizer_in_backward=true"])
 def test_float16_by_itself_refuses_what_it_refuses_by_name(small_run, machine, setting):
     with pytest.raises(UserError, match=setting.partition("=")[0] + ": .*auto is float16 on this GPU"):
-        precision.check_precision(recipe(setting))
+        check_precision(recipe(setting))
 
 
 def test_float16_without_a_gpu_is_refused_before_anything_is_loaded(small_run, monkeypatch):
-    monkeypatch.setattr("flamingo_ft.training.run.open_data", None)
+    monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     with pytest.raises(
-        UserError, match="train.precision: fp16 computes on a GPU, and found none; use fp32, bf16 or auto"
+        UserError, match="train.precision: fp16 needs a GPU, and there is none; use fp32, bf16 or auto"
     ):
         train(recipe("train.precision=fp16"))
 
 
 def float16_trainer(monkeypatch, *overrides, scale=2.0**10):
     """A trainer that computes in float16 on the CPU, through accelerate's scaler and torch's for the CPU."""
-    monkeypatch.setattr(arguments, "computes_in", lambda wanted: FP16)
+    monkeypatch.setattr(arguments, "autocast_dtype", lambda wanted: FP16)
     made = trainer(*build("model.init_from=start", LORA), "model.init_from=start", LORA, *overrides)
     made.accelerator.native_amp = True
     made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)

@@ -63,7 +63,7 @@ def eight_bit() -> dict[str, object]:
 def _quantized(kind: str) -> dict[str, object]:
     import torch
 
-    from flamingo_ft.backbones.device import default_device
+    from flamingo_ft.backbones.device_and_dtype import default_device
     from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 
     device = default_device()

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_ft import atomic
-from flamingo_ft.backbones.quantization import DTYPES, formats_in
+from flamingo_ft.backbones.quantization import DTYPES, quantization_formats
 from flamingo_ft.backbones.tower import spatial_tokens
-from flamingo_ft.config.data import CacheSection
+from flamingo_ft.config import CacheSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
@@ -45,7 +45,9 @@ class FrozenTower:
         self.device = next(visual.parameters()).device
         size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
         trial = torch.randn(AT_ONCE, 3, *size, generator=torch.Generator().manual_seed(0))
-        self.at_once = AT_ONCE if "int8" not in formats_in(visual) and self._keeps_apart(trial) else 1
+        self.at_once = (
+            AT_ONCE if "int8" not in quantization_formats(visual) and self._keeps_apart(trial) else 1
+        )
         self.shape = tuple(self.encode(trial[:1]).shape[1:])
 
     @torch.no_grad()

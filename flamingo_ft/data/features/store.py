@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flamingo_ft import atomic
-from flamingo_ft.backbones.identity import tensors_sha256
+from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.images import READER_VERSION
 from flamingo_ft.version import __version__

@@ -14,7 +14,7 @@ from flamingo_ft.data.fields import check_unicode, has_content, is_blank, text_f
 from flamingo_ft.data.media_resolver import MediaResolver
 from flamingo_ft.data.sample import DOCUMENT, ROLES, UNNAMED_TASK, Medium, Sample
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .schema import MediaRef, ParsedRow, Turn
 

@@ -27,7 +27,7 @@ from flamingo_ft.data.fields import (
 )
 from flamingo_ft.data.sample import ROLES
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.tokens import MEDIA_TOKEN
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .build_sample import CONTENT_KEYS
 from .registry import register_schema

@@ -8,7 +8,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from flamingo_ft.config.data import DataSection, DataSource
+from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data.files import is_system_file, resolve_unicode
 from flamingo_ft.data.media_resolver import MediaResolver
 from flamingo_ft.data.sample import Sample

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from flamingo_ft.adapters.answering import end_token_ids
-from flamingo_ft.backbones.context import context_length
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.data.collate import pad_ids, stack_media
 from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.errors import UserError

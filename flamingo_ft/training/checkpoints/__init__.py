@@ -1,36 +1,45 @@
-"""Checkpoints: written whole or not at all, checked when they are read, gone on from to the last bit."""
+"""Checkpoints: written atomically, verified by hash when read, resumed from bit for bit."""
 
 from .folders import (
     best_folder,
     checkpoint_folder,
     checkpoint_root,
-    checkpoints,
-    newest_good,
-    prepare_root,
-    refuse_earlier,
-    set_aside_after,
+    latest_valid,
+    list_checkpoints,
+    newest_checkpoint,
+    prepare_checkpoint_root,
+    quarantine_newer,
+    refuse_existing_checkpoints,
 )
-from .load import check_fits, restore
-from .manifest import read_manifest, verify
-from .save import TRAINING, Keeping, save_checkpoint
-from .sharded import load_parts, save_parts
+from .manifest import read_manifest, verify, write_manifest
+from .save_load import (
+    TRAINER_FOLDER,
+    CheckpointPolicy,
+    check_compatible,
+    load_sharded_optimizer,
+    restore_checkpoint,
+    save_checkpoint,
+    save_sharded_optimizer,
+)
 
 __all__ = [
+    "TRAINER_FOLDER",
+    "CheckpointPolicy",
     "best_folder",
-    "Keeping",
-    "TRAINING",
-    "check_fits",
+    "check_compatible",
     "checkpoint_folder",
     "checkpoint_root",
-    "checkpoints",
-    "load_parts",
-    "newest_good",
-    "prepare_root",
+    "latest_valid",
+    "list_checkpoints",
+    "load_sharded_optimizer",
+    "newest_checkpoint",
+    "prepare_checkpoint_root",
+    "quarantine_newer",
     "read_manifest",
-    "refuse_earlier",
-    "restore",
+    "refuse_existing_checkpoints",
+    "restore_checkpoint",
     "save_checkpoint",
-    "save_parts",
-    "set_aside_after",
+    "save_sharded_optimizer",
     "verify",
+    "write_manifest",
 ]

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run lie: ``step-N`` in one folder, the oldest of them removed."""
+"""The checkpoint folders of a run: ``step-N`` in one root folder, the oldest ones deleted."""
 
 from __future__ import annotations
 
@@ -14,78 +14,93 @@ from flamingo_ft.errors import UserError
 from .manifest import NewerFormat, verify
 
 
-def checkpoint_root(train: TrainSection) -> Path:
-    """The folder that holds them."""
-    return train.checkpoint_dir or train.output_dir / "checkpoints"
+def checkpoint_root(train_config: TrainSection) -> Path:
+    """Return the folder that holds all checkpoints of a run."""
+    return train_config.checkpoint_dir or train_config.output_dir / "checkpoints"
 
 
-def best_folder(place: Path) -> Path:
-    """The adapter of the best evaluation so far: of a run, beside its checkpoints; of a checkpoint, inside it."""
-    return place / "best"
+def best_folder(parent: Path) -> Path:
+    """Return the folder of the best adapter so far, in the checkpoint root or in a single checkpoint."""
+    return parent / "best"
 
 
-def prepare_root(root: Path) -> None:
-    """Make sure, before hours of training, that checkpoints can be written there. UserError where they cannot."""
+def prepare_checkpoint_root(root: Path) -> None:
+    """Create ``root`` and check that it is writable, before hours of training. Raise UserError if it is not."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         atomic.remove_leftovers(root)
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        found = f"{root}: {error.strerror}"
         raise UserError(
-            f"train.checkpoint_dir: cannot write checkpoints to {found}; name a folder that can be"
+            f"train.checkpoint_dir: cannot write checkpoints to {root}: {error.strerror}; "
+            "choose a writable folder"
         ) from None
 
 
-def refuse_earlier(root: Path) -> None:
-    """Refuse, with a UserError, to begin where another run's checkpoints are: the new ones would be the oldest of all."""
-    earlier = next(iter(checkpoints(root).values()), None)
-    if earlier is not None:
+def refuse_existing_checkpoints(root: Path) -> None:
+    """Raise UserError if ``root`` already holds checkpoints of another run.
+
+    Pruning keeps the highest steps, so it would delete the new run's checkpoints first.
+    """
+    newest = newest_checkpoint(root)
+    if newest is not None:
         raise UserError(
-            f"train.checkpoint_dir: {root} holds {earlier.name} of an earlier run; go on with that run with --resume, "
-            "remove its checkpoints, or name another folder"
+            f"train.checkpoint_dir: {root} holds {newest.name} of an earlier run; resume that run with --resume, "
+            "delete its checkpoints, or choose another folder"
         )
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
-    """The checkpoint that was written after so many optimizer steps."""
+    """Return the folder of the checkpoint written after ``step`` optimizer steps."""
     return root / f"step-{step}"
 
 
-def checkpoints(root: Path) -> dict[int, Path]:
-    """All that are there, by step, newest first; whether they are whole is not looked at."""
-    found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in root.glob("step-*") if path.is_dir())
-    return dict(sorted(((int(match[1]), path) for match, path in found if match), reverse=True))
+def list_checkpoints(root: Path) -> dict[int, Path]:
+    """Return all checkpoints by step, newest first, without verifying them."""
+    found: dict[int, Path] = {}
+    for path in root.glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and path.is_dir():
+            found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
 
 
-def newest_good(root: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with those after it. NewerFormat for one of a later version."""
-    wrong: list[str] = []
-    for path in checkpoints(root).values():
+def newest_checkpoint(root: Path) -> Path | None:
+    """Return the newest checkpoint, without verifying it."""
+    return next(iter(list_checkpoints(root).values()), None)
+
+
+def latest_valid(root: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies, and what is wrong with each newer one.
+
+    Raise NewerFormat for a checkpoint of a later flamingo_ft.
+    """
+    problems: list[str] = []
+    for path in list_checkpoints(root).values():
         try:
             verify(path)
         except NewerFormat:
             raise
         except UserError as error:
-            wrong.append(str(error))
+            problems.append(str(error))
         else:
-            return path, wrong
-    return None, wrong
+            return path, problems
+    return None, problems
 
 
-def keep_newest(root: Path, limit: int) -> None:
-    """Remove all but the newest ``limit`` checkpoints."""
-    for path in list(checkpoints(root).values())[limit:]:
+def prune_checkpoints(root: Path, limit: int) -> None:
+    """Delete all but the newest ``limit`` checkpoints."""
+    for path in list(list_checkpoints(root).values())[limit:]:
         atomic.remove_folder(path)
 
 
-def set_aside_after(root: Path, start: Path | None) -> Iterator[Path]:
-    """Rename those newer than ``start``, damaged as they are, so that they count no more; gives their new names."""
-    for path in checkpoints(root).values():
-        if path == start:
+def quarantine_newer(root: Path, checkpoint: Path | None) -> Iterator[Path]:
+    """Rename the damaged checkpoints newer than ``checkpoint`` to ``step-N.damaged``; yield their new paths."""
+    for path in list_checkpoints(root).values():
+        if path == checkpoint:
             return
-        aside = path.with_name(f"{path.name}.damaged")
-        if aside.exists():
-            atomic.remove_folder(aside)
-        yield path.rename(aside)
+        quarantined = path.with_name(f"{path.name}.damaged")
+        if quarantined.exists():
+            atomic.remove_folder(quarantined)
+        yield path.rename(quarantined)

@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, so that a damaged one is never taken for a good one."""
+"""The manifest of a checkpoint: size and SHA-256 of every file, so that damage is noticed before resuming."""
 
 from __future__ import annotations
 
@@ -11,77 +11,76 @@ from flamingo_ft.errors import UserError
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
-PIECE = 2**20  # bytes read at once
 
 
 class NewerFormat(UserError):
-    """A checkpoint that is whole, and written by a later version."""
+    """An undamaged checkpoint, written by a later version of flamingo_ft."""
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of all files in ``folder``, and ``facts`` beside them."""
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of all files in ``folder``, together with ``facts`` about the run."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
     record = {"format": FORMAT, **facts, "files": files}
-    record["sha256"] = _sha256_of(record)
+    record["sha256"] = _record_sha256(record)
     (folder / MANIFEST).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint that is whole. UserError, saying what is wrong with it, for any other."""
+    """Check every file against the manifest and return the manifest. Raise UserError for a damaged checkpoint."""
     record = read_manifest(folder)
-    for name, wanted in record["files"].items():
-        _verify_file(folder / name, wanted)
+    for name, expected in record["files"].items():
+        _verify_file(folder / name, expected)
     return record
 
 
-def _verify_file(path: Path, wanted: dict[str, Any]) -> None:
+def _verify_file(path: Path, expected: dict[str, Any]) -> None:
     if not path.is_file():
-        raise UserError(f"{path}: not there, though the checkpoint had it")
-    found = path.stat().st_size
-    if found != wanted["bytes"]:
-        raise UserError(f"{path}: found {found:,} bytes, wanted {wanted['bytes']:,}; it was cut off")
+        raise UserError(f"{path}: missing from the checkpoint")
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise UserError(f"{path}: expected {expected['bytes']:,} bytes, got {size:,}; the file is truncated")
     try:
-        same = _sha256(path) == wanted["sha256"]
+        intact = _sha256(path) == expected["sha256"]
     except PermissionError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if not same:
-        raise UserError(f"{path}: its content is not what was written (SHA-256 differs)")
+    if not intact:
+        raise UserError(f"{path}: SHA-256 differs from the manifest; the file is damaged")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest alone, files unchecked. UserError where there is none, NewerFormat for one of a later flamingo_ft."""
+    """Return the manifest without checking the files.
+
+    Raise UserError if it is missing or damaged, NewerFormat if a later flamingo_ft wrote it.
+    """
     path = folder / MANIFEST
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         newer = record["format"] > FORMAT
-        whole = newer or record.pop("sha256") == _sha256_of(record)
+        intact = newer or record.pop("sha256") == _record_sha256(record)
     except PermissionError:
-        raise  # nothing is wrong with the file
+        raise  # the file itself may be fine
     except (OSError, ValueError, KeyError, TypeError):
-        newer = whole = False
+        newer = intact = False
     if newer:
         raise NewerFormat(
-            f"{folder}: checkpoint of format {record['format']}, newer than {FORMAT}; upgrade flamingo_ft"
+            f"{folder}: checkpoint format {record['format']} is newer than {FORMAT}; upgrade flamingo_ft"
         )
-    if not whole:
-        raise UserError(f"{folder}: no checkpoint, its {MANIFEST} is missing or damaged")
+    if not intact:
+        raise UserError(f"{folder}: not a checkpoint, {MANIFEST} is missing or damaged")
     return record
 
 
-def _sha256_of(record: dict[str, Any]) -> str:
-    """Of a manifest without this sum, however it is laid out."""
+def _record_sha256(record: dict[str, Any]) -> str:
+    """Hash a manifest without its own ``sha256`` entry, independently of its layout."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from flamingo_ft.adapters.save import save_adapter
 from flamingo_ft.adapters.trainable import set_trainable
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.config.schema import TrainableSection
+from flamingo_ft.config import TrainableSection
 from flamingo_ft.model import build_flamingo
 
 EXPECTED = "expected.safetensors"

@@ -1,1 +1,0 @@
-"""How the nano backbones and the quickstart data are made; nothing here runs when a model is used."""

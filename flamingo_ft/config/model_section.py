@@ -1,0 +1,198 @@
+"""Sections ``model``, ``trainable`` and ``lora`` of a recipe: backbones, bridge, and what of them is
+trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from flamingo_ft.config.section import (
+    ComputeDtype,
+    Count,
+    LanguageName,
+    ModuleNames,
+    QuantizationFormat,
+    Section,
+    StartPath,
+    TowerName,
+    WeightsName,
+    with_keys,
+)
+from flamingo_ft.config.tables import BRIDGE_PARTS, LORA_PARTS, Part
+
+
+class VisionSection(Section):
+    """The frozen vision tower, from OpenCLIP."""
+
+    name: TowerName
+    """The tower: `nano` (comes with the package), an OpenCLIP architecture such as ViT-L-14,
+    `hf-hub:org/name`, or a folder in OpenCLIP's local-dir format (it contains open_clip_config.json). A
+    folder is relative to the recipe file; in an override, to the current directory. Write `./` before a
+    folder that has the name of an architecture."""
+    pretrained: WeightsName | None = None
+    """OpenCLIP's tag of the pretrained weights, such as openai or laion2b_s34b_b79k, or a weights file,
+    relative to the recipe file (in an override, to the current directory). null: the weights that belong to
+    the name; a bare architecture has none and starts from random weights."""
+    image_size: Count | None = None
+    """Height and width in pixels that images are resized to. Position embeddings are interpolated to match.
+    Raise it for small text or details; time and memory of the tower grow with its square. null: the tower's
+    own size."""
+    resize_mode: Literal["shortest", "longest", "squash"] | None = None
+    """How images are made square. shortest: resize the shorter side and crop the longer one. longest: resize
+    the longer side and pad the shorter one, so that nothing is lost. squash: change the aspect ratio. null:
+    as the tower was trained."""
+    quantization: QuantizationFormat = "none"
+    """Quantization of the tower's weight matrices with bitsandbytes: none, 8 bits (int8) or 4 bits (nf4,
+    fp4). Saves memory at some cost in accuracy and speed; nf4 is usually the more accurate 4-bit format."""
+    double_quantization: bool = True
+    """With nf4 and fp4, quantize the block scales as well, which saves 0.37 bits per weight (QLoRA,
+    arXiv:2305.14314, section 3)."""
+    compute_dtype: ComputeDtype = "auto"
+    """dtype in which quantized matrices are dequantized and multiplied. auto: bf16 if the GPU supports it,
+    else fp16; fp32 on a CPU."""
+
+
+class LanguageSection(Section):
+    """The frozen language model: any causal language model of transformers."""
+
+    name: LanguageName
+    """The language model: `nano` (comes with the package), a repository on the Hugging Face Hub, or a folder
+    that contains config.json. A folder is relative to the recipe file; in an override, to the current
+    directory. Write `./` before a folder that has the name of a repository."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub. null: the default branch. The commit is recorded with the adapter
+    either way."""
+    quantization: QuantizationFormat = "none"
+    """Quantization of the language model's weight matrices with bitsandbytes: none, 8 bits (int8) or 4 bits
+    (nf4, fp4). Saves memory at some cost in accuracy and speed; nf4 is usually the more accurate 4-bit
+    format."""
+    double_quantization: bool = True
+    """With nf4 and fp4, quantize the block scales as well, which saves 0.37 bits per weight (QLoRA,
+    arXiv:2305.14314, section 3)."""
+    compute_dtype: ComputeDtype = "auto"
+    """dtype in which quantized matrices are dequantized and multiplied. auto: bf16 if the GPU supports it,
+    else fp16; fp32 on a CPU."""
+    decoder_layers_attr_name: str | None = None
+    """Dotted attribute path of the list of decoder layers, such as model.layers. null: found automatically.
+    Set it only if an error asks for it."""
+
+
+class PerceiverSection(Section):
+    """The perceiver resampler, which turns the patch tokens of an image or video into a fixed number of
+    latents."""
+
+    num_latents: Count = 64
+    """Latents per image or video that the language model attends to. More of them keep more detail and cost
+    more time. The defaults of this section are those of the released OpenFlamingo models."""
+    depth: Count = 6
+    """Number of layers, each of attention and feed-forward."""
+    heads: Count = 8
+    """Attention heads per layer."""
+    dim_head: Count = 64
+    """Width of an attention head."""
+    ff_mult: Count = 4
+    """Hidden width of the feed-forward layers, as a multiple of the vision tower's width."""
+    max_num_media: Count | None = None
+    """Number of images per sample that get a learned position embedding, which distinguishes the first image
+    from the second. null: no such embedding."""
+    max_num_frames: Count | None = None
+    """Number of frames per video that get a learned position embedding, which encodes their order. null: no
+    such embedding; frames are then an unordered set."""
+
+
+class CrossAttentionSection(Section):
+    """The gated cross-attention blocks, through which text tokens attend to the latents of images."""
+
+    heads: Count = 8
+    """Attention heads per block. The defaults of this section are those of the released OpenFlamingo
+    models."""
+    dim_head: Count = 64
+    """Width of an attention head."""
+    ff_mult: Count = 4
+    """Hidden width of the feed-forward layers, as a multiple of the language model's width."""
+
+
+class ModelSection(Section):
+    """Both backbones and the bridge between them."""
+
+    vision: VisionSection
+    """The frozen vision tower."""
+    language: LanguageSection
+    """The frozen language model."""
+    cross_attn_every_n_layers: Count = 1
+    """Insert a gated cross-attention block before every n-th decoder layer. Larger values save parameters,
+    memory and time, and leave less capacity for images."""
+    media_visibility: Literal["immediate", "all_preceding", "following"] = "immediate"
+    """Images that a text token attends to: the last one before it (immediate, as in Flamingo), all before it
+    (all_preceding), or the next one after it (following, as in OpenFlamingo v1)."""
+    init_from: StartPath | None = None
+    """Initialize the bridge from an adapter's folder, a merged model's folder, an OpenFlamingo checkpoint, or
+    one of these on the Hub as org/name[@revision]. A path is relative to the recipe file; in an override and
+    in a packaged recipe, to the current directory. null: a newly initialized bridge."""
+    bridge_quantization: QuantizationFormat = "none"
+    """Quantization of those parts of the bridge (perceiver, cross-attention) that stay frozen. Trainable
+    parts are never quantized. Needs init_from."""
+    perceiver: PerceiverSection = PerceiverSection()
+    """Shape of the perceiver resampler."""
+    cross_attention: CrossAttentionSection = CrossAttentionSection()
+    """Shape of the gated cross-attention blocks."""
+
+
+@with_keys(
+    {
+        part.name: (bool, Field(part.trainable, description=f"Train the {part.label} in full."))
+        for part in BRIDGE_PARTS
+    }
+)
+class TrainableSection(Section):
+    """Parts of the bridge that are trained in full. The backbones stay frozen; LoRA is configured under
+    lora."""
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """dtype in which trainable weights are stored. auto: fp32. bf16 halves their memory, but rounds small
+    optimizer steps away; use it only if memory runs out."""
+
+
+class LoraPart(Section):
+    """LoRA (arXiv:2106.09685) on one part of the model."""
+
+    r: Count = 16
+    """Rank of the LoRA matrices. Higher ranks can learn more and take more memory."""
+    lora_alpha: Count = 32
+    """Scale of the LoRA weights: they are multiplied by lora_alpha / r, or by lora_alpha / sqrt(r) with
+    use_rslora."""
+    target_modules: ModuleNames = ("all-linear",)
+    """Matrices that get LoRA weights: all-linear for every one, or a list of name endings such as q_proj or
+    layers.0.mlp.up_proj."""
+
+
+def _lora_documentation(part: Part) -> str:
+    needs = "" if part.trainable is None else f" Needs trainable.{part.name} false."
+    return f"LoRA on the {part.label}. null: none.{needs}"
+
+
+@with_keys(
+    {part.name: (LoraPart | None, Field(None, description=_lora_documentation(part))) for part in LORA_PARTS}
+)
+class LoraSection(Section):
+    """LoRA. Rank, scale and target modules are set per part (null: no LoRA there), all other keys apply to
+    every part."""
+
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout probability on the input of LoRA layers. Raise it if the model overfits a small dataset."""
+    use_dora: bool = False
+    """Use DoRA (arXiv:2402.09353), which trains magnitude and direction separately: often better at low
+    ranks, slower than plain LoRA."""
+    use_rslora: bool = False
+    """Use rsLoRA (arXiv:2312.03732), which scales by lora_alpha / sqrt(r) and keeps high ranks useful."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "loftq", "eva"] = "default"
+    """Initialization of the LoRA weights. default: zero output, so that training starts from the model
+    itself. pissa (arXiv:2404.02948) needs unquantized matrices, loftq (arXiv:2310.08659) 4-bit ones; eva
+    (arXiv:2410.07170) is computed from the first training batches."""
+
+    @property
+    def parts(self) -> dict[str, LoraPart]:
+        """The parts that get LoRA, by name."""
+        sections = {part.name: getattr(self, part.name) for part in LORA_PARTS}
+        return {name: section for name, section in sections.items() if section is not None}

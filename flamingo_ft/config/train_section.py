@@ -1,0 +1,183 @@
+"""Sections ``train`` and ``eval`` of a recipe: optimization, checkpoints, logging and evaluation."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from flamingo_ft.config.section import LAX, Count, OutputPath, Section, one_of, with_keys
+from flamingo_ft.config.tables import BRIDGE_PARTS, METRICS
+
+Rate = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0)]
+
+_RATE_DOCUMENTATION = "Peak learning rate of the {}. null: train.learning_rate."
+_DECAY_DOCUMENTATION = "Weight decay of the matrices of the {}. null: train.weight_decay."
+
+
+@with_keys(
+    {
+        part.name: (Rate | None, Field(None, description=_RATE_DOCUMENTATION.format(part.label)))
+        for part in BRIDGE_PARTS
+    }
+)
+class RatesSection(Section):
+    """Peak learning rates per part. null: train.learning_rate."""
+
+    lora: Rate | None = None
+    """Peak learning rate of all LoRA weights. null: train.learning_rate."""
+
+
+@with_keys(
+    {
+        part.name: (Decay | None, Field(None, description=_DECAY_DOCUMENTATION.format(part.label)))
+        for part in BRIDGE_PARTS
+        if part.decays
+    }
+)
+class DecaysSection(Section):
+    """Weight decay per part. null: train.weight_decay. Gates, norms, biases, latents and token rows are never
+    decayed."""
+
+    lora: Decay | None = None
+    """Weight decay of all LoRA matrices. null: train.weight_decay."""
+
+
+class DpoSection(Section):
+    """Settings of direct preference optimization (DPO, arXiv:2305.18290). They apply if train.method is
+    dpo."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """Strength of the penalty for moving away from the reference model, which is the model before training.
+    Larger values keep the model closer to it."""
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """Loss function: sigmoid (the original DPO), hinge (SLiC, arXiv:2305.10425) or ipo (IPO,
+    arXiv:2310.12036)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed fraction of pairs whose preference is labelled the wrong way round (robust DPO,
+    arXiv:2403.00409). Raise it for noisy preferences. Only with the sigmoid loss."""
+
+
+class TrainSection(Section):
+    """Training: method, length, optimization, checkpoints and logging. Set either max_steps or epochs."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["max_steps"]}, {"required": ["epochs"]}]}
+    )
+
+    output_dir: OutputPath
+    """Folder for everything the run writes, relative to the current directory. It has to be new or empty,
+    unless the run is resumed."""
+    method: Literal["sft", "dpo"] = "sft"
+    """sft: supervised fine-tuning on the answers. dpo: direct preference optimization on pairs of a chosen
+    and a rejected answer."""
+    dpo: DpoSection = DpoSection()
+    """Settings of DPO."""
+    max_steps: Count | None = None
+    """Length of the run in optimizer steps. Set either this or epochs."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in passes over the training data, fractions allowed. Converted to optimizer steps
+    when the data is opened, rounded up. In one epoch each row is drawn once, a row of a source with weight w
+    w times on average. Rows that are skipped or dropped count as drawn; with data.packing, the number of
+    packed rows is estimated from the first 1,000 samples. Not available for streamed sources. Set either this
+    or max_steps."""
+    batch_size: Count = 8
+    """Samples per device and forward pass (with dpo, pairs of answers; with data.packing, packed rows). If
+    memory runs out, lower it and raise gradient_accumulation_steps by the same factor."""
+    gradient_accumulation_steps: Count = 1
+    """Forward passes per optimizer step. The loss is averaged over the label tokens of all of them, so the
+    result equals that of one large batch."""
+    learning_rate: Rate = 1e-4
+    """Peak learning rate of AdamW, for every part without its own in learning_rates. Small bridges and small
+    datasets often need a larger one; lower it if the loss is unstable."""
+    learning_rates: RatesSection = RatesSection()
+    """Peak learning rates per part."""
+    weight_decay: Decay = 0.1
+    """Decoupled weight decay of AdamW. Applies to matrices; gates, norms, biases, latents and token rows are
+    never decayed."""
+    weight_decays: DecaysSection = DecaysSection()
+    """Weight decay per part."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps over which the learning rate rises linearly from zero to its peak. Raise it if the loss
+    jumps at the beginning. Set either this or warmup_ratio."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Warmup as a fraction of all optimizer steps, rounded up: useful with epochs, where the number of steps
+    follows from the data. Set either this or warmup_steps."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning-rate schedule after the warmup: constant, or decay to zero at the last step (linear,
+    cosine)."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient clipping: a gradient with a larger norm is scaled down to this norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass instead of storing them: less memory for about a third more
+    time."""
+    activation_offload: bool = False
+    """Keep activations in host RAM between the forward and the backward pass: less GPU memory, and time for
+    the copies. Needs a GPU."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW with 32-bit or 8-bit optimizer state; 8 bits save three quarters of its memory. The paged
+    variants move the state to host RAM when GPU memory is full."""
+    optimizer_in_backward: bool = False
+    """Update each parameter as soon as its gradient is computed, so that gradients are never in memory all at
+    once. Gradients are then clipped per parameter. Needs a single process, no gradient accumulation and no
+    fp16 loss scaling."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """dtype of the computation (autocast). auto: bf16 if the GPU supports it, fp16 with loss scaling on older
+    GPUs, fp32 on a CPU. Trainable weights are stored in trainable.dtype."""
+    fsdp: bool = False
+    """Shard all weights across the processes (FSDP2) instead of keeping a copy of the model in each. For
+    models that do not fit on one device; needs several processes."""
+    non_finite: Literal["stop", "skip_step"] = "stop"
+    """What to do on a NaN or infinite loss or gradient: stop the run and report the samples and the module it
+    came from (stop), or skip the optimizer step and continue (skip_step)."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Random seed of weight initialization, sample order, augmentation and the choice of held-out rows."""
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    """Worker processes that prepare samples in parallel. 0: the training process prepares them itself.
+    Batches are the same with any number. Raise it if the GPU waits for data."""
+    logging_steps: Count = 10
+    """Log every N optimizer steps."""
+    report_to: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], LAX] = ("tensorboard",)
+    """Experiment trackers to log to, beside log.jsonl and report.html, which are always written."""
+    save_steps: Count | None = 500
+    """Save a checkpoint for `train --resume` every N optimizer steps. At the last step and when a run is
+    interrupted, one is always saved. null: only then."""
+    save_total_limit: Count = 2
+    """Number of checkpoints to keep. Older ones are deleted."""
+    checkpoint_dir: OutputPath | None = None
+    """Folder for checkpoints, relative to the current directory; for example on a mounted drive that outlives
+    the machine. null: output_dir/checkpoints."""
+    push_to_hub: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")] | None = None
+    """Hugging Face Hub repository, as org/name, that each checkpoint and the final adapter are uploaded to.
+    Created as a private repository if it does not exist. null: nothing is uploaded."""
+
+
+class EvalSection(Section):
+    """Evaluation on the held-out samples before, during and after training."""
+
+    batch_size: Count = 8
+    """Questions answered in parallel. Larger values are faster and take more memory."""
+    max_new_tokens: Count = 32
+    """Maximum length of a generated answer in tokens, including its end token. `flamingo-ft check` warns if
+    reference answers are longer."""
+    max_samples: Count | None = None
+    """Evaluate only the first N held-out samples of each source, to save time. null: all."""
+    before: bool = True
+    """Also evaluate before training, as a baseline."""
+    shuffled_images: bool = True
+    """Also evaluate with the images swapped between samples. If accuracy does not drop, the model ignores the
+    images."""
+    steps: Count | None = None
+    """Evaluate every N optimizer steps during training. null: only before and after it."""
+    answers: bool = True
+    """Whether evaluations during training also generate answers and measure accuracy, which takes longer than
+    the loss alone."""
+    metric: Annotated[str, one_of(METRICS), Field(json_schema_extra={"enum": [*METRICS]})] = "loss"
+    """Metric by which evaluations are compared for keep and patience."""
+    keep: Literal["last", "best"] = "last"
+    """Adapter that the run ends with: that of the last step (last) or of the best evaluation (best, which
+    needs eval.steps)."""
+    patience: Count | None = None
+    """Early stopping: end training after N evaluations in a row without improvement. Needs eval.steps. null:
+    never."""

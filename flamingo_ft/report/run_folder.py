@@ -1,0 +1,99 @@
+"""A run on disk: log.jsonl, predictions.jsonl, metrics.json and resolved_recipe.yaml in its output directory."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, load_recipe
+from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.results import PREDICTIONS_FILE, load_predictions
+
+from .log_file import LOG_FILE, Entry, read_log
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run, in progress or finished. ``metrics`` is empty until it is finished."""
+
+    folder: Path
+    recipe: Recipe
+    entries: list[Entry]
+    predictions: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> RunFolder:
+        """Read the files that are there. Raise UserError if there is no recipe, so no run has begun in the folder."""
+        if not (folder / RECIPE_FILE).is_file():
+            raise UserError(
+                f"{folder}: not the folder of a run, {RECIPE_FILE} not found; give a run's output_dir"
+            )
+        metrics = folder / METRICS_FILE
+        return cls(
+            folder,
+            load_recipe(folder / RECIPE_FILE, require=()),
+            read_log(folder) if (folder / LOG_FILE).is_file() else [],
+            load_predictions(folder) if (folder / PREDICTIONS_FILE).is_file() else [],
+            json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether metrics.json, the last file of a run, is there."""
+        return bool(self.metrics)
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The ``eval`` record of metrics.json; empty without one."""
+        return self.metrics.get("eval") or {}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The ``train`` record of metrics.json; empty without one."""
+        return self.metrics.get("train") or {}
+
+    @cached_property
+    def step(self) -> int:
+        """The last optimizer step in the log."""
+        return max([entry["step"] for entry in self.entries], default=0)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.recipe.train.max_steps
+
+    def last(self, key: str) -> float | None:
+        """Return the newest value of a key in the log."""
+        return next((entry[key] for entry in reversed(self.entries) if key in entry), None)
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time so far."""
+        return self.training.get("seconds") or self.last("seconds")
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated training time to the end, from the time per step so far."""
+        if self.finished or not self.step or self.seconds is None:
+            return None
+        return self.seconds / self.step * (self.steps - self.step)
+
+    @property
+    def commands(self) -> dict[str, str]:
+        """Commands to run next: purpose -> command line."""
+        folder = shlex.quote(str(self.folder))
+        if self.finished:
+            commands = {
+                "ask": f"flamingo-ft generate {folder} --image FILE --prompt TEXT",
+                "evaluate": f"flamingo-ft eval {folder} --data FILE",
+            }
+        else:
+            commands = {"resume": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"}
+        if "tensorboard" in self.recipe.train.report_to:
+            commands["curves"] = f"tensorboard --logdir {folder}/tensorboard"
+        return commands

@@ -1,0 +1,42 @@
+"""Private names of torch and transformers that training needs, each with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves  # torch has no public way to walk nested outputs of modules
+from transformers.trainer import TRAINER_STATE_NAME  # the file of TrainerState, which Trainer reads on resume
+from transformers.trainer_callback import ExportableState  # callbacks whose state goes into a checkpoint
+
+__all__ = [
+    "TRAINER_STATE_NAME",
+    "ExportableState",
+    "disable_amp_scaling_in_step",
+    "mark_as_sharded",
+    "set_last_learning_rates",
+    "tree_leaves",
+]
+
+
+def disable_amp_scaling_in_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let the gradient scaler unscale before the step, instead of a fused optimizer inside it.
+
+    A fused step that skips an overflowed gradient counts as taken, and the schedule would move on. torch has no public
+    switch for it.
+    """
+    optimizer._step_supports_amp_scaling = False
+
+
+def set_last_learning_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float]) -> None:
+    """Set what ``scheduler.get_last_lr()`` returns, which torch only ever does itself in a step."""
+    scheduler._last_lr = list(rates)
+
+
+def mark_as_sharded(model: Any) -> None:
+    """Make Trainer treat a model sharded with `fully_shard` as one that transformers sharded while loading it.
+
+    It then neither wraps nor moves the model. There is no public way to hand Trainer a sharded model.
+    """
+    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True

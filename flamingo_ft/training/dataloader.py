@@ -1,0 +1,129 @@
+"""The training batches of a recipe: order, encoding, media, packing and collation put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from flamingo_ft.config import Recipe
+from flamingo_ft.data import OpenedData
+from flamingo_ft.data.collate import collate_packed, collate_text, stack_media
+from flamingo_ft.data.features import FeatureCache, collate_frames, open_feature_cache
+from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
+from flamingo_ft.data.methods import check_method, encoder
+from flamingo_ft.data.pairs import collate_pairs, repeat_media
+from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.stream.batches import (
+    Batches,
+    LoaderConfig,
+    one_sample_per_row,
+    packed_rows,
+    sorted_by_length,
+)
+from flamingo_ft.data.stream.examples import DataStats, Example, ExampleDataset
+from flamingo_ft.data.stream.order import SampleIndex, SampleOrder
+from flamingo_ft.errors import UserError
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.backbone_files import text_limit
+
+from .arguments import autocast_dtype
+from .model_checks import check_packing
+
+
+def make_train_batches(
+    data: OpenedData,
+    model: FlamingoForConditionalGeneration,
+    processor: FlamingoProcessor,
+    recipe: Recipe,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batches:
+    """Return the endless training batches of process ``rank`` of ``world_size``.
+
+    Raises UserError if the data do not fit ``train.method``, or the language model cannot pack.
+    """
+    check_method(data.train, recipe.train.method)
+    data_config, batch_size = recipe.data, recipe.train.batch_size
+    limit = text_limit(model.config, data_config.max_text_tokens)
+    if data_config.packing:
+        check_packing(model, batch_size)
+    features = _feature_cache(model, processor, recipe, world_size)
+    encode = encoder(processor, recipe, limit)
+    order = SampleOrder(data.train, recipe.train.seed, data_config.shuffle_buffer)
+    read_media = _media_reader(processor, recipe, features)
+    collate = COLLATE[recipe.train.method]
+    return Batches(
+        order=_draws(order, data, recipe),
+        prepare=ExampleDataset([mixed.source for mixed in data.train], encode, read_media),
+        fill=packed_rows(batch_size, limit) if data_config.packing else one_sample_per_row(batch_size),
+        assemble=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
+        stats=DataStats(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
+        loading=LoaderConfig(batch_size, recipe.train.num_workers, rank, world_size),
+    )
+
+
+def collate_samples(
+    pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
+) -> dict[str, Tensor]:
+    """Return the tensors of a batch; each row is one sample, or several if they are packed."""
+    texts = [[sample.encoded for sample in row] for row in rows]
+    if packing:
+        text = collate_packed(texts, pad_token_id)
+    else:
+        text = collate_text([encoded for (encoded,) in texts], pad_token_id)
+    return text | _collate_media(features, rows)
+
+
+def collate_preferences(
+    pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
+) -> dict[str, Tensor]:
+    """Return the tensors of a batch of preference pairs, one per row: all chosen answers, then all rejected ones."""
+    text = collate_pairs([pair.encoded for (pair,) in rows], pad_token_id)
+    return text | repeat_media(_collate_media(features, rows))
+
+
+COLLATE = {"sft": collate_samples, "dpo": collate_preferences}
+
+
+def _collate_media(features: FeatureCache | None, rows: list[list[Example]]) -> dict[str, Tensor]:
+    media = [[medium for sample in row for medium in sample.media] for row in rows]
+    return stack_media(media) if features is None else features.complete(collate_frames(media))
+
+
+def _feature_cache(
+    model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, recipe: Recipe, writers: int
+) -> FeatureCache | None:
+    """Open the feature cache of the frozen vision tower; None without ``data.cache``."""
+    if recipe.data.cache is None:
+        return None
+    autocast = autocast_dtype(recipe.train.precision)
+    preprocess = processor.image_processor.open_clip_preprocess
+    return open_feature_cache(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
+
+
+def _media_reader(
+    processor: FlamingoProcessor, recipe: Recipe, features: FeatureCache | None
+) -> PixelLoader | CachedFeatureLoader:
+    if features is not None:
+        return CachedFeatureLoader(processor, features.store)
+    return PixelLoader(processor, recipe.data.augmentation, recipe.train.seed)
+
+
+def _draws(order: SampleOrder, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
+    """Return a function from a position to the draws from there on, grouped by length if the recipe says so."""
+    if not recipe.data.group_by_length:
+        return order.draws
+    return sorted_by_length(order, partial(_text_length, data), recipe.train.batch_size)
+
+
+def _text_length(data: OpenedData, index: SampleIndex) -> int:
+    """Return the approximate number of characters of a sample, before it is encoded; 0 if it is bad."""
+    source = data.train[index.source].source
+    try:
+        sample = source.sample(index.row, source.raw(index.row) if index.raw is None else index.raw)
+    except UserError:
+        return 0
+    return sum(len(message_text(message)) for message in [*sample.messages, *(sample.rejected or ())])

@@ -1,0 +1,125 @@
+"""What is said of a run in words follows from its answers, and from what they would be without looking."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from flamingo_ft.data import Sample
+from flamingo_ft.data.sample import DOCUMENT
+from flamingo_ft.evaluation.image_use import MIN_QUESTIONS, image_use
+from flamingo_ft.evaluation.metrics import ACCURACY, is_free_text, scores_by_class
+from flamingo_ft.evaluation.questions import questions_of
+from tests.data.dialogues import IMAGE, assistant, user
+
+COLOURS = ("Red.", "Green.", "Blue.", "Red.")
+
+
+def questions(answers, images: int = 1):
+    content = [*[IMAGE] * images, {"type": "text", "text": "Which?"}]
+    samples = [
+        Sample([user(*content), assistant(answer)], ["a.png"] * images, "t", f"row {n}")
+        for n, answer in enumerate(answers)
+    ]
+    return questions_of(samples)
+
+
+def references(count: int = 200) -> list[str]:
+    return [COLOURS[number % len(COLOURS)] for number in range(count)]
+
+
+def partly(right: list[str], share: float, seed: int) -> list[str]:
+    """The right answers, but for a share of them, which are of another question."""
+    draw = random.Random(seed)
+    return [draw.choice(COLOURS) if draw.random() > share else answer for answer in right]
+
+
+def test_a_model_that_reads_its_images_is_said_to_with_both_accuracies():
+    asked = references()
+    assert image_use(questions(asked), asked, partly(asked, 0.0, 1)).startswith(
+        "reads the images: 100.0 % right, against "
+    )
+
+
+def test_a_model_that_ignores_its_images_is_not_looking_and_something_is_proposed():
+    asked = references()
+    said = image_use(questions(asked), ["Red."] * 200, ["Red."] * 200)
+    assert said.startswith(
+        "the model is not looking: answers barely change with another image (50.0 % right, against 50.0 %"
+    )
+    assert "try " in said and "learning_rate" in said
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_guesses_that_differ_by_chance_are_not_taken_for_reading_the_images(seed):
+    asked = references()
+    said = image_use(questions(asked), partly(asked, 0.0, 2 * seed), partly(asked, 0.0, 2 * seed + 1))
+    assert said.startswith("the images are of no use to the model: answers change with another image")
+
+
+def test_looking_that_does_no_better_than_the_most_frequent_answer_is_said_to():
+    asked = references()
+    right = [answer if number % 5 < 2 else "?" for number, answer in enumerate(asked)]
+    assert "no better than always giving the most frequent answer (50.0 %)" in image_use(
+        questions(asked), right, ["?"] * 200
+    )
+
+
+def test_nothing_is_concluded_from_few_questions_or_from_ones_without_images():
+    few = references(MIN_QUESTIONS - 1)
+    assert image_use(questions(few), few, few).startswith("too few held-out questions with images")
+    assert image_use(questions(few, images=0), few, few) is None
+
+
+def test_only_questions_with_images_count():
+    asked = references(60)
+    mixed = questions(asked[:30]) + questions(asked[30:], images=0)
+    assert image_use(mixed, asked, ["?"] * 30 + asked[30:]).startswith(
+        "reads the images: 100.0 % right, against 0.0 %"
+    )
+
+
+def test_captions_are_judged_by_whether_they_change():
+    captions = [f"A bird number {number} sits on the branch." for number in range(40)]
+    blocks = [[IMAGE, {"type": "text", "text": text}] for text in captions]
+    asked = questions_of(
+        [Sample([{"role": DOCUMENT, "content": one}], ["a.png"], "t", "row") for one in blocks]
+    )
+    other = captions[1:] + captions[:1]
+    assert "the answers depend on the images (100 %" in image_use(asked, captions, other)
+    assert image_use(asked, captions, captions).startswith(
+        "the model is not looking: 0 % of the answers change"
+    )
+
+
+def test_the_majority_is_what_always_giving_the_most_frequent_answer_reaches():
+    assert ACCURACY.majority_baseline(questions(references())) == 0.5
+    assert ACCURACY.majority_baseline(questions(["a", "A.", "b"])) == pytest.approx(2 / 3)
+
+
+def test_classes_have_their_own_accuracy_and_how_often_they_were_predicted():
+    asked = references(8)
+    found = scores_by_class(questions(asked), ["Red."] * 6 + ["Blue.", "green"])
+    assert found == {
+        "Red.": {"samples": 4, "accuracy": 0.75, "predicted": 6},
+        "Blue.": {"samples": 2, "accuracy": 0.5, "predicted": 1},
+        "Green.": {"samples": 2, "accuracy": 0.0, "predicted": 1},
+    }
+    assert scores_by_class(questions(["a", "b", "c"]), ["a", "b", "c"]) is None, (
+        "each answer occurs once: no classes"
+    )
+    assert scores_by_class(questions(["a"] * 9), ["a"] * 9) is None
+
+
+@pytest.mark.parametrize(
+    ("answers", "free"),
+    [
+        (["Yes.", "No."] * 5, False),
+        ([f"A dog runs over field {number}." for number in range(10)], True),
+        (["The first of the two."] * 10, False),
+        (["Seven", "Eight and nine"] * 5, False),
+    ],
+)
+def test_sentences_that_hardly_repeat_are_free_text(answers, free):
+    assert is_free_text(questions(answers)) == free

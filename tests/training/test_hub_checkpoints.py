@@ -1,0 +1,203 @@
+"""Uploads in the background: one at a time, whole or not at all, and never in the way of training."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import threading
+
+import pytest
+
+from flamingo_ft import atomic
+from flamingo_ft.hub import errors, upload
+from flamingo_ft.training import hub_checkpoints
+from flamingo_ft.training.checkpoints.manifest import write_manifest
+from tests.hub_server import LARGE, WRITER
+
+REPO = "somebody/run"
+COMMIT = f"POST /api/models/{REPO}/commit"
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch, hub):
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
+    hub_checkpoints.prepare_repository(REPO, starts_new_run=True)
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+def checkpoint(root, step):
+    folder = root / f"step-{step}"
+    (folder / "training").mkdir(parents=True)
+    (folder / "adapter.bin").write_bytes(bytes([step]) * LARGE)
+    (folder / "training" / "state.json").write_text(str(step))
+    write_manifest(folder, {"step": step})
+    return folder
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def on_hub(hub, step, revision="main"):
+    start = f"checkpoints/step-{step}/"
+    files = hub.files(REPO, revision)
+    return {path.removeprefix(start): content for path, content in files.items() if path.startswith(start)}
+
+
+def titles(hub):
+    return [commit.title for commit in hub.repositories[REPO].history[1:]]
+
+
+def test_training_goes_on_during_an_upload_and_what_waits_gives_way_to_the_newest(root, hub, said):
+    slow = hub.hold(COMMIT)
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        uploads.push_checkpoint(checkpoint(root, 1))
+        assert slow.reached.wait(10)
+        for step in (2, 3):
+            uploads.push_checkpoint(checkpoint(root, step))
+        wanted = {step: contents(root / f"step-{step}") for step in (1, 3)}
+        for step in (1, 2, 3):  # as when newer ones come
+            atomic.remove_folder(root / f"step-{step}")
+        assert titles(hub) == []
+        slow.released.set()
+    assert titles(hub) == ["Checkpoint of step 1", "Checkpoint of step 3"]
+    assert {step: on_hub(hub, step) for step in wanted} == wanted
+    assert list(root.iterdir()) == [] and not any("not pushed" in line or "lacks" in line for line in said)
+
+
+def test_the_commit_of_a_checkpoint_removes_the_oldest(root, hub, said):
+    for step in (1, 2, 3):
+        with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+            uploads.push_checkpoint(checkpoint(root, step))
+    for number, steps in enumerate([[1], [1, 2], [2, 3]], start=1):
+        revision = hub.repositories[REPO].history[number].oid
+        found = [step for step in (1, 2, 3) if on_hub(hub, step, revision)]
+        assert found == steps
+        assert all(on_hub(hub, step, revision) == contents(root / f"step-{step}") for step in steps)
+
+
+def test_a_later_checkpoint_makes_up_for_one_that_failed(root, hub, said):
+    hub.fail(COMMIT, times=errors.ATTEMPTS, status=403)
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        uploads.push_checkpoint(checkpoint(root, 1))
+        while not said:
+            threading.Event().wait(0.01)
+        uploads.push_checkpoint(checkpoint(root, 2))
+    assert len(said) == 1 and said[0].startswith(f"not pushed to {REPO}: step-1 (")
+    assert titles(hub) == ["Checkpoint of step 2"]
+
+
+def test_a_failure_that_passes_is_tried_again_without_a_word(root, hub, said):
+    hub.fail(COMMIT, times=errors.ATTEMPTS - 1, status=403)
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        uploads.push_checkpoint(checkpoint(root, 1))
+    assert titles(hub) == ["Checkpoint of step 1"] and said == []
+
+
+def test_a_hub_that_falls_silent_is_given_up_and_told(root, hub, said, monkeypatch):
+    monkeypatch.setattr(upload, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(errors, "ATTEMPTS", 1)
+    monkeypatch.setattr(hub_checkpoints, "NOTICE_AFTER", 0.1)
+    hub.hold(COMMIT)
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        uploads.push_checkpoint(checkpoint(root, 1))
+    assert said[0].startswith(f"waiting for uploads to {REPO}") and said[-1].startswith(
+        f"{REPO} lacks step-1"
+    )
+
+
+def test_waiting_for_a_silent_hub_can_be_broken_off(root, hub, said, monkeypatch):
+    def interrupted(line):
+        said.append(line)
+        if line.startswith("waiting"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub_checkpoints, "NOTICE_AFTER", 0.1)
+    held = hub.hold(COMMIT)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        hub_checkpoints.background_uploads(REPO, 2, interrupted) as uploads,
+    ):
+        uploads.push_checkpoint(checkpoint(root, 1))
+        assert held.reached.wait(10)
+    assert said[-1].startswith(f"{REPO} lacks step-1")
+    threads = [thread for thread in threading.enumerate() if thread.name == "push"]
+    assert threads and all(thread.daemon for thread in threads)  # the process may end
+    held.released.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_disk_without_links_or_room_does_not_end_training(root, hub, said, monkeypatch):
+    def full(*_, **__):
+        raise shutil.Error([("adapter.bin", "there", "no space left")])
+
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads, monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        uploads.push_checkpoint(checkpoint(root, 1))
+    assert "no space left" in said[0] and said[-1].startswith(f"{REPO} lacks step-1")
+    assert [path.name for path in root.iterdir()] == ["step-1"]
+
+
+def test_a_disk_without_links_gets_copies(root, hub, said, monkeypatch):
+    def no_links(*_, **__):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr("os.link", no_links)
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        uploads.push_checkpoint(checkpoint(root, 1))
+    assert on_hub(hub, 1) == contents(root / "step-1") and said == []
+
+
+def test_what_is_there_already_is_not_uploaded_again(root, hub, said, trained_start):
+    folder = shutil.copytree(trained_start / "start", root / "step-1")
+    write_manifest(folder, {"step": 1})
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        uploads.push_checkpoint(folder)
+        uploads.push_run(folder)
+    assert titles(hub) == ["Checkpoint of step 1", "The trained adapter"]
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    assert hub.requests.count(f"PUT /lfs/{hashlib.sha256(weights).hexdigest()}") == 1
+    assert hub.files(REPO)["adapter_model.safetensors"] == weights
+
+
+def test_a_run_is_pushed_without_checkpoints_wherever_they_are(tmp_path, root, hub, said, trained_start):
+    run = shutil.copytree(trained_start / "start", tmp_path / "run")
+    wanted = {path.name for path in run.iterdir()}
+    for where in ("checkpoints", "kept/here"):
+        checkpoint(run / where, 1)
+    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        uploads.push_run(run)
+    assert {*hub.files(REPO)} == wanted and f'"{REPO}"'.encode() in hub.files(REPO)["README.md"]
+
+
+def test_the_newest_whole_checkpoint_is_fetched_and_one_from_here_wins(root, hub, said, tmp_path):
+    for step in (1, 2):
+        with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+            uploads.push_checkpoint(checkpoint(root, step))
+    hub.requests.clear()
+    assert list(hub_checkpoints.fetch_newer_checkpoint(REPO, tmp_path / "other", 2)) == []
+    assert not any("/resolve/" in request for request in hub.requests)
+    assert len(list(hub_checkpoints.fetch_newer_checkpoint(REPO, tmp_path / "other", -1))) == 1
+    assert contents(tmp_path / "other" / "step-2") == contents(root / "step-2")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-2"]
+
+
+@pytest.mark.parametrize("damaged", ["adapter.bin", "checkpoint.json"])
+def test_one_that_is_damaged_on_the_hub_gives_way_to_the_one_before_it(root, hub, said, tmp_path, damaged):
+    for step in (1, 2):
+        with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+            uploads.push_checkpoint(checkpoint(root, step))
+    hub.repositories[REPO].history[-1].files[f"checkpoints/step-2/{damaged}"] = hub.store(b"not what it was")
+    notes = list(hub_checkpoints.fetch_newer_checkpoint(REPO, tmp_path / "other", -1))
+    assert len(notes) == 2 and notes[0].startswith("damaged on the Hub: ")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["step-1"]
+    assert contents(tmp_path / "other" / "step-1") == contents(root / "step-1")

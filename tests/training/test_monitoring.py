@@ -1,0 +1,257 @@
+"""What can be seen of a run: its log as it comes, throughput without pauses, gates by layer, monitoring, bars."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerControl, TrainerState
+
+from flamingo_ft import progress as progress_module
+from flamingo_ft.errors import UserError
+from flamingo_ft.progress import LINE_SECONDS, progress_bars
+from flamingo_ft.report import LiveReport
+from flamingo_ft.report.log_file import LogFile, read_log, write_log
+from flamingo_ft.training import monitoring
+from flamingo_ft.training.monitoring import ProgressBar, check_trackers, tracker_callbacks
+from flamingo_ft.training.train import train
+
+from ..regimes import recipe, write_run
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a small run over four steps."""
+    folder = tmp_path_factory.mktemp("seen")
+    write_run(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train(recipe(f"train.max_steps={STEPS}", "eval.before=false"))
+    return folder / "run"
+
+
+def training_entries(run) -> list[dict]:
+    return [entry for entry in read_log(run) if "loss" in entry]
+
+
+def test_each_entry_tells_throughput_memory_and_norm_as_flat_numbers(run):
+    entries = training_entries(run)
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    for entry in entries:
+        assert all(isinstance(value, int | float) for value in entry.values())
+        assert entry["memory_gib"] > 0 and entry["grad_norm"] > 0
+        assert entry["images_per_second"] == pytest.approx(
+            entry["samples_per_second"]
+        )  # an image in each sample
+        assert entry["label_tokens_per_second"] > entry["samples_per_second"] > 0
+    assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
+
+
+def test_gates_are_logged_under_the_number_of_their_decoder_layer(run):
+    model = SimpleNamespace()
+    block = SimpleNamespace(attn_gate=torch.tensor([0.5]), ff_gate=torch.tensor([-2.0]))
+    model.gated_cross_attn_layers = [None, block, None]
+    assert monitoring.gate_values(model) == pytest.approx(
+        {"gate/attention/1": math.tanh(0.5), "gate/feed_forward/1": math.tanh(-2.0)}
+    )
+    first, *_, last = training_entries(run)
+    assert abs(last["gate/attention/0"]) > 0 and last["gate/attention/0"] != first["gate/attention/0"]
+
+
+def test_each_named_part_has_the_rate_that_the_step_was_made_with():
+    groups = [{"name": "perceiver", "initial_lr": 1e-3}, {"name": "lora", "initial_lr": 2e-4}]
+    rates = monitoring.learning_rates(SimpleNamespace(param_groups=groups), 5e-4)
+    assert rates == pytest.approx({"learning_rate/perceiver": 5e-4, "learning_rate/lora": 1e-4})
+    assert monitoring.learning_rates(SimpleNamespace(param_groups=[{"lr": 1.0}]), 0.5) == {}
+
+
+def test_throughput_is_over_training_alone_and_starts_anew(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    clock, counts = monitoring.ThroughputMeter(), Counter(samples=8, images=16, label_tokens=80)
+    now[0] = 2.0
+    with clock.paused():
+        now[0] = 50.0
+        with clock.paused():
+            now[0] = 100.0
+    now[0] = 102.0
+    read = clock.read(counts)
+    assert (read["samples_per_second"], read["images_per_second"], read["label_tokens_per_second"]) == (
+        2,
+        4,
+        20,
+    )
+    assert not counts
+    now[0] = 103.0
+    assert clock.read(Counter(samples=3))["samples_per_second"] == 3
+
+
+def test_an_entry_is_in_the_file_as_soon_as_it_is_logged_and_never_twice(tmp_path):
+    log, state, control = LogFile(tmp_path), TrainerState(is_world_process_zero=True), TrainerControl()
+    write_log(tmp_path, [{"step": step} for step in range(9)])
+    state.log_history = [{"step": 0}, {"step": 1}]  # of a checkpoint before the process was killed
+    log.on_train_begin(None, state, control)
+    assert read_log(tmp_path) == [{"step": 0}, {"step": 1}]
+    state.log_history.append({"step": 2, "loss": 0.5})
+    log.on_log(None, state, control)
+    assert [entry["step"] for entry in read_log(tmp_path)] == [0, 1, 2]
+
+
+def test_a_line_cut_short_by_a_kill_is_no_entry(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_log(tmp_path) == [{"step": 1}]
+
+
+def test_tensorboard_has_every_entry_of_the_log(run):
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    last = training_entries(run)[-1]
+    assert events.Scalars("train/gate/attention/0")[-1].value == pytest.approx(last["gate/attention/0"])
+
+
+def test_steps_that_are_trained_again_replace_those_in_tensorboard(tmp_path):
+    args = SimpleNamespace(to_json_string=lambda: "{}", output_dir=str(tmp_path))
+    for begin, value in ((0, 1.0), (2, 2.0)):
+        state = TrainerState(is_world_process_zero=True, global_step=begin)
+        board = monitoring.TensorBoard(tmp_path)
+        board.on_train_begin(args, state, TrainerControl())
+        for state.global_step in range(begin + 1, 5):
+            board.on_log(args, state, TrainerControl(), logs={"loss": value})
+        board.on_train_end(args, state, TrainerControl())
+        time.sleep(1.1)  # a file of events is named after the second
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 2.0),
+        (4, 2.0),
+    ]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_by_name_before_anything_is_loaded(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(monitoring, "find_spec", lambda name: None)
+    for name in ("wandb", "trackio"):
+        refusal = rf"report_to: {name} is not installed; pip install 'flamingo_ft\[{name}\]'"
+        with pytest.raises(UserError, match=refusal):
+            train(recipe(f"train.report_to=[{name}]"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_logs_is_not_taken_for_the_package(tmp_path, monkeypatch):
+    """wandb writes its logs to a folder called wandb, which Python then finds as a namespace package."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    assert importlib.util.find_spec("wandb").origin is None
+    with pytest.raises(UserError, match="report_to: wandb is not installed"):
+        check_trackers(SimpleNamespace(report_to=("wandb",)))
+
+
+def test_wandb_and_trackio_stay_on_this_machine_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
+    environment = {"GRADIO_ANALYTICS_ENABLED": "True"}
+    monkeypatch.setattr(monitoring.os, "environ", environment)
+    monkeypatch.setattr(monitoring, "WandbCallback", object)
+    monkeypatch.setattr(monitoring, "TrackioCallback", object)
+    tracker_callbacks(SimpleNamespace(report_to=("wandb", "trackio"), output_dir=tmp_path))
+    assert environment["WANDB_MODE"] == "offline" and environment["GRADIO_ANALYTICS_ENABLED"] == "True"
+    environment.clear()
+    tracker_callbacks(SimpleNamespace(report_to=("tensorboard",), output_dir=tmp_path))
+    assert environment == {}
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_no_line_of_the_bars_is_wider_than_the_terminal(monkeypatch, width, terminal):
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
+    monkeypatch.setattr(progress_module, "Console", lambda **_: console)
+    progress, state = progress_bars(), TrainerState(max_steps=123_456, global_step=4_567)
+    bar, logs = ProgressBar(progress), {"loss": 0.1234, "memory_gib": 71.234}
+    logs |= {"label_tokens_per_second": 123_456.7, "images_per_second": 1_234.5}
+    bar.on_train_begin(None, state, None)
+    bar.on_log(None, state, None, logs=logs)
+    lines = "".join(segment.text for segment in console.render(progress.get_renderable())).splitlines()
+    assert all(len(line) <= width for line in lines)
+    shown = "\n".join(lines) if terminal and width >= 80 else out.getvalue()
+    if not terminal or width >= 80:
+        for words in ("loss 0.1234", "123,457 label tokens/s", "1,234 images/s", "71.23 GiB"):
+            assert words in shown
+
+
+def test_the_epoch_in_the_log_is_how_often_the_data_were_gone_through(run):
+    """Two rows, two to a step; `Trainer` would count the endless loader as one epoch."""
+    assert [entry["epoch"] for entry in read_log(run) if "loss" in entry] == [1, 2, 3, 4]
+
+
+def without_a_terminal(monkeypatch) -> tuple[io.StringIO, list[float]]:
+    """What the bars print to a file, and the clock."""
+    out, now = io.StringIO(), [0.0]
+    console = Console(file=out, width=200, force_terminal=False)
+    monkeypatch.setattr(progress_module, "Console", lambda **_: console)
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return out, now
+
+
+def test_without_a_terminal_an_evaluation_is_a_line(monkeypatch):
+    out, _ = without_a_terminal(monkeypatch)
+    progress, state = progress_bars(), TrainerState(max_steps=300, global_step=50)
+    bar = ProgressBar(progress)
+    bar.on_train_begin(None, state, None)
+    bar.on_log(None, state, None, logs={"eval_loss": 1.25, "eval_accuracy": 0.715})
+    bar.on_log(None, state, None, logs={"eval_loss": 1.5})
+    assert out.getvalue().splitlines() == [
+        "step 50/300 · held-out loss 1.2500 · accuracy 71.5 %",
+        "step 50/300 · held-out loss 1.5000",
+    ]
+
+
+def test_without_a_terminal_a_long_task_prints_a_line_every_half_minute(monkeypatch):
+    out, now = without_a_terminal(monkeypatch)
+    progress = progress_bars()
+    task = progress.add_task("evaluating", total=1000, note="")
+    for _ in range(100):
+        now[0] += 1.5
+        progress.advance(task)
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 150 // LINE_SECONDS and lines[0].startswith("evaluating: 20/1,000")
+
+
+def test_a_report_is_rare_however_much_is_logged(tmp_path, monkeypatch):
+    now, drawn = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def draw(folder, **_):
+        drawn.append(now[0])
+        now[0] += 4
+
+    monkeypatch.setattr("flamingo_ft.report.live.try_report", draw)
+    report, state = LiveReport(tmp_path), TrainerState(is_world_process_zero=True)
+    while now[0] < 1000:
+        report.on_log(None, state, None)
+        now[0] += 1
+    assert drawn[0] >= 30 and all(
+        later - before >= 84 for before, later in zip(drawn, drawn[1:], strict=False)
+    )
+    assert 4 * len(drawn) <= 0.05 * now[0]
+
+
+def test_the_log_is_one_object_a_line(run):
+    lines = (run / "log.jsonl").read_text().splitlines()
+    assert len(lines) == STEPS + 1 and all(isinstance(json.loads(line), dict) for line in lines)

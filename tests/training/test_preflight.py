@@ -1,0 +1,82 @@
+"""What a user reads before the first step: planned against free memory, and held-out images that are trained on too."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import namedtuple
+
+import pytest
+import torch
+
+from flamingo_ft.cli import main
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import gib
+from flamingo_ft.plan import planner
+from flamingo_ft.training import preflight
+from flamingo_ft.training.preflight import memory_notice
+
+from ..regimes import recipe, write_run
+
+Memory = namedtuple("Memory", "available")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path)
+    return tmp_path
+
+
+def test_the_plan_is_held_against_the_memory_that_is_free(folder, monkeypatch):
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory(3 * 2**30))
+    planned = gib(preflight.plan_memory(recipe(), device="cpu").peak)
+    assert memory_notice(recipe()) == f"memory: planned peak {planned} GiB, 3.00 GiB of host RAM are free"
+    monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory(2**20))
+    line = memory_notice(recipe())
+    assert line.startswith("warning: memory: planned peak") and "flamingo-ft plan says what to change" in line
+
+
+def test_a_run_that_cannot_be_planned_says_why_and_goes_ahead(folder, monkeypatch):
+    def unknown(*_, **__):
+        raise UserError("data.max_text_tokens: found neither data nor a limit")
+
+    monkeypatch.setattr(preflight, "plan_memory", unknown)
+    assert (
+        memory_notice(recipe())
+        == "memory: not planned (data.max_text_tokens: found neither data nor a limit)"
+    )
+
+
+def test_a_model_that_needs_the_values_of_tensors_is_not_planned_and_trains_all_the_same(folder, monkeypatch):
+    """As mixtures of experts do, which choose weights by the tokens that they see."""
+    monkeypatch.setattr(planner, "simulate_step", lambda *_: torch.ones(2).nonzero())
+    line = memory_notice(recipe())
+    assert line.startswith(
+        "memory: not planned (model.language.name: a step of nano cannot be simulated without its weights"
+    )
+
+
+def test_a_gpu_that_fails_while_planning_is_not_taken_for_a_model_that_cannot_be_planned(folder, monkeypatch):
+    def failing(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(planner, "simulate_step", failing)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        memory_notice(recipe())
+
+
+@pytest.mark.parametrize("leaks", [True, False])
+def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(folder, capsys, leaks):
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    content = (folder / "0.png").read_bytes()
+    (folder / "copy.png").write_bytes(
+        content if leaks else content + b"\0"
+    )  # the same picture in another file is for `check`
+    (folder / "eval.jsonl").write_text(json.dumps(rows[0] | {"images": ["copy.png"]}))
+    off = "eval={before: false, shuffled_images: false, max_new_tokens: 2}"
+    assert main(["train", "./recipe.yaml", "data.eval=[{path: eval.jsonl}]", off]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"memory: planned peak \d+\.\d+ GiB, \d+\.\d\d GiB of host RAM are free", said)
+    assert ("warning: 1 of 1 held-out samples show an image that is trained on too" in said) == leaks
+    assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", said)

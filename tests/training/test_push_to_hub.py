@@ -1,0 +1,123 @@
+"""Checkpoints pushed to a Hub and gone on from, with the real client."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from flamingo_ft.adapters import load_adapter
+from flamingo_ft.cli import main
+from flamingo_ft.hub import errors
+from tests import killing, regimes
+from tests.hub_server import READER, WRITER
+
+REPO = "somebody/run"
+COMMAND = ["train", "./recipe.yaml", "train.max_steps=6", "train.save_steps=1", f"train.push_to_hub={REPO}"]
+WEIGHTS = "run/adapter_model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, hub):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
+    regimes.write_run(tmp_path)
+    return tmp_path
+
+
+def told(capfd) -> str:
+    said = "".join(capfd.readouterr())
+    assert WRITER not in said and READER not in said and "Traceback" not in said
+    return said
+
+
+def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
+    assert main(COMMAND) == 0, told(capfd)
+    files, history = hub.files(REPO), hub.repositories[REPO].history
+    steps = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
+    assert hub.repositories[REPO].private and "step-6" in steps and len(steps) == 2
+    assert files["adapter_model.safetensors"] == (folder / WEIGHTS).read_bytes()
+    assert history[-1].title == "The trained adapter" and "adapter_model.safetensors" not in history[-2].files
+    for commit in history:  # all of a checkpoint, or nothing
+        for step in {path.split("/")[1] for path in commit.files if path.startswith("checkpoints/")}:
+            assert f"checkpoints/{step}/checkpoint.json" in commit.files
+    assert not any(WRITER.encode() in content for content in files.values())
+    told(capfd)
+
+
+@pytest.mark.slow
+def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder, hub, capfd):
+    assert main(["train", "./recipe.yaml", "train.max_steps=6", "train.output_dir=alone"]) == 0
+
+    def pushed() -> (
+        bool
+    ):  # the first of all, which gives way to none; the run ends no sooner than the last is
+        return REPO in hub.repositories and any(path.startswith("checkpoints/") for path in hub.files(REPO))
+
+    around = killing.Around({"HF_TOKEN": WRITER}, hub=hub.constants)
+    assert (
+        killing.kill_when(killing.start(COMMAND, folder, folder / "log.txt", around), pushed)
+        == killing.KILLED
+    )
+    shutil.rmtree(folder / "run")
+    assert main([*COMMAND, "--resume"]) == 0
+    said = told(capfd)
+    assert f"from {REPO}" in said and "resuming from run/checkpoints/step-" in said
+    assert (folder / WEIGHTS).read_bytes() == (folder / "alone" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, capfd):
+    assert main(COMMAND) == 0
+    shutil.rmtree(folder / "run")
+    files = hub.repositories[REPO].history[-1].files
+    files["checkpoints/step-6/training/optimizer.pt"] = hub.store(b"not what it was")
+    before = next(
+        path.split("/")[1] for path in files if path.endswith("/checkpoint.json") and "step-6" not in path
+    )
+    assert main([*COMMAND, "--resume"]) == 0
+    said = told(capfd)
+    assert "damaged on the Hub" in said and f"resuming from run/checkpoints/{before}" in said
+    load_adapter(folder / "run")
+
+
+@pytest.mark.slow
+def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, capfd):
+    assert main([*COMMAND, "train.max_steps=2"]) == 0
+    before = hub.files(REPO)
+    assert main([*COMMAND, "train.output_dir=second"]) == 2
+    assert f"{REPO} holds step-2 of an earlier run; resume that run with --resume" in told(capfd)
+    assert hub.files(REPO) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("status", [pytest.param(500, marks=pytest.mark.slow), None])
+def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status):
+    hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)
+    assert main([*COMMAND, "train.max_steps=2"]) == 0
+    said = told(capfd)
+    assert f"not pushed to {REPO}: step-2" in said and f"{REPO} lacks step-2 and the adapter" in said
+    assert (folder / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize(
+    ("token", "reason"),
+    [
+        (None, "no valid token"),
+        ("hf_wrong", "no valid token"),
+        (READER, "the token may not write there"),
+    ],
+)
+def test_who_may_not_write_is_told_before_anything_is_loaded(folder, hub, monkeypatch, capfd, token, reason):
+    monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
+    monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
+    assert main(COMMAND) == 2
+    said = told(capfd)
+    assert f"train.push_to_hub: {REPO}: {reason}" in said and "hf_wrong" not in said
+
+
+def test_what_is_no_name_is_told_before_the_hub_is_asked(folder, hub, capfd):
+    assert main([*COMMAND, "train.push_to_hub=some--body/run"]) == 2
+    assert "train.push_to_hub: some--body/run: not the name of a repository" in told(capfd)
+    assert hub.requests == []
