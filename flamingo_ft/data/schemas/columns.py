@@ -21,7 +21,7 @@ TASK_COLUMNS = frozenset(
     query question questions rationale rationales reasoning reasoning_content rejected rejected_response
     response responses sample_weight sentence solution solutions statement system system_message
     system_prompt target targets thinking
-    """.split()
+    """.split()  # noqa: SIM905 (a list would take a line per name)
 )
 NUMBERED = re.compile(
     r"(answer|caption|choice|completion|image|img|input|instruction|label|option|output|prompt|question|response"
