@@ -91,7 +91,7 @@ def test_a_missing_recipe(here, capsys):
 def test_markers_that_do_not_match_the_images(here, capsys):
     write_rows({"messages": MESSAGES, "images": ["a.png"]}, {"messages": MESSAGES, "images": []})
     line = refused(capsys, "train", "recipe.yaml")
-    assert "train.jsonl: row 1: found 1 <image> markers but 0 images; add the missing images" in line
+    assert "train.jsonl: row 1: got 1 <image> markers but 0 images; add the missing images" in line
 
 
 def test_an_image_that_is_not_there(here, capsys):
