@@ -40,9 +40,14 @@ if bnb is not None:
 class QuantizedSection(Protocol):
     """The keys of a recipe's section that configure a backbone's quantization."""
 
-    quantization: Literal["none", "int8", "nf4", "fp4"]
-    double_quantization: bool
-    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    @property
+    def quantization(self) -> Literal["none", "int8", "nf4", "fp4"]: ...
+
+    @property
+    def double_quantization(self) -> bool: ...
+
+    @property
+    def compute_dtype(self) -> Literal["auto", "fp32", "bf16", "fp16"]: ...
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def _check_dtype(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> Non
         )
 
 
-# --- Quantized layers and what they stand for
+# --- Dequantizing, and copies of quantized layers
 
 
 @torch.no_grad()
@@ -222,7 +227,7 @@ def dequantized_weight(layer: Any) -> Tensor:
 
 
 def dequantized_linear(layer: Any, dtype: torch.dtype, name: str = "layer") -> nn.Linear | Conv1D:
-    """Return the unquantized layer that a quantized one stands for: `nn.Linear`, or GPT-2's `Conv1D`.
+    """Return the unquantized equivalent of a quantized layer: `nn.Linear`, or GPT-2's `Conv1D`.
 
     Raises UserError, naming ``name``, for weights beyond the range of ``dtype``.
     """
