@@ -54,7 +54,7 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     """
     adapter, start, out = fetch_model(adapter), None if start is None else fetch_model(start), Path(out)
     if out.exists():
-        raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
+        raise UserError(f"{out}: exists, and nothing is overwritten; choose another folder")
     config, processor = read_config(adapter), read_processor(adapter)
     bridge = _bridge_below(adapter, config, start) if config.bridge_init else None
     lora = read_lora_config(adapter)

@@ -118,7 +118,7 @@ def test_a_composition_is_the_same_bytes_for_each_adapter_of_a_base_and_tells_no
         assert path.read_bytes() == (tmp_path / "1" / path.name).read_bytes(), path.name
         for place in (adapters, PACKAGE):
             assert str(place).encode() not in path.read_bytes(), path.name
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists, and nothing"):
         write_composition(adapters / "bridge", tmp_path / "0")
 
 

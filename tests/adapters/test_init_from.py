@@ -107,7 +107,7 @@ def test_a_bridge_of_another_shape_or_other_backbones_is_refused(small_run, over
 
 def test_a_folder_that_holds_nothing_to_start_from_is_refused(small_run):
     Path("empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no adapter, no merged model and is no checkpoint"):
+    with pytest.raises(UserError, match="empty holds no adapter, merged model or checkpoint"):
         build("model.init_from=empty")
 
 

@@ -224,15 +224,15 @@ def test_eva_starts_along_the_principal_directions_of_what_a_layer_reads(small_r
     [
         (
             (*quantized("nf4"), "lora.init_lora_weights=pissa"),
-            "pissa takes its start out of the weights, and lang_encoder.",
+            "pissa takes the LoRA weights out of the matrix, and lang_encoder.",
         ),
         (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is kept as a LoRA of twice the rank"),
-        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4 bits lost, and lang_encoder."),
+        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4-bit quantization lost, and lang_encoder."),
         (
             ("lora.init_lora_weights=pissa", "lora.perceiver={r: 2}", "trainable.perceiver=false"),
-            "pissa takes its start out of the weights, and those of a fresh bridge are kept",
+            "pissa takes the LoRA weights out of the matrix, and a new bridge is saved whole",
         ),
-        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4 bits lost"),
+        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4-bit quantization lost"),
         (("lora.init_lora_weights=eva",), "eva looks at training batches, and there are none here"),
     ],
 )

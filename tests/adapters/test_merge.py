@@ -218,7 +218,7 @@ def test_merging_twice_or_onto_something_is_refused(small_run, capsys):
     shown = capsys.readouterr().out
     assert "verified " in shown and "token agreement 100.0 %" in shown and "loss +0.0000" in shown
     before = {path.name: path.read_bytes() for path in Path("merged").iterdir()}
-    assert "merged: exists already, and nothing is overwritten" in refused(capsys, "adapter", "merged")
+    assert "merged: exists, and nothing is overwritten" in refused(capsys, "adapter", "merged")
     assert "merged: is a merged model already" in refused(capsys, "merged", "again")
     assert {path.name: path.read_bytes() for path in Path("merged").iterdir()} == before
     assert not Path("again").exists()

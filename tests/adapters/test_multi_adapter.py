@@ -160,7 +160,7 @@ def test_a_combination_takes_no_name_that_is_taken_or_empty(folders):
     for name, told in {"a": "an adapter named a is loaded already", "": "an adapter's name is empty"}.items():
         with pytest.raises(UserError, match=told):
             adapters.combine({"a": 0.5, "b": 0.5}, name)
-    with pytest.raises(UserError, match="found no adapters to combine"):
+    with pytest.raises(UserError, match="no adapters to combine"):
         adapters.combine({}, "none")
     adapters.use("a")
     assert torch.equal(logits(adapters.model, adapters.processor), folders["a"])
