@@ -29,6 +29,7 @@ _HOMES = {
     "FlamingoForConditionalGeneration": "flamingo_ft.model",
     "FlamingoImageProcessor": "flamingo_ft.model",
     "FlamingoProcessor": "flamingo_ft.model",
+    "Predictor": "flamingo_ft.inference.predictor",
     "Quantization": "flamingo_ft.backbones.quantization",
     "UserError": "flamingo_ft.errors",
     "build_flamingo": "flamingo_ft.model",

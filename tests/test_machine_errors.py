@@ -66,11 +66,12 @@ class TestLoading:
         finally:
             transformers.logging.set_verbosity(before)
 
-    def test_a_tower_does_not_load_as_mismatched(self, fails, monkeypatch):
-        monkeypatch.setattr("flamingo_ft.backbones.vision.fill_from_file", fails)
+    @pytest.mark.parametrize("quantization", [None, Quantization("int8")], ids=["unquantized", "int8"])
+    def test_a_tower_does_not_load_as_mismatched(self, quantization, fails, monkeypatch):
+        monkeypatch.setattr("flamingo_ft.backbones.vision.load_visual_state_dict", fails)
         monkeypatch.setattr("open_clip.create_model", fails)
         with pytest.raises(RuntimeError, match="CUDA"):
-            load_vision("nano")
+            load_vision("nano", quantization=quantization)
 
     def test_a_checkpoint_is_not_taken_for_a_damaged_one(self, fails, monkeypatch, tmp_path):
         torch.save({"weight": torch.ones(2)}, tmp_path / "checkpoint.pt")
@@ -160,12 +161,12 @@ def test_a_download_that_fills_the_disk_asks_for_room():
 def test_every_command_reports_full_memory_and_a_full_disk_in_a_line(
     fails, line, monkeypatch, capsys, tmp_path
 ):
-    monkeypatch.setattr("flamingo_ft.evaluation.run.evaluate_adapter", fails)
+    monkeypatch.setattr("flamingo_ft.evaluation.evaluate.evaluate_adapter", fails)
     assert cli.main(["eval", str(tmp_path)]) == 2
     assert line in capsys.readouterr().err
 
 
 def test_any_other_error_of_a_command_keeps_its_traceback(monkeypatch, tmp_path):
-    monkeypatch.setattr("flamingo_ft.evaluation.run.evaluate_adapter", gpu_is_broken)
+    monkeypatch.setattr("flamingo_ft.evaluation.evaluate.evaluate_adapter", gpu_is_broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         cli.main(["eval", str(tmp_path)])

@@ -8,7 +8,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from flamingo_ft.backbones.tower_source import hub_repository
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
-from flamingo_ft.formatting import one_line, percent
+from flamingo_ft.formatting import one_line
 from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.names import NAME
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
@@ -35,12 +36,32 @@ CARD = "README.md"
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
 FIGURES = {"loss.png": "Loss in the course of training", "gates.png": "How far the gates are open"}
 SAMPLES = 5  # predictions that are shown
-OPTIONAL = ("before", "shuffled_images", "majority")  # what an evaluation may not have measured
 
 
-def write_card(folder: Path, metrics: Mapping[str, Any] | None = None, license: str | None = None) -> None:
-    """Write the card. metrics: what ``metrics.json`` will say, where it is not there yet."""
-    (folder / CARD).write_text(card_text(folder, None, license, metrics), encoding="utf-8")
+@dataclass(frozen=True)
+class CardTable:
+    """The scores of one metric, ready to be written; `flamingo_ft.evaluation.results.card_tables` makes them.
+
+    title: heading of the table. description: what the metric measures. hub_type: its identifier on the Hub. columns:
+    headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per task, for the Hub.
+    """
+
+    title: str
+    description: str
+    hub_type: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    values: Mapping[str, float]
+
+
+def write_card(
+    folder: Path,
+    metrics: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    tables: Sequence[CardTable] = (),
+) -> None:
+    """Write the card. metrics: what ``metrics.json`` will say, where it is not there yet. tables: scores to show."""
+    (folder / CARD).write_text(card_text(folder, None, license, metrics, tables), encoding="utf-8")
 
 
 def card_text(
@@ -48,12 +69,14 @@ def card_text(
     name: str | None = None,
     license: str | None = None,
     metrics: Mapping[str, Any] | None = None,
+    tables: Sequence[CardTable] = (),
 ) -> str:
     """The card of what lies in ``folder``. name: on the Hub, where it goes there."""
     config = read_flamingo_config(folder)
     metrics = metrics or _read_json(folder / "metrics.json") or {}
-    evaluation, recipe = metrics.get("eval"), _read_recipe(folder)
+    recipe = _read_recipe(folder)
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
+    environment.filters["cell"] = _cell
     text = environment.get_template("card.md.jinja").render(
         version=__version__,
         name=name or "this/folder",
@@ -68,13 +91,13 @@ def card_text(
         recipe=recipe and yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         training=metrics.get("train"),
         losses=_losses(folder),
-        evaluation=evaluation and _complete(evaluation),
-        percent=percent,
+        tables=tables,
+        verdict=(metrics.get("eval") or {}).get("verdict"),
         figures={file: told for file, told in FIGURES.items() if (folder / "figures" / file).is_file()},
         samples=_samples(folder),
         cell=_cell,
     )
-    head = metadata(config, recipe, evaluation, license, (name or UNNAMED).rpartition("/")[2])
+    head = metadata(config, recipe, tables, license, (name or UNNAMED).rpartition("/")[2])
     return f"---\n{head}\n---\n{text}\n"
 
 
@@ -127,21 +150,13 @@ def _cell(text: str | None) -> str:
     return html.escape(one_line(text or ""), quote=False).replace("|", "\\|").replace("*", "\\*")
 
 
-def _complete(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """With None for what was not measured."""
-    tasks, overall = (dict.fromkeys(f"{prefix}{name}" for name in OPTIONAL) for prefix in ("", "accuracy_"))
-    per_task = {task: {**tasks, **found} for task, found in evaluation["per_task"].items()}
-    return {**overall, "verdict": None, **evaluation, "per_task": per_task}
-
-
 TASK = "image-text-to-text"
-METRIC = "exact_match"
 
 
 def metadata(
     config: FlamingoConfig,
     recipe: Mapping[str, Any] | None,
-    evaluation: Mapping[str, Any] | None,
+    tables: Sequence[CardTable],
     license: str | None,
     name: str,
 ) -> str:
@@ -150,10 +165,10 @@ def metadata(
     data = ModelCardData(
         base_model=base_models(config) or None,
         datasets=[*dict.fromkeys([*sources[0], *sources[1]])] or None,
-        eval_results=_results(evaluation, sources[1]),
+        eval_results=_results(tables, sources[1]),
         library_name="transformers" if config.merged else "peft",
         license=license,
-        model_name=name if evaluation else None,
+        model_name=name if tables else None,
         pipeline_tag=TASK,
         tags=["flamingo_ft", "flamingo"],
         base_model_relation=("finetune" if config.merged else "adapter") if base_models(config) else None,
@@ -173,21 +188,17 @@ def _datasets(recipe: Mapping[str, Any] | None, split: str) -> list[str]:
     return [entry["hub"] for entry in entries if entry.get("hub")]
 
 
-def _results(evaluation: Mapping[str, Any] | None, datasets: list[str]) -> list[EvalResult] | None:
-    """Accuracy over all, and of each task where there are several."""
-    if not evaluation:
-        return None
-    tasks = {task: found["accuracy"] for task, found in evaluation["per_task"].items()}
-    measured = {"all": evaluation["accuracy"]} | (tasks if len(tasks) > 1 else {})
-    return [_result(name, accuracy, datasets) for name, accuracy in measured.items()]
-
-
-def _result(task: str, accuracy: float, datasets: list[str]) -> EvalResult:
-    return EvalResult(
-        task_type=TASK,
-        dataset_type=datasets[0] if len(datasets) == 1 else "held-out",
-        dataset_name="held-out samples",
-        metric_type=METRIC,
-        metric_value=round(accuracy, 4),
-        metric_name=f"exact match of greedy answers ({task})",
-    )
+def _results(tables: Sequence[CardTable], datasets: list[str]) -> list[EvalResult] | None:
+    """Every metric over all samples, and of each task if there are several."""
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=datasets[0] if len(datasets) == 1 else "held-out",
+            dataset_name="held-out samples",
+            metric_type=table.hub_type,
+            metric_value=round(value, 4),
+            metric_name=f"{table.description} ({task})",
+        )
+        for table in tables
+        for task, value in table.values.items()
+    ] or None

@@ -48,13 +48,14 @@ def load_adapter(
     *,
     start: str | Path | None = None,
     device: torch.device | str | None = None,
-    quantized: bool = True,
+    quantized: bool | Quantization = True,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """The model in eval mode, all of it frozen, and its processor. Its ``generate`` answers greedily by itself.
 
     folder: or ``org/name[@revision]`` on the Hub, as everywhere that an adapter or a model is named.
     start: where the bridge that the adapter builds on lies now, if not where it lay in training. device: where the model
-    goes, by default to the GPU where there is one. quantized: the base as in training; otherwise nothing is.
+    goes, by default to the GPU where there is one. quantized: the base as in training (True), unquantized (False), or
+    as given.
 
     Raises UserError when the folder is no adapter, the base is another than the one it was trained on, or its weights
     are missing, damaged or do not fit.
@@ -69,18 +70,39 @@ def load_adapter(
     return model.eval().requires_grad_(False), processor
 
 
-def load_trained(folder: str | Path) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor."""
+def load_trained(
+    folder: str | Path, *, quantization: Quantization | Literal["none"] | None = None
+) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
+    """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor.
+
+    quantization: of the frozen weights; None: as in training, or as a merged model is stored.
+    """
     folder = fetch_model(folder)
-    return (
-        (load_whole_model(folder), read_processor(folder)) if is_whole_model(folder) else load_adapter(folder)
+    if is_whole_model(folder):
+        return load_whole_model(folder, quantization), read_processor(folder)
+    quantized = {None: True, "none": False}.get(quantization, quantization)
+    return load_adapter(folder, quantized=quantized)
+
+
+def load_whole_model(
+    folder: Path, quantization: Quantization | Literal["none"] | None = None
+) -> FlamingoForConditionalGeneration:
+    """A merged model, or any that was saved whole, in eval mode on the GPU where there is one.
+
+    Raises UserError for a ``quantization`` of a model that is stored quantized.
+    """
+    stored = getattr(read_flamingo_config(folder), "quantization_config", None)
+    if quantization is not None and stored:
+        raise UserError(
+            f"{folder}: the model is stored quantized, which cannot be changed as it is loaded; "
+            "leave quantization out, or merge its adapter again with another --quantization"
+        )
+    options = (
+        {"quantization_config": quantization.bnb_config()} if isinstance(quantization, Quantization) else {}
     )
-
-
-def load_whole_model(folder: Path) -> FlamingoForConditionalGeneration:
-    """A merged model, or any that was saved whole, in eval mode on the GPU where there is one."""
-    read_flamingo_config(folder)
-    model = FlamingoForConditionalGeneration.from_pretrained(folder, device_map={"": default_device()})
+    model = FlamingoForConditionalGeneration.from_pretrained(
+        folder, device_map={"": default_device()}, **options
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -88,14 +110,14 @@ def load_base(
     folder: str | Path,
     *,
     start: str | Path | None = None,
-    quantized: bool = True,
+    quantized: bool | Quantization = True,
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
     """What an adapter was trained on: its backbones and the bridge it builds on, a random one where it builds on none.
 
-    quantized: as in training; otherwise nothing is. dtype: of the unquantized language model. Raises UserError as
-    `load_adapter` does.
+    quantized: as in training (True), unquantized (False), or as given. dtype: of the unquantized language model. Raises
+    UserError as `load_adapter` does.
     """
     folder, start = fetch_model(folder), None if start is None else fetch_model(start)
     options = {"quantized": quantized, "dtype": dtype, "device": device}
@@ -110,7 +132,7 @@ def assemble_model(
     config: FlamingoConfig,
     start: str | Path | None,
     *,
-    quantized: bool = True,
+    quantized: bool | Quantization = True,
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
@@ -128,7 +150,7 @@ def assemble_model(
 def assemble_backbones(
     folder: Path,
     config: FlamingoConfig,
-    quantized: bool,
+    quantized: bool | Quantization,
     dtype: torch.dtype | Literal["auto"] | None,
     device: torch.device,
 ) -> FlamingoForConditionalGeneration:
@@ -198,12 +220,15 @@ def check_backbone(folder: Path, part: str, wanted: Mapping[str, Any], found: Ma
 def _load(
     part: str,
     source: Mapping[str, Any],
-    quantized: bool,
+    quantized: bool | Quantization,
     dtype: torch.dtype | Literal["auto"] | None,
     device: torch.device,
 ):
     """A backbone as an adapter records it."""
-    quantization = Quantization.from_record(source.get("quantization")) if quantized else None
+    if isinstance(quantized, Quantization):
+        quantization = quantized
+    else:
+        quantization = Quantization.from_record(source.get("quantization")) if quantized else None
     options = {
         "name": source["name"],
         "revision": source["revision"],

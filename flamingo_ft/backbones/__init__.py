@@ -1,4 +1,4 @@
-"""The two frozen backbones: OpenCLIP towers and causal language models, their quantization, and how they are recognised."""
+"""The two frozen backbones: OpenCLIP towers and causal language models, their quantization and identity."""
 
 from flamingo_ft.registration import register_now
 

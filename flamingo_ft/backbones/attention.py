@@ -1,13 +1,16 @@
-"""Replace fused attention in OpenCLIP towers by attention with linear layers, which can be quantized and adapted.
+"""Replace fused attention in OpenCLIP towers by linear layers, which can be quantized and adapted.
 
-Three kinds of tower multiply by a matrix without calling a module for it: ``nn.MultiheadAttention`` and OpenCLIP's own
-``Attention`` keep query, key and value in a bare ``in_proj_weight``, and timm's fused attention (EVA, BEiT, Swin v2)
-reads ``qkv.weight`` without calling ``qkv``. Replacing linear layers misses the former and breaks the latter.
+Three kinds of tower multiply by a matrix without calling a module for it: ``nn.MultiheadAttention`` and
+OpenCLIP's own ``Attention`` keep query, key and value in a bare ``in_proj_weight``, and timm's fused
+attention (EVA, BEiT, Swin v2) reads ``qkv.weight`` without calling ``qkv``. Replacing linear layers misses
+the former and breaks the latter.
 
 Shapes: N samples, Q queries, K keys, D width, H heads, d width of a head.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,7 @@ from flamingo_ft.errors import UserError
 
 
 class UnfusedAttention(nn.Module):
-    """`nn.MultiheadAttention` with linear layers ``in_proj`` (3D x D) and ``out_proj`` (D x D) of its own parameters."""
+    """`nn.MultiheadAttention` with linear layers ``in_proj`` (3D x D) and ``out_proj`` (D x D)."""
 
     def __init__(self, fused: nn.MultiheadAttention):
         super().__init__()
@@ -37,7 +40,7 @@ class UnfusedAttention(nn.Module):
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """query (N, Q, D), key and value (N, K, D), with N second unless ``batch_first`` -> (N, Q, D) and None.
+        """query (N, Q, D), key and value (N, K, D) -> (N, Q, D) and None; N is second unless ``batch_first``.
 
         attn_mask: (Q, K) or (N * H, Q, K); True where attention is blocked, or values to add to the scores.
         """
@@ -59,7 +62,7 @@ class UnfusedAttention(nn.Module):
 
     def fuse(self) -> nn.MultiheadAttention:
         """Return the `nn.MultiheadAttention` that this was made from."""
-        fused = nn.MultiheadAttention(
+        fused: Any = nn.MultiheadAttention(
             self.in_proj.in_features,
             self.heads,
             dropout=self.dropout,
@@ -73,9 +76,15 @@ class UnfusedAttention(nn.Module):
 
 
 class UnfusedOpenClipAttention(nn.Module):
-    """OpenCLIP's ``Attention`` with a linear layer ``in_proj`` (3D x D); its norms and head scales are kept."""
+    """OpenCLIP's ``Attention`` with a linear layer ``in_proj`` (3D x D), its norms and head scales kept."""
 
     KEPT_MODULES = ("ln_q", "ln_k", "attn_drop", "ln_inner", "out_proj", "out_drop")
+    ln_q: nn.Module
+    ln_k: nn.Module
+    attn_drop: nn.Dropout
+    ln_inner: nn.Module
+    out_proj: nn.Linear
+    out_drop: nn.Module
 
     def __init__(self, fused: OpenClipAttention):
         super().__init__()
@@ -99,7 +108,7 @@ class UnfusedOpenClipAttention(nn.Module):
     def fuse(self) -> OpenClipAttention:
         """Return OpenCLIP's ``Attention`` that this was made from."""
         with torch.device("meta"):
-            fused = OpenClipAttention(
+            fused: Any = OpenClipAttention(
                 self.in_proj.in_features, self.heads, scale_heads=self.head_scale is not None
             )
         fused.in_proj_weight, fused.in_proj_bias = self.in_proj.weight, self.in_proj.bias
@@ -115,9 +124,10 @@ UNFUSED = (UnfusedAttention, UnfusedOpenClipAttention)
 def unfuse_attention(visual: nn.Module) -> None:
     """Make every matrix in the attention of ``visual`` a linear layer that is called, in place.
 
-    Parameters stay the same objects under other names (``in_proj_weight`` becomes ``in_proj.weight``). Attention that
-    is already unfused is left alone; so is the pooler of a CoCa tower, which comes after the spatial tokens and whose
-    keys have another width than its queries. Raises UserError for attention that cannot be unfused.
+    Parameters stay the same objects under other names (``in_proj_weight`` becomes ``in_proj.weight``).
+    Attention that is already unfused is left alone; so is the pooler of a CoCa tower, which comes after the
+    spatial tokens and whose keys have another width than its queries. Raises UserError for attention that
+    cannot be unfused.
     """
     for name, module in list(visual.named_modules()):
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
@@ -127,7 +137,7 @@ def unfuse_attention(visual: nn.Module) -> None:
             _check_not_scaled_cosine(name, module)
             visual.set_submodule(name, UnfusedOpenClipAttention(module))
         elif hasattr(module, "qkv_bias_separate"):  # timm's own switch: call the layer, then add the bias
-            module.qkv_bias_separate = True
+            module.qkv_bias_separate = True  # pyrefly: ignore[bad-argument-type]
 
 
 def refuse_attention(visual: nn.Module) -> None:
@@ -140,7 +150,8 @@ def refuse_attention(visual: nn.Module) -> None:
             _check_plain_linears(name, module)
             visual.set_submodule(name, module.fuse())
         elif hasattr(module, "qkv_bias_separate"):
-            module.qkv_bias_separate = False  # the default of every architecture in timm
+            # False is the default of every architecture in timm
+            module.qkv_bias_separate = False  # pyrefly: ignore[bad-argument-type]
 
 
 def fused_names(module: nn.Module) -> dict[str, str]:
@@ -158,7 +169,7 @@ def is_unfused(visual: nn.Module) -> bool:
     )
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Any, bias: Any) -> nn.Linear:
     """Return a linear layer that uses these parameters without copying them."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
@@ -174,7 +185,8 @@ def _split_heads(x: Tensor, heads: int) -> Tensor:
 def _additive_mask(mask: Tensor | None, dtype: torch.dtype, heads: int) -> Tensor | None:
     """Return the mask as values to add to the scores, (Q, K) or (N, H, Q, K).
 
-    In a boolean mask True blocks, as in `nn.MultiheadAttention`; `scaled_dot_product_attention` means the opposite.
+    In a boolean mask True blocks, as in `nn.MultiheadAttention`; `scaled_dot_product_attention` means the
+    opposite.
     """
     if mask is None:
         return None
@@ -188,16 +200,16 @@ def _additive_mask(mask: Tensor | None, dtype: torch.dtype, heads: int) -> Tenso
 def _check_no_extra_keys(name: str, module: nn.MultiheadAttention) -> None:
     if module.bias_k is not None or module.add_zero_attn:
         raise UserError(
-            f"attention {name} of the vision tower adds keys of its own (bias_k or add_zero_attn), which is not "
-            "supported with quantization or LoRA; choose another tower, or leave it unquantized and without LoRA"
+            f"attention {name} of the vision tower adds keys of its own (bias_k or add_zero_attn), which "
+            "does not work with quantization or LoRA; choose another tower, or use neither on it"
         )
 
 
 def _check_not_scaled_cosine(name: str, module: OpenClipAttention) -> None:
     if module.logit_scale is not None:
         raise UserError(
-            f"attention {name} of the vision tower is OpenCLIP's scaled_cosine, which fails in OpenCLIP itself; "
-            "choose an architecture without scaled_cosine_attn"
+            f"attention {name} of the vision tower is OpenCLIP's scaled_cosine, which fails in OpenCLIP "
+            "itself; choose an architecture without scaled_cosine_attn"
         )
 
 
@@ -206,6 +218,6 @@ def _check_plain_linears(name: str, module: nn.Module) -> None:
         layer_type = type(getattr(module, part))
         if layer_type is not nn.Linear:
             raise UserError(
-                f"{name}.{part} is a {layer_type.__module__}.{layer_type.__name__}, not a plain linear layer; "
-                "merge the adapter and dequantize first"
+                f"{name}.{part} is a {layer_type.__module__}.{layer_type.__name__}, not a plain linear "
+                "layer; merge the adapter and dequantize first"
             )

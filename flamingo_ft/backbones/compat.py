@@ -10,17 +10,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 # Converts MobileCLIP's keys; `open_clip.load_checkpoint` does it only for a model with both towers.
 from open_clip.convert import convert_state_dict
 
-# Finds the weights in a folder as `open_clip.create_model` does; there is no public way without building the model.
+# Finds the weights in a folder as `open_clip.create_model` does, which would also build the model.
 from open_clip.factory import _find_checkpoint_in_dir as find_weights_in_folder
 
 # Reads every checkpoint format that OpenCLIP reads, unwrapped and with DDP's prefix removed.
 from open_clip.factory import load_state_dict
 
-# Interpolates position embeddings as OpenCLIP does for `force_image_size`, which is an option of building a model.
+# Interpolates position embeddings as `open_clip.create_model` does for `force_image_size`.
 from open_clip.model import resize_pos_embed
 
 # The classes of OpenCLIP's towers: each has its own attributes for width and image size.
@@ -60,8 +61,8 @@ POSITIONAL_EMBEDDING = "visual.positional_embedding"
 
 
 def load_visual_state_dict(file: Path, visual: nn.Module) -> dict[str, Tensor]:
-    """Load the tower's tensors from a CLIP checkpoint: the steps of `open_clip.load_checkpoint` for one tower."""
-    model = SimpleNamespace(visual=visual)
+    """Load the tower's tensors from a CLIP checkpoint, as `open_clip.load_checkpoint` does for both."""
+    model: Any = SimpleNamespace(visual=visual)  # stands in for a CLIP model, of which only this is read
     tensors = convert_state_dict(model, load_state_dict(str(file)))
     tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(VISUAL_PREFIX)}
     resize_pos_embed(tensors, model)
@@ -79,8 +80,8 @@ def resize_positional_embedding(visual: VisionTransformer, embedding: Tensor) ->
 def weight_conversion_errors() -> Iterator[None]:
     """Raise the machine error (disk full, out of memory) that stopped transformers from converting a weight.
 
-    transformers catches every exception there, logs its traceback as a warning of `transformers.modeling_utils`, and
-    raises a RuntimeError without the cause.
+    transformers catches every exception there, logs its traceback as a warning of
+    `transformers.modeling_utils`, and raises a RuntimeError without the cause.
     """
     logged: list[str] = []
     handler = logging.Handler(logging.WARNING)

@@ -1,8 +1,8 @@
-"""Find the decoder layers of a causal language model, the width and layout of their hidden states, and its context.
+"""Structure of a causal language model: its decoder layers, their hidden states, and its context length.
 
-A Flamingo hooks the decoder layers of a language model without changing it. In nearly every family of transformers
-they are the one `ModuleList` with as many entries as the configuration has hidden layers. The tables below, keyed on
-`config.model_type`, cover the exceptions.
+A Flamingo hooks the decoder layers of a language model without changing it. In nearly every family of
+transformers they are the one `ModuleList` with as many entries as the configuration has hidden layers. The
+tables below, keyed on `config.model_type`, cover the exceptions.
 
 Shapes: B samples, T text tokens, S residual streams, D hidden width.
 """
@@ -26,7 +26,7 @@ DECODER_LAYERS = {
     "longcat_flash": "model.layers",  # two attentions per layer, and num_hidden_layers counts those
 }
 
-# Families in which cross-attention before a decoder layer would be silently wrong. An explicit override still wins.
+# Families in which cross-attention before a decoder layer would be silently wrong, without an override.
 UNSUPPORTED = {
     "cpmant": "its layers read a learned prompt before the text, so their positions are not those of tokens",
     "mllama": "it skips its own cross-attention layers, so a bridge before them would never run",
@@ -78,10 +78,11 @@ RESIDUAL_STREAMS: dict[str, tuple[Literal["outer", "inner", "flat"], str]] = {
 def find_decoder_layers(lm: PreTrainedModel, override: str | None = None) -> tuple[str, nn.ModuleList]:
     """Return the dotted path of the decoder layers in ``lm``, and the layers.
 
-    override: that path, given by the user as `decoder_layers_attr_name`; takes precedence over everything else.
+    override: that path, given by the user as `decoder_layers_attr_name`; takes precedence.
 
-    The index of a layer is its position in this list, which need not have `num_hidden_layers` entries. Raises UserError
-    for an override that is not a list of layers, for an unsupported family, and if no list or several lists match.
+    The index of a layer is its position in this list, which need not have `num_hidden_layers` entries. Raises
+    UserError for an override that is not a list of layers, for an unsupported family, and if no list or
+    several lists match.
     """
     if override is not None:
         return override, _layers_at(lm, override)
@@ -124,7 +125,7 @@ def residual_streams(config: PreTrainedConfig) -> ResidualStreams | None:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """Return the longest text, in tokens, that the language model was made for; `NO_CONTEXT_LIMIT` if it has no limit."""
+    """Return the context length in tokens; `NO_CONTEXT_LIMIT` for a model without one."""
     text = config.get_text_config()
     for name in CONTEXT_LENGTHS:
         length = getattr(text, name, None)

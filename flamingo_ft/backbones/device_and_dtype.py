@@ -16,7 +16,7 @@ def default_device() -> torch.device:
 
 
 def cast_in_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``tensor`` in ``dtype``. Raises UserError, naming ``name``, if a finite value would become infinite.
+    """Return ``tensor`` in ``dtype``. Raises UserError, naming ``name``, if a finite value becomes infinite.
 
     float16 ends at 65,504, float32 and bfloat16 at 3.4e38.
     """
@@ -26,6 +26,7 @@ def cast_in_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if overflowed.any():
             largest = float(tensor[overflowed].abs().max())
             raise UserError(
-                f"{name}: float16 holds values up to 65,504, got {largest:,.4g}; use bfloat16 (bf16) or float32 (fp32)"
+                f"{name}: float16 holds values up to 65,504, got {largest:,.4g}; "
+                "use bfloat16 (bf16) or float32 (fp32)"
             )
     return cast

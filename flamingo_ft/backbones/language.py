@@ -1,7 +1,7 @@
 """Load a causal language model of transformers and its tokenizer from the package, a folder or the Hub.
 
-Wherever they come from, the files end up in one folder and are loaded from there, so that a model loads the same way
-online, offline and from the package, and its content hash is that of the files that were read.
+Wherever they come from, the files end up in one folder and are loaded from there, so that a model loads the
+same way online, offline and from the package, and its content hash is that of the files that were read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 # "name" or "org/name": nothing else can be a Hub repository.
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-# What loading needs of a repository: not its subfolders, nor a second copy of the weights in the authors' format.
+# What loading needs of a repository: no subfolders, and no second copy of the weights in another format.
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", MODEL_CARD]
 NOT_NEEDED = ["*/*", "consolidated*"]
 
@@ -68,9 +68,9 @@ register_mosaic_gpt()
 class LanguageBackbone:
     """A causal language model, its tokenizer, and what identifies it.
 
-    source: {"name", "revision", "sha256", "quantization"}: the name that was asked for (absolute for a folder), its Hub
-        commit (None for a folder), the hash of configuration, weights and tokenizer, and the format of its matrices
-        (None: as stored).
+    source: {"name", "revision", "sha256", "quantization"}: the name that was asked for (absolute for a
+        folder), its Hub commit (None for a folder), the hash of configuration, weights and tokenizer, and the
+        format of its matrices (None: as stored).
     license: as stated on its model card; None if it is not.
     """
 
@@ -95,16 +95,16 @@ def load_language(
 
     name: "nano", a folder, or a Hub repository.
     revision: commit, branch or tag of a Hub repository; the commit it resolves to is recorded.
-    dtype: of the parameters; "auto" is the checkpoint's own. None is the compute dtype with quantization, else the
-        checkpoint's own with a GPU and float32 without one.
-    tokenizer: "nano", a folder or a Hub repository, if it neither comes with the model nor is named by its config.
+    dtype: of the parameters; "auto" is the checkpoint's own. None is the compute dtype with quantization,
+        else the checkpoint's own with a GPU and float32 without one.
+    tokenizer: "nano", a folder or a Hub repository, if the model neither brings one nor names one.
     local_files_only: use only files that are on this machine.
     trust_remote_code: run code that comes with the model, for architectures that transformers does not have.
     quantization: format of all its matrices except the output head.
     device: None is the CPU or, with quantization, the GPU if there is one.
 
-    A model that was saved quantized loads as it is. Raises UserError if there is no such model, if it cannot be
-    downloaded or read, if it is not a causal LM, and for quantization of an already quantized model.
+    A model that was saved quantized loads as it is. Raises UserError if there is no such model, if it cannot
+    be downloaded or read, if it is not a causal LM, and for quantization of an already quantized model.
     """
     folder = language_folder(name, revision, local_files_only)
     is_local = local_language(name, revision) is not None
@@ -177,13 +177,15 @@ def language_folder(
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"language model {name!r}: neither a folder nor a name on the Hub; check the name")
     what = f"language model {name}" + (f" (revision {revision})" if revision else "")
-    formats = ["*.safetensors", "*.bin"] if weights else ["*.json"]
-    for pattern in formats:
-        patterns = [*SMALL_FILES, pattern]
-        folder = download(what, name, revision, patterns, NOT_NEEDED, local_files_only=local_files_only)
-        if any(folder.glob(pattern)):
-            break
-    return folder
+
+    def fetch(*patterns: str) -> Path:
+        allowed = [*SMALL_FILES, *patterns]
+        return download(what, name, revision, allowed, NOT_NEEDED, local_files_only=local_files_only)
+
+    if not weights:
+        return fetch()
+    folder = fetch("*.safetensors")
+    return folder if any(folder.glob("*.safetensors")) else fetch("*.bin")
 
 
 # --- Loading
@@ -234,7 +236,7 @@ def _causal_config(folder: Path, name: str, trust_remote_code: bool) -> PreTrain
 
 
 def _named_tokenizer(folder: Path, config: PreTrainedConfig) -> str | None:
-    """Return the name of the tokenizer that the configuration gives for a model without one, as MosaicML's do."""
+    """Return the tokenizer named in the configuration of a model that comes without one, such as MPT."""
     return None if has_vocabulary(folder) else getattr(config, "tokenizer_name", None)
 
 
@@ -249,7 +251,7 @@ def _check_not_yet_quantized(config: PreTrainedConfig, name: str, quantization: 
 
 
 def _check_not_an_encoder(config: PreTrainedConfig, name: str) -> None:
-    """Refuse encoders, which are causal only if their configuration says that they were trained as a decoder."""
+    """Refuse encoders: they are causal only if their configuration sets is_decoder."""
     is_encoder_family = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
     if is_encoder_family and not getattr(config, "is_decoder", True):
         raise UserError(
@@ -259,7 +261,7 @@ def _check_not_an_encoder(config: PreTrainedConfig, name: str) -> None:
 
 
 def _check_complete(missing_keys: Iterable[str], name: str) -> None:
-    """Refuse a model with weights that no file held: transformers initializes them at random with only a warning."""
+    """Refuse a model with missing weights: transformers initializes them at random with only a warning."""
     keys = sorted(missing_keys)
     if keys:
         raise UserError(

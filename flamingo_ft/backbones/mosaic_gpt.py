@@ -1,10 +1,10 @@
-"""MosaicGPT, the architecture of MPT-1B (mpt-1b-redpajama-200b), which transformers has only through code on the Hub.
+"""MosaicGPT, the architecture of MPT-1B (mpt-1b-redpajama-200b), without remote code from the Hub.
 
-It is MPT with layer norms on all queries and all keys of an attention (arXiv:2302.05442, section 2.1) and names of its
-own for the same parts. What it shares with transformers' MPT, the forward around the blocks included, is taken from
-there.
+It is MPT with layer norms over all heads of the queries and of the keys (arXiv:2302.05442, section 2.1), and
+other names for the same modules. What it shares with transformers' MPT is inherited, including the forward
+around the blocks.
 
-Shapes: B samples, T text tokens, S tokens in the cache and these, H heads, D hidden width.
+Shapes: B samples, T text tokens, S tokens in the cache and in the input, H heads, D hidden width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Keys of its configuration that these files are not written for any other value of.
+# Keys of its configuration for which only this value is implemented.
 FIXED = {
     "alibi": True,
     "attn_qk_ln": True,
@@ -45,18 +45,18 @@ FIXED = {
 
 @strict
 class MosaicGptConfig(PreTrainedConfig):
-    r"""Configuration of `MosaicGptForCausalLM`; keys that only tell how the model was trained are kept and not used.
+    r"""Configuration of `MosaicGptForCausalLM`. Keys about its training are kept and not used.
 
     Args:
         d_model: D.
         n_heads: H.
         n_layers: number of decoder layers.
         mlp_ratio: width of the feed-forward layer, as a multiple of D.
-        max_seq_len: longest text in tokens.
-        vocab_size: rows of the embedding matrix, which is the output head's too.
-        alibi_bias_max: the slope of the last head is 2 to the power of minus this.
+        max_seq_len: context length in tokens.
+        vocab_size: rows of the embedding matrix, which is tied to the output head.
+        alibi_bias_max: the ALiBi slope of the last head is 2 ** -alibi_bias_max.
         layer_norm_epsilon: of every layer norm.
-        init_std: of new weights.
+        init_std: standard deviation of initial weights.
     """
 
     model_type = "mosaic_gpt"
@@ -83,14 +83,14 @@ class MosaicGptConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key, wanted in FIXED.items():
-            if kwargs.setdefault(key, wanted) != wanted:
-                raise ValueError(f"a mosaic_gpt model with {key} {kwargs[key]}; only {wanted} is known here")
+        for key, value in FIXED.items():
+            if kwargs.setdefault(key, value) != value:
+                raise ValueError(f"{key}: a mosaic_gpt model supports only {value}, got {kwargs[key]}")
         super().__post_init__(**kwargs)
 
 
 class MosaicGptAttention(nn.Module):
-    """Causal self-attention, queries and keys normalised over all heads at once."""
+    """Causal self-attention with queries and keys normalized over all heads at once."""
 
     def __init__(self, config: MosaicGptConfig, layer_index: int):
         super().__init__()
@@ -105,8 +105,10 @@ class MosaicGptAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, position_bias: Tensor, attention_mask: Tensor, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
-        """hidden_states (B, T, D), position_bias (H, 1, max_seq_len), attention_mask (B, 1, T, S) true where nothing
-        may be seen -> (B, T, D) and the attention's weights (B, H, T, S)."""
+        """hidden_states (B, T, D) -> (B, T, D) and the attention weights (B, H, T, S).
+
+        position_bias: (H, 1, max_seq_len). attention_mask: (B, 1, T, S), True where attention is blocked.
+        """
         query, key, value = self.Wqkv(hidden_states).chunk(3, dim=-1)
         query, key, value = (
             part.to(value.dtype).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -117,14 +119,15 @@ class MosaicGptAttention(nn.Module):
         scores = (
             query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + position_bias[..., -key.shape[-2] :]
         )
-        # In float32 at least, as the bias is. Padding sees nothing: finite numbers keep its softmax from being none.
+        # In float32 at least, like the bias. Padding attends to nothing: a finite minimum keeps NaN out of
+        # its softmax.
         scores = scores.masked_fill(attention_mask, torch.finfo(scores.dtype).min)
         weights = scores.softmax(-1).to(value.dtype)
         return self.out_proj((weights @ value).transpose(1, 2).flatten(-2)), weights
 
 
 class MosaicGptMlp(nn.Module):
-    """The feed-forward layer."""
+    """Feed-forward layer."""
 
     def __init__(self, config: MosaicGptConfig):
         super().__init__()
@@ -136,7 +139,7 @@ class MosaicGptMlp(nn.Module):
 
 
 class MosaicGptBlock(GradientCheckpointingLayer):
-    """A decoder layer, called as MPT's are."""
+    """Decoder layer with the signature of MPT's."""
 
     def __init__(self, config: MosaicGptConfig, layer_index: int):
         super().__init__()
@@ -160,14 +163,15 @@ class MosaicGptBlock(GradientCheckpointingLayer):
 
 class MosaicGptPreTrainedModel(MptPreTrainedModel):
     config_class = MosaicGptConfig
+    # transformers reads it when it places a model on several devices: a block must stay on one of them.
     _no_split_modules = ["MosaicGptBlock"]
 
 
 class MosaicGptModel(MosaicGptPreTrainedModel, MptModel):
-    """Embeddings, decoder layers and the last layer norm; MPT's forward, which asks for them by MPT's names."""
+    """Embeddings, decoder layers and final layer norm. The forward is MPT's, which uses MPT's names."""
 
     def __init__(self, config: MosaicGptConfig):
-        MptPreTrainedModel.__init__(self, config)  # not MptModel's, which would make MPT's layers
+        MptPreTrainedModel.__init__(self, config)  # MptModel's would build MPT's layers
         self.num_heads = config.n_heads
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(MosaicGptBlock(config, index) for index in range(config.n_layers))
@@ -176,7 +180,7 @@ class MosaicGptModel(MosaicGptPreTrainedModel, MptModel):
         self.post_init()
 
     @property
-    def norm_f(self) -> nn.LayerNorm:
+    def norm_f(self) -> nn.LayerNorm:  # pyrefly: ignore[bad-override]
         return self.ln_f
 
     def build_mpt_alibi_tensor(
@@ -186,8 +190,11 @@ class MosaicGptModel(MosaicGptPreTrainedModel, MptModel):
         alibi_bias_max: int = 8,
         device: torch.device | None = None,
     ) -> Tensor:
-        """ALiBi (arXiv:2108.12409), (H, 1, sequence_length) float32: what a key's place adds to its scores. Slopes
-        fall geometrically, whatever the number of heads."""
+        """Return the ALiBi bias (arXiv:2108.12409) for each position of a key, (H, 1, sequence_length) in
+        float32.
+
+        The slopes of the heads are a geometric sequence for any number of heads.
+        """
         places = torch.arange(1 - sequence_length, 1, device=device, dtype=torch.float32)
         heads = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
         slopes = 2.0 ** (-heads * self.config.alibi_bias_max / num_heads)
@@ -195,7 +202,7 @@ class MosaicGptModel(MosaicGptPreTrainedModel, MptModel):
 
 
 class MosaicGptForCausalLM(MosaicGptPreTrainedModel, MptForCausalLM):
-    """With the output head, which shares the embeddings' matrix."""
+    """The model with its output head, which is tied to the embeddings."""
 
     def __init__(self, config: MosaicGptConfig):
         MptPreTrainedModel.__init__(self, config)
@@ -209,6 +216,6 @@ def _layer_norm(config: MosaicGptConfig) -> nn.LayerNorm:
 
 
 def register_mosaic_gpt() -> None:
-    """Make transformers' Auto classes know the architecture."""
+    """Register the architecture with transformers' Auto classes."""
     AutoConfig.register(MosaicGptConfig.model_type, MosaicGptConfig, exist_ok=True)
     AutoModelForCausalLM.register(MosaicGptConfig, MosaicGptForCausalLM, exist_ok=True)

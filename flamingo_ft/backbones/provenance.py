@@ -1,7 +1,7 @@
 """What identifies a backbone: content hashes of its tensors or files, and the license on its model card.
 
-An adapter records the hash of the backbones it was trained on. Neither hash depends on paths, dates or anything else
-in which two copies of a model may differ.
+An adapter records the hash of the backbones it was trained on. Neither hash depends on paths, dates or
+anything else in which two copies of a model may differ.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -47,8 +48,8 @@ LICENSE_TIMEOUT = 5.0  # seconds to wait for the Hub: a license is not worth a l
 def tensors_sha256(tensors: nn.Module | Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bytes, in the order of the names.
 
-    A module is hashed by its `state_dict`: non-persistent buffers, which follow from the configuration, do not count.
-    The dtype counts, the device does not. Raises ValueError for a tensor on the meta device.
+    A module is hashed by its `state_dict`: non-persistent buffers, which follow from the configuration, do
+    not count. The dtype counts, the device does not. Raises ValueError for a tensor on the meta device.
     """
     named = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
     digest = hashlib.sha256()
@@ -58,17 +59,19 @@ def tensors_sha256(tensors: nn.Module | Mapping[str, Tensor]) -> str:
             raise ValueError(f"tensor {name} is on the meta device and has no content to hash")
         header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
         digest.update(header.encode() + b"\n")
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()
 
 
 def files_sha256(folder: str | Path) -> str:
-    """Return the SHA-256 of the files that decide what a model computes: configuration, weights and tokenizer.
+    """Return the SHA-256 of a model's files: configuration, weights and tokenizer.
 
-    folder: a local one, or a snapshot in the Hugging Face cache. If it holds the weights (or the vocabulary) in several
-    formats, only the one that is loaded counts, so a full download and a minimal one agree. Subfolders, generation
-    settings, chat templates, code and documents do not count. Each file is hashed as its name and its SHA-256, which
-    for a large file in the cache is the name of the blob it links to, without reading the file.
+    folder: a local one, or a snapshot in the Hugging Face cache. If it holds the weights (or the vocabulary)
+    in several formats, only the one that is loaded counts, so a full download and a minimal one agree.
+    Subfolders, generation settings, chat templates, code and documents do not count. Each file is hashed as
+    its name and its SHA-256, which for a large file in the cache is the name of the blob it links to, without
+    reading the file.
 
     Raises UserError if the folder does not exist or holds no weights.
     """
@@ -94,7 +97,7 @@ def _existing(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files that a loader would read: one file, the shards of an index, or all of any other name."""
+    """Return the weight files that a loader reads: one file, the shards of an index, or all of them."""
     preferred = _existing(folder, BACKBONE_WEIGHTS)
     if not preferred:
         return [file for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
@@ -122,8 +125,8 @@ def _tokenizer_files(folder: Path) -> list[Path]:
 def _file_sha256(file: Path) -> str:
     """Return a file's SHA-256, from the name of its blob if the Hugging Face cache knows it.
 
-    The cache stores large files as `blobs/<sha256>`, and small ones under a git hash of 40 digits, which is another
-    hash and is not used.
+    The cache stores large files as `blobs/<sha256>`, and small ones under a git hash of 40 digits, which is
+    another hash and is not used.
     """
     blob = file.resolve()
     if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name):
@@ -154,7 +157,7 @@ def license_in(folder: Path) -> str | None:
 
 
 def license_on_hub(repository: str, revision: str | None) -> str | None:
-    """Return the license stated on the card of a Hub repository, downloading the card if it is not in the cache."""
+    """Return the license stated on the card of a Hub repository; downloads the card unless it is cached."""
     try:
         card = hf_hub_download(repository, MODEL_CARD, revision=revision, etag_timeout=LICENSE_TIMEOUT)
     except (OSError, ValueError):  # no such file, no network, or offline mode

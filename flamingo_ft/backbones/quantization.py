@@ -1,13 +1,15 @@
 """Keep frozen matrices in 8 or 4 bits with bitsandbytes.
 
-int8 is LLM.int8() (arXiv:2208.07339): one scale per row, activations rounded too, outlier columns apart. nf4 and fp4
-are QLoRA's 4-bit formats (arXiv:2305.14314): one scale per block of 64 weights, kept in 8 bits by double quantization.
+int8 is LLM.int8() (arXiv:2208.07339): one scale per row, activations rounded too, outlier columns apart. nf4
+and fp4 are QLoRA's 4-bit formats (arXiv:2305.14314): one scale per block of 64 weights, kept in 8 bits by
+double quantization.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,10 +20,9 @@ from transformers import BitsAndBytesConfig, Conv1D
 from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.errors import UserError
 
-try:
+bnb: Any = None  # without bitsandbytes, everything that is not quantized works
+with suppress(ImportError):
     import bitsandbytes as bnb
-except ImportError:  # everything that is not quantized works without it
-    bnb = None
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are not rounded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 if bnb is not None:
 
     class Linear8bit(bnb.nn.Linear8bitLt):
-        """8-bit layer for inputs (..., D) as `nn.Linear`; bitsandbytes' own fails on (N, H, W, D), as in ConvNeXt."""
+        """8-bit layer for inputs (..., D); that of bitsandbytes fails on (N, H, W, D), as in ConvNeXt."""
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
@@ -50,8 +51,8 @@ class Quantization:
 
     double_quantization: keep the scales of 4-bit blocks in 8 bits.
     compute_dtype: auto is bf16 or fp16, whichever the GPU supports, and fp32 without a GPU.
-    shardable: store the bytes of 4-bit matrices as values of the compute dtype, which FSDP can shard. The dequantized
-        weights are the same, so adapters do not record it.
+    shardable: store the bytes of 4-bit matrices as values of the compute dtype, which FSDP can shard. The
+        dequantized weights are the same, so adapters do not record it.
     """
 
     format: Literal["int8", "nf4", "fp4"]
@@ -146,11 +147,13 @@ def quantize_linears(
 
 
 def normalize_bnb_layers(module: nn.Module) -> None:
-    """Make the quantized layers in ``module`` give the same results on every machine, for inputs of any shape.
+    """Make the quantized layers in ``module`` give the same results on every machine, for inputs of any
+    shape.
 
-    On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a bfloat16 kernel at the first evaluation. After
-    that they can be neither trained through nor read, and results depend on the machine: it is switched off. 8-bit
-    layers become `Linear8bit`. Call it on every module in which bitsandbytes or transformers replaced layers.
+    On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a bfloat16 kernel at the first
+    evaluation. After that they can be neither trained through nor read, and results depend on the machine: it
+    is switched off. 8-bit layers become `Linear8bit`. Call it on every module in which bitsandbytes or
+    transformers replaced layers.
     """
     if bnb is None:
         return
@@ -161,8 +164,9 @@ def normalize_bnb_layers(module: nn.Module) -> None:
             part.__class__ = Linear8bit
 
 
-def _quantize(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> nn.Linear:
+def _quantize(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device) -> nn.Module:
     """Return the layer quantized, on ``device``; bitsandbytes quantizes a weight when it is moved there."""
+    quantized: Any
     if config.load_in_8bit:
         quantized = bnb.nn.Linear8bitLt(
             layer.in_features,
@@ -188,8 +192,10 @@ def _quantize(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device
         )
         weight = layer.weight.data.to(config.bnb_4bit_compute_dtype)  # the dtype it will be dequantized to
     options = {name: value for name, value in vars(quantized.weight).items() if name not in ("CB", "SCB")}
-    quantized.weight = type(quantized.weight)(weight, requires_grad=False, **options)
-    quantized.bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
+    parameter_class: Any = type(quantized.weight)
+    quantized.weight = parameter_class(weight, requires_grad=False, **options)
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
+    quantized.register_parameter("bias", bias)
     return quantized.to(device).train(layer.training)
 
 
@@ -206,7 +212,7 @@ def _check_dtype(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> Non
 
 
 @torch.no_grad()
-def dequantized_weight(layer: nn.Module) -> Tensor:
+def dequantized_weight(layer: Any) -> Tensor:
     """Return the matrix (out, in) that a quantized layer multiplies by."""
     weight = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
@@ -215,7 +221,7 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
     return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
 
 
-def dequantized_linear(layer: nn.Module, dtype: torch.dtype, name: str = "layer") -> nn.Module:
+def dequantized_linear(layer: Any, dtype: torch.dtype, name: str = "layer") -> nn.Linear | Conv1D:
     """Return the unquantized layer that a quantized one stands for: `nn.Linear`, or GPT-2's `Conv1D`.
 
     Raises UserError, naming ``name``, for weights beyond the range of ``dtype``.
@@ -227,24 +233,26 @@ def dequantized_linear(layer: nn.Module, dtype: torch.dtype, name: str = "layer"
     else:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(matrix, requires_grad=False)
-    bias = None if layer.bias is None else cast_in_range(f"{name}.bias", layer.bias.data, dtype)
-    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    linear.register_parameter("bias", None)
+    if layer.bias is not None:
+        bias = cast_in_range(f"{name}.bias", layer.bias.data, dtype)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear
 
 
 def dequantize_linears(module: nn.Module, dtype: torch.dtype) -> None:
-    """Replace every quantized layer in ``module``, in place and one by one, by the layer that it stands for."""
+    """Replace every quantized layer in ``module``, in place and one by one, by its dequantized layer."""
     for name, layer in list(module.named_modules()):
         if is_quantized(layer):
             module.set_submodule(name, dequantized_linear(layer, dtype, name).train(layer.training))
 
 
 def is_conv1d(layer: nn.Module) -> bool:
-    """Return whether a layer is GPT-2's `Conv1D`, which keeps its matrix as (in, out), or was quantized from one."""
+    """Return whether a layer is, or was quantized from, GPT-2's `Conv1D`, whose matrix is (in, out)."""
     return isinstance(layer, Conv1D) or getattr(layer, "source_cls", nn.Linear) is Conv1D
 
 
-def shared_quantization_state(module: nn.Module) -> dict[int, Any]:
+def shared_quantization_state(module: Any) -> dict[int, Any]:
     """Return a memo for `copy.deepcopy`, with which the copy of a quantized layer shares its scales.
 
     {} for any other module. Meant for copies that also share the weight.

@@ -14,10 +14,11 @@ from flamingo_ft.hub.weight_files import SAFETENSORS_FILE, SAFETENSORS_INDEX, sh
 
 
 class SafetensorsFolder:
-    """The tensors in a folder that transformers saved, by name; each is read from its shard when it is asked for.
+    """The tensors in a folder that transformers saved, by name; each is read from its shard when it is asked
+    for.
 
-    A context manager: the files are open inside ``with``. Raises UserError for a folder without safetensors files, and
-    for a name that it does not hold.
+    A context manager: the files are open inside ``with``. Raises UserError for a folder without safetensors
+    files, and for a name that it does not hold.
     """
 
     def __init__(self, folder: str | Path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import open_clip
 import torch
@@ -39,15 +40,14 @@ UNSUPPORTED_SIZE = (RuntimeError, AssertionError, ValueError, TypeError, IndexEr
 def build_visual(config: dict) -> nn.Module:
     """Build the tower of a `VisionBackbone.config` with random weights; nothing is downloaded.
 
-    Under `torch.device("meta")` it takes no memory. A state dict then fills every parameter and persistent buffer; the
-    others (tables of rotary or relative positions) come from `non_persistent_buffers(config)`.
+    Under `torch.device("meta")` it takes no memory. A state dict then fills every parameter and persistent
+    buffer; the others (tables of rotary or relative positions) come from `non_persistent_buffers(config)`.
     """
     # The public constructor also builds a text tower: the smallest possible one, discarded at once.
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
-    vision_cfg = {
-        **config["vision_cfg"],
-        "timm_model_pretrained": False,
-    }  # else timm downloads ImageNet weights
+    vision_cfg: Any = dict(
+        config["vision_cfg"], timm_model_pretrained=False
+    )  # no download of ImageNet weights
     quick_gelu = config.get("quick_gelu", False)
     visual = open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
     if config.get("image_size"):
@@ -71,16 +71,17 @@ def non_persistent_buffers(config: dict) -> dict[str, Tensor]:
     return {name: visual.get_buffer(name) for name in names}
 
 
-def token_width(visual: nn.Module) -> int:
-    """Return D, the width of the tower's spatial tokens. Raises UserError for anything but an OpenCLIP tower."""
-    if isinstance(visual, VisionTransformer):
+def token_width(visual: Any) -> int:
+    """Return D, the width of the spatial tokens. Raises UserError for anything but an OpenCLIP tower."""
+    kind = type(visual)
+    if issubclass(kind, VisionTransformer):
         return visual.transformer.width
-    if isinstance(visual, TimmModel):
+    if issubclass(kind, TimmModel):
         return visual.trunk.feature_info[-1]["num_chs"]
-    if isinstance(visual, ModifiedResNet):
+    if issubclass(kind, ModifiedResNet):
         return visual.layer4[-1].conv3.out_channels
     raise UserError(
-        f"unknown token width of a {type(visual).__name__}; pass the tower of an OpenCLIP model (model.visual)"
+        f"unknown token width of a {kind.__name__}; pass the tower of an OpenCLIP model, its .visual"
     )
 
 
@@ -88,8 +89,9 @@ def token_width(visual: nn.Module) -> int:
 
 
 def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
-    """Return OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W), normalized."""
-    return image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    """Return OpenCLIP's inference transform for a `VisionBackbone.preprocess`: image -> (3, H, W)."""
+    transform: Any = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    return transform
 
 
 def tower_preprocess(visual: nn.Module, overrides: dict, resize_mode: str | None = None) -> dict:
@@ -102,11 +104,13 @@ def tower_preprocess(visual: nn.Module, overrides: dict, resize_mode: str | None
     return json.loads(json.dumps(fields))  # tuples become lists, as they will be once stored
 
 
-def set_image_size(visual: nn.Module, image_size: int) -> None:
-    """Make ``visual`` take images of image_size x image_size pixels, in place; position embeddings are interpolated.
+def set_image_size(visual: Any, image_size: int) -> None:
+    """Make ``visual`` take images of image_size x image_size pixels, in place; position embeddings are
+    interpolated.
 
-    Does what OpenCLIP's ``force_image_size`` does, for a tower that already has its weights or is on the meta device.
-    Convolutional towers take any size. Raises what torch and timm raise for a tower that does not support the size.
+    Does what OpenCLIP's ``force_image_size`` does, for a tower that already has its weights or is on the meta
+    device. Convolutional towers take any size. Raises what torch and timm raise for a tower that does not
+    support the size.
     """
     if isinstance(visual, TimmModel):
         visual.set_input_size((image_size, image_size))
@@ -152,21 +156,22 @@ def _check_whole_patches(visual: nn.Module, name: str, image_size: int) -> None:
     below = image_size // patch[0] * patch[0]
     choices = " or ".join(str(size) for size in (below, below + patch[0]) if size)
     raise UserError(
-        f"image_size: must be a multiple of the {patch[0]}-pixel patches of vision tower {name}, got {image_size}; "
-        f"use {choices}"
+        f"image_size: must be a multiple of the {patch[0]}-pixel patches of vision tower {name}, "
+        f"got {image_size}; use {choices}"
     )
 
 
 # --- Spatial tokens
 
 
-def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
-    """Return the last block's tokens, one per patch, before the tower's final norm: (N, 3, H, W) -> (N, V, D).
+def spatial_tokens(visual: Any, images: Tensor) -> Tensor:
+    """Return the last block's tokens, one per patch, before the tower's final norm: (N, 3, H, W) -> (N, V,
+    D).
 
-    Class and register tokens are dropped; the feature maps of convolutional towers become tokens row by row. For CLIP
-    ViTs these are OpenFlamingo's tokens. The tower runs in eval mode whatever mode it is in, so patch dropout,
-    stochastic depth and batch statistics have no effect, and without gradients unless it has trainable LoRA. Images
-    are cast to the dtype of the first convolution.
+    Class and register tokens are dropped; the feature maps of convolutional towers become tokens row by row.
+    For CLIP ViTs these are OpenFlamingo's tokens. The tower runs in eval mode whatever mode it is in, so
+    patch dropout, stochastic depth and batch statistics have no effect, and without gradients unless it has
+    trainable LoRA. Images are cast to the dtype of the first convolution.
 
     Raises UserError for a tower without spatial tokens.
     """
@@ -184,7 +189,7 @@ def spatial_tokens(visual: nn.Module, images: Tensor) -> Tensor:
     return outputs["image_intermediates"][-1].flatten(2).transpose(1, 2)
 
 
-def modules_after_tokens(visual: nn.Module) -> set[nn.Module]:
+def modules_after_tokens(visual: Any) -> set[nn.Module]:
     """Return the modules of a tower that `spatial_tokens` does not call: poolers and heads."""
     called: set[nn.Module] = set()
     hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in visual.modules()]
@@ -231,10 +236,12 @@ def quantize_tower(
     *,
     keep: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Unfuse the attention of ``visual`` and quantize its linear layers, in place, then move it to ``device``.
+    """Unfuse the attention of ``visual`` and quantize its linear layers, in place, then move it to
+    ``device``.
 
     device: None leaves each part where it is. keep: names of layers to leave unquantized.
-    Raises UserError for a tower without matrices to quantize, and for a layer that the format does not support.
+    Raises UserError for a tower without matrices to quantize, and for a layer that the format does not
+    support.
     """
     check_quantizable(visual)
     unfuse_attention(visual)
@@ -246,14 +253,17 @@ def quantize_tower(
         visual.to(device)
 
 
-def check_quantizable(visual: nn.Module) -> None:
+def check_quantizable(visual: Any) -> None:
     """Refuse a tower without linear layers. A head on convolutions does not count: spatial tokens skip it."""
     if isinstance(visual, VisionTransformer):
         return
-    trunk = visual.trunk if isinstance(visual, TimmModel) else nn.Module()
-    head = trunk.get_classifier() if isinstance(visual, TimmModel) else None
-    if not any(isinstance(module, nn.Linear) and module is not head for module in trunk.modules()):
-        raise UserError(
-            f"vision tower {type(getattr(visual, 'trunk', visual)).__name__} has convolutions and no matrices to "
-            "quantize; set its quantization to none, or choose a ViT, SigLIP, EVA or ConvNeXt tower"
-        )
+    if isinstance(visual, TimmModel):
+        trunk: Any = visual.trunk
+        head = trunk.get_classifier()
+        if any(isinstance(module, nn.Linear) and module is not head for module in trunk.modules()):
+            return
+    kind = type(getattr(visual, "trunk", visual)).__name__
+    raise UserError(
+        f"vision tower {kind} has convolutions and no matrices to quantize; set its quantization to none, "
+        "or choose a ViT, SigLIP, EVA or ConvNeXt tower"
+    )

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import open_clip
 
@@ -92,7 +93,7 @@ def hub_repository(name: str, pretrained: str | None) -> str | None:
         return name.removeprefix(ON_HUB)
     if not pretrained or not is_architecture(name):
         return None
-    tag = open_clip.get_pretrained_cfg(_dashed(name), pretrained)
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(_dashed(name), pretrained)
     return os.path.split(tag.get("hf_hub") or "")[0] or None
 
 
@@ -100,7 +101,7 @@ def hub_repository(name: str, pretrained: str | None) -> str | None:
 
 
 def find_tower(name: str, pretrained: str | None, revision: str | None) -> TowerSource:
-    """Find the tower that `load_vision` is asked for, and download what is not on this machine. Raises UserError."""
+    """Find the tower for `load_vision`, and download what is not on this machine. Raises as it does."""
     folder = _local_folder(name, pretrained)
     if folder is None and is_architecture(name):
         return _find_architecture(_dashed(name), pretrained, revision)
@@ -128,17 +129,17 @@ def native_tower_config(name: str, pretrained: str | None) -> dict:
     """Return the tower's configuration at its own image size; of a Hub repository, download only that."""
     if pretrained and is_architecture(name):
         _check_tag_or_file(_dashed(name), pretrained)
-        return _tower_config(open_clip.get_model_config(_dashed(name)))
+        return _tower_config(_model_config(_dashed(name)))
     if name.startswith(ON_HUB):
         return _read_config(_download(name.removeprefix(ON_HUB), OPEN_CLIP_CONFIG_FILE, None))[0]
     return find_tower(name, None, None).config
 
 
 def _find_architecture(name: str, pretrained: str | None, revision: str | None) -> TowerSource:
-    model_cfg = open_clip.get_model_config(name)
+    model_cfg = _model_config(name)
     if not pretrained:
         return TowerSource(name, _tower_config(model_cfg), has_weights=False)
-    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    tag: dict[str, Any] = open_clip.get_pretrained_cfg(name, pretrained)
     if not tag:
         _check_tag_or_file(name, pretrained)
         return TowerSource(name, _tower_config(model_cfg), weights=str(local_weights(pretrained)))
@@ -201,6 +202,12 @@ def _read_config(file: Path) -> tuple[dict, dict]:
         raise UserError(
             f"{file} is not an OpenCLIP configuration ({error_message(error)}); correct it"
         ) from error
+
+
+def _model_config(architecture: str) -> dict[str, Any]:
+    model_cfg = open_clip.get_model_config(architecture)
+    assert model_cfg is not None, architecture  # None only for names that OpenCLIP does not list
+    return model_cfg
 
 
 def _tower_config(model_cfg: dict) -> dict:

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.serialization import config as torch_load_config
+from torch.utils import serialization
 
 from flamingo_ft.backbones.compat import find_weights_in_folder, load_visual_state_dict
 from flamingo_ft.backbones.device_and_dtype import default_device
@@ -35,6 +36,7 @@ from flamingo_ft.machine_errors import reraise_machine_error
 
 # Raised by open_clip, torch and safetensors for files that are missing, damaged or of another architecture.
 UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)
+LOAD_CONFIG: Any = serialization.config  # torch's options of torch.load
 NUMPY_SUFFIXES = (
     ".npz",
     ".npy",
@@ -46,12 +48,12 @@ class VisionBackbone:
     """A vision tower, and what is needed to rebuild it, to preprocess its images and to identify it.
 
     visual: OpenCLIP's `.visual`, frozen and in eval mode.
-    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"} for `build_visual`; also "image_size" if that is not
-        the architecture's.
+    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"} for `build_visual`; also "image_size" if that
+        is not the architecture's.
     preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
     width: D, the width of its spatial tokens.
-    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, with absolute paths for folders
-        and files; the hash is of the tower's tensors before resizing and quantization.
+    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, with absolute paths
+        for folders and files; the hash is of the tower's tensors before resizing and quantization.
     license: as stated on its model card; None if it is not.
     """
 
@@ -83,12 +85,13 @@ def load_vision(
     image_size: height and width in pixels, position embeddings interpolated; None for the tower's own.
     resize_mode: "shortest" (then cropped), "longest" (then padded) or "squash"; None for the tower's own.
 
-    A tag trained with QuickGELU gets QuickGELU whatever the architecture's name says: OpenCLIP 3 only warns (as for
-    ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights were trained on.
-    A file with weights must fit the architecture as named, and gets OpenCLIP's default preprocessing.
+    A tag trained with QuickGELU gets QuickGELU whatever the architecture's name says: OpenCLIP 3 only warns
+    (as for ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights were
+    trained on. A file with weights must fit the architecture as named, and gets OpenCLIP's default
+    preprocessing.
 
-    Raises UserError for an unknown name or tag, a failed download, weights that do not fit, a tower without matrices
-    to quantize, and an unsupported image size.
+    Raises UserError for an unknown name or tag, a failed download, weights that do not fit, a tower without
+    matrices to quantize, and an unsupported image size.
     """
     if quantization is not None:
         require_bitsandbytes(f"quantization {quantization.format}")
@@ -129,7 +132,8 @@ def load_vision(
 
 
 def tower_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> dict:
-    """Return the `VisionBackbone.config` that `load_vision` would give, without its weights. Raises as it does.
+    """Return the `VisionBackbone.config` that `load_vision` would give, without its weights. Raises as it
+    does.
 
     From a Hub repository, only the configuration is downloaded.
     """
@@ -140,16 +144,17 @@ def tower_config(name: str, pretrained: str | None = None, image_size: int | Non
 
 
 def _load(tower: TowerSource) -> nn.Module:
-    """Load the tower, or build it with random weights. OpenCLIP loads both towers from a file; the text tower is dropped."""
+    """Load the tower, or build it with random weights. OpenCLIP's text tower is dropped."""
     if not tower.has_weights:
         return build_visual(tower.config)
     with _loading_errors(tower):
-        return open_clip.create_model(
+        model: Any = open_clip.create_model(
             tower.model,
             pretrained=tower.weights,
             force_quick_gelu=tower.config["quick_gelu"],
             require_pretrained=True,
-        ).visual
+        )
+        return model.visual
 
 
 class TensorsInDtypes(Mapping[str, Tensor]):
@@ -172,9 +177,10 @@ class TensorsInDtypes(Mapping[str, Tensor]):
 def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, nn.Module | TensorsInDtypes]:
     """Load the tower for quantization, without a second copy in memory.
 
-    OpenCLIP builds both towers with random weights and loads the file beside them: three times the tower. Here the
-    tower is on the meta device and takes the file's tensors, memory-mapped if the format allows it and in the file's
-    dtypes. Also returns what to hash: the tensors in the dtypes that `_load` would give them.
+    OpenCLIP builds both towers with random weights and loads the file beside them: three times the tower.
+    Here the tower is on the meta device and takes the file's tensors, memory-mapped if the format allows it
+    and in the file's dtypes. Also returns what to hash: the tensors in the dtypes that `_load` would give
+    them.
     """
     file = _weights_file(tower)
     if file is None:
@@ -185,7 +191,7 @@ def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, nn.Module | Tens
         visual = build_visual(tower.config)
     dtypes = {name: tensor.dtype for name, tensor in visual.state_dict().items()}
     # torch cannot map files of its format before 1.6, which are not zip archives.
-    with _loading_errors(tower), torch_load_config.patch({"load.mmap": zipfile.is_zipfile(file)}):
+    with _loading_errors(tower), LOAD_CONFIG.patch({"load.mmap": zipfile.is_zipfile(file)}):
         visual.load_state_dict(load_visual_state_dict(file, visual), strict=True, assign=True)
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
@@ -194,7 +200,7 @@ def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, nn.Module | Tens
 
 
 def _weights_file(tower: TowerSource) -> Path | None:
-    """Return the file that `open_clip.create_model` would load; None if there is none or it holds NumPy arrays."""
+    """Return the file that `open_clip.create_model` would load; None without one, or for NumPy arrays."""
     if not tower.has_weights:
         return None
     file = tower.weights or find_weights_in_folder(Path(tower.model.removeprefix("local-dir:")))

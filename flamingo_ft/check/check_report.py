@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flamingo_ft.evaluation.answer_lengths import AnswerLengths
+from flamingo_ft.evaluation.questions import AnswerLengths
 from flamingo_ft.formatting import percent, plural
 
 from .row_inspector import Problem, RowResult

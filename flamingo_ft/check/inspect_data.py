@@ -21,8 +21,7 @@ from flamingo_ft.data.sample import message_text
 from flamingo_ft.data.schemas.table import MIMICIT
 from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
-from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of, questions_of
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.backbone_files import BackboneFiles
 from flamingo_ft.model.download import is_url
@@ -80,7 +79,7 @@ class LengthCounter:
 
     def __init__(self, language: str):
         self.processor, self.context = _local_processor(language)
-        self._ends = frozenset() if self.processor is None else answer_ends(self.processor)
+        self._ends = frozenset() if self.processor is None else end_tokens_of(self.processor)
 
     def lengths(self) -> TextLengths:
         """Nothing measured yet."""
@@ -92,7 +91,7 @@ class LengthCounter:
             text, answers = _estimated(sample)
         else:
             encoded = encode(self.processor, sample)
-            text, answers = encoded.text_tokens, answers_of(self.processor, sample, encoded, self._ends)
+            text, answers = encoded.text_tokens, answer_lengths(self.processor, sample, encoded, self._ends)
         lengths.text_tokens = max(lengths.text_tokens, text)
         lengths.answer_tokens = max([lengths.answer_tokens, *answers])
         lengths.over_context += self.context is not None and text > self.context

@@ -14,7 +14,7 @@ import numpy as np
 from flamingo_ft.config import EvalSection
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.sources.source import RawRow
-from flamingo_ft.evaluation.answer_lengths import AnswerLengths
+from flamingo_ft.evaluation.questions import AnswerLengths
 
 from .check_report import (
     CheckReport,

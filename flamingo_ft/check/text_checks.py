@@ -13,7 +13,7 @@ from flamingo_ft.data.pairs import EncodedPair, encode_pair
 from flamingo_ft.data.render import render_dialogue, render_prompt
 from flamingo_ft.data.sample import Sample, text_message
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.answer_lengths import answer_ends, answers_of
+from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.special_text import encode_text
 
@@ -52,7 +52,7 @@ class TextInspector:
 
     def __init__(self, processor: FlamingoProcessor, data: DataSection, limit: int, pairs: bool = False):
         self.processor, self.policy, self.limit, self.pairs = processor, data.too_long, limit, pairs
-        self._ends = answer_ends(processor)
+        self._ends = end_tokens_of(processor)
 
     def __call__(self, sample: Sample) -> InspectedText:
         try:
@@ -72,7 +72,7 @@ class TextInspector:
         )
 
     def _answers(self, sample: Sample, whole: Encoded | EncodedPair) -> tuple[int, ...]:
-        return tuple(answers_of(self.processor, sample, texts_of(whole)[0], self._ends))
+        return tuple(answer_lengths(self.processor, sample, texts_of(whole)[0], self._ends))
 
     def _encode(self, sample: Sample, limit: int, policy: TooLong) -> Encoded | EncodedPair | Dropped:
         encode = encode_pair if self.pairs and sample.rejected else encode_within

@@ -170,10 +170,10 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure accuracy on held-out samples, of a run's adapter, a converted one or a merged model."""
-    from flamingo_ft.evaluation import run
+    """Evaluate a run's adapter, a converted one or a merged model on held-out samples."""
+    from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
-    _print_metrics(run.evaluate_adapter(adapter, None if data is None else str(data), overrides or (), _say))
+    _print_metrics(evaluate_adapter(adapter, None if data is None else str(data), overrides or (), _say))
 
 
 @app.command()
@@ -187,9 +187,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")] = 64,
 ) -> None:
     """Answer a prompt about images."""
-    from flamingo_ft.inference import answer
+    from flamingo_ft.inference.answer import answer
 
-    typer.echo(answer.answer(adapter, image or [], prompt, max_new_tokens))
+    typer.echo(answer(adapter, image or [], prompt, max_new_tokens))
 
 
 @app.command()
@@ -405,10 +405,11 @@ def _tell_sources(data: OpenedData) -> None:
 def _print_metrics(metrics: dict) -> None:
     from rich.console import Console
 
-    from flamingo_ft.cli.report_table import accuracy_table, evaluation_lines, training_line
+    from flamingo_ft.cli.report_table import evaluation_lines, evaluation_tables, training_line
 
     if metrics.get("eval"):
-        Console().print(accuracy_table(metrics["eval"]))
+        for table in evaluation_tables(metrics["eval"]):
+            Console().print(table)
         for line in evaluation_lines(metrics["eval"]):
             typer.echo(line)
     if metrics.get("train"):

@@ -7,37 +7,33 @@ from typing import Any
 
 from rich.table import Table
 
+from flamingo_ft.evaluation.merge_quality import MADE_UP
+from flamingo_ft.evaluation.metrics import METRICS, Metric
+from flamingo_ft.evaluation.results import AFTER, BEFORE, MAJORITY, SHUFFLED, ScoreTable, score_tables
 from flamingo_ft.formatting import percent
 
 MOST_CLASSES = 5  # that a line holds
-_ACCURACIES = (  # column, key in a task's results, key in the results over all tasks
-    ("majority", "majority", "accuracy_majority"),
-    ("before", "before", "accuracy_before"),
-    ("after", "accuracy", "accuracy"),
-    ("with another image", "shuffled_images", "accuracy_shuffled_images"),
-)
+_COLUMNS = {MAJORITY: "majority", BEFORE: "before", AFTER: "after", SHUFFLED: "with another image"}
 
 
-def accuracy_table(evaluation: Mapping[str, Any]) -> Table:
-    """One row per task and one over all of them; a column for everything that was measured.
+def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """Return a table per metric in the ``eval`` record of a metrics.json: a row per task and one over all of them."""
+    return [_evaluation_table(scores) for scores in score_tables(evaluation)]
 
-    evaluation: {"accuracy", "accuracy_before"?, "accuracy_shuffled_images"?, "accuracy_majority"?, "per_task":
-        {task: {"accuracy", "samples", "before"?, "shuffled_images"?, "majority"?}}}, accuracies in 0..1.
-    """
-    tasks = evaluation["per_task"]
-    measured = [column for column in _ACCURACIES if evaluation.get(column[2]) is not None]
-    only_after = not any(name in ("before", "with another image") for name, *_ in measured)
 
-    table = Table(title="accuracy on held-out samples", title_justify="left")
+def _evaluation_table(scores: ScoreTable) -> Table:
+    metric = scores.metric
+    headers = [_COLUMNS[column] for column in scores.columns]
+    if not {BEFORE, SHUFFLED} & {*scores.columns}:
+        headers = [metric.label if header == "after" else header for header in headers]
+    table = Table(title=f"{metric.label} on held-out samples", title_justify="left")
     table.add_column("task")
-    headers = ["accuracy" if only_after and name == "after" else name for name, *_ in measured]
     for header in ["samples", *headers]:
         table.add_column(header, justify="right")
-    for name, task in tasks.items():
-        table.add_row(name, f"{task['samples']:,}", *(percent(task.get(key)) for _, key, _ in measured))
+    for name, row in scores.tasks.items():
+        table.add_row(name, f"{row.samples:,}", *map(metric.text, row.values))
     table.add_section()
-    total = sum(task["samples"] for task in tasks.values())
-    table.add_row("all", f"{total:,}", *(percent(evaluation[key]) for _, _, key in measured))
+    table.add_row("all", f"{scores.overall.samples:,}", *map(metric.text, scores.overall.values))
     return table
 
 
@@ -46,11 +42,11 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MOST_CLASSES:
-            shares = (
-                f"{label!r} {percent(one['accuracy'])} of {one['samples']:,}"
-                for label, one in classes.items()
+            scores = (
+                f"{answer!r} {' / '.join(m.text(one.get(m.name)) for m in METRICS.values())} of {one['samples']:,}"
+                for answer, one in classes.items()
             )
-            yield f"{name}: {', '.join(shares)}"
+            yield f"{name}: {', '.join(scores)}"
     free = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
     if free:
         yield f"{', '.join(free)}: free text scored by exact match, which counts a right answer in other words as wrong"
@@ -73,11 +69,12 @@ def merge_table(report: Mapping[str, Any]) -> Table:
     table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
     table.add_column("model")
     table.add_column("loss", justify="right")
-    table.add_column(
-        "accuracy" if cost["accuracy_margin"] is not None else "answers as the adapter", justify="right"
-    )
+    reference = ", the adapter's answers as reference" if report["prompts_from"] == MADE_UP else ""
+    metrics = [metric for name, metric in METRICS.items() if name in cost]
+    for metric in metrics:
+        table.add_column(f"{metric.label}{reference}", justify="right")
     for name, loss in cost["loss"].items():
-        table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", percent(cost["accuracy"][name]))
+        table.add_row(_MERGE_ROWS[name], f"{loss:.4f}", *(m.text(cost[m.name][name]) for m in metrics))
     return table
 
 
@@ -87,19 +84,23 @@ def merge_lines(report: Mapping[str, Any]) -> str:
     worst = (
         f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
     )
-    allowed = cost["accuracy_margin"]
-    accuracy = (
-        ""
-        if allowed is None
-        else f", or accuracy lower by more than {100 * allowed:.0f} points in the same way"
+    limits = "".join(
+        f", or {metric.label} {'lower' if metric.higher_is_better else 'higher'} by more than "
+        f"{_points(metric, cost[f'{name}_margin'])} in the same way"
+        for name, metric in METRICS.items()
+        if cost.get(f"{name}_margin") is not None
     )
     return (
         f"verified {verified['tensors']:,} tensors, {verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
         f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); refused where it "
-        f"is higher by more than {cost['margin']:.2g} beyond twice that{accuracy}\n"
+        f"is higher by more than {cost['margin']:.2g} beyond twice that{limits}\n"
         f"logits: token agreement {percent(report['token_agreement'])}, largest difference {report['relative']:.2g} of "
         f"the largest, on {report['tokens']:,} tokens"
     )
+
+
+def _points(metric: Metric, margin: float) -> str:
+    return f"{100 * margin:.0f} points" if metric.is_fraction else metric.text(margin)
 
 
 def training_line(training: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from flamingo_ft.formats.foreign_checkpoint import OPEN_FLAMINGO, OPEN_FLAMINGO_
 
 @dataclass(frozen=True)
 class Backbones:
-    """Names of the backbones, as in a recipe's ``model.language`` and ``model.vision``; None for unknown ones."""
+    """Names of the backbones as in a recipe's model.language and model.vision; None for unknown ones."""
 
     language: str | None = None
     vision: str | None = None
@@ -28,7 +28,8 @@ class Backbones:
 class Conversion:
     """Summary of a conversion.
 
-    source: the format that was recognized. result: what was written. out: where. lines: further notes for the user.
+    source: the format that was recognized. result: what was written. out: where. lines: further notes for the
+        user.
     """
 
     source: str
@@ -37,26 +38,36 @@ class Conversion:
     lines: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class KnownBackbones:
+    """Names of both backbones."""
+
+    language: str
+    vision: str
+    pretrained: str | None = None
+
+
 def resolve_backbones(
     source: str, checkpoint: ForeignCheckpoint, shape: BridgeShape, requested: Backbones
-) -> Backbones:
+) -> KnownBackbones:
     """Complete ``requested`` with the backbones that the checkpoint was trained with.
 
-    The language model follows from the name of a released model or, for OpenFlamingo's, from the shape of the bridge.
-    The tower is OpenAI's ViT-L-14, as in all released Flamingos, unless one is requested.
+    The language model follows from the name of a released model or, for OpenFlamingo's, from the shape of the
+    bridge. The tower is OpenAI's ViT-L-14, as in all released Flamingos, unless one is requested.
 
     Raises UserError if the language model is neither requested nor clear.
     """
     if requested.pretrained is not None and requested.vision is None:
         raise UserError(
-            f"got --pretrained {requested.pretrained} without --vision; name the architecture that it is a tag of"
+            f"--pretrained: needs --vision, got only {requested.pretrained}; "
+            "name the architecture that it is a tag of"
         )
     language = requested.language
     if language is None:
         language = _find_language(source, checkpoint, shape)
     if requested.vision is None:
-        return Backbones(language, *TOWER)
-    return Backbones(language, requested.vision, requested.pretrained)
+        return KnownBackbones(language, *TOWER)
+    return KnownBackbones(language, requested.vision, requested.pretrained)
 
 
 def _find_language(source: str, checkpoint: ForeignCheckpoint, shape: BridgeShape) -> str:

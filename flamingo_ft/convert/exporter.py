@@ -56,10 +56,12 @@ class _Source:
 def export_open_flamingo(
     source: str | Path, out: str | Path, *, start: str | Path | None = None
 ) -> Conversion:
-    """Write a checkpoint that open-flamingo loads with ``load_state_dict(..., strict=False)`` to the file ``out``.
+    """Write a checkpoint that open-flamingo loads with ``load_state_dict(..., strict=False)`` to the file
+    ``out``.
 
-    It holds the bridge, the vocabulary matrices and the backbone matrices that LoRA was folded into; for a whole model,
-    all weights. A model whose text attends to the following image is written in the format of version 1, which had that.
+    It holds the bridge, the vocabulary matrices and the backbone matrices that LoRA was folded into; for a
+    whole model, all weights. A model whose text attends to the following image is written in the format of
+    version 1, which had that.
 
     source: a folder or a name on the Hub. start: where the bridge that an adapter builds on is now.
     Raises UserError for a model that open-flamingo cannot express.
@@ -80,17 +82,19 @@ def export_open_flamingo(
 
 
 def export_otter(source: str | Path, out: str | Path, *, start: str | Path | None = None) -> Conversion:
-    """Write a folder as Otter saves it to ``out``: configuration and all weights, the tower as transformers' CLIP.
+    """Write a folder as Otter saves it to ``out``: configuration and all weights, the tower as transformers'
+    CLIP.
 
-    source and start are those of `export_open_flamingo`. Raises UserError for a model that Otter cannot express, such
-    as one whose tower is no CLIP ViT; the result's notes say what Otter's own code cannot load.
+    source and start are those of `export_open_flamingo`. Raises UserError for a model that Otter cannot
+    express, such as one whose tower is no CLIP ViT; the result's notes say what Otter's own code cannot load.
     """
     out = Path(out)
     loaded = _load_source(source, out, start)
     _check_compatible(loaded, source, "Otter", ("immediate",), ignored=("max_num_frames",))
     config = otter_config(loaded.model, source)
     tower = {name: t for name, t in loaded.model.state_dict().items() if name.startswith(VISION_PREFIX)}
-    # All rows of the vocabulary: Otter's constructor builds as many as config.json says, and resizes only LLaMA's.
+    # All rows of the vocabulary: Otter's constructor builds as many as config.json says, and resizes only
+    # LLaMA's.
     tensors = _bridge_tensors(loaded) | _language_tensors(loaded, None, whole=True) | from_open_clip(tower)
     tensors = {to_otter_name(name): tensor.contiguous() for name, tensor in tensors.items()}
     with folder_in_place(out) as folder:
@@ -128,7 +132,9 @@ def _load_source(source: str | Path, out: Path, start: str | Path | None) -> _So
     )
     fold_lora(model)
     refuse_attention(model.vision_encoder)
-    return _Source(model.eval(), processor, "adapter", folded, False, _quantization_notes(config.backbones))
+    return _Source(
+        model.eval(), processor, "adapter", folded, False, _quantization_notes(config.backbones or {})
+    )
 
 
 def _quantization_notes(backbones: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
@@ -209,7 +215,7 @@ def _language_tensors(loaded: _Source, vocabulary_size: int | None, whole: bool)
     vocabulary_size: number of rows to keep; None keeps all.
     whole: return every tensor, rather than those that LoRA was folded into and the embeddings.
     """
-    lm = loaded.model.lang_encoder
+    lm: Any = loaded.model.lang_encoder
     layers = f"{LANGUAGE_PREFIX}{loaded.model.decoder_layers_attr_name}."
     tensors = full_vocabulary(loaded.model, vocabulary_size)
     tied = set(lm.all_tied_weights_keys)
@@ -246,7 +252,7 @@ def _open_flamingo_notes(loaded: _Source) -> list[str]:
     ]
     if ANSWER_TOKEN in loaded.processor.tokenizer.get_vocab():
         notes.append(
-            f"its tokenizer has {ANSWER_TOKEN}, which open-flamingo's lacks: use the {loaded.kind}'s tokenizer"
+            f"its tokenizer has {ANSWER_TOKEN}, unlike open-flamingo's: use the {loaded.kind}'s tokenizer"
         )
     return notes
 

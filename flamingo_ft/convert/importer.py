@@ -6,7 +6,7 @@ import copy
 import warnings
 from functools import reduce
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -22,14 +22,14 @@ from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import ForeignCheckpoint, read_checkpoint
-from flamingo_ft.formats.foreign_checkpoint import OTTER, BridgeShape, bridge_shape
+from flamingo_ft.formats.foreign_checkpoint import OTTER, BridgeShape, Visibility, bridge_shape
 from flamingo_ft.formats.key_names import ANSWER_TOKEN
 from flamingo_ft.formats.stored_files import first_few
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.model.added_tokens import add_media_tokens
 
-from .conversion import Backbones, Conversion, describe_checkpoint, resolve_backbones
+from .conversion import Backbones, Conversion, KnownBackbones, describe_checkpoint, resolve_backbones
 from .load_into_model import add_checkpoint_lora, changed_backbone_tensors, load_bridge, replace_tensors
 
 Target = Literal["auto", "adapter", "model"]
@@ -49,14 +49,14 @@ def import_checkpoint(
 
     source: a file, a folder, or a name on the Hub.
     backbones: the backbones that it was trained with, if they do not follow from it.
-    to: write an adapter of those backbones, or a whole model; "auto" writes an adapter unless the checkpoint holds
-        other weights of the backbones than theirs.
+    to: write an adapter of those backbones, or a whole model; "auto" writes an adapter unless the checkpoint
+        holds other weights of the backbones than theirs.
     start: the checkpoint that ``source`` builds on, if that is LoRA only.
     lora_alpha: of that LoRA, if the checkpoint does not record it.
     wanted: deprecated name of ``backbones``.
 
-    Raises UserError, with nothing written, for an unknown format, for tensors that the model has no place for or that
-    have another shape, and for an adapter that would lose weights of the checkpoint.
+    Raises UserError, with nothing written, for an unknown format, for tensors that the model has no place for
+    or that have another shape, and for an adapter that would lose weights of the checkpoint.
     """
     if wanted is not None:
         warnings.warn("import_checkpoint: wanted is now called backbones", FutureWarning, stacklevel=2)
@@ -68,17 +68,18 @@ def import_checkpoint(
     base = checkpoint if start is None else read_checkpoint(fetch_model(start))
     if not base.bridge:
         raise UserError(
-            f"{source}: {checkpoint.format} checkpoint of LoRA alone; name the checkpoint that it builds on (--start)"
+            f"{source}: {checkpoint.format} checkpoint of LoRA alone; "
+            "name the checkpoint that it builds on (--start)"
         )
     shape = bridge_shape(base.bridge, base.path)
-    backbones = resolve_backbones(str(source), base, shape, backbones)
-    model, processor, notes = _build_model(checkpoint, base.visibility, shape, backbones)
+    known = resolve_backbones(str(source), base, shape, backbones)
+    model, processor, notes = _build_model(checkpoint, base.visibility, shape, known)
     notes += load_bridge(model, checkpoint, start)
     changed = changed_backbone_tensors(model, checkpoint)
     if to == "adapter" and changed:
         raise UserError(
-            f"{source}: holds {len(changed)} tensors of the backbones that are not theirs ({first_few(changed)}), which "
-            "an adapter cannot store; write a whole model (--to model)"
+            f"{source}: holds {len(changed)} tensors of the backbones that are not theirs "
+            f"({first_few(changed)}), which an adapter cannot store; write a whole model (--to model)"
         )
     model.config.converted_from = checkpoint.format
     tensors = checkpoint.tensors()
@@ -114,9 +115,9 @@ def _dtype_notes(model: FlamingoForConditionalGeneration) -> list[str]:
 
 
 def _build_model(
-    checkpoint: ForeignCheckpoint, visibility: str, shape: BridgeShape, backbones: Backbones
+    checkpoint: ForeignCheckpoint, visibility: Visibility, shape: BridgeShape, backbones: KnownBackbones
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor, list[str]]:
-    """Build the unquantized backbones on the CPU, with a bridge of the given shape. Return notes for the user too."""
+    """Build the model on the CPU, with unquantized backbones. Also return notes for the user."""
     vision = load_vision(backbones.vision, backbones.pretrained)
     language = load_language(backbones.language, dtype="auto")
     _check_backbones(checkpoint, shape, backbones, vision, language)
@@ -137,7 +138,7 @@ def _build_model(
 def _check_backbones(
     checkpoint: ForeignCheckpoint,
     shape: BridgeShape,
-    backbones: Backbones,
+    backbones: KnownBackbones,
     vision: VisionBackbone,
     language: LanguageBackbone,
 ) -> None:
@@ -145,13 +146,13 @@ def _check_backbones(
     path, width = checkpoint.path, hidden_size(language.model.config)
     if vision.width != shape.vis_dim:
         raise UserError(
-            f"{path}: was trained on tower tokens of width {shape.vis_dim}, {backbones.vision} has {vision.width}; "
-            "name its tower with --vision and --pretrained"
+            f"{path}: was trained on tower tokens of width {shape.vis_dim}, {backbones.vision} has "
+            f"{vision.width}; name its tower with --vision and --pretrained"
         )
     if width != shape.lm_width:
         raise UserError(
-            f"{path}: was trained with a language model of width {shape.lm_width}, {backbones.language} has {width}; "
-            "name its language model with --language"
+            f"{path}: was trained with a language model of width {shape.lm_width}, {backbones.language} has "
+            f"{width}; name its language model with --language"
         )
     activation = (checkpoint.config.get("vision_config") or {}).get("hidden_act")
     if activation is not None and ("quick" in activation) != vision.config["quick_gelu"]:
@@ -206,7 +207,8 @@ def _save_model(
         "own_backbones": own_backbones,
     }
     use_greedy_decoding(model, processor)
-    make_standalone(model.config, reduce(torch.promote_types, dtypes), origin)
+    config: Any = model.config
+    make_standalone(config, reduce(torch.promote_types, dtypes), origin)
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     save_processor(processor, folder)
     write_card(folder)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,8 @@ def changed_backbone_tensors(
 ) -> list[str]:
     """Return the names of backbone tensors whose values in the checkpoint are not the model's.
 
-    The rows of new tokens are ignored: they belong to the bridge. Raises UserError for a tensor that the backbones do
-    not have, and for an incomplete tower.
+    The rows of new tokens are ignored: they belong to the bridge. Raises UserError for a tensor that the
+    backbones do not have, and for an incomplete tower.
     """
     own, changed = model.state_dict(), []
     _check_complete_tower(own, checkpoint)
@@ -114,12 +115,13 @@ def _check_complete_tower(own: Iterable[str], checkpoint: ForeignCheckpoint) -> 
     missing = sorted(tower - checkpoint.vision.keys())
     if checkpoint.vision and missing:
         raise UserError(
-            f"{checkpoint.path}: its tower lacks {len(missing)} tensors ({first_few(missing)}); give the whole checkpoint"
+            f"{checkpoint.path}: its tower lacks {len(missing)} tensors ({first_few(missing)}); "
+            "give the whole checkpoint"
         )
 
 
 def _fits(model: FlamingoForConditionalGeneration, name: str, target: Tensor, tensor: Tensor) -> bool:
-    """Return whether shapes agree; a vocabulary matrix may have fewer rows: OpenFlamingo cuts padding rows off."""
+    """Return whether shapes agree. Vocabulary matrices may be shorter: OpenFlamingo cuts padding rows off."""
     if name in vocabulary_matrices(model) and len(tensor) < len(target):
         return tensor.shape[1:] == target.shape[1:]
     return tensor.shape == target.shape
@@ -159,24 +161,28 @@ def add_checkpoint_lora(
 ) -> None:
     """Add LoRA with the checkpoint's weights to the model.
 
-    Raises UserError for LoRA that the model has no matrix for, for ranks that differ within a part, for anything but
-    pairs of lora_A and lora_B, and for an unknown alpha.
+    Raises UserError for LoRA that the model has no matrix for, for ranks that differ within a part, for
+    anything but pairs of lora_A and lora_B, and for an unknown alpha.
     """
     if alpha is None:
         raise UserError(
-            f"{path}: the checkpoint does not record lora_alpha; give the value it was trained with (--lora-alpha)"
+            f"{path}: the checkpoint does not record lora_alpha; "
+            "give the value it was trained with (--lora-alpha)"
         )
     if alpha < 1 or alpha != int(alpha):
         raise UserError(
             f"{path}: lora_alpha must be a positive whole number, got {alpha}; this LoRA cannot be imported"
         )
-    targets = {name: _target_layers(tensors, part.prefix) for name, part in PARTS.items()}
-    targets = {part: layers for part, layers in targets.items() if layers}
+    targets: dict[str, Sequence[str]] = {}
+    for part in PARTS.values():
+        lora_a = [name for name in tensors if name.startswith(part.prefix) and name.endswith(_A)]
+        if lora_a:
+            targets[part.name] = [name.removesuffix(_A) for name in lora_a]
     _check_targets_exist(model, targets, path)
     all_layers = [layer for layers in targets.values() for layer in layers]
     _check_complete_pairs(tensors, all_layers, path)
     _check_lora_shapes(model, tensors, all_layers, path)
-    parts = {
+    parts: dict[str, Any] = {
         part: LoraPart(r=_rank(tensors, layers, path), lora_alpha=int(alpha))
         for part, layers in targets.items()
     }
@@ -184,12 +190,8 @@ def add_checkpoint_lora(
     load_lora_weights(model, tensors)
 
 
-def _target_layers(tensors: Mapping[str, Tensor], prefix: str) -> list[str]:
-    return [name.removesuffix(_A) for name in tensors if name.startswith(prefix) and name.endswith(_A)]
-
-
 def _check_targets_exist(
-    model: FlamingoForConditionalGeneration, targets: Mapping[str, list[str]], path: Path
+    model: FlamingoForConditionalGeneration, targets: Mapping[str, Sequence[str]], path: Path
 ) -> None:
     unknown: list[str] = []
     for part, layers in targets.items():
@@ -197,8 +199,8 @@ def _check_targets_exist(
         unknown += [layer for layer in layers if layer not in own]
     if unknown:
         raise UserError(
-            f"{path}: has LoRA for {first_few(unknown)}, which this language model does not have; name the one that "
-            "the checkpoint was trained with (--language)"
+            f"{path}: has LoRA for {first_few(unknown)}, which this language model does not have; "
+            "name the one that the checkpoint was trained with (--language)"
         )
 
 
@@ -207,8 +209,8 @@ def _check_complete_pairs(tensors: Mapping[str, Tensor], layers: list[str], path
     unpaired = sorted(expected ^ tensors.keys())
     if unpaired:
         raise UserError(
-            f"{path}: LoRA must be pairs of lora_A and lora_B, got missing or other weights: {first_few(unpaired)}; "
-            "this LoRA cannot be imported"
+            f"{path}: LoRA must be pairs of lora_A and lora_B, got missing or other weights: "
+            f"{first_few(unpaired)}; this LoRA cannot be imported"
         )
 
 
@@ -217,19 +219,22 @@ def _check_lora_shapes(
 ) -> None:
     """Refuse LoRA whose matrices do not fit the layers' (out, in), or (in, out) as in GPT-2."""
     for layer in layers:
-        rows, columns = model.get_submodule(layer).weight.shape
+        matrix: Any = model.get_submodule(layer).weight
+        rows, columns = matrix.shape
         lora_a, lora_b = tensors[layer + _A], tensors[layer + _B]
         if (lora_a.shape[1], len(lora_b)) not in ((columns, rows), (rows, columns)):
             raise UserError(
                 f"{path}: LoRA of {layer} does not fit its matrix of {(rows, columns)}, got lora_B "
-                f"{tuple(lora_b.shape)} and lora_A {tuple(lora_a.shape)}; name the language model of the checkpoint"
+                f"{tuple(lora_b.shape)} and lora_A {tuple(lora_a.shape)}; "
+                "name the language model of the checkpoint (--language)"
             )
 
 
-def _rank(tensors: Mapping[str, Tensor], layers: list[str], path: Path) -> int:
+def _rank(tensors: Mapping[str, Tensor], layers: Sequence[str], path: Path) -> int:
     ranks = {len(tensors[layer + _A]) for layer in layers}
     if len(ranks) > 1:
         raise UserError(
-            f"{path}: LoRA of one part must have one rank, got ranks {sorted(ranks)}; this LoRA cannot be imported"
+            f"{path}: LoRA of one part must have one rank, got ranks {sorted(ranks)}; "
+            "this LoRA cannot be imported"
         )
     return ranks.pop()

@@ -1,4 +1,4 @@
-"""Otter's config.json for a Flamingo: the tower as transformers' CLIP, the language model's configuration as it is."""
+"""Otter's config.json for a Flamingo, with the tower as transformers' CLIP."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _VIT_KEYS = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_r
 
 
 def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dict[str, Any]:
-    """Return the content of Otter's config.json. Raises UserError, naming ``source``, for a tower that is no CLIP ViT."""
+    """Return Otter's config.json. Raises UserError, naming ``source``, for a tower that is not a CLIP ViT."""
     config = model.config
-    text = config.text_config.to_dict() | {"vocab_size": len(model.get_input_embeddings().weight)}
+    embeddings: Any = model.get_input_embeddings()
+    text = config.text_config.to_dict() | {"vocab_size": len(embeddings.weight)}
     lm_class = LANGUAGE_MODEL_CLASSES.get(text["model_type"]) or type(model.lang_encoder).__name__
     text["architectures"] = [lm_class]
     text["_name_or_path"] = ((config.backbones or {}).get("language") or {}).get("name") or ""
@@ -73,10 +74,10 @@ def otter_notes(model: FlamingoForConditionalGeneration, processor: FlamingoProc
         notes.append(f"Otter's own code loads only {supported} language models, not {kind}")
     if model.config.vision_width != TOKEN_WIDTH:
         notes.append(
-            f"Otter's own code supports only towers of width {TOKEN_WIDTH}, this one has {model.config.vision_width}"
+            f"Otter's own code supports only towers of width {TOKEN_WIDTH}, not {model.config.vision_width}"
         )
     if ANSWER_TOKEN not in processor.tokenizer.get_vocab():
         notes.append(
-            f"its tokenizer has no {ANSWER_TOKEN}, which Otter adds after <image>: use the tokenizer in the folder"
+            f"its tokenizer has no {ANSWER_TOKEN}, which Otter adds: use the tokenizer in the folder"
         )
     return notes

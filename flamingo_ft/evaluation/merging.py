@@ -1,4 +1,4 @@
-"""An adapter and its base -> one standalone model: verified tensor by tensor, and measured beside the adapter."""
+"""Merge an adapter into its base: one standalone model, verified tensor by tensor and compared with the adapter."""
 
 from __future__ import annotations
 
@@ -32,8 +32,17 @@ from flamingo_ft.formatting import percent
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .merge_cost import ACCURACY_MARGIN, LOSS_MARGIN, Measured, cost, logit_difference, measure
-from .merge_probe import Probe, made_up_probe, probe_of_run
+from .merge_quality import (
+    LOSS_MARGIN,
+    EvalSet,
+    Measurement,
+    compare,
+    eval_set_of_run,
+    logit_difference,
+    made_up_eval_set,
+    measure,
+)
+from .metrics import ACCURACY, METRICS
 
 MERGE_FILE = "merge.json"
 SAMPLES = 64
@@ -51,48 +60,52 @@ def merge_adapter(
     with_code: bool = False,
     samples: int = SAMPLES,
     margin: float = LOSS_MARGIN,
-    accuracy_margin: float = ACCURACY_MARGIN,
+    accuracy_margin: float | None = ACCURACY.merge_margin,
 ) -> dict[str, Any]:
-    """Write the merged model to ``out``: safetensors shards, configuration, processor, and what was checked.
+    """Write the merged model to ``out``: safetensors shards, configuration, processor, and a record of the checks.
 
-    First every written tensor is compared with W + scale * B A, or with the base: a wrong merge is always refused.
-    Then loss and accuracy are measured beside the adapter's, on held-out samples of the run.
+    First every written tensor is compared with W + scale * B A, or with the base; a wrong merge is always refused.
+    Then loss and metrics are compared with the adapter's on held-out samples of the run.
 
-    base: the backbones' unquantized weights (bf16), or what the quantized ones stand for (dequantized).
-    dtype: of the merged weights; gates stay in float32. quantization: of the written model; verified before.
-    samples: how many the loss is measured on; as many questions, at most 32, are answered.
-    margin, accuracy_margin: how much worse than the adapter the model may be: how much higher its loss, in nats per
-        token, and how much lower its accuracy, as a share of answers; each beyond twice its standard error over the
-        samples. On made-up prompts, where the run's samples are gone, four times ``margin``, and accuracy is not judged.
+    base: merge into the unquantized backbones (bf16), or into the dequantized ones that training saw (dequantized).
+    dtype: of the merged weights; gates stay in float32.
+    quantization: of the written model. The merge is verified before it is quantized.
+    samples: how many samples the loss is measured on; at most 32 questions are answered too.
+    margin: how much higher the loss may be than the adapter's, in nats per token, beyond two standard errors over the
+        samples. Made-up prompts, used if the run's samples are not here, quadruple it.
+    accuracy_margin: how much lower the accuracy may be, in 0..1, likewise; not used on made-up prompts.
     tolerance: deprecated; also refuse logits that differ by more than this, relative to the largest.
-    start: where the bridge that the adapter builds on lies now, if not where it lay in training.
-    with_code: put the package's code beside the model, for transformers where the package is not.
+    start: where the bridge that the adapter builds on is now, if it has moved since training.
+    with_code: put the package's code beside the model, for transformers without this package.
 
-    Returns what is written to ``merge.json``. Raises UserError when ``out`` exists, ``adapter`` is a merged model
-    already, its base is another than it was trained on, and when the merged model is wrong, or worse than the adapter
-    by more than either margin: then nothing is left at ``out``.
+    Returns what is written to ``merge.json``. Raises UserError, and leaves nothing at ``out``, if ``out`` exists,
+    ``adapter`` is already merged, its base is not the one it was trained on, or the merged model is wrong or worse than
+    the adapter by more than a margin.
     """
     if tolerance is not None:
         message = (
             "merge: tolerance (distance of logits) says little about quality and is deprecated; use margin"
         )
         warnings.warn(message, FutureWarning, stacklevel=2)
-    named, adapter, out = str(adapter), fetch_model(adapter), Path(out)
+    name, adapter, out = str(adapter), fetch_model(adapter), Path(out)
     check_mergeable(adapter, out)
     processor, formats = read_processor(adapter), base_quantizations(read_config(adapter))
     with folder_in_place(out) as folder:
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
         report = {
-            "adapter": named,
-            "base_quantizations": formats,
+            "adapter": name,
+            "trained_in": formats,
             "base": base,
             "dtype": str(dtype).removeprefix("torch."),
+            **written,
+            "quantization": None if quantization is None else quantization.record(),
         }
-        report |= written | {"quantization": None if quantization is None else quantization.record()}
-        margins = margin, accuracy_margin
-        report |= _measure_all(
-            adapter, folder, processor, quantization, start, samples, margins, bool(formats)
+        models, eval_set = _measure_models(
+            adapter, folder, processor, quantization, start, samples, was_quantized=bool(formats)
         )
+        report |= logit_difference(models["merged"], models["adapter"])
+        report["prompts_from"] = eval_set.origin
+        report["cost"] = compare(models, eval_set, margin, accuracy_margin)
         report["tolerance"] = tolerance
         _refuse_worse(report)
         if with_code:
@@ -103,88 +116,88 @@ def merge_adapter(
     return report
 
 
-def _measure_all(
+def _measure_models(
     adapter: Path,
     folder: Path,
     processor: FlamingoProcessor,
     quantization: Quantization | None,
     start: str | Path | None,
     samples: int,
-    margins: tuple[float, float],
     was_quantized: bool,
-) -> dict[str, Any]:
-    """Measure the adapter, the merged model in ``folder``, which is quantized along the way where that is asked, and
-    what quantization alone changes: the adapter on its base unquantized, and the merged model before it is
-    quantized."""
-    models, (models["adapter"], probe) = {}, _measured_adapter(adapter, processor, start, samples)
+) -> tuple[dict[str, Measurement], EvalSet]:
+    """Measure the adapter and the merged model in ``folder``, and quantize the latter if requested.
+
+    To show what quantization alone changes, also measure the adapter on its unquantized base and the merged model
+    before it is quantized.
+    """
+    adapter_measurement, eval_set = _measure_adapter(adapter, processor, start, samples)
+    models = {"adapter": adapter_measurement}
 
     def add(name: str, load: Callable[[], FlamingoForConditionalGeneration]) -> None:
-        models[name] = measure(load(), processor, probe)
-        gc.collect()  # two models may be too many; hooks and what they hook onto refer to each other
+        models[name] = measure(load(), processor, eval_set)
+        gc.collect()  # two models may not fit; a model and its hooks refer to each other
 
     if was_quantized:
-        with suppress(
-            torch.OutOfMemoryError
-        ):  # only for comparison, and it may be larger than what is merged
+        # only for comparison, and it may need more memory than the merge itself
+        with suppress(torch.OutOfMemoryError):
             add("adapter_on_unquantized_base", lambda: load_adapter(adapter, start=start, quantized=False)[0])
     if quantization is not None:
         add("merged_before_quantization", lambda: load_whole_model(folder))
         quantize_merged(folder, quantization)
         gc.collect()
     add("merged", lambda: load_whole_model(folder))
-    found = logit_difference(models["merged"], models["adapter"])
-    return {**found, "prompts_from": probe.origin, "cost": cost(models, probe, *margins)}
+    return models, eval_set
 
 
-def _measured_adapter(
+def _measure_adapter(
     adapter: Path, processor: FlamingoProcessor, start: str | Path | None, samples: int
-) -> tuple[Measured, Probe]:
-    """The adapter's own figures, and the probe that they are of."""
+) -> tuple[Measurement, EvalSet]:
+    """Measure the adapter itself; also return what all models are compared on."""
     model = load_adapter(adapter, start=start)[0]
-    probe = probe_of_run(adapter, processor, context_length(model.config), samples) or made_up_probe(
-        model, processor
-    )
-    measured = measure(model, processor, probe)
+    eval_set = eval_set_of_run(adapter, processor, context_length(model.config), samples)
+    if eval_set is None:
+        eval_set = made_up_eval_set(model, processor)
+    measurement = measure(model, processor, eval_set)
     del model
     gc.collect()
-    return measured, probe
+    return measurement, eval_set
 
 
 def _refuse_worse(report: dict[str, Any]) -> None:
-    """Raise UserError for a model that is worse than its adapter, or beyond the deprecated tolerance."""
-    found, tolerance = report["cost"], report["tolerance"]
-    if found["worse"]:
-        loss, accuracy = found["loss"], found["accuracy"]
-        answers = "" if accuracy["merged"] is None else f", accuracy {_against(accuracy, '{:.1%}')}"
+    """Raise UserError if the model is worse than its adapter, or beyond the deprecated tolerance."""
+    cost, tolerance = report["cost"], report["tolerance"]
+    if cost["worse"]:
+        values = [f"loss {_against(cost['loss'], '{:.3f}'.format)}"]
+        margins = [f"{cost['margin']:.2g} nats"]
+        for name, metric in METRICS.items():
+            if cost[name]["merged"] is not None:
+                values.append(f"{metric.label} {_against(cost[name], metric.text)}")
+            if cost[f"{name}_margin"] is not None:
+                margins.append(metric.text(cost[f"{name}_margin"]))
         raise UserError(
-            f"{report['adapter']}: the merged model is worse than the adapter on {found['samples']} "
-            f"{report['prompts_from']}: loss {_against(loss, '{:.3f}')}{answers}, beyond the margins "
-            f"of {_margins(found)}; {_remedies(report)}accept more with --margin or --accuracy-margin"
+            f"{report['adapter']}: the merged model is worse than the adapter on {cost['samples']} "
+            f"{report['prompts_from']}: {', '.join(values)}, beyond the margins of {' and '.join(margins)}; "
+            f"{_remedies(report)}accept more with --margin or --accuracy-margin"
         )
     if tolerance is not None and not report["relative"] <= tolerance:
         raise UserError(
-            f"{report['adapter']}: the merged model's logits are {report['relative']:.2g} of the largest away from the "
-            f"adapter's (token agreement {percent(report['token_agreement'])}), beyond the tolerance of {tolerance:.2g}; "
+            f"{report['adapter']}: the merged model's logits differ from the adapter's by {report['relative']:.2g} of "
+            f"the largest (token agreement {percent(report['token_agreement'])}), beyond the tolerance of {tolerance:.2g}; "
             f"{_remedies(report)}leave --tolerance out"
         )
 
 
-def _margins(found: dict[str, Any]) -> str:
-    accuracy = found["accuracy_margin"]
-    return f"{found['margin']:.2g} nats" + ("" if accuracy is None else f" and {percent(accuracy)}")
-
-
-def _against(figures: dict[str, float], form: str) -> str:
-    return f"{form.format(figures['merged'])} against {form.format(figures['adapter'])}"
+def _against(values: dict[str, float], write: Callable[[float], str]) -> str:
+    return f"{write(values['merged'])} against {write(values['adapter'])}"
 
 
 def _remedies(report: dict[str, Any]) -> str:
-    """What could bring the merged model closer to the adapter."""
-    choices = {
-        "--base dequantized": report["base_quantizations"] and report["base"] == "bf16",
+    """Suggest options that may bring the merged model closer to the adapter."""
+    options = {
+        "--base dequantized": report["trained_in"] and report["base"] == "bf16",
         "--dtype bf16": report["dtype"] == "float16",
         "--dtype fp32": report["dtype"] == "bfloat16",
         "no --quantization": report["quantization"],
     }
-    possible = " and ".join(choice for choice, is_left in choices.items() if is_left)
-    return f"merge with {possible}, or " if possible else ""
+    applicable = " and ".join(option for option, applies in options.items() if applies)
+    return f"merge with {applicable}, or " if applicable else ""

@@ -1,80 +1,92 @@
-"""Held-out samples as questions with one right answer each."""
+"""Held-out samples as questions with one reference answer each, and how long those answers are."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
+from flamingo_ft.data import Sample, encode
+from flamingo_ft.data.encode import IGNORED, Encoded, end_token_id
 from flamingo_ft.data.pairs import answer_begins
-from flamingo_ft.data.sample import DOCUMENT, Medium, Sample, message_text
+from flamingo_ft.data.render import is_document
+from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
+from flamingo_ft.errors import UserError
+from flamingo_ft.inference.predictor import Prompt
+from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.added_tokens import EOC_TOKEN
 
 
 @dataclass(frozen=True)
-class Question:
-    """A dialogue up to where the assistant is to speak, with the images it has mentioned, and the right answer."""
+class Question(Prompt):
+    """A dialogue up to where the assistant answers, with the images so far and the reference answer.
 
-    messages: list[dict[str, Any]]
-    images: list[Medium]
-    answer: str
-    task: str
-    where: str
-    sample: int
+    sample: index of the sample that it comes from.
+    """
+
+    answer: str = ""
+    task: str = ""
+    sample: int = 0
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """All answers that count as correct."""
+        return (self.answer,)
 
 
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
-    """One question for each assistant turn but those without loss; the turns before it are given as they should be.
+    """Return one question per assistant turn, except turns without loss; earlier turns are given as they are.
 
-    Of a document, one: what follows its last image, its beginning given. Without an image, none. Of a pair of answers,
-    the better one's: what is said before belongs to the prompt.
+    A document with images is one question: its text up to the last image is the prompt, the rest the answer. Of a
+    preference pair, only the turns of the preferred answer count; the turns before it are the prompt.
     """
-    return [question for number, sample in enumerate(samples) for question in _questions(sample, number)]
+    return [question for index, sample in enumerate(samples) for question in _questions(sample, index)]
 
 
-def _questions(sample: Sample, number: int) -> Iterator[Question]:
+def _questions(sample: Sample, index: int) -> Iterator[Question]:
     first = answer_begins(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
-            yield _question(sample, number, sample.messages[:turn], message_text(message))
+            yield _question(sample, index, sample.messages[:turn], message_text(message))
         elif message["role"] == DOCUMENT and sample.images:
             blocks = message["content"]
             after_last = 1 + max(i for i, block in enumerate(blocks) if block["type"] == "image")
             answer = message_text({"content": blocks[after_last:]}).strip()
-            yield _question(sample, number, [{**message, "content": blocks[:after_last]}], answer)
+            yield _question(sample, index, [{**message, "content": blocks[:after_last]}], answer)
 
 
-def _question(sample: Sample, number: int, before: list[dict[str, Any]], answer: str) -> Question:
+def _question(sample: Sample, index: int, before: list[dict[str, Any]], answer: str) -> Question:
     mentioned = sum(block["type"] == "image" for message in before for block in message["content"])
-    return Question(before, sample.images[:mentioned], answer, sample.task, sample.where, number)
+    return Question(before, sample.images[:mentioned], sample.where, answer, sample.task, index)
 
 
 def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """Every sample with the images of another sample that has as many.
+    """Return every sample with the images of another sample that has as many.
 
-    None of them is its own where a sample has such images, at least one is not where a sample has other images at
-    all, and only a sample without a counterpart keeps its own. A model that answers these as well as the true ones
-    does not look.
+    If possible, none of the images is the sample's own; otherwise at least one differs. A sample keeps its own images
+    only if no other sample has as many. A model that answers these samples as well as the originals ignores images.
     """
     by_count = defaultdict(list)
-    for number, sample in enumerate(samples):
-        by_count[len(sample.images)].append(number)
+    for index, sample in enumerate(samples):
+        by_count[len(sample.images)].append(index)
     images = {}
-    for numbers in by_count.values():
-        random.Random(seed).shuffle(numbers)
-        choices = [samples[number].images for number in numbers]
-        for place, number in enumerate(numbers):
-            images[number] = _other_images(choices, place)
-    return [replace(sample, images=images[number]) for number, sample in enumerate(samples)]
+    for indices in by_count.values():
+        random.Random(seed).shuffle(indices)
+        choices = [samples[index].images for index in indices]
+        for position, index in enumerate(indices):
+            images[index] = _other_images(choices, position)
+    return [replace(sample, images=images[index]) for index, sample in enumerate(samples)]
 
 
-def _other_images(choices: Sequence[list[Medium]], place: int) -> list[Medium]:
-    """The first choice after ``place`` that shares no image with the one there; else the first that differs."""
-    own = choices[place]
+def _other_images(choices: Sequence[list[Medium]], position: int) -> list[Medium]:
+    """Return the first choice after ``position`` that shares no image with the one there, or the first that differs."""
+    own = choices[position]
     differing = None
     for step in range(1, len(choices)):
-        images = choices[(place + step) % len(choices)]
+        images = choices[(position + step) % len(choices)]
         if not set(images) & set(own):
             return images
         if images != own and differing is None:
@@ -82,6 +94,86 @@ def _other_images(choices: Sequence[list[Medium]], place: int) -> list[Medium]:
     return own if differing is None else differing
 
 
-def as_row(question: Question) -> dict[str, Any]:
-    """The question as the generating functions take it."""
-    return dict(vars(question))
+@dataclass
+class AnswerLengths:
+    """Lengths of reference answers, in tokens with the end token.
+
+    answers: number of reference answers; too_long: those of more than ``max_new_tokens``, which generation would cut
+    off; longest: tokens of the longest.
+    """
+
+    max_new_tokens: int
+    answers: int = 0
+    too_long: int = 0
+    longest: int = 0
+
+    def add(self, lengths: Iterable[int]) -> None:
+        """Count the answers of one sample, given their lengths in tokens."""
+        for length in lengths:
+            self.answers += 1
+            self.too_long += length > self.max_new_tokens
+            self.longest = max(self.longest, length)
+
+    @property
+    def warning(self) -> str | None:
+        """One line if generated answers would be cut off before they could match, otherwise None."""
+        if not self.too_long:
+            return None
+        verb = "is" if self.too_long == 1 else "are"
+        return (
+            f"eval.max_new_tokens: {self.too_long:,} of {self.answers:,} reference answers {verb} longer than "
+            f"{self.max_new_tokens} tokens (longest: {self.longest}, end token included), "
+            f"so a correct answer would be cut off; use {self.longest} or more"
+        )
+
+
+def measure_answers(
+    processor: FlamingoProcessor, samples: Iterable[Sample], max_new_tokens: int
+) -> AnswerLengths:
+    """Measure the reference answers of ``samples``, skipping samples that cannot be encoded."""
+    lengths, end_tokens = AnswerLengths(max_new_tokens), end_tokens_of(processor)
+    for sample in samples:
+        try:
+            encoded = encode(processor, sample)
+        except UserError:
+            continue  # asking the question needs only its prompt; such a sample has no answer to measure
+        lengths.add(answer_lengths(processor, sample, encoded, end_tokens))
+    return lengths
+
+
+def answer_lengths(
+    processor: FlamingoProcessor, sample: Sample, encoded: Encoded, end_tokens: frozenset[int]
+) -> list[int]:
+    """Return the tokens of each answer that evaluation asks for, end token included.
+
+    These are the same answers as in `questions_of`. encoded: the whole sample.
+    """
+    begin = 0
+    if is_document(sample.messages):
+        if processor.image_token_id not in encoded.input_ids:
+            return []
+        begin = len(encoded.input_ids) - encoded.input_ids[::-1].index(processor.image_token_id)
+    by_loss = groupby(encoded.labels[begin:], lambda label: label != IGNORED)
+    answers = [list(labels) for has_loss, labels in by_loss if has_loss]
+    if sample.rejected:
+        answers = answers[-1:]
+    return [_length(answer, end_tokens) for answer in answers]
+
+
+def end_tokens_of(processor: FlamingoProcessor) -> frozenset[int]:
+    """Return the tokens at which generation stops."""
+    try:
+        in_template = end_token_id(processor)
+    except UserError:  # a chat template that shows no end token
+        in_template = None
+    tokenizer = processor.tokenizer
+    tokens = (in_template, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(EOC_TOKEN))
+    return frozenset(token for token in tokens if token is not None)
+
+
+def _length(answer: Sequence[int], end_tokens: frozenset[int]) -> int:
+    """Tokens to generate, up to the first end token; a template may have a line break after it."""
+    for length, token in enumerate(answer, start=1):
+        if token in end_tokens:
+            return length
+    return len(answer)

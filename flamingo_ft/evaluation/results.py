@@ -1,76 +1,106 @@
-"""What evaluations of one run found: the answers themselves, and their accuracy as `metrics.json` has it."""
+"""Answers of an evaluation: predictions.jsonl, the ``eval`` record of metrics.json, and tables of its scores."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.adapters.card import CardTable
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.data.media import preview
 from flamingo_ft.data.sample import display_text
 
-from .accuracy import accuracy
-from .baselines import by_class, is_free_text, majority
+from .image_use import image_use
+from .metrics import ACCURACY, METRICS, Metric, is_free_text, scores_by_class
 from .questions import Question
-from .verdict import verdict
 
-BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"
+BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"  # conditions under which questions are asked
+MAJORITY = "majority"  # baseline: always give the most frequent reference answer
+COLUMNS = (MAJORITY, BEFORE, AFTER, SHUFFLED)  # of score tables, in this order
+COLUMN_HEADERS = {
+    MAJORITY: "majority answer",
+    BEFORE: "before",
+    AFTER: "after",
+    SHUFFLED: "with another image",
+}
 PREDICTIONS_FILE = "predictions.jsonl"
+
+
+def overall_key(metric: Metric, column: str) -> str:
+    """Return the key of a score over all tasks: ``accuracy``, ``accuracy_before``, ..."""
+    return metric.name if column == AFTER else f"{metric.name}_{column}"
+
+
+def task_key(metric: Metric, column: str) -> str:
+    """Return the key of a score of one task. Accuracy's are the bare column: ``accuracy``, ``before``, ..."""
+    return column if metric is ACCURACY and column != AFTER else overall_key(metric, column)
 
 
 @dataclass
 class Results:
-    """Answers to the same questions: ``before`` and ``after`` training, and with ``shuffled_images``."""
+    """Answers to the same questions under several conditions: ``BEFORE`` and ``AFTER`` training, and ``SHUFFLED``."""
 
     questions: Sequence[Question]
     answers: dict[str, list[str]] = field(default_factory=dict)
 
-    def summary(self) -> dict[str, Any]:
-        """The ``eval`` part of ``metrics.json``: accuracies in 0..1 overall and per task, what to hold them against, and
-        a verdict in words where the images were exchanged too."""
-        tasks = defaultdict(list)
-        for index, question in enumerate(self.questions):
-            tasks[question.task].append(index)
-        per_task = {task: self._of_task(indices) for task, indices in sorted(tasks.items())}
-        overall = {"accuracy": accuracy(self.questions, self.answers[AFTER])}
-        for name, answers in self.answers.items():
-            if name != AFTER:
-                overall[f"accuracy_{name}"] = accuracy(self.questions, answers)
-        hits = sum(task["majority"] * task["samples"] for task in per_task.values())
-        overall["accuracy_majority"] = hits / len(self.questions)
-        if SHUFFLED in self.answers:
-            overall["verdict"] = verdict(self.questions, self.answers[AFTER], self.answers[SHUFFLED])
-        return {**overall, "per_task": per_task}
+    @property
+    def conditions(self) -> list[str]:
+        """The conditions asked so far, ``AFTER`` first."""
+        return sorted(self.answers, key=lambda condition: condition != AFTER)
 
-    def _of_task(self, indices: Sequence[int]) -> dict[str, Any]:
+    def summary(self) -> dict[str, Any]:
+        """Return the ``eval`` record of metrics.json: every metric overall and per task, with its majority baseline.
+
+        With answers to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
+        """
+        by_task = defaultdict(list)
+        for index, question in enumerate(self.questions):
+            by_task[question.task].append(index)
+        per_task = {task: self._task_record(indices) for task, indices in sorted(by_task.items())}
+        record: dict[str, Any] = {}
+        for metric in METRICS.values():
+            for condition in self.conditions:
+                value = metric.evaluate(self.questions, self.answers[condition])
+                record[overall_key(metric, condition)] = value
+            majority = sum(task[task_key(metric, MAJORITY)] * task["samples"] for task in per_task.values())
+            record[overall_key(metric, MAJORITY)] = majority / len(self.questions)
+        if SHUFFLED in self.answers:
+            record["verdict"] = image_use(self.questions, self.answers[AFTER], self.answers[SHUFFLED])
+        return {**record, "per_task": per_task}
+
+    def _task_record(self, indices: Sequence[int]) -> dict[str, Any]:
         questions = [self.questions[index] for index in indices]
-        answers = {name: [given[index] for index in indices] for name, given in self.answers.items()}
-        others = {name: accuracy(questions, given) for name, given in answers.items() if name != AFTER}
-        record = {"accuracy": accuracy(questions, answers[AFTER]), "samples": len(questions), **others}
-        record |= {"majority": majority(questions), "free_text": is_free_text(questions)}
-        return record | {"classes": by_class(questions, answers[AFTER])}
+        answers = {name: [self.answers[name][index] for index in indices] for name in self.conditions}
+        record: dict[str, Any] = {"samples": len(questions)}
+        for metric in METRICS.values():
+            for condition, predictions in answers.items():
+                record[task_key(metric, condition)] = metric.evaluate(questions, predictions)
+            record[task_key(metric, MAJORITY)] = metric.majority_baseline(questions)
+        record["free_text"] = is_free_text(questions)
+        record["classes"] = scores_by_class(questions, answers[AFTER])
+        return record
 
     def save(self, folder: Path) -> None:
-        """Every question, ``<image>`` where an image stands, with its right answer and what the model said each time."""
+        """Write predictions.jsonl: each question, ``<image>`` where an image is, its reference and every answer."""
         with file_in_place(folder / PREDICTIONS_FILE) as place, place.open("w", encoding="utf-8") as file:
             for index, question in enumerate(self.questions):
-                said = {name: answers[index] for name, answers in self.answers.items()}
-                file.write(json.dumps(_row(question) | said, ensure_ascii=False) + "\n")
+                predictions = {condition: answers[index] for condition, answers in self.answers.items()}
+                file.write(json.dumps(_row(question) | predictions, ensure_ascii=False) + "\n")
 
-    def recall(self, name: str, folder: Path) -> None:
-        """Take the answers of one time from what `save` wrote, where it is there and has these questions."""
+    def restore(self, condition: str, folder: Path) -> None:
+        """Take the answers of one condition from predictions.jsonl in ``folder``, if it has the same questions."""
         rows = load_predictions(folder) if (folder / PREDICTIONS_FILE).is_file() else []
         same = [row["where"] for row in rows] == [question.where for question in self.questions]
-        if same and all(name in row for row in rows):
-            self.answers[name] = [row[name] for row in rows]
+        if same and all(condition in row for row in rows):
+            self.answers[condition] = [row[condition] for row in rows]
 
 
 def load_predictions(folder: Path) -> list[dict[str, Any]]:
-    """The rows that `Results.save` wrote."""
+    """Return the rows of predictions.jsonl."""
     with (folder / PREDICTIONS_FILE).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
@@ -83,3 +113,93 @@ def _row(question: Question) -> dict[str, Any]:
         "question": display_text(question.messages[-1]).strip(),
         "answer": question.answer,
     }
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """One row of a score table. values: one per column; None where it was not measured."""
+
+    samples: int
+    values: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """The scores of one metric, for the terminal, the report and the model card.
+
+    columns: those of `COLUMNS` that were measured. tasks: rows by task; overall: the row over all tasks.
+    """
+
+    metric: Metric
+    columns: tuple[str, ...]
+    tasks: dict[str, TaskScores]
+    overall: TaskScores
+
+
+def score_tables(evaluation: Mapping[str, Any] | None) -> list[ScoreTable]:
+    """Return a table for each registered metric in the ``eval`` record of a metrics.json; none without a record."""
+    if not evaluation:
+        return []
+    return [_table(metric, evaluation) for metric in METRICS.values() if metric.name in evaluation]
+
+
+def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:
+    measured = tuple(column for column in COLUMNS if evaluation.get(overall_key(metric, column)) is not None)
+    tasks = {
+        name: TaskScores(
+            record["samples"], tuple(record.get(task_key(metric, column)) for column in measured)
+        )
+        for name, record in evaluation["per_task"].items()
+    }
+    samples = sum(task.samples for task in tasks.values())
+    overall = TaskScores(samples, tuple(evaluation[overall_key(metric, column)] for column in measured))
+    return ScoreTable(metric, measured, tasks, overall)
+
+
+def card_tables(evaluation: Mapping[str, Any] | None) -> list[CardTable]:
+    """Return `score_tables` as the model card takes them: finished text, with a column for every condition."""
+    return [_card_table(table) for table in score_tables(evaluation)]
+
+
+def _card_table(table: ScoreTable) -> CardTable:
+    metric = table.metric
+
+    def cells(row: TaskScores) -> list[str]:
+        by_column = dict(zip(table.columns, row.values, strict=True))
+        return [metric.text(by_column.get(column)) for column in COLUMNS]
+
+    rows = [[task, str(row.samples), *cells(row)] for task, row in table.tasks.items()]
+    after = table.columns.index(AFTER)
+    values = {"all": table.overall.values[after]}
+    if len(table.tasks) > 1:
+        values |= {task: row.values[after] for task, row in table.tasks.items()}
+    return CardTable(
+        title=f"{metric.title} on held-out samples",
+        description=metric.description or metric.label,
+        hub_type=metric.hub_type or metric.name,
+        columns=[COLUMN_HEADERS[column] for column in COLUMNS],
+        rows=[*rows, ["all", "", *cells(table.overall)]],
+        values=values,
+    )
+
+
+@dataclass(frozen=True)
+class ClassScores:
+    """One reference answer of a task with few of them. predicted: how often it was given."""
+
+    task: str
+    answer: str
+    samples: int
+    values: tuple[float | None, ...]
+    predicted: int
+
+
+def class_scores(evaluation: Mapping[str, Any] | None, metrics: Sequence[Metric]) -> list[ClassScores]:
+    """Return the scores of every class of every task that has classes, by the given metrics."""
+    return [
+        ClassScores(
+            task, answer, record["samples"], tuple(record.get(m.name) for m in metrics), record["predicted"]
+        )
+        for task, found in (evaluation or {}).get("per_task", {}).items()
+        for answer, record in (found.get("classes") or {}).items()
+    ]

@@ -1,4 +1,4 @@
-"""Checkpoints of other Flamingos: read without running their code, recognized by their keys, and mapped to the names used here."""
+"""Read checkpoints of other Flamingos without running their code, and map their keys to those used here."""
 
 from .foreign_checkpoint import ForeignCheckpoint, parse_checkpoint, read_checkpoint
 

@@ -1,9 +1,10 @@
 """Recognize which Flamingo wrote a checkpoint, and map its tensors to the names used here.
 
-OpenFlamingo and its descendants wrap the language model's layers: ``lang_encoder.<layers>.{k}.gated_cross_attn_layer.*``
-beside ``lang_encoder.<layers>.{k}.decoder_layer.*``. Here the language model keeps its own names, and cross-attention
-is ``gated_cross_attn_layers.{k}.*``. The formats were read off the code of open-flamingo 0.0.2 and 2.0.1
-(arXiv:2308.01390), Otter (arXiv:2305.03726) and Multimodal-GPT (arXiv:2305.04790).
+OpenFlamingo and its descendants wrap the language model's layers:
+``lang_encoder.<layers>.{k}.gated_cross_attn_layer.*`` beside ``lang_encoder.<layers>.{k}.decoder_layer.*``.
+Here the language model keeps its own names, and cross-attention is ``gated_cross_attn_layers.{k}.*``. The
+formats were read off the code of open-flamingo 0.0.2 and 2.0.1 (arXiv:2308.01390), Otter (arXiv:2305.03726)
+and Multimodal-GPT (arXiv:2305.04790).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .key_names import (
 )
 from .stored_files import StoredTensors, first_few, read_checkpoint_files, unwrap_state_dict
 
+Visibility = Literal["immediate", "following"]
 OPEN_FLAMINGO, OPEN_FLAMINGO_1 = "OpenFlamingo v2", "OpenFlamingo v1"
 OTTER, MULTIMODAL_GPT = "Otter", "Multimodal-GPT"
 
@@ -65,7 +67,7 @@ class ForeignCheckpoint:
     format: str
     path: Path
     decoder_layers: str | None = None
-    visibility: Literal["immediate", "following"] = "immediate"
+    visibility: Visibility = "immediate"
     bridge: dict[str, Tensor] = field(default_factory=dict)
     language: dict[str, Tensor] = field(default_factory=dict)
     vision: dict[str, Tensor] = field(default_factory=dict)
@@ -86,7 +88,7 @@ def read_checkpoint(path: Path) -> ForeignCheckpoint:
 
 
 def parse_checkpoint(stored: StoredTensors | Mapping[str, Any]) -> ForeignCheckpoint:
-    """Recognize the format of a state dict, or of what was read from files. Raises UserError for an unknown one."""
+    """Parse a state dict, or what was read from files. Raises UserError for an unknown format."""
     if not isinstance(stored, StoredTensors):
         stored = unwrap_state_dict(stored, Path("state dict"))
     names = [strip_peft_wrapper(name) for name in stored.tensors]
@@ -108,7 +110,7 @@ def parse_checkpoint(stored: StoredTensors | Mapping[str, Any]) -> ForeignCheckp
 
 
 def has_wrapped_layers(names: Iterable[str]) -> bool:
-    """Return whether keys are of a language model whose layers OpenFlamingo, or a descendant of it, wrapped."""
+    """Return whether keys are of a language model whose layers OpenFlamingo (or a descendant) wrapped."""
     bare = [strip_peft_wrapper(name) for name in names]
     return any(_CROSS_ATTENTION.fullmatch(name) or _CROSS_ATTENTION_ALIAS.fullmatch(name) for name in bare)
 
@@ -132,10 +134,11 @@ def _recognize_format(stored: StoredTensors, names: list[str]) -> str:
         return MULTIMODAL_GPT
     if not any(name.startswith(_PERCEIVER) for name in names) and not has_wrapped_layers(names):
         raise UserError(
-            f"{stored.path}: not a checkpoint of a known format, got keys such as {first_few(names)}; give one of "
-            "OpenFlamingo (v1 or v2), Otter or Multimodal-GPT"
+            f"{stored.path}: not a checkpoint of a known format, got keys such as {first_few(names)}; "
+            "give one of OpenFlamingo (v1 or v2), Otter or Multimodal-GPT"
         )
-    # Version 1's training saved the alias of the cross-attention; both aliases are in an unfiltered state dict.
+    # Version 1's training saved the alias of the cross-attention; both aliases are in an unfiltered state
+    # dict.
     has_cross_attention_alias = any(_CROSS_ATTENTION_ALIAS.fullmatch(name) for name in names)
     has_decoder_layer_alias = any(_DECODER_LAYER_ALIAS.fullmatch(name) for name in names)
     return OPEN_FLAMINGO_1 if has_cross_attention_alias and not has_decoder_layer_alias else OPEN_FLAMINGO
@@ -183,9 +186,11 @@ def _unwrapped_name(checkpoint: ForeignCheckpoint, name: str) -> str:
 class BridgeShape:
     """Hyperparameters of a bridge.
 
-    cross_attn_every_n_layers: one cross-attention block for this many decoder layers. blocks: the layers that have one.
+    cross_attn_every_n_layers: one cross-attention block for this many decoder layers. blocks: the layers that
+        have one.
     lm_width: of the language model. vis_dim: of the tower's tokens.
-    perceiver, cross_attention: arguments of `PerceiverResampler` and `GatedCrossAttentionBlock` other than widths.
+    perceiver, cross_attention: arguments of `PerceiverResampler` and `GatedCrossAttentionBlock` other than
+        widths.
     """
 
     cross_attn_every_n_layers: int
@@ -199,8 +204,8 @@ class BridgeShape:
 def bridge_shape(bridge: Mapping[str, Tensor], path: object) -> BridgeShape:
     """Read the hyperparameters off a whole bridge.
 
-    Raises UserError, naming ``path``, if parts are missing, if the number of heads is not clear, or if the blocks are
-    not at a regular interval.
+    Raises UserError, naming ``path``, if parts are missing, if the number of heads is not clear, or if the
+    blocks are not at a regular interval.
     """
     try:
         return _bridge_shape(bridge, path)

@@ -1,4 +1,4 @@
-"""State-dict keys of other projects and the names used here: Otter's bridge, PEFT's LoRA, transformers' CLIP tower."""
+"""Map state-dict keys of other projects: Otter's bridge, PEFT's LoRA, transformers' CLIP tower."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from flamingo_ft.errors import UserError
 
 ANSWER_TOKEN = "<answer>"  # Otter adds it after the two tokens of every Flamingo
 
-# A perceiver layer is [attention, feed-forward] in OpenFlamingo; Otter names the feed-forward and flattens the attention.
+# A perceiver layer is [attention, feed-forward] in OpenFlamingo; Otter flattens the first and names the
+# second.
 _PERCEIVER_FF = re.compile(r"^perceiver\.layers\.(\d+)\.feed_forward\.")
 _PERCEIVER_ATTENTION = re.compile(r"^perceiver\.layers\.(\d+)\.(norm_media|norm_latents|to_q|to_kv|to_out)\.")
 _CROSS_ATTENTION_FF = re.compile(r"(\.gated_cross_attn_layer|^gated_cross_attn_layers\.\d+)\.feed_forward\.")
@@ -44,7 +45,8 @@ def to_otter_name(name: str) -> str:
 
 # --- LoRA of a language model that PEFT had wrapped
 
-# PEFT < 0.3 wrote `lora_A.weight`, later versions `lora_A.default.weight`; since 0.6 the adapted layer is a `base_layer`.
+# PEFT < 0.3 wrote `lora_A.weight`, later versions `lora_A.default.weight`. Since 0.6 the adapted layer is
+# called `base_layer`.
 _LORA_WEIGHT = re.compile(r"\.lora_(?P<which>[AB])(\.\w+)?\.weight$")
 _PEFT_WRAPPER = re.compile(r"^lang_encoder\.base_model\.model\.")
 _TUNING_CONFIG = (
@@ -111,8 +113,8 @@ _POSITION_IDS = "embeddings.position_ids"  # a buffer that transformers saved be
 def to_open_clip(tensors: Mapping[str, Tensor], skipped: dict[str, str]) -> dict[str, Tensor]:
     """Rename ``vision_encoder.*`` of a CLIPVisionModel to OpenCLIP's keys.
 
-    Keys that carry no weights are added to ``skipped`` with the reason; unknown ones are returned as they are, so that
-    loading reports them. Raises UserError when the query, key or value of a layer is missing.
+    Keys that carry no weights are added to ``skipped`` with the reason; unknown ones are returned as they
+    are, so that loading reports them. Raises UserError when the query, key or value of a layer is missing.
     """
     renamed: dict[str, Tensor] = {}
     in_proj: dict[str, dict[str, Tensor]] = {}  # OpenCLIP's key: {"q": ..., "k": ..., "v": ...}
@@ -143,7 +145,7 @@ def _stack_qkv(name: str, parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Invert `to_open_clip`; the unused projection is dropped. Raises KeyError for a tower that is not a CLIP ViT."""
+    """Invert `to_open_clip`, without the unused projection. Raises KeyError for anything but a CLIP ViT."""
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         bare = name.removeprefix(VISION_PREFIX)

@@ -1,8 +1,8 @@
-"""Load torch files without running code from them: tensors and plain containers are kept, all else becomes inert.
+"""Load torch files without running code: only tensors and plain containers are rebuilt.
 
-A pickle names the classes and functions that rebuild its objects, and calls them. Checkpoints of training loops hold
-such objects beside their tensors (arguments, configurations of libraries that need not be installed). Here a stand-in
-that only stores its arguments takes the place of everything that is not a tensor.
+A pickle names the classes and functions that rebuild its objects, and calls them. Checkpoints of training
+loops hold such objects beside their tensors (arguments, configurations of libraries that need not be
+installed). Here a stand-in that only stores its arguments takes the place of everything that is not a tensor.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _load(path: Path) -> Any:
 
 
 def _is_zip(path: Path) -> bool:
-    """Return whether the file is a zip archive, as torch writes them since 1.6; only those can be memory-mapped."""
+    """Return whether a file is a zip archive, as torch writes since 1.6; only those can be mapped."""
     with path.open("rb") as file:
         return file.read(2) == b"PK"
 

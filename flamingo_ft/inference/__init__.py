@@ -1,0 +1,1 @@
+"""Asking a model: `Predictor` in Python, and an OpenAI-compatible server in `server`."""

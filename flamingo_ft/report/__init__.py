@@ -1,8 +1,8 @@
-"""report.html and figures/: a run as it can be seen, from the files that it leaves."""
+"""report.html and figures/: a run as pages and pictures, drawn from the files it leaves."""
 
 from .curves import loss_curve
-from .live import LiveReport, leaving_a_report
+from .live import LiveReport, final_report
 from .page import write_report
-from .samples import answer_grid, sample_grid
+from .sample_grid import answer_grid, sample_grid
 
-__all__ = ["LiveReport", "answer_grid", "leaving_a_report", "loss_curve", "sample_grid", "write_report"]
+__all__ = ["LiveReport", "answer_grid", "final_report", "loss_curve", "sample_grid", "write_report"]

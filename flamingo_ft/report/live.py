@@ -1,4 +1,4 @@
-"""The report while a run goes on, and however it ends."""
+"""Write the report during a run, and once more when it ends, however it ends."""
 
 from __future__ import annotations
 
@@ -18,53 +18,52 @@ from flamingo_ft.errors import StoppedBySignal
 
 from .page import write_report
 
-SECONDS_APART = 30
-TIMES_ITS_COST = 20  # a report that takes a second is written every 20 seconds at most: 5 % of the time
+MIN_INTERVAL = 30  # seconds between two reports
+COST_FACTOR = 20  # after a report that took one second, wait 20: at most 5 % of the time
 
 
 class LiveReport(TrainerCallback):
-    """Writes the report at entries of the log, at most every half minute and for 5 % of the time."""
+    """Write the report at log entries, at most every 30 seconds and for at most 5 % of the time."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.next = time.monotonic() + SECONDS_APART
+        self.next_time = time.monotonic() + MIN_INTERVAL
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         began = time.monotonic()
-        if state.is_world_process_zero and began >= self.next:
-            draw(self.folder, goes_on=True)
+        if state.is_world_process_zero and began >= self.next_time:
+            try_report(self.folder, in_progress=True)
             ended = time.monotonic()
-            self.next = ended + max(SECONDS_APART, TIMES_ITS_COST * (ended - began))
+            self.next_time = ended + max(MIN_INTERVAL, COST_FACTOR * (ended - began))
 
 
 @contextmanager
-def leaving_a_report(folder: Path) -> Iterator[None]:
-    """Write the report of a run when the block ends, in whatever way; none where no run began."""
+def final_report(folder: Path) -> Iterator[None]:
+    """Write the report when the block ends or raises, if a run has begun in the folder."""
     try:
         yield
     except BaseException as error:
-        _draw_last(folder, stopped=reason(error))
+        _report_at_end(folder, stopped_by=reason(error))
         raise
-    _draw_last(folder)
+    _report_at_end(folder)
 
 
 def reason(error: BaseException) -> str:
-    """What ended a run, in a line."""
+    """Return in one line what ended a run."""
     if isinstance(error, StoppedBySignal):
         return signal.Signals(error.number).name
     return f"an error: {str(error) or type(error).__name__}".splitlines()[0]
 
 
-def draw(folder: Path, **how: Any) -> None:
-    """Write the report; where that fails, it is told, once, and the run goes on."""
+def try_report(folder: Path, **options: Any) -> None:
+    """Write the report; if that fails, warn and let the run continue."""
     try:
-        write_report(folder, **how)
-    except Exception as error:  # whatever is wrong with a picture, training must not end by it
-        warnings.warn(
-            f"{folder}: the report could not be written: {type(error).__name__}: {error}", stacklevel=2
-        )
+        write_report(folder, **options)
+    except Exception as error:  # a report must never end a run
+        problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{folder}: the report could not be written: {problem}", stacklevel=2)
 
 
-def _draw_last(folder: Path, **how: Any) -> None:
+def _report_at_end(folder: Path, **options: Any) -> None:
     if processes.is_main() and (folder / RECIPE_FILE).is_file():
-        draw(folder, **how)
+        try_report(folder, **options)

@@ -1,4 +1,4 @@
-"""log.jsonl: every entry of the log as it comes, one JSON object a line."""
+"""log.jsonl: every entry of the training log, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step
 
 
 class LogFile(TrainerCallback):
-    """Appends entries to the log of a run; at its start, writes those of the run that is gone on with."""
+    """Append each log entry to the file. A resumed run first restores the entries up to its checkpoint."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -35,12 +35,12 @@ class LogFile(TrainerCallback):
 
 
 def write_log(folder: Path, entries: Iterable[Entry]) -> None:
-    """Write these entries, and no others."""
+    """Replace the file with these entries."""
     atomic.write_text(folder / LOG_FILE, _lines(entries))
 
 
 def read_log(folder: Path) -> list[Entry]:
-    """All entries so far; a last line that a killed process left half written is none."""
+    """Return all entries. A last line without a line break, left by a killed process, is ignored."""
     lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

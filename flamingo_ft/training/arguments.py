@@ -10,6 +10,7 @@ from trl import DPOConfig, SFTConfig
 from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.quantization import DTYPES
 from flamingo_ft.config import Recipe
+from flamingo_ft.evaluation.metrics import higher_is_better
 
 from .optimizer import OPTIMIZERS, warmup_steps
 
@@ -77,7 +78,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "eval_steps": eval_config.steps,
         "per_device_eval_batch_size": eval_config.batch_size,
         "metric_for_best_model": eval_config.metric if eval_config.steps else None,
-        "greater_is_better": eval_config.metric == "accuracy",
+        "greater_is_better": higher_is_better(eval_config.metric),
         "save_strategy": "steps",
         "save_steps": train_config.save_steps or train_config.max_steps,  # the last step is saved in any case
         "save_only_model": train_config.fsdp,  # Trainer cannot checkpoint such a model; FlamingoTrainerMixin does

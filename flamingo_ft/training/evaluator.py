@@ -20,9 +20,10 @@ from flamingo_ft.data.media import PixelLoader
 from flamingo_ft.data.methods import encoder
 from flamingo_ft.data.stream.examples import Example
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.accuracy import accuracy, answer_questions
+from flamingo_ft.evaluation.metrics import evaluate_metrics
 from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.results import Results
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import text_limit
 from flamingo_ft.model.sharding import is_sharded
@@ -48,13 +49,13 @@ class Evaluator:
     ):
         self.results = Results(questions_of(samples))
         self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
-        self._answer = partial(answer_questions, model, processor)
+        self._predictor = Predictor(model, processor)
         self._progress, self._model = progress, model
 
-    def accuracy(self) -> float:
-        """Ask the held-out questions and return the share of right answers in 0..1; the answers are not kept."""
+    def scores(self) -> dict[str, float]:
+        """Ask the held-out questions and return the value of every metric; the answers are not kept."""
         questions = self.results.questions
-        return accuracy(questions, self._answers("evaluating", questions, keep_bar=False))
+        return evaluate_metrics(questions, self._answers("evaluating", questions, keep_bar=False))
 
     def evaluate(self, name: str, samples: Sequence[Sample]) -> None:
         """Ask about ``samples``, the held-out ones or a variant of them, and keep the answers under ``name``."""
@@ -71,9 +72,8 @@ class Evaluator:
         own_questions = questions if sharded else processes.shard(questions)
         bar = self._progress.add_task(title, total=len(own_questions), note="")
         with oom_as_user_error("evaluation"):
-            answers = self._answer(
-                own_questions, advance=partial(self._progress.advance, bar), **self._options
-            )
+            on_batch = partial(self._progress.advance, bar)
+            answers = self._predictor.answer(own_questions, on_batch=on_batch, **self._options)
         if not keep_bar:
             self._progress.remove_task(bar)
         return answers if sharded else processes.unshard(answers)
@@ -163,12 +163,12 @@ WEIGHTS = {"sft": _count_label_tokens, "dpo": _count_pairs}
 
 @torch.no_grad()
 def run_evaluation(
-    trainer: Any, eval_batches: EvalBatches, accuracy_fn: Callable[[], float] | None
+    trainer: Any, eval_batches: EvalBatches, scores_fn: Callable[[], dict[str, float]] | None
 ) -> dict[str, float]:
     """Evaluate the trainer's model and log the result.
 
-    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``accuracy_fn`` is given, ``eval_accuracy``
-    in 0..1.
+    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``scores_fn`` is given, every metric that it
+    returns, such as ``eval_accuracy``.
     """
     model, was_training = trainer.model, trainer.model.training
     model.eval()
@@ -181,8 +181,8 @@ def run_evaluation(
         total += torch.stack([loss.double() * weight, torch.full_like(loss, weight, dtype=torch.float64)])
     loss_sum, weight_sum = trainer.accelerator.reduce(total).tolist()
     metrics = {"eval_loss": loss_sum / weight_sum}
-    if accuracy_fn is not None:
-        metrics["eval_accuracy"] = accuracy_fn()
+    if scores_fn is not None:
+        metrics |= {f"eval_{name}": value for name, value in scores_fn().items()}
     model.eval()  # TRL tells its evaluation metrics from training ones by the model's mode
     trainer.log(dict(metrics))
     model.train(was_training)

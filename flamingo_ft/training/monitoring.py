@@ -20,7 +20,8 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from flamingo_ft import processes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.formatting import GIB, percent, significant
+from flamingo_ft.evaluation.metrics import METRICS
+from flamingo_ft.formatting import GIB, significant
 from flamingo_ft.model.sharding import whole
 from flamingo_ft.progress import Bars
 
@@ -159,9 +160,9 @@ class ProgressBar(TrainerCallback):
 
 
 def _evaluation_parts(logs: dict[str, float]) -> list[str]:
-    accuracy = logs.get("eval_accuracy")
+    metrics = [metric for name, metric in METRICS.items() if f"eval_{name}" in logs]
     loss = f"held-out loss {float(logs['eval_loss']):.4f}"
-    return [loss] if accuracy is None else [loss, f"accuracy {percent(accuracy)}"]
+    return [loss, *(f"{metric.label} {metric.text(logs[f'eval_{metric.name}'])}" for metric in metrics)]
 
 
 def _throughput_parts(logs: dict[str, float]) -> list[str]:

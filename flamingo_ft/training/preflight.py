@@ -16,7 +16,7 @@ from flamingo_ft.data import OpenedData, Sample
 from flamingo_ft.data.eval_split import find_overlap
 from flamingo_ft.data.opened_data import MAX_VALIDATED_ROWS
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.answer_lengths import measure_answers
+from flamingo_ft.evaluation.questions import measure_answers
 from flamingo_ft.formatting import gib
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.plan.plan_report import CONTEXT, FRAGMENTATION

@@ -18,12 +18,12 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
 from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
-from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED
-from flamingo_ft.inference.answer import encode_prompts
+from flamingo_ft.evaluation.questions import questions_of, with_other_images
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
-from flamingo_ft.report import LiveReport, leaving_a_report
+from flamingo_ft.report import LiveReport, final_report
 from flamingo_ft.report.log_file import LogFile, write_log
 
 from .best_checkpoint import apply_best, evaluation_callbacks
@@ -106,7 +106,7 @@ def _train_whole_run(
         stop.handlers_installed(),
         background_uploads(train_config.push_to_hub, train_config.save_total_limit, notify) as uploads,
     ):
-        with leaving_a_report(train_config.output_dir):
+        with final_report(train_config.output_dir):
             if log and processes.is_main():
                 log(memory_notice(recipe))
             metrics = _run(recipe, start.checkpoint, stop, uploads, on_data, log)
@@ -153,7 +153,7 @@ def _run(
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # Raises for questions longer than the context, which would otherwise fail only after training.
-            encode_prompts(model, processor, [as_row(question) for question in questions_of(eval_samples)])
+            Predictor(model, processor).encode(questions_of(eval_samples))
             if log and processes.is_main():
                 for line in evaluation_warnings(data, eval_samples, processor, recipe.eval.max_new_tokens):
                     log(line)
@@ -169,7 +169,7 @@ def _run(
         evaluator = Evaluator(model, processor, eval_samples, recipe, progress)
         if recipe.eval.steps:
             eval_batches = EvalBatches(eval_samples, model, processor, recipe, progress)
-            trainer.set_eval(eval_batches, evaluator.accuracy if recipe.eval.answers else None)
+            trainer.set_eval(eval_batches, evaluator.scores if recipe.eval.answers else None)
         if recipe.eval.before:
             _evaluate_before(evaluator, eval_samples, checkpoint, output_dir)
         train_metrics = _train(trainer, data, recipe, checkpoint, stop)
@@ -182,7 +182,7 @@ def _run(
     metrics["train"] = train_metrics
     if processes.is_main():
         evaluator.results.save(output_dir)
-        write_card(output_dir, metrics)
+        write_card(output_dir, metrics, tables=card_tables(metrics.get("eval")))
         atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     processes.barrier()
     return metrics
@@ -220,7 +220,7 @@ def _evaluate_before(
     if checkpoint is None:
         evaluator.evaluate(BEFORE, samples)
     else:
-        evaluator.results.recall(BEFORE, checkpoint)
+        evaluator.results.restore(BEFORE, checkpoint)
     if processes.is_main():
         evaluator.results.save(output_dir)
 

@@ -66,7 +66,7 @@ class FlamingoTrainerMixin:
         self.counts: Counter = Counter()
         self.meter = ThroughputMeter()
         self.eval_batches: EvalBatches | None = None
-        self.accuracy_fn: Callable[[], float] | None = None
+        self.scores_fn: Callable[[], dict[str, float]] | None = None
         self.non_finite_guard = NonFiniteGuard(skip=non_finite == "skip_step")
 
     # --- data and evaluation ---
@@ -75,18 +75,18 @@ class FlamingoTrainerMixin:
         """Return the endless training batches; ``max_steps`` ends the run."""
         return self.batches
 
-    def set_eval(self, eval_batches: EvalBatches, accuracy_fn: Callable[[], float] | None) -> None:
-        """Set what is evaluated during training: the loss over ``eval_batches`` and, if given, an accuracy."""
-        self.eval_batches, self.accuracy_fn = eval_batches, accuracy_fn
+    def set_eval(self, eval_batches: EvalBatches, scores_fn: Callable[[], dict[str, float]] | None) -> None:
+        """Set what is evaluated during training: the loss over ``eval_batches`` and, if given, metrics by name."""
+        self.eval_batches, self.scores_fn = eval_batches, scores_fn
 
     def get_eval_dataloader(self, *_: Any) -> EvalBatches:
         """Return the held-out batches, each with its weight in the mean loss."""
         return self.eval_batches
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return loss and accuracy on the held-out samples."""
+        """Return loss and metrics on the held-out samples."""
         with self.meter.paused(), oom_as_user_error("evaluation"):
-            metrics = run_evaluation(self, self.get_eval_dataloader(), self.accuracy_fn)
+            metrics = run_evaluation(self, self.get_eval_dataloader(), self.scores_fn)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

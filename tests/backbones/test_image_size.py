@@ -1,4 +1,4 @@
-"""Towers at other image sizes: the tokens are those open_clip gives at that size, wherever the tower is built."""
+"""Towers at other image sizes give the same tokens as in open_clip, however the tower is built."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""MPT-1B without its remote code: the original's numbers (tests/golden), from files as they lie on the Hub, and all
-that other language models can."""
+"""MPT-1B without its remote code: the original's numbers (tests/golden), from files as they lie on the Hub,
+and all that other language models can."""
 
 from __future__ import annotations
 
@@ -79,8 +79,9 @@ def test_files_of_the_hub_load_without_their_code_and_are_written_under_the_same
 def test_generation_finds_the_original_s_tokens_with_a_cache_and_without(folder):
     model, batch = load_language(str(folder)).model, prompts()
     options = {
-        "attention_mask": batch.attention_mask, "pad_token_id": PAD_TOKEN, "max_new_tokens": golden.NEW_TOKENS,
-        "do_sample": False, "no_repeat_ngram_size": 1, "suppress_tokens": [MEDIA_TOKEN, EOC_TOKEN],
+        "attention_mask": batch.attention_mask, "pad_token_id": PAD_TOKEN,
+        "max_new_tokens": golden.NEW_TOKENS, "do_sample": False,
+        "no_repeat_ngram_size": 1, "suppress_tokens": [MEDIA_TOKEN, EOC_TOKEN],
     }  # fmt: skip
     for use_cache in (True, False):
         found = model.generate(batch.input_ids, use_cache=use_cache, **options)
@@ -125,7 +126,8 @@ def test_relatives_of_another_build_are_refused_in_one_line(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(
-        UserError, match=f"^language model [^\n]* a mosaic_gpt model with {key} {value}; [^\n]*$"
+        UserError,
+        match=f"^language model [^\n]* {key}: a mosaic_gpt model supports only [^\n]*, got {value}; [^\n]*$",
     ):
         load_language(str(folder))
 

@@ -337,7 +337,8 @@ def test_without_a_network_the_error_names_what_is_missing(arguments, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
         UserError,
-        match=r"(open_clip_config.json|weights|open_clip_.*) of vision tower .*: HF_HUB_OFFLINE is set, and the cache is incomplete",
+        match=r"(open_clip_config.json|weights|open_clip_.*) of vision tower .*: HF_HUB_OFFLINE is set, "
+        "and the cache is incomplete",
     ) as caught:
         load_vision(*arguments)
     assert "\n" not in str(caught.value)

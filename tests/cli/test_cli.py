@@ -245,7 +245,7 @@ def test_train_never_overwrites_a_run_silently(here, entry_point, capsys):
 
 def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
     measured = {"eval": {"accuracy": 0.5, "per_task": {"which digit": {"accuracy": 0.5, "samples": 2}}}}
-    calls = entry_point(evaluation, "run", "evaluate_adapter", measured)
+    calls = entry_point(evaluation, "evaluate", "evaluate_adapter", measured)
     assert cli.main(["eval", "run", "--data", "train.jsonl"]) == 0
     assert [call[:3] for call in calls] == [("run", "train.jsonl", ())]
     shown = capsys.readouterr().out
@@ -253,7 +253,7 @@ def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
 
 
 def test_eval_without_data_leaves_the_choice_to_the_adapter(here, entry_point):
-    calls = entry_point(evaluation, "run", "evaluate_adapter", METRICS)
+    calls = entry_point(evaluation, "evaluate", "evaluate_adapter", METRICS)
     assert cli.main(["eval", "run", "eval.batch_size=2"]) == 0
     assert [call[:3] for call in calls] == [("run", None, ["eval.batch_size=2"])]
 

@@ -1,4 +1,4 @@
-"""The tiny models of the golden numbers, as folders that can be named: language model, its tokenizer, tower."""
+"""The tiny models of the golden numbers in folders: language model, its tokenizer, tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints as OpenFlamingo, Otter and Multimodal-GPT write them, around the tiny models of the golden numbers."""
+"""Checkpoints as OpenFlamingo, Otter and Multimodal-GPT write them, around tiny models."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def open_flamingo(family: str) -> Tensors:
 def open_flamingo_1(family: str) -> Tensors:
     """Version 1 keeps the cross-attention under a second name."""
     tensors, inside = trained_state_dict(family), ".gated_cross_attn_layer."
-    again = {
-        f"lang_encoder.gated_cross_attn_layers.{name.split(inside)[0].rsplit('.', 1)[1]}.{name.split(inside)[1]}": tensor
-        for name, tensor in tensors.items()
-        if inside in name
-    }
-    return tensors | again
+    aliases = {}
+    for name, tensor in tensors.items():
+        if inside in name:
+            layer, rest = name.split(inside)
+            aliases[f"lang_encoder.gated_cross_attn_layers.{layer.rsplit('.', 1)[1]}.{rest}"] = tensor
+    return tensors | aliases
 
 
 def _otter_name(name: str) -> str:
@@ -119,29 +119,34 @@ def otter_whole(family: str) -> Tensors:
     return found | bridge | tower
 
 
-# Where Multimodal-GPT trains: language model, cross-attention, feed-forward; in its released settings, of rank 16.
-UPDATED = {"llama": ("self_attn.q_proj", "self_attn.o_proj"), "opt": ("self_attn.q_proj",), "gpt_neox": ("attention.dense",),
-           "mpt": ("attn.out_proj",)}  # fmt: skip
+# Where Multimodal-GPT trains: language model, cross-attention, feed-forward; in its released settings, of
+# rank 16.
+LORA_TARGETS = {
+    "llama": ("self_attn.q_proj", "self_attn.o_proj"),
+    "opt": ("self_attn.q_proj",),
+    "gpt_neox": ("attention.dense",),
+    "mpt": ("attn.out_proj",),
+}
 RANK = 2
 
 
 def multimodal_gpt(family: str, adapter: str = "default.") -> Tensors:
-    """LoRA beside matrices of the language model and of the cross-attention, as PEFT named it inside what it wrapped."""
+    """LoRA of the language model and of the cross-attention, as PEFT named it inside the model it wrapped."""
     lm, layers = tiny_language_model(family), LAYERS[family].removeprefix("lang_encoder.")
     bridge = trained_state_dict(family)
     found: Tensors = {}
     for k in range(4):
-        for matrix in UPDATED[family]:
+        for matrix in LORA_TARGETS[family]:
             weight = lm.get_submodule(f"{layers}.{k}.{matrix}").weight
-            found |= _update(f"{layers}.{k}.decoder_layer.{matrix}", weight, adapter)
+            found |= _lora_pair(f"{layers}.{k}.decoder_layer.{matrix}", weight, adapter)
         for matrix in ("attn.to_q", "attn.to_kv", "attn.to_out", "ff.1", "ff.3"):
             name = f"lang_encoder.{layers}.{k}.gated_cross_attn_layer.{matrix}.weight"
             if name in bridge:
-                found |= _update(f"{layers}.{k}.gated_cross_attn_layer.{matrix}", bridge[name], adapter)
+                found |= _lora_pair(f"{layers}.{k}.gated_cross_attn_layer.{matrix}", bridge[name], adapter)
     return found
 
 
-def _update(name: str, weight: Tensor, adapter: str) -> Tensors:
+def _lora_pair(name: str, weight: Tensor, adapter: str) -> Tensors:
     rows, columns = weight.shape
     name = f"lang_encoder.base_model.model.{name}"
     shapes = {

@@ -28,17 +28,36 @@ def with_(name, tensor):
     return lambda tensors: tensors | {name: tensor}
 
 
+LM = "lang_encoder.model."
 WRONG = {
     "a missing gate": (without(f"{BRIDGE}attn_gate"), {}, "lacks 1 weights of the bridge"),
     "no perceiver": (without("perceiver."), {}, "no whole bridge"),
-    "other names": (lambda _: {"model.weight": torch.ones(2)}, {}, "not a checkpoint of a known format.*model.weight"),
-    "an unknown tensor": (with_("lang_encoder.model.layers.0.decoder_layer.extra", torch.ones(2)), {}, "no place for .*extra"),
-    "a longer vocabulary": (with_("lang_encoder.lm_head.weight", torch.ones(200, 32)), {}, r"\(200, 32\), expected \(128, 32\)"),
-    "a shorter one": (with_("lang_encoder.model.embed_tokens.weight", torch.ones(127, 32)), {}, "vocabulary ends at 127"),
-    "an adapter of changed layers": (
-        with_("lang_encoder.model.norm.weight", torch.ones(32)), {"to": "adapter"}, "1 tensors of the backbones.*--to model",
+    "other names": (
+        lambda _: {"model.weight": torch.ones(2)},
+        {},
+        "not a checkpoint of a known format.*model.weight",
     ),
-}  # fmt: skip
+    "an unknown tensor": (
+        with_(f"{LM}layers.0.decoder_layer.extra", torch.ones(2)),
+        {},
+        "no place for .*extra",
+    ),
+    "a longer vocabulary": (
+        with_("lang_encoder.lm_head.weight", torch.ones(200, 32)),
+        {},
+        r"\(200, 32\), expected \(128, 32\)",
+    ),
+    "a shorter one": (
+        with_(f"{LM}embed_tokens.weight", torch.ones(127, 32)),
+        {},
+        "vocabulary ends at 127",
+    ),
+    "an adapter of changed layers": (
+        with_(f"{LM}norm.weight", torch.ones(32)),
+        {"to": "adapter"},
+        "1 tensors of the backbones.*--to model",
+    ),
+}
 
 
 @pytest.mark.parametrize("wrong", WRONG)

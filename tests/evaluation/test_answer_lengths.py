@@ -12,8 +12,13 @@ from flamingo_ft.data import Sample, encode
 from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.answer_lengths import AnswerLengths, answer_ends, answers_of, measure_answers
-from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.questions import (
+    AnswerLengths,
+    answer_lengths,
+    end_tokens_of,
+    measure_answers,
+    questions_of,
+)
 from flamingo_ft.model.processor import CHUNK_TEMPLATE
 from flamingo_ft.training import train as train_module
 from tests import regimes
@@ -55,8 +60,8 @@ TEMPLATES = {"chatml": CHATML, "llama": LLAMA_2, "vicuna": VICUNA, "chunks": CHU
 @pytest.mark.parametrize("name", SAMPLES)
 def test_an_answer_is_as_long_as_what_has_to_be_generated_after_its_prompt(name, template):
     processor, one = nano_processor(template), SAMPLES[name]
-    questions, ends = questions_of([one]), answer_ends(processor)
-    lengths = answers_of(processor, one, encode(processor, one), ends)
+    questions, ends = questions_of([one]), end_tokens_of(processor)
+    lengths = answer_lengths(processor, one, encode(processor, one), ends)
     assert len(lengths) == len(questions)
     for question, length in zip(questions, lengths, strict=True):
         prompt = encode_prompt(processor, question.messages)

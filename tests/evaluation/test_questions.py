@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flamingo_ft.data import Sample
-from flamingo_ft.evaluation.questions import as_row, questions_of, with_other_images
+from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from tests.data.dialogues import IMAGE, assistant, system, user
 
 
@@ -88,9 +88,3 @@ def test_questions_about_other_images_are_the_same_questions():
     for before, after in zip(questions_of(samples), questions_of(with_other_images(samples)), strict=True):
         assert (before.messages, before.answer, before.sample) == (after.messages, after.answer, after.sample)
         assert before.images != after.images and len(before.images) == len(after.images)
-
-
-def test_a_question_is_asked_as_a_row():
-    (question,) = questions_of([sample("a")])
-    row = as_row(question)
-    assert (row["messages"], row["images"], row["where"]) == (question.messages, ["a"], "here")

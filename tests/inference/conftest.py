@@ -9,7 +9,7 @@ from flamingo_ft.adapters import save_adapter
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.evaluation.merging import merge_adapter
-from flamingo_ft.inference.answer import answer_batch, place_images
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import build_flamingo
 
 PROMPT = "Which digit is this?"
@@ -38,10 +38,7 @@ def make_flamingo():
 def end_in_the_middle(model, processor, paths) -> None:
     """Let the end of a chunk, which the language model does not know as an end, be likelier than a late word."""
     head, rows = model.lang_encoder.get_output_embeddings().weight, model.token_rows.output.weight
-    messages = [{"role": "user", "content": place_images(PROMPT, 1)}]
-    (words,) = answer_batch(
-        model, processor, [{"messages": messages, "images": paths[:1], "where": "here"}], 64
-    )
+    words = Predictor(model, processor)(paths[0], PROMPT)
     said = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
     end = model.token_rows.token_ids.index(model.config.eoc_token_id)
     rows[end] = 1.01 * head[next(word for word in said if word not in said[:4])]

@@ -10,7 +10,7 @@ import pytest
 
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import StoppedBySignal, UserError
-from flamingo_ft.report import curves, gates, leaving_a_report, live, write_report
+from flamingo_ft.report import curves, final_report, gates, live, write_report
 from tests.regimes import recipe, write_run
 
 REFRESH = 'http-equiv="refresh"'
@@ -61,7 +61,7 @@ def words(page: str) -> str:
 
 
 def test_a_run_under_way_says_how_far_it_is_and_looks_again(folder):
-    page = write_report(folder, goes_on=True).read_text()
+    page = write_report(folder, in_progress=True).read_text()
     assert REFRESH in page
     assert "training, step 4 of 8, about 8 s left" in words(page)
     assert "resolved_recipe.yaml --resume" in page
@@ -85,7 +85,7 @@ def test_a_finished_run_shows_its_accuracies_and_stays_as_it_is(folder):
     ],
 )
 def test_a_run_that_was_ended_says_by_what(folder, error, told):
-    with pytest.raises(type(error)), leaving_a_report(folder):
+    with pytest.raises(type(error)), final_report(folder):
         raise error
     page = (folder / "report.html").read_text()
     assert told in words(page) and REFRESH not in page
@@ -108,7 +108,7 @@ def test_every_figure_on_the_page_is_a_file_too(folder):
 @pytest.mark.parametrize("log", [[], entries(1), entries(3, layers=0), [{"eval_loss": 1.0, "step": 2}]])
 def test_a_run_with_little_in_its_log_has_a_report(folder, log):
     write(folder, log)
-    assert "</html>" in write_report(folder, goes_on=True).read_text()
+    assert "</html>" in write_report(folder, in_progress=True).read_text()
 
 
 def test_a_loss_that_is_no_number_is_left_out_of_the_curve():
@@ -119,7 +119,7 @@ def test_a_loss_that_is_no_number_is_left_out_of_the_curve():
 
 def test_a_long_curve_is_thinned_and_keeps_its_end():
     found = curves.curve([{"step": n, "loss": n} for n in range(1, 10_002)], "loss")
-    assert len(found.steps) <= curves.MOST_POINTS and found.steps[-1] == 10_001
+    assert len(found.steps) <= curves.MAX_POINTS and found.steps[-1] == 10_001
 
 
 def test_parts_with_one_course_share_a_curve():
@@ -128,7 +128,7 @@ def test_parts_with_one_course_share_a_curve():
         "learning_rate/cross_attention": 1e-3,
         "learning_rate/lora": 1e-4,
     }
-    (axes,) = curves.rate_figure([{"step": n, "learning_rate": 1e-3, **rates} for n in (1, 2)]).axes
+    (axes,) = curves.learning_rate_figure([{"step": n, "learning_rate": 1e-3, **rates} for n in (1, 2)]).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert (
         len(labels) == 2
@@ -149,7 +149,7 @@ def test_gates_are_drawn_by_layer_and_by_size_alone(layers):
 def test_rewards_of_preference_training_are_shown(folder):
     write(folder, [entry | {"rewards/margins": 0.5, "rewards/accuracies": 0.9} for entry in entries(4)])
     page = words(write_report(folder).read_text())
-    assert "reward margin 0.5" in page and "pairs ranked rightly 90.0 %" in page
+    assert "reward margin 0.5" in page and "pairs ranked correctly 90.0 %" in page
     assert (folder / "figures" / "reward_margin.png").is_file()
 
 
@@ -157,7 +157,7 @@ def test_a_report_that_cannot_be_drawn_is_told_and_ends_nothing(folder, monkeypa
     monkeypatch.setattr(live, "write_report", lambda *_, **__: 1 / 0)
     with (
         pytest.warns(UserWarning, match="report could not be written: ZeroDivisionError"),
-        leaving_a_report(folder),
+        final_report(folder),
     ):
         pass
 
@@ -168,7 +168,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 
 def test_no_report_is_left_where_no_run_began(tmp_path):
-    with leaving_a_report(tmp_path):
+    with final_report(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -241,7 +241,7 @@ def test_a_report_is_rare_however_much_is_logged(tmp_path, monkeypatch):
         drawn.append(now[0])
         now[0] += 4
 
-    monkeypatch.setattr("flamingo_ft.report.live.draw", draw)
+    monkeypatch.setattr("flamingo_ft.report.live.try_report", draw)
     report, state = LiveReport(tmp_path), TrainerState(is_world_process_zero=True)
     while now[0] < 1000:
         report.on_log(None, state, None)

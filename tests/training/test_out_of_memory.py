@@ -54,7 +54,7 @@ def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys
 
 @pytest.mark.parametrize(
     "place",
-    ["flamingo_ft.training.trainer.run_evaluation", "flamingo_ft.training.evaluator.answer_questions"],
+    ["flamingo_ft.training.trainer.run_evaluation", "flamingo_ft.inference.predictor.Predictor.answer"],
 )
 def test_evaluations_that_do_not_fit_have_their_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)

@@ -13,7 +13,7 @@ from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.run import evaluate_adapter
+from flamingo_ft.evaluation.evaluate import evaluate_adapter
 from flamingo_ft.training import train as train_module
 from flamingo_ft.training.train import train
 from flamingo_ft.training.trainer import FlamingoTrainer

@@ -1,8 +1,9 @@
 """Build the nano backbones: `python -m flamingo_ft.backbones.build_nano FOLDER`.
 
-Writes FOLDER/vision, an OpenCLIP tower trained on the training scans of the quickstart data; FOLDER/language, a
-Llama-style language model trained on text about pictures and on no image; and FOLDER/figures.json, what both can do.
-Needs scikit-learn for the scans. The same seed, machine and package versions give the same files.
+Writes FOLDER/vision, an OpenCLIP tower trained on the training scans of the quickstart data; FOLDER/language,
+a Llama-style language model trained on text about pictures and on no image; and FOLDER/figures.json, what
+both can do. Needs scikit-learn for the scans. The same seed, machine and package versions give the same
+files.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from open_clip import CLIP
@@ -87,7 +88,7 @@ def build_language(
 def build_vision(
     folder: Path, scans: list[Scan], tokenizer: PreTrainedTokenizerFast, *, seed: int, steps: int
 ) -> CLIP:
-    """Train the tower on the scans, and save it. The tokenizer ends every text with its end token from then on."""
+    """Train the tower on the scans, and save it. Adds the end token to every text of the tokenizer."""
     add_end_token(tokenizer)
     tower = train_tower(scans, tokenizer, seed=seed, steps=steps)
     save_tower(tower, tokenizer, folder)
@@ -98,7 +99,7 @@ def build_vision(
 
 
 def linear_probe_accuracy(tower: CLIP, train: list[Scan], held_out: list[Scan]) -> float:
-    """Return the accuracy on held-out scans of a ridge classifier on the mean spatial token before ln_post."""
+    """Return the held-out accuracy of a ridge classifier on the mean spatial token before ln_post."""
     train_tokens, held_out_tokens = mean_spatial_tokens(tower, train), mean_spatial_tokens(tower, held_out)
     mean, std = train_tokens.mean(0), train_tokens.std(0)
     labels = torch.tensor([scan.digit for scan in train])
@@ -113,7 +114,7 @@ def linear_probe_accuracy(tower: CLIP, train: list[Scan], held_out: list[Scan]) 
 def answer_accuracies(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, dict[str, float]]:
-    """Return the accuracy of last answers for each kind of dialogue, with words for the pictures and without."""
+    """Return the accuracy of last answers for each kind of dialogue, with and without words for pictures."""
     accuracies: dict[str, dict[str, float]] = {"captioned": {}, "blind": {}}
     for name, by_kind in accuracies.items():
         rng = Random(1_000_003)
@@ -125,13 +126,12 @@ def answer_accuracies(
 
 
 def last_answer_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[Message]]
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]
 ) -> float:
-    """Return the fraction of conversations in which every token of the last answer is the model's first choice."""
+    """Return the fraction of conversations whose last answer is the model's first choice, token by token."""
     questions = [messages[:-1] for messages in conversations]
-    prompts = tokenizer.apply_chat_template(questions, add_generation_prompt=True, return_dict=True)[
-        "input_ids"
-    ]
+    encoded: Any = tokenizer.apply_chat_template(questions, add_generation_prompt=True, return_dict=True)
+    prompts = encoded["input_ids"]
     answers = tokenizer([c[-1]["content"] + tokenizer.eos_token for c in conversations])["input_ids"]
     rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers, strict=True)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)

@@ -1,7 +1,7 @@
 """The text-only corpus that the nano language model is trained on.
 
-Three kinds of text: dialogues about pictures that are missing (answers are guesses), the same dialogues with words in
-place of the pictures (answers follow from them), and plain sentences.
+Three kinds of text: dialogues about pictures that are missing (answers are guesses), the same dialogues with
+words in place of the pictures (answers follow from them), and plain sentences.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Questions about pictures of digits, and their right answers: the one place for every task's wording.
 
-A question is a tuple of parts: text, or a `Picture` in place of an image. The quickstart data puts real images there;
-the text-only corpus of the nano language model puts words there, or nothing.
+A question is a tuple of parts: text, or a `Picture` in place of an image. The quickstart data puts real
+images there; the text-only corpus of the nano language model puts words there, or nothing.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ SAME_OR_DIFFERENT = (
 class Kind:
     """One kind of dialogue.
 
-    make: writes it for given digits. groups: the digits it is asked about; groups are equally frequent, and so are
-        the entries of a group, so that answers are balanced.
+    make: writes it for given digits. groups: the digits it is asked about; groups are equally frequent, and
+        so are the entries of a group, so that answers are balanced.
     chance: accuracy of the best guess at the last answer without seeing the pictures, given the turns before.
     """
 
@@ -211,7 +211,7 @@ class Kind:
         return self.make(rng, *rng.choice(rng.choice(self.groups)))
 
     def balanced(self, rng: Random, count: int) -> list[Dialogue]:
-        """Return `count` dialogues that cycle through the groups, and through each group in a new order every time."""
+        """Return `count` dialogues that cycle through the groups; each group is reshuffled every time."""
         decks = [endless(rng, group) for group in self.groups]
         return [self.make(rng, *next(decks[i % len(decks)])) for i in range(count)]
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -56,7 +57,7 @@ def tokenizer_for(corpus: Sequence[Sequence[Message]]) -> PreTrainedTokenizerFas
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: with every byte in its vocabulary, it encodes any text and decodes it unchanged."""
+    """Train a byte-level BPE, which encodes any text and decodes it unchanged."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -101,10 +102,10 @@ def make_corpus(seed: int, count: int) -> list[list[Message]]:
 
 
 def encode_corpus(
-    corpus: Sequence[Sequence[Message]], tokenizer: PreTrainedTokenizerFast
+    corpus: list[list[Message]], tokenizer: PreTrainedTokenizerFast
 ) -> list[EncodedConversation]:
     """Encode conversations with the chat template; tokens of answers get `ANSWER_WEIGHT`."""
-    out = tokenizer.apply_chat_template(
+    out: Any = tokenizer.apply_chat_template(
         corpus, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     return [

@@ -1,11 +1,12 @@
 """Write the quickstart data: `python -m flamingo_ft.backbones.build_nano.quickstart_data FOLDER`.
 
-FOLDER/images/*.png, FOLDER/train.jsonl and FOLDER/eval.jsonl look like any user's own instruction data; held-out scans
-occur only in eval.jsonl. FOLDER/preferences.jsonl and FOLDER/preferences_eval.jsonl ask the last question of their
-first rows again, with the right answer preferred to a wrong one of the same kind.
+FOLDER/images/*.png, FOLDER/train.jsonl and FOLDER/eval.jsonl look like any user's own instruction data;
+held-out scans occur only in eval.jsonl. FOLDER/preferences.jsonl and FOLDER/preferences_eval.jsonl ask the
+last question of their first rows again, with the right answer preferred to a wrong one of the same kind.
 
-The pictures are the 1,797 scans of digits that scikit-learn carries: E. Alpaydin and C. Kaynak, "Optical Recognition of
-Handwritten Digits", UCI Machine Learning Repository (1998), https://doi.org/10.24432/C50P49, CC BY 4.0.
+The pictures are the 1,797 scans of digits that scikit-learn carries: E. Alpaydin and C. Kaynak, "Optical
+Recognition of Handwritten Digits", UCI Machine Learning Repository (1998), https://doi.org/10.24432/C50P49,
+CC BY 4.0.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -71,7 +73,7 @@ def load_scans() -> list[Scan]:
     """Load all scans in scikit-learn's order; the only function that needs scikit-learn."""
     from sklearn.datasets import load_digits
 
-    data = load_digits()
+    data: Any = load_digits()
     pairs = zip(data.images, data.target, strict=True)
     return [Scan(i + 1, int(digit), pixels) for i, (pixels, digit) in enumerate(pairs)]
 
@@ -108,7 +110,7 @@ def write_dataset(folder: Path) -> None:
 
 
 def dialogue_rows(scans: list[Scan], counts: tuple[int, ...], seed: int) -> list[dict]:
-    """Return the rows of one split in random order; every scan of a digit is used before one is used again."""
+    """Return the rows of one split in random order; no scan is repeated before all of its digit are used."""
     rng = Random(seed)
     scans_of_digit = [endless(rng, [scan for scan in scans if scan.digit == digit]) for digit in range(10)]
     rows = [

@@ -38,7 +38,7 @@ VISION_CFG = {
     "width": 64,
     "head_width": 16,
     "mlp_ratio": 4.0,
-    # Captions are compared with the mean of the spatial tokens before ln_post, which are what a Flamingo sees.
+    # Captions are compared with the mean of the spatial tokens before ln_post: a Flamingo reads those.
     "pool_type": "avg",
     "final_ln_after_pool": True,
 }
@@ -74,7 +74,7 @@ def build_tower(tokenizer: PreTrainedTokenizerFast) -> open_clip.CLIP:
 
 
 def to_pixels(scans: list[Scan]) -> Tensor:
-    """Return images (N, 3, 32, 32) from 0 to 1, as a user's image loader makes them from the picture files."""
+    """Return images (N, 3, 32, 32) from 0 to 1, as an image loader makes them from the picture files."""
     rows = [torch.tensor(list(scan.picture().tobytes()), dtype=torch.float32) for scan in scans]
     return (torch.stack(rows) / 255).view(-1, 1, SIDE, SIDE).expand(-1, 3, -1, -1)
 

@@ -1,4 +1,4 @@
-"""Measuring an adapter that lies on disk."""
+"""Evaluate an adapter or a merged model on disk, as `flamingo-ft eval` does."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.adapters import load_trained
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.config.overrides import parse_override
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.progress import progress_bars
 
-from .accuracy import answer_questions
 from .questions import questions_of
 from .results import AFTER, Results
 
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
-_NOT_READ = 'data.train=[{"hub": "none/none"}]'  # training samples need not be there to evaluate on others
-_USED = (
+_NO_TRAINING_DATA = 'data.train=[{"hub": "none/none"}]'  # it is not read, so it need not exist here
+_USED_KEYS = (
     "data.eval",
     "data.allow_urls",
     "data.on_bad_sample",
@@ -36,29 +35,33 @@ def evaluate_adapter(
     adapter: str | Path,
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Accuracy of an adapter or a merged model on held-out samples.
+    """Score an adapter or a merged model on held-out samples, by every registered metric.
 
-    data: a file of samples, by default those that its recipe holds out. overrides: `key=value` of the recipe's
-    ``data.eval`` and ``eval``, as in training; ``data`` is then ``data.eval.0``. say: receives a line for each sample
-    that was skipped. Raises UserError for keys that evaluation does not use, and where there are no samples.
+    data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the recipe's
+    ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called with a line for each
+    skipped sample.
+
+    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, and without samples.
     """
     folder = fetch_model(adapter)
     recipe = recipe_for_evaluation(adapter, folder, data, overrides)
     opened = open_data(recipe.data, recipe.train.seed)
     samples = opened.eval_samples(recipe.eval.max_samples)
     for reason in opened.skipped.values():
-        say(f"skipped: {reason}")
+        report(f"skipped: {reason}")
     if not samples:
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")
-    model, processor = load_trained(folder)
+    predictor = Predictor.from_pretrained(folder)
     questions = questions_of(samples)
-    options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("evaluating", total=len(questions), note="")
-        answers = answer_questions(
-            model, processor, questions, **options, advance=partial(progress.advance, bar)
+        answers = predictor.answer(
+            questions,
+            batch_size=recipe.eval.batch_size,
+            max_new_tokens=recipe.eval.max_new_tokens,
+            on_batch=partial(progress.advance, bar),
         )
     return {"eval": Results(questions, {AFTER: answers}).summary()}
 
@@ -66,39 +69,42 @@ def evaluate_adapter(
 def recipe_for_evaluation(
     adapter: str | Path, folder: Path, data: str | Path | None = None, overrides: Sequence[str] = ()
 ) -> Recipe:
-    """The recipe beside an adapter with ``data`` and ``overrides`` in it; defaults where there is none, as beside
-    converted adapters and merged models."""
+    """Return the recipe beside an adapter with ``data`` and ``overrides`` applied.
+
+    Converted adapters and merged models may have no recipe; they are evaluated with default settings.
+    """
     for override in overrides:
         _check_used(override)
     file = folder / RECIPE_FILE
     if not file.is_file():
         file = _NO_RECIPE
-        _check_model(adapter, folder, has_samples=data is not None or any(map(_names_samples, overrides)))
-    values = [*(() if data is None else _as_overrides(data)), *overrides]
+        _check_model(adapter, folder, has_samples=data is not None or any(map(_sets_samples, overrides)))
+    values = [*(() if data is None else _data_overrides(data)), *overrides]
     if load_recipe(file, values, require=()).data.eval_fraction is not None:
         return load_recipe(file, values, require=("data",))
-    recipe = load_recipe(file, [_NOT_READ, *values], require=("data",))
+    recipe = load_recipe(file, [_NO_TRAINING_DATA, *values], require=("data",))
     sources = recipe.data.eval
     if not sources:
         raise UserError(f"{adapter}: data.eval is empty; name samples with --data FILE")
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": sources})})
 
 
-def _as_overrides(data: str | Path) -> list[str]:
-    """``data`` as the only held-out samples, all of them."""
+def _data_overrides(data: str | Path) -> list[str]:
+    """Make ``data`` the only source of held-out samples, and use all of it."""
     sources = json.dumps([{"path": str(Path(data).absolute())}], ensure_ascii=False)
     return [f"data.eval={sources}", "data.eval_fraction=null", "eval.max_samples=null"]
 
 
-def _names_samples(override: str) -> bool:
+def _sets_samples(override: str) -> bool:
     return parse_override(override).location == ("data", "eval")
 
 
 def _check_used(override: str) -> None:
     location = parse_override(override).location
-    key = ".".join(map(str, location))
-    if not any(location[: len(used)] == used for used in (tuple(name.split(".")) for name in _USED)):
-        raise UserError(f"override {key}: evaluation does not use it; it uses {', '.join(_USED)}")
+    used_keys = [tuple(key.split(".")) for key in _USED_KEYS]
+    if not any(location[: len(used)] == used for used in used_keys):
+        key = ".".join(map(str, location))
+        raise UserError(f"override {key}: evaluation does not use it; it uses {', '.join(_USED_KEYS)}")
 
 
 def _check_model(adapter: str | Path, folder: Path, has_samples: bool) -> None:

@@ -8,9 +8,9 @@ import pytest
 
 from flamingo_ft.data import Sample
 from flamingo_ft.data.sample import DOCUMENT
-from flamingo_ft.evaluation.baselines import by_class, is_free_text, majority
+from flamingo_ft.evaluation.image_use import MIN_QUESTIONS, image_use
+from flamingo_ft.evaluation.metrics import ACCURACY, is_free_text, scores_by_class
 from flamingo_ft.evaluation.questions import questions_of
-from flamingo_ft.evaluation.verdict import LEAST_QUESTIONS, verdict
 from tests.data.dialogues import IMAGE, assistant, user
 
 COLOURS = ("Red.", "Green.", "Blue.", "Red.")
@@ -37,14 +37,14 @@ def partly(right: list[str], share: float, seed: int) -> list[str]:
 
 def test_a_model_that_reads_its_images_is_said_to_with_both_accuracies():
     asked = references()
-    assert verdict(questions(asked), asked, partly(asked, 0.0, 1)).startswith(
+    assert image_use(questions(asked), asked, partly(asked, 0.0, 1)).startswith(
         "reads the images: 100.0 % right, against "
     )
 
 
 def test_a_model_that_ignores_its_images_is_not_looking_and_something_is_proposed():
     asked = references()
-    said = verdict(questions(asked), ["Red."] * 200, ["Red."] * 200)
+    said = image_use(questions(asked), ["Red."] * 200, ["Red."] * 200)
     assert said.startswith(
         "the model is not looking: answers barely change with another image (50.0 % right, against 50.0 %"
     )
@@ -54,28 +54,28 @@ def test_a_model_that_ignores_its_images_is_not_looking_and_something_is_propose
 @pytest.mark.parametrize("seed", range(5))
 def test_guesses_that_differ_by_chance_are_not_taken_for_reading_the_images(seed):
     asked = references()
-    said = verdict(questions(asked), partly(asked, 0.0, 2 * seed), partly(asked, 0.0, 2 * seed + 1))
+    said = image_use(questions(asked), partly(asked, 0.0, 2 * seed), partly(asked, 0.0, 2 * seed + 1))
     assert said.startswith("the images are of no use to the model: answers change with another image")
 
 
 def test_looking_that_does_no_better_than_the_most_frequent_answer_is_said_to():
     asked = references()
     right = [answer if number % 5 < 2 else "?" for number, answer in enumerate(asked)]
-    assert "no better than always giving the most frequent answer (50.0 %)" in verdict(
+    assert "no better than always giving the most frequent answer (50.0 %)" in image_use(
         questions(asked), right, ["?"] * 200
     )
 
 
 def test_nothing_is_concluded_from_few_questions_or_from_ones_without_images():
-    few = references(LEAST_QUESTIONS - 1)
-    assert verdict(questions(few), few, few).startswith("too few held-out questions with images")
-    assert verdict(questions(few, images=0), few, few) is None
+    few = references(MIN_QUESTIONS - 1)
+    assert image_use(questions(few), few, few).startswith("too few held-out questions with images")
+    assert image_use(questions(few, images=0), few, few) is None
 
 
 def test_only_questions_with_images_count():
     asked = references(60)
     mixed = questions(asked[:30]) + questions(asked[30:], images=0)
-    assert verdict(mixed, asked, ["?"] * 30 + asked[30:]).startswith(
+    assert image_use(mixed, asked, ["?"] * 30 + asked[30:]).startswith(
         "reads the images: 100.0 % right, against 0.0 %"
     )
 
@@ -87,29 +87,29 @@ def test_captions_are_judged_by_whether_they_change():
         [Sample([{"role": DOCUMENT, "content": one}], ["a.png"], "t", "row") for one in blocks]
     )
     other = captions[1:] + captions[:1]
-    assert "the answers depend on the images (100 %" in verdict(asked, captions, other)
-    assert verdict(asked, captions, captions).startswith(
+    assert "the answers depend on the images (100 %" in image_use(asked, captions, other)
+    assert image_use(asked, captions, captions).startswith(
         "the model is not looking: 0 % of the answers change"
     )
 
 
 def test_the_majority_is_what_always_giving_the_most_frequent_answer_reaches():
-    assert majority(questions(references())) == 0.5
-    assert majority(questions(["a", "A.", "b"])) == pytest.approx(2 / 3)
+    assert ACCURACY.majority_baseline(questions(references())) == 0.5
+    assert ACCURACY.majority_baseline(questions(["a", "A.", "b"])) == pytest.approx(2 / 3)
 
 
 def test_classes_have_their_own_accuracy_and_how_often_they_were_predicted():
     asked = references(8)
-    found = by_class(questions(asked), ["Red."] * 6 + ["Blue.", "green"])
+    found = scores_by_class(questions(asked), ["Red."] * 6 + ["Blue.", "green"])
     assert found == {
         "Red.": {"samples": 4, "accuracy": 0.75, "predicted": 6},
         "Blue.": {"samples": 2, "accuracy": 0.5, "predicted": 1},
         "Green.": {"samples": 2, "accuracy": 0.0, "predicted": 1},
     }
-    assert by_class(questions(["a", "b", "c"]), ["a", "b", "c"]) is None, (
+    assert scores_by_class(questions(["a", "b", "c"]), ["a", "b", "c"]) is None, (
         "each answer occurs once: no classes"
     )
-    assert by_class(questions(["a"] * 9), ["a"] * 9) is None
+    assert scores_by_class(questions(["a"] * 9), ["a"] * 9) is None
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,31 @@ import math
 import pytest
 import torch
 
-from flamingo_ft.evaluation.merge_cost import ACCURACY_MARGIN, LOSS_MARGIN, Measured, cost, logit_difference
-from flamingo_ft.evaluation.merge_probe import MADE_UP, Probe
+from flamingo_ft.evaluation.merge_quality import (
+    HELD_OUT,
+    LOSS_MARGIN,
+    MADE_UP,
+    EvalSet,
+    Measurement,
+    compare,
+    logit_difference,
+)
 
 SAMPLES = 16
-HELD_OUT, NOT_HERE = Probe([], [], "held-out samples of the run"), Probe([], [], MADE_UP)
+ACCURACY_MARGIN = 0.1
+OF_THE_RUN, NOT_HERE = EvalSet([], [], HELD_OUT), EvalSet([], [], MADE_UP)
 
 
-def measured(loss: float = 1.0, right: int = 12, logits: float = 1.0, spread: float = 0.0) -> Measured:
+def measured(loss: float = 1.0, right: int = 12, logits: float = 1.0, spread: float = 0.0) -> Measurement:
     """Samples of 4 tokens, with losses that differ by ``spread`` from one to the next."""
     losses = [4 * (loss + spread * (-1) ** number) for number in range(SAMPLES)]
-    return Measured(
-        losses, [4] * SAMPLES, [number < right for number in range(SAMPLES)], torch.full((3, 5), logits)
-    )
+    correct = [number < right for number in range(SAMPLES)]
+    return Measurement(losses, [4] * SAMPLES, {"accuracy": correct}, torch.full((3, 5), logits))
 
 
-def is_worse(adapter: Measured, merged: Measured, probe: Probe = HELD_OUT) -> bool:
-    return cost({"adapter": adapter, "merged": merged}, probe, LOSS_MARGIN, ACCURACY_MARGIN)["worse"]
+def is_worse(adapter: Measurement, merged: Measurement, eval_set: EvalSet = OF_THE_RUN) -> bool:
+    models = {"adapter": adapter, "merged": merged}
+    return compare(models, eval_set, LOSS_MARGIN, ACCURACY_MARGIN)["worse"]
 
 
 def test_a_loss_beyond_the_margin_is_worse_and_one_within_is_not():
@@ -45,10 +53,10 @@ def test_other_logits_with_the_same_loss_are_not_worse():
     assert not is_worse(adapter, merged)
 
 
-@pytest.mark.parametrize("probe", [HELD_OUT, NOT_HERE], ids=["held out", "made up"])
-def test_a_loss_that_is_not_finite_is_worse(probe):
+@pytest.mark.parametrize("eval_set", [OF_THE_RUN, NOT_HERE], ids=["held out", "made up"])
+def test_a_non_finite_loss_is_worse(eval_set):
     for loss in (math.nan, math.inf):
-        assert is_worse(measured(), measured(loss), probe)
+        assert is_worse(measured(), measured(loss), eval_set)
 
 
 def test_other_answers_than_the_adapters_to_made_up_prompts_are_not_worse():
@@ -57,4 +65,4 @@ def test_other_answers_than_the_adapters_to_made_up_prompts_are_not_worse():
 
 
 def test_the_loss_is_a_mean_over_tokens_not_over_samples():
-    assert Measured([1.0, 9.0], [1, 9], [], torch.zeros(1, 1)).loss == 1.0
+    assert Measurement([1.0, 9.0], [1, 9], {}, torch.zeros(1, 1)).loss == 1.0

@@ -1,4 +1,4 @@
-"""What a run's folder says of it: log.jsonl, predictions.jsonl, metrics.json and resolved_recipe.yaml."""
+"""A run on disk: log.jsonl, predictions.jsonl, metrics.json and resolved_recipe.yaml in its output directory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .log_file import LOG_FILE, Entry, read_log
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run on disk, under way or over. metrics is empty until it is finished."""
+    """A run, in progress or finished. ``metrics`` is empty until it is finished."""
 
     folder: Path
     recipe: Recipe
@@ -28,63 +28,72 @@ class RunFolder:
 
     @classmethod
     def read(cls, folder: Path) -> RunFolder:
-        """UserError where no run has begun in the folder; any other file may be missing."""
+        """Read the files that are there. Raise UserError if there is no recipe, so no run has begun in the folder."""
         if not (folder / RECIPE_FILE).is_file():
             raise UserError(
                 f"{folder}: not the folder of a run, {RECIPE_FILE} not found; give a run's output_dir"
             )
+        metrics = folder / METRICS_FILE
         return cls(
             folder,
             load_recipe(folder / RECIPE_FILE, require=()),
             read_log(folder) if (folder / LOG_FILE).is_file() else [],
             load_predictions(folder) if (folder / PREDICTIONS_FILE).is_file() else [],
-            _metrics(folder / METRICS_FILE),
+            json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
         )
 
     @property
     def finished(self) -> bool:
-        """Whether the last file of a run is there."""
+        """Whether metrics.json, the last file of a run, is there."""
         return bool(self.metrics)
+
+    @property
+    def evaluation(self) -> dict[str, Any]:
+        """The ``eval`` record of metrics.json; empty without one."""
+        return self.metrics.get("eval") or {}
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The ``train`` record of metrics.json; empty without one."""
+        return self.metrics.get("train") or {}
 
     @cached_property
     def step(self) -> int:
-        """The optimizer step that was heard of last."""
+        """The last optimizer step in the log."""
         return max([entry["step"] for entry in self.entries], default=0)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps that the recipe asks for."""
+        """Optimizer steps of the whole run."""
         return self.recipe.train.max_steps
 
     def last(self, key: str) -> float | None:
-        """The newest value that the log has under a key."""
+        """Return the newest value of a key in the log."""
         return next((entry[key] for entry in reversed(self.entries) if key in entry), None)
 
     @property
     def seconds(self) -> float | None:
-        """Of training so far."""
-        return self.metrics.get("train", {}).get("seconds") or self.last("seconds")
+        """Training time so far."""
+        return self.training.get("seconds") or self.last("seconds")
 
     @property
     def seconds_left(self) -> float | None:
-        """Of training, if it goes on as it went."""
+        """Estimated training time to the end, from the time per step so far."""
         if self.finished or not self.step or self.seconds is None:
             return None
         return self.seconds / self.step * (self.steps - self.step)
 
     @property
     def commands(self) -> dict[str, str]:
-        """What can be done next, and how."""
+        """Commands to run next: purpose -> command line."""
         folder = shlex.quote(str(self.folder))
-        seen = {"curves": f"tensorboard --logdir {folder}/tensorboard"}
-        watched = seen if "tensorboard" in self.recipe.train.report_to else {}
-        if not self.finished:
-            return {"go on after a stop": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"} | watched
-        return {
-            "ask": f"flamingo-ft generate {folder} --image FILE --prompt TEXT",
-            "judge": f"flamingo-ft eval {folder} --data FILE",
-        } | watched
-
-
-def _metrics(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if self.finished:
+            commands = {
+                "ask": f"flamingo-ft generate {folder} --image FILE --prompt TEXT",
+                "evaluate": f"flamingo-ft eval {folder} --data FILE",
+            }
+        else:
+            commands = {"resume": f"flamingo-ft train {folder}/{RECIPE_FILE} --resume"}
+        if "tensorboard" in self.recipe.train.report_to:
+            commands["curves"] = f"tensorboard --logdir {folder}/tensorboard"
+        return commands

@@ -1,0 +1,207 @@
+"""Grids of samples, and of questions with the answers to them.
+
+Captions are plain text in matplotlib's sense: a dollar sign in an answer stays a dollar sign.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
+from matplotlib.textpath import text_to_path
+from PIL import Image
+
+from flamingo_ft.data.media import open_medium, open_preview
+from flamingo_ft.data.sample import Sample, display_text
+from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.metrics import exact_match
+from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
+
+from .style import BLUE, GREEN, INK, RED, check_run
+
+CELL_INCHES, LINE_INCHES = 2.7, 0.165  # width of a cell, height of a caption's line
+PAD_INCHES = 0.1  # around a cell
+FONT_POINTS, QUESTION_LINES, ANSWER_LINES = 9, 3, 2  # captions are cut to so many lines
+MAX_LINE_CHARACTERS = 60
+IMAGE_GAP = 0.1  # between two images of a cell, in image heights
+SMALL_IMAGE_PIXELS = 128  # smaller images are enlarged pixel by pixel, larger ones smoothly
+
+Item = TypeVar("Item")
+Line = tuple[str, str]  # text, colour
+
+
+def answer_grid(run: str | Path, rows: int = 3, columns: int = 4) -> Figure:
+    """Show held-out questions of all tasks: their images, and the answers before and after training.
+
+    Correct answers are green and ticked, wrong ones red and crossed. Raises UserError for a run without answers.
+    """
+    check_run(Path(run), PREDICTIONS_FILE)
+    predictions = load_predictions(Path(run))
+    if not predictions:
+        raise UserError(f"{run}: {PREDICTIONS_FILE} has no answers; train with held-out samples in data.eval")
+    return answers_figure(predictions, rows, columns)
+
+
+def answers_figure(predictions: Sequence[dict[str, Any]], rows: int = 3, columns: int = 4) -> Figure:
+    """Draw `answer_grid` from the rows of predictions.jsonl; of a run in progress, with the answers so far."""
+    shown = spread(predictions, rows * columns, lambda prediction: prediction["task"])
+    return _grid([_prediction_cell(prediction) for prediction in shown], columns)
+
+
+def sample_grid(samples: Sequence[Sample], rows: int = 2, columns: int = 4) -> Figure:
+    """Show samples of all tasks: their images, the user's turns, and in blue the assistant's."""
+    shown = spread(samples, rows * columns, lambda sample: sample.task)
+    return _grid([_sample_cell(sample) for sample in shown], columns)
+
+
+def spread(items: Sequence[Item], count: int, task_of: Callable[[Item], str]) -> list[Item]:
+    """Return ``count`` items, taking the next item of each task in turn."""
+    by_task: dict[str, list[Item]] = {}
+    for item in items:
+        by_task.setdefault(task_of(item), []).append(item)
+    rounds = itertools.zip_longest(*by_task.values())
+    in_turn = (item for one_round in rounds for item in one_round if item is not None)
+    return list(itertools.islice(in_turn, count))
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """Images side by side, a caption above them, and coloured lines below."""
+
+    images: list[Image.Image]
+    above: str
+    below: list[Line]
+
+    @property
+    def width(self) -> float:
+        """Width of the row of images, in image heights."""
+        return sum(image.width / image.height for image in self.images) + IMAGE_GAP * (len(self.images) - 1)
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """Lines of text above and below the images."""
+        return _count_lines([self.above]), _count_lines(text for text, _ in self.below)
+
+
+def _prediction_cell(prediction: dict[str, Any]) -> _Cell:
+    """Show a question, its answers, and the reference answer if the last one is wrong."""
+    (question,) = _number_images([prediction["question"]])
+    conditions = [condition for condition in (BEFORE, AFTER) if condition in prediction]
+    below = [_answer_line(prediction, condition) for condition in conditions]
+    if not conditions or not _is_correct(prediction, conditions[-1]):
+        below.append((_cut(f"right: {prediction['answer']}", ANSWER_LINES), INK))
+    images = [open_preview(image) for image in prediction["images"]]
+    return _Cell(images, _cut(question, QUESTION_LINES), below)
+
+
+def _answer_line(prediction: dict[str, Any], condition: str) -> Line:
+    mark, colour = ("✓", GREEN) if _is_correct(prediction, condition) else ("✗", RED)
+    return _cut(f"{mark} {condition}: {prediction[condition] or '(nothing)'}", ANSWER_LINES), colour
+
+
+def _is_correct(prediction: dict[str, Any], condition: str) -> bool:
+    return exact_match(prediction[condition], [prediction["answer"]])
+
+
+def _sample_cell(sample: Sample) -> _Cell:
+    """Show a dialogue: its first turn above the images, the others below."""
+    turns = [message for message in sample.messages if message["role"] != "system"]
+    texts = _number_images([display_text(message) for message in turns])
+    styles = {"user": (QUESTION_LINES, INK), "assistant": (ANSWER_LINES, BLUE)}
+    lines = []
+    for message, text in zip(turns, texts, strict=True):
+        max_lines, colour = styles[message["role"]]
+        lines.append((_cut(text, max_lines), colour))
+    images = [open_medium(medium, sample.where)[0] for medium in sample.images]
+    return _Cell(images, above=lines[0][0], below=lines[1:])
+
+
+def _number_images(texts: Sequence[str]) -> list[str]:
+    """Replace each ``<image>`` by the image's number in brackets; remove it if there is only one image."""
+    several = sum(text.count(MEDIA_TOKEN) for text in texts) > 1
+    numbers = itertools.count(1)
+
+    def number(match: re.Match) -> str:
+        bracket = f"[{next(numbers)}]" if several else ""
+        return f" {bracket}{match[1]} "
+
+    numbered = [re.sub(rf"\s*{MEDIA_TOKEN}\s*([.,;:?!]?)", number, text) for text in texts]
+    return [" ".join(text.split()) for text in numbered]
+
+
+def _cut(text: str, max_lines: int) -> str:
+    """Wrap text into at most ``max_lines`` lines of about the same length, none wider than a cell."""
+    text = text[: MAX_LINE_CHARACTERS * (max_lines + 1)]  # the rest is certainly cut off
+    widths = [width for width in range(5, MAX_LINE_CHARACTERS) if all(map(_fits, textwrap.wrap(text, width)))]
+    needed = len(textwrap.wrap(text, widths[-1]))
+    if needed > max_lines:
+        return "\n".join(textwrap.wrap(text, widths[-1], max_lines=max_lines, placeholder=" …"))
+    narrowest = next(width for width in widths if len(textwrap.wrap(text, width)) == needed)
+    return "\n".join(textwrap.wrap(text, narrowest))
+
+
+def _fits(line: str) -> bool:
+    font = FontProperties(size=FONT_POINTS)
+    points, *_ = text_to_path.get_text_width_height_descent(line, font, ismath=False)
+    return points <= 72 * (CELL_INCHES - 2 * PAD_INCHES)
+
+
+def _count_lines(texts: Iterable[str]) -> int:
+    return sum(text.count("\n") + 1 for text in texts)
+
+
+def _grid(cells: Sequence[_Cell], columns: int) -> Figure:
+    """Draw cells of one size, in which all images have the same height."""
+    columns = min(columns, len(cells))
+    rows = -(-len(cells) // columns)
+    width = max(1.0, *(cell.width for cell in cells))
+    above, below = (max(lines) for lines in zip(*(cell.lines for cell in cells), strict=True))
+    height = (CELL_INCHES - 2 * PAD_INCHES) / width + LINE_INCHES * (above + below + 1) + 2 * PAD_INCHES
+    layout = ConstrainedLayoutEngine(w_pad=PAD_INCHES, h_pad=PAD_INCHES)
+    figure = Figure(figsize=(CELL_INCHES * columns, height * rows), layout=layout, facecolor="white")
+    all_axes = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, cell in itertools.zip_longest(all_axes, cells):
+        axes.set_axis_off()
+        if cell is not None:
+            _draw(axes, cell, width)
+    return figure
+
+
+def _draw(axes: Axes, cell: _Cell, width: float) -> None:
+    left = (width - cell.width) / 2
+    for number, image in enumerate(cell.images, start=1):
+        right = left + image.width / image.height
+        interpolation = "nearest" if image.height < SMALL_IMAGE_PIXELS else "antialiased"
+        axes.imshow(image, extent=(left, right, 0, 1), interpolation=interpolation)
+        if len(cell.images) > 1:
+            _draw_number(axes, left, number)
+        left = right + IMAGE_GAP
+    axes.set(xlim=(0, width), ylim=(0, 1), aspect="equal")
+    axes.set_title(cell.above, fontsize=FONT_POINTS, color=INK, parse_math=False)
+    _write_below(axes, cell.below)
+
+
+def _draw_number(axes: Axes, left: float, number: int) -> None:
+    """Draw a small number in an image's corner, legible on any image."""
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
+    axes.text(left + 0.04, 0.95, str(number), fontsize=7, color=INK, va="top", bbox=box)
+
+
+def _write_below(axes: Axes, lines: Iterable[Line]) -> None:
+    font = {"fontsize": FONT_POINTS, "parse_math": False, "multialignment": "center"}
+    texts = [TextArea(text, textprops={"color": colour, **font}) for text, colour in lines]
+    packed = VPacker(children=texts, align="center", pad=0, sep=3)
+    position = {"xycoords": "axes fraction", "boxcoords": "offset points", "box_alignment": (0.5, 1)}
+    frame = {"frameon": False, "annotation_clip": False, "pad": 0}
+    axes.add_artist(AnnotationBbox(packed, xy=(0.5, 0), xybox=(0, -5), **position, **frame))

@@ -1,0 +1,205 @@
+"""Answers: alone or in a batch the same, ended where the assistant ends, from an adapter on disk as from memory."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flamingo_ft import Predictor
+from flamingo_ft.adapters import save_adapter
+from flamingo_ft.adapters.answering import end_token_ids
+from flamingo_ft.backbones.language import load_language
+from flamingo_ft.backbones.quantization import quantization_formats
+from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.errors import UserError
+from flamingo_ft.inference.answer import answer
+from flamingo_ft.inference.predictor import Prompt, place_images
+from flamingo_ft.model import build_flamingo
+from flamingo_ft.model.processor import CHUNK_TEMPLATE
+from tests.data.dialogues import IMAGE, assistant, nano_processor, user
+
+
+@pytest.fixture(scope="module")
+def flamingo():
+    """Around the nano backbones, with a random bridge, so that images matter."""
+    torch.manual_seed(0)
+    small = {"heads": 2, "dim_head": 8}
+    model, processor = build_flamingo(
+        load_vision("nano"),
+        load_language("nano"),
+        perceiver={"num_latents": 2, "depth": 1, **small},
+        cross_attention=small,
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("perceiver.", "gated_cross_attn_layers.")):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval(), processor
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(3):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((32, 32)).save(folder / f"{index}.png")
+    return [folder / f"{index}.png" for index in range(3)]
+
+
+def questions(files):
+    """Of different lengths, turns and counts of images, and one without."""
+    dialogues = [
+        ([user(IMAGE, "Which digit is this?")], files[:1]),
+        ([user("Hello there, how are you?")], []),
+        ([user("First ", IMAGE, " then ", IMAGE, ". Name both.")], files[1:]),
+        ([user(IMAGE, "Which digit?"), assistant("Seven."), user(IMAGE, IMAGE, "And now?")], files),
+        ([user(IMAGE, "Which digit is this?")], files[2:]),
+        ([user(IMAGE)], files[1:2]),
+    ]
+    return [Prompt(turns, images, "here") for turns, images in dialogues]
+
+
+def test_answers_of_a_batch_are_those_given_one_by_one(flamingo, files):
+    predictor, asked = Predictor(*flamingo, max_new_tokens=8), questions(files)
+    together = predictor.answer(asked)
+    assert together == [predictor.answer([question])[0] for question in asked]
+    assert predictor.answer(asked[::-1], batch_size=4) == together[::-1]
+    assert len(set(together)) > 3
+
+
+def test_an_answer_depends_on_its_image(flamingo, files):
+    predictor = Predictor(*flamingo, max_new_tokens=8)
+    assert predictor(files[0], "Which digit is this?") != predictor(files[1], "Which digit is this?")
+
+
+@pytest.mark.parametrize(
+    "form", [str, Image.open, lambda path: np.asarray(Image.open(path)), lambda path: path.read_bytes()]
+)
+def test_a_path_a_picture_an_array_and_a_files_content_are_the_same_image(flamingo, files, form):
+    predictor = Predictor(*flamingo, max_new_tokens=8)
+    asked = "First <image> then <image>. Name both."
+    assert predictor([form(file) for file in files[1:]], asked) == predictor(files[1:], asked)
+    assert predictor.batch([(form(files[0]), "Which?"), ([], "Hello.")]) == [
+        predictor(files[0], "Which?"),
+        predictor(None, "Hello."),
+    ]
+
+
+def test_what_is_no_image_is_refused_by_name(flamingo):
+    with pytest.raises(UserError, match="prompt: not a readable image .*shape"):
+        Predictor(*flamingo)(np.zeros((2, 3, 8, 8)), "What?")
+
+
+def test_prompts_are_asked_sorted_by_size_and_the_models_mode_is_restored(monkeypatch):
+    class Model:
+        training = True
+
+        def eval(self):
+            self.training = False
+
+        def train(self, mode):
+            self.training = mode
+
+    def echo(self, prompts, max_new_tokens):
+        assert not self.model.training
+        texts = [prompt.messages[0]["content"][0]["text"] for prompt in prompts]
+        sizes.append([len(text) for text in texts])
+        return [f"{max_new_tokens} {text}" for text in texts]
+
+    prompts, done, sizes = [Prompt([user("?" * (7 * n % 5 + 1))], []) for n in range(7)], [], []
+    monkeypatch.setattr(Predictor, "_generate", echo)
+    predictor = Predictor(Model(), None)
+    answers = predictor.answer(prompts, batch_size=3, max_new_tokens=9, on_batch=done.append)
+    assert answers == [f"9 {prompt.messages[0]['content'][0]['text']}" for prompt in prompts]
+    assert done == [3, 3, 1] and predictor.model.training
+    assert sum(sizes, []) == sorted(sum(sizes, []))
+
+    monkeypatch.setattr(Predictor, "_generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predictor.answer(prompts)
+    assert predictor.model.training
+
+
+class Speaker:
+    """In a model's place: says given words after any prompt, and remembers how it was asked."""
+
+    device, training = "cpu", False
+    config = SimpleNamespace(get_text_config=lambda: None)
+
+    def __init__(self, tokenizer, words: str, own_end: int | list[int] | None):
+        self.generation_config = type("", (), {"eos_token_id": own_end})
+        self.tokenizer, self.words = tokenizer, words
+
+    def eval(self):
+        pass
+
+    def train(self, mode):
+        pass
+
+    def generate(self, input_ids, **options):
+        self.options = options
+        said = torch.tensor([self.tokenizer(self.words)["input_ids"]] * len(input_ids))
+        return torch.cat([input_ids, said], 1)
+
+
+@pytest.mark.parametrize("own_end", [None, 2, [1, 2]])
+def test_an_answer_ends_with_the_chat_templates_end_token(own_end):
+    """A language model that was not trained with the template does not end there by itself."""
+    processor = nano_processor(CHUNK_TEMPLATE)
+    end = processor.tokenizer.convert_tokens_to_ids("<|endofchunk|>")
+    model = Speaker(processor.tokenizer, " Seven.<|endofchunk|>And so on", own_end)
+    asked = Predictor(model, processor).batch([([], "Which?"), ([], "Which?")], max_new_tokens=8)
+    assert asked == ["Seven.", "Seven."]
+    own = [] if own_end is None else [own_end] if isinstance(own_end, int) else own_end
+    assert model.options["eos_token_id"] == end_token_ids(model, processor) == sorted([*own, end])
+
+
+def test_images_stand_where_they_are_marked_or_before_the_prompt():
+    assert place_images("What?", 0) == user("What?")["content"]
+    assert place_images("What?", 2) == user(IMAGE, IMAGE, "What?")["content"]
+    assert place_images("Is <image> like <image>?", 2) == user("Is ", IMAGE, " like ", IMAGE, "?")["content"]
+    assert place_images("<image>", 1) == user(IMAGE)["content"]
+
+
+@pytest.mark.parametrize(("prompt", "images"), [("<image>", 0), ("<image>", 2), ("<image> or <image>?", 1)])
+def test_markers_that_do_not_match_the_images_are_refused(prompt, images):
+    markers = prompt.count("<image>")
+    with pytest.raises(UserError) as caught:
+        place_images(prompt, images)
+    assert str(caught.value) == (
+        f"prompt: got {markers} <image> markers and {images} images; give one image for each marker"
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter(flamingo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "adapter"
+    save_adapter(*flamingo, folder)
+    return folder
+
+
+def test_an_adapter_on_disk_answers_as_the_model_it_was_saved_from(flamingo, files, adapter):
+    loaded = Predictor.from_pretrained(adapter, max_new_tokens=8)
+    for images, prompt in ((files[0], "Which digit is this?"), (files[1:], "First <image> then <image>.")):
+        assert loaded(images, prompt) == Predictor(*flamingo)(images, prompt, max_new_tokens=8)
+    assert answer(adapter, files[:1], "Which?", 8) == loaded(files[0], "Which?")
+
+
+def test_a_predictor_is_loaded_once_and_with_the_quantization_that_is_asked(adapter, files):
+    assert quantization_formats(Predictor.from_pretrained(adapter, quantization="none").model) == set()
+    predictor = Predictor.from_pretrained(adapter, quantization="nf4", max_new_tokens=4)
+    assert quantization_formats(predictor.model) == {"4bit"}
+    assert isinstance(predictor(files[0], "Which?"), str)
+    with pytest.raises(UserError, match="quantization: must be one of none, int8, nf4, fp4, got nf5"):
+        Predictor.from_pretrained(adapter, quantization="nf5")
+
+
+def test_a_bad_prompt_or_image_is_told_before_the_model_is_loaded(tmp_path):
+    broken = tmp_path / "a.png"
+    broken.write_text("no image")
+    with pytest.raises(UserError, match="a.png: not a readable image"):
+        answer(tmp_path / "no adapter", [broken], "What?")
+    with pytest.raises(UserError, match="2 <image> markers and 1 images"):
+        answer(tmp_path / "no adapter", [broken], "<image><image>")
