@@ -174,7 +174,7 @@ def test_one_device_is_understood(adapters, device_map):
         ({"device_map": "balanced"}, "is not one device"),
         ({"quantization_config": {"load_in_4bit": True}}, "in no other quantization"),
         ({"state_dict": {}}, "cannot take state_dict"),
-        ({"dtype": "small"}, "no number format"),
+        ({"dtype": "small"}, "is not a torch dtype"),
     ],
 )
 def test_options_that_parts_cannot_have_are_refused_in_one_line(adapters, options, message):
