@@ -21,8 +21,8 @@ SCHEDULERS = {"constant": "constant_with_warmup", "linear": "linear", "cosine": 
 def autocast_dtype(precision: str) -> torch.dtype | None:
     """Return the autocast dtype for ``train.precision`` on this machine; None for float32 without autocast.
 
-    ``auto`` is bfloat16 on a GPU that supports it natively (a T4 only emulates it), float16 on any other GPU, and float32
-    on a CPU.
+    ``auto`` is bfloat16 on a GPU that supports it natively (a T4 only emulates it), float16 on any other GPU,
+    and float32 on a CPU.
     """
     if precision != "auto":
         return None if precision == "fp32" else DTYPES[precision]
@@ -42,7 +42,8 @@ def _dpo_arguments(recipe: Recipe) -> dict[str, Any]:
     dpo = recipe.train.dpo
     return {
         "beta": dpo.beta,
-        # TRL's sigmoid loss ignores label smoothing; the robust loss (arXiv:2403.00409) equals it without smoothing.
+        # TRL's sigmoid loss ignores label smoothing; the robust loss (arXiv:2403.00409) equals it without
+        # smoothing.
         "loss_type": ["robust" if dpo.label_smoothing else dpo.loss_type],
         "label_smoothing": dpo.label_smoothing,
         # Policy and reference must differ by what was learned, not by dropout.
@@ -81,11 +82,11 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "greater_is_better": higher_is_better(eval_config.metric),
         "save_strategy": "steps",
         "save_steps": train_config.save_steps or train_config.max_steps,  # the last step is saved in any case
-        "save_only_model": train_config.fsdp,  # Trainer cannot checkpoint such a model; FlamingoTrainerMixin does
+        "save_only_model": train_config.fsdp,  # Trainer cannot save a sharded optimizer; the mixin does
         "ignore_data_skip": True,  # the batches resume at their own position
         "restore_callback_states_from_checkpoint": True,
-        # Every trainable parameter gets a gradient in every batch, text-only batches included, so DDP need not search
-        # the graph for unused ones, as it does by default with TRL.
+        # Every trainable parameter gets a gradient in every batch, text-only batches included, so DDP need
+        # not search the graph for unused ones, as it does by default with TRL.
         "ddp_find_unused_parameters": False,
         "report_to": "none",  # see tracker_callbacks
         "project": "flamingo_ft",  # for the trackers: name of the project, and of the run

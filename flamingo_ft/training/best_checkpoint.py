@@ -1,4 +1,4 @@
-"""Keep the adapter of the best evaluation so far, stop early, and end the run with the best adapter if asked to."""
+"""Keep the adapter of the best evaluation so far, stop early, and optionally end with the best adapter."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def evaluation_callbacks(recipe: Recipe, processor: FlamingoProcessor) -> list[T
 
 
 class KeepBest(TrainerCallback):
-    """Saves the adapter after each evaluation better than all before it; makes the last step an evaluation too.
+    """Saves the adapter after each evaluation better than all before; also evaluates after the last step.
 
-    ``state.best_metric`` (which transformers sets after this callback) and ``state.best_global_step`` are saved in
-    checkpoints.
+    ``state.best_metric`` (which transformers sets after this callback) and ``state.best_global_step`` are
+    saved in checkpoints.
     """
 
     def __init__(self, processor: FlamingoProcessor, folder: Path):
@@ -54,8 +54,8 @@ class KeepBest(TrainerCallback):
     ) -> None:
         if state.best_metric is not None and not self.folder.is_dir():
             warnings.warn(
-                f"{self.folder}: the adapter of the best evaluation (step {state.best_global_step}) is missing; "
-                "the best evaluation from here on is kept instead",
+                f"{self.folder}: the best adapter (of step {state.best_global_step}) is missing; "
+                "the best one from here on is kept instead",
                 stacklevel=2,
             )
             state.best_metric = state.best_global_step = None
@@ -76,7 +76,7 @@ class KeepBest(TrainerCallback):
         **_: Any,
     ) -> None:
         value = (metrics or {}).get(f"eval_{args.metric_for_best_model}", math.nan)
-        if is_better(value, state.best_metric, args.greater_is_better):
+        if is_better(value, state.best_metric, bool(args.greater_is_better)):
             state.best_global_step = state.global_step
             save_best(model, self.processor, self.folder)
 
@@ -114,7 +114,7 @@ def restore_best(model: FlamingoForConditionalGeneration, folder: Path) -> None:
 
 
 def apply_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:
-    """If ``eval.keep`` is best, restore the best adapter. Return what ``metrics.json`` records of the best evaluation."""
+    """Restore the best adapter if ``eval.keep`` is best. Return the best evaluation for ``metrics.json``."""
     state, folder = trainer.state, best_folder(checkpoint_root(recipe.train))
     if recipe.eval.steps is None or state.best_global_step is None:
         return {}

@@ -44,8 +44,8 @@ def build_model(
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
     """Build the recipe's model, ready to train, and its processor.
 
-    The bridge is initialized from the seed or from ``model.init_from``; LoRA is added and parameters are frozen as the
-    recipe says. init_batches: batches for the LoRA initialization that needs data (EVA).
+    The bridge is initialized from the seed or from ``model.init_from``; LoRA is added and parameters are
+    frozen as the recipe says. init_batches: batches for the LoRA initialization that needs data (EVA).
     """
     model_config, device = recipe.model, default_device()
     vision = load_vision(
@@ -76,8 +76,9 @@ def build_model(
     processor.image_processor.video_frames = recipe.data.video_frames
     if model_config.init_from is not None:
         init_bridge(model, model_config.init_from)
-    model.to(device)
-    prepare_training(model, recipe, init_batches and partial(init_batches, model, processor))
+    model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps torch's method)
+    batches_of_model = None if init_batches is None else partial(init_batches, model, processor)
+    prepare_training(model, recipe, batches_of_model)
     return model, processor
 
 
@@ -90,8 +91,8 @@ def make_trainer(
 ) -> FlamingoTrainer | FlamingoDpoTrainer:
     """Return a trainer over the recipe's data. Raise UserError if TRL's loss would be wrong for this model.
 
-    ``model`` must be as it was before step 1, also when resuming: it is the DPO reference, and the checkpoint is restored
-    afterwards.
+    ``model`` must be as it was before step 1, also when resuming: it is the DPO reference, and the checkpoint
+    is restored afterwards.
     """
     recipe = with_max_steps(recipe, data)
     if recipe.train.fsdp:
@@ -127,7 +128,7 @@ def make_trainer(
 
 @contextmanager
 def hidden_quantization_flags(model: FlamingoForConditionalGeneration) -> Iterator[None]:
-    """Keep TRL from casting all trainable parameters, gates included, to bfloat16, as it does for 4/8-bit models."""
+    """Keep TRL from casting the trainable parameters, gates too, of a 4/8-bit model to bfloat16."""
     flags = {name: model.__dict__.pop(name) for name in QUANTIZATION_FLAGS if name in model.__dict__}
     try:
         yield

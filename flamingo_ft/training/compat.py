@@ -23,10 +23,10 @@ __all__ = [
 def disable_amp_scaling_in_step(optimizer: torch.optim.Optimizer) -> None:
     """Let the gradient scaler unscale before the step, instead of a fused optimizer inside it.
 
-    A fused step that skips an overflowed gradient counts as taken, and the schedule would move on. torch has no public
-    switch for it.
+    A fused step that skips an overflowed gradient counts as taken, and the schedule would move on. torch has
+    no public switch for it.
     """
-    optimizer._step_supports_amp_scaling = False
+    setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no such attribute in torch's stubs)
 
 
 def set_last_learning_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float]) -> None:
@@ -35,7 +35,7 @@ def set_last_learning_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rat
 
 
 def mark_as_sharded(model: Any) -> None:
-    """Make Trainer treat a model sharded with `fully_shard` as one that transformers sharded while loading it.
+    """Make Trainer treat a model sharded by `fully_shard` as one that transformers sharded while loading.
 
     It then neither wraps nor moves the model. There is no public way to hand Trainer a sharded model.
     """

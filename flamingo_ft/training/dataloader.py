@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.collate import collate_packed, collate_text, stack_media
+from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.features import FeatureCache, collate_frames, open_feature_cache
 from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
 from flamingo_ft.data.methods import check_method, encoder
-from flamingo_ft.data.pairs import collate_pairs, repeat_media
+from flamingo_ft.data.pairs import EncodedPair, collate_pairs, repeat_media
 from flamingo_ft.data.sample import message_text
 from flamingo_ft.data.stream.batches import (
     Batches,
@@ -69,7 +70,7 @@ def collate_samples(
     pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
 ) -> dict[str, Tensor]:
     """Return the tensors of a batch; each row is one sample, or several if they are packed."""
-    texts = [[sample.encoded for sample in row] for row in rows]
+    texts = [[cast(Encoded, sample.encoded) for sample in row] for row in rows]
     if packing:
         text = collate_packed(texts, pad_token_id)
     else:
@@ -80,8 +81,8 @@ def collate_samples(
 def collate_preferences(
     pad_token_id: int, packing: bool, features: FeatureCache | None, rows: list[list[Example]]
 ) -> dict[str, Tensor]:
-    """Return the tensors of a batch of preference pairs, one per row: all chosen answers, then all rejected ones."""
-    text = collate_pairs([pair.encoded for (pair,) in rows], pad_token_id)
+    """Return the tensors of a batch of pairs, one per row: all chosen answers, then all rejected ones."""
+    text = collate_pairs([cast(EncodedPair, pair.encoded) for (pair,) in rows], pad_token_id)
     return text | repeat_media(_collate_media(features, rows))
 
 
@@ -113,7 +114,7 @@ def _media_reader(
 
 
 def _draws(order: SampleOrder, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
-    """Return a function from a position to the draws from there on, grouped by length if the recipe says so."""
+    """Return a function from a position to the samples from there on, grouped by length if configured."""
     if not recipe.data.group_by_length:
         return order.draws
     return sorted_by_length(order, partial(_text_length, data), recipe.train.batch_size)

@@ -1,6 +1,7 @@
-"""Evaluation before, during and after training: answers to held-out questions, and the loss on held-out samples.
+"""Evaluation before, during and after training: answers to held-out questions, loss on held-out samples.
 
-It does not change what training learns: it draws no random numbers and puts the model back into training mode.
+It does not change what training learns: it draws no random numbers and puts the model back into training
+mode.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Evaluator:
         return evaluate_metrics(questions, self._answers("evaluating", questions, keep_bar=False))
 
     def evaluate(self, name: str, samples: Sequence[Sample]) -> None:
-        """Ask about ``samples``, the held-out ones or a variant of them, and keep the answers under ``name``."""
+        """Ask about ``samples``, the held-out ones or a variant of them; keep the answers under ``name``."""
         questions = questions_of(samples)
         if questions:
             self.results.answers[name] = self._answers(f"evaluating, {name.replace('_', ' ')}", questions)
@@ -82,8 +83,8 @@ class Evaluator:
 class EvalBatches:
     """Iterable over the weighted batches of the held-out samples, each sample once, always in the same order.
 
-    Process ``rank`` of ``world_size`` (None: this process) gets every ``world_size``-th batch. All processes get the
-    same number of batches; the last one may be a repetition with weight 0.
+    Process ``rank`` of ``world_size`` (None: this process) gets every ``world_size``-th batch. All processes
+    get the same number of batches; the last one may be a repetition with weight 0.
 
     Raises UserError for samples that ``data.too_long`` refuses, for samples without a rejected answer if
     ``train.method`` is dpo, and if no sample has label tokens.
@@ -167,8 +168,8 @@ def run_evaluation(
 ) -> dict[str, float]:
     """Evaluate the trainer's model and log the result.
 
-    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``scores_fn`` is given, every metric that it
-    returns, such as ``eval_accuracy``.
+    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``scores_fn`` is given, its metrics
+    (``eval_accuracy``, ...).
     """
     model, was_training = trainer.model, trainer.model.training
     model.eval()

@@ -1,10 +1,10 @@
-"""Checkpoints on the Hugging Face Hub, for machines that may disappear: uploaded while training, downloaded on resume.
+"""Checkpoints on the Hugging Face Hub: uploaded while training, downloaded on resume.
 
 Each checkpoint is one commit, which also deletes the oldest checkpoint, so readers see all of it or nothing.
 
-The client's own `run_as_future` runs in a thread that Python waits for at exit, so Ctrl-C could not abandon an upload to a
-Hub that does not answer, and the client retries single requests but not a whole commit: hence the thread and the retries
-here.
+The client's own `run_as_future` runs in a thread that Python waits for at exit, so Ctrl-C could not abandon
+an upload to a Hub that does not answer, and the client retries single requests but not a whole commit: hence
+the thread and the retries here.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ ADAPTER = "the adapter"
 def prepare_repository(repository: str, starts_new_run: bool) -> None:
     """Create the repository if needed and check write access, before hours of training.
 
-    Raise UserError if that fails, and if a new run would start beside the checkpoints of another one: they would have the
-    higher steps, so the new run's checkpoints would be deleted first.
+    Raise UserError if that fails, and if a new run would start beside the checkpoints of another one: they
+    would have the higher steps, so the new run's checkpoints would be deleted first.
     """
     api = HfApi()
     try:
@@ -53,8 +53,8 @@ def prepare_repository(repository: str, starts_new_run: bool) -> None:
         raise UserError(f"train.push_to_hub: {repository}: {error_reason(error, writes=True)}") from None
     if existing:
         raise UserError(
-            f"train.push_to_hub: {repository} holds step-{existing[0]} of an earlier run; resume that run with --resume, "
-            f"delete its {FOLDER}, or choose another repository"
+            f"train.push_to_hub: {repository} holds step-{existing[0]} of an earlier run; "
+            f"resume that run with --resume, delete its {FOLDER}, or choose another repository"
         )
 
 
@@ -62,7 +62,10 @@ def prepare_repository(repository: str, starts_new_run: bool) -> None:
 def background_uploads(
     repository: str | None, limit: int, log: Callable[[str], None]
 ) -> Iterator[BackgroundUploads | None]:
-    """Yield the uploads to ``repository``, None without one or in other processes; wait for them at the end."""
+    """Yield the uploads to ``repository`` and wait for them at the end.
+
+    Yields None without a repository, and in all processes but the main one.
+    """
     if repository is None or not processes.is_main():
         yield None
         return
@@ -90,8 +93,8 @@ class PushCheckpoints(TrainerCallback):
 class BackgroundUploads:
     """Uploads one at a time in a background thread; a newer checkpoint replaces one that is still waiting.
 
-    limit: number of checkpoints to keep on the Hub. log: called with a line for each failed upload. missing: what is not
-    on the Hub yet (the newest checkpoint, the adapter).
+    limit: number of checkpoints to keep on the Hub. log: called with a line for each failed upload. missing:
+    what is not on the Hub yet (the newest checkpoint, the adapter).
     """
 
     def __init__(self, repository: str, limit: int, log: Callable[[str], None]):
@@ -175,7 +178,8 @@ class BackgroundUploads:
         self._api.create_commit(self.repository, operations, commit_message=message)
 
     def _commit_run(self, output_dir: Path) -> None:
-        # The client's upload_folder may take several commits, and someone may load the adapter between two of them.
+        # The client's upload_folder may take several commits, and someone may load the adapter between two of
+        # them.
         files = files_to_push(output_dir, self.repository)
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         self._api.create_commit(self.repository, operations, commit_message="The trained adapter")
@@ -195,7 +199,7 @@ def steps_on_hub(api: HfApi, repository: str) -> list[int]:
 
 
 def fetch_newer_checkpoint(repository: str, root: Path, after_step: int) -> Iterator[str]:
-    """Download the newest undamaged checkpoint after ``after_step`` into ``root``; yield a line for each thing done.
+    """Download the newest undamaged checkpoint after ``after_step`` into ``root``; yield lines for the user.
 
     Raises UserError if the Hub cannot be reached and there is no local checkpoint (``after_step`` is -1).
     """

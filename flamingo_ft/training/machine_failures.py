@@ -1,4 +1,4 @@
-"""Failures of the machine during a run, as one-line errors: out of memory, full disk, killed data-loading worker."""
+"""One-line errors for failures of the machine: out of memory, a full disk, a killed data-loading worker."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attach_memory_plan(error: OutOfMemory, recipe: Recipe) -> OutOfMemory:
 
 @contextmanager
 def io_errors_as_user_error(train_config: TrainSection) -> Iterator[None]:
-    """Raise UserError for a full disk or a killed worker process in the block; `save_checkpoint` reports its own."""
+    """Raise UserError for a full disk or a killed worker in the block; `save_checkpoint` reports its own."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:

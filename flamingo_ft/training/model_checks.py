@@ -1,14 +1,16 @@
-"""Checks that a language model trains as intended: TRL's loss equals its own, and packed documents stay apart."""
+"""Checks that a language model trains as intended: with its own loss, packed documents kept apart."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.machine_errors import reraise_machine_error
-from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 DOCUMENT_LENGTHS = (7, 5, 9)  # tokens
 LOSS_RTOL, LOSS_RTOL_ROUNDED = 1e-4, 0.02  # in float32, and with any lower precision
@@ -17,17 +19,18 @@ LOGITS_TOLERANCE, LOGITS_TOLERANCE_ROUNDED = 1e-4, 0.05
 
 
 @torch.no_grad()
-def check_loss(trainer: SFTTrainer) -> None:
+def check_loss(trainer: SFTTrainer | DPOTrainer) -> None:
     """Compare TRL's loss with the model's own on a short text. Raise UserError if they differ.
 
-    TRL computes it from the last hidden state and the output head's matrix, never forming all logits. That is wrong, without
-    any error, for families whose head is more than a matrix (a transform, a scale unknown to TRL) or whose own loss does
-    not shift labels by one token.
+    TRL computes it from the last hidden state and the output head's matrix, never forming all logits. That is
+    wrong, without any error, for families whose head is more than a matrix (a transform, a scale unknown to
+    TRL) or whose own loss does not shift labels by one token.
     """
-    model = trainer.model
+    model = cast(FlamingoForConditionalGeneration, trainer.model)
     was_training = model.training
     model.eval()
-    ids = _sample_text(trainer).to(model.device)
+    processor = cast(FlamingoProcessor, trainer.processing_class)
+    ids = _sample_text(processor).to(model.device)
     with trainer.compute_loss_context_manager():
         own = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
         try:
@@ -43,14 +46,15 @@ def check_loss(trainer: SFTTrainer) -> None:
         raise UserError(_loss_message(model, f"TRL computes {fused:.4f}, the model computes {own:.4f}"))
 
 
-def _sample_text(trainer: SFTTrainer) -> Tensor:
+def _sample_text(processor: FlamingoProcessor) -> Tensor:
     """Return token ids (1, T) of a short text without tokens that the Flamingo added."""
-    tokenizer = trainer.processing_class.tokenizer
-    encoded = tokenizer("A picture of a house by the sea.", add_special_tokens=False, return_tensors="pt")
+    encoded = processor.tokenizer(
+        "A picture of a house by the sea.", add_special_tokens=False, return_tensors="pt"
+    )
     return encoded["input_ids"]
 
 
-def _loss_message(model: torch.nn.Module, reason: str) -> str:
+def _loss_message(model: FlamingoForConditionalGeneration, reason: str) -> str:
     family = model.config.get_text_config().model_type
     return (
         f"model.language: the training loss of a {family} model would not be its own: {reason}; "
@@ -62,10 +66,10 @@ def _loss_message(model: torch.nn.Module, reason: str) -> str:
 def check_packing(model: FlamingoForConditionalGeneration, rows: int = 1) -> None:
     """Compare documents packed into one row, in a batch of ``rows`` such rows, with each document alone.
 
-    Raise UserError if their logits differ. transformers separates documents in self-attention where positions start again
-    at 0, for families that build their masks the usual way. With positions from the mask (ALiBi), with a state that runs
-    along the row (state-space models, recurrences, convolutions) or with some attention kernels, documents would read
-    each other without any error.
+    Raise UserError if their logits differ. transformers separates documents in self-attention where positions
+    start again at 0, for families that build their masks the usual way. With positions from the mask (ALiBi),
+    with a state that runs along the row (state-space models, recurrences, convolutions) or with some
+    attention kernels, documents would read each other without any error.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""What can be watched of a run: throughput, memory, gates and learning rates; the progress bar; experiment trackers."""
+"""Watching a run: throughput, memory, gates and learning rates; the progress bar; experiment trackers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LOCAL_DEFAULTS = {
 
 
 class ThroughputMeter:
-    """Measures training time, without what happens inside `paused`, and peak memory between two log entries."""
+    """Measures training time, without what is inside `paused`, and peak memory between two log entries."""
 
     def __init__(self) -> None:
         self.reset()
@@ -62,8 +62,8 @@ class ThroughputMeter:
     def read(self, counts: Counter) -> dict[str, float]:
         """Return throughput and memory since the last call, then reset the clock and ``counts``.
 
-        ``samples_per_second``, ``images_per_second`` and ``label_tokens_per_second`` are sums over all processes,
-        ``memory_gib`` is the largest of them.
+        ``samples_per_second``, ``images_per_second`` and ``label_tokens_per_second`` are sums over all
+        processes, ``memory_gib`` is the largest of them.
         """
         seconds = max(time.monotonic() - self._start_time - self._paused_seconds, 1e-9)
         own = [*(counts[name] for name in COUNTED), seconds, memory_gib()]
@@ -78,7 +78,7 @@ class ThroughputMeter:
 
 
 def memory_gib() -> float:
-    """Return the peak allocated GPU memory since the last reset or, on a CPU, the current memory of the process, in GiB."""
+    """Return the peak GPU memory since the last reset or, on a CPU, the process's current memory, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / GIB
     return psutil.Process().memory_info().rss / GIB
@@ -98,10 +98,11 @@ def learning_rates(optimizer: Any, first_rate: float) -> dict[str, float]:
 
 
 def gate_values(model: torch.nn.Module) -> dict[str, float]:
-    """Return tanh of each gate, in -1..1, keyed by kind and by index of the decoder layer its block precedes."""
+    """Return tanh of each gate, in -1..1, keyed by its kind and the decoder layer that its block precedes."""
     gates: dict[str, torch.Tensor] = {}
+    blocks: Any = getattr(model, "gated_cross_attn_layers", ())
     for name, attribute in GATES.items():
-        for layer, block in enumerate(getattr(model, "gated_cross_attn_layers", ())):
+        for layer, block in enumerate(blocks):
             if block is not None:
                 gates[f"gate/{name}/{layer}"] = getattr(block, attribute).detach()
     if not gates:
@@ -175,21 +176,23 @@ def _throughput_parts(logs: dict[str, float]) -> list[str]:
 
 
 def check_trackers(train_config: TrainSection) -> None:
-    """Raise UserError for a tracker in ``train.report_to`` that is not installed, before anything is loaded."""
+    """Raise UserError for a tracker in ``train.report_to`` that is not installed."""
     for name in train_config.report_to:
         spec = find_spec(name)
         # A tracker's log folder of the same name looks like a namespace package, without an origin.
         if spec is None or spec.origin is None:
             package = "flamingo_ft" if name == "tensorboard" else f"flamingo_ft[{name}]"
             raise UserError(
-                f"train.report_to: {name} is not installed; pip install '{package}', or leave {name} out of the list"
+                f"train.report_to: {name} is not installed; "
+                f"pip install '{package}', or leave {name} out of the list"
             )
 
 
 def tracker_callbacks(train_config: TrainSection) -> list[TrainerCallback]:
     """Return transformers' callback for each name in ``train.report_to``.
 
-    They keep everything on this machine unless the environment says otherwise (WANDB_MODE=online, TRACKIO_SPACE_ID).
+    They keep everything on this machine unless the environment says otherwise (WANDB_MODE=online,
+    TRACKIO_SPACE_ID).
     """
     factories: dict[str, Callable[[], TrainerCallback]] = {
         "tensorboard": lambda: TensorBoard(train_config.output_dir / "tensorboard"),
@@ -205,7 +208,7 @@ def tracker_callbacks(train_config: TrainSection) -> list[TrainerCallback]:
 
 
 class TensorBoard(TensorBoardCallback):
-    """TensorBoard events in a folder of the run; on resume, steps trained again replace the earlier events."""
+    """Writes TensorBoard events of a run; on resume, repeated steps replace the earlier events."""
 
     def __init__(self, folder: Path):
         super().__init__()

@@ -1,7 +1,8 @@
-"""NaN or Inf in a loss or gradient: the step is not taken, and the samples and the module that caused it are named.
+"""NaN or Inf in a loss or gradient: skip or stop, and name the samples and the module that caused it.
 
-Loss and gradient norm are checked together once per optimizer step, between backward pass and step, so the device is
-synchronized once. All processes share what they saw: a bad value in one of them may not show in the others.
+Loss and gradient norm are checked together once per optimizer step, between backward pass and step, so the
+device is synchronized once. All processes share what they saw: a bad value in one of them may not show in the
+others.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class NonFiniteGuard:
             self._stop(trainer, [True], loss.item(), "loss")
 
     def check_step(self, trainer: Any, norm: Tensor | float) -> None:
-        """Before the optimizer step: if a loss or the gradient norm is non-finite, raise UserError or skip the step."""
+        """Raise UserError, or skip the coming step, if a loss or the gradient norm is non-finite."""
         norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
         values = torch.stack([value.to(trainer.args.device).float() for value in (norm, *self._losses)])
         per_process = trainer.accelerator.gather(
@@ -105,8 +106,8 @@ class NonFiniteGuard:
         )
         again = f" for the {self.bad_in_a_row}th time in a row" if self.skip else ""
         raise UserError(
-            f"training: {what} is {value} at step {trainer.state.global_step + 1}{again}; {samples}: {cause}; "
-            f"{_remedy(trainer)}"
+            f"training: {what} is {value} at step {trainer.state.global_step + 1}{again}; "
+            f"{samples}: {cause}; {_remedy(trainer)}"
         )
 
 
@@ -120,13 +121,13 @@ def _first_non_finite(values: Sequence[float]) -> float | None:
 
 
 def _is_scaler_overflow(trainer: Any) -> bool:
-    """Return whether loss scaling may have caused a bad gradient: the scaler skips such steps and lowers its scale."""
+    """Return whether loss scaling may have caused a bad gradient; the scaler then skips the step itself."""
     scaler = trainer.accelerator.scaler
     return scaler is not None and scaler.get_scale() >= 1
 
 
 def _rows_of(batches: Sequence[tuple[Any, BatchContents]], bad: Sequence[bool]) -> list[str]:
-    """Return where the samples of the bad batches come from; those of all batches if none is known to be bad."""
+    """Return where the samples of the bad batches are from; of all batches if none is known to be bad."""
     chosen = [contents for (_, contents), is_bad in zip(batches, bad, strict=False) if is_bad]
     return [row for contents in chosen or [contents for _, contents in batches] for row in contents.rows]
 
@@ -149,8 +150,8 @@ def _remedy(trainer: Any) -> str:
 def diagnose(trainer: Any, batches: Sequence[dict[str, Any]]) -> tuple[int, str] | None:
     """Return the index of the first bad batch and what is non-finite in it; None if nothing is, this time.
 
-    The cause is the first module whose output is non-finite or, if all outputs are finite, the first such gradient. Every
-    batch is computed in any case: all processes must run the same number of forward passes.
+    The cause is the first module whose output is non-finite or, if all outputs are finite, the first such
+    gradient. Every batch is computed in any case: all processes must run the same number of forward passes.
     """
     causes = [_find_cause(trainer, batch) for batch in batches]
     return next(((index, cause) for index, cause in enumerate(causes) if cause), None)
@@ -177,7 +178,7 @@ def _find_cause(trainer: Any, batch: dict[str, Any]) -> str | None:
 
 @contextmanager
 def _record_causes(model: nn.Module, causes: list[str]) -> Iterator[None]:
-    """Append the first non-finite output or gradient of ``model`` to ``causes``, unless it has an entry already."""
+    """Append the first non-finite output or gradient of ``model`` to ``causes``, unless it has an entry."""
     with ExitStack() as stack:
         for name, module in model.named_modules():
             handle = module.register_forward_hook(_output_hook(name, causes))
@@ -212,7 +213,8 @@ def _gradient_hook(name: str, causes: list[str]) -> Any:
 def is_finite(value: Any) -> bool:
     """Return whether all floating-point tensors in a nested structure are finite.
 
-    Of sharded tensors only this process's shard is checked: gathering would need every process, and only some come here.
+    Of sharded tensors only this process's shard is checked: gathering would need every process, and only some
+    come here.
     """
     leaves = tree_leaves(dict(value) if hasattr(value, "keys") else value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

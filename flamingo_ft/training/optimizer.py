@@ -33,7 +33,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Return an optimizer over the trainable parameters.
 
-    Raises UserError if ``train.optimizer_in_backward`` is set but cannot work with this number of processes or precision.
+    Raises UserError if ``train.optimizer_in_backward`` is set but cannot work with this number of processes
+    or precision.
     """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     make = partial(optimizer_class, **options)
@@ -44,13 +45,15 @@ def make_optimizer(
         return optimizer
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise UserError(
-            f"train.optimizer_in_backward: got {max(arguments.world_size, arguments.n_gpu)} processes or GPUs, whose "
-            "gradients would have to be reduced before each step; use one (CUDA_VISIBLE_DEVICES=0), or set it to false"
+            "train.optimizer_in_backward: got "
+            f"{max(arguments.world_size, arguments.n_gpu)} processes or GPUs, "
+            "whose gradients would have to be reduced before each step; use one (CUDA_VISIBLE_DEVICES=0), "
+            "or set it to false"
         )
     if arguments.fp16:
         raise UserError(
-            "train.optimizer_in_backward: float16 needs loss scaling, and a step inside the backward pass cannot be "
-            "undone when a scaled gradient overflows; use bf16 or fp32, or set it to false"
+            "train.optimizer_in_backward: float16 needs loss scaling, and a step inside the backward pass "
+            "cannot be undone when a scaled gradient overflows; use bf16 or fp32, or set it to false"
         )
     return InBackwardOptimizer(groups, make, train_config.max_grad_norm)
 
@@ -58,8 +61,9 @@ def make_optimizer(
 def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]:
     """Return the trainable parameters grouped by part, in each part those with weight decay first.
 
-    Each group carries the ``name`` of its part. Matrices decay; gates, norms, biases, latents and token rows do not. The
-    order depends on parameter names alone, so saved optimizer states fit every later run of the recipe.
+    Each group carries the ``name`` of its part. Matrices decay; gates, norms, biases, latents and token rows
+    do not. The order depends on parameter names alone, so saved optimizer states fit every later run of the
+    recipe.
     """
     named = trainable_parameters(model)
     groups = []
@@ -88,13 +92,15 @@ def warmup_steps(train_config: TrainSection) -> int:
     """Return the number of warmup steps of a recipe whose ``max_steps`` is known."""
     if train_config.warmup_ratio is None:
         return train_config.warmup_steps
+    assert train_config.max_steps is not None
     return math.ceil(exact_fraction(train_config.warmup_ratio) * train_config.max_steps)
 
 
 def recompute_learning_rates(scheduler: Any) -> None:
     """Set the learning rates of a restored `LambdaLR`'s current step from its own schedule.
 
-    The restored optimizer has the rates of the schedule it was saved with, which may have been for fewer steps.
+    The restored optimizer has the rates of the schedule it was saved with, which may have been for fewer
+    steps.
     """
     schedule = getattr(scheduler, "scheduler", scheduler)  # unwrap accelerate's scheduler
     lambdas = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -110,11 +116,11 @@ def recompute_learning_rates(scheduler: Any) -> None:
 class InBackwardOptimizer(torch.optim.Optimizer):
     """Steps each parameter as soon as its gradient is complete, so that gradients are never held together.
 
-    LOMO (arXiv:2306.09782) does so for SGD. The norm of the whole gradient is not known by then, so each parameter's
-    gradient is clipped to ``max_norm`` by itself.
+    LOMO (arXiv:2306.09782) does so for SGD. The norm of the whole gradient is not known by then, so each
+    parameter's gradient is clipped to ``max_norm`` by itself.
 
-    make: makes the optimizer for a list of groups; each parameter gets one of its own. Learning rates are read from
-    this optimizer's groups, so schedulers work on it as on any other.
+    make: makes the optimizer for a list of groups; each parameter gets one of its own. Learning rates are
+    read from this optimizer's groups, so schedulers work on it as on any other.
     """
 
     def __init__(
@@ -128,7 +134,7 @@ class InBackwardOptimizer(torch.optim.Optimizer):
         for parameter in self._optimizers:
             parameter.register_post_accumulate_grad_hook(self._step_parameter)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyrefly: ignore[bad-override]
         """Do nothing: the steps were taken in the backward pass."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -145,7 +151,7 @@ class InBackwardOptimizer(torch.optim.Optimizer):
         return nn.utils.get_total_norm(norms)
 
     def _restore_state_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Copy the saved state without torch's cast to the parameter's dtype, which would destroy 8-bit state."""
+        """Copy the saved state once more: torch casts it to the parameter's dtype and breaks 8-bit state."""
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(indices, self._optimizers, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
@@ -153,7 +159,7 @@ class InBackwardOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def _share_state(self) -> None:
-        """Let all per-parameter optimizers use this optimizer's state, so that it is saved and loaded as usual."""
+        """Let all per-parameter optimizers use this one's state, so that it is saved and loaded as usual."""
         self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for optimizer in self._optimizers.values():
             optimizer.state = self.state

@@ -19,10 +19,11 @@ def prepare_output_dir(
 ) -> Path | None:
     """Make sure that ``folder`` exists and is empty, or holds the run to resume; calling it twice is fine.
 
-    overwrite: move an earlier run to a new folder beside it, whose path is returned. resume: keep an earlier run.
-    has_checkpoint: whether there is a checkpoint to resume from, even if the rest of the run is lost.
+    overwrite: move an earlier run to a new folder beside it, whose path is returned. resume: keep an earlier
+    run. has_checkpoint: whether there is a checkpoint to resume from, even if the rest of the run is lost.
 
-    Raises UserError if the folder holds a run and neither flag is set, if it holds other files, or if it is a file.
+    Raises UserError if the folder holds a run and neither flag is set, if it holds other files, or if it is a
+    file.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"train.output_dir: {folder} is a file; choose another with train.output_dir=FOLDER")
@@ -39,7 +40,7 @@ def prepare_output_dir(
 
 
 def archive_metrics(folder: Path) -> None:
-    """Rename the metrics of a finished run that is being extended, since ``metrics.json`` marks a run as finished."""
+    """Rename the metrics of a run that is being extended: ``metrics.json`` marks a run as finished."""
     metrics = folder / METRICS_FILE
     if metrics.is_file():
         metrics.rename(folder / f"{METRICS_FILE}.step-{finished_steps(folder)}")
@@ -60,13 +61,14 @@ def refuse_lost_run(recipe_path: Path, train_config: TrainSection) -> None:
     if recipe_path.name != RECIPE_FILE or train_config.push_to_hub or any(map(_has_files, folders)):
         return
     raise UserError(
-        f"train.output_dir: nothing to resume in {train_config.output_dir}, although {recipe_path} is the recipe of a run; "
-        f"change to the directory where it was started, or set train.output_dir={recipe_path.parent}"
+        f"train.output_dir: nothing to resume in {train_config.output_dir}, although {recipe_path} is the "
+        "recipe of a run; change to the directory where it was started, or set "
+        f"train.output_dir={recipe_path.parent}"
     )
 
 
 def _has_files(folder: Path) -> bool:
-    """Return whether there is any file; a run killed at its start leaves only empty folders and partial files."""
+    """Return whether there is any file but leftovers of a run that was killed at its start."""
     return any(
         (path.is_file() or path.is_symlink()) and not atomic.is_leftover(path) for path in folder.rglob("*")
     )
@@ -79,8 +81,8 @@ def _check_replaceable(folder: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UserError(
-            f"train.output_dir: {folder} already holds a run; "
-            "resume it with --resume, move it aside with --overwrite, or choose another with train.output_dir=FOLDER"
+            f"train.output_dir: {folder} already holds a run; resume it with --resume, move it aside with "
+            "--overwrite, or choose another with train.output_dir=FOLDER"
         )
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UserError(

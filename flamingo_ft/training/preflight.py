@@ -1,4 +1,4 @@
-"""Checks and notices before a run: what this machine cannot do, planned memory, leaking or truncated held-out samples."""
+"""Before a run: what this machine cannot do, planned memory, and doubtful held-out samples."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_machine(train_config: TrainSection) -> None:
 
 
 def _refuse_data_parallel(gpus: int) -> None:
-    """Refuse several GPUs in one process: Trainer would use `nn.DataParallel`, which is slow and wrong for this model."""
+    """Refuse several GPUs in one process: Trainer's `nn.DataParallel` is slow, and wrong for this model."""
     if gpus > 1 and processes.world_size() == 1:
         raise UserError(
             f"got {gpus} GPUs and one process; use one GPU with CUDA_VISIBLE_DEVICES=0, or all of them with "
@@ -57,25 +57,27 @@ def _refuse_accelerate_fsdp(environment: Mapping[str, str]) -> None:
     """Refuse accelerate's own FSDP, which would neither shard by our units nor keep our parameter groups."""
     if environment.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError(
-            "accelerate: its configuration turns on FSDP, which cannot shard a Flamingo; use one without FSDP "
-            "(recipes/accelerate/ddp.yaml), and set train.fsdp to true"
+            "accelerate: its configuration turns on FSDP, which cannot shard a Flamingo; use one "
+            "without FSDP (recipes/accelerate/ddp.yaml), and set train.fsdp to true"
         )
 
 
 def check_precision(recipe: Recipe) -> None:
-    """Raise UserError for a precision that this machine or this recipe cannot use, before anything is loaded."""
+    """Raise UserError for a precision that this machine or this recipe cannot use."""
     precision = recipe.train.precision
     autocast = autocast_dtype(precision)
     if autocast == torch.float16:
         _check_float16(recipe)
     for name in ("vision", "language"):
         quantization = Quantization.of(getattr(recipe.model, name))
-        half = quantization and autocast in HALF_DTYPES and quantization.dtype in HALF_DTYPES
-        if half and quantization.dtype != autocast:
+        if quantization is None or autocast not in HALF_DTYPES or quantization.dtype not in HALF_DTYPES:
+            continue
+        if quantization.dtype != autocast:
             both = next(word for word, dtype in DTYPES.items() if dtype == autocast)
             raise UserError(
-                f"model.{name}.compute_dtype: {quantization.compute_dtype} is {_dtype_name(quantization.dtype)} here, "
-                f"but train.precision: {precision} is {_dtype_name(autocast)}; use {both} for both"
+                f"model.{name}.compute_dtype: {quantization.compute_dtype} is "
+                f"{_dtype_name(quantization.dtype)} here, but train.precision: {precision} is "
+                f"{_dtype_name(autocast)}; use {both} for both"
             )
 
 
@@ -87,17 +89,18 @@ def _check_float16(recipe: Recipe) -> None:
         )
     if recipe.trainable.dtype == "bf16":
         raise UserError(
-            f"trainable.dtype: got bf16, but train.precision {precision} is float16 on this GPU, which needs trainable "
-            "parameters in fp32; use fp32"
+            f"trainable.dtype: got bf16, but train.precision {precision} is float16 on this GPU, which needs "
+            "trainable parameters in fp32; use fp32"
         )
     if recipe.train.optimizer_in_backward:
         raise UserError(
-            f"train.optimizer_in_backward: train.precision {precision} is float16 on this GPU, and a step inside the "
-            "backward pass cannot be undone when a scaled gradient overflows; use train.precision=fp32, or set it to false"
+            f"train.optimizer_in_backward: train.precision {precision} is float16 on this GPU, and a step "
+            "inside the backward pass cannot be undone when a scaled gradient overflows; use "
+            "train.precision=fp32, or set it to false"
         )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -122,7 +125,7 @@ def memory_notice(recipe: Recipe) -> str:
 def evaluation_warnings(
     data: OpenedData, eval_samples: Sequence[Sample], processor: FlamingoProcessor, max_new_tokens: int
 ) -> Iterator[str]:
-    """Warn of held-out images that are also trained on, and of reference answers longer than ``max_new_tokens``."""
+    """Warn of held-out images that are also trained on, and of answers longer than ``max_new_tokens``."""
     overlap = _overlap(data, eval_samples)
     if overlap:
         yield f"warning: {overlap}"
@@ -132,7 +135,7 @@ def evaluation_warnings(
 
 
 def _overlap(data: OpenedData, eval_samples: Sequence[Sample]) -> str | None:
-    """Describe the images in both training and held-out samples; None for streams and large sources, which are not read."""
+    """Describe images in both training and held-out samples; None if a source is a stream or too large."""
     if not eval_samples or not all(
         mixed.source.indexed and mixed.size <= MAX_VALIDATED_ROWS for mixed in data.train
     ):
@@ -142,5 +145,6 @@ def _overlap(data: OpenedData, eval_samples: Sequence[Sample]) -> str | None:
         return None
     return (
         f"{found.count:,} of {len(eval_samples):,} held-out samples show an image that is trained on too "
-        f"(first {found.eval}, trained on in {found.train}), so accuracy on them says little; hold these images out"
+        f"(first {found.eval}, trained on in {found.train}), so accuracy on them says little; "
+        "hold these images out"
     )

@@ -1,4 +1,4 @@
-"""Where a run starts: from its newest undamaged checkpoint, if that belongs to the same recipe, or from step 1."""
+"""Where a run starts: from its newest undamaged checkpoint, if the recipe is the same, or from step 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .checkpoints import checkpoint_root, latest_valid, quarantine_newer, read_m
 from .hub_checkpoints import fetch_newer_checkpoint
 from .output_dir import finished_steps
 
-# Keys that may change when a run is resumed: its length, where it is kept and logged, and how fast its data load.
+# Keys that may change when a run is resumed: its length, where it is kept and logged, and how fast its data
+# load.
 CHANGEABLE_KEYS = {
     "train.max_steps",
     "train.epochs",
@@ -38,8 +39,8 @@ CHANGEABLE_KEYS = {
 class StartPoint:
     """Where a run starts.
 
-    checkpoint: the one to resume from; None: step 1. finished: there is nothing left to do. notes: lines for the user about
-    how it was found.
+    checkpoint: the one to resume from; None: step 1. finished: there is nothing left to do. notes: lines for
+    the user about how it was found.
     """
 
     checkpoint: Path | None = None
@@ -48,11 +49,11 @@ class StartPoint:
 
 
 def find_start_point(recipe: Recipe) -> StartPoint:
-    """Look for a run of ``recipe``, whose ``max_steps`` is set, in its output folder, its checkpoints and on the Hub.
+    """Look for a run of ``recipe``, whose ``max_steps`` is set, in its output folder, checkpoints and Hub.
 
-    A finished run is extended if the recipe has more steps than it had. Damaged checkpoints newer than the one to resume
-    from are renamed. Raises UserError for a run of another recipe (a line for each key), for fewer steps than are done, and
-    for a finished run without a checkpoint to extend it from.
+    A finished run is extended if the recipe has more steps than it had. Damaged checkpoints newer than the
+    one to resume from are renamed. Raises UserError for a run of another recipe (a line for each key), for
+    fewer steps than are done, and for a finished run without a checkpoint to extend it from.
     """
     root, output_dir = checkpoint_root(recipe.train), recipe.train.output_dir
     done = None
@@ -61,8 +62,11 @@ def find_start_point(recipe: Recipe) -> StartPoint:
         done = finished_steps(output_dir)
         if done is not None:
             _refuse_fewer_steps(recipe, done, output_dir)
-            if recipe.train.max_steps <= earlier.train.max_steps:
-                note = f"{output_dir}: finished after {done} steps, nothing left to do; to extend it, raise train.max_steps or train.epochs"
+            if _max_steps(recipe) <= _max_steps(earlier):
+                note = (
+                    f"{output_dir}: finished after {done} steps, nothing left to do; "
+                    "to extend it, raise train.max_steps or train.epochs"
+                )
                 return StartPoint(finished=True, notes=[note])
     checkpoint, notes = _find_checkpoint(recipe, root)
     if checkpoint is not None:
@@ -82,7 +86,7 @@ def find_start_point(recipe: Recipe) -> StartPoint:
 
 
 def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint in ``root`` or on the Hub, and notes about damaged and fetched ones."""
+    """Return the newest undamaged checkpoint in ``root`` or on the Hub, and notes for the user."""
     if root.is_dir():
         atomic.remove_leftovers(root)
     checkpoint, problems = latest_valid(root)
@@ -95,7 +99,7 @@ def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]
 
 
 def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
-    """Load the recipe of the run in ``folder``. Raise UserError if more than `CHANGEABLE_KEYS` differ from ``recipe``."""
+    """Load the recipe of the run in ``folder``. Raise UserError unless only `CHANGEABLE_KEYS` differ."""
     earlier = load_recipe(folder / RECIPE_FILE, require=())
     current = _with_earlier_commit(recipe, earlier)
     differences = list(_differences(earlier.model_dump(mode="json"), current.model_dump(mode="json")))
@@ -105,17 +109,23 @@ def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _refuse_fewer_steps(recipe: Recipe, done: int, folder: Path) -> None:
-    steps = recipe.train.max_steps
+    steps = _max_steps(recipe)
     if steps < done:
         raise UserError(
-            f"train.max_steps: got {steps} (from train.epochs, if that is set), but {folder} has trained {done} steps "
-            f"already; use {done} or more, or choose another train.output_dir"
+            f"train.max_steps: got {steps} (from train.epochs, if that is set), but {folder} has trained "
+            f"{done} steps already; use {done} or more, or choose another train.output_dir"
         )
+
+
+def _max_steps(recipe: Recipe) -> int:
+    """Return ``train.max_steps``, which a resolved recipe always has."""
+    assert recipe.train.max_steps is not None
+    return recipe.train.max_steps
 
 
 def _length_note(recipe: Recipe, earlier: Recipe) -> list[str]:
     """Return a note if the number of steps has changed."""
-    before, now = earlier.train.max_steps, recipe.train.max_steps
+    before, now = _max_steps(earlier), _max_steps(recipe)
     if before == now:
         return []
     return [
@@ -137,9 +147,9 @@ def _differences(earlier: Any, current: Any, key: str = "") -> Iterator[str]:
 
 
 def pin_init_from(recipe: Recipe, checkpoint: Path | None) -> Recipe:
-    """Return the recipe with a commit in ``model.init_from``: the checkpoint's, or the newest one, which is fetched.
+    """Return the recipe with a commit in ``model.init_from``: the checkpoint's, or the newest one.
 
-    Raises UserError if it cannot be fetched.
+    Raises UserError if that cannot be fetched.
     """
     init_from = recipe.model.init_from
     if init_from is None or hub_name(init_from) is None:
@@ -153,20 +163,18 @@ def pin_init_from(recipe: Recipe, checkpoint: Path | None) -> Recipe:
 
 
 def _with_earlier_commit(recipe: Recipe, earlier: Recipe) -> Recipe:
-    """Return the recipe with the earlier run's ``model.init_from`` if that is a commit of the same repository.
+    """Return the recipe with the earlier run's ``model.init_from`` if it is a commit of the same repository.
 
     A commit in ``recipe`` itself stays as it is.
     """
-    names = [
-        None if one.model.init_from is None else hub_name(one.model.init_from) for one in (recipe, earlier)
-    ]
-    current_name, earlier_name = names
-    if current_name is None or earlier_name is None:
+    current, earlier_start = recipe.model.init_from, earlier.model.init_from
+    if current is None or earlier_start is None:
+        return recipe
+    current_name, earlier_name = hub_name(current), hub_name(earlier_start)
+    if current_name is None or earlier_name is None or current_name.repository != earlier_name.repository:
         return recipe
     names_a_commit = re.fullmatch(r"[0-9a-f]{40}", current_name.revision or "")
-    if current_name.repository != earlier_name.repository or names_a_commit:
-        return recipe
-    return _with_init_from(recipe, earlier.model.init_from)
+    return recipe if names_a_commit else _with_init_from(recipe, earlier_start)
 
 
 def _with_init_from(recipe: Recipe, init_from: Path) -> Recipe:

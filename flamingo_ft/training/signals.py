@@ -1,7 +1,7 @@
 """Stop a run on SIGINT (Ctrl-C) or SIGTERM (a machine that shuts down).
 
-During training, the current optimizer step is finished and a checkpoint saved. At any other time, and on a second signal,
-the run stops at once.
+During training, the current optimizer step is finished and a checkpoint saved. At any other time, and on a
+second signal, the run stops at once.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def handlers_installed(self) -> Iterator[None]:
-        """Handle the signals inside the block. Python allows that in the main thread only; elsewhere do nothing."""
+        """Handle the signals in the block; outside the main thread, where Python forbids it, do nothing."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -63,12 +63,13 @@ def train(
 ) -> dict[str, Any]:
     """Train as the recipe says, save the adapter in its output directory, and evaluate it.
 
-    on_data: called with the data once they are open. resume: resume this run if there is anything of it. log: called with
-    lines for the user: where the run resumes, planned and free memory, held-out images that are trained on; None skips the
-    checks behind them. tell, say: deprecated names of on_data and log.
+    on_data: called with the data once they are open. resume: resume this run if there is anything of it. log:
+    called with lines for the user: where the run resumes, planned and free memory, held-out images that are
+    trained on; None skips the checks behind them. tell, say: deprecated names of on_data and log.
 
-    Returns what is written to ``metrics.json``. Raises UserError, before training, for unusable data, backbones or output
-    directories, OutOfMemory (a UserError with a memory plan), and StoppedBySignal if a signal ended the run.
+    Returns what is written to ``metrics.json``. Raises UserError, before training, for unusable data,
+    backbones or output directories, OutOfMemory (a UserError with a memory plan), and StoppedBySignal if a
+    signal ended the run.
     """
     if tell is not None or say is not None:
         warnings.warn("train(tell=, say=) are now on_data= and log=", FutureWarning, stacklevel=2)
@@ -157,7 +158,8 @@ def _run(
             if log and processes.is_main():
                 for line in evaluation_warnings(data, eval_samples, processor, recipe.eval.max_new_tokens):
                     log(line)
-        # A block of its own: from here on a sharded model waits for all processes, and all of them raise alike.
+        # A block of its own: from here on a sharded model waits for all processes, and all of them raise
+        # alike.
         with processes.raise_together():
             callbacks = _callbacks(recipe, processor, progress, stop)
             trainer = make_trainer(model, processor, data, recipe, callbacks)
@@ -254,10 +256,12 @@ def _train(
             left_out |= rows
         _write_left_out(left_out, output_dir)
         write_log(output_dir, trainer.state.log_history)
-    metrics = {
+    metrics: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "seconds": round(trainer.seconds(), 1),
-        "trainable_parameters": sum(p.numel() for p in trainable_parameters(trainer.model).values()),
+        "trainable_parameters": sum(
+            p.numel() for p in trainable_parameters(trainer.unwrapped_model()).values()
+        ),
     }
     if skipped := count_skipped_steps(trainer.state.log_history):
         metrics[SKIPPED] = skipped

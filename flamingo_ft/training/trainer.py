@@ -1,4 +1,4 @@
-"""TRL's SFT and DPO trainers with what a run adds: ready-made batches, evaluation, non-finite checks and checkpoints."""
+"""TRL's SFT and DPO trainers, with our batches, evaluation, non-finite checks and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerState
 from trl import DPOTrainer, SFTTrainer
 
@@ -40,14 +41,22 @@ from .non_finite import NonFiniteGuard
 from .optimizer import find_in_backward_optimizer, recompute_learning_rates
 from .signals import StopOnSignal
 
+if TYPE_CHECKING:
+    TrainerBase = SFTTrainer
+else:
+    TrainerBase = object  # SFTTrainer and DPOTrainer come with the concrete trainers below
 
-class FlamingoTrainerMixin:
+
+class FlamingoTrainerMixin(TrainerBase):
     """What every training method adds to TRL's trainer; comes before it among the bases.
 
     pending: contents of this optimizer step's batches that are still to be trained on, the next one first.
-    current: contents of the batch in training, or of the last one. counts: samples, label tokens and images since the
-    last log entry. earlier_seconds: training time of the processes before this one.
+    current: contents of the batch in training, or of the last one. counts: samples, label tokens and images
+    since the last log entry. earlier_seconds: training time of the processes before this one.
     """
+
+    model: FlamingoForConditionalGeneration  # pyrefly: ignore[bad-override-mutable-attribute]
+    optimizer: torch.optim.Optimizer  # pyrefly: ignore[bad-override-mutable-attribute]
 
     def __init__(
         self,
@@ -56,7 +65,8 @@ class FlamingoTrainerMixin:
         non_finite: str = "stop",
         **arguments: Any,
     ):
-        # TRL inspects the datasets for image columns; the rows themselves come from `batches` and `eval_batches`.
+        # TRL inspects the datasets for image columns; the rows themselves come from `batches` and
+        # `eval_batches`.
         columns = Dataset.from_list([{"messages": [], "images": []}])
         super().__init__(train_dataset=columns, eval_dataset=columns, **arguments)
         self.batches, self.checkpoint_policy = batches, checkpoint_policy
@@ -71,16 +81,17 @@ class FlamingoTrainerMixin:
 
     # --- data and evaluation ---
 
-    def get_train_dataloader(self) -> Batches:
+    def get_train_dataloader(self) -> Batches:  # pyrefly: ignore[bad-override]
         """Return the endless training batches; ``max_steps`` ends the run."""
         return self.batches
 
     def set_eval(self, eval_batches: EvalBatches, scores_fn: Callable[[], dict[str, float]] | None) -> None:
-        """Set what is evaluated during training: the loss over ``eval_batches`` and, if given, metrics by name."""
+        """Set what evaluations measure: the loss of ``eval_batches`` and other metrics, by name."""
         self.eval_batches, self.scores_fn = eval_batches, scores_fn
 
-    def get_eval_dataloader(self, *_: Any) -> EvalBatches:
+    def get_eval_dataloader(self, *_: Any) -> EvalBatches:  # pyrefly: ignore[bad-override]
         """Return the held-out batches, each with its weight in the mean loss."""
+        assert self.eval_batches is not None  # Trainer asks only if the recipe has eval.steps
         return self.eval_batches
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -92,16 +103,16 @@ class FlamingoTrainerMixin:
 
     def prepare_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a batch on the trainer's device, as Trainer prepares it for `compute_loss`."""
-        return self._prepare_inputs(inputs)
+        return self._prepare_inputs(dict(inputs))
 
     # --- one optimizer step ---
 
-    def get_batch_samples(self, batches: Iterator, number: int, *arguments: Any) -> Any:
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> Any:
         """Draw the batches of one optimizer step; a bad row in one process raises in all of them."""
         self.batches.contents.clear()
         with processes.raise_together():
-            drawn = list(itertools.islice(batches, number))
-        samples = super().get_batch_samples(iter(drawn), number, *arguments)
+            drawn = list(itertools.islice(epoch_iterator, num_batches))
+        samples = super().get_batch_samples(iter(drawn), num_batches, device)
         self.pending = list(self.batches.contents)
         self.non_finite_guard.start_step(samples[0], self.pending)
         return samples
@@ -121,11 +132,11 @@ class FlamingoTrainerMixin:
         """Return the method's loss; check it here if the optimizer steps inside the backward pass."""
         loss = super().compute_loss(*arguments, **options)
         if torch.is_grad_enabled() and find_in_backward_optimizer(self.optimizer) is not None:
-            self.non_finite_guard.check_loss(self, loss)
+            self.non_finite_guard.check_loss(self, cast(torch.Tensor, loss))
         return loss
 
     def _get_grad_norm(self, *arguments: Any, **options: Any) -> torch.Tensor | float:
-        """Return the gradient's norm and check it: Trainer's only hook between the backward pass and the step.
+        """Return the gradient's norm and check it: this is Trainer's only hook between backward and step.
 
         If the optimizer steps inside the backward pass, it is the norm of the gradients that were used.
         """
@@ -141,18 +152,20 @@ class FlamingoTrainerMixin:
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Accumulate gradients of a sharded model locally until the last batch of a step.
 
-        Trainer's own version reads a `distributed_config` that only transformers' own sharding leaves on a model.
+        Trainer's own version reads a `distributed_config` that only transformers' own sharding leaves on a
+        model.
         """
-        self.model.set_requires_gradient_sync(False)
+        model = cast(FSDPModule, self.model)
+        model.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            self.model.set_requires_gradient_sync(True)
+            model.set_requires_gradient_sync(True)
 
     # --- the run as a whole ---
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end, from scratch or from a checkpoint; if no step is left, only restore the checkpoint."""
+        """Train to the end, from a checkpoint or from scratch; if no step is left, only restore."""
         self._start_time = time.monotonic()
         self.meter.reset()
         if checkpoint is not None and self._has_no_steps_left(
@@ -190,7 +203,8 @@ class FlamingoTrainerMixin:
             logs["seconds"] = round(self.seconds(), 1)
             logs |= self.meter.read(self.counts) | gate_values(self.model)
             logs |= learning_rates(self.optimizer, logs.get("learning_rate", 0.0))
-        self.state.epoch = self.batches.epoch  # Trainer would count the endless loader as one epoch
+        # Trainer would count the endless loader as one epoch; None for a stream.
+        self.state.epoch = self.batches.epoch  # pyrefly: ignore[bad-assignment]
         with self.meter.paused():
             super().log(logs, *arguments, **options)
 
@@ -198,17 +212,18 @@ class FlamingoTrainerMixin:
 
     def unwrapped_model(self) -> FlamingoForConditionalGeneration:
         """Return the model without accelerate's wrapper."""
-        return self.accelerator.unwrap_model(self.model)
+        return cast(FlamingoForConditionalGeneration, self.accelerator.unwrap_model(self.model))
 
     def save_trainer_files(self, folder: Path) -> None:
-        """Write optimizer, schedule, loss scale, random states and trainer state; every process must call it."""
+        """Write optimizer, schedule, loss scale, random states and trainer state, in every process."""
         self._save_optimizer_and_scheduler(str(folder))
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
         if processes.is_main():
+            states: Any = self.state.stateful_callbacks  # declared as a list, but a dictionary by now
             for callback in [*self.callback_handler.callbacks, self.control]:
                 if isinstance(callback, ExportableState):
-                    self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                    states[type(callback).__name__] = callback.state()
             self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -229,11 +244,11 @@ class FlamingoTrainerMixin:
         if checkpoint is not None and _saved_state(Path(checkpoint)).max_steps != self.args.max_steps:
             recompute_learning_rates(self.lr_scheduler)
 
-    def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
-        restore_checkpoint(self, Path(folder).parent)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore_checkpoint(self, Path(resume_from_checkpoint).parent)
 
-    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
-        progress = super()._init_training_state(max_steps, *arguments)
+    def _init_training_state(self, max_steps: int, *arguments: Any, **options: Any) -> tuple[int, int]:
+        progress = super()._init_training_state(max_steps, *arguments, **options)
         self.state.compute_steps(
             self.args, max_steps
         )  # this run's logging and saving steps, not the saved ones
@@ -250,14 +265,14 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
 
 
 class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
-    """Direct preference optimisation (arXiv:2305.18290) against the initial model, without dropout in either."""
+    """Direct preference optimization (arXiv:2305.18290) against the initial model, both without dropout."""
 
     def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)
         super().__init__(*given, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        match_training_mode(self.ref_model, self.model.training)
+        match_training_mode(cast(torch.nn.Module, self.ref_model), self.model.training)
         with warnings.catch_warnings():
             # TRL 1.16 reads transformers' old name for activation checkpointing.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -265,13 +280,13 @@ class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
 
 
 def select_label_positions(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace ``labels`` (B, T) by the N label tokens alone, so that the output head scores no other position.
+    """Replace ``labels`` (B, T) by the N label tokens alone, so that the head scores no other position.
 
-    The head is the widest matrix of a language model, and most positions (prompts, images, padding) predict no label.
-    TRL's fused head skips those on a GPU only.
+    The head is the widest matrix of a language model, and most positions (prompts, images, padding) predict
+    no label. TRL's fused head skips those on a GPU only.
 
-    Returns the other inputs, TRL's pre-shifted ``shift_labels`` (1, N), and ``predicting`` (N, 2): row and column of the
-    position that predicts each label.
+    Returns the other inputs, TRL's pre-shifted ``shift_labels`` (1, N), and ``predicting`` (N, 2): row and
+    column of the position that predicts each label.
     """
     next_tokens = inputs["labels"][:, 1:]
     predicting = torch.nonzero(next_tokens != IGNORED)

@@ -6,8 +6,8 @@ import pytest
 
 from tests.golden.record_loss_curves import CASES, FILE, losses_of
 
-# DPO's loss is of differences of differences: on another CPU, or with another order of sums in the output head, the same
-# float32 step rounds to losses that are up to 1.2e-5 apart after ten steps.
+# DPO's loss is of differences of differences: on another CPU, or with another order of sums in the output
+# head, the same float32 step rounds to losses that are up to 1.2e-5 apart after ten steps.
 TOLERANCE = {"dpo": 3e-5}
 
 

@@ -25,7 +25,7 @@ def best_folder(parent: Path) -> Path:
 
 
 def prepare_checkpoint_root(root: Path) -> None:
-    """Create ``root`` and check that it is writable, before hours of training. Raise UserError if it is not."""
+    """Create ``root``, before hours of training. Raise UserError if it is not writable."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         atomic.remove_leftovers(root)
@@ -46,8 +46,8 @@ def refuse_existing_checkpoints(root: Path) -> None:
     newest = newest_checkpoint(root)
     if newest is not None:
         raise UserError(
-            f"train.checkpoint_dir: {root} holds {newest.name} of an earlier run; resume that run with --resume, "
-            "delete its checkpoints, or choose another folder"
+            f"train.checkpoint_dir: {root} holds {newest.name} of an earlier run; "
+            "resume that run with --resume, delete its checkpoints, or choose another folder"
         )
 
 
@@ -96,7 +96,10 @@ def prune_checkpoints(root: Path, limit: int) -> None:
 
 
 def quarantine_newer(root: Path, checkpoint: Path | None) -> Iterator[Path]:
-    """Rename the damaged checkpoints newer than ``checkpoint`` to ``step-N.damaged``; yield their new paths."""
+    """Rename the checkpoints newer than ``checkpoint``, which are damaged, to ``step-N.damaged``.
+
+    Yields their new paths.
+    """
     for path in list_checkpoints(root).values():
         if path == checkpoint:
             return

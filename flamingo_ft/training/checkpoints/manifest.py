@@ -11,6 +11,7 @@ from flamingo_ft.errors import UserError
 
 MANIFEST = "checkpoint.json"
 FORMAT = 1
+CHUNK_BYTES = 2**20  # read at once
 
 
 class NewerFormat(UserError):
@@ -30,7 +31,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return the manifest. Raise UserError for a damaged checkpoint."""
+    """Check every file against the manifest and return it. Raise UserError for a damaged checkpoint."""
     record = read_manifest(folder)
     for name, expected in record["files"].items():
         _verify_file(folder / name, expected)
@@ -59,6 +60,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raise UserError if it is missing or damaged, NewerFormat if a later flamingo_ft wrote it.
     """
     path = folder / MANIFEST
+    record: dict[str, Any] = {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         newer = record["format"] > FORMAT
@@ -82,5 +84,8 @@ def _record_sha256(record: dict[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,9 +1,11 @@
 """Save checkpoints, and resume training from them bit for bit.
 
-A checkpoint ``step-N/`` is an ordinary adapter folder, with the recipe and the predictions from before training added:
+A checkpoint ``step-N/`` is an ordinary adapter folder, with the recipe and the predictions from before
+training added:
 
 - ``best/``: the adapter of the best evaluation so far, if there was one;
-- ``training/``: what `transformers.Trainer` saves (optimizer, schedule, loss scale, random states, log) and the position
+- ``training/``: what `transformers.Trainer` saves (optimizer, schedule, loss scale, random states, log) and
+the position
   of each process in the data;
 - ``checkpoint.json``: the manifest, written last.
 """
@@ -43,8 +45,9 @@ SCHEDULER_FILE = "scheduler.pt"  # as Trainer names it
 class CheckpointPolicy:
     """Where checkpoints go and how many are kept.
 
-    root: folder of all checkpoints. limit: how many to keep. run_folder: the output folder, whose recipe and predictions
-    are copied into each checkpoint. source_rows: rows of each training source (None for a stream), to notice other data.
+    root: folder of all checkpoints. limit: how many to keep. run_folder: the output folder, whose recipe and
+    predictions are copied into each checkpoint. source_rows: rows of each training source (None for a
+    stream), to notice other data.
     """
 
     root: Path
@@ -69,9 +72,11 @@ class CheckpointedTrainer(Protocol):
     """
 
     state: TrainerState
-    batches: Stateful
     checkpoint_policy: CheckpointPolicy
     earlier_seconds: float
+
+    @property
+    def batches(self) -> Stateful: ...
 
     def unwrapped_model(self) -> FlamingoForConditionalGeneration: ...
 
@@ -84,7 +89,10 @@ class CheckpointedTrainer(Protocol):
 
 
 def save_checkpoint(trainer: CheckpointedTrainer) -> Path:
-    """Write a checkpoint of the current step; every process must call it. Raise UserError if the disk is full."""
+    """Write a checkpoint of the current step; every process must call it.
+
+    Raises UserError if the disk is full.
+    """
     policy = trainer.checkpoint_policy
     folder = checkpoint_folder(policy.root, trainer.state.global_step)
     try:
@@ -151,19 +159,19 @@ def check_compatible(folder: Path, source_rows: Mapping[str, int | None]) -> Non
     record = read_manifest(folder)
     if record["processes"] != processes.world_size():
         raise UserError(
-            f"{folder}: written by {record['processes']} processes, got {processes.world_size()}, which would change "
-            f"the samples of each batch; resume with {record['processes']}"
+            f"{folder}: written by {record['processes']} processes, got {processes.world_size()}, "
+            f"which would change the samples of each batch; resume with {record['processes']}"
         )
     for name, rows in record["sources"].items():
         if name in source_rows and source_rows[name] != rows:
             raise UserError(
-                f"{folder}: {name} had {rows} rows when this checkpoint was written, got {source_rows[name]}; "
-                "restore the file, or start a new run in another train.output_dir"
+                f"{folder}: {name} had {rows} rows when this checkpoint was written, "
+                f"got {source_rows[name]}; restore the file, or start a new run in another train.output_dir"
             )
 
 
 def restore_checkpoint(trainer: CheckpointedTrainer, folder: Path) -> None:
-    """Restore trained parameters, position in the data and best adapter; Trainer itself reads ``training/``."""
+    """Restore trained parameters, position in the data and best adapter; Trainer reads ``training/``."""
     restore_trainable(trainer.unwrapped_model(), folder)
     data_state = (folder / TRAINER_FOLDER / _data_file(processes.rank())).read_text(encoding="utf-8")
     trainer.batches.load_state_dict(json.loads(data_state))
@@ -174,7 +182,7 @@ def restore_checkpoint(trainer: CheckpointedTrainer, folder: Path) -> None:
 
 
 def _restore_best_folder(folder: Path, root: Path) -> None:
-    """Put the checkpoint's best adapter back into ``root``; without one in the checkpoint, leave ``root`` as it is."""
+    """Copy the checkpoint's best adapter, if it has one, back into ``root``."""
     if best_folder(folder).is_dir():
         atomic.begin_folder(best_folder(root)).rmdir()
         atomic.link_folder(best_folder(folder), atomic.partial_path(best_folder(root)))
