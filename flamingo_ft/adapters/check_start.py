@@ -1,4 +1,5 @@
-"""Check that what a run starts from fits its backbones, from names and configurations, before weights are downloaded.
+"""Check that what a run starts from fits its backbones, from names and configurations, before weights are
+downloaded.
 
 Released models are recognized by name, other checkpoints by the shapes of their tensors.
 """
@@ -33,14 +34,16 @@ from .init_from import is_foreign_checkpoint
 from .released_models import RELEASED_MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, ReleasedModel, find_released
 
 _QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
-QUICK_GELU = "-quickgelu"  # OpenCLIP's suffix of architectures with QuickGELU; the tag openai exists with and without it
+# OpenCLIP's suffix of architectures with QuickGELU; the tag openai exists with and without it
+QUICK_GELU = "-quickgelu"
 
 
 def check_start(section: ModelSection) -> None:
-    """Raise UserError if ``init_from`` is a released model or a checkpoint that was trained with other backbones.
+    """Raise UserError if ``init_from`` is a released model or a checkpoint that was trained with other
+    backbones.
 
-    Only configuration and tokenizer of backbones on the Hub are downloaded. Adapters and merged models record what they
-    belong to, which is checked when they are loaded.
+    Only configuration and tokenizer of backbones on the Hub are downloaded. Adapters and merged models record
+    what they belong to, which is checked when they are loaded.
     """
     start = section.init_from
     if start is None:
@@ -55,7 +58,8 @@ def _check_named(model: ReleasedModel, section: ModelSection) -> None:
     differing = list(_differing_keys(model, section))
     if differing:
         raise UserError(
-            f"model.init_from: {model.name} needs {model.required_keys()}; the recipe has {', '.join(differing)}"
+            f"model.init_from: {model.name} needs {model.required_keys()}; the recipe has "
+            f"{', '.join(differing)}"
         )
 
 
@@ -116,8 +120,8 @@ def _language_shape(section: LanguageSection) -> _LanguageShape:
 class _BridgeShape:
     """What a bridge was built for.
 
-    layers_path: of the language model's decoder layers, None if unknown; blocks: indices of those with cross-attention
-    before them; width: of the decoder layers; tower: width of the tower's patch tokens.
+    layers_path: of the language model's decoder layers, None if unknown; blocks: indices of those with
+    cross-attention before them; width: of the decoder layers; tower: width of the tower's patch tokens.
     """
 
     layers_path: str | None
@@ -142,7 +146,8 @@ def _check_shapes(start: Path, section: ModelSection) -> None:
 
 
 def _checkpoint_shape(checkpoint: ForeignCheckpoint) -> _BridgeShape | None:
-    """Return the shape of a checkpoint's bridge; None if it lacks the tensors that show it, which loading reports."""
+    """Return the shape of a checkpoint's bridge; None if it lacks the tensors that show it, which loading
+    reports."""
     matches = ((_QUERY.fullmatch(name), tensor) for name, tensor in checkpoint.bridge.items())
     queries = {int(match[1]): tensor for match, tensor in matches if match}
     latents = checkpoint.bridge.get("perceiver.latents")
@@ -167,7 +172,8 @@ def _hint(shape: _BridgeShape) -> str:
     if not similar:
         return "name the language model, the tower and the interval that it was trained with"
     names = " or ".join(f"{model.name} (language model {model.languages[0]})" for model in similar)
-    return f"{names} has this geometry, with tower {' '.join(TOWER)} and cross_attn_every_n_layers {similar[0].interval}"
+    interval = similar[0].interval
+    return f"{names} has this geometry, with tower {' '.join(TOWER)} and cross_attn_every_n_layers {interval}"
 
 
 def _has_shape(model: ReleasedModel, shape: _BridgeShape) -> bool:

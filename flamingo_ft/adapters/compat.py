@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from peft.utils.constants import DUMMY_TARGET_MODULES  # target_modules of an adapter without LoRA; not re-exported
+# target_modules of an adapter without LoRA; not re-exported
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-# How transformers stores some models' weights otherwise than it holds them (experts one by one): the only way to know
-# under which names a merged model is written.
+# How transformers stores some models' weights otherwise than it holds them (experts one by one): the only way
+# to know under which names a merged model is written.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -21,7 +22,8 @@ __all__ = [
 
 
 def keep_generation_config(config: GenerationConfig) -> None:
-    """Keep transformers from replacing ``config``, on ``generate``, by one made from the language model's config."""
+    """Keep transformers from replacing ``config``, on ``generate``, by one made from the language model's
+    config."""
     config._from_model_config = False
 
 
@@ -31,5 +33,6 @@ def mark_peft_loaded(model: PreTrainedModel, has_lora: bool) -> None:
 
 
 def requested_attention(config: PreTrainedConfig) -> str | None:
-    """Return the attn_implementation that an Auto class was asked for: it passes it on inside the configuration only."""
+    """Return the attn_implementation that an Auto class was asked for: it passes it on inside the
+    configuration only."""
     return getattr(config, "_attn_implementation_internal", None)

@@ -1,9 +1,9 @@
-"""Compositions: the base of adapters as a folder without the weights of its backbones; loading one, or an adapter of it,
-with ``from_pretrained``.
+"""Compositions: the base of adapters as a folder without the weights of its backbones; loading one, or an
+adapter of it, with ``from_pretrained``.
 
-A composition holds the Flamingo's configuration, which names both backbones with their revisions and content hashes, the
-processor's files, a card, and ``bridge.safetensors`` if adapters build on a bridge. An adapter names it as its base, so
-that transformers and PEFT find everything that the adapter needs.
+A composition holds the Flamingo's configuration, which names both backbones with their revisions and content
+hashes, the processor's files, a card, and ``bridge.safetensors`` if adapters build on a bridge. An adapter
+names it as its base, so that transformers and PEFT find everything that the adapter needs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
         start: where the bridge that the adapter builds on is now, if not at its recorded path.
 
     Raises:
-        UserError: ``out`` exists, ``adapter`` is not an adapter, or the bridge that it builds on is gone or another one.
+        UserError: ``out`` exists, ``adapter`` is not an adapter, or the bridge that it builds on is gone or
+            another one.
     """
     adapter, start, out = fetch_model(adapter), None if start is None else fetch_model(start), Path(out)
     if out.exists():
@@ -113,7 +114,8 @@ def _bridge_below(adapter: Path, config: FlamingoConfig, start: str | Path | Non
 
 
 def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
-    """Return a digest of both backbones without the rows of new tokens, which the Flamingo has tables of its own for."""
+    """Return a digest of both backbones without the rows of new tokens, which the Flamingo has tables of its
+    own for."""
     lm, ids = model.lang_encoder, torch.tensor(model.config.new_token_ids or [], dtype=torch.long)
     vocabulary = [
         id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module
@@ -164,7 +166,8 @@ IGNORED_OPTIONS = {
     "use_safetensors",
     "weights_only",
 }
-# Configuration keys that may differ: dtypes, which are options, and those that differ between adapter and base.
+# Configuration keys that may differ: dtypes, which are options, and those that differ between adapter and
+# base.
 MAY_DIFFER = {
     "_name_or_path",
     "adapter_parts",
@@ -180,12 +183,13 @@ SUPPORTED_OPTIONS = {"attn_implementation", "device_map", "dtype", "output_loadi
 
 
 def load_parts(parts: ModelFolders, options: Mapping[str, Any]) -> Any:
-    """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a composition's as
-    `load_composition`.
+    """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a
+    composition's as `load_composition`.
 
-    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each part
-    keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is one; without one the
-    CPU, or for quantized parts as with "auto". Raises UserError for options that say more than can be done.
+    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each
+    part keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is
+    one; without one the CPU, or for quantized parts as with "auto". Raises UserError for options that say
+    more than can be done.
     """
     folder = parts.adapter or parts.base
     _refuse(folder, options)
@@ -221,7 +225,8 @@ def _refuse(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def _changed(given: Any, stored: FlamingoConfig) -> list[str]:
-    """Return the keys that a caller changed in the configuration that was passed; Auto classes pass on what they read."""
+    """Return the keys that a caller changed in the configuration that was passed; Auto classes pass on what
+    they read."""
     if not isinstance(given, FlamingoConfig):
         return []
     ours, theirs = stored.to_dict(), given.to_dict()
@@ -239,7 +244,8 @@ def _device(folder: Path, device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
         raise UserError(
-            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to spread it"
+            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to "
+            "spread it"
         ) from None
 
 

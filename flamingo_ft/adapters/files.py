@@ -1,7 +1,9 @@
-"""Read an adapter's files (PEFT's configuration and weights, the Flamingo's configuration) and find what they refer to.
+"""Read an adapter's files (PEFT's configuration and weights, the Flamingo's configuration) and find what they
+refer to.
 
-A run records absolute paths of local backbones, so its adapter loads from any directory. Earlier versions recorded paths
-as the recipe had them, relative to the directory that the run was started in: any folder above the adapter.
+A run records absolute paths of local backbones, so its adapter loads from any directory. Earlier versions
+recorded paths as the recipe had them, relative to the directory that the run was started in: any folder above
+the adapter.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 def read_config(folder: Path) -> FlamingoConfig:
-    """Read an adapter's configuration. Raises UserError if it is missing, damaged, or of a newer format version."""
+    """Read an adapter's configuration. Raises UserError if it is missing, damaged, or of a newer format
+    version."""
     missing = [name for name in (CONFIG_FILE, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -48,14 +51,16 @@ def read_config(folder: Path) -> FlamingoConfig:
     config = read_flamingo_config(folder)
     if config.format_version > FORMAT_VERSION:
         raise UserError(
-            f"{folder}: format version {config.format_version} is newer than this package reads ({FORMAT_VERSION}); "
+            f"{folder}: format version {config.format_version} is newer than this package reads "
+            f"({FORMAT_VERSION}); "
             "upgrade flamingo_ft"
         )
     return config
 
 
 def read_flamingo_config(folder: Path) -> FlamingoConfig:
-    """Read the configuration of an adapter or a whole model. Raises UserError if it is damaged or another model's."""
+    """Read the configuration of an adapter or a whole model. Raises UserError if it is damaged or another
+    model's."""
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if values["model_type"] != FlamingoConfig.model_type:
@@ -73,7 +78,8 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
 
 
 def read_processor(folder: Path) -> FlamingoProcessor:
-    """Read the processor of an adapter or a whole model. Raises UserError if its files are missing or damaged."""
+    """Read the processor of an adapter or a whole model. Raises UserError if its files are missing or
+    damaged."""
     try:
         return FlamingoProcessor.from_pretrained(folder)
     except DAMAGED as error:
@@ -96,7 +102,9 @@ def read_base_name(folder: Path) -> str | None:
 
 def _read_peft_config(folder: Path) -> LoraConfig:
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise UserError(f"{folder}: not an adapter, {ADAPTER_CONFIG} not found; give the folder that a run wrote")
+        raise UserError(
+            f"{folder}: not an adapter, {ADAPTER_CONFIG} not found; give the folder that a run wrote"
+        )
     try:
         return LoraConfig.from_pretrained(str(folder))
     except DAMAGED as error:
@@ -124,7 +132,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def candidate_paths(folder: Path, recorded: str) -> list[Path]:
-    """Return where to look for a path that the adapter in ``folder`` recorded, the most likely place first."""
+    """Return where to look for a path that the adapter in ``folder`` recorded, the most likely place
+    first."""
     path = Path(os.path.expanduser(recorded.removeprefix(LOCAL_DIR)))
     adapter = folder.resolve()
     above = [] if path.is_absolute() else [parent / path for parent in adapter.parents]

@@ -1,7 +1,7 @@
 """Initialize the bridge from an adapter, a merged model, a composition, or another Flamingo's checkpoint.
 
-What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the adapter
-records with a content hash and finds again when it is loaded.
+What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the
+adapter records with a content hash and finds again when it is loaded.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross
 def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> None:
     """Load the bridge of ``start`` into ``model`` and record it in the model's configuration.
 
-    Raises UserError for a bridge of another shape or of other backbones, and if ``start`` has learned more than its bridge
-    (LoRA was merged into its language model), which would be lost.
+    Raises UserError for a bridge of another shape or of other backbones, and if ``start`` has learned more
+    than its bridge (LoRA was merged into its language model), which would be lost.
     """
     path = fetch_model(start)
     if is_foreign_checkpoint(path):
@@ -110,7 +110,8 @@ def load_bridge_as_stored(
     record: Mapping[str, str],
     start: str | Path | None = None,
 ) -> None:
-    """Load the bridge that the adapter in ``folder`` builds on, in the dtypes of its file, which its hash is of."""
+    """Load the bridge that the adapter in ``folder`` builds on, in the dtypes of its file, which its hash is
+    of."""
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
     found = tensors_sha256(bridge_tensors(model))
@@ -122,8 +123,8 @@ def load_bridge_as_stored(
 
 
 def _locate_bridge(folder: Path, recorded: str, start: str | Path | None) -> Path:
-    """Return where a recorded bridge is now: ``start`` if given, else the recorded path, beside the adapter that builds on
-    it, in the composition that the adapter names, or on the Hub."""
+    """Return where a recorded bridge is now: ``start`` if given, else the recorded path, beside the adapter
+    that builds on it, in the composition that the adapter names, or on the Hub."""
     if start is not None:
         return fetch_model(start)
     candidates = candidate_paths(folder, recorded)
@@ -136,7 +137,8 @@ def _locate_bridge(folder: Path, recorded: str, start: str | Path | None) -> Pat
         return fetch_model(recorded)
     searched = ", ".join(str(path.absolute()) for path in candidates)
     raise UserError(
-        f"{folder}: builds on the bridge of {recorded}, which is not there (looked at {searched}); put it beside the "
+        f"{folder}: builds on the bridge of {recorded}, which is not there (looked at {searched}); put it "
+        "beside the "
         "adapter, or say where it is now (--start PATH, start=...)"
     )
 
@@ -165,12 +167,14 @@ def bridge_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]
 
 @torch.no_grad()
 def copy_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
-    """Set parameters of the bridge, in the dtypes of ``tensors``. Raises UserError for a tensor that does not fit."""
+    """Set parameters of the bridge, in the dtypes of ``tensors``. Raises UserError for a tensor that does not
+    fit."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise UserError(
-                f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this shape"
+                f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this "
+                "shape"
             )
         parameters[name].data = tensor.to(parameters[name].device, copy=True)
 
@@ -179,7 +183,8 @@ def read_bridge_tensors(folder: Path) -> dict[str, Tensor]:
     """Return the whole bridge of an adapter or a whole model, by name, with what an adapter builds on."""
     if is_foreign_checkpoint(folder):
         raise UserError(
-            f"{folder}: the matrices of another Flamingo's checkpoint cannot be read one by one; start from an adapter of it"
+            f"{folder}: the matrices of another Flamingo's checkpoint cannot be read one by one; start from "
+            "an adapter of it"
         )
     record = read_config(folder).bridge_init if (folder / ADAPTER_WEIGHTS).is_file() else None
     below = read_bridge_tensors(_locate_bridge(folder, record["path"], None)) if record else {}
@@ -187,13 +192,15 @@ def read_bridge_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the bridge's tensors in a folder or a file, under the names that they have in a model without LoRA."""
+    """Return the bridge's tensors in a folder or a file, under the names that they have in a model without
+    LoRA."""
     if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
         return read_safetensors(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         if is_partial(folder):
             raise UserError(
-                f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from an adapter"
+                f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from "
+                "an adapter"
             )
         with SafetensorsFolder(folder) as files:
             return {name: files[name] for name in files.names() if in_bridge(name)}
@@ -212,7 +219,8 @@ def _read_any_config(folder: Path) -> FlamingoConfig:
 
 
 def is_foreign_checkpoint(start: Path) -> bool:
-    """Return whether this is another Flamingo's checkpoint: a file, an Otter folder, or a folder with only such a file."""
+    """Return whether this is another Flamingo's checkpoint: a file, an Otter folder, or a folder with only
+    such a file."""
     if start.is_file():
         return start.name != BRIDGE_FILE
     config = read_config_json(start)
@@ -232,13 +240,15 @@ def _check_visibility(config: FlamingoConfig, start: Path) -> None:
         allowed = ("following", "immediate")
     if config.media_visibility not in allowed:
         raise UserError(
-            f"model.init_from: {start} is a checkpoint of {checkpoint.format}, made for media_visibility {allowed[0]}; "
+            f"model.init_from: {start} is a checkpoint of {checkpoint.format}, made for media_visibility "
+            f"{allowed[0]}; "
             f"the recipe has {config.media_visibility}: give it {' or '.join(allowed)}"
         )
 
 
 def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
-    """Raise UserError unless the bridge of ``start`` fits the model, and is all that ``start`` has learned."""
+    """Raise UserError unless the bridge of ``start`` fits the model, and is all that ``start`` has
+    learned."""
     for key in GEOMETRY:
         ours, theirs = getattr(config, key), getattr(start_config, key)
         if ours != theirs:
@@ -249,11 +259,13 @@ def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, star
         source = (start_config.backbones or {}).get(part, {})
         if source.get("sha256") != (config.backbones or {}).get(part, {}).get("sha256"):
             raise UserError(
-                f"model.init_from: {start} belongs to another {part} backbone, {source.get('name')}; use that one"
+                f"model.init_from: {start} belongs to another {part} backbone, {source.get('name')}; use "
+                "that one"
             )
     if getattr(start_config, "quantization_config", None):
         raise UserError(
-            f"model.init_from: {start} was written quantized; start from the adapter, or from an unquantized merge"
+            f"model.init_from: {start} was written quantized; start from the adapter, or from an "
+            "unquantized merge"
         )
     merged = start_config.merged or {}
     if merged.get("own_backbones"):

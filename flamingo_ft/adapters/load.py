@@ -1,7 +1,7 @@
 """Load an adapter with its base, a merged model, or a checkpoint's trainable parameters.
 
-The backbones are loaded by the names that the adapter records, quantized as it records, and must have the content that
-it records; so must the bridge that it builds on, if any.
+The backbones are loaded by the names that the adapter records, quantized as it records, and must have the
+content that it records; so must the bridge that it builds on, if any.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ from .lora import ADAPTER, inject, unfuse_targeted_attention
 from .save import adapter_tensors, name_in_file
 from .trainable import parts_in_adapter, trainable_parameters
 
-LOCATION_KEYS = ("name", "pretrained", "revision", "path")  # of a base's record: may change, its content may not
+# of a base's record: may change, its content may not
+LOCATION_KEYS = ("name", "pretrained", "revision", "path")
 
 
 def load_adapter(
@@ -52,7 +53,8 @@ def load_adapter(
     device: torch.device | str | None = None,
     quantized: bool | Quantization = True,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """Load an adapter with its base: the model in eval mode, frozen, decoding greedily by default, and its processor.
+    """Load an adapter with its base: the model in eval mode, frozen, decoding greedily by default, and its
+    processor.
 
     Args:
         folder: a path, or ``org/name[@revision]`` on the Hub.
@@ -61,8 +63,8 @@ def load_adapter(
         quantized: the base as in training (True), unquantized (False), or as given.
 
     Raises:
-        UserError: the folder is not an adapter, the base is not the one that it was trained on, or weights are missing,
-            damaged or do not fit.
+        UserError: the folder is not an adapter, the base is not the one that it was trained on, or weights
+            are missing, damaged or do not fit.
     """
     folder = fetch_model(folder)
     model = load_base(folder, start=start, device=device, quantized=quantized)
@@ -118,7 +120,8 @@ def load_base(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
-    """Load what an adapter was trained on: its backbones and the bridge that it builds on, or a random bridge.
+    """Load what an adapter was trained on: its backbones and the bridge that it builds on, or a random
+    bridge.
 
     Args:
         dtype: of the unquantized language model.
@@ -143,7 +146,8 @@ def assemble_model(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
-    """Assemble the model of ``config``, which was read from ``folder``, from its backbones and bridge; see `load_base`."""
+    """Assemble the model of ``config``, which was read from ``folder``, from its backbones and bridge; see
+    `load_base`."""
     device = default_device() if device is None else torch.device(device)
     model = assemble_backbones(folder, config, quantized, dtype, device)
     if config.bridge_init:
@@ -176,7 +180,8 @@ def assemble_backbones(
 
 
 def load_adapter_into(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    """Load LoRA and bridge of an adapter into its base. Raises UserError if a tensor is missing or does not fit."""
+    """Load LoRA and bridge of an adapter into its base. Raises UserError if a tensor is missing or does not
+    fit."""
     tensors, lora = read_tensors(folder), read_lora_config(folder)
     if lora is not None:
         inject(model, lora)
@@ -219,7 +224,8 @@ def check_backbone(folder: Path, part: str, recorded: Mapping[str, Any], loaded:
     if loaded["sha256"] != recorded["sha256"]:
         raise UserError(
             f"{folder}: adapter of another base: {part} backbone {recorded['name']} had content "
-            f"{recorded['sha256'][:12]}, got {loaded['sha256'][:12]}; restore the backbone that the adapter was trained on"
+            f"{recorded['sha256'][:12]}, got {loaded['sha256'][:12]}; restore the backbone that the adapter "
+            "was trained on"
         )
 
 

@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685) on the parts of a Flamingo, through PEFT.
 
-All parts share one ``peft.LoraConfig``, because an adapter has one: the targets are one pattern over module names, rank and
-alpha vary by part, the rest holds for all parts.
+All parts share one ``peft.LoraConfig``, because an adapter has one: the targets are one pattern over module
+names, rank and alpha vary by part, the rest holds for all parts.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
 
 
 def unfuse_targeted_attention(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
-    """Give the tower's attention linear layers if ``config`` has targets in the tower: fused, it has bare parameters."""
+    """Give the tower's attention linear layers if ``config`` has targets in the tower: fused, it has bare
+    parameters."""
     if targets_vision(config):
         unfuse_attention(model.vision_encoder)
 
@@ -89,7 +90,8 @@ def find_targets(model: FlamingoForConditionalGeneration, part: str, lora: LoraP
         names = (_without_numbers(name.removeprefix(PARTS[part].prefix)) for name in known)
         available = ", ".join(dict.fromkeys(names)) or "none"
         raise UserError(
-            f"lora.{part}.target_modules: {(unmatched or [ALL_LINEAR])[0]} matches no matrix of the {part} part; "
+            f"lora.{part}.target_modules: {(unmatched or [ALL_LINEAR])[0]} matches no matrix of the {part} "
+            "part; "
             f"it has {available} (the output head's new rows train by themselves)"
         )
     return targets
@@ -160,7 +162,8 @@ def _anywhere_in(part: str) -> str:
 
 
 def _pattern(names: Sequence[str], known: Sequence[str]) -> str:
-    """Return a pattern that matches exactly ``names`` among ``known``; with any layer number where that suffices."""
+    """Return a pattern that matches exactly ``names`` among ``known``; with any layer number where that
+    suffices."""
     exact = sorted({re.escape(name) for name in names}, key=len)
     general = sorted({re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", name) for name in exact})
     matched = {name for name in known if any(re.fullmatch(pattern, name) for pattern in general)}

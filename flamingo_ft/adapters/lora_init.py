@@ -80,7 +80,8 @@ def lora_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def init_loftq(model: FlamingoForConditionalGeneration) -> None:
-    """Set B A to the best approximation, of each rank, of W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
+    """Set B A to the best approximation, of each rank, of W - dequantized(W) (LoftQ, algorithm 1 with one
+    step)."""
     unquantized = UnquantizedWeights(model)
     for name, layer in _lora_layers(model).items():
         quantized = dequantized_weight(layer.get_base_layer()).float()
@@ -101,7 +102,8 @@ def _fill(parameter: nn.Parameter, value: Tensor) -> None:
 def eva_directions(
     model: FlamingoForConditionalGeneration, config: LoraConfig, batches: Batches | None
 ) -> dict[str, Tensor]:
-    """Return the principal directions (rank, in) of each target's inputs on training batches, by the target's name.
+    """Return the principal directions (rank, in) of each target's inputs on training batches, by the target's
+    name.
 
     Ranks are not redistributed between layers (EVA's rho is 1): each part keeps the rank that it was given.
     """
@@ -133,7 +135,8 @@ def _rows(inputs: Tensor | tuple) -> Tensor:
 
 
 class UnquantizedWeights:
-    """The unquantized matrices (out, in) of a quantized model by layer name, each read from its source when needed."""
+    """The unquantized matrices (out, in) of a quantized model by layer name, each read from its source when
+    needed."""
 
     def __init__(self, model: FlamingoForConditionalGeneration):
         self._model = model

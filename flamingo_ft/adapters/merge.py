@@ -1,8 +1,9 @@
-"""Merge an adapter and its base into one standalone model: W' = W + scale * B A. Every written tensor is verified.
+"""Merge an adapter and its base into one standalone model: W' = W + scale * B A. Every written tensor is
+verified.
 
-Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be quantized again), or from the
-dequantized ones, which the adapter was trained on. What either choice costs on data is measured by
-`evaluation.merging`, which calls this.
+Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be quantized again),
+or from the dequantized ones, which the adapter was trained on. What either choice costs on data is measured
+by `evaluation.merging`, which calls this.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def write_merged(
     dtype: torch.dtype = torch.bfloat16,
     start: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Merge in host RAM, write the model to ``folder``, and verify what was written against a second copy of the base.
+    """Merge in host RAM, write the model to ``folder``, and verify what was written against a second copy of
+    the base.
 
     Args:
         base: start from the backbones' unquantized weights (bf16) or from the dequantized ones (dequantized).
@@ -64,8 +66,8 @@ def write_merged(
         ``lora``, the parts that had LoRA, and ``verified``, a `VerificationResult` as a dict.
 
     Raises:
-        UserError: the base is not the one that the adapter was trained on or cannot be merged into, a value is beyond the
-            range of ``dtype``, or the written model is not W + scale * B A.
+        UserError: the base is not the one that the adapter was trained on or cannot be merged into, a value
+            is beyond the range of ``dtype``, or the written model is not W + scale * B A.
     """
     parts = _write(adapter, folder, processor, base, dtype, start)
     gc.collect()  # hooks and their modules are reference cycles
@@ -107,7 +109,8 @@ def quantize_merged(folder: Path, quantization: Quantization) -> None:
 def _load_base(
     adapter: Path, base: Base, dtype: torch.dtype, start: str | Path | None
 ) -> FlamingoForConditionalGeneration:
-    """Load the base to merge into, in the dtype of its checkpoint: each sum is rounded once, when it is written."""
+    """Load the base to merge into, in the dtype of its checkpoint: each sum is rounded once, when it is
+    written."""
     if base == "dequantized":  # quantized from the same values as in training, whatever the merged dtype
         return load_base(adapter, start=start, device="cpu", quantized=True)
     lm_dtype: torch.dtype | Literal["auto"] = torch.float32 if dtype == torch.float32 else "auto"

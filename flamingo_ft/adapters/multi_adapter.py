@@ -1,7 +1,7 @@
 """Several adapters on one base: load, switch, disable, combine.
 
-PEFT switches, disables and combines LoRA, and keeps the LoRA weights of every adapter in memory. The base has one bridge,
-which PEFT does not switch: switching loads the tensors of an adapter's folder into it.
+PEFT switches, disables and combines LoRA, and keeps the LoRA weights of every adapter in memory. The base has
+one bridge, which PEFT does not switch: switching loads the tensors of an adapter's folder into it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 def peft_name(name: str) -> str:
     """Return PEFT's name for the adapter ``name``: valid as a module's name, and one that no module has.
 
-    PEFT finds an adapter by its name among the components of a tensor's name: an adapter named like a module (mlp,
-    model, q_proj) would claim that module's tensors.
+    PEFT finds an adapter by its name among the components of a tensor's name: an adapter named like a module
+    (mlp, model, q_proj) would claim that module's tensors.
     """
     return f"adapter:{quote(name, safe='').replace('.', '%2E')}"
 
@@ -53,7 +53,8 @@ class Adapters:
     """
 
     def __init__(self, folder: str | Path, name: str = "first", *, start: str | Path | None = None):
-        """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter` does."""
+        """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter`
+        does."""
         folder = fetch_model(folder)
         self.model: FlamingoForConditionalGeneration = (
             load_base(folder, start=start).eval().requires_grad_(False)
@@ -71,7 +72,8 @@ class Adapters:
         return list(self._folders)
 
     def load(self, folder: str | Path, name: str) -> None:
-        """Load another adapter of the same base and use it. Raises UserError for a taken name or another base."""
+        """Load another adapter of the same base and use it. Raises UserError for a taken name or another
+        base."""
         self._check_new(name)
         folder = fetch_model(folder)
         check_same_base(folder, self._base, read_config(folder))
@@ -128,7 +130,8 @@ class Adapters:
         """Combine the LoRA of adapters into a new adapter and use it, with the bridge of the first one.
 
         Args:
-            method: linear; ties (arXiv:2306.01708); dare_linear, dare_ties (arXiv:2311.03099), which drop values at random.
+            method: linear; ties (arXiv:2306.01708); dare_linear, dare_ties (arXiv:2311.03099), which drop
+                values at random.
             density: fraction of the LoRA weights, 0..1, that all methods but linear keep.
 
         Raises:
@@ -154,7 +157,8 @@ class Adapters:
         save_adapter(self.model, self.processor, folder, peft_name(self.in_use))
 
     def _same_lora(self, names: list[str]) -> LoraConfig:
-        """Return the LoRA configuration that adapters have in common. Raises UserError if they cannot be combined."""
+        """Return the LoRA configuration that adapters have in common. Raises UserError if they cannot be
+        combined."""
         if not names:
             raise UserError("no adapters to combine; give the weight of each by its name")
         for name in names:
@@ -201,7 +205,8 @@ class Adapters:
         return self._peft is not None and peft_name(name) in self._peft.peft_config
 
     def _bridge(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of an adapter's bridge under the names that they have in the model with its LoRA layers."""
+        """Return the tensors of an adapter's bridge under the names that they have in the model with its LoRA
+        layers."""
         tensors = {n: t for n, t in read_tensors(self._folders[name]).items() if not is_lora(n)}
         parameters = {n.replace(".base_layer.", "."): n for n, _ in self.model.named_parameters()}
         return {parameters[n.replace(".base_layer.", ".")]: tensor for n, tensor in tensors.items()}
@@ -212,7 +217,8 @@ class Adapters:
 
 
 def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -> None:
-    """Raise UserError for an adapter of another base: other backbones, another bridge, or other parts of the bridge."""
+    """Raise UserError for an adapter of another base: other backbones, another bridge, or other parts of the
+    bridge."""
     for part in ("vision", "language"):
         check_backbone(folder, part, found.backbones[part], base.backbones[part])
     for key in GEOMETRY:

@@ -1,4 +1,5 @@
-"""Prepare a model for training (quantize what stays frozen, add LoRA, set what trains), and its frozen reference for DPO."""
+"""Prepare a model for training (quantize what stays frozen, add LoRA, set what trains), and its frozen
+reference for DPO."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ def prepare_training(
 ) -> None:
     """Quantize the frozen parts of the bridge, add LoRA and set what trains, as the recipe says, in place.
 
-    If the recipe starts from an adapter with LoRA, its LoRA weights are trained further. Raises UserError unless the recipe
-    asks for the same LoRA.
+    If the recipe starts from an adapter with LoRA, its LoRA weights are trained further. Raises UserError
+    unless the recipe asks for the same LoRA.
 
     Args:
         batches: returns some training batches, for an initialization of LoRA that needs them.
@@ -63,17 +64,19 @@ def _check_same_lora(start: str | Path, config: LoraConfig | None) -> None:
         requested = "none" if config is None else getattr(config, key)
         raise UserError(
             f"model.init_from: {start} has LoRA with {key} {getattr(earlier, key)}, the recipe {requested}; "
-            "give the recipe the same lora section, so that it is trained further and not lost (an adapter that began as "
+            "give the recipe the same lora section, so that it is trained further and not lost (an adapter "
+            "that began as "
             "PiSSA has twice the r and lora_alpha of its recipe)"
         )
 
 
 def frozen_copy(model: FlamingoForConditionalGeneration) -> FlamingoForConditionalGeneration:
-    """Return ``model`` as it is now, in eval mode; it stays so while ``model`` trains, as DPO's reference or for comparison.
+    """Return ``model`` as it is now, in eval mode; it stays so while ``model`` trains, as DPO's reference or
+    for comparison.
 
-    Modules, hooks and trainable parameters are copied; frozen parameters, buffers and the state of quantized layers are
-    shared, so the copy costs as much memory as the trainable parameters. To be called before a trainer wraps
-    ``model.forward``.
+    Modules, hooks and trainable parameters are copied; frozen parameters, buffers and the state of quantized
+    layers are shared, so the copy costs as much memory as the trainable parameters. To be called before a
+    trainer wraps ``model.forward``.
     """
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
@@ -85,15 +88,16 @@ def frozen_copy(model: FlamingoForConditionalGeneration) -> FlamingoForCondition
 
 
 def match_training_mode(reference: nn.Module, training: bool) -> None:
-    """Let the reference's quantized layers compute as the policy's do: on a CPU, bitsandbytes' 8-bit layers round
-    activations in eval mode only."""
+    """Let the reference's quantized layers compute as the policy's do: on a CPU, bitsandbytes' 8-bit layers
+    round activations in eval mode only."""
     for module in reference.modules():
         if is_quantized(module):
             module.train(training)
 
 
 def zero_dropout(model: nn.Module) -> None:
-    """Set dropout rates to zero that transformers keeps as numbers (OPT, BART, ...); TRL handles dropout modules."""
+    """Set dropout rates to zero that transformers keeps as numbers (OPT, BART, ...); TRL handles dropout
+    modules."""
     for module in model.modules():
         for name, rate in vars(module).items():
             if "drop" in name and isinstance(rate, float):

@@ -1,7 +1,7 @@
 """The models that OpenFlamingo released (arXiv:2308.01390), and what each of them was trained with.
 
-Names, language models and intervals are those of the table in OpenFlamingo's README and, for the first release, of its
-README before v2. Perceiver and cross-attention have the default sizes of a recipe.
+Names, language models and intervals are those of the table in OpenFlamingo's README and, for the first
+release, of its README before v2. Perceiver and cross-attention have the default sizes of a recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 from flamingo_ft.hub import hub_name
 
 TOWER = ("ViT-L-14", "openai")
-SAME_TOWER = ("hf-hub:timm/vit_large_patch14_clip_224.openai", None)  # the same weights by another of OpenCLIP's names
+# the same weights by another of OpenCLIP's names
+SAME_TOWER = ("hf-hub:timm/vit_large_patch14_clip_224.openai", None)
 TOWER_WIDTH = 1024
 
 
@@ -22,9 +23,9 @@ TOWER_WIDTH = 1024
 class ReleasedModel:
     """A released checkpoint on the Hub.
 
-    languages: names of its language model on the Hub, the preferred one first, with ``layers`` decoder layers of ``width``
-    at ``layers_path``. interval: cross_attn_every_n_layers. visibility: values of media_visibility that it was trained
-    for, the preferred one first.
+    languages: names of its language model on the Hub, the preferred one first, with ``layers`` decoder layers
+    of ``width`` at ``layers_path``. interval: cross_attn_every_n_layers. visibility: values of
+    media_visibility that it was trained for, the preferred one first.
     """
 
     name: str
@@ -70,7 +71,8 @@ RELEASED_MODELS = (
         layers=32,
         interval=4,
     ),
-    # v1: in training its text saw, at random, the image before it or the one after it; in use, the one after it.
+    # v1: in training its text saw, at random, the image before it or the one after it; in use, the one after
+    # it.
     ReleasedModel(
         "openflamingo/OpenFlamingo-9B-deprecated",
         ("huggyllama/llama-7b", "luodian/llama-7b-hf"),
@@ -87,7 +89,8 @@ _IN_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<model>[^/]+)/snapshots/
 
 
 def find_released(place: str | Path) -> ReleasedModel | None:
-    """Return the released model that a name on the Hub, or a file in the Hugging Face cache, belongs to; else None."""
+    """Return the released model that a name on the Hub, or a file in the Hugging Face cache, belongs to; else
+    None."""
     name = hub_name(place)
     if name is not None:
         return _BY_NAME.get(name.repository.lower())

@@ -1,8 +1,9 @@
-"""Write the package's code beside a merged model, so that it loads without the package (``trust_remote_code``).
+"""Write the package's code beside a merged model, so that it loads without the package
+(``trust_remote_code``).
 
-``auto_map`` in the model's configuration names the classes and their files. transformers needs all files in one folder,
-importing each other relatively: the modules that configuration, model and processor need are found by following their
-imports, and each is written under a name made of its path in the package.
+``auto_map`` in the model's configuration names the classes and their files. transformers needs all files in
+one folder, importing each other relatively: the modules that configuration, model and processor need are
+found by following their imports, and each is written under a name made of its path in the package.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ CONFIG, MODEL, PROCESSOR = (f"{ROOT}.model.{name}" for name in ("configuration",
 WITHOUT_THE_PACKAGE = """
 ## Without flamingo_ft
 
-The code that the model needs is in this folder. With `transformers` and `open_clip_torch` installed, and if you trust
-the code:
+The code that the model needs is in this folder. With `transformers` and `open_clip_torch` installed, and if
+you trust the code:
 
 ```python
 from transformers import pipeline
@@ -70,7 +71,8 @@ def needed(modules: list[str]) -> list[str]:
 
 
 def flattened(module: str) -> str:
-    """Return the module's source with imports of the package's modules rewritten as from files of one folder."""
+    """Return the module's source with imports of the package's modules rewritten as from files of one
+    folder."""
     lines = _source(module).splitlines()
     for node, names in sorted(own_imports(module), key=lambda found: -found[0].lineno):
         indent = " " * node.col_offset
@@ -101,7 +103,8 @@ def flat_name(module: str) -> str:
 
 
 def _home(place: str, name: str) -> str:
-    """Return the module that defines a name: the one it is imported from, or the one that a package re-exports."""
+    """Return the module that defines a name: the one it is imported from, or the one that a package
+    re-exports."""
     if not _path(place).is_dir():
         return place
     package = f"{place}.__init__"

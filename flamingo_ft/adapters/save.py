@@ -1,8 +1,9 @@
 """Write an adapter in PEFT's format.
 
-``adapter_model.safetensors`` has bridge and LoRA under PEFT's prefix, so that ``peft.PeftModel.from_pretrained(base,
-folder)`` loads both; ``adapter_config.json`` is the LoRA configuration, with PEFT's dummy target where there is no LoRA;
-``config.json`` says which base the adapter belongs to; beside them are the processor's files and a card.
+``adapter_model.safetensors`` has bridge and LoRA under PEFT's prefix, so that
+``peft.PeftModel.from_pretrained(base, folder)`` loads both; ``adapter_config.json`` is the LoRA
+configuration, with PEFT's dummy target where there is no LoRA; ``config.json`` says which base the adapter
+belongs to; beside them are the processor's files and a card.
 """
 
 from __future__ import annotations
@@ -43,11 +44,13 @@ def save_adapter(
     adapter: str = ADAPTER,
     write: bool = True,
 ) -> None:
-    """Write the adapter. Raises RuntimeError, before writing, if a trainable parameter would be missing from it.
+    """Write the adapter. Raises RuntimeError, before writing, if a trainable parameter would be missing from
+    it.
 
     Args:
         adapter: PEFT's name of the LoRA to write, if the model has several.
-        write: False in all but one of several processes; all must call this, to gather the tensors of a sharded model.
+        write: False in all but one of several processes; all must call this, to gather the tensors of a
+            sharded model.
     """
     folder = Path(folder)
     tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model, adapter).items()}
@@ -73,7 +76,8 @@ def save_processor(processor: FlamingoProcessor, folder: Path) -> None:
 
 
 def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAPTER) -> dict[str, Tensor]:
-    """Return what an adapter holds, by name: LoRA, and the parts of the bridge that its base does not have."""
+    """Return what an adapter holds, by name: LoRA, and the parts of the bridge that its base does not
+    have."""
     parts = parts_in_adapter(model.config)
     state = model.state_dict()
     bridge = {
@@ -88,7 +92,8 @@ def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAP
 
 
 def _name_without_others(model: FlamingoForConditionalGeneration, name: str, adapter: str) -> str:
-    """Return a tensor's name as if ``adapter`` were the only one: other adapters' LoRA layers are plain layers then."""
+    """Return a tensor's name as if ``adapter`` were the only one: other adapters' LoRA layers are plain
+    layers then."""
     layer, base, leaf = name.partition(".base_layer.")
     return f"{layer}.{leaf}" if base and adapter not in model.get_submodule(layer).r else name
 
@@ -145,13 +150,15 @@ def _minus_initial(name: str, tensor: Tensor, initial: dict[str, Tensor]) -> Ten
 
 
 def reset_name_or_path(config: FlamingoConfig) -> None:
-    """Replace the local folder that the language model was loaded from by the name that it was asked for by."""
+    """Replace the local folder that the language model was loaded from by the name that it was asked for
+    by."""
     language = (config.backbones or {}).get("language") or {}
     config.text_config._name_or_path = language.get("name") or ""
 
 
 def _config_to_save(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
-    """Return the configuration without what loading the language model left in it: its path, how it was quantized."""
+    """Return the configuration without what loading the language model left in it: its path, how it was
+    quantized."""
     config = FlamingoConfig.from_dict(model.config.to_dict())
     reset_name_or_path(config)
     if ((config.backbones or {}).get("language") or {}).get("quantization"):

@@ -1,10 +1,10 @@
 """Verify a merged model: compare every tensor that was written with its expected value.
 
-The expected values share no code or state with the merge: they come from a second copy of the base, from A, B and
-magnitudes in the adapter's file, and from W + scale * B A (LoRA, arXiv:2106.09685) or DoRA's rescaling of it
-(arXiv:2402.09353, equation 5) in float32. The written tensors are read from their shards one at a time. There is no
-calibrated tolerance: a value may be off by the rounding of its dtype and by that of a sum in float32, both of which
-follow from the values themselves.
+The expected values share no code or state with the merge: they come from a second copy of the base, from A, B
+and magnitudes in the adapter's file, and from W + scale * B A (LoRA, arXiv:2106.09685) or DoRA's rescaling of
+it (arXiv:2402.09353, equation 5) in float32. The written tensors are read from their shards one at a time.
+There is no calibrated tolerance: a value may be off by the rounding of its dtype and by that of a sum in
+float32, both of which follow from the values themselves.
 
 Shapes: O outputs (rows) and I inputs (columns) of a matrix, r rank.
 """
@@ -34,7 +34,8 @@ from .files import read_lora_config, read_tensors
 from .trainable import parameter_dtype
 
 BLOCK = 2**15  # values compared at once: few enough for one core's cache, and for torch to start no threads
-EPS = torch.finfo(torch.float32).eps  # twice the largest relative error of one rounding, for two sides that round
+# twice the largest relative error of one rounding, for two sides that round
+EPS = torch.finfo(torch.float32).eps
 LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 
 
@@ -42,8 +43,8 @@ LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 class VerificationResult:
     """How many tensors were compared, and how many of them LoRA changed.
 
-    worst: the matrix with LoRA that comes closest to the error that rounding allows, None without LoRA; worst_error: its
-    largest error as a fraction of that, 0..1.
+    worst: the matrix with LoRA that comes closest to the error that rounding allows, None without LoRA;
+    worst_error: its largest error as a fraction of that, 0..1.
     """
 
     tensors: int
@@ -79,14 +80,15 @@ class ExpectedTensor:
 def verify_merge(
     folder: Path, adapter: Path, base: FlamingoForConditionalGeneration, dtype: torch.dtype
 ) -> VerificationResult:
-    """Compare the model in ``folder`` with ``adapter`` on ``base``, another copy of the base that was merged into.
+    """Compare the model in ``folder`` with ``adapter`` on ``base``, another copy of the base that was merged
+    into.
 
     Args:
         dtype: of the merged weights.
 
     Raises:
-        UserError: a tensor is missing or unknown, a matrix with LoRA is not W + scale * B A within rounding, or another
-            tensor is not exactly the base's or the adapter's in ``dtype``.
+        UserError: a tensor is missing or unknown, a matrix with LoRA is not W + scale * B A within rounding,
+            or another tensor is not exactly the base's or the adapter's in ``dtype``.
     """
     errors: dict[str, float] = {}
     with_lora: list[str] = []
@@ -123,7 +125,8 @@ def _refuse_errors(
 
 def _merge_error(adapter: Path, problem: str, count: int) -> UserError:
     return UserError(
-        f"{adapter}: the merged model is wrong: {problem} (wrong tensors: {count}); nothing was kept: merge again, and "
+        f"{adapter}: the merged model is wrong: {problem} (wrong tensors: {count}); nothing was kept: merge "
+        "again, and "
         "report it as a bug of flamingo_ft if that does not help"
     )
 
@@ -141,8 +144,10 @@ def _expected_tensors(
     for names, tensor, is_parameter, transposed in _tensors_of(base):
         raw = next((whole.pop(name) for name in names if name in whole), tensor)
         weights = next((lora.pop(name) for name in names if name in lora), None)
-        merged_dtype = parameter_dtype(names[0], dtype) if is_parameter and raw.is_floating_point() else raw.dtype
-        yield ExpectedTensor([fused.get(name, name) for name in names], raw, merged_dtype, weights, transposed)
+        is_cast = is_parameter and raw.is_floating_point()
+        merged_dtype = parameter_dtype(names[0], dtype) if is_cast else raw.dtype
+        written_names = [fused.get(name, name) for name in names]
+        yield ExpectedTensor(written_names, raw, merged_dtype, weights, transposed)
     if left := sorted([*whole, *lora]):
         raise _merge_error(adapter, f"the adapter's {left[0]} has no place in it", len(left))
 
@@ -173,7 +178,8 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[list[str], Tensor, bool, boo
 
 
 def _lora_by_matrix(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoraWeights]:
-    """Return LoRA by the name of the matrix that it changes. Raises UserError for other tensors than A, B, magnitude."""
+    """Return LoRA by the name of the matrix that it changes. Raises UserError for other tensors than A, B,
+    magnitude."""
     config = read_lora_config(adapter)
     by_layer: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
@@ -193,7 +199,8 @@ def _lora_by_matrix(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, L
 
 
 def _scale(config: LoraConfig, name: str, rank: int) -> float:
-    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), with the alpha configured for ``name``."""
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), with the alpha configured for
+    ``name``."""
     patterns = (key for key in config.alpha_pattern or {} if re.fullmatch(rf"(.*\.)?({key})", name))
     alpha = next((config.alpha_pattern[key] for key in patterns), config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -205,10 +212,12 @@ def _errors(
     expected: ExpectedTensor,
     converted: FlamingoForConditionalGeneration | None,
 ) -> dict[str, float]:
-    """Return a tensor's largest error, as a fraction of the allowed one, by each name that it was written under.
+    """Return a tensor's largest error, as a fraction of the allowed one, by each name that it was written
+    under.
 
     Args:
-        converted: the model, if transformers stores some of its tensors otherwise than it holds them (experts one by one).
+        converted: the model, if transformers stores some of its tensors otherwise than it holds them (experts
+            one by one).
     """
     names = [name for name in expected.names if name in stored]
     if names:
@@ -220,8 +229,11 @@ def _errors(
     return {name: _largest_error(files[name], *piece, exact=exact) for name, piece in pieces.items()}
 
 
-def _pieces(model: FlamingoForConditionalGeneration, expected: ExpectedTensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return values and allowed errors of a tensor as transformers stores it: under another name, or in several."""
+def _pieces(
+    model: FlamingoForConditionalGeneration, expected: ExpectedTensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return values and allowed errors of a tensor as transformers stores it: under another name, or in
+    several."""
     values, allowed = _values(expected, slice(None))
     values = values if expected.lora else expected.raw.to(expected.dtype)
     stored = revert_weight_conversion(model, {expected.names[0]: values})
@@ -248,7 +260,8 @@ def _error(written: Tensor, expected: ExpectedTensor) -> float:
 
 
 def _largest_error(written: Tensor, values: Tensor, allowed: Tensor, exact: bool) -> float:
-    """Return the largest error over the allowed one; more than 1 for any error if ``exact``; infinity for NaN."""
+    """Return the largest error over the allowed one; more than 1 for any error if ``exact``; infinity for
+    NaN."""
     if exact and torch.equal(written, values.to(written.dtype)):
         return 0.0
     ratio = float((written.float() - values.float()).abs_().div_(allowed).max())
@@ -265,8 +278,8 @@ def _values(expected: ExpectedTensor, rows: slice) -> tuple[Tensor, Tensor]:
     a, b, scale = lora.a.float(), lora.b[rows].float(), lora.scale
     values = torch.addmm(matrix, b, a, alpha=scale)
     # An inner product of r terms is within r roundings of its exact value, relative to the sum of the terms' sizes
-    # (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5); scaling and adding bring in two more, a third
-    # for good measure.
+    # (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5); scaling and adding bring in two more,
+    # a third for good measure.
     slack = torch.addmm(matrix.abs(), b.abs(), a.abs(), alpha=scale).mul_((len(a) + 3) * EPS)
     if lora.magnitude is not None:
         values, slack = _rescaled(values, slack, lora.magnitude[rows].float())
@@ -282,7 +295,8 @@ def _rescaled(values: Tensor, slack: Tensor, magnitude: Tensor) -> tuple[Tensor,
 
 
 def _rounding(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return half the spacing of ``dtype`` at these sizes: relative, and near zero that of its smallest numbers."""
+    """Return half the spacing of ``dtype`` at these sizes: relative, and near zero that of its smallest
+    numbers."""
     if not dtype.is_floating_point:
         return torch.zeros_like(sizes)
     info, smallest = torch.finfo(dtype), torch.finfo(torch.float32).smallest_normal

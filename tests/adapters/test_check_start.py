@@ -1,5 +1,5 @@
-"""A released Flamingo, or a checkpoint of its shapes, starts a run with the backbones it was trained with, and no
-other: told in one line that names the right ones, before any weights are fetched."""
+"""A released Flamingo, or a checkpoint of its shapes, starts a run with the backbones it was trained with,
+and no other: told in one line that names the right ones, before any weights are fetched."""
 
 from __future__ import annotations
 
@@ -171,8 +171,10 @@ def test_a_file_of_other_shapes_is_refused_with_the_released_model_that_has_them
     wanted = recipe("model.init_from=mine.pt")
     message = refusal(wanted.model)
     assert message == (
-        f"model.init_from: {path} has cross-attention before gpt_neox.layers 1, 3, 5, ... of width 2560 on tower "
-        "tokens of width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of width 128 on "
+        f"model.init_from: {path} has cross-attention before gpt_neox.layers 1, 3, 5, ... of width 2560 on "
+        "tower "
+        "tokens of width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of width "
+        "128 on "
         "tower tokens of width 64; openflamingo/OpenFlamingo-4B-vitl-rpj3b (language model "
         "togethercomputer/RedPajama-INCITE-Base-3B-v1) or "
         "openflamingo/OpenFlamingo-4B-vitl-rpj3b-langinstruct (language model "

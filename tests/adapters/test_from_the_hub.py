@@ -18,8 +18,8 @@ from ..hub_server import READER, WRITER
 
 @pytest.fixture
 def pushed(hub, small_run):
-    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it builds on
-    is here no longer."""
+    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it
+    builds on is here no longer."""
     adapter, base = "somebody/digits", "somebody/digits-base"
     model, processor = regimes.build(*regimes.REGIMES["LoRA everywhere"])
     regimes.shake(model, 0.3)

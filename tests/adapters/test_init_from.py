@@ -1,4 +1,5 @@
-"""Starting from what was trained before: it is where the second stage begins, and part of what it belongs to."""
+"""Starting from what was trained before: it is where the second stage begins, and part of what it belongs
+to."""
 
 import json
 import shutil
@@ -118,7 +119,7 @@ def test_a_bridge_that_moved_is_found_where_it_is_said_to_be(small_run):
     shutil.move("start", "elsewhere")
     with pytest.raises(
         UserError,
-        match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it beside",
+        match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it",
     ):
         load_adapter("adapter")
     with pytest.raises(UserError, match="no folder elsewher; did you mean elsewhere?"):

@@ -1,4 +1,5 @@
-"""Backbones in local folders: an adapter finds them from every directory, after a move too, and shows no path of them."""
+"""Backbones in local folders: an adapter finds them from every directory, after a move too, and shows no path
+of them."""
 
 import json
 import shutil
@@ -27,7 +28,8 @@ LOCAL = RECIPE.replace("vision: {name: nano}", "vision: {name: models/eyes}").re
 
 @pytest.fixture(scope="module")
 def made(trained_start, tmp_path_factory):
-    """A folder with a recipe that names both backbones relative to itself, an adapter of it, and what that says."""
+    """A folder with a recipe that names both backbones relative to itself, an adapter of it, and what that
+    says."""
     folder = tmp_path_factory.mktemp("local")
     shutil.copytree(trained_start, folder, dirs_exist_ok=True)
     shutil.copytree(WORDS, folder / "words")

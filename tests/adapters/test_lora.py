@@ -1,4 +1,5 @@
-"""LoRA: which matrices get an update, what updates start from, and that one that cannot be is refused in words."""
+"""LoRA: which matrices get an update, what updates start from, and that one that cannot be is refused in
+words."""
 
 import copy
 import re
@@ -227,12 +228,12 @@ def test_eva_starts_along_the_principal_directions_of_what_a_layer_reads(small_r
             "pissa takes the LoRA weights out of the matrix, and lang_encoder.",
         ),
         (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is kept as a LoRA of twice the rank"),
-        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4-bit quantization lost, and lang_encoder."),
+        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4-bit quantization lost, and lang_"),
         (
             ("lora.init_lora_weights=pissa", "lora.perceiver={r: 2}", "trainable.perceiver=false"),
             "pissa takes the LoRA weights out of the matrix, and a new bridge is saved whole",
         ),
-        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4-bit quantization lost"),
+        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4-bit quantization"),
         (("lora.init_lora_weights=eva",), "eva looks at training batches, and there are none here"),
     ],
 )

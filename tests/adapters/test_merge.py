@@ -100,7 +100,8 @@ def test_a_merged_model_is_one_of_transformers_after_the_import_alone(small_run)
     script = (
         "import torch; import flamingo_ft; from transformers import AutoModelForImageTextToText;"
         "model = AutoModelForImageTextToText.from_pretrained('merged').eval();"
-        "assert not hasattr(model, 'peft_config') and not any('lora' in name for name, _ in model.named_parameters());"
+        "assert not hasattr(model, 'peft_config') and not any('lora' in name for name, _ in "
+        "model.named_parameters());"
         "inputs = torch.load('inputs.pt');"
         "torch.save(model(**inputs).logits.detach(), 'logits.pt')"
     )
@@ -274,7 +275,8 @@ def test_a_wrong_merge_is_refused_whatever_the_margins(small_run, capsys, monkey
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_merged_matrix_is_rounded_once(small_run, dtype):
-    """No further from W + scaling * B A than half the dtype's spacing, the base not rounded before the sum."""
+    """No further from W + scaling * B A than half the dtype's spacing, the base not rounded before the
+    sum."""
     adapter(LORA)
     merge_adapter("adapter", "merged", dtype=dtype)
     tensors, written = (

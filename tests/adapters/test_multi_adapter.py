@@ -1,4 +1,5 @@
-"""Several adapters on one base: each is itself when it is in use, and combinations are what their names say."""
+"""Several adapters on one base: each is itself when it is in use, and combinations are what their names
+say."""
 
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def test_a_combination_of_one_adapter_is_that_adapter(folders):
 
 
 def test_a_linear_combination_averages_the_factors_of_every_update(folders):
-    """PEFT combines A and B, each weighted by the root of weight times scaling, rather than their products."""
+    """PEFT combines A and B, each weighted by the root of weight times scaling, rather than their
+    products."""
     adapters = load_all()
     adapters.combine({"a": 0.5, "b": 0.5}, "mean")
     for prefix in ("lang_encoder.", "perceiver."):

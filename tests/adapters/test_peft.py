@@ -41,7 +41,8 @@ def pairs(trained_start, tmp_path_factory):
 
 @pytest.fixture(params=["bridge and LoRA", pytest.param("LoRA", marks=pytest.mark.slow)])
 def pair(request, pairs):
-    """Both folders of a kind, what each adapter says, and what the first one's LoRA says with the other's bridge."""
+    """Both folders of a kind, what each adapter says, and what the first one's LoRA says with the other's
+    bridge."""
     first, second = pairs[request.param]
     (model, processor), (other, _) = load_adapter(first), load_adapter(second)
     said = [regimes.logits(model, processor), regimes.logits(other, processor)]

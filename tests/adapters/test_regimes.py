@@ -76,7 +76,8 @@ def test_saving_again_keeps_every_byte(small_run, regime, form):
 @pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_hash_seed(small_run):
     script = (
-        "from pathlib import Path; from flamingo_ft.adapters import save_adapter; from flamingo_ft.config import load_recipe;"
+        "from pathlib import Path; from flamingo_ft.adapters import save_adapter; from flamingo_ft.config "
+        "import load_recipe;"
         "from flamingo_ft.training.build import build_model; import sys;"
         "save_adapter(*build_model(load_recipe('./recipe.yaml', sys.argv[2:])), Path(sys.argv[1]))"
     )

@@ -1,4 +1,5 @@
-"""What is shown to everybody names no path of this machine, and text stays as it is, whatever it looks like."""
+"""What is shown to everybody names no path of this machine, and text stays as it is, whatever it looks
+like."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""One decision for every name that may be a path: what exists or looks like a path is one, the rest is on the Hub."""
+"""One decision for every name that may be a path: what exists or looks like a path is one, the rest is on the
+Hub."""
 
 from pathlib import Path
 
