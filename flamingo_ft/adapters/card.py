@@ -29,7 +29,7 @@ from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import BRIDGE
 from flamingo_ft.version import __version__
 
-from .files import read_flamingo_config, read_lora_config
+from .files import backbone_records, read_flamingo_config, read_lora_config
 from .trainable import parts_in_adapter
 
 CARD = "README.md"
@@ -86,14 +86,14 @@ def card_text(
     """
     config = read_flamingo_config(folder)
     metrics = metrics or _read_json(folder / "metrics.json") or {}
-    recipe = _read_recipe(folder)
+    recipe, backbones = _read_recipe(folder), backbone_records(config)
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
     environment.filters["cell"] = _cell
     text = environment.get_template("card.md.jinja").render(
         version=__version__,
         name=name or "this/folder",
-        vision=strip_local_paths(config.backbones["vision"], BACKBONE_KEYS),
-        language=strip_local_paths(config.backbones["language"], BACKBONE_KEYS),
+        vision=strip_local_paths(backbones["vision"], BACKBONE_KEYS),
+        language=strip_local_paths(backbones["language"], BACKBONE_KEYS),
         licenses={"vision": None, "language": None} | (config.licenses or {}),
         config=config,
         bridge=strip_local_paths(config.bridge_init),
@@ -187,7 +187,8 @@ def metadata(
 
 def base_models(config: FlamingoConfig) -> list[str]:
     """Return the names of language model and tower on the Hub, if they have one."""
-    language, vision = config.backbones["language"], config.backbones["vision"]
+    backbones = backbone_records(config)
+    language, vision = backbones["language"], backbones["vision"]
     on_hub = language["name"] if language.get("revision") and NAME.fullmatch(language["name"]) else None
     return [name for name in (on_hub, hub_repository(vision["name"], vision.get("pretrained"))) if name]
 

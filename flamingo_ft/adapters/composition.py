@@ -34,6 +34,7 @@ from .card import CARD
 from .compat import mark_peft_loaded, requested_attention
 from .files import (
     BRIDGE_FILE,
+    backbone_records,
     read_config,
     read_flamingo_config,
     read_lora_config,
@@ -42,7 +43,7 @@ from .files import (
 from .init_from import bridge_tensors, load_bridge_as_stored
 from .load import assemble_backbones, assemble_model, load_adapter
 from .lora import targets_vision
-from .merge import cast
+from .merge import cast_model
 from .save import reset_name_or_path, save_processor
 
 
@@ -60,13 +61,14 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
     if out.exists():
         raise UserError(f"{out}: exists, and nothing is overwritten; choose another folder")
     config, processor = read_config(adapter), read_processor(adapter)
-    bridge = _bridge_below(adapter, config, start) if config.bridge_init else None
+    record = config.bridge_init
+    bridge = _bridge_below(adapter, config, record, start) if record else None
     lora = read_lora_config(adapter)
     config.open_attention = config.open_attention or (lora is not None and targets_vision(lora))
     reset_name_or_path(config)
     out.mkdir(parents=True)
-    if bridge is not None:
-        config.bridge_init["path"] = BRIDGE_FILE
+    if record and bridge is not None:
+        record["path"] = BRIDGE_FILE
         with file_in_place(out / BRIDGE_FILE) as file:
             save_file(bridge, file, metadata={"format": "pt"})
     config.save_pretrained(out)
@@ -97,14 +99,16 @@ def name_base(adapter: str | Path, base: str) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _bridge_below(adapter: Path, config: FlamingoConfig, start: str | Path | None) -> dict[str, torch.Tensor]:
+def _bridge_below(
+    adapter: Path, config: FlamingoConfig, record: Mapping[str, str], start: str | Path | None
+) -> dict[str, torch.Tensor]:
     """Return the bridge that an adapter builds on, in the dtypes that its content hash is of.
 
     The backbones are loaded too: a checkpoint's rows for new tokens are read through the language model.
     """
     model = assemble_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
     before = _backbones_sha256(model)
-    load_bridge_as_stored(model, adapter, config.bridge_init, start)
+    load_bridge_as_stored(model, adapter, record, start)
     if _backbones_sha256(model) != before:
         raise UserError(
             f"{adapter}: builds on a checkpoint with backbones of its own, which a composition cannot name; "
@@ -127,7 +131,7 @@ def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
 
 
 def _check_named(folder: Path, config: FlamingoConfig) -> None:
-    if not all((config.backbones or {}).get(part) for part in ("vision", "language")):
+    if not all(backbone_records(config).get(part) for part in ("vision", "language")):
         raise UserError(
             f"{folder}: has neither weights nor the names of its backbones, so there is nothing to load; "
             "copy it again"
@@ -138,8 +142,8 @@ def _write_card(config: FlamingoConfig, folder: Path) -> None:
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
     text = environment.get_template("composition.md.jinja").render(
         version=__version__,
-        vision=strip_local_paths(config.backbones["vision"], BACKBONE_KEYS),
-        language=strip_local_paths(config.backbones["language"], BACKBONE_KEYS),
+        vision=strip_local_paths(backbone_records(config)["vision"], BACKBONE_KEYS),
+        language=strip_local_paths(backbone_records(config)["language"], BACKBONE_KEYS),
         bridge_init=config.bridge_init,
         precision=lambda source: (source.get("quantization") or {}).get("format", "full"),
     )
@@ -192,16 +196,17 @@ def load_parts(parts: ModelFolders, options: Mapping[str, Any]) -> Any:
     more than can be done.
     """
     folder = parts.adapter or parts.base
+    assert folder is not None  # one of the two is always there
     _refuse(folder, options)
     device = _device(folder, options.get("device_map"))
     if parts.adapter is None:
         model = load_composition(folder, device=device)
     else:
-        model, _ = load_adapter(folder, start=_bridge_in(parts.base), device=device)
+        model, _ = load_adapter(parts.adapter, start=_bridge_in(parts.base), device=device)
         mark_peft_loaded(model, has_lora=bool(getattr(model, "peft_config", None)))
     dtype = _dtype(options)
     if dtype is not None:
-        cast(model, dtype)
+        cast_model(model, dtype)
     attention = options.get("attn_implementation") or _requested_attention(options.get("config"))
     if attention is not None:
         model.set_attn_implementation(attention)
@@ -250,7 +255,7 @@ def _device(folder: Path, device_map: Any) -> torch.device:
 
 
 def _is_quantized(config: FlamingoConfig) -> bool:
-    return any((source or {}).get("quantization") for source in (config.backbones or {}).values())
+    return any((source or {}).get("quantization") for source in backbone_records(config).values())
 
 
 def _dtype(options: Mapping[str, Any]) -> torch.dtype | None:

@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
@@ -77,6 +77,11 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
         ) from None
 
 
+def backbone_records(config: FlamingoConfig) -> dict[str, dict[str, Any]]:
+    """Return what a configuration records of the backbones ``vision`` and ``language``; {} if it names none."""
+    return config.backbones or {}
+
+
 def read_processor(folder: Path) -> FlamingoProcessor:
     """Read the processor of an adapter or a whole model. Raises UserError if its files are missing or
     damaged."""
@@ -106,7 +111,7 @@ def _read_peft_config(folder: Path) -> LoraConfig:
             f"{folder}: not an adapter, {ADAPTER_CONFIG} not found; give the folder that a run wrote"
         )
     try:
-        return LoraConfig.from_pretrained(str(folder))
+        return cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
     except DAMAGED as error:
         reraise_machine_error(error)
         raise UserError(
@@ -147,7 +152,7 @@ def resolve_local_backbones(folder: Path, config: FlamingoConfig) -> FlamingoCon
     """
     config = copy.deepcopy(config)
     config.backbones = {
-        part: {**source, **_current_paths(folder, part, source)} for part, source in config.backbones.items()
+        part: {**source, **_current_paths(folder, part, source)} for part, source in backbone_records(config).items()
     }
     return config
 

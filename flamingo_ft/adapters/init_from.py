@@ -68,7 +68,7 @@ def load_recorded_bridge(
     Raises:
         UserError: the bridge is not there, or is another one.
     """
-    _load_recorded(model, folder, model.config.bridge_init, start)
+    _load_recorded(model, folder, model.config.bridge_init or {}, start)
 
 
 def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:

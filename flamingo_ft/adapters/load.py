@@ -29,6 +29,7 @@ from flamingo_ft.model.sharding import fill, let_go
 
 from .answering import use_greedy_decoding
 from .files import (
+    backbone_records,
     read_base_name,
     read_config,
     read_flamingo_config,
@@ -152,9 +153,9 @@ def assemble_model(
     model = assemble_backbones(folder, config, quantized, dtype, device)
     if config.bridge_init:
         load_recorded_bridge(model, folder, start)
-    model.to(device)
-    if quantized and config.bridge_quantization:
-        quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
+    model.to(device)  # pyrefly: ignore[bad-argument-type]
+    if quantized and (quantization := Quantization.from_record(config.bridge_quantization)):
+        quantize_frozen_bridge(model, quantization)
     return model
 
 
@@ -170,12 +171,12 @@ def assemble_backbones(
     The model's own configuration has the current paths of local backbones.
     """
     config = resolve_local_backbones(folder, config)
-    records = config.backbones
+    records = backbone_records(config)
     vision = _load_vision(records["vision"], quantized, device)
     language = _load_language(records["language"], quantized, dtype, device)
     check_backbone(folder, "vision", records["vision"], vision.source)
     check_backbone(folder, "language", records["language"], language.source)
-    grow_vocabulary(language.model, config.text_config.vocab_size)
+    grow_vocabulary(language.model, config.get_text_config().vocab_size)
     return FlamingoForConditionalGeneration(config, vision.visual, language.model)
 
 
@@ -313,7 +314,7 @@ def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:
 
 def _base_records(config: FlamingoConfig) -> dict[str, Mapping[str, Any]]:
     """Return what a configuration records of each part of an adapter's base."""
-    parts = {f"{part} backbone": source for part, source in (config.backbones or {}).items()}
+    parts = {f"{part} backbone": source for part, source in backbone_records(config).items()}
     return {"bridge of": config.bridge_init or {}, "vision backbone": {}, "language backbone": {}, **parts}
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from typing import Any
+
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -40,7 +42,7 @@ def add_lora(
     """
     if not lora.parts:
         return None
-    if lora.vision:
+    if "vision" in lora.parts:
         unfuse_attention(model.vision_encoder)
     targets = {part: find_targets(model, part, settings) for part, settings in lora.parts.items()}
     config = lora_config(model, lora, targets)
@@ -73,7 +75,7 @@ def unfuse_targeted_attention(model: FlamingoForConditionalGeneration, config: L
 
 def targets_vision(config: LoraConfig) -> bool:
     """Return whether a configuration of this package has targets in the vision tower."""
-    return re.escape(VISION.prefix) in config.target_modules
+    return re.escape(VISION.prefix) in str(config.target_modules)
 
 
 def find_targets(model: FlamingoForConditionalGeneration, part: str, lora: LoraPart) -> list[str]:
@@ -129,7 +131,7 @@ def lora_config(
         lora_dropout=lora.lora_dropout,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        init_lora_weights=peft_init(lora),
+        init_lora_weights=peft_init(lora),  # pyrefly: ignore[bad-argument-type]
     )
 
 
@@ -146,7 +148,8 @@ def peft_init(lora: LoraSection) -> bool | str:
 
 def has_lora(model: nn.Module, adapter: str = ADAPTER) -> bool:
     """Return whether the LoRA layers of ``adapter`` were injected into the model."""
-    return adapter in getattr(model, "peft_config", {})
+    peft_config: Any = getattr(model, "peft_config", {})
+    return adapter in peft_config
 
 
 def _has_suffix(name: str, suffixes: Iterable[str]) -> bool:

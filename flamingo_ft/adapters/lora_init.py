@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
@@ -31,6 +31,7 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import BRIDGE
 
+from .files import backbone_records
 from .init_from import read_bridge_tensors
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
@@ -89,12 +90,13 @@ def init_loftq(model: FlamingoForConditionalGeneration) -> None:
         for adapter, rank in layer.r.items():
             left, values, right = torch.linalg.svd(lost / layer.scaling[adapter], full_matrices=False)
             root = values[:rank].sqrt()
-            _fill(layer.lora_A[adapter].weight, root[:, None] * right[:rank])
-            _fill(layer.lora_B[adapter].weight, left[:, :rank] * root)
+            _fill(layer.lora_A[adapter], root[:, None] * right[:rank])
+            _fill(layer.lora_B[adapter], left[:, :rank] * root)
 
 
-def _fill(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copy ``value`` into the parameter; if the rank exceeds the matrix's own, the rest is zero."""
+def _fill(linear: nn.Module, value: Tensor) -> None:
+    """Copy ``value`` into A or B; if the rank exceeds the matrix's own, the rest is zero."""
+    parameter = linear.get_parameter("weight")
     parameter.zero_()
     parameter[tuple(slice(size) for size in value.shape)] = value.to(parameter)
 
@@ -124,8 +126,8 @@ def eva_directions(
 def init_eva(model: nn.Module, directions: Mapping[str, Tensor]) -> None:
     """Set every A to its layer's directions; B stays zero."""
     for name, rows in directions.items():
-        for linear in model.get_submodule(name).lora_A.values():
-            _fill(linear.weight, rows[: len(linear.weight)])
+        for linear in cast(LoraLayer, model.get_submodule(name)).lora_A.values():
+            _fill(linear, rows[: len(linear.get_parameter("weight"))])
 
 
 def _rows(inputs: Tensor | tuple) -> Tensor:
@@ -140,19 +142,19 @@ class UnquantizedWeights:
 
     def __init__(self, model: FlamingoForConditionalGeneration):
         self._model = model
-        self._sources = model.config.backbones
+        self._sources = backbone_records(model.config)
 
     def __getitem__(self, name: str) -> Tensor:
         if name.startswith(LANGUAGE.prefix):
             return self._language_matrix(name)
         if name.startswith(VISION.prefix):
-            return self._tower.get_submodule(name.removeprefix(VISION.prefix)).weight
+            return self._tower.get_parameter(name.removeprefix(VISION.prefix) + ".weight")
         return self._bridge[f"{name}.weight"]
 
     def _language_matrix(self, name: str) -> Tensor:
         with SafetensorsFolder(self._language_folder) as files:
             matrix = files[name.removeprefix(LANGUAGE.prefix) + ".weight"]
-        base = self._model.get_submodule(name).get_base_layer()
+        base = cast(LoraLayer, self._model.get_submodule(name)).get_base_layer()
         original_class = getattr(base, "source_cls", type(base))  # transformers records what it replaced
         return matrix.T if original_class is Conv1D else matrix  # GPT-2's Conv1D has (in, out)
 
@@ -169,4 +171,5 @@ class UnquantizedWeights:
 
     @cached_property
     def _bridge(self) -> dict[str, Tensor]:
-        return read_bridge_tensors(fetch_model(self._model.config.bridge_init["path"]))
+        record = self._model.config.bridge_init or {}
+        return read_bridge_tensors(fetch_model(record["path"]))

@@ -12,10 +12,10 @@ import dataclasses
 import gc
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from peft import inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -35,7 +35,7 @@ from flamingo_ft.model.parts import PARTS, is_lora
 
 from .answering import use_greedy_decoding
 from .card import write_card
-from .files import read_config, read_flamingo_config, read_tensors
+from .files import backbone_records, read_config, read_flamingo_config, read_tensors
 from .load import load_adapter_into, load_base
 from .save import reset_name_or_path
 from .trainable import cast_parameter
@@ -92,7 +92,7 @@ def check_mergeable(adapter: Path, out: Path) -> None:
 
 def base_quantizations(config: FlamingoConfig) -> list[str]:
     """Return the quantization formats of the base that an adapter was trained on."""
-    kept = [config.bridge_quantization, *(source.get("quantization") for source in config.backbones.values())]
+    kept = [config.bridge_quantization, *(source.get("quantization") for source in backbone_records(config).values())]
     return sorted({record["format"] for record in kept if record})
 
 
@@ -133,7 +133,7 @@ def _write(
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
     refuse_attention(model.vision_encoder)
-    cast(model, dtype)
+    cast_model(model, dtype)
     use_greedy_decoding(model, processor)
     digest = tensors_sha256(read_tensors(adapter))
     make_standalone(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
@@ -165,13 +165,14 @@ def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGener
 
 def make_standalone(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
     """Turn the configuration of an adapter's model into that of a standalone model, in place."""
-    for source in config.backbones.values():
+    for source in backbone_records(config).values():
         source["quantization"] = None
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
     config.open_attention = False
-    config.text_config.quantization_config = None
+    text_config = config.get_text_config()
+    text_config.quantization_config = None  # pyrefly: ignore[missing-attribute]
     reset_name_or_path(config)
-    config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
+    config.merged, config.dtype, text_config.dtype = merged, dtype, dtype
 
 
 def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None = None) -> list[str]:
@@ -200,22 +201,27 @@ def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None
     return [part.name for part in PARTS.values() if any(name.startswith(part.prefix) for name in layers)]
 
 
-def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGeneration) -> LoraLayer:
-    """Return the layer in float32, around a dequantized matrix if it is quantized."""
+def _in_float32(name: str, layer: Any, model: FlamingoForConditionalGeneration) -> Any:
+    """Return a `LoraLayer` in float32, around a dequantized matrix if it is quantized."""
     if not is_quantized(layer.get_base_layer()):
         return layer.float()
     alone = nn.ModuleDict({"layer": dequantized_linear(layer.get_base_layer(), torch.float32, name)})
     for adapter, config in model.peft_config.items():
-        own = {"r": layer.r[adapter], "lora_alpha": layer.lora_alpha[adapter], "target_modules": ["layer"]}
-        inject_adapter_in_model(
-            dataclasses.replace(config, rank_pattern={}, alpha_pattern={}, **own), alone, adapter
+        own = dataclasses.replace(
+            cast(LoraConfig, config),
+            r=layer.r[adapter],
+            lora_alpha=layer.lora_alpha[adapter],
+            rank_pattern={},
+            alpha_pattern={},
+            target_modules=["layer"],
         )
+        inject_adapter_in_model(own, alone, adapter)
     lora = {key: tensor for key, tensor in layer.state_dict().items() if is_lora(f".{key}")}
     alone["layer"].load_state_dict(lora, strict=False)
     return alone["layer"].float()
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast every parameter but the gates, which stay in float32, one at a time."""
     for name, parameter in model.named_parameters():
         cast_parameter(name, parameter, dtype)

@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 from urllib.parse import quote
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
@@ -22,7 +22,7 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import is_lora
 
-from .files import read_base_name, read_config, read_lora_config, read_processor, read_tensors
+from .files import backbone_records, read_base_name, read_config, read_lora_config, read_processor, read_tensors
 from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
 from .lora import unfuse_targeted_attention
@@ -93,7 +93,7 @@ class Adapters:
         self._check_known(name)
         check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
-        loaded = self._peft.peft_config[peft_name(name)] if self._has_lora(name) else None
+        loaded = self._lora_config(name) if self._has_lora(name) else None
         differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(loaded, key, None)]
         if differing:
             raise UserError(
@@ -106,11 +106,11 @@ class Adapters:
     def use(self, name: str, *, bridge: bool = True) -> None:
         """Switch to an adapter's LoRA, and unless ``bridge`` is False to its bridge."""
         self._check_known(name)
-        if self._has_lora(name):
-            self._peft.base_model.enable_adapter_layers()
+        if self._peft is not None and self._has_lora(name):
+            self._tuner.enable_adapter_layers()
             self._peft.set_adapter(peft_name(name), inference_mode=True)
         elif self._peft is not None:
-            self._peft.base_model.disable_adapter_layers()
+            self._tuner.disable_adapter_layers()
         if bridge:
             set_bridge_parameters(self.model, self._bridge(name))
         self.in_use, self.model.adapter_base = name, read_base_name(self._folders[name])
@@ -139,12 +139,12 @@ class Adapters:
         """
         self._check_new(name)
         first = self._same_lora(list(weights))
-        pruned = {} if method == "linear" else {"density": density}
-        lora = self._peft.base_model
+        pruned: dict[str, Any] = {} if method == "linear" else {"density": density}
+        lora = self._tuner
         names, combined = [peft_name(one) for one in weights], peft_name(name)
         lora.add_weighted_adapter(names, list(weights.values()), combined, combination_type=method, **pruned)
         # The combined weights include the scaling of each adapter. PEFT drops ranks that differ by part.
-        own = {"lora_alpha": first.r, "alpha_pattern": dict(first.rank_pattern), "use_rslora": False}
+        own = {"lora_alpha": first.r, "alpha_pattern": dict(first.rank_pattern or {}), "use_rslora": False}
         lora.peft_config[combined] = dataclasses.replace(first, **own)
         for layer in lora.model.modules():
             if isinstance(layer, LoraLayer):
@@ -165,7 +165,7 @@ class Adapters:
             self._check_known(name)
             if not self._has_lora(name):
                 raise UserError(f"adapter {name} has no LoRA to combine; combine adapters with LoRA")
-        first, *others = (self._peft.peft_config[peft_name(name)] for name in names)
+        first, *others = (self._lora_config(name) for name in names)
         differing = [
             key for key in COMBINABLE for other in others if getattr(first, key) != getattr(other, key)
         ]
@@ -201,6 +201,14 @@ class Adapters:
         if tensors:
             load_lora_weights(self.model, tensors, peft_name(name))
 
+    @property
+    def _tuner(self) -> LoraModel:
+        assert self._peft is not None
+        return cast(LoraModel, self._peft.base_model)
+
+    def _lora_config(self, name: str) -> LoraConfig:
+        return cast(LoraConfig, self._tuner.peft_config[peft_name(name)])
+
     def _has_lora(self, name: str) -> bool:
         return self._peft is not None and peft_name(name) in self._peft.peft_config
 
@@ -220,7 +228,7 @@ def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -
     """Raise UserError for an adapter of another base: other backbones, another bridge, or other parts of the
     bridge."""
     for part in ("vision", "language"):
-        check_backbone(folder, part, found.backbones[part], base.backbones[part])
+        check_backbone(folder, part, backbone_records(found)[part], backbone_records(base)[part])
     for key in GEOMETRY:
         if getattr(found, key) != getattr(base, key):
             raise UserError(

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from flamingo_ft.model.sharding import whole
 
 from .card import write_card
 from .compat import DUMMY_TARGET_MODULES
-from .files import PREFIX
+from .files import PREFIX, backbone_records
 from .lora import ADAPTER, base_name, has_lora
 from .trainable import parts_in_adapter, trainable_parameters
 
@@ -62,7 +64,7 @@ def save_adapter(
     contiguous = {PREFIX + name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
     with file_in_place(folder / ADAPTER_WEIGHTS) as file:
         save_file(contiguous, file, metadata={"format": "pt"})
-    config.save_pretrained(folder)
+    config.save_pretrained(str(folder))
     _config_to_save(model).save_pretrained(folder)
     save_processor(processor, folder)
     write_card(folder)
@@ -95,7 +97,9 @@ def _name_without_others(model: FlamingoForConditionalGeneration, name: str, ada
     """Return a tensor's name as if ``adapter`` were the only one: other adapters' LoRA layers are plain
     layers then."""
     layer, base, leaf = name.partition(".base_layer.")
-    return f"{layer}.{leaf}" if base and adapter not in model.get_submodule(layer).r else name
+    if base and adapter not in cast(LoraLayer, model.get_submodule(layer)).r:
+        return f"{layer}.{leaf}"
+    return name
 
 
 def name_in_file(name: str, adapter: str = ADAPTER) -> str:
@@ -127,16 +131,16 @@ def _as_plain_lora(
         return tensors, dataclasses.replace(empty, inference_mode=True, auto_mapping=AUTO_MAPPING)
     # The weights are in the file: loading must neither initialize them nor take anything out of the base.
     loading = {"inference_mode": True, "init_lora_weights": True, "auto_mapping": AUTO_MAPPING}
-    config = dataclasses.replace(model.peft_config[adapter], **loading)
-    initial = getattr(model, "initial_lora", None)
+    config = dataclasses.replace(cast(LoraConfig, model.peft_config[adapter]), **loading)
+    initial: dict[str, Tensor] = getattr(model, "initial_lora", {})
     if not initial:
         return tensors, config
     tensors = {name: _minus_initial(name, tensor, initial) for name, tensor in tensors.items()}
     doubled = {
         "r": 2 * config.r,
         "lora_alpha": 2 * config.lora_alpha,
-        "rank_pattern": {part: 2 * rank for part, rank in config.rank_pattern.items()},
-        "alpha_pattern": {part: 2 * alpha for part, alpha in config.alpha_pattern.items()},
+        "rank_pattern": {part: 2 * rank for part, rank in (config.rank_pattern or {}).items()},
+        "alpha_pattern": {part: 2 * alpha for part, alpha in (config.alpha_pattern or {}).items()},
     }
     return tensors, dataclasses.replace(config, **doubled)
 
@@ -152,8 +156,8 @@ def _minus_initial(name: str, tensor: Tensor, initial: dict[str, Tensor]) -> Ten
 def reset_name_or_path(config: FlamingoConfig) -> None:
     """Replace the local folder that the language model was loaded from by the name that it was asked for
     by."""
-    language = (config.backbones or {}).get("language") or {}
-    config.text_config._name_or_path = language.get("name") or ""
+    language = backbone_records(config).get("language") or {}
+    config.get_text_config()._name_or_path = language.get("name") or ""
 
 
 def _config_to_save(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
@@ -161,6 +165,6 @@ def _config_to_save(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
     quantized."""
     config = FlamingoConfig.from_dict(model.config.to_dict())
     reset_name_or_path(config)
-    if ((config.backbones or {}).get("language") or {}).get("quantization"):
-        config.text_config.quantization_config = None
+    if (backbone_records(config).get("language") or {}).get("quantization"):
+        config.get_text_config().quantization_config = None  # pyrefly: ignore[missing-attribute]
     return config

@@ -105,7 +105,8 @@ def verify_merge(
         raise _merge_error(adapter, problem, len(unknown))
     _refuse_errors(adapter, errors, with_lora, dtype)
     worst = max(with_lora, key=errors.__getitem__, default=None)
-    return VerificationResult(len(errors), len(with_lora), worst, errors.get(worst, 0.0))
+    worst_error = 0.0 if worst is None else errors[worst]
+    return VerificationResult(len(errors), len(with_lora), worst, worst_error)
 
 
 def _refuse_errors(
@@ -180,7 +181,11 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[list[str], Tensor, bool, boo
 def _lora_by_matrix(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoraWeights]:
     """Return LoRA by the name of the matrix that it changes. Raises UserError for other tensors than A, B,
     magnitude."""
+    if not tensors:
+        return {}
     config = read_lora_config(adapter)
+    if config is None:
+        raise UserError(f"{adapter}: has LoRA weights but no LoRA configuration; copy the adapter again")
     by_layer: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         match = LORA_TENSOR.fullmatch(name)
@@ -201,8 +206,9 @@ def _lora_by_matrix(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, L
 def _scale(config: LoraConfig, name: str, rank: int) -> float:
     """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), with the alpha configured for
     ``name``."""
-    patterns = (key for key in config.alpha_pattern or {} if re.fullmatch(rf"(.*\.)?({key})", name))
-    alpha = next((config.alpha_pattern[key] for key in patterns), config.lora_alpha)
+    by_pattern = (config.alpha_pattern or {}).items()
+    matching = (alpha for key, alpha in by_pattern if re.fullmatch(rf"(.*\.)?({key})", name))
+    alpha = next(matching, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 

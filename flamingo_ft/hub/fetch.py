@@ -62,7 +62,7 @@ def pinned_name(place: str | Path, fetched: Path) -> str:
 
 def _download_model(name: HubName, options: Mapping[str, Any]) -> Path:
     """Download the small files and the weights in the preferred format that exists; all of one commit."""
-    revision = name.revision
+    revision, folder = name.revision, Path()
     for patterns in WEIGHT_PATTERNS:
         folder = download(
             str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED, **options

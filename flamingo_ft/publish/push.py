@@ -19,7 +19,7 @@ import yaml
 
 from flamingo_ft.adapters import write_composition
 from flamingo_ft.adapters.card import CARD, card_text
-from flamingo_ft.adapters.files import read_config, read_flamingo_config
+from flamingo_ft.adapters.files import backbone_records, read_config, read_flamingo_config
 from flamingo_ft.adapters.multi_adapter import check_same_base
 from flamingo_ft.adapters.remote_code import WITHOUT_THE_PACKAGE
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE
@@ -198,7 +198,7 @@ def _commit(repository: str, files: Files, branch: str | None, log: Log) -> str:
 
 def _log_local_backbones(folder: Path, config: FlamingoConfig, log: Log) -> None:
     """Log which backbones are folders of this machine: nobody else can load an adapter of them."""
-    for part, source in config.backbones.items():
+    for part, source in backbone_records(config).items():
         if looks_like_path(source["name"]):
             log(
                 f"{folder}: its {part} backbone is a folder of this machine, which nobody else has; "
