@@ -128,3 +128,71 @@ def test_an_import_against_the_order_is_noticed(place, source):
 )
 def test_an_import_along_the_order_is_fine(place, source):
     assert not violations(place, source, f"flamingo_ft.{place}")
+
+
+# --- cycles ---
+
+
+def module_name(path: Path) -> str:
+    parts = ["flamingo_ft", *path.relative_to(PACKAGE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(path: Path) -> str:
+    return ".".join(["flamingo_ft", *path.relative_to(PACKAGE).parts[:-1]])
+
+
+def import_graph(sources: dict[str, tuple[str, str]]) -> dict[str, set[str]]:
+    """Module -> modules that it imports, in functions and for the type checker too.
+
+    sources: module -> its source and its package.
+    """
+    graph = {}
+    for name, (source, package) in sources.items():
+        found = set()
+        for module, names in imports(source, package):
+            for imported in names or [""]:
+                whole = f"{module}.{imported}"
+                found.add(whole if whole in sources else module)
+        graph[name] = {module for module in found if module in sources} - {name}
+    return graph
+
+
+def cycles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The groups of modules that import each other, directly or through others."""
+    reachable: dict[str, set[str]] = {}
+    for start in graph:
+        seen, stack = set(), [start]
+        while stack:
+            for module in graph[stack.pop()] - seen:
+                seen.add(module)
+                stack.append(module)
+        reachable[start] = seen
+    groups = {
+        frozenset(other for other in reachable[start] if start in reachable[other])
+        for start in graph
+        if start in reachable[start]
+    }
+    return sorted((set(group) for group in groups), key=sorted)
+
+
+def test_no_modules_import_each_other():
+    sources = {
+        module_name(path): (path.read_text(encoding="utf-8"), package_of(path))
+        for path in PACKAGE.rglob("*.py")
+    }
+    found = cycles(import_graph(sources))
+    assert not found, "\n".join(", ".join(sorted(group)) for group in found)
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        ("from flamingo_ft.b import x", "import flamingo_ft.a"),
+        ("from . import b", "def f():\n    from .a import y"),
+        ("from flamingo_ft import b", "if True:\n    from flamingo_ft.a import y"),
+    ],
+)
+def test_a_cycle_is_noticed(first, second):
+    sources = {"flamingo_ft.a": (first, "flamingo_ft"), "flamingo_ft.b": (second, "flamingo_ft")}
+    assert cycles(import_graph(sources)) == [{"flamingo_ft.a", "flamingo_ft.b"}]

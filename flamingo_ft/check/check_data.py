@@ -64,6 +64,7 @@ def check_data(recipe: Recipe, name: str, folder: Path) -> CheckReport:
 
 def _training_length(recipe: Recipe, data: OpenedData) -> TrainingLength:
     per_epoch, steps = steps_per_epoch(recipe, data), with_max_steps(recipe, data).train.max_steps
+    assert steps is not None
     epochs = None if per_epoch is None else float(steps / per_epoch)
     return TrainingLength(steps, epochs, samples_per_epoch(recipe, data), recipe.data.packing)
 
@@ -90,7 +91,8 @@ def _report_folder(folder: Path) -> Iterator[Path]:
     Raises UserError if ``folder`` is a file, or holds files but no earlier check.
     """
     _refuse_other_files(folder)
-    # check.json marks the folder as ours; moved first, so that an interrupted move can be replaced by the next check.
+    # check.json marks the folder as ours; moved first, so that an interrupted move can be replaced by the
+    # next check.
     with atomic.files_in_place(folder, first=RECORD_FILE) as new:
         yield new
 

@@ -42,8 +42,14 @@ class Distribution:
         high = float(values.max()) if high is None else high
         edges = _integer_edges(int(high)) if integers else np.linspace(0, high, BINS // 2 + 1)
         counts, _ = np.histogram(values, edges)
-        statistics = (values.min(), np.median(values), values.mean(), values.max())
-        return cls(*(float(number) for number in statistics), edges.tolist(), counts.tolist())
+        return cls(
+            least=float(values.min()),
+            median=float(np.median(values)),
+            mean=float(values.mean()),
+            most=float(values.max()),
+            edges=[float(edge) for edge in edges],
+            counts=[int(count) for count in counts],
+        )
 
 
 def _integer_edges(high: int) -> np.ndarray:
@@ -219,14 +225,14 @@ class CheckReport:
             return f"got {self.bad:,} bad rows; fix or remove them, or set data.on_bad_sample to skip"
         if self.bad_share > self.max_bad_share:
             return (
-                f"got {percent(self.bad_share)} bad training rows, the limit is {percent(self.max_bad_share)}; "
-                "fix them, or raise data.max_bad_share"
+                f"got {percent(self.bad_share)} bad training rows, the limit is "
+                f"{percent(self.max_bad_share)}; fix them, or raise data.max_bad_share"
             )
         return None
 
     @property
     def warnings(self) -> list[str]:
-        """What would probably not be intended in a run on this data, one line each."""
+        """What is probably unintended, one line each."""
         lines = [self.answers.warning, self.text_form.warning if self.text_form else None]
         rewritten = sum(part.rewritten for part in self.parts)
         if rewritten:

@@ -1,6 +1,7 @@
-"""What a file of samples is, as a starting recipe has to know it: its schema, where its images are, how long it is.
+"""Inspect a data file for `recipes new`: schema, columns, folder of the images, lengths of the texts.
 
-Nothing is downloaded: lengths are counted with a tokenizer that is on this machine, or estimated from characters.
+Nothing is downloaded: tokens are counted with a tokenizer that is on this machine, or estimated from
+characters.
 """
 
 from __future__ import annotations
@@ -26,29 +27,34 @@ from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.backbone_files import BackboneFiles
 from flamingo_ft.model.download import is_url
 
-ROWS_READ = 20_000  # some seconds
-ROWS_TRIED = 20  # to find the folder of their images
-MOST_FOLDERS = 200
-CHARACTERS_PER_TOKEN = 3  # English has about 4; an estimate should rather be too long
-MESSAGE_TOKENS = 8  # that a chat template writes around a message, about
+MAX_ROWS_READ = 20_000  # a few seconds
+ROOT_TRIAL_ROWS = 20  # rows tried with each possible image_root
+MAX_FOLDERS = 200  # tried as image_root
+CHARACTERS_PER_TOKEN = 3  # English has about 4; overestimating is safer
+MESSAGE_TOKENS = 8  # that a chat template writes around a message, roughly
 
-# Column names that people use for a field, normalised; the first that a file has is taken.
+# Common column names of each field, normalized; the first that a file has is taken.
 SYNONYMS = {
     "image": (
-        "image", "img", "image_path", "img_path", "image_file", "image_name", "img_name", "imgname", "file_name",
-        "filename", "photo", "picture",
+        "image", "img", "image_path", "img_path", "image_file", "image_name", "img_name", "imgname",
+        "file_name", "filename", "photo", "picture",
     ),
     "question": ("question", "query", "prompt", "instruction", "input", "q"),
     "answer": ("answer", "label", "response", "reply", "output", "target", "completion", "ground_truth", "a"),
     "caption": ("caption", "text", "description", "title", "sentence"),
 }  # fmt: skip
+GUESSED_SCHEMAS = {"vqa": ("question", "answer"), "caption": ("image", "caption")}  # required fields
 
 
 @dataclass
 class TextLengths:
-    """Of the samples read: the longest text and the longest answer, in tokens, and how many texts exceed the context.
+    """Lengths of the samples read, in tokens.
 
-    counted: with the language model's tokenizer; else estimated. context: of the language model; None: not known.
+    Attributes:
+        counted: with the language model's tokenizer; otherwise estimated from characters.
+        context: the language model's context length; None if unknown.
+        text_tokens, answer_tokens: the longest text and the longest answer.
+        over_context: texts that exceed the context.
     """
 
     counted: bool
@@ -60,35 +66,41 @@ class TextLengths:
 
 @dataclass
 class InspectedData:
-    """entry: with the schema, columns and image_root that fit. read: how many of ``rows`` were read. problems: why some of
-    those cannot be used. urls: whether images are URLs. pictured: how many of the rows have images or videos. unread:
-    columns of text that are left out."""
+    """What a data file holds.
+
+    Attributes:
+        entry: the source with the schema, columns and image_root that fit.
+        rows: all rows, of which the first ``read`` were read.
+        pictured: of the rows read, those with images or videos.
+        urls: some images are URLs.
+        unread: text columns that the schema ignores.
+        problems: errors of rows that cannot be used.
+    """
 
     entry: DataSource
     rows: int
     lengths: TextLengths
     read: int = 0
-    urls: bool = False
     pictured: int = 0
+    urls: bool = False
     unread: dict[str, None] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
 class LengthCounter:
-    """Measures samples with the tokenizer of ``language``, a name or folder, if that is on this machine."""
+    """Count tokens with the tokenizer of ``language`` (a name or folder) if it is on this machine."""
 
     def __init__(self, language: str):
         self.processor, self.context = _local_processor(language)
         self._ends = frozenset() if self.processor is None else end_tokens_of(self.processor)
 
-    def lengths(self) -> TextLengths:
-        """Nothing measured yet."""
+    def new_lengths(self) -> TextLengths:
         return TextLengths(self.processor is not None, self.context)
 
     def add(self, lengths: TextLengths, sample: Sample) -> None:
-        """UserError for a sample that the chat template refuses."""
+        """Add a sample to ``lengths``. Raises UserError if the chat template refuses it."""
         if self.processor is None:
-            text, answers = _estimated(sample)
+            text, answers = _estimated_tokens(sample)
         else:
             encoded = encode(self.processor, sample)
             text, answers = encoded.text_tokens, answer_lengths(self.processor, sample, encoded, self._ends)
@@ -97,70 +109,75 @@ class LengthCounter:
         lengths.over_context += self.context is not None and text > self.context
 
 
-def inspect_data(entry: DataSource, measure: LengthCounter) -> InspectedData:
-    """Read ``entry``, and find out what it leaves open: schema, columns, image_root.
+def inspect_data(entry: DataSource, counter: LengthCounter) -> InspectedData:
+    """Read the data of ``entry`` and fill in what it leaves open: schema, columns, image_root.
 
-    Raises UserError for a source that cannot be opened or fits no schema, and where none of its rows can be used.
+    Raises UserError if the source cannot be opened, fits no schema, or has no usable row.
     """
     entry = _with_image_root(_with_schema(entry))
     source = open_source(entry, _section(entry))
-    found = InspectedData(entry, len(source), measure.lengths())
-    for number in range(min(found.rows, ROWS_READ)):
-        found.read += 1
+    data = InspectedData(entry, len(source), counter.new_lengths())
+    for number in range(min(data.rows, MAX_ROWS_READ)):
+        data.read += 1
         try:
             sample = source.sample(number, source.raw(number))
-            measure.add(found.lengths, sample)
+            counter.add(data.lengths, sample)
         except UserError as error:
-            found.problems.append(str(error))
+            data.problems.append(str(error))
             continue
-        found.pictured += bool(sample.images)
-        found.unread |= dict.fromkeys(sample.unread)
-        found.urls |= any(isinstance(image, str) and is_url(image) for image in sample.images)
-    if len(found.problems) == found.read:
-        raise UserError(f"{found.problems[0]} (and none of the first {found.read:,} rows can be used)")
-    return found
+        data.pictured += bool(sample.images)
+        data.unread |= dict.fromkeys(sample.unread)
+        data.urls |= any(isinstance(image, str) and is_url(image) for image in sample.images)
+    if len(data.problems) == data.read:
+        raise UserError(f"{data.problems[0]} (and none of the first {data.read:,} rows can be used)")
+    return data
 
 
 def guess_columns(columns: Iterable[str]) -> tuple[str, dict[str, str]] | None:
-    """A schema that columns fit by the names that people use, and which column is which of its fields."""
+    """Guess a schema from common column names.
+
+    Returns the schema and the columns whose names differ from its fields, by field; None if no schema fits.
+    """
     by_name = {
         re.sub(r"[^a-z0-9]+", "_", column.lower()).strip("_"): column
         for column in columns
         if column != TAR_MEMBERS
     }
-    found = {
-        name: next((by_name[synonym] for synonym in synonyms if synonym in by_name), None)
-        for name, synonyms in SYNONYMS.items()
-    }
-    for schema, fields in (("vqa", ("question", "answer")), ("caption", ("image", "caption"))):
-        if all(found[name] for name in fields):
-            used = {name: found[name] for name in ("image", *fields) if found[name]}
-            return schema, {name: column for name, column in used.items() if name != column}
+    by_field: dict[str, str] = {}
+    for name, synonyms in SYNONYMS.items():
+        matching = [by_name[synonym] for synonym in synonyms if synonym in by_name]
+        if matching:
+            by_field[name] = matching[0]
+    for schema, required in GUESSED_SCHEMAS.items():
+        if all(name in by_field for name in required):
+            used = dict.fromkeys(["image", *required])
+            renamed = {name: by_field[name] for name in used if name in by_field and by_field[name] != name}
+            return schema, renamed
     return None
 
 
 def _with_schema(entry: DataSource) -> DataSource:
-    """The entry with its format, and where columns have other names, with those."""
+    """Return the entry with its format, and with its columns if they have other names than the fields."""
     if entry.format != "auto" or entry.columns:
         return entry.model_copy(update={"format": open_source(entry, _section(entry)).format})
     guess = guess_columns(_first_columns(entry))
     guessed = entry.model_copy(update={"format": guess[0], "columns": guess[1]}) if guess else None
     try:
-        recognised = open_source(entry, _section(entry)).format
+        recognized = open_source(entry, _section(entry)).format
     except UserError:
         if guessed is None:
             raise
         return guessed
-    # A caption may be what a question and its answer are taken for where the answer is called label or text.
-    if recognised == "caption" and guess is not None and guess[0] == "vqa":
+    # A file of questions whose answers are called label or text is recognized as captions.
+    if recognized == "caption" and guessed is not None and guessed.format == "vqa":
         return guessed
-    return entry.model_copy(update={"format": recognised})
+    return entry.model_copy(update={"format": recognized})
 
 
 def _first_columns(entry: DataSource) -> list[str]:
-    """The columns of the first row that can be parsed; none where rows are no mappings."""
+    """Return the columns of the first row that can be parsed; empty if rows are not mappings."""
     for file in open_row_files(entry):
-        for number, content in enumerate(islice(file.stream(), ROWS_TRIED)):
+        for number, content in enumerate(islice(file.stream(), ROOT_TRIAL_ROWS)):
             try:
                 row = file.parse(content, f"{file.name}: row {number}")
             except UserError:
@@ -170,46 +187,47 @@ def _first_columns(entry: DataSource) -> list[str]:
 
 
 def _with_image_root(entry: DataSource) -> DataSource:
-    """The entry with the image_root in which most of the first rows can be used."""
-    if entry.image_root is not None or entry.path.is_dir() or _usable(entry) == ROWS_TRIED:
+    """Return the entry with the image_root with which most of the first rows can be used."""
+    assert entry.path is not None
+    if entry.image_root is not None or entry.path.is_dir() or _usable_rows(entry) == ROOT_TRIAL_ROWS:
         return entry
-    candidates = [
-        entry,
-        *(entry.model_copy(update={"image_root": root}) for root in _folders_near(entry.path.parent)),
-    ]
-    return max(candidates, key=_usable)  # the first of equally good ones
+    roots = _folders_near(entry.path.parent)
+    candidates = [entry, *(entry.model_copy(update={"image_root": root}) for root in roots)]
+    return max(candidates, key=_usable_rows)  # the first of equally good ones
 
 
-def _usable(entry: DataSource) -> int:
-    """How many of the first rows can be used; all of a file with few rows count as `ROWS_TRIED`.
+def _usable_rows(entry: DataSource) -> int:
+    """Count the usable rows of the first `ROOT_TRIAL_ROWS`; if all are usable, return that number.
 
-    They are streamed, so that a large file is not indexed for every folder; MIMIC-IT's rows refer to others by number.
+    Rows are streamed, which avoids indexing a large file once per folder, except MIMIC-IT's, which refer to
+    others by number.
     """
-    trial = entry.model_copy(update={"streaming": entry.format != MIMICIT, "limit": ROWS_TRIED})
-    source, rows, usable = open_source(trial, _section(trial)), 0, 0
+    trial = entry.model_copy(update={"streaming": entry.format != MIMICIT, "limit": ROOT_TRIAL_ROWS})
+    source = open_source(trial, _section(trial))
+    rows = usable = 0
     for rows, raw in enumerate(source.stream(), start=1):
         try:
             source.sample(rows - 1, raw)
         except UserError:
             continue
         usable += 1
-    return ROWS_TRIED if usable == rows else usable
+    return ROOT_TRIAL_ROWS if usable == rows else usable
 
 
 def _folders_near(folder: Path) -> list[Path]:
-    """Folders below ``folder``, two levels deep, and the two above it."""
+    """Return the folders up to two levels below ``folder``, and the two above it."""
     below = (path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))
     folders = (path for path in below if path.is_dir() and not path.name.startswith("."))
-    return [*islice(folders, MOST_FOLDERS), folder.parent, folder.parent.parent]
+    return [*islice(folders, MAX_FOLDERS), folder.parent, folder.parent.parent]
 
 
 def _section(entry: DataSource) -> DataSection:
-    """URLs are allowed, for no image is opened."""
+    """Return a data section with the entry; URLs are allowed because no image is opened."""
     return DataSection(train=(entry,), allow_urls=True)
 
 
 def _local_processor(language: str) -> tuple[FlamingoProcessor | None, int | None]:
-    """A processor with a language model's tokenizer, and its context length; None if it is not on this machine."""
+    """Return a processor with the language model's tokenizer, and its context length, if on this machine."""
     try:
         config, tokenizer = language_files(language, local_files_only=True)
     except UserError:
@@ -220,10 +238,10 @@ def _local_processor(language: str) -> tuple[FlamingoProcessor | None, int | Non
     return processor, None if context >= NO_CONTEXT_LIMIT else context
 
 
-def _estimated(sample: Sample) -> tuple[int, list[int]]:
-    """Text tokens, and those of each answer, by the number of characters."""
-    texts = [*sample.messages, *(sample.rejected or ())]
-    text = sum(_tokens(message_text(message)) + MESSAGE_TOKENS for message in texts)
+def _estimated_tokens(sample: Sample) -> tuple[int, list[int]]:
+    """Estimate the tokens of the text and of each answer from characters."""
+    messages = [*sample.messages, *(sample.rejected or ())]
+    text = sum(_tokens(message_text(message)) + MESSAGE_TOKENS for message in messages)
     return text, [_tokens(question.answer) + 1 for question in questions_of([sample])]
 
 

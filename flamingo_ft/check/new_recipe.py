@@ -1,4 +1,4 @@
-"""A starting recipe for somebody's own data: values that fit what the data is, each with the reason beside it."""
+"""Write a starting recipe for a user's data: values that fit what the data holds, each with its reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,22 +23,22 @@ from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
 
-from .inspect_data import ROWS_READ, InspectedData, LengthCounter, inspect_data
+from .inspect_data import MAX_ROWS_READ, InspectedData, LengthCounter, inspect_data
 
 NANO = "nano"
-BATCH, NANO_BATCH = 8, 16  # samples
-HEADROOM = 1.25  # over the longest answer and text read, for rows that were not
+BATCH_SIZE, NANO_BATCH_SIZE = 8, 16
+HEADROOM = 1.25  # over the longest answer and text read, for rows that were not read
 ANSWER_STEP, TEXT_STEP = 8, 64  # tokens to round up to
-EVALUATED = 200  # samples that are enough to see a difference of some percent
-MOST_HELD_OUT = 0.2  # of the rows
-FEWEST_STEPS = 200  # before a fresh bridge shows anything
-FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
-LARGE = 100_000  # samples, of which one pass is enough to begin with
+EVAL_SAMPLES = 200  # enough to see a difference of a few percent
+MAX_EVAL_FRACTION = 0.2  # of the rows
+MIN_STEPS = 200  # before a new bridge shows anything
+MIN_EPOCHS, MAX_EPOCHS = 3, 20
+LARGE = 100_000  # samples, of which one epoch is enough to begin with
 
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """What the user gave: the data, and where it is not to be found out, more. Paths from the current directory."""
+    """The options of `recipes new`. Paths are relative to the current directory."""
 
     data: Path
     eval: Path | None = None
@@ -51,14 +51,14 @@ class RecipeOptions:
     output_dir: str | None = None
 
 
-def write_new_recipe(file: Path, wishes: RecipeOptions) -> list[str]:
-    """Write a recipe to ``file``, which must not exist, and the schema that editors use beside it.
+def write_new_recipe(file: Path, options: RecipeOptions) -> list[str]:
+    """Write a recipe to ``file``, which must not exist, and beside it the JSON schema for editors.
 
-    Returns what the user should know: problems in the data, estimates. Raises UserError where the data cannot be used.
+    Returns notes for the user: problems in the data, estimates. Raises UserError if the data cannot be used.
     """
     if file.exists() or file.is_symlink():
         raise UserError(f"{file}: exists already; choose another name, or remove it first")
-    text, notes = new_recipe_text(file, wishes)
+    text, notes = new_recipe_text(file, options)
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "x", encoding="utf-8") as new:
         new.write(text)
@@ -73,13 +73,14 @@ def write_new_recipe(file: Path, wishes: RecipeOptions) -> list[str]:
     return notes
 
 
-def new_recipe_text(file: Path, wishes: RecipeOptions) -> tuple[str, list[str]]:
-    """The recipe, and notes about it."""
-    language = wishes.language or NANO
-    vision, pretrained = _tower(wishes)
-    measure = LengthCounter(_folder_or_name(language))
-    train = inspect_data(_entry(wishes.data, wishes), measure)
-    held_out = None if wishes.eval is None else inspect_data(_entry(wishes.eval, wishes), measure)
+def new_recipe_text(file: Path, options: RecipeOptions) -> tuple[str, list[str]]:
+    """Return the text of the recipe, and notes for the user."""
+    language = options.language or NANO
+    vision, pretrained = _tower(options)
+    counter = LengthCounter(_folder_or_name(language))
+    train = inspect_data(_entry(options.data, options), counter)
+    evaluation = None if options.eval is None else inspect_data(_entry(options.eval, options), counter)
+    inspected = [train] if evaluation is None else [train, evaluation]
     values = {
         "file": file.name,
         "command": shlex.quote(os.path.relpath(file)),
@@ -89,120 +90,123 @@ def new_recipe_text(file: Path, wishes: RecipeOptions) -> tuple[str, list[str]]:
         "pretrained": pretrained,
         "nano": language == NANO,
         "train": train,
-        "sources": {"train": _source(file, train), "eval": held_out and _source(file, held_out)},
-        "rows_read": ROWS_READ,
-        "output_dir": wishes.output_dir or f"runs/{file.stem}",
-        **_lengths([train, *([held_out] if held_out else [])]),
-        **_schedule(train, held_out, NANO_BATCH if language == NANO else BATCH),
+        "sources": {"train": _source(file, train), "eval": evaluation and _source(file, evaluation)},
+        "rows_read": MAX_ROWS_READ,
+        "output_dir": options.output_dir or f"runs/{file.stem}",
+        **_lengths(inspected),
+        **_schedule(train, evaluation, NANO_BATCH_SIZE if language == NANO else BATCH_SIZE),
     }
-    return _render(values), _notes(train, held_out)
+    return _render(values), _notes(inspected)
 
 
-def _tower(wishes: RecipeOptions) -> tuple[str, str | None]:
-    """The vision tower and its tag: small beside the nano language model, OpenAI's ViT-L-14 beside a real one."""
-    if wishes.vision is None:
-        return (
-            (NANO, None) if wishes.language in (None, NANO) else ("ViT-L-14", wishes.pretrained or "openai")
-        )
-    whole = (
-        wishes.vision == NANO
-        or wishes.vision.startswith("hf-hub:")
-        or Path(wishes.vision).expanduser().is_dir()
+def _tower(options: RecipeOptions) -> tuple[str, str | None]:
+    """Return the vision tower and its tag: nano beside the nano language model, else OpenAI's ViT-L-14."""
+    if options.vision is None:
+        if options.language in (None, NANO):
+            return NANO, None
+        return "ViT-L-14", options.pretrained or "openai"
+    has_weights = (
+        options.vision == NANO
+        or options.vision.startswith("hf-hub:")
+        or Path(options.vision).expanduser().is_dir()
     )
-    if not whole and wishes.pretrained is None:
+    if not has_weights and options.pretrained is None:
         raise UserError(
-            f"--vision {wishes.vision}: an architecture has no weights of its own; add --pretrained TAG, such as openai"
+            f"--vision {options.vision}: an architecture has no weights of its own; "
+            "add --pretrained TAG, such as openai"
         )
-    return wishes.vision, wishes.pretrained
+    return options.vision, options.pretrained
 
 
-def _entry(path: Path, wishes: RecipeOptions) -> DataSource:
-    root = None if wishes.image_root is None else wishes.image_root.expanduser().absolute()
-    if wishes.format not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise UserError(f"--format {wishes.format}: no schema of this name; use one of {known}")
+def _entry(path: Path, options: RecipeOptions) -> DataSource:
+    root = None if options.image_root is None else options.image_root.expanduser().absolute()
+    if options.format not in FORMATS:
+        raise UserError(f"--format {options.format}: no schema of this name; use one of {', '.join(FORMATS)}")
     path = path.expanduser().absolute()
-    return DataSource(path=path, image_root=root, format=wishes.format, columns=dict(wishes.columns))
+    return DataSource(path=path, image_root=root, format=options.format, columns=dict(options.columns))
 
 
-def _lengths(inspected: list[InspectedData]) -> dict[str, Any]:
-    """How long answers may be, and texts; the latter only where they were counted."""
-    lengths = [one.lengths for one in inspected]
-    answer, text = max(one.answer_tokens for one in lengths), max(one.text_tokens for one in lengths)
-    over, context = sum(one.over_context for one in lengths), lengths[0].context
-    limit = _rounded(text * HEADROOM, TEXT_STEP)
+def _lengths(inspected: Sequence[InspectedData]) -> dict[str, Any]:
+    """Return limits for answers, and for texts if their tokens were counted."""
+    lengths = [data.lengths for data in inspected]
+    counted, context = lengths[0].counted, lengths[0].context
+    answer = max(one.answer_tokens for one in lengths)
+    text = max(one.text_tokens for one in lengths)
+    limit = _round_up(text * HEADROOM, TEXT_STEP)
     return {
-        "counted": lengths[0].counted,
+        "counted": counted,
         "answer_tokens": answer,
-        "max_new_tokens": _rounded(answer * HEADROOM, ANSWER_STEP),
+        "max_new_tokens": _round_up(answer * HEADROOM, ANSWER_STEP),
         "text_tokens": text,
-        "max_text_tokens": min(limit, context or limit) if lengths[0].counted else None,
+        "max_text_tokens": min(limit, context or limit) if counted else None,
         "context": context,
-        "over_context": over,
+        "over_context": sum(one.over_context for one in lengths),
     }
 
 
-def _schedule(train: InspectedData, held_out: InspectedData | None, most_in_batch: int) -> dict[str, Any]:
-    """What is held out, and how long and in what batches to train."""
-    fraction, data = _split(train, holds_out=held_out is None)
-    samples = sum(mixed.size for mixed in data.train)
-    evaluated = held_out.rows if held_out else sum(mixed.size for mixed in data.eval)
-    batch = min(most_in_batch, samples)
-    epochs = (
-        1
-        if samples >= LARGE
-        else min(MOST_EPOCHS, max(FEWEST_EPOCHS, math.ceil(FEWEST_STEPS * batch / samples)))
-    )
+def _schedule(train: InspectedData, evaluation: InspectedData | None, max_batch_size: int) -> dict[str, Any]:
+    """Return the evaluation split, the batch size and the length of the run."""
+    fraction, data = _split(train, hold_out=evaluation is None)
+    samples = sum(source.size for source in data.train)
+    eval_samples = evaluation.rows if evaluation else sum(source.size for source in data.eval)
+    batch_size = min(max_batch_size, samples)
+    if samples >= LARGE:
+        epochs = 1
+    else:
+        epochs = min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS * batch_size / samples)))
     return {
         "eval_fraction": fraction,
-        "held_out": evaluated,
-        "max_samples": None if evaluated <= 2 * EVALUATED else 2 * EVALUATED,
+        "held_out": eval_samples,
+        "max_samples": None if eval_samples <= 2 * EVAL_SAMPLES else 2 * EVAL_SAMPLES,
         "samples": samples,
-        "batch_size": batch,
+        "batch_size": batch_size,
         "epochs": epochs,
-        "steps": math.ceil(epochs * samples / batch),
+        "steps": math.ceil(epochs * samples / batch_size),
     }
 
 
-def _split(train: InspectedData, holds_out: bool) -> tuple[float | None, OpenedData]:
-    """The fraction to hold out, and the data split by it: enough rows to measure on, at most a fifth.
+def _split(train: InspectedData, hold_out: bool) -> tuple[float | None, OpenedData]:
+    """Return the fraction to hold out (enough rows to measure on, at most a fifth), and the data split by it.
 
-    None where evaluation data was given, and where nothing can be held out because all rows share their images.
+    The fraction is None without ``hold_out``, or if nothing can be held out because all rows share their
+    images.
     """
     section = DataSection(train=(train.entry,), allow_urls=train.urls)
-    fraction = max(0.01, round(min(MOST_HELD_OUT, EVALUATED / train.rows), 2))
-    if holds_out:
+    fraction = max(0.01, round(min(MAX_EVAL_FRACTION, EVAL_SAMPLES / train.rows), 2))
+    if hold_out:
         try:
             return fraction, open_data(section.model_copy(update={"eval_fraction": fraction}), seed=0)
         except UserError:
-            pass  # as hold_out says; the recipe says so too
+            pass  # all rows share images; the recipe says so
     return None, open_data(section, seed=0)
 
 
-def _rounded(number: float, step: int) -> int:
+def _round_up(number: float, step: int) -> int:
     return step * math.ceil(number / step)
 
 
-def _notes(*inspected: InspectedData | None) -> list[str]:
+def _notes(inspected: Sequence[InspectedData]) -> list[str]:
     notes = []
-    for one in filter(None, inspected):
-        if one.problems:
-            rows = f"{len(one.problems):,} of {one.read:,} rows cannot be used"
+    for data in inspected:
+        path = data.entry.path
+        if data.problems:
             notes.append(
-                f"{one.entry.path}: {rows}, the first: {one.problems[0]}; flamingo-ft check lists all"
+                f"{path}: {len(data.problems):,} of {data.read:,} rows cannot be used, "
+                f"the first: {data.problems[0]}; flamingo-ft check lists all"
             )
-        if one.unread:
-            remedy = "if one is part of the task, write it into a column that is read, or name its field with --column"
+        if data.unread:
             notes.append(
-                f"{one.entry.path}: columns of text that are left out: {', '.join(one.unread)}; {remedy}"
+                f"{path}: columns of text that are left out: {', '.join(data.unread)}; if one is part of the "
+                "task, write it into a column that is read, or name its field with --column"
             )
-        if not one.pictured:
-            remedy = "if a column holds them, add --column image=COLUMN"
-            notes.append(f"{one.entry.path}: the rows read have no images; {remedy}")
+        if not data.pictured:
+            notes.append(
+                f"{path}: the rows read have no images; if a column holds them, add --column image=COLUMN"
+            )
     if not inspected[0].lengths.counted:
         notes.append(
-            "lengths are estimated from characters, as the language model's tokenizer is not on this machine; "
-            "flamingo-ft check counts them"
+            "lengths are estimated from characters, as the language model's tokenizer is not on this "
+            "machine; flamingo-ft check counts them"
         )
     return notes
 
@@ -211,9 +215,10 @@ def _notes(*inspected: InspectedData | None) -> list[str]:
 
 
 def _source(file: Path, inspected: InspectedData) -> str:
-    """An entry of data.train or data.eval, in YAML's flow style."""
+    """Return an entry of data.train or data.eval in YAML's flow style."""
     entry = inspected.entry
-    fields = {"path": _path_in(file, entry.path), "format": entry.format}
+    assert entry.path is not None
+    fields: dict[str, Any] = {"path": _path_in(file, entry.path), "format": entry.format}
     if entry.columns:
         fields["columns"] = dict(entry.columns)
     if entry.image_root is not None:
@@ -222,13 +227,11 @@ def _source(file: Path, inspected: InspectedData) -> str:
 
 
 def _path_in(file: Path, path: Path) -> str:
-    """A path as the recipe has it: relative to its folder where that is near, absolute elsewhere."""
+    """Return a path as the recipe has it: relative to the recipe if near, else absolute."""
     relative = os.path.relpath(path.absolute(), file.absolute().parent)
-    return (
-        str(path.absolute())
-        if relative.startswith(os.path.join("..", "..", ".."))
-        else Path(relative).as_posix()
-    )
+    if relative.startswith(os.path.join("..", "..", "..")):
+        return str(path.absolute())
+    return Path(relative).as_posix()
 
 
 def _folder_or_name(backbone: str) -> str:
@@ -237,7 +240,7 @@ def _folder_or_name(backbone: str) -> str:
 
 
 def _backbone_in(file: Path, backbone: str) -> str:
-    """A backbone's name as the recipe has it; a folder that is given from the current directory by an explicit path."""
+    """Return a backbone as the recipe names it; a folder as an explicit path (./NAME, ../NAME, absolute)."""
     if not Path(backbone).expanduser().is_dir():
         return backbone
     path = _path_in(file, Path(backbone).expanduser())
@@ -245,7 +248,7 @@ def _backbone_in(file: Path, backbone: str) -> str:
 
 
 def _yaml(value: Any) -> str:
-    """A value in YAML's flow style, in which recipes read it back."""
+    """Write a value in YAML's flow style, such that the recipe's parser reads it back."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_yaml(name)}: {_yaml(one)}" for name, one in value.items()) + "}"
     if not isinstance(value, str):
@@ -257,9 +260,8 @@ def _yaml(value: Any) -> str:
 
 
 def _render(values: Mapping[str, Any]) -> str:
-    loader = PackageLoader("flamingo_ft.check", "")
     environment = Environment(
-        loader=loader,
+        loader=PackageLoader("flamingo_ft.check", ""),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

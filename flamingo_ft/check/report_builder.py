@@ -62,7 +62,7 @@ class ReportBuilder:
             self._rows.add(result)
 
     def _add_answers(self, result: RowResult) -> None:
-        """Measure the answers that evaluation will use: those of the first ``eval.max_samples`` of each source."""
+        """Measure the answers that evaluation uses, of the first ``eval.max_samples`` of each source."""
         if self._max_eval_samples is None or self._eval_samples[result.source] < self._max_eval_samples:
             self._eval_samples[result.source] += 1
             self._answers.add(result.answers)
@@ -153,7 +153,8 @@ class ProblemLog:
 class RowTable:
     """Columns of numbers over the usable rows, in order: about 60 bytes per row and 12 per image or video.
 
-    ``medium`` (digest) and ``medium_row`` (index of its row) are columns over the images and videos of all rows.
+    ``medium`` (digest) and ``medium_row`` (index of its row) are columns over the images and videos of all
+    rows.
     """
 
     def __init__(self) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
@@ -135,7 +136,7 @@ def _loss_share_histogram(share: Distribution) -> Figure:
     return figure
 
 
-def _label_line(axes: Axes, text: str, position: tuple[float, float], **style: str) -> None:
+def _label_line(axes: Axes, text: str, position: tuple[float, float], **style: Any) -> None:
     """Annotate a vertical line. position: in tokens, and in 0..1 of the axes' height."""
     axes.annotate(text, position, xycoords=("data", "axes fraction"), va="top", fontsize=8, **style)
 

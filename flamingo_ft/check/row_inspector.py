@@ -1,4 +1,4 @@
-"""Inspect single rows in the workers of a DataLoader: parse, encode, decode every image, list every problem."""
+"""Inspect rows in the workers of a DataLoader: parse, encode, decode every image, list every problem."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class Problem:
 class RowResult:
     """What the inspection of a row found.
 
-    Counts are zero for rows with problems and for rows that data.too_long drops. They cover what trains: for a
-    truncated sample what is left of it, for a preference pair the longer of its two texts.
+    Counts are zero for rows with problems and for rows that data.too_long drops. They cover what trains: for
+    a truncated sample what is left of it, for a preference pair the longer of its two texts.
 
     Attributes:
         source, file, row: index of the source, index of the file in it, row number in that file.
@@ -99,7 +99,8 @@ class RowInspector(Dataset):
         self.sources, self.text_inspector = sources, text_inspector
         self.decoder = MediaDecoder(video_frames)
 
-    def __getitem__(self, row: Row) -> RowResult:
+    def __getitem__(self, index: Row) -> RowResult:
+        row = index
         source = self.sources[row.source]
         if row.failure is not None:
             return RowResult(row.source, problems=[_parse_problem(source.name, None, row.failure)])
@@ -133,7 +134,7 @@ class RowInspector(Dataset):
         return _usable_row(source, raw, sample, text, media)
 
     def _decode_media(self, sample: Sample, raw: RawRow) -> tuple[list[DecodedMedium], list[Problem]]:
-        """Decode every image and video of the sample; return them and a problem for each that is unreadable."""
+        """Decode every image and video; return them, and a problem for each that is unreadable."""
         decoded, problems = [], []
         for number, medium in enumerate(sample.images, start=1):
             try:
@@ -190,7 +191,7 @@ def inspect_rows(
 
 
 def rows_of(index: int, source: WeightedSource) -> Iterator[Row]:
-    """Yield the rows of the source at ``index``; if a stream breaks off, the error in place of its remaining rows."""
+    """Yield the rows of the source at ``index``; if a stream breaks off, its error instead of the rest."""
     if source.source.indexed:
         numbers = range(len(source.source)) if source.rows is None else source.rows.tolist()
         for number in numbers:

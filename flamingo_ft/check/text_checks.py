@@ -1,4 +1,4 @@
-"""What becomes of a sample's text: its tokens, what data.too_long would remove, and what the chat template adds."""
+"""Check texts: what data.too_long removes of a sample, and what the chat template adds to a dialogue."""
 
 from __future__ import annotations
 
@@ -80,17 +80,19 @@ class TextInspector:
 
     def _losses(self, sample: Sample, whole: Encoded | EncodedPair) -> dict[str, dict[str, int]]:
         """Return what each policy removes of a sample that is over the limit."""
-        everything = {
+        everything: dict[str, int] = {
             "samples": 1,
             "turns": max(1, sum(message["role"] == "assistant" for message in sample.messages)),
             "tokens": sum(text.text_tokens for text in texts_of(whole)),
             "images": whole.images,
         }
-        losses = {}
+        losses: dict[str, dict[str, int]] = {}
         for policy in POLICIES:
             outcome = self._encode(sample, self.limit, policy)
-            dropped = isinstance(outcome, Dropped)
-            losses[policy] = everything if dropped else {"samples": 0, **asdict(outcome.cut)}
+            if isinstance(outcome, Dropped):
+                losses[policy] = everything
+            else:
+                losses[policy] = {"samples": 0, **asdict(outcome.cut)}
         return losses
 
 

@@ -1,4 +1,4 @@
-"""The batch that a run has to have room for: its longest samples."""
+"""The batch that a run must have room for: the recipe's longest samples, all in one batch."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ from flamingo_ft.data.sample import Video, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 
-LOOKED_AT = 50_000  # samples
-CANDIDATES = 256  # of them that look longest, whose tokens are counted
-PACKED_ROWS = 256  # laid out to see how many images a row gets
-TURN = 24  # characters that a chat template writes around a message, about
+MAX_SAMPLES_READ = 50_000
+TOKENIZED_SAMPLES = 256  # of those, the longest in characters
+PACKED_ROWS = 256  # packed to see how many images a row gets
+TEMPLATE_CHARACTERS = 24  # that a chat template writes around a message, roughly
 
 
 @dataclass(frozen=True)
 class Batch:
-    """samples texts (packed: rows) of text_tokens tokens each, with images images of (3, height, width) to each; a
-    video's frames count as so many images.
+    """Sizes of a batch.
 
-    where_from: how text_tokens was found. answers: texts of each sample: of a pair two, which show the same images.
+    Attributes:
+        samples: samples, or packed rows.
+        text_tokens: of each text.
+        images: of each sample; every frame of a video counts.
+        image_size: height and width in pixels.
+        where_from: where ``text_tokens`` comes from, for the user.
+        answers: texts per sample: 2 for preference pairs, whose texts show the same images.
     """
 
     samples: int
@@ -44,52 +49,19 @@ class Batch:
     answers: int = 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """A batch as the collator makes it: ids, mask and labels (B, T), pixels (B, M, 3, H, W)."""
+        """Allocate a batch as the collator does: ids, mask and labels (B, T), pixels (B, M, 3, H, W)."""
         rows = self.samples * self.answers
-        text = {name: torch.zeros(rows, self.text_tokens, dtype=torch.long) for name in TEXT}
-        if not self.images:
-            return text
-        return text | {"pixel_values": torch.zeros(rows, self.images, 3, *self.image_size)}
+        batch = {
+            name: torch.zeros(rows, self.text_tokens, dtype=torch.long)
+            for name in ("input_ids", "attention_mask", "labels")
+        }
+        if self.images:
+            batch["pixel_values"] = torch.zeros(rows, self.images, 3, *self.image_size)
+        return batch
 
     def media(self) -> Tensor:
-        """The images of all samples, as they are before a batch is put together of them."""
+        """Allocate the images of all samples, before they are collated."""
         return torch.zeros(self.samples, self.images, 3, *self.image_size)
-
-
-TEXT = ("input_ids", "attention_mask", "labels")
-
-
-def longest(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:
-    """Text tokens and images of the longest of the recipe's first samples, or of rows packed of them, and where they
-    were found; None without its files, or where they are on the Hub: a plan downloads no data."""
-    if not all(source.path is not None and path_exists(source.path) for source in recipe.data.train):
-        return None
-    data = open_data(recipe.data, recipe.train.seed)
-    samples = itertools.islice(data.samples(data.train), LOOKED_AT)
-    if recipe.data.packing and limit < NO_CONTEXT_LIMIT:
-        return _fullest_row(itertools.islice(samples, CANDIDATES), recipe, processor, limit)
-    count, images, likely = 0, 0, []
-    for count, sample in enumerate(samples, start=1):
-        images = max(images, _frames(sample, recipe))
-        add = heapq.heappush if count <= CANDIDATES else heapq.heappushpop
-        add(likely, (_length(sample), count, sample))
-    tokens = max(_text_tokens(processor, sample) for *_, sample in likely)
-    where_from = (
-        "the longest of the data" if count < LOOKED_AT else f"the longest of the first {LOOKED_AT:,} samples"
-    )
-    return min(tokens, limit), images, where_from
-
-
-def _fullest_row(
-    samples: Iterable[Sample], recipe: Recipe, processor: FlamingoProcessor, limit: int
-) -> tuple[int, int, str]:
-    """The same of packed rows: as long as a row may be, with the most images of some rows of these samples."""
-    sizes = [(len(encode(processor, one.messages).input_ids), _frames(one, recipe)) for one in samples]
-    fitting = [size for size in sizes if size[0] <= limit]
-    times = 1 + PACKED_ROWS * limit // max(1, sum(tokens for tokens, _ in fitting))
-    rows = pack(fitting * times, lambda size: size[0], limit)
-    images = max((sum(frames for _, frames in row) for row in rows), default=1)
-    return limit, images, f"rows packed of the first {len(sizes)} samples"
 
 
 def longest_batch(
@@ -97,48 +69,96 @@ def longest_batch(
     processor: FlamingoProcessor,
     image_size: int | tuple[int, int],
     limit: int,
-    given: Mapping[str, Any],
+    sizes: Mapping[str, int | None],
 ) -> Batch:
-    """The recipe's batch: sizes as ``given`` ("text_tokens", "images"), else of its data, else the limit and one image.
+    """Return the recipe's batch with every sample as long as the longest one.
 
-    Raises UserError when there is neither data nor a limit.
+    Args:
+        limit: most text tokens that the recipe and the language model allow.
+        sizes: "text_tokens" and "images" per sample, as far as they are given. Otherwise they are read from
+            the data; without data they are the limit and one image.
+
+    Raises UserError if there is neither data nor a limit.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    tokens, images, where_from = given.get("text_tokens"), given.get("images"), "as given"
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    tokens, images, where_from = sizes.get("text_tokens"), sizes.get("images"), "as given"
     if tokens is None or images is None:
-        found = longest(recipe, processor, limit) or (limit, 1, "the limit")
-        where_from = found[2] if tokens is None else where_from
-        tokens, images = (
-            own if own is not None else other for own, other in zip((tokens, images), found, strict=False)
+        data_tokens, data_images, data_where = longest_sample(recipe, processor, limit) or (
+            limit,
+            1,
+            "the limit",
         )
+        if tokens is None:
+            tokens, where_from = data_tokens, data_where
+        images = data_images if images is None else images
     if tokens >= NO_CONTEXT_LIMIT:
         raise UserError(
-            "data.max_text_tokens: found neither data nor a limit to plan for; set it, or --text-tokens"
+            "data.max_text_tokens: got neither data nor a limit to plan for; set it, or --text-tokens"
         )
-    return Batch(
-        recipe.train.batch_size, tokens, images, size, where_from, 2 if recipe.train.method == "dpo" else 1
+    answers = 2 if recipe.train.method == "dpo" else 1
+    return Batch(recipe.train.batch_size, tokens, images, (height, width), where_from, answers)
+
+
+def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:
+    """Return the most text tokens and images of the first samples or packed rows, and where they come from.
+
+    Returns None if the recipe's files are not on this machine: a plan downloads no data.
+    """
+    if not all(source.path is not None and path_exists(source.path) for source in recipe.data.train):
+        return None
+    data = open_data(recipe.data, recipe.train.seed)
+    samples = itertools.islice(data.samples(data.train), MAX_SAMPLES_READ)
+    if recipe.data.packing and limit < NO_CONTEXT_LIMIT:
+        return _fullest_row(itertools.islice(samples, TOKENIZED_SAMPLES), recipe, processor, limit)
+    count, images, longest = 0, 0, []
+    for count, sample in enumerate(samples, start=1):
+        images = max(images, _images(sample, recipe))
+        push = heapq.heappush if count <= TOKENIZED_SAMPLES else heapq.heappushpop
+        push(longest, (_characters(sample), count, sample))
+    tokens = max(_text_tokens(processor, sample) for *_, sample in longest)
+    description = "the longest of the data"
+    if count == MAX_SAMPLES_READ:
+        description = f"the longest of the first {MAX_SAMPLES_READ:,} samples"
+    return min(tokens, limit), images, description
+
+
+def _fullest_row(
+    samples: Iterable[Sample], recipe: Recipe, processor: FlamingoProcessor, limit: int
+) -> tuple[int, int, str]:
+    """The same for packed rows: the limit, and the most images in some rows packed of these samples."""
+    sizes = [
+        (len(encode(processor, sample.messages).input_ids), _images(sample, recipe)) for sample in samples
+    ]
+    fitting = [size for size in sizes if size[0] <= limit]
+    repeats = 1 + PACKED_ROWS * limit // max(1, sum(tokens for tokens, _ in fitting))
+    rows = pack(fitting * repeats, lambda size: size[0], limit)
+    images = max((sum(images for _, images in row) for row in rows), default=1)
+    return limit, images, f"rows packed of the first {len(sizes)} samples"
+
+
+def _images(sample: Sample, recipe: Recipe) -> int:
+    """Count the images that the tower encodes; a video counts as the frames that are sampled from it."""
+    limit = recipe.data.video_frames
+    return sum(
+        min(len(medium.frames) or limit, limit) if isinstance(medium, Video) else 1
+        for medium in sample.images
     )
 
 
-def _frames(sample: Sample, recipe: Recipe) -> int:
-    """Images for the tower; a video file has as many frames as are taken of one."""
-    most = recipe.data.video_frames
-    videos = [min(len(m.frames) or most, most) for m in sample.images if isinstance(m, Video)]
-    return len(sample.images) - len(videos) + sum(videos)
-
-
-def _length(sample: Sample) -> int:
-    """In characters, about."""
-    return max(sum(len(message_text(message)) + TURN for message in text) for text in _texts(sample))
+def _characters(sample: Sample) -> int:
+    """Estimate the length of the sample's longest text in characters."""
+    return max(
+        sum(len(message_text(message)) + TEMPLATE_CHARACTERS for message in text) for text in _texts(sample)
+    )
 
 
 def _text_tokens(processor: FlamingoProcessor, sample: Sample) -> int:
     return max(len(encode(processor, text).input_ids) for text in _texts(sample))
 
 
-def _texts(sample: Sample) -> list[list[dict[str, Any]]]:
-    """The sample's text; of a pair both."""
+def _texts(sample: Sample) -> list[list[Mapping[str, Any]]]:
+    """Return the sample's messages; for a preference pair those of both texts."""
     if not sample.rejected:
-        return [sample.messages]
+        return [list(sample.messages)]
     prompt, *answers = prompt_and_answers(sample)
     return [[*prompt, *answer] for answer in answers]

@@ -1,72 +1,75 @@
-"""How many bytes of tensors are alive, and the most that ever were, counted as operators make and release them."""
+"""Track the bytes of all live tensors, and their peak, as operators allocate and release them."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-CUDA_ALLOCATION_BLOCK = (
-    512  # bytes; torch's caching allocator hands out multiples of it (c10/cuda/CUDACachingAllocator.h)
-)
-ANSWERS = {"_local_scalar_dense"}  # operators that ask a tensor for its content
+from .compat import FakeTensor, TorchDispatchMode
+
+CUDA_ALLOCATION_BLOCK = 512  # bytes; the caching allocator rounds up to it (c10/cuda/CUDACachingAllocator.h)
+ITEM = "aten::_local_scalar_dense"  # the operator behind Tensor.item()
+GEMM_4BIT = "bitsandbytes::gemm_4bit"
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Counts storages from the operator that makes them until nothing refers to them, on real and on fake tensors.
+    """Count every storage, real or fake, from the operator that creates it until nothing refers to it.
 
-    block: sizes are rounded up to it, in bytes. ``current`` and ``peak`` are in bytes; ``gradients`` is what callers
-    declare as such, and ``gradients_at_peak`` what of it there was at the peak.
+    ``Tensor.item()`` of a fake tensor returns 0 or False. Memory that an operator allocates and frees
+    internally is not counted, except for `_workspace`.
 
-    A question for the content of a tensor that has none is answered with 0 or False. What an operator allocates and
-    releases inside itself is not seen, except for `_inside`.
+    torch.distributed._tools.mem_tracker.MemTracker is not used: it is private and 950 lines long, rounds to
+    the allocator's blocks only for tensors on CUDA, which a plan made on a machine without a GPU cannot have,
+    and knows neither `item` of fake tensors nor what bitsandbytes allocates internally.
+
+    Args:
+        block: round the size of each storage up to a multiple of it, in bytes.
+
+    Attributes:
+        current, peak: live bytes, now and at most.
+        gradients: what the caller declares to be gradients; ``gradients_at_peak`` is its value at the peak.
     """
 
     def __init__(self, block: int = 1):
         super().__init__()
         self.block = block
         self.current = self.peak = self.gradients = self.gradients_at_peak = 0
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}  # by the id of the live storage
 
-    def hold(self, tensors: Iterable[Tensor]) -> int:
-        """Count tensors that are there already; returns the bytes that were not counted before."""
+    def track(self, tensors: Iterable[Tensor]) -> int:
+        """Count existing tensors; return the bytes that were not counted before."""
         before = self.current
         for tensor in tensors:
             self._count(tensor)
         return self.current - before
 
-    def restart(self) -> None:
-        """Forget the peak so far."""
+    def reset_peak(self) -> None:
         self.peak, self.gradients_at_peak = self.current, self.gradients
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if function._opname in ANSWERS and isinstance(args[0], torch._subclasses.FakeTensor):
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func.name() == ITEM and isinstance(args[0], FakeTensor):
             return False if args[0].dtype == torch.bool else 0
-        result = function(*args, **(kwargs or {}))
-        self._mark(self.current + _inside(function, args))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._count(value)
+        result = func(*args, **(kwargs or {}))
+        self._update_peak(self.current + _workspace(func, args))
+        for tensor in _tensors(result):
+            self._count(tensor)
         return result
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # torch keeps one Python object per storage, as long as it lives
         if key not in self._sizes and tensor.device.type != "meta":
             self._sizes[key] = -(-storage.nbytes() // self.block) * self.block
             self.current += self._sizes[key]
-            self._mark(self.current)
+            self._update_peak(self.current)
             weakref.finalize(storage, self._release, key)
 
-    def _mark(self, live: int) -> None:
+    def _update_peak(self, live: int) -> None:
         if live > self.peak:
             self.peak, self.gradients_at_peak = live, self.gradients
 
@@ -74,9 +77,18 @@ class MemoryTracker(TorchDispatchMode):
         self.current -= self._sizes.pop(key, 0)
 
 
-def _inside(function: Any, args: tuple) -> int:
-    """Bytes of the matrix that bitsandbytes restores inside its 4-bit product, where there is no kernel without."""
-    if function.namespace == "bitsandbytes" and function._opname == "gemm_4bit":
-        inputs, _, shape = args[:3]
-        return prod(shape) * inputs.element_size()
-    return 0
+def _tensors(result: Any) -> Iterator[Tensor]:
+    """Yield the tensors among an operator's results, which may be in a tuple or list."""
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for value in result:
+            yield from _tensors(value)
+
+
+def _workspace(function: Any, args: tuple) -> int:
+    """Return the bytes of the matrix that bitsandbytes dequantizes inside its 4-bit product."""
+    if function.name() != GEMM_4BIT:
+        return 0
+    inputs, _, shape = args[:3]
+    return prod(shape) * inputs.element_size()

@@ -1,7 +1,6 @@
-"""The recipe's model without content: shapes and number formats of everything that it is made of.
+"""Build the recipe's model on the meta device: the layers and dtypes of training/build.py, without weights.
 
-The seam to what builds and prepares the real one (training/build.py): it has to make the same layers in the same number
-formats, from the files that come before any weights.
+Quantized layers are stand-ins that take and allocate what those of bitsandbytes do.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from flamingo_ft.adapters import add_lora, set_trainable
 from flamingo_ft.backbones.attention import unfuse_attention
@@ -28,7 +26,11 @@ from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 
+from .compat import get_keys_to_not_convert
 from .cuda_emulation import Device
+
+WEIGHTS_PER_SCALE = 64  # bitsandbytes' 4-bit block size
+SCALES_PER_SCALE = 256  # with double quantization
 
 
 def build_meta_model(
@@ -38,167 +40,180 @@ def build_meta_model(
     tokenizer: PreTrainedTokenizerBase,
     device: Device,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """What `build_model` makes of the recipe on ``device``, on the meta device."""
-    wanted = recipe.model
+    """Build what `training.build.build_model` builds for a run on ``device``, on the meta device.
+
+    tower: OpenCLIP's configuration of the vision tower.
+    """
+    config = recipe.model
     with torch.device("meta"):
         model, processor = build_flamingo(
-            meta_vision(tower, wanted.vision, device),
-            meta_language(lm_config, tokenizer, wanted.language, device),
-            cross_attn_every_n_layers=wanted.cross_attn_every_n_layers,
-            media_visibility=wanted.media_visibility,
-            perceiver=wanted.perceiver.model_dump(),
-            cross_attention=wanted.cross_attention.model_dump(),
-            decoder_layers_attr_name=wanted.language.decoder_layers_attr_name,
+            meta_vision(tower, config.vision, device),
+            meta_language(lm_config, tokenizer, config.language, device),
+            cross_attn_every_n_layers=config.cross_attn_every_n_layers,
+            media_visibility=config.media_visibility,
+            perceiver=config.perceiver.model_dump(),
+            cross_attention=config.cross_attention.model_dump(),
+            decoder_layers_attr_name=config.language.decoder_layers_attr_name,
         )
         apply_template(processor, recipe.data)
         set_trainable(model, recipe.trainable)
-        quantize_frozen_bridge(model, recipe, device)
-        # What updates start from takes weights to look at, and no memory.
+        _quantize_frozen_bridge(model, recipe, device)
+        # Initialisations such as LoftQ read the weights, which are not there, and take no memory later.
         add_lora(model, recipe.lora.model_copy(update={"init_lora_weights": "default"}))
         set_trainable(model, recipe.trainable, recipe.lora)
     return model, processor
 
 
-def move_to_fake(model: nn.Module) -> None:
-    """Exchange meta tensors for fake CPU ones, which autocast treats as it does real ones; in a FakeTensorMode."""
+def meta_to_fake(model: nn.Module) -> None:
+    """Replace meta tensors by fake CPU ones, which autocast treats like real ones, in a FakeTensorMode.
+
+    Tensors that modules share stay shared.
+    """
     fakes: dict[int, Tensor] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, meta in tensors.items():
-                if meta is not None:
-                    tensors[name] = fakes.setdefault(id(meta), _fake(meta))
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, meta in [*parameters, *buffers]:
+            if id(meta) not in fakes:
+                fakes[id(meta)] = _fake_like(meta)
+            setattr(module, name, fakes[id(meta)])
 
 
-def _fake(meta: Tensor) -> Tensor:
+def _fake_like(meta: Tensor) -> Tensor:
     fake = torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype)
     return nn.Parameter(fake, meta.requires_grad) if isinstance(meta, nn.Parameter) else fake
 
 
-def meta_vision(config: dict, wanted: VisionSection, device: Device) -> VisionBackbone:
-    """The tower; OpenCLIP loads it in float32, and what a quantized one keeps is in the compute dtype."""
-    visual = build_visual(config).eval().requires_grad_(False)
-    quantization = Quantization.of(wanted)
+def meta_vision(tower: dict, config: VisionSection, device: Device) -> VisionBackbone:
+    """Build the tower in float32, as OpenCLIP loads it; what is not quantized has the compute dtype."""
+    visual = build_visual(tower).eval().requires_grad_(False)
+    quantization = Quantization.of(config)
     if quantization:
         check_quantizable(visual)
         unfuse_attention(visual)
-        visual.to(compute_dtype(quantization, device))
-        replace_linears(visual, quantization, compute_dtype(quantization, device), device == "cuda")
-    source = {"name": wanted.name, "pretrained": wanted.pretrained, "revision": None, "sha256": None}
-    preprocess = tower_preprocess(visual, {}, wanted.resize_mode)
-    return VisionBackbone(visual, config, preprocess, token_width(visual), source)
+        visual.to(_compute_dtype(quantization, device))
+        quantize_linears(visual, quantization, device)
+    source = {"name": config.name, "pretrained": config.pretrained, "revision": None, "sha256": None}
+    preprocess = tower_preprocess(visual, {}, config.resize_mode)
+    return VisionBackbone(visual, tower, preprocess, token_width(visual), source)
 
 
 def meta_language(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, wanted: LanguageSection, device: Device
+    lm_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, config: LanguageSection, device: Device
 ) -> LanguageBackbone:
-    """The language model, in its checkpoint's number format on a GPU and in float32 without one; what a quantized one
-    keeps is in the compute dtype."""
-    quantization = Quantization.of(wanted)
-    if getattr(config, "quantization_config", None) is not None:
+    """Build the language model in its checkpoint's dtype on a GPU, in float32 on a CPU.
+
+    A quantized one keeps the rest in its compute dtype. Raises UserError for a checkpoint that is quantized
+    already.
+    """
+    if getattr(lm_config, "quantization_config", None) is not None:
         raise UserError(
-            f"model.language: {wanted.name} comes quantized, and what its layers take is not planned yet; "
-            "plan with the unquantized model and a quantization"
+            f"model.language: {config.name} is a quantized checkpoint, whose memory cannot be planned yet; "
+            "plan with the unquantized model and model.language.quantization"
         )
-    dtype = (config.dtype or torch.float32) if device == "cuda" else torch.float32
-    dtype = compute_dtype(quantization, device) if quantization else dtype
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    quantization = Quantization.of(config)
     if quantization:
-        skip = get_keys_to_not_convert(model)
-        replace_linears(model, quantization, compute_dtype(quantization, device), device == "cuda", skip)
-    source = {"name": wanted.name, "revision": wanted.revision, "sha256": None}
+        dtype = _compute_dtype(quantization, device)
+    else:
+        dtype = (lm_config.dtype or torch.float32) if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_config(lm_config, dtype=dtype).eval().requires_grad_(False)
+    if quantization:
+        quantize_linears(model, quantization, device, skip=get_keys_to_not_convert(model))
+    source = {"name": config.name, "revision": config.revision, "sha256": None}
     return LanguageBackbone(model, tokenizer, source)
 
 
-def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device) -> None:
-    """Quantize the parts of the bridge that stay frozen, where the recipe says so."""
-    wanted = recipe.model.bridge_quantization
-    if wanted == "none":
+def _quantize_frozen_bridge(model: FlamingoForConditionalGeneration, recipe: Recipe, device: Device) -> None:
+    """Quantize the frozen parts of the bridge if model.bridge_quantization says so."""
+    if recipe.model.bridge_quantization == "none":
         return
-    quantization = Quantization(wanted)
+    quantization = Quantization(recipe.model.bridge_quantization)
     for part in BRIDGE_PARTS:
-        if not part.takes_lora:
+        if not part.takes_lora:  # no matrices to quantize
             continue
         module = model.get_submodule(part.module)
         if not any(parameter.requires_grad for parameter in module.parameters()):
-            replace_linears(module, quantization, compute_dtype(quantization, device), device == "cuda")
+            quantize_linears(module, quantization, device)
 
 
-def compute_dtype(quantization: Quantization, device: Device) -> torch.dtype:
-    """The number format that quantized matrices are multiplied in on ``device``."""
+def _compute_dtype(quantization: Quantization, device: Device) -> torch.dtype:
+    """Return the dtype that quantized matrices are multiplied in."""
     automatic = torch.bfloat16 if device == "cuda" else torch.float32
     return DTYPES.get(quantization.compute_dtype, automatic)
 
 
-BLOCK = 64  # weights that share a scale
-SCALES_BLOCK = 256  # scales that share a scale, with double quantization
+# --- stand-ins for quantized layers ---
+#
+# They follow bitsandbytes 0.50.2, bitsandbytes/autograd/_functions.py: a 4-bit layer dequantizes its matrix
+# in the forward and again in the backward pass, keeping nothing in between; an 8-bit one saves its input.
 
 
-def replace_linears(
-    module: nn.Module,
-    quantization: Quantization,
-    compute_dtype: torch.dtype,
-    on_cuda: bool,
-    skip: Container[str] = (),
+def quantize_linears(
+    module: nn.Module, quantization: Quantization, device: Device, skip: Container[str] = ()
 ) -> None:
-    """Replace the linear layers in ``module`` that are not in ``skip``, in place, by stand-ins of their packed size."""
+    """Replace the linear layers in ``module`` by stand-ins of their quantized size, except ``skip``."""
     for name, layer in list(module.named_modules()):
-        if isinstance(layer, nn.Linear) and not isinstance(layer, _FakeQuantizedLinear) and name not in skip:
+        if isinstance(layer, nn.Linear) and not isinstance(layer, _QuantizedLinear) and name not in skip:
             if quantization.format == "int8":
-                packed = FakeLinear8bit(layer, on_cuda)
+                stand_in = Linear8bit(layer, on_cuda=device == "cuda")
             else:
-                packed = FakeLinear4bit(layer, quantization.double_quantization, compute_dtype)
-            module.set_submodule(name, packed.train(layer.training))
+                compute_dtype = _compute_dtype(quantization, device)
+                stand_in = Linear4bit(layer, quantization.double_quantization, compute_dtype)
+            module.set_submodule(name, stand_in.train(layer.training))
 
 
-class _FakeQuantizedLinear(nn.Linear):
-    """A frozen linear layer whose matrix is bytes; `nn.Linear`, so that LoRA goes beside it as beside the real one."""
+class _QuantizedLinear(nn.Linear):
+    """A frozen linear layer with a matrix of bytes; PEFT adds LoRA to it as to any `nn.Linear`."""
 
-    def __init__(self, layer: nn.Linear, packed: Tensor):
+    def __init__(self, layer: nn.Linear, quantized: Tensor):
         super().__init__(1, 1, bias=False)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.source_dtype = layer.weight.dtype
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
+        self.weight = nn.Parameter(quantized, requires_grad=False)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
+        self.register_parameter("bias", bias)
 
-    def restored(self, dtype: torch.dtype) -> Tensor:
-        """The matrix (out, in)."""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix (out, in)."""
         return self.weight.new_empty(self.out_features, self.in_features, dtype=dtype)
 
 
-class FakeLinear4bit(_FakeQuantizedLinear):
-    """nf4 or fp4: half a byte per weight and a scale per block."""
+class Linear4bit(_QuantizedLinear):
+    """nf4 or fp4: half a byte per weight, and a scale per block."""
 
     def __init__(self, layer: nn.Linear, double_quantization: bool, compute_dtype: torch.dtype):
-        count, bytes_like = layer.weight.numel(), layer.weight.new_empty
-        super().__init__(layer, bytes_like(ceil(count / 2), 1, dtype=torch.uint8))
+        count, new = layer.weight.numel(), layer.weight.new_empty
+        super().__init__(layer, new(ceil(count / 2), 1, dtype=torch.uint8))
         self.compute_dtype = compute_dtype
         self.double_quantization = double_quantization
-        blocks = ceil(count / BLOCK)
-        self.register_buffer("code", bytes_like(16, dtype=torch.float32), persistent=False)
+        blocks = ceil(count / WEIGHTS_PER_SCALE)
+        buffers = {"code": new(16, dtype=torch.float32)}
         if double_quantization:
-            self.register_buffer("scales", bytes_like(blocks, dtype=torch.uint8), persistent=False)
-            outer = bytes_like(ceil(blocks / SCALES_BLOCK), dtype=torch.float32)
-            self.register_buffer("scales_of_scales", outer, persistent=False)
-            self.register_buffer("offset", bytes_like((), dtype=torch.float32), persistent=False)
-            self.register_buffer("scales_code", bytes_like(256, dtype=torch.float32), persistent=False)
+            buffers |= {
+                "scales": new(blocks, dtype=torch.uint8),
+                "scales_of_scales": new(ceil(blocks / SCALES_PER_SCALE), dtype=torch.float32),
+                "offset": new((), dtype=torch.float32),
+                "scales_code": new(256, dtype=torch.float32),
+            }
         else:
-            self.register_buffer("scales", bytes_like(blocks, dtype=torch.float32), persistent=False)
+            buffers["scales"] = new(blocks, dtype=torch.float32)
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(self.compute_dtype)
-        return _Product4bit.apply(x.to(self.compute_dtype), bias, self).to(x.dtype)
+        return _Product4bit.apply(input.to(self.compute_dtype), bias, self).to(input.dtype)
 
-    def restored(self, dtype: torch.dtype) -> Tensor:
-        scales = (
-            self.scales.to(torch.float32) if self.double_quantization else self.scales
-        )  # alive beside the matrix
-        matrix = super().restored(dtype)
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        # The dequantized scales are alive beside the matrix.
+        scales = self.scales.to(torch.float32) if self.double_quantization else self.scales
+        matrix = super().dequantize(dtype)
         del scales
         return matrix
 
 
-class FakeLinear8bit(_FakeQuantizedLinear):
-    """int8: a byte per weight and a scale per row."""
+class Linear8bit(_QuantizedLinear):
+    """int8: a byte per weight, and a scale per row."""
 
     def __init__(self, layer: nn.Linear, on_cuda: bool):
         super().__init__(layer, layer.weight.new_empty(layer.weight.shape, dtype=torch.int8))
@@ -206,54 +221,50 @@ class FakeLinear8bit(_FakeQuantizedLinear):
         scales = layer.weight.new_empty(layer.out_features, dtype=torch.float32)
         self.register_buffer("scales", scales, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return _Product8bit.apply(x, bias, self)
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return _Product8bit.apply(input, bias, self)
 
 
 class _Product4bit(torch.autograd.Function):
-    """MatMul4Bit."""
+    """bitsandbytes' MatMul4Bit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FakeLinear4bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear4bit) -> Tensor:
         ctx.layer = layer
-        return functional.linear(x, layer.restored(x.dtype), bias)
+        return functional.linear(x, layer.dequantize(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        return (
-            torch.matmul(gradient, ctx.layer.restored(ctx.layer.source_dtype).to(gradient.dtype)),
-            None,
-            None,
-        )
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        (gradient,) = gradients
+        matrix = ctx.layer.dequantize(ctx.layer.source_dtype).to(gradient.dtype)
+        return torch.matmul(gradient, matrix), None, None
 
 
 class _Product8bit(torch.autograd.Function):
-    """MatMul8bitLt on CUDA, MatMul8bitFp on a CPU. Columns of outliers are not counted: they are few."""
+    """bitsandbytes' MatMul8bitLt on CUDA, MatMul8bitFp on a CPU. Outlier columns are few and not counted."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: FakeLinear8bit) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: Linear8bit) -> Tensor:
         ctx.layer, ctx.x = layer, x
-        product = _rounded_product if layer.on_cuda else _restored_product
-        return product(x, bias, layer)
+        if layer.on_cuda:
+            return _int8_product(x, layer.out_features)
+        return functional.linear(x, layer.dequantize(x.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple:
-        matrix = ctx.layer.restored(ctx.x.dtype)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple:
+        (gradient,) = gradients
+        matrix = ctx.layer.dequantize(ctx.x.dtype)
         return torch.matmul(gradient.to(ctx.x.dtype), matrix), None, None
 
 
-def _restored_product(x: Tensor, bias: Tensor | None, layer: FakeLinear8bit) -> Tensor:
-    return functional.linear(x, layer.restored(x.dtype), bias)
-
-
-def _rounded_product(x: Tensor, bias: Tensor | None, layer: FakeLinear8bit) -> Tensor:
-    """Integers times integers: x rounded to int8 by row, the product in int32, then half precision, then x's dtype."""
-    rounded = _rounded(x.to(torch.float16))
-    product = rounded.new_empty(*x.shape[:-1], layer.out_features, dtype=torch.int32)
+def _int8_product(x: Tensor, out_features: int) -> Tensor:
+    """Allocate as the int8 product does: x as int8, the product in int32, then float16, then x's dtype."""
+    rounded = _round_rows(x.to(torch.float16))
+    product = rounded.new_empty(*x.shape[:-1], out_features, dtype=torch.int32)
     return product.to(torch.float16).to(x.dtype)
 
 
-def _rounded(x: Tensor) -> Tensor:
-    outliers = x.abs() >= 0.0
+def _round_rows(x: Tensor) -> Tensor:
+    outliers = x.abs() >= 0.0  # the mask of outliers is alive beside the result
     return outliers.new_empty(x.shape, dtype=torch.int8)

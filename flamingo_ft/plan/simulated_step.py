@@ -1,20 +1,17 @@
-"""One training step on fake tensors, counted."""
+"""Simulate one training step on fake tensors and track its memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-from trl.trainer import utils as trl_utils
+from trl.kernels import ChunkedLogProbFunction
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.adapters.prepare import frozen_copy
@@ -24,20 +21,30 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import MediaInput, no_media
 
-from .cuda_emulation import Device, emulate_device, recompute_context
+from .compat import LOGPROB_CHUNK_SIZE
+from .cuda_emulation import Device, activation_offload, emulate_device, recompute_contexts
 from .longest_batch import Batch
 from .memory_tracker import CUDA_ALLOCATION_BLOCK, MemoryTracker
 
-STASH = 5  # activations that TRL's offloading keeps on the GPU while they are copied (OffloadActivations)
-SMALLEST_OFFLOADED = 1024  # bytes
-METRICS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused head
+SFT_METRICS = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks of the fused output head
 DPO_METRICS = ("log_probs", "entropy", "mean_logits", "is_top1")  # DPOTrainer, of the policy
+REFERENCE_METRICS = ("log_probs",)
+
+# bitsandbytes 0.50.2, optim/optimizer.py, in elements: the smallest parameters with 8-bit and with paged
+# state, and how many elements of 8-bit state share a float32 scale.
+MIN_8BIT, MIN_PAGED, STATE_BLOCK = 4096, 100_000, 256
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on the device in a step that is not the first: weights and optimizer state throughout, gradients once all
-    are there, and the most that was alive, with the gradients among it. paged: state that may leave the device."""
+    """Bytes on the device during a step that is not the first.
+
+    Attributes:
+        weights, optimizer: alive throughout.
+        paged: optimizer state that the driver may move to host RAM; not part of ``optimizer``.
+        gradients: all gradients, at the end of the backward pass.
+        peak: the most bytes alive at one time, ``gradients_at_peak`` of them gradients.
+    """
 
     weights: int
     optimizer: int
@@ -48,83 +55,110 @@ class StepMemory:
 
 
 def simulate_step(
-    model: FlamingoForConditionalGeneration, batch: Batch, wanted: TrainSection, device: Device
+    model: FlamingoForConditionalGeneration, batch: Batch, config: TrainSection, device: Device
 ) -> StepMemory:
-    """Forward, loss and backward as the trainer runs them; inside the FakeTensorMode that the model was made in."""
-    trained = trainable_parameters(model).values()
-    if wanted.gradient_checkpointing:
-        model.activation_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": partial(recompute_context, device)}
-        )
-    models = [model, frozen_copy(model)] if wanted.method == "dpo" else [model]
+    """Run forward, loss and backward as the trainer does, in the FakeTensorMode of ``model``."""
+    trained = list(trainable_parameters(model).values())
+    if config.gradient_checkpointing:
+        options = {"use_reentrant": False, "context_fn": partial(recompute_contexts, device)}
+        model.activation_checkpointing_enable(options)
+    models = [model, frozen_copy(model)] if config.method == "dpo" else [model]
     model.train()
     with (
-        MemoryTracker(CUDA_ALLOCATION_BLOCK if device == "cuda" else 1) as live,
+        MemoryTracker(_allocation_block(device)) as tracker,
         emulate_device(device),
         _full_batch(models, batch),
     ):
-        weights = live.hold(tensor for one in models for tensor in chain(one.parameters(), one.buffers()))
-        state = [optimizer_state(parameter, wanted.optimizer, device) for parameter in trained]
-        optimizer = live.current - weights
-        gradients = _watch_gradients(trained, live, wanted.optimizer_in_backward)
-        live.restart()
-        _forward_and_backward(models, batch, wanted, device)
+        weights = tracker.track(tensor for one in models for tensor in chain(one.parameters(), one.buffers()))
+        states = [optimizer_state(parameter, config.optimizer, device) for parameter in trained]
+        optimizer = tracker.current - weights
+        gradients = _watch_gradients(trained, tracker, dropped=config.optimizer_in_backward)
+        tracker.reset_peak()
+        _forward_and_backward(models, batch, config, device)
     return StepMemory(
-        weights,
-        optimizer,
-        sum(paged for _, paged in state),
-        sum(gradients.values()),
-        live.peak,
-        live.gradients_at_peak,
+        weights=weights,
+        optimizer=optimizer,
+        paged=sum(paged for _, paged in states),
+        gradients=sum(gradients.values()),
+        peak=tracker.peak,
+        gradients_at_peak=tracker.gradients_at_peak,
     )
 
 
 def autocast_dtype(precision: str, device: Device) -> torch.dtype | None:
-    """The format of the trainer's autocast on ``device``, None for none. What an older GPU chooses is as large."""
-    automatic = "bf16" if device == "cuda" else "fp32"
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[
-        automatic if precision == "auto" else precision
-    ]
+    """Return the dtype of the trainer's autocast on ``device``, or None for no autocast.
+
+    ``auto`` is bfloat16 on a GPU; the float16 that an older GPU uses instead is as large.
+    """
+    if precision == "auto":
+        precision = "bf16" if device == "cuda" else "fp32"
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def optimizer_state(parameter: Tensor, optimizer: str, device: Device) -> tuple[list[Tensor], int]:
+    """Return the optimizer state of a parameter from the second step on: tensors, and bytes that are paged.
+
+    torch.optim.AdamW keeps two moments in the parameter's dtype; bitsandbytes keeps them in float32, or,
+    8-bit, as bytes with a float32 scale per block.
+    """
+    moments, scales = _moments_and_scales(parameter, optimizer)
+    if optimizer.startswith("paged_") and device == "cuda" and parameter.numel() >= MIN_PAGED:
+        return scales, sum(moment.nbytes for moment in moments)
+    return moments + scales, 0
+
+
+def _moments_and_scales(parameter: Tensor, optimizer: str) -> tuple[list[Tensor], list[Tensor]]:
+    if optimizer == "adamw":
+        return [torch.empty_like(parameter) for _ in range(2)], []
+    if not optimizer.endswith("8bit") or parameter.numel() < MIN_8BIT:
+        return [torch.empty_like(parameter, dtype=torch.float32) for _ in range(2)], []
+    moments = [torch.empty_like(parameter, dtype=torch.uint8) for _ in range(2)]
+    blocks = ceil(parameter.numel() / STATE_BLOCK)
+    return moments, [parameter.new_empty(blocks, dtype=torch.float32) for _ in range(2)]
 
 
 def _forward_and_backward(
-    models: Sequence[FlamingoForConditionalGeneration], batch: Batch, wanted: TrainSection, device: Device
+    models: Sequence[FlamingoForConditionalGeneration], batch: Batch, config: TrainSection, device: Device
 ) -> None:
-    """All micro-batches of a step; their tensors are there together, as the trainer fetches them."""
-    # The samples that the last batch was put together from are still there, in the computer's memory.
+    """Run the micro-batches of a step, whose inputs are all on the device, as in the trainer."""
+    # On a CPU, the samples that the last batch was collated from are still in host RAM.
     samples = batch.media() if device == "cpu" else None
-    steps = wanted.gradient_accumulation_steps
-    batches = [batch.tensors() for _ in range(min(steps, 2))]  # from the second on, all are alike
-    waiting = _waiting(batches[0], steps - len(batches), CUDA_ALLOCATION_BLOCK if device == "cuda" else 1)
-    autocast = autocast_dtype(wanted.precision, device)
+    steps = config.gradient_accumulation_steps
+    batches = [batch.tensors() for _ in range(min(steps, 2))]  # the peak is reached in the second or before
+    waiting = _waiting_batches(batches[0], steps - len(batches), _allocation_block(device))
+    dtype = autocast_dtype(config.precision, device)
     for inputs in batches:
-        with _offloaded(wanted.activation_offload and device == "cuda"):
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with activation_offload() if config.activation_offload and device == "cuda" else nullcontext():
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 loss = _loss(*models, inputs=inputs, device=device)
             loss.backward()
         del loss
     del samples, waiting
 
 
-def _waiting(inputs: dict[str, Tensor], batches: int, block: int) -> list[Tensor]:
-    """The memory of so many further batches like ``inputs``, each tensor in whole blocks of the allocator."""
+def _waiting_batches(inputs: dict[str, Tensor], count: int, block: int) -> list[Tensor]:
+    """Allocate the memory of ``count`` more batches, every tensor rounded up to ``block`` bytes."""
     sizes = [-(-tensor.nbytes // block) * block for tensor in inputs.values()]
-    return [torch.zeros(batches, size, dtype=torch.uint8) for size in sizes] if batches else []
+    return [torch.zeros(count, size, dtype=torch.uint8) for size in sizes] if count else []
 
 
-def _watch_gradients(trained: Any, live: MemoryTracker, at_once: bool) -> dict[int, int]:
-    """Bytes of each parameter's gradient, filled in as they come; dropped as they come where the step is ``at_once``."""
+def _watch_gradients(trained: Iterable[Tensor], tracker: MemoryTracker, dropped: bool) -> dict[int, int]:
+    """Return a dictionary that the backward pass fills with the bytes of each parameter's gradient.
+
+    dropped: gradients are released as they arrive, because the optimizer steps inside the backward pass.
+    """
     sizes: dict[int, int] = {}
 
-    def arrived(parameter: Tensor) -> None:
-        if at_once:
+    def on_gradient(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if dropped:
             parameter.grad = None
         elif id(parameter) not in sizes:
             sizes[id(parameter)] = parameter.grad.nbytes
-            live.gradients += parameter.grad.nbytes
+            tracker.gradients += parameter.grad.nbytes
 
     for parameter in trained:
-        parameter.register_post_accumulate_grad_hook(arrived)
+        parameter.register_post_accumulate_grad_hook(on_gradient)
     return sizes
 
 
@@ -135,67 +169,72 @@ def _loss(
     inputs: dict[str, Tensor],
     device: Device,
 ) -> Tensor:
-    """The mean over labels, or beside a ``reference`` what follows from both models' log-probabilities."""
-    alone = reference is None
-    log_probs, *metrics = _scores(
-        model, inputs, device, METRICS if alone else DPO_METRICS, labels_alone=alone
-    )
-    if alone:
+    """Return the mean loss over labels, or with a ``reference`` the loss of DPO."""
+    if reference is None:
+        log_probs, *_metrics = _log_probs(model, inputs, device, SFT_METRICS, labels_only=True)
         return -log_probs.sum() / inputs["labels"][:, 1:].numel()
+    log_probs, *_metrics = _log_probs(
+        model, inputs, device, DPO_METRICS
+    )  # all are alive until the loss is there
     with torch.no_grad():
-        compared, *_ = _scores(reference, inputs, device, METRICS[:1])
-    return (compared - log_probs).sum()
+        reference_log_probs, *_ = _log_probs(reference, inputs, device, REFERENCE_METRICS)
+    return (reference_log_probs - log_probs).sum()
 
 
-def _scores(
+def _log_probs(
     model: FlamingoForConditionalGeneration,
     inputs: dict[str, Tensor],
     device: Device,
     metrics: Sequence[str],
-    labels_alone: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """TRL's fused head (trl.trainer.utils.add_fused_lm_head); every position counts as one with a label."""
-    masks = (
-        {"attention_mask": inputs["attention_mask"]} if len(inputs["input_ids"]) > 1 else {}
-    )  # alone: no padding
+    labels_only: bool = False,
+) -> tuple[Tensor, ...]:
+    """Run the backbone and TRL's fused output head (trl.trainer.utils.add_fused_lm_head).
+
+    Every position has a label.
+    """
+    # The trainer passes no mask with a single row, which has no padding.
+    mask = {"attention_mask": inputs["attention_mask"]} if len(inputs["input_ids"]) > 1 else {}
     with model.scoring_rows_apart():
-        output = model.backbone(inputs["input_ids"], inputs.get("pixel_values"), use_cache=False, **masks)
+        output = model.backbone(inputs["input_ids"], inputs.get("pixel_values"), use_cache=False, **mask)
         head = model.get_output_embeddings()
         weight, bias = head.weight, head.bias
     hidden, labels = output.last_hidden_state[:, :-1], inputs["labels"][:, 1:]
+    temperature = logit_scale = 1.0
     return ChunkedLogProbFunction.apply(
-        _given_to_the_head(hidden, device, labels_alone),
+        _head_inputs(hidden, device, labels_only),
         weight,
         bias,
         labels.clamp(min=0).reshape(-1),
-        1.0,
-        trl_utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        temperature,
+        LOGPROB_CHUNK_SIZE,
         getattr(model.config.get_text_config(), "final_logit_softcapping", None),
-        1.0,
+        logit_scale,
         metrics,
     )
 
 
-def _given_to_the_head(hidden: Tensor, device: Device, labels_alone: bool) -> Tensor:
-    """Hidden states (B * T, D) of (B, T, D): given label positions alone, and on a GPU selected by TRL itself."""
-    if labels_alone:
-        hidden = _scored(hidden)[None]
-    return _scored(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1])
+def _head_inputs(hidden: Tensor, device: Device, labels_only: bool) -> Tensor:
+    """Flatten hidden states (B, T, D) to (B * T, D), copied as the selection of label positions does.
+
+    labels_only: this package selects them before the head; on a GPU, TRL selects them once more.
+    """
+    if labels_only:
+        hidden = _select_all(hidden)[None]
+    return _select_all(hidden) if device == "cuda" else hidden.reshape(-1, hidden.shape[-1])
 
 
-def _scored(hidden: Tensor) -> Tensor:
-    """What ``hidden[mask]`` of an all-true mask gives: (B, T, D) -> (B * T, D), gathered."""
-    rows, columns = (
-        index.reshape(-1) for index in torch.meshgrid(*map(torch.arange, hidden.shape[:2]), indexing="ij")
-    )
+def _select_all(hidden: Tensor) -> Tensor:
+    """Return ``hidden[mask]`` for a mask that is true everywhere: (B, T, D) -> (B * T, D), a copy."""
+    batch, text = (torch.arange(size) for size in hidden.shape[:2])
+    rows, columns = (index.reshape(-1) for index in torch.meshgrid(batch, text, indexing="ij"))
     return hidden[rows, columns]
 
 
 @contextmanager
 def _full_batch(models: Sequence[FlamingoForConditionalGeneration], batch: Batch) -> Iterator[None]:
-    """Let the models take their media from full batches, in place of counting markers in ids that have no content."""
+    """Give the models media in every slot, instead of counting image tokens in ids that have no content."""
     for model in models:
-        model.media_for = partial(_media, model, batch.answers)
+        model.media_for = partial(_encode_full_media, model, batch.answers)
     try:
         yield
     finally:
@@ -203,80 +242,35 @@ def _full_batch(models: Sequence[FlamingoForConditionalGeneration], batch: Batch
             del model.media_for
 
 
-def _media(
+def _encode_full_media(
     model: FlamingoForConditionalGeneration,
     copies: int,
     input_ids: Tensor,
-    given: MediaInput | None,
+    media: MediaInput | None,
     cache: object | None = None,
     documents: Tensor | None = None,
 ) -> Media:
-    """`encode_media` where every slot holds an image, each there ``copies`` times and run through the tower once."""
-    if given is None:
+    """`encode_media` with an image in every slot.
+
+    copies: how often each image occurs in the batch (twice in preference pairs); the tower encodes it once.
+    """
+    if media is None:
         return no_media(model.perceiver, input_ids.new_zeros(len(input_ids)))
-    samples, images = given.frames.shape[:2]
+    samples, images = media.frames.shape[:2]
     rows = torch.arange(samples).repeat_interleave(images)
     slots = torch.arange(images).repeat(samples)
-    frames = given.frames[rows, slots].flatten(0, 1)
-    tokens = spatial_tokens(
-        model.vision_encoder, frames if copies == 1 else frames[torch.arange(len(frames) // copies)]
-    )
-    tokens = (tokens if copies == 1 else tokens[torch.arange(len(tokens)).repeat(copies)]).unflatten(
-        0, (-1, 1)
-    )
+    frames = media.frames[rows, slots].flatten(0, 1)
+    if copies == 1:
+        tokens = spatial_tokens(model.vision_encoder, frames)
+    else:
+        tokens = spatial_tokens(model.vision_encoder, frames[torch.arange(len(frames) // copies)])
+        tokens = tokens[torch.arange(len(tokens)).repeat(copies)]
+    tokens = tokens.unflatten(0, (-1, 1))
     encoded = model.perceiver(tokens[None], slots[None])[0]
     latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
     latents[rows, slots] = encoded
     return Media(latents, input_ids.new_full((samples,), images))
 
 
-@contextmanager
-def _offloaded(wanted: bool) -> Iterator[None]:
-    """Saved activations leave the device and come back as new tensors, as under TRL's activation offloading."""
-    with ExitStack() as stack:
-        if wanted:
-            stack.enter_context(saved_tensors_hooks(_Host(), _back))
-        yield
-
-
-class _Host:
-    """Takes activations; the last few are still on the device."""
-
-    def __init__(self) -> None:
-        self.stash: list[Tensor] = []
-
-    def __call__(self, saved: Tensor) -> Any:
-        if isinstance(saved, torch.nn.Parameter) or saved.nbytes < SMALLEST_OFFLOADED:
-            return saved
-        self.stash = [*self.stash[1 - STASH :], saved.detach()]
-        return saved.shape, saved.stride(), saved.dtype
-
-
-def _back(kept: Any) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    shape, stride, dtype = kept
-    return torch.empty_strided(shape, stride, dtype=dtype)
-
-
-SMALLEST_8BIT, SMALLEST_PAGED, STATE_BLOCK = 4096, 100_000, 256  # elements
-
-
-def optimizer_state(parameter: Tensor, optimizer: str, device: Device) -> tuple[list[Tensor], int]:
-    """The state of one parameter as tensors on the device, and the bytes that are paged."""
-    kept = _kept(parameter, optimizer)
-    moments, scales = kept[:2], kept[2:]
-    if optimizer.startswith("paged_") and device == "cuda" and parameter.numel() >= SMALLEST_PAGED:
-        return scales, sum(moment.nbytes for moment in moments)
-    return kept, 0
-
-
-def _kept(parameter: Tensor, optimizer: str) -> list[Tensor]:
-    """Two moments, then their scales."""
-    if optimizer == "adamw":
-        return [torch.empty_like(parameter) for _ in range(2)]
-    if not optimizer.endswith("8bit") or parameter.numel() < SMALLEST_8BIT:
-        return [torch.empty_like(parameter, dtype=torch.float32) for _ in range(2)]
-    moments = [torch.empty_like(parameter, dtype=torch.uint8) for _ in range(2)]
-    blocks = ceil(parameter.numel() / STATE_BLOCK)
-    return moments + [parameter.new_empty(blocks, dtype=torch.float32) for _ in range(2)]
+def _allocation_block(device: Device) -> int:
+    return CUDA_ALLOCATION_BLOCK if device == "cuda" else 1

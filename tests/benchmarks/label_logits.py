@@ -78,7 +78,7 @@ def measure(
 ) -> tuple[float, int, float]:
     """Seconds of a step, the most bytes alive in one on top of the weights, and the loss."""
     with MemoryTracker() as live:
-        weights = live.hold([*trainer.model.parameters(), *trainer.model.buffers()])
+        weights = live.track([*trainer.model.parameters(), *trainer.model.buffers()])
         loss_of().backward()
     trainer.model.zero_grad()
     began = time.perf_counter()

@@ -183,8 +183,8 @@ def _load_all_code() -> None:
 
 def _live_bytes(trainer: object) -> int:
     with MemoryTracker() as live:
-        live.hold(chain(trainer.model.parameters(), trainer.model.buffers(), _scales(trainer.model)))
-        live.restart()
+        live.track(chain(trainer.model.parameters(), trainer.model.buffers(), _scales(trainer.model)))
+        live.reset_peak()
         trainer.train()
     return live.peak
 

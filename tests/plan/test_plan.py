@@ -19,7 +19,7 @@ from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.plan import Planner, plan_memory
 from flamingo_ft.plan.memory_tracker import MemoryTracker
-from flamingo_ft.plan.plan_report import GPUS, advise, with_values
+from flamingo_ft.plan.plan_report import GPUS, suggest_changes, with_values
 from flamingo_ft.training.build import build_model, first_batches, make_trainer
 from flamingo_ft.training.trainer import select_label_positions
 
@@ -142,9 +142,9 @@ def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, ov
     assert (plan.batch.images, plan.batch.where_from) == (2, "the longest of the data")
     trainer = make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
     with MemoryTracker() as live:
-        weights = live.hold(all_tensors(model))
-        weights += live.hold(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
-        live.restart()
+        weights = live.track(all_tensors(model))
+        weights += live.track(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
+        live.reset_peak()
         trainer.train()
     assert plan.step.weights == weights
     assert plan.peak == pytest.approx(live.peak, rel=0.02)
@@ -304,7 +304,7 @@ def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
     recipe = with_values(recipe, {"train.gradient_checkpointing": False, "train.batch_size": 32})
     planner = Planner(recipe, "cuda", text_tokens=2048, images=1)
     before = planner.plan(recipe)
-    changes = advise(planner, before)
+    changes = suggest_changes(planner, before)
     assert changes and all(change.saved > 0 for change in changes)
     for change in changes:
         recipe = with_values(recipe, change.values)
@@ -316,7 +316,7 @@ def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
 
 def test_what_fits_every_card_gets_no_advice():
     planner = Planner(quickstart(), "cuda", text_tokens=16, images=1)
-    assert advise(planner, planner.plan(planner.recipe)) == []
+    assert suggest_changes(planner, planner.plan(planner.recipe)) == []
 
 
 # --- the command ---
@@ -344,7 +344,7 @@ def test_a_huge_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
     sizes = {"text_tokens": 42, "images": 2}
     large = quickstart("train.batch_size=96")
     direct = plan_memory(large, device=device, **sizes).peak
-    monkeypatch.setattr("flamingo_ft.plan.planner.MOST_POSITIONS", 42 * 32)
+    monkeypatch.setattr("flamingo_ft.plan.planner.MAX_POSITIONS", 42 * 32)
     assert plan_memory(large, device=device, **sizes).peak == pytest.approx(direct, rel=1e-3)
     huge = plan_memory(quickstart("train.batch_size=5000000"), device=device, **sizes)
     assert huge.batch.samples == 5_000_000 and huge.peak > 10**12
