@@ -1,4 +1,4 @@
-"""An adapter on disk: complete, faithful, PEFT's own, and tied to its backbones."""
+"""An adapter's files: complete, exact, in PEFT's format, and bound to their backbones."""
 
 import json
 

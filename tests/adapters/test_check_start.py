@@ -1,5 +1,5 @@
-"""A released Flamingo, or a checkpoint of its shapes, starts a run with the backbones it was trained with,
-and no other: told in one line that names the right ones, before any weights are fetched."""
+"""A released Flamingo, or a checkpoint of the same shapes, is accepted only with the backbones it was trained
+with; other backbones are refused before any weights are downloaded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def no_hub(monkeypatch):
 
 
 @pytest.mark.parametrize("model", RELEASED_MODELS, ids=lambda model: model.name)
-def test_each_released_model_goes_with_what_it_needs_and_says_so_of_what_it_does_not(model, no_hub):
+def test_a_released_model_is_accepted_with_what_it_needs_and_refused_otherwise(model, no_hub):
     check_start(section(model))
     for name in model.languages:
         check_start(section(model, language={"name": name}))
@@ -87,14 +87,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("changes", "told"), WRONG.values(), ids=WRONG)
-def test_what_does_not_go_with_a_released_model_is_named_beside_what_does(changes, told, no_hub):
+def test_a_key_that_does_not_fit_a_released_model_is_named_with_the_right_value(changes, told, no_hub):
     model = RELEASED_MODELS[2]
     message = refusal(section(model, **changes))
     assert message.startswith(f"model.init_from: {model.name} needs {model.required_keys()}; the recipe has ")
     assert message.endswith(told)
 
 
-def test_all_that_is_wrong_is_told_at_once(no_hub):
+def test_all_wrong_keys_are_reported_at_once(no_hub):
     message = refusal(section(RELEASED_MODELS[0], cross_attn_every_n_layers=2, vision={"name": "nano"}))
     assert message.endswith(
         "the recipe has model.vision {name: nano, pretrained: null}, cross_attn_every_n_layers 2"
@@ -110,7 +110,7 @@ def test_other_names_of_the_same_tower_are_the_same_tower(vision, no_hub):
     check_start(section(RELEASED_MODELS[0], vision=vision))
 
 
-def test_a_copy_of_the_tower_is_known_by_its_architecture_or_in_a_folder_by_its_shape(tmp_path, no_hub):
+def test_a_copy_of_the_tower_is_recognized_by_architecture_or_shape(tmp_path, no_hub):
     (tmp_path / "weights.pt").write_bytes(b"")
     check_start(section(RELEASED_MODELS[0], vision={**VISION, "pretrained": str(tmp_path / "weights.pt")}))
     file = tmp_path / "open_clip_config.json"
@@ -131,7 +131,7 @@ def test_a_revision_and_a_copy_in_the_cache_are_still_the_released_model(tmp_pat
     assert find_released("org/other") is None and find_released(tmp_path / "checkpoint.pt") is None
 
 
-def test_a_copy_of_the_language_model_in_a_folder_is_known_by_its_shape(tmp_path):
+def test_a_local_copy_of_the_language_model_is_recognized_by_its_shape(tmp_path):
     write_stand_in(tmp_path / "lm", "gpt_neox")
     model, folder = RELEASED_MODELS[2], {"name": str(tmp_path / "lm")}
     assert refusal(section(model, language=folder)).endswith(

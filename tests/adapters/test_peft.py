@@ -1,4 +1,4 @@
-"""Second adapters through PEFT's own ways: what is switched, and what is not, is the same in all of them."""
+"""A second adapter through PEFT's and transformers' own methods: what is switched and what is not."""
 
 import importlib.metadata
 import shutil
@@ -93,7 +93,7 @@ def test_peft_swaps_adapters_that_hold_no_bridge(pairs):
     assert torch.equal(regimes.logits(model, processor), regimes.logits(expected, processor))
 
 
-def test_replacing_an_adapter_takes_its_bridge_along_and_no_more_memory(pair):
+def test_replacing_an_adapter_replaces_its_bridge_and_needs_no_more_memory(pair):
     first, second, one, two, _, processor = pair
     adapters = Adapters(first)
     assert torch.equal(regimes.logits(adapters.model, processor), one)
@@ -107,7 +107,7 @@ def test_replacing_an_adapter_takes_its_bridge_along_and_no_more_memory(pair):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_another_shape_takes_no_ones_place(pairs, trained_start, tmp_path, monkeypatch):
+def test_replacing_an_adapter_by_one_of_another_shape_is_refused(pairs, trained_start, tmp_path, monkeypatch):
     monkeypatch.chdir(trained_start)
     model, processor = regimes.build("lora.language={r: 3, lora_alpha: 8}")
     save_adapter(model, processor, tmp_path / "other")
