@@ -26,8 +26,7 @@ SAMPLING_OPTIONS = (
 
 
 def use_greedy_decoding(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> None:
-    """Let ``model.generate`` decode greedily and stop at the end of an answer; keep its other generation
-    settings."""
+    """Let ``model.generate`` decode greedily and stop at the end of an answer; its other settings stay."""
     config = copy.deepcopy(model.generation_config)
     config.do_sample = False
     for option in SAMPLING_OPTIONS:
@@ -40,8 +39,7 @@ def use_greedy_decoding(model: FlamingoForConditionalGeneration, processor: Flam
 
 
 def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[int]:
-    """Return the tokens that end an answer: the language model's, the chat template's, and the end of a
-    chunk."""
+    """Return the tokens that end an answer: the model's, the chat template's, and the end of a chunk."""
     return stop_token_ids(processor, model.generation_config.eos_token_id)
 
 

@@ -146,8 +146,7 @@ def _check_shapes(start: Path, section: ModelSection) -> None:
 
 
 def _checkpoint_shape(checkpoint: ForeignCheckpoint) -> _BridgeShape | None:
-    """Return the shape of a checkpoint's bridge; None if it lacks the tensors that show it, which loading
-    reports."""
+    """Return the shape of a checkpoint's bridge; None if tensors are missing, which loading reports."""
     matches = ((_QUERY.fullmatch(name), tensor) for name, tensor in checkpoint.bridge.items())
     queries = {int(match[1]): tensor for match, tensor in matches if match}
     latents = checkpoint.bridge.get("perceiver.latents")

@@ -22,8 +22,7 @@ __all__ = [
 
 
 def keep_generation_config(config: GenerationConfig) -> None:
-    """Keep transformers from replacing ``config``, on ``generate``, by one made from the language model's
-    config."""
+    """Keep ``generate`` from replacing ``config`` by one made from the language model's config."""
     config._from_model_config = False
 
 
@@ -33,6 +32,5 @@ def mark_peft_loaded(model: PreTrainedModel, has_lora: bool) -> None:
 
 
 def requested_attention(config: PreTrainedConfig) -> str | None:
-    """Return the attn_implementation that an Auto class was asked for: it passes it on inside the
-    configuration only."""
+    """Return the attn_implementation that an Auto class was asked for: it is passed on in the config only."""
     return getattr(config, "_attn_implementation_internal", None)

@@ -118,8 +118,7 @@ def _bridge_below(
 
 
 def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
-    """Return a digest of both backbones without the rows of new tokens, which the Flamingo has tables of its
-    own for."""
+    """Return a digest of both backbones without the rows of new tokens, which the token rows replace."""
     lm, ids = model.lang_encoder, torch.tensor(model.config.new_token_ids or [], dtype=torch.long)
     vocabulary = [
         id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module
@@ -230,8 +229,7 @@ def _refuse(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def _changed(given: Any, stored: FlamingoConfig) -> list[str]:
-    """Return the keys that a caller changed in the configuration that was passed; Auto classes pass on what
-    they read."""
+    """Return the keys that a caller changed in a configuration; Auto classes pass on what they read."""
     if not isinstance(given, FlamingoConfig):
         return []
     ours, theirs = stored.to_dict(), given.to_dict()

@@ -41,8 +41,10 @@ DAMAGED = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 
 
 def read_config(folder: Path) -> FlamingoConfig:
-    """Read an adapter's configuration. Raises UserError if it is missing, damaged, or of a newer format
-    version."""
+    """Read an adapter's configuration.
+
+    Raises UserError if it is missing, damaged, or of a newer format version.
+    """
     missing = [name for name in (CONFIG_FILE, ADAPTER_WEIGHTS) if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -59,8 +61,10 @@ def read_config(folder: Path) -> FlamingoConfig:
 
 
 def read_flamingo_config(folder: Path) -> FlamingoConfig:
-    """Read the configuration of an adapter or a whole model. Raises UserError if it is damaged or another
-    model's."""
+    """Read the configuration of an adapter or a whole model.
+
+    Raises UserError if it is damaged or another model's.
+    """
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if values["model_type"] != FlamingoConfig.model_type:
@@ -78,13 +82,15 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
 
 
 def backbone_records(config: FlamingoConfig) -> dict[str, dict[str, Any]]:
-    """Return what a configuration records of the backbones ``vision`` and ``language``; {} if it names none."""
+    """Return what a configuration records of ``vision`` and ``language``; {} if it names no backbones."""
     return config.backbones or {}
 
 
 def read_processor(folder: Path) -> FlamingoProcessor:
-    """Read the processor of an adapter or a whole model. Raises UserError if its files are missing or
-    damaged."""
+    """Read the processor of an adapter or a whole model.
+
+    Raises UserError if its files are missing or damaged.
+    """
     try:
         return FlamingoProcessor.from_pretrained(folder)
     except DAMAGED as error:
@@ -137,8 +143,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def candidate_paths(folder: Path, recorded: str) -> list[Path]:
-    """Return where to look for a path that the adapter in ``folder`` recorded, the most likely place
-    first."""
+    """Return where to look for a path that the adapter in ``folder`` recorded, the likeliest place first."""
     path = Path(os.path.expanduser(recorded.removeprefix(LOCAL_DIR)))
     adapter = folder.resolve()
     above = [] if path.is_absolute() else [parent / path for parent in adapter.parents]
@@ -151,9 +156,8 @@ def resolve_local_backbones(folder: Path, config: FlamingoConfig) -> FlamingoCon
     Raises UserError, with the places that were searched, for a folder or file that is in none of them.
     """
     config = copy.deepcopy(config)
-    config.backbones = {
-        part: {**source, **_current_paths(folder, part, source)} for part, source in backbone_records(config).items()
-    }
+    for part, record in backbone_records(config).items():
+        record |= _current_paths(folder, part, record)
     return config
 
 

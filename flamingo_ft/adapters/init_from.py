@@ -110,8 +110,7 @@ def load_bridge_as_stored(
     record: Mapping[str, str],
     start: str | Path | None = None,
 ) -> None:
-    """Load the bridge that the adapter in ``folder`` builds on, in the dtypes of its file, which its hash is
-    of."""
+    """Load the bridge that the adapter in ``folder`` builds on, in its stored dtypes, as it was hashed."""
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
     found = tensors_sha256(bridge_tensors(model))
@@ -167,8 +166,10 @@ def bridge_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]
 
 @torch.no_grad()
 def copy_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
-    """Set parameters of the bridge, in the dtypes of ``tensors``. Raises UserError for a tensor that does not
-    fit."""
+    """Set parameters of the bridge, in the dtypes of ``tensors``.
+
+    Raises UserError for a tensor that does not fit.
+    """
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
@@ -192,8 +193,7 @@ def read_bridge_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the bridge's tensors in a folder or a file, under the names that they have in a model without
-    LoRA."""
+    """Return the bridge's tensors in a folder or a file, by their names in a model without LoRA."""
     if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
         return read_safetensors(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
     if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -219,8 +219,7 @@ def _read_any_config(folder: Path) -> FlamingoConfig:
 
 
 def is_foreign_checkpoint(start: Path) -> bool:
-    """Return whether this is another Flamingo's checkpoint: a file, an Otter folder, or a folder with only
-    such a file."""
+    """Return whether this is another Flamingo's checkpoint: a file, or a folder with one, or Otter's."""
     if start.is_file():
         return start.name != BRIDGE_FILE
     config = read_config_json(start)
@@ -247,8 +246,7 @@ def _check_visibility(config: FlamingoConfig, start: Path) -> None:
 
 
 def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
-    """Raise UserError unless the bridge of ``start`` fits the model, and is all that ``start`` has
-    learned."""
+    """Raise UserError unless the bridge of ``start`` fits the model and is all that ``start`` learned."""
     for key in GEOMETRY:
         ours, theirs = getattr(config, key), getattr(start_config, key)
         if ours != theirs:

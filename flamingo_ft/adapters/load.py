@@ -147,8 +147,7 @@ def assemble_model(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
-    """Assemble the model of ``config``, which was read from ``folder``, from its backbones and bridge; see
-    `load_base`."""
+    """Assemble the model of a configuration that was read from ``folder``; see `load_base`."""
     device = default_device() if device is None else torch.device(device)
     model = assemble_backbones(folder, config, quantized, dtype, device)
     if config.bridge_init:
@@ -181,8 +180,10 @@ def assemble_backbones(
 
 
 def load_adapter_into(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    """Load LoRA and bridge of an adapter into its base. Raises UserError if a tensor is missing or does not
-    fit."""
+    """Load LoRA and bridge of an adapter into its base.
+
+    Raises UserError if a tensor is missing or does not fit.
+    """
     tensors, lora = read_tensors(folder), read_lora_config(folder)
     if lora is not None:
         inject(model, lora)

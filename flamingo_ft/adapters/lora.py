@@ -67,8 +67,7 @@ def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
 
 
 def unfuse_targeted_attention(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
-    """Give the tower's attention linear layers if ``config`` has targets in the tower: fused, it has bare
-    parameters."""
+    """Unfuse the tower's attention if ``config`` has targets there: fused, it has no linear layers."""
     if targets_vision(config):
         unfuse_attention(model.vision_encoder)
 
@@ -165,8 +164,7 @@ def _anywhere_in(part: str) -> str:
 
 
 def _pattern(names: Sequence[str], known: Sequence[str]) -> str:
-    """Return a pattern that matches exactly ``names`` among ``known``; with any layer number where that
-    suffices."""
+    """Return a pattern that matches exactly ``names`` among ``known``, with any layer number if possible."""
     exact = sorted({re.escape(name) for name in names}, key=len)
     general = sorted({re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", name) for name in exact})
     matched = {name for name in known if any(re.fullmatch(pattern, name) for pattern in general)}

@@ -81,8 +81,7 @@ def lora_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def init_loftq(model: FlamingoForConditionalGeneration) -> None:
-    """Set B A to the best approximation, of each rank, of W - dequantized(W) (LoftQ, algorithm 1 with one
-    step)."""
+    """Set B A to the best approximation of W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
     unquantized = UnquantizedWeights(model)
     for name, layer in _lora_layers(model).items():
         quantized = dequantized_weight(layer.get_base_layer()).float()
@@ -137,8 +136,7 @@ def _rows(inputs: Tensor | tuple) -> Tensor:
 
 
 class UnquantizedWeights:
-    """The unquantized matrices (out, in) of a quantized model by layer name, each read from its source when
-    needed."""
+    """The unquantized matrices (out, in) of a quantized model by layer name, read when needed."""
 
     def __init__(self, model: FlamingoForConditionalGeneration):
         self._model = model

@@ -92,8 +92,8 @@ def check_mergeable(adapter: Path, out: Path) -> None:
 
 def base_quantizations(config: FlamingoConfig) -> list[str]:
     """Return the quantization formats of the base that an adapter was trained on."""
-    kept = [config.bridge_quantization, *(source.get("quantization") for source in backbone_records(config).values())]
-    return sorted({record["format"] for record in kept if record})
+    records = [source.get("quantization") for source in backbone_records(config).values()]
+    return sorted({record["format"] for record in (config.bridge_quantization, *records) if record})
 
 
 def quantize_merged(folder: Path, quantization: Quantization) -> None:
@@ -109,8 +109,7 @@ def quantize_merged(folder: Path, quantization: Quantization) -> None:
 def _load_base(
     adapter: Path, base: Base, dtype: torch.dtype, start: str | Path | None
 ) -> FlamingoForConditionalGeneration:
-    """Load the base to merge into, in the dtype of its checkpoint: each sum is rounded once, when it is
-    written."""
+    """Load the base to merge into, in the dtype of its checkpoint: each sum is rounded once, when written."""
     if base == "dequantized":  # quantized from the same values as in training, whatever the merged dtype
         return load_base(adapter, start=start, device="cpu", quantized=True)
     lm_dtype: torch.dtype | Literal["auto"] = torch.float32 if dtype == torch.float32 else "auto"

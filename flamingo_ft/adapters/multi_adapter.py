@@ -22,7 +22,14 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import is_lora
 
-from .files import backbone_records, read_base_name, read_config, read_lora_config, read_processor, read_tensors
+from .files import (
+    backbone_records,
+    read_base_name,
+    read_config,
+    read_lora_config,
+    read_processor,
+    read_tensors,
+)
 from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
 from .lora import unfuse_targeted_attention
@@ -53,8 +60,7 @@ class Adapters:
     """
 
     def __init__(self, folder: str | Path, name: str = "first", *, start: str | Path | None = None):
-        """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter`
-        does."""
+        """Load an adapter with its base. Raises UserError as `load_adapter` does."""
         folder = fetch_model(folder)
         self.model: FlamingoForConditionalGeneration = (
             load_base(folder, start=start).eval().requires_grad_(False)
@@ -72,8 +78,10 @@ class Adapters:
         return list(self._folders)
 
     def load(self, folder: str | Path, name: str) -> None:
-        """Load another adapter of the same base and use it. Raises UserError for a taken name or another
-        base."""
+        """Load another adapter of the same base and use it.
+
+        Raises UserError for a taken name or another base.
+        """
         self._check_new(name)
         folder = fetch_model(folder)
         check_same_base(folder, self._base, read_config(folder))
@@ -157,8 +165,10 @@ class Adapters:
         save_adapter(self.model, self.processor, folder, peft_name(self.in_use))
 
     def _same_lora(self, names: list[str]) -> LoraConfig:
-        """Return the LoRA configuration that adapters have in common. Raises UserError if they cannot be
-        combined."""
+        """Return the LoRA configuration that adapters have in common.
+
+        Raises UserError if they cannot be combined.
+        """
         if not names:
             raise UserError("no adapters to combine; give the weight of each by its name")
         for name in names:
@@ -213,8 +223,7 @@ class Adapters:
         return self._peft is not None and peft_name(name) in self._peft.peft_config
 
     def _bridge(self, name: str) -> dict[str, Tensor]:
-        """Return the tensors of an adapter's bridge under the names that they have in the model with its LoRA
-        layers."""
+        """Return an adapter's bridge tensors by their names in the model with its LoRA layers."""
         tensors = {n: t for n, t in read_tensors(self._folders[name]).items() if not is_lora(n)}
         parameters = {n.replace(".base_layer.", "."): n for n, _ in self.model.named_parameters()}
         return {parameters[n.replace(".base_layer.", ".")]: tensor for n, tensor in tensors.items()}
@@ -225,8 +234,7 @@ class Adapters:
 
 
 def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -> None:
-    """Raise UserError for an adapter of another base: other backbones, another bridge, or other parts of the
-    bridge."""
+    """Raise UserError for an adapter of another base: other backbones, or another bridge or parts of it."""
     for part in ("vision", "language"):
         check_backbone(folder, part, backbone_records(found)[part], backbone_records(base)[part])
     for key in GEOMETRY:

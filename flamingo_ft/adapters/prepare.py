@@ -1,5 +1,4 @@
-"""Prepare a model for training (quantize what stays frozen, add LoRA, set what trains), and its frozen
-reference for DPO."""
+"""Prepare a model for training: quantize, add LoRA, set what trains; and DPO's frozen reference."""
 
 from __future__ import annotations
 
@@ -88,16 +87,17 @@ def frozen_copy(model: FlamingoForConditionalGeneration) -> FlamingoForCondition
 
 
 def match_training_mode(reference: nn.Module, training: bool) -> None:
-    """Let the reference's quantized layers compute as the policy's do: on a CPU, bitsandbytes' 8-bit layers
-    round activations in eval mode only."""
+    """Put quantized layers of the reference in the policy's mode.
+
+    On a CPU, bitsandbytes' 8-bit layers round activations in eval mode only.
+    """
     for module in reference.modules():
         if is_quantized(module):
             module.train(training)
 
 
 def zero_dropout(model: nn.Module) -> None:
-    """Set dropout rates to zero that transformers keeps as numbers (OPT, BART, ...); TRL handles dropout
-    modules."""
+    """Zero dropout rates that transformers keeps as numbers (OPT, BART, ...); TRL handles the modules."""
     for module in model.modules():
         for name, rate in vars(module).items():
             if "drop" in name and isinstance(rate, float):

@@ -89,8 +89,7 @@ _IN_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<model>[^/]+)/snapshots/
 
 
 def find_released(place: str | Path) -> ReleasedModel | None:
-    """Return the released model that a name on the Hub, or a file in the Hugging Face cache, belongs to; else
-    None."""
+    """Return the released model of a name on the Hub, or of a file in the Hugging Face cache; else None."""
     name = hub_name(place)
     if name is not None:
         return _BY_NAME.get(name.repository.lower())

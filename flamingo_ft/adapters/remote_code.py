@@ -71,8 +71,7 @@ def needed(modules: list[str]) -> list[str]:
 
 
 def flattened(module: str) -> str:
-    """Return the module's source with imports of the package's modules rewritten as from files of one
-    folder."""
+    """Return the module's source with imports of the package rewritten as from files of one folder."""
     lines = _source(module).splitlines()
     for node, names in sorted(own_imports(module), key=lambda found: -found[0].lineno):
         indent = " " * node.col_offset
@@ -103,8 +102,7 @@ def flat_name(module: str) -> str:
 
 
 def _home(place: str, name: str) -> str:
-    """Return the module that defines a name: the one it is imported from, or the one that a package
-    re-exports."""
+    """Return the module that defines a name that is imported from ``place``, a module or a package."""
     if not _path(place).is_dir():
         return place
     package = f"{place}.__init__"

@@ -78,8 +78,7 @@ def save_processor(processor: FlamingoProcessor, folder: Path) -> None:
 
 
 def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAPTER) -> dict[str, Tensor]:
-    """Return what an adapter holds, by name: LoRA, and the parts of the bridge that its base does not
-    have."""
+    """Return an adapter's tensors by name: LoRA, and the parts of the bridge that its base lacks."""
     parts = parts_in_adapter(model.config)
     state = model.state_dict()
     bridge = {
@@ -94,8 +93,7 @@ def adapter_tensors(model: FlamingoForConditionalGeneration, adapter: str = ADAP
 
 
 def _name_without_others(model: FlamingoForConditionalGeneration, name: str, adapter: str) -> str:
-    """Return a tensor's name as if ``adapter`` were the only one: other adapters' LoRA layers are plain
-    layers then."""
+    """Return a tensor's name as if ``adapter`` were the only one, without LoRA layers of others."""
     layer, base, leaf = name.partition(".base_layer.")
     if base and adapter not in cast(LoraLayer, model.get_submodule(layer)).r:
         return f"{layer}.{leaf}"
@@ -154,15 +152,13 @@ def _minus_initial(name: str, tensor: Tensor, initial: dict[str, Tensor]) -> Ten
 
 
 def reset_name_or_path(config: FlamingoConfig) -> None:
-    """Replace the local folder that the language model was loaded from by the name that it was asked for
-    by."""
+    """Replace the path that the language model was loaded from by the name that it is recorded under."""
     language = backbone_records(config).get("language") or {}
     config.get_text_config()._name_or_path = language.get("name") or ""
 
 
 def _config_to_save(model: FlamingoForConditionalGeneration) -> FlamingoConfig:
-    """Return the configuration without what loading the language model left in it: its path, how it was
-    quantized."""
+    """Return the configuration without the language model's local path and the quantization of this load."""
     config = FlamingoConfig.from_dict(model.config.to_dict())
     reset_name_or_path(config)
     if (backbone_records(config).get("language") or {}).get("quantization"):

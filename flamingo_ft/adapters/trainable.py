@@ -42,8 +42,7 @@ def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> No
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the parameter ``name`` in a model of ``dtype``: the gates are too fine for less
-    than float32."""
+    """Return the dtype of the parameter ``name`` in a model of ``dtype``: gates stay in float32."""
     return torch.float32 if is_gate(name) else dtype
 
 
@@ -53,6 +52,5 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parts_in_adapter(config: FlamingoConfig) -> list[str]:
-    """Return the parts of the bridge that the adapter holds; all of them for a bridge trained from
-    scratch."""
+    """Return the parts of the bridge that the adapter holds; all of a bridge trained from scratch."""
     return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts

@@ -179,8 +179,10 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[list[str], Tensor, bool, boo
 
 
 def _lora_by_matrix(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, LoraWeights]:
-    """Return LoRA by the name of the matrix that it changes. Raises UserError for other tensors than A, B,
-    magnitude."""
+    """Return LoRA by the name of the matrix that it changes.
+
+    Raises UserError for other tensors than A, B, magnitude.
+    """
     if not tensors:
         return {}
     config = read_lora_config(adapter)
@@ -204,8 +206,7 @@ def _lora_by_matrix(adapter: Path, tensors: Mapping[str, Tensor]) -> dict[str, L
 
 
 def _scale(config: LoraConfig, name: str, rank: int) -> float:
-    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), with the alpha configured for
-    ``name``."""
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv:2312.03732), for the layer ``name``."""
     by_pattern = (config.alpha_pattern or {}).items()
     matching = (alpha for key, alpha in by_pattern if re.fullmatch(rf"(.*\.)?({key})", name))
     alpha = next(matching, config.lora_alpha)
@@ -238,8 +239,7 @@ def _errors(
 def _pieces(
     model: FlamingoForConditionalGeneration, expected: ExpectedTensor
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return values and allowed errors of a tensor as transformers stores it: under another name, or in
-    several."""
+    """Return values and allowed errors of a tensor by the names that transformers stores it under."""
     values, allowed = _values(expected, slice(None))
     values = values if expected.lora else expected.raw.to(expected.dtype)
     stored = revert_weight_conversion(model, {expected.names[0]: values})
@@ -266,8 +266,7 @@ def _error(written: Tensor, expected: ExpectedTensor) -> float:
 
 
 def _largest_error(written: Tensor, values: Tensor, allowed: Tensor, exact: bool) -> float:
-    """Return the largest error over the allowed one; more than 1 for any error if ``exact``; infinity for
-    NaN."""
+    """Return the largest error over the allowed one; above 1 for any error if ``exact``; infinity for NaN."""
     if exact and torch.equal(written, values.to(written.dtype)):
         return 0.0
     ratio = float((written.float() - values.float()).abs_().div_(allowed).max())
@@ -283,7 +282,7 @@ def _values(expected: ExpectedTensor, rows: slice) -> tuple[Tensor, Tensor]:
     lora, matrix = expected.lora, matrix.float()
     a, b, scale = lora.a.float(), lora.b[rows].float(), lora.scale
     values = torch.addmm(matrix, b, a, alpha=scale)
-    # An inner product of r terms is within r roundings of its exact value, relative to the sum of the terms' sizes
+    # An inner product of r terms is within r roundings of its exact value, relative to the sum of its absolute terms
     # (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5); scaling and adding bring in two more,
     # a third for good measure.
     slack = torch.addmm(matrix.abs(), b.abs(), a.abs(), alpha=scale).mul_((len(a) + 3) * EPS)
@@ -301,8 +300,7 @@ def _rescaled(values: Tensor, slack: Tensor, magnitude: Tensor) -> tuple[Tensor,
 
 
 def _rounding(sizes: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return half the spacing of ``dtype`` at these sizes: relative, and near zero that of its smallest
-    numbers."""
+    """Return half the spacing of ``dtype`` at these sizes; near zero that of its smallest numbers."""
     if not dtype.is_floating_point:
         return torch.zeros_like(sizes)
     info, smallest = torch.finfo(dtype), torch.finfo(torch.float32).smallest_normal

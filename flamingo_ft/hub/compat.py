@@ -26,6 +26,5 @@ def client_factory() -> ClientFactory:
 
 
 def replace_client_factory(factory: ClientFactory) -> None:
-    """Set the factory of later sessions; the client's own setter also closes the session that other threads
-    use."""
+    """Set the factory of later sessions; the client's own setter closes the session of other threads."""
     _http._GLOBAL_CLIENT_FACTORY = factory

@@ -1,5 +1,4 @@
-"""Errors of the Hub client as one line that says what to do, without tokens; and retries of what may succeed
-later."""
+"""Errors of the Hub client in one line that says what to do, without tokens; and retries."""
 
 from __future__ import annotations
 

@@ -52,8 +52,7 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
 
 
 def pinned_name(place: str | Path, fetched: Path) -> str:
-    """Return what to record of ``place``, fetched to ``fetched``: an absolute path, or the name with its
-    commit."""
+    """Return what to record of ``place``: an absolute path, or the name with the commit of ``fetched``."""
     name = hub_name(place)
     if name is None:
         return str(Path(place).resolve())

@@ -19,8 +19,7 @@ _ABSOLUTE_PATH = re.compile(r"(?P<prefix>local-dir:)?(?P<path>(/|~/)[^/\n][^\n]*
 
 
 def strip_local_path(value: Any) -> Any:
-    """Return the last component of an absolute path, or of each in a list. Any other value is returned
-    unchanged."""
+    """Return the last component of an absolute path, or of each in a list; other values unchanged."""
     if isinstance(value, list):
         return [strip_local_path(entry) for entry in value]
     match = _ABSOLUTE_PATH.fullmatch(value) if isinstance(value, str) else None

@@ -60,8 +60,7 @@ def hub_name(place: str | Path) -> HubName | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Return whether ``name`` is written like a path: ``./x``, ``/x``, ``~/x``, ``x/``, ``a/b/c``, ``a\\b``,
-    ``x/y.pt``."""
+    """Return whether ``name`` looks like a path: ``./x``, ``/x``, ``~/x``, ``x/``, ``a/b/c``, ``x/y.pt``."""
     on_hub = NAME.fullmatch(name)
     if on_hub is not None:
         return on_hub["revision"] is None and PurePath(name).suffix.lower() in FILE_SUFFIXES
@@ -143,15 +142,13 @@ def is_model_folder(path: Path) -> bool:
 
 
 def commit_of(path: Path) -> str | None:
-    """Return the commit of a path in the Hugging Face cache, ``.../snapshots/<commit>/...``; None
-    elsewhere."""
+    """Return the commit of a path in the Hugging Face cache (``snapshots/<commit>/``); None elsewhere."""
     match = re.search(r"/models--[^/]+/snapshots/([^/]+)(/|$)", path.as_posix())
     return match[1] if match else None
 
 
 def existing_path(place: str | Path) -> Path:
-    """Return ``place`` as a path. Raises UserError, with the most similar existing path, if it does not
-    exist."""
+    """Return ``place`` as a path. Raises UserError, with a similar path, if it does not exist."""
     path = Path(os.path.expanduser(place))
     if str(place) and os.path.exists(path):
         return path
@@ -190,8 +187,7 @@ def missing_path_message(
 
 
 def nearest_path(place: str | Path) -> Path | None:
-    """Return the existing path most similar to ``place``, component by component; None if a component has
-    none."""
+    """Return the existing path most similar to ``place``; None if a component has none."""
     path = Path(os.path.expanduser(str(place).replace("\\", "/")))
     found = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:

@@ -60,8 +60,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PushResult:
-    """repository: name on the Hub; base: that of the adapter's composition, None for a model; url: of the
-    commit."""
+    """repository: name on the Hub; base: the adapter's composition, None for a model; url: of the commit."""
 
     repository: str
     base: str | None
@@ -222,16 +221,14 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def publishable_files(folder: Path) -> Files:
-    """Return path -> content of the files to publish; the file itself where nothing in it has to be left
-    out."""
+    """Return path -> content of the files to publish; the file itself if nothing in it is left out."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: _without_local_paths(name, path) for name, path in named.items() if is_published(name)}
 
 
 def is_published(path: str) -> bool:
-    """Return whether a file, by its path in a folder, is part of an adapter or a model, and not of a run's
-    other output."""
+    """Return whether a file, by its path in a folder, is part of an adapter or a model."""
     if "/" in path:
         return FIGURES.fullmatch(path) is not None and path != ANSWERS_FIGURE
     return any(fnmatch(path, pattern) for pattern in PUBLISHED_PATTERNS) and not path.startswith(".")
@@ -243,8 +240,7 @@ def is_weights(path: str) -> bool:
 
 
 def _without_local_paths(name: str, path: Path) -> bytes | Path:
-    """Return the content of a file without directories of this machine; the file itself if it has none by its
-    kind."""
+    """Return a file's content without directories of this machine; the file itself if none are possible."""
     if any(fnmatch(name, pattern) for pattern in VERBATIM):
         return path
     if name == TOKENIZER_CONFIG:
