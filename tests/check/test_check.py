@@ -64,7 +64,7 @@ def test_columns_of_text_that_nothing_reads_are_reported_by_check_and_train(fold
     assert findings.parts[0].unread == {"source": 2} and findings.objection is None
     line = "source 1: columns of text that the schema does not read: source (2 rows)"
     assert line in [*check_tables(findings.record())]
-    cli._tell_sources(open_data(recipe(folder, [{"path": path}]).data, 0))
+    cli.train.print_sources(open_data(recipe(folder, [{"path": path}]).data, 0))
     assert f"{path}: columns of text that the schema does not read: source\n" in capsys.readouterr().err
 
 
