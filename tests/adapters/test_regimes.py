@@ -43,9 +43,7 @@ def test_a_step_changes_declared_parameters_and_no_bit_of_anything_else(small_ru
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_a_loaded_adapter_gives_the_same_logits_in_this_package_and_in_plain_peft(
-    small_run, regime, form
-):
+def test_a_loaded_adapter_gives_the_same_logits_in_this_package_and_in_plain_peft(small_run, regime, form):
     model, processor = build(*settings(regime, form))
     shake(model)
     save_adapter(model, processor, Path("adapter"))
