@@ -27,10 +27,10 @@ from flamingo_ft.model.pretrained import is_partial, named_composition
 from .files import (
     BRIDGE_FILE,
     candidate_paths,
-    read_safetensors,
     read_config,
     read_flamingo_config,
     read_lora_config,
+    read_safetensors,
     read_tensors,
 )
 from .trainable import cast_parameter

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model

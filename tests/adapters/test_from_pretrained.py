@@ -172,7 +172,7 @@ def test_one_device_is_understood(adapters, device_map):
     [
         ({"device_map": {"perceiver": 0, "": "cpu"}}, "is not one device"),
         ({"device_map": "balanced"}, "is not one device"),
-        ({"quantization_config": {"load_in_4bit": True}}, "in no other quantization"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantized as it records, and not otherwise"),
         ({"state_dict": {}}, "cannot take state_dict"),
         ({"dtype": "small"}, "is not a torch dtype"),
     ],

@@ -226,14 +226,14 @@ def test_eva_starts_at_the_principal_directions_of_a_layers_inputs(small_run):
             (*quantized("nf4"), "lora.init_lora_weights=pissa"),
             "pissa takes the LoRA weights out of the matrix, and lang_encoder.",
         ),
-        (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is kept as a LoRA of twice the rank"),
+        (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is saved as LoRA of twice the rank"),
         (("lora.init_lora_weights=loftq",), "loftq makes up for what 4-bit quantization lost, and lang_"),
         (
             ("lora.init_lora_weights=pissa", "lora.perceiver={r: 2}", "trainable.perceiver=false"),
             "pissa takes the LoRA weights out of the matrix, and a new bridge is saved whole",
         ),
         ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4-bit quantization"),
-        (("lora.init_lora_weights=eva",), "eva looks at training batches, and there are none here"),
+        (("lora.init_lora_weights=eva",), "eva needs training batches, and there are none here"),
     ],
 )
 def test_an_initialization_that_the_weights_do_not_allow_is_refused(small_run, overrides, told):
