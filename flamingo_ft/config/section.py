@@ -80,14 +80,14 @@ def with_keys(keys: dict[str, Any]) -> Callable[[type[S]], type[S]]:
     return extend
 
 
-def one_of(names: Collection[str]) -> AfterValidator:
-    """Return a validator that accepts the entries of a table, those that were added after import included."""
+def one_of(names: Collection[str], *others: str) -> AfterValidator:
+    """Return a validator that accepts ``others`` and the entries of a table, those that were added after import included."""
 
     def check(name: str) -> str:
-        if name in names:
+        if name in others or name in names:
             return name
-        *others, last = (repr(known) for known in names)
-        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        *known, last = map(repr, (*others, *names))
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(known)} or {last}"})
 
     return AfterValidator(check)
 

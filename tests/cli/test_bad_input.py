@@ -90,7 +90,7 @@ def test_a_missing_recipe(here, capsys):
 def test_markers_that_do_not_match_the_images(here, capsys):
     write_rows({"messages": MESSAGES, "images": ["a.png"]}, {"messages": MESSAGES, "images": []})
     line = refused(capsys, "train", "recipe.yaml")
-    assert "train.jsonl: row 1: found 1 <image> markers but 0 images; add the missing images" in line
+    assert "train.jsonl: row 1: got 1 <image> markers but 0 images; add the missing images" in line
 
 
 def test_an_image_that_is_not_there(here, capsys):
@@ -195,7 +195,7 @@ def test_an_adapter_of_another_base(trained, here, capsys):
 
 def test_a_prompt_whose_markers_do_not_match(trained, here, capsys):
     line = refused(capsys, "generate", trained / "run", "--image", "a.png", "--prompt", "<image> or <image>?")
-    assert "--prompt has 2 <image> markers but 1 images were given" in line
+    assert "prompt: got 2 <image> markers and 1 image; give one image for each marker" in line
 
 
 def test_a_prompt_about_an_unreadable_image(trained, here, capsys):
