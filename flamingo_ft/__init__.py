@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning of Flamingo-style vision-language models.
 
-The names below come from their modules when first used, so that importing the package is quick. transformers' Auto
-classes know the Flamingo from then on, whichever of the two is imported first.
+The names below come from their modules when first used, so that importing the package is quick. transformers'
+Auto classes know the Flamingo from then on, whichever of the two is imported first.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 from flamingo_ft.registration import register_with_transformers
 from flamingo_ft.version import __version__
 
-# Before torch starts its threads: spinning while they wait makes a training step 15 times slower on a machine of two
-# cores that does anything else (measured: 30 steps of the quickstart in 106 s against 7 s).
+# Before torch starts its threads: spinning while they wait makes a training step 15 times slower on a machine
+# of two cores that does anything else (measured: 30 steps of the quickstart in 106 s against 7 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # On a CPU it advises, at every start, a package that would download its kernels at run time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# At every product of an 8-bit matrix with numbers that are not float16, it tells that it rounds them. It does so always.
+# At every product of an 8-bit matrix with numbers that are not float16, it tells that it rounds them. It does
+# so always.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 _HOMES = {

@@ -7,7 +7,8 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Invalid input. The message is one line per problem: where it is, what is wrong, what was found, what to do.
+    """Invalid input. The message is one line per problem: where it is, what is wrong, what was found, what to
+    do.
 
     The command line prints it without a traceback and exits with code 2.
     """
@@ -18,7 +19,8 @@ class ReportedElsewhere(UserError):
 
 
 class OutOfMemory(UserError):
-    """Training ran out of memory. plan: the record that `flamingo-ft plan --json` prints, where it could be computed."""
+    """Training ran out of memory. plan: the record that `flamingo-ft plan --json` prints, where it could be
+    computed."""
 
     plan: dict[str, Any] | None = None
 

@@ -1,6 +1,7 @@
 """How numbers, durations, sizes and other libraries' messages are written for users.
 
-Used by the command line, reports, error messages and cards alike, so that one quantity looks the same everywhere.
+Used by the command line, reports, error messages and cards alike, so that one quantity looks the same
+everywhere.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ def one_line(text: object, limit: int | None = None) -> str:
 
 
 def error_message(error: BaseException, limit: int | None = MAX_MESSAGE_CHARACTERS) -> str:
-    """Return an exception's message on one line, or its type's name where it has none; to be quoted in a `UserError`."""
+    """Return an exception's message on one line, or its type's name where it has none; to be quoted in a
+    `UserError`."""
     return one_line(error, limit) or type(error).__name__
 
 
 def shorten(text: object, limit: int = MAX_PATH_CHARACTERS) -> str:
-    """Return ``text``, such as a path or URL, on one line and without what exceeds ``limit`` characters (it may hold data)."""
+    """Return ``text``, such as a path or URL, on one line and without what exceeds ``limit`` characters (it
+    may hold data)."""
     line = str(text).replace("\n", "\\n")
     return line if len(line) <= limit else f"{line[:limit]}..."
 
@@ -39,7 +42,8 @@ def percent(part: float | None, whole: float = 1, digits: int = 1) -> str:
 
 
 def significant(value: float, digits: int = 3) -> str:
-    """Return ``value`` with ``digits`` significant digits; large values as whole numbers: ``12,346``, ``0.0123``."""
+    """Return ``value`` with ``digits`` significant digits; large values as whole numbers: ``12,346``,
+    ``0.0123``."""
     return f"{value:,.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 

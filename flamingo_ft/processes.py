@@ -1,7 +1,7 @@
 """The processes of a distributed run, one per device. In a single process, every function here does nothing.
 
-The processes draw different batches, so an error may occur in one of them alone, and the others would wait for it forever.
-Whatever may fail in one process therefore runs inside `raise_together`.
+The processes draw different batches, so an error may occur in one of them alone, and the others would wait
+for it forever. Whatever may fail in one process therefore runs inside `raise_together`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 def _state() -> PartialState:
-    """Return accelerate's state. Without ``cpu=True``, accelerate ignores the other processes of a run on CPUs."""
+    """Return accelerate's state. Without ``cpu=True``, accelerate ignores the other processes of a run on
+    CPUs."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
@@ -62,7 +63,8 @@ def shard(items: Sequence[T]) -> Sequence[T]:
 
 
 def unshard(results: Sequence[T]) -> list[T]:
-    """Return the results of all processes for their `shard` of some items, in the order of the items. Collective."""
+    """Return the results of all processes for their `shard` of some items, in the order of the items.
+    Collective."""
     shards = all_gather(results)
     merged: list[Any] = [None] * sum(map(len, shards))
     for first, part in enumerate(shards):
@@ -74,8 +76,8 @@ def unshard(results: Sequence[T]) -> list[T]:
 def raise_together() -> Iterator[None]:
     """Turn a UserError of any process inside the block into an error of all processes at its end.
 
-    The main process raises the error itself, the others `ReportedElsewhere`. Every process has to enter the block, and
-    nothing inside may wait for another process.
+    The main process raises the error itself, the others `ReportedElsewhere`. Every process has to enter the
+    block, and nothing inside may wait for another process.
     """
     error = None
     try:
@@ -94,7 +96,8 @@ def raise_together() -> Iterator[None]:
 
 
 def run_on_main(function: Callable[[], T]) -> T:
-    """Run ``function`` in the main process alone and return its result, or raise its UserError, in every process."""
+    """Run ``function`` in the main process alone and return its result, or raise its UserError, in every
+    process."""
     with raise_together():
         result = [function() if is_main() else None]
     return broadcast_object_list(result)[0]

@@ -1,4 +1,4 @@
-"""Progress bars in a terminal; lines where nobody watches a bar grow, as in a log file."""
+"""Progress bars in a terminal or notebook; lines of text elsewhere, as in a log file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -20,15 +21,15 @@ from rich.text import Text
 
 from flamingo_ft.formatting import clock
 
-LINE_SECONDS = 30  # between two lines about the same task, without a terminal
-WIDEST_BAR, NARROWEST_BAR = 40, 4
-BESIDE_BAR = 64  # columns of a terminal that the bar leaves to words and numbers
+LINE_SECONDS = 30  # between two lines of progress, without a terminal
+MAX_BAR_WIDTH, MIN_BAR_WIDTH = 40, 4
+TEXT_WIDTH = 64  # columns of a terminal for the text beside a bar
 
 
 class Bars(Progress):
-    """Bars with a task's field ``note`` beside its bar and its field ``below`` under all bars.
+    """rich's progress bars, with a task's field ``note`` beside its bar and its field ``below`` under all bars.
 
-    Without a terminal, a task that advances prints a line every `LINE_SECONDS`.
+    Without a terminal, progress is printed as a line every `LINE_SECONDS`.
     """
 
     def __init__(self, *columns: Any, **options: Any):
@@ -37,7 +38,7 @@ class Bars(Progress):
 
     @property
     def interactive(self) -> bool:
-        """Whether somebody sees the bars grow: a terminal or a notebook."""
+        """Whether bars can be redrawn: in a terminal or a notebook."""
         return self.console.is_interactive or self.console.is_jupyter
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -55,33 +56,38 @@ class Bars(Progress):
         self._print_progress(task_id)
 
     def line(self, text: str) -> None:
-        """Print a line, above the bars where there are any."""
+        """Print a line, above the bars if there are any."""
         if not self.disable:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
             self._last_line = time.monotonic()
 
     def time_left(self, task_id: TaskID) -> str | None:
-        """h:mm:ss until the task is done, as far as that is known."""
-        left = self._tasks[task_id].time_remaining
+        """Return the estimated time until the task is done as h:mm:ss; None if unknown."""
+        left = self._task(task_id).time_remaining
         return None if left is None else clock(left)
+
+    def _task(self, task_id: TaskID) -> Task:
+        return next(task for task in self.tasks if task.id == task_id)
 
     def _print_progress(self, task_id: TaskID) -> None:
         if self.interactive or time.monotonic() - self._last_line < LINE_SECONDS:
             return
-        task, left = self._tasks[task_id], self.time_left(task_id)
-        count = f"{task.completed:,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}")
-        self.line(f"{task.description}: {count}" + (f" · {left} left" if left else ""))
+        task, left = self._task(task_id), self.time_left(task_id)
+        total = "" if task.total is None else f"/{task.total:,.0f}"
+        remaining = f" · {left} left" if left else ""
+        self.line(f"{task.description}: {task.completed:,.0f}{total}{remaining}")
 
 
 def progress_bars(stderr: bool = False, disable: bool = False) -> Bars:
-    """Bars for training, evaluation and checks alike.
+    """Return the bars that training, evaluation and checks use.
 
-    stderr: keep them away from what a command prints. disable: show nothing, as in all but one of several processes.
+    stderr: draw them on stderr, apart from a command's result. disable: show nothing, as in all processes but
+    the main one.
     """
     console = Console(stderr=stderr)
     return Bars(
         TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=max(NARROWEST_BAR, min(WIDEST_BAR, console.width - BESIDE_BAR))),
+        BarColumn(bar_width=max(MIN_BAR_WIDTH, min(MAX_BAR_WIDTH, console.width - TEXT_WIDTH))),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

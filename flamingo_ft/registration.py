@@ -1,7 +1,7 @@
 """Makes transformers' Auto classes know the Flamingo, without importing transformers for a command's help.
 
-Registering needs the model's class, and with it torch and transformers: seconds. So it waits until transformers is imported
-by whoever needs it, and then happens at once.
+Registering needs the model's class, and with it torch and transformers: seconds. So it waits until
+transformers is imported by whoever needs it, and then happens at once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class _ThenRegister(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Execute, then register; not inside an import of this package, every part of which registers by itself."""
+        """Execute, then register; not inside an import of this package, every part of which registers by
+        itself."""
         sys.meta_path.remove(self._finder)
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)

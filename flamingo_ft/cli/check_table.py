@@ -1,26 +1,52 @@
-"""What a check of the data found, as tables for the terminal."""
+"""The findings of `flamingo-ft check`, as tables."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from flamingo_ft.formatting import percent
+from flamingo_ft.cli.output import print_json, titled_table
+from flamingo_ft.formatting import one_line, percent
 from flamingo_ft.model.images import CONVERSIONS
 
-_OF_A_SAMPLE = {
+_STATISTICS = ("least", "median", "mean", "most")
+_DISTRIBUTIONS = {
     "turns": "turns",
     "images": "images and videos",
     "text_tokens": "text tokens",
     "label_tokens": "text tokens with loss",
 }
+_REPEATS = {
+    "copies": "training samples that equal an earlier one",
+    "leaked": "held-out samples that equal one that is trained on",
+    "leaked_images": "held-out samples that show an image that is trained on",
+    "repeated_images": "images in more than one place",
+}
+
+
+def print_findings(record: Mapping[str, Any], as_json: bool, folder: Path) -> None:
+    """Print the record of a check (check/check_report.py): problems and warnings on stderr, tables or JSON on
+    stdout."""
+    kind = "error" if record["on_bad_sample"] == "error" else "skipped"
+    for line in problem_lines(record):
+        print(f"{kind}: {line}", file=sys.stderr)
+    for line in record["warnings"]:
+        print(f"warning: {line}", file=sys.stderr)
+    if as_json:
+        print_json(record)
+        return
+    for part in check_tables(record):
+        Console().print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))
+    print(f"full report, with the tokens of the first samples: {folder / 'check.html'}")
 
 
 def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
-    """What to print of the record of `CheckReport` (check/check_report.py)."""
+    """Yield what is printed of a check on stdout."""
     yield from source_lines(record["parts"])
     yield from record["text_lines"]
     yield source_table(record["parts"])
@@ -34,7 +60,7 @@ def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
 
 
 def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What the sources are called in the table below."""
+    """Yield the name of each source, which the tables refer to by number, and its ignored columns of text."""
     for number, part in enumerate(parts, start=1):
         yield f"source {number}: {part['name']} ({part['split']}, schema {part['format']})"
         if part["unread"]:
@@ -43,51 +69,51 @@ def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:
-    """What each source holds."""
-    table = _table("sources")
+    """Return a table of what each source contains."""
+    table = titled_table("sources")
     columns = ("rows", "samples", "dropped", "bad", "images", "videos")
     for header in ("source", *columns, "with loss"):
         table.add_column(header, justify="right")
     for number, part in enumerate(parts, start=1):
-        share = part["label_tokens"] / part["text_tokens"] if part["text_tokens"] else None
-        table.add_row(str(number), *(f"{part[column]:,}" for column in columns), percent(share))
+        counts = (f"{part[column]:,}" for column in columns)
+        table.add_row(str(number), *counts, percent(part["label_tokens"], part["text_tokens"]))
     return table
 
 
 def conversion_table(parts: Sequence[Mapping[str, Any]]) -> Table:
-    """How many images of each source are not stored as upright 8-bit RGB, and what becomes of them."""
-    table = _table("images and videos converted to upright 8-bit RGB, by source")
+    """Return a table of the images of each source that are not upright 8-bit RGB, by conversion."""
+    table = titled_table("images and videos converted to upright 8-bit RGB, by source")
     table.add_column("conversion")
     for number in range(1, len(parts) + 1):
         table.add_column(str(number), justify="right")
     table.add_column("what is done")
-    for name, done in CONVERSIONS.items():
+    for name, description in CONVERSIONS.items():
         counts = [part["conversions"].get(name, 0) for part in parts]
         if any(counts):
-            table.add_row(name, *(f"{count:,}" for count in counts), done)
+            table.add_row(name, *(f"{count:,}" for count in counts), description)
     return table
 
 
 def sample_table(distributions: Mapping[str, Mapping[str, Any]]) -> Table:
-    """How long training samples are."""
-    table = _table("training samples")
-    table.add_column("of a sample")
-    for header in ("least", "median", "mean", "most"):
+    """Return a table of the lengths of training samples."""
+    table = titled_table("training samples")
+    table.add_column("per sample")
+    for header in _STATISTICS:
         table.add_column(header, justify="right")
-    for name, told in _OF_A_SAMPLE.items():
+    for name, label in _DISTRIBUTIONS.items():
         values = distributions[name]
-        table.add_row(
-            told, *(f"{values[key]:,.{int(key == 'mean')}f}" for key in ("least", "median", "mean", "most"))
-        )
+        table.add_row(label, *(f"{values[key]:,.{1 if key == 'mean' else 0}f}" for key in _STATISTICS))
     share = distributions["loss_share"]
-    table.add_row("share with loss", *(percent(share[key]) for key in ("least", "median", "mean", "most")))
+    table.add_row("share with loss", *(percent(share[key]) for key in _STATISTICS))
     return table
 
 
 def policy_table(too_long: Mapping[str, Any]) -> Table:
-    """What each policy takes of samples that are too long."""
-    title = f"{too_long['samples']:,} training samples over {too_long['limit']:,} text tokens; data.too_long takes away"
-    table = _table(title)
+    """Return a table of what each value of data.too_long removes from the samples that are too long."""
+    table = titled_table(
+        f"{too_long['samples']:,} training samples over {too_long['limit']:,} text tokens; "
+        "data.too_long removes"
+    )
     table.add_column("policy")
     columns = ("samples", "turns", "tokens", "images")
     for column in columns:
@@ -99,28 +125,19 @@ def policy_table(too_long: Mapping[str, Any]) -> Table:
 
 
 def repeat_lines(repeats: Mapping[str, Any]) -> Iterator[str]:
-    """What is there more than one time."""
-    for name, told in {
-        "copies": "training samples that equal an earlier one",
-        "leaked": "held-out samples that equal one that is trained on",
-        "leaked_images": "held-out samples that show an image that is trained on",
-        "repeated_images": "images in more than one place",
-    }.items():
+    """Yield a line for each kind of duplicate that occurs."""
+    for name, label in _REPEATS.items():
         if repeats[name]:
-            yield f"{told}: {repeats[name]:,}" + (
-                f" of {repeats['images']:,}" if name == "repeated_images" else ""
-            )
+            total = f" of {repeats['images']:,}" if name == "repeated_images" else ""
+            yield f"{label}: {repeats[name]:,}{total}"
 
 
 def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """The first problems, a line each, and how many more there are."""
+    """Yield a line for each of the first problems, and the number of further ones."""
     for problem in record["first_problems"]:
         row = None if problem["row"] is None else f"row {problem['row']}"
         parts = (problem["file"], row, problem["field"], problem["problem"])
-        yield " ".join(": ".join(part for part in parts if part is not None).split())
-    if record["problems"] > len(record["first_problems"]):
-        yield f"and {record['problems'] - len(record['first_problems']):,} more problems"
-
-
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+        yield one_line(": ".join(part for part in parts if part is not None))
+    more = record["problems"] - len(record["first_problems"])
+    if more > 0:
+        yield f"and {more:,} more problems"

@@ -1,24 +1,33 @@
-"""`flamingo-ft recipes`: the packaged recipes, every key there is, and a starting recipe for somebody's own data."""
+"""The verbs under `flamingo-ft recipes`: packaged recipes, a new recipe for the user's data, and the keys of
+a recipe."""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flamingo_ft.errors import UserError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from flamingo_ft.config.keys import RecipeKey
+
+KEY_INDENT = 4
+
 recipes_app = typer.Typer(
     help="List, show or copy packaged recipes, write one for your data, and look up keys."
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A packaged recipe's name.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a packaged recipe.")]
 
 
 @recipes_app.callback(invoke_without_command=True)
-def _recipes(context: typer.Context) -> None:
+def _root(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         list_recipes()
 
@@ -49,7 +58,7 @@ def show_recipe(name: Name) -> None:
 
 @recipes_app.command("copy")
 def copy_recipe(
-    name: Name, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where to.")] = Path(".")
+    name: Name, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Target folder.")] = Path(".")
 ) -> None:
     """Copy a packaged recipe and its data, to edit it."""
     from flamingo_ft.config import library
@@ -61,16 +70,25 @@ def copy_recipe(
 @recipes_app.command("keys")
 def list_keys(
     prefix: Annotated[
-        str | None, typer.Argument(metavar="PREFIX", help="Only keys that begin with it, such as train.dpo.")
+        str | None, typer.Argument(metavar="PREFIX", help="Only keys with this prefix, such as train.dpo.")
     ] = None,
+    as_markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Print recipes/README.md: all recipes and all keys, as Markdown."),
+    ] = False,
 ) -> None:
-    """Describe every key of a recipe: its type, default and meaning."""
+    """Document every key of a recipe: type, default and what it does."""
     from rich.console import Console
 
-    from flamingo_ft.config.keys import recipe_keys
+    from flamingo_ft.config.keys import markdown, recipe_keys
 
-    from .key_list import print_keys
-
+    if as_markdown:
+        if prefix is not None:
+            raise UserError(
+                f"recipes keys: got the prefix {prefix} with --markdown, which prints all keys; remove it"
+            )
+        typer.echo(markdown(), nl=False)
+        return
     print_keys(recipe_keys(prefix), Console(highlight=False))
 
 
@@ -84,13 +102,15 @@ def print_schema() -> None:
 
 @recipes_app.command("new")
 def new_recipe(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The recipe to write, which must not exist.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Recipe to write; it must not exist.")],
     data: Annotated[
         Path, typer.Option(metavar="PATH", help="Training data: a file, a pattern of files, or a folder.")
     ],
     eval_data: Annotated[
         Path | None,
-        typer.Option("--eval", metavar="PATH", help="Evaluation data; by default some rows are held out."),
+        typer.Option(
+            "--eval", metavar="PATH", help="Evaluation data. By default a fraction of the training data."
+        ),
     ] = None,
     image_root: Annotated[
         Path | None,
@@ -101,23 +121,24 @@ def new_recipe(
     format_: Annotated[
         str,
         typer.Option(
-            "--format", metavar="NAME", help="Schema of the rows, if not recognised (vqa, caption, ...)."
+            "--format", metavar="NAME", help="Format of the rows (vqa, caption, ...), if not recognised."
         ),
     ] = "auto",
     column: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FIELD=COLUMN", help="Column that holds a field, such as answer=label; once per field."
+            metavar="FIELD=COLUMN",
+            help="Column of a field, such as answer=label; repeat it for several fields.",
         ),
     ] = None,
     language: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Language model: nano, a Hub name or a folder. By default nano."),
+        typer.Option(metavar="NAME", help="Language model: nano (default), a name on the Hub, or a folder."),
     ] = None,
     vision: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Vision tower. By default nano, or ViT-L-14 beside another language model."
+            metavar="NAME", help="Vision tower. By default nano, or ViT-L-14 for another language model."
         ),
     ] = None,
     pretrained: Annotated[
@@ -125,25 +146,42 @@ def new_recipe(
     ] = None,
     output_dir: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Folder of the run, by default runs/ and the recipe's name."),
+        typer.Option(metavar="DIR", help="train.output_dir, by default runs/ and the recipe's name."),
     ] = None,
 ) -> None:
-    """Write a starting recipe that fits your data, with a reason for each value. Nothing is downloaded."""
+    """Write a recipe that fits your data, with a reason for each value. Nothing is downloaded."""
     from flamingo_ft.check.new_recipe import RecipeOptions, write_new_recipe
 
-    wishes = RecipeOptions(
+    options = RecipeOptions(
         data, eval_data, image_root, format_, _columns(column or ()), language, vision, pretrained, output_dir
     )
-    for note in write_new_recipe(file, wishes):
+    for note in write_new_recipe(file, options):
         typer.echo(f"note: {note}", err=True)
     typer.echo(f"wrote {file}; look at it, then: flamingo-ft check {shlex.quote(str(file))}")
 
 
-def _columns(given: list[str] | tuple[()]) -> dict[str, str]:
+def _columns(options: Sequence[str]) -> dict[str, str]:
+    """Parse FIELD=COLUMN options."""
     columns = {}
-    for one in given:
-        name, equals, column = one.partition("=")
-        if not (name and equals and column):
-            raise UserError(f"--column {one}: want FIELD=COLUMN, such as answer=label")
-        columns[name] = column
+    for option in options:
+        field, equals, column = option.partition("=")
+        if not (field and equals and column):
+            raise UserError(f"--column {option}: must be FIELD=COLUMN, such as answer=label")
+        columns[field] = column
     return columns
+
+
+def print_keys(keys: Sequence[RecipeKey], console: Console) -> None:
+    """Print two lines per key: name, type and default; then what it does. Lines are wrapped only on a
+    terminal."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for key in keys:
+        head = Text.assemble((key.name, "bold"), "  ", (f"{key.type}, {key.default_text}", "dim"))
+        if console.is_terminal:
+            console.print(head)
+            console.print(Padding(Text(key.description), (0, 0, 0, KEY_INDENT)))
+        else:
+            console.print(head, soft_wrap=True)
+            console.print(Text(" " * KEY_INDENT + key.description), soft_wrap=True)

@@ -39,7 +39,8 @@ def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSec
         if part in in_full:
             yield (
                 ("lora", part),
-                f"trainable.{part} is true too; train the part in full or through LoRA: set one to false or null",
+                f"trainable.{part} is true too; train the part in full or through LoRA: "
+                "set one to false or null",
             )
     if not (in_full or lora.parts):
         yield ("trainable",), "nothing would be trained; set one part to true, or configure lora for one"
@@ -48,8 +49,8 @@ def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSec
     if model.init_from is None:
         yield (
             ("model", "bridge_quantization"),
-            "a newly initialized bridge has to be trained, and only frozen parts are quantized; use none, or set "
-            "model.init_from",
+            "a newly initialized bridge has to be trained, and only frozen parts are quantized; "
+            "use none, or set model.init_from",
         )
     elif {PERCEIVER.name, CROSS_ATTENTION.name} <= {*in_full}:
         yield (
@@ -65,7 +66,8 @@ def _check_data(data: DataSection, lora: LoraSection) -> Errors:
     if data.cache and data.augmentation:
         yield (
             ("data", "cache"),
-            "augmentation changes each image every time, so its features cannot be cached; set one of them to null",
+            "augmentation changes each image every time, so its features cannot be cached; "
+            "set one of them to null",
         )
     if data.cache and lora.vision:
         yield (
@@ -85,7 +87,7 @@ def _check_data(data: DataSection, lora: LoraSection) -> Errors:
     if data.eval_fraction and any(source.streaming for source in data.train):
         yield (
             ("data", "eval_fraction"),
-            "a fraction of a streamed source cannot be held out; set data.eval instead, or streaming to false",
+            "a fraction of a streamed source cannot be held out; use data.eval, or set streaming to false",
         )
 
 
@@ -123,13 +125,15 @@ def _check_training(train: TrainSection, trainable: TrainableSection) -> Errors:
     if train.optimizer_in_backward and train.gradient_accumulation_steps > 1:
         yield (
             ("train", "optimizer_in_backward"),
-            f"got gradient_accumulation_steps {train.gradient_accumulation_steps}, but the optimizer steps in every "
-            "backward pass; use 1 and a larger batch_size, or set it to false",
+            f"got gradient_accumulation_steps {train.gradient_accumulation_steps}, "
+            "but the optimizer steps in every backward pass; "
+            "use 1 and a larger batch_size, or set it to false",
         )
     if train.optimizer_in_backward and train.non_finite == "skip_step":
         yield (
             ("train", "non_finite"),
-            "a step inside the backward pass cannot be skipped afterwards; use stop, or set optimizer_in_backward to false",
+            "a step inside the backward pass cannot be skipped afterwards; "
+            "use stop, or set optimizer_in_backward to false",
         )
     if train.precision == "fp16" and trainable.dtype == "bf16":
         yield (
@@ -186,8 +190,8 @@ def _check_dpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Err
     if data.packing:
         yield (
             ("data", "packing"),
-            "dpo compares pairs row by row, so samples cannot be packed; set it to false (group_by_length also saves "
-            "padding)",
+            "dpo compares pairs row by row, so samples cannot be packed; "
+            "set it to false (group_by_length also saves padding)",
         )
     if lora.lora_dropout:
         yield (
@@ -207,8 +211,8 @@ def _check_fsdp(train: TrainSection, model: ModelSection, data: DataSection) -> 
     if train.optimizer != "adamw" or train.optimizer_in_backward:
         yield (
             ("train", "optimizer"),
-            "sharded weights need adamw after the backward pass; use adamw without optimizer_in_backward, or set "
-            "train.fsdp to false",
+            "sharded weights need adamw after the backward pass; "
+            "use adamw without optimizer_in_backward, or set train.fsdp to false",
         )
     if data.cache:
         yield (

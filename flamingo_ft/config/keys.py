@@ -1,4 +1,4 @@
-"""The keys of a recipe as documentation, from their declarations: for the terminal, for editors and as a page."""
+"""Documentation of a recipe's keys, from their declarations: for the terminal, for editors, and as a page."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ _SECTION_DEFAULT = "see its keys"
 _MARKDOWN_HEAD = """\
 # Recipes
 
-A recipe is a YAML file that describes a run: model, data, training, evaluation. This page is generated from the declarations
-of its keys; `flamingo-ft recipes keys PREFIX` prints the same in a terminal, and editors show it through
+A recipe is a YAML file that describes a run: model, data, training and evaluation. This page is generated
+from the declarations of its keys (`flamingo-ft recipes keys --markdown > recipes/README.md`).
+`flamingo-ft recipes keys PREFIX` prints the same in a terminal, and editors show it through
 `recipe.schema.json`.
 
-    flamingo-ft recipes new mine.yaml --data FILE     write a recipe that fits your data
-    flamingo-ft recipes copy NAME                     copy a packaged recipe and its data
-    flamingo-ft train mine.yaml train.max_steps=100   train; any key can be set on the command line, its value read as YAML
+    flamingo-ft recipes new mine.yaml --data FILE     # write a recipe that fits your data
+    flamingo-ft recipes copy NAME                     # or copy a packaged recipe and its data
+    flamingo-ft train mine.yaml train.max_steps=100   # any key can be set here; values are YAML
 
-On the command line, a list's entry is addressed by its index: `data.train.0.weight=2`. Whatever a recipe reads is relative
-to the recipe file; whatever a run writes, and paths on the command line, to the current directory.
+On the command line, an entry of a list is addressed by its index: `data.train.0.weight=2`. What a recipe
+reads is relative to the recipe file. What a run writes, and paths on the command line, are relative to the
+current directory.
 """
 
 
 @dataclass(frozen=True)
 class RecipeKey:
-    """A key. name: dotted, entries of a list under index 0, as in overrides. default: as YAML; None for a required key."""
+    """A key. name: dotted, entries of a list under index 0, as in overrides. default: as YAML; None for a
+    required key."""
 
     name: str
     type: str

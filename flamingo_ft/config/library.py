@@ -19,7 +19,7 @@ _FOLDERS = (_PACKAGE / "recipes", _PACKAGE.parent / "recipes")
 
 
 def library_folder() -> Path:
-    """Return the folder of the packaged recipes. Raises UserError if the package was installed without them."""
+    """Return the folder of the packaged recipes. Raises UserError if there is none."""
     for folder in _FOLDERS:
         if folder.is_dir():
             return folder
@@ -73,10 +73,10 @@ def recipe_text(name: str) -> str:
 
 
 def copy_recipe(name: str, folder: Path) -> list[Path]:
-    """Copy a packaged recipe, the folders of its data and the JSON schema into ``folder``; return what was written.
+    """Copy a packaged recipe, the folders of its data and the JSON schema; return what was written.
 
-    An existing schema stays, and so does data that was copied with another recipe. Raises UserError, before anything is
-    written, for an unknown name and if any other target exists.
+    An existing schema stays, and so does data that was copied with another recipe. Raises UserError, before
+    anything is written, for an unknown name and if any other target exists.
     """
     recipe = _packaged_file(name)
     copies = {source: folder / source.name for source in (recipe, *_data_folders(recipe))}

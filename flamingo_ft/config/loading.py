@@ -47,8 +47,8 @@ def load_recipe(
     require: what has to exist: the files of `data`, image folders included; folders and files of `backbones`;
         model.init_from (`start`).
 
-    Raises UserError with one line per error, each with the file and line, or the override, that it comes from. Warns if a
-    model is found only where earlier versions looked for it.
+    Raises UserError with one line per error, each with the file and line, or the override, that it comes
+    from. Warns if a model is found only where earlier versions looked for it.
     """
     path = find_recipe(path_or_name)
     sources = _Sources(_read(path), path.parent, [parse_override(text) for text in overrides])
@@ -89,7 +89,7 @@ class _Sources:
         return next(around, None)
 
     def line_and_name(self, location: Location) -> tuple[int, str]:
-        """Return the line in the file and what messages call the place: `recipe.yaml:12`, or an override (line 0)."""
+        """Return the line in the file (0 for an override) and the place in words, such as `recipe.yaml:12`."""
         line, is_in_file = self.file.find(location)
         override = self.override_of(location)
         if override is None and not is_in_file:
@@ -126,7 +126,7 @@ def _user_error(sources: _Sources, errors: Sequence[tuple[Location, str]]) -> Us
 def _missing_paths(
     values: Any, unresolved: Any, sources: _Sources, kinds: Collection[PathKind]
 ) -> Iterator[tuple[Location, str]]:
-    """Yield location and message of each path of these kinds that does not exist. unresolved: the values as written."""
+    """Yield location and message of each missing path of these kinds. unresolved: the values as written."""
     for location, kind in path_locations(values):
         path = Path(value_at(values, location))
         exists = path.is_dir() if location[-1] == "image_root" else path_exists(path)

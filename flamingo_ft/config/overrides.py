@@ -43,8 +43,8 @@ def parse_override(text: str) -> Override:
 def apply_overrides(values: Any, overrides: Sequence[Override]) -> Any:
     """Return a copy of a recipe's plain values with the overrides applied in order.
 
-    An override of one of two `ALTERNATIVES` replaces the other one of the file. If both are overridden, validation reports
-    the conflict.
+    An override of one of two `ALTERNATIVES` replaces the other one of the file. If both are overridden,
+    validation reports the conflict.
     """
     values = copy.deepcopy(values)
     for override in overrides:
@@ -78,7 +78,7 @@ def _check_step(values: Any, step: str | int, override: Override, depth: int) ->
 
 
 def _remove_replaced(values: Any, overrides: Sequence[Override]) -> None:
-    """Remove values of the file that an override gives in another unit: `train.epochs=3` replaces max_steps."""
+    """Remove what an override gives in another unit: `train.epochs=3` replaces the file's max_steps."""
     for pair in ALTERNATIVES:
         for key, alternative in (pair, pair[::-1]):
             is_set = any(one.location == key and one.value is not None for one in overrides)

@@ -1,11 +1,12 @@
 """What the relative paths of a recipe are relative to.
 
-What a recipe reads (backbones, weights, `model.init_from`, data, images) is relative to the recipe's folder. What a run
-writes, and any path in an override, is relative to the current directory. A name that could also be a repository on the Hub
-or an architecture of OpenCLIP is a path under the conditions in `flamingo_ft.hub.names`.
+What a recipe reads (backbones, weights, `model.init_from`, data, images) is relative to the recipe's folder.
+What a run writes, and any path in an override, is relative to the current directory. A name that could also
+be a repository on the Hub or an architecture of OpenCLIP is a path under the conditions in
+`flamingo_ft.hub.names`.
 
-In earlier versions backbones and `model.init_from` were relative to the current directory. They are still found there, with a
-warning.
+In earlier versions backbones and `model.init_from` were relative to the current directory. They are still
+found there, with a warning.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def resolve_paths(
 ) -> Iterator[tuple[Location, str]]:
     """Make the paths among a recipe's plain values absolute, in place. In output paths, only `~` is expanded.
 
-    start_of: returns the folder that a relative path at a location starts from. Yields location and text of each warning.
+    start_of: returns the folder that a relative path at a location starts from. Yields location and text of
+    each warning.
     """
     for location, kind in list(path_locations(values)):
         text, start = value_at(values, location), start_of(location, kind)
@@ -105,9 +107,9 @@ def resolve_paths(
 def _resolve_model(
     kind: PathKind, text: str, section: Mapping[str, Any], start: Path
 ) -> tuple[Path | None, str | None]:
-    """Return the path of a model, or None for a name that is not a path; and a warning if earlier versions would differ.
+    """Return the path of a model, or None for a name that is not a path; and a warning for old recipes.
 
-    They took another path, or they alone would have found this one.
+    It is given if earlier versions used another path, or if only they would have found this one.
     """
     here, plain = Path.cwd(), os.path.expanduser(text.removeprefix(LOCAL_DIR))
     is_relative_to_recipe = kind is not PathKind.START and plain.startswith(("./", "../"))  # then as now
@@ -139,7 +141,7 @@ def _local_path(
 
 
 def strip_recipe_paths(values: Any) -> Any:
-    """Return a copy of a recipe's plain values, to be published, that keeps only the last part of each absolute path."""
+    """Return a copy of a recipe's plain values in which only the last part of each absolute path is left."""
     values = copy.deepcopy(values)
     for location, _ in list(path_locations(values)):
         set_value_at(values, location, strip_local_path(value_at(values, location)))

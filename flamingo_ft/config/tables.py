@@ -1,7 +1,7 @@
-"""Tables of plain data behind the keys of a recipe: parts of the model, dataset formats, metrics, keys of other trainers.
+"""Tables behind the keys of a recipe: parts of the model, dataset formats, metrics, keys of other trainers.
 
-Only names, labels and defaults are here, so that a recipe is validated without importing torch. What a part, format or
-metric does is attached to its name in the folder that owns it: `model`, `data` and `evaluation`.
+Only names, labels and defaults are here, so that a recipe is validated without importing torch. What a part,
+format or metric does is attached to its name in the folder that owns it: `model`, `data` and `evaluation`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from dataclasses import dataclass
 class Part:
     """A part of the model that can be trained.
 
-    name: its key in ``trainable``, ``lora``, ``train.learning_rates`` and ``train.weight_decays``. label: what messages
-    and documentation call it; short: its name in tables. module: the model's attribute that holds it. trainable: default
-    of its switch in ``trainable``; None for a backbone, which is frozen or gets LoRA. takes_lora: whether it has linear
-    layers, which may get LoRA and be quantized while they are frozen. decays: whether it has matrices that weight decay
-    is for; undecayed: parameters of ``module`` that are matrices by shape only, and are not decayed.
+    name: its key in ``trainable``, ``lora``, ``train.learning_rates`` and ``train.weight_decays``. label:
+        what messages and documentation call it; short: its name in tables. module: the model's attribute
+        that holds it. trainable: default of its switch in ``trainable``; None for a backbone, which is
+        frozen or gets LoRA. takes_lora: whether it has linear layers, which may get LoRA and be quantized
+        while they are frozen. decays: whether it has matrices that weight decay is for; undecayed:
+        parameters of ``module`` that are matrices by shape only, and are not decayed.
     """
 
     name: str
@@ -64,14 +65,16 @@ LANGUAGE = Part(
 )
 VISION = Part("vision", label="vision tower", short="vision tower", module="vision_encoder", trainable=None)
 
-# A trainable part is added here, in one row: recipe keys, trainable set, adapter, optimizer, plan and card follow.
+# A trainable part is added here, in one row: recipe keys, trainable set, adapter, optimizer, plan and card
+# follow.
 BRIDGE_PARTS = (PERCEIVER, CROSS_ATTENTION, NEW_TOKENS)
 BACKBONE_PARTS = (LANGUAGE, VISION)
-# The parts that `lora` names, in its order: the first that a recipe gives LoRA sets the rank of peft.LoraConfig.
+# The parts that `lora` names, in its order: the first that a recipe gives LoRA sets the rank of
+# peft.LoraConfig.
 LORA_PARTS = (LANGUAGE, CROSS_ATTENTION, PERCEIVER, VISION)
 
-# Schema of a dataset's rows -> the columns it is recognised by, tried in this order: the first that fits is used. A
-# preference pair has a prompt too, and an instruction of MIMIC-IT an answer.
+# Schema of a dataset's rows -> the columns it is recognised by, tried in this order: the first that fits is
+# used. A preference pair has a prompt too, and an instruction of MIMIC-IT an answer.
 DATASET_FORMATS = {
     "preference": "prompt, chosen, rejected",
     "messages": "messages and images",
@@ -91,8 +94,8 @@ METRICS = {
     "accuracy": "fraction of generated answers that equal the reference answer; higher is better",
 }
 
-# Keys of other trainers' configurations, in lower case -> what they are called in a recipe, to suggest the right key. No key
-# of a recipe has one of these spellings. Entries of a list are under index 0.
+# Keys of other trainers' configurations, in lower case -> what they are called in a recipe, to suggest the
+# right key. No key of a recipe has one of these spellings. Entries of a list are under index 0.
 FOREIGN_KEYS = {
     # transformers' TrainingArguments
     "num_train_epochs": "train.epochs",

@@ -1,7 +1,8 @@
 """pydantic's validation errors -> messages with a remedy, all of a recipe's errors at once.
 
-pydantic runs cross-field validation only if every single value is valid. To report both kinds together, invalid values are
-replaced by defaults, and cross-field errors that may come from a replaced value are dropped.
+pydantic runs cross-field validation only if every single value is valid. To report both kinds together,
+invalid values are replaced by defaults, and cross-field errors that may come from a replaced value are
+dropped.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def dotted(location: Location) -> str:
 
 
 def validation_errors(schema: type[BaseModel], error: ValidationError, values: Any = None) -> Errors:
-    """Return location and message of every error. A misspelt required key is reported once, not also as missing.
+    """Return location and message of every error; a misspelt required key is not also reported as missing.
 
-    values: the plain values that were validated; they allow for cross-field errors beside errors of single values.
+    values: the plain values that were validated; they allow for cross-field errors beside errors of single
+    values.
     """
     single = _single_value_errors(error)
     unknown = [one["loc"] for one in single if one["type"] == "extra_forbidden"]
@@ -65,7 +67,7 @@ def validation_errors(schema: type[BaseModel], error: ValidationError, values: A
 
 
 def _single_value_errors(error: ValidationError) -> list[dict[str, Any]]:
-    """Return pydantic's errors of single values. A list is not "too short" because its entries are invalid."""
+    """Return pydantic's errors of single values, except "too short" for a list with invalid entries."""
     return [
         one
         for one in error.errors(include_url=False)
@@ -128,8 +130,8 @@ def _unknown_key(schema: type[BaseModel], location: Location) -> str:
 def _nearest_keys(schema: type[BaseModel], location: Location) -> list[Location]:
     """Return the keys that an unknown key may stand for.
 
-    These are all keys of the same name elsewhere, or the key that another trainer calls so, or else the one of the most
-    similar spelling: in the same section, then anywhere.
+    These are all keys of the same name elsewhere, or the key that another trainer calls so, or else the one
+    of the most similar spelling: in the same section, then anywhere.
     """
     *parent, name = location
     everywhere = list(recipe_locations(schema))
@@ -195,7 +197,8 @@ def _cross_field_errors_beside(schema: type[BaseModel], values: Any, invalid: Se
 
 
 def _depends_on(location: Location, message: str, invalid: Location) -> bool:
-    """Whether a cross-field error may come from a replaced value: one around it, inside it, or named in its message."""
+    """Whether a cross-field error may come from a replaced value: one around it, inside it, or named in its
+    message."""
     depth = min(len(location), len(invalid))
     is_named = re.search(rf"\b{re.escape(str(invalid[-1]))}\b", message) is not None
     return location[:depth] == invalid[:depth] or is_named
@@ -220,7 +223,8 @@ def _repair(schema: type[BaseModel], values: Any, location: Location, is_missing
 
 
 def _placeholder(section: type[BaseModel], name: str) -> Any:
-    """Return a valid value for a required key: text, a number, or an empty section that the next round fills."""
+    """Return a valid value for a required key: text, a number, or an empty section that the next round
+    fills."""
     annotation = section.model_fields[name].annotation
     inner = section_of(annotation)
     if inner is not None:

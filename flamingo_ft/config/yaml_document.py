@@ -1,7 +1,8 @@
 """YAML text -> plain values, with the line that each of them is on.
 
-ruamel.yaml records lines too, but would not be smaller: its scalars (hexadecimal numbers, dates), tags and keys that are not
-text would have to be excluded just the same, and its containers and scalars converted to plain ones.
+ruamel.yaml records lines too, but would not be smaller: its scalars (hexadecimal numbers, dates), tags and
+keys that are not text would have to be excluded just the same, and its containers and scalars converted to
+plain ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _SCALARS = (  # tag, pattern, first characters ("" stands for an empty value)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2: `1e-4` is a number; `on`, `12:30` and dates are text."""
+    """PyYAML's safe loader with the scalars of YAML 1.2: `1e-4` is a number; `on`, `12:30` and dates are
+    text."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -43,14 +45,16 @@ for _name, _pattern, _first in _SCALARS:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed YAML text. name: what error messages call it, a file's path or an override. root: the YAML node of the values."""
+    """A parsed YAML text. name: what error messages call it, a file's path or an override. root: the YAML
+    node of the values."""
 
     name: str
     values: Any
     root: yaml.Node | None
 
     def find(self, location: Location) -> tuple[int, bool]:
-        """Return the line, from 1, of ``location`` and True; or the line of its deepest existing parent and False."""
+        """Return the line, from 1, of ``location`` and True; or the line of its deepest existing parent and
+        False."""
         line, node = _line(self.root), self.root
         for step in location:
             child = _child(node, step)
@@ -85,7 +89,8 @@ def _line(node: yaml.Node | None) -> int:
 
 
 def _child(node: yaml.Node | None, step: str | int) -> tuple[int, yaml.Node] | None:
-    """Return line and node of a key's value, whose line is the key's, or of a list's entry; None if there is none."""
+    """Return line and node of a key's value, whose line is the key's, or of a list's entry; None if there is
+    none."""
     if isinstance(node, yaml.MappingNode):
         # Keys merged from an anchor come before the mapping's own, and the last one counts.
         for key, value in reversed(node.value):

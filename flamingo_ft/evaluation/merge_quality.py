@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from flamingo_ft.backbones.decoder_layers import context_length
-from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
+from flamingo_ft.config import RECIPE_FILE, load_recipe
 from flamingo_ft.data import Dropped, Encoded, OpenedData, Sample, encode_within, open_data
 from flamingo_ft.data.collate import load_media
-from flamingo_ft.data.encode import IGNORED, encode_prompt
+from flamingo_ft.data.encode import IGNORED, TooLong, encode_prompt
 from flamingo_ft.data.sample import UNNAMED_TASK, text_message
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor, Prompt
@@ -74,7 +74,8 @@ def eval_set_of_run(folder: Path, processor: FlamingoProcessor, context: int, sa
         recipe = load_recipe(folder / RECIPE_FILE, require=("data",))
         data = open_data(recipe.data, recipe.train.seed)
         selected = _select(data, samples)
-        encoded = _encode(selected, processor, recipe, context)
+        limit = min(recipe.data.max_text_tokens or context, context)
+        encoded = _encode(selected, processor, limit, recipe.data.too_long)
     except UserError:
         return None
     if not encoded:
@@ -93,11 +94,13 @@ def _select(data: OpenedData, samples: int) -> list[Sample]:
 
 
 def _encode(
-    samples: Sequence[Sample], processor: FlamingoProcessor, recipe: Recipe, context: int
+    samples: Sequence[Sample],
+    processor: FlamingoProcessor,
+    limit: int,
+    policy: TooLong = "error",
 ) -> list[tuple[Sample, Encoded]]:
     """Encode samples as in training; those that training drops as too long are left out."""
-    limit = min(recipe.data.max_text_tokens or context, context)
-    pairs = [(sample, encode_within(processor, sample, limit, recipe.data.too_long)) for sample in samples]
+    pairs = [(sample, encode_within(processor, sample, limit, policy)) for sample in samples]
     return [(sample, encoded) for sample, encoded in pairs if not isinstance(encoded, Dropped)]
 
 
@@ -120,8 +123,7 @@ def made_up_eval_set(model: FlamingoForConditionalGeneration, processor: Flaming
         )
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    context = context_length(model.config)
-    encoded = [(sample, encode_within(processor, sample, context)) for sample in samples]
+    encoded = _encode(samples, processor, context_length(model.config))
     return EvalSet(encoded, questions_of(samples), MADE_UP)
 
 

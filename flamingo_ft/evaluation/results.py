@@ -170,16 +170,16 @@ def _card_table(table: ScoreTable) -> CardTable:
 
     rows = [[task, str(row.samples), *cells(row)] for task, row in table.tasks.items()]
     after = table.columns.index(AFTER)
-    values = {"all": table.overall.values[after]}
+    scores = {"all": table.overall.values[after]}
     if len(table.tasks) > 1:
-        values |= {task: row.values[after] for task, row in table.tasks.items()}
+        scores |= {task: row.values[after] for task, row in table.tasks.items()}
     return CardTable(
         title=f"{metric.title} on held-out samples",
         description=metric.description or metric.label,
         hub_type=metric.hub_type or metric.name,
         columns=[COLUMN_HEADERS[column] for column in COLUMNS],
         rows=[*rows, ["all", "", *cells(table.overall)]],
-        values=values,
+        values={task: value for task, value in scores.items() if value is not None},
     )
 
 

@@ -151,7 +151,7 @@ class Predictor:
         """Generate answers to one batch greedily, no longer than the context has room for."""
         model, tokenizer = self.model, self.processor.tokenizer
         encoded = self.encode(prompts)
-        batch = pad_ids(encoded, tokenizer.pad_token_id, "left")
+        batch: dict[str, Any] = pad_ids(encoded, tokenizer.pad_token_id, "left")
         batch |= stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
         end_tokens = end_token_ids(model, self.processor)
         output = model.generate(
@@ -167,7 +167,8 @@ class Predictor:
 
     def _pixels(self, image: Any, where: str) -> Tensor:
         """Read an image or video as pixels (F frames, C, H, W)."""
-        if isinstance(image, FILES):
+        is_file = isinstance(image, FILES)
+        if is_file:
             return load_pixels(self.processor, image, where)
         try:
             return self.processor.image_processor.transform(to_rgb(image)).unsqueeze(0)

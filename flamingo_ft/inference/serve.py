@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible HTTP API."""
+"""Serve a model over an OpenAI-compatible HTTP API."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Literal
 
 from transformers.utils.import_utils import is_serve_available
 
-from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.files import read_flamingo_config
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 
+from .predictor import Predictor
+
 INSTALL = 'pip install "flamingo_ft[serve]"'
 MAX_BODY_MIB = 64
-SHUTDOWN_SECONDS = 10  # that answers on their way have after Ctrl-C
+SHUTDOWN_SECONDS = 10  # for answers in progress, after Ctrl-C
 
 
 def serve(
@@ -29,8 +30,9 @@ def serve(
 ) -> None:
     """Load an adapter or a merged model (a folder, or a name on the Hub), and answer requests until interrupted.
 
-    allowed_media: folder whose image files requests may name. image_urls: see `MediaPolicy`. max_body_mib: size of a
-    request's body. Raises UserError without the server's packages, for what is no such model, and for a port in use.
+    allowed_media: folder whose image files requests may name. image_urls: see `MediaPolicy`. max_body_mib: largest
+    body of a request. Raises UserError if the server's packages are not installed, the folder holds no model, or the
+    port is in use.
     """
     if not is_serve_available():
         raise UserError(f"serve: the server's packages are not installed; run: {INSTALL}")
@@ -40,23 +42,23 @@ def serve(
             f"{model}: no adapter and no merged model; give the folder that a run or a merge wrote"
         )
     read_flamingo_config(folder)
-    _check_free(host, port)
+    _check_port(host, port)
 
-    import uvicorn  # these need the packages that were looked for above
+    import uvicorn  # this and the modules below need the packages of the extra
 
-    from flamingo_ft.inference.server.app import build_app
-    from flamingo_ft.inference.server.engine import Engine
-    from flamingo_ft.inference.server.images import MediaPolicy
+    from .server.app import build_app
+    from .server.engine import Engine
+    from .server.messages import MediaPolicy
 
-    engine = Engine(*load_trained(folder), MediaPolicy(allowed_media, image_urls))
+    engine = Engine(Predictor.from_pretrained(folder), MediaPolicy(allowed_media, image_urls))
     app = build_app(engine, model, max_body_mib << 20)
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=SHUTDOWN_SECONDS)
 
 
-def _check_free(host: str, port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     try:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        problem = f"serve: {host}:{port} cannot be listened on ({error.strerror})"
+        problem = f"serve: cannot listen on {host}:{port} ({error.strerror})"
         raise UserError(f"{problem}; give another --port") from None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -159,7 +160,7 @@ def _figure(
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(curves) > 1:
-        above_right = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        above_right: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
         axes.legend(ncols=3, frameon=False, fontsize=9, **above_right)
     return figure
 

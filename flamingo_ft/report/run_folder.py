@@ -65,7 +65,9 @@ class RunFolder:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.recipe.train.max_steps
+        steps = self.recipe.train.max_steps
+        assert steps is not None, "the recipe of a run has its epochs as steps"
+        return steps
 
     def last(self, key: str) -> float | None:
         """Return the newest value of a key in the log."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
@@ -200,7 +201,7 @@ def _draw_number(axes: Axes, left: float, number: int) -> None:
 
 def _write_below(axes: Axes, lines: Iterable[Line]) -> None:
     font = {"fontsize": FONT_POINTS, "parse_math": False, "multialignment": "center"}
-    texts = [TextArea(text, textprops={"color": colour, **font}) for text, colour in lines]
+    texts: list[Artist] = [TextArea(text, textprops={"color": colour, **font}) for text, colour in lines]
     packed = VPacker(children=texts, align="center", pad=0, sep=3)
     position = {"xycoords": "axes fraction", "boxcoords": "offset points", "box_alignment": (0.5, 1)}
     frame = {"frameon": False, "annotation_clip": False, "pad": 0}

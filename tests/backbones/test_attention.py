@@ -1,4 +1,4 @@
-"""Opened attention: the same tower, whose matrices are linear layers that are called as such."""
+"""Unfused attention: the same tower, with every matrix in a linear layer that is called."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VARIANTS = {
     "scale_attn": True,
     "scale_fc": True,
 }
-OPENABLE = {
+UNFUSABLE = {
     **{name: TOWERS[name][0] for name in ("clip", "clip-quickgelu", "coca", "eva-rotary")},
     "custom": {"embed_dim": 16, "vision_cfg": {**CLIP_CFG, **VARIANTS}},
     "custom-plain": {"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "block_type": "custom"}},
@@ -46,19 +46,19 @@ def linears(visual: nn.Module) -> list[str]:
     return [name for name, module in visual.named_modules() if isinstance(module, nn.Linear)]
 
 
-@pytest.fixture(params=OPENABLE)
+@pytest.fixture(params=UNFUSABLE)
 def tower(request) -> tuple[nn.Module, torch.Tensor]:
-    return random_tower(OPENABLE[request.param])
+    return random_tower(UNFUSABLE[request.param])
 
 
-def test_an_opened_tower_gives_the_same_tokens(tower):
+def test_an_unfused_tower_gives_the_same_tokens(tower):
     visual, images = tower
     expected = spatial_tokens(visual, images)
     unfuse_attention(visual)
     torch.testing.assert_close(spatial_tokens(visual, images), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_closing_is_the_inverse_of_opening(tower):
+def test_refuse_attention_inverts_unfuse_attention(tower):
     visual, images = tower
     before, tokens = dict(visual.state_dict()), spatial_tokens(visual, images)
     trainable = {name: parameter.requires_grad for name, parameter in visual.named_parameters()}
@@ -71,8 +71,8 @@ def test_closing_is_the_inverse_of_opening(tower):
     assert torch.equal(spatial_tokens(visual, images), tokens)
 
 
-def test_opening_copies_nothing_and_twice_is_once():
-    visual, _ = random_tower(OPENABLE["clip"])
+def test_unfusing_copies_nothing_and_is_idempotent():
+    visual, _ = random_tower(UNFUSABLE["clip"])
     before = {parameter.data_ptr() for parameter in visual.parameters()}
     unfuse_attention(visual)
     names = list(visual.state_dict())
@@ -81,7 +81,7 @@ def test_opening_copies_nothing_and_twice_is_once():
     assert list(visual.state_dict()) == names and is_unfused(visual)
 
 
-def test_every_matrix_of_an_opened_tower_is_multiplied_by_its_module(tower):
+def test_every_matrix_of_an_unfused_tower_is_used_by_calling_its_module(tower):
     visual, images = tower
     unfuse_attention(visual)
     blocks = getattr(visual, "trunk", None) or visual.transformer
@@ -96,7 +96,7 @@ def test_every_matrix_of_an_opened_tower_is_multiplied_by_its_module(tower):
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("mask", [None, "bool", "float", "per head"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_open_attention_is_torchs_multihead_attention(batch_first, mask, bias):
+def test_unfused_attention_equals_torchs_multihead_attention(batch_first, mask, bias):
     torch.manual_seed(0)
     holder = nn.ModuleDict(
         {"attn": nn.MultiheadAttention(WIDTH, HEADS, bias=bias, batch_first=batch_first)}
@@ -117,7 +117,7 @@ def test_open_attention_is_torchs_multihead_attention(batch_first, mask, bias):
 
 
 @pytest.mark.parametrize("mask", ["bool", "float", "per head"])
-def test_open_custom_attention_is_open_clips_under_a_mask(mask):
+def test_unfused_open_clip_attention_equals_open_clips_with_a_mask(mask):
     torch.manual_seed(0)
     options = {"qk_norm": True, "scale_heads": True, "inner_norm": True, "norm_layer": nn.LayerNorm}
     holder = nn.ModuleDict({"attn": Attention(WIDTH, HEADS, **options)}).double()
@@ -140,7 +140,7 @@ FUSED = {
 
 
 @pytest.mark.parametrize("make", FUSED.values(), ids=FUSED)
-def test_timms_fused_attention_calls_its_matrix_once_opened(make):
+def test_timms_fused_attention_calls_its_layer_once_unfused(make):
     torch.manual_seed(0)
     holder = nn.ModuleDict({"attn": make()}).double().eval()
     with torch.no_grad():
@@ -169,8 +169,8 @@ def test_dropout_applies_in_training_only():
     assert torch.equal(holder["attn"](x, x, x)[0], holder["attn"](x, x, x)[0])
 
 
-def test_lora_reaches_both_projections_of_an_opened_tower():
-    visual, images = random_tower(OPENABLE["clip"])
+def test_lora_reaches_both_projections_of_an_unfused_tower():
+    visual, images = random_tower(UNFUSABLE["clip"])
     unfuse_attention(visual)
     expected = spatial_tokens(visual, images)
     inject_adapter_in_model(
@@ -188,7 +188,7 @@ def refusal(change, visual: nn.Module) -> str:
     return str(caught.value)
 
 
-def test_attention_that_cannot_be_opened_is_refused_by_name():
+def test_attention_that_cannot_be_unfused_is_an_error_that_names_it():
     scaled = build_visual({"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "scaled_cosine_attn": True}})
     assert "transformer.resblocks.0.attn of the vision tower is OpenCLIP's scaled_cosine" in refusal(
         unfuse_attention, scaled
@@ -197,7 +197,7 @@ def test_attention_that_cannot_be_opened_is_refused_by_name():
     assert "attention attn" in refusal(unfuse_attention, extra)
 
 
-def test_attention_weights_are_refused():
+def test_asking_for_attention_weights_is_an_error():
     holder = nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)})
     unfuse_attention(holder)
     x = torch.randn(1, QUERIES, WIDTH)
@@ -206,8 +206,8 @@ def test_attention_weights_are_refused():
     )
 
 
-def test_a_tower_with_an_adapter_does_not_close():
-    visual, _ = random_tower(OPENABLE["clip"])
+def test_a_tower_with_an_adapter_cannot_be_fused_again():
+    visual, _ = random_tower(UNFUSABLE["clip"])
     unfuse_attention(visual)
     inject_adapter_in_model(LoraConfig(target_modules=["in_proj"]), visual)
     assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, not a plain" in refusal(

@@ -1,4 +1,4 @@
-"""Decoder layers are found where they are, and nowhere else."""
+"""Finding the decoder layers of language models, and the shape of what flows through them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def llama(layers: int = 3) -> LlamaForCausalLM:
 
 
 def opt_with_narrow_embeddings() -> OPTForCausalLM:
-    """Like OPT-350m: embeddings of another width than the layers."""
+    """Like OPT-350m: the embeddings are narrower than the layers."""
     sizes = {"vocab_size": 32, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     return OPTForCausalLM(OPTConfig(hidden_size=16, word_embed_proj_dim=8, **sizes))
 
@@ -51,8 +51,8 @@ def refusal(lm: nn.Module, override: str | None = None) -> str:
     return message
 
 
-def what_layers_read(lm: nn.Module) -> list[tuple[int, Tensor]]:
-    """Index and first argument of each call of a decoder layer, in one forward."""
+def layer_inputs(lm: nn.Module) -> list[tuple[int, Tensor]]:
+    """Return index and first argument of each call of a decoder layer in one forward."""
     calls: list[tuple[int, Tensor]] = []
     for index, layer in enumerate(find_decoder_layers(lm)[1]):
         layer.register_forward_pre_hook(lambda module, args, index=index: calls.append((index, args[0])))
@@ -95,17 +95,17 @@ def test_the_layers_of_a_tower_are_not_taken_for_decoder_layers(family):
 def test_the_layers_found_run_once_each_and_in_order(family):
     lm = make_tiny(family)
     _, layers = find_decoder_layers(lm)
-    assert [index for index, _ in what_layers_read(lm)] == list(range(len(layers)))
+    assert [index for index, _ in layer_inputs(lm)] == list(range(len(layers)))
 
 
-def test_lists_inside_layers_do_not_count():
+def test_lists_inside_layers_are_not_candidates():
     lm = llama(layers=3)
     for layer in lm.model.layers:
         layer.experts = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
     assert find_decoder_layers(lm)[0] == "model.layers"
 
 
-def test_two_lists_that_could_be_meant_are_an_error_that_names_both():
+def test_two_candidate_lists_are_an_error_that_names_both():
     lm = llama(layers=3)
     lm.model.norms = nn.ModuleList(nn.LayerNorm(2) for _ in range(3))
     message = refusal(lm)
@@ -121,7 +121,7 @@ def test_a_model_without_layers_is_an_error_that_shows_its_lists():
     assert "holds no ModuleList" in refusal(lm)
 
 
-def test_an_override_is_obeyed_before_anything_else():
+def test_an_override_takes_precedence():
     lm = llama(layers=3)
     lm.model.some = nn.ModuleList([nn.Linear(2, 2)])
     path, layers = find_decoder_layers(lm, "model.some")
@@ -144,7 +144,7 @@ def test_a_wrong_override_is_an_error_that_shows_the_right_one(override, problem
 
 
 @pytest.mark.parametrize("model_type", UNSUPPORTED)
-def test_a_family_that_does_not_fit_is_refused_with_its_reason(model_type):
+def test_an_unsupported_family_is_refused_with_its_reason(model_type):
     lm = nn.Module()
     lm.config = SimpleNamespace(model_type=model_type)
     assert UNSUPPORTED[model_type] in refusal(lm)
@@ -165,7 +165,7 @@ def test_a_family_that_does_not_fit_is_refused_with_its_reason(model_type):
 )
 def test_hidden_size_is_the_width_of_one_stream_between_layers(lm):
     lm = lm()
-    _, hidden = what_layers_read(lm)[0]
+    _, hidden = layer_inputs(lm)[0]
     streams = residual_streams(lm.config)
     hidden = hidden if streams is None else streams.mean(hidden)
     assert hidden.shape == (1, 6, hidden_size(lm.config))
@@ -197,5 +197,5 @@ def test_an_update_reaches_every_residual_stream_alike(layout, shape):
         (BloomConfig(), NO_CONTEXT_LIMIT),
     ],
 )
-def test_the_context_is_what_the_language_model_was_made_for(config, length):
+def test_the_context_length_is_read_from_the_configuration(config, length):
     assert context_length(config) == length

@@ -42,7 +42,7 @@ def sized(request, tmp_path):
     return str(tmp_path), size, torch.randn(2, 3, size, size), tokens
 
 
-def test_another_size_gives_its_number_of_tokens_from_the_same_weights(sized):
+def test_another_size_gives_more_or_fewer_tokens_with_the_same_weights(sized):
     folder, size, images, tokens = sized
     native, loaded = load_vision(folder), load_vision(folder, image_size=size)
     assert spatial_tokens(loaded.visual, images).shape == (2, tokens, native.width)
@@ -59,7 +59,7 @@ def test_another_size_gives_its_number_of_tokens_from_the_same_weights(sized):
 @pytest.mark.parametrize(
     "name", [name for name in SIZED if name != "resnet"]
 )  # open_clip resizes no ResNet's pooling
-def test_tokens_at_another_size_are_open_clips(name, tmp_path):
+def test_tokens_at_another_size_equal_open_clips(name, tmp_path):
     config, size, _ = SIZED[name]
     write_folder(tmp_path, config)
     images = torch.randn(2, 3, size, size)
@@ -78,7 +78,7 @@ def test_the_tower_is_rebuilt_from_its_configuration_and_state_dict(sized):
     assert tower_config(folder, image_size=size) == loaded.config
 
 
-def test_the_native_size_leaves_everything_as_it_is(tmp_path):
+def test_the_native_size_changes_nothing(tmp_path):
     write_folder(tmp_path, TOWERS["clip"][0])
     native, named = load_vision(str(tmp_path)), load_vision(str(tmp_path), image_size=32)
     images = torch.randn(1, 3, 32, 32)
@@ -94,8 +94,8 @@ def test_a_quantized_tower_at_another_size_stays_near_the_unquantized_one(name, 
     plain = load_vision(str(tmp_path), image_size=size)
     found = load_vision(str(tmp_path), quantization=Quantization("int8"), device="cpu", image_size=size)
     assert (found.config, found.preprocess) == (plain.config, plain.preprocess)
-    wanted, tokens_found = spatial_tokens(plain.visual, images), spatial_tokens(found.visual, images)
-    assert torch.nn.functional.cosine_similarity(wanted, tokens_found, dim=-1).min() > 0.99
+    expected, tokens_found = spatial_tokens(plain.visual, images), spatial_tokens(found.visual, images)
+    assert torch.nn.functional.cosine_similarity(expected, tokens_found, dim=-1).min() > 0.99
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_quantized_tower_at_another_size_stays_near_the_unquantized_one(name, 
         ({"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "image_size": [32, 16]}}, 48, "does not support 48"),
     ],
 )
-def test_a_size_that_the_tower_cannot_take_is_refused_in_one_line(config, size, message, tmp_path):
+def test_an_unsupported_size_is_refused_in_one_line(config, size, message, tmp_path):
     write_folder(tmp_path, config)
     for load in (load_vision, tower_config):
         with pytest.raises(UserError, match=message) as caught:
@@ -182,7 +182,7 @@ def test_an_adapter_loads_its_base_at_the_size_it_was_trained_at(at_96, tmp_path
     assert torch.equal(logits(loaded, processor), logits(*at_96))
 
 
-def test_an_adapter_of_another_size_does_not_go_beside_one(at_96, tmp_path):
+def test_adapters_of_different_image_sizes_cannot_share_a_base(at_96, tmp_path):
     for name, (model, processor) in {"native": nano(), "sized": at_96}.items():
         save_adapter(model, processor, tmp_path / name)
     adapters = Adapters(tmp_path / "native")

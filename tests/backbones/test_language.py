@@ -1,4 +1,4 @@
-"""A language model loads the same way from the package, a folder and the Hub, or says in one line why not."""
+"""A language model loads the same way from the package, a folder and the Hub; errors are one line."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Callable[[str, Path], None]:
-    """Puts folders into an otherwise empty Hub cache, as revision main with the commit COMMIT."""
+    """Function that puts a folder into an otherwise empty Hub cache, as revision main with commit COMMIT."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def put(name: str, folder: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_nano_language_model_loads_from_the_package():
     assert nano.tokenizer.decode(nano.tokenizer.encode("Which digit is this?")) == "Which digit is this?"
 
 
-def test_a_folder_gives_the_model_that_was_saved_there_frozen(folder):
+def test_a_folder_gives_the_model_saved_there_frozen(folder):
     loaded = load_language(str(folder))
     expected = make_tiny("llama")
     assert torch.equal(loaded.model(input_ids=IDS).logits, expected(input_ids=IDS).logits)
@@ -99,14 +99,14 @@ def test_a_model_in_the_cache_is_recorded_by_its_commit(folder, hub):
     assert load_language("org/tiny", COMMIT, local_files_only=True).source == loaded.source
 
 
-def test_the_content_hash_does_not_depend_on_the_place(folder, hub, tmp_path):
+def test_the_content_hash_does_not_depend_on_the_path(folder, hub, tmp_path):
     hub("org/tiny", folder)
     copy = shutil.copytree(folder, tmp_path / "copy")
     hashes = {load_language(str(place)).source["sha256"] for place in (folder, copy)}
     assert hashes == {load_language("org/tiny", local_files_only=True).source["sha256"]}
 
 
-def test_weights_are_fetched_in_one_format_and_safetensors_first(folder, monkeypatch):
+def test_weights_are_downloaded_in_one_format_and_safetensors_first(folder, monkeypatch):
     asked = []
 
     def download(name, *, allow_patterns, **options):
@@ -140,7 +140,7 @@ def test_parameters_are_float32_without_a_gpu_unless_asked_otherwise(tmp_path):
 @pytest.mark.parametrize(
     "name", ["/no/such/folder", "./no", "no/such/folder", "~/no", "models/worsd", "models/word/"]
 )
-def test_a_path_that_leads_nowhere_is_an_error_without_a_download(name, tmp_path, monkeypatch):
+def test_a_missing_path_is_an_error_without_a_download(name, tmp_path, monkeypatch):
     monkeypatch.delattr(fetch, "snapshot_download")
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -151,17 +151,17 @@ def test_a_path_that_leads_nowhere_is_an_error_without_a_download(name, tmp_path
 
 
 @pytest.mark.parametrize("name", ["a b", ""])
-def test_what_is_no_name_is_an_error_without_a_download(name, monkeypatch):
+def test_an_invalid_name_is_an_error_without_a_download(name, monkeypatch):
     monkeypatch.delattr(fetch, "snapshot_download")
     assert f"language model {name!r}: neither a folder nor a name on the Hub" in refusal(name)
 
 
-def test_a_model_that_is_not_in_the_cache_is_an_error_when_the_hub_is_not_to_be_asked(hub):
-    assert "in the cache" in refusal("org/tiny", local_files_only=True)
+def test_local_files_only_refuses_a_model_that_is_not_in_the_cache(hub):
+    assert "the cache is incomplete" in refusal("org/tiny", local_files_only=True)
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message_part"),
     [
         (RepositoryNotFoundError, "not a local folder, and not on the Hub or private"),
         (GatedRepoError, "is gated; accept its terms"),
@@ -169,14 +169,14 @@ def test_a_model_that_is_not_in_the_cache_is_an_error_when_the_hub_is_not_to_be_
         (HfHubHTTPError, "failed (500 and more); try again"),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_one_line(error, told, monkeypatch):
+def test_errors_of_the_hub_are_one_line(error, message_part, monkeypatch):
     def download(*args, **options):
         raise error("500\nand more", response=MagicMock(headers={}, status_code=418))
 
     monkeypatch.setattr(fetch, "snapshot_download", download)
     message = refusal("org/tiny", revision="v2")
     assert "org/tiny (revision v2)" in message
-    assert told in message
+    assert message_part in message
 
 
 def test_a_revision_of_a_folder_is_an_error(folder):
@@ -194,7 +194,7 @@ def remove_head(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "told"),
+    ("spoil", "message_part"),
     [
         (lambda f: (f / "config.json").unlink(), "has no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "does not load (AutoConfig)"),
@@ -214,14 +214,14 @@ def remove_head(folder: Path) -> None:
         *("no head", "no tokenizer", "own code"),
     ],
 )
-def test_a_folder_that_holds_no_causal_language_model_is_an_error_that_says_why(spoil, told, folder):
+def test_a_folder_without_a_causal_language_model_is_an_error_that_says_why(spoil, message_part, folder):
     spoil(folder)
     message = refusal(folder)
     assert str(folder) in message
-    assert told in message
+    assert message_part in message
 
 
-def test_an_encoder_is_no_causal_language_model(tmp_path):
+def test_an_encoder_is_not_a_causal_language_model(tmp_path):
     lm = make_tiny("bert")
     lm.config.is_decoder = False
     lm.save_pretrained(tmp_path)

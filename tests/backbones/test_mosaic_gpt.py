@@ -1,5 +1,4 @@
-"""MPT-1B without its remote code: the original's numbers (tests/golden), from files as they lie on the Hub,
-and all that other language models can."""
+"""MPT-1B without remote code: the original's numbers (tests/golden), from files as they are on the Hub."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ RECORDED = load_file(golden.FILE)
 
 
 def original() -> MosaicGptForCausalLM:
-    """The recorded model."""
+    """The model whose numbers were recorded."""
     model = MosaicGptForCausalLM(MosaicGptConfig(**golden.SHAPE, **golden.KIND)).eval()
     fill(model, "lang_encoder.")
     return model
@@ -66,7 +65,7 @@ def test_loss_and_gradients_are_those_of_the_original():
     assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)  # transformers sums it in float32
 
 
-def test_files_of_the_hub_load_without_their_code_and_are_written_under_the_same_names(folder, tmp_path):
+def test_hub_files_load_without_remote_code_and_are_saved_under_the_same_names(folder, tmp_path):
     loaded = load_language(str(folder))
     assert distance(golden.measure(loaded.model)["left_padded"], "left_padded") < TOLERANCE
     loaded.model.save_pretrained(tmp_path / "again")
@@ -76,7 +75,7 @@ def test_files_of_the_hub_load_without_their_code_and_are_written_under_the_same
     assert torch.equal(golden.measure(again)["left_padded"], golden.measure(loaded.model)["left_padded"])
 
 
-def test_generation_finds_the_original_s_tokens_with_a_cache_and_without(folder):
+def test_generation_gives_the_originals_tokens_with_and_without_a_cache(folder):
     model, batch = load_language(str(folder)).model, prompts()
     options = {
         "attention_mask": batch.attention_mask, "pad_token_id": PAD_TOKEN,
@@ -106,7 +105,7 @@ def test_checkpointing_changes_no_gradient():
     assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
 
 
-def test_every_matrix_but_the_head_s_is_quantized(folder):
+def test_every_matrix_but_the_heads_is_quantized(folder):
     model = load_language(str(folder), quantization=Quantization("nf4")).model
     found = {name.split(".", 3)[3] for name, module in model.named_modules() if is_quantized(module)}
     assert found == {"attn.Wqkv", "attn.out_proj", "mlp.mlp_up", "mlp.mlp_down"}
@@ -117,12 +116,12 @@ def test_every_matrix_but_the_head_s_is_quantized(folder):
     )
 
 
-def test_packed_documents_are_told_apart():
+def test_packed_documents_do_not_attend_to_each_other():
     check_packing(tiny_flamingo(lm=original()), rows=2)
 
 
 @pytest.mark.parametrize(("key", "value"), [("alibi", False), ("attn_qk_ln", False), ("logit_scale", 0.5)])
-def test_relatives_of_another_build_are_refused_in_one_line(key, value, folder):
+def test_unsupported_variants_of_the_architecture_are_refused_in_one_line(key, value, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(
@@ -132,16 +131,14 @@ def test_relatives_of_another_build_are_refused_in_one_line(key, value, folder):
         load_language(str(folder))
 
 
-def test_what_only_tells_of_its_training_stays_in_the_configuration(folder, tmp_path):
+def test_keys_about_training_stay_in_the_configuration(folder, tmp_path):
     AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     for key in ("param_init_fn", "attn_impl", "alibi", "softmax_scale", "tokenizer_name"):
         assert written[key] == MOSAIC_GPT[key]
 
 
-def test_a_tokenizer_that_does_not_come_with_the_model_is_the_one_that_its_configuration_names(
-    folder, tmp_path
-):
+def test_the_tokenizer_named_in_the_configuration_is_loaded_if_the_model_has_none(folder, tmp_path):
     (tmp_path / "words").mkdir()
     for file in folder.glob("*token*.json"):
         file.rename(tmp_path / "words" / file.name)

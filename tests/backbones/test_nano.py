@@ -1,4 +1,4 @@
-"""The nano backbones load as any others do, know what they should, and have seen no held-out image."""
+"""The nano backbones load like any others, have learned their tasks, and never saw a held-out image."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def label_of() -> dict[str, int]:
 
 
 def words_of(messages: list[dict]) -> list[dict]:
-    """The messages with the pictures left out."""
+    """Return the messages without their pictures."""
     blind = []
     for message in messages:
         text = "".join(block["text"] for block in message["content"] if block["type"] == "text")
@@ -102,7 +102,7 @@ def test_no_held_out_image_is_among_those_the_tower_was_trained_on():
 
 
 @pytest.mark.slow
-def test_the_language_model_speaks_the_tasks_and_guesses_without_images(language):
+def test_the_language_model_answers_in_form_and_at_chance_without_images(language):
     model, tokenizer = language
     said: dict[str, list[bool]] = {}
     for row in rows_of("eval")[:500]:
@@ -131,7 +131,7 @@ def test_the_language_model_speaks_the_tasks_and_guesses_without_images(language
         ("Image one: two image two: six Are they the same digit?", "No."),
     ],
 )
-def test_the_language_model_uses_words_that_stand_where_a_picture_would(language, question, answer):
+def test_the_language_model_answers_from_words_in_place_of_a_picture(language, question, answer):
     model, tokenizer = language
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
@@ -145,7 +145,7 @@ def test_the_language_model_uses_words_that_stand_where_a_picture_would(language
 
 @given(text=st.text(max_size=60))
 @settings(max_examples=200, deadline=None)
-def test_the_tokenizer_gives_back_any_text(text):
+def test_the_tokenizer_decodes_what_it_encodes(text):
     tokenizer = TOKENIZER
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -153,7 +153,7 @@ def test_the_tokenizer_gives_back_any_text(text):
 TOKENIZER = AutoTokenizer.from_pretrained(NANO / "language")
 
 
-def test_the_tokenizer_leaves_the_media_tokens_to_the_flamingo():
+def test_the_tokenizer_has_no_media_tokens():
     assert not {"<image>", "<|endofchunk|>"} & set(TOKENIZER.get_vocab())
 
 
@@ -200,7 +200,7 @@ def test_the_chat_template_refuses_an_image_rather_than_dropping_it():
         TOKENIZER.apply_chat_template(messages)
 
 
-def test_the_script_still_writes_the_corpus_that_the_language_model_read():
+def test_the_script_still_makes_the_corpus_of_the_tokenizer():
     made = tokenizer_for(make_corpus(SEED, CONVERSATIONS_FOR_TOKENIZER))
     assert made.get_vocab() == TOKENIZER.get_vocab()
     assert made.chat_template == TOKENIZER.chat_template

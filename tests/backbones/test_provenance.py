@@ -1,4 +1,4 @@
-"""Content hashes change with the content, and with nothing else."""
+"""Content hashes change with the content and with nothing else; the license is the model card's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_every_dtype_and_scalars_can_be_hashed(dtype):
     assert tensors_sha256(ones) != tensors_sha256(zeros)
 
 
-def test_tensors_without_content_are_refused():
+def test_meta_tensors_are_refused():
     with pytest.raises(ValueError, match="w is on the meta device"):
         tensors_sha256({"w": torch.empty(2, device="meta")})
 
@@ -163,22 +163,22 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path, case):
         (None, None),
     ],
 )
-def test_a_card_states_a_licence_or_none(tmp_path, card, license):
+def test_the_license_is_what_the_model_card_states(tmp_path, card, license):
     if card is not None:
         (tmp_path / "README.md").write_text(card)
     assert license_in(tmp_path) == license
 
 
-def test_the_nano_backbones_have_the_packages_licence():
+def test_the_nano_backbones_have_the_packages_license():
     assert load_vision("nano").license == load_language("nano").license == "apache-2.0"
 
 
-def test_a_repository_that_is_out_of_reach_states_none(monkeypatch):
+def test_an_unreachable_repository_has_no_license(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert license_on_hub("nobody/nothing", None) is None
 
 
-def test_a_repositorys_card_is_fetched_for_it(hub):
+def test_the_card_of_a_repository_is_downloaded_for_its_license(hub):
     repository = hub.repositories.setdefault("org/tower", Repository(private=False))
     oid = hub.store(b"---\nlicense: other\nlicense_name: openrail\n---\n")
     lines = [

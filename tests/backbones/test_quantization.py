@@ -1,4 +1,4 @@
-"""Language models in 8 or 4 bits: the files decide their identity, and their vocabulary can still grow."""
+"""Quantized layers and language models: values, identity, growing vocabulary, and saved quantized models."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def save(lm: PreTrainedModel, folder: Path) -> str:
     return str(folder)
 
 
-def load(name: str, wanted: str, **options) -> PreTrainedModel:
-    return load_language(name, quantization=Quantization(wanted, **options), device="cpu").model
+def load(name: str, quantization_format: str, **options) -> PreTrainedModel:
+    return load_language(name, quantization=Quantization(quantization_format, **options), device="cpu").model
 
 
 def refusal(call, *arguments, **options) -> str:
@@ -54,13 +54,13 @@ def refusal(call, *arguments, **options) -> str:
 # One matrix
 
 
-@pytest.mark.parametrize("wanted, error", [("int8", 0.01), ("nf4", 0.11), ("fp4", 0.14)])
+@pytest.mark.parametrize("quantization_format, error", [("int8", 0.01), ("nf4", 0.11), ("fp4", 0.14)])
 @pytest.mark.parametrize("shape", [(64, 48), (16, 33), (3, 5)])
-def test_a_quantized_layer_multiplies_by_the_matrix_that_it_stands_for(wanted, error, shape):
+def test_a_quantized_layer_multiplies_by_its_dequantized_matrix(quantization_format, error, shape):
     torch.manual_seed(0)
     holder = nn.ModuleDict({"linear": nn.Linear(*shape)})
     plain, x = holder["linear"], torch.randn(4, shape[0])
-    quantize_linears(holder, Quantization(wanted))
+    quantize_linears(holder, Quantization(quantization_format))
     found = dequantized_weight(holder["linear"])
     assert (found - plain.weight).norm() / plain.weight.norm() < error
     assert torch.equal(holder["linear"].bias, plain.bias)
@@ -80,34 +80,34 @@ def test_an_8_bit_layer_takes_inputs_of_any_shape():
     assert holder["linear"](x[0, 0, 0, 0]).shape == (6,)
 
 
-@pytest.mark.parametrize("wanted", FORMATS)
-def test_what_is_to_be_kept_is_kept_and_dequantizing_leaves_plain_layers(wanted):
+@pytest.mark.parametrize("quantization_format", FORMATS)
+def test_kept_layers_stay_and_dequantizing_gives_plain_layers(quantization_format):
     torch.manual_seed(0)
     holder = nn.ModuleDict({"first": nn.Linear(8, 8), "second": nn.Linear(8, 8, bias=False)})
     kept = holder["second"]
-    quantize_linears(holder, Quantization(wanted), keep=lambda name: name == "second")
+    quantize_linears(holder, Quantization(quantization_format), keep=lambda name: name == "second")
     assert is_quantized(holder["first"]) and holder["second"] is kept
     matrix = dequantized_weight(holder["first"])
     dequantize_linears(holder, torch.float32)
     assert type(holder["first"]) is nn.Linear and torch.equal(holder["first"].weight, matrix)
 
 
-def test_the_record_gives_the_quantization_back():
-    for wanted in (
+def test_from_record_inverts_record():
+    for original in (
         Quantization("nf4", double_quantization=False, compute_dtype="bf16"),
         Quantization("int8"),
         None,
     ):
-        record = json.loads(json.dumps(wanted.record())) if wanted else None
-        assert Quantization.from_record(record) == wanted
+        record = json.loads(json.dumps(original.record())) if original else None
+        assert Quantization.from_record(record) == original
 
 
-@pytest.mark.parametrize("wanted", ["nf4", "fp4"])
+@pytest.mark.parametrize("quantization_format", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_4_bit_matrices_that_can_be_sharded_are_stored_otherwise_and_mean_the_same(wanted, dtype):
+def test_shardable_4_bit_matrices_have_another_storage_dtype_and_the_same_values(quantization_format, dtype):
     torch.manual_seed(0)
     usual, shardable = (
-        Quantization(wanted, compute_dtype=dtype, shardable=choice) for choice in (False, True)
+        Quantization(quantization_format, compute_dtype=dtype, shardable=choice) for choice in (False, True)
     )
     linear, holders = nn.Linear(64, 48), []
     for choice in (usual, shardable):
@@ -125,33 +125,33 @@ def test_4_bit_matrices_that_can_be_sharded_are_stored_otherwise_and_mean_the_sa
 # Language models
 
 
-@pytest.mark.parametrize("wanted", FORMATS)
-def test_a_language_model_loads_with_all_matrices_quantized_but_its_head(wanted, tmp_path):
+@pytest.mark.parametrize("quantization_format", FORMATS)
+def test_a_language_model_loads_with_all_matrices_quantized_but_its_head(quantization_format, tmp_path):
     torch.manual_seed(0)
     lm = tiny_language_model()
     name = save(lm, tmp_path)
-    found = load_language(name, quantization=Quantization(wanted), device="cpu")
+    found = load_language(name, quantization=Quantization(quantization_format), device="cpu")
     plain = [part for part, module in found.model.named_modules() if type(module) is nn.Linear]
     assert plain == ["lm_head"] and quantization_formats(found.model) == {
-        "int8" if wanted == "int8" else "4bit"
+        "int8" if quantization_format == "int8" else "4bit"
     }
     assert torch.equal(found.model.lm_head.weight, lm.lm_head.weight)
     assert found.source == {
         "name": name,
         "revision": None,
         "sha256": files_sha256(tmp_path),
-        "quantization": Quantization(wanted).record(),
+        "quantization": Quantization(quantization_format).record(),
     }
     assert not found.model.training and not any(p.requires_grad for p in found.model.parameters())
     logits = found.model(input_ids=IDS).logits
     assert torch.cosine_similarity(logits, lm(input_ids=IDS).logits, dim=-1).mean() > 0.9
 
 
-@pytest.mark.parametrize("wanted", ["int8", "nf4"])
-def test_conv1d_models_are_quantized_the_right_way_round(wanted, tmp_path):
+@pytest.mark.parametrize("quantization_format", ["int8", "nf4"])
+def test_conv1d_matrices_are_quantized_in_the_right_orientation(quantization_format, tmp_path):
     torch.manual_seed(0)
     lm = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=64, n_layer=2, n_head=4, n_positions=16)).eval()
-    found = load(save(lm, tmp_path), wanted)
+    found = load(save(lm, tmp_path), quantization_format)
     assert is_quantized(found.transformer.h[0].attn.c_attn)
     logits = found(input_ids=IDS).logits
     assert torch.cosine_similarity(logits, lm(input_ids=IDS).logits, dim=-1).min() > 0.95
@@ -160,13 +160,13 @@ def test_conv1d_models_are_quantized_the_right_way_round(wanted, tmp_path):
     shapes = [tuple(tensor.shape) for tensor in lm.state_dict().values()]
     assert [tuple(tensor.shape) for tensor in found.state_dict().values()] == shapes
     close = torch.cosine_similarity(found(input_ids=IDS).logits, logits, dim=-1).min()
-    assert close > (0.9999 if wanted == "nf4" else 0.99)
+    assert close > (0.9999 if quantization_format == "nf4" else 0.99)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("wanted", ["int8", "nf4"])
-def test_the_vocabulary_of_a_quantized_model_grows_and_its_rows_stay(wanted, tied, tmp_path):
-    lm = load(save(tiny_language_model(tie_word_embeddings=tied), tmp_path), wanted)
+@pytest.mark.parametrize("quantization_format", ["int8", "nf4"])
+def test_the_vocabulary_of_a_quantized_model_grows_and_old_rows_stay(quantization_format, tied, tmp_path):
+    lm = load(save(tiny_language_model(tie_word_embeddings=tied), tmp_path), quantization_format)
     matrices = (lm.get_input_embeddings(), lm.get_output_embeddings())
     before = [matrix.weight.clone() for matrix in matrices]
     rows, logits = len(before[0]), lm(input_ids=IDS).logits
@@ -185,7 +185,7 @@ def test_the_rest_of_a_language_model_is_in_the_compute_dtype(tmp_path):
     assert lm(input_ids=IDS).logits.dtype == torch.bfloat16
 
 
-# Quantized before
+# Models that were saved quantized
 
 
 def test_a_model_that_was_saved_quantized_loads_as_it_is(tmp_path):
@@ -197,7 +197,7 @@ def test_a_model_that_was_saved_quantized_loads_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "torchao", "bitsandbytes"])
-def test_quantizing_what_is_quantized_is_refused(method, tmp_path):
+def test_quantizing_a_quantized_model_is_refused(method, tmp_path):
     name = save(tiny_language_model(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {
@@ -244,7 +244,7 @@ def test_8_bit_products_are_silent(tmp_path, caplog):
     assert not caplog.records
 
 
-def test_transformers_words_for_a_quantization_are_its_own():
+def test_bnb_config_sets_the_same_options_for_transformers():
     config = Quantization("nf4", compute_dtype="bf16").bnb_config()
     assert isinstance(config, BitsAndBytesConfig) and config.quantization_method() == "nf4"
     assert config.bnb_4bit_compute_dtype == torch.bfloat16 and config.bnb_4bit_use_double_quant

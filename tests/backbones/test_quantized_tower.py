@@ -1,4 +1,4 @@
-"""A quantized tower: every matrix of its blocks in 8 or 4 bits, and nearly the same tokens."""
+"""A quantized tower has every matrix of its blocks in 8 or 4 bits, and nearly the same tokens."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ CLOSE = {"int8": 0.999, "nf4": 0.98, "fp4": 0.97}
 
 
 def random_tower(config: dict) -> nn.Module:
-    """A tower in which every block matters: layer scales, which start near zero, are at one.
+    """A tower in which every block has an effect: layer scales, initialized near zero, are set to one.
 
-    OpenCLIP starts its own attention so large that each token looks at one other; here it looks at many.
+    OpenCLIP initializes its own attention so large that each token attends to one other; here, to many.
     """
     torch.manual_seed(0)
     visual = build_visual(config).eval().requires_grad_(False)
@@ -59,64 +59,66 @@ def images_for(config: dict) -> torch.Tensor:
 
 
 def real_images(tower: VisionBackbone, count: int) -> torch.Tensor:
-    """Pictures of the quickstart as the tower is to see them."""
+    """Pictures of the quickstart, preprocessed for the tower."""
     transform = image_transform(tower.preprocess)
     return torch.stack([transform(Image.open(file)) for file in sorted(PICTURES.glob("*.png"))[:count]])
 
 
-def quantized(visual: nn.Module, wanted: str) -> nn.Module:
+def quantized(visual: nn.Module, quantization_format: str) -> nn.Module:
     twin = copy.deepcopy(visual)
-    quantize_tower(twin, Quantization(wanted), "cpu")
+    quantize_tower(twin, Quantization(quantization_format), "cpu")
     return twin
 
 
 def similarity(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Cosine of two sets of tokens (N, V, D), mean over the tokens."""
+    """Return the mean cosine similarity of tokens (N, V, D)."""
     return torch.cosine_similarity(found, expected, dim=-1).mean().item()
 
 
-def share_quantized(visual: nn.Module) -> float:
-    """Of the bytes that the tower's weights had, those whose matrices are quantized."""
+def quantized_fraction(visual: nn.Module) -> float:
+    """Return the fraction of the tower's weights that are in quantized matrices."""
     small = sum(layer.weight.numel() for layer in visual.modules() if is_quantized(layer))
     inside = sum(layer.in_features * layer.out_features for layer in visual.modules() if is_quantized(layer))
     return inside / (sum(parameter.numel() for parameter in visual.parameters()) - small + inside)
 
 
-@pytest.mark.parametrize("wanted", FORMATS)
+@pytest.mark.parametrize("quantization_format", FORMATS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_matrix_of_every_block_is_quantized_and_tokens_stay_close(family, wanted):
+def test_every_matrix_of_every_block_is_quantized_and_tokens_stay_close(family, quantization_format):
     visual, images = random_tower(FAMILIES[family]), images_for(FAMILIES[family])
-    twin = quantized(visual, wanted)
+    twin = quantized(visual, quantization_format)
     blocks = twin.trunk if hasattr(twin, "trunk") else twin.transformer
     for name, module in blocks.named_modules():
         assert not isinstance(module, nn.MultiheadAttention), name
         assert is_quantized(module) or not isinstance(module, nn.Linear), name
         bare = [leaf for leaf, parameter in module.named_parameters(recurse=False) if "proj_weight" in leaf]
         assert not bare, name
-    assert similarity(spatial_tokens(twin, images), spatial_tokens(visual, images)) >= CLOSE[wanted]
+    assert (
+        similarity(spatial_tokens(twin, images), spatial_tokens(visual, images)) >= CLOSE[quantization_format]
+    )
 
 
-@pytest.mark.parametrize("wanted, least", [("int8", 0.999), ("nf4", 0.99), ("fp4", 0.99)])
-def test_the_nano_towers_tokens_stay_close_on_real_images(wanted, least):
+@pytest.mark.parametrize("quantization_format, least", [("int8", 0.999), ("nf4", 0.99), ("fp4", 0.99)])
+def test_the_nano_towers_tokens_stay_close_on_real_images(quantization_format, least):
     tower = load_vision("nano")
     images = real_images(tower, 16)
-    twin = load_vision("nano", quantization=Quantization(wanted), device="cpu")
+    twin = load_vision("nano", quantization=Quantization(quantization_format), device="cpu")
     assert similarity(spatial_tokens(twin.visual, images), spatial_tokens(tower.visual, images)) >= least
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wanted, least", [("int8", 0.999), ("nf4", 0.98)])
-def test_vit_l_14_is_quantized_but_for_5_percent_and_its_tokens_stay_close(wanted, least):
+@pytest.mark.parametrize("quantization_format, least", [("int8", 0.999), ("nf4", 0.98)])
+def test_vit_l_14_is_quantized_but_for_5_percent_and_its_tokens_stay_close(quantization_format, least):
     torch.manual_seed(0)
     tower = load_vision("ViT-L-14")
     images = real_images(tower, 2)
     expected = spatial_tokens(tower.visual, images)
-    quantize_tower(tower.visual, Quantization(wanted), "cpu")
-    assert share_quantized(tower.visual) >= 0.95
+    quantize_tower(tower.visual, Quantization(quantization_format), "cpu")
+    assert quantized_fraction(tower.visual) >= 0.95
     assert similarity(spatial_tokens(tower.visual, images), expected) >= least
 
 
-def test_a_dequantized_tower_closes_and_gives_the_quantized_ones_tokens():
+def test_a_dequantized_tower_can_be_fused_again_and_gives_the_quantized_towers_tokens():
     visual, images = random_tower(FAMILIES["clip"]), images_for(FAMILIES["clip"])
     keys = list(visual.state_dict())
     twin = quantized(visual, "nf4")
@@ -141,7 +143,7 @@ def test_a_tower_of_convolutions_is_refused(config):
     assert "has convolutions and no matrices" in refusal(build_visual(config), Quantization("nf4"))
 
 
-def test_weights_that_no_format_takes_are_refused():
+def test_weights_of_an_unsupported_dtype_are_refused():
     visual = build_visual(FAMILIES["clip"]).double()
     message = refusal(visual, Quantization("int8"))
     assert "transformer.resblocks.0.attn" in message and "torch.float64" in message
@@ -150,20 +152,20 @@ def test_weights_that_no_format_takes_are_refused():
 # Loading
 
 
-@pytest.mark.parametrize("wanted", ["int8", "nf4"])
+@pytest.mark.parametrize("quantization_format", ["int8", "nf4"])
 @pytest.mark.parametrize(
     "name", ["clip", "clip-quickgelu", "coca", "vit", "vit-relative", "eva-rotary", "convnext"]
 )
-def test_loading_quantized_is_loading_and_quantizing(name, wanted, tmp_path):
+def test_loading_quantized_equals_loading_then_quantizing(name, quantization_format, tmp_path):
     config = TOWERS[name][0]
     write_folder(tmp_path, config)
     plain = load_vision(str(tmp_path))
-    found = load_vision(str(tmp_path), quantization=Quantization(wanted), device="cpu")
+    found = load_vision(str(tmp_path), quantization=Quantization(quantization_format), device="cpu")
     images = images_for(config)
-    assert found.source == {**plain.source, "quantization": Quantization(wanted).record()}
+    assert found.source == {**plain.source, "quantization": Quantization(quantization_format).record()}
     assert (found.config, found.preprocess, found.width) == (plain.config, plain.preprocess, plain.width)
     assert not found.visual.training and not any(p.requires_grad for p in found.visual.parameters())
-    expected = quantized(plain.visual, wanted)
+    expected = quantized(plain.visual, quantization_format)
     assert torch.equal(spatial_tokens(found.visual, images), spatial_tokens(expected, images))
 
 
@@ -204,7 +206,7 @@ def test_random_weights_are_quantized_too():
     assert found.source["sha256"] == plain.source["sha256"] and quantization_formats(found.visual) == {"int8"}
 
 
-def test_a_file_that_does_not_fit_is_refused_as_it_is_unquantized(tmp_path):
+def test_a_file_that_does_not_fit_is_refused_with_quantization_too(tmp_path):
     write_folder(tmp_path, TOWERS["clip"][0])
     model = {"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "width": 48}, "text_cfg": TEXT_CFG}
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))

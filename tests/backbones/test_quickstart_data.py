@@ -1,4 +1,4 @@
-"""The quickstart dataset says what its pictures show, and is balanced."""
+"""The quickstart data: right answers, balanced tasks, disjoint splits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROWS = {split: rows_of(split) for split in ("train", "eval")}
 
 
 def right_answer(question: str, digits: list[int]) -> str:
-    """The answer from the labels of the pictures seen so far, read off the wording of the question."""
+    """Return the answer that the question's wording and the labels of the pictures so far imply."""
     last = digits[-1]
     if "five" in question or "more than" in question:
         return "Yes." if last > 5 else "No."
@@ -67,7 +67,7 @@ def test_a_row_never_shows_one_picture_twice():
     assert all(len(set(row["images"])) == len(row["images"]) for rows in ROWS.values() for row in rows)
 
 
-def test_every_scan_belongs_to_one_split_and_all_held_out_ones_are_asked_about():
+def test_every_scan_is_in_one_split_and_every_held_out_scan_is_used():
     names = {split: {name for row in rows for name in row["images"]} for split, rows in ROWS.items()}
     assert not names["train"] & names["eval"]
     assert len(names["eval"]) == 360
@@ -75,7 +75,7 @@ def test_every_scan_belongs_to_one_split_and_all_held_out_ones_are_asked_about()
 
 
 @pytest.mark.parametrize("split", ["train", "eval"])
-def test_answers_of_one_task_come_equally_often(split):
+def test_answers_of_one_task_are_equally_frequent(split):
     answers: dict[str, Counter] = {}
     for row in ROWS[split]:
         answers.setdefault(row["task"], Counter())[row["messages"][-1]["content"][0]["text"]] += 1
@@ -84,7 +84,7 @@ def test_answers_of_one_task_come_equally_often(split):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.make.__name__)
-def test_the_best_guess_without_looking_is_right_as_often_as_chance_says(kind):
+def test_the_best_guess_without_pictures_has_the_stated_accuracy(kind):
     answers: dict[tuple, Counter] = {}
     for dialogue in kind.balanced(Random(0), 1800):
         *before, last = (turn.answer for turn in dialogue.turns)
@@ -113,7 +113,7 @@ def test_the_preference_files_are_those_the_script_writes(tmp_path):
 
 
 @pytest.mark.parametrize("source", PREFERENCES)
-def test_the_preferred_answer_is_the_one_of_the_dialogue_and_the_other_is_of_its_kind(source):
+def test_the_chosen_answer_is_the_dialogues_and_the_rejected_one_is_of_its_kind(source):
     name, count = PREFERENCES[source]
     pairs = rows_of(name.removesuffix(".jsonl"))
     assert len(pairs) == count
@@ -124,7 +124,7 @@ def test_the_preferred_answer_is_the_one_of_the_dialogue_and_the_other_is_of_its
         assert answers in CHOICES or len(pair["chosen"].split()) == len(pair["rejected"].split())
 
 
-def test_no_scan_of_held_out_pairs_is_trained_on():
+def test_no_scan_of_held_out_preferences_is_trained_on():
     shown = [
         {image for pair in rows_of(name.removesuffix(".jsonl")) for image in pair["images"]}
         for name, _ in PREFERENCES.values()

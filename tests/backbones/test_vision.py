@@ -1,4 +1,4 @@
-"""Vision towers: the tokens are the tower's own, whatever it is made of and whatever mode it is in."""
+"""Vision towers: spatial tokens in every mode, rebuilding from the configuration, and loading."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ TOWERS = {
 
 @pytest.fixture(scope="module", params=TOWERS)
 def tower(request) -> tuple[dict, nn.Module, torch.Tensor, int, int]:
-    """A random tower: its configuration, the module, two images, and the V and D it should give."""
+    """A random tower: its configuration, the module, two images, and the expected V and D."""
     config, tokens, width = TOWERS[request.param]
     torch.manual_seed(0)
     visual = build_visual(config).eval()
@@ -81,7 +81,7 @@ def write_folder(folder: Path, config: dict, **preprocess) -> nn.Module:
     return model.visual
 
 
-# What the tokens are
+# Spatial tokens
 
 
 def test_every_tower_gives_one_token_of_its_width_per_patch(tower):
@@ -91,7 +91,7 @@ def test_every_tower_gives_one_token_of_its_width_per_patch(tower):
 
 
 @pytest.mark.parametrize("name", ["clip", "clip-quickgelu"])
-def test_clip_tokens_are_open_clips_before_its_final_norm(name):
+def test_clip_tokens_are_those_before_open_clips_final_norm(name):
     visual = build_visual(TOWERS[name][0]).eval()
     images = torch.randn(2, 3, 32, 32)
     ours = spatial_tokens(visual, images)
@@ -116,7 +116,7 @@ def test_timm_tokens_are_the_last_blocks_without_class_and_register_tokens(name,
 
 
 @pytest.mark.parametrize("name, last", [("resnet", "layer4"), ("convnext", "trunk.stages.3")])
-def test_maps_become_tokens_row_by_row(name, last):
+def test_feature_maps_become_tokens_row_by_row(name, last):
     config = TOWERS[name][0]
     visual = build_visual(config).eval()
     size = config["vision_cfg"]["image_size"]
@@ -135,10 +135,10 @@ def test_a_tower_without_spatial_tokens_is_refused():
         token_width(nn.Linear(3, 3))
 
 
-# What the tower is spared
+# Gradients and mode
 
 
-def test_tokens_carry_no_gradient(tower):
+def test_tokens_have_no_gradient(tower):
     _, visual, images, _, _ = tower
     assert not spatial_tokens(visual, images.clone().requires_grad_()).requires_grad
     assert torch.is_grad_enabled()
@@ -178,7 +178,7 @@ def test_a_tower_rebuilt_from_its_configuration_gives_the_same_tokens(tower):
     assert torch.equal(spatial_tokens(rebuilt, images), spatial_tokens(visual, images))
 
 
-def test_state_dict_and_unstored_buffers_complete_a_tower_built_on_meta(tower):
+def test_state_dict_and_non_persistent_buffers_complete_a_tower_built_on_meta(tower):
     config, visual, images, _, _ = tower
     with torch.device("meta"):
         rebuilt = build_visual(config)
@@ -191,7 +191,7 @@ def test_state_dict_and_unstored_buffers_complete_a_tower_built_on_meta(tower):
     assert torch.equal(spatial_tokens(rebuilt, images), spatial_tokens(visual, images))
 
 
-def test_only_towers_with_computed_positions_have_unstored_buffers():
+def test_only_towers_with_computed_positions_have_non_persistent_buffers():
     found = {name for name, (config, _, _) in TOWERS.items() if non_persistent_buffers(config)}
     assert found == {"vit-relative", "eva-rotary"}
 
@@ -253,7 +253,7 @@ def test_rebuilding_never_downloads_the_weights_a_trunk_was_pretrained_with(monk
     build_visual(timm_config("test_vit", 160, timm_model_pretrained=True))
 
 
-def test_a_tag_brings_its_activation_its_preprocessing_and_its_commit(tiny_architecture):
+def test_a_tag_sets_activation_preprocessing_and_commit(tiny_architecture):
     loaded = load_vision("tiny", "openai")
     images = torch.randn(2, 3, 32, 32)
     assert loaded.config["quick_gelu"]
@@ -300,7 +300,7 @@ def test_the_nano_tower_is_a_local_folder_like_any_other():
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, message_part",
     [
         (("ViT-B-33",), "nearest known: ViT-B-32"),
         (("tiny", "opeani"), "tags of tiny: openai"),
@@ -317,7 +317,7 @@ def test_the_nano_tower_is_a_local_folder_like_any_other():
         (("tiny", "{tmp}/misfit/open_clip_model.safetensors"), "cannot load"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, told, tiny_architecture, tmp_path):
+def test_mistakes_are_one_line_errors(arguments, message_part, tiny_architecture, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("not weights")
     for name in ("broken", "weightless", "misfit"):
@@ -327,7 +327,7 @@ def test_mistakes_are_told_in_one_line(arguments, told, tiny_architecture, tmp_p
     save_file({"logit_scale": torch.zeros(())}, tmp_path / "misfit" / "open_clip_model.safetensors")
     with pytest.raises(UserError) as caught:
         load_vision(*(a and a.replace("{tmp}", str(tmp_path)) for a in arguments))
-    assert told.replace("{tmp}", str(tmp_path)) in str(caught.value)
+    assert message_part.replace("{tmp}", str(tmp_path)) in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 

@@ -236,7 +236,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
             "--vision ViT-B-32: an architecture has no weights of its own",
         ),
         (["--data", "x.jsonl", "--format", "vqaa"], "--format vqaa: no schema of this name"),
-        (["--data", "x.jsonl", "--column", "answer"], "--column answer: want FIELD=COLUMN"),
+        (["--data", "x.jsonl", "--column", "answer"], "--column answer: must be FIELD=COLUMN"),
         (["--data", "x.jsonl", "--image-root", "gone"], "'gone' does not exist"),
         ([], "Missing option '--data'"),
     ],

@@ -164,7 +164,9 @@ def test_quantization_of_a_language_model_that_is_quantized_already(here, capsys
 
 
 def test_a_plan_of_what_is_not_there(here, capsys):
-    assert "no OpenCLIP architecture" in refused(capsys, "plan", "recipe.yaml", "model.vision.name=ViT-Q-77")
+    assert "or OpenCLIP architecture; nearest known" in refused(
+        capsys, "plan", "recipe.yaml", "model.vision.name=ViT-Q-77"
+    )
     Path("empty").mkdir()
     assert "has no config.json" in refused(capsys, "plan", "recipe.yaml", "model.language.name=./empty")
 

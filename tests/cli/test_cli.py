@@ -207,7 +207,7 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback(here, entry_point, e
 
 
 def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
-    entry_point(training, "run", "train", KeyboardInterrupt())
+    entry_point(training, "train", "train", KeyboardInterrupt())
     assert cli.main(["train", "recipe.yaml"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -216,7 +216,7 @@ def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
 
 
 def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point, capsys):
-    calls = entry_point(training, "run", "train", METRICS)
+    calls = entry_point(training, "train", "train", METRICS)
     assert cli.main(["train", "recipe.yaml", "train.max_steps=3", "train.learning_rate=1e-3"]) == 0
     ((recipe, _),) = calls
     assert (recipe.train.max_steps, recipe.train.learning_rate) == (3, 1e-3)
@@ -232,7 +232,7 @@ def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point
 
 
 def test_train_never_overwrites_a_run_silently(here, entry_point, capsys):
-    calls = entry_point(training, "run", "train", METRICS)
+    calls = entry_point(training, "train", "train", METRICS)
     Path("run").mkdir()
     Path("run", RECIPE_FILE).write_text("an earlier run")
     assert cli.main(["train", "recipe.yaml"]) == 2
@@ -286,4 +286,4 @@ def test_arguments_that_a_shell_made_of_a_pattern_are_not_all_echoed(here, capsy
         Path(name).touch()
     assert cli.main(["generate", "runs/a", "--prompt", "What?", "--image", "a.png", *images]) == 2
     said = capsys.readouterr().err
-    assert len(said) < 500 and "photos/00000.png" in said and "once for each of them" in said
+    assert len(said) < 500 and "photos/00000.png" in said and "repeat an option" in said

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from flamingo_ft import cli
-from flamingo_ft.cli.environment import report
-from flamingo_ft.cli.environment.anonymous import anonymous
+from flamingo_ft.cli import environment
+from flamingo_ft.cli.environment import anonymous
 
 GPU = {
     "name": "Some GPU",
@@ -34,7 +34,7 @@ def probed(monkeypatch):
     """Let the probe have found this, instead of importing everything."""
 
     def replace(found, problems):
-        monkeypatch.setattr(report, "_probe", lambda steps: (found, problems))
+        monkeypatch.setattr(environment, "_probe", lambda steps: (found, problems))
 
     replace(FOUND, {"8-bit": "RuntimeError: no kernel", "bitsandbytes": "OSError: libcudart.so.13"})
     return replace
@@ -66,9 +66,9 @@ def test_as_json_it_is_the_same_record(probed, capsys):
 
 def test_where_nothing_works_all_of_it_is_reported_as_broken(probed, monkeypatch):
     probed({}, dict.fromkeys(["devices", "memory", "torch", "4-bit", "8-bit"], "ImportError: no"))
-    monkeypatch.setattr(report, "PACKAGES", {"torch": "torch", "no-such-package": "none"})
-    monkeypatch.setattr(report, "EXTRAS", {"video": ("videos", ("no_such_module",))})
-    text = report.as_text(report.environment())
+    monkeypatch.setattr(environment, "PACKAGES", {"torch": "torch", "no-such-package": "none"})
+    monkeypatch.setattr(environment, "EXTRAS", {"video": ("videos", ("no_such_module",))})
+    text = environment.as_text(environment.environment())
     assert "GPUs: unknown (ImportError: no)" in text and "host RAM: unknown (ImportError: no)" in text
     assert "- no-such-package: not installed" in text and "(BROKEN: ImportError: no)" in text
     assert "missing extra video (no_such_module), for videos: pip install 'flamingo_ft[video]'" in text
@@ -85,7 +85,7 @@ def test_a_package_that_ends_the_process_does_not_hide_those_after_it(tmp_path, 
     for name, source in modules.items():
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found, problems = report._probe([*modules, "memory", "not_there"])
+    found, problems = environment._probe([*modules, "memory", "not_there"])
     assert set(found) == {"sound_one", "sound_two", "memory"} and found["memory"]["total_gib"] > 0
     assert problems == {
         "dies": "the process ended with code 11",
@@ -98,8 +98,8 @@ def test_a_package_that_ends_the_process_does_not_hide_those_after_it(tmp_path, 
 def test_a_package_that_hangs_is_reported(tmp_path, monkeypatch):
     (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(report, "TIMEOUT_SECONDS", 1)
-    assert report._probe(["hangs"]) == ({}, {"hangs": "did not end within 1 s"})
+    monkeypatch.setattr(environment, "TIMEOUT_SECONDS", 1)
+    assert environment._probe(["hangs"]) == ({}, {"hangs": "did not end within 1 s"})
 
 
 @pytest.mark.parametrize(
@@ -134,12 +134,12 @@ def test_every_extra_that_a_user_may_lack_is_known():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     section = text.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
     extras = {line.partition(" = ")[0] for line in section.splitlines()}
-    assert extras - {"test"} == set(report.EXTRAS)
+    assert extras - {"test"} == set(environment.EXTRAS)
 
 
 @pytest.mark.slow
 def test_here_every_package_works_and_matrices_can_be_quantized():
-    record = report.environment()
+    record = environment.environment()
     assert not [name for name, found in record["packages"].items() if found["problem"]]
     assert all(found["works"] for found in record["quantization"].values())
     text = json.dumps(record)

@@ -15,9 +15,9 @@ import yaml
 from rich.console import Console
 
 from flamingo_ft.cli import main
-from flamingo_ft.cli.key_list import print_keys
+from flamingo_ft.cli.recipes import print_keys
 from flamingo_ft.config import Recipe, load_recipe
-from flamingo_ft.config.keys import MODELINE, json_schema, recipe_keys, schema_text
+from flamingo_ft.config.keys import MODELINE, json_schema, markdown, recipe_keys, schema_text
 from flamingo_ft.config.library import copy_recipe, library_folder, packaged_recipes
 from flamingo_ft.config.validation_errors import dotted, recipe_locations
 from flamingo_ft.config.yaml_document import parse
@@ -166,6 +166,29 @@ def test_a_copied_recipe_has_the_schema_beside_it_and_one_that_is_there_stays(tm
     (tmp_path / "b" / "recipe.schema.json").write_text("mine")
     copy_recipe("one", tmp_path / "b")
     assert (tmp_path / "b" / "recipe.schema.json").read_text() == "mine"
+
+
+# --- recipes/README.md ---
+
+
+def test_the_page_of_all_keys_is_that_of_the_declaration():
+    """Write it anew with: flamingo-ft recipes keys --markdown > recipes/README.md"""
+    assert (library_folder() / "README.md").read_text(encoding="utf-8") == markdown()
+
+
+def test_the_page_of_all_keys_names_every_key_and_every_packaged_recipe():
+    lines = markdown().splitlines()
+    for key in recipe_keys():
+        is_in_table = any(line.startswith(f"| `{key.name}` |") for line in lines)
+        assert is_in_table or f"## {key.name}" in lines, key.name
+    assert all(f"[{name}]({name}.yaml)" in markdown() for name in packaged_recipes())
+
+
+def test_the_page_is_printed_whole_or_not_at_all(capsys):
+    assert main(["recipes", "keys", "--markdown"]) == 0
+    assert capsys.readouterr().out == markdown()
+    assert main(["recipes", "keys", "train", "--markdown"]) == 2
+    assert "remove it" in capsys.readouterr().err
 
 
 # --- the commands ---

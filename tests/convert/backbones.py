@@ -19,7 +19,7 @@ TEXT = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers"
 
 
 def words() -> PreTrainedTokenizerFast:
-    """As many words as there are ids before the two that a Flamingo adds; padding is 0."""
+    """A tokenizer with one word for each id below the two that a Flamingo adds; padding is 0."""
     vocabulary = {"<pad>": 0, **{f"w{index}": index for index in range(1, EOC_TOKEN)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w1"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -33,7 +33,7 @@ def write_language(folder: Path, family: str) -> Path:
 
 
 def write_tower(folder: Path) -> Path:
-    """In OpenCLIP's local-dir form."""
+    """Write a tower in OpenCLIP's local-dir format."""
     folder.mkdir()
     config = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
@@ -44,7 +44,7 @@ def write_tower(folder: Path) -> Path:
 
 @cache
 def written(root: Path, family: str) -> Backbones:
-    """Both in ``root``, written once."""
+    """Write both backbones of a family to ``root``, once."""
     tower = root / "tower"
     vision = tower if tower.is_dir() else write_tower(tower)
     return Backbones(str(write_language(root / family, family)), str(vision))

@@ -21,11 +21,11 @@ LAYERS = {family: f"lang_encoder.{path}" for family, path in DECODER_LAYERS.item
 
 
 class ConfigDict(dict):
-    """Settings in a class that whoever reads them need not have."""
+    """Settings in a class that need not be importable to read them."""
 
 
 class Config:
-    """Settings from a file, with a state that is no dict, as mmengine keeps them."""
+    """Settings from a file, whose pickled state is not a dict, as in mmengine."""
 
     def __init__(self, **entries: object):
         self.entries = ConfigDict(tuning_config=ConfigDict(entries))
@@ -42,7 +42,7 @@ def open_flamingo(family: str) -> Tensors:
 
 
 def open_flamingo_1(family: str) -> Tensors:
-    """Version 1 keeps the cross-attention under a second name."""
+    """Version 1 stores the cross-attention under a second name too."""
     tensors, inside = trained_state_dict(family), ".gated_cross_attn_layer."
     aliases = {}
     for name, tensor in tensors.items():
@@ -53,7 +53,7 @@ def open_flamingo_1(family: str) -> Tensors:
 
 
 def _otter_name(name: str) -> str:
-    """Written out: no pattern of the package is used."""
+    """Return Otter's name, without using the package's patterns."""
     for layer in range(6):
         name = name.replace(f"perceiver.layers.{layer}.0.", f"perceiver.layers.{layer}.")
         for entry in (0, 1, 3):
@@ -68,13 +68,13 @@ def _otter_name(name: str) -> str:
 
 
 def _widened(name: str, tensor: Tensor) -> Tensor:
-    """A vocabulary's matrix with Otter's own row."""
+    """Return a vocabulary matrix with a row for Otter's own token."""
     row = parameter_values(f"answer.{EMBEDDINGS[0]}", (1, tensor.shape[1]))
     return torch.cat([tensor[:ANSWER], row])
 
 
 def otter_trained(family: str) -> Tensors:
-    """final_weights.pt: the bridge and the vocabulary's matrices, which train."""
+    """final_weights.pt: the trainable parameters, which are the bridge and the vocabulary matrices."""
     tensors = {name: t for name, t in trained_state_dict(family).items() if "embed_positions" not in name}
     wide = {
         name: _widened(name, t)
@@ -100,7 +100,7 @@ def otter_tower() -> CLIPVisionModel:
 
 
 def otter_whole(family: str) -> Tensors:
-    """All of an Otter, its tower and its language model with weights of their own."""
+    """A whole Otter, with its own weights of the tower and the language model."""
     lm = tiny_language_model(family)
     fill(lm, "otter.lang_encoder.")
     lm.resize_token_embeddings(OTTERS)
@@ -162,7 +162,7 @@ def save(path: Path, tensors: Tensors) -> Path:
 
 
 def save_multimodal_gpt(path: Path, tensors: Tensors, alpha: int = 16) -> Path:
-    """As its training loop does: several devices, settings in a class of their own beside the weights."""
+    """Save as its training loop does: from DDP, with settings in a class of their own beside the weights."""
     settings = Config(lora=True, lora_r=RANK, lora_alpha=alpha, arguments=argparse.Namespace(epochs=3))
     weights = {f"module.{name}": tensor for name, tensor in tensors.items()}
     torch.save({"epoch": 3, "model_state_dict": weights, "tuning_config": settings}, path)
@@ -170,7 +170,7 @@ def save_multimodal_gpt(path: Path, tensors: Tensors, alpha: int = 16) -> Path:
 
 
 def save_otter(folder: Path, tensors: Tensors, shards: int = 2, **config: object) -> Path:
-    """A folder of transformers' with several files."""
+    """Save a folder with several shards, as transformers does."""
     folder.mkdir()
     (folder / "config.json").write_text(
         json.dumps({"model_type": "otter", "cross_attn_every_n_layers": 2, **config})

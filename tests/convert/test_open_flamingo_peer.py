@@ -1,8 +1,8 @@
-"""open-flamingo 2.0.1 itself: it loads what is written for it, and what it saves comes in, with equal logits.
+"""open-flamingo 2.0.1 loads what is exported for it, and what it saves is imported, with equal logits.
 
     pip install --no-deps open-flamingo==2.0.1 einops einops-exts
 
-Without it, the same is held against what was recorded from it (`test_round_trips`, tests/golden).
+Without it, `test_round_trips` compares with what was recorded from it (tests/golden).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def our_logits(folder, family):
 
 
 def distance(found, expected):
-    """In units of the largest; both were computed in float64, so that what differs are the weights."""
+    """Return the largest difference relative to the largest value, both computed in float64."""
     return float((found - expected).abs().max() / expected.abs().max())
 
 
@@ -74,7 +74,7 @@ def test_it_loads_an_adapter_written_for_it(family, lora, backbones, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_it_saves_comes_in(family, backbones, tmp_path, monkeypatch):
+def test_its_checkpoint_is_imported_with_equal_logits(family, backbones, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # imported there, not used
     from open_flamingo.train.train_utils import filter_state_dict_to_trainable
 

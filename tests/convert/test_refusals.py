@@ -1,4 +1,4 @@
-"""What cannot be converted whole is refused in one line, and nothing is written."""
+"""A conversion that would lose something is refused in one line, and nothing is written."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_checkpoint_that_does_not_fit(wrong, backbones, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_refused(wrong, backbones, tmp_path):
     change, options, words = WRONG[wrong]
     source = foreign.save(tmp_path / "checkpoint.pt", change(foreign.open_flamingo("llama")))
     with pytest.raises(UserError, match=words) as error:
@@ -70,7 +70,7 @@ def test_a_checkpoint_that_does_not_fit(wrong, backbones, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
-def test_backbones_of_another_checkpoint(backbones, tmp_path):
+def test_backbones_of_another_checkpoint_are_refused(backbones, tmp_path):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("llama"))
     with pytest.raises(
         UserError, match="decoder layers are at model.layers, this model's at transformer.blocks"
@@ -84,7 +84,14 @@ def test_backbones_of_another_checkpoint(backbones, tmp_path):
         import_checkpoint(source, tmp_path / "out")
 
 
-def test_lora_needs_what_it_builds_on_and_its_alpha(backbones, tmp_path):
+def test_the_old_keyword_of_the_backbones_warns_and_works(backbones, tmp_path):
+    source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("llama"))
+    with pytest.warns(FutureWarning, match="wanted is now called backbones"):
+        result = import_checkpoint(source, tmp_path / "adapter", wanted=backbones["llama"])
+    assert result.result == "adapter"
+
+
+def test_lora_needs_its_base_checkpoint_and_alpha(backbones, tmp_path):
     tensors = foreign.multimodal_gpt("llama")
     below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     bare = foreign.save(tmp_path / "mmgpt.pt", tensors)
@@ -119,7 +126,7 @@ def test_lora_needs_what_it_builds_on_and_its_alpha(backbones, tmp_path):
         ),
     ],
 )
-def test_a_bridge_that_the_others_do_not_make(options, words, backbones, tmp_path):
+def test_a_bridge_that_the_other_projects_cannot_build_is_refused(options, words, backbones, tmp_path):
     vision, language = load_vision(backbones["llama"].vision), load_language(backbones["llama"].language)
     save_adapter(*build_flamingo(vision, language, **options), tmp_path / "adapter")
     for export in (export_open_flamingo, export_otter):
@@ -128,7 +135,7 @@ def test_a_bridge_that_the_others_do_not_make(options, words, backbones, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_tells_what_it_found_and_what_is_wrong(backbones, tmp_path, capsys, monkeypatch):
+def test_the_command_line_prints_the_summary_and_errors(backbones, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("llama"))
     names = ["--language", backbones["llama"].language, "--vision", backbones["llama"].vision]
@@ -153,8 +160,8 @@ def test_the_command_line_tells_what_it_found_and_what_is_wrong(backbones, tmp_p
 LORA_A, LORA_B = ".self_attn.q_proj.lora_A.default.weight", ".self_attn.q_proj.lora_B.default.weight"
 LAYER = "lang_encoder.base_model.model.model.layers.0.decoder_layer"
 INCOMPLETE = {
-    "half of an update": (without(f"layers.0.decoder_layer{LORA_B}"), "lora_B"),
-    "the other half": (without(f"layers.0.decoder_layer{LORA_A}"), "lora_B"),
+    "LoRA without lora_B": (without(f"layers.0.decoder_layer{LORA_B}"), "lora_B"),
+    "LoRA without lora_A": (without(f"layers.0.decoder_layer{LORA_A}"), "lora_B"),
     "DoRA": (
         with_(f"{LAYER}.self_attn.q_proj.lora_magnitude_vector.default.weight", torch.ones(32)),
         "magnitude",
@@ -164,7 +171,7 @@ INCOMPLETE = {
 
 
 @pytest.mark.parametrize("wrong", INCOMPLETE)
-def test_no_update_is_lost_in_silence(wrong, backbones, tmp_path):
+def test_incomplete_lora_is_refused(wrong, backbones, tmp_path):
     change, words = INCOMPLETE[wrong]
     below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", change(foreign.multimodal_gpt("llama")))
@@ -196,14 +203,14 @@ TOWERS = {
 
 
 @pytest.mark.parametrize("wrong", TOWERS)
-def test_an_otter_s_tower_is_whole_or_not_taken(wrong, backbones, tmp_path):
+def test_an_incomplete_otter_tower_is_refused(wrong, backbones, tmp_path):
     change, config, words = TOWERS[wrong]
     folder = foreign.save_otter(tmp_path / "otter", change(foreign.otter_whole("llama")), **config)
     with pytest.raises(UserError, match=words):
         import_checkpoint(folder, tmp_path / "out", backbones["llama"])
 
 
-def test_what_is_of_this_package_already_is_no_foreign_checkpoint(backbones, tmp_path):
+def test_a_model_of_this_package_is_not_a_foreign_checkpoint(backbones, tmp_path):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     import_checkpoint(source, tmp_path / "model", backbones["llama"], to="model")
     for place in (tmp_path / "model", tmp_path / "model" / "model.safetensors"):
@@ -211,14 +218,14 @@ def test_what_is_of_this_package_already_is_no_foreign_checkpoint(backbones, tmp
             import_checkpoint(place, tmp_path / "out", backbones["llama"])
 
 
-def test_a_layer_that_is_there_under_its_old_name_alone_is_not_taken_for_a_repetition(backbones, tmp_path):
+def test_a_layer_stored_only_under_its_alias_is_not_skipped_as_a_repetition(backbones, tmp_path):
     changed = with_("lang_encoder.old_decoder_blocks.0.self_attn.q_proj.weight", torch.ones(32, 32))
     source = foreign.save(tmp_path / "checkpoint.pt", changed(foreign.open_flamingo("llama")))
     assert import_checkpoint(source, tmp_path / "out", backbones["llama"]).result == "model"
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": 3}'])
-def test_a_damaged_folder_is_told_in_a_line(content, backbones, tmp_path):
+def test_a_damaged_folder_is_a_one_line_error(content, backbones, tmp_path):
     folder = foreign.save_otter(tmp_path / "otter", foreign.otter_whole("llama"))
     for file in ("pytorch_model.bin.index.json", "config.json"):
         (folder / file).write_text(content)
@@ -229,7 +236,7 @@ def test_a_damaged_folder_is_told_in_a_line(content, backbones, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_one_matrix_under_two_names_has_one_content(backbones, tmp_path):
+def test_tied_matrices_with_different_values_are_refused(backbones, tmp_path):
     changed = with_("lang_encoder.lm_head.weight", torch.ones(128, 32))
     source = foreign.save(tmp_path / "checkpoint.pt", changed(foreign.open_flamingo("mpt")))
     with pytest.raises(UserError, match="are tied in this language model, but differ in the checkpoint"):

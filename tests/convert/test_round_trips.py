@@ -1,4 +1,4 @@
-"""What comes in goes out again, tensor by tensor and byte by byte, and computes what it computed."""
+"""Imported checkpoints are exported again bit by bit, and give the same logits."""
 
 from __future__ import annotations
 
@@ -52,17 +52,15 @@ def logits(model: FlamingoForConditionalGeneration | Flamingo, family: str) -> T
     return model(input_ids=batch.input_ids, pixel_values=batch.vision_x).logits
 
 
-def assert_holds(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert wanted.keys() <= found.keys(), sorted(wanted.keys() - found.keys())
-    for name, tensor in wanted.items():
+def assert_holds(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert expected.keys() <= found.keys(), sorted(expected.keys() - found.keys())
+    for name, tensor in expected.items():
         assert found[name].dtype == tensor.dtype, name
         assert torch.equal(found[name], tensor), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_open_flamingo_s_own_checkpoint_becomes_an_adapter_with_its_logits_and_back(
-    family, backbones, tmp_path
-):
+def test_an_open_flamingo_checkpoint_becomes_an_adapter_with_its_logits_and_back(family, backbones, tmp_path):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo(family))
     found = import_checkpoint(source, tmp_path / "adapter", backbones[family])
     assert (found.source, found.result) == ("OpenFlamingo v2 checkpoint", "adapter")
@@ -73,7 +71,9 @@ def test_open_flamingo_s_own_checkpoint_becomes_an_adapter_with_its_logits_and_b
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_version_1_sees_the_following_image_and_goes_back_under_both_names(family, backbones, tmp_path):
+def test_version_1_attends_to_the_following_image_and_is_exported_under_both_names(
+    family, backbones, tmp_path
+):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1(family))
     assert (
         import_checkpoint(source, tmp_path / "adapter", backbones[family]).source
@@ -92,7 +92,7 @@ def test_version_1_sees_the_following_image_and_goes_back_under_both_names(famil
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_otter_s_trained_weights_go_through_an_adapter_with_its_own_token(family, backbones, tmp_path):
+def test_otters_trained_weights_survive_an_adapter_with_its_own_token(family, backbones, tmp_path):
     source = foreign.save(tmp_path / "final_weights.pt", foreign.otter_trained(family))
     assert import_checkpoint(source, tmp_path / "adapter", backbones[family]).source == "Otter checkpoint"
     _, processor = load_adapter(tmp_path / "adapter")
@@ -123,9 +123,7 @@ def test_a_whole_otter_becomes_a_whole_model_and_back(family, dtype, backbones, 
     "adapter", ["default.", pytest.param("", marks=pytest.mark.slow)], ids=["PEFT since 0.3", "PEFT before"]
 )
 @pytest.mark.parametrize("family", SOME)
-def test_multimodal_gpt_s_updates_are_kept_as_they_are_on_the_checkpoint_they_build_on(
-    family, adapter, backbones, tmp_path
-):
+def test_multimodal_gpts_lora_is_kept_unchanged_on_its_base_checkpoint(family, adapter, backbones, tmp_path):
     below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1(family))
     tensors = foreign.multimodal_gpt(family, adapter)
     source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", tensors, alpha=3)
@@ -141,7 +139,7 @@ def test_multimodal_gpt_s_updates_are_kept_as_they_are_on_the_checkpoint_they_bu
 
 
 def folded(family: str, tensors: dict[str, Tensor], alpha: int) -> Flamingo:
-    """The model that the updates stand for: W + alpha / r B A, written out."""
+    """The model with the LoRA weights folded in: W + alpha / r B A, written out."""
     model = untrained_flamingo(family, EVERY, media_visibility="following")
     load_open_flamingo(model, foreign.open_flamingo(family))
     layers, parameters = foreign.LAYERS[family], dict(model.named_parameters())
@@ -162,7 +160,7 @@ def folded(family: str, tensors: dict[str, Tensor], alpha: int) -> Flamingo:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
-def test_the_bridge_keeps_the_number_format_it_came_in(dtype, backbones, tmp_path):
+def test_the_bridge_keeps_its_dtype(dtype, backbones, tmp_path):
     tensors = foreign.in_dtype(foreign.open_flamingo, dtype)("mpt")
     bridge = {n: t for n, t in tensors.items() if "wte" not in n and "lm_head" not in n}
     import_checkpoint(
@@ -173,7 +171,7 @@ def test_the_bridge_keeps_the_number_format_it_came_in(dtype, backbones, tmp_pat
 
 
 @pytest.mark.parametrize("family", ["mpt"])
-def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbones, tmp_path):
+def test_an_otter_with_lora_becomes_a_whole_model_with_lora_folded_in(family, backbones, tmp_path):
     whole = foreign.otter_whole(family)
     updates = {name: t for name, t in foreign.multimodal_gpt(family).items() if "decoder_layer" in name}
     wrapped = {
@@ -193,7 +191,7 @@ def test_an_otter_with_lora_is_whole_with_the_updates_folded_in(family, backbone
 @pytest.mark.parametrize(
     "kind", ["OpenFlamingo v2", "OpenFlamingo v1", "a repository's folder", "an Otter's folder"]
 )
-def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, backbones, tmp_path):
+def test_training_can_start_from_a_checkpoint_and_its_adapter_finds_it_again(kind, backbones, tmp_path):
     visibility = "following" if kind == "OpenFlamingo v1" else "immediate"
     make = foreign.open_flamingo_1 if kind == "OpenFlamingo v1" else foreign.open_flamingo
     start = foreign.save(tmp_path / "checkpoint.pt", make("mpt"))
@@ -221,7 +219,7 @@ def test_a_run_starts_from_a_checkpoint_and_its_adapter_finds_it_again(kind, bac
     assert torch.equal(logits(based, "mpt"), logits(model, "mpt"))
 
 
-def test_a_run_does_not_start_from_what_it_would_lose(backbones, tmp_path):
+def test_training_does_not_start_from_a_checkpoint_with_weights_it_would_lose(backbones, tmp_path):
     folder = foreign.save_otter(tmp_path / "otter", foreign.otter_whole("mpt"))
     import_checkpoint(folder, tmp_path / "model", backbones["mpt"])
     vision, language = load_vision(backbones["mpt"].vision), load_language(backbones["mpt"].language)
@@ -263,7 +261,7 @@ def test_padding_rows_of_the_vocabulary_are_cut_for_open_flamingo_and_kept_for_o
     assert torch.equal(back.tensors[embedding], foreign.open_flamingo("mpt")[embedding])
 
 
-def test_otter_s_own_token_is_left_out_where_the_vocabulary_has_no_row_for_it(backbones, tmp_path):
+def test_otters_own_token_is_left_out_if_the_vocabulary_has_no_row_for_it(backbones, tmp_path):
     tensors = {name: t[: foreign.ANSWER] if t.shape[:1] == (foreign.OTTERS,) else t for name, t in
                foreign.otter_trained("llama").items()}  # fmt: skip
     found = import_checkpoint(

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from flamingo_ft import train
-from flamingo_ft.cli.report_table import evaluation_tables
+from flamingo_ft.cli.metrics_table import evaluation_tables
 from flamingo_ft.config import tables
 from flamingo_ft.evaluation.merge_quality import HELD_OUT, EvalSet, Measurement, compare
 from flamingo_ft.evaluation.metrics import LOSS, METRICS, Metric, register_metric

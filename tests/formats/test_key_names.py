@@ -1,4 +1,4 @@
-"""transformers' CLIP and OpenCLIP's hold the same tower under different names."""
+"""transformers and OpenCLIP store the same CLIP tower under different names."""
 
 import torch
 
@@ -16,7 +16,7 @@ def stored() -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_tokens_that_otter_took_are_the_tower_s_tokens_here():
+def test_otters_tower_gives_the_same_tokens_in_open_clip():
     skipped: dict[str, str] = {}
     tensors = to_open_clip(
         stored() | {"vision_encoder.vision_model.embeddings.position_ids": torch.arange(10)}, skipped
@@ -33,7 +33,7 @@ def test_the_tokens_that_otter_took_are_the_tower_s_tokens_here():
     assert torch.allclose(spatial_tokens(visual, images), expected, atol=2e-6 * float(expected.abs().max()))
 
 
-def test_there_and_back_keeps_every_byte():
+def test_renaming_to_open_clip_and_back_keeps_every_byte():
     back = from_open_clip(to_open_clip(stored(), {}))
     assert back.keys() == stored().keys() and all(
         torch.equal(back[name], tensor) for name, tensor in stored().items()

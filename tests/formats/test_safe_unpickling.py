@@ -1,4 +1,4 @@
-"""Torch files are read without running them."""
+"""Torch files are loaded without running code from them."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from flamingo_ft.formats.safe_unpickling import load_torch_file
 
 
 class RunsCode:
-    """Unpickled without care, it makes a folder."""
+    """Creates a folder when it is unpickled by the pickle module."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -42,29 +42,31 @@ CONTENT = {
 }
 
 
-def same(found, wanted):
-    if isinstance(wanted, torch.Tensor):
-        return found.dtype == wanted.dtype and torch.equal(found, wanted)
-    if isinstance(wanted, dict):
-        return found.keys() == wanted.keys() and all(same(found[key], value) for key, value in wanted.items())
-    return found == wanted
+def same(loaded, expected):
+    if isinstance(expected, torch.Tensor):
+        return loaded.dtype == expected.dtype and torch.equal(loaded, expected)
+    if isinstance(expected, dict):
+        return loaded.keys() == expected.keys() and all(
+            same(loaded[key], value) for key, value in expected.items()
+        )
+    return loaded == expected
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's files", "files before torch 1.6"])
 @pytest.mark.parametrize(
     "foreign", [{}, {"settings": Settings(rank=16), "arguments": argparse.Namespace(lr=0.1)}]
 )
-def test_tensors_come_out_as_they_went_in_whatever_lies_beside_them(zipped, foreign, tmp_path):
+def test_tensors_are_loaded_unchanged_whatever_is_stored_beside_them(zipped, foreign, tmp_path):
     torch.save(CONTENT | foreign, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-    found = load_torch_file(tmp_path / "file.pt")
-    assert all(same(found[key], value) for key, value in CONTENT.items())
+    loaded = load_torch_file(tmp_path / "file.pt")
+    assert all(same(loaded[key], value) for key, value in CONTENT.items())
     if foreign:
-        assert type(found["settings"]) is not Settings and found["settings"]["rank"] == 16
-        assert found["arguments"]["lr"] == 0.1
+        assert type(loaded["settings"]) is not Settings and loaded["settings"]["rank"] == 16
+        assert loaded["arguments"]["lr"] == 0.1
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_a_file_would_run_is_not_run(zipped, tmp_path):
+def test_code_in_a_file_is_not_run(zipped, tmp_path):
     trace = tmp_path / "the code ran"
     content = CONTENT | {
         "code": RunsCode(trace),
@@ -72,15 +74,17 @@ def test_what_a_file_would_run_is_not_run(zipped, tmp_path):
         "again": Settings(code=RunsCode(trace)),
     }
     torch.save(content, tmp_path / "file.pt", _use_new_zipfile_serialization=zipped)
-    found = load_torch_file(tmp_path / "file.pt")
-    assert same(found["weights"], CONTENT["weights"]) and not trace.exists()
-    assert not callable(getattr(found["lookup"], "__wrapped__", None)) and found["lookup"] is not pickle.loads
-    with pytest.raises(FileExistsError):  # the file is not harmless: unpickled by torch, it would have run
+    loaded = load_torch_file(tmp_path / "file.pt")
+    assert same(loaded["weights"], CONTENT["weights"]) and not trace.exists()
+    assert (
+        not callable(getattr(loaded["lookup"], "__wrapped__", None)) and loaded["lookup"] is not pickle.loads
+    )
+    with pytest.raises(FileExistsError):  # the file is harmful: torch runs its code
         trace.mkdir()
         torch.load(tmp_path / "file.pt", weights_only=False)
 
 
-def test_what_is_no_file_of_torch_is_told_in_a_line(tmp_path):
+def test_a_file_that_is_not_torchs_is_a_one_line_error(tmp_path):
     (tmp_path / "text.pt").write_bytes(b"no tensors here")
     (tmp_path / "raw.pt").write_bytes(pickle.dumps({"code": RunsCode(tmp_path / "ran")}))
     for name, words in {

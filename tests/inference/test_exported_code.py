@@ -67,6 +67,24 @@ def with_code(folders, tmp_path):
     return tmp_path / "with_code", paths
 
 
+def names_of(module: ast.Module) -> set[str]:
+    """The names that a module defines or imports, also inside a try or an if."""
+    found, statements = set(), list(module.body)
+    while statements:
+        one = statements.pop()
+        if isinstance(one, (ast.FunctionDef, ast.ClassDef)):
+            found.add(one.name)
+        elif isinstance(one, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name for alias in one.names}
+        elif isinstance(one, (ast.Assign, ast.AnnAssign)):
+            found |= {n.id for n in ast.walk(one) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        else:
+            statements += [
+                child for child in ast.walk(one) if isinstance(child, ast.stmt) and child is not one
+            ]
+    return found
+
+
 def test_the_files_import_each_other_and_what_a_reader_has(with_code):
     folder, _ = with_code
     files = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
@@ -77,15 +95,7 @@ def test_the_files_import_each_other_and_what_a_reader_has(with_code):
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1 and node.module in files, name
-                defined = {getattr(each, "name", None) for each in files[node.module].body}
-                targets = (
-                    t
-                    for each in files[node.module].body
-                    if isinstance(each, ast.Assign)
-                    for t in each.targets
-                )
-                defined |= {target.id for target in targets if isinstance(target, ast.Name)}
-                assert {alias.name for alias in node.names} <= defined, name
+                assert {alias.name for alias in node.names} <= names_of(files[node.module]), name
             elif isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = (
                     [node.module]

@@ -20,9 +20,10 @@ from starlette.testclient import TestClient
 from flamingo_ft.adapters import load_trained
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.inference.answer import answer
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.inference.server.app import build_app
 from flamingo_ft.inference.server.engine import Engine
-from flamingo_ft.inference.server.images import MediaPolicy
+from flamingo_ft.inference.server.messages import MediaPolicy
 from flamingo_ft.inference.server.requests import GenerationRequest, Sampling
 from flamingo_ft.model.images import MAX_PIXELS
 
@@ -41,7 +42,7 @@ def served(folders):
 @pytest.fixture(scope="module")
 def engine(served):
     model, processor, _ = served
-    return Engine(model, processor, MediaPolicy(urls="none"))
+    return Engine(Predictor(model, processor), MediaPolicy(urls="none"))
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +384,7 @@ def test_only_files_in_the_allowed_folder_are_read(served, tmp_path):
     (folder / "link.png").symlink_to(secret)
     (folder / "inside.png").symlink_to(folder / "a b" / "x.png")
     (folder / "loop.png").symlink_to(folder / "loop.png")
-    app = build_app(Engine(model, processor, MediaPolicy(folder)), "digits", MAX_BODY)
+    app = build_app(Engine(Predictor(model, processor), MediaPolicy(folder)), "digits", MAX_BODY)
     with TestClient(app) as client:
         for url in (
             (folder / "a b" / "x.png").as_uri(),
@@ -415,7 +416,7 @@ def test_an_address_of_the_own_network_is_fetched_only_where_allowed(served, web
     model, processor, _ = served
     for urls, status in (("public", 400), ("any", 200)):
         with TestClient(
-            build_app(Engine(model, processor, MediaPolicy(urls=urls)), "digits", MAX_BODY)
+            build_app(Engine(Predictor(model, processor), MediaPolicy(urls=urls)), "digits", MAX_BODY)
         ) as client:
             body = {"messages": user(image(f"{web}/a.png")), "max_tokens": 1}
             assert client.post(CHAT, json=body).status_code == status
@@ -426,7 +427,7 @@ def test_an_address_of_the_own_network_is_fetched_only_where_allowed(served, web
 def test_an_unreachable_url_is_rejected(served):
     model, processor, _ = served
     with TestClient(
-        build_app(Engine(model, processor, MediaPolicy(urls="any")), "digits", MAX_BODY)
+        build_app(Engine(Predictor(model, processor), MediaPolicy(urls="any")), "digits", MAX_BODY)
     ) as client:
         error = rejected(client, {"messages": user(image("http://127.0.0.1:9/a.png"))})
         assert "cannot fetch http://127.0.0.1:9/a.png" in error["message"]
@@ -478,7 +479,7 @@ def test_a_body_over_the_limit_is_rejected_however_it_is_sent(client):
 
 
 def test_other_models_and_other_routes_are_not_found(client, openai):
-    with pytest.raises(NotFoundError, match="model: this server has .digits. alone, got .gpt-4o."):
+    with pytest.raises(NotFoundError, match="model: this server has only .digits., got .gpt-4o."):
         openai.chat.completions.create(model="gpt-4o", messages=user(text()))
     assert [model.id for model in openai.models.list()] == ["digits"]
     assert openai.models.retrieve("digits").id == "digits"

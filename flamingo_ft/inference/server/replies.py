@@ -1,4 +1,4 @@
-"""Answers in the forms of OpenAI's three APIs: whole, or as server-sent events."""
+"""Replies of OpenAI's three APIs: one JSON object, or server-sent events."""
 
 from __future__ import annotations
 
@@ -10,41 +10,50 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .engine import Answer
-from .errors import AnswerFailed
+from .errors import GenerationError
 
 DONE = "data: [DONE]\n\n"
 _INCOMPLETE = {"reason": "max_output_tokens"}
 
 
 class Reply(Protocol):
-    """One request's reply."""
+    """The reply to one request."""
+
+    id: str
+
+    def __init__(self, model: str, include_usage: bool = False): ...
 
     def whole(self, text: str, answer: Answer) -> dict[str, Any]:
-        """All of it as JSON."""
+        """Return the reply as one JSON object."""
+        ...
 
     def opening(self) -> str:
-        """The events before the text."""
+        """Return the events before the text."""
+        ...
 
     def piece(self, text: str) -> str:
-        """The event with a piece of the text."""
+        """Return the event of a piece of text."""
+        ...
 
     def closing(self, text: str, answer: Answer) -> str:
-        """The events after the whole text."""
+        """Return the events after the text."""
+        ...
 
-    def failure(self, error: AnswerFailed) -> str:
-        """The events with which an answer ends that failed on its way."""
+    def failure(self, error: GenerationError) -> str:
+        """Return the events that end an answer if the model failed."""
+        ...
 
 
 @dataclass
-class _Named:
+class _ReplyHeader:
     model: str
     include_usage: bool = False
-    number: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-class _ChoicesReply(_Named):
-    """What chat completions and completions have in common: one choice, events of one kind."""
+class _ChoicesReply(_ReplyHeader):
+    """What chat completions and completions share: one choice, and one kind of event."""
 
     prefix: str
     kind: str
@@ -53,38 +62,39 @@ class _ChoicesReply(_Named):
     def _choice(self, text: str, finish_reason: str) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _part(self, text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
+    def _delta(self, text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
         raise NotImplementedError
 
     def whole(self, text: str, answer: Answer) -> dict[str, Any]:
         return self._body(self.kind, [self._choice(text, answer.finish_reason)], usage=_usage(answer))
 
     def piece(self, text: str) -> str:
-        return self._event([self._part(text)])
+        return self._event([self._delta(text)])
 
     def closing(self, text: str, answer: Answer) -> str:
-        end = self._event([self._part(None, answer.finish_reason)])
+        end = self._event([self._delta(None, answer.finish_reason)])
         usage = _sse(self._body(self.chunk_kind, [], usage=_usage(answer))) if self.include_usage else ""
         return end + usage + DONE
 
-    def failure(self, error: AnswerFailed) -> str:
+    def failure(self, error: GenerationError) -> str:
         return _sse(error.body()) + DONE
 
     def _event(self, choices: list[dict[str, Any]]) -> str:
         return _sse(self._body(self.chunk_kind, choices, **({"usage": None} if self.include_usage else {})))
 
-    def _body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        name = {
-            "id": f"{self.prefix}-{self.number}",
+    def _body(self, kind: str, choices: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+        return {
+            "id": f"{self.prefix}-{self.id}",
             "object": kind,
             "created": self.created,
             "model": self.model,
+            "choices": choices,
+            **others,
         }
-        return {**name, "choices": choices, **more}
 
 
 class ChatReply(_ChoicesReply):
-    """Of ``/v1/chat/completions``."""
+    """Reply of ``/v1/chat/completions``."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -97,7 +107,7 @@ class ChatReply(_ChoicesReply):
         message = {"role": "assistant", "content": text, "refusal": None}
         return {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
 
-    def _part(self, text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
+    def _delta(self, text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
         return {
             "index": 0,
             "delta": {} if text is None else {"content": text},
@@ -106,7 +116,7 @@ class ChatReply(_ChoicesReply):
 
 
 class CompletionReply(_ChoicesReply):
-    """Of ``/v1/completions``."""
+    """Reply of ``/v1/completions``."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
@@ -116,13 +126,13 @@ class CompletionReply(_ChoicesReply):
     def _choice(self, text: str, finish_reason: str) -> dict[str, Any]:
         return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
 
-    def _part(self, text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
+    def _delta(self, text: str | None, finish_reason: str | None = None) -> dict[str, Any]:
         return {"index": 0, "text": text or "", "logprobs": None, "finish_reason": finish_reason}
 
 
 @dataclass
-class ResponseReply(_Named):
-    """Of ``/v1/responses``: one message with one text, each event numbered."""
+class ResponseReply(_ReplyHeader):
+    """Reply of ``/v1/responses``: one message with one text; events are numbered."""
 
     sent: int = 0
 
@@ -130,29 +140,29 @@ class ResponseReply(_Named):
         return self._response(_status(answer), [self._message(text, _status(answer))], answer)
 
     def opening(self) -> str:
-        began = self._response("in_progress", [])
+        response = self._response("in_progress", [])
         return (
-            self._event("response.created", response=began)
-            + self._event("response.in_progress", response=began)
+            self._event("response.created", response=response)
+            + self._event("response.in_progress", response=response)
             + self._event(
                 "response.output_item.added", output_index=0, item=self._message(None, "in_progress")
             )
-            + self._event("response.content_part.added", **self._place(), part=_text(""))
+            + self._event("response.content_part.added", **self._position(), part=_text(""))
         )
 
     def piece(self, text: str) -> str:
-        return self._event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+        return self._event("response.output_text.delta", **self._position(), delta=text, logprobs=[])
 
     def closing(self, text: str, answer: Answer) -> str:
         status = _status(answer)
         return (
-            self._event("response.output_text.done", **self._place(), text=text, logprobs=[])
-            + self._event("response.content_part.done", **self._place(), part=_text(text))
+            self._event("response.output_text.done", **self._position(), text=text, logprobs=[])
+            + self._event("response.content_part.done", **self._position(), part=_text(text))
             + self._event("response.output_item.done", output_index=0, item=self._message(text, status))
             + self._event(f"response.{status}", response=self.whole(text, answer))
         )
 
-    def failure(self, error: AnswerFailed) -> str:
+    def failure(self, error: GenerationError) -> str:
         reason = {"code": "server_error", "message": str(error)}
         failed = {**self._response("failed", []), "error": reason}
         return self._event("error", **reason, param=None) + self._event("response.failed", response=failed)
@@ -161,19 +171,19 @@ class ResponseReply(_Named):
         self.sent += 1
         return f"event: {kind}\n" + _sse({"type": kind, "sequence_number": self.sent - 1, **content})
 
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": f"msg_{self.number}", "output_index": 0, "content_index": 0}
+    def _position(self) -> dict[str, Any]:
+        return {"item_id": f"msg_{self.id}", "output_index": 0, "content_index": 0}
 
     def _message(self, text: str | None, status: str) -> dict[str, Any]:
         content = [] if text is None else [_text(text)]
-        message = {"id": f"msg_{self.number}", "type": "message", "role": "assistant"}
+        message = {"id": f"msg_{self.id}", "type": "message", "role": "assistant"}
         return {**message, "status": status, "content": content}
 
     def _response(
         self, status: str, output: list[dict[str, Any]], answer: Answer | None = None
     ) -> dict[str, Any]:
         return {
-            "id": f"resp_{self.number}",
+            "id": f"resp_{self.id}",
             "object": "response",
             "created_at": self.created,
             "model": self.model,
@@ -212,5 +222,5 @@ def _response_usage(answer: Answer) -> dict[str, Any]:
 
 
 def _sse(content: Mapping[str, Any]) -> str:
-    """An event; JSON has no line breaks, which would end it."""
+    """Return one event. A line break would end it; JSON on one line has none."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -1,4 +1,4 @@
-"""A JSON body to a checked `GenerationRequest`: every field is honoured, is known to change nothing, or is rejected."""
+"""JSON bodies as checked `GenerationRequest`s: every field is honoured, known to have no effect, or rejected."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .errors import RequestError, shown
-from .images import ImageLink
-from .messages import SHOWN_NAME, read_messages
+from .messages import MAX_KEY_CHARACTERS, ImageLink, read_messages
 
-# Accepted and without effect: they are about OpenAI's accounts and storage, not about the answer.
+# Accepted without effect: they concern OpenAI's accounts and storage, not the answer.
 NO_EFFECT = frozenset(
     {
         "user",
@@ -29,11 +28,10 @@ NO_EFFECT = frozenset(
     }
 )
 TEXT_FORMAT = {"type": "text"}
-LEAST_TEMPERATURE = (
-    1e-3  # a smaller one is greedy: scores divided by it would overflow, which ends CUDA's context
-)
+# Smaller temperatures mean greedy decoding: scores divided by them would overflow, which kills the CUDA context.
+MIN_TEMPERATURE = 1e-3
 
-# What this server cannot do, with the values that ask for nothing.
+# Fields that this server does not support, with the values that have no effect and are therefore accepted.
 Unsupported = Mapping[str, tuple[Any, ...]]
 _IN_CHAT: Unsupported = {
     "n": (1,),
@@ -80,9 +78,9 @@ Bias = dict[TokenId, Annotated[float, Field(ge=-100, le=100)]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is chosen. Greedily, unless the request asks for a temperature or a top_p.
+    """How an answer is generated: greedily, unless the request sets a temperature or a top_p.
 
-    max_tokens: None for what the server allows. stop: texts at which the answer ends, themselves left out.
+    max_tokens: None for the server's limit. stop: texts that end the answer and are not part of it.
     """
 
     max_tokens: int | None = None
@@ -97,7 +95,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What to answer: a dialogue in typed blocks with its images in order, or the beginning of a text (``prompt``)."""
+    """A dialogue to answer, in typed blocks with its images in order, or a text to continue (``prompt``)."""
 
     model: str | None
     sampling: Sampling
@@ -109,7 +107,7 @@ class GenerationRequest:
 
     @property
     def text_field(self) -> str:
-        """The field that errors about the text as a whole name."""
+        """The field to name in errors about the text as a whole."""
         return "messages" if self.prompt is None else "prompt"
 
 
@@ -121,7 +119,7 @@ class _StreamOptions(BaseModel):
 
 
 class _Fields(BaseModel):
-    """What all three kinds of request have."""
+    """Fields of all three kinds of request."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -154,7 +152,7 @@ AnyFields = TypeVar("AnyFields", bound=_Fields)
 
 
 def chat_request(body: Mapping[str, Any]) -> GenerationRequest:
-    """A body of ``/v1/chat/completions``. Raises RequestError for the first field that is wrong."""
+    """Parse a body of ``/v1/chat/completions``. Raise RequestError for the first wrong field."""
     fields = _read_fields(body, _ChatFields, _IN_CHAT, "messages")
     given = {fields.max_tokens, fields.max_completion_tokens} - {None}
     if len(given) > 1:
@@ -165,7 +163,7 @@ def chat_request(body: Mapping[str, Any]) -> GenerationRequest:
 
 
 def completion_request(body: Mapping[str, Any]) -> GenerationRequest:
-    """A body of ``/v1/completions``: text alone."""
+    """Parse a body of ``/v1/completions``, which takes text only."""
     fields = _read_fields(body, _TextFields, _IN_COMPLETIONS, "prompt")
     prompt = body.get("prompt")
     prompt = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
@@ -179,7 +177,7 @@ def completion_request(body: Mapping[str, Any]) -> GenerationRequest:
 
 
 def response_request(body: Mapping[str, Any]) -> GenerationRequest:
-    """A body of ``/v1/responses``."""
+    """Parse a body of ``/v1/responses``."""
     fields = _read_fields(body, _ResponseFields, _IN_RESPONSES, "input")
     messages, images = _read_input(body.get("input"))
     if fields.instructions:
@@ -189,28 +187,29 @@ def response_request(body: Mapping[str, Any]) -> GenerationRequest:
 
 
 def _read_input(value: Any) -> tuple[list[dict[str, Any]], list[ImageLink]]:
-    """A text, the parts of one message, or messages."""
+    """Read the input: a text, the content blocks of one message, or messages."""
     if isinstance(value, str):
         return read_messages([{"role": "user", "content": value}], "input")
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(item, dict) and "role" not in item for item in value)
-        and all(str(item.get("type")).startswith("input_") for item in value)
-    ):
+    if isinstance(value, list) and value and all(map(_is_input_block, value)):
         return read_messages([{"role": "user", "content": value}], "input")
     return read_messages(value, "input")
+
+
+def _is_input_block(item: Any) -> bool:
+    return isinstance(item, dict) and "role" not in item and str(item.get("type")).startswith("input_")
 
 
 def _read_fields(
     body: Mapping[str, Any], schema: type[AnyFields], unsupported: Unsupported, text_field: str
 ) -> AnyFields:
-    """All fields but ``text_field``. A field that is null counts as absent, as everywhere in OpenAI's API."""
+    """Read all fields but ``text_field``. A null field counts as absent, as everywhere in OpenAI's API."""
     given = {name: value for name, value in body.items() if value is not None and name != text_field}
     known = {*schema.model_fields, *unsupported, *NO_EFFECT}
     for name, value in given.items():
         if name not in known:
-            raise RequestError(f"unknown field; {_suggestion(name, {*known, text_field})}", name[:SHOWN_NAME])
+            raise RequestError(
+                f"unknown field; {_suggestion(name, {*known, text_field})}", name[:MAX_KEY_CHARACTERS]
+            )
         if name in unsupported and not any(_same(value, allowed) for allowed in unsupported[name]):
             raise RequestError(_refusal(value, unsupported[name]), name)
     try:
@@ -233,7 +232,7 @@ def _refusal(value: Any, allowed: tuple[Any, ...]) -> str:
 
 
 def _same(value: Any, allowed: Any) -> bool:
-    """Equal and of one type: in Python, true equals 1."""
+    """Whether two values are equal and of the same type; in Python, True equals 1."""
     return type(value) is type(allowed) and value == allowed
 
 
@@ -254,10 +253,10 @@ def _text_sampling(fields: _TextFields, max_tokens: int | None) -> Sampling:
 
 
 def _sampling(fields: _Fields, max_tokens: int | None, **others: Any) -> Sampling:
-    """A top_p below 1 alone asks for sampling at OpenAI's default temperature."""
+    """Return the sampling; a top_p below 1 alone means sampling at OpenAI's default temperature, 1."""
     default = 1.0 if fields.top_p < 1 else 0.0
     temperature = default if fields.temperature is None else fields.temperature
-    temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
+    temperature = temperature if temperature >= MIN_TEMPERATURE else 0.0
     return Sampling(max_tokens, temperature, fields.top_p, fields.seed, **others)
 
 

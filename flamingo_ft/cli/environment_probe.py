@@ -1,6 +1,7 @@
-"""Run in a process of its own, since a broken package may end it: one JSON line for each step of the command line.
+"""Script of `flamingo-ft env` that runs in a process of its own, because a broken package may end it.
 
-A step is the name of a module to import, or one of `STEPS`.
+Its arguments are steps: names of modules to import, or of `STEPS`. It prints a line of JSON per step, and
+ends with a traceback at the first one that fails.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ GIB = 2**30
 
 
 def memory() -> dict[str, object]:
-    """Of the host, in GiB."""
+    """Return the host RAM in GiB."""
     import psutil
 
-    found = psutil.virtual_memory()
-    return {"total_gib": found.total / GIB, "free_gib": found.available / GIB}
+    ram = psutil.virtual_memory()
+    return {"total_gib": ram.total / GIB, "free_gib": ram.available / GIB}
 
 
 def devices() -> dict[str, object]:
-    """torch's builds, and its GPUs with memory in GiB and the dtypes that each computes in hardware."""
+    """Return torch's build and its GPUs, with memory in GiB and the dtypes that each computes in hardware."""
     import torch
 
     gpus = []
@@ -51,16 +52,16 @@ def devices() -> dict[str, object]:
 
 
 def four_bit() -> dict[str, object]:
-    """Whether a matrix in 4 bits can be multiplied here."""
-    return _quantized("nf4")
+    """Multiply a 4-bit matrix and return the device."""
+    return _multiply_quantized("nf4")
 
 
 def eight_bit() -> dict[str, object]:
-    """Whether a matrix in 8 bits can be multiplied here."""
-    return _quantized("int8")
+    """Multiply an 8-bit matrix and return the device."""
+    return _multiply_quantized("int8")
 
 
-def _quantized(kind: str) -> dict[str, object]:
+def _multiply_quantized(kind: str) -> dict[str, object]:
     import torch
 
     from flamingo_ft.backbones.device_and_dtype import default_device
@@ -71,9 +72,9 @@ def _quantized(kind: str) -> dict[str, object]:
     x = torch.randn(4, 64, device=device)
     exact = model.to(device)(x)
     quantize_linears(model, Quantization(kind))
-    away = (model.to(device)(x).float() - exact).norm() / exact.norm()
-    if not away < 0.5:
-        raise ArithmeticError(f"the product is {away:.2g} away from the exact one")
+    error = (model.to(device)(x).float() - exact).norm() / exact.norm()
+    if not error < 0.5:  # NaN included
+        raise ArithmeticError(f"the product has a relative error of {error:.2g}")
     return {"device": device.type}
 
 
@@ -86,12 +87,11 @@ STEPS: dict[str, Callable[[], dict[str, object]]] = {
 
 
 def run(steps: list[str]) -> None:
-    """Print what each step found; the first that fails ends the process with its traceback."""
+    """Run the steps in order and print the result of each."""
     for step in steps:
-        found = STEPS[step]() if step in STEPS else {"imported": importlib.import_module(step) is not None}
-        print(
-            "\n" + json.dumps({"step": step, **found}), flush=True
-        )  # what it printed may have left a line open
+        result = STEPS[step]() if step in STEPS else {"imported": importlib.import_module(step) is not None}
+        # On a line of its own: what a package printed may lack a line break.
+        print("\n" + json.dumps({"step": step, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""Verbs that let a model answer: `eval`, `generate` and `serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from flamingo_ft.cli.arguments import Adapter
+
+
+def evaluate(
+    adapter: Adapter,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="Keys of data.eval and eval to set, such as eval.max_samples=100."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Samples to evaluate on instead of the recipe's, as data.eval.0; their images are in "
+            "data.eval.0.image_root=FOLDER.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+) -> None:
+    """Evaluate a run's adapter, a converted adapter or a merged model on held-out samples."""
+    from flamingo_ft.cli.metrics_table import print_metrics
+    from flamingo_ft.cli.output import log
+    from flamingo_ft.evaluation.evaluate import evaluate_adapter
+
+    print_metrics(evaluate_adapter(adapter, None if data is None else str(data), overrides or (), log))
+
+
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Question about the images.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="An image; repeat it for several, in order.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum length of the answer in tokens.")
+    ] = 64,
+) -> None:
+    """Answer a prompt about images."""
+    from flamingo_ft.inference.answer import answer
+
+    typer.echo(answer(adapter, image or [], prompt, max_new_tokens))
+
+
+def serve(
+    model: Adapter,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 8000,
+    allowed_media: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder whose image files requests may refer to (file:///...). By default none.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    image_urls: Annotated[
+        Literal["public", "any", "none"],
+        typer.Option(
+            help="http(s) URLs of images that are fetched: all but those in private networks, any, or none."
+        ),
+    ] = "public",
+    max_body_mib: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum size of a request in MiB.")
+    ] = 64,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP API until interrupted."""
+    from flamingo_ft.inference import serve
+
+    serve.serve(
+        model, host, port, allowed_media=allowed_media, image_urls=image_urls, max_body_mib=max_body_mib
+    )

@@ -1,0 +1,159 @@
+"""The results of `train`, `eval` and `merge`, as tables and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flamingo_ft.evaluation.merge_quality import MADE_UP
+from flamingo_ft.evaluation.metrics import METRICS, Metric
+from flamingo_ft.evaluation.results import AFTER, BEFORE, MAJORITY, SHUFFLED, ScoreTable, score_tables
+from flamingo_ft.formatting import percent
+
+MAX_CLASSES = 5  # of a task whose classes are listed one by one
+_COLUMNS = {MAJORITY: "majority", BEFORE: "before", AFTER: "after", SHUFFLED: "with another image"}
+_MERGE_MODELS = {
+    "adapter": "adapter, as trained",
+    "adapter_on_unquantized_base": "adapter on its unquantized base",
+    "merged_before_quantization": "merged, before quantization",
+    "merged": "merged",
+}
+
+
+def print_metrics(metrics: Mapping[str, Any]) -> None:
+    """Print the metrics of a run or an evaluation (metrics.json)."""
+    if metrics.get("eval"):
+        for table in evaluation_tables(metrics["eval"]):
+            Console().print(table)
+        for line in evaluation_lines(metrics["eval"]):
+            typer.echo(line)
+    if metrics.get("train"):
+        typer.echo(training_line(metrics["train"]))
+
+
+def print_merge_report(report: Mapping[str, Any]) -> None:
+    """Print what `merge_adapter` returns."""
+    Console().print(merge_table(report))
+    typer.echo(merge_lines(report))
+
+
+def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
+    """Return a table for each metric in the ``eval`` record of metrics.json: a row per task, and one over all."""
+    return [_evaluation_table(scores) for scores in score_tables(evaluation)]
+
+
+def _evaluation_table(scores: ScoreTable) -> Table:
+    metric = scores.metric
+    headers = [_COLUMNS[column] for column in scores.columns]
+    if BEFORE not in scores.columns and SHUFFLED not in scores.columns:
+        headers = [metric.label if header == "after" else header for header in headers]
+    table = Table(title=f"{metric.label} on held-out samples", title_justify="left")
+    table.add_column("task")
+    for header in ["samples", *headers]:
+        table.add_column(header, justify="right")
+    for name, row in scores.tasks.items():
+        table.add_row(name, f"{row.samples:,}", *map(metric.text, row.values))
+    table.add_section()
+    table.add_row("all", f"{scores.overall.samples:,}", *map(metric.text, scores.overall.values))
+    return table
+
+
+def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines below the table: tasks with few classes by class, tasks of free text, and the
+    verdict."""
+    for name, task in evaluation["per_task"].items():
+        classes = task.get("classes") or {}
+        if 2 <= len(classes) <= MAX_CLASSES:
+            scores = (f"{label!r} {_class_text(scores)}" for label, scores in classes.items())
+            yield f"{name}: {', '.join(scores)}"
+    free_text = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
+    if free_text:
+        yield (
+            f"{', '.join(free_text)}: free text scored by exact match, "
+            "which counts a right answer in other words as wrong"
+        )
+    if evaluation.get("verdict"):
+        yield f"verdict: {evaluation['verdict']}"
+
+
+def _class_text(scores: Mapping[str, Any]) -> str:
+    values = " / ".join(metric.text(scores.get(metric.name)) for metric in METRICS.values())
+    return f"{values} of {scores['samples']:,}"
+
+
+def training_line(training: Mapping[str, Any]) -> str:
+    """Return a sentence about a training run, and further lines if rows of the data were left out or changed.
+
+    training: {"steps", "seconds", "trainable_parameters", "data"?}.
+    """
+    lines = [
+        f"trained {training['trainable_parameters']:,} parameters for {training['steps']:,} steps in "
+        f"{training['seconds']:,.0f} s"
+    ]
+    return "\n".join([*lines, *_data_lines(training.get("data") or {})])
+
+
+def _data_lines(data: Mapping[str, Any]) -> Iterator[str]:
+    """data: {"rows", "skipped", "dropped", "shortened", "rewritten"?, "held_out_skipped"?}; a row counts each
+    time it is read."""
+    counts = {
+        "skipped as bad": data.get("skipped"),
+        "dropped as too long": data.get("dropped"),
+        "shortened": data.get("shortened", {}).get("samples"),
+    }
+    counted = [f"{count:,} {what}" for what, count in counts.items() if count]
+    if counted:
+        yield f"of {data['rows']:,} rows read: {', '.join(counted)}; see left_out.jsonl"
+    if data.get("rewritten"):
+        yield (
+            "the chat template left out or changed words of answers in "
+            f"{data['rewritten']:,} of {data['rows']:,} rows"
+        )
+    if data.get("held_out_skipped"):
+        yield f"{data['held_out_skipped']:,} held-out rows skipped as bad; see left_out.jsonl"
+
+
+def merge_table(report: Mapping[str, Any]) -> Table:
+    """Return a table of loss and metrics of the adapter, of the merged model, and of what quantization changes."""
+    cost = report["cost"]
+    metrics = [metric for name, metric in METRICS.items() if name in cost]
+    reference = ", the adapter's answers as reference" if report["prompts_from"] == MADE_UP else ""
+    table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
+    table.add_column("model")
+    table.add_column("loss", justify="right")
+    for metric in metrics:
+        table.add_column(f"{metric.label}{reference}", justify="right")
+    for name, loss in cost["loss"].items():
+        values = (metric.text(cost[metric.name][name]) for metric in metrics)
+        table.add_row(_MERGE_MODELS[name], f"{loss:.4f}", *values)
+    return table
+
+
+def merge_lines(report: Mapping[str, Any]) -> str:
+    """Return lines on what was verified, on the margins, and on the difference of logits."""
+    verified, cost = report["verified"], report["cost"]
+    worst = (
+        f"; largest error {verified['worst_error']:.2f} of what rounding allows" if verified["worst"] else ""
+    )
+    limits = "".join(
+        f", or {metric.label} {'lower' if metric.higher_is_better else 'higher'} by more than "
+        f"{_margin_text(metric, cost[f'{name}_margin'])} in the same way"
+        for name, metric in METRICS.items()
+        if cost.get(f"{name}_margin") is not None
+    )
+    return (
+        f"verified {verified['tensors']:,} tensors, "
+        f"{verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
+        f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); "
+        f"refused if it is higher by more than {cost['margin']:.2g} beyond twice that{limits}\n"
+        f"logits: token agreement {percent(report['token_agreement'])}, "
+        f"largest difference {report['relative']:.2g} of the largest, on {report['tokens']:,} tokens"
+    )
+
+
+def _margin_text(metric: Metric, margin: float) -> str:
+    return f"{100 * margin:.0f} points" if metric.is_fraction else metric.text(margin)
