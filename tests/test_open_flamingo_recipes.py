@@ -114,8 +114,8 @@ def test_each_released_model_trains_and_its_adapter_loads_again(model, hub, here
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_another_pairing_is_refused_without_a_request(command, wrong, hub, here, capsys):
     assert cli.main([command, "open_flamingo_4b", wrong]) == 2
-    told = capsys.readouterr().err
-    assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b goes with model.language.name togethercomputer/" in told
+    error = capsys.readouterr().err
+    assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b goes with model.language.name togethercomputer/" in error
     assert hub.requests == []
 
 

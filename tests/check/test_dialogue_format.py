@@ -64,8 +64,8 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
         'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" precedes '
         'answers, which end with "<|im_end|>" (then "\\n", without loss)'
     )
-    told = capsys.readouterr().out.splitlines()
-    assert line in told and "generation stops at <|im_end|> or <|endofchunk|>" in told
+    lines = capsys.readouterr().out.splitlines()
+    assert line in lines and "generation stops at <|im_end|> or <|endofchunk|>" in lines
     record = json.loads((tmp_path / "check" / "check.json").read_text())
     assert record["text_form"]["ends"] == {"text": "<|im_end|>", "tokens": ["<|im_end|>"]}
     assert record["text_lines"][0] == line and record["warnings"] == []

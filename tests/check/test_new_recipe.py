@@ -210,8 +210,8 @@ def test_unusable_rows_are_noted_and_left_to_the_user(tmp_path):
 def test_without_a_local_tokenizer_lengths_are_marked_as_estimates(tmp_path, capsys):
     data = rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 4)))
     assert main(["recipes", "new", "new.yaml", "--data", str(data), "--language", "somebody/some-model"]) == 0
-    said, text = capsys.readouterr(), Path("new.yaml").read_text()
-    assert "lengths are estimated from characters" in said.err and "wrote new.yaml" in said.out
+    output, text = capsys.readouterr(), Path("new.yaml").read_text()
+    assert "lengths are estimated from characters" in output.err and "wrote new.yaml" in output.out
     recipe = load_recipe("new.yaml")
     assert recipe.model.language.name == "somebody/some-model" and recipe.model.vision.name == "ViT-L-14"
     assert recipe.data.max_text_tokens is None and "estimated" in text
@@ -228,7 +228,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--data", "gone.jsonl"], "gone.jsonl: no such data file"),
         (
@@ -241,11 +241,11 @@ def test_nothing_is_overwritten(tmp_path, capsys):
         ([], "Missing option '--data'"),
     ],
 )
-def test_a_usage_error_is_one_line_and_nothing_is_written(tmp_path, capsys, options, told):
+def test_a_usage_error_is_one_line_and_nothing_is_written(tmp_path, capsys, options, message):
     rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 2)))
     assert main(["recipes", "new", "new.yaml", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and told in line and not Path("new.yaml").exists()
+    assert line.startswith("error: ") and message in line and not Path("new.yaml").exists()
 
 
 @pytest.mark.slow

@@ -91,8 +91,8 @@ def test_highlighted_tokens_are_those_with_labels(page):
         label != IGNORED for label in encoded.labels
     ]
     assert [text for _, classes, text in shown.tokens if "media" in classes] == ["<image> 1"]
-    said = "".join(text for _, classes, text in shown.tokens if "learned" in classes and text != "·")
-    assert said.replace("⏎\n", "\n") == f"{NASTY}<|im_end|>"
+    learned_text = "".join(text for _, classes, text in shown.tokens if "learned" in classes and text != "·")
+    assert learned_text.replace("⏎\n", "\n") == f"{NASTY}<|im_end|>"
 
 
 def first_sample(path):
