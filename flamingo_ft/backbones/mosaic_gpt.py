@@ -18,13 +18,13 @@ from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
+    GradientCheckpointingLayer,
     MptForCausalLM,
     MptModel,
     MptPreTrainedModel,
     PreTrainedConfig,
 )
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Keys of its configuration for which only this value is implemented.
 FIXED = {

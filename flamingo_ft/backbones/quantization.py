@@ -208,7 +208,7 @@ def _check_dtype(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> Non
         )
 
 
-# --- Quantized layers and what they stand for
+# --- Dequantizing, and copies of quantized layers
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def dequantized_weight(layer: Any) -> Tensor:
 
 
 def dequantized_linear(layer: Any, dtype: torch.dtype, name: str = "layer") -> nn.Linear | Conv1D:
-    """Return the unquantized layer that a quantized one stands for: `nn.Linear`, or GPT-2's `Conv1D`.
+    """Return the unquantized equivalent of a quantized layer: `nn.Linear`, or GPT-2's `Conv1D`.
 
     Raises UserError, naming ``name``, for weights beyond the range of ``dtype``.
     """

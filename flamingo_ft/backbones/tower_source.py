@@ -73,7 +73,7 @@ def _has_tag(name: str, pretrained: str) -> bool:
 
 
 def _local_folder(name: str, pretrained: str | None) -> Path | None:
-    """Return the folder that a tower's name stands for; None if it comes from elsewhere."""
+    """Return the folder that a tower's name means; None if it comes from elsewhere."""
     folder = local_tower(name, pretrained)
     if folder is None or (is_architecture(name) and not folder.is_dir()):
         return None

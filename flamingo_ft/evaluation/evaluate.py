@@ -39,11 +39,12 @@ def evaluate_adapter(
 ) -> dict[str, Any]:
     """Score an adapter or a merged model on held-out samples, by every registered metric.
 
-    data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the recipe's
-    ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called with a line for each
-    skipped sample.
+    data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the
+    recipe's ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called
+    with a line for each skipped sample.
 
-    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, and without samples.
+    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, and without
+    samples.
     """
     folder = fetch_model(adapter)
     recipe = recipe_for_evaluation(adapter, folder, data, overrides)

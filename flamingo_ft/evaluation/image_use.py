@@ -15,8 +15,8 @@ FEW_CHANGES = 0.1  # fraction of answers that change with the image
 NOT_LOOKING, NO_USE = "the model is not looking", "the images are of no use to the model"
 READS_IMAGES = "reads the images"
 REMEDY = (
-    "try more steps, a higher train.learning_rate (above all for the gates), a smaller model.cross_attn_every_n_layers, or "
-    "more varied questions that cannot be answered without the image"
+    "try more steps, a higher train.learning_rate (above all for the gates), a smaller "
+    "model.cross_attn_every_n_layers, or more varied questions that cannot be answered without the image"
 )
 
 
@@ -28,8 +28,8 @@ def image_use(
 ) -> str | None:
     """Return one sentence on the questions that have images; None if no question has any.
 
-    predictions: answers to the questions. shuffled: answers to the same questions with another sample's images.
-    metric: one whose scores are 0 or 1.
+    predictions: answers to the questions. shuffled: answers to the same questions with another sample's
+    images. metric: one whose scores are 0 or 1.
     """
     rows = [row for row in zip(questions, predictions, shuffled, strict=True) if row[0].images]
     if not rows:
@@ -69,4 +69,5 @@ def _of_free_text(changed: float) -> str:
     share = f"{100 * changed:.0f} % of the answers change with another image"
     if changed < FEW_CHANGES:
         return f"{NOT_LOOKING}: {share}; {REMEDY}"
-    return f"the answers depend on the images ({share}); whether they are right, exact match cannot tell for free text"
+    limit = "whether they are right, exact match cannot tell for free text"
+    return f"the answers depend on the images ({share}); {limit}"

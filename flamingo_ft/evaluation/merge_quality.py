@@ -1,8 +1,8 @@
 """Whether a merged model is as good as its adapter: loss and metrics of both on the same samples.
 
-The samples are held-out ones of the run or, if those are not here, made-up prompts. Distances between logits are
-reported but decide nothing: 4-bit quantization alone moves a real model's logits by a third of the largest, so they
-cannot tell a wrong merge from a right one.
+The samples are held-out ones of the run or, if those are not here, made-up prompts. Distances between logits
+are reported but decide nothing: 4-bit quantization alone moves a real model's logits by a third of the
+largest, so they cannot tell a wrong merge from a right one.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class EvalSet:
 
 
 def eval_set_of_run(folder: Path, processor: FlamingoProcessor, context: int, samples: int) -> EvalSet | None:
-    """Return at most ``samples`` samples of the run in ``folder``: held-out ones, or training samples without any.
+    """Return at most ``samples`` samples of the run in ``folder``: held-out ones, else training samples.
 
     None if the recipe or its data is not here, or no sample has an answer within ``context`` tokens.
     """
@@ -105,7 +105,7 @@ def _encode(
 
 
 def made_up_eval_set(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> EvalSet:
-    """Return questions about images of noise and one without an image, with the answers of ``model``, the adapter's."""
+    """Return questions about noise images and one without an image, with the adapter's answers."""
     generator = np.random.default_rng(0)
     content = [{"type": "image"}, {"type": "text", "text": "What is in this picture, and where?"}]
     prompts = [
@@ -138,8 +138,8 @@ def _noise(generator: np.random.Generator) -> bytes:
 class Measurement:
     """One model on an `EvalSet`.
 
-    losses: summed over the label tokens of each sample. tokens: label tokens of each sample. scores: of each question,
-    by metric. logits (N positions, V vocabulary): at the first label positions.
+    losses: summed over the label tokens of each sample. tokens: label tokens of each sample. scores: of each
+    question, by metric. logits (N positions, V vocabulary): at the first label positions.
     """
 
     losses: Sequence[float]
@@ -196,9 +196,10 @@ def compare(
 ) -> dict[str, Any]:
     """Return the ``cost`` record of merge.json, with how much worse ``merged`` is than ``adapter``.
 
-    loss_increase, accuracy_drop: with the standard errors of the paired differences. worse: whether the loss or a
-    metric with a margin is beyond its margin by more than two standard errors, or the loss is not finite. Made-up
-    prompts have no true answers: metrics on them decide nothing, and the margin of the loss is wider.
+    loss_increase, accuracy_drop: with the standard errors of the paired differences. worse: whether the loss
+    or a metric with a margin is beyond its margin by more than two standard errors, or the loss is not
+    finite. Made-up prompts have no true answers: metrics on them decide nothing, and the margin of the loss
+    is wider.
     """
     adapter, merged = models["adapter"], models["merged"]
     increase = merged.loss - adapter.loss
@@ -248,8 +249,8 @@ def _standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float
 
 
 def logit_difference(measured: Measurement, expected: Measurement) -> dict[str, Any]:
-    """Return the largest difference of two models' logits, the same relative to the largest logit, and the fraction of
-    positions (token_agreement) at which both predict the same token."""
+    """Return the largest difference of two models' logits, the same relative to the largest logit, and the
+    fraction of positions (token_agreement) at which both predict the same token."""
     largest = float((measured.logits - expected.logits).abs().max())
     agreement = (measured.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()
     return {

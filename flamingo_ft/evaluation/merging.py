@@ -1,4 +1,4 @@
-"""Merge an adapter into its base: one standalone model, verified tensor by tensor and compared with the adapter."""
+"""Merge an adapter into its base: one standalone model, verified and compared with the adapter."""
 
 from __future__ import annotations
 
@@ -62,25 +62,26 @@ def merge_adapter(
     margin: float = LOSS_MARGIN,
     accuracy_margin: float | None = ACCURACY.merge_margin,
 ) -> dict[str, Any]:
-    """Write the merged model to ``out``: safetensors shards, configuration, processor, and a record of the checks.
+    """Write the merged model to ``out``: safetensors shards, configuration, processor and merge.json.
 
-    First every written tensor is compared with W + scale * B A, or with the base; a wrong merge is always refused.
-    Then loss and metrics are compared with the adapter's on held-out samples of the run.
+    First every written tensor is compared with W + scale * B A, or with the base; a wrong merge is always
+    refused. Then loss and metrics are compared with the adapter's on held-out samples of the run.
 
-    base: merge into the unquantized backbones (bf16), or into the dequantized ones that training saw (dequantized).
+    base: merge into the unquantized backbones (bf16), or into the dequantized ones that training saw
+        (dequantized).
     dtype: of the merged weights; gates stay in float32.
     quantization: of the written model. The merge is verified before it is quantized.
     samples: how many samples the loss is measured on; at most 32 questions are answered too.
-    margin: how much higher the loss may be than the adapter's, in nats per token, beyond two standard errors over the
-        samples. Made-up prompts, used if the run's samples are not here, quadruple it.
+    margin: how much higher the loss may be than the adapter's, in nats per token, beyond two standard errors
+        over the samples. Made-up prompts, used if the run's samples are not here, quadruple it.
     accuracy_margin: how much lower the accuracy may be, in 0..1, likewise; not used on made-up prompts.
     tolerance: deprecated; also refuse logits that differ by more than this, relative to the largest.
     start: where the bridge that the adapter builds on is now, if it has moved since training.
     with_code: put the package's code beside the model, for transformers without this package.
 
-    Returns what is written to ``merge.json``. Raises UserError, and leaves nothing at ``out``, if ``out`` exists,
-    ``adapter`` is already merged, its base is not the one it was trained on, or the merged model is wrong or worse than
-    the adapter by more than a margin.
+    Returns what is written to ``merge.json``. Raises UserError, and leaves nothing at ``out``, if ``out``
+    exists, ``adapter`` is already merged, its base is not the one it was trained on, or the merged model is
+    wrong or worse than the adapter by more than a margin.
     """
     if tolerance is not None:
         message = (
@@ -127,8 +128,8 @@ def _measure_models(
 ) -> tuple[dict[str, Measurement], EvalSet]:
     """Measure the adapter and the merged model in ``folder``, and quantize the latter if requested.
 
-    To show what quantization alone changes, also measure the adapter on its unquantized base and the merged model
-    before it is quantized.
+    To show what quantization alone changes, also measure the adapter on its unquantized base and the merged
+    model before it is quantized.
     """
     adapter_measurement, eval_set = _measure_adapter(adapter, processor, start, samples)
     models = {"adapter": adapter_measurement}
@@ -181,9 +182,10 @@ def _refuse_worse(report: dict[str, Any]) -> None:
         )
     if tolerance is not None and not report["relative"] <= tolerance:
         raise UserError(
-            f"{report['adapter']}: the merged model's logits differ from the adapter's by {report['relative']:.2g} of "
-            f"the largest (token agreement {percent(report['token_agreement'])}), beyond the tolerance of {tolerance:.2g}; "
-            f"{_remedies(report)}leave --tolerance out"
+            f"{report['adapter']}: the merged model's logits differ from the adapter's by "
+            f"{report['relative']:.2g} of the largest "
+            f"(token agreement {percent(report['token_agreement'])}), "
+            f"beyond the tolerance of {tolerance:.2g}; {_remedies(report)}leave --tolerance out"
         )
 
 

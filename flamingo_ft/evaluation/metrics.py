@@ -4,9 +4,10 @@ To add a metric, register it once, for example at the end of this file:
 
     register_metric(Metric("word_overlap", score=word_overlap, label="word overlap"))
 
-It then appears in metrics.json, in the log of evaluations during training (as ``eval_word_overlap``), in tables,
-figures, the report and the model card, and ``eval.metric: word_overlap`` selects the best checkpoint by it. A line in
-`flamingo_ft.config.tables.METRICS` makes the name known to recipes before this module is imported.
+It then appears in metrics.json, in the log of evaluations during training (as ``eval_word_overlap``), in
+tables, figures, the report and the model card, and ``eval.metric: word_overlap`` selects the best checkpoint
+by it. A line in `flamingo_ft.config.tables.METRICS` makes the name known to recipes before this module is
+imported.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Metric:
     format: value -> text; `percent`, the default, means that values are fractions in 0..1.
     axis: label of the figure's y axis.
     hub_type: identifier of the metric on the Hugging Face Hub.
-    merge_margin: how much worse a merged model may be than its adapter; None: reported, but never a reason to refuse.
+    merge_margin: how much worse a merged model may be than its adapter; None: reported, but decides nothing.
     """
 
     name: str
@@ -91,7 +92,7 @@ METRICS: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> None:
-    """Add a metric to the registry, and to the values of ``eval.metric``. Raise ValueError for a name that is taken."""
+    """Add a metric to the registry and to the values of ``eval.metric``. ValueError if the name is taken."""
     if metric.name in METRICS or metric.name == LOSS:
         raise ValueError(f"metric {metric.name!r} is already registered; choose another name")
     METRICS[metric.name] = metric

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
+from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.data import Sample, encode
-from flamingo_ft.data.encode import IGNORED, Encoded, end_token_id
+from flamingo_ft.data.encode import IGNORED, Encoded
 from flamingo_ft.data.pairs import answer_begins
 from flamingo_ft.data.render import is_document
 from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Prompt
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.model.added_tokens import EOC_TOKEN
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Question(Prompt):
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
     """Return one question per assistant turn, except turns without loss; earlier turns are given as they are.
 
-    A document with images is one question: its text up to the last image is the prompt, the rest the answer. Of a
-    preference pair, only the turns of the preferred answer count; the turns before it are the prompt.
+    A document with images is one question: its text up to the last image is the prompt, the rest the answer.
+    Of a preference pair, only the turns of the preferred answer count; the turns before it are the prompt.
     """
     return [question for index, sample in enumerate(samples) for question in _questions(sample, index)]
 
@@ -66,8 +66,9 @@ def _question(sample: Sample, index: int, before: list[dict[str, Any]], answer: 
 def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     """Return every sample with the images of another sample that has as many.
 
-    If possible, none of the images is the sample's own; otherwise at least one differs. A sample keeps its own images
-    only if no other sample has as many. A model that answers these samples as well as the originals ignores images.
+    If possible, none of the images is the sample's own; otherwise at least one differs. A sample keeps its
+    own images only if no other sample has as many. A model that answers these samples as well as the
+    originals ignores images.
     """
     by_count = defaultdict(list)
     for index, sample in enumerate(samples):
@@ -82,7 +83,7 @@ def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
 
 
 def _other_images(choices: Sequence[list[Medium]], position: int) -> list[Medium]:
-    """Return the first choice after ``position`` that shares no image with the one there, or the first that differs."""
+    """Return the next choice that shares no image with the one at ``position``, or the next that differs."""
     own = choices[position]
     differing = None
     for step in range(1, len(choices)):
@@ -98,8 +99,8 @@ def _other_images(choices: Sequence[list[Medium]], position: int) -> list[Medium
 class AnswerLengths:
     """Lengths of reference answers, in tokens with the end token.
 
-    answers: number of reference answers; too_long: those of more than ``max_new_tokens``, which generation would cut
-    off; longest: tokens of the longest.
+    answers: number of reference answers; too_long: those of more than ``max_new_tokens``, which generation
+    would cut off; longest: tokens of the longest.
     """
 
     max_new_tokens: int
@@ -121,8 +122,8 @@ class AnswerLengths:
             return None
         verb = "is" if self.too_long == 1 else "are"
         return (
-            f"eval.max_new_tokens: {self.too_long:,} of {self.answers:,} reference answers {verb} longer than "
-            f"{self.max_new_tokens} tokens (longest: {self.longest}, end token included), "
+            f"eval.max_new_tokens: {self.too_long:,} of {self.answers:,} reference answers {verb} longer "
+            f"than {self.max_new_tokens} tokens (longest: {self.longest}, end token included), "
             f"so a correct answer would be cut off; use {self.longest} or more"
         )
 
@@ -161,14 +162,8 @@ def answer_lengths(
 
 
 def end_tokens_of(processor: FlamingoProcessor) -> frozenset[int]:
-    """Return the tokens at which generation stops."""
-    try:
-        in_template = end_token_id(processor)
-    except UserError:  # a chat template that shows no end token
-        in_template = None
-    tokenizer = processor.tokenizer
-    tokens = (in_template, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(EOC_TOKEN))
-    return frozenset(token for token in tokens if token is not None)
+    """Return the tokens at which generation stops, as far as the processor alone tells."""
+    return frozenset(stop_token_ids(processor, processor.tokenizer.eos_token_id))
 
 
 def _length(answer: Sequence[int], end_tokens: frozenset[int]) -> int:

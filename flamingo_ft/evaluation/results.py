@@ -1,4 +1,4 @@
-"""Answers of an evaluation: predictions.jsonl, the ``eval`` record of metrics.json, and tables of its scores."""
+"""Answers of an evaluation: predictions.jsonl, the ``eval`` record of metrics.json, and score tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def task_key(metric: Metric, column: str) -> str:
 
 @dataclass
 class Results:
-    """Answers to the same questions under several conditions: ``BEFORE`` and ``AFTER`` training, and ``SHUFFLED``."""
+    """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``."""
 
     questions: Sequence[Question]
     answers: dict[str, list[str]] = field(default_factory=dict)
@@ -53,7 +53,7 @@ class Results:
         return sorted(self.answers, key=lambda condition: condition != AFTER)
 
     def summary(self) -> dict[str, Any]:
-        """Return the ``eval`` record of metrics.json: every metric overall and per task, with its majority baseline.
+        """Return the ``eval`` record of metrics.json: every metric, overall and per task, and its baseline.
 
         With answers to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
         """
@@ -85,14 +85,14 @@ class Results:
         return record
 
     def save(self, folder: Path) -> None:
-        """Write predictions.jsonl: each question, ``<image>`` where an image is, its reference and every answer."""
+        """Write predictions.jsonl: each question with its images, reference and every answer."""
         with file_in_place(folder / PREDICTIONS_FILE) as place, place.open("w", encoding="utf-8") as file:
             for index, question in enumerate(self.questions):
                 predictions = {condition: answers[index] for condition, answers in self.answers.items()}
                 file.write(json.dumps(_row(question) | predictions, ensure_ascii=False) + "\n")
 
     def restore(self, condition: str, folder: Path) -> None:
-        """Take the answers of one condition from predictions.jsonl in ``folder``, if it has the same questions."""
+        """Read the answers of one condition from predictions.jsonl, if that has the same questions."""
         rows = load_predictions(folder) if (folder / PREDICTIONS_FILE).is_file() else []
         same = [row["where"] for row in rows] == [question.where for question in self.questions]
         if same and all(condition in row for row in rows):
@@ -137,7 +137,7 @@ class ScoreTable:
 
 
 def score_tables(evaluation: Mapping[str, Any] | None) -> list[ScoreTable]:
-    """Return a table for each registered metric in the ``eval`` record of a metrics.json; none without a record."""
+    """Return a table for each registered metric in the ``eval`` record of a metrics.json, if there is one."""
     if not evaluation:
         return []
     return [_table(metric, evaluation) for metric in METRICS.values() if metric.name in evaluation]
@@ -157,7 +157,7 @@ def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:
 
 
 def card_tables(evaluation: Mapping[str, Any] | None) -> list[CardTable]:
-    """Return `score_tables` as the model card takes them: finished text, with a column for every condition."""
+    """Return `score_tables` as text for the model card, with a column for every condition."""
     return [_card_table(table) for table in score_tables(evaluation)]
 
 

@@ -1,4 +1,4 @@
-"""One question to a model on disk. Model cards name this module; `Predictor` loads a model once and answers often."""
+"""One question to a model on disk. Model cards name this module; to ask often, use `Predictor`."""
 
 from __future__ import annotations
 

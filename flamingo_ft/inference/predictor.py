@@ -29,6 +29,7 @@ from flamingo_ft.data.media import load_pixels
 from flamingo_ft.data.sample import Video
 from flamingo_ft.data.schemas.build_sample import text_to_blocks
 from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import plural
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 from flamingo_ft.model.images import UnreadableImage, to_rgb
@@ -42,8 +43,8 @@ FILES = (str, bytes, os.PathLike, Video)  # images by path, URL or content; othe
 class Prompt:
     """A dialogue up to where the assistant answers.
 
-    messages: ``role`` and ``content``, typed blocks with one image block per image. images: paths, URLs, contents of
-    image files, videos, or decoded images. where: origin of the prompt, named in errors.
+    messages: ``role`` and ``content``, typed blocks with one image block per image. images: paths, URLs,
+    contents of image files, videos, or decoded images. where: origin of the prompt, named in errors.
     """
 
     messages: list[dict[str, Any]]
@@ -78,8 +79,9 @@ class Predictor:
     ) -> Predictor:
         """Load an adapter or a merged model, from a folder or by ``org/name[@revision]`` on the Hub.
 
-        quantization: of the frozen backbones: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"none"``, or a `Quantization`; by
-        default as in training, or as the merged model is stored. options: as in the constructor.
+        quantization: of the frozen backbones: ``"int8"``, ``"nf4"``, ``"fp4"``, ``"none"``, or a
+        `Quantization`; by default as in training, or as the merged model is stored. options: as in the
+        constructor.
         """
         if isinstance(quantization, str) and quantization not in FORMATS:
             known = ", ".join(FORMATS)
@@ -89,10 +91,11 @@ class Predictor:
         return cls(*load_trained(name_or_folder, quantization=quantization), **options)
 
     def __call__(self, images: Any, prompt: str, *, max_new_tokens: int | None = None) -> str:
-        """Answer one prompt about images: one image or a list, each a path, URL, bytes, Pillow image or array.
+        """Answer a prompt about one image or a list: paths, URLs, bytes, Pillow images or arrays.
 
-        ``<image>`` in the prompt marks where each image belongs; without markers, the images come first. Raises
-        UserError if images and markers do not match, for an unreadable image, and for a prompt that is too long.
+        ``<image>`` in the prompt marks where each image belongs; without markers, the images come first.
+        Raises UserError if images and markers do not match, for an unreadable image, and for a prompt that is
+        too long.
         """
         return self.answer([make_prompt(images, prompt)], max_new_tokens=max_new_tokens)[0]
 
@@ -117,7 +120,8 @@ class Predictor:
     ) -> list[str]:
         """Answer dialogues, in their order. on_batch: called with the size of each finished batch.
 
-        Prompts of similar length share a batch, which saves padding. The model is in evaluation mode meanwhile.
+        Prompts of similar length share a batch, which saves padding. The model is in evaluation mode
+        meanwhile.
         """
         batch_size, max_new_tokens = batch_size or self.batch_size, max_new_tokens or self.max_new_tokens
         answers, sizes = [""] * len(prompts), [(len(p.images), len(str(p.messages))) for p in prompts]
@@ -136,7 +140,7 @@ class Predictor:
         return answers
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Return the token ids of each prompt. Raise UserError, naming its ``where``, if no room is left to answer."""
+        """Return the token ids of each prompt. Raise UserError for a prompt that leaves no room to answer."""
         limit, encoded = context_length(self.model.config), []
         for prompt in prompts:
             ids = encode_prompt(self.processor, prompt.messages)
@@ -167,9 +171,9 @@ class Predictor:
 
     def _pixels(self, image: Any, where: str) -> Tensor:
         """Read an image or video as pixels (F frames, C, H, W)."""
-        is_file = isinstance(image, FILES)
-        if is_file:
-            return load_pixels(self.processor, image, where)
+        if isinstance(image, FILES):
+            medium: Any = image
+            return load_pixels(self.processor, medium, where)
         try:
             return self.processor.image_processor.transform(to_rgb(image)).unsqueeze(0)
         except UnreadableImage as error:
@@ -186,12 +190,11 @@ def make_prompt(images: Any, prompt: str) -> Prompt:
 
 
 def place_images(prompt: str, images: int) -> list[dict[str, str]]:
-    """Return the prompt as typed blocks, with the images at its ``<image>`` markers, or first if it has none."""
+    """Return the prompt as typed blocks; without ``<image>`` markers, the images come first."""
     markers = prompt.count(MEDIA_TOKEN)
     if markers == 0:
         return [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
     if markers != images:
-        raise UserError(
-            f"prompt: got {markers} {MEDIA_TOKEN} markers and {images} images; give one image for each marker"
-        )
+        counts = f"{plural(markers, f'{MEDIA_TOKEN} marker')} and {plural(images, 'image')}"
+        raise UserError(f"prompt: got {counts}; give one image for each marker")
     return text_to_blocks(prompt)

@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from transformers.utils.import_utils import is_serve_available
+from transformers.utils import is_serve_available
 
 from flamingo_ft.adapters.files import read_flamingo_config
 from flamingo_ft.errors import UserError
@@ -28,11 +28,11 @@ def serve(
     image_urls: Literal["public", "any", "none"] = "public",
     max_body_mib: int = MAX_BODY_MIB,
 ) -> None:
-    """Load an adapter or a merged model (a folder, or a name on the Hub), and answer requests until interrupted.
+    """Load an adapter or a merged model, from a folder or the Hub, and answer requests until interrupted.
 
-    allowed_media: folder whose image files requests may name. image_urls: see `MediaPolicy`. max_body_mib: largest
-    body of a request. Raises UserError if the server's packages are not installed, the folder holds no model, or the
-    port is in use.
+    allowed_media: folder whose image files requests may name. image_urls: see `MediaPolicy`. max_body_mib:
+    largest body of a request. Raises UserError if the server's packages are not installed, the folder holds
+    no model, or the port is in use.
     """
     if not is_serve_available():
         raise UserError(f"serve: the server's packages are not installed; run: {INSTALL}")

@@ -1,4 +1,4 @@
-"""Curves over the optimizer steps of a run, drawn from its log. A figure is None if the log has no data for it."""
+"""Curves over the optimizer steps of a run, from its log. A figure is None if the log has no data for it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Curve:
 
 
 def curve(entries: Sequence[Entry], key: str, label: str = "") -> Curve | None:
-    """Return the values of a log key without NaN and Inf, thinned if there are many; the last point is kept."""
+    """Return the finite values of a log key, thinned if there are many; the last point is kept."""
     points = [(entry["step"], entry[key]) for entry in entries if key in entry and math.isfinite(entry[key])]
     if not points:
         return None
@@ -47,7 +47,7 @@ def curve(entries: Sequence[Entry], key: str, label: str = "") -> Curve | None:
 
 
 def loss_curve(run: str | Path) -> Figure:
-    """Plot the training loss (nats per label token) over optimizer steps, and the held-out loss if there is one.
+    """Plot the training loss (nats per label token), and the held-out loss if there is one.
 
     Raises UserError if the run in the folder has logged no loss.
     """

@@ -23,7 +23,7 @@ Gates = dict[int, Curve]  # decoder layer -> curve
 
 
 def gate_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot |tanh(gate)| over optimizer steps, one curve per layer; attention and feed-forward side by side."""
+    """Plot |tanh(gate)| of attention and feed-forward gates over optimizer steps, one curve per layer."""
     gates = {kind: _gates(entries, kind) for kind in KINDS}
     layers = sorted({layer for by_layer in gates.values() for layer in by_layer})
     if not layers:

@@ -36,8 +36,8 @@ LOSS_CAPTIONS = {
 def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: str | None = None) -> Path:
     """Draw the figures of a run and write its page, from the files in its folder alone.
 
-    in_progress: let the page reload itself. stopped_by: what ended the run early, if anything did. Returns the path of
-    the page. Raises UserError if the folder holds no run.
+    in_progress: let the page reload itself. stopped_by: what ended the run early, if anything did. Returns
+    the path of the page. Raises UserError if the folder holds no run.
     """
     run = RunFolder.read(Path(folder))
     figures = {name: data_uri(path.read_bytes()) for name, path in save_figures(run).items()}

@@ -1,4 +1,4 @@
-"""A run on disk: log.jsonl, predictions.jsonl, metrics.json and resolved_recipe.yaml in its output directory."""
+"""A run on disk: log.jsonl, predictions.jsonl, metrics.json and resolved_recipe.yaml."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunFolder:
 
     @classmethod
     def read(cls, folder: Path) -> RunFolder:
-        """Read the files that are there. Raise UserError if there is no recipe, so no run has begun in the folder."""
+        """Read the files that are there. Raise UserError without a recipe: no run has begun in the folder."""
         if not (folder / RECIPE_FILE).is_file():
             raise UserError(
                 f"{folder}: not the folder of a run, {RECIPE_FILE} not found; give a run's output_dir"

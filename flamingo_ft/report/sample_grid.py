@@ -45,7 +45,8 @@ Line = tuple[str, str]  # text, colour
 def answer_grid(run: str | Path, rows: int = 3, columns: int = 4) -> Figure:
     """Show held-out questions of all tasks: their images, and the answers before and after training.
 
-    Correct answers are green and ticked, wrong ones red and crossed. Raises UserError for a run without answers.
+    Correct answers are green and ticked, wrong ones red and crossed. Raises UserError for a run without
+    answers.
     """
     check_run(Path(run), PREDICTIONS_FILE)
     predictions = load_predictions(Path(run))
@@ -55,7 +56,8 @@ def answer_grid(run: str | Path, rows: int = 3, columns: int = 4) -> Figure:
 
 
 def answers_figure(predictions: Sequence[dict[str, Any]], rows: int = 3, columns: int = 4) -> Figure:
-    """Draw `answer_grid` from the rows of predictions.jsonl; of a run in progress, with the answers so far."""
+    """Draw `answer_grid` from the rows of predictions.jsonl; of a run in progress, with the answers so
+    far."""
     shown = spread(predictions, rows * columns, lambda prediction: prediction["task"])
     return _grid([_prediction_cell(prediction) for prediction in shown], columns)
 

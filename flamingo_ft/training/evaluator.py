@@ -168,8 +168,8 @@ def run_evaluation(
 ) -> dict[str, float]:
     """Evaluate the trainer's model and log the result.
 
-    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``scores_fn`` is given, its metrics
-    (``eval_accuracy``, ...).
+    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``scores_fn`` is given, its
+    metrics (``eval_accuracy``, ...).
     """
     model, was_training = trainer.model, trainer.model.training
     model.eval()
@@ -184,7 +184,7 @@ def run_evaluation(
     metrics = {"eval_loss": loss_sum / weight_sum}
     if scores_fn is not None:
         metrics |= {f"eval_{name}": value for name, value in scores_fn().items()}
-    model.eval()  # TRL tells its evaluation metrics from training ones by the model's mode
+    model.eval()  # TRL logs its own metrics as evaluation ones only in this mode
     trainer.log(dict(metrics))
     model.train(was_training)
     return metrics

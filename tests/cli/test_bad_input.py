@@ -195,7 +195,7 @@ def test_an_adapter_of_another_base(trained, here, capsys):
 
 def test_a_prompt_whose_markers_do_not_match(trained, here, capsys):
     line = refused(capsys, "generate", trained / "run", "--image", "a.png", "--prompt", "<image> or <image>?")
-    assert "--prompt has 2 <image> markers but 1 images were given" in line
+    assert "prompt: got 2 <image> markers and 1 image; give one image for each marker" in line
 
 
 def test_a_prompt_about_an_unreadable_image(trained, here, capsys):

@@ -1,4 +1,5 @@
-"""Reference answers that `eval.max_new_tokens` would cut off are counted, in `check` and before training alike."""
+"""Reference answers that `eval.max_new_tokens` would cut off are counted, in `check` and before training
+alike."""
 
 from __future__ import annotations
 
@@ -147,7 +148,7 @@ def test_check_stops_counting_at_max_samples_of_each_source(folder, capfd):
     assert json.loads(said.out)["answers"]["answers"] == 4 and "warning" not in said.err
 
 
-def test_check_tells_how_many_epochs_the_steps_are_and_how_many_steps_the_epochs(folder, capfd):
+def test_check_reports_steps_in_epochs_and_epochs_in_steps(folder, capfd):
     assert main(["check", "./recipe.yaml", "train.max_steps=3"]) == 0
     assert "training: 3 optimizer steps, 3 epochs of 2 samples" in capfd.readouterr().out
     assert main(["check", "./recipe.yaml", "train.epochs=2.5", "train.batch_size=1"]) == 0

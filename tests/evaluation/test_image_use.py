@@ -35,14 +35,14 @@ def partly(right: list[str], share: float, seed: int) -> list[str]:
     return [draw.choice(COLOURS) if draw.random() > share else answer for answer in right]
 
 
-def test_a_model_that_reads_its_images_is_said_to_with_both_accuracies():
+def test_a_model_that_uses_its_images_is_reported_with_both_accuracies():
     asked = references()
     assert image_use(questions(asked), asked, partly(asked, 0.0, 1)).startswith(
         "reads the images: 100.0 % right, against "
     )
 
 
-def test_a_model_that_ignores_its_images_is_not_looking_and_something_is_proposed():
+def test_a_model_that_ignores_its_images_is_reported_with_a_remedy():
     asked = references()
     said = image_use(questions(asked), ["Red."] * 200, ["Red."] * 200)
     assert said.startswith(
@@ -58,7 +58,7 @@ def test_guesses_that_differ_by_chance_are_not_taken_for_reading_the_images(seed
     assert said.startswith("the images are of no use to the model: answers change with another image")
 
 
-def test_looking_that_does_no_better_than_the_most_frequent_answer_is_said_to():
+def test_a_model_no_better_than_the_most_frequent_answer_is_reported_as_such():
     asked = references()
     right = [answer if number % 5 < 2 else "?" for number, answer in enumerate(asked)]
     assert "no better than always giving the most frequent answer (50.0 %)" in image_use(
@@ -80,7 +80,7 @@ def test_only_questions_with_images_count():
     )
 
 
-def test_captions_are_judged_by_whether_they_change():
+def test_free_text_is_judged_by_whether_it_changes_with_the_image():
     captions = [f"A bird number {number} sits on the branch." for number in range(40)]
     blocks = [[IMAGE, {"type": "text", "text": text}] for text in captions]
     asked = questions_of(

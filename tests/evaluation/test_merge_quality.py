@@ -1,4 +1,5 @@
-"""When a merged model counts as worse than its adapter: loss and accuracy decide, distances of logits do not."""
+"""When a merged model counts as worse than its adapter: loss and accuracy decide, distances of logits do
+not."""
 
 import math
 

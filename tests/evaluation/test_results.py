@@ -80,7 +80,7 @@ def test_a_summary_has_every_accuracy_overall_and_per_task():
     }
 
 
-def test_a_summary_of_one_examination_has_no_others():
+def test_a_summary_of_one_evaluation_has_no_other_conditions():
     questions = results().questions
     summary = Results(questions, {"after": ["1", "1", "2", "é世🦩"]}).summary()
     assert summary["accuracy"] == 1.0 and set(summary) == {"accuracy", "accuracy_majority", "per_task"}
@@ -203,7 +203,7 @@ def test_other_samples_take_every_key_of_a_source(run, monkeypatch):
         evaluate_adapter("run", "other.csv", ["data.eval.0.image_root=gone"])
 
 
-def test_samples_are_held_out_though_the_training_file_is_gone(run):
+def test_evaluation_does_not_need_the_training_file(run):
     folder, _, _ = run
     file = folder / "run" / RECIPE_FILE
     text = file.read_text().replace("held_out.jsonl", "gone.jsonl", 1)

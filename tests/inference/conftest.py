@@ -16,7 +16,8 @@ PROMPT = "Which digit is this?"
 
 
 def make_flamingo():
-    """Around the nano backbones, with a random bridge that lets images matter; its language model wishes to sample."""
+    """Around the nano backbones, with a random bridge that lets images matter; its language model wishes to
+    sample."""
     torch.manual_seed(0)
     small = {"heads": 2, "dim_head": 8}
     language = load_language("nano")
@@ -36,7 +37,8 @@ def make_flamingo():
 
 @torch.no_grad()
 def end_in_the_middle(model, processor, paths) -> None:
-    """Let the end of a chunk, which the language model does not know as an end, be likelier than a late word."""
+    """Let the end of a chunk, which the language model does not know as an end, be likelier than a late
+    word."""
     head, rows = model.lang_encoder.get_output_embeddings().weight, model.token_rows.output.weight
     words = Predictor(model, processor)(paths[0], PROMPT)
     said = processor.tokenizer(words, add_special_tokens=False)["input_ids"]

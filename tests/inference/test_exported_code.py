@@ -44,7 +44,8 @@ folder, prompt, *images = sys.argv[1:]
 trusted = {"trust_remote_code": True}
 how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 config = AutoConfig.from_pretrained(folder, **trusted)
-model, processor = (auto.from_pretrained(folder, **trusted) for auto in (AutoModelForImageTextToText, AutoProcessor))
+model = AutoModelForImageTextToText.from_pretrained(folder, **trusted)
+processor = AutoProcessor.from_pretrained(folder, **trusted)
 ask = pipeline("image-text-to-text", model=folder, **trusted)
 for given in images[:1], images:
     content = [*({"type": "image", "path": image} for image in given), {"type": "text", "text": prompt}]

@@ -1,4 +1,5 @@
-"""Answers: alone or in a batch the same, ended where the assistant ends, from an adapter on disk as from memory."""
+"""Answers: alone or in a batch the same, ended where the assistant ends, from an adapter on disk as from
+memory."""
 
 from types import SimpleNamespace
 
@@ -87,7 +88,7 @@ def test_a_path_a_picture_an_array_and_a_files_content_are_the_same_image(flamin
     ]
 
 
-def test_what_is_no_image_is_refused_by_name(flamingo):
+def test_an_array_that_is_no_image_is_refused(flamingo):
     with pytest.raises(UserError, match="prompt: not a readable image .*shape"):
         Predictor(*flamingo)(np.zeros((2, 3, 8, 8)), "What?")
 
@@ -163,14 +164,18 @@ def test_images_stand_where_they_are_marked_or_before_the_prompt():
     assert place_images("<image>", 1) == user(IMAGE)["content"]
 
 
-@pytest.mark.parametrize(("prompt", "images"), [("<image>", 0), ("<image>", 2), ("<image> or <image>?", 1)])
-def test_markers_that_do_not_match_the_images_are_refused(prompt, images):
-    markers = prompt.count("<image>")
+@pytest.mark.parametrize(
+    ("prompt", "images", "counts"),
+    [
+        ("<image>", 0, "1 <image> marker and 0 images"),
+        ("<image>", 2, "1 <image> marker and 2 images"),
+        ("<image> or <image>?", 1, "2 <image> markers and 1 image"),
+    ],
+)
+def test_markers_that_do_not_match_the_images_are_refused(prompt, images, counts):
     with pytest.raises(UserError) as caught:
         place_images(prompt, images)
-    assert str(caught.value) == (
-        f"prompt: got {markers} <image> markers and {images} images; give one image for each marker"
-    )
+    assert str(caught.value) == f"prompt: got {counts}; give one image for each marker"
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +201,10 @@ def test_a_predictor_is_loaded_once_and_with_the_quantization_that_is_asked(adap
         Predictor.from_pretrained(adapter, quantization="nf5")
 
 
-def test_a_bad_prompt_or_image_is_told_before_the_model_is_loaded(tmp_path):
+def test_a_bad_prompt_or_image_is_reported_before_the_model_is_loaded(tmp_path):
     broken = tmp_path / "a.png"
     broken.write_text("no image")
     with pytest.raises(UserError, match="a.png: not a readable image"):
         answer(tmp_path / "no adapter", [broken], "What?")
-    with pytest.raises(UserError, match="2 <image> markers and 1 images"):
+    with pytest.raises(UserError, match="2 <image> markers and 1 image"):
         answer(tmp_path / "no adapter", [broken], "<image><image>")

@@ -113,7 +113,7 @@ def test_a_served_model_stops_where_asked_and_rejects_what_it_cannot_do(served):
         assert error.value.param.startswith(next(iter(change)))
 
 
-def test_without_the_servers_packages_the_command_to_install_them_is_told(monkeypatch):
+def test_without_the_servers_packages_the_error_has_the_install_command(monkeypatch):
     monkeypatch.setattr(serve, "is_serve_available", lambda: False)
     with pytest.raises(UserError, match=r'not installed; run: pip install "flamingo_ft\[serve\]"$'):
         serve.serve("anywhere", "localhost", 8000)

@@ -1,4 +1,5 @@
-"""The HTTP API as OpenAI's client sees it: each field is honoured or rejected by name, and no request harms another."""
+"""The HTTP API as OpenAI's client sees it: each field is honoured or rejected by name, and no request harms
+another."""
 
 import asyncio
 import base64
@@ -99,7 +100,8 @@ def asked(path, **more):
 
 
 def rejected(client, body, route=CHAT, status=400):
-    """The error object of a request that is rejected as OpenAI rejects it, in one line that names the field."""
+    """The error object of a request that is rejected as OpenAI rejects it, in one line that names the
+    field."""
     reply = client.post(route, json=body) if isinstance(body, dict) else client.post(route, content=body)
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
@@ -497,7 +499,7 @@ def test_openai_s_client_raises_what_it_raises_for_openai(openai):
     assert error.value.param == "max_tokens"
 
 
-def test_a_failure_of_the_model_is_an_error_object_and_the_server_goes_on(
+def test_a_failure_of_the_model_is_an_error_object_and_the_server_continues(
     client, openai, served, monkeypatch, caplog
 ):
     def fail(*args, **kwargs):
@@ -539,7 +541,7 @@ def test_bad_requests_leave_those_beside_them_alone(client, served, said):
     assert found == [(200, said), *[(400, None)] * 3, (200, said), *[(400, None)] * 3, (200, said)]
 
 
-def test_an_answer_that_nobody_waits_for_ends_early(engine):
+def test_an_answer_ends_early_when_its_client_is_gone(engine):
     async def leave():
         endless = engine_request(max_tokens=1000, temperature=2.0)
         first, second = await engine.ask(endless), await engine.ask(endless)

@@ -178,7 +178,7 @@ def test_the_configuration_says_what_was_built(vision, tokenizer):
 def test_a_named_list_of_decoder_layers_passes_through(vision, tokenizer):
     model, _, _ = build(vision, tokenizer, llama, decoder_layers_attr_name="model.layers")
     assert model.decoder_layers_attr_name == model.config.decoder_layers_attr_name == "model.layers"
-    with pytest.raises(UserError, match="decoder_layers_attr_name 'model.blocks' leads nowhere"):
+    with pytest.raises(UserError, match="decoder_layers_attr_name 'model.blocks' does not exist"):
         build(vision, tokenizer, llama, decoder_layers_attr_name="model.blocks")
     blocks = torch.nn.ModuleList([torch.nn.Identity()])
     torch.manual_seed(0)

@@ -295,7 +295,8 @@ def test_the_card_says_what_it_is_and_the_hub_can_read_it(adapter, hub):
     )
     assert data.model_name == "digits" and [one.metric_value for one in data.eval_results] == [0.5]
     card.validate()
-    assert f'answer("{REPO}"' in text and f'from_pretrained("{REPO}")' in text
+    assert f'Predictor.from_pretrained("{REPO}")' in text
+    assert f'(auto.from_pretrained("{REPO}") for auto in' in text
     assert "figures/loss.png" in text and "figures/gates.png" in text and "<details>" in text
     assert "| &lt;image&gt;Which \\| shade? | Dark. |  | /Light. |" in text
     assert re.search(r"The loss went from 2 to 1\.", text)

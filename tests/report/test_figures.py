@@ -93,7 +93,7 @@ def test_a_loss_logged_once_is_a_curve_too(run):
     assert list(axes.lines[0].get_ydata()) == [3.0]
 
 
-def test_every_question_stands_with_its_answers_in_the_colour_of_their_rightness(run):
+def test_answers_are_green_if_correct_and_red_if_wrong(run):
     figure = answer_grid(run({"before": "Nine.", "after": "two"}, {"before": "Two.", "after": "Six."}))
     shown = texts(figure)
     assert len(figure.axes) == 2 and [axes.get_title() for axes in figure.axes] == ["Which digit?"] * 2
@@ -101,12 +101,12 @@ def test_every_question_stands_with_its_answers_in_the_colour_of_their_rightness
     assert shown["✓ after: two"] == shown["✓ before: Two."] == GREEN
 
 
-def test_a_wrong_final_answer_stands_with_the_right_one(run):
+def test_a_wrong_final_answer_is_shown_with_the_reference(run):
     assert "right: Two." in texts(answer_grid(run({"after": "Six."})))
     assert "right: Two." not in texts(answer_grid(run({"before": "Six.", "after": "Two."})))
 
 
-def test_a_run_that_was_not_examined_before_training_shows_the_answers_after(run):
+def test_a_run_not_evaluated_before_training_shows_the_answers_after(run):
     shown = texts(answer_grid(run({"after": "Two."})))
     assert "✓ after: Two." in shown and not any("before" in text for text in shown)
 
@@ -122,7 +122,7 @@ def test_a_dollar_sign_is_no_formula(run):
     assert not any(text.get_parse_math() for text in figure.findobj(Text) if "$" in text.get_text())
 
 
-def test_images_of_a_question_stand_side_by_side_in_their_order_at_one_height(run, paint):
+def test_images_of_a_question_are_side_by_side_in_order_at_one_height(run, paint):
     images = [paint(8, 8), paint(600, 300)]
     (axes,) = answer_grid(run({"images": images, "question": "Is <image> as <image>?", "after": "No."})).axes
     first, second = (image.get_extent() for image in axes.images)
@@ -149,7 +149,7 @@ def test_every_task_has_its_turn():
 @pytest.mark.parametrize(
     "columns", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
 )
-def test_long_captions_lie_over_nothing_and_stay_inside(run, paint, columns):
+def test_long_captions_do_not_overlap_and_stay_inside(run, paint, columns):
     images = [[paint(8, 8)], [paint(600, 300)] * 2, [paint(300, 600)], [paint(8, 8)] * 5]
     asked = [{"images": some, "question": LONG, "before": "W" * 200, "after": LONG} for some in images]
     figure = answer_grid(run(*asked), columns=columns)
@@ -189,7 +189,7 @@ def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
             picture(tmp_path)
 
 
-def test_a_run_without_answers_or_losses_says_what_would_give_some(run):
+def test_the_error_for_a_run_without_answers_or_losses_has_a_remedy(run):
     with pytest.raises(UserError, match="no answers; train with held-out samples in data.eval"):
         answer_grid(run())
     with pytest.raises(UserError, match="no loss; train with train.logging_steps below train.max_steps"):

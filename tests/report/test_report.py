@@ -60,35 +60,35 @@ def words(page: str) -> str:
     return " ".join(" ".join(found).split())
 
 
-def test_a_run_under_way_says_how_far_it_is_and_looks_again(folder):
+def test_the_page_of_a_run_in_progress_shows_its_step_and_reloads(folder):
     page = write_report(folder, in_progress=True).read_text()
     assert REFRESH in page
     assert "training, step 4 of 8, about 8 s left" in words(page)
     assert "resolved_recipe.yaml --resume" in page
 
 
-def test_a_finished_run_shows_its_accuracies_and_stays_as_it_is(folder):
+def test_the_page_of_a_finished_run_shows_its_accuracies_and_does_not_reload(folder):
     finish(folder)
     page = write_report(folder).read_text()
     assert REFRESH not in page
-    for told in ("finished after 8 steps", "12,345", "1 min 15 s"):
-        assert told in words(page)
+    for shown in ("finished after 8 steps", "12,345", "1 min 15 s"):
+        assert shown in words(page)
     assert "all 4 25.0 % 75.0 % 50.0 %" in words(page)
     assert "flamingo-ft generate" in page and "--resume" not in page
 
 
 @pytest.mark.parametrize(
-    "error, told",
+    "error, shown",
     [
         (StoppedBySignal(15, 4), "stopped at step 4 of 8 by SIGTERM"),
         (UserError("loss is nan\nmore"), "by an error: loss is nan"),
     ],
 )
-def test_a_run_that_was_ended_says_by_what(folder, error, told):
+def test_the_page_of_a_stopped_run_names_the_signal_or_error(folder, error, shown):
     with pytest.raises(type(error)), final_report(folder):
         raise error
     page = (folder / "report.html").read_text()
-    assert told in words(page) and REFRESH not in page
+    assert shown in words(page) and REFRESH not in page
 
 
 def test_the_page_needs_nothing_beside_it_and_runs_no_scripts(folder):
@@ -111,7 +111,7 @@ def test_a_run_with_little_in_its_log_has_a_report(folder, log):
     assert "</html>" in write_report(folder, in_progress=True).read_text()
 
 
-def test_a_loss_that_is_no_number_is_left_out_of_the_curve():
+def test_a_nan_loss_is_left_out_of_the_curve():
     log = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 1.0}]
     (axes,) = curves.loss_figure(log).axes
     assert list(axes.lines[0].get_ydata()) == [2.0, 1.0]
@@ -122,7 +122,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_end():
     assert len(found.steps) <= curves.MAX_POINTS and found.steps[-1] == 10_001
 
 
-def test_parts_with_one_course_share_a_curve():
+def test_parts_with_equal_learning_rates_share_a_curve():
     rates = {
         "learning_rate/perceiver": 1e-3,
         "learning_rate/cross_attention": 1e-3,
@@ -138,7 +138,7 @@ def test_parts_with_one_course_share_a_curve():
 
 
 @pytest.mark.parametrize("layers", [2, 32])
-def test_gates_are_drawn_by_layer_and_by_size_alone(layers):
+def test_gates_are_drawn_per_layer_as_absolute_values(layers):
     attention, feed_forward, *_ = gates.gate_figure(entries(3, layers)).axes
     for axes in (attention, feed_forward):
         assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx(
@@ -146,14 +146,14 @@ def test_gates_are_drawn_by_layer_and_by_size_alone(layers):
         )
 
 
-def test_rewards_of_preference_training_are_shown(folder):
+def test_rewards_of_dpo_are_shown(folder):
     write(folder, [entry | {"rewards/margins": 0.5, "rewards/accuracies": 0.9} for entry in entries(4)])
     page = words(write_report(folder).read_text())
     assert "reward margin 0.5" in page and "pairs ranked correctly 90.0 %" in page
     assert (folder / "figures" / "reward_margin.png").is_file()
 
 
-def test_a_report_that_cannot_be_drawn_is_told_and_ends_nothing(folder, monkeypatch):
+def test_a_report_that_fails_is_a_warning_and_does_not_end_the_run(folder, monkeypatch):
     monkeypatch.setattr(live, "write_report", lambda *_, **__: 1 / 0)
     with (
         pytest.warns(UserWarning, match="report could not be written: ZeroDivisionError"),

@@ -1,4 +1,4 @@
-"""Runs of the command line by several processes on CPUs."""
+"""Run the command line in several processes on CPUs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def command(output: str, *overrides: str) -> list[str]:
-    """``flamingo-ft train`` of the folder's recipe."""
+    """Return the arguments of ``flamingo-ft train`` for the folder's recipe."""
     return ["train", "./recipe.yaml", f"train.output_dir={output}", *overrides]
 
 
 def torchrun(folder: Path, output: str, *overrides: str) -> subprocess.CompletedProcess:
-    """Two processes as a user starts them."""
+    """Start two processes as a user does."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = [sys.executable, *LAUNCHER, "-m", "flamingo_ft", *command(output, *overrides)]
     return subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
@@ -35,8 +35,11 @@ def torchrun(folder: Path, output: str, *overrides: str) -> subprocess.Completed
 def train(
     folder: Path, output: str, *overrides: str, processes: int = 2, spoil: Callable[[], None] | None = None
 ) -> tuple[list[int], str]:
-    """The same, started as torchrun starts them but forked from a process that has imported everything: exit codes,
-    and what they print. spoil: what is called in each of them first."""
+    """Run ``train`` in several processes with torchrun's environment; return their exit codes and output.
+
+    The processes are forked from one that has imported everything, which is quicker than torchrun.
+    spoil: called first in each process.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -56,13 +59,13 @@ def train(
 
 
 def losses(folder: Path) -> list[float]:
-    """Of each step of a run."""
+    """Return the loss of each step of a run."""
     entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
 def write_data(folder: Path, media: Sequence[Sequence[int]]) -> list[dict]:
-    """A recipe, and a row for each of ``media``: how many frames each medium in it has; 0: an image."""
+    """Write a recipe and a row for each of ``media``: its media's numbers of frames, 0 for an image."""
     for shade in range(4):
         Image.new("RGB", (32, 32), (30 + 60 * shade,) * 3).save(folder / f"{shade}.png")
     rows = [_row(number, frames) for number, frames in enumerate(media)]

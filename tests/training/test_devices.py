@@ -1,4 +1,4 @@
-"""Several processes train what one trains with the same samples to a step."""
+"""Several processes train what one process trains with the same samples per step."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def assert_trained_alike(folder, one: str, two: str) -> None:
 
 
 def succeed(*arguments, processes: int = 2) -> str:
-    codes, said = train(*arguments, processes=processes)
-    assert codes == [0] * processes, said
-    return said
+    codes, output = train(*arguments, processes=processes)
+    assert codes == [0] * processes, output
+    return output
 
 
-def test_two_processes_train_what_one_trains_with_twice_the_batch(tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
     write_data(tmp_path, MIXED)
     succeed(tmp_path, "one", "train.batch_size=4", *STEPS, processes=1)
-    said = succeed(tmp_path, "two", *STEPS)
+    output = succeed(tmp_path, "two", *STEPS)
     assert_trained_alike(tmp_path, "one", "two")
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
     assert first["eval"] == second["eval"] and first["train"]["data"] == second["train"]["data"]
-    assert said.count("adapter in two") == 1 and said.count("rows of schema") == 2
+    assert output.count("adapter in two") == 1 and output.count("rows of schema") == 2
     load_adapter(tmp_path / "two")
 
 
@@ -56,7 +56,7 @@ def test_two_processes_train_what_one_trains_with_twice_the_batch(tmp_path):
 @pytest.mark.parametrize(
     "regime", [(LORA,), (NOTHING_WHOLE, LORA, "model.init_from=start")], ids=["LoRA", "LoRA only"]
 )
-def test_lora_trains_alike_with_accumulation(tmp_path, monkeypatch, regime):
+def test_two_processes_equal_one_with_lora_and_accumulation(tmp_path, monkeypatch, regime):
     write_data(tmp_path, MIXED)
     monkeypatch.chdir(tmp_path)
     write_start(tmp_path / "start")
@@ -86,7 +86,7 @@ SHARDED = {
 @pytest.mark.parametrize(
     "case", [pytest.param(name, marks=[pytest.mark.slow] * bool(SHARDED[name])) for name in SHARDED]
 )
-def test_a_sharded_run_trains_alike_and_goes_on(tmp_path, case):
+def test_a_sharded_run_equals_an_unsharded_one_and_resumes_bit_for_bit(tmp_path, case):
     write_data(tmp_path, MIXED)
     options = (
         "train.save_steps=2",
@@ -110,7 +110,7 @@ def test_a_sharded_run_trains_alike_and_goes_on(tmp_path, case):
 
 
 @pytest.mark.slow
-def test_videos_of_other_lengths_in_each_process_train_alike(tmp_path):
+def test_two_processes_equal_one_when_their_videos_differ_in_length(tmp_path):
     write_data(tmp_path, VIDEOS)
     succeed(tmp_path, "one", "train.batch_size=4", "train.max_steps=3", processes=1)
     succeed(tmp_path, "two", "train.max_steps=3")
@@ -118,7 +118,7 @@ def test_videos_of_other_lengths_in_each_process_train_alike(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_from_a_checkpoint(tmp_path):
+def test_two_processes_resume_bit_for_bit(tmp_path):
     write_data(tmp_path, MIXED)
     succeed(tmp_path, "whole", "train.max_steps=4", "train.save_steps=2")
     succeed(tmp_path, "again", "train.max_steps=4", "train.save_steps=2")
@@ -130,14 +130,14 @@ def test_two_processes_go_on_from_a_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_is_told_once_and_ends_all(tmp_path):
+def test_an_error_in_one_process_is_printed_once_and_ends_all(tmp_path):
     rows = write_data(tmp_path, MIXED)
     rows[5]["images"][0] = "missing.png"
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done = torchrun(tmp_path, "two", "train.max_steps=8")
-    told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert done.returncode != 0
-    assert len(told) == 1 and "row 5: images[0]: no such image" in told[0]
+    assert len(errors) == 1 and "row 5: images[0]: no such image" in errors[0]
     assert "exitcode  : 2" in done.stderr
 
 
@@ -149,11 +149,11 @@ def loads_in_one_process_alone() -> None:
     train_module.encode_prompts = fail
 
 
-def test_what_one_process_cannot_load_ends_a_sharded_run(tmp_path):
+def test_a_loading_error_in_one_process_ends_a_sharded_run(tmp_path):
     write_data(tmp_path, MIXED)
-    codes, said = train(tmp_path, "two", "train.fsdp=true", *STEPS, spoil=loads_in_one_process_alone)
-    assert codes == [2, 2], said
-    assert said.count("error: process 1: cannot be loaded here") == 1
+    codes, output = train(tmp_path, "two", "train.fsdp=true", *STEPS, spoil=loads_in_one_process_alone)
+    assert codes == [2, 2], output
+    assert output.count("error: process 1: cannot be loaded here") == 1
 
 
 def bad_numbers_in_one_process() -> None:
@@ -170,17 +170,17 @@ def bad_numbers_in_one_process() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["false", "true"])
-def test_bad_numbers_of_one_process_are_told_with_its_samples(tmp_path, sharded):
+def test_non_finite_inputs_in_one_process_are_reported_with_its_samples(tmp_path, sharded):
     rows = write_data(tmp_path, [[0]] * 8)
     options = (f"train.fsdp={sharded}", "train.max_steps=1", "eval.before=false")
-    codes, said = train(tmp_path, "two", *options, spoil=bad_numbers_in_one_process)
-    assert codes == [2, 2], said
+    codes, output = train(tmp_path, "two", *options, spoil=bad_numbers_in_one_process)
+    assert codes == [2, 2], output
     spoiled = json.loads((tmp_path / "spoiled.json").read_text())
     assert 0 < len(spoiled) < len(rows)
-    assert f"trained on {', '.join(spoiled)}: pixel_values of the batch is not finite" in said
+    assert f"trained on {', '.join(spoiled)}: pixel_values of the batch is not finite" in output
 
 
-def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
+def test_accelerates_own_fsdp_is_refused(tmp_path, monkeypatch, capsys):
     write_data(tmp_path, MIXED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
@@ -188,18 +188,18 @@ def test_a_configuration_of_fsdp_is_refused(tmp_path, monkeypatch, capsys):
     assert "set train.fsdp to true" in capsys.readouterr().err
 
 
-def test_counts_of_processes_add_up():
+def test_data_counts_are_summed_over_processes():
     one = {"rows": 3, "skipped": 1, "dropped": 0, "shortened": {"samples": 1}}
     both = {"rows": 7, "skipped": 1, "dropped": 2, "shortened": {"samples": 1, "turns": 2}}
     other = {"rows": 4, "skipped": 0, "dropped": 2, "shortened": {"turns": 2}}
     assert total_metrics([one, other]) == both
 
 
-def test_two_gpus_in_one_process_are_refused_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+def test_two_gpus_in_one_process_are_refused_before_loading(tmp_path, monkeypatch, capsys):
     write_data(tmp_path, MIXED)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     assert main(["train", "./recipe.yaml"]) == 2
-    told = capsys.readouterr().err
-    assert "CUDA_VISIBLE_DEVICES=0" in told and "torchrun --nproc-per-node 2 -m flamingo_ft train" in told
+    error = capsys.readouterr().err
+    assert "CUDA_VISIBLE_DEVICES=0" in error and "torchrun --nproc-per-node 2 -m flamingo_ft train" in error

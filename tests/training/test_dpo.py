@@ -1,4 +1,4 @@
-"""Preference training through a recipe: against the model as it was before, on the recipe's pairs."""
+"""Preference training (DPO) through a recipe, against the initial model."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ CASES = {  # each of what trains, and what is frozen in each format
 
 @pytest.fixture
 def pairs(small_run):
-    """The small run with a pair of answers about each image."""
+    """The small run, with a preference pair about each image."""
     answers = ("Dark.", "Light.")
     rows = [
         {"prompt": "Which shade?", "chosen": answers[i], "rejected": answers[1 - i], "images": [f"{i}.png"]}
@@ -48,13 +48,13 @@ def a_trainer(case: str, *more: str):
 
 
 def scores(trainer, model, batch) -> torch.Tensor:
-    """Log-probabilities of the chosen answers, then of the rejected ones; both models in the same mode."""
+    """Return log-probabilities of the chosen answers, then of the rejected ones, in evaluation mode."""
     model.eval()
     return torch.cat(trainer.compute_ref_log_probs(model, batch))
 
 
 def storages(model) -> set[int]:
-    """Where its tensors lie, and what quantized matrices keep beside theirs."""
+    """Return the addresses of a model's tensors, quantization state included."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         state = getattr(module, "quant_state", None)
@@ -66,7 +66,7 @@ def storages(model) -> set[int]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", [*list(CASES)[:-1], pytest.param(list(CASES)[-1], marks=pytest.mark.slow)])
-def test_the_reference_stays_what_the_policy_was_before_training(pairs, case):
+def test_the_reference_stays_the_initial_policy(pairs, case):
     trainer = a_trainer(case)
     policy, reference, batch = trainer.model, trainer.ref_model, next(iter(trainer.batches))
     before = scores(trainer, policy, batch)
@@ -83,7 +83,7 @@ def test_the_reference_stays_what_the_policy_was_before_training(pairs, case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_reference_owns_no_more_than_a_copy_of_what_trains(pairs, case):
+def test_the_reference_copies_only_trainable_parameters(pairs, case):
     model, _ = regimes.build(*overrides(case))
     trained = trainable_parameters(model).values()
     reference = frozen_copy(model)
@@ -92,7 +92,7 @@ def test_a_reference_owns_no_more_than_a_copy_of_what_trains(pairs, case):
     assert storages(model) - storages(reference) == {parameter.data_ptr() for parameter in trained}
 
 
-def test_a_reference_runs_its_own_bridge_and_the_model_its_own(pairs):
+def test_reference_and_policy_each_use_their_own_bridge(pairs):
     model, processor = regimes.build(*overrides("bridge and LoRA, nf4"))
     regimes.shake(model)
     reference = frozen_copy(model)
@@ -108,15 +108,15 @@ def test_a_reference_runs_its_own_bridge_and_the_model_its_own(pairs):
     assert torch.equal(regimes.logits(model, processor), moved)
 
 
-def test_the_reference_of_a_run_that_goes_on_is_that_of_its_beginning(pairs):
+def test_a_resumed_run_has_the_same_reference(pairs):
     first, again = (a_trainer("bridge and LoRA, nf4") for _ in range(2))
-    first.train()  # a run that goes on builds its model anew, and takes what was trained into it afterwards
+    first.train()  # a resumed run also builds its model anew and restores the trained parameters later
     for one, other in zip(first.ref_model.parameters(), again.ref_model.parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_ends_with_the_same_adapter(pairs):
+def test_resumed_dpo_ends_with_the_same_adapter_bit_for_bit(pairs):
     kept = (
         "train.max_steps=4",
         "train.save_steps=2",
@@ -126,14 +126,14 @@ def test_a_run_that_goes_on_ends_with_the_same_adapter(pairs):
     steps = (*DPO, *regimes.REGIMES["bridge and LoRA"], *kept)
     train(regimes.recipe(*steps, "train.output_dir=whole"))
     shutil.rmtree("kept/step-4")
-    told: list[str] = []
-    train(regimes.recipe(*steps, "train.output_dir=resumed"), resume=True, log=told.append)
-    assert "step-2" in "".join(told)
+    lines: list[str] = []
+    train(regimes.recipe(*steps, "train.output_dir=resumed"), resume=True, log=lines.append)
+    assert "step-2" in "".join(lines)
     whole, resumed = (Path(name, "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert resumed == whole
 
 
-def test_neither_model_drops_units_where_rates_are_numbers():
+def test_dropout_rates_kept_as_plain_numbers_are_zeroed_too():
     layer = torch.nn.Linear(2, 2)
     layer.attention_dropout, layer.dropped = 0.1, True
     zero_dropout(torch.nn.Sequential(layer))
@@ -141,49 +141,54 @@ def test_neither_model_drops_units_where_rates_are_numbers():
 
 
 def contents(*more: str) -> list:
-    """What is said to be in the first batches of a run, and the batches."""
+    """Return (contents, tensors) of the first batches of a run."""
     model, processor = regimes.build(*DPO, *more)
     batches = regimes.trainer(model, processor, *DPO, *more).batches
     taken = list(islice(batches, 4))
     return list(zip(batches.contents, taken, strict=True))
 
 
-def test_a_batch_tells_its_pairs_the_tokens_of_both_answers_and_each_image_once(pairs):
-    for told, batch in contents("train.batch_size=2"):
+def test_batch_contents_count_pairs_tokens_of_both_answers_and_each_image_once(pairs):
+    for content, batch in contents("train.batch_size=2"):
         assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 4
-        assert (len(told.rows), told.images, told.label_tokens) == (2, 2, int(batch["completion_mask"].sum()))
+        assert (len(content.rows), content.images, content.label_tokens) == (
+            2,
+            2,
+            int(batch["completion_mask"].sum()),
+        )
 
 
 @pytest.mark.parametrize(
     "more", [["train.num_workers=2"], ["data.cache={folder: cache}"], ["data.group_by_length=true"]]
 )
-def test_pairs_come_the_same_way_as_other_samples(pairs, more):
+def test_workers_cache_and_length_grouping_work_for_pairs(pairs, more):
     plain, other = contents(), contents(*more)
     if "data.cache={folder: cache}" in more:
         assert all("vision_tokens" in batch and len(batch["vision_tokens"]) == 4 for _, batch in other)
         other = contents(*more)  # now from the cache
-    for (told, batch), (told_too, batch_too) in zip(plain, other, strict=True):
+    for (content, batch), (other_content, other_batch) in zip(plain, other, strict=True):
         if more != ["data.group_by_length=true"]:
-            assert told == told_too and torch.equal(batch["input_ids"], batch_too["input_ids"])
-        assert sorted(told.rows) == sorted(told_too.rows)
+            assert content == other_content
+            assert torch.equal(batch["input_ids"], other_batch["input_ids"])
+        assert sorted(content.rows) == sorted(other_content.rows)
 
 
-def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
+def test_dpo_evaluates_on_the_chosen_answer_and_skips_bad_rows_if_configured(pairs):
     rows = Path("pairs.jsonl").read_text()
     Path("pairs.jsonl").write_text(
         rows + "\n" + json.dumps({"prompt": "What?", "chosen": "A.", "rejected": "A."})
     )
-    held_out = "data.eval=[{path: held_out.jsonl}]"
-    Path("held_out.jsonl").write_text(rows)
+    eval_data = "data.eval=[{path: eval.jsonl}]"
+    Path("eval.jsonl").write_text(rows)
     with pytest.raises(UserError, match="pairs.jsonl: row 2: rejected: found the same as chosen"):
-        train(regimes.recipe(*DPO, held_out))
+        train(regimes.recipe(*DPO, eval_data))
     more = (
         "data.on_bad_sample=skip",
         "data.max_bad_share=0.5",
         "train.output_dir=skipped",
         "train.max_steps=2",
     )
-    metrics = train(regimes.recipe(*DPO, held_out, *more))
+    metrics = train(regimes.recipe(*DPO, eval_data, *more))
     assert {"accuracy", "accuracy_before", "accuracy_shuffled_images"} <= set(metrics["eval"])
     answers = [
         json.loads(line)["answer"] for line in Path("skipped/predictions.jsonl").read_text().splitlines()
@@ -195,7 +200,7 @@ def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
 
 
 @pytest.mark.parametrize(
-    ("more", "complaint"),
+    ("more", "message"),
     [
         (
             ["data.train=[{path: train.jsonl}]"],
@@ -213,12 +218,12 @@ def test_a_run_asks_for_the_better_answer_and_takes_bad_rows_as_told(pairs):
         ),
     ],
 )
-def test_what_does_not_go_with_pairs_is_told_in_one_line(pairs, more, complaint):
-    with pytest.raises(UserError, match=complaint) as told:
-        wanted = load_recipe("./recipe.yaml", [*DPO, *more])
-        model, processor = regimes.build_model(wanted)
-        regimes.make_trainer(model, processor, open_data(wanted.data, 0), wanted, [])
-    assert len([line for line in str(told.value).splitlines() if line]) <= 2
+def test_settings_incompatible_with_dpo_are_refused_in_one_line(pairs, more, message):
+    with pytest.raises(UserError, match=message) as error:
+        config = load_recipe("./recipe.yaml", [*DPO, *more])
+        model, processor = regimes.build_model(config)
+        regimes.make_trainer(model, processor, open_data(config.data, 0), config, [])
+    assert len([line for line in str(error.value).splitlines() if line]) <= 2
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,7 @@ def test_what_does_not_go_with_pairs_is_told_in_one_line(pairs, more, complaint)
         ),
     ],
 )
-def test_the_loss_is_that_of_the_paper(pairs, settings, loss):
+def test_the_loss_equals_the_papers_formula(pairs, settings, loss):
     trainer = a_trainer("bridge", f"train.dpo={settings}", "train.learning_rate=0.1")
     trainer.train()
     batch = next(iter(trainer.batches))
@@ -246,12 +251,12 @@ def test_the_loss_is_that_of_the_paper(pairs, settings, loss):
     chosen, rejected = (policy - reference).chunk(2)
     assert (chosen - rejected).abs().min() > 0.01
     with torch.no_grad():
-        found = trainer.compute_loss(trainer.model, batch)
-    torch.testing.assert_close(found, loss(chosen - rejected).mean(), rtol=1e-5, atol=1e-6)
+        computed = trainer.compute_loss(trainer.model, batch)
+    torch.testing.assert_close(computed, loss(chosen - rejected).mean(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_the_first_batches_are_read_as_a_model_reads_them(pairs):
+def test_eva_initialization_works_with_pairs(pairs):
     eva = ("lora.language={r: 2}", "lora.init_lora_weights=eva")
-    wanted = load_recipe("./recipe.yaml", [*DPO, *eva])
-    assert train(wanted)["train"]["steps"] == 3
+    config = load_recipe("./recipe.yaml", [*DPO, *eva])
+    assert train(config)["train"]["steps"] == 3

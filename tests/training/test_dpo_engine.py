@@ -1,4 +1,4 @@
-"""What holds for every training holds for preferences too: accumulation, and numbers that are none."""
+"""Gradient accumulation and non-finite losses in preference training."""
 
 import json
 from pathlib import Path
@@ -29,23 +29,25 @@ def four(pairs):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_one_step_of_four_pairs_equals_accumulated_ones(four):
-    found = []
+def test_one_batch_of_four_pairs_equals_accumulated_smaller_batches(four):
+    results = []
     for size, accumulated in ((4, 1), (2, 2), (1, 4)):
-        wanted = (*DPO, "train.max_steps=1", "train.dpo={beta: 0.5}", f"train.batch_size={size}")
-        wanted += (f"train.gradient_accumulation_steps={accumulated}",)
-        model, processor = regimes.build(*wanted)
-        trainer = regimes.trainer(model, processor, *wanted)
+        overrides = (*DPO, "train.max_steps=1", "train.dpo={beta: 0.5}", f"train.batch_size={size}")
+        overrides += (f"train.gradient_accumulation_steps={accumulated}",)
+        model, processor = regimes.build(*overrides)
+        trainer = regimes.trainer(model, processor, *overrides)
         regimes.shake(model)
         trainer.train()
         entry = trainer.state.log_history[0]
-        found.append([entry["loss"], entry["grad_norm"]])
-    assert abs(found[0][0] - 0.6931) > 0.1 and found[0][1] > 1
-    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
+        results.append([entry["loss"], entry["grad_norm"]])
+    assert abs(results[0][0] - 0.6931) > 0.1 and results[0][1] > 1
+    assert results[1] == pytest.approx(results[0], rel=1e-5) and results[2] == pytest.approx(
+        results[0], rel=1e-5
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_loss_that_is_no_number_names_the_pairs(pairs):  # noqa: F811
+def test_a_non_finite_loss_names_the_pairs(pairs):  # noqa: F811
     wild = ("train.learning_rate=1e36", "train.max_grad_norm=1e30")
     with pytest.raises(
         UserError, match=r"loss is nan at step 2; trained on .*pairs.jsonl: row [01], .*pairs.jsonl: row"

@@ -1,4 +1,4 @@
-"""Held-out pairs during preference training: the loss over all of them, and that training does not notice."""
+"""Evaluation on pairs during preference training: its loss, and that it does not change training."""
 
 import json
 from pathlib import Path
@@ -14,16 +14,16 @@ from tests import regimes
 from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)
 
 WEIGHTS = "adapter_model.safetensors"
-HELD_OUT = (
+WITH_EVAL = (
     *DPO,
-    "data.eval=[{path: held_out.jsonl}]",
+    "data.eval=[{path: eval.jsonl}]",
     "eval={steps: 2, before: false, shuffled_images: false}",
 )
 
 
 @pytest.fixture
-def held_out(pairs):  # noqa: F811
-    """Beside the pairs that are trained on three others, no two of one length."""
+def eval_pairs(pairs):  # noqa: F811
+    """Three held-out pairs of different lengths."""
     answers = [
         ("Dark.", "Light."),
         ("Light, as you see.", "Dark."),
@@ -33,7 +33,7 @@ def held_out(pairs):  # noqa: F811
         {"prompt": "Which shade?", "chosen": chosen, "rejected": rejected, "images": [f"{number % 2}.png"]}
         for number, (chosen, rejected) in enumerate(answers)
     ]
-    Path("held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    Path("eval.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
 
 def log(name: str) -> list[dict]:
@@ -41,21 +41,21 @@ def log(name: str) -> list[dict]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(held_out):
-    wanted = regimes.recipe(*HELD_OUT, "eval.batch_size=1")
-    model, processor = regimes.build_model(wanted)
-    trainer = regimes.trainer(model, processor, *HELD_OUT)
-    samples = open_data(wanted.data, 0).eval_samples()
+def test_eval_loss_is_the_mean_over_pairs_for_any_batch_size_and_world_size(eval_pairs):
+    config = regimes.recipe(*WITH_EVAL, "eval.batch_size=1")
+    model, processor = regimes.build_model(config)
+    trainer = regimes.trainer(model, processor, *WITH_EVAL)
+    samples = open_data(config.data, 0).eval_samples()
     regimes.shake(model)
     alone = [
-        run_evaluation(trainer, EvalBatches([sample], model, processor, wanted), None)["eval_loss"]
+        run_evaluation(trainer, EvalBatches([sample], model, processor, config), None)["eval_loss"]
         for sample in samples
     ]
     assert len({round(loss, 3) for loss in alone}) == 3
     for size in (1, 2, 8):
-        of_size = regimes.recipe(*HELD_OUT, f"eval.batch_size={size}")
-        found = run_evaluation(trainer, EvalBatches(samples, model, processor, of_size), None)["eval_loss"]
-        assert found == pytest.approx(sum(alone) / 3, rel=1e-5)
+        of_size = regimes.recipe(*WITH_EVAL, f"eval.batch_size={size}")
+        loss = run_evaluation(trainer, EvalBatches(samples, model, processor, of_size), None)["eval_loss"]
+        assert loss == pytest.approx(sum(alone) / 3, rel=1e-5)
         shares = [
             list(EvalBatches(samples, model, processor, of_size, rank=rank, world_size=2))
             for rank in range(2)
@@ -64,24 +64,24 @@ def test_the_loss_is_the_mean_over_the_pairs_whatever_the_batches_and_processes(
 
 
 @pytest.mark.slow
-def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(held_out):
-    metrics = train(regimes.recipe(*HELD_OUT, "train.output_dir=with"))
-    train(regimes.recipe(*HELD_OUT, "eval.steps=null", "train.output_dir=without"))
+def test_evaluations_do_not_change_training_bit_for_bit(eval_pairs):
+    metrics = train(regimes.recipe(*WITH_EVAL, "train.output_dir=with"))
+    train(regimes.recipe(*WITH_EVAL, "eval.steps=null", "train.output_dir=without"))
     assert Path("with", WEIGHTS).read_bytes() == Path("without", WEIGHTS).read_bytes()
     losses = [[entry["loss"] for entry in log(name) if "loss" in entry] for name in ("with", "without")]
     assert losses[0] == losses[1]
-    judged = [entry for entry in log("with") if "eval_loss" in entry]
-    assert [entry["step"] for entry in judged] == [2, 3]
-    assert judged[-1]["eval_accuracy"] == metrics["eval"]["accuracy"]
-    assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= judged[-1].keys()
+    evaluations = [entry for entry in log("with") if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 3]
+    assert evaluations[-1]["eval_accuracy"] == metrics["eval"]["accuracy"]
+    assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= evaluations[-1].keys()
 
 
-def test_held_out_samples_with_one_answer_are_refused_before_training_where_their_loss_is_wanted(held_out):
+def test_eval_samples_with_one_answer_are_refused_if_eval_steps_is_set(eval_pairs):
     single = "data.eval=[{path: train.jsonl}]"
     with pytest.raises(UserError, match="train.jsonl: row 0: got one answer, but eval.steps compares two"):
-        train(regimes.recipe(*HELD_OUT, single))
+        train(regimes.recipe(*WITH_EVAL, single))
     assert not Path("run/log.jsonl").exists()
     metrics = train(
-        regimes.recipe(*HELD_OUT, single, "eval.steps=null", "train.max_steps=1", "train.output_dir=asked")
+        regimes.recipe(*WITH_EVAL, single, "eval.steps=null", "train.max_steps=1", "train.output_dir=asked")
     )
     assert 0 <= metrics["eval"]["accuracy"] <= 1

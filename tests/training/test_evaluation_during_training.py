@@ -1,4 +1,4 @@
-"""Held-out samples during training: what is measured, what is kept of it, and that training does not notice."""
+"""Evaluation during training: loss and metrics, the best adapter, and that it does not change training."""
 
 import json
 import shutil
@@ -33,24 +33,23 @@ def log(name: str = "run") -> list[dict]:
     return [json.loads(line) for line in Path(name, "log.jsonl").read_text().splitlines()]
 
 
-def test_loss_and_accuracy_are_logged_and_that_of_the_last_step_is_that_of_the_run(folder):  # noqa: F811
+def test_eval_loss_and_accuracy_are_logged_and_the_last_accuracy_is_the_runs(folder):  # noqa: F811
     metrics = train(recipe(STEPS, "train.max_steps=5"))
-    judged = [entry for entry in log() if "eval_loss" in entry]
-    assert [entry["step"] for entry in judged] == [2, 4, 5]
-    assert judged[-1]["eval_accuracy"] == metrics["eval"]["accuracy"]
+    evaluations = [entry for entry in log() if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4, 5]
+    assert evaluations[-1]["eval_accuracy"] == metrics["eval"]["accuracy"]
     assert [entry["step"] for entry in log() if "loss" in entry] == [1, 2, 3, 4, 5]
     assert all({"entropy", "mean_token_accuracy"} <= entry.keys() for entry in log() if "loss" in entry)
 
 
 @pytest.mark.parametrize("size", [1, 4, 6])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_the_loss_is_the_mean_over_the_label_tokens_of_every_sample_once(folder, size, processes):  # noqa: F811
-    """Whatever the size of a batch, and however many processes share them."""
-    wanted = recipe(f"eval.batch_size={size}", STEPS)
-    model, processor, samples, made = built(wanted)
+def test_eval_loss_is_the_mean_over_label_tokens_for_any_batch_size_and_world_size(folder, size, processes):  # noqa: F811
+    config = recipe(f"eval.batch_size={size}", STEPS)
+    model, processor, samples, made = built(config)
     total, tokens, batches = 0.0, 0, []
     for rank in range(processes):
-        batches.append(list(EvalBatches(samples, model, processor, wanted, rank=rank, world_size=processes)))
+        batches.append(list(EvalBatches(samples, model, processor, config, rank=rank, world_size=processes)))
         for inputs, labels in batches[-1]:
             loss = model(**inputs).loss.item() if labels else 0.0
             total, tokens = total + loss * labels, tokens + labels
@@ -62,20 +61,20 @@ def test_the_loss_is_the_mean_over_the_label_tokens_of_every_sample_once(folder,
     assert len(counts) == 6 and sum(counts) == tokens and len({*counts}) > 1
     expected = sum(output.loss.item() * count for output, count in zip(alone, counts, strict=True)) / tokens
     assert total / tokens == pytest.approx(expected, rel=1e-5)
-    found = run_evaluation(made, EvalBatches(samples, model, processor, wanted), None)["eval_loss"]
-    assert found == pytest.approx(expected, rel=1e-5)
+    loss = run_evaluation(made, EvalBatches(samples, model, processor, config), None)["eval_loss"]
+    assert loss == pytest.approx(expected, rel=1e-5)
     assert model.training
 
 
-def built(wanted):
-    model, processor = build_model(wanted)
+def built(config):
+    model, processor = build_model(config)
     shake(model, 0.3)
-    data = open_data(wanted.data, 0)
-    return model, processor, data.eval_samples(), make_trainer(model.train(), processor, data, wanted, [])
+    data = open_data(config.data, 0)
+    return model, processor, data.eval_samples(), make_trainer(model.train(), processor, data, config, [])
 
 
 @pytest.mark.slow
-def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(folder):  # noqa: F811
+def test_evaluations_do_not_change_training_bit_for_bit(folder):  # noqa: F811
     """With LoRA's dropout, which draws random numbers as it goes."""
     dropout = (
         "lora={language: {r: 2}, lora_dropout: 0.2}",
@@ -89,8 +88,8 @@ def test_training_learns_the_same_bit_by_bit_with_and_without_evaluations(folder
     assert losses[0] == losses[1]
 
 
-def by_script(monkeypatch, values: list[float]) -> None:
-    """Let evaluations find these losses, one after the other."""
+def script_losses(monkeypatch, values: list[float]) -> None:
+    """Replace evaluations by a script of losses."""
     left = list(values)
 
     def scripted(trainer, *_):
@@ -102,12 +101,12 @@ def by_script(monkeypatch, values: list[float]) -> None:
 
 
 @pytest.mark.parametrize("keep", [pytest.param("last", marks=pytest.mark.slow), "best"])
-def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_where_asked(
+def test_the_best_adapter_is_kept_and_ends_the_run_if_keep_is_best(
     folder,  # noqa: F811 (the fixture)
     monkeypatch,
     keep,
 ):
-    by_script(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
+    script_losses(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
     written = []
     monkeypatch.setattr(
         "flamingo_ft.training.best_checkpoint.save_best", lambda *a: (written.append(0), save_best(*a))
@@ -121,24 +120,24 @@ def test_the_best_is_kept_beside_the_checkpoints_and_is_what_the_run_ends_with_w
     assert loaded.perceiver.latents.isfinite().all()
 
 
-def test_the_best_adapter_comes_back_from_a_checkpoint_alone(folder, monkeypatch):  # noqa: F811
-    """As on another machine, which fetched the newest checkpoint from the Hub and has nothing else."""
-    by_script(monkeypatch, [2.0, 1.0, 1.25, 1.5])
-    wanted = recipe(NO_ANSWERS, "eval.keep=best", "train.max_steps=8")
-    metrics, weights = train(wanted), Path("run", WEIGHTS).read_bytes()
+def test_the_best_adapter_is_restored_from_a_checkpoint_alone(folder, monkeypatch):  # noqa: F811
+    """As on another machine that has only fetched the newest checkpoint from the Hub."""
+    script_losses(monkeypatch, [2.0, 1.0, 1.25, 1.5])
+    config = recipe(NO_ANSWERS, "eval.keep=best", "train.max_steps=8")
+    metrics, weights = train(config), Path("run", WEIGHTS).read_bytes()
     Path("run/checkpoints").rename("checkpoints")
     shutil.rmtree("run")
     shutil.copytree("checkpoints/step-8", "run/checkpoints/step-8")
-    resumed = train(wanted, resume=True)
+    resumed = train(config, resume=True)
     assert resumed["train"]["best"] == metrics["train"]["best"] == {"step": 4, "loss": 1.0}
     assert Path("run", WEIGHTS).read_bytes() == Path("run/checkpoints/best", WEIGHTS).read_bytes() == weights
 
 
-def test_a_best_adapter_that_is_lost_is_reported(folder, monkeypatch):  # noqa: F811
-    """Checkpoints of earlier versions do not hold it."""
-    by_script(monkeypatch, [1.0, 2.0])
-    wanted = recipe(NO_ANSWERS, "eval.keep=best", "train.max_steps=4")
-    train(wanted)
+def test_a_missing_best_adapter_is_reported(folder, monkeypatch):  # noqa: F811
+    """Checkpoints of earlier versions do not contain it."""
+    script_losses(monkeypatch, [1.0, 2.0])
+    config = recipe(NO_ANSWERS, "eval.keep=best", "train.max_steps=4")
+    train(config)
     checkpoint = Path("run/checkpoints/step-4")
     for best in (checkpoint / "best", checkpoint.with_name("best")):
         shutil.rmtree(best)
@@ -147,21 +146,21 @@ def test_a_best_adapter_that_is_lost_is_reported(folder, monkeypatch):  # noqa: 
     write_manifest(checkpoint, facts)
     Path("run/metrics.json").unlink()
     with pytest.raises(UserError, match="the best adapter is missing; resume with eval.keep=last"):
-        train(wanted, resume=True)
+        train(config, resume=True)
     assert (
         train(recipe(NO_ANSWERS, "eval.keep=last", "train.max_steps=4"), resume=True)["train"]["steps"] == 4
     )
 
 
 @pytest.mark.slow
-def test_training_ends_after_evaluations_without_a_better_one(folder, monkeypatch):  # noqa: F811
-    by_script(monkeypatch, [2.0, 1.0, 1.1, 1.2, 0.5])
+def test_training_stops_early_after_patience_evaluations(folder, monkeypatch):  # noqa: F811
+    script_losses(monkeypatch, [2.0, 1.0, 1.1, 1.2, 0.5])
     metrics = train(recipe(NO_ANSWERS, "eval.patience=2", "train.max_steps=40"))
     assert metrics["train"]["steps"] == 8 and metrics["train"]["best"]["step"] == 4
 
 
 @pytest.mark.slow
-def test_accuracy_tells_the_best_where_asked(folder):  # noqa: F811
+def test_the_best_adapter_is_chosen_by_accuracy_if_configured(folder):  # noqa: F811
     metrics = train(recipe(STEPS, "eval.metric=accuracy", "eval.keep=best", "train.max_steps=6"))
     accuracies = {entry["step"]: entry["eval_accuracy"] for entry in log() if "eval_accuracy" in entry}
     best = metrics["train"]["best"]
@@ -175,8 +174,8 @@ def test_accuracy_tells_the_best_where_asked(folder):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interrupted_at", [5, 8])
-def test_best_and_patience_go_on_after_a_resume(folder, monkeypatch, interrupted_at):  # noqa: F811
-    """Step 8 is the last one: the evaluation there is the second in a row without a better one."""
+def test_best_adapter_and_patience_survive_a_resume(folder, monkeypatch, interrupted_at):  # noqa: F811
+    """Step 8 is the last: it is the second evaluation in a row without an improvement."""
     losses = {2: 2.0, 4: 1.0, 6: 1.5, 8: 1.25, 10: 0.5}
 
     def scripted(trainer, *_):
@@ -195,21 +194,21 @@ def test_best_and_patience_go_on_after_a_resume(folder, monkeypatch, interrupted
         )
 
     monkeypatch.setattr("flamingo_ft.training.trainer.run_evaluation", scripted)
-    wanted = (NO_ANSWERS, "eval.patience=2", "eval.keep=best", "train.max_steps=40", "train.save_steps=2")
-    whole = train(recipe(*wanted, "train.output_dir=whole"))
+    overrides = (NO_ANSWERS, "eval.patience=2", "eval.keep=best", "train.max_steps=40", "train.save_steps=2")
+    whole = train(recipe(*overrides, "train.output_dir=whole"))
     training_step = FlamingoTrainerMixin.training_step
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(FlamingoTrainerMixin, "training_step", step)
         patch.setattr("flamingo_ft.training.train.apply_best", killed)
-        train(recipe(*wanted))
-    resumed = train(recipe(*wanted), resume=True)
+        train(recipe(*overrides))
+    resumed = train(recipe(*overrides), resume=True)
     assert whole["train"]["steps"] == resumed["train"]["steps"] == 8
     assert whole["train"]["best"] == resumed["train"]["best"] == {"step": 4, "loss": 1.0}
     assert Path("whole", WEIGHTS).read_bytes() == Path("run", WEIGHTS).read_bytes()
 
 
 @pytest.mark.parametrize("start", ["default", "pissa"])
-def test_the_best_adapter_put_back_is_the_model_that_it_was_written_of(small_run, start):
+def test_restoring_the_best_adapter_restores_every_parameter(small_run, start):
     model, processor = build(LORA, f"lora.init_lora_weights={start}")
     shake(model)
     then = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
@@ -220,7 +219,7 @@ def test_the_best_adapter_put_back_is_the_model_that_it_was_written_of(small_run
     assert all(torch.equal(parameter, then[name]) for name, parameter in trainable_parameters(model).items())
 
 
-def test_a_kill_between_two_renames_loses_no_best(small_run):
+def test_a_kill_between_two_renames_does_not_lose_the_best_adapter(small_run):
     model, processor = build()
     best = Path("checkpoints/best")
     save_best(model, processor, best)
@@ -233,14 +232,14 @@ def test_a_kill_between_two_renames_loses_no_best(small_run):
     ]
 
 
-def test_a_best_that_is_lost_is_not_compared_with(small_run):
+def test_a_missing_best_adapter_resets_the_best_metric(small_run):
     made = make(*build(), "train.max_steps=1")
     made.state.best_metric = 1.0
     KeepBest(made.processing_class, Path("best")).on_train_begin(made.args, made.state, made.control)
     assert made.state.best_metric is None
 
 
-def test_held_out_samples_that_are_all_too_long_are_told_before_training(folder):  # noqa: F811
+def test_eval_samples_that_are_all_too_long_are_refused_before_training(folder):  # noqa: F811
     too_long = ("data.too_long=drop_sample", "data.max_text_tokens=8", "eval.before=false")
     with pytest.raises(UserError, match="eval.steps: no held-out sample has label tokens"):
         train(recipe(STEPS, *too_long))

@@ -1,4 +1,4 @@
-"""Data of every schema and every kind of source, of real images, trains a model."""
+"""Every dataset schema and every kind of source trains a model."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="module")
 def parts():
-    """Model and processor, and the weights that every test begins with."""
+    """Model, processor, and the initial weights for every test."""
     model, processor = build_model(recipe({"path": "none"}, Path()))
     return model, processor, {name: weight.clone() for name, weight in trainable_parameters(model).items()}
 
 
 @pytest.fixture
 def train(parts, tmp_path):
-    """From an entry of data to a trainer after its run."""
+    """Return a function from a data entry to a trainer that has trained on it."""
     model, processor, start = parts
 
     def run(entry: dict, **data):
-        wanted = recipe(entry, tmp_path, **data)
+        config = recipe(entry, tmp_path, **data)
         with torch.no_grad():
             for name, weight in trainable_parameters(model).items():
                 weight.copy_(start[name])
-        trainer = make_trainer(model, processor, open_data(wanted.data, 0), wanted, [])
+        trainer = make_trainer(model, processor, open_data(config.data, 0), config, [])
         trainer.train()
         return trainer
 
@@ -81,7 +81,7 @@ def losses_of(trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("name", [name for name in FIXTURES if name not in PREFERENCES])
-def test_the_loss_falls_and_no_row_is_lost(name, train, tmp_path):
+def test_the_loss_falls_and_no_row_is_skipped(name, train, tmp_path):
     trainer = train(FIXTURES[name](tmp_path))
     losses = losses_of(trainer)
     assert len(losses) == STEPS and losses[-1] < losses[0]
@@ -91,9 +91,9 @@ def test_the_loss_falls_and_no_row_is_lost(name, train, tmp_path):
 
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_preference_pairs_train_in_an_unmodified_dpo_trainer(name, tmp_path):
-    wanted = recipe(FIXTURES[name](tmp_path), tmp_path)
-    model, processor = build_model(wanted)
-    data = open_data(wanted.data, 0)
+    config = recipe(FIXTURES[name](tmp_path), tmp_path)
+    model, processor = build_model(config)
+    data = open_data(config.data, 0)
     rows = [preference_row(sample) for sample in data.samples(data.train)]
     options = {
         "per_device_train_batch_size": len(rows),
@@ -125,7 +125,7 @@ def test_preference_pairs_train_in_an_unmodified_dpo_trainer(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_preference_pairs_are_refused_where_one_answer_is_learned(name, train, tmp_path):
+def test_preference_pairs_are_refused_by_sft(name, train, tmp_path):
     with pytest.raises(
         UserError, match="found preference pairs, wanted samples with one answer; set train.method to dpo"
     ):
@@ -134,7 +134,7 @@ def test_preference_pairs_are_refused_where_one_answer_is_learned(name, train, t
 
 @pytest.mark.parametrize("name", ["messages_two_images", "interleaved_mmc4", "frames"])
 @pytest.mark.parametrize("way", [{"packing": True, "max_text_tokens": 60}, {"group_by_length": True}])
-def test_packed_and_grouped_batches_train_too(name, way, train, tmp_path):
+def test_packed_and_length_grouped_batches_train(name, way, train, tmp_path):
     losses = losses_of(train(FIXTURES[name](tmp_path), **way))
     assert losses[-1] < losses[0]
 
@@ -146,7 +146,7 @@ def test_packed_and_grouped_batches_train_too(name, way, train, tmp_path):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("video", "frames", "jsonl_base64")),
     ],
 )
-def test_stored_tokens_give_the_same_losses_cold_and_warm(name, train, tmp_path):
+def test_the_feature_cache_gives_the_same_losses_cold_and_warm(name, train, tmp_path):
     cache = {"folder": str(tmp_path / "cache"), "dtype": "fp32"}
     entry = FIXTURES[name](tmp_path)
     plain, cold, warm = [losses_of(train(entry, cache=one)) for one in (None, cache, cache)]
@@ -155,17 +155,17 @@ def test_stored_tokens_give_the_same_losses_cold_and_warm(name, train, tmp_path)
     assert any((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_a_run_that_stops_goes_on_with_the_batches_it_would_have_had(parts, tmp_path):
+def test_restored_batches_continue_with_the_same_samples(parts, tmp_path):
     model, processor, _ = parts
-    wanted = recipe(FIXTURES["messages"](tmp_path), tmp_path)
+    config = recipe(FIXTURES["messages"](tmp_path), tmp_path)
 
     def batches():
-        return make_trainer(model, processor, open_data(wanted.data, 0), wanted, []).batches
+        return make_trainer(model, processor, open_data(config.data, 0), config, []).batches
 
     expected = list(itertools.islice(batches(), 6))
     first, second = batches(), batches()
-    found = list(itertools.islice(first, 2))
+    resumed = list(itertools.islice(first, 2))
     second.load_state_dict(first.state_dict())
-    found += itertools.islice(second, 4)
-    for one, other in zip(expected, found, strict=True):
+    resumed += itertools.islice(second, 4)
+    for one, other in zip(expected, resumed, strict=True):
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

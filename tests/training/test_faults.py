@@ -1,4 +1,4 @@
-"""What a disk or lost data do to a run: one clear line, and the last good checkpoint intact."""
+"""Disk failures and missing data: a one-line error, and the last valid checkpoint intact."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def told(capfd, *more: str) -> str:
-    """What a run that fails says, which is a few lines and no traceback."""
+def failing_output(capfd, *more: str) -> str:
+    """Run the command, which must fail without a traceback, and return its error lines."""
     assert main([*COMMAND, *more]) == 2
-    said = capfd.readouterr().err
-    assert "Traceback" not in said
-    return "".join(line for line in said.splitlines(keepends=True) if line.startswith("error: "))
+    output = capfd.readouterr().err
+    assert "Traceback" not in output
+    return "".join(line for line in output.splitlines(keepends=True) if line.startswith("error: "))
 
 
 def finish(folder) -> bytes:
@@ -44,7 +44,7 @@ def finish(folder) -> bytes:
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """What the run learns when nothing hinders it."""
+    """Adapter weights of an undisturbed run."""
     folder = tmp_path_factory.mktemp("unhindered")
     regimes.write_run(folder)
     assert killing.wait(killing.start(COMMAND, folder, folder / "log.txt")) == 0
@@ -52,38 +52,39 @@ def weights(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_in_a_save_leaves_the_checkpoint_before_it(folder, monkeypatch, capfd, weights):
+def test_a_full_disk_during_a_save_keeps_the_previous_checkpoint(folder, monkeypatch, capfd, weights):
     def full_at_step_4(path):
         if ".step-4" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "sync", full_at_step_4)
-        said = told(capfd)
+        output = failing_output(capfd)
     assert (
-        "run/checkpoints/step-4: cannot write this checkpoint" in said and "No space left on device" in said
+        "run/checkpoints/step-4: cannot write this checkpoint" in output
+        and "No space left on device" in output
     )
-    assert "the last one is run/checkpoints/step-2" in said and "--resume" in said
+    assert "the last one is run/checkpoints/step-2" in output and "--resume" in output
     assert list(list_checkpoints(folder / "run" / "checkpoints")) == [2]
     verify(folder / "run" / "checkpoints" / "step-2")
     assert finish(folder) == weights
 
 
-def test_a_file_that_may_not_grow_so_large_is_told_in_a_line(folder):
+def test_a_file_size_limit_is_reported_in_one_line(folder):
     process = killing.start(COMMAND, folder, folder / "log.txt", killing.Around(file_limit=200_000))
     assert killing.wait(process) == 2
-    said = (folder / "log.txt").read_text()
+    output = (folder / "log.txt").read_text()
     assert (
-        "step-2: cannot write this checkpoint" in said
-        and "there is none yet" in said
-        and "Traceback" not in said
+        "step-2: cannot write this checkpoint" in output
+        and "there is none yet" in output
+        and "Traceback" not in output
     )
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_loaded(folder, monkeypatch, capfd):
+def test_an_unwritable_checkpoint_folder_is_refused_before_loading(folder, monkeypatch, capfd):
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
-    said = told(capfd, "train.checkpoint_dir=/proc/checkpoints")
-    assert "train.checkpoint_dir: cannot write checkpoints to /proc/checkpoints" in said
+    output = failing_output(capfd, "train.checkpoint_dir=/proc/checkpoints")
+    assert "train.checkpoint_dir: cannot write checkpoints to /proc/checkpoints" in output
 
 
 def stopped_after_step_2(folder) -> None:
@@ -95,11 +96,11 @@ def stopped_after_step_2(folder) -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_data_file_is_told_and_the_run_goes_on_once_it_is_back(folder, capfd, weights):
+def test_a_missing_data_file_is_reported_and_the_run_resumes_once_it_is_back(folder, capfd, weights):
     stopped_after_step_2(folder)
     rows = folder / "train.jsonl"
     rows.rename(folder / "elsewhere.jsonl")
-    assert f"no file {rows}" in told(capfd, "--resume")
+    assert f"no file {rows}" in failing_output(capfd, "--resume")
     (folder / "elsewhere.jsonl").rename(rows)
     assert finish(folder) == weights
 
@@ -109,26 +110,28 @@ def lose(path) -> bool:
     return True
 
 
-def test_an_image_lost_while_it_trains_ends_the_run_with_its_name(folder):
+def test_an_image_deleted_during_training_ends_the_run_with_its_name(folder):
     arguments = [*COMMAND, "train.max_steps=400", "train.save_steps=2", "train.lr_scheduler=constant"]
     process = killing.start(arguments, folder, folder / "log.txt")
     there = killing.file_there(folder / "run" / "checkpoints", "step-2")
     assert killing.kill_when(process, lambda: there() and lose(folder / "0.png"), number=0) == 2
-    said = (folder / "log.txt").read_text()
-    assert "train.jsonl: row 0" in said and "0.png" in said and "Traceback" not in said
-    assert "the last checkpoint; fix the problem, and resume from there with --resume" in said
+    output = (folder / "log.txt").read_text()
+    assert "train.jsonl: row 0" in output and "0.png" in output and "Traceback" not in output
+    assert "the last checkpoint; fix the problem, and resume from there with --resume" in output
 
 
 @pytest.mark.slow
-def test_other_rows_than_the_run_began_with_are_refused(folder, capfd):
+def test_resuming_with_other_rows_is_refused(folder, capfd):
     stopped_after_step_2(folder)
     first, second = (folder / "train.jsonl").read_text().splitlines()
     (folder / "train.jsonl").write_text("\n".join([first, second, json.dumps(json.loads(first))]))
-    assert "train.jsonl had 2 rows when this checkpoint was written, got 3" in told(capfd, "--resume")
+    assert "train.jsonl had 2 rows when this checkpoint was written, got 3" in failing_output(
+        capfd, "--resume"
+    )
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder, monkeypatch, capfd, weights):
+def test_a_full_disk_at_the_end_is_reported_with_the_last_checkpoint(folder, monkeypatch, capfd, weights):
     def full(*_, **__):
         raise SafetensorError(
             "No space left on device"
@@ -136,14 +139,14 @@ def test_a_disk_that_is_full_at_the_end_is_told_with_the_last_checkpoint(folder,
 
     with monkeypatch.context() as patch:
         patch.setattr("flamingo_ft.training.train.save_adapter", full)
-        said = told(capfd)
-    assert "run: cannot write (No space left on device)" in said
-    assert "resume from run/checkpoints/step-6 with --resume" in said
+        output = failing_output(capfd)
+    assert "run: cannot write (No space left on device)" in output
+    assert "resume from run/checkpoints/step-6 with --resume" in output
     assert finish(folder) == weights
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_told_in_a_line(folder):
+def test_a_killed_worker_is_reported_in_one_line(folder):
     arguments = [*COMMAND, "train.max_steps=4000", "train.num_workers=2"]
     process = killing.start(arguments, folder, folder / "log.txt")
     there = killing.file_there(folder / "run" / "checkpoints", "step-2")
@@ -153,20 +156,20 @@ def test_a_worker_that_is_killed_is_told_in_a_line(folder):
         os.kill(int(children[-1]), number)
 
     assert killing.kill_when(process, there, send=kill_a_worker) == 2
-    said = (folder / "log.txt").read_text()
-    assert "train.num_workers: a data-loading worker died" in said and "Traceback" not in said
+    output = (folder / "log.txt").read_text()
+    assert "train.num_workers: a data-loading worker died" in output and "Traceback" not in output
 
 
-def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, capfd):
-    """They would count as the newer ones: its own would be removed as soon as they are written."""
+def test_a_new_run_is_refused_beside_the_checkpoints_of_another(folder, capfd):
+    """They have the higher steps, so the new run's own would be pruned at once."""
     assert main([*COMMAND, "train.checkpoint_dir=drive"]) == 0
-    said = told(capfd, "train.checkpoint_dir=drive", "train.output_dir=second")
-    assert "train.checkpoint_dir: drive holds step-6 of an earlier run" in said and not list(
+    output = failing_output(capfd, "train.checkpoint_dir=drive", "train.output_dir=second")
+    assert "train.checkpoint_dir: drive holds step-6 of an earlier run" in output and not list(
         (folder / "second").iterdir()
     )
 
 
-def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
+def test_every_change_of_a_manifest_is_noticed(tmp_path):
     (tmp_path / "weights").write_bytes(b"content")
     write_manifest(
         tmp_path, {"step": 12, "processes": 1, "seconds": 3.5, "ended": False, "sources": {"a": 2}}
@@ -183,7 +186,7 @@ def test_no_change_of_a_manifest_goes_unnoticed(tmp_path):
                 assert verify(tmp_path) == record
 
 
-def test_a_checkpoint_of_a_later_version_is_not_taken_for_a_damaged_one(tmp_path):
+def test_a_checkpoint_of_a_later_version_does_not_count_as_damaged(tmp_path):
     for step in (1, 2):
         (tmp_path / f"step-{step}").mkdir()
         write_manifest(tmp_path / f"step-{step}", {"step": step})
@@ -198,7 +201,7 @@ def test_a_checkpoint_of_a_later_version_is_not_taken_for_a_damaged_one(tmp_path
 @pytest.mark.parametrize(
     "error", [RuntimeError("2 trained parameters would not be saved"), RuntimeError("NCCL error: unhandled")]
 )
-def test_a_fault_that_is_not_the_disks_is_not_reported_as_a_full_one(folder, monkeypatch, error):
+def test_other_failures_while_saving_are_not_reported_as_a_full_disk(folder, monkeypatch, error):
     def fails(*_, **__):
         raise error
 

@@ -1,4 +1,4 @@
-"""Uploads in the background: one at a time, whole or not at all, and never in the way of training."""
+"""Background uploads of checkpoints: one at a time, atomic, and never blocking training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def root(tmp_path, monkeypatch, hub):
 
 
 @pytest.fixture
-def said():
+def lines():
     return []
 
 
@@ -56,67 +56,67 @@ def titles(hub):
     return [commit.title for commit in hub.repositories[REPO].history[1:]]
 
 
-def test_training_goes_on_during_an_upload_and_what_waits_gives_way_to_the_newest(root, hub, said):
+def test_training_continues_during_an_upload_and_a_newer_checkpoint_replaces_a_waiting_one(root, hub, lines):
     slow = hub.hold(COMMIT)
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
         assert slow.reached.wait(10)
         for step in (2, 3):
             uploads.push_checkpoint(checkpoint(root, step))
-        wanted = {step: contents(root / f"step-{step}") for step in (1, 3)}
+        expected = {step: contents(root / f"step-{step}") for step in (1, 3)}
         for step in (1, 2, 3):  # as when newer ones come
             atomic.remove_folder(root / f"step-{step}")
         assert titles(hub) == []
         slow.released.set()
     assert titles(hub) == ["Checkpoint of step 1", "Checkpoint of step 3"]
-    assert {step: on_hub(hub, step) for step in wanted} == wanted
-    assert list(root.iterdir()) == [] and not any("not pushed" in line or "lacks" in line for line in said)
+    assert {step: on_hub(hub, step) for step in expected} == expected
+    assert list(root.iterdir()) == [] and not any("not pushed" in line or "lacks" in line for line in lines)
 
 
-def test_the_commit_of_a_checkpoint_removes_the_oldest(root, hub, said):
+def test_a_checkpoints_commit_deletes_the_oldest_one(root, hub, lines):
     for step in (1, 2, 3):
-        with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
             uploads.push_checkpoint(checkpoint(root, step))
     for number, steps in enumerate([[1], [1, 2], [2, 3]], start=1):
         revision = hub.repositories[REPO].history[number].oid
-        found = [step for step in (1, 2, 3) if on_hub(hub, step, revision)]
-        assert found == steps
+        steps_there = [step for step in (1, 2, 3) if on_hub(hub, step, revision)]
+        assert steps_there == steps
         assert all(on_hub(hub, step, revision) == contents(root / f"step-{step}") for step in steps)
 
 
-def test_a_later_checkpoint_makes_up_for_one_that_failed(root, hub, said):
+def test_a_failed_upload_is_logged_and_the_next_one_succeeds(root, hub, lines):
     hub.fail(COMMIT, times=errors.ATTEMPTS, status=403)
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
-        while not said:
+        while not lines:
             threading.Event().wait(0.01)
         uploads.push_checkpoint(checkpoint(root, 2))
-    assert len(said) == 1 and said[0].startswith(f"not pushed to {REPO}: step-1 (")
+    assert len(lines) == 1 and lines[0].startswith(f"not pushed to {REPO}: step-1 (")
     assert titles(hub) == ["Checkpoint of step 2"]
 
 
-def test_a_failure_that_passes_is_tried_again_without_a_word(root, hub, said):
+def test_a_transient_failure_is_retried_silently(root, hub, lines):
     hub.fail(COMMIT, times=errors.ATTEMPTS - 1, status=403)
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
-    assert titles(hub) == ["Checkpoint of step 1"] and said == []
+    assert titles(hub) == ["Checkpoint of step 1"] and lines == []
 
 
-def test_a_hub_that_falls_silent_is_given_up_and_told(root, hub, said, monkeypatch):
+def test_an_unresponsive_hub_times_out_and_is_logged(root, hub, lines, monkeypatch):
     monkeypatch.setattr(upload, "TIMEOUT_S", 0.2)
     monkeypatch.setattr(errors, "ATTEMPTS", 1)
     monkeypatch.setattr(hub_checkpoints, "NOTICE_AFTER", 0.1)
     hub.hold(COMMIT)
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
-    assert said[0].startswith(f"waiting for uploads to {REPO}") and said[-1].startswith(
+    assert lines[0].startswith(f"waiting for uploads to {REPO}") and lines[-1].startswith(
         f"{REPO} lacks step-1"
     )
 
 
-def test_waiting_for_a_silent_hub_can_be_broken_off(root, hub, said, monkeypatch):
+def test_waiting_for_an_unresponsive_hub_can_be_interrupted(root, hub, lines, monkeypatch):
     def interrupted(line):
-        said.append(line)
+        lines.append(line)
         if line.startswith("waiting"):
             raise KeyboardInterrupt
 
@@ -128,7 +128,7 @@ def test_waiting_for_a_silent_hub_can_be_broken_off(root, hub, said, monkeypatch
     ):
         uploads.push_checkpoint(checkpoint(root, 1))
         assert held.reached.wait(10)
-    assert said[-1].startswith(f"{REPO} lacks step-1")
+    assert lines[-1].startswith(f"{REPO} lacks step-1")
     threads = [thread for thread in threading.enumerate() if thread.name == "push"]
     assert threads and all(thread.daemon for thread in threads)  # the process may end
     held.released.set()
@@ -136,31 +136,31 @@ def test_waiting_for_a_silent_hub_can_be_broken_off(root, hub, said, monkeypatch
         thread.join()
 
 
-def test_a_disk_without_links_or_room_does_not_end_training(root, hub, said, monkeypatch):
+def test_a_disk_without_links_or_room_does_not_end_training(root, hub, lines, monkeypatch):
     def full(*_, **__):
         raise shutil.Error([("adapter.bin", "there", "no space left")])
 
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads, monkeypatch.context() as patch:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads, monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", full)
         uploads.push_checkpoint(checkpoint(root, 1))
-    assert "no space left" in said[0] and said[-1].startswith(f"{REPO} lacks step-1")
+    assert "no space left" in lines[0] and lines[-1].startswith(f"{REPO} lacks step-1")
     assert [path.name for path in root.iterdir()] == ["step-1"]
 
 
-def test_a_disk_without_links_gets_copies(root, hub, said, monkeypatch):
+def test_a_disk_without_links_gets_copies(root, hub, lines, monkeypatch):
     def no_links(*_, **__):
         raise PermissionError("no links here")
 
     monkeypatch.setattr("os.link", no_links)
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
         uploads.push_checkpoint(checkpoint(root, 1))
-    assert on_hub(hub, 1) == contents(root / "step-1") and said == []
+    assert on_hub(hub, 1) == contents(root / "step-1") and lines == []
 
 
-def test_what_is_there_already_is_not_uploaded_again(root, hub, said, trained_start):
+def test_files_already_on_the_hub_are_not_uploaded_again(root, hub, lines, trained_start):
     folder = shutil.copytree(trained_start / "start", root / "step-1")
     write_manifest(folder, {"step": 1})
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
         uploads.push_checkpoint(folder)
         uploads.push_run(folder)
     assert titles(hub) == ["Checkpoint of step 1", "The trained adapter"]
@@ -169,19 +169,19 @@ def test_what_is_there_already_is_not_uploaded_again(root, hub, said, trained_st
     assert hub.files(REPO)["adapter_model.safetensors"] == weights
 
 
-def test_a_run_is_pushed_without_checkpoints_wherever_they_are(tmp_path, root, hub, said, trained_start):
+def test_a_run_is_pushed_without_its_checkpoints(tmp_path, root, hub, lines, trained_start):
     run = shutil.copytree(trained_start / "start", tmp_path / "run")
-    wanted = {path.name for path in run.iterdir()}
+    expected = {path.name for path in run.iterdir()}
     for where in ("checkpoints", "kept/here"):
         checkpoint(run / where, 1)
-    with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+    with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
         uploads.push_run(run)
-    assert {*hub.files(REPO)} == wanted and f'"{REPO}"'.encode() in hub.files(REPO)["README.md"]
+    assert {*hub.files(REPO)} == expected and f'"{REPO}"'.encode() in hub.files(REPO)["README.md"]
 
 
-def test_the_newest_whole_checkpoint_is_fetched_and_one_from_here_wins(root, hub, said, tmp_path):
+def test_the_newest_valid_checkpoint_is_fetched_unless_a_local_one_is_as_new(root, hub, lines, tmp_path):
     for step in (1, 2):
-        with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
             uploads.push_checkpoint(checkpoint(root, step))
     hub.requests.clear()
     assert list(hub_checkpoints.fetch_newer_checkpoint(REPO, tmp_path / "other", 2)) == []
@@ -192,9 +192,9 @@ def test_the_newest_whole_checkpoint_is_fetched_and_one_from_here_wins(root, hub
 
 
 @pytest.mark.parametrize("damaged", ["adapter.bin", "checkpoint.json"])
-def test_one_that_is_damaged_on_the_hub_gives_way_to_the_one_before_it(root, hub, said, tmp_path, damaged):
+def test_a_checkpoint_damaged_on_the_hub_is_replaced_by_the_previous_one(root, hub, lines, tmp_path, damaged):
     for step in (1, 2):
-        with hub_checkpoints.background_uploads(REPO, 2, said.append) as uploads:
+        with hub_checkpoints.background_uploads(REPO, 2, lines.append) as uploads:
             uploads.push_checkpoint(checkpoint(root, step))
     hub.repositories[REPO].history[-1].files[f"checkpoints/step-2/{damaged}"] = hub.store(b"not what it was")
     notes = list(hub_checkpoints.fetch_newer_checkpoint(REPO, tmp_path / "other", -1))

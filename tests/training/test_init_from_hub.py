@@ -1,4 +1,4 @@
-"""A run that starts from a name on the Hub: one commit of it, until the end and for whoever loads the adapter."""
+"""A run that starts from a model on the Hub is pinned to one commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMAND = [
 
 @pytest.fixture
 def commit(hub, small_run):
-    """The start on the Hub and no longer here; its commit."""
+    """Move the start adapter to the Hub; return its commit."""
     api = HfApi(endpoint=hub.url, token=WRITER)
     api.create_repo(START)
     api.upload_folder(repo_id=START, folder_path="start")
@@ -35,13 +35,13 @@ def commit(hub, small_run):
 
 
 def move_on(hub) -> None:
-    """Another adapter under the same name."""
+    """Push another adapter under the same name."""
     regimes.write_start("other", "train.seed=7")
     HfApi(endpoint=hub.url, token=WRITER).upload_folder(repo_id=START, folder_path="other")
 
 
 @pytest.mark.slow
-def test_a_run_keeps_to_the_commit_that_it_began_with(commit, hub, small_run, capsys):
+def test_a_run_keeps_the_commit_of_init_from_that_it_started_with(commit, hub, small_run, capsys):
     assert main([*COMMAND, "train.save_steps=1"]) == 0
     record = json.loads((small_run / "run" / "config.json").read_text())["bridge_init"]
     assert record["path"] == f"{START}@{commit}"
@@ -56,14 +56,14 @@ def test_a_run_keeps_to_the_commit_that_it_began_with(commit, hub, small_run, ca
 
 
 @pytest.mark.slow
-def test_another_start_is_another_recipe(commit, hub, small_run, capsys):
+def test_resuming_with_another_init_from_is_refused(commit, hub, small_run, capsys):
     assert main([*COMMAND, "train.save_steps=1"]) == 0
     (small_run / "run" / "metrics.json").unlink()
     assert main([*COMMAND, "model.init_from=somebody/else", "--resume"]) == 2
     assert f"model.init_from was {START}@{commit}, is somebody/else" in capsys.readouterr().err
 
 
-def test_a_start_that_is_not_there_is_told_before_anything_is_loaded(hub, small_run, monkeypatch, capsys):
+def test_a_missing_init_from_is_refused_before_loading(hub, small_run, monkeypatch, capsys):
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     assert main(COMMAND) == 2
     assert f"error: {START}: not a local folder, and not on the Hub" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The loss of the positions that predict a label is the loss of all, its gradients and what is logged of it too."""
+"""Scoring only label positions gives TRL's loss, gradients and metrics."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def made(small_run):
 
 
 def stepped(made, compute, inputs) -> tuple[float, dict, dict]:
-    """Loss, gradients and metrics of TRL's `compute_loss` on a batch."""
+    """Return loss, gradients and metrics of a `compute_loss` on a batch."""
     made.model.zero_grad()
     loss = compute(made, made.model, dict(inputs), num_items_in_batch=torch.tensor(5))
     loss.backward()
@@ -32,7 +32,7 @@ def stepped(made, compute, inputs) -> tuple[float, dict, dict]:
     return loss.item(), gradients, metrics
 
 
-def test_nothing_but_what_is_computed_differs_from_trl(made):
+def test_loss_gradients_and_metrics_equal_trls(made):
     made.model.train()
     batch = a_batch(made)
     batch["labels"][0, -2:] = -100  # rows of unequal label counts
@@ -62,7 +62,7 @@ def test_only_positions_that_predict_a_label_reach_the_output_head(made, monkeyp
     assert scored == [int((batch["labels"][:, 1:] != -100).sum())]
 
 
-def test_a_batch_without_labels_is_a_zero_that_every_parameter_takes_part_in(made):
+def test_a_batch_without_labels_gives_zero_loss_and_zero_gradients(made):
     made.model.train()
     batch = a_batch(made)
     batch["labels"][:] = -100

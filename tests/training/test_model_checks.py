@@ -1,4 +1,4 @@
-"""A language model whose loss TRL computes otherwise is refused before it trains."""
+"""Language models whose loss TRL would compute wrongly are refused before training."""
 
 import pytest
 import torch
@@ -24,9 +24,9 @@ def trainer_for(model_type: str, **options):
     language = LanguageBackbone(AutoModelForCausalLM.from_config(config), tokenizer, {"name": model_type})
     sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
     model, processor = build_flamingo(load_vision("nano"), language, perceiver=sizes)
-    wanted = recipe()
-    set_trainable(model, wanted.trainable)
-    return make_trainer(model, processor, open_data(wanted.data, 0), wanted, [])
+    config = recipe()
+    set_trainable(model, config.trainable)
+    return make_trainer(model, processor, open_data(config.data, 0), config, [])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "gemma2", "cohere"])
@@ -42,7 +42,7 @@ def test_families_with_a_transform_in_the_head_are_refused(folder, family, optio
         trainer_for(family, **options)
 
 
-def test_memory_that_runs_out_in_a_check_is_not_the_model_familys_fault(folder, monkeypatch):  # noqa: F811
+def test_running_out_of_memory_in_a_check_is_not_blamed_on_the_model_family(folder, monkeypatch):  # noqa: F811
     def gpu_is_full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
 

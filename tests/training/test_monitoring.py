@@ -1,4 +1,4 @@
-"""What can be seen of a run: its log as it comes, throughput without pauses, gates by layer, monitoring, bars."""
+"""Monitoring a run: log, throughput, gates, learning rates, trackers, progress bars."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def training_entries(run) -> list[dict]:
     return [entry for entry in read_log(run) if "loss" in entry]
 
 
-def test_each_entry_tells_throughput_memory_and_norm_as_flat_numbers(run):
+def test_log_entries_have_throughput_memory_and_gradient_norm_as_numbers(run):
     entries = training_entries(run)
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
     for entry in entries:
@@ -59,7 +59,7 @@ def test_each_entry_tells_throughput_memory_and_norm_as_flat_numbers(run):
     assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
 
 
-def test_gates_are_logged_under_the_number_of_their_decoder_layer(run):
+def test_gates_are_logged_by_decoder_layer(run):
     model = SimpleNamespace()
     block = SimpleNamespace(attn_gate=torch.tensor([0.5]), ff_gate=torch.tensor([-2.0]))
     model.gated_cross_attn_layers = [None, block, None]
@@ -70,14 +70,14 @@ def test_gates_are_logged_under_the_number_of_their_decoder_layer(run):
     assert abs(last["gate/attention/0"]) > 0 and last["gate/attention/0"] != first["gate/attention/0"]
 
 
-def test_each_named_part_has_the_rate_that_the_step_was_made_with():
+def test_learning_rates_are_logged_by_part():
     groups = [{"name": "perceiver", "initial_lr": 1e-3}, {"name": "lora", "initial_lr": 2e-4}]
     rates = monitoring.learning_rates(SimpleNamespace(param_groups=groups), 5e-4)
     assert rates == pytest.approx({"learning_rate/perceiver": 5e-4, "learning_rate/lora": 1e-4})
     assert monitoring.learning_rates(SimpleNamespace(param_groups=[{"lr": 1.0}]), 0.5) == {}
 
 
-def test_throughput_is_over_training_alone_and_starts_anew(monkeypatch):
+def test_throughput_excludes_pauses_and_restarts_after_each_reading(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     clock, counts = monitoring.ThroughputMeter(), Counter(samples=8, images=16, label_tokens=80)
@@ -98,7 +98,7 @@ def test_throughput_is_over_training_alone_and_starts_anew(monkeypatch):
     assert clock.read(Counter(samples=3))["samples_per_second"] == 3
 
 
-def test_an_entry_is_in_the_file_as_soon_as_it_is_logged_and_never_twice(tmp_path):
+def test_log_entries_are_written_at_once_and_never_twice(tmp_path):
     log, state, control = LogFile(tmp_path), TrainerState(is_world_process_zero=True), TrainerControl()
     write_log(tmp_path, [{"step": step} for step in range(9)])
     state.log_history = [{"step": 0}, {"step": 1}]  # of a checkpoint before the process was killed
@@ -109,12 +109,12 @@ def test_an_entry_is_in_the_file_as_soon_as_it_is_logged_and_never_twice(tmp_pat
     assert [entry["step"] for entry in read_log(tmp_path)] == [0, 1, 2]
 
 
-def test_a_line_cut_short_by_a_kill_is_no_entry(tmp_path):
+def test_a_truncated_log_line_is_ignored(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
     assert read_log(tmp_path) == [{"step": 1}]
 
 
-def test_tensorboard_has_every_entry_of_the_log(run):
+def test_tensorboard_has_every_log_entry(run):
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
@@ -122,7 +122,7 @@ def test_tensorboard_has_every_entry_of_the_log(run):
     assert events.Scalars("train/gate/attention/0")[-1].value == pytest.approx(last["gate/attention/0"])
 
 
-def test_steps_that_are_trained_again_replace_those_in_tensorboard(tmp_path):
+def test_repeated_steps_replace_earlier_tensorboard_events(tmp_path):
     args = SimpleNamespace(to_json_string=lambda: "{}", output_dir=str(tmp_path))
     for begin, value in ((0, 1.0), (2, 2.0)):
         state = TrainerState(is_world_process_zero=True, global_step=begin)
@@ -142,7 +142,7 @@ def test_steps_that_are_trained_again_replace_those_in_tensorboard(tmp_path):
     ]
 
 
-def test_a_tracker_that_is_not_installed_is_refused_by_name_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_a_missing_tracker_is_refused_by_name_before_loading(tmp_path, monkeypatch):
     write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(monitoring, "find_spec", lambda name: None)
@@ -153,7 +153,7 @@ def test_a_tracker_that_is_not_installed_is_refused_by_name_before_anything_is_l
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_logs_is_not_taken_for_the_package(tmp_path, monkeypatch):
+def test_a_log_folder_does_not_count_as_the_installed_tracker(tmp_path, monkeypatch):
     """wandb writes its logs to a folder called wandb, which Python then finds as a namespace package."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -164,7 +164,7 @@ def test_a_folder_of_logs_is_not_taken_for_the_package(tmp_path, monkeypatch):
         check_trackers(SimpleNamespace(report_to=("wandb",)))
 
 
-def test_wandb_and_trackio_stay_on_this_machine_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
+def test_wandb_and_trackio_are_local_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
     environment = {"GRADIO_ANALYTICS_ENABLED": "True"}
     monkeypatch.setattr(monitoring.os, "environ", environment)
     monkeypatch.setattr(monitoring, "WandbCallback", object)
@@ -178,7 +178,7 @@ def test_wandb_and_trackio_stay_on_this_machine_unless_the_environment_says_othe
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 @pytest.mark.parametrize("terminal", [True, False])
-def test_no_line_of_the_bars_is_wider_than_the_terminal(monkeypatch, width, terminal):
+def test_progress_bars_fit_the_terminal(monkeypatch, width, terminal):
     out = io.StringIO()
     console = Console(file=out, width=width, force_terminal=terminal, color_system=None)
     monkeypatch.setattr(progress_module, "Console", lambda **_: console)
@@ -195,13 +195,13 @@ def test_no_line_of_the_bars_is_wider_than_the_terminal(monkeypatch, width, term
             assert words in shown
 
 
-def test_the_epoch_in_the_log_is_how_often_the_data_were_gone_through(run):
-    """Two rows, two to a step; `Trainer` would count the endless loader as one epoch."""
+def test_the_logged_epoch_counts_passes_over_the_data(run):
+    """Two rows, two per step; Trainer would count the endless loader as one epoch."""
     assert [entry["epoch"] for entry in read_log(run) if "loss" in entry] == [1, 2, 3, 4]
 
 
 def without_a_terminal(monkeypatch) -> tuple[io.StringIO, list[float]]:
-    """What the bars print to a file, and the clock."""
+    """Return the stream that the bars print to, and a fake clock."""
     out, now = io.StringIO(), [0.0]
     console = Console(file=out, width=200, force_terminal=False)
     monkeypatch.setattr(progress_module, "Console", lambda **_: console)
@@ -209,7 +209,7 @@ def without_a_terminal(monkeypatch) -> tuple[io.StringIO, list[float]]:
     return out, now
 
 
-def test_without_a_terminal_an_evaluation_is_a_line(monkeypatch):
+def test_without_a_terminal_an_evaluation_prints_a_line(monkeypatch):
     out, _ = without_a_terminal(monkeypatch)
     progress, state = progress_bars(), TrainerState(max_steps=300, global_step=50)
     bar = ProgressBar(progress)
@@ -233,7 +233,7 @@ def test_without_a_terminal_a_long_task_prints_a_line_every_half_minute(monkeypa
     assert len(lines) == 150 // LINE_SECONDS and lines[0].startswith("evaluating: 20/1,000")
 
 
-def test_a_report_is_rare_however_much_is_logged(tmp_path, monkeypatch):
+def test_reports_take_little_time_however_often_is_logged(tmp_path, monkeypatch):
     now, drawn = [0.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
@@ -252,6 +252,6 @@ def test_a_report_is_rare_however_much_is_logged(tmp_path, monkeypatch):
     assert 4 * len(drawn) <= 0.05 * now[0]
 
 
-def test_the_log_is_one_object_a_line(run):
+def test_the_log_is_json_lines(run):
     lines = (run / "log.jsonl").read_text().splitlines()
     assert len(lines) == STEPS + 1 and all(isinstance(json.loads(line), dict) for line in lines)

@@ -1,4 +1,4 @@
-"""A loss or gradient that is no number: what it stops, what it leaves out, what it names."""
+"""NaN or Inf in a loss or gradient: the run stops or skips the step, and names the cause."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ def made(*overrides):
 
 
 def spoil_output(trainer, module, steps, value=math.nan):
-    """The module's output is ``value`` in the forward passes of ``steps``, counted from 0, training or diagnosis."""
+    """Multiply a module's output by ``value`` in all forward passes of ``steps``, counted from 0."""
 
     def spoil(_, __, output):
         return output * value if trainer.state.global_step in steps else output
@@ -50,23 +50,23 @@ def state(trainer):
 
 
 @pytest.mark.parametrize("inside", ["false", "true"])
-def test_a_bad_loss_stops_the_run_before_the_step_and_names_step_samples_and_module(small_run, inside):
+def test_a_non_finite_loss_stops_before_the_step_and_names_step_samples_and_module(small_run, inside):
     bad = made("train.max_steps=4", f"train.optimizer_in_backward={inside}")
     spoil_output(bad, BLOCK, {2})
     seen = []
     bad.add_callback(_AtStepEnd(lambda: seen.append(state(bad))))
-    told = (
-        r"training: loss is nan at step 3; trained on .*train.jsonl: row [01]: the first output that is not finite is that "
-        rf"of {re.escape(BLOCK)}; lower train.learning_rate"
+    message = (
+        r"training: loss is nan at step 3; trained on .*train.jsonl: row [01]: "
+        rf"the first output that is not finite is that of {re.escape(BLOCK)}; lower train.learning_rate"
     )
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         bad.train()
     assert ("skip_step" in str(error.value)) == (inside == "false")
     assert len(seen) == 2 and _same(seen[-1], state(bad))
 
 
 @pytest.mark.parametrize("inside", ["false", "true"])
-def test_a_bad_gradient_after_a_good_loss_names_its_parameter(small_run, inside):
+def test_a_non_finite_gradient_names_its_parameter(small_run, inside):
     bad = made("train.max_steps=4", f"train.optimizer_in_backward={inside}")
     spoil_gradient(bad, BLOCK, {1})
     cause = (
@@ -78,7 +78,7 @@ def test_a_bad_gradient_after_a_good_loss_names_its_parameter(small_run, inside)
         bad.train()
 
 
-def test_of_accumulated_batches_the_bad_one_is_named(small_run):
+def test_the_bad_one_of_accumulated_batches_is_named(small_run):
     bad = made("train.max_steps=2", "train.gradient_accumulation_steps=4", "train.lr_scheduler=constant")
     calls = []
 
@@ -95,7 +95,7 @@ def test_of_accumulated_batches_the_bad_one_is_named(small_run):
 
 @pytest.mark.parametrize("spoil", [spoil_output, spoil_gradient])
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_a_step_left_out_changes_neither_parameters_nor_optimizer_state(small_run, spoil, optimizer, capsys):
+def test_a_skipped_step_changes_neither_parameters_nor_optimizer_state(small_run, spoil, optimizer, capsys):
     bad = made("train.max_steps=4", SKIP, f"train.optimizer={optimizer}")
     spoil(bad, BLOCK, {2})
     seen = []
@@ -115,7 +115,7 @@ def test_ten_bad_steps_in_a_row_end_the_run_and_nine_do_not(small_run):
         bad.train()
 
 
-def test_a_good_run_is_the_same_whatever_is_to_be_done_about_a_bad_one(small_run):
+def test_a_finite_run_is_the_same_under_both_policies(small_run):
     runs = [made("train.max_steps=3", setting) for setting in (SKIP, "train.non_finite=stop")]
     for run in runs:
         run.train()
@@ -123,7 +123,7 @@ def test_a_good_run_is_the_same_whatever_is_to_be_done_about_a_bad_one(small_run
 
 
 @pytest.mark.slow
-def test_steps_left_out_are_in_the_metrics_and_a_diverged_run_stops_in_one_line(small_run, monkeypatch):
+def test_skipped_steps_are_in_the_metrics_and_a_diverged_run_stops_in_one_line(small_run, monkeypatch):
     diverging = ("train.learning_rate=1.0e+30", "train.max_grad_norm=1.0e+30", "train.lr_scheduler=constant")
     with pytest.raises(UserError, match=r"at step \d+; trained on .*lower train.learning_rate"):
         train(recipe(*diverging, "train.max_steps=20"))

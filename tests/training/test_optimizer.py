@@ -1,4 +1,4 @@
-"""The optimizers of a recipe: what they step, when, and what they cannot be combined with."""
+"""A recipe's optimizers: parameter groups, steps inside the backward pass, schedules, refusals."""
 
 import copy
 from functools import partial
@@ -21,28 +21,28 @@ STEPS = "train.max_steps=3"
 
 
 def trained(*overrides: str) -> dict[str, torch.Tensor]:
-    """What trains, after a few steps."""
+    """Return the trainable parameters after a few steps."""
     model, processor = build("model.init_from=start", *overrides)
     trainer(model, processor, "model.init_from=start", STEPS, *overrides).train()
     return trainable_parameters(model)
 
 
 @pytest.mark.parametrize("regime", ["bridge", "bridge and LoRA"])
-def test_steps_inside_the_backward_pass_are_the_steps_after_it(small_run, regime):
-    """But for clipping, which is by parameter there: with a norm that no gradient reaches they are equal bit by bit."""
+def test_in_backward_steps_equal_ordinary_steps(small_run, regime):
+    """Bit for bit, if clipping, which is per parameter there, does nothing."""
     unclipped = (*REGIMES[regime], "train.max_grad_norm=1.0e+9", "train.warmup_steps=2")
     after, inside = trained(*unclipped), trained(*unclipped, "train.optimizer_in_backward=true")
     assert after.keys() == inside.keys()
     assert all(torch.equal(after[name], inside[name]) for name in after)
 
 
-def test_steps_inside_a_checkpointed_backward_pass_are_the_same(small_run):
+def test_in_backward_steps_equal_ordinary_steps_with_gradient_checkpointing(small_run):
     unclipped = ("train.max_grad_norm=1.0e+9", "train.gradient_checkpointing=true")
     after, inside = trained(*unclipped), trained(*unclipped, "train.optimizer_in_backward=true")
     assert all(torch.equal(after[name], inside[name]) for name in after)
 
 
-def test_no_gradient_is_held_and_each_is_clipped_to_its_own_norm(small_run):
+def test_in_backward_steps_free_each_gradient_and_clip_it_by_itself(small_run):
     model, processor = build()
     shake(model)
     groups = [{"params": list(trainable_parameters(model).values()), "weight_decay": 0.0}]
@@ -61,7 +61,7 @@ def test_no_gradient_is_held_and_each_is_clipped_to_its_own_norm(small_run):
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamW8bit, PagedAdamW32bit])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_state_of_steps_inside_the_backward_pass_is_saved_and_goes_on(kind, dtype):
+def test_in_backward_optimizer_state_is_saved_and_restored_exactly(kind, dtype):
     torch.manual_seed(0)
     parameter, other = torch.nn.Parameter(torch.randn(8192, dtype=dtype)), None
     gradients = torch.randn(4, 8192, dtype=dtype)
@@ -88,8 +88,8 @@ PLAINER = ("adamw_8bit", "paged_adamw")  # the third is both
     "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in PLAINER), "paged_adamw_8bit"]
 )
 @pytest.mark.parametrize("inside", ["false", "true"])
-def test_lean_optimizers_learn_what_adamw_learns(small_run, name, inside):
-    """The first steps have the sign of the gradient and the length of the learning rate: roughly, in 8 bits."""
+def test_8_bit_and_paged_optimizers_update_like_adamw(small_run, name, inside):
+    """Adam's first steps are about the gradient's sign times the learning rate."""
     start = trained("train.learning_rate=1.0e-12")
     exact, lean = trained(), trained(f"train.optimizer={name}", f"train.optimizer_in_backward={inside}")
     moved, moved_lean = (
@@ -103,7 +103,7 @@ def test_lean_optimizers_learn_what_adamw_learns(small_run, name, inside):
             )
 
 
-def test_large_states_are_in_8_bits(small_run):
+def test_large_adamw_8bit_states_are_in_8_bits(small_run):
     model, processor = build()
     made = trainer(model, processor, STEPS, "train.optimizer=adamw_8bit")
     made.train()
@@ -114,7 +114,7 @@ def test_large_states_are_in_8_bits(small_run):
     assert large and all(state["state1"].dtype == torch.uint8 for state in large.values())
 
 
-def test_matrices_decay_and_what_stands_for_itself_does_not(small_run):
+def test_only_matrices_decay_and_not_latents_or_token_rows(small_run):
     model, processor = build(*REGIMES["bridge and LoRA"])
     groups = trainer(model, processor).optimizer.param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
@@ -127,7 +127,7 @@ RATES = "train.learning_rates={perceiver: 0.001, cross_attention: 0.002, new_tok
 DECAYS = "train.weight_decays={perceiver: 0.1, cross_attention: 0.0, lora: 0.3}"
 
 
-def test_each_part_has_its_own_rate_and_decay(small_run):
+def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     model, processor = build(LORA, "trainable.new_tokens=true")
     groups = trainer(model, processor, LORA, RATES, DECAYS).optimizer.param_groups
     assert [group["name"] for group in groups] == [
@@ -148,8 +148,8 @@ def test_each_part_has_its_own_rate_and_decay(small_run):
 
 
 @pytest.mark.parametrize("settings", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "inside"])
-def test_a_part_with_a_rate_near_nothing_stays_where_it_is_under_every_optimizer(small_run, settings):
-    """Adam's first steps are as long as the learning rate."""
+def test_a_part_with_a_tiny_learning_rate_hardly_moves_under_any_optimizer(small_run, settings):
+    """Adam's first steps are as large as the learning rate."""
     inside, name = settings == "inside", "adamw" if settings == "inside" else settings
     options = (f"train.optimizer={name}", f"train.optimizer_in_backward={str(inside).lower()}")
     still = ("train.learning_rates.perceiver=1.0e-12", "train.weight_decay=0")
@@ -163,8 +163,8 @@ def test_a_part_with_a_rate_near_nothing_stays_where_it_is_under_every_optimizer
     assert moved["perceiver"] < 1e-6 and min(moved[part] for part in ("cross_attention", "lora")) > 1e-3
 
 
-def test_a_saved_state_of_groups_fits_the_same_recipe_again(small_run):
-    """Under the same names, in the same order, whatever order the model names its parameters in."""
+def test_a_saved_optimizer_state_fits_the_same_recipe(small_run):
+    """The order of the groups does not depend on the order of the model's parameters."""
     first, second = (trainer(*build(LORA), LORA, RATES, STEPS) for _ in range(2))
     first.train()
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
@@ -184,8 +184,8 @@ def test_a_saved_state_of_groups_fits_the_same_recipe_again(small_run):
         ("cosine", [0, 0.5, 1, 0.853553, 0.5, 0.146447]),
     ],
 )
-def test_warm_up_and_course_are_counted_in_optimizer_steps(small_run, scheduler, shares):
-    """Of every group alike, as shares of its peak."""
+def test_warmup_and_decay_count_optimizer_steps(small_run, scheduler, shares):
+    """For every group alike, as fractions of its peak."""
     course = ("train.max_steps=6", "train.warmup_steps=2", f"train.lr_scheduler={scheduler}", RATES, LORA)
     settings = (*course, "train.gradient_accumulation_steps=3", "train.batch_size=1")
     made, seen = trainer(*build(LORA), *settings), []
@@ -198,7 +198,7 @@ def test_warm_up_and_course_are_counted_in_optimizer_steps(small_run, scheduler,
 
 
 class _Rates(TrainerCallback):
-    """Notes what each group was stepped with."""
+    """Records the learning rate of each group at each step."""
 
     def __init__(self, seen):
         self.seen = seen
@@ -208,7 +208,7 @@ class _Rates(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (["train.learning_rates.lora=0.1"], "train.learning_rates.lora: no part has LoRA"),
         (["train.weight_decays.lora=0.1"], "train.weight_decays.lora: no part has LoRA"),
@@ -222,23 +222,23 @@ class _Rates(TrainerCallback):
         ),
     ],
 )
-def test_a_rate_of_what_does_not_train_is_refused(small_run, settings, told):
-    with pytest.raises(UserError, match=told):
+def test_a_learning_rate_for_a_frozen_part_is_refused(small_run, settings, message):
+    with pytest.raises(UserError, match=message):
         recipe(*settings)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [({"_n_gpu": 2}, "got 2 processes or GPUs"), ({"fp16": True}, "float16 needs loss scaling")],
 )
-def test_steps_inside_the_backward_pass_refuse_what_they_cannot_do(small_run, arguments, told):
+def test_in_backward_steps_refuse_several_processes_and_float16(small_run, arguments, message):
     model, _ = build()
-    wanted = recipe("train.optimizer_in_backward=true")
-    given = trainer_arguments(wanted)
+    config = recipe("train.optimizer_in_backward=true")
+    training_arguments = trainer_arguments(config)
     for name, value in arguments.items():
-        object.__setattr__(given, name, value)
-    with pytest.raises(UserError, match=f"train.optimizer_in_backward: {told}"):
-        make_optimizer(model, wanted.train, given)
+        object.__setattr__(training_arguments, name, value)
+    with pytest.raises(UserError, match=f"train.optimizer_in_backward: {message}"):
+        make_optimizer(model, config.train, training_arguments)
 
 
 def test_offloading_activations_without_a_gpu_is_refused(small_run):
@@ -255,8 +255,7 @@ def test_checkpointed_training_through_quantized_backbones_gives_the_same_losses
 
 
 @pytest.mark.parametrize("form", [None, "nf4", "int8"])
-def test_computing_in_bf16_needs_no_gpu(small_run, form):
-    """And leaves the trained weights in the number format that was declared for them."""
+def test_bf16_works_without_a_gpu_and_keeps_trainable_parameters_in_float32(small_run, form):
     overrides = ("train.precision=bf16", *REGIMES["bridge and LoRA"], *(quantized(form) if form else ()))
     after = trained(*overrides)
     assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in after.values())

@@ -1,4 +1,4 @@
-"""Memory that runs out, wherever it does, is one line, the plan of the run, and exit code 2."""
+"""Running out of memory is a one-line error with the run's memory plan, and exit code 2."""
 
 import weakref
 
@@ -13,7 +13,10 @@ from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
 from .test_train import folder, recipe  # noqa: F401  (a fixture)
 
-GPU_MESSAGE = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB of which 1.2 GiB is free."
+GPU_MESSAGE = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. "
+    "GPU 0 has a total capacity of 14.56 GiB of which 1.2 GiB is free."
+)
 
 
 def gpu_is_full(*_, **__):
@@ -44,19 +47,19 @@ def test_a_step_that_does_not_fit_is_a_one_line_error(fails, owner, more):
     )
 
 
-def test_the_command_ends_with_the_line_and_the_plan(folder, monkeypatch, capsys):  # noqa: F811
+def test_the_command_prints_the_error_and_the_memory_plan(folder, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(FlamingoTrainerMixin, "training_step", host_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
-    told = capsys.readouterr().err
-    assert "error: training: host memory is full" in told and "Traceback" not in told
-    assert "memory of a training step on a GPU, GiB" in told and "language model" in told
+    error = capsys.readouterr().err
+    assert "error: training: host memory is full" in error and "Traceback" not in error
+    assert "memory of a training step on a GPU, GiB" in error and "language model" in error
 
 
 @pytest.mark.parametrize(
     "place",
     ["flamingo_ft.training.trainer.run_evaluation", "flamingo_ft.inference.predictor.Predictor.answer"],
 )
-def test_evaluations_that_do_not_fit_have_their_own_remedy(folder, monkeypatch, place):  # noqa: F811
+def test_an_evaluation_that_does_not_fit_has_its_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)
     monkeypatch.setattr(machine_failures, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="evaluation: GPU memory is full.*lower eval.batch_size"):
@@ -70,7 +73,7 @@ def test_a_backbone_that_does_not_fit_is_not_reported_as_damaged(folder, monkeyp
         train(recipe())
 
 
-def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  # noqa: F811
+def test_tensors_are_freed_before_the_plan_is_made(folder, monkeypatch):  # noqa: F811
     kept = []
 
     def step(self, model, *_, **__):
@@ -87,14 +90,14 @@ def test_the_plan_is_made_once_what_did_not_fit_is_gone(folder, monkeypatch):  #
     assert error.value.plan == [True, True]
 
 
-def test_memory_that_is_too_short_for_a_plan_leaves_the_line(folder, monkeypatch, capsys):  # noqa: F811
+def test_the_error_is_printed_without_a_plan_if_that_does_not_fit_either(folder, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(FlamingoTrainerMixin, "training_step", gpu_is_full)
     monkeypatch.setattr(machine_failures, "make_plan_report", host_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
     assert "error: training: GPU memory is full" in capsys.readouterr().err
 
 
-def test_another_error_stays_what_it_is(folder, monkeypatch):  # noqa: F811
+def test_other_errors_are_not_converted(folder, monkeypatch):  # noqa: F811
     def step(*_, **__):
         raise RuntimeError("mat1 and mat2 must have the same dtype")
 
@@ -104,8 +107,8 @@ def test_another_error_stays_what_it_is(folder, monkeypatch):  # noqa: F811
 
 
 class _Report:
-    def __init__(self, found=None):
-        self.found = found
+    def __init__(self, value=None):
+        self.value = value
 
     def record(self):
-        return self.found
+        return self.value

@@ -24,13 +24,13 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_new_folder_is_made_and_an_empty_one_is_taken(tmp_path):
+def test_a_new_folder_is_created_and_an_empty_one_is_used(tmp_path):
     folder = tmp_path / "a" / "b"
     assert prepare_output_dir(folder) is None and folder.is_dir()
     assert prepare_output_dir(folder) is None
 
 
-def test_a_folder_that_holds_a_run_is_refused_with_both_remedies(run):
+def test_a_folder_with_a_run_is_refused_with_all_remedies(run):
     before = contents(run)
     with pytest.raises(
         UserError,
@@ -40,7 +40,7 @@ def test_a_folder_that_holds_a_run_is_refused_with_both_remedies(run):
     assert contents(run) == before
 
 
-def test_overwriting_moves_every_earlier_run_aside_whole(run):
+def test_overwrite_moves_earlier_runs_aside_unchanged(run):
     before = contents(run)
     first = prepare_output_dir(run, overwrite=True)
     assert contents(first) == before and contents(run) == {}
@@ -49,7 +49,7 @@ def test_overwriting_moves_every_earlier_run_aside_whole(run):
     assert contents(first) == before and second.name == "one.old-2"
 
 
-def test_a_folder_with_other_files_is_refused_even_when_overwriting(tmp_path):
+def test_a_folder_with_other_files_is_refused_even_with_overwrite(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="holds files but no run; choose another"):
@@ -70,7 +70,7 @@ def test_a_file_in_the_way_is_refused(tmp_path):
         prepare_output_dir(tmp_path / "run", overwrite=True)
 
 
-def test_what_a_run_leaves_that_was_killed_before_it_began_is_not_in_the_way(tmp_path):
+def test_leftovers_of_a_run_killed_at_its_start_do_not_matter(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / ".resolved_recipe.yaml.partial").write_text("half")
     assert prepare_output_dir(tmp_path / "run") is None
@@ -79,7 +79,7 @@ def test_what_a_run_leaves_that_was_killed_before_it_began_is_not_in_the_way(tmp
         prepare_output_dir(tmp_path / "run", resume=True)
 
 
-def test_the_recipe_of_a_run_does_not_begin_another_one_elsewhere(run, tmp_path):
+def test_resuming_a_runs_recipe_where_its_folder_is_missing_is_refused(run, tmp_path):
     recipe, elsewhere = run / RECIPE_FILE, tmp_path / "elsewhere"
     with pytest.raises(UserError, match=rf"nothing to resume in {elsewhere}, .* train\.output_dir={run}"):
         refuse_lost_run(recipe, TrainSection(output_dir=elsewhere, max_steps=1))

@@ -1,4 +1,4 @@
-"""Number formats: what a machine computes in, what stays exact beside it, what a scaled loss does when it overflows."""
+"""Precision: autocast by machine, float32 trainable parameters, loss scaling that overflows."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ BF16, FP16 = torch.bfloat16, torch.float16
 
 @pytest.fixture(params=["none", "T4", "A100"])
 def machine(request, monkeypatch):
-    """What torch says of a machine's GPU."""
+    """Pretend to have this GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param != "none")
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: request.param == "A100"
@@ -25,17 +25,17 @@ def machine(request, monkeypatch):
     return request.param
 
 
-def test_auto_is_what_the_machine_has(machine):
+def test_auto_precision_follows_the_gpu(machine):
     assert autocast_dtype("auto") == {"none": None, "T4": FP16, "A100": BF16}[machine]
     assert [autocast_dtype(word) for word in ("fp32", "bf16", "fp16")] == [None, BF16, FP16]
 
 
-def test_auto_is_the_same_for_4_bit_matrices_and_for_what_is_around_them(small_run, machine):
+def test_auto_is_the_same_for_autocast_and_quantized_matrices(small_run, machine):
     check_precision(recipe(*quantized("nf4")))
 
 
 @pytest.mark.parametrize("machine", ["A100"], indirect=True)
-def test_two_half_formats_in_one_model_are_refused(small_run, machine):
+def test_mixing_float16_and_bfloat16_is_refused(small_run, machine):
     settings = ("train.precision=fp16", *quantized("nf4"))
     with pytest.raises(
         UserError, match=r"model.vision.compute_dtype: auto is bfloat16 here.*use fp16 for both"
@@ -47,12 +47,12 @@ def test_two_half_formats_in_one_model_are_refused(small_run, machine):
 
 @pytest.mark.parametrize("machine", ["T4"], indirect=True)
 @pytest.mark.parametrize("setting", ["trainable.dtype=bf16", "train.optimizer_in_backward=true"])
-def test_float16_by_itself_refuses_what_it_refuses_by_name(small_run, machine, setting):
+def test_float16_chosen_by_auto_has_the_same_restrictions_as_fp16(small_run, machine, setting):
     with pytest.raises(UserError, match=setting.partition("=")[0] + ": .*auto is float16 on this GPU"):
         check_precision(recipe(setting))
 
 
-def test_float16_without_a_gpu_is_refused_before_anything_is_loaded(small_run, monkeypatch):
+def test_float16_without_a_gpu_is_refused_before_loading(small_run, monkeypatch):
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     with pytest.raises(
         UserError, match="train.precision: fp16 needs a GPU, and there is none; use fp32, bf16 or auto"
@@ -61,8 +61,8 @@ def test_float16_without_a_gpu_is_refused_before_anything_is_loaded(small_run, m
 
 
 def float16_trainer(monkeypatch, *overrides, scale=2.0**10):
-    """A trainer that computes in float16 on the CPU, through accelerate's scaler and torch's for the CPU."""
-    monkeypatch.setattr(arguments, "autocast_dtype", lambda wanted: FP16)
+    """Return a trainer that computes in float16 on the CPU, with loss scaling."""
+    monkeypatch.setattr(arguments, "autocast_dtype", lambda precision: FP16)
     made = trainer(*build("model.init_from=start", LORA), "model.init_from=start", LORA, *overrides)
     made.accelerator.native_amp = True
     made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -73,7 +73,7 @@ def losses(made) -> list[float]:
     return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
 
 
-def test_float16_learns_and_leaves_what_trains_in_float32(small_run, monkeypatch):
+def test_float16_learns_with_trainable_parameters_in_float32(small_run, monkeypatch):
     made = float16_trainer(monkeypatch, "train.max_steps=6")
     seen = set()
     layer = made.model.gated_cross_attn_layers[0].ff[1]
@@ -87,8 +87,8 @@ def test_float16_learns_and_leaves_what_trains_in_float32(small_run, monkeypatch
         assert all(value.dtype == torch.float32 for value in made.optimizer.state[parameter].values()), name
 
 
-def test_an_overflow_costs_a_step_and_not_one_of_the_schedule(small_run, monkeypatch):
-    """A scale beyond float16 overflows until it was halved often enough; the rate goes on from where it was."""
+def test_a_gradient_overflow_does_not_advance_the_schedule(small_run, monkeypatch):
+    """Each overflow halves the scale and skips the step; the learning rate stays where it was."""
     course = ("train.max_steps=3", "train.warmup_steps=4", "train.lr_scheduler=constant")
     made = float16_trainer(monkeypatch, *course, scale=2.0**40)
     before = {

@@ -1,4 +1,4 @@
-"""What a user reads before the first step: planned against free memory, and held-out images that are trained on too."""
+"""Notices before the first step: planned and free memory, held-out images that are trained on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_plan_is_held_against_the_memory_that_is_free(folder, monkeypatch):
+def test_the_planned_peak_is_compared_with_free_memory(folder, monkeypatch):
     monkeypatch.setattr(preflight.psutil, "virtual_memory", lambda: Memory(3 * 2**30))
     planned = gib(preflight.plan_memory(recipe(), device="cpu").peak)
     assert memory_notice(recipe()) == f"memory: planned peak {planned} GiB, 3.00 GiB of host RAM are free"
@@ -37,7 +37,7 @@ def test_the_plan_is_held_against_the_memory_that_is_free(folder, monkeypatch):
     assert line.startswith("warning: memory: planned peak") and "flamingo-ft plan says what to change" in line
 
 
-def test_a_run_that_cannot_be_planned_says_why_and_goes_ahead(folder, monkeypatch):
+def test_a_run_that_cannot_be_planned_says_why(folder, monkeypatch):
     def unknown(*_, **__):
         raise UserError("data.max_text_tokens: found neither data nor a limit")
 
@@ -48,8 +48,8 @@ def test_a_run_that_cannot_be_planned_says_why_and_goes_ahead(folder, monkeypatc
     )
 
 
-def test_a_model_that_needs_the_values_of_tensors_is_not_planned_and_trains_all_the_same(folder, monkeypatch):
-    """As mixtures of experts do, which choose weights by the tokens that they see."""
+def test_a_model_with_data_dependent_shapes_is_not_planned(folder, monkeypatch):
+    """Mixtures of experts, for example, choose experts by token."""
     monkeypatch.setattr(planner, "simulate_step", lambda *_: torch.ones(2).nonzero())
     line = memory_notice(recipe())
     assert line.startswith(
@@ -57,7 +57,7 @@ def test_a_model_that_needs_the_values_of_tensors_is_not_planned_and_trains_all_
     )
 
 
-def test_a_gpu_that_fails_while_planning_is_not_taken_for_a_model_that_cannot_be_planned(folder, monkeypatch):
+def test_a_gpu_failure_while_planning_is_raised(folder, monkeypatch):
     def failing(*_):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
@@ -76,7 +76,7 @@ def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(fo
     (folder / "eval.jsonl").write_text(json.dumps(rows[0] | {"images": ["copy.png"]}))
     off = "eval={before: false, shuffled_images: false, max_new_tokens: 2}"
     assert main(["train", "./recipe.yaml", "data.eval=[{path: eval.jsonl}]", off]) == 0
-    said = capsys.readouterr().err
-    assert re.search(r"memory: planned peak \d+\.\d+ GiB, \d+\.\d\d GiB of host RAM are free", said)
-    assert ("warning: 1 of 1 held-out samples show an image that is trained on too" in said) == leaks
-    assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", said)
+    output = capsys.readouterr().err
+    assert re.search(r"memory: planned peak \d+\.\d+ GiB, \d+\.\d\d GiB of host RAM are free", output)
+    assert ("warning: 1 of 1 held-out samples show an image that is trained on too" in output) == leaks
+    assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", output)

@@ -1,4 +1,4 @@
-"""Checkpoints pushed to a Hub and gone on from, with the real client."""
+"""Runs that push checkpoints to a Hub and resume from them, with the real client."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def folder(tmp_path, monkeypatch, hub):
     return tmp_path
 
 
-def told(capfd) -> str:
-    said = "".join(capfd.readouterr())
-    assert WRITER not in said and READER not in said and "Traceback" not in said
-    return said
+def output_of(capfd) -> str:
+    output = "".join(capfd.readouterr())
+    assert WRITER not in output and READER not in output and "Traceback" not in output
+    return output
 
 
-def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
-    assert main(COMMAND) == 0, told(capfd)
+def test_a_run_pushes_its_checkpoints_and_its_adapter(folder, hub, capfd):
+    assert main(COMMAND) == 0, output_of(capfd)
     files, history = hub.files(REPO), hub.repositories[REPO].history
     steps = {path.split("/")[1] for path in files if path.startswith("checkpoints/")}
     assert hub.repositories[REPO].private and "step-6" in steps and len(steps) == 2
@@ -43,11 +43,11 @@ def test_a_run_leaves_its_checkpoints_and_its_adapter_there(folder, hub, capfd):
         for step in {path.split("/")[1] for path in commit.files if path.startswith("checkpoints/")}:
             assert f"checkpoints/{step}/checkpoint.json" in commit.files
     assert not any(WRITER.encode() in content for content in files.values())
-    told(capfd)
+    output_of(capfd)
 
 
 @pytest.mark.slow
-def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder, hub, capfd):
+def test_a_run_resumes_from_the_hub_bit_for_bit_after_losing_its_machine(folder, hub, capfd):
     assert main(["train", "./recipe.yaml", "train.max_steps=6", "train.output_dir=alone"]) == 0
 
     def pushed() -> (
@@ -62,13 +62,13 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_hub_to_the_last_bit(folder
     )
     shutil.rmtree(folder / "run")
     assert main([*COMMAND, "--resume"]) == 0
-    said = told(capfd)
-    assert f"from {REPO}" in said and "resuming from run/checkpoints/step-" in said
+    output = output_of(capfd)
+    assert f"from {REPO}" in output and "resuming from run/checkpoints/step-" in output
     assert (folder / WEIGHTS).read_bytes() == (folder / "alone" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, capfd):
+def test_resume_skips_a_checkpoint_damaged_on_the_hub(folder, hub, capfd):
     assert main(COMMAND) == 0
     shutil.rmtree(folder / "run")
     files = hub.repositories[REPO].history[-1].files
@@ -77,27 +77,27 @@ def test_a_damaged_checkpoint_there_gives_way_to_the_one_before_it(folder, hub, 
         path.split("/")[1] for path in files if path.endswith("/checkpoint.json") and "step-6" not in path
     )
     assert main([*COMMAND, "--resume"]) == 0
-    said = told(capfd)
-    assert "damaged on the Hub" in said and f"resuming from run/checkpoints/{before}" in said
+    output = output_of(capfd)
+    assert "damaged on the Hub" in output and f"resuming from run/checkpoints/{before}" in output
     load_adapter(folder / "run")
 
 
 @pytest.mark.slow
-def test_a_new_run_does_not_begin_among_the_checkpoints_of_another(folder, hub, capfd):
+def test_a_new_run_is_refused_beside_the_checkpoints_of_another(folder, hub, capfd):
     assert main([*COMMAND, "train.max_steps=2"]) == 0
     before = hub.files(REPO)
     assert main([*COMMAND, "train.output_dir=second"]) == 2
-    assert f"{REPO} holds step-2 of an earlier run; resume that run with --resume" in told(capfd)
+    assert f"{REPO} holds step-2 of an earlier run; resume that run with --resume" in output_of(capfd)
     assert hub.files(REPO) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [pytest.param(500, marks=pytest.mark.slow), None])
-def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status):
+def test_an_unavailable_hub_does_not_end_the_run(folder, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)
     assert main([*COMMAND, "train.max_steps=2"]) == 0
-    said = told(capfd)
-    assert f"not pushed to {REPO}: step-2" in said and f"{REPO} lacks step-2 and the adapter" in said
+    output = output_of(capfd)
+    assert f"not pushed to {REPO}: step-2" in output and f"{REPO} lacks step-2 and the adapter" in output
     assert (folder / WEIGHTS).is_file()
 
 
@@ -109,15 +109,15 @@ def test_a_hub_that_is_away_for_a_while_ends_nothing(folder, hub, capfd, status)
         (READER, "the token may not write there"),
     ],
 )
-def test_who_may_not_write_is_told_before_anything_is_loaded(folder, hub, monkeypatch, capfd, token, reason):
+def test_missing_write_access_is_reported_before_loading(folder, hub, monkeypatch, capfd, token, reason):
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     assert main(COMMAND) == 2
-    said = told(capfd)
-    assert f"train.push_to_hub: {REPO}: {reason}" in said and "hf_wrong" not in said
+    output = output_of(capfd)
+    assert f"train.push_to_hub: {REPO}: {reason}" in output and "hf_wrong" not in output
 
 
-def test_what_is_no_name_is_told_before_the_hub_is_asked(folder, hub, capfd):
+def test_an_invalid_repository_name_is_refused_without_a_request(folder, hub, capfd):
     assert main([*COMMAND, "train.push_to_hub=some--body/run"]) == 2
-    assert "train.push_to_hub: some--body/run: not the name of a repository" in told(capfd)
+    assert "train.push_to_hub: some--body/run: not the name of a repository" in output_of(capfd)
     assert hub.requests == []

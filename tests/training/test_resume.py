@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or hindered at any moment goes on as if nothing had been."""
+"""A run that is killed or stopped at any moment resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests import killing, regimes
 
 SETTINGS = (
     "train.max_steps=8", "train.save_steps=2", "train.gradient_accumulation_steps=2", "train.warmup_steps=2",
-    regimes.LORA, "lora.lora_dropout=0.3", "data.eval=[{path: train.jsonl}]", "eval={batch_size: 2, max_new_tokens: 4}",
+    regimes.LORA, "lora.lora_dropout=0.3", "data.eval=[{path: train.jsonl}]",
+    "eval={batch_size: 2, max_new_tokens: 4}",
 )  # fmt: skip
 WEIGHTS = "run/adapter_model.safetensors"
 
@@ -30,7 +31,7 @@ def run_in(folder, *more: str) -> int:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A folder with a run that nobody disturbed, and how many seconds it took."""
+    """A folder with an undisturbed run, and its duration in seconds."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     regimes.write_run(folder)
     began = time.monotonic()
@@ -40,7 +41,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def fresh(uninterrupted, tmp_path):
-    """A folder with the same recipe and data."""
+    """A folder with the same recipe and data, and no run."""
     folder = tmp_path / "fresh"
     shutil.copytree(uninterrupted[0], folder, ignore=shutil.ignore_patterns("run", "log.txt"))
     return folder
@@ -51,7 +52,7 @@ def finish(folder) -> bytes:
     return (folder / WEIGHTS).read_bytes()
 
 
-def test_killed_at_five_random_moments_the_adapter_is_the_same_to_the_last_bit(uninterrupted, fresh):
+def test_resume_after_sigkill_at_five_random_moments_is_bit_identical(uninterrupted, fresh):
     whole, seconds = uninterrupted
     dice = random.Random(time.time_ns())
     moments = [seconds * dice.uniform(0.2, 0.9) for _ in range(4)]
@@ -68,22 +69,23 @@ def test_killed_at_five_random_moments_the_adapter_is_the_same_to_the_last_bit(u
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_saves_and_tells_how_to_go_on(uninterrupted, fresh, number):
+def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(uninterrupted, fresh, number):
     first = killing.file_there(fresh / "run" / "checkpoints", "step-2")
     code = killing.kill_when(killing.start(command(), fresh, fresh / "log.txt"), first, number)
-    said = (fresh / "log.txt").read_text()
-    assert code == 128 + number, said
-    assert f"stopped by {signal.Signals(number).name} after step" in said
-    assert "go on with: flamingo-ft train ./recipe.yaml train.max_steps=8" in said and said.strip().endswith(
-        "--resume"
+    output = (fresh / "log.txt").read_text()
+    assert code == 128 + number, output
+    assert f"stopped by {signal.Signals(number).name} after step" in output
+    assert (
+        "go on with: flamingo-ft train ./recipe.yaml train.max_steps=8" in output
+        and output.strip().endswith("--resume")
     )
     assert not (fresh / WEIGHTS).exists()
     assert finish(fresh) == (uninterrupted[0] / WEIGHTS).read_bytes()
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_the_main_one(fresh):
-    """As batch systems, systemd and `timeout` send it."""
+def test_a_signal_to_the_whole_process_group_does_not_kill_workers_early(fresh):
+    """As batch systems, systemd and `timeout` do."""
     arguments = [
         "train",
         "./recipe.yaml",
@@ -94,52 +96,54 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_workers_to_the_main_one(f
     process = killing.start(arguments, fresh, fresh / "log.txt")
     there = killing.file_there(fresh / "run" / "checkpoints", "step-4")
     code = killing.kill_when(process, there, signal.SIGTERM, send=os.killpg)
-    said = (fresh / "log.txt").read_text()
+    output = (fresh / "log.txt").read_text()
     assert (
-        code == 128 + signal.SIGTERM and "stopped by SIGTERM after step" in said and "Traceback" not in said
+        code == 128 + signal.SIGTERM
+        and "stopped by SIGTERM after step" in output
+        and "Traceback" not in output
     )
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(uninterrupted, fresh):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(uninterrupted, fresh):
     second = killing.file_there(fresh / "run" / "checkpoints", "step-4")
     killing.kill_when(killing.start(command(), fresh, fresh / "log.txt"), second)
     newest = max((fresh / "run" / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     state = newest / "training" / "optimizer.pt"
     state.write_bytes(state.read_bytes()[:-100])
     weights = finish(fresh)
-    said = (fresh / "log.txt").read_text()
-    assert f"damaged: {state}".replace(str(fresh) + "/", "") in said and "it was cut off" in said
-    assert f"{newest.name}.damaged" in said
+    output = (fresh / "log.txt").read_text()
+    assert f"damaged: {state}".replace(str(fresh) + "/", "") in output and "it was cut off" in output
+    assert f"{newest.name}.damaged" in output
     assert weights == (uninterrupted[0] / WEIGHTS).read_bytes()
 
 
-def test_a_checkpoint_is_an_adapter_like_any_other(uninterrupted):
+def test_a_checkpoint_loads_as_an_adapter(uninterrupted):
     newest = uninterrupted[0] / "run" / "checkpoints" / "step-8"
     model, _ = load_adapter(newest)
     final, _ = load_adapter(uninterrupted[0] / "run")
     assert all(a.equal(b) for a, b in zip(model.parameters(), final.parameters(), strict=True))
 
 
-def test_a_finished_run_is_left_alone(uninterrupted):
+def test_resuming_a_finished_run_changes_nothing(uninterrupted):
     folder, _ = uninterrupted
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
     assert run_in(folder, "--resume") == 0
     assert {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()} == before
 
 
-def test_a_run_of_another_recipe_is_refused_key_by_key(uninterrupted, capfd):
+def test_resuming_with_another_recipe_is_refused_key_by_key(uninterrupted, capfd):
     folder, _ = uninterrupted
     assert (
         run_in(folder, "--resume", "train.learning_rate=1.0", "lora.language.r=5", "train.save_steps=3") == 2
     )
-    said = (folder / "log.txt").read_text()
-    assert "train.learning_rate was 0.01, is 1.0" in said and "lora.language.r was 4, is 5" in said
-    assert "save_steps" not in said.split("another recipe")[-1]
+    output = (folder / "log.txt").read_text()
+    assert "train.learning_rate was 0.01, is 1.0" in output and "lora.language.r was 4, is 5" in output
+    assert "save_steps" not in output.split("another recipe")[-1]
 
 
 @pytest.mark.slow
-def test_killed_after_its_last_step_a_run_does_not_train_on(uninterrupted, fresh):
+def test_a_run_killed_after_its_last_step_trains_no_further(uninterrupted, fresh):
     last = killing.file_there(fresh / "run" / "checkpoints", "step-8")
     assert killing.kill_when(killing.start(command(), fresh, fresh / "log.txt"), last) == killing.KILLED
     assert finish(fresh) == (uninterrupted[0] / WEIGHTS).read_bytes()
@@ -147,7 +151,7 @@ def test_killed_after_its_last_step_a_run_does_not_train_on(uninterrupted, fresh
 
 
 @pytest.mark.slow
-def test_from_a_checkpoint_folder_alone_a_run_goes_on(uninterrupted, fresh):
+def test_a_run_resumes_from_its_checkpoint_folder_alone(uninterrupted, fresh):
     drive = fresh / "drive"
     where = f"train.checkpoint_dir={drive}"
     code = killing.kill_when(

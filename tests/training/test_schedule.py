@@ -1,4 +1,4 @@
-"""Epochs and ratios become optimizer steps in one place, and an extended run is the longer run."""
+"""Epochs and warmup ratios are converted to optimizer steps; an extended run equals the longer run."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def counted(*overrides: str):
         (["train.max_steps=17"], 17),
     ],
 )
-def test_an_epoch_draws_each_row_once_and_one_of_weight_w_w_times(folder, overrides, steps):
+def test_an_epoch_has_each_row_once_and_rows_of_weight_w_w_times(folder, overrides, steps):
     train = counted(*overrides)
     assert (train.max_steps, train.epochs) == (steps, None)
 
 
-def test_held_out_rows_are_not_of_an_epoch(folder):
+def test_an_epoch_excludes_held_out_rows(folder):
     lines = Path("train.jsonl").read_text().splitlines()
     rows = [json.loads(line) | {"images": [f"{i}.png"]} for i, line in enumerate(lines)]
     for i in range(2, len(rows)):  # rows that share an image stay together: each gets its own
@@ -68,7 +68,7 @@ def test_held_out_rows_are_not_of_an_epoch(folder):
     assert counted("train.epochs=1", "data.eval_fraction=0.4", "train.batch_size=1").max_steps == 6
 
 
-def test_decimal_epochs_are_taken_as_they_are_written(folder):
+def test_decimal_epochs_are_exact(folder):
     """In floating point 1.1 * 10 is 11.000000000000002, which would be rounded up to 12."""
     assert counted("train.epochs=1.1", "train.batch_size=1").max_steps == 11
 
@@ -78,20 +78,20 @@ def test_processes_share_an_epoch(folder, monkeypatch):
     assert counted("train.epochs=1").max_steps == 1
 
 
-def test_an_epoch_of_packed_rows_is_as_many_rows_as_its_samples_fill(folder):
+def test_an_epoch_of_packed_data_counts_packed_rows(folder):
     packed = ("data.packing=true", "data.max_text_tokens=64", "train.epochs=1", "train.batch_size=1")
     recipe = regimes.recipe(*packed)
     per_epoch = steps_per_epoch(recipe, open_data(recipe.data, 0))
     assert 1 < per_epoch < 10 and counted(*packed).max_steps == -(-per_epoch // 1)
 
 
-def test_pairs_have_epochs_too(folder):
+def test_epochs_work_with_pairs(folder):
     pair = {"prompt": "<image>Which shade?", "chosen": "Dark.", "rejected": "Light.", "images": ["0.png"]}
     Path("pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 3))
     assert counted("train.method=dpo", "data.train=[{path: pairs.jsonl}]", "train.epochs=2").max_steps == 3
 
 
-def test_a_warmup_ratio_is_a_share_of_all_steps_rounded_up(folder):
+def test_warmup_ratio_is_a_fraction_of_all_steps_rounded_up(folder):
     for ratio, steps in ((0.1, 1), (0.5, 4), (0.0, 0)):
         recipe = regimes.recipe("train.max_steps=8", f"train.warmup_ratio={ratio}")
         assert trainer_arguments(recipe).warmup_steps == steps
@@ -110,19 +110,19 @@ def losses(folder: str = "run") -> list[float]:
     return [entry["loss"] for entry in entries if "loss" in entry]
 
 
-def test_a_finished_run_extended_in_epochs_equals_the_longer_run_to_the_last_bit(folder, capfd):
+def test_an_extended_run_equals_the_longer_run_bit_for_bit(folder, capfd):
     constant = "train.lr_scheduler=constant"
     assert main([*COMMAND, constant, "train.max_steps=10", "train.output_dir=long"]) == 0
     assert main([*COMMAND, constant, "train.epochs=1.2"]) == 0  # 6 steps of 2 samples, of 10 rows
-    said = capfd.readouterr().err
-    assert "train.epochs: 1.2 x 10 samples are 6 optimizer steps" in said
+    output = capfd.readouterr().err
+    assert "train.epochs: 1.2 x 10 samples are 6 optimizer steps" in output
     recorded = load_recipe("run/resolved_recipe.yaml")
     assert (recorded.train.max_steps, recorded.train.epochs) == (6, None)
     assert json.loads(Path("run/metrics.json").read_text())["train"]["steps"] == 6
 
     assert main([*COMMAND, constant, "train.epochs=2", "--resume"]) == 0
-    said = capfd.readouterr().err
-    assert "train.max_steps was 6, is 10: the learning-rate schedule is recomputed for 10 steps" in said
+    output = capfd.readouterr().err
+    assert "train.max_steps was 6, is 10: the learning-rate schedule is recomputed for 10 steps" in output
     assert Path(WEIGHTS).read_bytes() == Path("long/adapter_model.safetensors").read_bytes()
     assert losses() == losses("long") and len(losses()) == 10
     assert json.loads(Path("run/metrics.json").read_text())["train"]["steps"] == 10
@@ -135,17 +135,17 @@ def test_a_finished_run_extended_in_epochs_equals_the_longer_run_to_the_last_bit
     assert Path(WEIGHTS).stat().st_mtime_ns == written
     assert main([*COMMAND, constant, "train.epochs=1", "--resume"]) == 2
     assert (
-        "train.max_steps: got 5" in (said := capfd.readouterr().err)
-        and "has trained 10 steps already" in said
+        "train.max_steps: got 5" in (output := capfd.readouterr().err)
+        and "has trained 10 steps already" in output
     )
     shutil.rmtree("run/checkpoints")
     assert main([*COMMAND, constant, "train.max_steps=12", "--resume"]) == 2
-    said = capfd.readouterr().err
-    assert "no checkpoint of the finished run in run is left" in said and "model.init_from=run" in said
+    output = capfd.readouterr().err
+    assert "no checkpoint of the finished run in run is left" in output and "model.init_from=run" in output
     assert Path("run/metrics.json").is_file() and Path(WEIGHTS).stat().st_mtime_ns == written
 
 
-def test_restored_rates_are_set_by_the_schedule_of_the_run_not_of_the_checkpoint():
+def test_restored_learning_rates_follow_the_runs_schedule_not_the_checkpoints():
     """A linear schedule of 3 steps ends at zero; restored into one of 6, half of the rate is left."""
     parameters = [[torch.nn.Parameter(torch.zeros(1))] for _ in range(2)]
     groups = [{"params": parameters[0], "lr": 0.1}, {"params": parameters[1], "lr": 0.3}]
@@ -166,8 +166,8 @@ def test_restored_rates_are_set_by_the_schedule_of_the_run_not_of_the_checkpoint
 
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", ["false", "true"])
-def test_an_extended_run_has_the_learning_rates_of_the_longer_schedule_from_its_first_step_on(folder, inside):
-    """The optimizer was saved with the rates of the shorter one, which at its end are zero."""
+def test_an_extended_run_uses_the_longer_schedule_from_its_first_step(folder, inside):
+    """The optimizer was saved with the final learning rates of the shorter schedule, which are zero."""
     linear = (*COMMAND, "train.lr_scheduler=linear", f"train.optimizer_in_backward={inside}")
     assert main([*linear, "train.max_steps=6", "train.output_dir=long"]) == 0
     assert main([*linear, "train.max_steps=3"]) == 0
@@ -181,7 +181,7 @@ def test_an_extended_run_has_the_learning_rates_of_the_longer_schedule_from_its_
     assert by_part[4] == pytest.approx(longer[4], rel=1e-12) and len(set(losses())) == 6
 
 
-def test_a_recipe_in_epochs_is_refused_where_a_source_turns_out_to_be_a_stream(folder):
+def test_epochs_are_refused_if_a_source_is_a_stream(folder):
     recipe = regimes.recipe("train.epochs=1")
     data = recipe.data.model_copy(
         update={"train": (recipe.data.train[0].model_copy(update={"streaming": True}),)}

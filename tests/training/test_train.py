@@ -1,4 +1,4 @@
-"""A whole run on a few real samples: what it writes, that it repeats, that it loses nothing."""
+"""A whole run on a few samples: its files, reproducibility, skipped rows."""
 
 import json
 from collections import Counter
@@ -58,7 +58,7 @@ def recipe(*overrides):
     return load_recipe("./recipe.yaml", overrides)
 
 
-def test_a_run_leaves_its_adapter_recipe_metrics_answers_and_log(folder):
+def test_a_run_writes_adapter_recipe_metrics_predictions_and_log(folder):
     metrics = train(recipe())
     run = folder / "run"
     assert json.loads((run / "metrics.json").read_text()) == metrics
@@ -82,9 +82,9 @@ def test_a_run_leaves_its_adapter_recipe_metrics_answers_and_log(folder):
 @pytest.mark.slow
 def test_the_reloaded_adapter_evaluates_as_the_run_did(folder):
     metrics = train(recipe("train.max_steps=12"))
-    found = evaluate_adapter("run")
-    assert found["eval"]["accuracy"] == metrics["eval"]["accuracy"]
-    for task, result in found["eval"]["per_task"].items():
+    evaluated = evaluate_adapter("run")
+    assert evaluated["eval"]["accuracy"] == metrics["eval"]["accuracy"]
+    for task, result in evaluated["eval"]["per_task"].items():
         assert result["accuracy"] == metrics["eval"]["per_task"][task]["accuracy"]
 
 
@@ -97,8 +97,8 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(folder):
     assert first != other
 
 
-def test_accumulated_steps_are_the_steps_of_one_large_batch(folder):
-    """Through the command, with answers of unequal lengths: a mean of the batches' means would be another."""
+def test_accumulated_batches_equal_one_large_batch(folder):
+    """With answers of different lengths, for which a mean of the batches' means would differ."""
     rows = [row(index, index % 3) for index in range(8)]
     for index, one in enumerate(rows):
         one["messages"][1]["content"] = "Dark, " * index + "or light."
@@ -119,7 +119,7 @@ def test_accumulated_steps_are_the_steps_of_one_large_batch(folder):
         torch.testing.assert_close(tensor, adapters[1][name], rtol=0, atol=1e-3, msg=name)
 
 
-def test_the_earlier_names_of_arguments_still_work_and_warn(folder, monkeypatch):
+def test_deprecated_argument_names_work_and_warn(folder, monkeypatch):
     monkeypatch.setattr(train_module, "_train_whole_run", lambda recipe, resume, *callbacks: callbacks)
     with pytest.warns(FutureWarning, match="on_data= and log="):
         assert train(recipe(), tell=print, say=repr) == (print, repr)
@@ -127,7 +127,7 @@ def test_the_earlier_names_of_arguments_still_work_and_warn(folder, monkeypatch)
         assert train(recipe(), print, say=repr) == (print, repr)
 
 
-def test_save_steps_keep_the_adapter_on_the_way(folder):
+def test_save_steps_writes_checkpoints_that_load_as_adapters(folder):
     train(recipe("train.save_steps=2", "data.eval=[]"))
     kept = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
     assert kept == ["step-2", "step-4"]
@@ -161,7 +161,7 @@ def test_checkpointed_training_gives_the_same_losses(folder):
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
-def test_bad_data_is_told_before_anything_is_written(folder):
+def test_bad_data_is_reported_before_anything_is_written(folder):
     Path("train.jsonl").write_text(json.dumps(row(0, 1) | {"images": []}))
     with pytest.raises(UserError, match="row 0: found 1 <image> markers but 0 images"):
         train(recipe())
@@ -176,26 +176,24 @@ def test_an_earlier_run_is_never_overwritten(folder):
     assert (folder / "run" / "adapter_model.safetensors").read_bytes() == before
 
 
-def test_a_question_longer_than_the_context_is_told_before_training(folder):
+def test_a_question_longer_than_the_context_is_refused_before_training(folder):
     question = {"question": "Which shade? " * 400, "answer": "Dark.", "image": "0.png"}
     Path("eval.jsonl").write_text(json.dumps(question))
-    with pytest.raises(
-        UserError, match=r"eval.jsonl: row 0: found \d+ text tokens .* context is 512; shorten"
-    ):
+    with pytest.raises(UserError, match=r"eval.jsonl: row 0: got \d+ text tokens .* context is 512; shorten"):
         train(recipe())
     assert not (folder / "run" / "log.jsonl").exists()
 
 
-def test_an_answer_ends_where_the_context_does(folder):
+def test_answers_end_at_the_context_length(folder):
     train(recipe("eval.max_new_tokens=2000", "train.max_steps=1"))
-    said = [json.loads(line)["after"] for line in Path("run/predictions.jsonl").read_text().splitlines()]
-    assert len(said) == 6
+    answers = [json.loads(line)["after"] for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert len(answers) == 6
 
 
-def test_skipped_rows_are_counted_and_listed_those_held_out_and_of_a_run_that_too_many_end_too(folder):
+def test_skipped_rows_are_counted_and_listed(folder):
     Path("0.png").write_bytes(b"no image")
-    held_out = json.dumps(row(0, 2)) + "\n" + json.dumps(row(1, 1))
-    Path("eval.jsonl").write_text(held_out)
+    eval_rows = json.dumps(row(0, 2)) + "\n" + json.dumps(row(1, 1))
+    Path("eval.jsonl").write_text(eval_rows)
     Path("train.jsonl").write_text("\n".join(json.dumps(row(index, 1)) for index in range(8)))
     skip = "data.on_bad_sample=skip"
     metrics = train(recipe(skip, "data.max_bad_share=0.2"))
@@ -208,7 +206,7 @@ def test_skipped_rows_are_counted_and_listed_those_held_out_and_of_a_run_that_to
 
 
 @pytest.mark.slow
-def test_data_that_a_run_does_not_take_leave_its_folder_free_for_the_next(folder):
+def test_a_refused_run_leaves_its_output_directory_usable(folder):
     Path("pairs.jsonl").write_text(
         json.dumps({"prompt": "Which shade?", "chosen": "Dark.", "rejected": "Light."})
     )

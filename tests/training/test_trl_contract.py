@@ -1,4 +1,4 @@
-"""Scripts written for TRL, by someone who never saw this package's training code, run on the model as it is."""
+"""The model meets the contract of TRL's SFT and DPO trainers."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def picture(shade: int) -> Image.Image:
 
 
 def dialogues() -> Dataset:
-    """One image, two images, none: as they come."""
+    """Dialogues with one image, two images and none."""
     messages = [{"role": "user", "content": "Which digit?"}, {"role": "assistant", "content": "Seven."}]
     return Dataset.from_list(
         [{"messages": messages, "images": [picture(i)] * ((i + 1) % 3)} for i in range(8)]
@@ -71,7 +71,7 @@ def test_sft_trains_the_bridge_alone(parts, tmp_path, checkpointing):
     assert {name.split(".")[0] for name in changed} == {"perceiver", "gated_cross_attn_layers", "token_rows"}
 
 
-def test_the_fused_loss_is_the_models_own(parts, tmp_path):
+def test_trls_fused_loss_equals_the_models_own(parts, tmp_path):
     model, processor = parts
     with torch.no_grad():
         model.token_rows.output.weight.add_(torch.randn_like(model.token_rows.output.weight))
@@ -154,7 +154,7 @@ def test_dpo_on_preference_samples_reads_typed_markers_as_text(parts, tmp_path):
     )
 
 
-def test_packed_rows_train_as_the_same_samples_apart(parts, tmp_path):
+def test_packed_samples_give_the_same_loss_as_unpacked_ones(parts, tmp_path):
     model, processor = parts
     turns = [[user(*[IMAGE] * (i % 3), "Which digit?"), assistant("Seven." * (i + 1))] for i in range(4)]
     encoded = [encode(processor, messages) for messages in turns]

@@ -1,4 +1,4 @@
-"""Whole scripts for TRL's trainers, which know nothing of this package but how a model is loaded, run and learn."""
+"""Plain TRL scripts that use nothing of this package but model loading run and learn."""
 
 import json
 import runpy
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def printed(monkeypatch, capsys, tmp_path):
-    """Runs a script; what its last line says."""
+    """Return a function that runs a script and parses its last line."""
 
     def run(name: str) -> list[float]:
         monkeypatch.setattr(sys, "argv", [name, str(QUICKSTART), str(tmp_path)])

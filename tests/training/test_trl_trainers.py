@@ -1,4 +1,4 @@
-"""TRL's trainers on a Flamingo as it is, with images: what is declared trainable changes, and nothing else does."""
+"""TRL's unmodified trainers on a Flamingo change the trainable parameters and nothing else."""
 
 import copy
 
@@ -20,7 +20,7 @@ def turn(role: str, text: str) -> list[dict]:
 
 
 def samples(**columns) -> Dataset:
-    """Four questions about an image each, with further columns."""
+    """Return four questions about an image each, with further columns."""
     rows = [{"prompt": turn("user", "Which digit?"), "images": [picture(i)], **columns} for i in range(4)]
     return Dataset.from_list(rows)
 
@@ -29,7 +29,7 @@ PAIRS = {"chosen": turn("assistant", "Seven."), "rejected": turn("assistant", "T
 
 
 class OwnCollator:
-    """Batches as a user would make them: through the processor, the loss on every token but images and padding."""
+    """A user's own collator: loss on every token but images and padding."""
 
     def __init__(self, processor):
         self.processor = processor
@@ -90,7 +90,7 @@ def frozen(model):
 @pytest.mark.parametrize(
     "make", [sft, grpo, *(pytest.param(make, marks=pytest.mark.slow) for make in (dpo, mpo, kto))]
 )
-def test_a_trainer_changes_what_is_declared_trainable_alone(parts, tmp_path, make):  # noqa: F811
+def test_trl_trainers_change_only_trainable_parameters(parts, tmp_path, make):  # noqa: F811
     model, processor = parts
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     trainer = make(model, processor, tmp_path)
@@ -104,13 +104,13 @@ def test_a_trainer_changes_what_is_declared_trainable_alone(parts, tmp_path, mak
     assert {name.split(".")[0] for name in changed} == set(TRAINED)
 
 
-def test_grpo_never_samples_an_image(parts, tmp_path):  # noqa: F811
+def test_grpo_never_samples_the_image_token(parts, tmp_path):  # noqa: F811
     model, processor = parts
     trainer = grpo(model, processor, tmp_path)
     assert trainer.generation_config.suppress_tokens == [processor.image_token_id]
 
 
-def test_the_configuration_calls_the_media_token_as_other_vision_language_models_do(tmp_path):
+def test_the_configuration_has_the_usual_names_for_the_image_token(tmp_path):
     config = FlamingoConfig(media_token_id=58)
     assert config.image_token_id == config.image_token_index == 58
     config.image_token_id = 57

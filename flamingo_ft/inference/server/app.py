@@ -153,8 +153,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def read_body(request: Request, limit: int) -> dict[str, Any]:
     """Return the JSON object in the body of a request.
 
-    Raises RequestError (413) for a body of more than ``limit`` bytes, however it is sent, and (400) if it is not a JSON
-    object.
+    Raises RequestError (413) for a body of more than ``limit`` bytes, however it is sent, and (400) if it is
+    not a JSON object.
     """
     content, size = bytearray(), 0
     async for chunk in request.stream():

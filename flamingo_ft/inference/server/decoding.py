@@ -17,7 +17,7 @@ from .requests import Sampling
 
 
 class Penalties(LogitsProcessor):
-    """scores (B, V) - frequency_penalty * count - presence_penalty * (count > 0) + logit_bias, as in OpenAI's API.
+    """scores (B, V) - frequency_penalty * count - presence_penalty * (count > 0) + logit_bias.
 
     count: how often a token occurs in the answer; the prompt, the first ``prompt_tokens``, does not count.
     """
@@ -43,10 +43,10 @@ def penalties(sampling: Sampling, prompt_tokens: int) -> LogitsProcessorList:
 
 
 class VisibleText:
-    """Filters the pieces of a growing answer: drops everything from a stop text on, and white space at both ends.
+    """Filters a growing answer: drops everything from a stop text on, and white space at both ends.
 
-    Text that may be the beginning of a stop text is held back until the next piece decides. strip: whether to drop
-    outer white space, as `flamingo-ft generate` does.
+    Text that may be the beginning of a stop text is held back until the next piece decides. strip: whether to
+    drop outer white space, as `flamingo-ft generate` does.
     """
 
     def __init__(self, stop: Sequence[str] = (), strip: bool = True):
@@ -93,13 +93,13 @@ class VisibleText:
 
 
 class TokenReceiver(StoppingCriteria):
-    """Decodes each generated token, passes the visible text on, and ends generation when the answer is complete.
+    """Decodes each generated token, passes visible text on, and ends generation when the answer is complete.
 
-    on_text: called with each piece of text. is_cancelled: whether to end at the next token. complete: whether an end
-    token or a stop text has come.
+    on_text: called with each piece of text. is_cancelled: whether to end at the next token. complete: whether
+    an end token or a stop text has come.
 
-    A stopping criterion rather than a streamer, because it can end generation in the same step as it sees the token, in
-    every release of transformers. It may be called once more after the end.
+    A stopping criterion rather than a streamer, because it can end generation in the same step as it sees the
+    token, in every release of transformers. It may be called once more after the end.
     """
 
     def __init__(

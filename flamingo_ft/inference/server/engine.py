@@ -1,7 +1,8 @@
 """One model that answers the requests of many clients, one after the other.
 
-Text is encoded on one thread, images are read on others and answers are generated on a third kind, so that a bad
-request is rejected at once and a slow image does not keep the model waiting. An error in one request stays its own.
+Text is encoded on one thread, images are read on others and answers are generated on a third kind, so that a
+bad request is rejected at once and a slow image does not keep the model waiting. An error in one request
+stays its own.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Answer:
         future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._pieces.put_nowait, None))
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Iterate over the text as it grows. Raise GenerationError if the model fails; the log gets the reason."""
+        """Iterate over the text as it grows. If the model fails, log the reason and raise GenerationError."""
         while (piece := await self._pieces.get()) is not None:
             yield piece
         assert self._future is not None, "pieces are only there once a generation is followed"
@@ -105,14 +106,15 @@ class Engine:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _encode(self, request: GenerationRequest) -> list[int]:
-        """Return the token ids of the prompt. Raise RequestError if the context leaves no room for an answer."""
+        """Return the token ids of the prompt. Raise RequestError if they leave no room for an answer."""
         field, ids = request.text_field, self._token_ids(request)
         self._check_bias(request.sampling)
         if not ids:
             raise RequestError("has no tokens; give a text that is not empty", field)
         if len(ids) >= self._context:
-            reason = f"{len(ids)} tokens leave no room for an answer in the model's context of {self._context} tokens"
-            raise RequestError(f"{reason}; shorten the text", field, code="context_length_exceeded")
+            context = f"the model's context of {self._context} tokens"
+            reason = f"{len(ids)} tokens leave no room for an answer in {context}; shorten the text"
+            raise RequestError(reason, field, code="context_length_exceeded")
         return ids
 
     def _token_ids(self, request: GenerationRequest) -> list[int]:

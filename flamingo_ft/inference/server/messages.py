@@ -38,8 +38,8 @@ class ImageLink:
 class MediaPolicy:
     """Where images may come from besides the request itself.
 
-    folder: local files in this folder; None: no local files. urls: http(s) URLs of public addresses, of any address,
-    including the server's own network, or none.
+    folder: local files in this folder; None: no local files. urls: http(s) URLs of public addresses, of any
+    address, including the server's own network, or none.
     """
 
     folder: Path | None = None
@@ -115,7 +115,7 @@ def _check_keys(value: dict[str, Any], field: str, known: Collection[str]) -> No
 
 
 def open_link(link: ImageLink, policy: MediaPolicy) -> Image:
-    """Return the image as RGB. Raise RequestError if it is not allowed, cannot be fetched, or cannot be read."""
+    """Return the image as RGB. Raise RequestError if it is not allowed or cannot be read."""
     content = _read_link(link, policy)
     try:
         return open_image(content)

@@ -1,4 +1,4 @@
-"""JSON bodies as checked `GenerationRequest`s: every field is honoured, known to have no effect, or rejected."""
+"""JSON bodies to `GenerationRequest`s: every field is honoured, known to have no effect, or rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NO_EFFECT = frozenset(
     }
 )
 TEXT_FORMAT = {"type": "text"}
-# Smaller temperatures mean greedy decoding: scores divided by them would overflow, which kills the CUDA context.
+# Smaller temperatures mean greedy decoding: scores divided by them overflow, which kills the CUDA context.
 MIN_TEMPERATURE = 1e-3
 
 # Fields that this server does not support, with the values that have no effect and are therefore accepted.

@@ -1,4 +1,4 @@
-"""Preference optimisation as TRL's documentation has it, on a Flamingo: `python dpo_script.py QUICKSTART OUTPUT`.
+"""DPO as in TRL's documentation, on a Flamingo: `python dpo_script.py QUICKSTART OUTPUT`.
 
 QUICKSTART: the folder with train.jsonl and its images. Prints the reward margin of each step.
 """

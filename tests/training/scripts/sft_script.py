@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as TRL's documentation has it, on a Flamingo: `python sft_script.py QUICKSTART OUTPUT`.
+"""SFT as in TRL's documentation, on a Flamingo: `python sft_script.py QUICKSTART OUTPUT`.
 
 QUICKSTART: the folder with train.jsonl and its images. Prints the loss of each step.
 """
