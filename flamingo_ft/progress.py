@@ -27,7 +27,7 @@ TEXT_WIDTH = 64  # columns of a terminal for the text beside a bar
 
 
 class Bars(Progress):
-    """rich's progress bars, with a task's field ``note`` beside its bar and its field ``below`` under all bars.
+    """rich's progress bars, with a task's field ``note`` beside its bar and ``below`` under all bars.
 
     Without a terminal, progress is printed as a line every `LINE_SECONDS`.
     """

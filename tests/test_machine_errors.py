@@ -56,7 +56,8 @@ class TestLoading:
 
     @pytest.mark.parametrize("verbosity", ["warning", "error"])
     def test_quantizing_a_weight_does_not_hide_the_reason(self, fails, monkeypatch, verbosity):
-        """transformers turns any error there into one that names nothing, and logs it, which a trainer silences."""
+        """transformers turns any error there into one that names nothing, and logs it, which a trainer
+        silences."""
         before = transformers.logging.get_verbosity()
         getattr(transformers.logging, f"set_verbosity_{verbosity}")()
         monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fails)

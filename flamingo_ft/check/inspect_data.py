@@ -19,7 +19,7 @@ from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample, apply_template, encode, open_source
 from flamingo_ft.data.fields import TAR_MEMBERS
 from flamingo_ft.data.sample import message_text
-from flamingo_ft.data.schemas.table import MIMICIT
+from flamingo_ft.data.schemas import SCHEMAS
 from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of, questions_of
@@ -199,10 +199,10 @@ def _with_image_root(entry: DataSource) -> DataSource:
 def _usable_rows(entry: DataSource) -> int:
     """Count the usable rows of the first `ROOT_TRIAL_ROWS`; if all are usable, return that number.
 
-    Rows are streamed, which avoids indexing a large file once per folder, except MIMIC-IT's, which refer to
-    others by number.
+    Rows are streamed, which avoids indexing a large file once per folder, unless rows refer to other rows of the file.
     """
-    trial = entry.model_copy(update={"streaming": entry.format != MIMICIT, "limit": ROOT_TRIAL_ROWS})
+    needs_file = entry.format in SCHEMAS and SCHEMAS[entry.format].open_file is not None
+    trial = entry.model_copy(update={"streaming": not needs_file, "limit": ROOT_TRIAL_ROWS})
     source = open_source(trial, _section(trial))
     rows = usable = 0
     for rows, raw in enumerate(source.stream(), start=1):

@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable
+from typing import Literal
 
 GIB = 2**30
 
@@ -61,7 +62,7 @@ def eight_bit() -> dict[str, object]:
     return _multiply_quantized("int8")
 
 
-def _multiply_quantized(kind: str) -> dict[str, object]:
+def _multiply_quantized(kind: Literal["int8", "nf4"]) -> dict[str, object]:
     import torch
 
     from flamingo_ft.backbones.device_and_dtype import default_device

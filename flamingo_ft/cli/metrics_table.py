@@ -42,7 +42,8 @@ def print_merge_report(report: Mapping[str, Any]) -> None:
 
 
 def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
-    """Return a table for each metric in the ``eval`` record of metrics.json: a row per task, and one over all."""
+    """Return a table for each metric in the ``eval`` record of metrics.json: a row per task, and one over
+    all."""
     return [_evaluation_table(scores) for scores in score_tables(evaluation)]
 
 
@@ -118,7 +119,8 @@ def _data_lines(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def merge_table(report: Mapping[str, Any]) -> Table:
-    """Return a table of loss and metrics of the adapter, of the merged model, and of what quantization changes."""
+    """Return a table of loss and metrics of the adapter, of the merged model, and of what quantization
+    changes."""
     cost = report["cost"]
     metrics = [metric for name, metric in METRICS.items() if name in cost]
     reference = ", the adapter's answers as reference" if report["prompts_from"] == MADE_UP else ""

@@ -45,7 +45,7 @@ def merge(
         typer.Option(
             min=0,
             metavar="X",
-            help="How much the loss may rise over the adapter's, in nats per token, beyond two standard errors.",
+            help="Allowed increase of the loss, in nats per token, beyond two standard errors.",
         ),
     ] = 0.5,
     accuracy_margin: Annotated[
@@ -54,7 +54,7 @@ def merge(
             min=0,
             max=1,
             metavar="X",
-            help="How much accuracy may fall below the adapter's, 0..1, beyond two standard errors.",
+            help="Allowed decrease of accuracy, 0..1, beyond two standard errors.",
         ),
     ] = 0.1,
     start: StartPath = None,

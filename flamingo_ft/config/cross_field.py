@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from flamingo_ft.config.data_section import DataSection, DataSource
 from flamingo_ft.config.model_section import LoraSection, ModelSection, TrainableSection
-from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER
+from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER, VISION
 from flamingo_ft.config.train_section import DpoSection, EvalSection, TrainSection
 from flamingo_ft.config.yaml_document import Location
 
@@ -69,7 +69,7 @@ def _check_data(data: DataSection, lora: LoraSection) -> Errors:
             "augmentation changes each image every time, so its features cannot be cached; "
             "set one of them to null",
         )
-    if data.cache and lora.vision:
+    if data.cache and VISION.name in lora.parts:
         yield (
             ("data", "cache"),
             "lora.vision changes the tower, so its features cannot be cached; set one of them to null",

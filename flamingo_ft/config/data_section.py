@@ -31,7 +31,9 @@ class DataSource(Section):
     streaming: bool = False
     """Read rows in file order as they are needed, in constant memory. For data too large to index: rows are
     shuffled only within data.shuffle_buffer, and the length of the run has to be given as train.max_steps."""
-    format: Annotated[str, one_of(FORMATS), Field(json_schema_extra={"enum": [*FORMATS]})] = "auto"
+    format: Annotated[str, one_of(DATASET_FORMATS, "auto"), Field(json_schema_extra={"enum": [*FORMATS]})] = (
+        "auto"
+    )
     """Format of the rows. auto: recognised from the columns of the first row; a row is then rejected if a
     column that looks like part of the task (question, answer, label, choices, ...) would not be read. If a
     format is named, other columns are ignored; `check` and `train` list those that hold text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +196,6 @@ def _markdown_default(key: RecipeKey) -> str:
     return "" if key.default == _SECTION_DEFAULT else f"`{key.default}`"
 
 
-def _markdown_table(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown_table(headers: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [headers, ("---",) * len(headers), *rows]
     return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 from pydantic import (
     AfterValidator,
@@ -75,19 +75,19 @@ def with_keys(keys: dict[str, Any]) -> Callable[[type[S]], type[S]]:
     def extend(section: type[S]) -> type[S]:
         first = create_model(f"{section.__name__}Keys", __base__=Section, **keys)
         names: dict[str, Any] = {"__doc__": section.__doc__, "__module__": section.__module__}
-        return create_model(section.__name__, __base__=(section, first), **names)
+        return cast("type[S]", create_model(section.__name__, __base__=(section, first), **names))
 
     return extend
 
 
-def one_of(names: Collection[str]) -> AfterValidator:
-    """Return a validator that accepts the entries of a table, those that were added after import included."""
+def one_of(names: Collection[str], *others: str) -> AfterValidator:
+    """Return a validator that accepts ``others`` and the entries of a table, those that were added after import included."""
 
     def check(name: str) -> str:
-        if name in names:
+        if name in others or name in names:
             return name
-        *others, last = (repr(known) for known in names)
-        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        *known, last = map(repr, (*others, *names))
+        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(known)} or {last}"})
 
     return AfterValidator(check)
 

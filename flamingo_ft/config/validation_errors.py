@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from flamingo_ft.config.recipe import CROSS_FIELD
 from flamingo_ft.config.section import section_of
@@ -66,7 +67,7 @@ def validation_errors(schema: type[BaseModel], error: ValidationError, values: A
     return [(location, f"{dotted(location) or 'the recipe'}: {message}") for location, message in errors]
 
 
-def _single_value_errors(error: ValidationError) -> list[dict[str, Any]]:
+def _single_value_errors(error: ValidationError) -> list[ErrorDetails]:
     """Return pydantic's errors of single values, except "too short" for a list with invalid entries."""
     return [
         one
@@ -83,7 +84,7 @@ def _cross_field_errors(error: ValidationError) -> Errors:
 # --- messages ---
 
 
-def _message(schema: type[BaseModel], error: dict[str, Any]) -> str:
+def _message(schema: type[BaseModel], error: ErrorDetails) -> str:
     kind, location = error["type"], error["loc"]
     if kind == "extra_forbidden":
         return _unknown_key(schema, location)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -35,7 +35,7 @@ class RecipeLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
-    def scan_tag(self) -> None:
+    def scan_tag(self) -> NoReturn:
         raise yaml.scanner.ScannerError(None, None, "found a tag; a recipe has none", self.get_mark())
 
 

@@ -1,4 +1,4 @@
-"""From files as people have them to batches."""
+"""From data files to batches: sources and schemas -> samples -> token ids, labels and images -> tensors."""
 
 from .encode import Dropped, Encoded, encode, encode_within
 from .media import open_medium

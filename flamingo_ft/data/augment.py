@@ -1,7 +1,6 @@
-"""Random changes to training images, before the tower's own transform.
+"""Random augmentation of training images, before the tower's own transform.
 
-Everything drawn comes from the seed that the caller gives for each time that an image is shown, so neither workers nor
-their number matter.
+All randomness comes from the seed that the caller gives for each use of an image, so the number of workers does not matter.
 """
 
 from __future__ import annotations
@@ -15,29 +14,31 @@ from torchvision.transforms.v2 import functional
 
 from flamingo_ft.config import AugmentationSection
 
-RATIO = (3 / 4, 4 / 3)  # width to height of a crop, relative to the image's own
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, relative to the image's own
 
 
-def augment(frames: Sequence[Image.Image], wanted: AugmentationSection, seed: int) -> list[Image.Image]:
-    """The frames of a medium (one of an image), each cropped, flipped and coloured in the same way.
+def augment(frames: Sequence[Image.Image], section: AugmentationSection, seed: int) -> list[Image.Image]:
+    """Crop, flip and recolour the frames of a medium (one of an image), all in the same way.
 
-    seed: of this showing of this medium; an equal one gives equal frames.
+    seed: of this use of this medium; the same seed gives the same frames.
     """
-    draw = random.Random(seed)
-    box, flip = _draw_box(draw, wanted.crop), draw.random() < wanted.flip
-    factors = [draw.uniform(1 - wanted.color, 1 + wanted.color) for _ in range(3)]
-    frames = [_crop(frame, box) for frame in frames]
-    frames = [functional.horizontal_flip(frame) for frame in frames] if flip else frames
-    return [_color(frame, *factors) for frame in frames] if wanted.color else frames
+    rng = random.Random(seed)
+    box, flip = _random_box(rng, section.crop), rng.random() < section.flip
+    factors = [rng.uniform(1 - section.color, 1 + section.color) for _ in range(3)]
+    augmented = [_crop(frame, box) for frame in frames]
+    if flip:
+        augmented = [functional.horizontal_flip(frame) for frame in augmented]
+    return [_color(frame, *factors) for frame in augmented] if section.color else augmented
 
 
-def _draw_box(draw: random.Random, smallest: float) -> tuple[float, float, float, float]:
-    """Left, top, width and height of a crop, as shares of the image's; ``smallest`` to all of its area."""
-    area = draw.uniform(smallest, 1)
-    narrowest, widest = max(RATIO[0], area), min(RATIO[1], 1 / area)  # beyond these it would not fit in
-    ratio = math.exp(draw.uniform(math.log(narrowest), math.log(widest)))
+def _random_box(rng: random.Random, min_area: float) -> tuple[float, float, float, float]:
+    """Return left, top, width and height of a crop, as fractions of the image's; its area is ``min_area`` to 1."""
+    area = rng.uniform(min_area, 1)
+    # Beyond these ratios a crop of this area would not fit into the image.
+    narrowest, widest = max(ASPECT_RATIOS[0], area), min(ASPECT_RATIOS[1], 1 / area)
+    ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
     width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
-    return draw.uniform(0, 1 - width), draw.uniform(0, 1 - height), width, height
+    return rng.uniform(0, 1 - width), rng.uniform(0, 1 - height), width, height
 
 
 def _crop(frame: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:

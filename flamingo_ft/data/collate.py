@@ -1,17 +1,8 @@
-"""Encoded samples to a batch of tensors.
+"""From encoded samples to a batch of tensors, padded or packed.
 
-Shapes: B samples, T text tokens, M media, F frames, C channels, H height, W width.
+Packing puts several samples into one row, each blind to the others: less padding if samples differ in length.
 
-
-Media of different numbers and lengths to one tensor.
-
-Shapes: B samples, M media, F frames, C channels, H height, W width.
-
-
-Several samples in one row, each blind to the others: less padding where samples are of different lengths.
-
-Shapes: B rows, T text tokens.
-
+Shapes: B samples or packed rows, T text tokens, M media, F frames, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -27,103 +18,106 @@ from flamingo_ft.model.processor import FlamingoProcessor
 from .encode import IGNORED, Encoded
 from .media import load_pixels
 
+OPEN_ROWS = 16  # packed rows that a sample may still be added to
+PADDING = -1  # document id of padding
+
+Item = TypeVar("Item")
+
 
 def collate_text(samples: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask and labels (B, T) of encoded samples, padded at the end."""
+    """Return input_ids, attention_mask and labels (B, T), padded on the right."""
     batch = pad_ids([sample.input_ids for sample in samples], pad_token_id, "right")
     return batch | {"labels": pad([sample.labels for sample in samples], IGNORED, "right")}
-
-
-def load_media(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """What `stack_media` makes of the rows' ``images``; ``where`` is the row in errors. UserError for an unreadable one."""
-    return stack_media(
-        [[load_pixels(processor, medium, row["where"]) for medium in row["images"]] for row in rows]
-    )
 
 
 def pad_ids(
     sequences: Sequence[Sequence[int]], pad_token_id: int, side: Literal["left", "right"]
 ) -> dict[str, Tensor]:
-    """input_ids and attention_mask (B, T), padded on one side."""
+    """Return input_ids and attention_mask (B, T), padded on one side."""
     ones = [[1] * len(sequence) for sequence in sequences]
     return {"input_ids": pad(sequences, pad_token_id, side), "attention_mask": pad(ones, 0, side)}
 
 
 def pad(sequences: Sequence[Sequence[int]], value: int, side: Literal["left", "right"]) -> Tensor:
-    """Sequences of different lengths to one tensor (B, T)."""
+    """Pad sequences of different lengths to one tensor (B, T)."""
     tensors = [torch.tensor(sequence) for sequence in sequences]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
-def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """The media (F, C, H, W) of each sample to pixel_values (B, M, C, H, W), padded with zeros; {} without any.
+def load_media(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Return `stack_media` of the rows' ``images``. Raises UserError, beginning with the row's ``where``."""
+    return stack_media(
+        [[load_pixels(processor, medium, row["where"]) for medium in row["images"]] for row in rows]
+    )
 
-    Where a medium has several frames: (B, M, F, C, H, W), and where not all have as many, frame_counts (B, M).
+
+def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Stack the media (F, C, H, W) of each sample to pixel_values (B, M, C, H, W), padded with zeros; {} without media.
+
+    If a medium has several frames: (B, M, F, C, H, W), and if the numbers of frames differ, also frame_counts (B, M).
     """
     media = [medium for row in rows for medium in row]
     if not media:
         return {}
-    most, frames = max(map(len, rows)), max(map(len, media))
-    pixels = media[0].new_zeros(len(rows), most, frames, *media[0].shape[1:])
-    counts = torch.zeros(len(rows), most, dtype=torch.long)
+    max_media, max_frames = max(map(len, rows)), max(map(len, media))
+    pixels = media[0].new_zeros(len(rows), max_media, max_frames, *media[0].shape[1:])
+    counts = torch.zeros(len(rows), max_media, dtype=torch.long)
     for b, row in enumerate(rows):
         for m, medium in enumerate(row):
             pixels[b, m, : len(medium)] = medium
             counts[b, m] = len(medium)
-    if frames == 1:
+    if max_frames == 1:
         return {"pixel_values": pixels[:, :, 0]}
-    uneven = any(len(medium) != frames for medium in media)
-    return {"pixel_values": pixels} | ({"frame_counts": counts} if uneven else {})
-
-
-OPEN_ROWS = 16  # rows that a sample may still go to
-PADDING = -1  # the document of padding
-
-Item = TypeVar("Item")
+    if all(len(medium) == max_frames for medium in media):
+        return {"pixel_values": pixels}
+    return {"pixel_values": pixels, "frame_counts": counts}
 
 
 def pack(
     items: Iterable[Item], length: Callable[[Item], int], row_length: int, open_rows: int = OPEN_ROWS
 ) -> Iterator[list[Item]]:
-    """Rows of items that together are at most ``row_length`` long, the same ones for the same order of arrival.
+    """Yield rows of items with a total length of at most ``row_length``; the same order of items gives the same rows.
 
-    An item goes into the oldest row that has room for it. Rows beyond ``open_rows`` are given out, fullest first. Raises
-    ValueError for an item that no row has room for.
+    An item goes into the oldest row with room for it. When there are more than ``open_rows`` rows, the fullest is yielded.
+    Raises ValueError for an item longer than a row.
     """
-    rows: list[tuple[int, list[Item]]] = []
+    rows: list[tuple[int, list[Item]]] = []  # length so far, items
     for item in items:
         size = length(item)
         if size > row_length:
-            raise ValueError(f"found an item of length {size}, a row holds {row_length}")
-        place = next(
-            (index for index, (filled, _) in enumerate(rows) if filled + size <= row_length), len(rows)
-        )
-        filled, held = rows[place] if place < len(rows) else (0, [])
-        rows[place : place + 1] = [(filled + size, [*held, item])]
+            raise ValueError(f"item of length {size} does not fit into a row of {row_length}")
+        index = next((i for i, (filled, _) in enumerate(rows) if filled + size <= row_length), None)
+        if index is None:
+            rows.append((size, [item]))
+        else:
+            filled, row = rows[index]
+            row.append(item)
+            rows[index] = (filled + size, row)
         if len(rows) > open_rows:
-            yield rows.pop(max(range(len(rows)), key=lambda index: rows[index][0]))[1]
-    yield from (held for _, held in rows)
+            fullest = max(range(len(rows)), key=lambda i: rows[i][0])
+            yield rows.pop(fullest)[1]
+    yield from (row for _, row in rows)
 
 
 def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> dict[str, Tensor]:
-    """input_ids, labels, document_ids and position_ids (B, T) of rows of encoded samples.
+    """Return input_ids, labels, document_ids and position_ids (B, T) of packed rows.
 
-    Positions begin anew with each sample, and its first token has no label: nothing before it may predict it. There is
-    no attention mask: language models tell samples apart by their positions, and only where no mask is given.
+    Positions restart with each sample, and its first token has no label: nothing before it may predict it. There is no
+    attention mask: language models separate samples by their positions, and only if no mask is given.
     """
-    length = max(sum(len(sample.input_ids) for sample in row) for row in rows)
-    laid = [_lay(row, length, pad_token_id) for row in rows]
-    return {name: torch.tensor([row[name] for row in laid]) for name in laid[0]}
+    length = max(sum(sample.text_tokens for sample in row) for row in rows)
+    packed = [_packed_row(row, length, pad_token_id) for row in rows]
+    return {name: torch.tensor([row[name] for row in packed]) for name in packed[0]}
 
 
-def _lay(row: Sequence[Encoded], length: int, pad_token_id: int) -> dict[str, list[int]]:
-    """One row; its padding is a document of its own."""
-    rest = length - sum(len(sample.input_ids) for sample in row)
-    parts = [*row, Encoded([pad_token_id] * rest, [IGNORED] * rest)]
-    numbers = [*range(len(row)), PADDING]
-    return {
-        "input_ids": [token for part in parts for token in part.input_ids],
-        "labels": [label for part in parts for label in [IGNORED, *part.labels[1:]][: len(part.labels)]],
-        "document_ids": [number for number, part in zip(numbers, parts, strict=True) for _ in part.input_ids],
-        "position_ids": [position for part in parts for position in range(len(part.input_ids))],
-    }
+def _packed_row(row: Sequence[Encoded], length: int, pad_token_id: int) -> dict[str, list[int]]:
+    """Concatenate the samples of one row; its padding is a document of its own."""
+    padding = length - sum(sample.text_tokens for sample in row)
+    documents = [*enumerate(row), (PADDING, Encoded([pad_token_id] * padding, [IGNORED] * padding))]
+    packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "document_ids": [], "position_ids": []}
+    for document_id, sample in documents:
+        packed["input_ids"] += sample.input_ids
+        packed["labels"] += [IGNORED, *sample.labels[1:]][: len(sample.labels)]
+        packed["document_ids"] += [document_id] * sample.text_tokens
+        packed["position_ids"] += range(sample.text_tokens)
+    return packed

@@ -1,6 +1,6 @@
-"""From a dialogue or document to token ids and labels: loss on what the assistant says and its end, nothing else.
+"""From a dialogue or document to token ids and labels, and what happens to samples that are too long.
 
-What becomes of a sample with more text tokens than fit: an error, nothing, or less of it, images with their text.
+Loss is on what the assistant says and its end token, nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flamingo_ft.model.processor import FlamingoProcessor, flatten, is_image
 from flamingo_ft.model.special_text import Tokens, encode_text
 
 from .render import (
-    answers_are_rewritten,
+    answers_rewritten,
     first_chunks,
     is_document,
     render_dialogue,
@@ -29,14 +29,16 @@ from .render import (
 )
 from .sample import Sample, text_message
 
-IGNORED = -100  # the label that carries no loss, as in torch's cross-entropy
+IGNORED = -100  # the label without loss, as in torch's cross-entropy
+NOTHING_TO_LEARN = "no assistant text to train on"
 
 Messages = Sequence[Mapping[str, Any]]
+TooLong = Literal["error", "drop_sample", "drop_turns", "truncate_text"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What was taken from a sample that was too long: exchanges or chunks, text tokens, images."""
+    """What was cut from a sample that was too long: exchanges or chunks, text tokens, images."""
 
     turns: int = 0
     tokens: int = 0
@@ -45,10 +47,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sample (T,) and their labels (T,), `IGNORED` wherever there is no loss.
+    """Token ids of one sample (T,) and their labels (T,), `IGNORED` where there is no loss.
 
-    images: how many of the sample's first images and videos stand in it; cut: what was taken away; rewritten: whether
-    the chat template leaves out or changes words of an answer that is learned.
+    images: how many of the sample's images and videos, from the first, are in it. cut: what was cut. rewritten: whether the
+    chat template leaves out or changes words of an answer with loss.
     """
 
     input_ids: list[int]
@@ -59,73 +61,79 @@ class Encoded:
 
     @property
     def text_tokens(self) -> int:
-        """Tokens in all."""
+        """Number of tokens."""
         return len(self.input_ids)
 
     @property
     def label_tokens(self) -> int:
-        """Tokens that are learned; each is told by the one before."""
+        """Number of tokens with loss; the first token is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
-    """Token ids and labels of a whole dialogue, or of a document in OpenFlamingo's form.
+@dataclass(frozen=True)
+class Dropped:
+    """A sample that is not trained on, and why.
 
-    Where the chat template marks what the assistant generates, its marks decide; otherwise the assistant's part
-    is what each of its turns adds to the text before it. A message with ``"loss": False`` has no labels, and a media
-    token never has one. A special token typed inside text is text. Raises UserError for a template that refuses the
-    dialogue, leaves out its images or hides the assistant's part, and for a tokenizer without offsets.
+    too_long: whether its length is the reason; else there is nothing to train on in it.
+    """
+
+    reason: str
+    too_long: bool = False
+
+
+def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
+    """Encode a whole dialogue, or a document in OpenFlamingo's form.
+
+    If the chat template marks what the assistant generates ({% generation %}), its marks decide about labels; otherwise the
+    assistant's part is what each of its turns adds to the text before it. A message with ``"loss": False`` has no labels, and
+    a media token never has one. A special token typed in a text is encoded as text. Raises UserError for a template that
+    refuses the dialogue, leaves out its images or hides the assistant's part, and for a tokenizer without offsets.
     """
     messages = _messages(sample)
     if is_document(messages):
-        text, learned = render_document(processor, messages)
+        text, spans = render_document(processor, messages)
         rewritten = False
     else:
-        text, learned = render_dialogue(processor, messages)
-        rewritten = answers_are_rewritten(processor, messages, text)
-    tokens = _tokens(processor.tokenizer, text, [start for start, _ in learned])
-    said = (any(a < end and b > start for start, end in learned) for a, b in tokens.offsets)
+        text, spans = render_dialogue(processor, messages)
+        rewritten = answers_rewritten(processor, messages, text)
+    tokens = _tokenize(processor.tokenizer, text, [start for start, _ in spans])
     labels = [
-        token if each and token != processor.image_token_id else IGNORED
-        for token, each in zip(tokens.ids, said, strict=True)
+        token if token != processor.image_token_id and _overlaps(offsets, spans) else IGNORED
+        for token, offsets in zip(tokens.ids, tokens.offsets, strict=True)
     ]
     return Encoded(tokens.ids, labels, _check_images(processor, messages, tokens.ids), rewritten=rewritten)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, begins: Sequence[int]) -> Tokens:
-    """The tokens of a text. None crosses one of ``begins``: a prompt ends there, and what is generated begins.
+def encode_within(
+    processor: FlamingoProcessor, sample: Sample, max_text_tokens: int, policy: TooLong = "error"
+) -> Encoded | Dropped:
+    """Encode a sample into at most ``max_text_tokens`` tokens.
 
-    A tokenizer may have one token for the line break that ends a prompt and the one that begins an answer.
+    What is left has the sample's first ``Encoded.images`` images. Raises UserError, naming file and row, as `encode` does,
+    and with the policy "error" for a longer sample or one without labels.
     """
-    whole = encode_text(tokenizer, text)
-    cuts = [begin for begin in begins if any(a < begin < b for a, b in whole.offsets)]
-    if not cuts:
-        return whole
-    ids, offsets = [], []
-    for begin, end in pairwise([0, *cuts, len(text)]):
-        piece = encode_text(tokenizer, text[begin:end])
-        ids += piece.ids
-        offsets += [(a + begin, b + begin) for a, b in piece.offsets]
-    # some tokenizers put a space before every text, and so before every piece
-    return Tokens(ids, offsets) if tokenizer.decode(ids) == tokenizer.decode(whole.ids) else whole
+    try:
+        return _shortened(processor, sample, encode(processor, sample), max_text_tokens, policy)
+    except UserError as error:
+        raise UserError(f"{sample.where}: {error}") from None
 
 
 def encode_prompt(processor: FlamingoProcessor, sample: Sample | Messages) -> list[int]:
-    """Token ids of a dialogue up to where the assistant is to speak, or of a document up to its last image."""
+    """Return the token ids of a dialogue up to the assistant's answer, or of a document up to its last image."""
     messages = _messages(sample)
-    write = render_document_prompt if is_document(messages) else render_prompt
-    return encode_text(processor.tokenizer, write(processor, messages)).ids
+    render = render_document_prompt if is_document(messages) else render_prompt
+    return encode_text(processor.tokenizer, render(processor, messages)).ids
 
 
 def end_token_id(processor: FlamingoProcessor) -> int | None:
-    """The token with which the chat template ends what the assistant says; None where it is an ordinary word."""
+    """Return the token with which the chat template ends an answer; None if it is not an added token."""
     labels = encode(processor, [text_message("user", "a"), text_message("assistant", "a")]).labels
     last = [token for token in labels if token != IGNORED][-1]
     return last if last in processor.tokenizer.added_tokens_decoder else None
 
 
 def has_labels(labels: Sequence[int]) -> bool:
-    """Whether there is anything to learn; the first token is never predicted."""
+    """Whether any token has loss; the first token is never predicted."""
     return any(label != IGNORED for label in labels[1:])
 
 
@@ -133,78 +141,64 @@ def _messages(sample: Sample | Messages) -> Messages:
     return sample.messages if isinstance(sample, Sample) else sample
 
 
+def _overlaps(offsets: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
+    begin, stop = offsets
+    return any(begin < end and stop > start for start, end in spans)
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, starts: Sequence[int]) -> Tokens:
+    """Tokenize a text so that no token crosses one of ``starts``, where a prompt ends and an answer begins.
+
+    Some tokenizers have one token for the line break that ends a prompt and the one that begins an answer.
+    """
+    whole = encode_text(tokenizer, text)
+    cuts = [start for start in starts if any(begin < start < stop for begin, stop in whole.offsets)]
+    if not cuts:
+        return whole
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for first, last in pairwise([0, *cuts, len(text)]):
+        piece = encode_text(tokenizer, text[first:last])
+        ids += piece.ids
+        offsets += [(begin + first, stop + first) for begin, stop in piece.offsets]
+    # Tokenizers that put a space before every text would put one before every piece.
+    return Tokens(ids, offsets) if tokenizer.decode(ids) == tokenizer.decode(whole.ids) else whole
+
+
 def _check_images(processor: FlamingoProcessor, messages: Messages, ids: list[int]) -> int:
-    """How many images there are: as many media tokens as the messages have."""
-    wanted = sum(flatten(message, processor.tokenizer)["content"].count(MEDIA_TOKEN) for message in messages)
+    """Return how many media tokens there are. Raises UserError if the messages have another number."""
+    images = sum(flatten(message, processor.tokenizer)["content"].count(MEDIA_TOKEN) for message in messages)
     found = ids.count(processor.image_token_id)
-    if found != wanted:
+    if found != images:
         raise UserError(
-            f"chat template: found {found} {MEDIA_TOKEN} tokens where the dialogue has {wanted} images; "
+            f"chat template: got {found} {MEDIA_TOKEN} tokens where the dialogue has {images} images; "
             "use a template that writes every message whole"
         )
     return found
 
 
-TooLong = Literal["error", "drop_sample", "drop_turns", "truncate_text"]
-
-NOTHING_TO_LEARN = "found no word of the assistant's to learn"
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A sample that is not trained on, and why.
-
-    too_long: for its length alone; else there is nothing to learn in it, or nothing is left.
-    """
-
-    reason: str
-    too_long: bool = False
-
-
-def encode_within(
-    processor: FlamingoProcessor, sample: Sample, max_text_tokens: int, policy: TooLong = "error"
-) -> Encoded | Dropped:
-    """The sample's token ids and labels, at most ``max_text_tokens`` of them.
-
-    What remains keeps the sample's first ``Encoded.images`` images. Raises UserError, naming file and row, for what
-    `encode` refuses, and under the policy "error" for a longer sample or one without anything to learn.
-    """
-    try:
-        whole = encode(processor, sample)
-        return _shortened(processor, sample, whole, max_text_tokens, policy)
-    except UserError as error:
-        raise UserError(f"{sample.where}: {error}") from None
-
-
 def _shortened(
     processor: FlamingoProcessor, sample: Sample, whole: Encoded, limit: int, policy: TooLong
 ) -> Encoded | Dropped:
-    found = len(whole.input_ids)
     if not has_labels(whole.labels):
-        return _nothing_to_learn(policy)
-    if found <= limit:
+        if policy == "error":
+            raise UserError(f"{NOTHING_TO_LEARN}; remove the sample")
+        return Dropped(NOTHING_TO_LEARN)
+    length = whole.text_tokens
+    if length <= limit:
         return whole
     if policy == "error":
         raise UserError(
-            f"found {found} text tokens, the limit is {limit}; "
+            f"got {length} text tokens, the limit is {limit}; "
             "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
         )
     kept = _SHORTEN[policy](processor, sample, whole, limit)
     if kept is None:
-        return Dropped(f"found {found} text tokens, the limit is {limit}", too_long=True)
+        return Dropped(f"got {length} text tokens, the limit is {limit}", too_long=True)
     if not has_labels(kept.labels):
-        return Dropped(f"{NOTHING_TO_LEARN} among its first {limit} of {found} text tokens", too_long=True)
-    return replace(kept, cut=_cut(whole, kept, kept.cut.turns))
-
-
-def _nothing_to_learn(policy: TooLong) -> Dropped:
-    if policy == "error":
-        raise UserError(f"{NOTHING_TO_LEARN}; remove the sample")
-    return Dropped(NOTHING_TO_LEARN)
-
-
-def _cut(whole: Encoded, kept: Encoded, turns: int) -> Cut:
-    return Cut(turns, len(whole.input_ids) - len(kept.input_ids), whole.images - kept.images)
+        return Dropped(f"{NOTHING_TO_LEARN} among its first {limit} of {length} text tokens", too_long=True)
+    cut = Cut(kept.cut.turns, length - kept.text_tokens, whole.images - kept.images)
+    return replace(kept, cut=cut)
 
 
 def _drop_sample(processor: FlamingoProcessor, sample: Sample, whole: Encoded, limit: int) -> None:
@@ -212,10 +206,10 @@ def _drop_sample(processor: FlamingoProcessor, sample: Sample, whole: Encoded, l
 
 
 def _drop_turns(processor: FlamingoProcessor, sample: Sample, whole: Encoded, limit: int) -> Encoded | None:
-    """As many of the first exchanges as fit, with their images; None where not even the first does."""
+    """Keep as many of the first exchanges as fit, with their images; None if not even the first fits."""
     count, first = _exchanges(sample.messages)
     fitting = bisect_right(
-        range(1, count), limit, key=lambda number: len(encode(processor, first(number)).input_ids)
+        range(1, count), limit, key=lambda number: encode(processor, first(number)).text_tokens
     )
     if not fitting:
         return None
@@ -223,23 +217,24 @@ def _drop_turns(processor: FlamingoProcessor, sample: Sample, whole: Encoded, li
 
 
 def _exchanges(messages: list[dict[str, Any]]) -> tuple[int, Callable[[int], list[dict[str, Any]]]]:
-    """How many exchanges there are, and the messages of the first so many. A document's are its chunks."""
+    """Return how many exchanges there are, and a function for the messages of the first n. A document's are its chunks."""
     if is_document(messages):
         images = sum(map(is_image, messages[0]["content"]))
         return images, lambda count: [first_chunks(messages[0], count)]
-    begins = _beginnings(messages)
-    return len(begins), lambda count: messages[: [*begins, len(messages)][count]]
+    ends = [*_exchange_starts(messages), len(messages)]
+    return len(ends) - 1, lambda count: messages[: ends[count]]
 
 
-def _beginnings(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Where each exchange begins: with the first message, and with each after an answer that is none itself."""
+def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the index of the first message, and of each message that follows an answer and is not one itself."""
     roles = [message["role"] for message in messages]
-    answered = [0, *(i for i in range(1, len(roles)) if roles[i - 1] == "assistant" != roles[i])]
-    return [index for index in answered if "assistant" in roles[index:]]
+    starts = [0]
+    starts += [i for i in range(1, len(roles)) if roles[i - 1] == "assistant" and roles[i] != "assistant"]
+    return [index for index in starts if "assistant" in roles[index:]]
 
 
 def _truncate_text(processor: FlamingoProcessor, sample: Sample, whole: Encoded, limit: int) -> Encoded:
-    """The first tokens, less the images at the end that have no text after them."""
+    """Keep the first tokens, without images at the end that have no text after them."""
     ids = whole.input_ids[:limit]
     media, tokenizer = processor.image_token_id, processor.tokenizer
     while media in ids:
@@ -250,4 +245,8 @@ def _truncate_text(processor: FlamingoProcessor, sample: Sample, whole: Encoded,
     return Encoded(ids, whole.labels[: len(ids)], ids.count(media), rewritten=whole.rewritten)
 
 
-_SHORTEN = {"drop_sample": _drop_sample, "drop_turns": _drop_turns, "truncate_text": _truncate_text}
+_SHORTEN: dict[str, Callable[..., Encoded | None]] = {
+    "drop_sample": _drop_sample,
+    "drop_turns": _drop_turns,
+    "truncate_text": _truncate_text,
+}

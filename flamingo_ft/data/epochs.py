@@ -71,7 +71,7 @@ def _rows_per_sample(recipe: Recipe, data: OpenedData) -> Fraction:
     limit = text_limit(files.language, recipe.data.max_text_tokens)
     encode = encoder(processor, recipe, limit)
     order = SampleOrder(data.train, recipe.train.seed)
-    draws = list(islice(order.draws(), min(PACKED_SAMPLES, order.epoch_length)))
+    draws = list(islice(order.indices(), min(PACKED_SAMPLES, order.epoch_length)))
     sizes = [size for draw in draws if (size := _size(data, draw, encode)) is not None]
     rows = sum(1 for _ in pack(sizes, int, limit))
     return Fraction(max(1, rows), len(draws))

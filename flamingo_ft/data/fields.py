@@ -1,4 +1,4 @@
-"""A row's fields, with their types checked."""
+"""Reading the fields of a row, with their types checked."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from flamingo_ft.errors import UserError
 Row = Mapping[str, Any]
 
 TAR_MEMBERS = "__members__"
-"""Where a row out of a tar keeps the content of its files, by name."""
+"""Key under which a row from a tar keeps the content of its files, by name."""
 
-_NAMES = {
+_TYPE_NAMES = {
     dict: "an object",
     list: "a list",
     tuple: "a list",
@@ -27,21 +27,21 @@ _NAMES = {
 
 
 def type_name(value: Any) -> str:
-    """What a value is, in a user's words."""
+    """Return what a value is, in JSON's words."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN (an empty cell)"
-    return "null" if value is None else _NAMES.get(type(value), type(value).__name__)
+    return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def has_value(row: Row, name: str) -> bool:
-    """Whether a row has something in a field. Tables put null or NaN where they have nothing."""
+    """Whether a field is there and neither null nor NaN, which tables have for empty cells."""
     value = row.get(name)
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value stands for nothing: null, NaN, white space, or an image of `datasets` without bytes and path."""
-    if isinstance(value, str):  # first, as most values are
+    """Whether a value is null, NaN, whitespace, or an image of `datasets` without bytes and path."""
+    if isinstance(value, str):  # first: most values are text
         return not value.strip()
     if isinstance(value, Mapping):
         return bool(value) and {*value} <= {"bytes", "path"} and all(map(is_blank, value.values()))
@@ -49,8 +49,8 @@ def is_blank(value: Any) -> bool:
 
 
 def has_content(value: Any) -> bool:
-    """Whether there is anything in a value, however deeply nested; Arrow fills absent objects with nulls."""
-    if value is None or isinstance(value, str):  # first, as most values are
+    """Whether a value holds anything, however deeply nested; Arrow fills absent objects with nulls."""
+    if value is None or isinstance(value, str):  # first: most values are text
         return not is_blank(value)
     if isinstance(value, Mapping):
         return any(map(has_content, value.values()))
@@ -58,7 +58,7 @@ def has_content(value: Any) -> bool:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """The non-empty strings in a value, however deeply nested."""
+    """Yield the non-empty strings in a value, however deeply nested."""
     if isinstance(value, str) and value.strip():
         yield value.strip()
     elif isinstance(value, (Mapping, list, tuple)):
@@ -67,56 +67,58 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def text_field(row: Row, name: str, where: str) -> str:
+    """Return a field of text, which may be empty."""
     if not isinstance(row.get(name), str):
-        raise UserError(f"{where}: {name}: found {_found(row, name)}, wanted text")
+        raise UserError(f"{where}: {name}: expected text, got {_got(row, name)}")
     return check_unicode(row[name], f"{where}: {name}")
 
 
 def optional_text(row: Row, name: str, where: str) -> str | None:
-    """None where there is nothing, or no words."""
+    """Return a field of text; None if it is missing or blank."""
     text = text_field(row, name, where) if has_value(row, name) else ""
     return text if text.strip() else None
 
 
 def list_field(row: Row, name: str, where: str) -> list:
-    """A list, which tables have as JSON text."""
+    """Return a field that is a list, or, as in tables, the JSON text of one."""
     value = row.get(name)
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _parsed(value)
     if not isinstance(value, list):
-        raise UserError(f"{where}: {name}: found {_found(row, name)}, wanted a list")
+        raise UserError(f"{where}: {name}: expected a list, got {_got(row, name)}")
     return value
 
 
 def nonempty_text(value: Any, where: str) -> str:
-    """Text that says something; a number is taken for what is written. UserError for null, NaN and empty text."""
+    """Return text that is not blank; a number becomes its text. Raises UserError for null, NaN and blank text."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: found {type_name(value)}, wanted text")
+        raise UserError(f"{where}: expected text, got {type_name(value)}")
     if not value.strip():
-        raise UserError(f"{where}: found no words, wanted text; write it or remove the row")
+        raise UserError(f"{where}: empty; write text or remove the row")
     return check_unicode(value, where)
 
 
 def nonempty_text_field(row: Row, name: str, where: str) -> str:
+    """Return a field of text that is not blank."""
     if name not in row:
-        raise UserError(f"{where}: {name}: found no such field, wanted text")
+        raise UserError(f"{where}: {name}: expected text, got no such field")
     return nonempty_text(row[name], f"{where}: {name}")
 
 
 def check_unicode(text: str, where: str) -> str:
-    """The text, refused where JSON escapes made half a character of it, which no tokenizer takes."""
+    """Return the text. Raises UserError for an unpaired surrogate (from a JSON escape), which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"{where}: found half a character at {error.start}, wanted whole text; remove it"
+            f"{where}: half a character (an unpaired surrogate) at position {error.start}; remove it"
         ) from None
     return text
 
 
-def _found(row: Row, name: str) -> str:
+def _got(row: Row, name: str) -> str:
     return type_name(row[name]) if name in row else "no such field"
 
 

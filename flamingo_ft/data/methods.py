@@ -15,25 +15,25 @@ from .pairs import encode_pair
 from .sample import Sample
 from .stream.order import WeightedSource
 
-ENCODE = {"sft": encode_within, "dpo": encode_pair}
+ENCODE: dict[str, Callable[..., Any]] = {"sft": encode_within, "dpo": encode_pair}
 
 
 def check_method(sources: Sequence[WeightedSource], method: str) -> None:
-    """Refuse sources that do not have what ``method`` learns from."""
-    for mixed in sources:
-        are_pairs = mixed.source.format == "preference"
-        if are_pairs and method == "sft":
+    """Raise UserError for a source that ``method`` cannot train on."""
+    for weighted in sources:
+        source = weighted.source
+        if source.is_preference and method == "sft":
             raise UserError(
-                f"{mixed.source.name}: found preference pairs, wanted samples with one answer; "
+                f"{source.name}: expected samples with one answer, got preference pairs; "
                 "set train.method to dpo, or name another format"
             )
-        if not are_pairs and method == "dpo":
+        if not source.is_preference and method == "dpo":
             raise UserError(
-                f"{mixed.source.name}: found {mixed.source.format} samples, wanted preference pairs (prompt, chosen, "
-                "rejected) for train.method dpo; name such data, or set train.method to sft"
+                f"{source.name}: train.method dpo expects preference pairs (prompt, chosen, rejected), got "
+                f"{source.format} samples; name such data, or set train.method to sft"
             )
 
 
 def encoder(processor: FlamingoProcessor, recipe: Recipe, limit: int) -> Callable[[Sample], Any]:
-    """From a sample to the tokens, at most ``limit`` in each text, that the recipe's method learns from."""
+    """Return the function from a sample to its tokens, at most ``limit`` per text, for the recipe's method."""
     return partial(ENCODE[recipe.train.method], processor, max_text_tokens=limit, policy=recipe.data.too_long)

@@ -1,4 +1,4 @@
-"""A recipe's data, opened: which rows of which source train, and which are held out."""
+"""A recipe's data, opened: which rows of which source are trained on, and which are evaluated on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .sample import Medium, Sample, Video
 from .sources import open_source
 from .stream.order import WeightedSource
 
-MAX_VALIDATED_ROWS = 50_000  # rows; some seconds
+MAX_VALIDATED_ROWS = 50_000  # takes some seconds
 
 
 @dataclass(frozen=True)
 class OpenedData:
-    """Sources of a recipe. ``train``: with weights; ``eval``: never trained on.
+    """The sources of a recipe: ``train``, with weights, and ``eval``, never trained on.
 
-    skipped: where each held-out row is that was looked at and cannot be used, and why.
+    skipped: why evaluation rows cannot be used, by "FILE: row N".
     """
 
     section: DataSection
@@ -33,84 +33,95 @@ class OpenedData:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def samples(self, mixture: Sequence[WeightedSource]) -> Iterator[Sample]:
-        """The samples of some of the sources, one after the other, in the order of their rows; bad ones end it or are
-        left out, as the recipe says."""
-        return itertools.chain.from_iterable(_samples(mixed, self.section) for mixed in mixture)
+        """Yield the samples of some of the sources in the order of their rows.
+
+        A bad row raises or is skipped, as ``data.on_bad_sample`` says.
+        """
+        return itertools.chain.from_iterable(_samples(weighted, self.section) for weighted in mixture)
 
     def validate_rows(self) -> None:
-        """Read the rows of training sources that are soon read, so that a run that bad rows end is not begun.
+        """Read all rows of training sources of up to `MAX_VALIDATED_ROWS`, so that bad rows do not end a run later.
 
-        Raises UserError for the first bad one, where they are not skipped. Images are not opened.
+        Raises UserError for the first bad one, unless they are skipped. Images are not opened.
         """
         if self.section.on_bad_sample == "skip":
             return
-        for mixed in self.train:
-            if mixed.source.indexed and mixed.size <= MAX_VALIDATED_ROWS:
-                for _ in _samples(mixed, self.section):
+        for weighted in self.train:
+            if weighted.source.indexed and weighted.size <= MAX_VALIDATED_ROWS:
+                for _ in _samples(weighted, self.section):
                     pass
 
-    def eval_samples(self, most_per_source: int | None = None) -> list[Sample]:
-        """The first held-out samples of each source, their images looked at: evaluation must not fail after training."""
-        read = partial(_samples, section=self.section, look=True, left_out=self.skipped)
-        return [sample for mixed in self.eval for sample in itertools.islice(read(mixed), most_per_source)]
+    def eval_samples(self, max_per_source: int | None = None) -> list[Sample]:
+        """Return the first evaluation samples of each source, their images opened: evaluation must not fail later."""
+        read = partial(_samples, section=self.section, check_images=True, skipped=self.skipped)
+        return [
+            sample for weighted in self.eval for sample in itertools.islice(read(weighted), max_per_source)
+        ]
 
 
 def open_data(section: DataSection, seed: int) -> OpenedData:
-    """Open the sources of a recipe's ``data``, and hold out what it says; ``seed`` chooses which.
+    """Open the sources of a recipe's ``data`` and split off ``eval_fraction``; the seed decides which rows.
 
-    Raises UserError for a source that cannot be opened or has nothing to hold out.
+    Raises UserError for a source that cannot be opened, or of which nothing can be held out.
     """
     train = [WeightedSource(open_source(entry, section), entry.weight) for entry in section.train]
-    held_out = [WeightedSource(open_source(entry, section)) for entry in section.eval]
+    evaluated = [WeightedSource(open_source(entry, section)) for entry in section.eval]
     if section.eval_fraction:
-        splits = split_eval([mixed.source for mixed in train], section.eval_fraction, seed)
-        held_out += [
-            WeightedSource(mixed.source, rows=rows) for mixed, (_, rows) in zip(train, splits, strict=True)
-        ]
-        train = [
-            WeightedSource(mixed.source, mixed.weight, rows)
-            for mixed, (rows, _) in zip(train, splits, strict=True)
-        ]
-    return OpenedData(section, train, held_out)
+        splits = split_eval([weighted.source for weighted in train], section.eval_fraction, seed)
+        whole, train = train, []
+        for weighted, (train_rows, eval_rows) in zip(whole, splits, strict=True):
+            train.append(replace(weighted, rows=train_rows))
+            evaluated.append(WeightedSource(weighted.source, rows=eval_rows))
+    return OpenedData(section, train, evaluated)
 
 
 def _samples(
-    mixed: WeightedSource, section: DataSection, look: bool = False, left_out: dict[str, str] | None = None
+    weighted: WeightedSource,
+    section: DataSection,
+    check_images: bool = False,
+    skipped: dict[str, str] | None = None,
 ) -> Iterator[Sample]:
-    """The samples of a source; look: only those whose images can be read. left_out: gets where others are, and why."""
-    source = mixed.source
-    rows = (
-        enumerate(source.stream())
-        if mixed.rows is None
-        else ((row, source.raw(row)) for row in mixed.rows.tolist())
-    )
+    """Yield the samples of a source.
+
+    Args:
+        check_images: treat a sample whose images cannot be read as bad.
+        skipped: receives why rows are skipped, by "FILE: row N".
+    """
+    source = weighted.source
+    if weighted.rows is None:
+        rows = enumerate(source.stream())
+    else:
+        rows = ((row, source.raw(row)) for row in weighted.rows.tolist())
     for row, raw in rows:
         try:
             sample = source.sample(row, raw)
-            sample = _looked_at(sample, section.video_frames) if look else sample
+            if check_images:
+                sample = _with_opened_images(sample, section.video_frames)
         except UserError as error:
             if section.on_bad_sample == "error":
                 raise
-            if left_out is not None:
-                left_out[source.where(raw)] = str(error)
+            if skipped is not None:
+                skipped[source.where(raw)] = str(error)
             continue
         yield sample
 
 
-def _looked_at(sample: Sample, video_frames: int) -> Sample:
-    """The sample, its images opened once; those from the network are kept, which may be gone when they are asked for
-    again. UserError for one that cannot be read."""
+def _with_opened_images(sample: Sample, video_frames: int) -> Sample:
+    """Return the sample after opening its images once; those at URLs are kept, since they may be gone later.
+
+    Raises UserError for one that cannot be read.
+    """
     images = []
     for medium in sample.images:
-        images.append(_at_hand(medium, sample.where))
-        fetched = isinstance(medium, str) and is_url(medium)
-        open_medium(images[-1], f"{sample.where}: {medium}" if fetched else sample.where, video_frames)
+        images.append(_downloaded(medium, sample.where))
+        is_remote = isinstance(medium, str) and is_url(medium)
+        open_medium(images[-1], f"{sample.where}: {medium}" if is_remote else sample.where, video_frames)
     return replace(sample, images=images)
 
 
-def _at_hand(medium: Medium, where: str) -> Medium:
-    """The medium with the content of URLs in their place."""
+def _downloaded(medium: Medium, where: str) -> Medium:
+    """Return the medium with the content of URLs in their place."""
     if not isinstance(medium, Video):
         return read_bytes(medium, where) if isinstance(medium, str) and is_url(medium) else medium
-    file = None if medium.file is None else _at_hand(medium.file, where)
-    return Video(tuple(_at_hand(frame, where) for frame in medium.frames), file)
+    file = None if medium.file is None else _downloaded(medium.file, where)
+    return Video(tuple(_downloaded(frame, where) for frame in medium.frames), file)

@@ -1,6 +1,6 @@
-"""Pairs of a better and a worse answer, as TRL's DPOTrainer takes them.
+"""Preference pairs: a prompt with a better and a worse answer, as token ids and as TRL's DPOTrainer takes them.
 
-A pair of answers in token ids, as preference training takes it: the prompt twice, each time with another answer.
+Shapes: P pairs, T text tokens.
 """
 
 from __future__ import annotations
@@ -22,60 +22,14 @@ from .sample import Sample, Video
 
 Messages = Sequence[Mapping[str, Any]]
 
-
-def preference_row(sample: Sample) -> dict[str, Any]:
-    """``prompt``, ``chosen`` and ``rejected`` messages, and the ``images``, opened.
-
-    The prompt goes up to the last message that is not the assistant's. Raises UserError, naming file and row, where the
-    sample is no pair, its answers hold images, it holds videos, or an image cannot be read.
-    """
-    parts = prompt_and_answers(sample)
-    if any(isinstance(medium, Video) for medium in sample.images):
-        raise UserError(f"{sample.where}: images: found a video; TRL's preference data has images alone")
-    images = [open_medium(medium, sample.where)[0] for medium in sample.images]
-    names = ("prompt", "chosen", "rejected")
-    return {name: _plain(messages) for name, messages in zip(names, parts, strict=True)} | {"images": images}
-
-
-def prompt_and_answers(sample: Sample) -> tuple[Messages, Messages, Messages]:
-    """The messages up to the last that is not the assistant's, the better answer and the worse one.
-
-    Raises UserError, naming file and row, where the sample is no pair or its answers hold images.
-    """
-    if not sample.rejected:
-        raise UserError(f"{sample.where}: rejected: found none, wanted a worse answer to compare with")
-    asked = answer_begins(sample.messages)
-    answers = sample.messages[asked:], sample.rejected
-    for name, messages in zip(("chosen", "rejected"), answers, strict=True):
-        _check_answer(messages, f"{sample.where}: {name}")
-    return sample.messages[:asked], *answers
-
-
-def answer_begins(messages: Messages) -> int:
-    """Index of the first message after the last that is not the assistant's."""
-    return 1 + max((i for i, message in enumerate(messages) if message["role"] != "assistant"), default=-1)
-
-
-def _check_answer(messages: Messages, where: str) -> None:
-    if not messages or any(message["role"] != "assistant" for message in messages):
-        raise UserError(f"{where}: found no answer of the assistant's, wanted one at the end")
-    if any(is_image(block) for message in messages for block in message["content"]):
-        raise UserError(f"{where}: found an image in the answer; preference training takes text alone there")
-
-
-def _plain(messages: Messages) -> list[dict[str, Any]]:
-    """Role and content alone: TRL's datasets want the same fields in every message."""
-    return [{"role": message["role"], "content": list(message["content"])} for message in messages]
-
-
-ALIKE = "found the same tokens in chosen and rejected"
+SAME_TOKENS = "chosen and rejected have the same tokens"
 
 
 @dataclass(frozen=True)
 class EncodedPair:
     """The prompt with the better answer and the prompt with the worse one; only the answers have labels.
 
-    Both show the same images, which stand in the prompt.
+    Both show the same images, which are in the prompt.
     """
 
     chosen: Encoded
@@ -83,7 +37,7 @@ class EncodedPair:
 
     @property
     def images(self) -> int:
-        """How many of the sample's first images and videos stand in either half."""
+        """How many of the sample's first images and videos are in either half."""
         return self.chosen.images
 
     @property
@@ -103,44 +57,87 @@ class EncodedPair:
 
     @property
     def cut(self) -> Cut:
-        """What was taken away of both halves."""
+        """What was cut from both halves."""
         return Cut(tokens=self.chosen.cut.tokens + self.rejected.cut.tokens)
 
 
 def encode_pair(
     processor: FlamingoProcessor, sample: Sample, max_text_tokens: int, policy: TooLong = "error"
 ) -> EncodedPair | Dropped:
-    """Both halves of a preference sample, each within ``max_text_tokens`` as `encode_within` has it.
+    """Encode both halves of a preference sample, each within ``max_text_tokens`` as `encode_within` does.
 
-    A pair of which a half is dropped is dropped: the answers stand at the end, so no policy but truncate_text leaves
-    anything of them. Raises UserError, naming file and row, where `encode_within` does, and for a sample that is no pair.
+    A pair is dropped if either half is: the answers are at the end, so only truncate_text leaves anything of them. Raises
+    UserError, naming file and row, as `encode_within` does, and for a sample that is not a pair.
     """
     prompt, *answers = prompt_and_answers(sample)
-    given = [{**message, "loss": False} for message in prompt]
+    prompt = [{**message, "loss": False} for message in prompt]
     halves = []
     for answer in answers:
-        half = encode_within(processor, replace(sample, messages=[*given, *answer]), max_text_tokens, policy)
+        half = encode_within(processor, replace(sample, messages=[*prompt, *answer]), max_text_tokens, policy)
         if isinstance(half, Dropped):
             return half
         halves.append(half)
-    return _check_distinct(EncodedPair(*halves), sample, policy)
-
-
-def _check_distinct(pair: EncodedPair, sample: Sample, policy: TooLong) -> EncodedPair | Dropped:
-    """The pair, unless there is nothing to prefer; so it is where both answers begin alike and were cut."""
+    pair = EncodedPair(*halves)
     if pair.chosen.input_ids != pair.rejected.input_ids:
         return pair
+    # The same text twice, or answers that begin alike and were cut.
     if policy == "error":
-        raise UserError(f"{sample.where}: {ALIKE}; remove the row")
-    return Dropped(ALIKE, too_long=pair.cut != Cut())
+        raise UserError(f"{sample.where}: {SAME_TOKENS}; remove the row")
+    return Dropped(SAME_TOKENS, too_long=pair.cut != Cut())
 
 
 def collate_pairs(pairs: Sequence[EncodedPair], pad_token_id: int) -> dict[str, Tensor]:
-    """input_ids, attention_mask and completion_mask (2 P, T) of P pairs as TRL has them: all chosen, then all rejected."""
+    """Return input_ids, attention_mask and completion_mask (2 P, T) as TRL has them: all chosen, then all rejected."""
     batch = collate_text([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], pad_token_id)
     return batch | {"completion_mask": (batch.pop("labels") != IGNORED).long()}
 
 
 def repeat_media(media: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The media (P, ...) of pairs for both halves, (2 P, ...)."""
+    """Return the media of pairs (P, ...) for both halves (2 P, ...)."""
     return {name: torch.cat([tensor, tensor]) for name, tensor in media.items()}
+
+
+def preference_row(sample: Sample) -> dict[str, Any]:
+    """Return a row for `trl.DPOTrainer`: ``prompt``, ``chosen`` and ``rejected`` messages, and the opened ``images``.
+
+    Raises UserError, naming file and row, if the sample is not a pair, its answers hold images, it holds videos, or an image
+    cannot be read.
+    """
+    parts = prompt_and_answers(sample)
+    if any(isinstance(medium, Video) for medium in sample.images):
+        raise UserError(f"{sample.where}: images: got a video; TRL's preference data has images only")
+    images = [open_medium(medium, sample.where)[0] for medium in sample.images]
+    names = ("prompt", "chosen", "rejected")
+    rows = {name: _role_and_content(messages) for name, messages in zip(names, parts, strict=True)}
+    return rows | {"images": images}
+
+
+def prompt_and_answers(sample: Sample) -> tuple[Messages, Messages, Messages]:
+    """Return the messages up to the last that is not the assistant's, the better answer and the worse one.
+
+    Raises UserError, naming file and row, if the sample is not a pair or its answers hold images.
+    """
+    if not sample.rejected:
+        raise UserError(f"{sample.where}: rejected: missing; give a worse answer to compare with")
+    start = answer_start(sample.messages)
+    answers = sample.messages[start:], sample.rejected
+    for name, messages in zip(("chosen", "rejected"), answers, strict=True):
+        _check_answer(messages, f"{sample.where}: {name}")
+    return sample.messages[:start], *answers
+
+
+def answer_start(messages: Messages) -> int:
+    """Return the index of the first message after the last that is not the assistant's."""
+    return 1 + max((i for i, message in enumerate(messages) if message["role"] != "assistant"), default=-1)
+
+
+def _check_answer(messages: Messages, where: str) -> None:
+    if not messages or any(message["role"] != "assistant" for message in messages):
+        raise UserError(f"{where}: does not end with an assistant message; add the answer")
+    if any(is_image(block) for message in messages for block in message["content"]):
+        raise UserError(f"{where}: got an image in the answer; preference training takes only text there")
+
+
+def _role_and_content(messages: Messages) -> list[dict[str, Any]]:
+    """Return messages without other keys: TRL's datasets need the same fields in every message."""
+    return [{"role": message["role"], "content": list(message["content"])} for message in messages]

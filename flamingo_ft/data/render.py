@@ -1,15 +1,13 @@
-"""A dialogue as its chat template writes it, and which characters are the assistant's.
+"""Dialogues and documents as text, with the character spans that have loss; and the chat template that writes them.
 
-Captions and interleaved documents in OpenFlamingo's form, whatever the chat template (arXiv:2308.01390, section 3).
+Captions and interleaved documents are written in OpenFlamingo's form whatever the chat template (arXiv:2308.01390,
+section 3):
 
     <image>caption<|endofchunk|></s>
     text<image>text<|endofchunk|><image>text<|endofchunk|></s>
 
-Loss is on everything from the first image on but images: text, and the end of each chunk. The language model's own end
-token is learned after a caption, and not after an interleaved document.
-
-
-How the recipe wants dialogues written as text: set once on the processor, and saved with it.
+Their loss is on everything from the first image on except images: text, and the end of each chunk. The language model's own
+end token has loss after a caption, but not after an interleaved document.
 """
 
 from __future__ import annotations
@@ -26,70 +24,169 @@ from flamingo_ft.model.special_text import encode_text, protect
 
 from .sample import DOCUMENT, text_message
 
+# An empty dialogue gets the system message too: the text of a dialogue's first turns must begin as the whole does.
+WITH_SYSTEM_PROMPT = (
+    "{%- if not messages or messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}"
+    "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}"
+    "{% endif %}"
+)
+
+
+def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
+    """Set the processor's chat template as ``data.template`` and ``data.system_prompt`` say; it is saved with it.
+
+    A template whose generation prompt differs from how it writes answers is corrected (`answer_template`). Raises UserError if
+    ``chat`` is set and the language model has no chat template, if its template cannot be trained with, and if the template
+    has no place for a system prompt.
+    """
+    template = _template(processor, data.template)
+    if data.system_prompt is None:
+        processor.chat_template = _corrected(processor, template)
+        return
+    if protect(processor.tokenizer, data.system_prompt) != data.system_prompt:
+        raise UserError("data.system_prompt: contains the text of a special token; write it without")
+    prefix = WITH_SYSTEM_PROMPT.replace("PROMPT", jinja_literal(data.system_prompt))
+    processor.chat_template = prefix + template
+    _check_system_prompt(processor, data.system_prompt)
+    processor.chat_template = _corrected(processor, processor.chat_template)
+
 
 def render_dialogue(
     processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
-    """The text of a dialogue, stand-ins for typed special tokens in it, and the characters with loss."""
+    """Return the text of a dialogue, placeholders for typed special tokens in it, and the character spans with loss."""
     turns = [flatten(message, processor.tokenizer) for message in messages]
-    speaking = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    silent = {index for index in speaking if turns[index].get("loss") is False}
+    answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    masked = {index for index in answers if turns[index].get("loss") is False}
     if is_marked(processor.chat_template):
         text, spans = _render(processor, turns, marked=True)
-        return text, _without(spans, speaking, silent) if silent else spans
+        return text, _unmasked(spans, answers, masked) if masked else spans
     text, _ = _render(processor, turns)
-    return text, [_span(processor, turns, index, text) for index in speaking if index not in silent]
+    return text, [_answer_span(processor, turns, index, text) for index in answers if index not in masked]
 
 
 def render_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a dialogue up to where the assistant is to speak."""
+    """Return the text of a dialogue up to where the assistant's answer begins."""
     turns = [flatten(message, processor.tokenizer) for message in messages]
     return _render(processor, turns, add_generation_prompt=True)[0]
 
 
-def answers_are_rewritten(
-    processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]], text: str
-) -> bool:
-    """Whether an answer with loss does not stand in the dialogue's ``text`` as it is, white space aside."""
-    words, place = _without_space(text), 0
+def answers_rewritten(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
+    """Whether an answer with loss does not appear unchanged in the dialogue's ``text``, whitespace aside."""
+    text, position = _without_space(text), 0
     for message in messages:
         if message["role"] == "assistant" and message.get("loss") is not False:
             answer = _without_space(flatten(message, processor.tokenizer)["content"])
-            place = words.find(answer, place)
-            if place < 0:
+            position = text.find(answer, position)
+            if position < 0:
                 return True
-            place += len(answer)
+            position += len(answer)
     return False
+
+
+def is_document(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether this is a document. Raises UserError if it stands among other messages."""
+    documents = sum(message["role"] == DOCUMENT for message in messages)
+    if documents and len(messages) > 1:
+        raise UserError(
+            f"messages: got a {DOCUMENT} among {len(messages)} messages; let it stand alone in its sample"
+        )
+    return documents > 0
+
+
+def render_document(
+    processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
+) -> tuple[str, list[Span]]:
+    """Return the text of a document, placeholders for typed special tokens in it, and the character spans with loss."""
+    text = _chunks(processor, messages) + EOC_TOKEN
+    start = text.find(MEDIA_TOKEN)
+    end = processor.tokenizer.eos_token or ""
+    if start < 0:
+        return text + end, []
+    is_caption = text.count(MEDIA_TOKEN) == 1 and start == len(_bos(processor))
+    return text + end, [(start, len(text + end) if is_caption else len(text))]
+
+
+def render_document_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of a document up to its last image, which the model is to continue; all of it without images."""
+    before, image, after = _chunks(processor, messages).rpartition(MEDIA_TOKEN)
+    return before + image if image else after
+
+
+def first_chunks(message: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return the document up to its ``count``-th image and the text after it."""
+    content = message["content"]
+    images = [index for index, block in enumerate(content) if is_image(block)]
+    return {**message, "content": content[: images[count]] if count < len(images) else content}
+
+
+def _template(processor: FlamingoProcessor, name: str) -> str:
+    """Return the template that ``data.template`` names."""
+    has_own = processor.tokenizer.chat_template is not None
+    if name == "chat" and not has_own:
+        raise UserError(
+            "data.template: got chat, but the language model has no chat template; set it to auto or flamingo"
+        )
+    if name == "flamingo" or not has_own:
+        return chunk_template(processor.tokenizer)
+    return processor.tokenizer.get_chat_template()
+
+
+def _corrected(processor: FlamingoProcessor, template: str) -> str:
+    """Return the template to write with. Raises UserError if there is none."""
+    corrected = answer_template(processor.tokenizer, template)
+    if corrected.problem:
+        raise UserError(
+            f"data.template: the language model's chat template {corrected.problem}; set data.template to flamingo"
+        )
+    return corrected.text
+
+
+def _check_system_prompt(processor: FlamingoProcessor, prompt: str) -> None:
+    remedy = "set it to null, or data.template to flamingo"
+    try:
+        text, _ = render_dialogue(processor, [text_message("user", "a"), text_message("assistant", "b")])
+    except UserError as error:
+        raise UserError(f"data.system_prompt: {error}; {remedy}") from None
+    if prompt.strip() not in text:
+        raise UserError(f"data.system_prompt: the chat template leaves out a system message; {remedy}")
+
+
+def _render(processor: FlamingoProcessor, turns: list[dict], **options: bool) -> tuple[str, list[Span]]:
+    return render(processor.answer_template, processor.tokenizer.special_tokens_map, turns, **options)
 
 
 def _without_space(text: str) -> str:
     return "".join(text.split())
 
 
-def _without(spans: list[Span], speaking: list[int], silent: set[int]) -> list[Span]:
-    """The spans of the turns that are learned."""
-    if len(spans) != len(speaking):
+def _unmasked(spans: list[Span], answers: list[int], masked: set[int]) -> list[Span]:
+    """Return the spans of the assistant turns that are not masked."""
+    if len(spans) != len(answers):
         raise UserError(
-            f"chat template: marks {len(spans)} parts as the assistant's among {len(speaking)} such turns, "
+            f"chat template: marks {len(spans)} parts as the assistant's among {len(answers)} such turns, "
             "so it cannot be told which is the one without loss; use a template that marks each turn once"
         )
-    return [span for span, index in zip(spans, speaking, strict=True) if index not in silent]
+    return [span for span, index in zip(spans, answers, strict=True) if index not in masked]
 
 
-def _span(processor: FlamingoProcessor, turns: list[dict], index: int, text: str) -> Span:
-    """Where assistant turn ``index`` stands in ``text``, from its first word to its end token."""
+def _answer_span(processor: FlamingoProcessor, turns: list[dict], index: int, text: str) -> Span:
+    """Return where assistant turn ``index`` is in ``text``, from its first word to its end token."""
     before, _ = _render(processor, turns[:index], add_generation_prompt=True)
     through, _ = _render(processor, turns[: index + 1])
     through = through.rstrip()
     if text.startswith(through) and through.startswith(before):
         return len(before), len(through)
-    return _span_by_marker(processor, turns, index, text, before)
+    return _answer_span_by_marker(processor, turns, index, text, before)
 
 
-def _span_by_marker(
+def _answer_span_by_marker(
     processor: FlamingoProcessor, turns: list[dict], index: int, text: str, before: str
 ) -> Span:
-    """The span of a turn that the template writes otherwise when turns follow it: where another answer would stand."""
+    """Return the span of a turn that the template writes differently if turns follow it.
+
+    The answer is replaced by a marker: the texts before and after the marker bound the answer.
+    """
     marker = "qzanswer"
     while marker in text:
         marker += "z"
@@ -104,18 +201,21 @@ def _span_by_marker(
         )
     if not (text.startswith(head) and len(head) <= through):
         raise UserError(
-            "chat template: begins an answer otherwise than its prompt for answers does (with its reasoning, perhaps), "
+            "chat template: begins an answer differently than its generation prompt does (with its reasoning, perhaps), "
             f"got it in message {index}; remove the reasoning from answers, or set data.template to flamingo"
         )
     alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
-    end = text[: through + _shared(processor, tail, alone)].rstrip()
+    end = text[: through + _common_prefix(processor, tail, alone)].rstrip()
     return len(head), max(len(head), len(end))
 
 
-def _shared(processor: FlamingoProcessor, tail: str, end: str) -> int:
-    """How many characters ``tail`` and ``end`` begin with alike, in whole tokens: an answer's end, whatever follows."""
+def _common_prefix(processor: FlamingoProcessor, tail: str, alone: str) -> int:
+    """Return how many characters two texts begin with alike, in whole tokens.
+
+    With ``tail`` after an answer in the dialogue, and ``alone`` after it as the last turn, this is the answer's end token.
+    """
     shared = 0
-    ours, theirs = (encode_text(processor.tokenizer, text) for text in (tail[: len(end)], end))
+    ours, theirs = (encode_text(processor.tokenizer, text) for text in (tail[: len(alone)], alone))
     for token, other, (_, stop) in zip(ours.ids, theirs.ids, ours.offsets, strict=False):
         if token != other:
             break
@@ -123,111 +223,15 @@ def _shared(processor: FlamingoProcessor, tail: str, end: str) -> int:
     return shared
 
 
-def _render(processor: FlamingoProcessor, turns: list[dict], **options: bool) -> tuple[str, list[Span]]:
-    return render(processor.answer_template, processor.tokenizer.special_tokens_map, turns, **options)
-
-
-def is_document(messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether this is a document. Raises UserError where one stands among other messages."""
-    found = [message["role"] == DOCUMENT for message in messages]
-    if any(found) and len(found) > 1:
-        raise UserError(
-            f"messages: found a {DOCUMENT} among {len(found)} messages; let it stand alone in its sample"
-        )
-    return any(found)
-
-
-def render_document(
-    processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a document, stand-ins for typed special tokens in it, and the characters with loss."""
-    text = _chunks(processor, messages) + EOC_TOKEN
-    begin = text.find(MEDIA_TOKEN)
-    end = processor.tokenizer.eos_token or ""
-    if begin < 0:
-        return text + end, []
-    is_caption = text.count(MEDIA_TOKEN) == 1 and begin == len(_beginning(processor))
-    return text + end, [(begin, len(text + end) if is_caption else len(text))]
-
-
-def render_document_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
-    """The text of a document up to its last image, which the model is to go on from; all of it where there is none."""
-    before, image, after = _chunks(processor, messages).rpartition(MEDIA_TOKEN)
-    return before + image if image else after
-
-
-def first_chunks(message: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The document up to its ``count``-th image and the text after it."""
-    content = message["content"]
-    images = [index for index, block in enumerate(content) if is_image(block)]
-    return {**message, "content": content[: images[count]] if count < len(images) else content}
-
-
 def _chunks(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
-    """A chunk ends before every image but the first; no white space around images and ends, as OpenFlamingo cleans."""
-    before, *chunks = flatten(messages[0], processor.tokenizer)["content"].split(MEDIA_TOKEN)
-    chunks = EOC_TOKEN.join(MEDIA_TOKEN + chunk.strip() for chunk in chunks)
-    return _beginning(processor) + before.strip() + chunks
+    """Return a document without its last end of chunk.
 
-
-def _beginning(processor: FlamingoProcessor) -> str:
-    return processor.tokenizer.bos_token if begins_with_bos(processor.tokenizer) else ""
-
-
-# An empty dialogue gets the system message too: what is written of a dialogue's first turns begins as the whole does.
-WITH_SYSTEM_PROMPT = (
-    "{%- if not messages or messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}"
-    "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}"
-    "{% endif %}"
-)
-
-
-def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
-    """Set the processor's chat template as ``data.template`` and ``data.system_prompt`` say.
-
-    A template whose prompt for an answer is not how it writes answers is set corrected (`answer_template`). Raises
-    UserError where the language model has no chat template but one is requested, where its template cannot be trained
-    with, and where the template has no use for a system prompt.
+    A chunk ends before every image but the first; whitespace around images and ends is removed, as in OpenFlamingo.
     """
-    template = _template(processor, data.template)
-    if data.system_prompt is None:
-        processor.chat_template = _checked(processor, template)
-        return
-    if protect(processor.tokenizer, data.system_prompt) != data.system_prompt:
-        raise UserError("data.system_prompt: found a special token's text in it; write it without")
-    processor.chat_template = (
-        WITH_SYSTEM_PROMPT.replace("PROMPT", jinja_literal(data.system_prompt)) + template
-    )
-    _check_system_prompt(processor, data.system_prompt)
-    processor.chat_template = _checked(processor, processor.chat_template)
+    before, *chunks = flatten(messages[0], processor.tokenizer)["content"].split(MEDIA_TOKEN)
+    joined = EOC_TOKEN.join(MEDIA_TOKEN + chunk.strip() for chunk in chunks)
+    return _bos(processor) + before.strip() + joined
 
 
-def _checked(processor: FlamingoProcessor, template: str) -> str:
-    """The template to write with. Raises UserError where there is none."""
-    found = answer_template(processor.tokenizer, template)
-    if found.problem:
-        raise UserError(
-            f"data.template: the language model's chat template {found.problem}; set data.template to flamingo"
-        )
-    return found.text
-
-
-def _template(processor: FlamingoProcessor, wanted: str) -> str:
-    has_own = processor.tokenizer.chat_template is not None
-    if wanted == "chat" and not has_own:
-        raise UserError(
-            "data.template: found chat, but the language model has no chat template; set it to auto or flamingo"
-        )
-    if wanted == "flamingo" or not has_own:
-        return chunk_template(processor.tokenizer)
-    return processor.tokenizer.get_chat_template()
-
-
-def _check_system_prompt(processor: FlamingoProcessor, prompt: str) -> None:
-    remedy = "set it to null, or data.template to flamingo"
-    try:
-        text, _ = render_dialogue(processor, [text_message("user", "a"), text_message("assistant", "b")])
-    except UserError as error:
-        raise UserError(f"data.system_prompt: {error}; {remedy}") from None
-    if prompt.strip() not in text:
-        raise UserError(f"data.system_prompt: the chat template leaves out a system message; {remedy}")
+def _bos(processor: FlamingoProcessor) -> str:
+    return processor.tokenizer.bos_token if begins_with_bos(processor.tokenizer) else ""

@@ -1,4 +1,4 @@
-"""What every source is brought to: a dialogue, a document or a pair of answers, with its images."""
+"""`Sample`: what every row of every source becomes - a dialogue, a document or a preference pair, with its images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 ROLES = ("system", "user", "assistant")
-DOCUMENT = "document"  # the role of text that is to be gone on with, not answered; alone in its sample
+DOCUMENT = "document"  # the role of text that the model continues instead of answering; alone in its sample
 UNNAMED_TASK = "other"
 
 Image = str | bytes  # a path, a URL, or an image file's content
@@ -17,7 +17,7 @@ Image = str | bytes  # a path, a URL, or an image file's content
 
 @dataclass(frozen=True)
 class Video:
-    """Frames in order, or the video file that they are taken from."""
+    """Frames in order, or a video file."""
 
     frames: tuple[Image, ...] = ()
     file: Image | None = None
@@ -28,14 +28,16 @@ Medium = Image | Video  # what one <image> in the text stands for
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a source, checked; its images are not opened yet.
+    """One row of a source, validated; its images are not opened yet.
 
-    messages: ``role`` and ``content``, typed blocks ``{"type": "image"}`` or ``{"type": "text", "text": ...}``, one image
-    block for each of ``images`` in order; ``"loss": False`` on an assistant's turn that is not learned. The one message
-    of a document (captions, interleaved documents) has the role `DOCUMENT`.
-    task: what evaluation counts it under. where: file and row, as errors name it.
-    rejected: in a preference pair the messages with which a worse answer ends, where ``messages`` ends with the better.
-    unread: columns of text in the row, and keys of its messages, that its schema does not read.
+    Attributes:
+        messages: ``role`` and ``content``, typed blocks ``{"type": "image"}`` or ``{"type": "text", "text": ...}``, one image
+            block for each of ``images`` in order; ``"loss": False`` on an assistant message that is not trained on. The one
+            message of a document (captions, interleaved documents) has the role `DOCUMENT`.
+        task: the name under which evaluation counts it.
+        where: file and row, for error messages.
+        rejected: in a preference pair, the messages of the worse answer; ``messages`` ends with the better one.
+        unread: columns of text in the row, and keys of its messages, that its schema does not read.
     """
 
     messages: list[dict[str, Any]]
@@ -47,15 +49,15 @@ class Sample:
 
 
 def text_message(role: str, text: str) -> dict[str, Any]:
-    """A message of words alone."""
+    """Return a message of text only."""
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
 def message_text(message: Mapping[str, Any]) -> str:
-    """The words of a message, without its images."""
+    """Return the text of a message, without its images."""
     return "".join(block["text"] for block in message["content"] if block["type"] == "text")
 
 
 def display_text(message: Mapping[str, Any]) -> str:
-    """A message for people to read, ``<image>`` where an image stands."""
+    """Return a message for people to read, with ``<image>`` for each image."""
     return "".join(block["text"] if block["type"] == "text" else MEDIA_TOKEN for block in message["content"])

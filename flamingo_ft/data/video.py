@@ -1,11 +1,10 @@
-"""Frames out of a video file, by PyAV."""
+"""Frames of a video file, read with PyAV."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,38 +19,38 @@ from flamingo_ft.model import images
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg,flv,asf"
 
 
-def even_positions(total: int, wanted: int) -> list[int]:
-    """``wanted`` numbers below ``total``, each in the middle of an equal part; all of them where there are fewer."""
-    if total <= wanted:
+def even_positions(total: int, count: int) -> list[int]:
+    """Return ``count`` numbers below ``total``, each in the middle of an equal part; all of them if there are fewer."""
+    if total <= count:
         return list(range(total))
-    return [int((index + 0.5) * total / wanted) for index in range(wanted)]
+    return [int((index + 0.5) * total / count) for index in range(count)]
 
 
-def read_frames(file: str | Path | bytes, wanted: int, where: str) -> dict[int, Image.Image]:
-    """``wanted`` evenly spaced frames as upright RGB, by their number in the video, or all of a video with fewer.
+def read_frames(file: str | Path | bytes, count: int, where: str) -> dict[int, Image.Image]:
+    """Return ``count`` evenly spaced frames (all of a shorter video) as upright RGB, by their number in the video.
 
-    Raises UserError for a file that is no video, and without PyAV.
+    Raises UserError for a file that is not a video, and without PyAV.
     """
     av = _pyav(where)
-    with _readable(av, where):
-        positions = even_positions(_claimed_frames(av, file), wanted)
+    with _video_errors(av, where):
+        positions = even_positions(_claimed_frames(av, file), count)
         frames = _frames_at(av, file, positions)
         if len(frames) < len(positions) or not positions:  # the file's own number is missing or wrong
-            frames = _frames_at(av, file, even_positions(_count_frames(av, file), wanted))
+            frames = _frames_at(av, file, even_positions(_count_frames(av, file), count))
     if not frames:
         raise UserError(f"{where}: not a readable video (no frame in it); replace it")
     return frames
 
 
-def frame_positions(file: str | Path | bytes, wanted: int, where: str) -> list[int]:
-    """The numbers of the frames that `read_frames` gives, where the file tells how many it has; else none."""
+def frame_positions(file: str | Path | bytes, count: int, where: str) -> list[int]:
+    """Return the numbers of the frames that `read_frames` returns; empty if the file does not say how many it has."""
     av = _pyav(where)
-    with _readable(av, where):
-        return even_positions(_claimed_frames(av, file), wanted)
+    with _video_errors(av, where):
+        return even_positions(_claimed_frames(av, file), count)
 
 
 @contextmanager
-def _readable(av: ModuleType, where: str) -> Iterator[None]:
+def _video_errors(av: ModuleType, where: str) -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:
@@ -61,11 +60,12 @@ def _readable(av: ModuleType, where: str) -> Iterator[None]:
 
 def _pyav(where: str) -> ModuleType:
     try:
-        return import_module("av")
+        import av  # an optional dependency
     except ImportError:
         raise UserError(
             f"{where}: a video file needs PyAV; pip install av, or give the frames as a list"
         ) from None
+    return av
 
 
 def _open(av: ModuleType, file: str | Path | bytes) -> Any:
@@ -74,9 +74,10 @@ def _open(av: ModuleType, file: str | Path | bytes) -> Any:
 
 
 def _claimed_frames(av: ModuleType, file: str | Path | bytes) -> int:
+    """Return how many frames the file says it has; 0 if it does not."""
     with _open(av, file) as container:
         stream = container.streams.video[0]
-        if stream.codec_context is not None:  # None for a codec that this FFmpeg lacks; decoding tells of it
+        if stream.codec_context is not None:  # None for a codec that this FFmpeg lacks; decoding raises then
             images.check_size(stream.codec_context.width, stream.codec_context.height)
         return stream.frames
 
@@ -87,21 +88,22 @@ def _count_frames(av: ModuleType, file: str | Path | bytes) -> int:
 
 
 def _frames_at(av: ModuleType, file: str | Path | bytes, positions: Sequence[int]) -> dict[int, Image.Image]:
-    wanted, frames = set(positions), {}
+    needed = {*positions}
+    frames: dict[int, Image.Image] = {}
     with _open(av, file) as container:
         for number, frame in enumerate(container.decode(video=0)):
-            if number in wanted:
+            if number in needed:
                 frames[number] = _picture(frame)
-            if len(frames) == len(wanted):
+            if len(frames) == len(needed):
                 break
     return frames
 
 
 def _picture(frame: Any) -> Image.Image:
-    """A decoded frame as upright RGB, transparent parts over white as those of an image."""
+    """Return a decoded frame as upright RGB, transparent parts over white as in images."""
     images.check_size(frame.width, frame.height)
     layout = frame.format
-    transparent = layout.has_palette or any(component.is_alpha for component in layout.components)
-    picture = Image.fromarray(frame.to_ndarray(format="rgba")) if transparent else frame.to_image()
+    is_transparent = layout.has_palette or any(component.is_alpha for component in layout.components)
+    picture = Image.fromarray(frame.to_ndarray(format="rgba")) if is_transparent else frame.to_image()
     # FFmpeg counts a turn to the left as positive, as Pillow does.
     return images.to_rgb(picture).rotate(getattr(frame, "rotation", 0), expand=True)

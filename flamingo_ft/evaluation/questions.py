@@ -12,7 +12,7 @@ from typing import Any
 from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.data import Sample, encode
 from flamingo_ft.data.encode import IGNORED, Encoded
-from flamingo_ft.data.pairs import answer_begins
+from flamingo_ft.data.pairs import answer_start
 from flamingo_ft.data.render import is_document
 from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
 from flamingo_ft.errors import UserError
@@ -47,7 +47,7 @@ def questions_of(samples: Sequence[Sample]) -> list[Question]:
 
 
 def _questions(sample: Sample, index: int) -> Iterator[Question]:
-    first = answer_begins(sample.messages) if sample.rejected else 0
+    first = answer_start(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
             yield _question(sample, index, sample.messages[:turn], message_text(message))

@@ -58,9 +58,9 @@ def make_train_batches(
     collate = COLLATE[recipe.train.method]
     return Batches(
         order=_draws(order, data, recipe),
-        prepare=ExampleDataset([mixed.source for mixed in data.train], encode, read_media),
-        fill=packed_rows(batch_size, limit) if data_config.packing else one_sample_per_row(batch_size),
-        assemble=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
+        dataset=ExampleDataset([mixed.source for mixed in data.train], encode, read_media),
+        group_rows=packed_rows(batch_size, limit) if data_config.packing else one_sample_per_row(batch_size),
+        collate=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
         stats=DataStats(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
         loading=LoaderConfig(batch_size, recipe.train.num_workers, rank, world_size),
     )
@@ -116,7 +116,7 @@ def _media_reader(
 def _draws(order: SampleOrder, data: OpenedData, recipe: Recipe) -> Callable[[int], Any]:
     """Return a function from a position to the samples from there on, grouped by length if configured."""
     if not recipe.data.group_by_length:
-        return order.draws
+        return order.indices
     return sorted_by_length(order, partial(_text_length, data), recipe.train.batch_size)
 
 

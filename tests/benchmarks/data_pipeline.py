@@ -81,7 +81,7 @@ def our_batches(path: Path, made: FlamingoProcessor, workers: int, streaming: bo
     order = SampleOrder(data.train, 0, section.shuffle_buffer)
     encode = partial(encode_within, made, max_text_tokens=512)
     return Batches(
-        order.draws,
+        order.indices,
         ExampleDataset([mixed.source for mixed in data.train], encode, PixelLoader(made)),
         one_sample_per_row(BATCH),
         lambda rows: (

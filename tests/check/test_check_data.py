@@ -121,10 +121,8 @@ def test_a_sample_that_is_too_long_or_has_nothing_to_learn_is_a_problem_of_its_r
     rows = [asked("?", "A"), asked("long " * 100, "A"), unlearned]
     checked(folder, [write_rows(folder / "x.jsonl", rows)], max_text_tokens=60)
     long, unlearned = problem_lines(folder)
-    assert f"{folder}/x.jsonl: row 1: found " in long and "the limit is 60" in long
-    assert (
-        unlearned == f"{folder}/x.jsonl: row 2: found no word of the assistant's to learn; remove the sample"
-    )
+    assert f"{folder}/x.jsonl: row 1: got " in long and "the limit is 60" in long
+    assert unlearned == f"{folder}/x.jsonl: row 2: no assistant text to train on; remove the sample"
 
 
 # --- what is there ---
@@ -337,7 +335,7 @@ def test_the_exit_code_is_0_for_good_data_and_2_for_bad_data_with_all_problems(h
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if ": row " in line] == [
         f"error: {here}/x.jsonl: row {i}: messages[1].content: "
-        "found no words, wanted text or an image; remove the turn"
+        "empty; write text or an image, or remove the turn"
         for i in range(1, 21)
     ]
     assert lines[-2:] == [

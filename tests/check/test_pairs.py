@@ -28,9 +28,7 @@ def test_an_answer_that_is_too_long_is_a_problem_whichever_it_is(tmp_path):
     findings = checked(tmp_path, train, method="dpo", max_text_tokens=60)
     assert findings.parts[0].samples == 1
     lines = problem_lines(tmp_path)
-    assert [line.split(": found ")[0] for line in lines] == [
-        f"{tmp_path}/x.jsonl: row {row}" for row in (1, 2)
-    ]
+    assert [line.split(": got ")[0] for line in lines] == [f"{tmp_path}/x.jsonl: row {row}" for row in (1, 2)]
     assert all("the limit is 60" in line for line in lines)
 
 

@@ -1,4 +1,5 @@
-"""Bad input through the real commands: one line that says what, where and what to do; exit code 2; nothing lost."""
+"""Bad input through the real commands: one line that says what, where and what to do; exit code 2; nothing
+lost."""
 
 import json
 import shutil
@@ -90,7 +91,7 @@ def test_a_missing_recipe(here, capsys):
 def test_markers_that_do_not_match_the_images(here, capsys):
     write_rows({"messages": MESSAGES, "images": ["a.png"]}, {"messages": MESSAGES, "images": []})
     line = refused(capsys, "train", "recipe.yaml")
-    assert "train.jsonl: row 1: found 1 <image> markers but 0 images; add the missing images" in line
+    assert "train.jsonl: row 1: got 1 <image> markers but 0 images; add the missing images" in line
 
 
 def test_an_image_that_is_not_there(here, capsys):
@@ -115,7 +116,7 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "expected"),
     [
         (
             ["model.language.quantization=int4"],
@@ -131,19 +132,20 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
         ),
         (
             ["lora.language={target_modules: [query]}"],
-            "lora.language.target_modules: query matches no matrix of the language part; it has model.layers.*.self_attn.q_proj",
+            "lora.language.target_modules: query matches no matrix of the language part; "
+            "it has model.layers.*.self_attn.q_proj",
         ),
         (["lora.perceiver={}"], "lora.perceiver: trainable.perceiver is true too"),
         (["model.init_from=."], " holds no adapter, no merged model and is no checkpoint"),
-        (["train.activation_offload=true"], "train.activation_offload: found no GPU"),
+        (["train.activation_offload=true"], "train.activation_offload: there is no GPU"),
         (
             ["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"],
             "the optimizer steps in every backward pass",
         ),
     ],
 )
-def test_what_cannot_be_quantized_updated_or_started_from(here, capsys, overrides, told):
-    assert told in refused(capsys, "train", "recipe.yaml", *overrides)
+def test_impossible_quantization_lora_and_init_from_settings(here, capsys, overrides, expected):
+    assert expected in refused(capsys, "train", "recipe.yaml", *overrides)
 
 
 def test_quantization_without_bitsandbytes(here, capsys, monkeypatch):
@@ -163,7 +165,7 @@ def test_quantization_of_a_language_model_that_is_quantized_already(here, capsys
     assert "is already quantized (gptq)" in line
 
 
-def test_a_plan_of_what_is_not_there(here, capsys):
+def test_planning_with_a_missing_backbone(here, capsys):
     assert "or OpenCLIP architecture; nearest known" in refused(
         capsys, "plan", "recipe.yaml", "model.vision.name=ViT-Q-77"
     )
@@ -171,7 +173,7 @@ def test_a_plan_of_what_is_not_there(here, capsys):
     assert "has no config.json" in refused(capsys, "plan", "recipe.yaml", "model.language.name=./empty")
 
 
-def test_a_merge_of_what_is_no_adapter(here, capsys):
+def test_merging_a_folder_that_is_not_an_adapter(here, capsys):
     assert "not an adapter" in refused(capsys, "merge", ".", "out")
     assert not Path("out").exists()
 
@@ -180,7 +182,7 @@ def test_an_earlier_run_is_never_overwritten(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
     before = contents(Path("run"))
     line = refused(capsys, "train", "recipe.yaml")
-    assert "run already holds a run; go on with it with --resume, move it aside with --overwrite" in line
+    assert "run already holds a run; resume it with --resume, move it aside with --overwrite" in line
     assert contents(Path("run")) == before
 
 
@@ -204,11 +206,11 @@ def test_a_prompt_about_an_unreadable_image(trained, here, capsys):
     assert "a.png: not a readable image" in line
 
 
-def test_a_folder_that_is_no_adapter(here, capsys):
+def test_generating_with_a_folder_that_is_not_an_adapter(here, capsys):
     assert "not an adapter" in refused(capsys, "generate", ".", "--image", "a.png", "--prompt", "What?")
 
 
-def test_a_folder_that_is_no_run(here, capsys):
+def test_evaluating_a_folder_that_is_not_a_run(here, capsys):
     assert "no adapter and no merged model" in refused(capsys, "eval", ".")
 
 

@@ -125,7 +125,7 @@ def test_help_names_every_verb():
 
 
 @pytest.mark.parametrize(
-    "arguments, told",
+    "arguments, expected",
     [
         (["train", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
         (["train", "recipe.yaml", "train.max_steps=ten"], "must be a whole number, got 'ten'"),
@@ -156,12 +156,12 @@ def test_help_names_every_verb():
         (["check", "recipe.yaml", "data.too_lon=error"], "did you mean data.too_long?"),
     ],
 )
-def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here, arguments, told):
+def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here, arguments, expected):
     done = run(*arguments)
     assert done.returncode == 2
     assert done.stdout.splitlines() == ["[]"]
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and told in line
+    assert line.startswith("error: ") and expected in line
 
 
 def test_each_problem_of_a_recipe_is_an_error_line_of_its_own(here, capsys):
@@ -181,7 +181,7 @@ def test_the_package_runs_as_a_module(here):
 
 
 @pytest.mark.parametrize(
-    "error, told",
+    "error, expected",
     [
         (UserError("sample 3 of x.jsonl: no image"), "error: sample 3 of x.jsonl: no image\n"),
         (
@@ -191,10 +191,12 @@ def test_the_package_runs_as_a_module(here):
         (PermissionError(13, "Permission denied", "/x"), "error: /x: Permission denied\n"),
     ],
 )
-def test_a_mistake_found_late_is_told_like_one_found_early(here, entry_point, capsys, error, told):
+def test_a_user_error_from_inside_the_package_is_printed_like_any_other(
+    here, entry_point, capsys, error, expected
+):
     entry_point(inference, "answer", "answer", error)
     assert cli.main(["generate", "run", "--prompt", "?"]) == 2
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == expected
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,7 @@ def test_an_interrupt_ends_with_130_and_a_line(here, entry_point, capsys):
 # --- verbs ---
 
 
-def test_train_passes_the_recipe_on_and_prints_what_came_of_it(here, entry_point, capsys):
+def test_train_passes_the_recipe_on_and_prints_the_metrics(here, entry_point, capsys):
     calls = entry_point(training, "train", "train", METRICS)
     assert cli.main(["train", "recipe.yaml", "train.max_steps=3", "train.learning_rate=1e-3"]) == 0
     ((recipe, _),) = calls
@@ -279,7 +281,7 @@ def test_recipes_are_listed_with_what_they_do_and_copied_by_name(here, monkeypat
     assert "mine/one.yaml: exists already" in capsys.readouterr().err
 
 
-def test_arguments_that_a_shell_made_of_a_pattern_are_not_all_echoed(here, capsys):
+def test_thousands_of_arguments_from_a_shell_pattern_are_not_all_echoed(here, capsys):
     images = [f"photos/{number:05}.png" for number in range(10_000)]
     for name in ("a.png", *images[:1]):
         Path(name).parent.mkdir(exist_ok=True)

@@ -64,7 +64,7 @@ def test_as_json_it_is_the_same_record(probed, capsys):
     assert record["quantization"]["8-bit"] == {"works": False, "problem": "RuntimeError: no kernel"}
 
 
-def test_where_nothing_works_all_of_it_is_reported_as_broken(probed, monkeypatch):
+def test_everything_that_is_broken_is_reported(probed, monkeypatch):
     probed({}, dict.fromkeys(["devices", "memory", "torch", "4-bit", "8-bit"], "ImportError: no"))
     monkeypatch.setattr(environment, "PACKAGES", {"torch": "torch", "no-such-package": "none"})
     monkeypatch.setattr(environment, "EXTRAS", {"video": ("videos", ("no_such_module",))})
@@ -130,7 +130,7 @@ def test_names_of_user_and_machine_are_taken_out(monkeypatch):
     )
 
 
-def test_every_extra_that_a_user_may_lack_is_known():
+def test_every_extra_of_the_package_is_known():
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     section = text.partition("[project.optional-dependencies]\n")[2].partition("\n\n")[0]
     extras = {line.partition(" = ")[0] for line in section.splitlines()}
@@ -138,7 +138,7 @@ def test_every_extra_that_a_user_may_lack_is_known():
 
 
 @pytest.mark.slow
-def test_here_every_package_works_and_matrices_can_be_quantized():
+def test_every_package_works_on_this_machine_and_matrices_can_be_quantized():
     record = environment.environment()
     assert not [name for name, found in record["packages"].items() if found["problem"]]
     assert all(found["works"] for found in record["quantization"].values())

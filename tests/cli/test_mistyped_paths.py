@@ -1,4 +1,5 @@
-"""A mistyped path is refused at once and by its own name, wherever a model is named; nobody asks the Hub for it."""
+"""A mistyped path is refused at once and by its own name, wherever a model is named; nobody asks the Hub for
+it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A recipe is read strictly: what is accepted is exact; what is refused is told with its place and remedy."""
+"""Recipes are read strictly: every error names its place in the file, the value that was found and a remedy."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_number_may_be_written_in_every_usual_way(folder, text):
 
 
 @pytest.mark.parametrize("text", ["on", "no", "12:30", "2024-01-01", "0123", "1_", "0x1f", "none", "1e", "."])
-def test_text_that_only_older_yaml_reads_as_something_else_stays_text(text):
+def test_yaml_1_1_scalars_such_as_on_and_dates_stay_text(text):
     assert parse(f"key: {text}", "x").values == {"key": text}
 
 
@@ -185,7 +185,7 @@ def test_an_overrides_path_to_a_model_starts_from_the_current_directory(folder):
     ).model.vision.pretrained == str(here / "eyes.pt")
 
 
-def test_names_from_elsewhere_stay_names(folder):
+def test_names_on_the_hub_and_in_openclip_are_not_taken_for_paths(folder):
     make_models(folder)
     (folder / "gpt2").mkdir()
     (folder / "openai").mkdir()
@@ -225,7 +225,7 @@ def test_models_where_only_earlier_versions_looked_are_used_with_a_warning(folde
     assert all("from the current directory, as earlier versions did" in line for line in lines)
 
 
-def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_is_taken_now(folder):
+def test_a_warning_names_the_init_from_that_earlier_versions_would_have_used(folder):
     make_models(folder)
     make_models(folder / "elsewhere")
     with pytest.warns(
@@ -235,7 +235,7 @@ def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_i
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong", "told"),
+    ("right", "wrong", "expected"),
     [
         ("name: eyes", "name: ./eyse", "2: model.vision.name: no folder {}/eyse; did you mean {}/eyes?"),
         (
@@ -246,13 +246,15 @@ def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_i
         (
             "models/lm",
             "models/ml",
-            "3: model.language.name: no folder {}/models/ml; relative paths here start from the recipe's folder "
+            "3: model.language.name: no folder {}/models/ml; "
+            "relative paths here start from the recipe's folder "
             "(on the Hub: models/ml with revision main)",
         ),
         (
             "runs/first",
             "runs/frist",
-            "4: model.init_from: no folder {}/runs/frist; did you mean {}/runs/first? (on the Hub: runs/frist@main)",
+            "4: model.init_from: no folder {}/runs/frist; did you mean {}/runs/first? "
+            "(on the Hub: runs/frist@main)",
         ),
         (
             "path: train.jsonl",
@@ -266,17 +268,17 @@ def test_a_start_that_earlier_versions_would_have_taken_is_named_where_another_i
         ),
     ],
 )
-def test_a_mistyped_path_is_refused_with_its_line_and_the_nearest_one(folder, right, wrong, told):
+def test_a_mistyped_path_is_refused_with_its_line_and_the_nearest_one(folder, right, wrong, expected):
     make_models(folder)
     (folder / "photos").mkdir()
     assert right in LOCAL
     assert (
         refusal(write(folder, LOCAL.replace(right, wrong)))
-        == f"recipe.yaml:{told.replace('{}', str(folder))}"
+        == f"recipe.yaml:{expected.replace('{}', str(folder))}"
     )
 
 
-def test_a_home_directory_that_nobody_has_is_a_folder_that_is_not_there(folder):
+def test_an_unknown_home_directory_is_a_missing_path(folder):
     message = refusal(write(folder), "data.train.0.path=~nobody-at-all/x.jsonl")
     assert "data.train.0.path: no file " in message
 
@@ -295,7 +297,7 @@ def test_the_paths_of_a_recipe_are_stripped_and_its_text_is_not(folder):
     }
 
 
-def test_a_missing_file_is_refused_with_its_line_unless_files_are_not_wanted(folder):
+def test_a_missing_file_is_reported_with_its_line_unless_it_is_not_required(folder):
     path = write(folder, MINIMAL.replace("train.jsonl", "gone.jsonl"))
     missing = folder / "gone.jsonl"
     assert refusal(path) == (
@@ -346,16 +348,16 @@ WRONG_LINES = [
 ]
 
 
-@pytest.mark.parametrize("right, wrong, told", WRONG_LINES)
-def test_a_wrong_line_is_refused_in_one_line_with_its_number_and_what_was_found(folder, right, wrong, told):
+@pytest.mark.parametrize("right, wrong, expected", WRONG_LINES)
+def test_an_invalid_value_is_reported_with_its_line_number_and_value(folder, right, wrong, expected):
     assert right in MINIMAL
     message = refusal(write(folder, MINIMAL.replace(right, wrong)))
-    assert message.startswith(f"recipe.yaml:{told}")
+    assert message.startswith(f"recipe.yaml:{expected}")
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
-    "extra, told",
+    "extra, expected",
     [
         ("learning_rate: 1e-4", "learning_rate: unknown key; did you mean train.learning_rate?"),
         ("heads: 8", "did you mean model.perceiver.heads or model.cross_attention.heads?"),
@@ -364,13 +366,13 @@ def test_a_wrong_line_is_refused_in_one_line_with_its_number_and_what_was_found(
         ("eval: {sed: 1}", "eval.sed: unknown key; did you mean train.seed?"),
     ],
 )
-def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, told):
+def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, expected):
     message = refusal(write(folder, MINIMAL + extra + "\n"))
-    assert message.startswith("recipe.yaml:10: ") and message.endswith(told)
+    assert message.startswith("recipe.yaml:10: ") and message.endswith(expected)
 
 
 @pytest.mark.parametrize(
-    "key, value, told",
+    "key, value, expected",
     [
         ("model.language.quantization", "int4", "must be 'none', 'int8', 'nf4' or 'fp4', got 'int4'"),
         ("model.vision.compute_dtype", "half", "must be 'auto', 'fp32', 'bf16' or 'fp16', got 'half'"),
@@ -386,9 +388,9 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, to
         ),
     ],
 )
-def test_a_choice_that_is_not_there_is_refused_with_those_that_are(folder, key, value, told):
+def test_an_invalid_choice_is_reported_with_the_valid_ones(folder, key, value, expected):
     override = f"{key}={value}"
-    assert refusal(write(folder), override) == f"override {override}: {key}: {told}"
+    assert refusal(write(folder), override) == f"override {override}: {key}: {expected}"
 
 
 def test_training_nothing_is_refused(folder):
@@ -401,7 +403,7 @@ def test_training_nothing_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, expected",
     [
         (
             "lora.perceiver={}",
@@ -413,7 +415,8 @@ def test_training_nothing_is_refused(folder):
         ),
         (
             "model={init_from: x, bridge_quantization: nf4, vision: {name: nano}, language: {name: nano}}",
-            "model.bridge_quantization: the whole bridge is trained in full, and only frozen parts are quantized",
+            "model.bridge_quantization: the whole bridge is trained in full, "
+            "and only frozen parts are quantized",
         ),
         ("lora.language={r: 0}", "lora.language.r: must be 1 or more, got 0"),
         ("lora.language={rank: 8}", "lora.language.rank: unknown key; did you mean lora.language.r?"),
@@ -425,26 +428,27 @@ def test_training_nothing_is_refused(folder):
         ("lora.langage={}", "lora.langage: unknown key; did you mean lora.language?"),
     ],
 )
-def test_a_cross_field_error_or_a_wrong_lora_key_is_reported_in_one_line(folder, override, told):
-    assert refusal(write(folder), override).startswith(f"override {override}: {told}")
+def test_a_cross_field_error_or_a_wrong_lora_key_is_reported_in_one_line(folder, override, expected):
+    assert refusal(write(folder), override).startswith(f"override {override}: {expected}")
 
 
-def test_a_run_to_start_from_is_kept_by_its_absolute_path_and_must_be_there(folder):
+def test_init_from_becomes_an_absolute_path_and_has_to_exist(folder):
     message = refusal(write(folder), "model.init_from=gone")
     assert (
-        f"model.init_from: no folder {folder}/elsewhere/gone; relative paths here start from the current directory"
-        in message
+        f"model.init_from: no folder {folder}/elsewhere/gone; "
+        "relative paths here start from the current directory" in message
     )
     recipe = load_recipe(write(folder), ["model.init_from=gone"], require=("data",))
     assert recipe.model.init_from == folder / "elsewhere" / "gone"
 
 
-def test_a_step_inside_the_backward_pass_refuses_accumulation(folder):
+def test_optimizer_in_backward_refuses_gradient_accumulation(folder):
     message = refusal(
         write(folder), "train.optimizer_in_backward=true", "train.gradient_accumulation_steps=4"
     )
     assert message == (
-        "override train.optimizer_in_backward=true: train.optimizer_in_backward: got gradient_accumulation_steps 4, "
+        "override train.optimizer_in_backward=true: train.optimizer_in_backward: "
+        "got gradient_accumulation_steps 4, "
         "but the optimizer steps in every backward pass; use 1 and a larger batch_size, or set it to false"
     )
 
@@ -472,7 +476,7 @@ EXCLUSIVE = {
 
 
 @pytest.mark.parametrize("overrides", EXCLUSIVE, ids=" ".join)
-def test_wishes_for_data_that_exclude_each_other_are_refused_in_one_line(folder, overrides):
+def test_incompatible_data_settings_are_reported_in_one_line(folder, overrides):
     message = refusal(write(folder), *overrides)
     assert EXCLUSIVE[overrides] in message and "\n" not in message
 
@@ -499,7 +503,7 @@ def test_the_length_of_a_run_is_given_once_and_of_a_stream_in_steps(folder, over
     assert LENGTHS[overrides] in message and "\n" not in message
 
 
-def test_an_override_in_epochs_replaces_the_steps_of_the_file_and_the_other_way_round(folder):
+def test_an_override_in_epochs_replaces_the_steps_of_the_file_and_vice_versa(folder):
     recipe = load_recipe(write(folder), ["train.epochs=1.5", "train.warmup_ratio=0.1"])
     assert (recipe.train.epochs, recipe.train.max_steps, recipe.train.warmup_steps) == (1.5, None, 0)
     in_epochs = write(folder, MINIMAL.replace("max_steps: 10", "epochs: 3\n  warmup_ratio: 0.1"))
@@ -545,21 +549,21 @@ def lines_of(message: str) -> list[int]:
     return [int(line.split(":")[1]) for line in message.splitlines()]
 
 
-def test_every_mistake_between_values_has_a_line_of_its_own_in_the_order_of_the_file(folder):
+def test_every_cross_field_error_has_its_own_line_in_the_order_of_the_file(folder):
     message = refusal(write(folder, SEVERAL))
     assert lines_of(message) == [5, 6, 10, 14, 16]
     with pytest.raises(ValidationError, match="data.packing: .*; data.eval_fraction: "):
         Recipe.model_validate(yaml.safe_load(SEVERAL))
 
 
-def test_mistakes_between_values_are_reported_beside_those_of_single_values(folder):
+def test_cross_field_errors_are_reported_beside_errors_of_single_values(folder):
     wrong = SEVERAL.replace("max_steps: 10", "max_steps: ten\n  report_to: [nowhere]").replace(
         "  packing", "  qqq: 1\n  packing"
     )
     assert lines_of(refusal(write(folder, wrong))) == [5, 6, 7, 11, 14, 15, 16, 18]
 
 
-def test_what_may_follow_from_a_wrong_value_is_not_reported_as_a_mistake_between_values(folder):
+def test_a_consequence_of_an_invalid_value_is_not_reported_as_a_cross_field_error(folder):
     unknown = SEVERAL.replace("packing: true", "packing: true\n  max_text_tokens: many").replace(
         "lora:", "trainable: {perceiver: 'no'}\nlora:"
     )
@@ -575,7 +579,7 @@ def test_what_may_follow_from_a_wrong_value_is_not_reported_as_a_mistake_between
     "text",
     ["model: 3\ndata: {}\ntrain: []\n", "data: {packing: true}\n", "train: {optimizer_in_backward: true}\n"],
 )
-def test_a_recipe_that_lacks_whole_sections_is_refused_all_the_same(folder, text):
+def test_missing_sections_are_reported(folder, text):
     assert "missing" in refusal(write(folder, text))
 
 
@@ -591,7 +595,7 @@ def known_keys(section: type, prefix: str = "") -> set[str]:
     return found
 
 
-def test_every_foreign_spelling_leads_to_a_key_and_is_none_itself():
+def test_every_foreign_key_maps_to_a_recipe_key_and_is_not_one_itself():
     known = known_keys(Recipe)
     assert {*FOREIGN_KEYS.values()} <= known
     assert not {*FOREIGN_KEYS} & {key.rpartition(".")[2] for key in known} and all(
@@ -600,7 +604,7 @@ def test_every_foreign_spelling_leads_to_a_key_and_is_none_itself():
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("train.lr=1e-4", "train.lr: unknown key; did you mean train.learning_rate?"),
         ("train.LR=1e-4", "train.LR: unknown key; did you mean train.learning_rate?"),
@@ -613,12 +617,12 @@ def test_every_foreign_spelling_leads_to_a_key_and_is_none_itself():
         ("train.zzz=1", "train.zzz: unknown key; see flamingo-ft recipes keys train"),
     ],
 )
-def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, override, told):
-    assert refusal(write(folder), override).endswith(told)
+def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, override, expected):
+    assert refusal(write(folder), override).endswith(expected)
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, expected",
     [
         (
             MINIMAL + "  max_steps: 12\n",
@@ -648,9 +652,9 @@ def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, overri
         ("- a\n", "recipe.yaml:1: not a mapping"),
     ],
 )
-def test_a_file_that_is_not_a_yaml_mapping_is_refused_with_the_line(folder, text, told):
+def test_a_file_that_is_not_a_yaml_mapping_is_refused_with_the_line(folder, text, expected):
     message = refusal(write(folder, text))
-    assert message.startswith(told) and "\n" not in message
+    assert message.startswith(expected) and "\n" not in message
 
 
 def test_a_file_that_is_not_text_is_refused(folder):
@@ -671,7 +675,7 @@ def test_a_recipe_that_contains_itself_is_refused(folder):
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     )
 )
-def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_a_refusal(tmp_path_factory, value):
+def test_arbitrary_yaml_is_either_a_recipe_or_a_user_error(tmp_path_factory, value):
     folder = tmp_path_factory.mktemp("any")
     for content in (value, {"model": value, "data": {"train": value}, "train": {"max_steps": value}}):
         with pytest.raises(UserError) as refused:
@@ -682,7 +686,7 @@ def test_whatever_stands_in_a_recipe_the_answer_is_a_recipe_or_a_refusal(tmp_pat
 # --- overrides ---
 
 
-def test_an_override_counts_more_than_the_file_and_a_later_one_more_than_an_earlier(folder):
+def test_overrides_take_precedence_over_the_file_and_later_ones_over_earlier_ones(folder):
     recipe = load_recipe(write(folder), ["train.max_steps=11", "train.max_steps=12", "eval.before=false"])
     assert recipe.train.max_steps == 12 and recipe.eval.before is False
 
@@ -693,7 +697,7 @@ def test_an_override_can_give_what_the_file_lacks(folder):
 
 
 @pytest.mark.parametrize(
-    "override, told",
+    "override, expected",
     [
         ("train.max_steps", "override 'train.max_steps': must be KEY=VALUE, such as train.max_steps=10"),
         ("=3", "override '=3': must be KEY=VALUE, such as train.max_steps=10"),
@@ -715,9 +719,11 @@ def test_an_override_can_give_what_the_file_lacks(folder):
         ("data=\n null", ": data: must be a mapping of keys to values, got null"),
     ],
 )
-def test_a_wrong_override_is_refused_in_one_line_that_repeats_it(folder, override, told):
+def test_an_invalid_override_is_reported_in_one_line_that_repeats_it(folder, override, expected):
     repeated = f"override {' '.join(override.split())}"
-    assert refusal(write(folder), override) == (told if told.startswith("override ") else f"{repeated}{told}")
+    assert refusal(write(folder), override) == (
+        expected if expected.startswith("override ") else f"{repeated}{expected}"
+    )
 
 
 # --- cost ---

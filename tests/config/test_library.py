@@ -96,7 +96,8 @@ def test_data_that_was_copied_with_another_recipe_is_shared(library):
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_packaged_recipe_loads_where_it_was_copied_to(name, tmp_path, monkeypatch):
-    """But for the run that it starts from, which is the user's to make: its recipe says with which command."""
+    """But for the run that it starts from, which is the user's to make: its recipe says with which
+    command."""
     monkeypatch.chdir(tmp_path)
     recipe, *_ = copy_recipe(name, Path("copies"))
     Path("runs/bridge").mkdir(parents=True)

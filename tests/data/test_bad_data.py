@@ -24,8 +24,8 @@ SCAN = (SCANS / FACTS[0][0]).read_bytes()
 ASK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
 HUMAN = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
 MARKERS = "add the missing images or remove markers"
-EMPTY = "found no words, wanted text; write it or remove the row"
-EMPTY_TURN = "found no words, wanted text or an image; remove the turn"
+EMPTY = "empty; write text or remove the row"
+EMPTY_TURN = "empty; write text or an image, or remove the turn"
 
 
 def text_or_messages(*turns: tuple[str, object]) -> dict:
@@ -68,27 +68,27 @@ BAD_ROWS = {
     "content NaN": (
         "messages",
         text_or_messages(("user", math.nan), ("assistant", "A")),
-        "messages[0].content: found NaN (an empty cell), wanted text or a list of typed blocks",
+        "messages[0].content: expected text or a list of typed blocks, got NaN (an empty cell)",
     ),
     "late system": (
         "messages",
         text_or_messages(("user", "Q"), ("system", "S"), ("assistant", "A")),
-        "messages[1].content: found a system message here, wanted it first; move or join it",
+        "messages[1].content: a system message must come first; move or join it",
     ),
     "two users": (
         "messages",
         text_or_messages(("user", "Q"), ("user", "Q"), ("assistant", "A")),
-        "messages[1].content: found user after user, wanted user and assistant in turn; join them",
+        "messages[1].content: expected user and assistant in turn, got user after user; join them",
     ),
     "two answers": (
         "messages",
         text_or_messages(("user", "Q"), ("assistant", "A"), ("assistant", "A")),
-        "messages[2].content: found assistant after assistant, wanted user and assistant in turn; join them",
+        "messages[2].content: expected user and assistant in turn, got assistant after assistant; join them",
     ),
     "system then answer": (
         "messages",
         text_or_messages(("system", "S"), ("assistant", "A")),
-        "messages: found an assistant turn first, wanted what it answers before it",
+        "messages: the assistant speaks first; add the user message that it answers",
     ),
     "loss of text": (
         "messages",
@@ -98,22 +98,22 @@ BAD_ROWS = {
     "more images": (
         "messages",
         {**text_or_messages(("user", "<image>?"), ("assistant", "A")), "images": ["a.png"] * 2},
-        f"found 1 <image> markers but 2 images; {MARKERS}",
+        f"got 1 <image> markers but 2 images; {MARKERS}",
     ),
     "more markers": (
         "messages",
         {**text_or_messages(("user", "<image><image>?"), ("assistant", "A")), "images": ["a.png"]},
-        f"found 2 <image> markers but 1 images; {MARKERS}",
+        f"got 2 <image> markers but 1 images; {MARKERS}",
     ),
     "more videos": (
         "messages",
         {**text_or_messages(("user", "<video>?"), ("assistant", "A")), "videos": [["a.png"]] * 2},
-        "found 1 <video> markers but 2 videos; add the missing videos or remove markers",
+        "got 1 <video> markers but 2 videos; add the missing videos or remove markers",
     ),
     "no frames": (
         "messages",
         {**text_or_messages(("user", "?"), ("assistant", "A")), "videos": [[]]},
-        "videos[0]: found no frames, wanted at least one image",
+        "videos[0]: expected at least one frame, got an empty list",
     ),
     "missing frame": (
         "messages",
@@ -123,7 +123,7 @@ BAD_ROWS = {
     "image URL without URL": (
         "messages",
         text_or_messages(("user", [{"type": "image_url", "image_url": {}}]), ("assistant", "A")),
-        "messages[0].content[0].image_url: found null, wanted the path of an image",
+        "messages[0].content[0].image_url: expected the path of an image, got null",
     ),
     "half a data URI": (
         "messages",
@@ -131,164 +131,164 @@ BAD_ROWS = {
             ("user", [{"type": "image_url", "image_url": "data:image/png;base64,iVBOR"}]), ("assistant", "A")
         ),
         "messages[0].content[0].image_url: not base64 (Invalid base64-encoded string: number of data characters (5) "
-        "cannot be 1 more than a multiple of 4); wanted an image's file in base64",
+        "cannot be 1 more than a multiple of 4); expected an image file in base64",
     ),
     "empty data URI": (
         "messages",
         text_or_messages(
             ("user", [{"type": "image", "image": "data:image/png;base64,"}]), ("assistant", "A")
         ),
-        "messages[0].content[0].image: found an empty file, wanted an image",
+        "messages[0].content[0].image: expected an image, got an empty file",
     ),
     "path upwards": (
         "messages",
         {"messages": ASK, "images": ["../b.png"]},
-        "images[0]: found FOLDER/../b.png, which leads out of FOLDER; set image_root to a folder around all images",
+        "images[0]: outside of FOLDER, got FOLDER/../b.png; set image_root to a folder around all images",
     ),
     "path from the root": (
         "messages",
         {"messages": ASK, "images": ["/etc/hostname"]},
-        "images[0]: found /etc/hostname, which leads out of FOLDER; set image_root to a folder around all images",
+        "images[0]: outside of FOLDER, got /etc/hostname; set image_root to a folder around all images",
     ),
     "link outside": (
         "messages",
         {"messages": ASK, "images": ["link.png"]},
-        "images[0]: found FOLDER/link.png, which leads out of FOLDER; set image_root to a folder around all images",
+        "images[0]: outside of FOLDER, got FOLDER/link.png; set image_root to a folder around all images",
     ),
     "URL": (
         "messages",
         {"messages": ASK, "images": ["https://example.org/a.png"]},
-        "images[0]: found the URL https://example.org/a.png; set data.allow_urls to true to fetch it",
+        "images[0]: URLs are not fetched, got https://example.org/a.png; set data.allow_urls to true to allow it",
     ),
     "file URL": (
         "messages",
         {"messages": ASK, "images": ["file:///etc/hostname"]},
-        "images[0]: found a URL of file:, wanted a path inside image_root, or http(s)",
+        "images[0]: expected a path inside image_root or an http(s) URL, got a URL of file:",
     ),
     "ftp URL": (
         "messages",
         {"messages": ASK, "images": ["FTP://example.org/a.png"]},
-        "images[0]: found a URL of ftp:, wanted a path inside image_root, or http(s)",
+        "images[0]: expected a path inside image_root or an http(s) URL, got a URL of ftp:",
     ),
     "number as image": (
         "messages",
         {"messages": ASK, "images": [7]},
-        "images[0]: found a number, wanted the path of an image",
+        "images[0]: expected the path of an image, got a number",
     ),
     "unknown speaker": (
         "llava",
         {"conversations": [{"from": "bard", "value": "Q"}, HUMAN[1]]},
-        "conversations[0].from: found 'bard', wanted human, gpt or system",
+        "conversations[0].from: expected human, gpt or system, got 'bard'",
     ),
     "no value": (
         "llava",
         {"conversations": [{"from": "human"}, HUMAN[1]]},
-        "conversations[0]: found no value, wanted an object with from and value",
+        "conversations[0]: expected an object with from and value, got no value",
     ),
     "answer first": (
         "llava",
         {"conversations": HUMAN[::-1]},
-        "conversations: found an assistant turn first, wanted what it answers before it",
+        "conversations: the assistant speaks first; add the user message that it answers",
     ),
-    "conversations null": ("llava", {"conversations": None}, "conversations: found null, wanted a list"),
+    "conversations null": ("llava", {"conversations": None}, "conversations: expected a list, got null"),
     "no conversation": (
         "llava",
         {"conversations": []},
-        "conversations: found no assistant turn, wanted one to learn from",
+        "conversations: no assistant message; add an answer to train on",
     ),
     "marker without image": (
         "llava",
         {"conversations": [{"from": "human", "value": "<image>\nQ"}, HUMAN[1]]},
-        f"found 1 <image> markers but 0 images; {MARKERS}",
+        f"got 1 <image> markers but 0 images; {MARKERS}",
     ),
     "system a number": (
         "sharegpt",
         {"conversations": HUMAN, "system": 3},
-        "system: found a number, wanted text",
+        "system: expected text, got a number",
     ),
     "a turn of text": (
         "sharegpt",
         {"conversations": ["hi"]},
-        "conversations[0]: found text, wanted an object with from and value",
+        "conversations[0]: expected an object with from and value, got text",
     ),
     "instruction null": (
         "alpaca",
         {"instruction": None, "output": "A"},
-        "instruction: found null, wanted text",
+        "instruction: expected text, got null",
     ),
     "output empty": ("alpaca", {"instruction": "Q", "output": ""}, f"output: {EMPTY}"),
-    "no output": ("alpaca", {"instruction": "Q"}, "output: found no such field, wanted text"),
+    "no output": ("alpaca", {"instruction": "Q"}, "output: expected text, got no such field"),
     "input a list": (
         "alpaca",
         {"instruction": "Q", "input": [], "output": "A"},
-        "input: found a list, wanted text",
+        "input: expected text, got a list",
     ),
     "completion null": (
         "prompt_completion",
         {"prompt": "Q", "completion": None},
-        "completion: found null, wanted text",
+        "completion: expected text, got null",
     ),
     "completion of a user": (
         "prompt_completion",
         {"prompt": "Q", "completion": [{"role": "user", "content": "A"}]},
-        "prompt: found no assistant turn, wanted one to learn from",
+        "prompt: no assistant message; add an answer to train on",
     ),
-    "question NaN": ("vqa", vqa(question=math.nan), "question: found NaN (an empty cell), wanted text"),
-    "question a list": ("vqa", vqa(question=["Q"]), "question: found a list, wanted text"),
-    "answer true": ("vqa", vqa(answer=True), "answer: found true or false, wanted text"),
-    "answer null": ("vqa", vqa(answer=None), "answer: found null, wanted text"),
+    "question NaN": ("vqa", vqa(question=math.nan), "question: expected text, got NaN (an empty cell)"),
+    "question a list": ("vqa", vqa(question=["Q"]), "question: expected text, got a list"),
+    "answer true": ("vqa", vqa(answer=True), "answer: expected text, got true or false"),
+    "answer null": ("vqa", vqa(answer=None), "answer: expected text, got null"),
     "no answers": (
         "vqa",
         {"question": "Q", "answers": []},
-        "answers: found an empty list, wanted at least one answer",
+        "answers: expected at least one answer, got an empty list",
     ),
     "an answer null": (
         "vqa",
         {"question": "Q", "answers": ["A", None]},
-        "answers[1]: found null, wanted text",
+        "answers[1]: expected text, got null",
     ),
     "an answer without answer": (
         "vqa",
         {"question": "Q", "answers": [{"confidence": "yes"}]},
-        "answers[0]: answer: found no such field, wanted text",
+        "answers[0]: answer: expected text, got no such field",
     ),
     "half a character": (
         "vqa",
         vqa(question="ab\ud83d"),
-        "question: found half a character at 2, wanted whole text; remove it",
+        "question: half a character (an unpaired surrogate) at position 2; remove it",
     ),
     "caption without image": (
         "caption",
         {"image": None, "caption": "A"},
-        "found no image, wanted one in image, images or video",
+        "no image; give one in image, images or video",
     ),
     "image without caption": (
         "caption",
         {"image": "a.png", "caption": None},
-        "found no caption, wanted text in caption, text, captions, label",
+        "no caption; give text in caption, text, captions, label",
     ),
     "caption empty": ("caption", {"image": "a.png", "caption": "  "}, f"caption: {EMPTY}"),
     "captions empty": (
         "caption",
         {"image": "a.png", "captions": []},
-        "captions: found an empty list, wanted at least one caption",
+        "captions: expected at least one caption, got an empty list",
     ),
-    "text of no text": ("mmc4", {"text_list": [None]}, "text_list[0]: found null, wanted text"),
-    "no text": ("mmc4", {"text_list": []}, "found no words, wanted a document with text"),
+    "text of no text": ("mmc4", {"text_list": [None]}, "text_list[0]: expected text, got null"),
+    "no text": ("mmc4", {"text_list": []}, "the document has no text; remove the row"),
     "match beyond": (
         "mmc4",
         {"text_list": ["A."], "image_info": [{"matched_text_index": 1, "image_name": "a.png"}]},
-        "image_info[0].matched_text_index: found 1, wanted the number of one of 1 texts, from 0",
+        "image_info[0].matched_text_index: expected the index of one of 1 texts, from 0, got 1",
     ),
     "no match": (
         "mmc4",
         {"text_list": ["A."], "image_info": [{"image_name": "a.png"}]},
-        "image_info[0].matched_text_index: found null, wanted the number of one of 1 texts, from 0",
+        "image_info[0].matched_text_index: expected the index of one of 1 texts, from 0, got null",
     ),
     "no picture": (
         "mmc4",
         {"text_list": ["A."], "image_info": [{"matched_text_index": 0}]},
-        "image_info[0]: found no image, wanted image_base64, image_name or raw_url",
+        "image_info[0]: no image; give image_base64, image_name or raw_url",
     ),
     "picture at a URL": (
         "mmc4",
@@ -296,47 +296,47 @@ BAD_ROWS = {
             "text_list": ["A."],
             "image_info": [{"matched_text_index": 0, "raw_url": "http://example.org/a.png"}],
         },
-        "image_info[0].raw_url: found the URL http://example.org/a.png; set data.allow_urls to true to fetch it",
+        "image_info[0].raw_url: URLs are not fetched, got http://example.org/a.png; set data.allow_urls to true to allow it",
     ),
     "lists of two lengths": (
         "obelics",
         {"texts": ["A.", "B."], "images": [None]},
-        "found 2 texts and 1 images, wanted lists of one length with null where the other has something",
+        "expected texts and images of one length, with null where the other has something, got 2 texts and 1 images",
     ),
     "text and image": (
         "obelics",
         {"texts": ["A."], "images": ["a.png"]},
-        "texts[0]: found both a text and an image, wanted one of them and null in the other list",
+        "texts[0]: expected null in one of texts and images, got both a text and an image",
     ),
     "neither": (
         "obelics",
         {"texts": ["A.", None], "images": [None, None]},
-        "texts[1]: found neither text nor image, wanted one of them and null in the other list",
+        "texts[1]: expected null in one of texts and images, got neither text nor image",
     ),
     "no rejected": (
         "preference",
         {"prompt": "Q", "chosen": "A"},
-        "rejected: found no such field, wanted text",
+        "rejected: expected text, got no such field",
     ),
     "the same twice": (
         "preference",
         {"prompt": "Q", "chosen": "A", "rejected": "A"},
-        "rejected: found the same as chosen, wanted a worse answer; remove the row",
+        "rejected: the same as chosen; remove the row",
     ),
     "no prompt": (
         "preference",
         {"chosen": "A", "rejected": "B"},
-        "prompt: found none, wanted text or messages that chosen and rejected answer",
+        "prompt: missing; give the text or messages that chosen and rejected answer",
     ),
     "rejected nothing": (
         "preference",
         {"prompt": "Q", "chosen": "A", "rejected": []},
-        "rejected: found no assistant turn, wanted one to learn from",
+        "rejected: no assistant message; add an answer to train on",
     ),
     "image in rejected": (
         "preference",
         {"prompt": "Q", "chosen": "A", "rejected": "<image>"},
-        "rejected: found an image in the rejected answer, wanted words; move it to the prompt",
+        "rejected: the rejected answer has an image; move it to the prompt",
     ),
 }
 
@@ -380,15 +380,23 @@ def test_a_bad_row_is_told_in_one_line(folder, good, row, complaint):
     assert told(entry, folder) == f"FOLDER/x.jsonl: row 1: {complaint}"
 
 
-SEPARATED = "wanted 2 (question, answer); put text with commas in quotes"
+SEPARATED = "put text with commas in quotes"
 BAD_FILES = {
-    "ragged, short": ("x.csv", "question,answer\nQ,A\nQ\n", f"row 1: found 1 cells, {SEPARATED}"),
-    "ragged, long": ("x.csv", "question,answer\nQ,A\nQ,A,A\n", f"row 1: found 3 cells, {SEPARATED}"),
-    "empty cell": ("x.csv", "question,answer\nQ,A\nQ,\n", "row 1: answer: found null, wanted text"),
+    "ragged, short": (
+        "x.csv",
+        "question,answer\nQ,A\nQ\n",
+        f"row 1: expected 2 cells (question, answer), got 1; {SEPARATED}",
+    ),
+    "ragged, long": (
+        "x.csv",
+        "question,answer\nQ,A\nQ,A,A\n",
+        f"row 1: expected 2 cells (question, answer), got 3; {SEPARATED}",
+    ),
+    "empty cell": ("x.csv", "question,answer\nQ,A\nQ,\n", "row 1: answer: expected text, got null"),
     "nan": (
         "x.csv",
         "question,answer\nQ,A\nnan,A\n",
-        "row 1: question: found NaN (an empty cell), wanted text",
+        "row 1: question: expected text, got NaN (an empty cell)",
     ),
     "Latin-1": (
         "x.csv",
@@ -408,31 +416,31 @@ BAD_FILES = {
     "columns twice": (
         "x.csv",
         "question,question\nQ,A\n",
-        "found columns of the same name in the first line; name each once",
+        "the first line has several columns of the same name; name each once",
     ),
-    "header alone": ("x.tsv", "question\tanswer\n", "found no rows; wanted at least one sample"),
-    "empty CSV": ("x.csv", "", "found no rows; wanted at least one sample"),
+    "header alone": ("x.tsv", "question\tanswer\n", "no rows; provide at least one sample"),
+    "empty CSV": ("x.csv", "", "no rows; provide at least one sample"),
     "UTF-16": (
         "x.csv",
         "question,answer".encode("utf-16"),
-        "found UTF-16, wanted UTF-8; save the file as UTF-8",
+        "expected UTF-8, got UTF-16; save the file as UTF-8",
     ),
     "deep nesting": (
         "x.jsonl",
         "[" * 100_000,
         "row 0: not JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string); "
-        "wanted one object a line",
+        "expected one object a line",
     ),
     "two lists": (
         "x.json",
         '{"images": [], "annotations": []}',
-        "found an object, wanted a list of rows",
+        "expected a list of rows, got an object",
     ),
     "unknown kind": (
         "x.xlsx",
         b"PK",
-        "found a .xlsx file, wanted one of .jsonl, .ndjson, .json, .csv, .tsv, .tar, .tgz, .tar.gz, .parquet, .arrow, "
-        "or a folder of images",
+        "expected one of .jsonl, .ndjson, .json, .csv, .tsv, .tar, .tgz, .tar.gz, .parquet, .arrow, "
+        "or a folder of images, got a .xlsx file",
     ),
     "empty tar": ("x.tar", b"", "row 0: not a readable tar (empty file); replace FOLDER/x.tar"),
     "compressed tar of noise": (
@@ -486,30 +494,30 @@ ROW = json.dumps(vqa())
 BAD_ENTRIES = {
     "pickle in a tar": (
         lambda f: _tar(f, a_png=SCAN, a_txt=b"A.", a_pkl=pickle.dumps(print)),
-        "FOLDER/x.tar: row 0: found a.pkl, which may run code when it is read; "
+        "FOLDER/x.tar: row 0: a file that may run code when it is read, got a.pkl; "
         "store images as PNG or JPEG, and the rest as JSON",
     ),
     "npy in a tar": (
         lambda f: _tar(f, a_npy=b"x", a_txt=b"A."),
-        "FOLDER/x.tar: row 0: found a.npy, which may run code",
+        "FOLDER/x.tar: row 0: a file that may run code when it is read, got a.npy; ",
     ),
     "weights in a tar": (
         lambda f: _tar(f, a_pth=b"x", a_txt=b"A."),
-        "FOLDER/x.tar: row 0: found a.pth, which may run code",
+        "FOLDER/x.tar: row 0: a file that may run code when it is read, got a.pth; ",
     ),
-    "link in a tar": (_linked_tar, "FOLDER/x.tar: row 0: found the columns text, wanted those of"),
+    "link in a tar": (_linked_tar, "FOLDER/x.tar: row 0: no format has these columns, got text; name them"),
     "Latin-1 in a tar": (
         lambda f: _tar(f, a_png=SCAN, a_txt=b"\xe9"),
         "FOLDER/x.tar: row 0: a.txt: byte 0 is not UTF-8; save the file as UTF-8",
     ),
     "list in a tar": (
         lambda f: _tar(f, a_json=b"[]"),
-        "FOLDER/x.tar: row 0: a.json: found a list, wanted an object",
+        "FOLDER/x.tar: row 0: a.json: expected an object, got a list",
     ),
     "no JSON in a tar": (
         lambda f: _tar(f, a_json=b"{"),
         "FOLDER/x.tar: row 0: a.json: not JSON (Expecting property name enclosed in double quotes at character 1); "
-        "wanted an object",
+        "expected an object",
     ),
     "noise for Parquet": (
         lambda f: write(f, "x.parquet", b"noise"),
@@ -519,28 +527,29 @@ BAD_ENTRIES = {
     "noise in a saved dataset": (_saved, "FOLDER/saved: cannot be read ("),
     "NaN in Parquet": (
         lambda f: _parquet(f, {"question": ["Q", "Q"], "answer": [1.0, np.nan]}),
-        "FOLDER/x.parquet: row 1: answer: found NaN (an empty cell), wanted text",
+        "FOLDER/x.parquet: row 1: answer: expected text, got NaN (an empty cell)",
     ),
     "null in Parquet": (
         lambda f: _parquet(f, {"question": ["Q", None], "answer": ["A", "A"]}),
-        "FOLDER/x.parquet: row 1: question: found null, wanted text",
+        "FOLDER/x.parquet: row 1: question: expected text, got null",
     ),
     "unknown columns": (
         lambda f: write(f, "x.csv", "a,b\n1,2\n"),
-        "FOLDER/x.csv: row 0: found the columns a, b, wanted those of preference (prompt, chosen, rejected); messages",
+        "FOLDER/x.csv: row 0: no format has these columns, got a, b; name them with columns and format, or provide "
+        "those of preference (prompt, chosen, rejected); messages",
     ),
     "unknown field": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"reply": "answer"}},
-        "FOLDER/x.jsonl: columns: found 'reply', wanted fields of vqa: answer, answers, image, images, question, "
+        "FOLDER/x.jsonl: columns: expected fields of vqa, got 'reply'; use answer, answers, image, images, question, "
         "system, task, video, videos",
     ),
     "unknown column": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"answer": "label"}},
-        "FOLDER/x.jsonl: row 0: columns: answer: found no column 'label', wanted one of question, answer",
+        "FOLDER/x.jsonl: row 0: columns: answer: no such column, got 'label'; use one of question, answer",
     ),
     "another format": (
         lambda f: write(f, "x.jsonl", ROW) | {"format": "messages"},
-        "FOLDER/x.jsonl: row 0: messages: found no such field, wanted a list",
+        "FOLDER/x.jsonl: row 0: messages: expected a list, got no such field",
     ),
     "empty pattern": (
         lambda f: {"path": str(f / "*.tar")},
@@ -555,7 +564,7 @@ BAD_ENTRIES = {
         lambda f: write(
             f, "D_instructions.json", '{"data": {"i": {"instruction": "Q", "answer": "A", "image_ids": []}}}'
         ),
-        "FOLDER/D_instructions.json: found no file of its images (D_images.json, D_images.json, D.json, D_00.json); "
+        "FOLDER/D_instructions.json: no file with its images, looked for D_images.json, D_images.json, D.json, D_00.json; "
         "name it: columns: {images_file: PATH}",
     ),
     "empty image": (
@@ -593,7 +602,7 @@ def test_a_pickle_in_a_tar_is_not_unpickled(folder):
 def test_a_link_to_a_folder_outside_leads_out_too(folder):
     os.symlink(folder.parent, folder / "up")
     entry = write(folder, "x.jsonl", json.dumps({"image": "up/b.png", "caption": "A."}))
-    assert "row 0: image: found FOLDER/up/b.png, which leads out of FOLDER" in told(entry, folder)
+    assert "row 0: image: outside of FOLDER, got FOLDER/up/b.png" in told(entry, folder)
     assert "b.png" in str(DataSource(**entry, image_root=folder.parent).image_root / "b.png")
 
 

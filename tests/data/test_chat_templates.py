@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt, end_token_id
-from flamingo_ft.data.render import answers_are_rewritten, apply_template
+from flamingo_ft.data.render import answers_rewritten, apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.added_tokens import add_media_tokens
 from flamingo_ft.model.chat_template import answer_template
@@ -136,7 +136,7 @@ def test_an_answer_with_reasoning_is_refused_where_the_prompt_opens_and_ends_it(
     processor = nano_processor(EMPTY_REASONING)
     assert learned(processor, encode(processor, TURNS)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
     with pytest.raises(
-        UserError, match="^chat template: begins an answer otherwise .*, got it in message 1; remove the"
+        UserError, match="^chat template: begins an answer differently .*, got it in message 1; remove the"
     ):
         encode(processor, REASONED)
 
@@ -169,7 +169,7 @@ def test_an_answer_whose_words_the_template_leaves_out_is_counted():
     encoded = encode(processor, REASONED)
     assert encoded.rewritten and learned(processor, encoded) == "\n\nSeven.<|im_end|>Yes.<|im_end|>"
     silent = [{**turn, "loss": False} for turn in REASONED]
-    assert not answers_are_rewritten(processor, silent, "")
+    assert not answers_rewritten(processor, silent, "")
 
 
 def test_the_last_prompt_is_the_dialogues_beginning_where_the_system_message_moves():

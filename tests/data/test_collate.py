@@ -1,13 +1,17 @@
-"""Batches: padded, labelled, with every image in its slot; what cannot be batched is refused by sample and file."""
+"""Batches of tensors: padding, media of different lengths, and what can go wrong."""
+
+from __future__ import annotations
 
 import io
 import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from flamingo_ft.data.collate import collate_text, load_media
+from flamingo_ft.data.collate import collate_text, load_media, stack_media
 from flamingo_ft.data.encode import IGNORED, encode, encode_within
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.sample import Sample
@@ -97,7 +101,7 @@ def test_a_sample_as_long_as_the_limit_passes_and_a_longer_one_is_refused(folder
     with pytest.raises(UserError) as caught:
         collate(row(folder, 1), limit=length - 1)
     assert str(caught.value) == (
-        f"row 5: found {length} text tokens, the limit is {length - 1}; "
+        f"row 5: got {length} text tokens, the limit is {length - 1}; "
         "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
     )
 
@@ -114,9 +118,7 @@ def test_what_the_chat_template_refuses_is_told_with_its_sample(folder):
 
 def test_a_sample_with_nothing_to_learn_is_refused(folder):
     marks_nothing = "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(
-        UserError, match="^row 5: found no word of the assistant's to learn; remove the sample$"
-    ):
+    with pytest.raises(UserError, match="^row 5: no assistant text to train on; remove the sample$"):
         collate(row(folder, 0), processor=nano_processor(marks_nothing))
 
 
@@ -188,3 +190,30 @@ def test_a_photo_is_seen_upright_in_training_as_through_the_processor(tmp_path):
     trained_on = load_media(processor, [{"images": [path], "where": ""}])["pixel_values"]
     asked_about = processor(images=path, text="<image>")["pixel_values"]
     assert torch.equal(trained_on[0, 0], expected) and torch.equal(asked_about[0, 0], expected)
+
+
+lengths = st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4)
+
+
+@given(lengths)
+def test_every_medium_is_found_again_and_the_rest_is_zero(lengths):
+    rows = [[torch.randn(frames, 3, 2, 2) for frames in row] for row in lengths]
+    batch = stack_media(rows)
+    if not any(rows):
+        assert batch == {}
+        return
+    pixels = batch["pixel_values"]
+    pixels = pixels[:, :, None] if pixels.dim() == 5 else pixels
+    frames = {len(medium) for row in rows for medium in row}
+    assert ("frame_counts" in batch) == (len(frames) > 1)
+    total = 0.0
+    for b, row in enumerate(rows):
+        for m, medium in enumerate(row):
+            assert torch.equal(pixels[b, m, : len(medium)], medium)
+            assert len(frames) == 1 or batch["frame_counts"][b, m] == len(medium)
+            total += float(medium.abs().sum())
+    torch.testing.assert_close(float(pixels.abs().sum()), total, rtol=1e-4, atol=1e-4)
+
+
+def test_single_images_have_no_axis_of_frames():
+    assert stack_media([[torch.zeros(1, 3, 4, 4)], []])["pixel_values"].shape == (2, 1, 3, 4, 4)

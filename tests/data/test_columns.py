@@ -201,7 +201,7 @@ def test_unknown_names_are_separated_by_what_makes_the_rows_fit(folder):
 
 def test_a_ragged_row_is_refused_with_its_own_separator(folder):
     entry = write(folder, "image;caption\na.png;A\na.png;A;B\n")
-    assert "row 1: found 3 cells, wanted 2 (image, caption); put text with semicolons in quotes" in refusal(
+    assert "row 1: expected 2 cells (image, caption), got 3; put text with semicolons in quotes" in refusal(
         entry
     )
 

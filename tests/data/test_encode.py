@@ -229,6 +229,6 @@ def test_a_template_that_leaves_out_an_image_is_refused():
         "{% for m in messages if m['role'] != 'system' %}{{ m['content'] }}{% endfor %}"
     )
     with pytest.raises(
-        UserError, match="^chat template: found 0 <image> tokens where the dialogue has 1 images"
+        UserError, match="^chat template: got 0 <image> tokens where the dialogue has 1 images"
     ):
         encode(forgetful, [system(IMAGE, "b"), user("a"), assistant("b")])

@@ -133,7 +133,7 @@ def test_an_images_tokens_do_not_depend_on_what_it_is_encoded_with(wanted):
     shown = torch.randn(11, 3, 32, 32)
     shown[4] *= 40  # activations beyond what 8 bits round
     together = tower.encode(shown)
-    assert tower.at_once == (1 if wanted == "int8" else 8)
+    assert tower.batch_size == (1 if wanted == "int8" else 8)
     for index in range(11):
         assert torch.equal(tower.encode(shown[index : index + 1])[0], together[index])
 
@@ -141,7 +141,7 @@ def test_an_images_tokens_do_not_depend_on_what_it_is_encoded_with(wanted):
 def test_a_tower_whose_images_change_each_others_tokens_is_run_one_by_one(monkeypatch):
     leaky = lambda visual, pixels: spatial_tokens(visual, pixels) + pixels.mean()  # noqa: E731
     monkeypatch.setattr(encoder_module, "spatial_tokens", leaky)
-    assert FrozenTower(load_vision("nano").visual, torch.float32).at_once == 1
+    assert FrozenTower(load_vision("nano").visual, torch.float32).batch_size == 1
 
 
 def test_each_image_is_encoded_once_and_text_needs_no_tower(tmp_path):
@@ -353,7 +353,7 @@ def test_a_full_disk_ends_adding_with_one_warning_and_training_goes_on(tmp_path)
             ]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert ["nothing is added any more (File too large)" in str(w.message) for w in told] == [True]
+    assert ["cannot be written (File too large)" in str(w.message) for w in told] == [True]
     assert len(completed) == 3 and stored(tmp_path) == [] and not list(tmp_path.rglob("partial/*"))
 
 

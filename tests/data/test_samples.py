@@ -1,4 +1,4 @@
-"""Samples: what a file may hold, and how everything else is refused: one line with file, row, field, found, wanted."""
+"""Samples: what a file may hold, and how everything else is refused: one line with file, row, field, got, expected."""
 
 import json
 import os
@@ -48,110 +48,110 @@ def with_content(content, role="user"):
 
 
 MALFORMED = {
-    "a row of text": ("hello", ": found text, wanted an object with messages and images"),
-    "a row of null": (None, ": found null, wanted an object with messages and images"),
-    "a row of rows": ([{}], ": found a list, wanted an object with messages and images"),
-    "no messages": ({"images": []}, ": messages: found no such field, wanted a list"),
-    "messages null": ({"messages": None}, ": messages: found null, wanted a list"),
-    "messages text": ({"messages": "hi"}, ": messages: found text, wanted a list"),
-    "messages an object": ({"messages": QUESTION}, ": messages: found an object, wanted a list"),
-    "messages empty": ({"messages": []}, ": messages: found no assistant turn, wanted one to learn from"),
+    "a row of text": ("hello", ": expected an object with messages and images, got text"),
+    "a row of null": (None, ": expected an object with messages and images, got null"),
+    "a row of rows": ([{}], ": expected an object with messages and images, got a list"),
+    "no messages": ({"images": []}, ": messages: expected a list, got no such field"),
+    "messages null": ({"messages": None}, ": messages: expected a list, got null"),
+    "messages text": ({"messages": "hi"}, ": messages: expected a list, got text"),
+    "messages an object": ({"messages": QUESTION}, ": messages: expected a list, got an object"),
+    "messages empty": ({"messages": []}, ": messages: no assistant message; add an answer to train on"),
     "no assistant turn": (
         {"messages": [QUESTION, QUESTION]},
-        ": messages: found no assistant turn, wanted one to learn from",
+        ": messages: no assistant message; add an answer to train on",
     ),
     "an assistant turn first": (
         {"messages": [ANSWER, *TURNS]},
-        ": messages: found an assistant turn first, wanted what it answers before it",
+        ": messages: the assistant speaks first; add the user message that it answers",
     ),
     "a message of text": (
         {"messages": ["hi", ANSWER]},
-        ": messages[0]: found text, wanted an object with role and content",
+        ": messages[0]: expected an object with role and content, got text",
     ),
     "a message of null": (
         {"messages": [QUESTION, None]},
-        ": messages[1]: found null, wanted an object with role and content",
+        ": messages[1]: expected an object with role and content, got null",
     ),
     "no role": (
         {"messages": [QUESTION, {"content": "x"}]},
-        ": messages[1]: found no role, wanted an object with role and content",
+        ": messages[1]: expected an object with role and content, got no role",
     ),
     "no content": (
         {"messages": [{"role": "user"}, ANSWER]},
-        ": messages[0]: found no content, wanted an object with role and content",
+        ": messages[0]: expected an object with role and content, got no content",
     ),
     "an unknown role": (
         {"messages": [{"role": "human", "content": "x"}, ANSWER]},
-        ": messages[0].role: found 'human', wanted one of system, user, assistant",
+        ": messages[0].role: expected one of system, user, assistant, got 'human'",
     ),
     "a role of the wrong type": (
         {"messages": [{"role": ["user"], "content": "x"}, ANSWER]},
-        ": messages[0].role: found ['user'], wanted one of system, user, assistant",
+        ": messages[0].role: expected one of system, user, assistant, got ['user']",
     ),
     "content null": (
         with_content(None),
-        ": messages[0].content: found null, wanted text or a list of typed blocks",
+        ": messages[0].content: expected text or a list of typed blocks, got null",
     ),
     "content a number": (
         with_content(3),
-        ": messages[0].content: found a number, wanted text or a list of typed blocks",
+        ": messages[0].content: expected text or a list of typed blocks, got a number",
     ),
     "content an object": (
         with_content({"type": "text", "text": "x"}),
-        ": messages[0].content: found an object, wanted text or a list of typed blocks",
+        ": messages[0].content: expected text or a list of typed blocks, got an object",
     ),
     "half a character": (
         with_content("ab\ud83d"),
-        ": messages[0].content: found half a character at 2, wanted whole text; remove it",
+        ": messages[0].content: half a character (an unpaired surrogate) at position 2; remove it",
     ),
     "half a character in a block": (
         with_content([{"type": "text", "text": "\ude00"}]),
-        ": messages[0].content[0]: text: found half a character at 0, wanted whole text; remove it",
+        ": messages[0].content[0]: text: half a character (an unpaired surrogate) at position 0; remove it",
     ),
     "a block of text": (
         with_content(["x"]),
-        ": messages[0].content[0]: found text, wanted a block of type text, image or video",
+        ": messages[0].content[0]: expected a block of type text, image or video, got text",
     ),
     "a block of null": (
         with_content([IMAGE, None]),
-        ": messages[0].content[1]: found null, wanted a block of type text, image or video",
+        ": messages[0].content[1]: expected a block of type text, image or video, got null",
     ),
     "a block of another type": (
         with_content([{"type": "audio"}]),
-        ": messages[0].content[0].type: found 'audio', wanted text, image or video",
+        ": messages[0].content[0].type: expected text, image or video, got 'audio'",
     ),
     "a block without type": (
         with_content([{"text": "x"}]),
-        ": messages[0].content[0].type: found None, wanted text, image or video",
+        ": messages[0].content[0].type: expected text, image or video, got None",
     ),
     "a text block without text": (
         with_content([{"type": "text"}]),
-        ": messages[0].content[0]: text: found no such field, wanted text",
+        ": messages[0].content[0]: text: expected text, got no such field",
     ),
     "a text block of null": (
         with_content([{"type": "text", "text": None}]),
-        ": messages[0].content[0]: text: found null, wanted text",
+        ": messages[0].content[0]: text: expected text, got null",
     ),
-    "images text": ({"messages": TURNS, "images": "a.png"}, ": images: found text, wanted a list"),
+    "images text": ({"messages": TURNS, "images": "a.png"}, ": images: expected a list, got text"),
     "images an object": (
         {"messages": TURNS, "images": {"0": "a.png"}},
-        ": images: found an object, wanted a list",
+        ": images: expected a list, got an object",
     ),
     "image and images": (
         {"messages": TURNS, "image": "a.png", "images": ["a.png"]},
-        ": found both image and images, wanted one of them; join them into images",
+        ": expected image or images, got both; join them in images",
     ),
     "a task of the wrong type": (
         {"messages": TURNS, "task": ["colour"]},
-        ": task: found a list, wanted text",
+        ": task: expected text, got a list",
     ),
     "an image of null": (
         {"messages": TURNS, "images": ["a.png", None]},
-        ": images[1]: found null, wanted the path of an image",
+        ": images[1]: expected the path of an image, got null",
     ),
     "an image of bytes": (
         {"messages": TURNS, "images": [{"content": ""}]},
-        ": images[0]: found an object, wanted the path of an image",
+        ": images[0]: expected the path of an image, got an object",
     ),
     "a missing image": (
         {"messages": TURNS, "images": ["gone.png"]},
@@ -171,19 +171,19 @@ MALFORMED = {
     ),
     "more markers than images": (
         {**with_content("<image> or <image>?"), "images": ["a.png"]},
-        ": found 2 <image> markers but 1 images; add the missing images or remove markers",
+        ": got 2 <image> markers but 1 images; add the missing images or remove markers",
     ),
     "fewer markers than images": (
         {**with_content([IMAGE]), "images": ["a.png", "b.png"]},
-        ": found 1 <image> markers but 2 images; add the missing images or remove markers",
+        ": got 1 <image> markers but 2 images; add the missing images or remove markers",
     ),
     "a marker without images": (
         with_content("<image>"),
-        ": found 1 <image> markers but 0 images; add the missing images or remove markers",
+        ": got 1 <image> markers but 0 images; add the missing images or remove markers",
     ),
     "a marker and images null": (
         {**with_content("<image>"), "images": None},
-        ": found 1 <image> markers but 0 images; add the missing images or remove markers",
+        ": got 1 <image> markers but 0 images; add the missing images or remove markers",
     ),
 }
 
@@ -202,27 +202,31 @@ def test_a_long_text_in_place_of_a_path_is_refused_in_a_short_line(folder):
     assert "row 0: images[0]: no such image FOLDER/AAA" in message and len(message) < 500
 
 
-LIST_WANTED = "wanted a list of rows (one object a line belongs in a .jsonl file)"
+LIST_EXPECTED = "expected a list of rows (one object a line belongs in a .jsonl file)"
 BROKEN_FILES = {
-    "empty": ("x.jsonl", b"", "FILE: found no rows; wanted at least one sample"),
-    "blank lines alone": ("x.jsonl", b"\n \n", "FILE: found no rows; wanted at least one sample"),
-    "an empty list": ("x.json", b"[]", "FILE: found no rows; wanted at least one sample"),
-    "an empty JSON file": ("x.json", b"", f"FILE: not JSON (Expecting value at character 0); {LIST_WANTED}"),
-    "an object": ("x.json", b"{}", "FILE: found an object, wanted a list of rows"),
+    "empty": ("x.jsonl", b"", "FILE: no rows; provide at least one sample"),
+    "blank lines alone": ("x.jsonl", b"\n \n", "FILE: no rows; provide at least one sample"),
+    "an empty list": ("x.json", b"[]", "FILE: no rows; provide at least one sample"),
+    "an empty JSON file": (
+        "x.json",
+        b"",
+        f"FILE: not JSON (Expecting value at character 0); {LIST_EXPECTED}",
+    ),
+    "an object": ("x.json", b"{}", "FILE: expected a list of rows, got an object"),
     "lines in a JSON file": (
         "x.json",
         b"{}\n{}",
-        f"FILE: not JSON (Extra data at character 3); {LIST_WANTED}",
+        f"FILE: not JSON (Extra data at character 3); {LIST_EXPECTED}",
     ),
     "no JSON": (
         "x.jsonl",
         b"messages",
-        "FILE: row 0: not JSON (Expecting value at character 0); wanted one object a line",
+        "FILE: row 0: not JSON (Expecting value at character 0); expected one object a line",
     ),
     "cut off": (
         "x.jsonl",
         json.dumps({"messages": TURNS}).encode() + b'\n{"messages": [',
-        "FILE: row 1: not JSON (Expecting value at character 14); wanted one object a line",
+        "FILE: row 1: not JSON (Expecting value at character 14); expected one object a line",
     ),
     "Latin-1": (
         "x.jsonl",
@@ -234,7 +238,7 @@ BROKEN_FILES = {
         b'[{"messages": "\xe9"}]',
         "FILE: byte 15 is not UTF-8; save the file as UTF-8",
     ),
-    "UTF-16": ("x.jsonl", "{}".encode("utf-16"), "FILE: found UTF-16, wanted UTF-8; save the file as UTF-8"),
+    "UTF-16": ("x.jsonl", "{}".encode("utf-16"), "FILE: expected UTF-8, got UTF-16; save the file as UTF-8"),
 }
 
 
@@ -283,7 +287,7 @@ def test_image_paths_start_from_the_image_root_or_the_file(folder):
     path = jsonl(folder / "lists", row)
     assert "no such image" in refused(path)
     outside = jsonl(folder / "lists", {**row, "images": [str(folder / "a.png")]}, name="outside.jsonl")
-    assert "which leads out of FOLDER" in refused(outside)
+    assert "outside of FOLDER" in refused(outside)
     assert read_samples(path, folder)[0].images == [str(folder / "a.png")]
     absolute = jsonl(folder / "lists", {**row, "images": [str(folder / "a.png")]})
     assert read_samples(absolute, folder)[0].images == [str(folder / "a.png")]

@@ -271,7 +271,7 @@ def test_a_file_that_changes_under_a_source_is_noticed(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(path.read_bytes()[:10])
     for reader in (source, pickle.loads(pickle.dumps(source))):
-        with pytest.raises(UserError, match="another file than at the start"):
+        with pytest.raises(UserError, match="changed since the run began"):
             reader.raw(2)
 
 

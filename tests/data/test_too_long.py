@@ -35,14 +35,14 @@ def test_a_sample_that_fits_stays_as_it_is(policy):
 
 def test_a_longer_sample_is_an_error_that_says_where():
     with pytest.raises(
-        UserError, match=r"^a.json: row 5: found \d+ text tokens, the limit is 9; shorten [^\n]*$"
+        UserError, match=r"^a.json: row 5: got \d+ text tokens, the limit is 9; shorten [^\n]*$"
     ):
         encode_within(nano_processor(), sample(TURNS), 9)
 
 
 def test_a_longer_sample_is_dropped_with_its_reason():
     found = encode_within(nano_processor(), sample(TURNS), 9, "drop_sample")
-    assert found == Dropped(f"found {length(TURNS)} text tokens, the limit is 9", too_long=True)
+    assert found == Dropped(f"got {length(TURNS)} text tokens, the limit is 9", too_long=True)
 
 
 @pytest.mark.parametrize(("kept", "left_images", "turns"), [(5, 3, 1), (3, 1, 2)])
@@ -96,10 +96,8 @@ def test_text_is_cut_at_its_end_and_never_between_an_image_and_its_text(name, li
 def test_a_sample_without_labels_never_trains(policy):
     silent = sample([user("a"), {**assistant("b"), "loss": False}])
     found = encode_within(nano_processor(), silent, 100, policy)
-    assert found == Dropped("found no word of the assistant's to learn")
-    with pytest.raises(
-        UserError, match="^a.json: row 5: found no word of the assistant's to learn; remove[^\n]*$"
-    ):
+    assert found == Dropped("no assistant text to train on")
+    with pytest.raises(UserError, match="^a.json: row 5: no assistant text to train on; remove[^\n]*$"):
         encode_within(nano_processor(), silent, 100, "error")
     cut = encode_within(nano_processor(), sample([user("long " * 30), assistant("b")]), 20, "truncate_text")
     assert isinstance(cut, Dropped) and cut.too_long

@@ -180,7 +180,7 @@ def test_dpo_evaluates_on_the_chosen_answer_and_skips_bad_rows_if_configured(pai
     )
     eval_data = "data.eval=[{path: eval.jsonl}]"
     Path("eval.jsonl").write_text(rows)
-    with pytest.raises(UserError, match="pairs.jsonl: row 2: rejected: found the same as chosen"):
+    with pytest.raises(UserError, match="pairs.jsonl: row 2: rejected: the same as chosen"):
         train(regimes.recipe(*DPO, eval_data))
     more = (
         "data.on_bad_sample=skip",
@@ -204,11 +204,11 @@ def test_dpo_evaluates_on_the_chosen_answer_and_skips_bad_rows_if_configured(pai
     [
         (
             ["data.train=[{path: train.jsonl}]"],
-            "train.jsonl: found messages samples, wanted preference pairs",
+            r"train.jsonl: train.method dpo expects preference pairs \(prompt, chosen, rejected\), got messages samples",
         ),
         (
             ["train.method=sft"],
-            "pairs.jsonl: found preference pairs, wanted samples with one answer; set train.method to dpo",
+            "pairs.jsonl: expected samples with one answer, got preference pairs; set train.method to dpo",
         ),
         (["data.packing=true", "data.max_text_tokens=64"], "data.packing: dpo compares pairs row by row"),
         (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: got 0.1, but dpo compares"),

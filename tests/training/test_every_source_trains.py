@@ -127,7 +127,7 @@ def test_preference_pairs_train_in_an_unmodified_dpo_trainer(name, tmp_path):
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_preference_pairs_are_refused_by_sft(name, train, tmp_path):
     with pytest.raises(
-        UserError, match="found preference pairs, wanted samples with one answer; set train.method to dpo"
+        UserError, match="expected samples with one answer, got preference pairs; set train.method to dpo"
     ):
         train(FIXTURES[name](tmp_path))
 

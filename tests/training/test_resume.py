@@ -76,7 +76,7 @@ def test_a_signal_saves_a_checkpoint_and_prints_how_to_resume(uninterrupted, fre
     assert code == 128 + number, output
     assert f"stopped by {signal.Signals(number).name} after step" in output
     assert (
-        "go on with: flamingo-ft train ./recipe.yaml train.max_steps=8" in output
+        "resume with: flamingo-ft train ./recipe.yaml train.max_steps=8" in output
         and output.strip().endswith("--resume")
     )
     assert not (fresh / WEIGHTS).exists()

@@ -163,7 +163,7 @@ def test_checkpointed_training_gives_the_same_losses(folder):
 
 def test_bad_data_is_reported_before_anything_is_written(folder):
     Path("train.jsonl").write_text(json.dumps(row(0, 1) | {"images": []}))
-    with pytest.raises(UserError, match="row 0: found 1 <image> markers but 0 images"):
+    with pytest.raises(UserError, match="row 0: got 1 <image> markers but 0 images"):
         train(recipe())
     assert not any(path.is_file() for path in (folder / "run").rglob("*"))
 
@@ -210,6 +210,6 @@ def test_a_refused_run_leaves_its_output_directory_usable(folder):
     Path("pairs.jsonl").write_text(
         json.dumps({"prompt": "Which shade?", "chosen": "Dark.", "rejected": "Light."})
     )
-    with pytest.raises(UserError, match="found preference pairs"):
+    with pytest.raises(UserError, match="got preference pairs"):
         train(recipe("data.train=[{path: pairs.jsonl}]"))
     train(recipe("train.max_steps=1"))

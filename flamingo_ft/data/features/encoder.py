@@ -1,4 +1,4 @@
-"""The training process's side: missing tokens are encoded, rounded, kept, and put into the batch.
+"""The training process's side of the feature cache: encode missing tokens, round them, store them, complete the batch.
 
 Shapes: B samples, M media, F frames, N images, C channels, H height, W width, V visual tokens, D width.
 """
@@ -24,68 +24,71 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from .pending import FOUND, FRAME_INDEX, FRESH, FRESH_KEYS
 from .store import FeatureStore, FeatureWriter, features_key, folder_name
 
-AT_ONCE = 8  # images
+BATCH_SIZE = 8  # images
 PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
 
 
 class FrozenTower:
-    """A tower run in one fixed shape, so that an image's tokens do not depend on what it is encoded with.
+    """A tower that always runs on batches of one size, so that an image's tokens do not depend on its batch.
 
-    at_once: images of that shape, filled up with zeros. 1 where the bits of an image's tokens change with its place or
-    its neighbours; so they do in 8 bits, where an outlier of one image leaves a column of all unrounded.
-    autocast: number format that the trainer computes in, None for none.
+    Attributes:
+        batch_size: of that batch, filled up with zeros. 1 if the bits of an image's tokens depend on its place or neighbours:
+            in 8 bits, an outlier in one image keeps that column of all images in higher precision.
+        autocast: dtype that the trainer computes in, None for none.
     """
 
     def __init__(self, visual: nn.Module, dtype: torch.dtype, autocast: torch.dtype | None = None):
         if any(".lora_" in name for name, _ in visual.named_parameters()):
             raise UserError(
-                "data.cache: LoRA changes the tower, so its tokens cannot be kept; set one of them to null"
+                "data.cache: LoRA changes the tower, so its tokens cannot be cached; set one of them to null"
             )
         self.visual, self.dtype, self.autocast = visual, dtype, autocast
         self.device = next(visual.parameters()).device
         size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
-        trial = torch.randn(AT_ONCE, 3, *size, generator=torch.Generator().manual_seed(0))
-        self.at_once = (
-            AT_ONCE if "int8" not in quantization_formats(visual) and self._keeps_apart(trial) else 1
+        trial = torch.randn(BATCH_SIZE, 3, *size, generator=torch.Generator().manual_seed(0))
+        self.batch_size = (
+            BATCH_SIZE
+            if "int8" not in quantization_formats(visual) and self._is_batch_invariant(trial)
+            else 1
         )
         self.shape = tuple(self.encode(trial[:1]).shape[1:])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to tokens (N, V, D) in the kept number format."""
-        tokens = [self._encode_some(some, self.at_once) for some in images.split(self.at_once)]
+        """Return the tokens (N, V, D) of images (N, C, H, W), in the cache's dtype."""
+        tokens = [self._encode_batch(batch, self.batch_size) for batch in images.split(self.batch_size)]
         return torch.cat(tokens).to(self.dtype)
 
-    def _encode_some(self, images: Tensor, at_once: int) -> Tensor:
+    def _encode_batch(self, images: Tensor, batch_size: int) -> Tensor:
         images = images.to(self.device)
-        filled = images.new_zeros(at_once, *images.shape[1:])
+        filled = images.new_zeros(batch_size, *images.shape[1:])
         filled[: len(images)] = images
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             return spatial_tokens(self.visual, filled)[: len(images)]
 
     @torch.no_grad()
-    def _keeps_apart(self, images: Tensor) -> bool:
-        """Whether each image has the same tokens, to the bit, at another place and beside blank images."""
+    def _is_batch_invariant(self, images: Tensor) -> bool:
+        """Whether images have the same tokens, to the bit, at another place in the batch and beside blank images."""
         moved = images.roll(3, 0)
         moved[::2] = 0
-        tokens, again = self._encode_some(images, AT_ONCE), self._encode_some(moved, AT_ONCE)
+        tokens, again = self._encode_batch(images, BATCH_SIZE), self._encode_batch(moved, BATCH_SIZE)
         return torch.equal(tokens.roll(3, 0)[1::2], again[1::2])
 
 
 class FeatureCache:
-    """Completes batches whose images are partly tokens already; keeps what it had to encode.
+    """Completes batches whose images are partly cached; stores the tokens it had to encode.
 
-    store: for the workers that prepare the batches.
+    store: what the workers that prepare the batches read.
     """
 
     def __init__(self, tower: FrozenTower, store: FeatureStore, writer: FeatureWriter):
         self.tower, self.store, self._writer = tower, store, writer
 
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """A batch with what `collate_frames` gave, to one with vision_tokens (B, M, F, V, D) in its place.
+        """Replace what `collate_frames` put into a batch by vision_tokens (B, M, F, V, D).
 
-        They are on the tower's device and in the cache's number format; those of padding are zero. A batch without
-        media stays as it is.
+        They are on the tower's device and in the cache's dtype; those of padding are zero. A batch without media is returned
+        unchanged.
         """
         if FRAME_INDEX not in batch:
             return dict(batch)
@@ -113,12 +116,14 @@ def open_feature_cache(
     autocast: torch.dtype | None = None,
     writers: int = 1,
 ) -> FeatureCache:
-    """The tokens of ``model``'s tower as a recipe wants them kept, on the device where the model is.
+    """Open the cache of the outputs of ``model``'s tower, on the model's device.
 
-    preprocess: the transform that gives the pixels (``image_processor.open_clip_preprocess``). autocast: the number
-    format the trainer computes in. writers: processes that add at the same time (ranks).
+    Raises UserError if the tower has LoRA, or the folder can be neither created nor used.
 
-    Raises UserError where LoRA is on the tower and where the folder can be neither made nor used.
+    Args:
+        preprocess: the transform that gives the pixels (``image_processor.open_clip_preprocess``).
+        autocast: dtype that the trainer computes in.
+        writers: processes that write at the same time (ranks).
     """
     dtype = DTYPES[cache.dtype]
     tower = FrozenTower(model.vision_encoder, dtype, autocast)
@@ -126,7 +131,7 @@ def open_feature_cache(
         model,
         preprocess,
         autocast=str(autocast),
-        images_at_once=tower.at_once,
+        images_at_once=tower.batch_size,
         shape=tower.shape,
         dtype=cache.dtype,
     )
@@ -136,7 +141,7 @@ def open_feature_cache(
 
 
 def _folder_for(root: Path, key: Mapping[str, Any]) -> Path:
-    """The key's own folder, which says in key.json what it is for; made where it is missing."""
+    """Return the folder of a cache key, created if missing; its key.json says what it is for."""
     folder = root / folder_name(key)
     described = folder / "key.json"
     if described.is_file():

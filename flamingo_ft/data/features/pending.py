@@ -1,4 +1,4 @@
-"""A batch whose images are partly tokens already: what workers send to the training process.
+"""A batch whose images are partly cached: what workers send to the training process.
 
 Shapes: B samples, M media, F frames, S frames found, P frames to encode, C channels, H height, W width, V visual
 tokens, D width.
@@ -20,7 +20,7 @@ FRAME_INDEX, FOUND, FRESH, FRESH_KEYS = "frame_index", "found_tokens", "fresh_pi
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """An image or a frame of a video: its tokens (V, D), or else its pixels (C, H, W); key: what it is kept under."""
+    """An image or a frame of a video: its tokens (V, D) if they are cached, else its pixels (C, H, W). key: in the cache."""
 
     key: str
     tokens: Tensor | None = None
@@ -30,9 +30,10 @@ class Frame:
 def lookup_frame(
     store: FeatureStore, content: bytes, pixels: Callable[[], Tensor], number: int | None = None
 ) -> Frame:
-    """What is known of an image file's ``content`` (of a video: of its frame ``number``, counted in the whole video).
+    """Look up an image file by its content; of a video its frame ``number``, counted in the whole video.
 
-    pixels: decodes and transforms it to (C, H, W); called only where its tokens are missing.
+    Args:
+        pixels: decodes and transforms the image to (C, H, W); called only if its tokens are not cached.
     """
     key = store.key_of(content, number)
     tokens = store.get(key)
@@ -40,10 +41,10 @@ def lookup_frame(
 
 
 def collate_frames(rows: Sequence[Sequence[Sequence[Frame]]]) -> dict[str, Any]:
-    """Part of a batch, for `FeatureCache.complete`: the frames of each medium of each sample; {} without media.
+    """Collate the frames of each medium of each sample for `FeatureCache.complete`; {} without media.
 
-    found_tokens (S, V, D), fresh_pixels (P, C, H, W) and their fresh_keys, each image once; frame_index (B, M, F) into
-    both one after the other, -1 for padding; frame_counts (B, M).
+    Returns found_tokens (S, V, D), fresh_pixels (P, C, H, W) and their fresh_keys, each image once; frame_index (B, M, F) into
+    found and fresh frames together, -1 for padding; frame_counts (B, M).
     """
     frames = [frame for row in rows for medium in row for frame in medium]
     if not frames:
@@ -61,7 +62,7 @@ def collate_frames(rows: Sequence[Sequence[Sequence[Frame]]]) -> dict[str, Any]:
 
 
 def _padded(rows: list[list[list[int]]]) -> tuple[Tensor, Tensor]:
-    """Numbers of the frames as (B, M, F), padded with -1, and how many each medium has (B, M)."""
+    """Return the frame numbers as (B, M, F), padded with -1, and how many each medium has (B, M)."""
     media = max(len(row) for row in rows)
     frames = max(len(medium) for row in rows for medium in row)
     index = torch.full((len(rows), media, frames), -1)

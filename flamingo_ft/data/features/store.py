@@ -1,11 +1,8 @@
-"""What tokens on disk depend on besides the image: another of these, and another folder.
+"""The feature cache on disk: its key, reading (`FeatureStore`) and writing (`FeatureWriter`).
 
-Tokens on disk: one file for each image, found by the image's content.
+There is one folder per key - tower, transform, software - and in it one file per image, found by the image's content.
 
 Shapes: V visual tokens, D width.
-
-
-Adding to the tokens on disk, within a budget, beside other processes that do the same.
 """
 
 from __future__ import annotations
@@ -33,18 +30,18 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.images import READER_VERSION
 from flamingo_ft.version import __version__
 
-FORMAT = 1  # raised when the same pixels are to become other tokens
-# Whose code turns files into pixels and pixels into tokens. One that is not installed is not used.
+FORMAT = 1  # to be raised when this package turns the same pixels into other tokens
+# Packages that turn files into pixels and pixels into tokens, if installed.
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "bitsandbytes", "pillow", "av", "torchcodec")
 
 
 def features_key(
     model: FlamingoForConditionalGeneration, preprocess: Mapping[str, Any], **how: Any
 ) -> dict[str, Any]:
-    """The tower as it is, the transform, the software, and ``how`` it is run: JSON-able, for `folder_name`.
+    """Return everything that tokens depend on besides the image, as JSON: tower, transform, software, and ``how`` it is run.
 
-    The digest is of the tower's tensors as they stand in memory, so it also tells apart what quantization, another
-    number format or a merge made of the same files. It takes some seconds for a tower of a GB.
+    The digest is of the tower's tensors in memory, so that quantization, another dtype or a merge of the same files gives
+    another key. It takes some seconds for a tower of 1 GB.
     """
     source = (model.config.backbones or {}).get("vision") or {}
     return {
@@ -63,7 +60,7 @@ def features_key(
 
 
 def folder_name(key: Mapping[str, Any]) -> str:
-    """A name that keys share only when they are equal."""
+    """Return a digest of a key."""
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -79,9 +76,9 @@ TOKENS = "tokens"
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """The files of one tower, transform and number format; all have ``shape`` (V, D) and ``dtype``.
+    """Reads the cached tokens of one key; all have ``shape`` (V, D) and ``dtype``.
 
-    Reads only, holds nothing open and is picklable: made for the workers that prepare batches.
+    It holds no file open and is picklable, for the workers that prepare batches.
     """
 
     folder: Path
@@ -90,44 +87,44 @@ class FeatureStore:
 
     @staticmethod
     def key_of(content: bytes, frame: int | None = None) -> str:
-        """What an image is kept under: a digest of its file's content, and of a video the number of the frame in it."""
+        """Return the key of an image: the digest of its file, and for a video the number of the frame."""
         digest = hashlib.blake2b(content, digest_size=32).hexdigest()
         return digest if frame is None else f"{digest}-{frame}"
 
     def get(self, key: str) -> Tensor | None:
-        """The tokens (V, D), memory-mapped; None where there is no such file, or one that is damaged."""
+        """Return the tokens (V, D), memory-mapped; None if there is no such file, or it is damaged."""
         try:
             with safe_open(self.path(key), framework="pt") as file:
-                about, tokens = file.metadata() or {}, file.get_tensor(TOKENS)
+                metadata, tokens = file.metadata() or {}, file.get_tensor(TOKENS)
         except (OSError, SafetensorError):
             return None
         fits = tuple(tokens.shape) == self.shape and tokens.dtype == self.dtype
-        return tokens if fits and about == _about(key, tokens) else None
+        return tokens if fits and metadata == _metadata(key, tokens) else None
 
     def path(self, key: str) -> Path:
-        """Where the tokens are; 256 folders, since some file systems are slow with a million files in one."""
+        """Return the file of a key, in one of 256 folders: some file systems are slow with a million files in one."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def content(self, key: str, tokens: Tensor) -> bytes:
-        """The file for tokens (V, D) of the store's dtype, on the CPU."""
-        return save({TOKENS: tokens.contiguous()}, _about(key, tokens))
+        """Return the content of the file for tokens (V, D) of the store's dtype, on the CPU."""
+        return save({TOKENS: tokens.contiguous()}, _metadata(key, tokens))
 
 
-def _about(key: str, tokens: Tensor) -> dict[str, str]:
-    """What a file says of itself. The checksum tells a file whose pages never reached the disk from a whole one."""
+def _metadata(key: str, tokens: Tensor) -> dict[str, str]:
+    """Return a file's metadata. The checksum detects a file whose pages never reached the disk."""
     return {"key": key, "crc32": f"{zlib.crc32(tokens.contiguous().view(torch.uint8).numpy()):08x}"}
 
 
 PARTIAL = "partial"  # folder of files that are being written
-ABANDONED_S = 3600.0  # a file that has been written for longer was left behind by a run that was killed
+ABANDONED_SECONDS = 3600.0  # an incomplete file that is older was left behind by a killed run
 
 
 class FeatureWriter:
-    """Adds tokens to ``store`` until the files under ``root`` have ``max_bytes`` together; nothing is ever removed.
+    """Adds tokens to ``store`` until all files under ``root`` have ``max_bytes``; nothing is ever removed.
 
-    Files are counted once, at the beginning, and as they are added. Each of ``writers`` processes that share the folder
-    takes an equal part of what is left then. Where the disk is full or read-only, adding ends with one warning, and
-    training goes on: the tokens only save time.
+    Sizes are measured once, at the start, and counted as files are added. Each of ``writers`` processes that share the folder
+    gets an equal part of what is left. If the disk is full or read-only, adding stops with one warning and training continues:
+    the cache only saves time.
     """
 
     def __init__(self, store: FeatureStore, root: Path, max_bytes: int | None = None, writers: int = 1):
@@ -138,7 +135,7 @@ class FeatureWriter:
         _remove_abandoned(self._partial)
 
     def add(self, key: str, tokens: Tensor) -> None:
-        """Keep tokens (V, D), unless they are there already or there is no room."""
+        """Store tokens (V, D), unless they are stored already or there is no room."""
         if not self.is_open or self.store.get(key) is not None:
             return
         content = self.store.content(key, tokens.detach().cpu())
@@ -148,7 +145,7 @@ class FeatureWriter:
         try:
             self._write(self.store.path(key), content)
         except OSError as error:
-            self._give_up(error)
+            self._stop(error)
             return
         if self.left is not None:
             self.left -= len(content)
@@ -158,17 +155,17 @@ class FeatureWriter:
             folder.mkdir(exist_ok=True)
         atomic.write_shared(path, content, self._partial)
 
-    def _give_up(self, error: OSError) -> None:
+    def _stop(self, error: OSError) -> None:
         self.is_open = False
         warnings.warn(
-            f"data.cache.folder: {self.store.folder}: nothing is added any more ({error.strerror}); "
+            f"data.cache.folder: {self.store.folder}: cannot be written ({error.strerror}); "
             "what is there is used, other images are encoded each time",
             stacklevel=3,
         )
 
 
 def bytes_under(folder: Path) -> int:
-    """What the files below a folder have together; files that go away meanwhile do not count."""
+    """Return the total size of the files in a folder; files that disappear meanwhile do not count."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -184,7 +181,7 @@ def _remove_abandoned(folder: Path) -> None:
         return
     for file in folder.iterdir():
         try:
-            if time.time() - file.stat().st_mtime > ABANDONED_S:
+            if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
                 file.unlink()
         except FileNotFoundError:
             continue

@@ -1,6 +1,6 @@
-"""Content of a message, as text with markers or as typed blocks, to text and places of images.
+"""From a `ParsedRow` to a `Sample`: content is split at its markers, roles are checked, each image gets its place.
 
-Drafts to samples: roles checked, each image matched with its place, nothing opened yet.
+Nothing is opened or downloaded here.
 """
 
 from __future__ import annotations
@@ -30,189 +30,190 @@ IMAGE_MARKERS = re.compile(f"({re.escape(MEDIA_TOKEN)})")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an image or video belongs; ``medium`` where the block brings it along."""
+class Placeholder:
+    """Where an image or video belongs in a text. medium: the medium, if the block itself has it."""
 
     video: bool = False
     medium: MediaRef | None = None
 
 
-Part = str | Place
+Part = str | Placeholder  # of a message's content
 
 
-def split_text(text: str, videos: bool = False) -> list[Part]:
-    """Text in which each ``<image>`` is an image, and where a row has videos each ``<video>`` a video."""
-    parts = (MARKERS if videos else IMAGE_MARKERS).split(text)
-    places = {MEDIA_TOKEN: Place(), VIDEO_MARKER: Place(video=True)} if videos else {MEDIA_TOKEN: Place()}
-    return [places.get(part, part) for part in parts if part]
+def build_sample(parsed: ParsedRow, task: str | None, where: str, resolver: MediaResolver) -> Sample:
+    """Return the sample of a row. Raises UserError naming the field that is wrong."""
+    check_roles(parsed.turns, where)
+    contents = [parse_content(turn.content, turn.where, bool(parsed.videos)) for turn in parsed.turns]
+    contents = _with_media(parsed, contents, where)
+    media = [
+        _resolved(part, resolver) for content in contents for part in content if isinstance(part, Placeholder)
+    ]
+    messages = [_message(turn, content) for turn, content in zip(parsed.turns, contents, strict=True)]
+    return Sample(messages, media, task or UNNAMED_TASK, where, _rejected(parsed))
+
+
+def check_roles(turns: Sequence[Turn], where: str) -> None:
+    """Raise UserError unless the turns are one document, or a dialogue.
+
+    A dialogue has at most one system message, first; then user and assistant alternate, the user first.
+    """
+    roles = [turn.role for turn in turns]
+    if roles == [DOCUMENT]:
+        return
+    dialogue = turns[0].where.partition("[")[0] if turns else where
+    for turn in turns:
+        if turn.role not in ROLES:
+            raise UserError(f"{turn.where}: role: expected one of {', '.join(ROLES)}, got {turn.role!r}")
+    if "assistant" not in roles:
+        raise UserError(f"{dialogue}: no assistant message; add an answer to train on")
+    previous = "system"
+    for index, turn in enumerate(turns):
+        if turn.role == "system" and index > 0:
+            raise UserError(f"{turn.where}: a system message must come first; move or join it")
+        if turn.role == "assistant" and previous == "system":
+            raise UserError(f"{dialogue}: the assistant speaks first; add the user message that it answers")
+        if turn.role == previous and index > 0:
+            raise UserError(
+                f"{turn.where}: expected user and assistant in turn, got {turn.role} after {turn.role}; join them"
+            )
+        previous = turn.role
 
 
 def text_to_blocks(text: str) -> list[dict[str, str]]:
-    """Text as typed blocks, an image block for each ``<image>``."""
-    return [typed(part) for part in split_text(text)]
-
-
-def typed(part: Part) -> dict[str, str]:
-    """A block as samples have it."""
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+    """Return text as typed blocks, an image block for each ``<image>``."""
+    return [_block(part) for part in _split_text(text)]
 
 
 def parse_content(content: Any, where: str, videos: bool) -> list[Part]:
-    """A message's content. In typed blocks of text a marker is but text: the blocks say where images are."""
+    """Split a message's content into text and placeholders.
+
+    In plain text each ``<image>``, and with ``videos`` each ``<video>``, is a placeholder. In typed blocks it is text: the
+    blocks themselves say where images are.
+    """
     if isinstance(content, str):
-        parts = split_text(check_unicode(content, where), videos)
+        parts = _split_text(check_unicode(content, where), videos)
     elif isinstance(content, list):
-        parts = [_block(block, f"{where}[{index}]") for index, block in enumerate(content)]
+        parts = [_parse_block(block, f"{where}[{index}]") for index, block in enumerate(content)]
     else:
-        raise UserError(f"{where}: found {type_name(content)}, wanted text or a list of typed blocks")
-    if not any(isinstance(part, Place) or part.strip() for part in parts):
-        raise UserError(f"{where}: found no words, wanted text or an image; remove the turn")
+        raise UserError(f"{where}: expected text or a list of typed blocks, got {type_name(content)}")
+    if not any(isinstance(part, Placeholder) or part.strip() for part in parts):
+        raise UserError(f"{where}: empty; write text or an image, or remove the turn")
     return [part for part in parts if part != ""]
 
 
-def _block(block: Any, where: str) -> Part:
+def _split_text(text: str, videos: bool = False) -> list[Part]:
+    placeholders = {MEDIA_TOKEN: Placeholder()}
+    if videos:
+        placeholders[VIDEO_MARKER] = Placeholder(video=True)
+    parts = (MARKERS if videos else IMAGE_MARKERS).split(text)
+    return [placeholders.get(part, part) for part in parts if part]
+
+
+def _block(part: Part) -> dict[str, str]:
+    """Return a part as a block of `Sample.messages`."""
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def _parse_block(block: Any, where: str) -> Part:
     if not isinstance(block, Mapping):
-        raise UserError(f"{where}: found {type_name(block)}, wanted a block of type text, image or video")
-    form = block.get("type")
-    if form not in ("text", *IMAGE_BLOCKS, *VIDEO_BLOCKS):
-        raise UserError(f"{where}.type: found {form!r}, wanted text, image or video")
-    video = form in VIDEO_BLOCKS
-    keys = () if form == "text" else VIDEO_KEYS if video else IMAGE_KEYS
-    _check_alone(block, form, keys, where)
-    if form == "text":
+        raise UserError(f"{where}: expected a block of type text, image or video, got {type_name(block)}")
+    block_type = block.get("type")
+    if block_type not in ("text", *IMAGE_BLOCKS, *VIDEO_BLOCKS):
+        raise UserError(f"{where}.type: expected text, image or video, got {block_type!r}")
+    if block_type == "text":
+        _check_single(block, block_type, ("text",), where)
         return text_field(block, "text", where)
+    is_video = block_type in VIDEO_BLOCKS
+    keys = VIDEO_KEYS if is_video else IMAGE_KEYS
+    _check_single(block, block_type, keys, where)
     key = next((key for key in keys if not is_blank(block.get(key))), None)
-    if form.endswith("_url") and key is None:
-        raise UserError(f"{where}.{form}: found nothing, wanted a URL or a data: URI")
-    return Place(video, MediaRef(_medium(block[key], key), f"{where}.{key}") if key else None)
+    if key is None:
+        if block_type.endswith("_url"):
+            raise UserError(f"{where}.{block_type}: expected a URL or a data: URI, got nothing")
+        return Placeholder(is_video)
+    return Placeholder(is_video, MediaRef(_block_medium(block[key], key), f"{where}.{key}"))
 
 
-def _check_alone(block: Mapping[str, Any], form: str, keys: Sequence[str], where: str) -> None:
-    """Refuse a block with an image beside its text, text beside its image, or two images: one would be lost."""
-    own = keys or ("text",)
+def _check_single(block: Mapping[str, Any], block_type: str, keys: Sequence[str], where: str) -> None:
+    """Refuse a block with an image beside its text, text beside its image, or two images: one would be lost.
+
+    keys: those that a block of this type may have.
+    """
     other = next(
-        (key for key in block if key in CONTENT_KEYS and key not in own and has_content(block[key])), None
+        (key for key in block if key in CONTENT_KEYS and key not in keys and has_content(block[key])), None
     )
     if other is not None:
         got = type_name(block[other])
         raise UserError(
-            f"{where}.{other}: not read in a block of type {form}, got {got}; give it a block of its own"
+            f"{where}.{other}: not read in a block of type {block_type}, got {got}; give it a block of its own"
         )
+    if block_type == "text":
+        return
     sources = [key for key in block if key in keys and not is_blank(block[key])]
     if len(sources) > 1 and len({str(block[key]) for key in sources}) > 1 and {*sources} != {"path", "bytes"}:
         raise UserError(f"{where}: one block has two images, got {' and '.join(sources)}; keep one of them")
 
 
-def _medium(value: Any, key: str) -> Any:
-    """OpenAI wraps a URL in an object; base64 is told from a path by the key."""
+def _block_medium(value: Any, key: str) -> Any:
+    """Return the medium of a block: OpenAI wraps a URL in an object, and ``base64`` is not a path."""
     if key.endswith("_url") and isinstance(value, Mapping):
         return value.get("url")
     return f"data:;base64,{value}" if key == "base64" and isinstance(value, str) else value
 
 
-def build_sample(draft: ParsedRow, task: str | None, where: str, locator: MediaResolver) -> Sample:
-    """The sample of a row. UserError naming the field in which something is wrong."""
-    check_roles(draft.turns, where)
-    contents = [parse_content(turn.content, turn.where, bool(draft.videos)) for turn in draft.turns]
-    contents = _placed(draft, contents, where)
-    media = [
-        _located(part.medium, part.video, locator)
+def _with_media(parsed: ParsedRow, contents: list[list[Part]], where: str) -> list[list[Part]]:
+    """Return the contents with a medium in every placeholder."""
+    empty = [
+        part
         for content in contents
         for part in content
-        if isinstance(part, Place)
+        if isinstance(part, Placeholder) and part.medium is None
     ]
-    messages = [_message(turn, content) for turn, content in zip(draft.turns, contents, strict=True)]
-    return Sample(messages, media, task or UNNAMED_TASK, where, _rejected(draft))
-
-
-def check_roles(turns: Sequence[Turn], where: str) -> None:
-    """A dialogue: a system message at most first, then user and assistant in turn, the user first. Or one document."""
-    roles = [turn.role for turn in turns]
-    if roles == [DOCUMENT]:
-        return
-    for turn in turns:
-        if turn.role not in ROLES:
-            raise UserError(f"{turn.where}: found the role {turn.role!r}, wanted one of {', '.join(ROLES)}")
-    if "assistant" not in roles:
-        raise UserError(f"{_dialogue(turns, where)}: found no assistant turn, wanted one to learn from")
-    previous = "system"
-    for index, turn in enumerate(turns):
-        if turn.role == "system" and index > 0:
-            raise UserError(f"{turn.where}: found a system message here, wanted it first; move or join it")
-        if turn.role == "assistant" and previous == "system":
-            raise UserError(
-                f"{_dialogue(turns, where)}: found an assistant turn first, wanted what it answers before it"
-            )
-        if turn.role == previous and index > 0:
-            raise UserError(
-                f"{turn.where}: found {turn.role} after {turn.role}, wanted user and assistant in turn; join them"
-            )
-        previous = turn.role
-
-
-def _dialogue(turns: Sequence[Turn], where: str) -> str:
-    """The field of a dialogue: that of its first turn, without its number."""
-    return turns[0].where.partition("[")[0] if turns else where
-
-
-def _placed(draft: ParsedRow, contents: list[list[Part]], where: str) -> list[list[Part]]:
-    """The contents with a medium in every place."""
-    open_places = [
-        part for content in contents for part in content if isinstance(part, Place) and part.medium is None
-    ]
-    if not open_places and (draft.images or draft.videos):
-        first = next((i for i, turn in enumerate(draft.turns) if turn.role == "user"), 0)
-        contents[first] = [*_filled(draft), *contents[first]]  # before the first user turn, as in TRL
+    images = [Placeholder(False, medium) for medium in parsed.images]
+    videos = [Placeholder(True, medium) for medium in parsed.videos]
+    if not empty and (images or videos):
+        first_user = next((index for index, turn in enumerate(parsed.turns) if turn.role == "user"), 0)
+        contents[first_user] = [*images, *videos, *contents[first_user]]  # as in TRL
         return contents
-    if any(place.video for place in open_places):
-        _check_count(
-            sum(not place.video for place in open_places), len(draft.images), MEDIA_TOKEN, "images", where
-        )
-        _check_count(
-            sum(place.video for place in open_places), len(draft.videos), VIDEO_MARKER, "videos", where
-        )
-        queues = {False: iter(_filled(draft, videos=False)), True: iter(_filled(draft, images=False))}
+    if any(part.video for part in empty):
+        video_markers = sum(part.video for part in empty)
+        _check_count(len(empty) - video_markers, len(images), MEDIA_TOKEN, "images", where)
+        _check_count(video_markers, len(videos), VIDEO_MARKER, "videos", where)
+        queues = {False: iter(images), True: iter(videos)}
     else:
-        found = len(draft.images) + len(draft.videos)
-        _check_count(
-            len(open_places), found, MEDIA_TOKEN, "images" if not draft.videos else "images and videos", where
-        )
-        queues = dict.fromkeys((False, True), iter(_filled(draft)))
-    return [[_fill(part, queues) for part in content] for content in contents]
+        noun = "images and videos" if videos else "images"
+        _check_count(len(empty), len(images) + len(videos), MEDIA_TOKEN, noun, where)
+        queues = dict.fromkeys((False, True), iter([*images, *videos]))
+    return [[_filled(part, queues) for part in content] for content in contents]
 
 
-def _filled(draft: ParsedRow, images: bool = True, videos: bool = True) -> list[Place]:
-    chosen = [Place(False, one) for one in draft.images if images]
-    return chosen + [Place(True, one) for one in draft.videos if videos]
-
-
-def _fill(part: Part, queues: dict[bool, Iterator[Place]]) -> Part:
-    return next(queues[part.video]) if isinstance(part, Place) and part.medium is None else part
+def _filled(part: Part, queues: dict[bool, Iterator[Placeholder]]) -> Part:
+    return next(queues[part.video]) if isinstance(part, Placeholder) and part.medium is None else part
 
 
 def _check_count(markers: int, media: int, marker: str, noun: str, where: str) -> None:
     if markers != media:
         remedy = f"add the missing {noun} or remove markers"
-        raise UserError(f"{where}: found {markers} {marker} markers but {media} {noun}; {remedy}")
+        raise UserError(f"{where}: got {markers} {marker} markers but {media} {noun}; {remedy}")
 
 
-def _located(medium: MediaRef, video: bool, locator: MediaResolver) -> Medium:
-    return locator.video(medium.value, medium.where) if video else locator.image(medium.value, medium.where)
+def _resolved(part: Placeholder, resolver: MediaResolver) -> Medium:
+    assert part.medium is not None
+    resolve = resolver.video if part.video else resolver.image
+    return resolve(part.medium.value, part.medium.where)
 
 
 def _message(turn: Turn, content: Sequence[Part]) -> dict[str, Any]:
-    message = {"role": turn.role, "content": [typed(part) for part in content]}
+    message: dict[str, Any] = {"role": turn.role, "content": [_block(part) for part in content]}
     return message if turn.loss else {**message, "loss": False}
 
 
-def _rejected(draft: ParsedRow) -> list[dict[str, Any]] | None:
-    """The messages of the worse answer, words alone: images belong to what both answer."""
-    if draft.rejected is None:
+def _rejected(parsed: ParsedRow) -> list[dict[str, Any]] | None:
+    """Return the messages of the worse answer; images in it are refused, since they belong to the prompt."""
+    if parsed.rejected is None:
         return None
-    contents = [parse_content(turn.content, turn.where, False) for turn in draft.rejected]
-    for turn, content in zip(draft.rejected, contents, strict=True):
-        if any(isinstance(part, Place) for part in content):
-            raise UserError(
-                f"{turn.where}: found an image in the rejected answer, wanted words; move it to the prompt"
-            )
-    return [_message(turn, content) for turn, content in zip(draft.rejected, contents, strict=True)]
+    contents = [parse_content(turn.content, turn.where, False) for turn in parsed.rejected]
+    for turn, content in zip(parsed.rejected, contents, strict=True):
+        if any(isinstance(part, Placeholder) for part in content):
+            raise UserError(f"{turn.where}: the rejected answer has an image; move it to the prompt")
+    return [_message(turn, content) for turn, content in zip(parsed.rejected, contents, strict=True)]

@@ -1,4 +1,4 @@
-"""Which column of a row holds which field of a schema, and which columns nothing reads."""
+"""Which column of a row holds which field of a schema, and which columns no schema reads."""
 
 from __future__ import annotations
 
@@ -11,92 +11,30 @@ from typing import Any
 from flamingo_ft.data.fields import TAR_MEMBERS, Row, has_content, texts_in, type_name
 from flamingo_ft.errors import UserError
 
-# Columns by these names are part of the task that a row states. Exact names, not parts of names: question_id,
-# answer_type or caption_source are metadata.
+# Columns with these names are part of the task. Whole names only: question_id, answer_type or caption_source are metadata.
 TASK_COLUMNS = frozenset(
-    [
-        "answer",
-        "answers",
-        "audio",
-        "audios",
-        "caption",
-        "captions",
-        "choice",
-        "choices",
-        "chosen",
-        "class_label",
-        "cls",
-        "completion",
-        "completions",
-        "claim",
-        "context",
-        "contexts",
-        "conversation",
-        "conversations",
-        "dialog",
-        "dialogue",
-        "explanation",
-        "ground_truth",
-        "groundtruth",
-        "hint",
-        "hints",
-        "history",
-        "hypothesis",
-        "input",
-        "inputs",
-        "instruction",
-        "instructions",
-        "label",
-        "labels",
-        "lecture",
-        "loss_weight",
-        "loss_weights",
-        "messages",
-        "option",
-        "options",
-        "output",
-        "outputs",
-        "passage",
-        "premise",
-        "prompt",
-        "prompts",
-        "queries",
-        "query",
-        "question",
-        "questions",
-        "rationale",
-        "rationales",
-        "reasoning",
-        "reasoning_content",
-        "rejected",
-        "rejected_response",
-        "response",
-        "responses",
-        "sample_weight",
-        "sentence",
-        "solution",
-        "solutions",
-        "statement",
-        "system",
-        "system_message",
-        "system_prompt",
-        "target",
-        "targets",
-        "thinking",
-    ]
+    """
+    answer answers audio audios caption captions choice choices chosen class_label cls completion
+    completions claim context contexts conversation conversations dialog dialogue explanation ground_truth
+    groundtruth hint hints history hypothesis input inputs instruction instructions label labels lecture
+    loss_weight loss_weights messages option options output outputs passage premise prompt prompts queries
+    query question questions rationale rationales reasoning reasoning_content rejected rejected_response
+    response responses sample_weight sentence solution solutions statement system system_message
+    system_prompt target targets thinking
+    """.split()  # noqa: SIM905 (a list would take a line per name)
 )
 NUMBERED = re.compile(
     r"(answer|caption|choice|completion|image|img|input|instruction|label|option|output|prompt|question|response"
     r"|target)s?_?([0-9]+|[a-h])"
 )
-LETTERS = frozenset("abcdefgh")  # the options of a multiple-choice question, where there are an a and a b
-# Columns by these names, or with such values, hold the image of a row that has no other.
+LETTERS = frozenset("abcdefgh")  # options of a multiple-choice question, if there are columns a and b
+# A column with such a name or value holds the image of a row that has no other.
 IMAGE_COLUMNS = re.compile(r"(image|img|photo|picture|pic|video|frame)s?(_?(path|file|url|uri|name|id))?s?")
 NUMBER = re.compile(r"[+-]?[0-9][0-9.,eE+-]*")
 IMAGE_FILE = re.compile(
     r"\S.*\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|avif|jp2|mp4|webm|mkv|avi|mov)", re.IGNORECASE
 )
-# They change what a chat template writes or which turns are learned, so a row is no longer itself without them.
+# These change what a chat template writes or which turns are trained on, so they cannot be left out.
 UNSUPPORTED = {
     "tools": "write the tools into a system message, or remove the column",
     "functions": "write the functions into a system message, or remove the column",
@@ -109,19 +47,19 @@ UNSUPPORTED = {
 
 @lru_cache(maxsize=4096)
 def normalize_name(name: str) -> str:
-    """A column's name without case, surrounding white space and byte order mark."""
+    """Return a column's name in lower case, without surrounding whitespace and byte order mark."""
     return name.strip("\ufeff \t\r\n").casefold()
 
 
 def find_columns(
     row: Row, columns: Mapping[str, str], fields: Collection[str], where: str, strict: bool = True
 ) -> dict[str, str]:
-    """The column of each field that the row has: the one that ``columns`` names, or the one of its own name.
+    """Return the column of each field that the row has: the one in ``columns``, or else the one with the field's name.
 
-    Names match whatever their case and surrounding white space. Raises UserError for a column that is not there, and,
-    if ``strict``, where several match a field.
+    Names are compared without case and surrounding whitespace. Raises UserError for a column that does not exist, and with
+    ``strict`` if several columns match a field.
     """
-    found = {field: _named(row, field, column, where) for field, column in columns.items()}
+    found = {field: _named_column(row, field, column, where) for field, column in columns.items()}
     by_name: dict[str, list[str]] = {}
     for column in row:
         if normalize_name(column) in fields and normalize_name(column) not in found:
@@ -129,12 +67,12 @@ def find_columns(
     for field, matching in by_name.items():
         free = [column for column in matching if column not in found.values()] or matching
         remedy = f"columns: {{{field}: {free[0]}}}"
-        found[field] = _one_of(free, f"{where}: {field}", remedy) if strict else free[0]
+        found[field] = _only(free, f"{where}: {field}", remedy) if strict else free[0]
     return found
 
 
 def unread_columns(row: Row, read: Collection[str]) -> dict[str, Any]:
-    """The columns with something in them that are not among ``read``."""
+    """Return the columns that are not empty and not among ``read``."""
     return {
         name: value
         for name, value in row.items()
@@ -143,50 +81,55 @@ def unread_columns(row: Row, read: Collection[str]) -> dict[str, Any]:
 
 
 def refuse_unsupported(unread: Mapping[str, Any], where: str) -> None:
-    """Refuse a row with a column that no schema can take, and that must not be left out."""
+    """Raise UserError for a column that no schema can read and that must not be left out."""
     for column, value in unread.items():
         if normalize_name(column) in UNSUPPORTED:
-            raise UserError(
-                f"{where}: {column}: cannot be used, got {type_name(value)}; {UNSUPPORTED[normalize_name(column)]}"
-            )
+            remedy = UNSUPPORTED[normalize_name(column)]
+            raise UserError(f"{where}: {column}: cannot be used, got {type_name(value)}; {remedy}")
 
 
-def lost_column(unread: Mapping[str, Any], fields: Collection[str], read_values: Any) -> str | None:
-    """The first unread column that looks like part of the task: by its name, or as one of ``fields``, which the schema
-    could have read. What the fields that are read say too is not lost."""
-    suspects = [name for name in unread if normalize_name(name) in fields or _is_of_the_task(name, unread)]
-    said = {*_atoms(read_values)} if suspects else set()
-    return next((name for name in suspects if not {*_atoms(unread[name])} <= said), None)
+def task_column(unread: Mapping[str, Any], fields: Collection[str], read_values: Any) -> str | None:
+    """Return the first unread column that looks like part of the task, by its name or as one of the schema's ``fields``.
 
-
-def _is_of_the_task(name: str, unread: Collection[str]) -> bool:
-    is_option = normalize_name(name) in LETTERS and {"a", "b"} <= {*map(normalize_name, unread)}
-    return is_option or _is_named_like_the_task(name)
-
-
-@lru_cache(maxsize=4096)
-def _is_named_like_the_task(name: str) -> bool:
-    words = re.sub(r"[\s-]+", "_", normalize_name(name))
-    return words in TASK_COLUMNS or NUMBERED.fullmatch(words) is not None
+    Columns that only repeat values that are read do not count.
+    """
+    candidates = [name for name in unread if normalize_name(name) in fields or _is_task_name(name, unread)]
+    known = {*_leaves(read_values)} if candidates else set()
+    return next((name for name in candidates if not {*_leaves(unread[name])} <= known), None)
 
 
 def image_column(unread: Mapping[str, Any]) -> str | None:
-    """The unread column that looks most like an image, for rows without any: by its value, else by its name."""
+    """Return the unread column that looks most like an image: by its value, else by its name."""
     by_value = (name for name, value in unread.items() if _is_image(value))
-    by_name = (
-        name for name in unread if IMAGE_COLUMNS.fullmatch(re.sub(r"[\s-]+", "_", normalize_name(name)))
-    )
+    by_name = (name for name in unread if IMAGE_COLUMNS.fullmatch(_with_underscores(name)))
     return next(chain(by_value, by_name), None)
 
 
 def text_columns(unread: Mapping[str, Any]) -> list[str]:
-    """The columns of text, and those of the task whatever they hold. In files of text numbers are text too, and these
-    do not count."""
+    """Return the columns of text, and columns of the task whatever they hold.
+
+    Numbers as text, as in CSV files, do not count as text.
+    """
     return [
         name
         for name, value in unread.items()
-        if not all(map(NUMBER.fullmatch, texts_in(value))) or _is_of_the_task(name, unread)
+        if not all(map(NUMBER.fullmatch, texts_in(value))) or _is_task_name(name, unread)
     ]
+
+
+def _is_task_name(name: str, unread: Collection[str]) -> bool:
+    is_option = normalize_name(name) in LETTERS and {"a", "b"} <= {*map(normalize_name, unread)}
+    return is_option or _is_known_task_name(name)
+
+
+@lru_cache(maxsize=4096)
+def _is_known_task_name(name: str) -> bool:
+    name = _with_underscores(name)
+    return name in TASK_COLUMNS or NUMBERED.fullmatch(name) is not None
+
+
+def _with_underscores(name: str) -> str:
+    return re.sub(r"[\s-]+", "_", normalize_name(name))
 
 
 def _is_image(value: Any) -> bool:
@@ -195,17 +138,18 @@ def _is_image(value: Any) -> bool:
     return isinstance(value, str) and IMAGE_FILE.fullmatch(value.strip()) is not None
 
 
-def _named(row: Row, field: str, column: str, where: str) -> str:
+def _named_column(row: Row, field: str, column: str, where: str) -> str:
+    """Return the column that the recipe's ``columns`` names for a field."""
     if column in row:
         return column
     matching = [name for name in row if normalize_name(name) == normalize_name(column)]
     if not matching:
         names = ", ".join(name for name in row if name != TAR_MEMBERS)
-        raise UserError(f"{where}: columns: {field}: found no column {column!r}, wanted one of {names}")
-    return _one_of(matching, f"{where}: columns: {field}", "the exact name")
+        raise UserError(f"{where}: columns: {field}: no such column, got {column!r}; use one of {names}")
+    return _only(matching, f"{where}: columns: {field}", "the exact name")
 
 
-def _one_of(matching: list[str], where: str, remedy: str) -> str:
+def _only(matching: list[str], where: str, remedy: str) -> str:
     if len(matching) > 1:
         got = " and ".join(map(repr, matching))
         raise UserError(
@@ -214,11 +158,11 @@ def _one_of(matching: list[str], where: str, remedy: str) -> str:
     return matching[0]
 
 
-def _atoms(value: Any) -> Iterator[str]:
-    """The texts and numbers in a value, however deeply nested."""
+def _leaves(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers in a value, however deeply nested."""
     if isinstance(value, (Mapping, list, tuple)):
         for inside in value.values() if isinstance(value, Mapping) else value:
-            yield from _atoms(inside)
+            yield from _leaves(inside)
     elif isinstance(value, bytes):
         yield f"{len(value)} bytes {hash(value)}"
     elif has_content(value):

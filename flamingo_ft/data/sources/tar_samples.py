@@ -1,12 +1,11 @@
-"""Which files of a WebDataset's tar make up one sample.
+"""Which files of a WebDataset tar make up one sample.
 
-The standard: neighbours that share their name up to the first dot are one sample, so `7.png`, `7.txt` and `7.left.png`
-belong together. Names with dots of their own (`img.0.png`, `img.0.json`, `img.1.png`, `img.1.json`) share that part
-although they are several samples. They are told apart by their stems, the names without extensions (`img.0`, `img.1`):
-where a text or JSON and an image have the same stem, and the other files do not fit that one sample (a second text or
-JSON, an image of another stem), each text's or JSON's stem is a sample, with the files whose names begin with it.
-A text or JSON that is named by the first part alone (`7.json`) always belongs to the whole group.
-
+The standard: neighbours whose names agree up to the first dot are one sample, so `7.png`, `7.txt` and `7.left.png` belong
+together. Names with more dots (`img.0.png`, `img.0.json`, `img.1.png`, `img.1.json`) agree up to the first dot although
+they are several samples. These are separated by their stems, the names without extensions (`img.0`, `img.1`): if a text or
+JSON file and an image have the same stem, and the other files do not fit into that one sample (a second text or JSON, an
+image with another stem), then each text's or JSON's stem is a sample, with the files whose names begin with it. A text or
+JSON named by the first part alone (`7.json`) always belongs to the whole group.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avi
 VIDEOS = ("mp4", "webm", "mkv", "avi", "mov")
 TEXTS = ("txt", "text", "caption")
 CLASSES = ("cls", "cls2")
-# Formats that run code when they are read, or may. Others that no schema knows are left alone.
+# Formats that can run code when they are read. Others that no schema knows are ignored.
 REFUSED = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz")
 JSON = "json"
 TEXT = "text"
 MEDIA = "media"
-ANCHORS = (TEXT, JSON)  # kinds of which a sample has one
+ANCHORS = (TEXT, JSON)  # a sample has one of each at most
 KNOWN = frozenset((*IMAGES, *VIDEOS, *TEXTS, *CLASSES, *REFUSED, JSON))
 
 T = TypeVar("T")
 
 
-class Name(NamedTuple):
+class MemberName(NamedTuple):
     """A member's name in parts, each with its folder. key: up to the first dot. stem: without extensions."""
 
     key: str
@@ -40,21 +39,21 @@ class Name(NamedTuple):
     kind: str  # TEXT, JSON, MEDIA or another extension
 
 
-def parse_name(path: str) -> Name:
+def parse_name(path: str) -> MemberName:
+    """Split a member's path into key, stem and kind."""
     folder, file = posixpath.split(path)
     stem, _, extension = file.rpartition(".")
     suffix = extension.lower()
     while stem.rpartition(".")[0] and stem.rpartition(".")[2].lower() in KNOWN:  # photo.jpg.json
         stem = stem.rpartition(".")[0]
     kind = TEXT if suffix in TEXTS else MEDIA if suffix in (*IMAGES, *VIDEOS) else suffix
-    return Name(f"{folder}/{file.partition('.')[0]}", f"{folder}/{stem or file}", kind)
+    return MemberName(f"{folder}/{file.partition('.')[0]}", f"{folder}/{stem or file}", kind)
 
 
 def group_members(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator[list[T]]:
-    """Group members, in the order of the tar, into samples. Where files are sorted by name, it holds one at a time."""
-    for _, same_key in groupby(
-        ((parse_name(path_of(member)), member) for member in members), lambda pair: pair[0].key
-    ):
+    """Group members, in the order of the tar, into samples; of files sorted by name it holds one sample at a time."""
+    named = ((parse_name(path_of(member)), member) for member in members)
+    for _, same_key in groupby(named, lambda pair: pair[0].key):
         group = _Group()
         for name, member in same_key:
             if group.is_complete_without(name):
@@ -67,17 +66,18 @@ def group_members(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator
 class _Group:
     """Neighbours with one key: a sample, or several whose names have dots.
 
-    anchors: stems of texts and JSONs. paired: a text or JSON and an image or video have the same stem.
+    anchors: stems of texts and JSON files. named_by_key: one of them has the key alone as its stem. paired: a text or JSON
+    file and an image or video have the same stem.
     """
 
     def __init__(self) -> None:
-        self._members: list[tuple[Name, Any]] = []
+        self._members: list[tuple[MemberName, Any]] = []
         self._anchors: set[str] = set()
-        self._media_stems: set[str] = set()  # with every shorter stem that they begin with
+        self._media_stems: set[str] = set()  # and every shorter stem that they begin with
         self._named_by_key = False
         self._paired = False
 
-    def add(self, name: Name, member: Any) -> None:
+    def add(self, name: MemberName, member: Any) -> None:
         self._members.append((name, member))
         if name.kind in ANCHORS:
             self._anchors.add(name.stem)
@@ -87,20 +87,17 @@ class _Group:
             self._media_stems.update(_stems(name))
             self._paired |= self._owner(name) is not None
 
-    def is_complete_without(self, name: Name) -> bool:
-        """Whether there is a sample already that a further member does not belong to."""
-        if (
-            not self._paired
-            or self._named_by_key
-            or self._owner(name) is not None
-            or name.stem in self._media_stems
-        ):
+    def is_complete_without(self, name: MemberName) -> bool:
+        """Whether the group already is a sample that ``name`` does not belong to."""
+        if not self._paired or self._named_by_key:
             return False
-        return name.kind == MEDIA or name.kind in {
-            other.kind for other, _ in self._members if other.kind in ANCHORS
-        }
+        if self._owner(name) is not None or name.stem in self._media_stems:
+            return False
+        anchor_kinds = {other.kind for other, _ in self._members if other.kind in ANCHORS}
+        return name.kind == MEDIA or name.kind in anchor_kinds
 
     def samples(self) -> Iterator[list[Any]]:
+        """Yield the members of each sample."""
         if not self._paired or self._named_by_key or self._fits_one_sample():
             yield [member for _, member in self._members]
             return
@@ -110,18 +107,18 @@ class _Group:
         yield from samples.values()
 
     def _fits_one_sample(self) -> bool:
-        """Whether there are one text and one JSON at most, and all images and videos have the stem of one of them."""
-        kinds = Counter(name.kind for name in {name for name, _ in self._members} if name.kind in ANCHORS)
+        """Whether there are at most one text and one JSON, and all images and videos have the stem of one of them."""
+        anchors = {name for name, _ in self._members if name.kind in ANCHORS}
         owners = {self._owner(name) for name, _ in self._members if name.kind == MEDIA}
-        return max(kinds.values()) <= 1 and len(owners) == 1
+        return max(Counter(name.kind for name in anchors).values()) <= 1 and len(owners) == 1
 
-    def _owner(self, name: Name) -> str | None:
-        """The longest anchor that a member's stem begins with, by whole parts."""
+    def _owner(self, name: MemberName) -> str | None:
+        """Return the longest anchor that a member's stem begins with, by whole parts."""
         return next((stem for stem in _stems(name) if stem in self._anchors), None)
 
 
-def _stems(name: Name) -> Iterator[str]:
-    """The stem, and what is left of it without its last parts, down to the key."""
+def _stems(name: MemberName) -> Iterator[str]:
+    """Yield the stem, and what is left of it without its last parts, down to the key."""
     stem = name.stem
     while len(stem) > len(name.key):
         yield stem

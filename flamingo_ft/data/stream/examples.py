@@ -1,7 +1,4 @@
-"""From a draw to what a batch is made of; this is the work that worker processes do.
-
-What became of the rows that were looked at: how many were used, and which were left out and why.
-"""
+"""What a batch is made of, prepared row by row in worker processes, and counts of the rows that were used and skipped."""
 
 from __future__ import annotations
 
@@ -20,52 +17,23 @@ from flamingo_ft.errors import UserError
 
 from .order import SampleIndex
 
+# Rows before the share of bad ones is judged; fewer if an epoch has fewer.
+MIN_ROWS_JUDGED = 100
+MAX_SKIPPED_IN_A_ROW = 10_000  # of a stream, whose epoch has no known length
+
 
 @dataclass(frozen=True)
 class Example:
-    """A row that trains: its text in token ids, or both texts of a pair, and its media as tensors, in order."""
+    """A row to train on: its token ids, or those of both halves of a pair, and its media as tensors, in order."""
 
     where: str
     encoded: Encoded | EncodedPair
     media: list[Any]
 
 
-class ExampleDataset(Dataset):
-    """From draws to `Example` rows, or `SkippedRow` ones with the reason.
-
-    encode: from a sample to its tokens, or why a policy drops it. read_media: from the sample, how many of its media are
-    kept, and the draw's number, which seeds what is random, to their tensors.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        encode: Callable[[Sample], Encoded | EncodedPair | Dropped],
-        read_media: Callable[[Sample, int, int], list[Any]],
-    ):
-        self.sources, self.encode, self.read_media = sources, encode, read_media
-
-    def __getitem__(self, draw: SampleIndex) -> Example | SkippedRow:
-        source = self.sources[draw.source]
-        where = f"{source.name}: row {draw.row}"
-        try:
-            raw = source.raw(draw.row) if draw.raw is None else draw.raw
-            where = source.where(raw)
-            sample = source.sample(draw.row, raw)
-            encoded = self.encode(sample)
-            if isinstance(encoded, Dropped):
-                return SkippedRow(draw.number, where, encoded.reason, bad=False)
-            return Example(where, encoded, self.read_media(sample, encoded.images, draw.number))
-        except UserError as error:
-            return SkippedRow(draw.number, where, str(error), bad=True)
-
-
-JUDGED_FROM = 100  # rows, before which a share means little; fewer where an epoch has fewer
-
-
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that does not train. bad: it cannot be used (damaged, malformed), else a policy of the recipe dropped it."""
+    """A row that is not trained on. bad: whether it cannot be used (damaged, malformed); else a policy dropped it."""
 
     number: int
     where: str
@@ -73,12 +41,44 @@ class SkippedRow:
     bad: bool
 
 
+class ExampleDataset(Dataset):
+    """Maps a `SampleIndex` to an `Example`, or to a `SkippedRow` with the reason.
+
+    Args:
+        encode: from a sample to its tokens, or why a policy drops it.
+        load_media: from a sample, how many of its media are kept, and the sample's number in the run, which seeds what is
+            random, to their tensors.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encode: Callable[[Sample], Encoded | EncodedPair | Dropped],
+        load_media: Callable[[Sample, int, int], list[Any]],
+    ):
+        self.sources, self.encode, self.load_media = sources, encode, load_media
+
+    def __getitem__(self, index: SampleIndex) -> Example | SkippedRow:
+        source = self.sources[index.source]
+        where = f"{source.name}: row {index.row}"
+        try:
+            raw = source.raw(index.row) if index.raw is None else index.raw
+            where = source.where(raw)
+            sample = source.sample(index.row, raw)
+            encoded = self.encode(sample)
+            if isinstance(encoded, Dropped):
+                return SkippedRow(index.number, where, encoded.reason, bad=False)
+            return Example(where, encoded, self.load_media(sample, encoded.images, index.number))
+        except UserError as error:
+            return SkippedRow(index.number, where, str(error), bad=True)
+
+
 @dataclass
 class DataStats:
-    """Counts over the rows looked at so far.
+    """Counts over the rows so far; a row counts each time it is drawn.
 
-    Raises UserError through `add` for the first bad row, or, where they are skipped, once they are more than
-    ``max_bad_share``, and where nothing is left to train on.
+    `count_skipped` raises UserError for the first bad row, or with ``skip_bad`` when the share of bad rows exceeds
+    ``max_bad_share``, and when nothing is left to train on.
     """
 
     skip_bad: bool
@@ -94,7 +94,7 @@ class DataStats:
     _in_a_row: int = 0
 
     def count_used(self, cut: Cut, rewritten: bool = False) -> None:
-        """Count a row that trains, what a policy took away of it, and whether its chat template changes an answer."""
+        """Count a row that is trained on. rewritten: whether its chat template changes an answer."""
         self.seen += 1
         self.rewritten += rewritten
         self._in_a_row = 0
@@ -102,7 +102,7 @@ class DataStats:
             self.shortened.update({"samples": 1, **asdict(cut)})
 
     def count_skipped(self, row: SkippedRow) -> None:
-        """Count a row that does not train."""
+        """Count a row that is not trained on."""
         if row.bad and not self.skip_bad:
             raise UserError(row.reason)
         self.seen += 1
@@ -110,47 +110,47 @@ class DataStats:
         self.dropped += not row.bad
         (self.bad_rows if row.bad else self.dropped_rows).setdefault(row.where, row.reason)
         self._in_a_row += 1
-        self._check_share()
-        if self._in_a_row >= (self.epoch_length or 10_000):
+        self._check_bad_share()
+        if self._in_a_row >= (self.epoch_length or MAX_SKIPPED_IN_A_ROW):
             raise UserError(
-                f"data.train: found no sample to train on among {self._in_a_row} rows, the last: {row.reason}"
+                f"data.train: no sample to train on among {self._in_a_row} rows, the last: {row.reason}; fix the data"
             )
 
-    def _check_share(self) -> None:
-        """Of different rows: those of later epochs are the same ones again."""
+    def _check_bad_share(self) -> None:
+        """Judge the share of bad rows among different rows: later epochs repeat them."""
         bad, seen = len(self.bad_rows), min(self.seen, self.epoch_length or self.seen)
-        judged = max(seen, min(JUDGED_FROM, self.epoch_length or JUDGED_FROM))
+        judged = max(seen, min(MIN_ROWS_JUDGED, self.epoch_length or MIN_ROWS_JUDGED))
         if bad > self.max_bad_share * judged:
             raise UserError(
-                f"data.max_bad_share: found {bad} of {seen} rows bad, more than {self.max_bad_share:g} of them "
-                f"(the last: {next(reversed(self.bad_rows.values()))}); mend them, or raise data.max_bad_share"
+                f"data.max_bad_share: got {bad} of {seen} rows bad, more than {self.max_bad_share:g} of them "
+                f"(the last: {next(reversed(self.bad_rows.values()))}); fix them, or raise data.max_bad_share"
             )
 
     @property
     def skipped_rows(self) -> dict[str, str]:
-        """Where each row is that did not train, and why."""
+        """Why each row was skipped, by "FILE: row N"."""
         return self.bad_rows | self.dropped_rows
 
     def metrics(self) -> dict[str, Any]:
-        """The counts, as ``metrics.json`` has them; a row counts each time that it is looked at."""
-        return {
+        """Return the counts as ``metrics.json`` has them."""
+        counts = {
             "rows": self.seen,
             "skipped": self.bad,
             "dropped": self.dropped,
             "shortened": dict(self.shortened),
-        } | ({"rewritten": self.rewritten} if self.rewritten else {})
+        }
+        return counts | ({"rewritten": self.rewritten} if self.rewritten else {})
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on later has to know."""
-        rows = {
+        """Return what a resumed run has to know."""
+        return self.metrics() | {
             "bad_rows": dict(self.bad_rows),
             "dropped_rows": dict(self.dropped_rows),
             "in_a_row": self._in_a_row,
         }
-        return self.metrics() | rows
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Continue from `state_dict`."""
         self.seen, self.bad, self.dropped = state["rows"], state["skipped"], state["dropped"]
         self.bad_rows, self.dropped_rows = dict(state["bad_rows"]), dict(state["dropped_rows"])
         self.rewritten = state.get("rewritten", 0)
@@ -158,8 +158,12 @@ class DataStats:
 
 
 def total_metrics(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The sum of what several processes counted, each as `DataStats.metrics` gives it."""
-    whole = {key: sum(record[key] for record in records) for key in ("rows", "skipped", "dropped")}
+    """Return the sum of `DataStats.metrics` of several processes."""
+    total: dict[str, Any] = {
+        key: sum(record[key] for record in records) for key in ("rows", "skipped", "dropped")
+    }
     rewritten = sum(record.get("rewritten", 0) for record in records)
-    whole |= {"rewritten": rewritten} if rewritten else {}
-    return whole | {"shortened": dict(sum((Counter(record["shortened"]) for record in records), Counter()))}
+    if rewritten:
+        total["rewritten"] = rewritten
+    shortened = sum((Counter(record["shortened"]) for record in records), Counter())
+    return total | {"shortened": dict(shortened)}

@@ -33,6 +33,6 @@ class Numbers:
 
     def sample(self, i: int, raw: Any) -> Sample:
         if raw in self.bad:
-            raise UserError(f"{self.name}: row {i}: found nothing, wanted a number; remove the row")
+            raise UserError(f"{self.name}: row {i}: expected a number, got nothing; remove the row")
         content = [{"type": "text", "text": str(raw)}]
         return Sample([{"role": "document", "content": content}], [], "numbers", f"{self.name}: row {i}")

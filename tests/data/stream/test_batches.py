@@ -55,7 +55,7 @@ def batches(
 ):
     order = SampleOrder([WeightedSource(source) for source in sources], seed=3, shuffle_buffer=5)
     stats = DataStats(skip, share, order.epoch_length)
-    draws = sorted_by_length(order, lambda draw: draw.row, size) if grouping else order.draws
+    draws = sorted_by_length(order, lambda draw: draw.row, size) if grouping else order.indices
     prepare = ExampleDataset(sources, Encode(frozenset(dropped)), draw_number)
     return Batches(
         draws,
@@ -152,14 +152,14 @@ def test_a_bad_row_ends_a_run_that_does_not_skip_with_its_own_line(workers):
     with pytest.raises(UserError) as caught:
         taken(batches(Numbers(20, bad=BAD), skip=False, workers=workers), 10)
     assert str(caught.value) in {
-        f"numbers: row {row}: found nothing, wanted a number; remove the row" for row in BAD
+        f"numbers: row {row}: expected a number, got nothing; remove the row" for row in BAD
     }
 
 
 def test_too_many_bad_rows_end_a_run_that_skips():
     assert taken(batches(Numbers(20, bad=BAD), share=0.15), 20)  # three of twenty, epoch after epoch
     with pytest.raises(
-        UserError, match=r"data.max_bad_share: found 3 of \d+ rows bad, more than 0.1 of them .* mend them"
+        UserError, match=r"data.max_bad_share: got 3 of \d+ rows bad, more than 0.1 of them .* fix them"
     ):
         taken(batches(Numbers(20, bad=BAD), share=0.1), 20)
 
@@ -167,7 +167,7 @@ def test_too_many_bad_rows_end_a_run_that_skips():
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_run_without_a_single_sample_ends(indexed):
     everything = frozenset(range(6))
-    with pytest.raises(UserError, match="found no sample to train on among"):
+    with pytest.raises(UserError, match="no sample to train on among"):
         taken(batches(Numbers(6, indexed), dropped=everything), 1)
 
 

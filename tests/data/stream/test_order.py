@@ -30,7 +30,7 @@ def order_of(parts, seed: int = 0, buffer: int = 4) -> SampleOrder:
 
 
 def taken(order: SampleOrder, count: int, start: int = 0) -> list[SampleIndex]:
-    return list(islice(order.draws(start), count))
+    return list(islice(order.indices(start), count))
 
 
 @given(mixtures, st.integers(0, 60), st.integers(0, 3))
@@ -51,7 +51,7 @@ def test_draws_are_numbered_and_a_seed_gives_one_order(parts):
 def test_a_row_is_shown_as_often_as_its_weight_says(parts):
     order = order_of([(count, weight, True) for count, weight in parts])
     epochs = 4
-    shown = Counter((draw.source, draw.row) for draw in taken(order, order._shown_before(epochs)))
+    shown = Counter((draw.source, draw.row) for draw in taken(order, order._samples_before(epochs)))
     for source, (count, weight) in enumerate(parts):
         times = [shown[source, row] for row in range(count)]
         assert max(times) - min(times) <= 1
@@ -87,7 +87,7 @@ def test_streams_are_drawn_by_weight():
 
 @pytest.mark.parametrize("indexed", [True, False])
 def test_a_source_without_rows_is_refused(indexed):
-    with pytest.raises(UserError, match="numbers: found no rows; wanted at least one sample"):
+    with pytest.raises(UserError, match="numbers: no rows; provide at least one sample"):
         taken(order_of([(0, 1.0, indexed)]), 1)
 
 

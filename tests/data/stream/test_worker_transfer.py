@@ -1,4 +1,4 @@
-"""Rows come from workers as they were sent, and hold no files open."""
+"""Examples arrive from workers as they were sent, and hold no files open."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils.data import Dataset
 
 from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.features import Frame
-from flamingo_ft.data.stream.batches import Batches, LoaderConfig, packed_rows, unwrap, wrap
+from flamingo_ft.data.stream.batches import Batches, LoaderConfig, pack_tensors, packed_rows, unpack_tensors
 from flamingo_ft.data.stream.examples import DataStats, Example
 from flamingo_ft.data.stream.order import SampleIndex
 
 OPEN_FILES = "/proc/self/fd"
 
 
-def test_a_parcel_holds_what_was_put_in():
+def test_packed_tensors_are_unpacked_unchanged():
     pixels, tokens = torch.randn(2, 3, 4, 5), torch.randn(4, 6).bfloat16().t()
     rows = [
         (7, Example("a: row 0", Encoded([1, 2], [-100, 2], 2), [pixels, torch.empty(0, 3)])),
@@ -32,7 +32,7 @@ def test_a_parcel_holds_what_was_put_in():
         ),
         (9, "left out"),
     ]
-    (_, one), (_, two), last = unwrap(pickle.loads(pickle.dumps(wrap(rows))))
+    (_, one), (_, two), last = unpack_tensors(pickle.loads(pickle.dumps(pack_tensors(rows))))
     assert (one.where, one.encoded, last) == ("a: row 0", rows[0][1].encoded, (9, "left out"))
     assert torch.equal(one.media[0], pixels) and one.media[1].shape == (0, 3)
     assert torch.equal(two.media[0][0].tokens, tokens) and two.media[0][0].tokens.dtype == torch.bfloat16

@@ -69,5 +69,5 @@ def test_the_prompt_of_a_document_ends_with_its_last_image():
 
 
 def test_a_document_among_other_messages_is_refused():
-    with pytest.raises(UserError, match="^messages: found a document among 2 messages"):
+    with pytest.raises(UserError, match="^messages: got a document among 2 messages"):
         encode(nano_processor(), [*document("a"), user("b")])

@@ -46,7 +46,7 @@ def test_auto_takes_the_language_models_own_template_where_there_is_one():
 
 def test_a_wanted_chat_template_that_is_not_there_is_refused():
     with pytest.raises(
-        UserError, match="^data.template: found chat, but the language model has no chat template; set"
+        UserError, match="^data.template: got chat, but the language model has no chat template; set"
     ):
         processor_with(None, template="chat")
 
@@ -83,7 +83,7 @@ def test_what_is_saved_with_the_adapter_writes_the_same(tmp_path):
     [
         (NO_SYSTEM, "Be brief.", r"chat template: refuses the dialogue \(no system\).*; set it to null"),
         (LEAVES_OUT, "Be brief.", "the chat template leaves out a system message; set it to null"),
-        (CHATML, "See <image>.", "found a special token's text in it"),
+        (CHATML, "See <image>.", "contains the text of a special token"),
     ],
 )
 def test_a_system_prompt_that_has_no_place_is_refused(own, prompt, complaint):

@@ -1,4 +1,6 @@
-"""Pairs of answers: only the answers are learned, every policy takes both halves or none, and TRL's collator agrees."""
+"""Preference pairs: both halves are encoded alike, and only the answers count."""
+
+from __future__ import annotations
 
 import copy
 
@@ -11,7 +13,7 @@ from flamingo_ft.data.encode import IGNORED, Cut, Dropped, encode
 from flamingo_ft.data.media import PixelLoader
 from flamingo_ft.data.media_resolver import lossless_bytes
 from flamingo_ft.data.pairs import encode_pair, preference_row
-from flamingo_ft.data.sample import Sample
+from flamingo_ft.data.sample import Sample, Video
 from flamingo_ft.data.stream.examples import Example
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.dataloader import collate_preferences
@@ -66,7 +68,7 @@ def test_one_half_that_is_too_long_drops_both(policy, answers):
 
 def test_a_pair_that_is_too_long_is_an_error_that_says_where():
     with pytest.raises(
-        UserError, match=r"^a.json: row 3: found \d+ text tokens, the limit is 9; shorten [^\n]*$"
+        UserError, match=r"^a.json: row 3: got \d+ text tokens, the limit is 9; shorten [^\n]*$"
     ):
         encode_pair(nano_processor(), pair(), 9)
 
@@ -84,7 +86,7 @@ def test_answers_that_are_alike_as_far_as_they_go_are_no_pair():
     found = [encode_pair(nano_processor(), sample, limit, "truncate_text") for limit in (long, long - 5)]
     assert not isinstance(found[0], Dropped) and isinstance(found[1], Dropped) and found[1].too_long
     with pytest.raises(
-        UserError, match="^a.json: row 3: found the same tokens in chosen and rejected; remove the row$"
+        UserError, match="^a.json: row 3: chosen and rejected have the same tokens; remove the row$"
     ):
         encode_pair(nano_processor(), pair("Yes.", "Yes."), 500)
 
@@ -109,3 +111,43 @@ def test_a_batch_is_what_trls_collator_makes_of_the_same_rows():
     # TRL's goes on after the end of the answer, to the line break that the template writes there.
     last = theirs["attention_mask"].sum(1, keepdim=True) - 1
     assert torch.equal(ours["completion_mask"], theirs["completion_mask"].scatter(1, last, 0))
+
+
+PICTURE = Image.new("RGB", (8, 8))
+
+
+def sample_of(messages, rejected, images=("a.png",)) -> Sample:
+    return Sample(messages, list(images), "other", "a.json: row 3", rejected)
+
+
+def test_the_prompt_ends_with_the_last_question():
+    before = [system("Be brief."), user(IMAGE, "Which?"), assistant("Seven."), user("Sure?")]
+    better = {**assistant("Yes."), "loss": None}
+    row = preference_row(sample_of([*before, better], [assistant("No.")], [lossless_bytes(PICTURE)]))
+    (image,) = row.pop("images")
+    assert row == {"prompt": before, "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
+    assert image.tobytes() == PICTURE.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("sample", "complaint"),
+    [
+        (sample_of([user(IMAGE, "a"), assistant("b")], None), "rejected: missing"),
+        (
+            sample_of([user(IMAGE, "a"), assistant("b")], [user("c")]),
+            "rejected: does not end with an assistant message",
+        ),
+        (sample_of([user(IMAGE, "a")], [assistant("c")]), "chosen: does not end with an assistant message"),
+        (
+            sample_of([user("a"), assistant(IMAGE, "b")], [assistant("c")]),
+            "chosen: got an image in the answer",
+        ),
+        (
+            sample_of([user(IMAGE, "a"), assistant("b")], [assistant("c")], [Video(file="a.mp4")]),
+            "images: got a video",
+        ),
+    ],
+)
+def test_what_is_no_pair_of_text_answers_is_refused(sample, complaint):
+    with pytest.raises(UserError, match=f"^a.json: row 3: {complaint}[^\n]*$"):
+        preference_row(sample)

@@ -100,7 +100,7 @@ def test_only_answers_can_be_learned(tmp_path):
     for key in ("loss", "train"):
         row["messages"][0] = {"role": "user", "content": "Q?", key: True}
         with pytest.raises(
-            UserError, match=rf"messages\[0\]\.{key}: only assistant messages can be learned, got True"
+            UserError, match=rf"messages\[0\]\.{key}: only assistant messages can be trained on, got True"
         ):
             read(tmp_path, row)
 
@@ -109,7 +109,9 @@ def test_tools_of_a_message_whose_role_no_sample_has_are_refused(tmp_path):
     for role in ("tool", "function", "developer"):
         row = openai()
         row["messages"].insert(2, {"role": role, "content": "4"})
-        with pytest.raises(UserError, match=rf"messages\[2\].role: found '{role}'"):
+        with pytest.raises(
+            UserError, match=rf"messages\[2\].role: expected one of system, user, assistant, got '{role}'"
+        ):
             read(tmp_path, row)
 
 
@@ -169,5 +171,5 @@ def test_an_empty_image_of_a_block_is_the_next_of_the_row(tmp_path):
 
 def test_nothing_among_images_is_still_refused(tmp_path):
     scan = put(tmp_path, FACTS[0][0])
-    with pytest.raises(UserError, match=r"images\[1\]: found null"):
+    with pytest.raises(UserError, match=r"images\[1\]: expected the path of an image, got null"):
         read(tmp_path, {"question": "Q?", "answer": "A.", "images": [scan, None]})
