@@ -1,6 +1,7 @@
 """Atomic writes: a file or folder is complete or absent, whenever the process is killed.
 
-New content is written to a hidden name beside its destination, synced to disk, and renamed; POSIX renames are atomic.
+New content is written to a hidden name beside its destination, synced to disk, and renamed; POSIX renames are
+atomic.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def finish_folder(place: Path) -> None:
 
 @contextmanager
 def folder_in_place(place: Path) -> Iterator[Path]:
-    """Yield a folder to write to; it replaces ``place`` when the block ends without an error, else it is removed."""
+    """Yield a folder to write to; it replaces ``place`` when the block ends without an error, else it is
+    removed."""
     partial = begin_folder(place)
     try:
         yield partial
@@ -108,7 +110,8 @@ def folder_in_place(place: Path) -> Iterator[Path]:
 
 @contextmanager
 def files_in_place(folder: Path, first: str) -> Iterator[Path]:
-    """Yield a temporary folder whose files move to ``folder`` one by one when the block ends without an error.
+    """Yield a temporary folder whose files move to ``folder`` one by one when the block ends without an
+    error.
 
     Other files in ``folder`` stay.
 

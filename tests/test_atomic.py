@@ -1,11 +1,11 @@
-"""What is written in place is there whole or not at all."""
+"""An atomic write is complete or absent."""
 
 import pytest
 
 from flamingo_ft import atomic
 
 
-def test_a_file_that_fails_half_way_leaves_the_one_before_it(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "notes.txt"
     atomic.write_text(file, "first")
     with pytest.raises(ZeroDivisionError), atomic.file_in_place(file) as hidden:
@@ -14,7 +14,7 @@ def test_a_file_that_fails_half_way_leaves_the_one_before_it(tmp_path):
     assert file.read_text() == "first" and [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_folder_takes_the_place_of_the_one_before_it_only_when_it_is_finished(tmp_path):
+def test_a_folder_replaces_the_old_one_only_when_it_is_finished(tmp_path):
     place = tmp_path / "place"
     for content in ("first", "second"):
         (atomic.begin_folder(place) / "file").write_text(content)
@@ -24,7 +24,7 @@ def test_a_folder_takes_the_place_of_the_one_before_it_only_when_it_is_finished(
     assert [path.name for path in tmp_path.iterdir()] == ["place"]
 
 
-def test_sweeping_removes_leftovers_and_nothing_else(tmp_path):
+def test_only_leftovers_are_removed(tmp_path):
     for name in (".step-3.partial", ".step-1.removed", ".step-2.replaced", "step-2"):
         (tmp_path / name / "inside").mkdir(parents=True)
     for name in (".config.json.partial", ".hidden", "notes.partial"):
@@ -33,13 +33,13 @@ def test_sweeping_removes_leftovers_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "notes.partial", "step-2"]
 
 
-def test_what_was_to_be_replaced_and_is_not_comes_back(tmp_path):
+def test_a_folder_whose_replacement_never_arrived_is_restored(tmp_path):
     (tmp_path / ".step-2.replaced" / "inside").mkdir(parents=True)
     atomic.remove_leftovers(tmp_path)
     assert (tmp_path / "step-2" / "inside").is_dir() and len(list(tmp_path.iterdir())) == 1
 
 
-def test_files_are_moved_when_nothing_failed_the_first_one_first_and_other_files_stay(tmp_path):
+def test_files_are_moved_only_without_an_error_and_other_files_stay(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")

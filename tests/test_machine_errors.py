@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from flamingo_ft import cli, machine_errors
-from flamingo_ft.adapters.files import read_bridge
+from flamingo_ft.adapters.files import read_safetensors
 from flamingo_ft.backbones import language as language_module
 from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 from flamingo_ft.backbones.quantization import Quantization
@@ -110,7 +110,7 @@ def test_an_adapter_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
     save_file({"weight": torch.ones(2)}, tmp_path / "whole.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:-4])
     with pytest.raises(ValueError, match="not a readable safetensors file"):
-        read_bridge(tmp_path / "cut.safetensors")
+        read_safetensors(tmp_path / "cut.safetensors")
 
 
 @pytest.mark.parametrize(

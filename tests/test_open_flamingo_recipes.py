@@ -11,7 +11,7 @@ from open_clip.factory import _MODEL_CONFIGS
 
 from flamingo_ft import cli
 from flamingo_ft.adapters import load_adapter
-from flamingo_ft.adapters.released_models import MODELS, TOWER, ReleasedModel, released
+from flamingo_ft.adapters.released_models import RELEASED_MODELS, TOWER, ReleasedModel, find_released
 from flamingo_ft.config import load_recipe
 from flamingo_ft.config.library import packaged_recipes
 
@@ -56,16 +56,16 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def test_each_language_model_that_was_released_with_has_a_recipe():
-    starts = {released(load_recipe(name).model.init_from) for name in RECIPES}
+    starts = {find_released(load_recipe(name).model.init_from) for name in RECIPES}
     kinds = {model.layers_path + str(model.width) for model in starts}
     assert kinds == {
-        model.layers_path + str(model.width) for model in MODELS if "deprecated" not in model.name
+        model.layers_path + str(model.width) for model in RELEASED_MODELS if "deprecated" not in model.name
     }
 
 
 def arguments_for(model: ReleasedModel) -> list[str]:
     """The recipe that starts from a model; or one for another model of its shape, with overrides."""
-    starts = {name: released(load_recipe(name).model.init_from) for name in RECIPES}
+    starts = {name: find_released(load_recipe(name).model.init_from) for name in RECIPES}
     own = [name for name, start in starts.items() if start is model]
     if own:
         return own
@@ -79,8 +79,8 @@ def arguments_for(model: ReleasedModel) -> list[str]:
 
 
 CASES = [
-    pytest.param(model, marks=[pytest.mark.slow] * (model is not MODELS[0]), id=model.name)
-    for model in MODELS
+    pytest.param(model, marks=[pytest.mark.slow] * (model is not RELEASED_MODELS[0]), id=model.name)
+    for model in RELEASED_MODELS
 ]
 
 
@@ -115,12 +115,12 @@ def test_each_released_model_trains_and_its_adapter_loads_again(model, hub, here
 def test_another_pairing_is_refused_without_a_request(command, wrong, hub, here, capsys):
     assert cli.main([command, "open_flamingo_4b", wrong]) == 2
     error = capsys.readouterr().err
-    assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b goes with model.language.name togethercomputer/" in error
+    assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b needs model.language.name togethercomputer/" in error
     assert hub.requests == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [pytest.param(model, id=model.name) for model in MODELS])
+@pytest.mark.parametrize("model", [pytest.param(model, id=model.name) for model in RELEASED_MODELS])
 def test_its_name_alone_brings_one_in_and_it_goes_out_as_it_was(model, hub, here):
     stored = stand_in(hub, model, here)
     assert cli.main(["convert", model.name, "adapter"]) == 0

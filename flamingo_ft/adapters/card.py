@@ -1,6 +1,6 @@
-"""The README.md of an adapter or a merged model: what it is, what it belongs to, how to use it, what it reached.
+"""The card (README.md) of an adapter or a merged model: what it is, its base, how to use it, its scores.
 
-It is rendered from what lies in the folder; what is missing there is missing in it.
+It is rendered from the files in the folder; what is not there is left out.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import BRIDGE
 from flamingo_ft.version import __version__
 
-from .files import read_flamingo_config, read_lora_config
+from .files import backbone_records, read_flamingo_config, read_lora_config
 from .trainable import parts_in_adapter
 
 CARD = "README.md"
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
-FIGURES = {"loss.png": "Loss in the course of training", "gates.png": "How far the gates are open"}
-SAMPLES = 5  # predictions that are shown
+FIGURES = {"loss.png": "Training loss", "gates.png": "Gates by training step"}
+MAX_SAMPLES = 5  # predictions in the card
+TASK = "image-text-to-text"
 
 
 @dataclass(frozen=True)
 class CardTable:
     """The scores of one metric, ready to be written; `flamingo_ft.evaluation.results.card_tables` makes them.
 
-    title: heading of the table. description: what the metric measures. hub_type: its identifier on the Hub. columns:
-    headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per task, for the Hub.
+    title: heading of the table. description: what the metric measures. hub_type: its identifier on the Hub.
+    columns:
+    headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per task, for
+    the Hub.
     """
 
     title: str
@@ -60,7 +63,12 @@ def write_card(
     license: str | None = None,
     tables: Sequence[CardTable] = (),
 ) -> None:
-    """Write the card. metrics: what ``metrics.json`` will say, where it is not there yet. tables: scores to show."""
+    """Write the card.
+
+    Args:
+        metrics: content of ``metrics.json``, if it is not written yet.
+        tables: scores to show.
+    """
     (folder / CARD).write_text(card_text(folder, None, license, metrics, tables), encoding="utf-8")
 
 
@@ -71,29 +79,33 @@ def card_text(
     metrics: Mapping[str, Any] | None = None,
     tables: Sequence[CardTable] = (),
 ) -> str:
-    """The card of what lies in ``folder``. name: on the Hub, where it goes there."""
+    """Return the card of the adapter or model in ``folder``.
+
+    Args:
+        name: of its repository on the Hub, if it is pushed.
+    """
     config = read_flamingo_config(folder)
     metrics = metrics or _read_json(folder / "metrics.json") or {}
-    recipe = _read_recipe(folder)
+    recipe, backbones = _read_recipe(folder), backbone_records(config)
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
     environment.filters["cell"] = _cell
     text = environment.get_template("card.md.jinja").render(
         version=__version__,
         name=name or "this/folder",
-        vision=strip_local_paths(config.backbones["vision"], BACKBONE_KEYS),
-        language=strip_local_paths(config.backbones["language"], BACKBONE_KEYS),
+        vision=strip_local_paths(backbones["vision"], BACKBONE_KEYS),
+        language=strip_local_paths(backbones["language"], BACKBONE_KEYS),
         licenses={"vision": None, "language": None} | (config.licenses or {}),
         config=config,
         bridge=strip_local_paths(config.bridge_init),
         contents=", ".join(_contents(folder, config)),
-        parameters=_parameters(folder),
-        kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
+        parameters=_count_parameters(folder),
+        precision=lambda source: (source.get("quantization") or {}).get("format", "full"),
         recipe=recipe and yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         training=metrics.get("train"),
         losses=_losses(folder),
         tables=tables,
         verdict=(metrics.get("eval") or {}).get("verdict"),
-        figures={file: told for file, told in FIGURES.items() if (folder / "figures" / file).is_file()},
+        figures={file: title for file, title in FIGURES.items() if (folder / "figures" / file).is_file()},
         samples=_samples(folder),
         cell=_cell,
     )
@@ -102,15 +114,15 @@ def card_text(
 
 
 def _contents(folder: Path, config: FlamingoConfig) -> list[str]:
-    """What the adapter holds, in words."""
+    """Return labels of what the adapter holds."""
     if config.merged or not (folder / ADAPTER_WEIGHTS).is_file():
         return []
     parts = [f"the {BRIDGE[part].label}" for part in parts_in_adapter(config)]
     return parts + (["LoRA"] if read_lora_config(folder) is not None else [])
 
 
-def _parameters(folder: Path) -> int:
-    """In the folder's weights; only their headers are read."""
+def _count_parameters(folder: Path) -> int:
+    """Count the parameters in the folder's weight files, from their headers."""
     total = 0
     adapter = folder / ADAPTER_WEIGHTS
     for file in [adapter] if adapter.is_file() else sorted(folder.glob(MODEL_SAFETENSORS)):
@@ -134,23 +146,20 @@ def _read_recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def _losses(folder: Path) -> tuple[float, float] | None:
-    """The first and the last that the log has."""
+    """Return the first and the last logged loss."""
     found = [entry["loss"] for entry in _read_lines(folder / "log.jsonl") if "loss" in entry]
     return (found[0], found[-1]) if found else None
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
-    """The first predictions with an answer from after training."""
+    """Return the first predictions with an answer after training."""
     found = [row for row in _read_lines(folder / "predictions.jsonl") if row.get("after") is not None]
-    return [{"before": None, **row} for row in found[:SAMPLES]]
+    return [{"before": None, **row} for row in found[:MAX_SAMPLES]]
 
 
 def _cell(text: str | None) -> str:
-    """Text that stands in a table's cell as it is."""
+    """Escape text for a cell of a Markdown table."""
     return html.escape(one_line(text or ""), quote=False).replace("|", "\\|").replace("*", "\\*")
-
-
-TASK = "image-text-to-text"
 
 
 def metadata(
@@ -160,7 +169,7 @@ def metadata(
     license: str | None,
     name: str,
 ) -> str:
-    """YAML, without the lines around it. Only what is on the Hub is named there."""
+    """Return the card's metadata as YAML. It names only models and datasets on the Hub."""
     sources = _datasets(recipe, "train"), _datasets(recipe, "eval")
     data = ModelCardData(
         base_model=base_models(config) or None,
@@ -177,8 +186,9 @@ def metadata(
 
 
 def base_models(config: FlamingoConfig) -> list[str]:
-    """The Hub's names of language model and tower, where they have one."""
-    language, vision = config.backbones["language"], config.backbones["vision"]
+    """Return the names of language model and tower on the Hub, if they have one."""
+    backbones = backbone_records(config)
+    language, vision = backbones["language"], backbones["vision"]
     on_hub = language["name"] if language.get("revision") and NAME.fullmatch(language["name"]) else None
     return [name for name in (on_hub, hub_repository(vision["name"], vision.get("pretrained"))) if name]
 

@@ -1,10 +1,12 @@
-"""Whether what a run starts from goes with its backbones: asked of names and configurations, before weights are there.
+"""Check that what a run starts from fits its backbones, from names and configurations, before weights are
+downloaded.
 
-Released models are known by their names, other checkpoints by the shapes of their tensors.
+Released models are recognized by name, other checkpoints by the shapes of their tensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,39 +31,40 @@ from flamingo_ft.formats import ForeignCheckpoint, read_checkpoint
 from flamingo_ft.hub.names import NANO, local_language, local_tower, local_weights
 
 from .init_from import is_foreign_checkpoint
-from .released_models import MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, ReleasedModel, released
+from .released_models import RELEASED_MODELS, SAME_TOWER, TOWER, TOWER_WIDTH, ReleasedModel, find_released
 
 _QUERY = re.compile(r"gated_cross_attn_layers\.(\d+)\.attn\.to_q\.weight")
-QUICK_GELU = (
-    "-quickgelu"  # what OpenCLIP calls an architecture with it, which tag openai has under both names
-)
+# OpenCLIP's suffix of architectures with QuickGELU; the tag openai exists with and without it
+QUICK_GELU = "-quickgelu"
 
 
 def check_start(section: ModelSection) -> None:
-    """Refuse a released model, or a checkpoint's file, that was trained with another model than the recipe's.
+    """Raise UserError if ``init_from`` is a released model or a checkpoint that was trained with other
+    backbones.
 
-    Of backbones on the Hub no more than configuration and tokenizer is fetched. Adapters and merged models say
-    themselves what they belong to, when they are loaded. Raises UserError that names what the start needs.
+    Only configuration and tokenizer of backbones on the Hub are downloaded. Adapters and merged models record
+    what they belong to, which is checked when they are loaded.
     """
     start = section.init_from
     if start is None:
         return
-    if (model := released(start)) is not None:
+    if (model := find_released(start)) is not None:
         _check_named(model, section)
     elif is_foreign_checkpoint(start):
         _check_shapes(start, section)
 
 
 def _check_named(model: ReleasedModel, section: ModelSection) -> None:
-    wrong = list(_departures(model, section))
-    if wrong:
+    differing = list(_differing_keys(model, section))
+    if differing:
         raise UserError(
-            f"model.init_from: {model.name} goes with {model.needs()}; the recipe has {', '.join(wrong)}"
+            f"model.init_from: {model.name} needs {model.required_keys()}; the recipe has "
+            f"{', '.join(differing)}"
         )
 
 
-def _departures(model: ReleasedModel, section: ModelSection) -> Iterator[str]:
-    """What a recipe says otherwise than a released model needs."""
+def _differing_keys(model: ReleasedModel, section: ModelSection) -> Iterator[str]:
+    """Yield the recipe keys that differ from what a released model needs."""
     vision = section.vision
     if not _is_its_language(model, section.language):
         yield f"model.language.name {section.language.name}"
@@ -73,11 +76,11 @@ def _departures(model: ReleasedModel, section: ModelSection) -> Iterator[str]:
         yield f"media_visibility {section.media_visibility}"
     for key, sizes in (("perceiver", PerceiverSection()), ("cross_attention", CrossAttentionSection())):
         if getattr(section, key) != sizes:
-            yield f"sizes of its own in model.{key} (leave it out)"
+            yield f"other sizes in model.{key} (leave it out)"
 
 
 def _is_its_language(model: ReleasedModel, section: LanguageSection) -> bool:
-    """By name on the Hub; a copy in a folder, by its shape."""
+    """Compare the language model by its name on the Hub; a local folder by its shape."""
     if section.name != NANO and local_language(section.name, section.revision) is None:
         return section.name.lower() in [name.lower() for name in model.languages]
     shape = _language_shape(section)
@@ -85,7 +88,7 @@ def _is_its_language(model: ReleasedModel, section: LanguageSection) -> bool:
 
 
 def _is_its_tower(section: VisionSection) -> bool:
-    """By name; weights in a file by the name of the architecture, a copy in a folder by its shape."""
+    """Compare the tower by name; with weights in a file by its architecture; a local folder by its shape."""
     name, pretrained = section.name.replace("/", "-").removesuffix(QUICK_GELU), section.pretrained
     if (name, pretrained) == TOWER or (section.name, pretrained) == SAME_TOWER:
         return True
@@ -114,9 +117,12 @@ def _language_shape(section: LanguageSection) -> _LanguageShape:
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """layers_path: where the language model's decoder layers are, None where no name tells; blocks: those with
-    cross-attention before them; width: theirs; tower: width of the tower's tokens."""
+class _BridgeShape:
+    """What a bridge was built for.
+
+    layers_path: of the language model's decoder layers, None if unknown; blocks: indices of those with
+    cross-attention before them; width: of the decoder layers; tower: width of the tower's patch tokens.
+    """
 
     layers_path: str | None
     blocks: tuple[int, ...]
@@ -124,56 +130,57 @@ class _Shape:
     tower: int
 
     def __str__(self) -> str:
-        layers = f"{self.layers_path or 'decoder layers'} {_some(self.blocks)} of width {self.width}"
+        layers = f"{self.layers_path or 'decoder layers'} {_first_few(self.blocks)} of width {self.width}"
         return f"cross-attention before {layers} on tower tokens of width {self.tower}"
 
 
 def _check_shapes(start: Path, section: ModelSection) -> None:
-    found = _shape_of(read_checkpoint(start))
-    if found is None:
+    theirs = _checkpoint_shape(read_checkpoint(start))
+    if theirs is None:
         return
     ours = _recipe_shape(section)
-    if found.layers_path is None:
-        ours = _Shape(None, ours.blocks, ours.width, ours.tower)
-    if found != ours:
-        raise UserError(f"model.init_from: {start} has {found}; the recipe makes {ours}; {_hint(found)}")
+    if theirs.layers_path is None:
+        ours = dataclasses.replace(ours, layers_path=None)
+    if theirs != ours:
+        raise UserError(f"model.init_from: {start} has {theirs}; the recipe makes {ours}; {_hint(theirs)}")
 
 
-def _shape_of(checkpoint: ForeignCheckpoint) -> _Shape | None:
-    """None where the file holds no bridge that shows it: what loads it tells what it lacks."""
+def _checkpoint_shape(checkpoint: ForeignCheckpoint) -> _BridgeShape | None:
+    """Return the shape of a checkpoint's bridge; None if tensors are missing, which loading reports."""
     matches = ((_QUERY.fullmatch(name), tensor) for name, tensor in checkpoint.bridge.items())
     queries = {int(match[1]): tensor for match, tensor in matches if match}
     latents = checkpoint.bridge.get("perceiver.latents")
     if not queries or latents is None:
         return None
     blocks = tuple(sorted(queries))
-    return _Shape(checkpoint.decoder_layers, blocks, queries[blocks[0]].shape[1], latents.shape[1])
+    return _BridgeShape(checkpoint.decoder_layers, blocks, queries[blocks[0]].shape[1], latents.shape[1])
 
 
-def _recipe_shape(section: ModelSection) -> _Shape:
+def _recipe_shape(section: ModelSection) -> _BridgeShape:
     language, every = _language_shape(section.language), section.cross_attn_every_n_layers
     with torch.device("meta"):
         tower = token_width(build_visual(tower_config(section.vision.name, section.vision.pretrained)))
-    return _Shape(
+    return _BridgeShape(
         language.layers_path, tuple(range(every - 1, language.layers, every)), language.width, tower
     )
 
 
-def _hint(found: _Shape) -> str:
-    """The released models of these shapes, and what they need."""
-    alike = [model for model in MODELS if _has_shape(model, found)]
-    if not alike:
+def _hint(shape: _BridgeShape) -> str:
+    """Return the released models of this shape, and what they need."""
+    similar = [model for model in RELEASED_MODELS if _has_shape(model, shape)]
+    if not similar:
         return "name the language model, the tower and the interval that it was trained with"
-    names = " or ".join(f"{model.name} (language model {model.languages[0]})" for model in alike)
-    return f"{names} has this geometry, with tower {' '.join(TOWER)} and cross_attn_every_n_layers {alike[0].interval}"
+    names = " or ".join(f"{model.name} (language model {model.languages[0]})" for model in similar)
+    interval = similar[0].interval
+    return f"{names} has this geometry, with tower {' '.join(TOWER)} and cross_attn_every_n_layers {interval}"
 
 
-def _has_shape(model: ReleasedModel, found: _Shape) -> bool:
-    if found.layers_path not in (None, model.layers_path):
+def _has_shape(model: ReleasedModel, shape: _BridgeShape) -> bool:
+    if shape.layers_path not in (None, model.layers_path):
         return False
-    return (found.blocks, found.width, found.tower) == (model.blocks, model.width, TOWER_WIDTH)
+    return (shape.blocks, shape.width, shape.tower) == (model.blocks, model.width, TOWER_WIDTH)
 
 
-def _some(numbers: Iterable[int]) -> str:
+def _first_few(numbers: Iterable[int]) -> str:
     first, *others = numbers
     return ", ".join(map(str, [first, *others[:2]])) + (", ..." if len(others) > 2 else "")

@@ -1,8 +1,9 @@
-"""A composition: the base of adapters as a folder without the weights of its backbones.
+"""Compositions: the base of adapters as a folder without the weights of its backbones; loading one, or an
+adapter of it, with ``from_pretrained``.
 
-It holds the Flamingo's configuration, which names both backbones with their revisions and content hashes, the
-processor's files, a card, and ``bridge.safetensors`` where adapters build on a bridge. An adapter names it as its base,
-so that transformers and PEFT find all that the adapter needs.
+A composition holds the Flamingo's configuration, which names both backbones with their revisions and content
+hashes, the processor's files, a card, and ``bridge.safetensors`` if adapters build on a bridge. An adapter
+names it as its base, so that transformers and PEFT find everything that the adapter needs.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from flamingo_ft.version import __version__
 
 from .answering import use_greedy_decoding
 from .card import CARD
+from .compat import mark_peft_loaded, requested_attention
 from .files import (
     BRIDGE_FILE,
+    backbone_records,
     read_config,
     read_flamingo_config,
     read_lora_config,
@@ -40,29 +43,32 @@ from .files import (
 from .init_from import bridge_tensors, load_bridge_as_stored
 from .load import assemble_backbones, assemble_model, load_adapter
 from .lora import targets_vision
-from .merge import cast
+from .merge import cast_model
 from .save import reset_name_or_path, save_processor
 
 
 def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path | None = None) -> None:
     """Write the base of ``adapter`` to ``out``. The same base gives the same bytes.
 
-    start: where the bridge that the adapter builds on lies now, if not where it lay in training.
+    Args:
+        start: where the bridge that the adapter builds on is now, if not at its recorded path.
 
-    Raises UserError when ``out`` exists, ``adapter`` is no adapter, and where it builds on a bridge that is gone or
-    another.
+    Raises:
+        UserError: ``out`` exists, ``adapter`` is not an adapter, or the bridge that it builds on is gone or
+            another one.
     """
     adapter, start, out = fetch_model(adapter), None if start is None else fetch_model(start), Path(out)
     if out.exists():
-        raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
+        raise UserError(f"{out}: exists, and nothing is overwritten; choose another folder")
     config, processor = read_config(adapter), read_processor(adapter)
-    bridge = _bridge_below(adapter, config, start) if config.bridge_init else None
+    record = config.bridge_init
+    bridge = _bridge_below(adapter, config, record, start) if record else None
     lora = read_lora_config(adapter)
     config.open_attention = config.open_attention or (lora is not None and targets_vision(lora))
     reset_name_or_path(config)
     out.mkdir(parents=True)
-    if bridge is not None:
-        config.bridge_init["path"] = BRIDGE_FILE
+    if record and bridge is not None:
+        record["path"] = BRIDGE_FILE
         with file_in_place(out / BRIDGE_FILE) as file:
             save_file(bridge, file, metadata={"format": "pt"})
     config.save_pretrained(out)
@@ -71,9 +77,9 @@ def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path
 
 
 def load_composition(folder: str | Path, **options: Any) -> FlamingoForConditionalGeneration:
-    """The model of a composition, which is the base of its adapters. Takes the options of `load_base`.
+    """Load the model of a composition, the base of its adapters, with the options of `load_base`.
 
-    Raises UserError when a backbone or the bridge is not the recorded one.
+    Raises UserError if a backbone or the bridge is not the recorded one.
     """
     folder = existing_path(folder)
     config = read_flamingo_config(folder)
@@ -87,30 +93,32 @@ def load_composition(folder: str | Path, **options: Any) -> FlamingoForCondition
 
 
 def name_base(adapter: str | Path, base: str) -> None:
-    """Write into an adapter's folder which composition is its base: a folder, or ``org/name`` on the Hub."""
+    """Record in an adapter's folder which composition is its base: a folder, or ``org/name`` on the Hub."""
     path = Path(adapter) / ADAPTER_CONFIG
     values = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _bridge_below(adapter: Path, config: FlamingoConfig, start: str | Path | None) -> dict[str, torch.Tensor]:
-    """The bridge that an adapter builds on, as its content hash is of it.
+def _bridge_below(
+    adapter: Path, config: FlamingoConfig, record: Mapping[str, str], start: str | Path | None
+) -> dict[str, torch.Tensor]:
+    """Return the bridge that an adapter builds on, in the dtypes that its content hash is of.
 
-    The backbones are loaded along: rows that a checkpoint gives to new tokens are read through the language model.
+    The backbones are loaded too: a checkpoint's rows for new tokens are read through the language model.
     """
     model = assemble_backbones(adapter, config, quantized=False, dtype=None, device=torch.device("cpu"))
     before = _backbones_sha256(model)
-    load_bridge_as_stored(model, adapter, config.bridge_init, start)
+    load_bridge_as_stored(model, adapter, record, start)
     if _backbones_sha256(model) != before:
         raise UserError(
-            f"{adapter}: builds on a checkpoint that has backbones of its own, which a composition cannot name; merge the "
-            "adapter, and give the merged model"
+            f"{adapter}: builds on a checkpoint with backbones of its own, which a composition cannot name; "
+            "merge the adapter, and give the merged model"
         )
     return {name: tensor.contiguous() for name, tensor in sorted(bridge_tensors(model).items())}
 
 
 def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
-    """Digest of both backbones, without the rows that the Flamingo has tables of its own for."""
+    """Return a digest of both backbones without the rows of new tokens, which the token rows replace."""
     lm, ids = model.lang_encoder, torch.tensor(model.config.new_token_ids or [], dtype=torch.long)
     vocabulary = [
         id(module.weight) for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module
@@ -122,9 +130,10 @@ def _backbones_sha256(model: FlamingoForConditionalGeneration) -> str:
 
 
 def _check_named(folder: Path, config: FlamingoConfig) -> None:
-    if not all((config.backbones or {}).get(part) for part in ("vision", "language")):
+    if not all(backbone_records(config).get(part) for part in ("vision", "language")):
         raise UserError(
-            f"{folder}: has neither weights nor the names of its backbones, so there is nothing to load; copy it again"
+            f"{folder}: has neither weights nor the names of its backbones, so there is nothing to load; "
+            "copy it again"
         )
 
 
@@ -132,16 +141,16 @@ def _write_card(config: FlamingoConfig, folder: Path) -> None:
     environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
     text = environment.get_template("composition.md.jinja").render(
         version=__version__,
-        vision=strip_local_paths(config.backbones["vision"], BACKBONE_KEYS),
-        language=strip_local_paths(config.backbones["language"], BACKBONE_KEYS),
+        vision=strip_local_paths(backbone_records(config)["vision"], BACKBONE_KEYS),
+        language=strip_local_paths(backbone_records(config)["language"], BACKBONE_KEYS),
         bridge_init=config.bridge_init,
-        kept_in=lambda source: (source.get("quantization") or {}).get("format", "full"),
+        precision=lambda source: (source.get("quantization") or {}).get("format", "full"),
     )
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
 
 
-# What transformers' own callers pass along, and what says where files lie: nothing of it changes what is loaded here.
-OF_NO_MATTER = {
+# Options that do not change what is loaded: from transformers' own callers, or about where files are.
+IGNORED_OPTIONS = {
     "_from_auto",
     "_from_pipeline",
     "adapter_kwargs",
@@ -160,7 +169,8 @@ OF_NO_MATTER = {
     "use_safetensors",
     "weights_only",
 }
-# Of a configuration: formats, which are options of their own, and in what an adapter's and its base's may differ.
+# Configuration keys that may differ: dtypes, which are options, and those that differ between adapter and
+# base.
 MAY_DIFFER = {
     "_name_or_path",
     "adapter_parts",
@@ -172,51 +182,54 @@ MAY_DIFFER = {
     "transformers_version",
     "auto_map",
 }
-UNDERSTOOD = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
+SUPPORTED_OPTIONS = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
 
 
 def load_parts(parts: ModelFolders, options: Mapping[str, Any]) -> Any:
-    """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a composition's as
-    `load_composition`.
+    """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a
+    composition's as `load_composition`.
 
-    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each part
-    keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is one; without one the
-    CPU, or for quantized parts as with "auto". Raises UserError for options that say more than can be done.
+    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each
+    part keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is
+    one; without one the CPU, or for quantized parts as with "auto". Raises UserError for options that say
+    more than can be done.
     """
     folder = parts.adapter or parts.base
+    assert folder is not None  # one of the two is always there
     _refuse(folder, options)
     device = _device(folder, options.get("device_map"))
     if parts.adapter is None:
         model = load_composition(folder, device=device)
     else:
-        model, _ = load_adapter(folder, start=_bridge_in(parts.base), device=device)
-        model._hf_peft_config_loaded = bool(getattr(model, "peft_config", None))
+        model, _ = load_adapter(parts.adapter, start=_bridge_in(parts.base), device=device)
+        mark_peft_loaded(model, has_lora=bool(getattr(model, "peft_config", None)))
     dtype = _dtype(options)
     if dtype is not None:
-        cast(model, dtype)
-    attention = options.get("attn_implementation") or _asked_attention(options.get("config"))
+        cast_model(model, dtype)
+    attention = options.get("attn_implementation") or _requested_attention(options.get("config"))
     if attention is not None:
         model.set_attn_implementation(attention)
-    return (model, _nothing_missing()) if options.get("output_loading_info") else model
+    return (model, _empty_report()) if options.get("output_loading_info") else model
 
 
 def _refuse(folder: Path, options: Mapping[str, Any]) -> None:
-    known = OF_NO_MATTER | UNDERSTOOD
+    known = IGNORED_OPTIONS | SUPPORTED_OPTIONS
     unknown = sorted(key for key, value in options.items() if key not in known and value is not None)
     unknown += _changed(options.get("config"), read_flamingo_config(folder))
     if "quantization_config" in unknown:
-        remedy = "merge it and load that with a quantization_config"
-        raise UserError(f"{folder}: its backbones are kept as it records, in no other quantization; {remedy}")
+        raise UserError(
+            f"{folder}: its backbones are quantized as it records, and not otherwise; "
+            "merge it and load that with a quantization_config"
+        )
     if unknown:
         raise UserError(
-            f"{folder}: from_pretrained cannot take {', '.join(unknown)} where a model is put together from its "
+            f"{folder}: from_pretrained cannot take {', '.join(unknown)} where a model is assembled from its "
             "backbones; leave it out, or merge the adapter and load that"
         )
 
 
 def _changed(given: Any, stored: FlamingoConfig) -> list[str]:
-    """What a configuration that was passed says otherwise than the stored one: what a caller changed, since Auto
-    classes pass on what they read."""
+    """Return the keys that a caller changed in a configuration; Auto classes pass on what they read."""
     if not isinstance(given, FlamingoConfig):
         return []
     ours, theirs = stored.to_dict(), given.to_dict()
@@ -234,37 +247,37 @@ def _device(folder: Path, device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
         raise UserError(
-            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to spread it"
+            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to "
+            "spread it"
         ) from None
 
 
 def _is_quantized(config: FlamingoConfig) -> bool:
-    return any((source or {}).get("quantization") for source in (config.backbones or {}).values())
+    return any((source or {}).get("quantization") for source in backbone_records(config).values())
 
 
 def _dtype(options: Mapping[str, Any]) -> torch.dtype | None:
-    """The number format that was asked for; None for each part's own."""
-    asked = options.get("dtype") or options.get("torch_dtype")
-    asked = getattr(torch, asked, asked) if isinstance(asked, str) else asked
-    if asked in (None, "auto"):
+    """Return the requested dtype; None keeps each part's own."""
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    if dtype in (None, "auto"):
         return None
-    if not isinstance(asked, torch.dtype):
-        raise UserError(f"dtype {asked!r} is no number format; give one such as bfloat16, or auto")
-    return asked
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"dtype {dtype!r} is not a torch dtype; give one such as bfloat16, or auto")
+    return dtype
 
 
-def _asked_attention(config: Any) -> str | None:
-    """What an Auto class was asked for, which passes it on inside the configuration."""
-    return (
-        getattr(config, "_attn_implementation_internal", None) if isinstance(config, FlamingoConfig) else None
-    )
+def _requested_attention(config: Any) -> str | None:
+    return requested_attention(config) if isinstance(config, FlamingoConfig) else None
 
 
 def _bridge_in(base: Path | None) -> Path | None:
-    bridge = None if base is None else base / BRIDGE_FILE
-    return bridge if bridge is not None and bridge.is_file() else None
+    if base is None or not (base / BRIDGE_FILE).is_file():
+        return None
+    return base / BRIDGE_FILE
 
 
-def _nothing_missing() -> dict[str, Any]:
-    """transformers' loading report of a model in which everything found its place, as is checked while loading."""
+def _empty_report() -> dict[str, Any]:
+    """Return transformers' loading report without problems: loading raises for each."""
     return {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}

@@ -1,7 +1,7 @@
-"""Where a bridge starts from: an adapter, a merged model, a composition, or another Flamingo's checkpoint.
+"""Initialize the bridge from an adapter, a merged model, a composition, or another Flamingo's checkpoint.
 
-What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the adapter
-records with a content hash and finds again when it is loaded.
+What a run starts from and leaves frozen is not in its adapter: it is part of the adapter's base, which the
+adapter records with a content hash and finds again when it is loaded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flamingo_ft.formats import read_checkpoint
 from flamingo_ft.formats.foreign_checkpoint import RECOMPUTED_BUFFERS
 from flamingo_ft.formats.stored_files import first_few, read_config_json
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
-from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, TRAINING_CHECKPOINTS
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, TRAINING_CHECKPOINTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import in_bridge, is_lora
 from flamingo_ft.model.pretrained import is_partial, named_composition
@@ -27,32 +27,32 @@ from flamingo_ft.model.pretrained import is_partial, named_composition
 from .files import (
     BRIDGE_FILE,
     candidate_paths,
-    read_bridge,
     read_config,
     read_flamingo_config,
     read_lora_config,
+    read_safetensors,
     read_tensors,
 )
 from .trainable import cast_parameter
 
-# What must be the same for a bridge to mean the same in another model.
+# What two models must have in common for one bridge to fit both.
 GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")
 
 
 def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> None:
-    """Give ``model`` the bridge of ``start`` and record it in the model's configuration.
+    """Load the bridge of ``start`` into ``model`` and record it in the model's configuration.
 
-    Raises UserError for a bridge of another shape or of other backbones, and where ``start`` has learned more than a
-    bridge that the model would go without (its language model was merged with LoRA).
+    Raises UserError for a bridge of another shape or of other backbones, and if ``start`` has learned more
+    than its bridge (LoRA was merged into its language model), which would be lost.
     """
-    place = fetch_model(start)
-    if is_foreign_checkpoint(place):
-        _check_visibility(model.config, place)
+    path = fetch_model(start)
+    if is_foreign_checkpoint(path):
+        _check_visibility(model.config, path)
     else:
-        _check_same(model.config, _config(place), place)
-    _load_bridge(model, place)
+        _check_compatible(model.config, _read_any_config(path), path)
+    _load_bridge(model, path)
     model.config.bridge_init = {
-        "path": pinned_name(start, place),
+        "path": pinned_name(start, path),
         "sha256": tensors_sha256(bridge_tensors(model)),
     }
 
@@ -60,16 +60,19 @@ def init_bridge(model: FlamingoForConditionalGeneration, start: str | Path) -> N
 def load_recorded_bridge(
     model: FlamingoForConditionalGeneration, folder: Path, start: str | Path | None = None
 ) -> None:
-    """Give ``model`` the bridge that its configuration, read from ``folder``, records.
+    """Load the bridge that the model's configuration, read from ``folder``, records.
 
-    start: where that bridge lies now, if neither where it lay nor beside ``folder``. Raises UserError when it is not
-    there, or another one.
+    Args:
+        start: where that bridge is now, if neither at its recorded path nor beside ``folder``.
+
+    Raises:
+        UserError: the bridge is not there, or is another one.
     """
-    _load_recorded(model, folder, model.config.bridge_init, start)
+    _load_recorded(model, folder, model.config.bridge_init or {}, start)
 
 
 def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
-    """Put the bridge that lies at ``start`` in place, for an adapter on top of the one that it builds on."""
+    """Load the bridge at ``start``; for an adapter, on top of the bridge that it builds on."""
     if is_foreign_checkpoint(start):
         report = load_open_flamingo(model, start)
         if lost := [name for name in report.unexpected if not RECOMPUTED_BUFFERS.fullmatch(name)]:
@@ -91,8 +94,10 @@ def _load_recorded(
     record: Mapping[str, str],
     start: str | Path | None = None,
 ) -> None:
-    """Put in place what the adapter in ``folder`` builds on, as it was when that was trained; UserError when it is gone or
-    another."""
+    """Load the bridge that the adapter in ``folder`` builds on, in the dtype that it was trained with.
+
+    Raises UserError if the bridge is gone or is another one.
+    """
     load_bridge_as_stored(model, folder, record, start)
     for name, parameter in model.named_parameters():
         if in_bridge(name):
@@ -105,37 +110,40 @@ def load_bridge_as_stored(
     record: Mapping[str, str],
     start: str | Path | None = None,
 ) -> None:
-    """The same in the number formats that it is stored in, which its content hash is of."""
+    """Load the bridge that the adapter in ``folder`` builds on, in its stored dtypes, as it was hashed."""
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
     found = tensors_sha256(bridge_tensors(model))
     if found != record["sha256"]:
         raise UserError(
             f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
-            f"found {found[:12]}; restore the one that the adapter was trained on"
+            f"got {found[:12]}; restore the one that the adapter was trained on"
         )
 
 
 def _locate_bridge(folder: Path, recorded: str, start: str | Path | None) -> Path:
-    """Where a bridge lies now: at ``start`` where that is given, else where it lay, beside the adapter that builds on it,
-    in the adapter's base, or on the Hub."""
+    """Return where a recorded bridge is now: ``start`` if given, else the recorded path, beside the adapter
+    that builds on it, in the composition that the adapter names, or on the Hub."""
     if start is not None:
         return fetch_model(start)
-    places = candidate_paths(folder, recorded)
-    path = next((place for place in places if place.exists()), None) or _bridge_of_composition(folder)
-    if path is None and hub_name(recorded):
+    candidates = candidate_paths(folder, recorded)
+    for path in candidates:
+        if path.exists():
+            return path
+    if bridge := _bridge_of_composition(folder):
+        return bridge
+    if hub_name(recorded):
         return fetch_model(recorded)
-    if path is None:
-        looked = ", ".join(str(place.absolute()) for place in places)
-        raise UserError(
-            f"{folder}: builds on the bridge of {recorded}, which is not there (looked at {looked}); put it beside the "
-            "adapter, or say where it is now (--start PATH, start=...)"
-        )
-    return path
+    searched = ", ".join(str(path.absolute()) for path in candidates)
+    raise UserError(
+        f"{folder}: builds on the bridge of {recorded}, which is not there (looked at {searched}); put it "
+        "beside the "
+        "adapter, or say where it is now (--start PATH, start=...)"
+    )
 
 
 def _bridge_of_composition(folder: Path) -> Path | None:
-    """The bridge in the composition that an adapter names as its base; None where it names only its language model."""
+    """Return the bridge in the composition that an adapter names as its base; None if there is none."""
     name = named_composition(folder)
     if name is None:
         return None
@@ -144,7 +152,7 @@ def _bridge_of_composition(folder: Path) -> Path | None:
 
 
 def lora_to_start_from(start: str | Path | None) -> dict[str, Tensor]:
-    """The LoRA tensors that an adapter to start from has; none for anything else."""
+    """Return the LoRA tensors of an adapter to start from; none for anything else."""
     folder = None if start is None else fetch_model(start)
     if folder is None or not (folder / ADAPTER_WEIGHTS).is_file() or read_lora_config(folder) is None:
         return {}
@@ -152,27 +160,32 @@ def lora_to_start_from(start: str | Path | None) -> dict[str, Tensor]:
 
 
 def bridge_tensors(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
-    """The whole bridge, by name."""
+    """Return the tensors of the whole bridge, by name."""
     return {name: tensor for name, tensor in model.state_dict().items() if in_bridge(name)}
 
 
 @torch.no_grad()
 def copy_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
-    """Put parts of a bridge in place, in the number formats that they were kept in. UserError for what does not fit."""
+    """Set parameters of the bridge, in the dtypes of ``tensors``.
+
+    Raises UserError for a tensor that does not fit.
+    """
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise UserError(
-                f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this shape"
+                f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this "
+                "shape"
             )
         parameters[name].data = tensor.to(parameters[name].device, copy=True)
 
 
 def read_bridge_tensors(folder: Path) -> dict[str, Tensor]:
-    """The whole bridge of an adapter or a whole model, by name; what an adapter builds on comes from there."""
+    """Return the whole bridge of an adapter or a whole model, by name, with what an adapter builds on."""
     if is_foreign_checkpoint(folder):
         raise UserError(
-            f"{folder}: the matrices of a checkpoint cannot be read one by one; start from an adapter of it"
+            f"{folder}: the matrices of another Flamingo's checkpoint cannot be read one by one; start from "
+            "an adapter of it"
         )
     record = read_config(folder).bridge_init if (folder / ADAPTER_WEIGHTS).is_file() else None
     below = read_bridge_tensors(_locate_bridge(folder, record["path"], None)) if record else {}
@@ -180,13 +193,14 @@ def read_bridge_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the bridge that are in a folder, or are such a file, under the names they have in a model without LoRA."""
+    """Return the bridge's tensors in a folder or a file, by their names in a model without LoRA."""
     if folder.name == BRIDGE_FILE or (folder / BRIDGE_FILE).is_file():
-        return read_bridge(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
+        return read_safetensors(folder if folder.name == BRIDGE_FILE else folder / BRIDGE_FILE)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         if is_partial(folder):
             raise UserError(
-                f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from an adapter"
+                f"model.init_from: {folder} names backbones and has no bridge; leave it out, or start from "
+                "an adapter"
             )
         with SafetensorsFolder(folder) as files:
             return {name: files[name] for name in files.names() if in_bridge(name)}
@@ -194,18 +208,18 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return {name.replace(".base_layer.", "."): tensor for name, tensor in own.items() if not is_lora(name)}
 
 
-def _config(folder: Path) -> FlamingoConfig:
+def _read_any_config(folder: Path) -> FlamingoConfig:
     if (folder / ADAPTER_WEIGHTS).is_file():
         return read_config(folder)
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise UserError(
-            f"model.init_from: {folder} holds no adapter, no merged model and is no checkpoint; give one of these"
+            f"model.init_from: {folder} holds no adapter, merged model or checkpoint; give one of these"
         )
     return read_flamingo_config(folder)
 
 
 def is_foreign_checkpoint(start: Path) -> bool:
-    """Whether this is another Flamingo's checkpoint: a file, a folder that says so, or one with such a file alone."""
+    """Return whether this is another Flamingo's checkpoint: a file, or a folder with one, or Otter's."""
     if start.is_file():
         return start.name != BRIDGE_FILE
     config = read_config_json(start)
@@ -214,44 +228,50 @@ def is_foreign_checkpoint(start: Path) -> bool:
     )
 
 
-def _check_visibility(wanted: FlamingoConfig, start: Path) -> None:
-    """Refuse text that sees images which it was not trained to see: version 1 saw the one before it or after it, by chance."""
-    found = read_checkpoint(start)
-    fitting = (
-        ("following", "immediate") if found.visibility == "following" else ("immediate", "all_preceding")
-    )
-    if wanted.media_visibility not in fitting:
+def _check_visibility(config: FlamingoConfig, start: Path) -> None:
+    """Refuse a media visibility that a checkpoint was not trained with.
+
+    In OpenFlamingo's first version text saw, at random, the image before it or the one after it.
+    """
+    checkpoint = read_checkpoint(start)
+    allowed = ("immediate", "all_preceding")
+    if checkpoint.visibility == "following":
+        allowed = ("following", "immediate")
+    if config.media_visibility not in allowed:
         raise UserError(
-            f"model.init_from: {start} is a checkpoint of {found.format}, made for media_visibility {fitting[0]}; the recipe "
-            f"has {wanted.media_visibility}: give it {' or '.join(fitting)}"
+            f"model.init_from: {start} is a checkpoint of {checkpoint.format}, made for media_visibility "
+            f"{allowed[0]}; "
+            f"the recipe has {config.media_visibility}: give it {' or '.join(allowed)}"
         )
 
 
-def _check_same(wanted: FlamingoConfig, found: FlamingoConfig, start: Path) -> None:
+def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
+    """Raise UserError unless the bridge of ``start`` fits the model and is all that ``start`` learned."""
     for key in GEOMETRY:
-        ours, theirs = getattr(wanted, key), getattr(found, key)
+        ours, theirs = getattr(config, key), getattr(start_config, key)
         if ours != theirs:
             raise UserError(
                 f"model.init_from: {start} has {key} {theirs}, the recipe {ours}; give the recipe the same"
             )
     for part in ("vision", "language"):
-        ours, theirs = ((config.backbones or {}).get(part, {}).get("sha256") for config in (wanted, found))
-        if ours != theirs:
-            name = (found.backbones or {}).get(part, {}).get("name")
+        source = (start_config.backbones or {}).get(part, {})
+        if source.get("sha256") != (config.backbones or {}).get(part, {}).get("sha256"):
             raise UserError(
-                f"model.init_from: {start} belongs to another {part} backbone, {name}; use that one"
+                f"model.init_from: {start} belongs to another {part} backbone, {source.get('name')}; use "
+                "that one"
             )
-    if getattr(found, "quantization_config", None):
+    if getattr(start_config, "quantization_config", None):
         raise UserError(
-            f"model.init_from: {start} was written quantized; start from the adapter, or from an unquantized merge"
+            f"model.init_from: {start} was written quantized; start from the adapter, or from an "
+            "unquantized merge"
         )
-    if (found.merged or {}).get("own_backbones"):
+    merged = start_config.merged or {}
+    if merged.get("own_backbones"):
         raise UserError(
-            f"model.init_from: {start} has backbones of its own, which would be lost; start from the checkpoint that it was "
-            "converted from"
+            f"model.init_from: {start} has backbones of its own, which would be lost; "
+            "start from the checkpoint that it was converted from"
         )
-    folded = (found.merged or {}).get("lora") or []
-    if any(part in ("language", "vision") for part in folded):
+    if any(part in ("language", "vision") for part in merged.get("lora") or []):
         raise UserError(
             f"model.init_from: LoRA was folded into the backbones of {start}, and would be lost; "
             "start from the adapter that it was merged from"

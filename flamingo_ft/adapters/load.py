@@ -1,7 +1,7 @@
-"""From an adapter's folder to a working model.
+"""Load an adapter with its base, a merged model, or a checkpoint's trainable parameters.
 
-The backbones are loaded by the names that the adapter records, quantized as it records, and must have the content that
-it records; so must the bridge that it builds on, where there is one.
+The backbones are loaded by the names that the adapter records, quantized as it records, and must have the
+content that it records; so must the bridge that it builds on, if any.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from flamingo_ft.model.sharding import fill, let_go
 
 from .answering import use_greedy_decoding
 from .files import (
+    backbone_records,
     read_base_name,
     read_config,
     read_flamingo_config,
@@ -42,6 +43,9 @@ from .lora import ADAPTER, inject, unfuse_targeted_attention
 from .save import adapter_tensors, name_in_file
 from .trainable import parts_in_adapter, trainable_parameters
 
+# of a base's record: may change, its content may not
+LOCATION_KEYS = ("name", "pretrained", "revision", "path")
+
 
 def load_adapter(
     folder: str | Path,
@@ -50,21 +54,22 @@ def load_adapter(
     device: torch.device | str | None = None,
     quantized: bool | Quantization = True,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The model in eval mode, all of it frozen, and its processor. Its ``generate`` answers greedily by itself.
+    """Load an adapter with its base: the model in eval mode, frozen, decoding greedily by default, and its
+    processor.
 
-    folder: or ``org/name[@revision]`` on the Hub, as everywhere that an adapter or a model is named.
-    start: where the bridge that the adapter builds on lies now, if not where it lay in training. device: where the model
-    goes, by default to the GPU where there is one. quantized: the base as in training (True), unquantized (False), or
-    as given.
+    Args:
+        folder: a path, or ``org/name[@revision]`` on the Hub.
+        start: where the bridge that the adapter builds on is now, if not at its recorded path.
+        device: default: the GPU if there is one.
+        quantized: the base as in training (True), unquantized (False), or as given.
 
-    Raises UserError when the folder is no adapter, the base is another than the one it was trained on, or its weights
-    are missing, damaged or do not fit.
+    Raises:
+        UserError: the folder is not an adapter, the base is not the one that it was trained on, or weights
+            are missing, damaged or do not fit.
     """
     folder = fetch_model(folder)
-    model, processor = (
-        load_base(folder, start=start, device=device, quantized=quantized),
-        read_processor(folder),
-    )
+    model = load_base(folder, start=start, device=device, quantized=quantized)
+    processor = read_processor(folder)
     load_adapter_into(model, folder)
     use_greedy_decoding(model, processor)
     return model.eval().requires_grad_(False), processor
@@ -73,21 +78,23 @@ def load_adapter(
 def load_trained(
     folder: str | Path, *, quantization: Quantization | Literal["none"] | None = None
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """An adapter's model, or a merged one, in eval mode on the GPU where there is one, and its processor.
+    """Load an adapter's model or a merged one, in eval mode, on the GPU if there is one, and its processor.
 
-    quantization: of the frozen weights; None: as in training, or as a merged model is stored.
+    Args:
+        quantization: of the frozen weights; None: as in training, or as a merged model is stored.
     """
     folder = fetch_model(folder)
     if is_whole_model(folder):
         return load_whole_model(folder, quantization), read_processor(folder)
-    quantized = {None: True, "none": False}.get(quantization, quantization)
-    return load_adapter(folder, quantized=quantized)
+    if isinstance(quantization, Quantization):
+        return load_adapter(folder, quantized=quantization)
+    return load_adapter(folder, quantized=quantization is None)
 
 
 def load_whole_model(
     folder: Path, quantization: Quantization | Literal["none"] | None = None
 ) -> FlamingoForConditionalGeneration:
-    """A merged model, or any that was saved whole, in eval mode on the GPU where there is one.
+    """Load a merged model, or any that was saved whole, in eval mode, on the GPU if there is one.
 
     Raises UserError for a ``quantization`` of a model that is stored quantized.
     """
@@ -114,14 +121,18 @@ def load_base(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
-    """What an adapter was trained on: its backbones and the bridge it builds on, a random one where it builds on none.
+    """Load what an adapter was trained on: its backbones and the bridge that it builds on, or a random
+    bridge.
 
-    quantized: as in training (True), unquantized (False), or as given. dtype: of the unquantized language model. Raises
-    UserError as `load_adapter` does.
+    Args:
+        dtype: of the unquantized language model.
+
+    Other arguments and errors are those of `load_adapter`.
     """
-    folder, start = fetch_model(folder), None if start is None else fetch_model(start)
-    options = {"quantized": quantized, "dtype": dtype, "device": device}
-    model = assemble_model(folder, read_config(folder), start, **options)
+    folder = fetch_model(folder)
+    start = None if start is None else fetch_model(start)
+    config = read_config(folder)
+    model = assemble_model(folder, config, start, quantized=quantized, dtype=dtype, device=device)
     if (lora := read_lora_config(folder)) is not None:
         unfuse_targeted_attention(model, lora)
     return model
@@ -136,14 +147,14 @@ def assemble_model(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
-    """The model of a configuration, read from ``folder``, out of its parts; otherwise as `load_base`."""
+    """Assemble the model of a configuration that was read from ``folder``; see `load_base`."""
     device = default_device() if device is None else torch.device(device)
     model = assemble_backbones(folder, config, quantized, dtype, device)
     if config.bridge_init:
         load_recorded_bridge(model, folder, start)
-    model.to(device)
-    if quantized and config.bridge_quantization:
-        quantize_frozen_bridge(model, Quantization.from_record(config.bridge_quantization))
+    model.to(device)  # pyrefly: ignore[bad-argument-type]
+    if quantized and (quantization := Quantization.from_record(config.bridge_quantization)):
+        quantize_frozen_bridge(model, quantization)
     return model
 
 
@@ -154,23 +165,25 @@ def assemble_backbones(
     dtype: torch.dtype | Literal["auto"] | None,
     device: torch.device,
 ) -> FlamingoForConditionalGeneration:
-    """The backbones that a configuration names, which must be those it records, with a bridge of random weights.
+    """Load the backbones that a configuration names, check their content hashes, and add a random bridge.
 
-    The model's own configuration has the places where local ones lie now.
+    The model's own configuration has the current paths of local backbones.
     """
     config = resolve_local_backbones(folder, config)
-    loaded = {
-        part: _load(part, config.backbones[part], quantized, dtype, device) for part in ("vision", "language")
-    }
-    for part, backbone in loaded.items():
-        check_backbone(folder, part, config.backbones[part], backbone.source)
-    lm = loaded["language"].model
-    grow_vocabulary(lm, config.text_config.vocab_size)
-    return FlamingoForConditionalGeneration(config, loaded["vision"].visual, lm)
+    records = backbone_records(config)
+    vision = _load_vision(records["vision"], quantized, device)
+    language = _load_language(records["language"], quantized, dtype, device)
+    check_backbone(folder, "vision", records["vision"], vision.source)
+    check_backbone(folder, "language", records["language"], language.source)
+    grow_vocabulary(language.model, config.get_text_config().vocab_size)
+    return FlamingoForConditionalGeneration(config, vision.visual, language.model)
 
 
 def load_adapter_into(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    """Put LoRA and bridge of an adapter into its base. Each tensor must be there and fit."""
+    """Load LoRA and bridge of an adapter into its base.
+
+    Raises UserError if a tensor is missing or does not fit.
+    """
     tensors, lora = read_tensors(folder), read_lora_config(folder)
     if lora is not None:
         inject(model, lora)
@@ -183,7 +196,7 @@ def load_adapter_into(model: FlamingoForConditionalGeneration, folder: Path) -> 
 
 @torch.no_grad()
 def set_bridge_parameters(model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor]) -> None:
-    """Replace parameters of the bridge, in the number formats that the tensors have."""
+    """Set parameters of the bridge, in the dtypes of ``tensors``."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameters[name].data = tensor.to(parameters[name].device)
@@ -192,7 +205,7 @@ def set_bridge_parameters(model: FlamingoForConditionalGeneration, tensors: Mapp
 def load_lora_weights(
     model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], adapter: str = ADAPTER
 ) -> None:
-    """Fill the updates of an injected adapter, in the number formats that the tensors have."""
+    """Load the LoRA weights of an injected adapter, in the dtype of ``tensors``."""
     for name, parameter in model.named_parameters():
         if is_lora(name) and (f".{adapter}." in name or name.endswith(f".{adapter}")):
             parameter.data = parameter.data.to(next(iter(tensors.values())).dtype)
@@ -200,7 +213,7 @@ def load_lora_weights(
 
 
 def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, quantization: Quantization) -> None:
-    """Keep the matrices of the bridge's parts that no adapter of this model holds in fewer bits."""
+    """Quantize the matrices of the bridge's parts that stay frozen, which no adapter of this model holds."""
     trained = parts_in_adapter(model.config)
     for part in BRIDGE.values():
         if part.takes_lora and part.name not in trained:
@@ -208,66 +221,69 @@ def quantize_frozen_bridge(model: FlamingoForConditionalGeneration, quantization
     mark_quantized(model)
 
 
-def check_backbone(folder: Path, part: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Refuse a backbone that is not the one the adapter was trained on."""
-    if found["sha256"] != wanted["sha256"]:
+def check_backbone(folder: Path, part: str, recorded: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+    """Raise UserError if a backbone is not the one that the adapter was trained on."""
+    if loaded["sha256"] != recorded["sha256"]:
         raise UserError(
-            f"{folder}: adapter of another base: {part} backbone {wanted['name']} had content {wanted['sha256'][:12]}, "
-            f"found {found['sha256'][:12]}; restore the backbone that the adapter was trained on"
+            f"{folder}: adapter of another base: {part} backbone {recorded['name']} had content "
+            f"{recorded['sha256'][:12]}, got {loaded['sha256'][:12]}; restore the backbone that the adapter "
+            "was trained on"
         )
 
 
-def _load(
-    part: str,
-    source: Mapping[str, Any],
+def _load_vision(record: Mapping[str, Any], quantized: bool | Quantization, device: torch.device):
+    return load_vision(
+        name=record["name"],
+        pretrained=record["pretrained"],
+        revision=record["revision"],
+        image_size=record.get("image_size"),
+        quantization=_quantization(record, quantized),
+        device=device,
+    )
+
+
+def _load_language(
+    record: Mapping[str, Any],
     quantized: bool | Quantization,
     dtype: torch.dtype | Literal["auto"] | None,
     device: torch.device,
 ):
-    """A backbone as an adapter records it."""
+    return load_language(
+        name=record["name"],
+        revision=record["revision"],
+        quantization=_quantization(record, quantized),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _quantization(record: Mapping[str, Any], quantized: bool | Quantization) -> Quantization | None:
     if isinstance(quantized, Quantization):
-        quantization = quantized
-    else:
-        quantization = Quantization.from_record(source.get("quantization")) if quantized else None
-    options = {
-        "name": source["name"],
-        "revision": source["revision"],
-        "quantization": quantization,
-        "device": device,
-    }
-    if part == "vision":
-        return load_vision(pretrained=source["pretrained"], image_size=source.get("image_size"), **options)
-    return load_language(dtype=dtype, **options)
+        return quantized
+    return Quantization.from_record(record.get("quantization")) if quantized else None
 
 
-def check_tensors(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    if found.keys() != wanted.keys():
-        lacking, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+def check_tensors(folder: Path, stored: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless an adapter's tensors have the names and shapes of ``expected``."""
+    if stored.keys() != expected.keys():
+        missing, unknown = sorted(expected.keys() - stored.keys()), sorted(stored.keys() - expected.keys())
         raise UserError(
-            f"{folder}: lacks {len(lacking)} of its weights and has {len(unknown)} unknown ones, "
-            f"such as {(lacking or unknown)[0]}; the adapter is damaged"
+            f"{folder}: lacks {len(missing)} of its weights and has {len(unknown)} unknown ones, "
+            f"such as {(missing or unknown)[0]}; the adapter is damaged"
         )
-    for name, target in wanted.items():
-        if found[name].shape != target.shape:
-            shapes = tuple(found[name].shape), tuple(target.shape)
+    for name, tensor in expected.items():
+        if stored[name].shape != tensor.shape:
             raise UserError(
-                f"{folder}: {name} has shape {shapes[0]}, wanted {shapes[1]}; the adapter is damaged"
+                f"{folder}: {name} must have shape {tuple(tensor.shape)}, got {tuple(stored[name].shape)}; "
+                "the adapter is damaged"
             )
-
-
-PLACES = (
-    "name",
-    "pretrained",
-    "revision",
-    "path",
-)  # of a base: where it was, which may change; its content may not
 
 
 @torch.no_grad()
 def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    """Copy an adapter that `save_adapter` wrote of this model into its trainable parameters, to the last bit.
+    """Load an adapter that `save_adapter` wrote of this model into its trainable parameters, bit for bit.
 
-    Raises UserError where the adapter lacks one of them, has it in another shape, or belongs to another base.
+    Raises UserError if the adapter lacks one of them, has it in another shape, or belongs to another base.
     """
     _check_base(model, folder)
     tensors = read_tensors(folder)
@@ -276,31 +292,33 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
         stored = tensors.get(name_in_file(name))
         if stored is None:
             raise UserError(
-                f"{folder}: {name} trains, but is not in this adapter; resume with the recipe of its run"
+                f"{folder}: {name} is trainable, but not in this adapter; resume with the recipe of its run"
             )
-        # Updates that took their start out of the base are kept with that start behind them (`_with_start`).
+        # PiSSA's weights are saved with their initial values appended (`save._minus_initial`).
         stored = stored[tuple(slice(size) for size in parameter.shape)]
         if stored.shape != parameter.shape:
-            found = f"{name} has shape {tuple(stored.shape)}, wanted {tuple(parameter.shape)}"
-            raise UserError(f"{folder}: {found}; resume with the recipe of its run")
+            raise UserError(
+                f"{folder}: {name} must have shape {tuple(parameter.shape)}, got {tuple(stored.shape)}; "
+                "resume with the recipe of its run"
+            )
         fill(parameter, stored)
 
 
 def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:
-    stored, here = _base_of(read_config(folder)), _base_of(model.config)
+    stored, current = _base_records(read_config(folder)), _base_records(model.config)
     for part, record in stored.items():
-        if _content(record) != _content(here[part]):
+        if _without_location(record) != _without_location(current[part]):
             raise UserError(
-                f"{folder}: trained on {part} {record}, got {here[part]}; restore what it was trained on"
+                f"{folder}: trained on {part} {record}, got {current[part]}; restore what it was trained on"
             )
 
 
-def _base_of(config: FlamingoConfig) -> dict[str, Mapping[str, Any]]:
-    """What an adapter's configuration records of each part of the model that it belongs to."""
-    parts = {f"{part} backbone": source for part, source in (config.backbones or {}).items()}
+def _base_records(config: FlamingoConfig) -> dict[str, Mapping[str, Any]]:
+    """Return what a configuration records of each part of an adapter's base."""
+    parts = {f"{part} backbone": source for part, source in backbone_records(config).items()}
     return {"bridge of": config.bridge_init or {}, "vision backbone": {}, "language backbone": {}, **parts}
 
 
-def _content(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record without what copies of the same content differ in."""
-    return {key: value for key, value in record.items() if key not in PLACES}
+def _without_location(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record without what may differ between copies of the same content."""
+    return {key: value for key, value in record.items() if key not in LOCATION_KEYS}

@@ -1,13 +1,14 @@
 """LoRA (arXiv:2106.09685) on the parts of a Flamingo, through PEFT.
 
-All parts share one ``peft.LoraConfig``, as an adapter has one: its targets are one pattern over the names of matrices,
-rank and alpha vary by part, the rest holds for all.
+All parts share one ``peft.LoraConfig``, because an adapter has one: the targets are one pattern over module
+names, rank and alpha vary by part, the rest holds for all parts.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -21,31 +22,28 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import PARTS
 
-from .lora_init import (
-    Batches,
-    check_lora_init,
-    eva_directions,
-    init_eva,
-    init_loftq,
-    lora_weights,
-)
+from .lora_init import Batches, check_lora_init, eva_directions, init_eva, init_loftq, lora_weights
 
 ADAPTER = "default"  # PEFT's name for the only adapter of a model
+ALL_LINEAR = "all-linear"
 
 
 def add_lora(
     model: FlamingoForConditionalGeneration, lora: LoraSection, batches: Batches | None = None
 ) -> LoraConfig | None:
-    """Put updates beside the matrices that ``lora`` names, in place; None where it names no part.
+    """Add LoRA to the layers that ``lora`` names, in place; return None if it names no part.
 
-    batches: gives some training batches, for the initialisation that looks at them. Raises UserError for a target that
-    matches nothing, and for an initialisation that the weights do not allow.
+    Args:
+        batches: returns some training batches, for an initialization that needs them.
+
+    Raises:
+        UserError: a target matches nothing, or the weights do not allow the initialization.
     """
     if not lora.parts:
         return None
-    if lora.vision:  # its attention has matrices that no layer is called for
+    if "vision" in lora.parts:
         unfuse_attention(model.vision_encoder)
-    targets = {part: find_targets(model, part, wanted) for part, wanted in lora.parts.items()}
+    targets = {part: find_targets(model, part, settings) for part, settings in lora.parts.items()}
     config = lora_config(model, lora, targets)
     check_lora_init(model, lora, [name for names in targets.values() for name in names])
     directions = eva_directions(model, config, batches) if lora.init_lora_weights == "eva" else {}
@@ -59,97 +57,101 @@ def add_lora(
 
 
 def inject(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
-    """Put the updates that ``config`` describes into the model. The rest of the model is left as it was."""
+    """Add the LoRA layers that ``config`` describes; what else is trainable stays as it was."""
     unfuse_targeted_attention(model, config)
     trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, ADAPTER)
-    for name, parameter in model.named_parameters():  # PEFT freezes all that is not LoRA
+    for name, parameter in model.named_parameters():  # PEFT freezes everything but LoRA
         parameter.requires_grad_(trains.get(name.replace(".base_layer.", "."), parameter.requires_grad))
 
 
 def unfuse_targeted_attention(model: FlamingoForConditionalGeneration, config: LoraConfig) -> None:
-    """Give the tower linear layers for all its matrices where ``config`` updates some of them."""
+    """Unfuse the tower's attention if ``config`` has targets there: fused, it has no linear layers."""
     if targets_vision(config):
         unfuse_attention(model.vision_encoder)
 
 
 def targets_vision(config: LoraConfig) -> bool:
-    """Whether a configuration of this package has updates to matrices of the vision tower."""
-    return re.escape(VISION.prefix) in config.target_modules
+    """Return whether a configuration of this package has targets in the vision tower."""
+    return re.escape(VISION.prefix) in str(config.target_modules)
 
 
-def find_targets(model: FlamingoForConditionalGeneration, part: str, wanted: LoraPart) -> list[str]:
-    """Names in the model of the matrices of ``part`` that get an update. UserError where there are none."""
+def find_targets(model: FlamingoForConditionalGeneration, part: str, lora: LoraPart) -> list[str]:
+    """Return the names of the layers of ``part`` that get LoRA. Raises UserError if there are none."""
     known = linear_layers(model, part)
-    asked = wanted.target_modules
-    found = [name for name in known if "all-linear" in asked or _ends_in(name, asked)]
+    suffixes = lora.target_modules
+    targets = [name for name in known if ALL_LINEAR in suffixes or _has_suffix(name, suffixes)]
     unmatched = [
-        target for target in asked if target != "all-linear" and not any(_ends_in(n, [target]) for n in known)
+        suffix
+        for suffix in suffixes
+        if suffix != ALL_LINEAR and not any(_has_suffix(name, [suffix]) for name in known)
     ]
-    if unmatched or not found:
-        exist = ", ".join(
-            dict.fromkeys(_without_numbers(name.removeprefix(PARTS[part].prefix)) for name in known)
-        )
+    if unmatched or not targets:
+        names = (_without_numbers(name.removeprefix(PARTS[part].prefix)) for name in known)
+        available = ", ".join(dict.fromkeys(names)) or "none"
         raise UserError(
-            f"lora.{part}.target_modules: {(unmatched or ['all-linear'])[0]} matches no matrix of the {part} part; "
-            f"it has {exist or 'none'} (the output head's new rows train by themselves)"
+            f"lora.{part}.target_modules: {(unmatched or [ALL_LINEAR])[0]} matches no matrix of the {part} "
+            "part; "
+            f"it has {available} (the output head's new rows train by themselves)"
         )
-    return found
+    return targets
 
 
 def linear_layers(model: FlamingoForConditionalGeneration, part: str) -> list[str]:
-    """Names of the matrices of a part that can get an update; not the language model's output head, nor layers
-    of the tower that its spatial tokens do not come from."""
-    prefix, left_out = PARTS[part].prefix, {model.lang_encoder.get_output_embeddings()}
+    """Return the names of a part's linear layers that can get LoRA.
+
+    The language model's output head cannot, nor layers of the tower that its patch tokens do not depend on.
+    """
+    prefix = PARTS[part].prefix
+    excluded = {model.lang_encoder.get_output_embeddings()}
     if part == "vision":
-        left_out |= modules_after_tokens(model.vision_encoder)
+        excluded |= modules_after_tokens(model.vision_encoder)
     return [
         name
         for name, module in model.named_modules()
-        if name.startswith(prefix) and isinstance(module, (nn.Linear, Conv1D)) and module not in left_out
+        if name.startswith(prefix) and isinstance(module, (nn.Linear, Conv1D)) and module not in excluded
     ]
 
 
 def lora_config(
-    model: FlamingoForConditionalGeneration, lora: LoraSection, targets: dict[str, Sequence[str]]
+    model: FlamingoForConditionalGeneration, lora: LoraSection, targets: dict[str, list[str]]
 ) -> LoraConfig:
-    """PEFT's configuration of updates to ``targets``, names by part."""
+    """Return PEFT's configuration of LoRA on ``targets``, layer names by part."""
     first, *others = lora.parts
+    patterns = (_pattern(names, linear_layers(model, part)) for part, names in targets.items())
     return LoraConfig(
         base_model_name_or_path=base_name(model),
         r=lora.parts[first].r,
         lora_alpha=lora.parts[first].lora_alpha,
         rank_pattern={_anywhere_in(part): lora.parts[part].r for part in others},
         alpha_pattern={_anywhere_in(part): lora.parts[part].lora_alpha for part in others},
-        target_modules="|".join(
-            _pattern(names, linear_layers(model, part)) for part, names in targets.items()
-        ),
+        target_modules="|".join(patterns),
         lora_dropout=lora.lora_dropout,
         use_dora=lora.use_dora,
         use_rslora=lora.use_rslora,
-        init_lora_weights=peft_init(lora),
+        init_lora_weights=peft_init(lora),  # pyrefly: ignore[bad-argument-type]
     )
 
 
 def base_name(model: FlamingoForConditionalGeneration) -> str | None:
-    """What PEFT records as the base model: what the adapter that was loaded named, else the language model."""
-    return getattr(model, "adapter_base", None) or ((model.config.backbones or {}).get("language") or {}).get(
-        "name"
-    )
+    """Return what PEFT records as the base: what the loaded adapter named, else the language model."""
+    language = (model.config.backbones or {}).get("language") or {}
+    return getattr(model, "adapter_base", None) or language.get("name")
 
 
 def peft_init(lora: LoraSection) -> bool | str:
-    """What PEFT itself starts the updates from; the others are started from afterwards."""
+    """Return the initialization that PEFT does itself; LoftQ and EVA are done afterwards."""
     return lora.init_lora_weights if lora.init_lora_weights in ("gaussian", "pissa") else True
 
 
 def has_lora(model: nn.Module, adapter: str = ADAPTER) -> bool:
-    """Whether the updates of ``adapter`` were put into the model."""
-    return adapter in getattr(model, "peft_config", {})
+    """Return whether the LoRA layers of ``adapter`` were injected into the model."""
+    peft_config: Any = getattr(model, "peft_config", {})
+    return adapter in peft_config
 
 
-def _ends_in(name: str, endings: Iterable[str]) -> bool:
-    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+def _has_suffix(name: str, suffixes: Iterable[str]) -> bool:
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
 
 
 def _without_numbers(name: str) -> str:
@@ -161,8 +163,8 @@ def _anywhere_in(part: str) -> str:
 
 
 def _pattern(names: Sequence[str], known: Sequence[str]) -> str:
-    """A pattern that matches exactly ``names`` among ``known``: any layer's number where that is enough."""
-    by_kind = sorted({re.escape(name) for name in names}, key=len)
-    general = sorted({re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", name) for name in by_kind})
+    """Return a pattern that matches exactly ``names`` among ``known``, with any layer number if possible."""
+    exact = sorted({re.escape(name) for name in names}, key=len)
+    general = sorted({re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", name) for name in exact})
     matched = {name for name in known if any(re.fullmatch(pattern, name) for pattern in general)}
-    return "|".join(general if matched == set(names) else sorted(by_kind))
+    return "|".join(general if matched == set(names) else sorted(exact))

@@ -1,7 +1,8 @@
-"""What LoRA updates start from, beyond PEFT's random A and zero B.
+"""Initialization of LoRA weights, beyond PEFT's random A and zero B.
 
-PiSSA (arXiv:2404.02948) moves the principal part of a matrix into its update; LoftQ (arXiv:2310.08659) starts the update
-at what quantization lost; EVA (arXiv:2410.07170) takes A from the principal directions of what the layer reads.
+- PiSSA (arXiv:2404.02948): A and B are the principal part of the matrix, which is taken out of it.
+- LoftQ (arXiv:2310.08659): B A approximates what quantization lost.
+- EVA (arXiv:2410.07170): A holds the principal directions of the layer's inputs.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
@@ -30,37 +31,38 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import BRIDGE
 
+from .files import backbone_records
 from .init_from import read_bridge_tensors
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
 
-def check_lora_init(model: nn.Module, lora: LoraSection, targets: Sequence[str]) -> None:
-    """Refuse an initialisation that the weights, or another choice, do not allow."""
-    how = lora.init_lora_weights
-    quantized = [name for name in targets if is_quantized(model.get_submodule(name))]
-    if how == "pissa" and quantized:
-        raise _refusal(
-            how, f"takes its start out of the weights, and {quantized[0]} is quantized", "quantization: none"
-        )
-    if how == "pissa" and model.config.bridge_init is None and any(part in BRIDGE for part in lora.parts):
-        raise _refusal(
-            how, "takes its start out of the weights, and those of a fresh bridge are kept", "model.init_from"
-        )
-    if how == "pissa" and (lora.use_dora or lora.use_rslora):
-        raise _refusal(
-            how, "is kept as a LoRA of twice the rank, which DoRA and rsLoRA would scale anew", "neither"
-        )
-    if how == "loftq":
-        plain = [name for name in targets if "4bit" not in quantization_formats(model.get_submodule(name))]
-        if plain:
-            raise _refusal(
-                how, f"makes up for what 4 bits lost, and {plain[0]} is not kept in 4", "quantization: nf4"
-            )
+def check_lora_init(
+    model: FlamingoForConditionalGeneration, lora: LoraSection, targets: Sequence[str]
+) -> None:
+    """Raise UserError if the weights of ``targets``, or another choice, do not allow the initialization."""
+    init = lora.init_lora_weights
+    if init == "loftq":
+        for name in targets:
+            if "4bit" not in quantization_formats(model.get_submodule(name)):
+                reason = f"makes up for what 4-bit quantization lost, and {name} is not in 4 bits"
+                raise _init_error(init, reason, "quantization: nf4")
+    if init != "pissa":
+        return
+    for name in targets:
+        if is_quantized(model.get_submodule(name)):
+            reason = f"takes the LoRA weights out of the matrix, and {name} is quantized"
+            raise _init_error(init, reason, "quantization: none")
+    if model.config.bridge_init is None and any(part in BRIDGE for part in lora.parts):
+        reason = "takes the LoRA weights out of the matrix, and a new bridge is saved whole"
+        raise _init_error(init, reason, "model.init_from")
+    if lora.use_dora or lora.use_rslora:
+        reason = "is saved as LoRA of twice the rank, which DoRA and rsLoRA would scale differently"
+        raise _init_error(init, reason, "neither")
 
 
-def _refusal(how: str, reason: str, remedy: str) -> UserError:
-    return UserError(f"lora.init_lora_weights: {how} {reason}; use {remedy}, or another initialisation")
+def _init_error(init: str | bool, reason: str, remedy: str) -> UserError:
+    return UserError(f"lora.init_lora_weights: {init} {reason}; use {remedy}, or another initialization")
 
 
 def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
@@ -68,44 +70,46 @@ def _lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def lora_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies, in the computer's memory, of every A and B by its name in an adapter."""
+    """Return copies, in host RAM, of every A and B by its name in an adapter."""
     return {
-        f"{name}.{matrix}.weight": weights.weight.detach().cpu().clone()
+        f"{name}.{matrix}.weight": linear.weight.detach().cpu().clone()
         for name, layer in _lora_layers(model).items()
         for matrix in ("lora_A", "lora_B")
-        for weights in getattr(layer, matrix).values()
+        for linear in getattr(layer, matrix).values()
     }
 
 
 @torch.no_grad()
 def init_loftq(model: FlamingoForConditionalGeneration) -> None:
-    """The best update of each rank to W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
-    originals = UnquantizedWeights(model)
+    """Set B A to the best approximation of W - dequantized(W) (LoftQ, algorithm 1 with one step)."""
+    unquantized = UnquantizedWeights(model)
     for name, layer in _lora_layers(model).items():
-        kept = dequantized_weight(layer.get_base_layer()).float()
-        lost = originals[name].to(kept) - kept
+        quantized = dequantized_weight(layer.get_base_layer()).float()
+        lost = unquantized[name].to(quantized) - quantized
         for adapter, rank in layer.r.items():
             left, values, right = torch.linalg.svd(lost / layer.scaling[adapter], full_matrices=False)
             root = values[:rank].sqrt()
-            _fill(layer.lora_A[adapter].weight, root[:, None] * right[:rank])
-            _fill(layer.lora_B[adapter].weight, left[:, :rank] * root)
+            _fill(layer.lora_A[adapter], root[:, None] * right[:rank])
+            _fill(layer.lora_B[adapter], left[:, :rank] * root)
 
 
-def _fill(parameter: nn.Parameter, value: Tensor) -> None:
-    """Copy; a rank beyond the matrix's own leaves the rest at zero."""
+def _fill(linear: nn.Module, value: Tensor) -> None:
+    """Copy ``value`` into A or B; if the rank exceeds the matrix's own, the rest is zero."""
+    parameter = linear.get_parameter("weight")
     parameter.zero_()
     parameter[tuple(slice(size) for size in value.shape)] = value.to(parameter)
 
 
 def eva_directions(
     model: FlamingoForConditionalGeneration, config: LoraConfig, batches: Batches | None
-) -> dict:
-    """The principal directions (rank, in) of what each target of ``config`` reads on training batches, by its name.
+) -> dict[str, Tensor]:
+    """Return the principal directions (rank, in) of each target's inputs on training batches, by the target's
+    name.
 
-    Ranks are not moved between layers (EVA's rho is 1): each part keeps the one it was given.
+    Ranks are not redistributed between layers (EVA's rho is 1): each part keeps the rank that it was given.
     """
     if batches is None:
-        raise _refusal("eva", "looks at training batches, and there are none here", "default")
+        raise _init_error("eva", "needs training batches, and there are none here", "default")
     return get_eva_state_dict(
         model,
         list(batches()),
@@ -119,41 +123,41 @@ def eva_directions(
 
 @torch.no_grad()
 def init_eva(model: nn.Module, directions: Mapping[str, Tensor]) -> None:
-    """Let every A start along its layer's directions; B stays at zero."""
-    for name, found in directions.items():
-        for matrix in model.get_submodule(name).lora_A.values():
-            _fill(matrix.weight, found[: len(matrix.weight)])
+    """Set every A to its layer's directions; B stays zero."""
+    for name, rows in directions.items():
+        for linear in cast(LoraLayer, model.get_submodule(name)).lora_A.values():
+            _fill(linear, rows[: len(linear.get_parameter("weight"))])
 
 
 def _rows(inputs: Tensor | tuple) -> Tensor:
-    """What a layer read, as a table (rows, in)."""
+    """Flatten a layer's inputs to (rows, in)."""
     first = inputs[0] if isinstance(inputs, tuple) else inputs
     return first.flatten(0, -2).float()
 
 
 class UnquantizedWeights:
-    """From a layer's name in the model to its matrix (out, in) before quantization."""
+    """The unquantized matrices (out, in) of a quantized model by layer name, read when needed."""
 
     def __init__(self, model: FlamingoForConditionalGeneration):
         self._model = model
-        self._sources = model.config.backbones
+        self._sources = backbone_records(model.config)
 
     def __getitem__(self, name: str) -> Tensor:
         if name.startswith(LANGUAGE.prefix):
-            return self._of_language(name)
+            return self._language_matrix(name)
         if name.startswith(VISION.prefix):
-            return self._tower.get_submodule(name.removeprefix(VISION.prefix)).weight
+            return self._tower.get_parameter(name.removeprefix(VISION.prefix) + ".weight")
         return self._bridge[f"{name}.weight"]
 
-    def _of_language(self, name: str) -> Tensor:
-        with SafetensorsFolder(self._folder) as files:
+    def _language_matrix(self, name: str) -> Tensor:
+        with SafetensorsFolder(self._language_folder) as files:
             matrix = files[name.removeprefix(LANGUAGE.prefix) + ".weight"]
-        base = self._model.get_submodule(name).get_base_layer()
-        was = getattr(base, "source_cls", type(base))  # what transformers put the quantized layer in place of
-        return matrix.T if was is Conv1D else matrix  # GPT-2 keeps its matrices the other way round
+        base = cast(LoraLayer, self._model.get_submodule(name)).get_base_layer()
+        original_class = getattr(base, "source_cls", type(base))  # transformers records what it replaced
+        return matrix.T if original_class is Conv1D else matrix  # GPT-2's Conv1D has (in, out)
 
     @cached_property
-    def _folder(self) -> Path:
+    def _language_folder(self) -> Path:
         return language_folder(self._sources["language"]["name"], self._sources["language"]["revision"])
 
     @cached_property
@@ -165,4 +169,5 @@ class UnquantizedWeights:
 
     @cached_property
     def _bridge(self) -> dict[str, Tensor]:
-        return read_bridge_tensors(fetch_model(self._model.config.bridge_init["path"]))
+        record = self._model.config.bridge_init or {}
+        return read_bridge_tensors(fetch_model(record["path"]))

@@ -1,8 +1,9 @@
-"""An adapter and its base -> one standalone model, every written tensor of it verified.
+"""Merge an adapter and its base into one standalone model: W' = W + scale * B A. Every written tensor is
+verified.
 
-Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be rounded again), or from
-what the quantized ones stand for, which is what the adapter was trained on. What either choice costs on data is
-measured in `evaluation.merging`, which calls this.
+Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be quantized again),
+or from the dequantized ones, which the adapter was trained on. What either choice costs on data is measured
+by `evaluation.merging`, which calls this.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import dataclasses
 import gc
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from peft import inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -34,7 +35,7 @@ from flamingo_ft.model.parts import PARTS, is_lora
 
 from .answering import use_greedy_decoding
 from .card import write_card
-from .files import read_config, read_flamingo_config, read_tensors
+from .files import backbone_records, read_config, read_flamingo_config, read_tensors
 from .load import load_adapter_into, load_base
 from .save import reset_name_or_path
 from .trainable import cast_parameter
@@ -53,27 +54,32 @@ def write_merged(
     dtype: torch.dtype = torch.bfloat16,
     start: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Merge in host RAM, write the model to ``folder``, and verify what was written against a second copy of the base.
+    """Merge in host RAM, write the model to ``folder``, and verify what was written against a second copy of
+    the base.
 
-    base: the backbones' unquantized weights (bf16), or what the quantized ones stand for (dequantized). dtype: of the
-    merged weights; gates stay in float32. start: where the bridge that the adapter builds on lies now, if not where
-    it lay in training.
+    Args:
+        base: start from the backbones' unquantized weights (bf16) or from the dequantized ones (dequantized).
+        dtype: of the merged weights; gates stay in float32.
+        start: where the bridge that the adapter builds on is now, if not at its recorded path.
 
-    Returns ``lora``, the parts that had LoRA, and ``verified``. Raises UserError where the base is not the one that
-    the adapter was trained on or cannot be merged into, for values beyond the range of ``dtype``, and for a model
-    that is not W + scale * B A.
+    Returns:
+        ``lora``, the parts that had LoRA, and ``verified``, a `VerificationResult` as a dict.
+
+    Raises:
+        UserError: the base is not the one that the adapter was trained on or cannot be merged into, a value
+            is beyond the range of ``dtype``, or the written model is not W + scale * B A.
     """
     parts = _write(adapter, folder, processor, base, dtype, start)
-    gc.collect()  # hooks and what they hook onto refer to each other
+    gc.collect()  # hooks and their modules are reference cycles
     verified = verify_merge(folder, adapter, _load_base(adapter, base, dtype, start), dtype)
     gc.collect()
     return {"lora": parts, "verified": asdict(verified)}
 
 
 def check_mergeable(adapter: Path, out: Path) -> None:
-    """Raise UserError where ``out`` exists, and where ``adapter`` is no adapter."""
+    """Raise UserError if ``out`` exists or ``adapter`` is not an adapter."""
     if out.exists():
-        raise UserError(f"{out}: exists already, and nothing is overwritten; choose another folder")
+        raise UserError(f"{out}: exists, and nothing is overwritten; choose another folder")
     config = adapter / CONFIG_FILE
     if (
         config.is_file()
@@ -86,8 +92,8 @@ def check_mergeable(adapter: Path, out: Path) -> None:
 
 def base_quantizations(config: FlamingoConfig) -> list[str]:
     """Return the quantization formats of the base that an adapter was trained on."""
-    kept = [config.bridge_quantization, *(source.get("quantization") for source in config.backbones.values())]
-    return sorted({record["format"] for record in kept if record})
+    records = [source.get("quantization") for source in backbone_records(config).values()]
+    return sorted({record["format"] for record in (config.bridge_quantization, *records) if record})
 
 
 def quantize_merged(folder: Path, quantization: Quantization) -> None:
@@ -103,12 +109,11 @@ def quantize_merged(folder: Path, quantization: Quantization) -> None:
 def _load_base(
     adapter: Path, base: Base, dtype: torch.dtype, start: str | Path | None
 ) -> FlamingoForConditionalGeneration:
-    """The base to merge into, in the dtype of its checkpoint: each sum is rounded once, when it is written."""
-    # What was quantized in training is quantized from the same numbers again, whatever the merged weights will be
-    # kept in.
-    unquantized = {"quantized": False, "dtype": torch.float32 if dtype == torch.float32 else "auto"}
-    options = {"quantized": True} if base == "dequantized" else unquantized
-    return load_base(adapter, start=start, device="cpu", **options)
+    """Load the base to merge into, in the dtype of its checkpoint: each sum is rounded once, when written."""
+    if base == "dequantized":  # quantized from the same values as in training, whatever the merged dtype
+        return load_base(adapter, start=start, device="cpu", quantized=True)
+    lm_dtype: torch.dtype | Literal["auto"] = torch.float32 if dtype == torch.float32 else "auto"
+    return load_base(adapter, start=start, device="cpu", quantized=False, dtype=lm_dtype)
 
 
 def _write(
@@ -119,7 +124,7 @@ def _write(
     dtype: torch.dtype,
     start: str | Path | None,
 ) -> list[str]:
-    """Merge and write the model. Returns the parts that had LoRA."""
+    """Merge and write the model; return the parts that had LoRA."""
     _refuse_non_finite(adapter)
     model = _load_base(adapter, base, dtype, start)
     _refuse_other_quantization(adapter, model)
@@ -127,7 +132,7 @@ def _write(
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
     refuse_attention(model.vision_encoder)
-    cast(model, dtype)
+    cast_model(model, dtype)
     use_greedy_decoding(model, processor)
     digest = tensors_sha256(read_tensors(adapter))
     make_standalone(model.config, dtype, {"adapter_sha256": digest, "base": base, "lora": parts})
@@ -138,7 +143,7 @@ def _write(
 
 
 def _refuse_non_finite(adapter: Path) -> None:
-    """Refuse an adapter that holds NaN or infinity, which merging would spread over whole matrices."""
+    """Raise UserError for an adapter with NaN or Inf, which merging would spread over whole matrices."""
     for name, tensor in read_tensors(adapter).items():
         if not tensor.isfinite().all():
             raise UserError(
@@ -147,7 +152,7 @@ def _refuse_non_finite(adapter: Path) -> None:
 
 
 def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGeneration) -> None:
-    """Refuse a language model that came quantized in a way that cannot be undone here; bitsandbytes' can."""
+    """Raise UserError if the language model is quantized by another library than bitsandbytes."""
     stored = dict(getattr(model.lang_encoder.config, "quantization_config", None) or {})
     method = stored.get("quant_method", "bitsandbytes")
     if "bitsandbytes" not in str(getattr(method, "value", method)):
@@ -158,22 +163,27 @@ def _refuse_other_quantization(adapter: Path, model: FlamingoForConditionalGener
 
 
 def make_standalone(config: FlamingoConfig, dtype: torch.dtype, merged: dict[str, Any]) -> None:
-    """The configuration of a model that builds on nothing else."""
-    for source in config.backbones.values():
+    """Turn the configuration of an adapter's model into that of a standalone model, in place."""
+    for source in backbone_records(config).values():
         source["quantization"] = None
     config.bridge_init = config.bridge_quantization = config.adapter_parts = None
     config.open_attention = False
-    config.text_config.quantization_config = None
+    text_config = config.get_text_config()
+    text_config.quantization_config = None  # pyrefly: ignore[missing-attribute]
     reset_name_or_path(config)
-    config.merged, config.dtype, config.text_config.dtype = merged, dtype, dtype
+    config.merged, config.dtype, text_config.dtype = merged, dtype, dtype
 
 
 def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None = None) -> list[str]:
-    """Fold LoRA into its matrices, in place and one by one. Returns the parts that had any.
+    """Fold LoRA into its matrices, in place and one at a time; return the parts that had any.
 
-    Each sum is computed in float32, from the matrix as it was loaded or from what a quantized one stands for, and
-    rounded once: to ``dtype``, by default the matrix's own, float32 for a quantized one. Raises UserError for a sum
-    beyond its range.
+    Each sum is computed in float32, from the matrix as loaded, dequantized if necessary, and rounded once.
+
+    Args:
+        dtype: of the result; None keeps a matrix's own, float32 for a quantized one.
+
+    Raises:
+        UserError: a sum is beyond the range of the dtype.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
@@ -190,22 +200,27 @@ def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None
     return [part.name for part in PARTS.values() if any(name.startswith(part.prefix) for name in layers)]
 
 
-def _in_float32(name: str, layer: LoraLayer, model: FlamingoForConditionalGeneration) -> LoraLayer:
-    """The layer in float32; around the matrix that its quantized one stands for, where it is quantized."""
+def _in_float32(name: str, layer: Any, model: FlamingoForConditionalGeneration) -> Any:
+    """Return a `LoraLayer` in float32, around a dequantized matrix if it is quantized."""
     if not is_quantized(layer.get_base_layer()):
         return layer.float()
     alone = nn.ModuleDict({"layer": dequantized_linear(layer.get_base_layer(), torch.float32, name)})
     for adapter, config in model.peft_config.items():
-        own = {"r": layer.r[adapter], "lora_alpha": layer.lora_alpha[adapter], "target_modules": ["layer"]}
-        inject_adapter_in_model(
-            dataclasses.replace(config, rank_pattern={}, alpha_pattern={}, **own), alone, adapter
+        own = dataclasses.replace(
+            cast(LoraConfig, config),
+            r=layer.r[adapter],
+            lora_alpha=layer.lora_alpha[adapter],
+            rank_pattern={},
+            alpha_pattern={},
+            target_modules=["layer"],
         )
+        inject_adapter_in_model(own, alone, adapter)
     lora = {key: tensor for key, tensor in layer.state_dict().items() if is_lora(f".{key}")}
     alone["layer"].load_state_dict(lora, strict=False)
     return alone["layer"].float()
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give every parameter that dtype, but the gates, which stay in float32; one by one."""
+def cast_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast every parameter but the gates, which stay in float32, one at a time."""
     for name, parameter in model.named_parameters():
         cast_parameter(name, parameter, dtype)

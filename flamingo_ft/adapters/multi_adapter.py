@@ -1,7 +1,7 @@
 """Several adapters on one base: load, switch, disable, combine.
 
-LoRA is switched, disabled and combined by PEFT, which keeps every adapter's updates in memory. Bridges are not PEFT's to
-switch: the base has one bridge, and switching copies the tensors of an adapter's folder into it.
+PEFT switches, disables and combines LoRA, and keeps the LoRA weights of every adapter in memory. The base has
+one bridge, which PEFT does not switch: switching loads the tensors of an adapter's folder into it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 from urllib.parse import quote
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor
 
 from flamingo_ft.errors import UserError
@@ -22,14 +22,21 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import is_lora
 
-from .files import read_base_name, read_config, read_lora_config, read_processor, read_tensors
+from .files import (
+    backbone_records,
+    read_base_name,
+    read_config,
+    read_lora_config,
+    read_processor,
+    read_tensors,
+)
 from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
 from .lora import unfuse_targeted_attention
 from .save import adapter_tensors, save_adapter
 from .trainable import parts_in_adapter
 
-# What adapters must have in common for their updates to be combined entry by entry.
+# What adapters must have in common for their LoRA weights to be combined entry by entry ...
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")
 # ... and for one to take the other's place.
 REPLACEABLE = (*COMBINABLE, "lora_alpha", "alpha_pattern", "use_rslora")
@@ -38,10 +45,10 @@ Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
 
 
 def peft_name(name: str) -> str:
-    """PEFT's name of the adapter ``name``: one that no module has, and that is valid as a module's.
+    """Return PEFT's name for the adapter ``name``: valid as a module's name, and one that no module has.
 
-    PEFT identifies adapters by their names among the components of a tensor's name. One that is called as a module is
-    (mlp, model, q_proj) would take that module's tensors away from the others.
+    PEFT finds an adapter by its name among the components of a tensor's name: an adapter named like a module
+    (mlp, model, q_proj) would claim that module's tensors.
     """
     return f"adapter:{quote(name, safe='').replace('.', '%2E')}"
 
@@ -49,11 +56,11 @@ def peft_name(name: str) -> str:
 class Adapters:
     """Adapters on the base of the first one, by name; one is in use at a time.
 
-    model: the Flamingo, to be called as any other; processor: what feeds it.
+    ``model`` is the Flamingo, to be called as any other; ``processor`` its processor.
     """
 
     def __init__(self, folder: str | Path, name: str = "first", *, start: str | Path | None = None):
-        """Load the base of the adapter in ``folder``, and the adapter. Raises UserError as `load_adapter` does."""
+        """Load an adapter with its base. Raises UserError as `load_adapter` does."""
         folder = fetch_model(folder)
         self.model: FlamingoForConditionalGeneration = (
             load_base(folder, start=start).eval().requires_grad_(False)
@@ -67,62 +74,58 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """Of the adapters that are loaded, and of those that were combined from them."""
+        """Names of the loaded adapters, and of those that were combined from them."""
         return list(self._folders)
 
     def load(self, folder: str | Path, name: str) -> None:
-        """Load another adapter of the same base, and use it. UserError for a name that is taken and for another base."""
+        """Load another adapter of the same base and use it.
+
+        Raises UserError for a taken name or another base.
+        """
         self._check_new(name)
         folder = fetch_model(folder)
         check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
         if lora is not None:
             self._inject(name, lora)
-            updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
-            expected = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
-            check_tensors(folder, updates, expected)
-            load_lora_weights(self.model, updates, peft_name(name))
+            self._load_lora(name, folder)
         self._folders[name] = folder
         self.use(name)
 
     def replace(self, name: str, folder: str | Path) -> None:
-        """Put the adapter in ``folder`` in the place of a loaded one, LoRA into the memory of its LoRA, and use it.
+        """Replace a loaded adapter by the one in ``folder``, without allocating new LoRA layers, and use it.
 
-        Raises UserError for another base, and for LoRA of other matrices, ranks or scales.
+        Raises UserError for another base, or LoRA with other targets, ranks or scales.
         """
         folder = fetch_model(folder)
         self._check_known(name)
         check_same_base(folder, self._base, read_config(folder))
         lora = read_lora_config(folder)
-        there = self._peft.peft_config[peft_name(name)] if self._has_lora(name) else None
-        differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(there, key, None)]
+        loaded = self._lora_config(name) if self._has_lora(name) else None
+        differing = [key for key in REPLACEABLE if getattr(lora, key, None) != getattr(loaded, key, None)]
         if differing:
             raise UserError(
                 f"{folder}: differs from adapter {name} in {differing[0]} of LoRA; load it under another name"
             )
-        updates = {n: t for n, t in read_tensors(folder).items() if is_lora(n)}
-        expected = {n: t for n, t in adapter_tensors(self.model, peft_name(name)).items() if is_lora(n)}
-        check_tensors(folder, updates, expected)
-        if updates:
-            load_lora_weights(self.model, updates, peft_name(name))
+        self._load_lora(name, folder)
         self._folders[name] = folder
         self.use(name)
 
     def use(self, name: str, *, bridge: bool = True) -> None:
-        """Switch to an adapter: to its LoRA, and unless ``bridge`` is False to its bridge."""
+        """Switch to an adapter's LoRA, and unless ``bridge`` is False to its bridge."""
         self._check_known(name)
-        if self._has_lora(name):
-            self._peft.base_model.enable_adapter_layers()
+        if self._peft is not None and self._has_lora(name):
+            self._tuner.enable_adapter_layers()
             self._peft.set_adapter(peft_name(name), inference_mode=True)
         elif self._peft is not None:
-            self._peft.base_model.disable_adapter_layers()
+            self._tuner.disable_adapter_layers()
         if bridge:
             set_bridge_parameters(self.model, self._bridge(name))
         self.in_use, self.model.adapter_base = name, read_base_name(self._folders[name])
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Without LoRA inside the block. The bridge stays: it is part of the model, not of PEFT."""
+        """Disable LoRA inside the block. The bridge stays: it is part of the model, not of PEFT."""
         if self._peft is None or not self._has_lora(self.in_use):
             yield
             return
@@ -132,20 +135,24 @@ class Adapters:
     def combine(
         self, weights: Mapping[str, float], name: str, method: Combination = "linear", density: float = 0.5
     ) -> None:
-        """Combine the LoRA of adapters into a new adapter and use it, with the bridge of the first one named.
+        """Combine the LoRA of adapters into a new adapter and use it, with the bridge of the first one.
 
-        method: linear; ties (arXiv:2306.01708); dare_linear, dare_ties (arXiv:2311.03099), which drop updates at random.
-        density: share of the updates, 0..1, that the latter three keep. Raises UserError for adapters without LoRA and for
-        ranks that differ.
+        Args:
+            method: linear; ties (arXiv:2306.01708); dare_linear, dare_ties (arXiv:2311.03099), which drop
+                values at random.
+            density: fraction of the LoRA weights, 0..1, that all methods but linear keep.
+
+        Raises:
+            UserError: an adapter has no LoRA, or ranks differ.
         """
         self._check_new(name)
         first = self._same_lora(list(weights))
-        pruned = {} if method == "linear" else {"density": density}
-        lora = self._peft.base_model
+        pruned: dict[str, Any] = {} if method == "linear" else {"density": density}
+        lora = self._tuner
         names, combined = [peft_name(one) for one in weights], peft_name(name)
         lora.add_weighted_adapter(names, list(weights.values()), combined, combination_type=method, **pruned)
-        # The scaling of each is in the combination by now. PEFT forgets that parts have ranks of their own.
-        own = {"lora_alpha": first.r, "alpha_pattern": dict(first.rank_pattern), "use_rslora": False}
+        # The combined weights include the scaling of each adapter. PEFT drops ranks that differ by part.
+        own = {"lora_alpha": first.r, "alpha_pattern": dict(first.rank_pattern or {}), "use_rslora": False}
         lora.peft_config[combined] = dataclasses.replace(first, **own)
         for layer in lora.model.modules():
             if isinstance(layer, LoraLayer):
@@ -154,18 +161,21 @@ class Adapters:
         self.use(name)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in use, as `save_adapter` does."""
+        """Save the adapter in use, as `save_adapter` does."""
         save_adapter(self.model, self.processor, folder, peft_name(self.in_use))
 
     def _same_lora(self, names: list[str]) -> LoraConfig:
-        """The configuration that adapters to combine have in common. UserError where they have none."""
+        """Return the LoRA configuration that adapters have in common.
+
+        Raises UserError if they cannot be combined.
+        """
         if not names:
-            raise UserError("found no adapters to combine; give the weight of each by its name")
+            raise UserError("no adapters to combine; give the weight of each by its name")
         for name in names:
             self._check_known(name)
             if not self._has_lora(name):
                 raise UserError(f"adapter {name} has no LoRA to combine; combine adapters with LoRA")
-        first, *others = (self._peft.peft_config[peft_name(name)] for name in names)
+        first, *others = (self._lora_config(name) for name in names)
         differing = [
             key for key in COMBINABLE for other in others if getattr(first, key) != getattr(other, key)
         ]
@@ -194,11 +204,26 @@ class Adapters:
         else:
             self._peft.add_adapter(peft_name(name), lora, autocast_adapter_dtype=False)
 
+    def _load_lora(self, name: str, folder: Path) -> None:
+        tensors = {key: tensor for key, tensor in read_tensors(folder).items() if is_lora(key)}
+        expected = adapter_tensors(self.model, peft_name(name))
+        check_tensors(folder, tensors, {key: expected[key] for key in expected if is_lora(key)})
+        if tensors:
+            load_lora_weights(self.model, tensors, peft_name(name))
+
+    @property
+    def _tuner(self) -> LoraModel:
+        assert self._peft is not None
+        return cast(LoraModel, self._peft.base_model)
+
+    def _lora_config(self, name: str) -> LoraConfig:
+        return cast(LoraConfig, self._tuner.peft_config[peft_name(name)])
+
     def _has_lora(self, name: str) -> bool:
         return self._peft is not None and peft_name(name) in self._peft.peft_config
 
     def _bridge(self, name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter's bridge under the names they have beside the updates that are there now."""
+        """Return an adapter's bridge tensors by their names in the model with its LoRA layers."""
         tensors = {n: t for n, t in read_tensors(self._folders[name]).items() if not is_lora(n)}
         parameters = {n.replace(".base_layer.", "."): n for n, _ in self.model.named_parameters()}
         return {parameters[n.replace(".base_layer.", ".")]: tensor for n, tensor in tensors.items()}
@@ -209,9 +234,9 @@ class Adapters:
 
 
 def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -> None:
-    """Refuse an adapter whose base is another, in backbones, bridge or what it holds of the bridge."""
+    """Raise UserError for an adapter of another base: other backbones, or another bridge or parts of it."""
     for part in ("vision", "language"):
-        check_backbone(folder, part, found.backbones[part], base.backbones[part])
+        check_backbone(folder, part, backbone_records(found)[part], backbone_records(base)[part])
     for key in GEOMETRY:
         if getattr(found, key) != getattr(base, key):
             raise UserError(

@@ -1,4 +1,4 @@
-"""A model made ready to train: what is frozen in few bits, what gets LoRA, what trains."""
+"""Prepare a model for training: quantize, add LoRA, set what trains; and DPO's frozen reference."""
 
 from __future__ import annotations
 
@@ -22,72 +22,82 @@ from .lora import add_lora
 from .lora_init import Batches
 from .trainable import set_trainable
 
-# What must be the same for the updates of one LoRA to be those of another.
+# What LoRA weights of one adapter and of another must have in common to mean the same.
 LORA_SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 
 
 def prepare_training(
     model: FlamingoForConditionalGeneration, recipe: Recipe, batches: Batches | None = None
 ) -> None:
-    """Quantize the frozen parts of the bridge, add LoRA and let train what the recipe says, in place.
+    """Quantize the frozen parts of the bridge, add LoRA and set what trains, as the recipe says, in place.
 
-    Where the recipe starts from an adapter with LoRA, its updates are trained on: UserError unless the recipe asks for
-    the same.
+    If the recipe starts from an adapter with LoRA, its LoRA weights are trained further. Raises UserError
+    unless the recipe asks for the same LoRA.
+
+    Args:
+        batches: returns some training batches, for an initialization of LoRA that needs them.
     """
     set_trainable(model, recipe.trainable)
     if recipe.model.bridge_quantization != "none":
-        kept_as = Quantization(
+        quantization = Quantization(
             recipe.model.bridge_quantization, compute_dtype=recipe.model.language.compute_dtype
         )
-        model.config.bridge_quantization = kept_as.record()
-        quantize_frozen_bridge(model, kept_as)
-    earlier = lora_to_start_from(recipe.model.init_from)
-    # Updates that go on start where they ended, whatever they started from.
+        model.config.bridge_quantization = quantization.record()
+        quantize_frozen_bridge(model, quantization)
+    start = recipe.model.init_from
+    earlier = lora_to_start_from(start)
+    # Earlier LoRA weights replace what any initialization would give.
     lora = recipe.lora.model_copy(update={"init_lora_weights": "default"}) if earlier else recipe.lora
     config = add_lora(model, lora, batches)
-    if earlier:
-        _check_same_lora(recipe.model.init_from, config)
+    if start is not None and earlier:
+        _check_same_lora(start, config)
         load_lora_weights(model, earlier)
     set_trainable(model, recipe.trainable, recipe.lora)
 
 
-def _check_same_lora(start: Path, config: LoraConfig | None) -> None:
+def _check_same_lora(start: str | Path, config: LoraConfig | None) -> None:
     earlier = read_lora_config(fetch_model(start))
     differing = [key for key in LORA_SHAPE if config is None or getattr(config, key) != getattr(earlier, key)]
     if differing:
-        found = "none" if config is None else getattr(config, differing[0])
+        key = differing[0]
+        requested = "none" if config is None else getattr(config, key)
         raise UserError(
-            f"model.init_from: {start} has LoRA with {differing[0]} {getattr(earlier, differing[0])}, the recipe {found}; "
-            "give the recipe the same lora section, so that it is trained on and not lost (what began as PiSSA has twice "
-            "the r and lora_alpha it began with)"
+            f"model.init_from: {start} has LoRA with {key} {getattr(earlier, key)}, the recipe {requested}; "
+            "give the recipe the same lora section, so that it is trained further and not lost (an adapter "
+            "that began as "
+            "PiSSA has twice the r and lora_alpha of its recipe)"
         )
 
 
 def frozen_copy(model: FlamingoForConditionalGeneration) -> FlamingoForConditionalGeneration:
-    """``model`` as it is now, for evaluation, to stay so while ``model`` trains.
+    """Return ``model`` as it is now, in eval mode; it stays so while ``model`` trains, as DPO's reference or
+    for comparison.
 
-    Modules and hooks are copies. What trains is copied and frozen; all other parameters and buffers, with what quantized
-    layers keep beside them, are the model's own tensors. To be made before trainers wrap ``model.forward``.
+    Modules, hooks and trainable parameters are copied; frozen parameters, buffers and the state of quantized
+    layers are shared, so the copy costs as much memory as the trainable parameters. To be called before a
+    trainer wraps ``model.forward``.
     """
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
-        kept = nn.Parameter(parameter.detach().clone(), False) if parameter.requires_grad else parameter
-        memo[id(parameter)] = kept
+        copied = nn.Parameter(parameter.detach().clone(), False) if parameter.requires_grad else parameter
+        memo[id(parameter)] = copied
     for module in model.modules():
         memo |= shared_quantization_state(module)
     return copy.deepcopy(model, memo).eval()
 
 
 def match_training_mode(reference: nn.Module, training: bool) -> None:
-    """Let 8-bit layers compute as those of the policy do: on a CPU, bitsandbytes rounds activations in evaluation alone."""
+    """Put quantized layers of the reference in the policy's mode.
+
+    On a CPU, bitsandbytes' 8-bit layers round activations in eval mode only.
+    """
     for module in reference.modules():
         if is_quantized(module):
             module.train(training)
 
 
 def zero_dropout(model: nn.Module) -> None:
-    """Set to zero the rates at which layers drop units, where transformers keeps them as numbers (OPT, BART, ...); TRL
-    sees to modules that do nothing else."""
+    """Zero dropout rates that transformers keeps as numbers (OPT, BART, ...); TRL handles the modules."""
     for module in model.modules():
         for name, rate in vars(module).items():
             if "drop" in name and isinstance(rate, float):

@@ -1,7 +1,7 @@
-"""The Flamingos that OpenFlamingo released (arXiv:2308.01390), and what each of them was trained with.
+"""The models that OpenFlamingo released (arXiv:2308.01390), and what each of them was trained with.
 
-Names, language models and intervals are those of the table in OpenFlamingo's README and, for its first release, of
-that README before v2. Their perceiver and cross-attention have the sizes that a recipe has by itself.
+Names, language models and intervals are those of the table in OpenFlamingo's README and, for the first
+release, of its README before v2. Perceiver and cross-attention have the default sizes of a recipe.
 """
 
 from __future__ import annotations
@@ -14,20 +14,18 @@ from pathlib import Path
 from flamingo_ft.hub import hub_name
 
 TOWER = ("ViT-L-14", "openai")
-SAME_TOWER = (
-    "hf-hub:timm/vit_large_patch14_clip_224.openai",
-    None,
-)  # these weights under another name of OpenCLIP's
+# the same weights by another of OpenCLIP's names
+SAME_TOWER = ("hf-hub:timm/vit_large_patch14_clip_224.openai", None)
 TOWER_WIDTH = 1024
 
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A checkpoint on the Hub.
+    """A released checkpoint on the Hub.
 
-    languages: names of its language model on the Hub, the one to use first; it has ``width`` and ``layers`` decoder
-    layers, at ``layers_path``. interval: cross_attn_every_n_layers. visibility: which images its text may look at, the
-    one to use first.
+    languages: names of its language model on the Hub, the preferred one first, with ``layers`` decoder layers
+    of ``width`` at ``layers_path``. interval: cross_attn_every_n_layers. visibility: values of
+    media_visibility that it was trained for, the preferred one first.
     """
 
     name: str
@@ -40,18 +38,18 @@ class ReleasedModel:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The decoder layers with cross-attention before them."""
+        """Indices of the decoder layers with a cross-attention block before them."""
         return tuple(range(self.interval - 1, self.layers, self.interval))
 
-    def needs(self) -> str:
-        """What a recipe says to start from it."""
+    def required_keys(self) -> str:
+        """Return the recipe keys that a run from this model needs."""
         vision = f"model.vision {{name: {TOWER[0]}, pretrained: {TOWER[1]}}}"
         rest = f"cross_attn_every_n_layers {self.interval} and media_visibility {self.visibility[0]}"
         return f"model.language.name {self.languages[0]}, {vision}, {rest}"
 
 
-def _mpt_1b(name: str, kind: str) -> ReleasedModel:
-    languages = tuple(f"{owner}/mpt-1b-redpajama-200b{kind}" for owner in ("anas-awadalla", "mosaicml"))
+def _mpt_1b(name: str, suffix: str) -> ReleasedModel:
+    languages = tuple(f"{owner}/mpt-1b-redpajama-200b{suffix}" for owner in ("anas-awadalla", "mosaicml"))
     return ReleasedModel(name, languages, "transformer.blocks", width=2048, layers=24, interval=1)
 
 
@@ -60,7 +58,7 @@ def _incite_3b(name: str, kind: str) -> ReleasedModel:
     return ReleasedModel(name, languages, "gpt_neox.layers", width=2560, layers=32, interval=2)
 
 
-MODELS = (
+RELEASED_MODELS = (
     _mpt_1b("openflamingo/OpenFlamingo-3B-vitl-mpt1b", ""),
     _mpt_1b("openflamingo/OpenFlamingo-3B-vitl-mpt1b-langinstruct", "-dolly"),
     _incite_3b("openflamingo/OpenFlamingo-4B-vitl-rpj3b", "Base"),
@@ -73,7 +71,8 @@ MODELS = (
         layers=32,
         interval=4,
     ),
-    # v1. In training its text looked at the image before it or the one after it, by chance; used, at the one after it.
+    # v1: in training its text saw, at random, the image before it or the one after it; in use, the one after
+    # it.
     ReleasedModel(
         "openflamingo/OpenFlamingo-9B-deprecated",
         ("huggyllama/llama-7b", "luodian/llama-7b-hf"),
@@ -84,17 +83,15 @@ MODELS = (
         visibility=("following", "immediate"),
     ),
 )
-RELEASED: Mapping[str, ReleasedModel] = {
-    model.name.lower(): model for model in MODELS
-}  # the Hub does not mind the case
-
+# The Hub ignores case.
+_BY_NAME: Mapping[str, ReleasedModel] = {model.name.lower(): model for model in RELEASED_MODELS}
 _IN_CACHE = re.compile(r"/models--(?P<owner>[^/]+?)--(?P<model>[^/]+)/snapshots/")
 
 
-def released(place: str | Path) -> ReleasedModel | None:
-    """The released model that a name on the Hub, or a file in the Hugging Face cache, belongs to; None for others."""
+def find_released(place: str | Path) -> ReleasedModel | None:
+    """Return the released model of a name on the Hub, or of a file in the Hugging Face cache; else None."""
     name = hub_name(place)
     if name is not None:
-        return RELEASED.get(name.repository.lower())
-    found = _IN_CACHE.search(Path(place).absolute().as_posix())
-    return RELEASED.get(f"{found['owner']}/{found['model']}".lower()) if found else None
+        return _BY_NAME.get(name.repository.lower())
+    match = _IN_CACHE.search(Path(place).absolute().as_posix())
+    return _BY_NAME.get(f"{match['owner']}/{match['model']}".lower()) if match else None

@@ -1,9 +1,9 @@
-"""The package's code as files beside a merged model, for those who do not have the package.
+"""Write the package's code beside a merged model, so that it loads without the package
+(``trust_remote_code``).
 
-transformers runs code that lies beside a model (``trust_remote_code``) when ``auto_map`` in its configuration says
-which class to take from which file. It wants all files in one folder, importing each other relatively. So what
-configuration, model and processor need is collected by following their imports, and each file gets the name of its
-place in the package.
+``auto_map`` in the model's configuration names the classes and their files. transformers needs all files in
+one folder, importing each other relatively: the modules that configuration, model and processor need are
+found by following their imports, and each is written under a name made of its path in the package.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ CONFIG, MODEL, PROCESSOR = (f"{ROOT}.model.{name}" for name in ("configuration",
 WITHOUT_THE_PACKAGE = """
 ## Without flamingo_ft
 
-The code it needs is in this folder. With `transformers` and `open_clip_torch` installed, and if you trust the code:
+The code that the model needs is in this folder. With `transformers` and `open_clip_torch` installed, and if
+you trust the code:
 
 ```python
 from transformers import pipeline
@@ -32,7 +33,7 @@ from transformers import pipeline
 ask = pipeline("image-text-to-text", model="this/folder", trust_remote_code=True)
 ```
 """
-# Which class an Auto class is to take, by the file that says so and the key in it with what the class is made of.
+# (file, key in it) with an auto_map -> Auto class -> (module, class).
 AUTO_MAPS = {
     ("config.json", None): {
         "AutoConfig": (CONFIG, "FlamingoConfig"),
@@ -46,7 +47,7 @@ AUTO_MAPS = {
 
 
 def write_code(folder: Path) -> None:
-    """Put the code beside the model in ``folder``, and name its classes there."""
+    """Write the code beside the model in ``folder`` and its classes into ``auto_map``."""
     for (file, part), classes in AUTO_MAPS.items():
         path = folder / file
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -61,16 +62,16 @@ def write_code(folder: Path) -> None:
 
 
 def needed(modules: list[str]) -> list[str]:
-    """The modules of the package that some of its modules need, themselves first."""
+    """Return the modules of the package that ``modules`` need, themselves first."""
     found = list(dict.fromkeys(modules))
-    for module in found:  # grows while it is gone through
+    for module in found:  # grows in the loop
         used = (home for _, names in own_imports(module) for home in names)
         found += dict.fromkeys(home for home in used if home not in found)
     return found
 
 
 def flattened(module: str) -> str:
-    """The module's text with imports of the package's own modules as from files of one folder."""
+    """Return the module's source with imports of the package rewritten as from files of one folder."""
     lines = _source(module).splitlines()
     for node, names in sorted(own_imports(module), key=lambda found: -found[0].lineno):
         indent = " " * node.col_offset
@@ -80,7 +81,7 @@ def flattened(module: str) -> str:
 
 
 def own_imports(module: str) -> Iterator[tuple[ast.ImportFrom, dict[str, list[str]]]]:
-    """The imports from the package in a module, each with what it takes from which module."""
+    """Yield the imports from the package in a module, each with its names by the module that defines them."""
     parent = module.rpartition(".")[0]
     for node in ast.walk(ast.parse(_source(module))):
         if not isinstance(node, ast.ImportFrom):
@@ -101,7 +102,7 @@ def flat_name(module: str) -> str:
 
 
 def _home(place: str, name: str) -> str:
-    """The module that defines a name: the one it is imported from, or the one that a package takes it from."""
+    """Return the module that defines a name that is imported from ``place``, a module or a package."""
     if not _path(place).is_dir():
         return place
     package = f"{place}.__init__"

@@ -1,4 +1,4 @@
-"""What trains, declared once: optimizer, counts, memory plan, saving, loading and merging all ask here."""
+"""The trainable set, declared once: optimizer, counts, memory plan, save, load and merge all use it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 def set_trainable(
     model: FlamingoForConditionalGeneration, trainable: TrainableSection, lora: LoraSection | None = None
 ) -> None:
-    """Freeze everything, then let the declared parts and the LoRA of ``lora``'s parts train.
+    """Freeze everything but the declared parts and the LoRA weights of ``lora``'s parts.
 
-    The bridge and LoRA take the declared dtype, frozen or not; gates, in float32, are too fine for less.
+    Bridge and LoRA weights are cast to the declared dtype, frozen or not; gates stay in float32.
     """
     model.requires_grad_(False)
     whole = [part for part in BRIDGE if getattr(trainable, part)]
@@ -28,14 +28,12 @@ def set_trainable(
             cast_parameter(name, parameter, DTYPES[trainable.dtype])
         parameter.requires_grad_(in_parts(name, with_lora if is_lora(name) else whole))
     model.config.adapter_parts = list(BRIDGE) if model.config.bridge_init is None else whole
-    if (
-        model.config.bridge_init is not None
-    ):  # what stays frozen of it is not in the adapter, but has this format
+    if model.config.bridge_init is not None:  # its frozen parts are not in the adapter, but have this dtype
         model.config.bridge_init["dtype"] = str(DTYPES[trainable.dtype]).removeprefix("torch.")
 
 
 def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Give a parameter another dtype; not the gates, which stay in float32, nor what is quantized.
+    """Cast a parameter, unless it is a gate, which stays in float32, or quantized.
 
     Raises UserError for a value beyond the range of ``dtype``.
     """
@@ -44,15 +42,15 @@ def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> No
 
 
 def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the parameter ``name`` in a model of ``dtype``: the gates are too fine for less than float32."""
+    """Return the dtype of the parameter ``name`` in a model of ``dtype``: gates stay in float32."""
     return torch.float32 if is_gate(name) else dtype
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name."""
+    """Return the trainable parameters, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def parts_in_adapter(config: FlamingoConfig) -> list[str]:
-    """The parts of the bridge that the adapter holds whole; a bridge that started from nothing is held whole."""
+    """Return the parts of the bridge that the adapter holds; all of a bridge trained from scratch."""
     return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts

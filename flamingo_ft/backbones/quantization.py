@@ -40,9 +40,14 @@ if bnb is not None:
 class QuantizedSection(Protocol):
     """The keys of a recipe's section that configure a backbone's quantization."""
 
-    quantization: Literal["none", "int8", "nf4", "fp4"]
-    double_quantization: bool
-    compute_dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    @property
+    def quantization(self) -> Literal["none", "int8", "nf4", "fp4"]: ...
+
+    @property
+    def double_quantization(self) -> bool: ...
+
+    @property
+    def compute_dtype(self) -> Literal["auto", "fp32", "bf16", "fp16"]: ...
 
 
 @dataclass(frozen=True)

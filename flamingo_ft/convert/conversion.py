@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flamingo_ft.adapters.released_models import MODELS, TOWER, ReleasedModel, released
+from flamingo_ft.adapters.released_models import RELEASED_MODELS, TOWER, ReleasedModel, find_released
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import ForeignCheckpoint
 from flamingo_ft.formats.foreign_checkpoint import OPEN_FLAMINGO, OPEN_FLAMINGO_1, BridgeShape
@@ -73,11 +73,11 @@ def resolve_backbones(
 def _find_language(source: str, checkpoint: ForeignCheckpoint, shape: BridgeShape) -> str:
     """Return the name of the checkpoint's language model, or raise UserError with the ones that it may be."""
     recorded = (checkpoint.config.get("text_config") or {}).get("_name_or_path")
-    by_name = released(source)
+    by_name = find_released(source)
     if by_name:
         candidates = [by_name]
     elif checkpoint.format in (OPEN_FLAMINGO, OPEN_FLAMINGO_1):
-        candidates = [model for model in MODELS if _has_shape(model, checkpoint, shape)]
+        candidates = [model for model in RELEASED_MODELS if _has_shape(model, checkpoint, shape)]
     else:
         candidates = []
     if len(candidates) == 1 and not recorded:

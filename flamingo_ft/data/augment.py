@@ -1,6 +1,7 @@
 """Random augmentation of training images, before the tower's own transform.
 
-All randomness comes from the seed that the caller gives for each use of an image, so the number of workers does not matter.
+All randomness comes from the seed that the caller gives for each use of an image, so the number of workers
+does not matter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def augment(frames: Sequence[Image.Image], section: AugmentationSection, seed: i
 
 
 def _random_box(rng: random.Random, min_area: float) -> tuple[float, float, float, float]:
-    """Return left, top, width and height of a crop, as fractions of the image's; its area is ``min_area`` to 1."""
+    """Return left, top, width and height of a crop, as fractions of the image's; its area is ``min_area``
+    to 1."""
     area = rng.uniform(min_area, 1)
     # Beyond these ratios a crop of this area would not fit into the image.
     narrowest, widest = max(ASPECT_RATIOS[0], area), min(ASPECT_RATIOS[1], 1 / area)

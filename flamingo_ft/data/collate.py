@@ -52,9 +52,11 @@ def load_media(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) 
 
 
 def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Stack the media (F, C, H, W) of each sample to pixel_values (B, M, C, H, W), padded with zeros; {} without media.
+    """Stack the media (F, C, H, W) of each sample to pixel_values (B, M, C, H, W), padded with zeros; {}
+    without media.
 
-    If a medium has several frames: (B, M, F, C, H, W), and if the numbers of frames differ, also frame_counts (B, M).
+    If a medium has several frames: (B, M, F, C, H, W), and if the numbers of frames differ, also frame_counts
+    (B, M).
     """
     media = [medium for row in rows for medium in row]
     if not media:
@@ -76,10 +78,11 @@ def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
 def pack(
     items: Iterable[Item], length: Callable[[Item], int], row_length: int, open_rows: int = OPEN_ROWS
 ) -> Iterator[list[Item]]:
-    """Yield rows of items with a total length of at most ``row_length``; the same order of items gives the same rows.
+    """Yield rows of items with a total length of at most ``row_length``; the same order of items gives the
+    same rows.
 
-    An item goes into the oldest row with room for it. When there are more than ``open_rows`` rows, the fullest is yielded.
-    Raises ValueError for an item longer than a row.
+    An item goes into the oldest row with room for it. When there are more than ``open_rows`` rows, the
+    fullest is yielded. Raises ValueError for an item longer than a row.
     """
     rows: list[tuple[int, list[Item]]] = []  # length so far, items
     for item in items:
@@ -102,8 +105,9 @@ def pack(
 def collate_packed(rows: Sequence[Sequence[Encoded]], pad_token_id: int) -> dict[str, Tensor]:
     """Return input_ids, labels, document_ids and position_ids (B, T) of packed rows.
 
-    Positions restart with each sample, and its first token has no label: nothing before it may predict it. There is no
-    attention mask: language models separate samples by their positions, and only if no mask is given.
+    Positions restart with each sample, and its first token has no label: nothing before it may predict it.
+    There is no attention mask: language models separate samples by their positions, and only if no mask is
+    given.
     """
     length = max(sum(sample.text_tokens for sample in row) for row in rows)
     packed = [_packed_row(row, length, pad_token_id) for row in rows]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Which files of a folder belong to which split. `load_dataset` decides it by itself, but takes no filter: files that
-# operating systems left behind would become rows.
+# Which files of a folder belong to which split. `load_dataset` decides it by itself, but takes no filter:
+# files that operating systems left behind would become rows.
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 # Opens ``hf://`` paths and files inside remote archives, as `datasets` itself does when it decodes an image.
@@ -20,7 +20,8 @@ def split_files(folder: str) -> dict[str, list[str]]:
 
 
 def download_cache() -> Any:
-    """Return the folder that `datasets` downloads to; paths under it are safe to read whatever the image root."""
+    """Return the folder that `datasets` downloads to; paths under it are safe to read whatever the image
+    root."""
     from datasets import config
 
     return config.DOWNLOADED_DATASETS_PATH

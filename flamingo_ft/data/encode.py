@@ -49,8 +49,8 @@ class Cut:
 class Encoded:
     """Token ids of one sample (T,) and their labels (T,), `IGNORED` where there is no loss.
 
-    images: how many of the sample's images and videos, from the first, are in it. cut: what was cut. rewritten: whether the
-    chat template leaves out or changes words of an answer with loss.
+    images: how many of the sample's images and videos, from the first, are in it. cut: what was cut.
+    rewritten: whether the chat template leaves out or changes words of an answer with loss.
     """
 
     input_ids: list[int]
@@ -84,10 +84,11 @@ class Dropped:
 def encode(processor: FlamingoProcessor, sample: Sample | Messages) -> Encoded:
     """Encode a whole dialogue, or a document in OpenFlamingo's form.
 
-    If the chat template marks what the assistant generates ({% generation %}), its marks decide about labels; otherwise the
-    assistant's part is what each of its turns adds to the text before it. A message with ``"loss": False`` has no labels, and
-    a media token never has one. A special token typed in a text is encoded as text. Raises UserError for a template that
-    refuses the dialogue, leaves out its images or hides the assistant's part, and for a tokenizer without offsets.
+    If the chat template marks what the assistant generates ({% generation %}), its marks decide about labels;
+    otherwise the assistant's part is what each of its turns adds to the text before it. A message with
+    ``"loss": False`` has no labels, and a media token never has one. A special token typed in a text is
+    encoded as text. Raises UserError for a template that refuses the dialogue, leaves out its images or hides
+    the assistant's part, and for a tokenizer without offsets.
     """
     messages = _messages(sample)
     if is_document(messages):
@@ -109,8 +110,8 @@ def encode_within(
 ) -> Encoded | Dropped:
     """Encode a sample into at most ``max_text_tokens`` tokens.
 
-    What is left has the sample's first ``Encoded.images`` images. Raises UserError, naming file and row, as `encode` does,
-    and with the policy "error" for a longer sample or one without labels.
+    What is left has the sample's first ``Encoded.images`` images. Raises UserError, naming file and row, as
+    `encode` does, and with the policy "error" for a longer sample or one without labels.
     """
     try:
         return _shortened(processor, sample, encode(processor, sample), max_text_tokens, policy)
@@ -119,7 +120,8 @@ def encode_within(
 
 
 def encode_prompt(processor: FlamingoProcessor, sample: Sample | Messages) -> list[int]:
-    """Return the token ids of a dialogue up to the assistant's answer, or of a document up to its last image."""
+    """Return the token ids of a dialogue up to the assistant's answer, or of a document up to its last
+    image."""
     messages = _messages(sample)
     render = render_document_prompt if is_document(messages) else render_prompt
     return encode_text(processor.tokenizer, render(processor, messages)).ids
@@ -190,7 +192,8 @@ def _shortened(
     if policy == "error":
         raise UserError(
             f"got {length} text tokens, the limit is {limit}; "
-            "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
+            "shorten the sample, raise data.max_text_tokens (up to the language model's context) "
+            "or set data.too_long"
         )
     kept = _SHORTEN[policy](processor, sample, whole, limit)
     if kept is None:
@@ -217,7 +220,10 @@ def _drop_turns(processor: FlamingoProcessor, sample: Sample, whole: Encoded, li
 
 
 def _exchanges(messages: list[dict[str, Any]]) -> tuple[int, Callable[[int], list[dict[str, Any]]]]:
-    """Return how many exchanges there are, and a function for the messages of the first n. A document's are its chunks."""
+    """Return how many exchanges there are, and a function for the messages of the first n.
+
+    A document's are its chunks.
+    """
     if is_document(messages):
         images = sum(map(is_image, messages[0]["content"]))
         return images, lambda count: [first_chunks(messages[0], count)]
@@ -226,7 +232,8 @@ def _exchanges(messages: list[dict[str, Any]]) -> tuple[int, Callable[[int], lis
 
 
 def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the index of the first message, and of each message that follows an answer and is not one itself."""
+    """Return the index of the first message, and of each message that follows an answer and is not one
+    itself."""
     roles = [message["role"] for message in messages]
     starts = [0]
     starts += [i for i in range(1, len(roles)) if roles[i - 1] == "assistant" and roles[i] != "assistant"]

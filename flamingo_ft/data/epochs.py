@@ -23,7 +23,8 @@ PACKED_SAMPLES = 1_000  # encoded to estimate how many samples fit into a packed
 
 
 def with_max_steps(recipe: Recipe, data: OpenedData) -> Recipe:
-    """The recipe with ``train.epochs`` converted to ``train.max_steps``; the recipe itself where that is given.
+    """The recipe with ``train.epochs`` converted to ``train.max_steps``; the recipe itself where that is
+    given.
 
     Raises UserError for a streamed source, whose length is not known.
     """
@@ -41,9 +42,11 @@ def with_max_steps(recipe: Recipe, data: OpenedData) -> Recipe:
 
 
 def steps_per_epoch(recipe: Recipe, data: OpenedData) -> Fraction | None:
-    """Optimizer steps in which every training row is drawn once, those of a source of weight w w times on average.
+    """Optimizer steps in which every training row is drawn once, those of a source of weight w w times on
+    average.
 
-    Fractional: an epoch may end within a step. None where a source is streamed. With ``data.packing`` it is estimated.
+    Fractional: an epoch may end within a step. None where a source is streamed. With ``data.packing`` it is
+    estimated.
     """
     length = samples_per_epoch(recipe, data)
     if length is None:
@@ -59,7 +62,8 @@ def samples_per_epoch(recipe: Recipe, data: OpenedData) -> int | None:
 
 
 def exact_fraction(number: float) -> Fraction:
-    """The decimal fraction that a recipe spells: 0.1 of 30 steps are 3, not 3.0000000000000004 rounded up to 4."""
+    """The decimal fraction that a recipe spells: 0.1 of 30 steps are 3, not 3.0000000000000004 rounded up
+    to 4."""
     return Fraction(repr(number))
 
 

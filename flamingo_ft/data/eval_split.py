@@ -1,4 +1,5 @@
-"""Keeping evaluation images out of training: splitting a share of the rows off, and finding images on both sides."""
+"""Keeping evaluation images out of training: splitting a share of the rows off, and finding images on both
+sides."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ MISSING = -1  # size of a file that does not exist, or is not on this machine
 
 @dataclass(frozen=True)
 class Overlap:
-    """count: evaluation samples with an image that is trained on. eval, train: where the first is, and where its image is
-    trained on."""
+    """count: evaluation samples with an image that is trained on. eval, train: where the first is, and where
+    its image is trained on."""
 
     count: int
     eval: str
@@ -32,12 +33,14 @@ class Overlap:
 
 
 def split_eval(sources: Sequence[Source], fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each indexed source the numbers of the rows to train on and of those to evaluate on, in order.
+    """Return for each indexed source the numbers of the rows to train on and of those to evaluate on, in
+    order.
 
-    About ``fraction`` of a source's rows are held out, at least one. Rows that share an image, in any source, stay together;
-    an image is identified by its path, or by its content if it is in the row itself. Which rows are held out depends on the
-    seed and on what the rows show and say, not on their order or folder. Rows that cannot be read stay in training, which
-    reports them. Raises UserError if all rows of a source are connected by their images.
+    About ``fraction`` of a source's rows are held out, at least one. Rows that share an image, in any source,
+    stay together; an image is identified by its path, or by its content if it is in the row itself. Which
+    rows are held out depends on the seed and on what the rows show and say, not on their order or folder.
+    Rows that cannot be read stay in training, which reports them. Raises UserError if all rows of a source
+    are connected by their images.
     """
     sizes = np.array([len(source) for source in sources])
     groups = _groups(sources, seed)
@@ -45,8 +48,8 @@ def split_eval(sources: Sequence[Source], fraction: float, seed: int) -> list[tu
     chosen, unsplittable = _choose(counts, sizes, fraction)
     if unsplittable is not None:
         raise UserError(
-            f"data.eval_fraction: {sources[unsplittable].name} has no rows that could be held out without their images "
-            "being trained on; name a held-out file in data.eval"
+            f"data.eval_fraction: {sources[unsplittable].name} has no rows that could be held out without "
+            "their images being trained on; name a held-out file in data.eval"
         )
     held_out: list[list[int]] = [[] for _ in sources]
     for group in chosen:
@@ -58,8 +61,8 @@ def split_eval(sources: Sequence[Source], fraction: float, seed: int) -> list[tu
 def find_overlap(train: Iterable[Sample], evaluated: Iterable[Sample]) -> Overlap | None:
     """Return the evaluation samples that share an image file with a training sample; None if there are none.
 
-    Files are compared by digest, and only those of equal size are read; URLs are not fetched. `flamingo-ft check` compares
-    decoded pixels instead, and so also finds an image that was saved again.
+    Files are compared by digest, and only those of equal size are read; URLs are not fetched. `flamingo-ft
+    check` compares decoded pixels instead, and so also finds an image that was saved again.
     """
     by_size: dict[int, list[tuple[Image, str]]] = defaultdict(list)
     for sample in evaluated:
@@ -82,10 +85,11 @@ def find_overlap(train: Iterable[Sample], evaluated: Iterable[Sample]) -> Overla
 
 
 def _choose(counts: Sequence[np.ndarray], sizes: np.ndarray, fraction: float) -> tuple[list[int], int | None]:
-    """Choose the groups to hold out: the first that fit. Return them and a source of which none can be held out, if any.
+    """Choose the groups to hold out: the first that fit. Return them and a source of which none can be held
+    out, if any.
 
-    counts: rows (S,) of each source in each group. A group with more rows than the fraction asks for is chosen only if a
-    source has no other.
+    counts: rows (S,) of each source in each group. A group with more rows than the fraction asks for is
+    chosen only if a source has no other.
     """
     target = np.minimum(np.maximum(1, np.round(fraction * sizes)), sizes - 1)
     held = np.zeros_like(sizes)
@@ -163,7 +167,8 @@ class _DisjointSets:
         return key
 
     def join(self, keys: Iterable[bytes]) -> None:
-        """Merge the sets of all ``keys``; the least of their roots represents the result, whatever the order."""
+        """Merge the sets of all ``keys``; the least of their roots represents the result, whatever the
+        order."""
         roots = sorted({self.root(key) for key in keys})
         self._parent.update(dict.fromkeys(roots, roots[0]))
 
@@ -189,7 +194,8 @@ def _by_digest(images: Iterable[tuple[Image, str]]) -> dict[bytes, list[str]]:
 
 
 def _content_digest(image: Image) -> bytes | None:
-    """Return the digest of a file's content; None if it cannot be read, which is reported where it is used."""
+    """Return the digest of a file's content; None if it cannot be read, which is reported where it is
+    used."""
     try:
         return _digest(read_bytes(image))
     except UserError:

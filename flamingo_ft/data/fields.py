@@ -90,7 +90,10 @@ def list_field(row: Row, name: str, where: str) -> list:
 
 
 def nonempty_text(value: Any, where: str) -> str:
-    """Return text that is not blank; a number becomes its text. Raises UserError for null, NaN and blank text."""
+    """Return text that is not blank; a number becomes its text.
+
+    Raises UserError for null, NaN and blank text.
+    """
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     if not isinstance(value, str):
@@ -108,7 +111,10 @@ def nonempty_text_field(row: Row, name: str, where: str) -> str:
 
 
 def check_unicode(text: str, where: str) -> str:
-    """Return the text. Raises UserError for an unpaired surrogate (from a JSON escape), which no tokenizer accepts."""
+    """Return the text.
+
+    Raises UserError for an unpaired surrogate (from a JSON escape), which no tokenizer accepts.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

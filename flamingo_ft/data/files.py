@@ -1,4 +1,5 @@
-"""Files of data: names in any Unicode form, files that operating systems leave behind, memory-mapped reading."""
+"""Files of data: names in any Unicode form, files that operating systems leave behind, memory-mapped
+reading."""
 
 from __future__ import annotations
 
@@ -79,8 +80,8 @@ def is_system_file(path: str) -> bool:
 class MappedFile:
     """A file that is memory-mapped once in every process that reads it.
 
-    Raises UserError if the file was changed since it was first seen: an index of it would be wrong, and reading a map beyond
-    the end of a truncated file kills the process.
+    Raises UserError if the file was changed since it was first seen: an index of it would be wrong, and
+    reading a map beyond the end of a truncated file kills the process.
     """
 
     def __init__(self, path: Path):
@@ -107,7 +108,10 @@ class MappedFile:
 
 
 def skip_bom(path: Path) -> int:
-    """Return where the text of a UTF-8 file begins, in bytes: after its byte order mark. Raises UserError for UTF-16."""
+    """Return where the text of a UTF-8 file begins, in bytes: after its byte order mark.
+
+    Raises UserError for UTF-16.
+    """
     with open(path, "rb") as file:
         head = file.read(3)
     if head.startswith(UTF16_BOMS):

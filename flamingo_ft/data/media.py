@@ -35,10 +35,11 @@ PREVIEW_PREFIX = "data:image/png;base64,"
 
 
 def open_medium(medium: Medium, where: str | None = None, video_frames: int = 8) -> list[PillowImage.Image]:
-    """Return upright RGB images: one for an image, ``video_frames`` evenly spaced ones for a video (all of a shorter one).
+    """Return upright RGB images: one for an image, ``video_frames`` evenly spaced ones for a video (all of a
+    shorter one).
 
-    URLs are fetched: a `Sample` has only those that its recipe allows. Raises UserError, beginning with ``where``, for a file
-    that cannot be read or fetched, and for a video file without PyAV.
+    URLs are fetched: a `Sample` has only those that its recipe allows. Raises UserError, beginning with
+    ``where``, for a file that cannot be read or fetched, and for a video file without PyAV.
     """
     if not isinstance(medium, Video):
         return [_decoded(_fetched(medium, where), medium, where)]
@@ -55,7 +56,10 @@ def open_image(path: str | Path, where: str | None = None) -> PillowImage.Image:
 
 
 def read_bytes(image: Image, where: str | None = None) -> bytes:
-    """Return the content of an image or video file. Raises UserError, beginning with ``where``, if it cannot be read."""
+    """Return the content of an image or video file.
+
+    Raises UserError, beginning with ``where``, if it cannot be read.
+    """
     content = _fetched(image, where)
     if isinstance(content, bytes):
         return content
@@ -68,7 +72,10 @@ def read_bytes(image: Image, where: str | None = None) -> bytes:
 
 
 def decode_image(content: bytes, image: Image, where: str | None = None) -> PillowImage.Image:
-    """Decode the content of ``image``. Raises UserError, beginning with ``where``, for bytes that are not an image."""
+    """Decode the content of ``image``.
+
+    Raises UserError, beginning with ``where``, for bytes that are not an image.
+    """
     return _decoded(content, image, where)
 
 
@@ -106,7 +113,8 @@ class PixelLoader:
     seed: int = 0
 
     def __call__(self, sample: Sample, kept: int, number: int) -> list[Tensor]:
-        """Load the first ``kept`` media. number: of the sample in the run; seeds the augmentation, with ``seed``."""
+        """Load the first ``kept`` media. number: of the sample in the run; seeds the augmentation, with
+        ``seed``."""
         return [
             load_pixels(self.processor, medium, sample.where, self._augment(number, index))
             for index, medium in enumerate(sample.images[:kept])

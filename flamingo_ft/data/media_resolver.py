@@ -33,7 +33,8 @@ TIFF_MODES = ("CMYK", "F", "I", "I;16B", "LAB", "PA", "YCbCr")
 
 @dataclass(frozen=True)
 class MediaResolver:
-    """Turns images and videos as they appear in rows into paths, URLs and bytes, and refuses what must not be read.
+    """Turns images and videos as they appear in rows into paths, URLs and bytes, and refuses what must not be
+    read.
 
     root: folder that paths are relative to and must stay in, symbolic links resolved; None if there is none.
     """
@@ -47,7 +48,8 @@ class MediaResolver:
         return os.path.realpath(self.root)
 
     def image(self, value: Any, where: str) -> Image:
-        """Resolve an image: path, URL, data URI or base64 text, bytes, {"bytes", "path"}, or a Pillow image."""
+        """Resolve an image: path, URL, data URI or base64 text, bytes, {"bytes", "path"}, or a Pillow
+        image."""
         return self._file(value, where, "an image")
 
     def video(self, value: Any, where: str) -> Video:
@@ -117,8 +119,8 @@ class MediaResolver:
 def lossless_bytes(image: PillowImage.Image) -> bytes:
     """Encode an image as a file that is read back the same: PNG, or TIFF for modes that PNG lacks.
 
-    A mode that neither has (HSV, RGBX, premultiplied alpha) becomes RGB, as on reading. Of the metadata only the orientation
-    is kept. Raises `images.UnreadableImage`.
+    A mode that neither has (HSV, RGBX, premultiplied alpha) becomes RGB, as on reading. Of the metadata only
+    the orientation is kept. Raises `images.UnreadableImage`.
     """
     images.check_size(*image.size)
     if image.mode not in (*PNG_MODES, *TIFF_MODES):

@@ -35,5 +35,6 @@ def check_method(sources: Sequence[WeightedSource], method: str) -> None:
 
 
 def encoder(processor: FlamingoProcessor, recipe: Recipe, limit: int) -> Callable[[Sample], Any]:
-    """Return the function from a sample to its tokens, at most ``limit`` per text, for the recipe's method."""
+    """Return the function from a sample to its tokens, at most ``limit`` per text, for the recipe's
+    method."""
     return partial(ENCODE[recipe.train.method], processor, max_text_tokens=limit, policy=recipe.data.too_long)

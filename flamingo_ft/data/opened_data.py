@@ -40,7 +40,8 @@ class OpenedData:
         return itertools.chain.from_iterable(_samples(weighted, self.section) for weighted in mixture)
 
     def validate_rows(self) -> None:
-        """Read all rows of training sources of up to `MAX_VALIDATED_ROWS`, so that bad rows do not end a run later.
+        """Read all rows of training sources of up to `MAX_VALIDATED_ROWS`, so that bad rows do not end a run
+        later.
 
         Raises UserError for the first bad one, unless they are skipped. Images are not opened.
         """
@@ -52,7 +53,8 @@ class OpenedData:
                     pass
 
     def eval_samples(self, max_per_source: int | None = None) -> list[Sample]:
-        """Return the first evaluation samples of each source, their images opened: evaluation must not fail later."""
+        """Return the first evaluation samples of each source, their images opened: evaluation must not
+        fail later."""
         read = partial(_samples, section=self.section, check_images=True, skipped=self.skipped)
         return [
             sample for weighted in self.eval for sample in itertools.islice(read(weighted), max_per_source)

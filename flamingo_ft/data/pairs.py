@@ -1,4 +1,5 @@
-"""Preference pairs: a prompt with a better and a worse answer, as token ids and as TRL's DPOTrainer takes them.
+"""Preference pairs: a prompt with a better and a worse answer, as token ids and as TRL's DPOTrainer takes
+them.
 
 Shapes: P pairs, T text tokens.
 """
@@ -66,8 +67,8 @@ def encode_pair(
 ) -> EncodedPair | Dropped:
     """Encode both halves of a preference sample, each within ``max_text_tokens`` as `encode_within` does.
 
-    A pair is dropped if either half is: the answers are at the end, so only truncate_text leaves anything of them. Raises
-    UserError, naming file and row, as `encode_within` does, and for a sample that is not a pair.
+    A pair is dropped if either half is: the answers are at the end, so only truncate_text leaves anything of
+    them. Raises UserError, naming file and row, as `encode_within` does, and for a sample that is not a pair.
     """
     prompt, *answers = prompt_and_answers(sample)
     prompt = [{**message, "loss": False} for message in prompt]
@@ -87,7 +88,8 @@ def encode_pair(
 
 
 def collate_pairs(pairs: Sequence[EncodedPair], pad_token_id: int) -> dict[str, Tensor]:
-    """Return input_ids, attention_mask and completion_mask (2 P, T) as TRL has them: all chosen, then all rejected."""
+    """Return input_ids, attention_mask and completion_mask (2 P, T) as TRL has them: all chosen, then all
+    rejected."""
     batch = collate_text([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], pad_token_id)
     return batch | {"completion_mask": (batch.pop("labels") != IGNORED).long()}
 
@@ -98,10 +100,11 @@ def repeat_media(media: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def preference_row(sample: Sample) -> dict[str, Any]:
-    """Return a row for `trl.DPOTrainer`: ``prompt``, ``chosen`` and ``rejected`` messages, and the opened ``images``.
+    """Return a row for `trl.DPOTrainer`: ``prompt``, ``chosen`` and ``rejected`` messages, and the opened
+    ``images``.
 
-    Raises UserError, naming file and row, if the sample is not a pair, its answers hold images, it holds videos, or an image
-    cannot be read.
+    Raises UserError, naming file and row, if the sample is not a pair, its answers hold images, it holds
+    videos, or an image cannot be read.
     """
     parts = prompt_and_answers(sample)
     if any(isinstance(medium, Video) for medium in sample.images):

@@ -1,13 +1,14 @@
-"""Dialogues and documents as text, with the character spans that have loss; and the chat template that writes them.
+"""Dialogues and documents as text, with the character spans that have loss; and the chat template that writes
+them.
 
-Captions and interleaved documents are written in OpenFlamingo's form whatever the chat template (arXiv:2308.01390,
-section 3):
+Captions and interleaved documents are written in OpenFlamingo's form whatever the chat template
+(arXiv:2308.01390, section 3):
 
     <image>caption<|endofchunk|></s>
     text<image>text<|endofchunk|><image>text<|endofchunk|></s>
 
-Their loss is on everything from the first image on except images: text, and the end of each chunk. The language model's own
-end token has loss after a caption, but not after an interleaved document.
+Their loss is on everything from the first image on except images: text, and the end of each chunk. The
+language model's own end token has loss after a caption, but not after an interleaved document.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from flamingo_ft.model.special_text import encode_text, protect
 
 from .sample import DOCUMENT, text_message
 
-# An empty dialogue gets the system message too: the text of a dialogue's first turns must begin as the whole does.
+# An empty dialogue gets the system message too: the text of a dialogue's first turns must begin as the whole
+# does.
 WITH_SYSTEM_PROMPT = (
     "{%- if not messages or messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}"
     "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}"
@@ -33,11 +35,12 @@ WITH_SYSTEM_PROMPT = (
 
 
 def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
-    """Set the processor's chat template as ``data.template`` and ``data.system_prompt`` say; it is saved with it.
+    """Set the processor's chat template as ``data.template`` and ``data.system_prompt`` say; it is saved with
+    it.
 
-    A template whose generation prompt differs from how it writes answers is corrected (`answer_template`). Raises UserError if
-    ``chat`` is set and the language model has no chat template, if its template cannot be trained with, and if the template
-    has no place for a system prompt.
+    A template whose generation prompt differs from how it writes answers is corrected (`answer_template`).
+    Raises UserError if ``chat`` is set and the language model has no chat template, if its template cannot be
+    trained with, and if the template has no place for a system prompt.
     """
     template = _template(processor, data.template)
     if data.system_prompt is None:
@@ -54,7 +57,8 @@ def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
 def render_dialogue(
     processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
-    """Return the text of a dialogue, placeholders for typed special tokens in it, and the character spans with loss."""
+    """Return the text of a dialogue, placeholders for typed special tokens in it, and the character spans
+    with loss."""
     turns = [flatten(message, processor.tokenizer) for message in messages]
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     masked = {index for index in answers if turns[index].get("loss") is False}
@@ -97,7 +101,8 @@ def is_document(messages: Sequence[Mapping[str, Any]]) -> bool:
 def render_document(
     processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
-    """Return the text of a document, placeholders for typed special tokens in it, and the character spans with loss."""
+    """Return the text of a document, placeholders for typed special tokens in it, and the character spans
+    with loss."""
     text = _chunks(processor, messages) + EOC_TOKEN
     start = text.find(MEDIA_TOKEN)
     end = processor.tokenizer.eos_token or ""
@@ -108,7 +113,8 @@ def render_document(
 
 
 def render_document_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of a document up to its last image, which the model is to continue; all of it without images."""
+    """Return the text of a document up to its last image, which the model is to continue; all of it
+    without images."""
     before, image, after = _chunks(processor, messages).rpartition(MEDIA_TOKEN)
     return before + image if image else after
 
@@ -137,7 +143,8 @@ def _corrected(processor: FlamingoProcessor, template: str) -> str:
     corrected = answer_template(processor.tokenizer, template)
     if corrected.problem:
         raise UserError(
-            f"data.template: the language model's chat template {corrected.problem}; set data.template to flamingo"
+            f"data.template: the language model's chat template {corrected.problem}; "
+            "set data.template to flamingo"
         )
     return corrected.text
 
@@ -196,13 +203,14 @@ def _answer_span_by_marker(
     through = len(text) - len(tail)
     if not (found and text.endswith(tail) and len(tail) < len(text)):
         raise UserError(
-            "chat template: cannot locate the assistant's answers (it rewrites earlier turns); mark them with "
-            "{% generation %} in the tokenizer's chat template, or set data.template to flamingo"
+            "chat template: cannot locate the assistant's answers (it rewrites earlier turns); mark them "
+            "with {% generation %} in the tokenizer's chat template, or set data.template to flamingo"
         )
     if not (text.startswith(head) and len(head) <= through):
         raise UserError(
-            "chat template: begins an answer differently than its generation prompt does (with its reasoning, perhaps), "
-            f"got it in message {index}; remove the reasoning from answers, or set data.template to flamingo"
+            "chat template: begins an answer differently than its generation prompt does (with its "
+            f"reasoning, perhaps), got it in message {index}; remove the reasoning from answers, or set data.template "
+            "to flamingo"
         )
     alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
     end = text[: through + _common_prefix(processor, tail, alone)].rstrip()
@@ -212,7 +220,8 @@ def _answer_span_by_marker(
 def _common_prefix(processor: FlamingoProcessor, tail: str, alone: str) -> int:
     """Return how many characters two texts begin with alike, in whole tokens.
 
-    With ``tail`` after an answer in the dialogue, and ``alone`` after it as the last turn, this is the answer's end token.
+    With ``tail`` after an answer in the dialogue, and ``alone`` after it as the last turn, this is the
+    answer's end token.
     """
     shared = 0
     ours, theirs = (encode_text(processor.tokenizer, text) for text in (tail[: len(alone)], alone))
@@ -226,7 +235,8 @@ def _common_prefix(processor: FlamingoProcessor, tail: str, alone: str) -> int:
 def _chunks(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
     """Return a document without its last end of chunk.
 
-    A chunk ends before every image but the first; whitespace around images and ends is removed, as in OpenFlamingo.
+    A chunk ends before every image but the first; whitespace around images and ends is removed, as in
+    OpenFlamingo.
     """
     before, *chunks = flatten(messages[0], processor.tokenizer)["content"].split(MEDIA_TOKEN)
     joined = EOC_TOKEN.join(MEDIA_TOKEN + chunk.strip() for chunk in chunks)

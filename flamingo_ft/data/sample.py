@@ -1,4 +1,5 @@
-"""`Sample`: what every row of every source becomes - a dialogue, a document or a preference pair, with its images."""
+"""`Sample`: what every row of every source becomes - a dialogue, a document or a preference pair, with its
+images."""
 
 from __future__ import annotations
 
@@ -31,12 +32,14 @@ class Sample:
     """One row of a source, validated; its images are not opened yet.
 
     Attributes:
-        messages: ``role`` and ``content``, typed blocks ``{"type": "image"}`` or ``{"type": "text", "text": ...}``, one image
-            block for each of ``images`` in order; ``"loss": False`` on an assistant message that is not trained on. The one
-            message of a document (captions, interleaved documents) has the role `DOCUMENT`.
+        messages: ``role`` and ``content``, typed blocks ``{"type": "image"}`` or ``{"type": "text", "text":
+            ...}``, one image block for each of ``images`` in order; ``"loss": False`` on an assistant message
+            that is not trained on. The one message of a document (captions, interleaved documents) has the
+            role `DOCUMENT`.
         task: the name under which evaluation counts it.
         where: file and row, for error messages.
-        rejected: in a preference pair, the messages of the worse answer; ``messages`` ends with the better one.
+        rejected: in a preference pair, the messages of the worse answer; ``messages`` ends with the better
+        one.
         unread: columns of text in the row, and keys of its messages, that its schema does not read.
     """
 

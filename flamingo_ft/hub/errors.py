@@ -1,4 +1,4 @@
-"""Errors of the Hub client as one line that says what to do, without tokens; and retries of what may succeed later."""
+"""Errors of the Hub client in one line that says what to do, without tokens; and retries."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from flamingo_ft.machine_errors import disk_failure
 
 from .compat import http_library
 
-# What the client was seen to raise: for an answer of the Hub, for none, for files and names, for a failed upload.
+# What the client was seen to raise: for an answer of the Hub, for none, for files and names, for a failed
+# upload.
 CLIENT_ERRORS = (HfHubHTTPError, http_library.HTTPError, OSError, RuntimeError, ValueError)
 
 # Those that say what is wrong; the client wraps them in others.
@@ -63,7 +64,8 @@ def error_reason(error: Exception, writes: bool = False) -> str:
     cause = informative_cause(error)
     status = status_of(cause)
     if full := disk_failure(cause):
-        return f"cannot be stored on this machine ({full}); make room, or set HF_HOME to a folder on another disk"
+        remedy = "make room, or set HF_HOME to a folder on another disk"
+        return f"cannot be stored on this machine ({full}); {remedy}"
     if isinstance(cause, GatedRepoError):
         return f"is gated; accept its terms on its page of the Hub, then {LOG_IN}"
     if isinstance(cause, RevisionNotFoundError):
@@ -148,7 +150,8 @@ def with_retries(
 ) -> T:
     """Return what ``action`` returns, after at most `ATTEMPTS` attempts; else raise its last error.
 
-    The client itself retries only transfers of blobs and listings: not commits, new repositories, or a snapshot's metadata.
+    The client itself retries only transfers of blobs and listings: not commits, new repositories, or a
+    snapshot's metadata.
 
     Args:
         on_retry: called with each error that is followed by another attempt, and the seconds until then.

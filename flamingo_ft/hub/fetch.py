@@ -21,14 +21,16 @@ NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_sta
 
 
 def fetch_model(place: str | Path, **options: Any) -> Path:
-    """Return the local path of an adapter, a model, a composition or a checkpoint, after downloading what is missing.
+    """Return the local path of an adapter, a model, a composition or a checkpoint, after downloading what is
+    missing.
 
     Args:
         place: a path, or ``org/name[@revision]`` on the Hub.
         options: the client's ``token``, ``cache_dir``, ``local_files_only``, ...
 
     Returns:
-        The path itself; for a repository its snapshot in the cache, or its one checkpoint file if it has no config.json.
+        The path itself; for a repository its snapshot in the cache, or its one checkpoint file if it has no
+        config.json.
 
     Raises:
         UserError: the path does not exist, or the repository does not exist, is closed, or holds no model.
@@ -50,7 +52,7 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
 
 
 def pinned_name(place: str | Path, fetched: Path) -> str:
-    """Return what to record of ``place``, fetched to ``fetched``: an absolute path, or the name with its commit."""
+    """Return what to record of ``place``: an absolute path, or the name with the commit of ``fetched``."""
     name = hub_name(place)
     if name is None:
         return str(Path(place).resolve())
@@ -59,7 +61,7 @@ def pinned_name(place: str | Path, fetched: Path) -> str:
 
 def _download_model(name: HubName, options: Mapping[str, Any]) -> Path:
     """Download the small files and the weights in the preferred format that exists; all of one commit."""
-    revision = name.revision
+    revision, folder = name.revision, Path()
     for patterns in WEIGHT_PATTERNS:
         folder = download(
             str(name), name.repository, revision, [*SMALL_FILES, *patterns], NOT_NEEDED, **options

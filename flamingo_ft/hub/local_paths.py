@@ -1,4 +1,5 @@
-"""Remove directories of this machine from what is published: of an absolute path only the last component stays.
+"""Remove directories of this machine from what is published: of an absolute path only the last component
+stays.
 
 Paths are recognized by their keys. Free text is never changed: a prompt may begin with a slash.
 """
@@ -18,7 +19,7 @@ _ABSOLUTE_PATH = re.compile(r"(?P<prefix>local-dir:)?(?P<path>(/|~/)[^/\n][^\n]*
 
 
 def strip_local_path(value: Any) -> Any:
-    """Return the last component of an absolute path, or of each in a list. Any other value is returned unchanged."""
+    """Return the last component of an absolute path, or of each in a list; other values unchanged."""
     if isinstance(value, list):
         return [strip_local_path(entry) for entry in value]
     match = _ABSOLUTE_PATH.fullmatch(value) if isinstance(value, str) else None

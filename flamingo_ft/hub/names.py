@@ -4,8 +4,8 @@ Names on the Hugging Face Hub are ``org/name`` and ``org/name@revision``. A name
 
 - it exists,
 - it is written like a path (`looks_like_path`), or
-- its first component exists: ``runs/quickstrt`` beside a folder ``runs`` is a mistyped path, not the repository
-  of a user called "runs".
+- its first component exists: ``runs/quickstrt`` beside a folder ``runs`` is a mistyped path, not the
+  repository of a user called "runs".
 
 An explicit revision always means the Hub, unless the name exists as a path.
 """
@@ -31,8 +31,8 @@ NANO = "nano"  # the name of both backbones that come with the package
 ON_HUB = "hf-hub:"  # OpenCLIP's prefix for a tower on the Hub
 LOCAL_DIR = "local-dir:"  # OpenCLIP's prefix for a tower in a folder
 FILE_SUFFIXES = {
-    ".bin", ".ckpt", ".csv", ".gguf", ".json", ".jsonl", ".npz", ".parquet", ".pt", ".pth", ".safetensors", ".tar",
-    ".yaml", ".yml", ".zip",
+    ".bin", ".ckpt", ".csv", ".gguf", ".json", ".jsonl", ".npz", ".parquet", ".pt", ".pth", ".safetensors",
+    ".tar", ".yaml", ".yml", ".zip",
 }  # fmt: skip
 HERE = (Path(),)  # relative paths start from the current directory
 
@@ -60,7 +60,7 @@ def hub_name(place: str | Path) -> HubName | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Return whether ``name`` is written like a path: ``./x``, ``/x``, ``~/x``, ``x/``, ``a/b/c``, ``a\\b``, ``x/y.pt``."""
+    """Return whether ``name`` looks like a path: ``./x``, ``/x``, ``~/x``, ``x/``, ``a/b/c``, ``x/y.pt``."""
     on_hub = NAME.fullmatch(name)
     if on_hub is not None:
         return on_hub["revision"] is None and PurePath(name).suffix.lower() in FILE_SUFFIXES
@@ -109,7 +109,8 @@ def local_start(name: str, folders: Sequence[Path] = HERE) -> Path | None:
 def local_language(name: str, revision: str | None, folders: Sequence[Path] = HERE) -> Path | None:
     """Return the folder of a language model; None for the nano one and for a repository on the Hub.
 
-    A name with a commit is always on the Hub, so that what an adapter records means the same in every directory.
+    A name with a commit is always on the Hub, so that what an adapter records means the same in every
+    directory.
     """
     if name == NANO:
         return None
@@ -120,7 +121,8 @@ def local_language(name: str, revision: str | None, folders: Sequence[Path] = HE
 
 
 def local_tower(name: str, pretrained: str | None, folders: Sequence[Path] = HERE) -> Path | None:
-    """Return the folder of a vision tower; None for nano, a repository on the Hub and an architecture of OpenCLIP.
+    """Return the folder of a vision tower; None for nano, a repository on the Hub and an architecture of
+    OpenCLIP.
 
     With ``pretrained``, a plain name is an architecture, even beside a folder of the same name.
     """
@@ -140,13 +142,13 @@ def is_model_folder(path: Path) -> bool:
 
 
 def commit_of(path: Path) -> str | None:
-    """Return the commit of a path in the Hugging Face cache, ``.../snapshots/<commit>/...``; None elsewhere."""
+    """Return the commit of a path in the Hugging Face cache (``snapshots/<commit>/``); None elsewhere."""
     match = re.search(r"/models--[^/]+/snapshots/([^/]+)(/|$)", path.as_posix())
     return match[1] if match else None
 
 
 def existing_path(place: str | Path) -> Path:
-    """Return ``place`` as a path. Raises UserError, with the most similar existing path, if it does not exist."""
+    """Return ``place`` as a path. Raises UserError, with a similar path, if it does not exist."""
     path = Path(os.path.expanduser(place))
     if str(place) and os.path.exists(path):
         return path
@@ -185,7 +187,7 @@ def missing_path_message(
 
 
 def nearest_path(place: str | Path) -> Path | None:
-    """Return the existing path most similar to ``place``, component by component; None if a component has none."""
+    """Return the existing path most similar to ``place``; None if a component has none."""
     path = Path(os.path.expanduser(str(place).replace("\\", "/")))
     found = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:

@@ -1,7 +1,7 @@
 """Upload of files to a repository on the Hub in one commit, so that nobody sees half of them.
 
-Large files are uploaded before the commit by their SHA-256; what is there already, from an interrupted upload too, is not
-sent again.
+Large files are uploaded before the commit by their SHA-256; what is there already, from an interrupted upload
+too, is not sent again.
 """
 
 from __future__ import annotations
@@ -84,11 +84,12 @@ def folder_additions(folder: Path, prefix: str = "") -> Sequence[CommitOperation
 
 @contextmanager
 def limit_timeouts() -> Iterator[None]:
-    """Give the client timeouts inside the block, where it has none: by default it waits for a silent Hub forever.
+    """Give the client timeouts inside the block, where it has none: by default it waits for a silent Hub
+    forever.
 
-    The client has settings for the timeouts of downloads, but none for those of uploads and commits. All else that a user
-    set stays: the session itself (proxy, certificates, headers), and the factory that creates the next one after a
-    connection failed.
+    The client has settings for the timeouts of downloads, but none for those of uploads and commits. All else
+    that a user set stays: the session itself (proxy, certificates, headers), and the factory that creates the
+    next one after a connection failed.
     """
     factory, session = client_factory(), get_session()
     timeout = session.timeout

@@ -34,6 +34,10 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     transformers, untouched. Made by `build_flamingo` from two backbones, by ``from_pretrained`` from a saved model.
     """
 
+    config: FlamingoConfig  # pyrefly: ignore[bad-override]
+    lang_encoder: PreTrainedModel
+    adapter_base: str | None  # the composition that a loaded adapter names as its base
+    initial_lora: dict[str, Tensor]  # what PiSSA started from, by name in an adapter
     config_class = FlamingoConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"

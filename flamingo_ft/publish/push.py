@@ -1,6 +1,7 @@
 """``flamingo-ft push``: push an adapter with its base, or a merged model, to repositories on the Hub.
 
-Only files that belong to the adapter or the model are pushed, and none with a directory of this machine in it.
+Only files that belong to the adapter or the model are pushed, and none with a directory of this machine in
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 
 from flamingo_ft.adapters import write_composition
 from flamingo_ft.adapters.card import CARD, card_text
-from flamingo_ft.adapters.files import read_config, read_flamingo_config
+from flamingo_ft.adapters.files import backbone_records, read_config, read_flamingo_config
 from flamingo_ft.adapters.multi_adapter import check_same_base
 from flamingo_ft.adapters.remote_code import WITHOUT_THE_PACKAGE
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE
@@ -41,8 +42,8 @@ from flamingo_ft.model import FlamingoConfig
 
 BASE_SUFFIX = "-base"
 PUBLISHED_PATTERNS = (
-    *ANY_SAFETENSORS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.py", "README.md",
-    RECIPE_FILE, PREDICTIONS_FILE, "log.jsonl",
+    *ANY_SAFETENSORS, "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.py",
+    "README.md", RECIPE_FILE, PREDICTIONS_FILE, "log.jsonl",
 )  # fmt: skip
 FIGURES = re.compile(r"figures/\w+\.png")
 ANSWERS_FIGURE = "figures/answers.png"  # not published: it shows the user's images
@@ -59,7 +60,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PushResult:
-    """repository: name on the Hub; base: that of the adapter's composition, None for a model; url: of the commit."""
+    """repository: name on the Hub; base: the adapter's composition, None for a model; url: of the commit."""
 
     repository: str
     base: str | None
@@ -85,8 +86,8 @@ def push(
         private: whether new repositories are private.
         revision: branch to commit to.
         merged: merge an adapter first and push the merged model.
-        base: a composition on the Hub to refer to, which is not written to; by default the adapter's own composition is
-            pushed to ``repository`` with "-base" appended.
+        base: a composition on the Hub to refer to, which is not written to; by default the adapter's own
+            composition is pushed to ``repository`` with "-base" appended.
         license: for the card.
         start: where the bridge that the adapter builds on is now.
         log: called with a line for each step.
@@ -196,7 +197,7 @@ def _commit(repository: str, files: Files, branch: str | None, log: Log) -> str:
 
 def _log_local_backbones(folder: Path, config: FlamingoConfig, log: Log) -> None:
     """Log which backbones are folders of this machine: nobody else can load an adapter of them."""
-    for part, source in config.backbones.items():
+    for part, source in backbone_records(config).items():
         if looks_like_path(source["name"]):
             log(
                 f"{folder}: its {part} backbone is a folder of this machine, which nobody else has; "
@@ -220,14 +221,14 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
 
 
 def publishable_files(folder: Path) -> Files:
-    """Return path -> content of the files to publish; the file itself where nothing in it has to be left out."""
+    """Return path -> content of the files to publish; the file itself if nothing in it is left out."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: _without_local_paths(name, path) for name, path in named.items() if is_published(name)}
 
 
 def is_published(path: str) -> bool:
-    """Return whether a file, by its path in a folder, is part of an adapter or a model, and not of a run's other output."""
+    """Return whether a file, by its path in a folder, is part of an adapter or a model."""
     if "/" in path:
         return FIGURES.fullmatch(path) is not None and path != ANSWERS_FIGURE
     return any(fnmatch(path, pattern) for pattern in PUBLISHED_PATTERNS) and not path.startswith(".")
@@ -239,7 +240,7 @@ def is_weights(path: str) -> bool:
 
 
 def _without_local_paths(name: str, path: Path) -> bytes | Path:
-    """Return the content of a file without directories of this machine; the file itself if it has none by its kind."""
+    """Return a file's content without directories of this machine; the file itself if none are possible."""
     if any(fnmatch(name, pattern) for pattern in VERBATIM):
         return path
     if name == TOKENIZER_CONFIG:

@@ -1,4 +1,4 @@
-"""An adapter on disk: complete, faithful, PEFT's own, and tied to its backbones."""
+"""An adapter's files: complete, exact, in PEFT's format, and bound to their backbones."""
 
 import json
 
@@ -140,7 +140,7 @@ def damaged(folder, what):
         ("another base", "adapter of another base: language backbone nano"),
         ("newer format", "format version 99 is newer"),
         ("lost weight", "lacks 1 of its weights"),
-        ("wrong shape", "has shape (1,), wanted"),
+        ("wrong shape", ", got (1,); the adapter is damaged"),
         ("truncated", "not a readable safetensors file"),
         ("no weights", "not an adapter, adapter_model.safetensors not found"),
     ],

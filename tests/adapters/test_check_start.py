@@ -1,5 +1,5 @@
-"""A released Flamingo, or a checkpoint of its shapes, starts a run with the backbones it was trained with, and no
-other: told in one line that names the right ones, before any weights are fetched."""
+"""A released Flamingo, or a checkpoint of the same shapes, is accepted only with the backbones it was trained
+with; other backbones are refused before any weights are downloaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import check_start
-from flamingo_ft.adapters.released_models import MODELS, released
+from flamingo_ft.adapters.released_models import RELEASED_MODELS, find_released
 from flamingo_ft.backbones import language
 from flamingo_ft.config import ModelSection
 from flamingo_ft.errors import UserError
@@ -49,21 +49,21 @@ def no_hub(monkeypatch):
     monkeypatch.delattr(language, "snapshot_download", raising=False)
 
 
-@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
-def test_each_released_model_goes_with_what_it_needs_and_says_so_of_what_it_does_not(model, no_hub):
+@pytest.mark.parametrize("model", RELEASED_MODELS, ids=lambda model: model.name)
+def test_a_released_model_is_accepted_with_what_it_needs_and_refused_otherwise(model, no_hub):
     check_start(section(model))
     for name in model.languages:
         check_start(section(model, language={"name": name}))
-    for other in MODELS:
+    for other in RELEASED_MODELS:
         if other.languages != model.languages:
             told = refusal(section(model, language={"name": other.languages[0]}))
             assert told == (
-                f"model.init_from: {model.name} goes with {model.needs()}; "
+                f"model.init_from: {model.name} needs {model.required_keys()}; "
                 f"the recipe has model.language.name {other.languages[0]}"
             )
     assert (
-        model.languages[0] in model.needs()
-        and f"cross_attn_every_n_layers {model.interval} " in model.needs()
+        model.languages[0] in model.required_keys()
+        and f"cross_attn_every_n_layers {model.interval} " in model.required_keys()
     )
 
 
@@ -82,20 +82,20 @@ WRONG = {
     "nano tower": ({"vision": {"name": "nano"}}, "model.vision {name: nano, pretrained: null}"),
     "interval": ({"cross_attn_every_n_layers": 1}, "cross_attn_every_n_layers 1"),
     "visibility": ({"media_visibility": "following"}, "media_visibility following"),
-    "sizes": ({"perceiver": {"num_latents": 8}}, "sizes of its own in model.perceiver (leave it out)"),
+    "sizes": ({"perceiver": {"num_latents": 8}}, "other sizes in model.perceiver (leave it out)"),
 }
 
 
 @pytest.mark.parametrize(("changes", "told"), WRONG.values(), ids=WRONG)
-def test_what_does_not_go_with_a_released_model_is_named_beside_what_does(changes, told, no_hub):
-    model = MODELS[2]
+def test_a_key_that_does_not_fit_a_released_model_is_named_with_the_right_value(changes, told, no_hub):
+    model = RELEASED_MODELS[2]
     message = refusal(section(model, **changes))
-    assert message.startswith(f"model.init_from: {model.name} goes with {model.needs()}; the recipe has ")
+    assert message.startswith(f"model.init_from: {model.name} needs {model.required_keys()}; the recipe has ")
     assert message.endswith(told)
 
 
-def test_all_that_is_wrong_is_told_at_once(no_hub):
-    message = refusal(section(MODELS[0], cross_attn_every_n_layers=2, vision={"name": "nano"}))
+def test_all_wrong_keys_are_reported_at_once(no_hub):
+    message = refusal(section(RELEASED_MODELS[0], cross_attn_every_n_layers=2, vision={"name": "nano"}))
     assert message.endswith(
         "the recipe has model.vision {name: nano, pretrained: null}, cross_attn_every_n_layers 2"
     )
@@ -107,19 +107,19 @@ def test_all_that_is_wrong_is_told_at_once(no_hub):
     {"name": "hf-hub:timm/vit_large_patch14_clip_224.openai"},
 ])  # fmt: skip
 def test_other_names_of_the_same_tower_are_the_same_tower(vision, no_hub):
-    check_start(section(MODELS[0], vision=vision))
+    check_start(section(RELEASED_MODELS[0], vision=vision))
 
 
-def test_a_copy_of_the_tower_is_known_by_its_architecture_or_in_a_folder_by_its_shape(tmp_path, no_hub):
+def test_a_copy_of_the_tower_is_recognized_by_architecture_or_shape(tmp_path, no_hub):
     (tmp_path / "weights.pt").write_bytes(b"")
-    check_start(section(MODELS[0], vision={**VISION, "pretrained": str(tmp_path / "weights.pt")}))
+    check_start(section(RELEASED_MODELS[0], vision={**VISION, "pretrained": str(tmp_path / "weights.pt")}))
     file = tmp_path / "open_clip_config.json"
     (tmp_path / "open_clip_model.safetensors").write_bytes(b"")
     shape = {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14}
     file.write_text(json.dumps({"model_cfg": {"embed_dim": 768, "vision_cfg": shape}}))
-    check_start(section(MODELS[0], vision={"name": str(tmp_path)}))
+    check_start(section(RELEASED_MODELS[0], vision={"name": str(tmp_path)}))
     file.write_text(json.dumps({"model_cfg": {"embed_dim": 768, "vision_cfg": {**shape, "patch_size": 16}}}))
-    message = refusal(section(MODELS[0], vision={"name": str(tmp_path)}))
+    message = refusal(section(RELEASED_MODELS[0], vision={"name": str(tmp_path)}))
     assert message.endswith(f"the recipe has model.vision {{name: {tmp_path}, pretrained: null}}")
 
 
@@ -127,13 +127,13 @@ def test_a_revision_and_a_copy_in_the_cache_are_still_the_released_model(tmp_pat
     name = "openflamingo/OpenFlamingo-4B-vitl-rpj3b"
     cached = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40) / "checkpoint.pt"
     for place in (f"{name}@main", name.lower(), cached):
-        assert released(place) is MODELS[2]
-    assert released("org/other") is None and released(tmp_path / "checkpoint.pt") is None
+        assert find_released(place) is RELEASED_MODELS[2]
+    assert find_released("org/other") is None and find_released(tmp_path / "checkpoint.pt") is None
 
 
-def test_a_copy_of_the_language_model_in_a_folder_is_known_by_its_shape(tmp_path):
+def test_a_local_copy_of_the_language_model_is_recognized_by_its_shape(tmp_path):
     write_stand_in(tmp_path / "lm", "gpt_neox")
-    model, folder = MODELS[2], {"name": str(tmp_path / "lm")}
+    model, folder = RELEASED_MODELS[2], {"name": str(tmp_path / "lm")}
     assert refusal(section(model, language=folder)).endswith(
         f"the recipe has model.language.name {tmp_path / 'lm'}"
     )
@@ -164,15 +164,17 @@ def checkpoint(path: Path, model, **changes) -> Path:
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_file_of_other_shapes_is_refused_with_the_released_model_that_has_them(small_run, wrapped):
-    path = checkpoint(small_run / "mine.pt", MODELS[2])
+    path = checkpoint(small_run / "mine.pt", RELEASED_MODELS[2])
     if wrapped:
         tensors = {f"module.{name}": tensor for name, tensor in torch.load(path).items()}
         torch.save({"model_state_dict": tensors, "epoch": 3}, path)
     wanted = recipe("model.init_from=mine.pt")
     message = refusal(wanted.model)
     assert message == (
-        f"model.init_from: {path} has cross-attention before gpt_neox.layers 1, 3, 5, ... of width 2560 on tower "
-        "tokens of width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of width 128 on "
+        f"model.init_from: {path} has cross-attention before gpt_neox.layers 1, 3, 5, ... of width 2560 on "
+        "tower "
+        "tokens of width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of width "
+        "128 on "
         "tower tokens of width 64; openflamingo/OpenFlamingo-4B-vitl-rpj3b (language model "
         "togethercomputer/RedPajama-INCITE-Base-3B-v1) or "
         "openflamingo/OpenFlamingo-4B-vitl-rpj3b-langinstruct (language model "
@@ -184,23 +186,23 @@ def test_a_file_of_other_shapes_is_refused_with_the_released_model_that_has_them
 
 
 def test_each_released_model_is_the_hint_for_its_own_shapes(small_run):
-    for model in MODELS:
+    for model in RELEASED_MODELS:
         path = checkpoint(small_run / "mine.pt", model)
         message = refusal(recipe(f"model.init_from={path}").model)
         assert f"{model.name} (language model {model.languages[0]})" in message
-        others = {other.name for other in MODELS if other.layers_path != model.layers_path}
+        others = {other.name for other in RELEASED_MODELS if other.layers_path != model.layers_path}
         assert not any(other in message for other in others)
 
 
 def test_a_file_of_shapes_that_nobody_released_is_refused_without_a_hint(small_run):
-    checkpoint(small_run / "mine.pt", MODELS[2], width=640)
+    checkpoint(small_run / "mine.pt", RELEASED_MODELS[2], width=640)
     message = refusal(recipe("model.init_from=mine.pt").model)
     assert message.endswith("; name the language model, the tower and the interval that it was trained with")
 
 
 @pytest.mark.parametrize("start", ["openflamingo/OpenFlamingo-3B-vitl-mpt1b", "mine.pt"])
 def test_a_wrong_pairing_is_refused_before_anything_is_loaded_or_written(start, small_run, monkeypatch):
-    checkpoint(small_run / "mine.pt", MODELS[0])
+    checkpoint(small_run / "mine.pt", RELEASED_MODELS[0])
     monkeypatch.delattr(train_module, "build_model")
     with pytest.raises(UserError, match="^model.init_from: .*OpenFlamingo-3B-vitl-mpt1b"):
         train(recipe(f"model.init_from={start}"))

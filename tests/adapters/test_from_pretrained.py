@@ -1,4 +1,4 @@
-"""transformers' own ways of loading: merged models, adapters, and compositions that name their backbones."""
+"""``from_pretrained`` loads merged models, adapters and compositions."""
 
 import shutil
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_a_composition_loads_as_the_base_of_its_adapter(adapters, kind, tmp_path
 
 
 @each_kind
-def test_peft_puts_an_adapter_that_names_its_composition_together(adapters, kind, tmp_path):
+def test_autopeft_loads_an_adapter_that_names_its_composition(adapters, kind, tmp_path):
     adapter, _ = adapter_with_base(adapters, kind, tmp_path)
     expected, processor = load_adapter(adapters / kind)
     found = AutoPeftModel.from_pretrained(adapter, import_allowlist=["flamingo_ft"])
@@ -109,7 +109,7 @@ def test_saving_an_adapter_that_names_its_composition_keeps_every_byte(adapters,
             assert path.read_bytes() == (tmp_path / kind / "again" / path.name).read_bytes(), path.name
 
 
-def test_a_composition_is_the_same_bytes_for_each_adapter_of_a_base_and_tells_no_path(adapters, tmp_path):
+def test_compositions_of_one_base_are_identical_and_hold_no_path(adapters, tmp_path):
     again = shutil.copytree(adapters / "LoRA everywhere", tmp_path / "again")
     shutil.copytree(adapters / "start", tmp_path / "start")
     for number, adapter in enumerate((adapters / "LoRA everywhere", again)):
@@ -118,7 +118,7 @@ def test_a_composition_is_the_same_bytes_for_each_adapter_of_a_base_and_tells_no
         assert path.read_bytes() == (tmp_path / "1" / path.name).read_bytes(), path.name
         for place in (adapters, PACKAGE):
             assert str(place).encode() not in path.read_bytes(), path.name
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="exists, and nothing"):
         write_composition(adapters / "bridge", tmp_path / "0")
 
 
@@ -149,7 +149,7 @@ def test_a_merged_model_loads_as_before(adapters, tmp_path):
     assert (tmp_path / "merged" / "flamingo_model_modeling.py").is_file()
 
 
-def test_a_dtype_is_that_of_all_weights_but_the_gates(adapters):
+def test_a_dtype_applies_to_all_weights_but_the_gates(adapters):
     model = auto(adapters / "bridge and LoRA", dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name.endswith("_gate") else torch.bfloat16), name
@@ -172,12 +172,12 @@ def test_one_device_is_understood(adapters, device_map):
     [
         ({"device_map": {"perceiver": 0, "": "cpu"}}, "is not one device"),
         ({"device_map": "balanced"}, "is not one device"),
-        ({"quantization_config": {"load_in_4bit": True}}, "in no other quantization"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantized as it records, and not otherwise"),
         ({"state_dict": {}}, "cannot take state_dict"),
-        ({"dtype": "small"}, "no number format"),
+        ({"dtype": "small"}, "is not a torch dtype"),
     ],
 )
-def test_options_that_parts_cannot_have_are_refused_in_one_line(adapters, options, message):
+def test_unsupported_options_are_refused_in_one_line(adapters, options, message):
     with pytest.raises(UserError, match=message) as error:
         flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapters / "bridge", **options)
     assert "\n" not in str(error.value)

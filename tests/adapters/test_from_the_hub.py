@@ -1,4 +1,4 @@
-"""An adapter and its composition on the Hub, by the adapter's name alone, through transformers and PEFT."""
+"""An adapter and its composition load from the Hub by the adapter's name, with transformers and PEFT."""
 
 import shutil
 
@@ -18,8 +18,8 @@ from ..hub_server import READER, WRITER
 
 @pytest.fixture
 def pushed(hub, small_run):
-    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it builds on
-    is here no longer."""
+    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it
+    builds on is here no longer."""
     adapter, base = "somebody/digits", "somebody/digits-base"
     model, processor = regimes.build(*regimes.REGIMES["LoRA everywhere"])
     regimes.shake(model, 0.3)
@@ -37,7 +37,7 @@ def pushed(hub, small_run):
     return adapter, base, expected
 
 
-def test_the_adapters_name_is_enough(pushed):
+def test_an_adapter_loads_by_its_name_alone(pushed):
     adapter, _, expected = pushed
     processor = AutoProcessor.from_pretrained(adapter)
     for found in (
@@ -51,7 +51,7 @@ def test_the_adapters_name_is_enough(pushed):
 
 
 @pytest.mark.slow
-def test_an_adapter_that_names_its_language_model_alone_is_told_what_it_lacks(pushed, hub, tmp_path):
+def test_an_adapter_that_names_only_its_language_model_is_refused_with_what_it_lacks(pushed, hub, tmp_path):
     api = HfApi(endpoint=hub.url, token=WRITER)
     api.create_repo("somebody/lm")
     api.upload_file(

@@ -1,4 +1,5 @@
-"""Starting from what was trained before: it is where the second stage begins, and part of what it belongs to."""
+"""Training in stages: a run starts from an earlier adapter, model or checkpoint, which becomes part of its
+base."""
 
 import json
 import shutil
@@ -105,20 +106,20 @@ def test_a_bridge_of_another_shape_or_other_backbones_is_refused(small_run, over
     assert f"model.init_from: {small_run}/{told}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_that_holds_nothing_to_start_from_is_refused(small_run):
+def test_a_folder_without_a_model_is_refused(small_run):
     Path("empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no adapter, no merged model and is no checkpoint"):
+    with pytest.raises(UserError, match="empty holds no adapter, merged model or checkpoint"):
         build("model.init_from=empty")
 
 
-def test_a_bridge_that_moved_is_found_where_it_is_said_to_be(small_run):
+def test_a_bridge_that_moved_is_found_at_the_given_path(small_run):
     model, processor = build(*LORA_ONLY)
     shake(model)
     save_adapter(model, processor, Path("adapter"))
     shutil.move("start", "elsewhere")
     with pytest.raises(
         UserError,
-        match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it beside",
+        match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it",
     ):
         load_adapter("adapter")
     with pytest.raises(UserError, match="no folder elsewher; did you mean elsewhere?"):
@@ -126,7 +127,7 @@ def test_a_bridge_that_moved_is_found_where_it_is_said_to_be(small_run):
     assert torch.equal(logits(*load_adapter("adapter", start="elsewhere")), logits(model, processor))
 
 
-def test_updates_that_go_on_start_where_they_ended_whatever_they_started_from(small_run):
+def test_lora_that_is_trained_further_is_not_initialized_again(small_run):
     write_start(small_run / "first", LORA)
     expected = logits(*load_adapter("first"))
     for how in ("pissa", "eva"):
@@ -154,7 +155,7 @@ def test_a_start_whose_own_base_changed_is_refused(small_run):
         build("model.init_from=second")
 
 
-def test_a_model_that_was_written_quantized_is_nothing_to_start_from(small_run):
+def test_starting_from_a_model_that_was_written_quantized_is_refused(small_run):
     merge_adapter("start", "merged", quantization=Quantization("nf4"), margin=2.0)
     with pytest.raises(UserError, match="merged was written quantized; start from the adapter"):
         build("model.init_from=merged")
@@ -203,7 +204,7 @@ def test_a_bridge_that_changed_is_refused(small_run):
         load_adapter("adapter")
 
 
-def test_an_adapter_says_what_it_builds_on(small_run):
+def test_an_adapter_records_what_it_builds_on(small_run):
     save_adapter(*build(*LORA_ONLY), Path("adapter"))
     record = json.loads(Path("adapter", "config.json").read_text())["bridge_init"]
     assert record["path"] == str(small_run / "start") and len(record["sha256"]) == 64

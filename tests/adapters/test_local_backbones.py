@@ -1,4 +1,5 @@
-"""Backbones in local folders: an adapter finds them from every directory, after a move too, and shows no path of them."""
+"""Backbones in local folders: an adapter finds them from any directory and after a move, and publishes no
+path."""
 
 import json
 import shutil
@@ -27,7 +28,8 @@ LOCAL = RECIPE.replace("vision: {name: nano}", "vision: {name: models/eyes}").re
 
 @pytest.fixture(scope="module")
 def made(trained_start, tmp_path_factory):
-    """A folder with a recipe that names both backbones relative to itself, an adapter of it, and what that says."""
+    """A folder with a recipe that names both backbones relative to itself, an adapter of it, and what that
+    says."""
     folder = tmp_path_factory.mktemp("local")
     shutil.copytree(trained_start, folder, dirs_exist_ok=True)
     shutil.copytree(WORDS, folder / "words")
@@ -116,7 +118,7 @@ def test_a_folder_of_the_same_name_in_the_current_directory_is_not_taken_for_a_b
         load_language("words", "0" * 40, local_files_only=True)
 
 
-def test_a_checkpoint_goes_on_where_its_backbones_lie_elsewhere_by_now(local, made, monkeypatch):
+def test_a_checkpoint_resumes_after_its_backbones_moved(local, made, monkeypatch):
     here, _ = local
     monkeypatch.chdir(here)
     model, processor = build()

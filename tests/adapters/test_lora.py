@@ -1,4 +1,4 @@
-"""LoRA: which matrices get an update, what updates start from, and that one that cannot be is refused in words."""
+"""LoRA: its targets, its initializations, and errors for what the weights do not allow."""
 
 import copy
 import re
@@ -75,7 +75,7 @@ def test_all_linear_is_every_matrix_of_the_part_but_the_head(small_run):
     assert found == [f"lang_encoder.{name}" for name in matrices]
 
 
-def test_the_matrices_of_gpt2s_kind_get_updates_too():
+def test_gpt2s_conv1d_layers_get_lora_too():
     language = load_language("nano")
     config = GPT2Config(vocab_size=len(language.tokenizer), n_layer=2, n_head=2, n_embd=16)
     backbone = LanguageBackbone(GPT2LMHeadModel(config), language.tokenizer, {})
@@ -127,13 +127,13 @@ def test_a_pattern_matches_the_chosen_matrices_and_no_other(chosen):
 @pytest.mark.parametrize(
     "how", ["lora.init_lora_weights=default", "lora.init_lora_weights=gaussian", "lora.use_dora=true"]
 )
-def test_a_fresh_update_changes_nothing(small_run, how):
+def test_new_lora_changes_nothing(small_run, how):
     expected = logits(*build("model.init_from=start"))
     found = logits(*build(LORA, how, "model.init_from=start"))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_layers_that_the_tokens_do_not_come_from_get_no_update(small_run):
+def test_tower_layers_that_patch_tokens_do_not_depend_on_get_no_lora(small_run):
     """A pooler would never get a gradient."""
     visual = build_visual(small_siglip())
     pooler = {
@@ -148,7 +148,7 @@ def test_layers_that_the_tokens_do_not_come_from_get_no_update(small_run):
     )
 
 
-def test_a_tower_of_convolutions_has_no_matrix_to_update(small_run):
+def test_a_convolutional_tower_has_no_linear_layers_for_lora(small_run):
     with pytest.raises(
         UserError, match="lora.vision.target_modules: all-linear matches no matrix of the vision part"
     ):
@@ -160,12 +160,12 @@ def test_rslora_scales_by_the_root_of_the_rank(small_run):
     assert {layer.scaling["default"] for layer in layers(model).values()} == {8 / 4**0.5}
 
 
-def test_dropout_is_on_what_goes_into_updates(small_run):
+def test_dropout_applies_to_the_inputs_of_lora(small_run):
     model, _ = build(LORA, "lora.lora_dropout=0.25", "lora.vision={r: 2}")
     assert {layer.lora_dropout["default"].p for layer in layers(model).values()} == {0.25}
 
 
-def test_pissa_changes_nothing_at_first_and_is_kept_as_a_lora_on_the_untouched_base(small_run):
+def test_pissa_changes_nothing_at_first_and_is_saved_as_lora_on_the_original_base(small_run):
     plain, _ = build("model.init_from=start")
     model, processor = build(LORA, "lora.init_lora_weights=pissa", "model.init_from=start")
     torch.testing.assert_close(logits(model, processor), logits(plain, processor), rtol=0, atol=1e-4)
@@ -183,7 +183,7 @@ def test_pissa_changes_nothing_at_first_and_is_kept_as_a_lora_on_the_untouched_b
     torch.testing.assert_close(logits(loaded, processor), logits(model, processor), rtol=0, atol=2e-4)
 
 
-def test_loftq_starts_at_the_best_update_to_what_quantization_lost(small_run):
+def test_loftq_starts_at_the_best_approximation_of_the_quantization_error(small_run):
     overrides = (*quantized("nf4", "LoRA"), NOTHING_WHOLE, LORA, "model.init_from=start")
     parts = ("lora.cross_attention={r: 2}", "lora.vision={r: 2}")
     model, _ = build(*overrides, *parts, "lora.init_lora_weights=loftq")
@@ -198,7 +198,7 @@ def test_loftq_starts_at_the_best_update_to_what_quantization_lost(small_run):
         assert 0 < (lost - best).norm() < 0.99 * lost.norm()
 
 
-def test_eva_starts_along_the_principal_directions_of_what_a_layer_reads(small_run):
+def test_eva_starts_at_the_principal_directions_of_a_layers_inputs(small_run):
     """On one batch the incremental PCA of the paper is the plain one: compared in float64."""
     read = []
 
@@ -224,25 +224,25 @@ def test_eva_starts_along_the_principal_directions_of_what_a_layer_reads(small_r
     [
         (
             (*quantized("nf4"), "lora.init_lora_weights=pissa"),
-            "pissa takes its start out of the weights, and lang_encoder.",
+            "pissa takes the LoRA weights out of the matrix, and lang_encoder.",
         ),
-        (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is kept as a LoRA of twice the rank"),
-        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4 bits lost, and lang_encoder."),
+        (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is saved as LoRA of twice the rank"),
+        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4-bit quantization lost, and lang_"),
         (
             ("lora.init_lora_weights=pissa", "lora.perceiver={r: 2}", "trainable.perceiver=false"),
-            "pissa takes its start out of the weights, and those of a fresh bridge are kept",
+            "pissa takes the LoRA weights out of the matrix, and a new bridge is saved whole",
         ),
-        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4 bits lost"),
-        (("lora.init_lora_weights=eva",), "eva looks at training batches, and there are none here"),
+        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4-bit quantization"),
+        (("lora.init_lora_weights=eva",), "eva needs training batches, and there are none here"),
     ],
 )
-def test_an_initialisation_that_the_weights_do_not_allow_is_refused(small_run, overrides, told):
+def test_an_initialization_that_the_weights_do_not_allow_is_refused(small_run, overrides, told):
     with pytest.raises(UserError) as error:
         build(LORA, *overrides)
     assert f"lora.init_lora_weights: {told}" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_tower_learns_through_its_updates_and_only_through_them(small_run):
+def test_the_tower_trains_through_its_lora_only(small_run):
     model, processor = build("lora.vision={r: 2}", "model.init_from=start")
     model.train()(**inputs(processor)).logits.sum().backward()
     with_gradient = {
@@ -252,7 +252,7 @@ def test_the_tower_learns_through_its_updates_and_only_through_them(small_run):
     assert with_gradient == declared and all(".lora_" in name for name in declared)
 
 
-def test_adding_lora_leaves_what_trains_otherwise_as_it_was(small_run):
+def test_adding_lora_does_not_change_what_else_is_trainable(small_run):
     model, _ = build()
     set_trainable(model, TrainableSection(perceiver=False))
     before = set(trainable_parameters(model))

@@ -1,4 +1,4 @@
-"""A merged model says what the adapter says, stands alone, and is never written over anything or by half."""
+"""A merged model equals its adapter, needs no base, and never overwrites anything."""
 
 import inspect
 import json
@@ -68,14 +68,14 @@ def test_merged_equals_unmerged(small_run, regime, extra):
 
 
 @pytest.mark.parametrize("regime", REGIMES)
-def test_merged_into_what_the_quantized_base_stands_for_equals_unmerged(small_run, regime):
+def test_merged_into_the_dequantized_base_equals_unmerged(small_run, regime):
     expected = adapter(*REGIMES[regime], *quantized("nf4", regime))
     merge_adapter("adapter", "merged", base="dequantized", dtype=torch.float32)
     assert distance(logits(*load_trained("merged")), expected) < 1e-4
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_merged_into_the_unquantized_base_is_the_base_with_the_adapters_update(small_run, form):
+def test_merged_into_the_unquantized_base_is_the_base_plus_the_adapters_lora(small_run, form):
     """W + scaling * B A of the original W, entry by entry, in float64."""
     adapter(*REGIMES["bridge and LoRA"], *quantized(form))
     merge_adapter("adapter", "merged", dtype=torch.float32)
@@ -94,13 +94,14 @@ def test_merged_into_the_unquantized_base_is_the_base_with_the_adapters_update(s
 
 
 @pytest.mark.slow
-def test_a_merged_model_is_one_of_transformers_after_the_import_alone(small_run):
+def test_transformers_loads_a_merged_model_after_importing_the_package(small_run):
     expected = adapter(LORA, "lora.vision={r: 2}")
     merge_adapter("adapter", "merged", dtype=torch.float32)
     script = (
         "import torch; import flamingo_ft; from transformers import AutoModelForImageTextToText;"
         "model = AutoModelForImageTextToText.from_pretrained('merged').eval();"
-        "assert not hasattr(model, 'peft_config') and not any('lora' in name for name, _ in model.named_parameters());"
+        "assert not hasattr(model, 'peft_config') and not any('lora' in name for name, _ in "
+        "model.named_parameters());"
         "inputs = torch.load('inputs.pt');"
         "torch.save(model(**inputs).logits.detach(), 'logits.pt')"
     )
@@ -112,7 +113,7 @@ def test_a_merged_model_is_one_of_transformers_after_the_import_alone(small_run)
     assert distance(torch.load("logits.pt"), expected) < 1e-5
 
 
-def test_a_merged_model_keeps_gates_in_float32_and_all_else_as_asked(small_run):
+def test_a_merged_model_has_float32_gates_and_the_requested_dtype_elsewhere(small_run):
     adapter(LORA)
     merge_adapter("adapter", "merged")
     written = load_file(Path("merged", "model.safetensors"))
@@ -136,7 +137,7 @@ def test_a_merged_model_is_quantized_again_by_transformers(small_run, options):
     assert distance(logits(model, AutoProcessor.from_pretrained("merged")), expected) < 0.25
 
 
-def test_a_merged_model_is_written_quantized_where_that_is_asked(small_run):
+def test_a_merged_model_is_written_quantized_on_request(small_run):
     expected = adapter(LORA)
     report = merge_adapter("adapter", "merged", dtype=torch.float32, quantization=Quantization("nf4"))
     assert report["quantization"]["format"] == "nf4"
@@ -154,7 +155,7 @@ def test_large_models_are_written_in_shards(small_run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_a_quantized_base_stands_for_does_not_depend_on_the_merged_number_format(small_run):
+def test_the_dequantized_base_does_not_depend_on_the_merged_dtype(small_run):
     adapter(LORA, *quantized("nf4"))
     trained = load_adapter("adapter")[0].get_submodule("lang_encoder.model.layers.0.mlp.up_proj")
     merge_adapter("adapter", "merged", base="dequantized")
@@ -168,7 +169,7 @@ def test_what_a_quantized_base_stands_for_does_not_depend_on_the_merged_number_f
 
 
 @pytest.mark.slow
-def test_a_folder_that_looks_unfinished_is_left_alone(small_run):
+def test_a_folder_with_the_hidden_name_of_a_merge_is_not_deleted(small_run):
     adapter(LORA)
     Path("merged.unfinished").mkdir()
     Path("merged.unfinished", "mine").write_text("mine")
@@ -190,7 +191,7 @@ def test_a_merge_is_measured_on_held_out_samples_else_trained_ones_else_made_up_
 
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "tokenizer.json"])
-def test_a_damaged_file_is_told_in_one_line(small_run, capsys, name):
+def test_a_damaged_file_is_reported_in_one_line(small_run, capsys, name):
     adapter(LORA)
     Path("adapter", name).write_text("{")
     assert "adapter: " in refused(capsys, "adapter", "merged")
@@ -198,7 +199,7 @@ def test_a_damaged_file_is_told_in_one_line(small_run, capsys, name):
     refused(capsys, "adapter", "merged")
 
 
-def test_a_folder_of_another_model_is_told_in_one_line(small_run, capsys):
+def test_a_folder_of_another_model_is_reported_in_one_line(small_run, capsys):
     flamingo_ft.load_language("nano").model.save_pretrained("llama")
     assert cli.main(["generate", "llama", "--prompt", "What?"]) == 2
     assert (
@@ -218,7 +219,7 @@ def test_merging_twice_or_onto_something_is_refused(small_run, capsys):
     shown = capsys.readouterr().out
     assert "verified " in shown and "token agreement 100.0 %" in shown and "loss +0.0000" in shown
     before = {path.name: path.read_bytes() for path in Path("merged").iterdir()}
-    assert "merged: exists already, and nothing is overwritten" in refused(capsys, "adapter", "merged")
+    assert "merged: exists, and nothing is overwritten" in refused(capsys, "adapter", "merged")
     assert "merged: is a merged model already" in refused(capsys, "merged", "again")
     assert {path.name: path.read_bytes() for path in Path("merged").iterdir()} == before
     assert not Path("again").exists()
@@ -274,7 +275,8 @@ def test_a_wrong_merge_is_refused_whatever_the_margins(small_run, capsys, monkey
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_merged_matrix_is_rounded_once(small_run, dtype):
-    """No further from W + scaling * B A than half the dtype's spacing, the base not rounded before the sum."""
+    """No further from W + scaling * B A than half the dtype's spacing, the base not rounded before the
+    sum."""
     adapter(LORA)
     merge_adapter("adapter", "merged", dtype=dtype)
     tensors, written = (
@@ -299,7 +301,7 @@ def test_what_quantization_alone_changes_is_measured_beside_it(small_run):
     assert quantization_formats(load_trained("merged")[0]) == {"4bit"}
 
 
-def test_an_adapter_with_values_that_are_not_finite_is_refused_by_the_tensors_name(small_run, capsys):
+def test_an_adapter_with_nan_or_inf_is_refused_with_the_tensors_name(small_run, capsys):
     adapter(LORA)
     tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
     name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))

@@ -1,4 +1,4 @@
-"""Several adapters on one base: each is itself when it is in use, and combinations are what their names say."""
+"""Several adapters on one base: each gives its own outputs in use; combinations; errors."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def load_all() -> Adapters:
     return adapters
 
 
-def test_each_adapter_is_itself_when_it_is_in_use(folders):
+def test_an_adapter_in_use_gives_its_own_logits(folders):
     adapters = load_all()
     assert adapters.names == ["a", "b", "c"] and adapters.in_use == "c"
     for name in "cabca":
@@ -50,7 +50,7 @@ def test_a_bridge_stays_where_only_lora_is_switched(folders):
     assert not torch.equal(logits(adapters.model, adapters.processor), folders["b"])
 
 
-def test_disabled_is_without_lora_and_only_inside_the_block(folders):
+def test_disabled_removes_lora_only_inside_the_block(folders):
     adapters = load_all()
     adapters.use("a")
     with adapters.disabled():
@@ -69,8 +69,9 @@ def test_a_combination_of_one_adapter_is_that_adapter(folders):
     torch.testing.assert_close(found, folders["a"], rtol=1e-4, atol=1e-4)
 
 
-def test_a_linear_combination_averages_the_factors_of_every_update(folders):
-    """PEFT combines A and B, each weighted by the root of weight times scaling, rather than their products."""
+def test_a_linear_combination_averages_a_and_b_of_every_layer(folders):
+    """PEFT combines A and B, each weighted by the root of weight times scaling, rather than their
+    products."""
     adapters = load_all()
     adapters.combine({"a": 0.5, "b": 0.5}, "mean")
     for prefix in ("lang_encoder.", "perceiver."):
@@ -122,7 +123,7 @@ def test_an_adapter_of_another_base_is_refused(folders):
         adapters.load("second", "second")
 
 
-def test_an_update_in_the_tower_is_itself_after_an_adapter_without(small_run):
+def test_lora_on_the_tower_is_right_after_using_an_adapter_without_it(small_run):
     for name, overrides in {"a": (LORA,), "v": ("lora.vision={r: 2}",)}.items():
         model, processor = build(*overrides)
         shake(model, 0.2)
@@ -133,7 +134,7 @@ def test_an_update_in_the_tower_is_itself_after_an_adapter_without(small_run):
     torch.testing.assert_close(logits(adapters.model, adapters.processor), expected, rtol=0, atol=1e-4)
 
 
-def test_an_adapter_is_saved_as_it_is_beside_another_that_updates_more(folders):
+def test_an_adapter_is_saved_as_it_is_beside_another_with_more_lora(folders):
     model, processor = build(LORA)
     shake(model, 0.2)
     save_adapter(model, processor, Path("plain"))
@@ -144,7 +145,7 @@ def test_an_adapter_is_saved_as_it_is_beside_another_that_updates_more(folders):
     assert torch.equal(logits(*load_adapter("again")), logits(model, processor))
 
 
-def test_adapters_whose_names_begin_alike_do_not_meet(small_run):
+def test_adapters_whose_names_share_a_prefix_do_not_mix(small_run):
     for name, dtype in {"x": "fp32", "y": "bf16"}.items():
         model, processor = build(LORA, f"trainable.dtype={dtype}")
         shake(model, 0.2)
@@ -155,12 +156,12 @@ def test_adapters_whose_names_begin_alike_do_not_meet(small_run):
     assert torch.equal(logits(adapters.model, adapters.processor), logits(*load_adapter("x")))
 
 
-def test_a_combination_takes_no_name_that_is_taken_or_empty(folders):
+def test_a_combination_with_a_taken_or_empty_name_is_refused(folders):
     adapters = load_all()
     for name, told in {"a": "an adapter named a is loaded already", "": "an adapter's name is empty"}.items():
         with pytest.raises(UserError, match=told):
             adapters.combine({"a": 0.5, "b": 0.5}, name)
-    with pytest.raises(UserError, match="found no adapters to combine"):
+    with pytest.raises(UserError, match="no adapters to combine"):
         adapters.combine({}, "none")
     adapters.use("a")
     assert torch.equal(logits(adapters.model, adapters.processor), folders["a"])

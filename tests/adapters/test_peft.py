@@ -1,4 +1,4 @@
-"""Second adapters through PEFT's own ways: what is switched, and what is not, is the same in all of them."""
+"""A second adapter through PEFT's and transformers' own methods: what is switched and what is not."""
 
 import importlib.metadata
 import shutil
@@ -41,7 +41,8 @@ def pairs(trained_start, tmp_path_factory):
 
 @pytest.fixture(params=["bridge and LoRA", pytest.param("LoRA", marks=pytest.mark.slow)])
 def pair(request, pairs):
-    """Both folders of a kind, what each adapter says, and what the first one's LoRA says with the other's bridge."""
+    """Both folders of a kind, what each adapter says, and what the first one's LoRA says with the other's
+    bridge."""
     first, second = pairs[request.param]
     (model, processor), (other, _) = load_adapter(first), load_adapter(second)
     said = [regimes.logits(model, processor), regimes.logits(other, processor)]
@@ -92,7 +93,7 @@ def test_peft_swaps_adapters_that_hold_no_bridge(pairs):
     assert torch.equal(regimes.logits(model, processor), regimes.logits(expected, processor))
 
 
-def test_replacing_an_adapter_takes_its_bridge_along_and_no_more_memory(pair):
+def test_replacing_an_adapter_replaces_its_bridge_and_needs_no_more_memory(pair):
     first, second, one, two, _, processor = pair
     adapters = Adapters(first)
     assert torch.equal(regimes.logits(adapters.model, processor), one)
@@ -106,7 +107,7 @@ def test_replacing_an_adapter_takes_its_bridge_along_and_no_more_memory(pair):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_another_shape_takes_no_ones_place(pairs, trained_start, tmp_path, monkeypatch):
+def test_replacing_an_adapter_by_one_of_another_shape_is_refused(pairs, trained_start, tmp_path, monkeypatch):
     monkeypatch.chdir(trained_start)
     model, processor = regimes.build("lora.language={r: 3, lora_alpha: 8}")
     save_adapter(model, processor, tmp_path / "other")

@@ -1,4 +1,5 @@
-"""The three regimes, unquantized and quantized: what trains, what is kept, and that it comes back."""
+"""The three training regimes, unquantized and quantized: what trains, what is saved, and that it loads
+again."""
 
 import os
 import subprocess
@@ -42,9 +43,7 @@ def test_a_step_changes_declared_parameters_and_no_bit_of_anything_else(small_ru
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_an_adapter_comes_back_with_the_same_logits_through_this_package_and_through_plain_peft(
-    small_run, regime, form
-):
+def test_a_loaded_adapter_gives_the_same_logits_in_this_package_and_in_plain_peft(small_run, regime, form):
     model, processor = build(*settings(regime, form))
     shake(model)
     save_adapter(model, processor, Path("adapter"))
@@ -76,7 +75,8 @@ def test_saving_again_keeps_every_byte(small_run, regime, form):
 @pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_hash_seed(small_run):
     script = (
-        "from pathlib import Path; from flamingo_ft.adapters import save_adapter; from flamingo_ft.config import load_recipe;"
+        "from pathlib import Path; from flamingo_ft.adapters import save_adapter; from flamingo_ft.config "
+        "import load_recipe;"
         "from flamingo_ft.training.build import build_model; import sys;"
         "save_adapter(*build_model(load_recipe('./recipe.yaml', sys.argv[2:])), Path(sys.argv[1]))"
     )
@@ -87,14 +87,14 @@ def test_the_bytes_do_not_depend_on_the_hash_seed(small_run):
         assert path.read_bytes() == Path("2", path.name).read_bytes(), path.name
 
 
-def test_what_was_started_from_and_stayed_frozen_is_not_in_the_adapter(small_run):
+def test_frozen_parts_of_a_loaded_bridge_are_not_in_the_adapter(small_run):
     model, processor = build(*settings("LoRA only", "nf4"))
     save_adapter(model, processor, Path("adapter"))
     assert all(".lora_" in name for name in load_file(Path("adapter", ADAPTER_WEIGHTS)))
     assert model.config.bridge_init["path"] == str(small_run / "start")
 
 
-def test_a_frozen_part_of_a_fresh_bridge_is_in_the_adapter(small_run):
+def test_frozen_parts_of_a_new_bridge_are_in_the_adapter(small_run):
     model, processor = build("trainable.perceiver=false")
     shake(model)
     save_adapter(model, processor, Path("adapter"))
@@ -103,7 +103,7 @@ def test_a_frozen_part_of_a_fresh_bridge_is_in_the_adapter(small_run):
     assert torch.equal(logits(*load_adapter("adapter")), expected)
 
 
-def test_saving_refuses_an_update_that_the_adapter_would_not_hold(small_run):
+def test_saving_refuses_lora_that_the_adapter_would_not_hold(small_run):
     model, processor = build(*REGIMES["bridge and LoRA"])
     inject_adapter_in_model(LoraConfig(target_modules=["layers.0.self_attn.q_proj"]), model, "other")
     model.get_submodule("lang_encoder.model.layers.0.self_attn.q_proj").lora_A["other"].requires_grad_(True)
@@ -114,7 +114,7 @@ def test_saving_refuses_an_update_that_the_adapter_would_not_hold(small_run):
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_trainer_leaves_the_declared_number_formats_and_gates_in_float32(small_run, form, dtype):
+def test_a_trainer_keeps_the_declared_dtypes_and_float32_gates(small_run, form, dtype):
     wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     overrides = (*settings("bridge and LoRA", form), f"trainable.dtype={dtype}")
     model, processor = build(*overrides)

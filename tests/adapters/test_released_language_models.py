@@ -1,5 +1,5 @@
-"""The language models of the released Flamingos, as the Hub has them, carry bridges and LoRA like any other:
-quantized, saved, loaded again, merged; and none of their code runs."""
+"""The language models of the released Flamingos, as published: quantized, saved, loaded and merged like any
+other, without running their remote code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def family(request, small_run) -> str:
 
 
 @pytest.mark.parametrize("family", LINEAR, indirect=True)
-def test_they_load_whole_without_their_code(family):
+def test_all_weights_load_without_remote_code(family):
     loaded = load_language("./lm")
     assert loaded.model.config.model_type == family
     assert type(loaded.model).__module__.split(".")[0] in ("transformers", "flamingo_ft")
@@ -46,7 +46,7 @@ def test_they_load_whole_without_their_code(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mosaic_gpt", *OTHERS], indirect=True)
-def test_an_adapter_of_them_comes_back_in_four_bits_and_merges(family):
+def test_an_adapter_on_them_loads_in_4_bits_and_merges(family):
     settings = ("model.language.name=./lm", *quantized("nf4"), LORA)
     model, processor = build(*settings)
     assert quantization_formats(model.lang_encoder) == {"4bit"}

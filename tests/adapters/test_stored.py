@@ -1,4 +1,4 @@
-"""Adapters that earlier versions of the package wrote still load, and say what they said."""
+"""Adapters of earlier versions load and give the recorded logits."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ STORED = sorted(path.parent for path in (Path(__file__).parent / "stored").glob(
 
 
 @pytest.mark.parametrize("folder", STORED, ids=lambda folder: folder.name)
-def test_a_stored_adapter_says_what_it_said(folder):
+def test_a_stored_adapter_gives_the_recorded_logits(folder):
     expected = load_file(folder / EXPECTED)["logits"]
     assert torch.allclose(what_it_says(*load_adapter(folder)), expected, rtol=1e-3, atol=1e-3)
     model, processor = (
@@ -27,7 +27,7 @@ def test_a_stored_adapter_says_what_it_said(folder):
     assert torch.allclose(what_it_says(model, processor), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_stored_adapters_say_different_things():
+def test_the_stored_adapters_have_different_logits():
     said = [load_file(folder / EXPECTED)["logits"] for folder in STORED]
     assert len(said) >= 3 and all(
         (one - two).abs().max() > 0.1 for i, one in enumerate(said) for two in said[:i]

@@ -1,4 +1,4 @@
-"""What was written is verified tensor by tensor: any fault is found, and named."""
+"""A merged model is verified tensor by tensor: any fault is found and named."""
 
 import shutil
 from collections.abc import Callable
@@ -96,7 +96,7 @@ FAULTS |= {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_what_was_written_is_found_and_named(merges, tmp_path, fault, dtype):
+def test_a_fault_in_a_written_tensor_is_found_and_named(merges, tmp_path, fault, dtype):
     folder, base = merges
     shutil.copytree(folder / dtype, tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"
@@ -109,7 +109,7 @@ def test_a_fault_in_what_was_written_is_found_and_named(merges, tmp_path, fault,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_right_comes_within_its_rounding_and_leaves_the_base_alone(merges, dtype):
+def test_a_correct_merge_is_within_rounding_and_the_base_is_unchanged(merges, dtype):
     folder, base = merges
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     verified = verify_merge(folder / dtype, folder / "adapter", base, DTYPES[dtype])
@@ -121,7 +121,7 @@ def test_what_is_right_comes_within_its_rounding_and_leaves_the_base_alone(merge
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
-def test_lora_of_another_matrix_is_not_taken_for_this_ones(merges, tmp_path):
+def test_lora_of_another_matrix_is_not_accepted(merges, tmp_path):
     folder, base = merges
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     file = Path(tmp_path, "adapter", "adapter_model.safetensors")
@@ -153,7 +153,7 @@ FAMILIES = {
 @pytest.mark.parametrize("base", ["bf16", "dequantized"])
 @pytest.mark.parametrize("kind", ["lora.use_dora=false", "lora.use_dora=true"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_matrices_that_are_stored_otherwise_are_verified_too(small_run, family, kind, base):
+def test_matrices_with_converted_storage_are_verified_too(small_run, family, kind, base):
     nano = flamingo_ft.load_language("nano").tokenizer
     config = AutoConfig.for_model(family, **FAMILIES[family], vocab_size=len(nano))
     AutoModelForCausalLM.from_config(config).save_pretrained("lm")

@@ -128,7 +128,7 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
         ),
         (
             ["model.language.quantization=nf4", "lora.language={}", "lora.init_lora_weights=pissa"],
-            "lora.init_lora_weights: pissa takes its start out of the weights",
+            "lora.init_lora_weights: pissa takes the LoRA weights out of the matrix",
         ),
         (
             ["lora.language={target_modules: [query]}"],
@@ -136,7 +136,7 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
             "it has model.layers.*.self_attn.q_proj",
         ),
         (["lora.perceiver={}"], "lora.perceiver: trainable.perceiver is true too"),
-        (["model.init_from=."], " holds no adapter, no merged model and is no checkpoint"),
+        (["model.init_from=."], " holds no adapter, merged model or checkpoint"),
         (["train.activation_offload=true"], "train.activation_offload: there is no GPU"),
         (
             ["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"],

@@ -1,4 +1,4 @@
-"""Recipes are read strictly: every error names its place in the file, the value that was found and a remedy."""
+"""Recipes are read strictly: every error names its place in the file, the value found and a remedy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Data as people have it, one fixture per schema and per kind of source, all about the same real scans of digits.
+"""Data as people have it, one fixture per schema and per kind of source, all about the same real scans of
+digits.
 
-`FIXTURES` maps a name to a function that writes the fixture into a folder and returns an entry of ``data.train``.
+`FIXTURES` maps a name to a function that writes the fixture into a folder and returns an entry of
+``data.train``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What people's data is wrong in, and the one line that each mistake is told in: file, row, field, found, wanted."""
+"""What people's data is wrong in, and the one line that each mistake is told in: file, row, field, found,
+wanted."""
 
 import csv
 import json
@@ -353,7 +354,8 @@ def folder(tmp_path):
 
 
 def told(entry: dict, folder) -> str:
-    """The one line that a source is refused with, when it is opened or where its first bad row is read or shown."""
+    """The one line that a source is refused with, when it is opened or where its first bad row is read or
+    shown."""
     source = DataSource(**entry)
     with pytest.raises(UserError) as caught:
         opened = open_source(source, DataSection(train=(source,)))

@@ -1,4 +1,5 @@
-"""Whatever the chat template: an answer is asked for with exactly the tokens that stood before it in training."""
+"""Whatever the chat template: an answer is asked for with exactly the tokens that stood before it in
+training."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""What a message says beside its words is followed or refused by name: whether it is learned, reasoning, tool calls."""
+"""What a message says beside its words is followed or refused by name: whether it is learned, reasoning,
+tool calls."""
 
 import json
 

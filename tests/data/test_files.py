@@ -1,4 +1,5 @@
-"""A file is found under its name however its accents are encoded, and no encoding leads out of the image root."""
+"""A file is found under its name however its accents are encoded, and no encoding leads out of the image
+root."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Samples: what a file may hold, and how everything else is refused: one line with file, row, field, got, expected."""
+"""Samples: what a file may hold, and how everything else is refused: one line with file, row, field, got,
+expected."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A dataset schema is registered in one place, and then recognized, read, checked and trained on like any other."""
+"""A dataset schema is registered in one place, and then recognized, read, checked and trained on like any
+other."""
 
 import json
 

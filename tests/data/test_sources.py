@@ -1,4 +1,5 @@
-"""Every schema and every kind of source becomes the samples that its author meant, read in order or by number."""
+"""Every schema and every kind of source becomes the samples that its author meant, read in order or by
+number."""
 
 import json
 import multiprocessing

@@ -1,4 +1,5 @@
-"""The files of a tar become the samples that their names mean, and files that a system left there become none."""
+"""The files of a tar become the samples that their names mean, and files that a system left there become
+none."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""What went wrong is told without what nobody else should read."""
+"""Error messages hold no tokens and no parameters of signed URLs."""
 
 import pytest
 
@@ -7,14 +7,14 @@ from tests.hub_server import WRITER
 
 
 @pytest.mark.parametrize("token", [WRITER, "a.token/of-another+kind"])
-def test_a_token_is_in_no_quotation_not_even_half_of_it(monkeypatch, token):
+def test_no_message_contains_a_token_or_a_part_of_one(monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     for before in range(160, 210):
         found = safe_message(RuntimeError("x" * before + f" {token} refused"))
         assert token[:6] not in found and "\n" not in found
 
 
-def test_what_a_signed_address_carries_is_in_no_quotation():
+def test_no_message_contains_the_parameters_of_a_signed_url():
     found = safe_message(OSError("no answer of https://store.example/a/b?X-Signature=abc&X-Key=d\nat all"))
     assert found == "no answer of https://store.example/a/b at all"
     assert safe_message(ConnectionError()) == "ConnectionError"

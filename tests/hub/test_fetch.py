@@ -1,4 +1,4 @@
-"""Names on the Hub lead to folders here, with what a model needs and no more, and once only."""
+"""Downloads: what a model needs, no more, and only once."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def held(folder: Path) -> set[str]:
         ),
     ],
 )
-def test_what_is_a_name_on_the_hub(place, wanted):
+def test_a_name_on_the_hub_is_recognized(place, wanted):
     assert hub_name(place) == wanted
     assert wanted is None or hub_name(str(wanted)) == wanted
 
 
-def test_what_exists_here_is_a_path_and_is_left_alone(hub, tmp_path, monkeypatch):
+def test_an_existing_path_is_returned_as_it_is(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in (REPO, f"{REPO}@main"):
         Path(place).mkdir(parents=True)
@@ -89,12 +89,12 @@ def test_only_what_a_model_needs_is_fetched(hub):
     assert all((folder / name).read_bytes() == content for name, content in needed.items())
 
 
-def test_weights_in_another_format_are_taken_where_there_are_no_safetensors(hub):
+def test_other_weight_formats_are_downloaded_if_there_are_no_safetensors(hub):
     put(hub, {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"b" * 2000, "final.pt": b"p"})
     assert held(fetch_model(REPO)) == {"config.json", "pytorch_model-00001-of-00001.bin"}
 
 
-def test_a_repository_of_one_checkpoint_is_that_file(hub):
+def test_a_repository_with_one_checkpoint_gives_that_file(hub):
     put(hub, {"checkpoint.pt": b"p" * 2000, "README.md": b"r"})
     found = fetch_model(REPO)
     assert found.name == "checkpoint.pt" and found.read_bytes() == b"p" * 2000
@@ -108,12 +108,12 @@ def test_a_composition_without_weights_is_a_folder(hub):
 @pytest.mark.parametrize(
     "files", [{}, {"README.md": b"r"}, {"a.pt": b"a", "b.pt": b"b"}, {"weights.safetensors": b"w"}]
 )
-def test_a_repository_without_a_model_is_told(hub, files):
+def test_a_repository_without_a_model_is_refused(hub, files):
     put(hub, files)
     assert f"{REPO}: holds no model (found " in refusal(REPO)
 
 
-def test_revisions_are_told_apart_and_a_pinned_name_stays(hub):
+def test_revisions_are_distinguished_and_a_pinned_name_does_not_move(hub):
     put(hub, {"config.json": b"1", "model.safetensors": b"w" * 2000})
     put(hub, {"config.json": b"2"}, branch="next")
     first, second = fetch_model(REPO), fetch_model(f"{REPO}@next")
@@ -125,7 +125,7 @@ def test_revisions_are_told_apart_and_a_pinned_name_stays(hub):
     assert (fetch_model(REPO) / "config.json").read_bytes() == b"3"
 
 
-def test_what_is_in_the_cache_is_not_fetched_again(hub):
+def test_cached_files_are_not_downloaded_again(hub):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     first = fetch_model(REPO)
     hub.requests.clear()
@@ -135,7 +135,7 @@ def test_what_is_in_the_cache_is_not_fetched_again(hub):
     assert fetch_model(pinned_name(REPO, first)) == first and hub.requests == []
 
 
-def test_of_a_new_commit_only_what_changed_is_fetched(hub):
+def test_only_changed_files_of_a_new_commit_are_downloaded(hub):
     put(hub, {"config.json": b"1", "model.safetensors": b"w" * 2000})
     fetch_model(REPO)
     put(hub, {"config.json": b"2"})
@@ -145,7 +145,7 @@ def test_of_a_new_commit_only_what_changed_is_fetched(hub):
     assert len(fetched) == 1 and fetched[0].endswith("config.json")
 
 
-def test_without_a_network_the_cache_serves(hub, monkeypatch):
+def test_without_a_network_the_cache_is_used(hub, monkeypatch):
     put(hub, {"config.json": b"{}", "checkpoint.pt": b"p" * 2000})
     found = fetch_model(REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -153,7 +153,7 @@ def test_without_a_network_the_cache_serves(hub, monkeypatch):
     assert fetch_model(REPO) == found and hub.requests == []
 
 
-def test_offline_what_is_not_in_the_cache_is_told(hub, monkeypatch):
+def test_offline_a_model_that_is_not_cached_is_refused(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal(REPO)
     assert (
@@ -162,7 +162,7 @@ def test_offline_what_is_not_in_the_cache_is_told(hub, monkeypatch):
     )
 
 
-def test_offline_what_is_partly_in_the_cache_is_told(hub, monkeypatch):
+def test_offline_a_model_that_is_partly_cached_is_refused(hub, monkeypatch):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     (fetch_model(REPO) / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -182,7 +182,7 @@ def test_offline_what_is_partly_in_the_cache_is_told(hub, monkeypatch):
         ({"gated": True}, None, "is gated; accept its terms on its page of the Hub"),
     ],
 )
-def test_what_may_not_be_had_is_told(hub, monkeypatch, options, token, told):
+def test_a_closed_repository_is_refused(hub, monkeypatch, options, token, told):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000}, **options)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
@@ -190,13 +190,13 @@ def test_what_may_not_be_had_is_told(hub, monkeypatch, options, token, told):
     assert message.startswith(f"{REPO}: {told}") and "hf_unknown" not in message
 
 
-def test_what_may_be_had_with_a_token_is_fetched(hub, monkeypatch):
+def test_a_closed_repository_is_downloaded_with_a_token(hub, monkeypatch):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000}, private=True, gated=True)
     monkeypatch.setenv("HF_TOKEN", WRITER)
     assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
 
 
-def test_what_is_not_there_is_told(hub, tmp_path, monkeypatch):
+def test_a_missing_repository_is_refused(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "runs/quickstrat: not a local folder, and not on the Hub" in refusal("runs/quickstrat")
     put(hub, {"config.json": b"{}"})
@@ -216,7 +216,7 @@ def test_what_is_not_there_is_told(hub, tmp_path, monkeypatch):
         (None, "the connection to the Hub broke off ("),
     ],
 )
-def test_a_hub_in_trouble_is_told_and_what_passes_is_tried_again(hub, request_, status, told):
+def test_transient_errors_are_retried_and_others_reported(hub, request_, status, told):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     hub.fail(request_, times=1000, status=status)
     assert told in refusal(REPO)
@@ -227,19 +227,19 @@ def test_a_hub_in_trouble_is_told_and_what_passes_is_tried_again(hub, request_, 
     assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
 
 
-def test_where_there_is_no_hub_that_is_told(hub, monkeypatch):
+def test_an_unreachable_hub_is_reported(hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "the Hub cannot be reached (" in refusal(REPO)
 
 
-def test_a_download_that_is_cut_off_goes_on(hub):
+def test_an_interrupted_download_resumes(hub):
     content = bytes(range(256)) * 40
     put(hub, {"config.json": b"{}", "model.safetensors": content})
     hub.fail("GET .*/resolve/.*safetensors", half_way=True)
     assert (fetch_model(REPO) / "model.safetensors").read_bytes() == content
 
 
-def test_a_cache_that_is_gone_is_filled_again(hub, tmp_path):
+def test_a_deleted_cache_is_filled_again(hub, tmp_path):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     fetch_model(REPO)
     shutil.rmtree(tmp_path / "hub_cache")

@@ -1,4 +1,4 @@
-"""What is shown to everybody names no path of this machine, and text stays as it is, whatever it looks like."""
+"""What is published holds no local path, and text is never changed."""
 
 import json
 
@@ -21,7 +21,7 @@ from flamingo_ft.publish.push import is_published, publishable_files
         ),
     ],
 )
-def test_of_a_local_path_its_last_part_stays(value, shown):
+def test_the_last_component_of_a_local_path_stays(value, shown):
     assert strip_local_path(value) == shown
 
 
@@ -43,7 +43,7 @@ def test_only_known_keys_hold_paths():
     }
 
 
-def test_a_tokenizers_words_stay_and_its_places_do_not(tmp_path):
+def test_a_tokenizers_vocabulary_stays_and_its_paths_are_stripped(tmp_path):
     words = {"eos_token": "/end", "extra_special_tokens": ["/a/b"], "name_or_path": "/home/me/words"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(words))
     shown = json.loads(publishable_files(tmp_path)["tokenizer_config.json"])

@@ -1,4 +1,5 @@
-"""One decision for every name that may be a path: what exists or looks like a path is one, the rest is on the Hub."""
+"""One rule for every name that may be a path: what exists or looks like a path is one, the rest is on the
+Hub."""
 
 from pathlib import Path
 
@@ -54,12 +55,12 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_name_that_is_written_as_a_path_is_one(here, name):
+def test_a_name_written_like_a_path_is_a_path(here, name):
     assert looks_like_path(name) and local_path(name) is not None and hub_name(name) is None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_nothing_here_begins_with_is_none(here, name):
+def test_a_name_without_an_existing_first_component_is_not_a_path(here, name):
     assert not looks_like_path(name) and local_path(name) is None
 
 
@@ -80,7 +81,7 @@ def test_relative_paths_start_from_the_first_folder_that_has_them(here):
     assert local_path("./gone", [other, here]) == other / "gone"
 
 
-def test_a_plain_name_is_a_backbone_here_only_where_that_is_one(here):
+def test_a_plain_name_is_a_local_backbone_only_if_that_folder_is_one(here):
     (here / "gpt2").mkdir()
     assert local_language("words", None) == Path("words") and local_language("gpt2", None) is None
     assert local_language("./gpt2", None) == Path("gpt2") and local_language("nano", None) is None
@@ -109,7 +110,7 @@ def test_a_plain_name_is_a_backbone_here_only_where_that_is_one(here):
         ("", "no folder ''; check the path"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_refused_with_the_nearest_one(here, hub, place, told):
+def test_a_missing_path_is_refused_with_the_nearest_existing_one(here, hub, place, told):
     assert missing_path_message(place) == told
     with pytest.raises(UserError) as caught:
         fetch_model(place)

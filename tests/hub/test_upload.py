@@ -1,4 +1,4 @@
-"""The package limits the client's waiting and leaves everything else of a user's session alone."""
+"""Timeouts are set on the client only where it has none; everything else of a user's session stays."""
 
 import huggingface_hub
 import pytest
@@ -32,7 +32,7 @@ def seconds() -> tuple:
     return timeout.connect, timeout.read, timeout.write, timeout.pool
 
 
-def test_a_users_session_stays_and_only_what_would_wait_for_ever_is_limited(own_factory):
+def test_only_missing_timeouts_of_a_users_session_are_set(own_factory):
     session = get_session()
     session.headers["X-Added"] = "later"
     with limit_timeouts():
@@ -42,7 +42,7 @@ def test_a_users_session_stays_and_only_what_would_wait_for_ever_is_limited(own_
     assert compat.client_factory() is own_factory
 
 
-def test_a_session_that_is_made_anew_inside_is_the_users_too(own_factory):
+def test_a_new_session_inside_the_block_is_the_users_too(own_factory):
     with limit_timeouts():
         close_session()  # as the client does after a connection failed
         assert seconds() == (3.0, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S)
@@ -51,7 +51,7 @@ def test_a_session_that_is_made_anew_inside_is_the_users_too(own_factory):
     assert compat.client_factory() is own_factory and seconds() == (3.0, None, None, None)
 
 
-def test_blocks_inside_each_other_and_after_an_error_put_everything_back(own_factory):
+def test_nested_blocks_and_errors_restore_everything(own_factory):
     with pytest.raises(KeyError), limit_timeouts():
         with limit_timeouts():
             assert seconds() == (3.0, TIMEOUT_S, TIMEOUT_S, TIMEOUT_S)
@@ -69,6 +69,6 @@ def test_a_factory_that_is_set_inside_stays(own_factory):
     assert compat.client_factory() is another
 
 
-def test_the_clients_private_names_are_there():
+def test_the_clients_private_names_exist():
     assert compat.client_factory() is _http._GLOBAL_CLIENT_FACTORY
     assert callable(huggingface_hub.set_client_factory)

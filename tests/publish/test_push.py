@@ -1,4 +1,4 @@
-"""From a folder to the Hub and back, with the real client: the same answers, nothing else of this machine."""
+"""Push to the Hub and load again, with the real client: the same answers, and no local path."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def told(capfd) -> str:
     return said
 
 
-def test_what_is_pushed_answers_as_what_was_pushed(on_a_bridge, hub, capfd):
+def test_a_pushed_adapter_gives_the_same_answers(on_a_bridge, hub, capfd):
     asked = ["--image", "0.png", "--prompt", "Which shade?"]
     assert main(["generate", "run", *asked]) == 0
     answered = capfd.readouterr().out
@@ -91,7 +91,7 @@ def test_what_is_pushed_answers_as_what_was_pushed(on_a_bridge, hub, capfd):
     assert main(["eval", REPO, "--data", "train.jsonl"]) == 0
 
 
-def test_only_what_belongs_to_it_is_pushed_and_no_place_of_this_machine(on_a_bridge, hub, tmp_path):
+def test_only_the_adapters_files_are_pushed_and_no_local_path(on_a_bridge, hub, tmp_path):
     push(on_a_bridge, REPO)
     files = hub.files(REPO)
     assert {path for path in files if "/" in path} == {"figures/loss.png", "figures/gates.png"}
@@ -125,7 +125,7 @@ def test_each_repository_is_one_commit_and_the_base_comes_first(on_a_bridge, hub
 
 
 @pytest.mark.slow
-def test_a_base_is_shared_where_it_is_the_same_and_left_alone(adapter, hub, small_run):
+def test_a_shared_base_is_checked_and_not_written_to(adapter, hub, small_run):
     push(adapter, REPO)
     hub.requests.clear()
     push(adapter, "somebody/second", base=BASE)
@@ -137,7 +137,7 @@ def test_a_base_is_shared_where_it_is_the_same_and_left_alone(adapter, hub, smal
 
 
 @pytest.mark.slow
-def test_a_branch_is_pushed_to_and_main_left_alone(adapter, hub):
+def test_a_push_to_a_branch_does_not_change_main(adapter, hub):
     push("start", REPO)
     before = hub.files(REPO)
     push(adapter, REPO, revision="next", license="mit")
@@ -176,7 +176,7 @@ def test_a_merged_model_is_pushed_whole(adapter, hub, capfd):
 
 
 @pytest.mark.slow
-def test_weights_of_an_earlier_push_do_not_stay(adapter, hub):
+def test_weights_of_an_earlier_push_are_removed(adapter, hub):
     push(adapter, REPO)
     digest = hub.store(b"w" * LARGE)
     hub.repositories[REPO].history[-1].files |= {
@@ -188,7 +188,7 @@ def test_weights_of_an_earlier_push_do_not_stay(adapter, hub):
 
 
 @pytest.mark.slow
-def test_what_was_uploaded_before_a_connection_dropped_is_not_sent_again(adapter, hub):
+def test_files_uploaded_before_a_connection_dropped_are_not_sent_again(adapter, hub):
     def uploads() -> list[str]:
         return [request for request in hub.requests if request.startswith("PUT /lfs/")]
 
@@ -203,7 +203,7 @@ def test_what_was_uploaded_before_a_connection_dropped_is_not_sent_again(adapter
 
 
 @pytest.mark.parametrize("status", [429, *(pytest.param(one, marks=pytest.mark.slow) for one in (500, None))])
-def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
+def test_transient_failures_are_retried(adapter, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=errors.ATTEMPTS - 1, status=status)
     assert main(["push", "run", REPO]) == 0
     assert told(capfd).count("trying again in ") == errors.ATTEMPTS - 1
@@ -229,7 +229,7 @@ def test_what_fails_for_a_while_is_tried_again(adapter, hub, capfd, status):
         ),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(
+def test_a_refusal_of_the_hub_is_one_line_and_nothing_is_half_pushed(
     adapter, hub, capfd, request_, status, reason
 ):
     hub.fail(request_, times=1000, status=status)
@@ -246,7 +246,7 @@ def test_what_the_hub_refuses_is_one_line_and_nothing_is_half_there(
         (READER, "the token may not write there"),
     ],
 )
-def test_who_may_not_write_is_told(adapter, hub, monkeypatch, capfd, token, reason):
+def test_a_missing_write_permission_is_reported(adapter, hub, monkeypatch, capfd, token, reason):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     assert main(["push", "run", REPO]) == 2
     said = told(capfd)
@@ -273,7 +273,7 @@ def test_offline_nothing_is_pushed(adapter, hub, monkeypatch, capfd):
         (["run", REPO, "--merged", "--base", BASE], "got --merged and --base"),
     ],
 )
-def test_what_cannot_be_pushed_is_told_in_one_line(adapter, hub, capfd, arguments, reason):
+def test_what_cannot_be_pushed_is_reported_in_one_line(adapter, hub, capfd, arguments, reason):
     Path("empty").mkdir()
     Path("foreign").mkdir()
     Path("foreign/config.json").write_text('{"model_type": "llama"}')
@@ -283,7 +283,7 @@ def test_what_cannot_be_pushed_is_told_in_one_line(adapter, hub, capfd, argument
     assert len(lines) == 1 and reason in lines[0] and not hub.repositories
 
 
-def test_the_card_says_what_it_is_and_the_hub_can_read_it(adapter, hub):
+def test_the_card_describes_the_adapter_and_the_hub_can_parse_it(adapter, hub):
     push(adapter, REPO, license="apache-2.0")
     text = hub.files(REPO)["README.md"].decode()
     card = ModelCard(text)
@@ -315,7 +315,7 @@ def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):
 
 
 @pytest.mark.slow
-def test_an_adapter_of_backbones_on_this_machine_is_pushed_with_a_word_of_it(adapter, hub, capfd, tmp_path):
+def test_pushing_an_adapter_of_local_backbones_is_reported(adapter, hub, capfd, tmp_path):
     copied = shutil.copytree(NANO_FOLDER, tmp_path / "words")
     config = json.loads((adapter / "config.json").read_text())
     config["backbones"]["language"]["name"] = str(copied)

@@ -1,4 +1,5 @@
-"""Write a run, its adapter, a composition and a merged model with the code of the package that is on the path.
+"""Write a run, its adapter, a composition and a merged model with the code of the package that is on the
+path.
 
 cd FOLDER && PYTHONPATH=CHECKOUT python make.py
 """
@@ -80,7 +81,8 @@ def logits(model, processor, images: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def text_logits(model, processor) -> torch.Tensor:
-    """Return logits (vocabulary without new tokens,) after text alone; rows of new tokens in a composition are random."""
+    """Return logits (vocabulary without new tokens,) after text alone; rows of new tokens in a composition
+    are random."""
     ids = processor.tokenizer("Which digit is it?", return_tensors="pt")["input_ids"]
     vocabulary = model.config.text_config.vocab_size - len(model.config.new_token_ids or ())
     return model(input_ids=ids).logits[0, -1, :vocabulary].float()
@@ -105,7 +107,8 @@ def sha256(tensor: torch.Tensor) -> str:
 
 
 def relocate(folder: Path, old: str, new: str) -> None:
-    """Replace a path of this machine in the text files of a run, and the digests of its checkpoints accordingly."""
+    """Replace a path of this machine in the text files of a run, and the digests of its checkpoints
+    accordingly."""
     for path in [*folder.rglob("*.yaml"), *folder.rglob("*.jsonl"), *folder.rglob("checkpoint.json")]:
         path.write_text(path.read_text().replace(old, new))
     for path in folder.rglob("checkpoint.json"):
@@ -152,7 +155,8 @@ def main() -> None:
             expected[f"{name}_answers"] = answers(model, processor, here)
     save_file(said, here / "logits.safetensors")
 
-    # The merged model's weights are those of the nano backbones but for the bridge and LoRA: only digests are kept.
+    # The merged model's weights are those of the nano backbones but for the bridge and LoRA: only digests are
+    # kept.
     merged = load_file(here / "merged" / "model.safetensors")
     expected["merged_sha256"] = {name: sha256(tensor) for name, tensor in sorted(merged.items())}
     expected["merged_files"] = sorted(path.name for path in (here / "merged").iterdir())

@@ -1,7 +1,7 @@
 """The feature cache: the frozen tower's tokens of every image, computed once and stored on disk.
 
-Workers look images up (`FeatureStore`, `lookup_frame`) and send what they found (`collate_frames`); the training process
-encodes and stores what was missing (`FeatureCache.complete`).
+Workers look images up (`FeatureStore`, `lookup_frame`) and send what they found (`collate_frames`); the
+training process encodes and stores what was missing (`FeatureCache.complete`).
 """
 
 from .encoder import FeatureCache, open_feature_cache

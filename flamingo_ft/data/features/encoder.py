@@ -1,4 +1,5 @@
-"""The training process's side of the feature cache: encode missing tokens, round them, store them, complete the batch.
+"""The training process's side of the feature cache: encode missing tokens, round them, store them, complete
+the batch.
 
 Shapes: B samples, M media, F frames, N images, C channels, H height, W width, V visual tokens, D width.
 """
@@ -32,8 +33,9 @@ class FrozenTower:
     """A tower that always runs on batches of one size, so that an image's tokens do not depend on its batch.
 
     Attributes:
-        batch_size: of that batch, filled up with zeros. 1 if the bits of an image's tokens depend on its place or neighbours:
-            in 8 bits, an outlier in one image keeps that column of all images in higher precision.
+        batch_size: of that batch, filled up with zeros. 1 if the bits of an image's tokens depend on its
+            place or neighbours: in 8 bits, an outlier in one image keeps that column of all images in higher
+            precision.
         autocast: dtype that the trainer computes in, None for none.
     """
 
@@ -68,7 +70,8 @@ class FrozenTower:
 
     @torch.no_grad()
     def _is_batch_invariant(self, images: Tensor) -> bool:
-        """Whether images have the same tokens, to the bit, at another place in the batch and beside blank images."""
+        """Whether images have the same tokens, to the bit, at another place in the batch and beside blank
+        images."""
         moved = images.roll(3, 0)
         moved[::2] = 0
         tokens, again = self._encode_batch(images, BATCH_SIZE), self._encode_batch(moved, BATCH_SIZE)
@@ -87,8 +90,8 @@ class FeatureCache:
     def complete(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Replace what `collate_frames` put into a batch by vision_tokens (B, M, F, V, D).
 
-        They are on the tower's device and in the cache's dtype; those of padding are zero. A batch without media is returned
-        unchanged.
+        They are on the tower's device and in the cache's dtype; those of padding are zero. A batch without
+        media is returned unchanged.
         """
         if FRAME_INDEX not in batch:
             return dict(batch)

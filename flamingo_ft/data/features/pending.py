@@ -1,7 +1,7 @@
 """A batch whose images are partly cached: what workers send to the training process.
 
-Shapes: B samples, M media, F frames, S frames found, P frames to encode, C channels, H height, W width, V visual
-tokens, D width.
+Shapes: B samples, M media, F frames, S frames found, P frames to encode, C channels, H height, W width, V
+visual tokens, D width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ FRAME_INDEX, FOUND, FRESH, FRESH_KEYS = "frame_index", "found_tokens", "fresh_pi
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """An image or a frame of a video: its tokens (V, D) if they are cached, else its pixels (C, H, W). key: in the cache."""
+    """An image or a frame of a video: its tokens (V, D) if they are cached, else its pixels (C, H, W).
+    key: in the cache."""
 
     key: str
     tokens: Tensor | None = None
@@ -43,8 +44,8 @@ def lookup_frame(
 def collate_frames(rows: Sequence[Sequence[Sequence[Frame]]]) -> dict[str, Any]:
     """Collate the frames of each medium of each sample for `FeatureCache.complete`; {} without media.
 
-    Returns found_tokens (S, V, D), fresh_pixels (P, C, H, W) and their fresh_keys, each image once; frame_index (B, M, F) into
-    found and fresh frames together, -1 for padding; frame_counts (B, M).
+    Returns found_tokens (S, V, D), fresh_pixels (P, C, H, W) and their fresh_keys, each image once;
+    frame_index (B, M, F) into found and fresh frames together, -1 for padding; frame_counts (B, M).
     """
     frames = [frame for row in rows for medium in row for frame in medium]
     if not frames:

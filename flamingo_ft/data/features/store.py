@@ -1,6 +1,7 @@
 """The feature cache on disk: its key, reading (`FeatureStore`) and writing (`FeatureWriter`).
 
-There is one folder per key - tower, transform, software - and in it one file per image, found by the image's content.
+There is one folder per key - tower, transform, software - and in it one file per image, found by the image's
+content.
 
 Shapes: V visual tokens, D width.
 """
@@ -38,10 +39,11 @@ PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "bitsandbytes", "
 def features_key(
     model: FlamingoForConditionalGeneration, preprocess: Mapping[str, Any], **how: Any
 ) -> dict[str, Any]:
-    """Return everything that tokens depend on besides the image, as JSON: tower, transform, software, and ``how`` it is run.
+    """Return everything that tokens depend on besides the image, as JSON: tower, transform, software, and
+    ``how`` it is run.
 
-    The digest is of the tower's tensors in memory, so that quantization, another dtype or a merge of the same files gives
-    another key. It takes some seconds for a tower of 1 GB.
+    The digest is of the tower's tensors in memory, so that quantization, another dtype or a merge of the same
+    files gives another key. It takes some seconds for a tower of 1 GB.
     """
     source = (model.config.backbones or {}).get("vision") or {}
     return {
@@ -102,7 +104,8 @@ class FeatureStore:
         return tokens if fits and metadata == _metadata(key, tokens) else None
 
     def path(self, key: str) -> Path:
-        """Return the file of a key, in one of 256 folders: some file systems are slow with a million files in one."""
+        """Return the file of a key, in one of 256 folders: some file systems are slow with a million files
+        in one."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def content(self, key: str, tokens: Tensor) -> bytes:
@@ -122,9 +125,9 @@ ABANDONED_SECONDS = 3600.0  # an incomplete file that is older was left behind b
 class FeatureWriter:
     """Adds tokens to ``store`` until all files under ``root`` have ``max_bytes``; nothing is ever removed.
 
-    Sizes are measured once, at the start, and counted as files are added. Each of ``writers`` processes that share the folder
-    gets an equal part of what is left. If the disk is full or read-only, adding stops with one warning and training continues:
-    the cache only saves time.
+    Sizes are measured once, at the start, and counted as files are added. Each of ``writers`` processes that
+    share the folder gets an equal part of what is left. If the disk is full or read-only, adding stops with
+    one warning and training continues: the cache only saves time.
     """
 
     def __init__(self, store: FeatureStore, root: Path, max_bytes: int | None = None, writers: int = 1):

@@ -1,4 +1,5 @@
-"""From a `ParsedRow` to a `Sample`: content is split at its markers, roles are checked, each image gets its place.
+"""From a `ParsedRow` to a `Sample`: content is split at its markers, roles are checked, each image gets its
+place.
 
 Nothing is opened or downloaded here.
 """
@@ -74,7 +75,8 @@ def check_roles(turns: Sequence[Turn], where: str) -> None:
             raise UserError(f"{dialogue}: the assistant speaks first; add the user message that it answers")
         if turn.role == previous and index > 0:
             raise UserError(
-                f"{turn.where}: expected user and assistant in turn, got {turn.role} after {turn.role}; join them"
+                f"{turn.where}: expected user and assistant in turn, got {turn.role} after {turn.role}; "
+                "join them"
             )
         previous = turn.role
 
@@ -87,8 +89,8 @@ def text_to_blocks(text: str) -> list[dict[str, str]]:
 def parse_content(content: Any, where: str, videos: bool) -> list[Part]:
     """Split a message's content into text and placeholders.
 
-    In plain text each ``<image>``, and with ``videos`` each ``<video>``, is a placeholder. In typed blocks it is text: the
-    blocks themselves say where images are.
+    In plain text each ``<image>``, and with ``videos`` each ``<video>``, is a placeholder. In typed blocks it
+    is text: the blocks themselves say where images are.
     """
     if isinstance(content, str):
         parts = _split_text(check_unicode(content, where), videos)
@@ -145,7 +147,8 @@ def _check_single(block: Mapping[str, Any], block_type: str, keys: Sequence[str]
     if other is not None:
         got = type_name(block[other])
         raise UserError(
-            f"{where}.{other}: not read in a block of type {block_type}, got {got}; give it a block of its own"
+            f"{where}.{other}: not read in a block of type {block_type}, got {got}; "
+            "give it a block of its own"
         )
     if block_type == "text":
         return

@@ -11,7 +11,8 @@ from typing import Any
 from flamingo_ft.data.fields import TAR_MEMBERS, Row, has_content, texts_in, type_name
 from flamingo_ft.errors import UserError
 
-# Columns with these names are part of the task. Whole names only: question_id, answer_type or caption_source are metadata.
+# Columns with these names are part of the task. Whole names only: question_id, answer_type or caption_source
+# are metadata.
 TASK_COLUMNS = frozenset(
     """
     answer answers audio audios caption captions choice choices chosen class_label cls completion
@@ -54,10 +55,11 @@ def normalize_name(name: str) -> str:
 def find_columns(
     row: Row, columns: Mapping[str, str], fields: Collection[str], where: str, strict: bool = True
 ) -> dict[str, str]:
-    """Return the column of each field that the row has: the one in ``columns``, or else the one with the field's name.
+    """Return the column of each field that the row has: the one in ``columns``, or else the one with the
+    field's name.
 
-    Names are compared without case and surrounding whitespace. Raises UserError for a column that does not exist, and with
-    ``strict`` if several columns match a field.
+    Names are compared without case and surrounding whitespace. Raises UserError for a column that does not
+    exist, and with ``strict`` if several columns match a field.
     """
     found = {field: _named_column(row, field, column, where) for field, column in columns.items()}
     by_name: dict[str, list[str]] = {}
@@ -89,7 +91,8 @@ def refuse_unsupported(unread: Mapping[str, Any], where: str) -> None:
 
 
 def task_column(unread: Mapping[str, Any], fields: Collection[str], read_values: Any) -> str | None:
-    """Return the first unread column that looks like part of the task, by its name or as one of the schema's ``fields``.
+    """Return the first unread column that looks like part of the task, by its name or as one of the schema's
+    ``fields``.
 
     Columns that only repeat values that are read do not count.
     """

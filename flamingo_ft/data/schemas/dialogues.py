@@ -34,7 +34,8 @@ from .registry import register_schema
 from .schema import ParsedRow, Schema, Turn, has_columns, images_of, videos_of
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# LLaVA writes its marker on a line of its own, before or after the question; the line break belongs to the marker.
+# LLaVA writes its marker on a line of its own, before or after the question; the line break belongs to the
+# marker.
 MARKER_LINE = re.compile(rf"{re.escape(MEDIA_TOKEN)}\n|\n{re.escape(MEDIA_TOKEN)}$")
 
 FLAGS = ("loss", "train", "training", "loss_mask")  # true or false, or 1 or 0
@@ -91,10 +92,11 @@ def system_turns(row: Row, where: str) -> list[Turn]:
 
 
 def has_loss(message: Mapping[str, Any], role: str, where: str) -> bool:
-    """Whether a message is trained on, by whichever of `LOSS_KEYS` it has. Always True for roles other than assistant.
+    """Whether a message is trained on, by whichever of `LOSS_KEYS` it has. Always True for roles other than
+    assistant.
 
-    Raises UserError for values other than yes or no, keys that contradict each other, and for messages of other roles that
-    are marked to be trained on.
+    Raises UserError for values other than yes or no, keys that contradict each other, and for messages of
+    other roles that are marked to be trained on.
     """
     values = {
         key: _flag(message, key, where) for key in message if key in LOSS_KEYS and has_value(message, key)
@@ -122,7 +124,8 @@ def unread_texts(message: Mapping[str, Any], keys: Collection[str], where: str) 
 def unread_block_texts(content: Any, where: str) -> list[str]:
     """Return the keys of texts in a message's typed blocks that no schema reads, each once.
 
-    Raises UserError for keys that are part of what was said; a block has no loss of its own. ``name`` is a file's name.
+    Raises UserError for keys that are part of what was said; a block has no loss of its own. ``name`` is a
+    file's name.
     """
     known = (*CONTENT_KEYS, "type", "name")
     refused = (*UNSUPPORTED, *UNSUPPORTED_LOSS, *LOSS_KEYS)

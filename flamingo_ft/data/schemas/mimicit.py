@@ -1,4 +1,5 @@
-"""MIMIC-IT: instructions in one JSON file, their images as base64 in another, other instructions as in-context examples."""
+"""MIMIC-IT: instructions in one JSON file, their images as base64 in another, other instructions as
+in-context examples."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ class ImagesById:
 def images_file(instructions: Path, named: str | None, image_root: Path) -> Path:
     """Return the file of images that belongs to a file of instructions.
 
-    ``LA_T2T_instructions.json`` goes with the first that exists of ``LA_T2T_images.json``, ``LA_images.json``, ``LA.json``
-    and ``LA_00.json`` beside it.
+    ``LA_T2T_instructions.json`` goes with the first that exists of ``LA_T2T_images.json``,
+    ``LA_images.json``, ``LA.json`` and ``LA_00.json`` beside it.
 
     Args:
         named: ``columns: {images_file: ...}``, relative to ``image_root``; replaces the search.
@@ -59,7 +60,8 @@ def images_file(instructions: Path, named: str | None, image_root: Path) -> Path
     if path is None:
         names = ", ".join(candidate.name for candidate in candidates)
         raise UserError(
-            f"{instructions}: no file with its images, looked for {names}; name it: columns: {{{IMAGES_FILE}: PATH}}"
+            f"{instructions}: no file with its images, looked for {names}; "
+            f"name it: columns: {{{IMAGES_FILE}: PATH}}"
         )
     return path
 
@@ -72,7 +74,8 @@ class MimicitParser:
         self._images = ImagesById(images_file(file.path, file.options.get(IMAGES_FILE), file.image_root))
 
     def __call__(self, row: Row, where: str) -> ParsedRow:
-        """Return the in-context examples (``rel_ins_ids``) in order, then the row's own instruction and answer."""
+        """Return the in-context examples (``rel_ins_ids``) in order, then the row's own instruction and
+        answer."""
         turns: list[Turn] = []
         media: list[MediaRef] = []
         examples = list_field(row, "rel_ins_ids", where) if has_value(row, "rel_ins_ids") else []

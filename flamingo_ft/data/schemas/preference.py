@@ -14,7 +14,8 @@ from .schema import ParsedRow, Schema, Turn, has_columns, images_of, videos_of
 
 
 def parse_preference(row: Row, where: str) -> ParsedRow:
-    """Parse prompt, chosen and rejected, each text or messages; as in TRL, both answers may begin with the prompt."""
+    """Parse prompt, chosen and rejected, each text or messages; as in TRL, both answers may begin with the
+    prompt."""
     chosen, rejected = (text_or_messages(row, name, "assistant", where) for name in ("chosen", "rejected"))
     prompt, chosen, rejected = _split_prompt(row, chosen, rejected, where)
     for name, turns in (("chosen", chosen), ("rejected", rejected)):

@@ -56,7 +56,8 @@ def _parsed(turns: list[Turn], row: Row, where: str) -> ParsedRow:
 
 
 def _answer(text: str, where: str) -> Turn:
-    """Return an answer as a text block: in these schemas images belong to the question, so ``<image>`` in it is text."""
+    """Return an answer as a text block: in these schemas images belong to the question, so ``<image>`` in
+    it is text."""
     return Turn("assistant", [{"type": "text", "text": text}], where)
 
 

@@ -1,4 +1,5 @@
-"""Reads the rows of one source into samples, by the schema that the recipe names or that the first row matches."""
+"""Reads the rows of one source into samples, by the schema that the recipe names or that the first row
+matches."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ class RowReader:
     Args:
         columns: the column of each field that has another name, and the schema's options.
         where: the source, for error messages.
-        detected: whether the schema was recognized from the columns, not named by the recipe. Then a row is refused if a
-            column that looks like part of its task is not read.
+        detected: whether the schema was recognized from the columns, not named by the recipe. Then a row is
+            refused if a column that looks like part of its task is not read.
     """
 
     def __init__(
@@ -117,7 +118,10 @@ class RowReader:
         return {**self.__dict__, "_parsers": {}}
 
     def _columns_of(self, row: Any, where: str) -> dict[str, str]:
-        """Return the column of each field. Raises UserError for a row that is not an object, or lacks a column."""
+        """Return the column of each field.
+
+        Raises UserError for a row that is not an object, or lacks a column.
+        """
         names = tuple(_object(row, where, described_columns(self._schema.name)))
         if names != self._last_names:  # most rows have the columns of the row before
             fields = (*self._schema.fields, *COMMON_FIELDS)
@@ -126,7 +130,10 @@ class RowReader:
         return self._last_columns
 
     def _unread(self, row: Row, columns: Mapping[str, str], where: str) -> dict[str, Any]:
-        """Return the columns that the schema does not read. Raises UserError for those that must not be left out."""
+        """Return the columns that the schema does not read.
+
+        Raises UserError for those that must not be left out.
+        """
         used = self._schema.used_fields({field: row[column] for field, column in columns.items()})
         read = {field: columns[field] for field in (*used, *COMMON_FIELDS) if field in columns}
         unread = unread_columns(row, {*read.values()})
@@ -144,7 +151,8 @@ class RowReader:
     def _refuse_column(
         self, column: str | None, unread: Mapping[str, Any], read: Mapping[str, str], what: str, where: str
     ) -> None:
-        """Raise UserError for an unread column, if any, and say how to read it. read: the column of each field."""
+        """Raise UserError for an unread column, if any, and say how to read it. read: the column of each
+        field."""
         if column is None:
             return
         name = self._schema.name

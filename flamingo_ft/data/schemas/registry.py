@@ -20,8 +20,8 @@ def register_schema(schema: Schema, description: str | None = None) -> Schema:
     """Make a schema known to recipes (``format``), to recognition and to reading.
 
     Args:
-        description: the columns it is recognized by, for error messages; needed for schemas outside this package, which are
-            not named in ``config/tables.py``. Such a schema is tried after the others.
+        description: the columns it is recognized by, for error messages; needed for schemas outside this
+            package, which are not named in ``config/tables.py``. Such a schema is tried after the others.
     """
     if description is not None:
         DATASET_FORMATS[schema.name] = description
@@ -55,8 +55,8 @@ def detect_schema(row: Any, where: str) -> str:
         columns = ", ".join(column for column in row if column != TAR_MEMBERS) or "none"
         known = "; ".join(f"{name} ({description})" for name, description in DATASET_FORMATS.items())
         raise UserError(
-            f"{where}: no format has these columns, got {columns}; name them with columns and format, or provide those "
-            f"of {known}"
+            f"{where}: no format has these columns, got {columns}; name them with columns and format, "
+            f"or provide those of {known}"
         )
     return name
 

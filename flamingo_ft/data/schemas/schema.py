@@ -27,10 +27,11 @@ class MediaRef:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message whose content is not parsed yet: text with ``<image>`` markers, or typed blocks as the user wrote them.
+    """A message whose content is not parsed yet: text with ``<image>`` markers, or typed blocks as the user
+    wrote them.
 
-    where: the field it was read from. loss: whether it is trained on. unread: its keys with text that no schema reads, such
-    as "messages[].language".
+    where: the field it was read from. loss: whether it is trained on. unread: its keys with text that no
+    schema reads, such as "messages[].language".
     """
 
     role: str
@@ -59,15 +60,19 @@ class ParsedRow:
 
 
 RowParser = Callable[[Row, str], ParsedRow]
-"""From a row and what error messages call it ("FILE: row N") to its messages. Raises UserError naming the field."""
+"""From a row and what error messages call it ("FILE: row N") to its messages.
+
+Raises UserError naming the field.
+"""
 
 
 @dataclass(frozen=True)
 class DataFile:
     """The file that a row came from, for schemas whose rows refer to other rows or other files.
 
-    image_root: folder that relative paths start from. options: entries of ``columns`` that are settings of the schema, not
-    column names (`Schema.options`). find: another row of the file by its id; None if there is none.
+    image_root: folder that relative paths start from. options: entries of ``columns`` that are settings of
+    the schema, not column names (`Schema.options`). find: another row of the file by its id; None if there is
+    none.
     """
 
     path: Path
@@ -80,8 +85,8 @@ class DataFile:
 class Schema:
     """How the rows of one dataset format are recognized and parsed.
 
-    name: as in ``data.train[].format``. fields: the columns it reads besides images and task. matches: whether a row has
-    this format, judged by its columns. parse: turns a row into messages.
+    name: as in ``data.train[].format``. fields: the columns it reads besides images and task. matches:
+    whether a row has this format, judged by its columns. parse: turns a row into messages.
     """
 
     name: str
@@ -89,7 +94,8 @@ class Schema:
     matches: Callable[[Row], bool]
     parse: RowParser | None = None
     open_file: Callable[[DataFile], RowParser] | None = None
-    """In place of ``parse``, for schemas whose rows refer to other rows or files: called once per data file."""
+    """In place of ``parse``, for schemas whose rows refer to other rows or files: called once per data
+    file."""
     options: tuple[str, ...] = ()
     """Keys of ``columns`` that are settings of the schema, not columns."""
     reads_media: bool = True

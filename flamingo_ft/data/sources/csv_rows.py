@@ -69,14 +69,16 @@ class DelimitedRows(TextRows):
         return np.fromiter((start for start, _ in self._records()), np.int64)[1:]
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
-        """Yield each record that is not blank and its byte offset; a record with quoted line breaks has several lines."""
+        """Yield each record that is not blank and its byte offset; a record with quoted line breaks has
+        several lines."""
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
         with open(self.name, "rb") as file:
             file.seek(self._header)
             lines: list[bytes] = []
 
             def texts() -> Iterator[str]:
-                # Latin-1 decodes any byte: only the ends of records are found here, and parse() refuses what is not UTF-8.
+                # Latin-1 decodes any byte: only the ends of records are found here, and parse() refuses what
+                # is not UTF-8.
                 for line in file:
                     lines.append(line)
                     yield line.decode("latin-1")
@@ -103,8 +105,9 @@ class DelimitedRows(TextRows):
 def detect_dialect(path: Path, begin: int) -> Dialect:
     """Return the delimiter that the file itself states, or else the one that fits its first lines best.
 
-    The best delimiter gives the most names of known fields in the header; on a tie, a header with as many cells as the first
-    row; on a tie, the most cells. Delimiters in quotes do not count. A header without a delimiter is a single column.
+    The best delimiter gives the most names of known fields in the header; on a tie, a header with as many
+    cells as the first row; on a tie, the most cells. Delimiters in quotes do not count. A header without a
+    delimiter is a single column.
     """
     with open(path, "rb") as file:
         file.seek(begin)

@@ -77,7 +77,8 @@ def open_table(path: Path, indexed: bool) -> DatasetsRows:
 
 
 def load_image_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
-    """Open a folder of images with a metadata file, or of one folder per class (its name is the column ``label``).
+    """Open a folder of images with a metadata file, or of one folder per class (its name is the column
+    ``label``).
 
     Thumbnails and other images that operating systems left there are not rows.
     """
@@ -132,10 +133,11 @@ def _load(where: str, *args: Any, **options: Any) -> DatasetsRows:
 
 
 def _files_without_system_files(folder: Path) -> dict[str, list[str]] | None:
-    """Return the files of each split without those that operating systems left there; None if there are none of these.
+    """Return the files of each split without those that operating systems left there; None if there are none
+    of these.
 
-    `datasets` itself skips only hidden files, and takes no labels from folders whose images are at several depths, so the
-    files are removed before it looks.
+    `datasets` itself skips only hidden files, and takes no labels from folders whose images are at several
+    depths, so the files are removed before it looks.
     """
 
     def is_data(path: str) -> bool:
@@ -154,7 +156,8 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _with_remote_bytes(value: Any) -> Any:
-    """Return a value with the content of files on the Hub in place of their paths, which only `datasets` can open."""
+    """Return a value with the content of files on the Hub in place of their paths, which only `datasets`
+    can open."""
     if isinstance(value, list):
         return [_with_remote_bytes(one) for one in value]
     path = value.get("path") if isinstance(value, dict) and {*value} == {"bytes", "path"} else None

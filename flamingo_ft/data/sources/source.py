@@ -45,7 +45,10 @@ class RowFile(Protocol):
         ...
 
     def parse(self, content: Any, where: str) -> Any:
-        """Return the row's value, mostly a mapping. Raises UserError, beginning with ``where``, if it is malformed."""
+        """Return the row's value, mostly a mapping.
+
+        Raises UserError, beginning with ``where``, if it is malformed.
+        """
         ...
 
     def find(self, key: str) -> Mapping[str, Any] | None:
@@ -78,7 +81,8 @@ class RawRow(NamedTuple):
 class Source:
     """The rows of one entry of ``data.train`` or ``data.eval``, its first ``limit``.
 
-    Picklable: a copy opens the files again. A malformed row raises when its sample is made and does not affect others.
+    Picklable: a copy opens the files again. A malformed row raises when its sample is made and does not
+    affect others.
 
     Attributes:
         name: what error messages call it.
@@ -130,7 +134,10 @@ class Source:
         return islice(rows, self._limit)
 
     def sample(self, i: int, raw: RawRow) -> Sample:
-        """Return the sample of a row. Raises UserError "FILE: row N: field: ...", N counted from 0 in that file."""
+        """Return the sample of a row.
+
+        Raises UserError "FILE: row N: field: ...", N counted from 0 in that file.
+        """
         file, where = self._files[raw.file], self.where(raw)
         return self._reader.read(file.parse(raw.content, where), where, file.name, file.find)
 
@@ -190,7 +197,8 @@ def open_row_files(entry: DataSource) -> list[RowFile]:
 
 
 def _image_root(entry: DataSource) -> Path | None:
-    """Return the folder that image paths are relative to; None for rows of the Hub if the recipe names none."""
+    """Return the folder that image paths are relative to; None for rows of the Hub if the recipe names
+    none."""
     if entry.image_root is not None or entry.path is None:
         return entry.image_root and resolve_unicode(entry.image_root)
     path = resolve_unicode(entry.path)

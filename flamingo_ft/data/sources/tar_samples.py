@@ -1,11 +1,12 @@
 """Which files of a WebDataset tar make up one sample.
 
-The standard: neighbours whose names agree up to the first dot are one sample, so `7.png`, `7.txt` and `7.left.png` belong
-together. Names with more dots (`img.0.png`, `img.0.json`, `img.1.png`, `img.1.json`) agree up to the first dot although
-they are several samples. These are separated by their stems, the names without extensions (`img.0`, `img.1`): if a text or
-JSON file and an image have the same stem, and the other files do not fit into that one sample (a second text or JSON, an
-image with another stem), then each text's or JSON's stem is a sample, with the files whose names begin with it. A text or
-JSON named by the first part alone (`7.json`) always belongs to the whole group.
+The standard: neighbours whose names agree up to the first dot are one sample, so `7.png`, `7.txt` and
+`7.left.png` belong together. Names with more dots (`img.0.png`, `img.0.json`, `img.1.png`, `img.1.json`)
+agree up to the first dot although they are several samples. These are separated by their stems, the names
+without extensions (`img.0`, `img.1`): if a text or JSON file and an image have the same stem, and the other
+files do not fit into that one sample (a second text or JSON, an image with another stem), then each text's or
+JSON's stem is a sample, with the files whose names begin with it. A text or JSON named by the first part
+alone (`7.json`) always belongs to the whole group.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def parse_name(path: str) -> MemberName:
 
 
 def group_members(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator[list[T]]:
-    """Group members, in the order of the tar, into samples; of files sorted by name it holds one sample at a time."""
+    """Group members, in the order of the tar, into samples; of files sorted by name it holds one sample at
+    a time."""
     named = ((parse_name(path_of(member)), member) for member in members)
     for _, same_key in groupby(named, lambda pair: pair[0].key):
         group = _Group()
@@ -66,8 +68,8 @@ def group_members(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator
 class _Group:
     """Neighbours with one key: a sample, or several whose names have dots.
 
-    anchors: stems of texts and JSON files. named_by_key: one of them has the key alone as its stem. paired: a text or JSON
-    file and an image or video have the same stem.
+    anchors: stems of texts and JSON files. named_by_key: one of them has the key alone as its stem. paired: a
+    text or JSON file and an image or video have the same stem.
     """
 
     def __init__(self) -> None:
@@ -107,7 +109,8 @@ class _Group:
         yield from samples.values()
 
     def _fits_one_sample(self) -> bool:
-        """Whether there are at most one text and one JSON, and all images and videos have the stem of one of them."""
+        """Whether there are at most one text and one JSON, and all images and videos have the stem of one
+        of them."""
         anchors = {name for name, _ in self._members if name.kind in ANCHORS}
         owners = {self._owner(name) for name, _ in self._members if name.kind == MEDIA}
         return max(Counter(name.kind for name in anchors).values()) <= 1 and len(owners) == 1

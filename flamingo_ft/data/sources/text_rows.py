@@ -1,7 +1,7 @@
 """JSON Lines and JSON files.
 
-Text files are not read with `datasets`, which refuses a whole file for one malformed row and gives all rows one type. Here
-every row is parsed, and fails, on its own.
+Text files are not read with `datasets`, which refuses a whole file for one malformed row and gives all rows
+one type. Here every row is parsed, and fails, on its own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ ROWS_KEY = "data"  # key under which a JSON object may hold its rows
 
 
 class TextRows:
-    """Base of text files whose rows are byte ranges; with ``indexed``, 8 bytes of memory per row hold where each starts."""
+    """Base of text files whose rows are byte ranges; with ``indexed``, 8 bytes of memory per row hold
+    where each starts."""
 
     def __init__(self, path: Path, indexed: bool):
         self.name = str(path)
@@ -79,8 +80,8 @@ class JsonLines(TextRows):
 class JsonRows:
     """Rows of a JSON file, parsed as a whole once in each process that reads it.
 
-    The file is a list, an object with one list in it (`{"data": [...]}`), or an object with `data: {key: row}`, whose rows
-    get their key as ``id``.
+    The file is a list, an object with one list in it (`{"data": [...]}`), or an object with `data: {key:
+    row}`, whose rows get their key as ``id``.
     """
 
     def __init__(self, path: Path, indexed: bool):

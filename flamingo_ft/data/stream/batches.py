@@ -1,7 +1,8 @@
-"""The endless batches of a run: rows are prepared by workers and put together here, in an order that the seed decides.
+"""The endless batches of a run: rows are prepared by workers and put together here, in an order that the seed
+decides.
 
-Workers prepare single rows; this process decides in the order of the run which rows make a batch. So the batches are the
-same for any number of workers, and a run resumes at the exact sample.
+Workers prepare single rows; this process decides in the order of the run which rows make a batch. So the
+batches are the same for any number of workers, and a run resumes at the exact sample.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ PlacedExample = tuple[int, Example]  # with its position in the run's order
 RowGrouping = Callable[[Iterator[PlacedExample]], Iterator[list[list[PlacedExample]]]]
 """From examples to the rows of one batch after another; a row has one example, or several if they are packed.
 
-It may hold examples back for later batches, as long as these would be placed the same way without the examples that were
-returned: a resumed run starts with the ones held back.
+It may hold examples back for later batches, as long as these would be placed the same way without the
+examples that were returned: a resumed run starts with the ones held back.
 """
 
 
@@ -41,8 +42,9 @@ returned: a resumed run starts with the ones held back.
 class LoaderConfig:
     """How batches are loaded.
 
-    batch_size: rows of text in a batch. workers: processes that prepare them; 0: this one. rank, world_size: this process
-    takes every ``world_size``-th group of ``batch_size`` positions, starting with the ``rank``-th.
+    batch_size: rows of text in a batch. workers: processes that prepare them; 0: this one. rank, world_size:
+    this process takes every ``world_size``-th group of ``batch_size`` positions, starting with the
+    ``rank``-th.
     """
 
     batch_size: int
@@ -55,8 +57,8 @@ class LoaderConfig:
 class BatchContents:
     """What is in a batch.
 
-    rows: "FILE: row N" of each sample or pair. label_tokens: tokens with loss, of pairs those of both answers. images: of all
-    samples or pairs.
+    rows: "FILE: row N" of each sample or pair. label_tokens: tokens with loss, of pairs those of both
+    answers. images: of all samples or pairs.
     """
 
     rows: tuple[str, ...]
@@ -108,7 +110,8 @@ class Batches:
         return None if length is None else round(self._next / length, 4)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the next sample, those before it that are held back, and the counts so far."""
+        """Return the position of the next sample, those before it that are held back, and the counts so
+        far."""
         # The keys are part of the checkpoint format.
         return {"next": self._next, "waiting": list(self._waiting), "tally": self.stats.state_dict()}
 
@@ -118,7 +121,8 @@ class Batches:
         self.stats.load_state_dict(state["tally"])
 
     def _examples(self) -> Iterator[PlacedExample]:
-        """Yield the examples from the current state on; first those that were held back, which are counted already."""
+        """Yield the examples from the current state on; first those that were held back, which are counted
+        already."""
         start, held_back = self._next, {*self._waiting}
         for position, result in self._results(min([start, *held_back]), held_back, start):
             if position >= start:
@@ -187,9 +191,9 @@ class _BatchSampler:
 def pack_tensors(value: Any) -> Tensor:
     """Serialize a value with tensors anywhere in it into one tensor, to be sent from a worker.
 
-    Each tensor that comes from another process holds a file open while it lives, and a process may have 1,024 of them; with
-    torch's file_system sharing it would hold shared memory instead, of which a container often has 64 MiB. Examples that are
-    held back for packing alone would exceed both.
+    Each tensor that comes from another process holds a file open while it lives, and a process may have 1,024
+    of them; with torch's file_system sharing it would hold shared memory instead, of which a container often
+    has 64 MiB. Examples that are held back for packing alone would exceed both.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer, pickle_protocol=5)
@@ -211,7 +215,8 @@ def one_sample_per_row(batch_size: int) -> RowGrouping:
 
 
 def packed_rows(batch_size: int, row_length: int) -> RowGrouping:
-    """Return a grouping into batches of ``batch_size`` rows, each with as many examples as fit into ``row_length`` tokens."""
+    """Return a grouping into batches of ``batch_size`` rows, each with as many examples as fit into
+    ``row_length`` tokens."""
 
     def group(examples: Iterator[PlacedExample]) -> Iterator[list[list[PlacedExample]]]:
         rows = pack(examples, lambda placed: placed[1].encoded.text_tokens, row_length)
@@ -223,7 +228,8 @@ def packed_rows(batch_size: int, row_length: int) -> RowGrouping:
 def sorted_by_length(
     order: SampleOrder, length_of: Callable[[SampleIndex], int], batch_size: int
 ) -> Callable[[int], Iterator[SampleIndex]]:
-    """Return an order with samples of similar length next to each other; it can be entered at any position."""
+    """Return an order with samples of similar length next to each other; it can be entered at any
+    position."""
     window = LENGTH_WINDOW * batch_size
 
     def indices(start: int) -> Iterator[SampleIndex]:
@@ -246,8 +252,8 @@ def _contents(examples: Iterable[Example]) -> BatchContents:
 def _leave_signals_to_main_process(worker: int) -> None:
     """Ignore SIGINT and SIGTERM unless the main process sends it.
 
-    Ctrl-C reaches every process of a terminal, and the SIGTERM of a batch system every process of a job; the main process
-    decides what to do, and needs its batches until then.
+    Ctrl-C reaches every process of a terminal, and the SIGTERM of a batch system every process of a job; the
+    main process decides what to do, and needs its batches until then.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
@@ -256,7 +262,8 @@ def _leave_signals_to_main_process(worker: int) -> None:
 
 
 def _exit_on_parents_sigterm(parent: int) -> None:
-    """Wait for the SIGTERM with which a `DataLoader` ends its workers; those of other processes are ignored."""
+    """Wait for the SIGTERM with which a `DataLoader` ends its workers; those of other processes are
+    ignored."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

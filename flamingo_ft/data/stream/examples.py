@@ -1,4 +1,5 @@
-"""What a batch is made of, prepared row by row in worker processes, and counts of the rows that were used and skipped."""
+"""What a batch is made of, prepared row by row in worker processes, and counts of the rows that were used
+and skipped."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ MAX_SKIPPED_IN_A_ROW = 10_000  # of a stream, whose epoch has no known length
 
 @dataclass(frozen=True)
 class Example:
-    """A row to train on: its token ids, or those of both halves of a pair, and its media as tensors, in order."""
+    """A row to train on: its token ids, or those of both halves of a pair, and its media as tensors, in
+    order."""
 
     where: str
     encoded: Encoded | EncodedPair
@@ -33,7 +35,8 @@ class Example:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that is not trained on. bad: whether it cannot be used (damaged, malformed); else a policy dropped it."""
+    """A row that is not trained on. bad: whether it cannot be used (damaged, malformed); else a policy
+    dropped it."""
 
     number: int
     where: str
@@ -46,8 +49,8 @@ class ExampleDataset(Dataset):
 
     Args:
         encode: from a sample to its tokens, or why a policy drops it.
-        load_media: from a sample, how many of its media are kept, and the sample's number in the run, which seeds what is
-            random, to their tensors.
+        load_media: from a sample, how many of its media are kept, and the sample's number in the run, which
+            seeds what is random, to their tensors.
     """
 
     def __init__(
@@ -77,8 +80,8 @@ class ExampleDataset(Dataset):
 class DataStats:
     """Counts over the rows so far; a row counts each time it is drawn.
 
-    `count_skipped` raises UserError for the first bad row, or with ``skip_bad`` when the share of bad rows exceeds
-    ``max_bad_share``, and when nothing is left to train on.
+    `count_skipped` raises UserError for the first bad row, or with ``skip_bad`` when the share of bad rows
+    exceeds ``max_bad_share``, and when nothing is left to train on.
     """
 
     skip_bad: bool
@@ -113,7 +116,8 @@ class DataStats:
         self._check_bad_share()
         if self._in_a_row >= (self.epoch_length or MAX_SKIPPED_IN_A_ROW):
             raise UserError(
-                f"data.train: no sample to train on among {self._in_a_row} rows, the last: {row.reason}; fix the data"
+                f"data.train: no sample to train on among {self._in_a_row} rows, the last: {row.reason}; "
+                "fix the data"
             )
 
     def _check_bad_share(self) -> None:

@@ -1,4 +1,5 @@
-"""The order in which rows are used: an endless sequence decided by the sources, their weights and a seed alone.
+"""The order in which rows are used: an endless sequence decided by the sources, their weights and a seed
+alone.
 
 So it is the same for any number of workers, and can be entered at any position.
 """
@@ -36,8 +37,8 @@ class SampleIndex:
 class WeightedSource:
     """A source in a mixture.
 
-    weight: how often its rows are used, relative to those of other sources (if any source is streamed: its share of the
-    samples). rows: numbers of the rows that may be used; None for all.
+    weight: how often its rows are used, relative to those of other sources (if any source is streamed: its
+    share of the samples). rows: numbers of the rows that may be used; None for all.
     """
 
     source: Source
@@ -57,9 +58,9 @@ class WeightedSource:
 class SampleOrder:
     """The samples of a mixture in order, without an end.
 
-    If all sources are indexed, an epoch has each row of a source of weight w w times on average, and no row of it more than
-    once more often than another. Otherwise sources are drawn at random by weight, and streamed ones are shuffled within a
-    buffer of ``shuffle_buffer`` rows.
+    If all sources are indexed, an epoch has each row of a source of weight w w times on average, and no row
+    of it more than once more often than another. Otherwise sources are drawn at random by weight, and
+    streamed ones are shuffled within a buffer of ``shuffle_buffer`` rows.
     """
 
     def __init__(self, mixture: Sequence[WeightedSource], seed: int, shuffle_buffer: int = 1000):
@@ -129,7 +130,8 @@ class SampleOrder:
             yield SampleIndex(number, source, row, raw)
 
     def _endless(self, index: int) -> Iterator[tuple[int, Any]]:
-        """Yield row number and raw row of one source, pass after pass; raw is None if the source is indexed."""
+        """Yield row number and raw row of one source, pass after pass; raw is None if the source is
+        indexed."""
         source = self.mixture[index].source
         for number in itertools.count():
             if source.indexed:
@@ -153,8 +155,8 @@ def group_by_length(
 ) -> Iterator[SampleIndex]:
     """Yield the samples with those of similar length next to each other, ``batch`` at a time.
 
-    Within each ``window`` samples (a multiple of ``batch``) they are sorted by length, cut into batches, and the batches
-    shuffled. The first sample must be the first of a window.
+    Within each ``window`` samples (a multiple of ``batch``) they are sorted by length, cut into batches, and
+    the batches shuffled. The first sample must be the first of a window.
     """
     while block := list(itertools.islice(indices, window)):
         block.sort(key=lambda index: (length_of(index), index.number))

@@ -1,4 +1,5 @@
-"""Batches are the same whatever the number of workers, go on where they stopped, and leave out what is bad."""
+"""Batches are the same whatever the number of workers, go on where they stopped, and leave out what is
+bad."""
 
 from __future__ import annotations
 
