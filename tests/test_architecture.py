@@ -19,7 +19,6 @@ ORDER = (
     "machine_errors",
     "progress",
     "processes",
-    "registration",
     "hub",
     "config",
     "formats",
@@ -27,6 +26,7 @@ ORDER = (
     "model",
     "data",
     "adapters",
+    "registration",  # called from flamingo_ft/__init__ alone: it imports what it registers
     "convert",
     "inference",
     "evaluation",

@@ -9,6 +9,9 @@ import pytest
 import flamingo_ft
 
 ASK = "import transformers; transformers.AutoConfig.for_model('flamingo')"
+LOADS = (
+    "F = flamingo_ft.model.FlamingoForConditionalGeneration; assert 'adapters' in F._load_adapter.__module__"
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,7 @@ ASK = "import transformers; transformers.AutoConfig.for_model('flamingo')"
         pytest.param(
             f"from flamingo_ft.backbones.language import load_language; {ASK}", marks=pytest.mark.slow
         ),
+        pytest.param(f"import flamingo_ft.model; {ASK}; {LOADS}", marks=pytest.mark.slow),
     ],
 )
 def test_transformers_knows_the_flamingo(script):

@@ -26,7 +26,7 @@ from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import in_bridge
-from flamingo_ft.model.pretrained import ModelFolders
+from flamingo_ft.model.pretrained import AdapterFolders
 from flamingo_ft.version import __version__
 
 from .answering import use_greedy_decoding
@@ -185,23 +185,23 @@ MAY_DIFFER = {
 SUPPORTED_OPTIONS = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
 
 
-def load_parts(parts: ModelFolders, options: Mapping[str, Any]) -> Any:
-    """The model in ``parts``, frozen and in eval mode: an adapter's as `load_adapter` gives it, a
-    composition's as `load_composition`.
+def load_from_folders(folders: AdapterFolders, options: Mapping[str, Any]) -> Any:
+    """Load what ``from_pretrained`` was asked for: an adapter, as `load_adapter`, or a composition, as
+    `load_composition`.
 
     options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each
     part keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is
     one; without one the CPU, or for quantized parts as with "auto". Raises UserError for options that say
     more than can be done.
     """
-    folder = parts.adapter or parts.base
+    folder = folders.adapter or folders.base
     assert folder is not None  # one of the two is always there
     _refuse(folder, options)
     device = _device(folder, options.get("device_map"))
-    if parts.adapter is None:
+    if folders.adapter is None:
         model = load_composition(folder, device=device)
     else:
-        model, _ = load_adapter(parts.adapter, start=_bridge_in(parts.base), device=device)
+        model, _ = load_adapter(folders.adapter, start=_bridge_in(folders.base), device=device)
         mark_peft_loaded(model, has_lora=bool(getattr(model, "peft_config", None)))
     dtype = _dtype(options)
     if dtype is not None:

@@ -25,7 +25,7 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, 
 from flamingo_ft.model.added_tokens import grow_vocabulary
 from flamingo_ft.model.parts import BRIDGE, is_lora
 from flamingo_ft.model.quantized import mark_quantized
-from flamingo_ft.model.sharding import fill, let_go
+from flamingo_ft.model.sharding import copy_into, reshard
 
 from .answering import use_greedy_decoding
 from .files import (
@@ -287,7 +287,7 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
     """
     _check_base(model, folder)
     tensors = read_tensors(folder)
-    let_go(model)
+    reshard(model)
     for name, parameter in trainable_parameters(model).items():
         stored = tensors.get(name_in_file(name))
         if stored is None:
@@ -301,7 +301,7 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
                 f"{folder}: {name} must have shape {tuple(parameter.shape)}, got {tuple(stored.shape)}; "
                 "resume with the recipe of its run"
             )
-        fill(parameter, stored)
+        copy_into(parameter, stored)
 
 
 def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:

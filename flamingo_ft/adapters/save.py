@@ -22,7 +22,7 @@ from flamingo_ft.atomic import file_in_place
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.parts import in_parts, is_lora
-from flamingo_ft.model.sharding import whole
+from flamingo_ft.model.sharding import full_tensor
 
 from .card import write_card
 from .compat import DUMMY_TARGET_MODULES
@@ -55,7 +55,7 @@ def save_adapter(
             sharded model.
     """
     folder = Path(folder)
-    tensors = {name: whole(tensor) for name, tensor in adapter_tensors(model, adapter).items()}
+    tensors = {name: full_tensor(tensor) for name, tensor in adapter_tensors(model, adapter).items()}
     check_complete(model, tensors, adapter)
     if not write:
         return

@@ -17,7 +17,7 @@ from flamingo_ft.data.epochs import samples_per_epoch, steps_per_epoch, with_max
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.backbone_files import backbone_files, own_ends, text_limit
+from flamingo_ft.model.backbone_files import backbone_files, eos_token_ids, text_limit
 from flamingo_ft.progress import progress_bars
 
 from .check_report import MADE_BY, CheckReport, TrainingLength
@@ -51,7 +51,7 @@ def check_data(recipe: Recipe, name: str, folder: Path) -> CheckReport:
         sources = [*data.train, *data.eval]
         builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))
         _inspect_all(sources, inspector, builder, recipe.train.num_workers)
-        text_form = dialogue_format(processor, own_ends(recipe.model))
+        text_form = dialogue_format(processor, eos_token_ids(recipe.model))
         report = builder.build(name, _training_length(recipe, data), text_form)
         (new / RECORD_FILE).write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
         previews = [

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from flamingo_ft.config.data_section import DataSection, DataSource
 from flamingo_ft.config.model_section import LoraSection, ModelSection, TrainableSection
-from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER, VISION
+from flamingo_ft.config.tables import BRIDGE_PARTS, VISION
 from flamingo_ft.config.train_section import DpoSection, EvalSection, TrainSection
 from flamingo_ft.config.yaml_document import Location
 
@@ -52,7 +52,7 @@ def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSec
             "a newly initialized bridge has to be trained, and only frozen parts are quantized; "
             "use none, or set model.init_from",
         )
-    elif {PERCEIVER.name, CROSS_ATTENTION.name} <= {*in_full}:
+    elif {part.name for part in BRIDGE_PARTS if part.takes_lora} <= {*in_full}:
         yield (
             ("model", "bridge_quantization"),
             "the whole bridge is trained in full, and only frozen parts are quantized; use none",

@@ -69,9 +69,9 @@ VISION = Part("vision", label="vision tower", short="vision tower", module="visi
 # follow.
 BRIDGE_PARTS = (PERCEIVER, CROSS_ATTENTION, NEW_TOKENS)
 BACKBONE_PARTS = (LANGUAGE, VISION)
-# The parts that `lora` names, in its order: the first that a recipe gives LoRA sets the rank of
+# In the order of `lora`'s keys. Stored adapters depend on it: the first part with LoRA sets the rank in
 # peft.LoraConfig.
-LORA_PARTS = (LANGUAGE, CROSS_ATTENTION, PERCEIVER, VISION)
+LORA_PARTS = (LANGUAGE, *(part for part in reversed(BRIDGE_PARTS) if part.takes_lora), VISION)
 
 # Schema of a dataset's rows -> the columns it is recognised by, tried in this order: the first that fits is
 # used. A preference pair has a prompt too, and an instruction of MIMIC-IT an answer.

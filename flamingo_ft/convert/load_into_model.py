@@ -20,7 +20,7 @@ from flamingo_ft.formats.foreign_checkpoint import BRIDGE_PREFIXES, RECOMPUTED_B
 from flamingo_ft.formats.key_names import UNUSED_PROJECTION, VISION_PREFIX
 from flamingo_ft.formats.stored_files import first_few
 from flamingo_ft.model import FlamingoForConditionalGeneration
-from flamingo_ft.model.open_flamingo_checkpoints import check_belongs
+from flamingo_ft.model.open_flamingo_checkpoints import check_fits_model
 from flamingo_ft.model.parts import BRIDGE, PARTS, part_of
 
 from .vocabulary import load_token_rows, vocabulary_matrices
@@ -38,7 +38,7 @@ def load_bridge(
 
     Raises UserError for a bridge of another model, and for one that is incomplete without ``start``.
     """
-    check_belongs(model, checkpoint)
+    check_fits_model(model, checkpoint)
     if start is not None:
         init_bridge(model, start)
         model.config.adapter_parts = _parts_held(model, checkpoint)

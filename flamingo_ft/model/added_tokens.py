@@ -19,12 +19,14 @@ EOC_TOKEN = "<|endofchunk|>"
 PAD_TOKEN = "<PAD>"  # OpenFlamingo's choice where a tokenizer has none
 
 WHERE = "resize_token_embeddings"
-AT_FIRST = "add tokens when the model is built, build_flamingo(..., extra_tokens=[...])"
+ADVICE = "add tokens when the model is built, build_flamingo(..., extra_tokens=[...])"
 
 
 def add_media_tokens(tokenizer: PreTrainedTokenizerBase, extra: Sequence[str] = ()) -> list[int]:
-    """Add the end-of-chunk, media, ``extra`` and, where there is none, padding token, in this order; returns the ids that
-    were not there."""
+    """Add the end-of-chunk and media tokens, ``extra``, and a padding token if there is none, in this order.
+
+    Returns the ids of those that the vocabulary did not have.
+    """
     known = set(tokenizer.get_vocab())
     tokenizer.add_special_tokens({"additional_special_tokens": [EOC_TOKEN, MEDIA_TOKEN, *extra]}, False)
     if tokenizer.pad_token is None:
@@ -37,9 +39,9 @@ def add_media_tokens(tokenizer: PreTrainedTokenizerBase, extra: Sequence[str] = 
 
 @torch.no_grad()
 def grow_vocabulary(lm: PreTrainedModel, size: int) -> None:
-    """Give the language model's matrices at least ``size`` rows, the added ones at the mean of the others.
+    """Grow the language model's embedding and output head, bias included, to at least ``size`` rows.
 
-    So too the bias of its output head, where it has one.
+    Added rows are the mean of the others.
     """
     rows = len(lm.get_input_embeddings().weight)
     if size <= rows:
@@ -52,17 +54,18 @@ def grow_vocabulary(lm: PreTrainedModel, size: int) -> None:
 
 
 def add_tokens(model: FlamingoCore, size: int) -> None:
-    """Let ``model`` have tokens up to ``size``, those that it did not have in `token_rows`.
+    """Add tokens to ``model`` up to a vocabulary of ``size``; their rows go into `token_rows`.
 
-    Tokens are numbered in the order in which they are added to a tokenizer, so all from the last known on are new.
-    Without rows of its own (its tokenizer had ``<image>`` before), the new ones are those beyond the language model's.
+    A tokenizer numbers tokens in the order in which they are added, so all ids after the last known one are
+    new. If the model has no rows of its own (its tokenizer had ``<image>`` before), they are those beyond the
+    language model's matrix.
     """
     config, lm = model.config, model.lang_encoder
     own = config.new_token_ids or []
     used = 1 + max([config.media_token_id, config.eoc_token_id, *own])
     if size < used:
         raise UserError(
-            f"{WHERE}: cannot drop tokens that are in use, got {size} tokens where <image> and others need {used}; "
+            f"{WHERE}: cannot drop tokens in use, got {size} tokens where <image> and others need {used}; "
             "pass len(tokenizer)"
         )
     first = used if own else len(lm.get_input_embeddings().weight)
@@ -83,26 +86,27 @@ def add_tokens(model: FlamingoCore, size: int) -> None:
 
 
 def _check_rows_can_be_added(model: FlamingoCore) -> None:
-    """Refuse where parameters of another shape would not reach what holds the old ones, or not load again."""
+    """Raise UserError where parameters of a new shape would break what holds the old ones, or could not be
+    loaded.
+    """
     rows = model.token_rows
     if isinstance(model, FSDPModule):
-        raise UserError(f"{WHERE}: the model is sharded; {AT_FIRST}, or add them before it is sharded")
+        raise UserError(f"{WHERE}: the model is sharded; {ADVICE}, or add them before it is sharded")
     if rows is not None and any(type(table) is not nn.Embedding for table in rows.children()):
-        raise UserError(f"{WHERE}: PEFT has wrapped the rows of new tokens; {AT_FIRST}, or add them before")
+        raise UserError(f"{WHERE}: PEFT has wrapped the rows of new tokens; {ADVICE}, or add them before")
     if model.config.bridge_init:
         raise UserError(
-            f"{WHERE}: the bridge was started from {model.config.bridge_init['path']}, which has no rows for more "
-            "tokens; merge it, or train a bridge with these tokens"
+            f"{WHERE}: the bridge was started from {model.config.bridge_init['path']}, which has no rows "
+            "for more tokens; merge it first, or train a new bridge with these tokens"
         )
 
 
 def check_embeddings(module: object, rows: TokenRows | None, where: str) -> None:
-    """Refuse what is no module with a row for each token that ``rows`` stand in for."""
+    """Raise UserError unless ``module`` is a torch module with a row for every token of ``rows``."""
     needed = 1 + max(rows.token_ids) if rows is not None else 0
     if not isinstance(module, nn.Module):
         raise UserError(
-            f"{where}: needs a torch module, got {type(module).__name__}; pass a layer such as the language model's "
-            "own (lang_encoder)"
+            f"{where}: needs a torch module, got {type(module).__name__}; pass one like lang_encoder's own"
         )
     if len(module.weight) < needed:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a recipe's backbones tell of themselves before any of their weights are there."""
+"""What is known of a recipe's backbones before their weights are loaded: configs, transform, tokenizer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from flamingo_ft.backbones.tower import build_visual, tower_preprocess
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import ModelSection
 
-from . import FlamingoProcessor
 from .added_tokens import add_media_tokens
+from .processor import FlamingoProcessor
 
 
 @dataclass(frozen=True)
 class BackboneFiles:
-    """tower: a `VisionBackbone.config`, and resize_mode how images are brought to its size; language, tokenizer: the
-    language model's."""
+    """tower: the config of a `VisionBackbone`; resize_mode: how images are brought to its size; language,
+    tokenizer: the language model's configuration and tokenizer.
+    """
 
     tower: dict
     resize_mode: str | None
@@ -29,7 +30,7 @@ class BackboneFiles:
     tokenizer: PreTrainedTokenizerBase
 
     def processor(self) -> FlamingoProcessor:
-        """The processor of the Flamingo that they make, as `build_flamingo` gives it."""
+        """Return the processor of the Flamingo with these backbones, as `build_flamingo` makes it."""
         tokenizer = copy.deepcopy(self.tokenizer)
         add_media_tokens(tokenizer)
         with torch.device("meta"):
@@ -38,20 +39,20 @@ class BackboneFiles:
 
 
 def backbone_files(model: ModelSection) -> BackboneFiles:
-    """Fetch what is not there of them, never weights. UserError for backbones that do not exist."""
+    """Fetch the backbones' files, without weights. Raises UserError for backbones that do not exist."""
     vision, language = model.vision, model.language
     tower = tower_config(vision.name, vision.pretrained, vision.image_size)
     return BackboneFiles(tower, vision.resize_mode, *language_files(language.name, language.revision))
 
 
-def own_ends(model: ModelSection) -> int | list[int] | None:
-    """The tokens with which the language model, as it was released, ends what it generates."""
+def eos_token_ids(model: ModelSection) -> int | list[int] | None:
+    """Return the end-of-sequence ids of the language model's own generation configuration."""
     folder = language_folder(model.language.name, model.language.revision, weights=False)
     if (folder / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(folder).eos_token_id
     return language_files(model.language.name, model.language.revision)[0].eos_token_id
 
 
-def text_limit(config: PreTrainedConfig, wanted: int | None) -> int:
-    """Longest sample in text tokens: as wanted, within the context that a model's configuration tells."""
-    return min(wanted or NO_CONTEXT_LIMIT, context_length(config))
+def text_limit(config: PreTrainedConfig, max_text_tokens: int | None) -> int:
+    """Return the longest sample in text tokens: ``max_text_tokens``, at most the model's context length."""
+    return min(max_text_tokens or NO_CONTEXT_LIMIT, context_length(config))

@@ -1,4 +1,4 @@
-"""A new Flamingo from two backbones."""
+"""Build a new Flamingo from two backbones."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def build_flamingo(
     decoder_layers_attr_name: str | None = None,
     extra_tokens: Sequence[str] = (),
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """A Flamingo with a new bridge, all of it frozen, and the processor that feeds it.
+    """Build a Flamingo with a new bridge, all of it frozen, and its processor.
 
-    The tokenizer gains ``<|endofchunk|>``, ``<image>`` and ``extra_tokens``, whose rows train like theirs; the other
-    options are those of `FlamingoConfig`. Raises UserError when the language model's decoder layers cannot be found.
+    ``<|endofchunk|>``, ``<image>`` and ``extra_tokens``, which are trained like these two, are added to the
+    tokenizer. The other options are those of `FlamingoConfig`. Raises UserError if the language model's
+    decoder layers cannot be found.
     """
     lm, tokenizer = language.model, language.tokenizer
     known_rows = len(tokenizer)

@@ -1,10 +1,11 @@
-"""A language model's chat template, corrected where its prompt for an answer is not how it writes an answer.
+"""Correct a language model's chat template if its prompt for an answer differs from how it writes answers.
 
-An answer must be asked for with exactly the text that stood before answers in training. Not every template sees to
-that: some ignore ``add_generation_prompt``, some open ``<think>`` in the prompt and write no reasoning before earlier
-answers, and some write an empty reasoning block before the last answer alone. Each template is tried on short
-dialogues. One whose prompt does not fit gets, as its prompt, what it writes before its answers; and an empty block
-that it writes before the last answer alone is left out, so that all answers begin alike.
+At inference an answer must be prompted with exactly the text that preceded answers in training. Not every
+template ensures that: some ignore ``add_generation_prompt``, some open ``<think>`` in the prompt but write no
+reasoning before earlier answers, and some write an empty reasoning block before the last answer only. Each
+template is tried on short dialogues. If its prompt does not fit, the prompt becomes what the template writes
+before its answers, and an empty block that is written before the last answer only is left out, so that all
+answers begin alike.
 """
 
 from __future__ import annotations
@@ -18,23 +19,27 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
+
+from .compat import render_jinja_template
 
 GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
 Turns = Sequence[Mapping[str, Any]]
-Render = Callable[..., tuple[str, list[Span]]]  # a template and turns to their text, and its generation marks
+Render = Callable[
+    ..., tuple[str, list[Span]]
+]  # (template, turns) -> text and the spans of its generation marks
 
-# `{{ '' }}` keeps Jinja from dropping a line break at the template's beginning.
+# TEMPLATE and the other names in capitals are filled in by `_filled`. `{{ '' }}` keeps Jinja from dropping a
+# line break at the beginning of the template.
 OWN_PROMPT = (
     "{% set flamingo_asks = add_generation_prompt %}{% set add_generation_prompt = false %}{{ '' }}TEMPLATE"
     "{{ OPENING if flamingo_asks else '' }}"
 )
-# An answer that spells out the block itself keeps it.
+# An answer that contains the block as text keeps it.
 WITHOUT_BLOCK = (
     "{% set flamingo_text %}{{ '' }}TEMPLATE{{ '' }}{% endset %}"
     "{{ flamingo_text.rsplit(OPENING_AND_BLOCK, 1) | join(OPENING)"
@@ -45,14 +50,14 @@ WITHOUT_BLOCK = (
 
 @dataclass(frozen=True)
 class AnswerTemplate:
-    """A chat template to write dialogues and prompts with. problem: why it cannot be trained with, if so."""
+    """A chat template for dialogues and prompts. problem: why it cannot be used for training, if so."""
 
     text: str
     problem: str | None = None
 
 
 def answer_template(tokenizer: PreTrainedTokenizerBase, template: str) -> AnswerTemplate:
-    """The template itself where its prompts fit its answers, else corrected."""
+    """Return ``template`` itself if its prompts fit its answers, otherwise a corrected one."""
     return _answer_template(template, json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str))
 
 
@@ -63,10 +68,10 @@ def render(
     marked: bool = False,
     add_generation_prompt: bool = False,
 ) -> tuple[str, list[Span]]:
-    """A dialogue as the chat template writes it, and the spans that its generation marks enclose, if asked for.
+    """Render a dialogue with a chat template; with ``marked``, also return the spans of its generation marks.
 
-    transformers' own token mask is not used: it misses the last bytes of a span that ends in a character of several
-    tokens. Raises UserError for a dialogue that the template refuses.
+    transformers' own mask of assistant tokens is not used: it misses the last bytes of a span that ends in a
+    character of several tokens. Raises UserError for a dialogue that the template rejects.
     """
     try:
         texts, spans = render_jinja_template(
@@ -76,7 +81,10 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
         )
-    except (TemplateError, TypeError) as error:  # the latter where it takes content in typed blocks alone
+    except (
+        TemplateError,
+        TypeError,
+    ) as error:  # TypeError from templates that only take content as typed blocks
         problem = error_message(error, None)
         raise UserError(
             f"chat template: refuses the dialogue ({problem}); change its roles or the template, "
@@ -95,10 +103,11 @@ def is_marked(template: str) -> bool:
 
 @dataclass(frozen=True)
 class _Answer:
-    """An answer in a rendered dialogue. prompt: what asks for it; asked: the dialogue before it, without a prompt; None
-    where the template refuses to write them.
+    """An answer in a rendered dialogue.
 
-    lead: the text before the answer, of which the part from ``learned`` on carries loss.
+    prompt: the dialogue before the answer, with a generation prompt; asked: the same without one; each is
+    None if the template rejects it. lead: the rendered text before the answer, of which the part from
+    ``learned`` on carries loss.
     """
 
     prompt: str | None
@@ -108,7 +117,9 @@ class _Answer:
 
     @property
     def gap(self) -> str | None:
-        """What stands between the prompt and the answer; "" for white space alone, None where the prompt differs."""
+        """The text between prompt and answer, "" if it is only white space; None if the prompt is another
+        text.
+        """
         if self.prompt is None or not self.lead.startswith(self.prompt):
             return None
         gap = self.lead[len(self.prompt) : self.learned]
@@ -116,9 +127,9 @@ class _Answer:
 
     @property
     def opening(self) -> str | None:
-        """What the template writes between the question and the answer.
+        """The text between question and answer, which would be the right prompt.
 
-        Spaces before an answer are the answer's: with most tokenizers they are part of its first token.
+        Spaces before an answer belong to the answer: with most tokenizers they are part of its first token.
         """
         if self.asked is None or not self.lead.startswith(self.asked):
             return None
@@ -143,7 +154,7 @@ def _answer_template(template: str, special_tokens: str) -> AnswerTemplate:
 
 
 def _dialogues(template: str, rendered: Render) -> list[Turns] | str:
-    """One question and two, with their answers, as far as the template takes them; or why it takes none."""
+    """Return dialogues of one and of two turns that the template accepts, or why it accepts none."""
     refusal = ""
     for system in ([], [{"role": "system", "content": "qzrole"}]):
         tried: list[Turns] = []
@@ -164,7 +175,7 @@ def _dialogues(template: str, rendered: Render) -> list[Turns] | str:
 
 
 def _answers(rendered: Render, dialogues: Sequence[Turns], template: str) -> list[_Answer]:
-    """Of each dialogue all answers that its text shows as they are, the last one last."""
+    """Return the answers of each dialogue that appear unchanged in its text, in order."""
     found = []
     for turns in dialogues:
         text, marks = rendered(template, turns=turns, marked=is_marked(template))
@@ -186,7 +197,7 @@ def _written(rendered: Render, template: str, turns: Turns, **options: bool) -> 
 
 
 def _leaves_out(text: str, turns: Turns) -> bool:
-    """Whether the last turn is not in the text, not even in other letters."""
+    """Whether the text lacks the last turn, upper and lower case ignored."""
     return turns[-1]["content"].lower() not in text.lower()
 
 
@@ -195,9 +206,9 @@ def _fits(answers: Sequence[_Answer]) -> bool:
 
 
 def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Iterator[str]:
-    """Corrected templates to try: with another prompt, without the last answer's block, and both.
+    """Yield corrected templates: with another prompt, without the last answer's block, and with both changes.
 
-    What stands before an earlier answer comes first: it is how answers are written in the dialogues that follow them.
+    The prompt that fits an earlier answer comes first: it is how answers are written in the turns after them.
     """
     found = answers(template)
     if not is_marked(template):
@@ -211,7 +222,9 @@ def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Itera
 
 
 def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
-    """The template without what it writes between prompt and last answer, and not between prompt and earlier ones."""
+    """Yield the template without the block that it writes after the prompt of the last answer, but of no
+    earlier one.
+    """
     last = answers[-1]
     if not last.gap or last.asked is None or not last.prompt.startswith(last.asked):
         return
@@ -227,13 +240,18 @@ def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
 
 
 def _filled(wrapper: str, template: str, **values: Any) -> str:
-    """The wrapper around the template, and in it the values. Jinja drops a template's last line break, so it goes."""
+    """Return the wrapper with the template and the values filled in.
+
+    Jinja drops a template's last line break, so it is removed before something is appended.
+    """
     names = re.compile("|".join(sorted(["TEMPLATE", *values], key=len, reverse=True)))
     body = template.removesuffix("\n")
     return names.sub(lambda name: body if name[0] == "TEMPLATE" else jinja_literal(values[name[0]]), wrapper)
 
 
 def jinja_literal(value: str | list[str]) -> str:
-    """Strings as Jinja source; without braces and percent signs, which elsewhere begin and end Jinja's blocks."""
+    """Return strings as Jinja source, braces and percent signs escaped, which could begin or end Jinja
+    blocks.
+    """
     source = json.dumps(value, ensure_ascii=False)
     return source.replace("{", "\\x7b").replace("}", "\\x7d").replace("%", "\\x25")

@@ -1,18 +1,19 @@
-"""Who sees which media: the one owner of everything a language model's forward needs to know about images.
+"""Which token sees which media: the one owner of the media state of a language model's forward.
 
-The language model stays as it is. Hooks on it open onto a `MediaConditioning`, which does nothing until a forward or a
-generation opens a `Media`, and forgets it afterwards, after an error too. Which image a token looks at follows from
-its *text time*, the number of media tokens up to it. Text times of past tokens belong to the key/value cache, so they
-are kept on it and found by its length: what crops, copies or continues a cache carries them along.
+The language model is not changed. Its hooks call a `MediaConditioning`, which does nothing until a forward or
+a generation opens a `Media`, and which drops it afterwards, also after an error. Which image a token looks at
+follows from its *text time*, the number of media tokens up to and including it. Text times of past tokens are
+stored on the key/value cache and cut to its length, so cropping, copying or continuing a cache carries them
+along.
 
-Shapes: B samples, R rows of text (B times beams or returned sequences), T tokens of this forward, S tokens so far,
-M media, L latents.
+Shapes: B samples, R rows of text (B times beams or returned sequences), T tokens of this forward, S tokens so
+far, M media, L latents.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,19 +24,19 @@ from torch import Tensor, nn
 
 from flamingo_ft.backbones.decoder_layers import residual_streams
 
-Visibility = Literal["immediate", "all_preceding", "following"]
+from .compat import in_backward
+from .language_model_inputs import get_cache
 
-# Where families keep the past: all but a few (``state``) under the first name, before transformers 5.24 under the others.
-CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
+Visibility = Literal["immediate", "all_preceding", "following"]
 
 
 @dataclass(eq=False)
 class Media:
-    """The media of B samples, encoded: made once for a forward, a generation, or a cache of prompts.
+    """The encoded media of B samples, made once per forward or generation, or for a cached prompt.
 
-    latents (B, M, L, D), or None where the whole batch is text; counts (B,) how many of the M each sample has;
-    keys_values: the projections of the latents per decoder layer (and whether under autocast), filled in as
-    inference first needs them.
+    latents (B, M, L, D), None if the whole batch is text; counts (B,): how many of the M each sample has;
+    keys_values: the projected latents per decoder layer and autocast state, filled in by inference on first
+    use.
     """
 
     latents: Tensor | None
@@ -49,9 +50,10 @@ class Media:
     def visible(
         self, times: Tensor, is_media: Tensor, visibility: Visibility, documents: Tensor | None = None
     ) -> Tensor | None:
-        """Which media each token sees, by its text time: times, is_media (R, T) -> (R, T, M) bool.
+        """Return which media each token sees: text times and media-token mask (R, T) -> (R, T, M) bool.
 
-        Where rows hold several documents (R, T), a token sees those of its own alone.
+        documents (R, T): in packed rows, the document of each token; a token sees only media of its own
+        document.
         """
         if self.latents is None:
             return None
@@ -62,46 +64,51 @@ class Media:
         seen = seen & (slot <= counts[:, None, None])
         if documents is None:
             return seen
-        return seen & (
-            documents[..., None] == documents_of_media(times, is_media, documents, len(slot))[:, None]
-        )
+        owner = documents_of_media(times, is_media, documents, len(slot))
+        return seen & (documents[..., None] == owner[:, None])
 
 
 def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
-    """The document that each of ``slots`` media stands in, by its media token: (R, T) thrice -> (R, slots)."""
-    places = torch.where(is_media, times - 1, slots).clamp(
+    """Return the document (R, slots) that the media token of each medium is in; the arguments are (R, T)."""
+    index = torch.where(is_media, times - 1, slots).clamp(
         max=slots
-    )  # all other tokens write into one slot more
-    return documents.new_zeros(len(documents), slots + 1).scatter(1, places, documents)[:, :slots]
+    )  # text tokens write to a spare slot, cut off
+    return documents.new_zeros(len(documents), slots + 1).scatter(1, index, documents)[:, :slots]
 
 
 @dataclass(eq=False)
 class Past:
-    """What a key/value cache knows of media: theirs, and the text time (R, S) of every token that it holds."""
+    """What is stored on a key/value cache: the media it was filled with, and the text times (R, S) of its
+    tokens.
+    """
 
     media: Media
     times: Tensor
 
     def counts_at(self, length: int) -> Tensor:
-        """Media tokens (R,) among the first ``length`` tokens."""
+        """Return the number of media tokens (R,) among the first ``length`` tokens."""
         return self.times[:, :length].amax(-1) if length else self.times.new_zeros(len(self.times))
 
 
 @dataclass(eq=False)
 class _Call:
-    """One forward of the language model: text times up to its last token (R, S), what its T tokens see (R, T, M)."""
+    """One forward of the language model: text times (R, S) up to its last token, and what its T tokens see
+    (R, T, M).
+    """
 
     times: Tensor
     visible: Tensor | None
 
 
 def past_of(cache: object | None) -> Past | None:
-    """The media that a key/value cache was filled under, if any."""
+    """Return the media state stored on a key/value cache, if any."""
     return getattr(cache, "flamingo_past", None)
 
 
 def cache_length(cache: object | None) -> int:
-    """Tokens that a key/value cache holds; state-space caches cannot tell, but carry the text times of theirs."""
+    """Return the number of tokens in a cache. State-space caches do not know it; it is read off their text
+    times.
+    """
     if cache is None:
         return 0
     try:
@@ -111,16 +118,8 @@ def cache_length(cache: object | None) -> int:
         return 0 if past is None else past.times.shape[1]
 
 
-def cache_in(values: Mapping[str, object] | tuple) -> object | None:
-    """The key/value cache among a forward's keyword arguments or a model's outputs."""
-    if isinstance(values, Mapping):
-        kept = (value for name, value in values.items() if name in CACHE_ARGUMENTS)
-        return next((value for value in kept if value is not None), None)
-    return next((value for value in values if hasattr(value, "get_seq_length")), None)
-
-
 class MediaConditioning:
-    """Runs the gated cross-attention blocks inside an untouched language model while a `Media` is open."""
+    """Runs the gated cross-attention blocks inside an unchanged language model while a `Media` is open."""
 
     def __init__(self, media_token_id: int, visibility: Visibility, blocks: nn.ModuleList):
         self.media_token_id = media_token_id
@@ -131,7 +130,7 @@ class MediaConditioning:
         self._now = _Now()
 
     def attach(self, lm: nn.Module, layers: nn.ModuleList) -> None:
-        """Hook ``lm`` and those of its decoder ``layers`` that have a block before them."""
+        """Register hooks on ``lm`` and on the decoder ``layers`` that have a block before them."""
         self._streams = residual_streams(lm.config)
         lm.register_forward_pre_hook(self._before_language_model, with_kwargs=True)
         lm.register_forward_hook(self._after_language_model, with_kwargs=True)
@@ -146,9 +145,9 @@ class MediaConditioning:
 
     @contextmanager
     def open(self, media: Media, documents: Tensor | None = None) -> Iterator[None]:
-        """Condition the language model on ``media`` inside the block, and only there.
+        """Condition the language model on ``media`` inside the ``with`` block, and only there.
 
-        documents (R, T): which tokens belong together, where a row holds several documents.
+        documents (R, T): the document of each token, for packed rows.
         """
         now = self._now
         outer = now.media, now.call, now.past, now.documents
@@ -159,15 +158,17 @@ class MediaConditioning:
             now.media, now.call, now.past, now.documents = outer
 
     def hold(self, media: Media, times: Tensor) -> None:
-        """Keep ``media`` until `release`; later text without media tokens starts at text time ``times`` (B,)."""
+        """Keep ``media`` until `release`; later text without media starts at text time ``times`` (B,)."""
         self.held, self._held_times = media, times
 
     def release(self) -> None:
-        """Forget held media."""
+        """Drop held media."""
         self.held = self._held_times = None
 
     def start(self, input_ids: Tensor, cache: object | None) -> None:
-        """Work out what the tokens of one forward, input_ids (R, T) after those in ``cache``, are looking at."""
+        """Compute which media the tokens of one forward see: input_ids (R, T), which follow those in
+        ``cache``.
+        """
         media, documents = self._now.media, self._now.documents
         is_media = input_ids == self.media_token_id
         before, start = self._times_before(media, is_media, cache)
@@ -176,33 +177,35 @@ class MediaConditioning:
         self._now.call = _Call(torch.cat([before, times], dim=1), visible)
 
     def finish(self, cache: object | None) -> None:
-        """End one forward; what it learned of text times goes with the cache that it filled."""
+        """End one forward and store its media and text times on the cache that it filled."""
         self._now.past = Past(self._now.media, self._now.call.times)
         if hasattr(cache, "__dict__"):
             cache.flamingo_past = self._now.past
         self._now.call = None
 
     def _times_before(self, media: Media, is_media: Tensor, cache: object | None) -> tuple[Tensor, Tensor]:
-        """Text times of the tokens in the cache (R, S), and the one at which this forward starts (R,)."""
+        """Return the text times (R, S) of the tokens in the cache, and the text time (R,) at which this
+        forward starts.
+        """
         rows, length, past = len(is_media), cache_length(cache), past_of(cache)
         if cache is not None and not hasattr(
             cache, "__dict__"
-        ):  # a bare list (RWKV): the previous forward filled it
+        ):  # a plain list (RWKV), filled by the previous forward
             past = self._now.past
             length = 0 if past is None else past.times.shape[1]
         before = is_media.new_zeros(rows, length, dtype=torch.long)
         if past is not None and length:
             known = repeat_rows(past.times, rows)[:, :length]
             before[:, : known.shape[1]] = known
-            before[:, known.shape[1] :] = known[
-                :, -1:
-            ]  # read by the language model on its own: no media in them
+            # Tokens beyond were read by the language model on its own, without media.
+            before[:, known.shape[1] :] = known[:, -1:]
             return before, before[:, -1]
         continues = media is self.held and not is_media.any()
         start = repeat_rows(self._held_times, rows) if continues else before.new_zeros(rows)
         return before, start
 
-    # Compiled code would lose what is open in this thread; the language model itself is compiled whole all the same.
+    # Not compiled: torch.compile would not see this thread's state. The language model itself still compiles
+    # in one graph.
     @torch.compiler.disable
     def _before_language_model(self, lm: nn.Module, args: tuple, kwargs: dict) -> None:
         if not self.is_open:
@@ -210,15 +213,15 @@ class MediaConditioning:
         input_ids = kwargs.get("input_ids", args[0] if args else None)
         if input_ids is None:
             raise ValueError(
-                "a Flamingo finds its media in input_ids; found none (inputs_embeds alone do not do)"
+                "forward: got no input_ids, where a Flamingo finds its media; pass them, not inputs_embeds"
             )
-        self.start(input_ids, cache_in(kwargs))
+        self.start(input_ids, get_cache(kwargs))
 
     @torch.compiler.disable
     def _after_language_model(self, lm: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
         if self.is_open:
-            given = cache_in(kwargs)
-            self.finish(cache_in(output) if given is None else given)
+            given = get_cache(kwargs)
+            self.finish(get_cache(output) if given is None else given)
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict
@@ -232,26 +235,31 @@ class MediaConditioning:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _into_streams(self, hidden: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run a block on the residual stream; where a family keeps several, on their mean, its change added to each."""
+        """Run a block on the residual stream; with several streams, run it on their mean and add its change
+        to each.
+        """
         if self._streams is None:
             return block(hidden)
         mean = self._streams.mean(hidden)
         return self._streams.add(hidden, block(mean) - mean)
 
     def _cross_attend(self, index: int, hidden: Tensor, media: Media, visible: Tensor | None) -> Tensor:
-        """The block of decoder layer ``index``; keys and values are kept for the next token where no gradient is."""
+        """Run the block of decoder layer ``index``; without gradients, keep its keys and values for the next
+        token.
+        """
         block = self.blocks[index]
         if media.latents is None or torch.is_grad_enabled():
             return block(block.entry(hidden), media.latents, visible)[0]
-        kept = index, torch.is_autocast_enabled(hidden.device.type)
-        hidden, *media.keys_values[kept] = block(
-            hidden, media.latents, visible, *media.keys_values.get(kept, ())
-        )
+        key = index, torch.is_autocast_enabled(hidden.device.type)
+        hidden, *keys_values = block(hidden, media.latents, visible, *media.keys_values.get(key, ()))
+        media.keys_values[key] = keys_values
         return hidden
 
 
 class _Now(threading.local):
-    """What is open in this thread: two threads may generate with one model. A copy starts with nothing open."""
+    """What is open in this thread, since several threads may generate with one model. A copy starts with
+    nothing open.
+    """
 
     media: Media | None = None
     call: _Call | None = None
@@ -263,18 +271,20 @@ class _Now(threading.local):
 
 
 def _refuse_recomputation() -> None:
-    """A layer run inside a backward, with nothing open: some wrapper recomputes it with its hooks, too late."""
-    if torch._C._current_graph_task_id() != -1:
+    """Refuse a layer run in a backward pass with nothing open: a checkpoint wrapper recomputes it, hooks
+    included.
+    """
+    if in_backward():
         raise RuntimeError(
-            "a decoder layer is recomputed from outside, where the bridge gets no gradient; "
-            "use the model's activation_checkpointing_enable() instead of a checkpoint wrapper"
+            "a checkpoint wrapper recomputes a decoder layer together with its hooks, and the bridge would "
+            "get no gradient; use the model's activation_checkpointing_enable() instead"
         )
 
 
 def repeat_rows(x: Tensor, rows: int) -> Tensor:
-    """Each of the B rows of ``x`` as often as text has rows for it: (B, ...) -> (rows, ...)."""
+    """Repeat each row of ``x`` for the beams or sequences of its sample: (B, ...) -> (rows, ...)."""
     if rows % len(x):
         raise ValueError(
-            f"found {rows} rows of text for {len(x)} rows of media; give each row of text its media"
+            f"got {rows} rows of text for {len(x)} rows of media; pass the media of each row of text"
         )
     return x.repeat_interleave(rows // len(x), dim=0)

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 
+from .compat import SubConfigSpec
+
 register_mosaic_gpt()  # a text_config may be one
 
-# Raised when a key or a file of an adapter or a saved model changes its meaning.
+# Incremented when a key or a file of an adapter or a saved model changes its meaning.
 FORMAT_VERSION = 1
 
 
@@ -26,29 +27,33 @@ class FlamingoConfig(PreTrainedConfig):
         vision_config: the OpenCLIP tower's architecture (`backbones.tower.build_visual` builds from it).
         vision_preprocess: the tower's image transform, as OpenCLIP's ``PreprocessCfg``.
         vision_width: width of the tower's spatial tokens.
-        cross_attn_every_n_layers: a gated cross-attention block before decoder layer k where (k + 1) is a multiple.
-        media_visibility: which media a text token sees: ``immediate`` (the last before it), ``all_preceding``, or
-            ``following`` (the next one, as OpenFlamingo v1).
+        cross_attn_every_n_layers: n, for a gated cross-attention block before every n-th decoder layer
+            (layers k with (k + 1) % n == 0).
+        media_visibility: which media a text token sees: ``immediate`` (the last before it),
+            ``all_preceding``, or ``following`` (the next one, as OpenFlamingo v1).
         perceiver: arguments of `PerceiverResampler` besides the width.
         cross_attention: arguments of `GatedCrossAttentionBlock` besides the widths.
         media_token_id: id of ``<image>``, one per image or video; also under the name ``image_token_id``.
         eoc_token_id: id of ``<|endofchunk|>``.
         new_token_ids: ids of the tokens that were added to the vocabulary; their rows are the Flamingo's own.
-        decoder_layers_attr_name: dotted path of the decoder layers in the language model, where they are not found.
-        backbones: where both backbones came from: name, revision and content hash of ``vision`` and ``language``.
-        licenses: of ``vision`` and ``language``, as their model cards state them.
+        decoder_layers_attr_name: dotted path of the decoder layers in the language model; None to find them.
+        backbones: where both backbones came from: name, revision and content hash of ``vision`` and
+            ``language``.
+        licenses: the licenses of ``vision`` and ``language``, from their model cards.
         bridge_init: what the bridge was started from: path and content hash; None for random weights.
-        bridge_quantization: how the frozen parts of the bridge were kept, None for unquantized.
-        adapter_parts: the parts of the bridge that adapters of this model hold, None for all; the base has the others.
-        merged: what was merged into this model, None for a model that is no merge.
-        converted_from: the format of another Flamingo's checkpoint that the bridge came from, None for one trained here.
-        open_attention: whether the tower's attention has linear layers for its matrices (`backbones.attention`), which
-            is how a quantized tower is stored.
-        format_version: version of this package's file format.
+        bridge_quantization: quantization of the frozen parts of the bridge, None for none.
+        adapter_parts: the parts of the bridge that are stored in adapters of this model, None for all; the
+            others belong to its base.
+        merged: what was merged into this model, None for a model that is not a merge.
+        converted_from: the format of the checkpoint that the bridge was converted from, None for a bridge
+            trained with this package.
+        open_attention: whether the tower's fused attention is split into linear layers
+            (`backbones.attention`), as in a stored quantized tower.
+        format_version: version of the file format.
     """
 
     model_type = "flamingo"
-    # The names that other vision-language models have for it, which trainers read.
+    # Other vision-language models' names for it, which trainers read.
     attribute_map = {"image_token_id": "media_token_id", "image_token_index": "media_token_id"}
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
 
@@ -76,6 +81,6 @@ class FlamingoConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # A copy: what follows writes into it (it resets the attention implementation of a model already loaded).
+        # Copied: transformers writes into it, and would reset the attention implementation of a loaded model.
         self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)

@@ -1,4 +1,5 @@
-"""What both faces of the model share: the bridge, attached to the two backbones.
+"""What both APIs of the model share: the bridge, attached to the two backbones, and the flow of media through
+it.
 
 Shapes: R rows of text, T text tokens.
 """
@@ -11,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers, hidden_size
 from flamingo_ft.errors import UserError
 
-from .conditioning import Media, MediaConditioning, Visibility, cache_in, cache_length, past_of, repeat_rows
+from .conditioning import Media, MediaConditioning, Visibility, cache_length, past_of, repeat_rows
 from .cross_attention import GatedCrossAttentionBlock
+from .language_model_inputs import get_cache, name_cache
 from .media import (
     MediaInput,
     are_of_the_end,
@@ -33,12 +35,17 @@ from .token_rows import TokenRows
 
 
 class NoMediaToken(SuppressTokensLogitsProcessor):
-    """A generated media token would point at an image that is not there. (A class of its own: transformers lets a
-    processor that is passed in replace its own of the same class, and with it the user's ``suppress_tokens``.)"""
+    """Keeps ``generate`` from generating a media token, for which there would be no image.
+
+    A class of its own, because transformers lets a processor that is passed in replace its own of the same
+    class, and with it the user's ``suppress_tokens``.
+    """
 
 
 class FlamingoCore(nn.Module):
-    """The parts and the flow of a Flamingo; `FlamingoForConditionalGeneration` and `Flamingo` are its two faces."""
+    """The modules and the forward flow of a Flamingo; `FlamingoForConditionalGeneration` and `Flamingo` are
+    its two APIs.
+    """
 
     vision_encoder: nn.Module
     lang_encoder: nn.Module
@@ -59,7 +66,7 @@ class FlamingoCore(nn.Module):
         new_token_ids: Sequence[int] = (),
         decoder_layers_attr_name: str | None = None,
     ) -> None:
-        """Make the bridge between ``vision_encoder`` and ``lang_encoder``, and hook it onto the latter."""
+        """Build the bridge between ``vision_encoder`` and ``lang_encoder``, and hook it onto the latter."""
         lm = self.lang_encoder
         self.decoder_layers_attr_name, layers = find_decoder_layers(lm, decoder_layers_attr_name)
         sizes = {"dim": hidden_size(lm.config), "dim_visual": vis_dim, **(cross_attention or {})}
@@ -81,15 +88,15 @@ class FlamingoCore(nn.Module):
         cache: object | None = None,
         documents: Tensor | None = None,
     ) -> Media:
-        """The media that ``input_ids`` (R, T), the tokens after those in ``cache``, are to be read with.
+        """Return the media for ``input_ids`` (R, T), the tokens that follow those in ``cache``.
 
-        ``given`` are all media of the text so far, or only those of the new tokens; those of the cached part are
-        remembered. Without it: the held or remembered ones, or none. ``documents`` (R, T): which tokens belong
-        together, where a row holds several documents. Raises UserError when text and images do not match.
+        given: the media of the whole text so far, or of the new tokens alone, those of the cached part being
+        known; None for the held or known ones, or for plain text. documents (R, T): the document of each
+        token, for packed rows. Raises UserError if text and images do not match.
         """
         if input_ids is None:
             raise UserError(
-                "forward: got no input_ids; a Flamingo finds its media in them, pass the text as ids"
+                "forward: got no input_ids, where a Flamingo finds its media; pass the text as token ids"
             )
         is_media = input_ids == self.conditioning.media_token_id
         mentioned, seen = is_media.sum(-1), self.media_in_cache(input_ids, cache)
@@ -97,8 +104,9 @@ class FlamingoCore(nn.Module):
         if given is None:
             return self._known_media(mentioned, seen, None if past is None else past.media)
         if len(given.frames) != len(input_ids):
-            found = len(given.frames)
-            raise UserError(f"found {found} rows of images for {len(input_ids)} rows of text; give one each")
+            raise UserError(
+                f"forward: got {len(given.frames)} rows of images for {len(input_ids)} of text; pass one each"
+            )
         if seen.any() and are_of_the_end(seen, mentioned, given.slots):
             positions = media_positions(seen, given.slots)
             new = encode_media(self.vision_encoder, self.perceiver, given, mentioned, positions)
@@ -107,44 +115,48 @@ class FlamingoCore(nn.Module):
         return encode_media(self.vision_encoder, self.perceiver, given, seen + mentioned, positions)
 
     def media_in_cache(self, input_ids: Tensor, cache: object | None) -> Tensor:
-        """Media tokens (R,) among the tokens that a key/value cache holds for each row of ``input_ids`` (R, T)."""
+        """Return the number of media tokens (R,) in a key/value cache for each row of ``input_ids`` (R, T)"""
         length, past = cache_length(cache), past_of(cache)
         if past is None or not length:
             return input_ids.new_zeros(len(input_ids))
         return repeat_rows(past.counts_at(length), len(input_ids))
 
-    def _known_media(self, mentioned: Tensor, seen: Tensor, remembered: Media | None) -> Media:
-        known = self.conditioning.held or remembered
+    def _known_media(self, mentioned: Tensor, seen: Tensor, cached: Media | None) -> Media:
+        known = self.conditioning.held or cached
         check_counts(mentioned + seen, 0 if known is None else int(known.counts.max()))
         return known or no_media(self.perceiver, mentioned)
 
-    def looking_at(
+    def condition_on(
         self,
         input_ids: Tensor,
         given: MediaInput | None,
         cache: object | None = None,
         documents: Tensor | None = None,
     ) -> AbstractContextManager[None]:
-        """Open the language model onto the media of ``input_ids``, for one forward."""
+        """Return a context in which the language model sees the media of ``input_ids``, for one forward."""
         self.follow_language_model()
         return self.conditioning.open(self.media_for(input_ids, given, cache, documents), documents)
 
     def follow_language_model(self) -> None:
-        """Let the rows of new tokens stand in for those of the embedding and the head that are there now."""
+        """Hook the rows of new tokens onto the embedding and output head that the language model has now."""
         if self.token_rows is not None:
             self.token_rows.follow(self.lang_encoder)
 
     @torch.no_grad()
     def generate_text(self, input_ids: Tensor | None, given: MediaInput | None, **kwargs: Any) -> Any:
-        """Run the language model's own ``generate`` with the media open; each is encoded and projected once."""
+        """Run the language model's own ``generate`` on the media, each of which is encoded and projected
+        once.
+        """
         if input_ids is None:
             raise UserError(
-                "generate: found no input_ids; a Flamingo finds its media in them, pass the prompt as ids"
+                "generate: got no input_ids, where a Flamingo finds its media; pass the prompt as token ids"
             )
-        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
+        cache, mask = get_cache(kwargs), kwargs.get("attention_mask")
         _refuse_assisted_continuation(kwargs, cache)
-        continues = mask is not None and mask.shape[1] > input_ids.shape[1]  # only the new tokens were passed
-        new_ids = input_ids if continues else input_ids[:, cache_length(cache) :]
+        only_new = (
+            mask is not None and mask.shape[1] > input_ids.shape[1]
+        )  # the cached tokens were not passed again
+        new_ids = input_ids if only_new else input_ids[:, cache_length(cache) :]
         media = self.media_for(new_ids, given, cache)
         self.follow_language_model()
         no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
@@ -152,35 +164,38 @@ class FlamingoCore(nn.Module):
             [*(kwargs.get("logits_processor") or []), no_media_token]
         )
         if getattr(self.lang_encoder.config, "output_router_logits", False):
-            # Trainers switch it on for mixtures of experts; their balancing loss does not fit a step from a cache.
+            # Trainers enable it for mixtures of experts, whose load-balancing loss fails on a step from a
+            # cache.
             kwargs.setdefault("output_router_logits", False)
         with ExitStack() as opened:
             opened.enter_context(self.conditioning.open(media))
             assistant = kwargs.get("assistant_model")
             if isinstance(assistant, FlamingoCore):
-                opened.enter_context(assistant.looking_at(input_ids, given))
+                opened.enter_context(assistant.condition_on(input_ids, given))
                 kwargs["assistant_model"] = assistant.lang_encoder
-            return self.lang_encoder.generate(input_ids, **kwargs)
+            return self.lang_encoder.generate(input_ids, **name_cache(self.lang_encoder, kwargs))
 
     @torch.no_grad()
     def hold_media(self, input_ids: Tensor, given: MediaInput) -> None:
-        """Encode ``given`` once and keep them, without a graph, for every forward until `uncache_media`."""
+        """Encode ``given`` once, without a graph, and keep them for every forward until `uncache_media`."""
         self.conditioning.release()
         media = self.media_for(input_ids, given)
         self.conditioning.hold(media, (input_ids == self.conditioning.media_token_id).sum(-1))
 
     def uncache_media(self) -> None:
-        """Forget media kept by ``cache_media``."""
+        """Drop the media kept by ``cache_media``."""
         self.conditioning.release()
 
 
 def _refuse_assisted_continuation(options: Mapping[str, Any], cache: object | None) -> None:
-    """Refuse assisted decoding from a filled cache: transformers 5.24 then reads the cached tokens a second time."""
+    """Raise UserError for assisted decoding from a filled cache: transformers 5.24 would process cached
+    tokens twice.
+    """
     lookup = getattr(options.get("generation_config"), "prompt_lookup_num_tokens", None)
     lookup = options.get("prompt_lookup_num_tokens", lookup)
     assisted = options.get("assistant_model") is not None or lookup is not None
     if assisted and cache_length(cache):
         raise UserError(
-            f"generate: assisted decoding cannot continue from a cache, got one of {cache_length(cache)} tokens; "
-            "pass the whole text without past_key_values, or no assistant"
+            f"generate: assisted decoding cannot continue from a cache, got one of {cache_length(cache)} "
+            "tokens; pass the whole text without a cache, or no assistant"
         )

@@ -1,9 +1,9 @@
-"""The gated cross-attention block: where text looks at media.
+"""The gated cross-attention block, through which text tokens attend to media.
 
-Flamingo (arXiv:2204.14198), section 3.1.2 and figure 4: y = y + tanh(a) * attention(y, media), then
-y = y + tanh(b) * feed_forward(y), with a = b = 0 at the start, so that an untrained block changes nothing.
-Shapes: B samples, R rows of text (B times the beams or returned sequences), T text tokens, D text width, M media,
-L latents, V their width, H heads, d head width.
+Flamingo (arXiv:2204.14198), section 3.1.2 and figure 4: y = y + tanh(a) * attention(y, media), then y = y +
+tanh(b) * feed_forward(y), with a = b = 0 at the start, so that an untrained block changes nothing. Shapes: B
+samples, R rows of text (B times the beams or returned sequences), T text tokens, D text width, M media, L
+latents, V their width, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .layers import CheckpointedBlock, attend, feed_forward, merge_heads, split_
 
 
 class MaskedCrossAttention(nn.Module):
-    """Text attends to the latents of the media it may see, and gets zero where it may see none."""
+    """Cross-attention of text tokens to the latents of the media they see; zero for tokens that see none."""
 
     def __init__(self, dim: int, dim_visual: int, heads: int, dim_head: int):
         super().__init__()
@@ -26,22 +26,21 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def project(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """latents (B, M, L, V) -> keys and values, each (B, H, M * L, d)."""
+        """Project latents (B, M, L, V) to keys and values, each (B, H, M * L, d)."""
         key, value = self.to_kv(latents.flatten(1, 2).to(self.norm.weight.dtype)).chunk(2, dim=-1)
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
         """x (R, T, D); key, value (B, H, M * L, d); visible (R, T, M) bool -> (R, T, D).
 
-        The R / B rows of one sample are neighbours; they are laid end to end as one long query, so that the media
-        of a sample are kept once however many beams look at them.
+        The R / B rows of a sample are adjacent and become one long query, so that the keys and values of a
+        sample are held once however many beams there are.
         """
         samples = len(key)
         latents_per_medium = key.shape[2] // visible.shape[2]
         query = self.to_q(self.norm(x)).reshape(samples, -1, self.heads * key.shape[-1])
-        visible = visible.reshape(samples, 1, -1, visible.shape[2]).repeat_interleave(
-            latents_per_medium, dim=-1
-        )
+        visible = visible.reshape(samples, 1, -1, visible.shape[2])
+        visible = visible.repeat_interleave(latents_per_medium, dim=-1)
         attended = attend(split_heads(query, self.heads), key, value, visible)
         return self.to_out(merge_heads(attended)).reshape(x.shape)
 
@@ -66,17 +65,17 @@ class GatedCrossAttentionBlock(CheckpointedBlock):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """hidden (R, T, D); latents (B, M, L, V) or None for text without media; visible (R, T, M) bool.
 
-        Returns hidden and the keys and values used, which a later call over the same media may pass back in place
-        of projecting again. The feed-forward applies to text without media too, as in OpenFlamingo.
+        Returns hidden, and the keys and values, which a later call over the same media may pass to skip the
+        projection. The feed-forward applies to text without media too, as in OpenFlamingo.
         """
         x = hidden.to(self.attn.norm.weight.dtype)
         if latents is not None:
             key, value = (key, value) if key is not None else self.attn.project(latents)
-            x = x + _open(self.attn_gate, x) * self.attn(x, key, value, visible)
-        x = x + _open(self.ff_gate, x) * self.ff(x)
+            x = x + _opening(self.attn_gate, x) * self.attn(x, key, value, visible)
+        x = x + _opening(self.ff_gate, x) * self.ff(x)
         return x.to(hidden.dtype), key, value
 
 
-def _open(gate: Tensor, x: Tensor) -> Tensor:
-    """How far a gate is open, tanh(gate), in the dtype of ``x``: gates may be kept in float32 beside bfloat16."""
+def _opening(gate: Tensor, x: Tensor) -> Tensor:
+    """Return tanh(gate) in the dtype of ``x``: gates may be in float32 beside bfloat16 matrices."""
     return gate.tanh().to(x.dtype)

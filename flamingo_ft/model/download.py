@@ -1,7 +1,7 @@
-"""Files from the network: for samples whose recipe allows it, and for URLs that are given to the processor.
+"""Download files over HTTP: media of samples if the recipe allows it, and URLs passed to the processor.
 
-urllib rather than httpx, which a dependency brings along: httpx has no public hook between connecting and sending, where
-the address that a name led to is checked.
+urllib is used rather than httpx, which a dependency installs: httpx has no public hook between connecting and
+sending the request, where the address that a name led to has to be checked.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def is_url(text: str) -> bool:
 
 
 def download(url: str, where: str, *, public_only: bool = False) -> bytes:
-    """The content at an http(s) URL, redirections followed to no other scheme. UserError naming it when there is none,
-    it takes longer than `LONGEST_SECONDS`, or is larger than `MOST_BYTES`.
+    """Return the content at an http(s) URL; redirects to other schemes are not followed.
 
-    public_only: for URLs that strangers choose. Addresses of this machine and of private networks are refused, after a
-    redirection too, and no proxy is used: it would connect to them on its own.
+    public_only: for URLs chosen by strangers. Addresses of this machine and of private networks are refused,
+    after redirects too, and no proxy is used, since it would connect to them itself. Raises UserError if
+    there is no content, if it takes longer than `LONGEST_SECONDS`, or is larger than `MOST_BYTES`.
     """
     try:
         if not is_url(url) or not urlsplit(url).hostname:
@@ -78,13 +78,15 @@ class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
 
 
 def _check_name(host: str, port: int) -> None:
-    """Before connecting: otherwise errors would say which ports of the private network are open."""
+    """Check the addresses of a name before connecting; otherwise errors would reveal open ports of the
+    private network.
+    """
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         _check_public(address[0])
 
 
 def _check_peer(connection: socket.socket) -> None:
-    """Before the request is sent: the name may lead elsewhere than when it was checked."""
+    """Check the connected address before the request is sent: the name may have resolved to another one."""
     try:
         _check_public(connection.getpeername()[0])
     except ValueError:
@@ -93,7 +95,9 @@ def _check_peer(connection: socket.socket) -> None:
 
 
 def _check_public(address: str) -> None:
-    """Raises ValueError for an address of this machine, of a private network or of no single machine."""
+    """Raise ValueError for an address of this machine, of a private network, or of several machines
+    (multicast).
+    """
     found = _ipv4_in(ipaddress.ip_address(address.partition("%")[0]))
     if not found.is_global or found.is_multicast:
         raise ValueError("not a public address")
@@ -102,7 +106,7 @@ def _check_public(address: str) -> None:
 def _ipv4_in(
     address: ipaddress.IPv4Address | ipaddress.IPv6Address,
 ) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The IPv4 address that an IPv6 one leads to, where it does (mapped, 6to4, NAT64)."""
+    """Return the IPv4 address that an IPv6 address leads to (mapped, 6to4, NAT64), if it does."""
     if isinstance(address, ipaddress.IPv4Address):
         return address
     if address in NAT64:
@@ -111,7 +115,9 @@ def _ipv4_in(
 
 
 def _opener(public_only: bool) -> urllib.request.OpenerDirector:
-    """http and https alone: urllib's usual one reads file: and ftp: too, also when it is sent there."""
+    """Return an opener for http and https alone: urllib's default one reads file: and ftp: too, also on a
+    redirect.
+    """
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler({} if public_only else None),

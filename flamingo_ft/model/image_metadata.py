@@ -1,7 +1,9 @@
-"""Metadata of image files, read and removed without trust: EXIF written by real cameras and editors is often damaged.
+"""Read and remove the metadata of image files defensively: EXIF written by cameras and editors is often
+damaged.
 
-Pillow needs whole, valid EXIF to turn an image upright and, in some formats, to open it at all. Here the orientation is
-read from whatever is left of the metadata, and files are rewritten without it, their pixels untouched.
+Pillow needs intact EXIF to turn an image upright and, in some formats, to open it at all. Here the
+orientation is read from whatever is left of the metadata, and files are rewritten without metadata, their
+pixels unchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 ORIENTATION = 0x0112
-# What Pillow's EXIF reader was seen to raise.
+# Exceptions that Pillow's EXIF reader has been seen to raise.
 METADATA_ERRORS = (
     OSError,
     ValueError,
@@ -37,38 +39,16 @@ _JPEG_METADATA = {
     *range(0xE1, 0xEE),
     0xEF,
     0xFE,
-}  # APP1..APP13, APP15, COM; APP0 and APP14 say what the colours are
-# Tags that pixels depend on; all others of a TIFF file are metadata.
-_TIFF_PIXELS = {
-    *(
-        254,
-        256,
-        257,
-        258,
-        259,
-        262,
-        266,
-        273,
-        ORIENTATION,
-        277,
-        278,
-        279,
-        284,
-        292,
-        293,
-        317,
-        320,
-        322,
-        323,
-        324,
-        325,
-    ),
-    *(332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532),
-}
+}  # APP1..APP13, APP15, COM; APP0 and APP14 define the colours
+# Tags that the pixels depend on; all others of a TIFF file are metadata.
+_TIFF_PIXELS = {254, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 279, 284, 292, 293, 317, 320}
+_TIFF_PIXELS |= {322, 323, 324, 325, 332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532}
 
 
 def stored_orientation(info: Mapping[str, Any]) -> int | None:
-    """The orientation (1..8) in a Pillow image's ``info``, from EXIF, else from XMP; None where neither has one."""
+    """Return the orientation (1..8) in a Pillow image's ``info``, from EXIF or else XMP; None if neither has
+    one.
+    """
     for name in ("exif", "Raw profile type exif"):
         block = info.get(name)
         block = _unhex(block) if isinstance(block, str) else block
@@ -82,7 +62,7 @@ def stored_orientation(info: Mapping[str, Any]) -> int | None:
 
 
 def exif_orientation(block: bytes) -> int | None:
-    """The orientation (1..8) in a block of EXIF, as long as its own entry is whole, whatever else is damaged."""
+    """Return the orientation (1..8) in an EXIF block; its entry must be intact, the rest may be damaged."""
     block = _EXIF_PREFIX.sub(b"", block)
     order = {b"II": "<", b"MM": ">"}.get(block[:2])
     if order is None or len(block) < 8:
@@ -97,9 +77,10 @@ def exif_orientation(block: bytes) -> int | None:
 
 
 def split_metadata(source: str | os.PathLike[str] | bytes) -> tuple[bytes, dict[str, Any]] | None:
-    """An image file without its metadata, and the EXIF and XMP that it had, in the form of a Pillow image's info.
+    """Return an image file without its metadata, and its EXIF and XMP in the form of a Pillow image's
+    ``info``.
 
-    None for a format that this is not known for.
+    None for formats that are not supported here.
     """
     split = _splitter(_head(source))
     if split is None:
@@ -130,7 +111,7 @@ def _splitter(head: bytes) -> Callable[[bytes], tuple[bytes, dict[str, Any]]] | 
 
 
 def _unhex(text: str) -> bytes | None:
-    """ImageMagick keeps EXIF in PNG as hexadecimal text below three lines of header."""
+    """Decode EXIF that ImageMagick stored in a PNG: hexadecimal text below three header lines."""
     try:
         return bytes.fromhex("".join(text.split("\n")[3:]))
     except ValueError:
@@ -138,7 +119,7 @@ def _unhex(text: str) -> bytes | None:
 
 
 def _entries(block: bytes, order: str, start: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """Tag, type, count and the four bytes of the value of each whole entry of a TIFF directory."""
+    """Yield tag, type, count and the four value bytes of each complete entry of a TIFF directory."""
     if start + 2 > len(block):
         return
     count = struct.unpack_from(f"{order}H", block, start)[0]
@@ -199,13 +180,15 @@ def _split_webp(content: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def _split_avif(content: bytes) -> tuple[bytes, dict[str, Any]]:
-    """The items of metadata get a type that no decoder knows. An image's orientation is a property of its own here."""
+    """Give metadata items a type that no decoder knows. The orientation is a property of the image itself
+    here.
+    """
     bare = re.sub(rb"(infe[\x02\x03]\0\0.(?:..|....)\0\0)(?:Exif|mime)", rb"\1free", content, flags=re.DOTALL)
     return bare, {}
 
 
 def _split_tiff(content: bytes) -> tuple[bytes, dict[str, Any]]:
-    """The first directory, rewritten in its place with the entries that pixels depend on."""
+    """Rewrite the first directory in place, with only the entries that the pixels depend on."""
     order = "<" if content[:2] == b"II" else ">"
     start = struct.unpack_from(f"{order}I", content, 4)[0]
     count = struct.unpack_from(f"{order}H", content, start)[0]

@@ -1,4 +1,6 @@
-"""Images as callers of the processor give them: paths, URLs, data URIs, base64, file contents, pictures and arrays."""
+"""Read images as callers of the processor pass them: path, URL, data URI, base64, bytes, Pillow image or
+array.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ DATA_URI = re.compile(r"data:[^,]{0,200},")
 
 
 def read_image(source: Any) -> Image.Image:
-    """Read any of them as upright RGB. UserError for what is no image, and for a URL that cannot be fetched."""
+    """Read an image in any of these forms as upright RGB. UserError if it cannot be read or fetched."""
     if isinstance(source, Mapping):  # an undecoded image of `datasets`
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     name = _name(source)
@@ -36,7 +38,7 @@ def read_image(source: Any) -> Image.Image:
 
 
 def decode_base64(text: str) -> bytes:
-    """The bytes in base64 text; line breaks are allowed. ValueError for other text."""
+    """Decode base64 text, line breaks allowed. ValueError for other text."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
@@ -44,7 +46,7 @@ def decode_base64(text: str) -> bytes:
 
 
 def _content(text: str) -> str | bytes:
-    """The bytes that a URL, a data URI or base64 stands for; a path as it is."""
+    """Return the bytes behind a URL, a data URI or base64 text; a path is returned as it is."""
     if is_url(text):
         return download(text, "image")
     if os.path.isfile(text):

@@ -1,4 +1,4 @@
-"""Pixel values of any type to 8 bits, and arrays to height x width x channels.
+"""Pixel values of any dtype to 8 bits, and arrays to (height, width, channels).
 
 Shapes: H height, W width, C channels.
 """
@@ -11,22 +11,19 @@ import numpy as np
 import torch
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
-OVERSHOOT = 2  # times white: floats up to here are an image that resampling made a little too bright
-UNDERSHOOT = (
-    0.25  # times the largest value: more below zero is no rounding, such values never were brightness
-)
-DARKEST = (
-    16  # floats between twice 1 and this are no picture in 0..255 if any is negative: they were normalised
-)
+OVERSHOOT = 2  # times white: floats up to this are an image that resampling made slightly too bright
+UNDERSHOOT = 0.25  # times the largest value: values further below zero are no rounding errors of brightness
+DARKEST = 16  # floats with a maximum between OVERSHOOT and this are normalized pixels if any is negative
 
 
 def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Scale values to 0..255, rounded, and name what was done (names of `images.CONVERSIONS`).
+    """Scale values to 0..255, rounded, and name the conversions made (names of `images.CONVERSIONS`).
 
-    bool and 8 bits: as they are. 16 bits without sign: 65,535 is white, however dark the image. Other integers and
-    floats have no fixed white: it is the first of 255 and 65,535 (floats: 1, 255 and 65,535) that the largest value
-    does not exceed, or the largest value itself. Floats may exceed it up to twofold. Values a little below zero and NaN
-    are black, values beyond white are white. ValueError for values far below zero (normalised pixels, temperatures).
+    bool and uint8 stay as they are. uint16: white is 65,535, however dark the image. Other integers and
+    floats have no fixed white: it is the smallest of 255 and 65,535 (floats: 1, 255 and 65,535) that the
+    maximum does not exceed, floats by up to `OVERSHOOT`, or the maximum itself. Slightly negative values and
+    NaN become black, values above white become white. Raises ValueError for values far below zero (normalized
+    pixels, temperatures).
     """
     if values.dtype == bool:
         return values.astype(np.uint8) * np.uint8(255), []
@@ -38,9 +35,10 @@ def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def channels_last(array: Any) -> np.ndarray:
-    """A numpy array or torch tensor (H, W), (H, W, C) or (C, H, W) as (H, W, C). ValueError for anything else.
+    """Return a numpy array or torch tensor (H, W), (H, W, C) or (C, H, W) as (H, W, C). ValueError for
+    anything else.
 
-    Where both ends of a shape could be channels, they come first in a tensor and last in an array.
+    If both ends of a shape could be channels, they are the first axis of a tensor and the last of an array.
     """
     if isinstance(array, torch.Tensor):
         values = _to_numpy(array)

@@ -1,15 +1,15 @@
-"""The one reader of images: whatever holds a picture, to upright 8-bit RGB.
+"""The one image reader: from a file, a Pillow image or an array to upright 8-bit RGB.
 
-Training, evaluation, the processor (and with it pipelines, the server and TRL), reports and checks all read images
-here, so a person sees in a report what the model saw.
+Training, evaluation, the processor (and with it pipelines, the server and TRL), reports and checks all read
+images here, so that a report shows what the model sees.
 
 - The orientation in EXIF or XMP is applied. Damaged metadata is ignored and never costs the image.
-- Transparent pixels are drawn over white: the colours hidden under them were never meant to be seen.
+- Transparent pixels are composited over white: the colours hidden under them were never meant to be seen.
 - 16-bit, 32-bit and float values are scaled to 0..255 (`image_values.eight_bit` has the rule).
 - Palette, CMYK, YCbCr, LAB and HSV become RGB as Pillow converts them; colour profiles are ignored.
 - Of a file with several frames the first is read; of an open Pillow image, the current one.
 
-What was done to an image is in its ``info["conversions"]``, names of `CONVERSIONS`.
+The conversions made are in the image's ``info["conversions"]``, as names of `CONVERSIONS`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from flamingo_ft.formatting import error_message
 from .image_metadata import METADATA_ERRORS, ORIENTATION, split_metadata, stored_orientation
 from .image_values import channels_last, eight_bit
 
-READER_VERSION = 2  # raise it when the same file is to become other pixels: feature caches depend on it
+READER_VERSION = 2  # increment it when a file is read into other pixels: feature caches depend on it
 MAX_PIXELS = 89_478_485  # of one image or video frame; 256 MiB of RGB
-# Pillow opens more, some of them by starting other programs (EPS), and none that instruction data is kept in.
+# Pillow opens more formats, some by starting other programs (EPS); instruction data does not come in them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
-# What Pillow's decoders were seen to raise for files that are damaged or no images at all.
+# Exceptions that Pillow's decoders have been seen to raise for damaged files and files that are not images.
 UNREADABLE = (
     OSError,
     ValueError,
@@ -86,12 +86,15 @@ _UPRIGHT = {
 
 
 class UnreadableImage(ValueError):
-    """No image can be made of the input; why, in a few words."""
+    """No image can be read from the input; the message says why in a few words."""
 
 
 def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """Read an image file, given as a path or as its content. UnreadableImage for damaged files, other formats and
-    more than `MAX_PIXELS` pixels, which are not decoded."""
+    """Read an image file, given as a path or as its content.
+
+    Raises UnreadableImage for damaged files, for other formats, and for more than `MAX_PIXELS` pixels,
+    without decoding them.
+    """
     try:
         return _read(source)
     except UnreadableImage:
@@ -104,10 +107,11 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
 
 
 def to_rgb(image: Any) -> Image.Image:
-    """Convert a Pillow image, a numpy array or a torch tensor; the input stays as it is.
+    """Convert a Pillow image, a numpy array or a torch tensor; the input is not changed.
 
-    Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool, integers, or
-    floats in 0..1 or 0..255. UnreadableImage for other shapes and values, such as batches and normalised pixels.
+    Arrays are (H, W), (H, W, C) or (C, H, W) with C = 1, 3 or 4 channels (grey, RGB, RGBA), of bool,
+    integers, or floats in 0..1 or 0..255. Raises UnreadableImage for other shapes and values, such as batches
+    and normalized pixels.
     """
     if isinstance(image, Image.Image) and image.mode == "RGB" and _is_read(image):
         return image
@@ -116,18 +120,18 @@ def to_rgb(image: Any) -> Image.Image:
 
 
 def conversions(image: Image.Image) -> tuple[str, ...]:
-    """What the reader did to an image that it made."""
+    """Return the conversions that this reader made on an image."""
     return image.info[NOTES] if _is_read(image) else ()
 
 
 def _is_read(image: Image.Image) -> bool:
-    """Whether the reader made the image. Text in a PNG file may have the same key, but is no tuple."""
+    """Whether this reader made the image. Text in a PNG file may have the same key, but is not a tuple."""
     return isinstance(image.info.get(NOTES), tuple)
 
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Turn what Pillow raises for images that it cannot read into UnreadableImage."""
+    """Turn Pillow's exceptions for unreadable images into UnreadableImage."""
     try:
         with _quiet():
             yield
@@ -138,9 +142,11 @@ def reading() -> Iterator[None]:
 
 
 def orientation(image: Image.Image) -> int:
-    """How a Pillow image is still to be turned, as EXIF numbers it from 1 (upright) to 8."""
+    """Return the EXIF orientation of a Pillow image, from 1 (upright) to 8."""
     image.load()
-    return 1 if image.format == "TIFF" else _stored_orientation(image)[0]  # Pillow turns TIFF while it loads
+    return (
+        1 if image.format == "TIFF" else _stored_orientation(image)[0]
+    )  # Pillow turns TIFF images itself on load
 
 
 def check_size(width: int, height: int) -> None:
@@ -152,7 +158,7 @@ def check_size(width: int, height: int) -> None:
 
 
 def _read(source: str | os.PathLike[str] | bytes, metadata: Mapping[str, Any] | None = None) -> Image.Image:
-    """Read an image file. metadata: what was taken out of it, in the form of a Pillow image's info."""
+    """Read an image file. metadata: what was split off it, in the form of a Pillow image's ``info``."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with _quiet(), Image.open(file, formats=_formats()) as image:
         rgb = _picture_to_rgb(image, metadata)
@@ -162,7 +168,7 @@ def _read(source: str | os.PathLike[str] | bytes, metadata: Mapping[str, Any] | 
 
 
 def _read_without_metadata(source: str | os.PathLike[str] | bytes) -> Image.Image | None:
-    """Read a file that Pillow rejects without its metadata; None where that does not help."""
+    """Read a file that Pillow rejects after removing its metadata; None if that does not help."""
     try:
         found = split_metadata(source)
         return None if found is None else _read(*found)
@@ -172,7 +178,7 @@ def _read_without_metadata(source: str | os.PathLike[str] | bytes) -> Image.Imag
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Pillow's warnings of damaged metadata; its warnings of decompression bombs are errors."""
+    """Silence Pillow's warnings about damaged metadata; warnings of decompression bombs become errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -180,25 +186,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow was built with."""
+    """Return those of `FORMATS` that this Pillow was built with."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _picture_to_rgb(image: Image.Image, metadata: Mapping[str, Any] | None = None) -> Image.Image:
     check_size(*image.size)
-    deep = any(
-        ";16" in str(tile.args) for tile in getattr(image, "tile", ())
-    )  # the decoder empties this list
+    tiles = getattr(image, "tile", ())  # read now: the decoder empties this list
+    is_16_bit = any(";16" in str(tile.args) for tile in tiles)
     stored, damaged = _stored_orientation(image)
     image.load()
-    check_size(*image.size)  # an icon's size is that of the picture inside
+    check_size(*image.size)  # loading an icon may change its size to that of the picture inside
     turn = (metadata and stored_orientation(metadata)) or orientation(image)
     rgb, notes = _colours(image)
     if turn in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[turn])
     facts = {
-        "16-bit": deep,
+        "16-bit": is_16_bit,
         "rotated": {stored, turn} & {*_UPRIGHT},
         "damaged metadata": damaged or metadata is not None,
     }
@@ -207,7 +212,7 @@ def _picture_to_rgb(image: Image.Image, metadata: Mapping[str, Any] | None = Non
 
 
 def _stored_orientation(image: Image.Image) -> tuple[int, bool]:
-    """The orientation in the metadata (1: upright), and whether Pillow stumbles over them."""
+    """Return the orientation in the metadata (1 if there is none), and whether Pillow fails to read it."""
     try:
         exif = image.getexif()
         value, damaged = exif.get(ORIENTATION), not exif and len(image.info.get("exif") or b"") > _EMPTY_EXIF
@@ -219,7 +224,9 @@ def _stored_orientation(image: Image.Image) -> tuple[int, bool]:
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    """Whether a file has. Asked after loading, since the search moves within the file."""
+    """Whether the file has more than one frame. Called after loading, since looking for frames moves the file
+    position.
+    """
     try:
         return bool(getattr(image, "is_animated", False))
     except UNREADABLE:
@@ -227,7 +234,7 @@ def _has_more_frames(image: Image.Image) -> bool:
 
 
 def _colours(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """The image in RGB, and what was done to it."""
+    """Return the image in RGB, and the conversions made."""
     if image.mode.startswith("I") or image.mode == "F":
         return _scaled(image)
     notes = [_MODES[image.mode]] if image.mode in _MODES else []
@@ -245,7 +252,7 @@ def _may_be_transparent(image: Image.Image) -> bool:
 
 
 def _scaled(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Grey of 16 or 32 bits, or of floats."""
+    """Convert grey of 16 or 32 bits, or floats."""
     values = np.asarray(image)
     grey, notes = eight_bit(values)
     hidden = image.info.get("transparency")

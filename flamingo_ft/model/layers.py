@@ -1,15 +1,18 @@
-"""Pieces that the perceiver resampler and the gated cross-attention share."""
+"""Layers shared by the perceiver resampler and the gated cross-attention."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .compat import GradientCheckpointingLayer
 
 
 def feed_forward(width: int, mult: int) -> nn.Sequential:
-    """LayerNorm, then a bias-free MLP of hidden width ``width * mult`` with GELU (Flamingo, appendix A.1)."""
+    """Return LayerNorm and a bias-free MLP of hidden width ``width * mult`` with GELU (Flamingo, appendix
+    A.1).
+    """
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, width * mult, bias=False),
@@ -29,26 +32,30 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention in which a query that may see nothing receives zero.
+    """Scaled dot-product attention whose output is zero for a query with no visible key.
 
-    query (B, H, Q, d); key, value (B, H, K, d); visible (B, 1, Q, K) bool, or None when all is visible.
+    query (B, H, Q, d); key, value (B, H, K, d); visible (B, 1, Q, K) bool, None if every key is visible.
     """
     if visible is None:
         return functional.scaled_dot_product_attention(query, key, value)
     sees = visible.any(-1, keepdim=True)
-    # A row without a single visible key is 0/0 in the softmax: let it see everything, then discard what it saw.
+    # Softmax over no visible key is 0/0: let such a row see every key, then replace its output.
     attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees)
     return torch.where(sees, attended, 0.0)
 
 
 class CheckpointedBlock(GradientCheckpointingLayer):
-    """A block that `gradient_checkpointing_enable` reaches, with a gradient in every checkpointing mode.
+    """A block that `gradient_checkpointing_enable` reaches and that gets gradients in every checkpointing
+    mode.
 
-    Reentrant checkpointing gives *no* gradient to a block's parameters when none of its inputs needs one, which is
-    the rule rather than the exception above a frozen model. Tensors are passed positionally for the same reason.
+    Reentrant checkpointing gives *no* gradient to a block's parameters when none of its tensor inputs
+    requires one, which is the usual case on top of a frozen model. It looks at positional arguments alone, so
+    tensors are passed positionally.
     """
 
     def entry(self, x: Tensor) -> Tensor:
-        """``x``, as a leaf that requires a gradient where a checkpointed block would otherwise get none."""
+        """Return ``x``; as a leaf that requires a gradient if the block's parameters would get none
+        otherwise.
+        """
         recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return x.detach().requires_grad_() if recomputed and not x.requires_grad else x

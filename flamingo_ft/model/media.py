@@ -1,7 +1,7 @@
-"""Media, from what the caller passes to `Media`: checked input, the frozen tower, the perceiver resampler.
+"""From pixels to `Media`: check the input against the text, run the frozen tower and the perceiver resampler.
 
-Shapes: B samples, M media, F frames, C channels, H height, W width, V visual tokens, L latents, D width, T text
-tokens. N media or images, over all samples.
+Shapes: B samples, M media, F frames, C channels, H height, W width, V visual tokens, L latents, D width, T
+text tokens; N media or images of all samples together.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .perceiver import PerceiverResampler
 
 @dataclass(frozen=True, eq=False)
 class MediaInput:
-    """The frames of all media, pixels (B, M, F, C, H, W) or the tower's tokens (B, M, F, V, D), checked.
+    """The checked frames of all media: pixels (B, M, F, C, H, W) or the tower's tokens (B, M, F, V, D).
 
-    counts (B, M): how many of the F frames each medium has; None for all. The rest of F is padding.
+    counts (B, M): the number of frames of each medium, the rest of F being padding; None if all have F.
     """
 
     frames: Tensor
@@ -32,43 +32,44 @@ class MediaInput:
 
     @property
     def slots(self) -> int:
-        """M."""
+        """M, the media per sample, padding included."""
         return self.frames.shape[1]
 
-    def of(self, real: Tensor) -> tuple[Tensor, list[int]]:
-        """The frames (N, ...) of the media that are ``real`` (B, M), and how many each of these media has."""
+    def frames_of(self, real: Tensor) -> tuple[Tensor, list[int]]:
+        """Return the frames (N, ...) of the media where ``real`` (B, M) is true, and the number of frames of
+        each.
+        """
         media, most = self.frames[real], self.frames.shape[2]
         if self.counts is None:
             return media.flatten(0, 1), [most] * len(media)
         counts = self.counts.to(real.device)[real]
-        found = counts.tolist()
-        if min(found) < 1 or max(found) > most:
-            wrong = next(count for count in found if not 1 <= count <= most)
-            raise UserError(
-                f"frame_counts: found {wrong} frames of a medium, wanted 1 to {most}; correct the count"
-            )
+        lengths = counts.tolist()
+        for length in lengths:
+            if not 1 <= length <= most:
+                raise UserError(f"frame_counts: must be 1 to {most}, got {length}; correct the count")
         present = torch.arange(most, device=counts.device) < counts[:, None]
-        return media[present.to(media.device)], found
+        return media[present.to(media.device)], lengths
 
 
 def media_input(
     pixel_values: Tensor | None, vision_tokens: Tensor | None = None, frame_counts: Tensor | None = None
 ) -> MediaInput | None:
-    """pixel_values (B, M, [F,] C, H, W) or vision_tokens (B, M, F, V, D), with frame_counts (B, M); None without both.
+    """Check what a forward was given: pixel_values (B, M, [F,] C, H, W) or vision_tokens (B, M, F, V, D), or
+    neither.
 
-    Raises UserError for both at once and for another shape.
+    frame_counts (B, M): as `MediaInput.counts`. Raises UserError for both at once and for another shape.
     """
     if pixel_values is not None and vision_tokens is not None:
         raise UserError(
-            "found both pixel_values and vision_tokens; the tokens stand for the images: give one"
+            "forward: got both pixel_values and vision_tokens, the tower's output for them; pass one"
         )
     if pixel_values is None and vision_tokens is None:
         return None
     frames = _frames_of_pixels(pixel_values) if vision_tokens is None else _frames_of_tokens(vision_tokens)
     if frame_counts is not None and frame_counts.shape != frames.shape[:2]:
-        wanted = tuple(frames.shape[:2])
         raise UserError(
-            f"frame_counts have shape {tuple(frame_counts.shape)}, wanted {wanted}; give one per medium"
+            f"frame_counts: must have shape {tuple(frames.shape[:2])}, got {tuple(frame_counts.shape)}; "
+            "pass one count per medium"
         )
     return MediaInput(frames, vision_tokens is not None, frame_counts)
 
@@ -76,17 +77,17 @@ def media_input(
 def _frames_of_pixels(pixels: Tensor) -> Tensor:
     if pixels.dim() not in (5, 6):
         raise UserError(
-            f"pixel values have shape {tuple(pixels.shape)}; wanted (samples, media, channels, height, width), "
-            "or with frames after media; add the missing axes"
+            "pixel_values: must be (samples, media, channels, height, width), or with frames after media, "
+            f"got shape {tuple(pixels.shape)}; add the missing axes"
         )
     return pixels[:, :, None] if pixels.dim() == 5 else pixels
 
 
 def _frames_of_tokens(tokens: Tensor) -> Tensor:
     if tokens.dim() != 5:
-        wanted = "(samples, media, frames, tokens, width)"
         raise UserError(
-            f"vision tokens have shape {tuple(tokens.shape)}; wanted {wanted}; add the missing axes"
+            f"vision_tokens: must be (samples, media, frames, tokens, width), got shape "
+            f"{tuple(tokens.shape)}; add the missing axes"
         )
     return tokens
 
@@ -100,26 +101,27 @@ def encode_media(
 ) -> Media:
     """Encode the first ``counts`` (B,) media of each sample of ``given``; the rest is padding.
 
-    positions (B, M): of each medium among those of its sample (of its document, where rows hold several), 0-based; by
-    default its index along M. Padding never reaches the tower, nor do copies of an image. Media are resampled with
-    those that have as many frames. Raises UserError when ``counts`` ask for more than there are.
+    positions (B, M): 0-based position of each medium in its sample, or in its document in packed rows; by
+    default its index along M. Neither padding nor a second copy of an image is run through the tower. Raises
+    UserError if ``counts`` exceed the media given.
     """
     check_counts(counts, given.slots)
     real = torch.arange(given.slots, device=counts.device) < counts[:, None]
     if not real.any():
         return no_media(perceiver, counts)
-    frames, lengths = given.of(real)
-    tokens = frames if given.are_tokens else tokens_of_distinct(vision, frames)
-    encoded = _resample(
-        perceiver, tokens, lengths, real.nonzero()[:, 1] if positions is None else positions[real]
-    )
+    frames, lengths = given.frames_of(real)
+    tokens = frames if given.are_tokens else encode_distinct(vision, frames)
+    slots = real.nonzero()[:, 1] if positions is None else positions[real]
+    encoded = _resample(perceiver, tokens, lengths, slots)
     latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
     latents[real] = encoded
     return Media(latents, counts)
 
 
-def tokens_of_distinct(vision: nn.Module, images: Tensor) -> Tensor:
-    """The tower's tokens (N, V, D) of images (N, C, H, W), each encoded once however often it is there."""
+def encode_distinct(vision: nn.Module, images: Tensor) -> Tensor:
+    """Return the tower's tokens (N, V, D) of images (N, C, H, W); an image that occurs several times is
+    encoded once.
+    """
     first, source = find_copies(images)
     if len(first) == len(images):
         return spatial_tokens(vision, images)
@@ -127,12 +129,15 @@ def tokens_of_distinct(vision: nn.Module, images: Tensor) -> Tensor:
 
 
 def _resample(perceiver: PerceiverResampler, tokens: Tensor, lengths: list[int], slots: Tensor) -> Tensor:
-    """Latents (N, L, D) of N media from the tokens of all their frames; lengths and slots (N,) are of each medium."""
+    """Return the latents (N, L, D) of N media, given the tokens of all their frames; lengths, slots: (N,).
+
+    Media with the same number of frames are resampled together.
+    """
     if len(set(lengths)) == 1:
         return perceiver(tokens.unflatten(0, (len(lengths), -1))[None], slots[None])[0]
     media, encoded, order = tokens.split(lengths), [], []
     for length in sorted(set(lengths)):
-        group = [index for index, found in enumerate(lengths) if found == length]
+        group = [index for index, frames in enumerate(lengths) if frames == length]
         together = torch.stack([media[index] for index in group])
         encoded.append(perceiver(together[None], slots[group][None])[0])
         order += group
@@ -140,22 +145,25 @@ def _resample(perceiver: PerceiverResampler, tokens: Tensor, lengths: list[int],
 
 
 def media_positions(before: Tensor, slots: int) -> Tensor:
-    """Positions (B, slots) of media that follow ``before`` (B,) others of the same sample."""
+    """Return the positions (B, slots) of media that follow ``before`` (B,) others of their sample."""
     return before[:, None] + torch.arange(slots, device=before.device)
 
 
 def positions_in_documents(is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
-    """Positions (B, slots) of media within their documents: is_media and documents (B, T), as in `Media.visible`."""
+    """Return the positions (B, slots) of media within their documents; is_media, documents (B, T): see
+    `Media.visible`.
+    """
     owner = documents_of_media(is_media.cumsum(-1), is_media, documents, slots)
     earlier = torch.ones(slots, slots, dtype=torch.bool, device=owner.device).tril(-1)
     return ((owner[:, :, None] == owner[:, None]) & earlier).sum(-1)
 
 
 def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:
-    """The media of a batch of plain text, with ``counts`` (B,) of zeros.
+    """Return the `Media` of a batch of plain text; counts (B,) are zero.
 
-    While training, an unseen dummy goes through the bridge in their place, so that every parameter takes part in
-    every step and on every rank; of a sharded bridge always, for other ranks gather its weights.
+    With gradients, a masked dummy image goes through the bridge, so that every parameter gets a gradient in
+    every step and on every rank; with a sharded bridge always, since the other ranks wait for this one to
+    gather the weights.
     """
     if not torch.is_grad_enabled() and not isinstance(perceiver, FSDPModule):
         return Media(None, counts)
@@ -164,7 +172,9 @@ def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:
 
 
 def extend(past: Past, seen: Tensor, new: Media) -> Media:
-    """The media of ``past``, of which each sample has mentioned ``seen`` (B,), followed by ``new``."""
+    """Return the media of ``past``, of which each sample has seen the first ``seen`` (B,), followed by
+    ``new``.
+    """
     if past.media.latents is None:
         return new
     if new.latents is None:
@@ -178,19 +188,22 @@ def extend(past: Past, seen: Tensor, new: Media) -> Media:
 
 
 def are_of_the_end(seen: Tensor, mentioned: Tensor, given: int) -> bool:
-    """Whether ``given`` slots of media go with the new tokens alone, which mention (B,), rather than with those
-    ``seen`` (B,) before as well. Raises UserError where it could be either."""
+    """Whether ``given`` media per row belong to the new tokens alone, rather than to the whole text.
+
+    seen, mentioned (B,): media tokens in the cache and among the new tokens. Raises UserError if both are
+    possible.
+    """
     whole, end = int((seen + mentioned).max()), int(mentioned.max())
     if given == whole == end:
         raise UserError(
-            f"cannot tell whether the {given} images of each row are those of the whole text or of its end; "
-            "continue these rows one by one"
+            f"forward: cannot tell whether the {given} images of each row belong to the whole text or to "
+            "the new tokens alone; continue these rows one at a time"
         )
     return given < whole
 
 
 def check_counts(mentioned: Tensor, given: int) -> None:
-    """Refuse text that mentions more media, (B,), than the ``given`` slots hold."""
+    """Raise UserError if a row of text has more media tokens, (B,), than the ``given`` media."""
     most = int(mentioned.max())
     if most > given:
         row = int(mentioned.argmax())
@@ -200,12 +213,14 @@ def check_counts(mentioned: Tensor, given: int) -> None:
         )
 
 
-# Bits are compared, not numbers: their sum does not depend on the order of summation, and NaN equals itself.
+# Images are compared bit by bit: integer sums do not depend on the order of summation, and NaN equals itself.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def find_copies(images: Tensor) -> tuple[list[int], list[int]]:
-    """For images (N, ...): the indices (K,) of the different ones, and for each of the N its number among these."""
+    """Return the indices (K,) of the distinct ones among images (N, ...), and for each of the N its index
+    among them.
+    """
     bits = images.contiguous().view(BITS[images.element_size()]).flatten(1)
     first: list[int] = []
     source: list[int] = []

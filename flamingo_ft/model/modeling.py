@@ -1,10 +1,12 @@
 """The Flamingo model in transformers' form.
 
-Flamingo (arXiv:2204.14198). Shapes: B samples, M media, F frames, C channels, H height, W width, T text tokens.
+Flamingo (arXiv:2204.14198). Shapes: B samples, M media, F frames, C channels, H height, W width, T text
+tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,24 +16,26 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flamingo_ft.backbones.attention import is_unfused, unfuse_attention
 from flamingo_ft.backbones.tower import build_visual, non_persistent_buffers
+from flamingo_ft.errors import UserError
 
 from .added_tokens import add_tokens, check_embeddings, grow_vocabulary
-from .conditioning import cache_in
+from .compat import deprecate_kwarg, keep_weights
 from .configuration import FlamingoConfig
 from .core import FlamingoCore
 from .cross_attention import GatedCrossAttentionBlock
+from .language_model_inputs import get_cache, language_model_inputs
 from .media import media_input
-from .packed import for_language_model
 from .perceiver import PerceiverResampler
-from .pretrained import from_parts
-from .quantized import finish_quantized, keeping_the_head, mark_quantized, refuse_put_together, stored_config
+from .pretrained import AdapterFolders, find_adapter
+from .quantized import check_saveable, exclude_output_head, finish_quantized, mark_quantized, stored_config
 
 
 class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):
     """A language model that reads images through a perceiver resampler and gated cross-attention.
 
     ``vision_encoder`` is an OpenCLIP tower (its ``.visual``), ``lang_encoder`` any causal language model of
-    transformers, untouched. Made by `build_flamingo` from two backbones, by ``from_pretrained`` from a saved model.
+    transformers, unchanged. `build_flamingo` builds one from two backbones, ``from_pretrained`` loads a saved
+    one.
     """
 
     config: FlamingoConfig  # pyrefly: ignore[bad-override]
@@ -46,8 +50,8 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["GatedCrossAttentionBlock"]  # beside those of the language model
-    _keep_in_fp32_modules_strict = ["attn_gate", "ff_gate"]  # too fine for fewer bits
+    _no_split_modules = ["GatedCrossAttentionBlock"]  # besides those of the language model
+    _keep_in_fp32_modules_strict = ["attn_gate", "ff_gate"]  # their values are too fine for 16 bits
 
     def __init__(
         self,
@@ -61,8 +65,9 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         if config.open_attention:
             unfuse_attention(self.vision_encoder)
         config.open_attention = config.open_attention or is_unfused(self.vision_encoder)
-        _keep_weights(self.vision_encoder)
-        _keep_weights(self.lang_encoder)
+        for backbone in (self.vision_encoder, self.lang_encoder):
+            if not any(parameter.is_meta for parameter in backbone.parameters()):
+                keep_weights(backbone)
         config.text_config = self.lang_encoder.config
         self.build_bridge(
             vis_dim=config.vision_width,
@@ -79,34 +84,53 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         mark_quantized(self)
 
     @classmethod
+    def set_adapter_loader(cls, load: Callable[[AdapterFolders, Mapping[str, Any]], Any]) -> None:
+        """Let ``from_pretrained`` load adapters and compositions with ``load``, which gets its options."""
+        cls._load_adapter = staticmethod(load)
+
+    @staticmethod
+    def _load_adapter(folders: AdapterFolders, options: Mapping[str, Any]) -> Any:
+        raise UserError(
+            f"{folders.adapter or folders.base}: an adapter, but flamingo_ft.adapters is not imported; "
+            "import flamingo_ft.adapters first"
+        )
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As every model of transformers, and for an adapter's folder or a composition that names its backbones (`parts`):
-        base and adapter. With a ``quantization_config`` of bitsandbytes, the tower is quantized whole, its fused attention
-        too, and the language model's output head is not."""
-        joined = from_parts(pretrained_model_name_or_path, kwargs)
-        if joined is not None:
-            return joined
-        wanted = kwargs.get("quantization_config")
-        config = stored_config(pretrained_model_name_or_path, kwargs) if wanted is not None else None
-        is_new = config is not None and getattr(config, "quantization_config", None) is None
-        if is_new:
-            kwargs["quantization_config"] = keeping_the_head(wanted, config)
+        """Load a model as transformers does, or an adapter or composition (`pretrained`) together with its
+        base.
+
+        With a bitsandbytes ``quantization_config``, the whole tower is quantized, fused attention included,
+        and the language model's output head is not.
+        """
+        folders = find_adapter(pretrained_model_name_or_path, kwargs)
+        if folders is not None:
+            return cls._load_adapter(folders, kwargs)
+        quantization, to_quantize = kwargs.get("quantization_config"), False
+        if quantization is not None:
+            config = stored_config(pretrained_model_name_or_path, kwargs)
+            to_quantize = getattr(config, "quantization_config", None) is None  # else it is stored quantized
+            if to_quantize:
+                kwargs["quantization_config"] = exclude_output_head(quantization, config)
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        finish_quantized(loaded[0] if isinstance(loaded, tuple) else loaded, is_new)
+        finish_quantized(loaded[0] if isinstance(loaded, tuple) else loaded, to_quantize)
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As every model of transformers. Raises UserError for one put together from quantized backbones."""
-        refuse_put_together(self)
+        """Save as transformers does. Raises UserError for a model with LoRA, or built from quantized
+        backbones.
+        """
+        check_saveable(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        past_key_values: Any | None = None,
+        cache: Any | None = None,
         use_cache: bool | None = None,
         vision_tokens: Tensor | None = None,
         frame_counts: Tensor | None = None,
@@ -115,31 +139,38 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     ) -> CausalLMOutputWithPast:
         """One pass over input_ids (B, T), with one media token per image or video.
 
-        pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order, padded at the
-        end of M where a row has fewer. vision_tokens (B, M, F, V, D) in their place are the tower's spatial tokens of
-        them, and the tower is not run. frame_counts (B, M): how many of the F frames each medium has, where not all
-        have F; the others are padding, which changes nothing. With ``past_key_values``: the media of all tokens, those
-        of the new tokens (M as many as the row with most mentions), or None to go on with those seen. With
-        ``document_ids`` (B, T) a row holds several documents, and a token sees the media of its own; ``position_ids``
-        that begin anew with each keep them apart in the language model. Other arguments go to the language model, whose
-        output this returns. Raises UserError when a row has more media tokens than media, and without input_ids.
+        pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order,
+        padded at the end of M. vision_tokens (B, M, F, V, D): the tower's output for them, passed instead to
+        skip the tower. frame_counts (B, M): the number of frames of each medium, if not all have F; the rest
+        is padding. cache: the key/value cache of earlier tokens; the media passed along are those of the
+        whole text, or of the new tokens alone (M is then the largest number in a row), or None if the new
+        tokens bring none. ``past_key_values`` is its older name. document_ids (B, T): the document of each
+        token of packed rows; a token sees media of its own document, and ``position_ids`` that start anew
+        keep documents apart in the language model. Other arguments go to the language model, whose output is
+        returned.
+
+        Raises UserError for a row with more media tokens than media, and without input_ids.
         """
-        given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
-        given = for_language_model(
-            self.lang_encoder, given | {"use_cache": use_cache, **kwargs}, document_ids
-        )
+        inputs = {"attention_mask": attention_mask, "labels": labels, "cache": cache, "use_cache": use_cache}
+        inputs = language_model_inputs(self.lang_encoder, inputs | kwargs, document_ids)
         media = media_input(pixel_values, vision_tokens, frame_counts)
-        with self.looking_at(input_ids, media, cache_in(given), document_ids):
-            return self.lang_encoder(input_ids=input_ids, **given)
+        with self.condition_on(input_ids, media, get_cache(inputs), document_ids):
+            return self.lang_encoder(input_ids=input_ids, **inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """`forward`; under TRL's fused loss (``fused_lm_head``) without a gradient of the frozen output head."""
+        """Run `forward`; under TRL's fused loss (``fused_lm_head``), without a gradient for the frozen output
+        head.
+        """
         with self.scoring_rows_apart() if kwargs.get("fused_lm_head") else nullcontext():
             return super().__call__(*args, **kwargs)
 
     def scoring_rows_apart(self) -> AbstractContextManager[None]:
-        """Inside, `backbone` and `get_output_embeddings` split the logits of the trained rows from the others, which
-        saves a loss that multiplies one by the other a copy and a gradient of the matrix (`output_head`)."""
+        """Return a context in which `backbone` and `get_output_embeddings` compute the logits of the trained
+        rows apart.
+
+        A loss that multiplies one by the other then needs no copy and no gradient of the whole matrix
+        (`token_rows`).
+        """
         head = self.lang_encoder.get_output_embeddings()
         return nullcontext() if self.token_rows is None else self.token_rows.scored_apart(head)
 
@@ -153,9 +184,10 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         frame_counts: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The language model's own ``generate`` (beams, sampling, streamers, assisted decoding, ...) over the media.
+        """Run the language model's own ``generate`` (beams, sampling, streamers, assisted decoding, ...) on
+        the media.
 
-        Takes pixel_values and frame_counts as `forward` does; returns what the language model's ``generate`` returns.
+        pixel_values, frame_counts: see `forward`. Returns what the language model's ``generate`` returns.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
@@ -163,51 +195,57 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         return self.generate_text(inputs if input_ids is None else input_ids, given, **kwargs)
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
-        """Encode the media of ``input_ids`` (B, T) once, for every forward without media until `uncache_media`."""
+        """Encode the media of ``input_ids`` (B, T) once, for all forwards without media until
+        `uncache_media`.
+        """
         self.hold_media(input_ids, media_input(pixel_values))
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Not in transformers' sense: for foreign classes it leaves buffers that checkpoints lack uninitialised."""
+        """Return False: of classes outside transformers, it would leave buffers missing from checkpoints
+        uninitialized.
+        """
         return False
 
     @property
     def backbone(self) -> Backbone:
-        """The model without its output head, as trainers that score in tiles ask for it."""
+        """A view of the model without its output head, for trainers that compute the loss in tiles."""
         return Backbone(self)
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The language model's."""
+        """The language model's generation configuration."""
         return self.lang_encoder.generation_config
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig | None) -> None:
-        if "lang_encoder" in self._modules:  # PreTrainedModel sets one before there is a language model
+        if (
+            "lang_encoder" in self._modules
+        ):  # PreTrainedModel.__init__ sets one before the language model exists
             self.lang_encoder.generation_config = value
 
     def get_input_embeddings(self) -> nn.Module:
         return self.lang_encoder.get_input_embeddings()
 
     def get_output_embeddings(self) -> Any:
-        """The language model's output head, the rows of new tokens in place."""
+        """Return the language model's output head with the rows of new tokens in place."""
         head = self.lang_encoder.get_output_embeddings()
         return head if self.token_rows is None else self.token_rows.head_with_rows(head)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Give the language model another embedding; the rows of new tokens stand in for those of this one then."""
+        """Replace the language model's embedding; the rows of new tokens keep replacing its rows."""
         check_embeddings(value, self.token_rows, "set_input_embeddings")
         self.lang_encoder.set_input_embeddings(value)
         self.follow_language_model()
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        """Give the language model another output head, as `set_input_embeddings` an embedding."""
+        """Replace the language model's output head; see `set_input_embeddings`."""
         check_embeddings(new_embeddings, self.token_rows, "set_output_embeddings")
         self.lang_encoder.set_output_embeddings(new_embeddings)
         self.follow_language_model()
 
     def get_decoder(self) -> nn.Module:
-        """The language model without its output head, and without media."""
+        """Return the language model without its output head; called directly, it sees no media."""
         return self.lang_encoder.get_decoder()
 
     def resize_token_embeddings(
@@ -216,13 +254,13 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> nn.Module:
-        """Make room for tokens that were added to the tokenizer, ``new_num_tokens`` with them; to be called before an
-        optimizer is made. Returns the input embeddings.
+        """Make room for tokens that were added to the tokenizer; call it before the optimizer is built.
 
-        The language model's matrices grow where they are too small, and never shrink. The added tokens get rows of
-        the Flamingo's own beside those of ``<image>`` (`token_rows`), which train and are saved with them. They start
-        as the language model's spare rows, or where it had none at the mean of all, whatever ``mean_resizing``. Raises
-        UserError for fewer tokens than are in use, and where rows cannot be added any more.
+        new_num_tokens: size of the tokenizer with them. Returns the input embeddings. The language model's
+        matrices grow if they are too small, and never shrink. The rows of added tokens are the Flamingo's
+        own, next to those of ``<image>`` (`token_rows`), and are trained and saved with them. They start as
+        the language model's spare rows, or else as the mean of all rows; ``mean_resizing`` has no effect.
+        Raises UserError for fewer tokens than are in use, and where rows can no longer be added.
         """
         if new_num_tokens is not None:
             add_tokens(self, new_num_tokens)
@@ -233,7 +271,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         return self.get_input_embeddings()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Fill in what a checkpoint lacked; torch's own initialisation, gates closed."""
+        """Initialize what a checkpoint lacks: torch's own initialization, gates at zero."""
         if module is self.vision_encoder:
             _restore_buffers(module, self.config.vision_config)
         elif isinstance(module, GatedCrossAttentionBlock):
@@ -249,21 +287,23 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 class Backbone(nn.Module):
     """A view of a Flamingo that stops before the output head; it owns no parameters.
 
-    forward takes what `FlamingoForConditionalGeneration.forward` takes, but labels, and returns ``last_hidden_state``
-    (B, T, D); with ``predicting`` (N, 2), rows and columns, that of those positions alone: (1, N, D). Inside
-    `scoring_rows_apart` D is as wide as the matrix of `get_output_embeddings` there.
+    forward takes the arguments of `FlamingoForConditionalGeneration.forward` except labels, and returns
+    ``last_hidden_state`` (B, T, D). predicting (N, 2): rows and columns of positions; only these are
+    returned, as (1, N, D). Inside `scoring_rows_apart`, D is the width of the extended matrix of
+    `get_output_embeddings`.
     """
 
     def __init__(self, model: FlamingoForConditionalGeneration):
         super().__init__()
-        self._model = [model]  # in a list, so that it is not registered as a submodule of its own view
+        self._model = [model]  # in a list, so that it does not become a submodule of its own view
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any | None = None,
+        cache: Any | None = None,
         use_cache: bool | None = None,
         vision_tokens: Tensor | None = None,
         frame_counts: Tensor | None = None,
@@ -272,19 +312,14 @@ class Backbone(nn.Module):
         **kwargs: Any,
     ) -> Any:
         (model,) = self._model
-        given = {
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "use_cache": use_cache,
-            **kwargs,
-        }
-        given = for_language_model(model.lang_encoder, given, document_ids)
-        cache, conditioning = cache_in(given), model.conditioning
+        inputs = {"attention_mask": attention_mask, "cache": cache, "use_cache": use_cache}
+        inputs = language_model_inputs(model.lang_encoder, inputs | kwargs, document_ids)
+        cache, conditioning = get_cache(inputs), model.conditioning
         media = media_input(pixel_values, vision_tokens, frame_counts)
-        with model.looking_at(input_ids, media, cache, document_ids):
+        with model.condition_on(input_ids, media, cache, document_ids):
             conditioning.start(input_ids, cache)
-            output = _body_of(model.lang_encoder)(input_ids=input_ids, **given)
-            conditioning.finish(cache_in(output) if cache is None else cache)
+            output = _body_of(model.lang_encoder)(input_ids=input_ids, **inputs)
+            conditioning.finish(get_cache(output) if cache is None else cache)
         if predicting is not None:
             output.last_hidden_state = output.last_hidden_state[predicting[:, 0], predicting[:, 1]][None]
         if model.token_rows is not None:
@@ -293,19 +328,12 @@ class Backbone(nn.Module):
 
 
 def _body_of(lm: PreTrainedModel) -> nn.Module:
-    """The language model without its head; a few families name themselves as their own base model."""
+    """Return the language model without its head; a few families are their own ``base_model``."""
     return lm.model if lm.base_model is lm else lm.base_model
 
 
-def _keep_weights(module: nn.Module) -> None:
-    """Mark a backbone that has its weights, so that initialising the Flamingo around it leaves them alone."""
-    if not any(p.is_meta for p in module.parameters()):
-        for part in module.modules():
-            part._is_hf_initialized = True
-
-
 def _restore_buffers(visual: nn.Module, vision_config: dict) -> None:
-    """Recompute the buffers that checkpoints do not hold."""
+    """Recompute the buffers that are not stored in checkpoints."""
     for name, value in non_persistent_buffers(vision_config).items():
         parent, _, leaf = name.rpartition(".")
         owner = visual.get_submodule(parent)

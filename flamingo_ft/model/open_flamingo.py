@@ -1,4 +1,4 @@
-"""OpenFlamingo's face of the model: scripts written for it run after changing their import.
+"""OpenFlamingo's API of the model: scripts written for it run after changing their import.
 
 Signatures follow OpenFlamingo 2.0.1 (arXiv:2308.01390). Shapes: B samples, M media, F frames, T text tokens.
 """
@@ -6,19 +6,18 @@ Signatures follow OpenFlamingo 2.0.1 (arXiv:2308.01390). Shapes: B samples, M me
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
+from .compat import IncompatibleKeys, checkpoint_block
 from .core import FlamingoCore
+from .language_model_inputs import language_model_inputs
 from .layers import CheckpointedBlock
 from .media import media_input
 from .open_flamingo_checkpoints import is_open_flamingo, load_open_flamingo
@@ -27,10 +26,10 @@ from .quantized import mark_quantized
 
 
 class Flamingo(FlamingoCore):
-    """A Flamingo around an OpenCLIP model (its ``.visual`` is used) and any causal language model of transformers.
+    """A Flamingo around an OpenCLIP model (its ``.visual`` is used) and any causal language model of
+    transformers.
 
-    ``flamingo_kwargs`` beyond OpenFlamingo's: ``media_visibility``, ``perceiver``, ``cross_attention`` and
-    ``decoder_layers_attr_name``, as in `FlamingoConfig`.
+    Keyword arguments that OpenFlamingo does not have are those of `FlamingoConfig`.
     """
 
     def __init__(
@@ -78,21 +77,23 @@ class Flamingo(FlamingoCore):
         past_key_values: Any | None = None,
         use_cache: bool = False,
     ) -> Any:
-        """One pass; vision_x (B, M, F, C, H, W), or None for media kept by `cache_media` or by an earlier forward
-        with ``clear_conditioned_layers=False``; lang_x (B, T). Returns the language model's output."""
+        """Run one forward and return the language model's output.
+
+        lang_x (B, T); vision_x (B, M, F, C, H, W), or None for the media kept by `cache_media` or by an
+        earlier forward with ``clear_conditioned_layers=False``.
+        """
         if self._media_cached and vision_x is not None:
             raise ValueError(
-                "found vision_x while media are cached; pass None, or call uncache_media() first"
+                "forward: got vision_x while media are cached; pass None, or call uncache_media() first"
             )
         if not self._media_cached and vision_x is not None:
             self.conditioning.release()
-        given = {"attention_mask": attention_mask, "labels": labels, "past_key_values": past_key_values}
+        inputs = {"attention_mask": attention_mask, "labels": labels, "use_cache": use_cache}
+        inputs = language_model_inputs(self.lang_encoder, {**inputs, "cache": past_key_values})
         media = self.media_for(lang_x, media_input(vision_x), past_key_values)
         times = self.media_in_cache(lang_x, past_key_values) + (lang_x == self.media_token_id).sum(-1)
         with self.conditioning.open(media):
-            output = self.lang_encoder(
-                input_ids=lang_x, use_cache=use_cache, **{k: v for k, v in given.items() if v is not None}
-            )
+            output = self.lang_encoder(input_ids=lang_x, **inputs)
         if not clear_conditioned_layers and not self._media_cached:
             self.conditioning.hold(media, times)
         return output
@@ -100,9 +101,9 @@ class Flamingo(FlamingoCore):
     def generate(
         self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """The language model's ``generate``; ends at ``<|endofchunk|>`` unless ``eos_token_id`` says otherwise.
+        """Run the language model's ``generate`` and return lang_x (B, T) with the generated tokens appended.
 
-        Returns lang_x (B, T) with the generated tokens appended.
+        Generation ends at ``<|endofchunk|>`` unless ``eos_token_id`` is given.
         """
         kwargs.setdefault("eos_token_id", self.eoc_token_id)
         return self.generate_text(lang_x, media_input(vision_x), attention_mask=attention_mask, **kwargs)
@@ -110,43 +111,45 @@ class Flamingo(FlamingoCore):
     def cache_media(self, input_ids: Tensor, vision_x: Tensor) -> None:
         """Encode vision_x (B, M, F, C, H, W) once, for forwards without media until `uncache_media`.
 
-        Text without media tokens is read as what follows input_ids (B, T).
+        Text without media tokens counts as text that follows input_ids (B, T).
         """
         self.hold_media(input_ids, media_input(vision_x))
         self._media_cached = True
 
     def uncache_media(self) -> None:
-        """Forget media kept by `cache_media`."""
+        """Drop the media kept by `cache_media`."""
         super().uncache_media()
         self._media_cached = False
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
     ) -> None:
-        """Recompute the language model's layers and the bridge's blocks in the backward instead of storing them."""
+        """Checkpoint the activations of the language model's layers and the bridge's blocks."""
         self.lang_encoder.activation_checkpointing_enable(gradient_checkpointing_kwargs)
-        run = partial(checkpoint, **(gradient_checkpointing_kwargs or {"use_reentrant": False}))
+        options = dict(gradient_checkpointing_kwargs or {"use_reentrant": False})
         for block in self.modules():
             if isinstance(block, CheckpointedBlock):
-                block.gradient_checkpointing, block._gradient_checkpointing_func = True, run
+                checkpoint_block(block, options)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch's, for this model's keys and for OpenFlamingo's, which are mapped.
+        """Load a state dict with this model's keys, as torch does, or with OpenFlamingo's keys, which are
+        mapped.
 
-        With OpenFlamingo's keys, ``strict=False`` forgives what those files never hold (the frozen backbones) and
-        nothing of the bridge; ``strict=True`` forgives nothing, with torch's RuntimeError.
+        With OpenFlamingo's keys, ``strict=False`` allows missing weights of the frozen backbones, which those
+        files never have, but none of the bridge; ``strict=True`` raises torch's RuntimeError for any missing
+        or unexpected key.
         """
         if not is_open_flamingo(state_dict):
             return super().load_state_dict(state_dict, strict=strict, assign=assign)
         report = load_open_flamingo(self, state_dict)
         if strict and (report.missing or report.unexpected):
             raise RuntimeError(
-                f"found {len(report.missing)} missing and {len(report.unexpected)} unexpected keys; "
-                "OpenFlamingo's training files hold no frozen backbone: pass strict=False"
+                f"load_state_dict: {len(report.missing)} missing and {len(report.unexpected)} unexpected "
+                "keys; OpenFlamingo's checkpoints do not have the frozen backbones: pass strict=False"
             )
-        return _IncompatibleKeys(report.missing, report.unexpected)
+        return IncompatibleKeys(report.missing, report.unexpected)
 
 
 def create_model_and_transforms(
@@ -160,10 +163,10 @@ def create_model_and_transforms(
     freeze_lm_embeddings: bool = False,
     **flamingo_kwargs: Any,
 ) -> tuple[Flamingo, Callable, PreTrainedTokenizerBase]:
-    """A Flamingo, its image transform and its tokenizer, as OpenFlamingo's factory makes them.
+    """Build a Flamingo, its image transform and its tokenizer, as OpenFlamingo's function of this name does.
 
-    The backbones are frozen; the perceiver, the cross-attention and, unless ``freeze_lm_embeddings``, the language
-    model's input embeddings train.
+    The backbones are frozen; the perceiver, the cross-attention and, unless ``freeze_lm_embeddings``, the
+    language model's input embeddings are trainable.
     """
     vision = load_vision(clip_vision_encoder_path, clip_vision_encoder_pretrained)
     language = load_language(lang_encoder_path, tokenizer=tokenizer_path, local_files_only=use_local_files)

@@ -1,4 +1,4 @@
-"""Foreign checkpoints, read into either face of the model."""
+"""Load checkpoints of OpenFlamingo and Otter into either API of the model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.backbones.quantization import quantization_formats
+from flamingo_ft.config.tables import CROSS_ATTENTION, NEW_TOKENS
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import ForeignCheckpoint, parse_checkpoint, read_checkpoint
 from flamingo_ft.formats.foreign_checkpoint import BRIDGE_PREFIXES, has_wrapped_layers
 from flamingo_ft.formats.stored_files import first_few, unwrap_state_dict
 
 from .core import FlamingoCore
+from .parts import part_of
 
 
 @dataclass
 class LoadReport:
-    """What a checkpoint and a model did not share; names are the model's.
+    """The keys that a checkpoint and a model share and do not share, under the model's names.
 
-    Loading fails on a mismatch and on a missing weight of the bridge; a missing one of the backbones is only told:
-    the files never hold them all.
+    missing: of the backbones; a missing or mismatched weight of the bridge raises an error instead.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -34,7 +35,7 @@ class LoadReport:
 
 
 def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
-    """Whether the keys are OpenFlamingo's, bare or as its training saved them."""
+    """Whether the keys are OpenFlamingo's, bare or as its training script saves them."""
     content = state_dict.get("model_state_dict", state_dict)
     return has_wrapped_layers(str(key).removeprefix("module.") for key in content)
 
@@ -42,28 +43,24 @@ def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
 def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str, Any]) -> LoadReport:
     """Load a checkpoint of OpenFlamingo or Otter (a path, or its state dict) into ``model``, in place.
 
-    Every weight of the bridge must be there and fit; of the backbones, what the file holds is taken: an Otter's folder
-    brings its own. Raises
-    UserError, with nothing loaded, when the file is for another language model or interval or lacks a bridge weight.
+    The checkpoint must have every weight of the bridge, in the model's shapes. Weights of the backbones are
+    loaded if it has them, as an Otter's folder does. Raises UserError, with nothing loaded, for a checkpoint
+    of another language model or interval, and for one that lacks weights of the bridge.
     """
-    is_read = isinstance(checkpoint, Mapping)
-    found = (
-        parse_checkpoint(unwrap_state_dict(checkpoint, Path("checkpoint")))
-        if is_read
-        else read_checkpoint(Path(checkpoint))
-    )
-    check_belongs(model, found)
-    if found.lora:
+    if isinstance(checkpoint, Mapping):
+        parsed = parse_checkpoint(unwrap_state_dict(checkpoint, Path("checkpoint")))
+    else:
+        parsed = read_checkpoint(Path(checkpoint))
+    check_fits_model(model, parsed)
+    if parsed.lora:
         raise UserError(
-            f"{found.path}: holds LoRA, which would be lost here; bring it in with flamingo-ft convert"
+            f"{parsed.path}: has LoRA, which would be lost; import the checkpoint with flamingo-ft convert"
         )
-    tensors = found.tensors()
-    targets = {
-        name: tensor for name, tensor in model.state_dict().items() if not name.startswith("token_rows.")
-    }
+    tensors = parsed.tensors()
+    targets = {name: tensor for name, tensor in model.state_dict().items() if part_of(name) != NEW_TOKENS}
     report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
-    _check(report, bool(quantization_formats(model)))
-    _check_rows(model, tensors)
+    _check_bridge(report, bool(quantization_formats(model)))
+    _check_vocabulary(model, tensors)
     with torch.no_grad():
         for name in report.loaded:
             targets[name][: len(tensors[name])].copy_(tensors[name])
@@ -72,40 +69,39 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
     return report
 
 
-def _check_rows(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a vocabulary that ends before the tokens whose rows the model takes from it."""
+def check_fits_model(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None:
+    """Raise UserError for a checkpoint of another language model or another interval than the model's."""
+    theirs, ours = checkpoint.decoder_layers, model.decoder_layers_attr_name
+    if theirs not in (None, ours):
+        raise UserError(
+            f"checkpoint is for another language model: its decoder layers are at {theirs}, this model's at "
+            f"{ours}; build the model around the language model that the checkpoint was trained with"
+        )
+    blocks = [k for k, block in enumerate(model.gated_cross_attn_layers) if block is not None]
+    prefix = CROSS_ATTENTION.prefix
+    names = (name.removeprefix(prefix) for name in checkpoint.bridge if name.startswith(prefix))
+    stored = sorted({int(name.partition(".")[0]) for name in names})
+    if stored and stored != blocks:
+        raise UserError(
+            f"checkpoint has cross-attention before layers {first_few(stored)}, this model before "
+            f"{first_few(blocks)}; build the model with cross_attn_every_n_layers={stored[0] + 1} and the "
+            "language model of the checkpoint"
+        )
+
+
+def _check_vocabulary(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError for a checkpoint whose vocabulary ends before the tokens whose rows the model copies
+    from it.
+    """
     if model.token_rows is None:
         return
-    name, own = next(
-        (n, p) for n, p in model.named_parameters() if p is model.lang_encoder.get_input_embeddings().weight
-    )
-    if name in tensors and len(tensors[name]) <= max(model.token_rows.token_ids):
+    embedding = model.lang_encoder.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
+    last = max(model.token_rows.token_ids)
+    if name in tensors and len(tensors[name]) <= last:
         raise UserError(
-            f"checkpoint's vocabulary ends at {len(tensors[name])}, the model's new tokens reach "
-            f"{max(model.token_rows.token_ids)} of {len(own)}; build the model with the tokenizer of the checkpoint"
-        )
-
-
-def check_belongs(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None:
-    """Refuse a checkpoint of another language model or interval than the model has."""
-    found, wanted = checkpoint.decoder_layers, model.decoder_layers_attr_name
-    if found not in (None, wanted):
-        raise UserError(
-            f"checkpoint is for another language model: its decoder layers are at {found}, this model's at {wanted}; "
-            "build the model around the language model that the checkpoint was trained with"
-        )
-    _check_interval(model, checkpoint.bridge)
-
-
-def _check_interval(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
-    wanted = [k for k, block in enumerate(model.gated_cross_attn_layers) if block is not None]
-    found = sorted(
-        {int(name.split(".")[1]) for name in tensors if name.startswith("gated_cross_attn_layers.")}
-    )
-    if found and found != wanted:
-        raise UserError(
-            f"checkpoint has cross-attention before layers {first_few(found)}, this model before {first_few(wanted)}; "
-            f"build the model with cross_attn_every_n_layers={found[0] + 1} and the language model of the checkpoint"
+            f"checkpoint has a vocabulary of {len(tensors[name])} tokens, but the model's go up to id "
+            f"{last} of {len(embedding)}; build the model with the tokenizer of the checkpoint"
         )
 
 
@@ -117,27 +113,25 @@ def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], vocab
         elif _fits(tensor, targets[name], vocabulary):
             report.loaded.append(name)
         else:
-            found, wanted = tuple(tensor.shape), tuple(targets[name].shape)
-            report.mismatched.append(f"{name} (found {found}, wanted {wanted})")
+            stored, needed = tuple(tensor.shape), tuple(targets[name].shape)
+            report.mismatched.append(f"{name} (must be {needed}, got {stored})")
     return report
 
 
 def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
-    """Same shape; a matrix of the vocabulary may have fewer rows, as OpenFlamingo cuts padding rows off."""
+    """Whether the shapes agree; a vocabulary matrix may have fewer rows: OpenFlamingo cuts padding rows."""
     if tensor.shape == target.shape:
         return True
     is_vocabulary = target.dim() == tensor.dim() == 2 and len(target) == vocabulary
     return is_vocabulary and tensor.shape[1] == target.shape[1] and len(tensor) < vocabulary
 
 
-def _check(report: LoadReport, quantized: bool) -> None:
-    missing, unknown = (
-        [name for name in names if name.startswith(BRIDGE_PREFIXES)]
-        for names in (report.missing, report.unexpected)
-    )
+def _check_bridge(report: LoadReport, quantized: bool) -> None:
+    missing = [name for name in report.missing if name.startswith(BRIDGE_PREFIXES)]
+    unknown = [name for name in report.unexpected if name.startswith(BRIDGE_PREFIXES)]
     remedy = "build the model with the sizes of the checkpoint"
     if quantized:
-        remedy += ", its backbones unquantized where the checkpoint holds their layers"
+        remedy += ", and with unquantized backbones if the checkpoint has their layers"
     for what, names in (("lacks", missing), ("does not fit", report.mismatched), ("has unknown", unknown)):
         if names:
             raise UserError(

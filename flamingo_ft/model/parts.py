@@ -18,7 +18,9 @@ OPTIMIZER_GROUPS = (*BRIDGE, LORA)
 
 
 def part_of(name: str) -> Part:
-    """Return the part that the parameter ``name`` belongs to; LoRA weights belong to the part that they are added to."""
+    """Return the part that the parameter ``name`` belongs to; LoRA weights belong to the part that they are
+    added to.
+    """
     return next(part for part in PARTS.values() if name.startswith(part.prefix))
 
 
@@ -48,7 +50,9 @@ def optimizer_group(name: str) -> str:
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, and not to vectors, embeddings and latents, whose size means something."""
+    """Whether weight decay applies: to matrices, and not to vectors, embeddings and latents, whose size means
+    something.
+    """
     if parameter.dim() < 2:
         return False
     part = part_of(name)

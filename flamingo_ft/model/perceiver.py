@@ -15,7 +15,7 @@ from .layers import CheckpointedBlock, attend, feed_forward, merge_heads, split_
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the visual tokens and to themselves."""
+    """Attention of the latents to the visual tokens and to themselves."""
 
     def __init__(self, width: int, heads: int, dim_head: int):
         super().__init__()
@@ -36,7 +36,9 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverLayer(CheckpointedBlock, nn.ModuleList):
-    """Attention, then feed-forward, each added to the latents. A list so that keys read ``layers.{i}.{0,1}``."""
+    """Attention, then feed-forward, each with a residual connection. A list, for OpenFlamingo's keys
+    ``layers.{i}.{0,1}``.
+    """
 
     def __init__(self, width: int, heads: int, dim_head: int, ff_mult: int):
         nn.ModuleList.__init__(
@@ -53,8 +55,8 @@ class PerceiverLayer(CheckpointedBlock, nn.ModuleList):
 class PerceiverResampler(nn.Module):
     """Resamples each medium (one image, or the frames of one video) into ``num_latents`` latents.
 
-    ``max_num_frames`` adds a learned embedding per frame, ``max_num_media`` one per position of the medium among the
-    sample's media; without them order is not told apart, as in the released OpenFlamingo models.
+    max_num_frames: adds a learned embedding for each frame; max_num_media: adds one for each position of a
+    medium in its sample. Without them, frames or media are unordered, as in the released OpenFlamingo models.
     """
 
     def __init__(
@@ -79,8 +81,8 @@ class PerceiverResampler(nn.Module):
     def forward(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
         """tokens (B, M, F, V, D) -> latents (B, M, L, D).
 
-        ``slots`` (B, M) is the position of each medium in its sample, 0-based; by default its index along M.
-        Raises UserError for more frames or media than the learned embeddings are made for.
+        slots (B, M): 0-based position of each medium in its sample; by default its index along M. Raises
+        UserError for more frames or media than there are learned embeddings.
         """
         batch, media = tokens.shape[:2]
         tokens = self._add_positions(tokens.to(self.latents.dtype), slots).flatten(0, 1)
@@ -90,7 +92,7 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents).unflatten(0, (batch, media))
 
     def _add_positions(self, tokens: Tensor, slots: Tensor | None) -> Tensor:
-        """Frame and media embeddings added: (B, M, F, V, D) -> (B, M, F * V, D)."""
+        """Add the frame and media embeddings: (B, M, F, V, D) -> (B, M, F * V, D)."""
         media, frames = tokens.shape[1:3]
         if self.frame_embs is not None:
             _check_fits(frames, self.frame_embs, "frames per medium", "max_num_frames")
@@ -103,8 +105,8 @@ class PerceiverResampler(nn.Module):
         return tokens
 
 
-def _check_fits(found: int, embeddings: Tensor, what: str, option: str) -> None:
-    if found > len(embeddings):
+def _check_fits(count: int, embeddings: Tensor, what: str, option: str) -> None:
+    if count > len(embeddings):
         raise UserError(
-            f"perceiver: found {found} {what}, but {option} is {len(embeddings)}; raise it or give fewer"
+            f"perceiver: {option} is {len(embeddings)}, got {count} {what}; pass fewer, or train with more"
         )

@@ -1,8 +1,9 @@
-"""transformers' image-text-to-text pipeline for a Flamingo: images read as training reads them, answers without the space
-that they begin with.
+"""transformers' image-text-to-text pipeline for a Flamingo: images are read as in training, and answers are
+stripped.
 
-transformers converts images to RGB before the processor sees them: 16 bits clipped, transparency dropped. And it cuts the
-prompt off the decoded text, where the space before an answer's first word stays with the answer.
+transformers converts images to RGB before the processor sees them, which clips 16 bits and drops
+transparency. It also cuts the prompt off the decoded text, which leaves the space before an answer's first
+word with the answer.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import ImageTextToTextPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
-from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline, ReturnType
 
+from .compat import ReturnType
 from .image_source import read_image
 from .processor import FlamingoProcessor
 
@@ -20,9 +22,9 @@ TASK = "image-text-to-text"
 
 
 class FlamingoPipeline(ImageTextToTextPipeline):
-    """The task's pipeline for every model; only for a Flamingo it is another than the one that it derives from.
+    """The task's pipeline for all models; it behaves differently for a Flamingo only.
 
-    Text that continues the caller's (a raw text in full, a last message of the assistant's) keeps its spaces.
+    Text that continues the caller's (full text, or a last message of the assistant's) keeps its spaces.
     """
 
     def preprocess(self, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -37,7 +39,7 @@ class FlamingoPipeline(ImageTextToTextPipeline):
         continue_final_message: bool | None = None,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """One record for each text that was generated."""
+        """Return one record per generated text."""
         records = super().postprocess(model_outputs, return_type, continue_final_message, **options)
         if not self._is_flamingo() or return_type == ReturnType.TENSORS:
             return records
@@ -51,12 +53,14 @@ class FlamingoPipeline(ImageTextToTextPipeline):
 
 
 def register_pipeline() -> None:
-    """Let ``transformers.pipeline("image-text-to-text")`` make this pipeline, which goes by the task, not by the model."""
+    """Let ``transformers.pipeline("image-text-to-text")`` use this class; pipelines are chosen by task, not
+    by model.
+    """
     PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = FlamingoPipeline
 
 
 def _read_all(images: Any) -> Any:
-    """An image, or lists of them in any depth."""
+    """Read an image, or arbitrarily nested lists of images."""
     return [_read_all(one) for one in images] if isinstance(images, (list, tuple)) else read_image(images)
 
 

@@ -1,4 +1,4 @@
-"""Text and images in, what the model takes out.
+"""The processor: text and images to the model's inputs.
 
 Shapes: B samples, M images per sample, C channels, H height, W width.
 """
@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from flamingo_ft.backbones.tower import image_transform
 from flamingo_ft.errors import UserError
@@ -26,8 +25,8 @@ from .image_source import read_image
 from .images import to_rgb
 from .special_text import protect, tokenize
 
-# Flamingo's own form (arXiv:2204.14198, figure 7), for language models that have no chat template. The space before
-# an answer is the assistant's: with most tokenizers it is part of the answer's first token.
+# Flamingo's own format (arXiv:2204.14198, figure 7), for language models without a chat template. The space
+# before an answer is the assistant's: with most tokenizers it is part of the answer's first token.
 CHUNK_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -40,26 +39,28 @@ IMAGE_BLOCKS = ("image", "image_url")
 
 
 class FlamingoImageProcessor(BaseImageProcessor):
-    """The tower's own image transform: RGB, resize, crop and normalise as its OpenCLIP configuration says."""
+    """The tower's own image transform: RGB, resize, crop and normalize as its OpenCLIP configuration says."""
 
     model_input_names = ["pixel_values"]
 
     def __init__(
         self, open_clip_preprocess: Mapping[str, Any] | None = None, video_frames: int = 8, **kwargs: Any
     ):
-        """video_frames: how many frames of a video are looked at; kept here so that it is the same after training."""
+        """video_frames: frames read of a video; stored here so that it is the same after training."""
         super().__init__(**kwargs)
         self.open_clip_preprocess = dict(open_clip_preprocess or {})
         self.video_frames = video_frames
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Images to pixel_values (N, C, H, W): one, or a list; each in any form that `read_image` takes."""
+        """Turn an image, or a list of them, in any form that `read_image` takes, into pixel_values (N, C, H,
+        W).
+        """
         images = images if isinstance(images, (list, tuple)) else [images]
         pixels = [self.transform(read_image(image)) for image in images]
         return BatchFeature({"pixel_values": torch.stack(pixels)})
 
     def transform(self, image: Any) -> Tensor:
-        """A Pillow image, numpy array or torch tensor (`images.to_rgb`) to (C, H, W)."""
+        """Turn a Pillow image, numpy array or torch tensor (`images.to_rgb`) into pixels (C, H, W)."""
         return self._transform(to_rgb(image))
 
     @cached_property
@@ -67,12 +68,12 @@ class FlamingoImageProcessor(BaseImageProcessor):
         return image_transform(self.open_clip_preprocess)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: the transform itself is made anew from its configuration."""
+        """Return what is saved; the transform is rebuilt from its configuration."""
         return {key: value for key, value in super().to_dict().items() if key != "_transform"}
 
 
 class FlamingoProcessor(ProcessorMixin):
-    """Tokenizer and image processor of a Flamingo; each image stands as one ``<image>`` in the text."""
+    """Tokenizer and image processor of a Flamingo; every image is one ``<image>`` in the text."""
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class FlamingoProcessor(ProcessorMixin):
     def for_backbones(
         cls, preprocess: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> FlamingoProcessor:
-        """From a tower's transform and a tokenizer that already has the media tokens."""
+        """Build the processor from a tower's transform and a tokenizer that already has the media tokens."""
         return cls(FlamingoImageProcessor(preprocess), tokenizer)
 
     @classmethod
@@ -104,14 +105,15 @@ class FlamingoProcessor(ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Tokenized text and, where there are images, pixel_values (B, M, C, H, W), rows with fewer zero-padded.
+        """Return the tokenized text and, if there are images, pixel_values (B, M, C, H, W), rows with fewer
+        zero-padded.
 
-        ``images``: one, a list (dealt out in the order of the ``<image>`` markers), or a list per text; each a PIL
-        image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword arguments go to
-        the tokenizer. It adds no special tokens to texts that begin with one, as chat templates write them and training
-        reads them. Special tokens that stand-ins stand for (`special_text`), as `apply_chat_template` writes them, are
-        text. Raises UserError when images and markers do not match, when a marker is lost to truncation, and for an
-        image that cannot be read.
+        images: one, a list (assigned in the order of the ``<image>`` markers), or a list per text; each a PIL
+        image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword
+        arguments go to the tokenizer. It adds no special tokens to texts that begin with one, as rendered
+        chat templates do in training. Special tokens that a user typed (`special_text`), marked by
+        `apply_chat_template`, stay text. Raises UserError if images and markers do not match, if a marker is
+        lost to truncation, and for an image that cannot be read.
         """
         if text is None:
             raise UserError(
@@ -131,7 +133,9 @@ class FlamingoProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _check_media_tokens(self, input_ids: Any, wanted: Sequence[int]) -> None:
-        """Refuse text that lost a marker: the images after it would be read in the wrong places."""
+        """Raise UserError for text that lost a marker: the images after it would be assigned to the wrong
+        places.
+        """
         for row, (ids, count) in enumerate(zip(input_ids, wanted, strict=True)):
             found = list(ids).count(self.image_token_id)
             if found != count:
@@ -141,18 +145,19 @@ class FlamingoProcessor(ProcessorMixin):
                 )
 
     def pixel_values(self, nested: Sequence[Sequence[Any]]) -> Tensor:
-        """Images per sample to (B, M, C, H, W), M the most that a sample has."""
+        """Read the images of each sample into (B, M, C, H, W), M being the largest number in a sample."""
         rows = [[self.image_processor.transform(read_image(image)) for image in row] for row in nested]
         blank = torch.zeros_like(next(image for row in rows for image in row))
         most = max(map(len, rows))
         return torch.stack([torch.stack([*row, *[blank] * (most - len(row))]) for row in rows])
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' processors: typed content blocks become text with ``<image>`` where images stand.
+        """Render a conversation as transformers' processors do; content blocks of images become ``<image>``.
 
-        Images inside the blocks are processed along when ``tokenize=True``. A special token typed inside a text block
-        stays text; in text that is returned, a stand-in marks it for the processor (``special_text.restore`` shows it).
-        The prompt for an answer (``add_generation_prompt``) is what stood before answers in training.
+        With ``tokenize=True``, the images in the blocks are processed too. A special token typed in a text
+        block stays text: in rendered text a placeholder marks it for the processor (``special_text.restore``
+        shows it). The prompt for an answer (``add_generation_prompt``) is the text that preceded answers in
+        training.
         """
         single = isinstance(conversation[0], Mapping)
         conversations = [conversation] if single else conversation
@@ -170,33 +175,35 @@ class FlamingoProcessor(ProcessorMixin):
         return super().apply_chat_template(texts[0] if single else texts, *args, **kwargs)
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = False, **kwargs: Any) -> Any:
-        """As the tokenizer's; without special tokens it is an answer for people, with no white space around it."""
+        """Decode as the tokenizer does; without special tokens, surrounding white space is stripped too."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, **kwargs)
         return _stripped(text) if skip_special_tokens else text
 
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
-        """The same for several sequences."""
+        """Decode several sequences; see `decode`."""
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
         return _stripped(texts) if skip_special_tokens else texts
 
     @property
     def answer_template(self) -> str:
-        """The chat template, corrected where its prompt for an answer is not how it writes answers."""
+        """The chat template, corrected if its prompt for an answer is not how it writes answers
+        (`chat_template`).
+        """
         return answer_template(self.tokenizer, self.chat_template).text
 
 
 def flatten(message: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The message with its content as one string, ``<image>`` in place of each image block.
+    """Return the message with its content as one string, ``<image>`` for each image block.
 
-    What spells a special token inside text blocks is exchanged for a stand-in (`special_text.protect`); a plain string
-    stays as it is, its ``<image>`` markers images. Raises UserError for blocks of other types.
+    Special tokens spelled inside text blocks become placeholders (`special_text.protect`). A plain string
+    stays as it is, its ``<image>`` markers standing for images. Raises UserError for blocks of other types.
     """
     content = message.get("content") or ""
     return {**message, "content": content if isinstance(content, str) else flat_text(content, tokenizer)}
 
 
 def flat_text(content: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Typed blocks as one string, as `flatten` writes them."""
+    """Return content blocks as one string; see `flatten`."""
     for block in content:
         if block["type"] not in ("text", *IMAGE_BLOCKS):
             raise UserError(f"found a content block of type {block['type']!r}; wanted text or image")
@@ -210,12 +217,14 @@ def flat_text(content: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
 
 
 def is_image(block: Mapping[str, Any]) -> bool:
-    """Whether a typed content block is an image."""
+    """Whether a content block is an image."""
     return block["type"] in IMAGE_BLOCKS
 
 
 def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
-    """Images per text: as they are when nested, else in the order of the markers. UserError where counts differ."""
+    """Return the images of each text, given nested, or in the order of the markers. UserError if the counts
+    differ.
+    """
     images = [] if images is None else images
     images = images if isinstance(images, (list, tuple)) else [images]
     remedy = f"put one {MEDIA_TOKEN} where each image belongs"
@@ -230,7 +239,7 @@ def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
 
 
 def _deal_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -> list[list[Any]]:
-    """One list of images over all texts, each text taking as many as it has markers."""
+    """Assign one list of images to the texts in order, as many to each as it has markers."""
     if len(images) != sum(markers):
         where = "text 0 has" if len(markers) == 1 else f"{len(markers)} texts have"
         raise UserError(f"{where} {sum(markers)} {MEDIA_TOKEN} markers but {len(images)} images; {remedy}")
@@ -239,7 +248,7 @@ def _deal_in_order(images: Sequence[Any], markers: Sequence[int], remedy: str) -
 
 
 def _images_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The images that stand in typed content blocks, in order; blocks without data are markers only."""
+    """Return the images in the content blocks, in order; blocks without data are markers only."""
     contents = [message.get("content") or [] for message in messages]
     blocks = [block for content in contents if not isinstance(content, str) for block in content]
     found = [_image_of(block) for block in blocks if is_image(block)]
@@ -256,17 +265,17 @@ def _image_of(block: Mapping[str, Any]) -> Any:
 
 
 def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The tokenizer's chat template; without one Flamingo's own."""
+    """Return the tokenizer's chat template, or Flamingo's own if it has none."""
     return chunk_template(tokenizer) if tokenizer.chat_template is None else tokenizer.get_chat_template()
 
 
 def chunk_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Flamingo's own form, begun as the tokenizer begins a text."""
+    """Return Flamingo's own template, with a BOS token first if the tokenizer puts one before a text."""
     return ("{{ bos_token }}" if begins_with_bos(tokenizer) else "") + CHUNK_TEMPLATE
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts its first token before a text."""
+    """Whether the tokenizer puts its BOS token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -275,13 +284,15 @@ def _stripped(text: str | list[str]) -> str | list[str]:
 
 
 def _are_complete(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:
-    """Whether all texts begin with a special token of the language model's own: then they have all they need."""
+    """Whether every text begins with a special token of the language model's own, so that none needs to be
+    added.
+    """
     own = tuple(token for token in tokenizer.all_special_tokens if token not in (MEDIA_TOKEN, EOC_TOKEN))
     return bool(own) and all(text.startswith(own) for text in texts)
 
 
 def _text_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for the tokenizer, given flat or grouped as transformers' processors allow."""
+    """Return the tokenizer's arguments, which transformers allows flat or grouped."""
     grouped = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
     flat = {key: value for key, value in kwargs.items() if key not in grouped}
     return {**flat, **kwargs.get("common_kwargs", {}), **kwargs.get("text_kwargs", {})}

@@ -1,7 +1,9 @@
-"""A whole Flamingo in 8 or 4 bits: what transformers' own quantizer leaves to do.
+"""``from_pretrained`` with a ``quantization_config``: what transformers' quantizer does not do for a
+Flamingo.
 
-It replaces what is exactly ``nn.Linear``. Left to do: keep the language model's output head out of it, whose rows the
-Flamingo reads, and quantize the matrices of the tower's attention, which are no linear layers before they are opened.
+The quantizer replaces modules that are exactly ``nn.Linear``. The language model's output head, whose rows
+the Flamingo reads, has to be excluded; the tower's fused attention has to be split into linear layers and
+quantized afterwards.
 """
 
 from __future__ import annotations
@@ -13,88 +15,93 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from flamingo_ft.backbones.quantization import normalize_bnb_layers, quantization_formats
 from flamingo_ft.backbones.tower import quantize_tower
 from flamingo_ft.errors import UserError
 
+from .compat import forget_weight_conversions, should_convert_module
 from .configuration import FlamingoConfig
 
 TOWER = "vision_encoder"
-WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-def keeping_the_head(wanted: Any, config: FlamingoConfig) -> Any:
-    """The quantization that is ``wanted`` of the model of ``config``, without the language model's output head.
+def exclude_output_head(quantization: Any, config: FlamingoConfig) -> Any:
+    """Return a copy of a bitsandbytes ``quantization_config`` that skips the language model's output head.
 
-    Only bitsandbytes' is changed, and a copy of it.
+    A configuration of another library is returned as it is.
     """
-    wanted = BitsAndBytesConfig.from_dict(wanted) if isinstance(wanted, dict) else wanted
-    if not isinstance(wanted, BitsAndBytesConfig):
-        return wanted
-    wanted = copy.deepcopy(wanted)
-    kept = [*(wanted.llm_int8_skip_modules or []), *_head_names(config)]
-    wanted.llm_int8_skip_modules = list(dict.fromkeys(kept))
-    return wanted
+    if isinstance(quantization, dict):
+        quantization = BitsAndBytesConfig.from_dict(quantization)
+    if not isinstance(quantization, BitsAndBytesConfig):
+        return quantization
+    quantization = copy.deepcopy(quantization)
+    skipped = [*(quantization.llm_int8_skip_modules or []), *_head_names(config)]
+    quantization.llm_int8_skip_modules = list(dict.fromkeys(skipped))
+    return quantization
 
 
 def stored_config(name: Any, options: Mapping[str, Any]) -> FlamingoConfig:
-    """The configuration of the model that ``from_pretrained`` is asked for by ``name`` and ``options``."""
+    """Return the configuration of the model that ``from_pretrained(name, **options)`` would load."""
     given = options.get("config")
     if isinstance(given, FlamingoConfig):
         return given
     return FlamingoConfig.from_pretrained(
-        given or name, **{key: options[key] for key in WHERE if key in options}
+        given or name, **{key: options[key] for key in HUB_OPTIONS if key in options}
     )
 
 
-def finish_quantized(model: nn.Module, is_new: bool) -> None:
-    """Do what transformers leaves to do after loading a Flamingo.
+def finish_quantized(model: nn.Module, just_quantized: bool) -> None:
+    """Finish a Flamingo that transformers has loaded.
 
-    is_new: whether it was quantized just now, rather than before it was saved.
+    just_quantized: whether its weights were quantized while they were loaded, rather than stored quantized.
     """
     config = getattr(model.config, "quantization_config", None)
-    if is_new and isinstance(config, BitsAndBytesConfig):
+    if just_quantized and isinstance(config, BitsAndBytesConfig):
         _quantize_rest_of_tower(model, config)
     elif isinstance(config, BitsAndBytesConfig):
-        model._weight_conversions = (
-            None  # transformers 5.23 cannot save again what it has read in these formats
-        )
+        forget_weight_conversions(model)
     normalize_bnb_layers(model)
     mark_quantized(model)
 
 
 def _quantize_rest_of_tower(model: nn.Module, config: BitsAndBytesConfig) -> None:
-    kept = config.llm_int8_skip_modules
-    if should_convert_module(TOWER, kept):
+    skipped = config.llm_int8_skip_modules
+    if should_convert_module(TOWER, skipped):
         visual = model.vision_encoder
-        quantize_tower(visual, config, keep=lambda name: not should_convert_module(f"{TOWER}.{name}", kept))
+        quantize_tower(
+            visual, config, keep=lambda name: not should_convert_module(f"{TOWER}.{name}", skipped)
+        )
         model.config.open_attention = True
 
 
 def mark_quantized(model: nn.Module) -> None:
-    """Say of a model what formats its parts are in, where PEFT and accelerate look: on the model they are given."""
+    """Set ``is_loaded_in_4bit`` and ``is_loaded_in_8bit``, which PEFT and accelerate read on the model they
+    are given.
+    """
     formats = quantization_formats(model)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = "4bit" in formats, "int8" in formats
 
 
-def refuse_put_together(model: nn.Module) -> None:
-    """Refuse to save whole what could not be read again: a model with LoRA beside its matrices, and one with quantized
-    parts that transformers did not quantize."""
+def check_saveable(model: nn.Module) -> None:
+    """Raise UserError for a model that ``save_pretrained`` would write in a form that cannot be loaded: one
+    with LoRA layers, or with quantized layers that transformers did not make.
+    """
     if getattr(model, "peft_config", None):
         raise UserError(
-            "a Flamingo with LoRA cannot be saved whole; save its adapter with save_adapter, or merge that"
+            "save_pretrained: a Flamingo with LoRA cannot be saved whole; save its adapter with "
+            "save_adapter, or merge that"
         )
     if quantization_formats(model) and getattr(model, "hf_quantizer", None) is None:
         raise UserError(
-            "a Flamingo put together from quantized backbones cannot be saved whole; save its adapter, or save it "
-            "unquantized and load that with a quantization_config"
+            "save_pretrained: a Flamingo built from quantized backbones cannot be saved whole; save its "
+            "adapter, or save it unquantized and load that with a quantization_config"
         )
 
 
 def _head_names(config: FlamingoConfig) -> list[str]:
-    """The language model's output head, as the Flamingo names it."""
+    """Return the name of the language model's output head in the Flamingo."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config.text_config)
     return [

@@ -1,8 +1,8 @@
-"""A Flamingo over several devices, each holding a part of every weight: torch's FSDP2 (`fully_shard`).
+"""A Flamingo sharded over several devices with torch's FSDP2 (`fully_shard`).
 
-Units that are gathered one at a time: each decoder layer, each gated cross-attention block, the perceiver resampler. The
-rest, the vision tower with it, is one unit: a process whose batch has no image does not run the tower, and would not
-take part in gathering its blocks one by one.
+Each decoder layer, each gated cross-attention block and the perceiver resampler is a unit, gathered when it
+runs. The rest, vision tower included, is one unit: a process whose batch has no image does not run the tower,
+and would not take part in gathering its blocks one by one.
 """
 
 from __future__ import annotations
@@ -23,43 +23,47 @@ from .core import FlamingoCore
 def shard(model: FlamingoCore, **options: Any) -> FlamingoCore:
     """Shard ``model`` in place over all processes, or over the ``mesh`` among the options of `fully_shard`.
 
-    Parameters of another number format than most of their unit (gates beside bfloat16 matrices) stay whole in every
-    process, and their gradients are averaged. Make the optimizer afterwards, with `foreach` off where some stay whole.
-    Every process has to call `forward` and `generate` as often as the others, and `generate` with the same prompts.
+    Parameters whose dtype differs from most of their unit (float32 gates beside bfloat16 matrices) are
+    replicated, and their gradients averaged. Build the optimizer afterwards, with ``foreach=False`` if some
+    are replicated. Every process has to call `forward` and `generate` equally often, and `generate` with the
+    same prompts.
     """
     _, layers = find_decoder_layers(model.lang_encoder, model.decoder_layers_attr_name)
     blocks = [block for block in model.gated_cross_attn_layers if block is not None]
     for unit in (*layers, *blocks):
-        fully_shard(unit, ignored_params=_keep_whole(unit), **options)
-    # Called once for each number of frames in a batch: it stays gathered, so that processes gather it equally often.
+        fully_shard(unit, ignored_params=_replicated(unit), **options)
+    # It is called once per number of frames in a batch; it stays gathered, so that all processes gather it
+    # equally often.
     fully_shard(
-        model.perceiver, reshard_after_forward=False, ignored_params=_keep_whole(model.perceiver), **options
+        model.perceiver, reshard_after_forward=False, ignored_params=_replicated(model.perceiver), **options
     )
     units = {parameter for unit in (*layers, *blocks, model.perceiver) for parameter in unit.parameters()}
-    fully_shard(model, ignored_params=_keep_whole(model, units), **options)
+    fully_shard(model, ignored_params=_replicated(model, units), **options)
     register_fsdp_forward_method(model, "generate")
     return model
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether its forward waits for those of other processes."""
+    """Whether the model is sharded, so that its forward waits for those of other processes."""
     return isinstance(model, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its values, gathered from every process where it is sharded; all have to ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the tensor with all its values. If it is sharded, every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def let_go(model: nn.Module) -> None:
-    """Drop what a forward has gathered of a sharded model and keeps: what is written into it would be lost."""
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights that a forward has left on a sharded model: values written into them would be
+    lost.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Copy ``values``, which every process has whole, into a tensor, or into the part of it that this process holds."""
+def copy_into(tensor: Tensor, values: Tensor) -> None:
+    """Copy ``values``, complete in every process, into a tensor, or into this process's shard of it."""
     if isinstance(tensor, DTensor):
         values = distribute_tensor(
             values.to(tensor.device, tensor.dtype), tensor.device_mesh, tensor.placements
@@ -67,8 +71,8 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values)
 
 
-def _keep_whole(unit: nn.Module, others: set[nn.Parameter] = frozenset()) -> set[nn.Parameter]:
-    """The parameters of a unit, but ``others``, that cannot be in one buffer with most of it."""
+def _replicated(unit: nn.Module, others: set[nn.Parameter] = frozenset()) -> set[nn.Parameter]:
+    """Return the parameters of a unit, without ``others``, whose dtype differs from most of it."""
     sizes: Counter = Counter()
     own = [parameter for parameter in unit.parameters() if parameter not in others]
     for parameter in own:

@@ -1,8 +1,8 @@
-"""A special token's string, typed inside a text, stays text: it becomes no image and ends no answer.
+"""Keep special tokens that a user typed inside a text as text: they become no image and end no answer.
 
-Before a chat template writes a dialogue, each such string in its text is exchanged for a stand-in of the same length, a
-run of characters for private use. The written text may be cut and joined, as trainers do. On tokenization the strings
-come back, and the stretch of text around them is read without special tokens.
+Before a chat template renders a dialogue, each such string in its text is replaced by a placeholder of the
+same length, a run of private-use characters. The rendered text may be cut and joined, as trainers do. On
+tokenization the strings are restored, and the text around them is tokenized without special tokens.
 """
 
 from __future__ import annotations
@@ -17,42 +17,45 @@ from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
 
-# The last plane of Unicode, all for private use: a stand-in begins with the character numbered as its special token.
+# The last plane of Unicode is for private use. A placeholder begins with FIRST + the number of its special
+# token.
 FIRST, FILLER = 0x100000, "\U0010fffd"
-STAND_IN = re.compile("[\U00100000-\U0010fffc]")
+PLACEHOLDER = re.compile("[\U00100000-\U0010fffc]")
 
 Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids (T,) of a text, and the characters (start, end) of it that each stands for."""
+    """Token ids (T,) of a text, and the span of characters (start, end) of each."""
 
     ids: list[int]
     offsets: list[Span]
 
 
 def protect(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The text with a stand-in for every special token's string in it."""
+    """Return the text with a placeholder for every special token that is spelled in it."""
     specials = _specials(tokenizer, len(tokenizer))
-    return specials.pattern.sub(lambda found: specials.stand_ins[found[0]], text)
+    return specials.pattern.sub(lambda found: specials.placeholders[found[0]], text)
 
 
 def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Span]]:
-    """The text with its stand-ins exchanged for what they stand for, and where those are."""
-    if not STAND_IN.search(text):
+    """Return the text with its placeholders replaced by the special tokens' strings, and their spans."""
+    if not PLACEHOLDER.search(text):
         return text, []
     specials = _specials(tokenizer, len(tokenizer))
-    spans = [found.span() for found in specials.stand_in_pattern.finditer(text)]
-    return specials.stand_in_pattern.sub(lambda found: specials.literals[found[0]], text), spans
+    spans = [found.span() for found in specials.placeholder_pattern.finditer(text)]
+    return specials.placeholder_pattern.sub(lambda found: specials.literals[found[0]], text), spans
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> Tokens:
-    """A text, with stand-ins or without, to tokens; without, as the tokenizer does. UserError for a slow tokenizer."""
+    """Tokenize a text with or without placeholders; without, as the tokenizer does. UserError for a slow
+    tokenizer.
+    """
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
         raise UserError(
-            f"tokenizer {name}: does not tell which characters a token stands for; use a model with a fast tokenizer"
+            f"tokenizer {name}: has no character offsets; use a language model with a fast tokenizer"
         )
     text, typed = restore(tokenizer, text)
     tokens = _encode(tokenizer, text, add_special_tokens=add_special_tokens)
@@ -60,7 +63,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_token
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> dict[str, Any]:
-    """What ``tokenizer(texts, **options)`` gives; special tokens that stand-ins stand for stay text."""
+    """Return ``tokenizer(texts, **options)``, except that special tokens behind placeholders stay text."""
     if not any(restore(tokenizer, text)[1] for text in texts):
         return dict(tokenizer(list(texts), **options))
     rows = [encode_text(tokenizer, text, options.get("add_special_tokens", True)) for text in texts]
@@ -91,7 +94,7 @@ def _truncated(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, options: dict
 
 
 def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
-    """The offsets where the mask is one, no characters elsewhere."""
+    """Return the offsets where the mask is one, (0, 0) for padding."""
     offsets = iter(tokens.offsets)
     return [next(offsets) if real else (0, 0) for real in mask]
 
@@ -99,7 +102,9 @@ def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
 def _with_typed_as_text(
     tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens
 ) -> Tokens:
-    """The tokens with each stretch between two genuine special tokens read as text where something is typed in it."""
+    """Return the tokens, with every stretch between two genuine special tokens that has ``typed`` ones read
+    as text.
+    """
     pairs = list(zip(tokens.ids, tokens.offsets, strict=True))
     found, token, begin = [], 0, 0
     for place in [*_genuine(tokenizer, text, typed, pairs), len(pairs)]:
@@ -113,7 +118,10 @@ def _with_typed_as_text(
 def _genuine(
     tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], pairs: list[tuple[int, Span]]
 ) -> list[int]:
-    """Places of the special tokens that were not typed; one that stands for other characters (a byte) is none."""
+    """Return the indices of special tokens that were not typed.
+
+    A special token whose string is not in the text stands for other characters (a byte) and does not count.
+    """
     literals = _specials(tokenizer, len(tokenizer)).by_id
     return [
         place
@@ -129,7 +137,9 @@ def _stretch(
     typed: list[Span],
     found: list[tuple[int, Span]],
 ) -> list[tuple[int, Span]]:
-    """The tokens ``found`` between two special tokens, or those that the text there has without special tokens."""
+    """Return the tokens between two special tokens: ``found``, or those without special tokens if some were
+    typed.
+    """
     if not found or not _overlaps(where, typed):
         return found
     begin, words = where[0], text[slice(*where)]
@@ -139,14 +149,17 @@ def _stretch(
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool, first: int | None) -> Tokens:
-    """Tokens of a text without special tokens. begins: it is a text's beginning, where some tokenizers put a space;
-    first: how the text starts in its place, where that is known."""
+    """Tokenize a piece of text without special tokens.
+
+    begins: the piece is the beginning of the text, where some tokenizers add a space. first: the first token
+    of the piece in its context, if known.
+    """
     alone = _encode(tokenizer, text, split_special_tokens=True)
     if begins or (first is not None and alone.ids[0] == first):
         return alone
     inside = _encode(tokenizer, "\n" + text, split_special_tokens=True)
     pairs = [pair for pair in zip(inside.ids, inside.offsets, strict=True) if pair[1][1] > 1]
-    if pairs[0][1][0] < 1:  # the line break went into the text's first token
+    if pairs[0][1][0] < 1:  # the line break was merged into the first token
         return alone
     return Tokens([token for token, _ in pairs], [(a - 1, b - 1) for _, (a, b) in pairs])
 
@@ -164,25 +177,27 @@ def _overlaps(span: Span, others: Sequence[Span]) -> bool:
 
 @dataclass(frozen=True)
 class _Specials:
-    """A tokenizer's special tokens: their strings by id, and what stands in for each."""
+    """A tokenizer's special tokens: their strings by id, and the placeholder of each."""
 
     by_id: dict[int, str]
-    stand_ins: dict[str, str]
+    placeholders: dict[str, str]
     literals: dict[str, str]
     pattern: re.Pattern[str]
-    stand_in_pattern: re.Pattern[str]
+    placeholder_pattern: re.Pattern[str]
 
 
 @lru_cache(maxsize=4)
 def _specials(tokenizer: PreTrainedTokenizerBase, size: int) -> _Specials:
-    """size: of its vocabulary, which changes when tokens are added."""
+    """size: of the vocabulary, so that the cached result is renewed when tokens are added."""
     by_id = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     numbered = enumerate(by_id[index] for index in sorted(by_id))
-    stand_ins = {literal: chr(FIRST + number) + FILLER * (len(literal) - 1) for number, literal in numbered}
-    literals = {stand_in: literal for literal, stand_in in stand_ins.items()}
-    return _Specials(by_id, stand_ins, literals, _any_of(stand_ins), _any_of(literals))
+    placeholders = {
+        literal: chr(FIRST + number) + FILLER * (len(literal) - 1) for number, literal in numbered
+    }
+    literals = {placeholder: literal for literal, placeholder in placeholders.items()}
+    return _Specials(by_id, placeholders, literals, _any_of(placeholders), _any_of(literals))
 
 
 def _any_of(strings: dict[str, str]) -> re.Pattern[str]:
-    """Matches the longest of the strings; nothing where there are none."""
+    """Return a pattern for the longest of the strings that matches; it never matches if there are none."""
     return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)")

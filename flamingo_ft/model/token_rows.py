@@ -1,12 +1,13 @@
-"""The embedding rows of the tokens that a Flamingo adds to its language model's vocabulary, and the output head with them.
+"""The embedding rows of the tokens that a Flamingo adds to its language model's vocabulary, and the output
+head with them.
 
-Only these rows are trained; the language model's own matrices stay as they are. A row here replaces the row of the same
-token whenever the language model runs as part of a Flamingo. Frozen rows for the new tokens cost OpenFlamingo 4.6 CIDEr
-and 12.1 VQAv2 points (arXiv:2308.01390, table 5).
+Only these rows are trained; the language model's own matrices stay as they are. A row here replaces the row
+of the same token whenever the language model runs as part of a Flamingo. Frozen rows for the new tokens cost
+OpenFlamingo 4.6 CIDEr and 12.1 VQAv2 points (arXiv:2308.01390, table 5).
 
-A loss that multiplies by the output matrix itself (TRL's fused head) gets the head as matrix and bias, `OutputHead`. With
-the trained rows R (N, D) put in place, the frozen matrix W (vocabulary, D) would be copied and given a gradient of its own
-size at each step. Instead, the hidden states h and W are extended to
+A loss that multiplies by the output matrix itself (TRL's fused head) gets the head as matrix and bias,
+`OutputHead`. With the trained rows R (N, D) put in place, the frozen matrix W (vocabulary, D) would be copied
+and given a gradient of its own size at each step. Instead, the hidden states h and W are extended to
 
     [h, h R^T, 0]  and  [W with zeros in these N rows, one column per row that selects its score, 0]
 
@@ -25,11 +26,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from flamingo_ft.errors import UserError
 
+from .compat import WrapperTensor, tree_map_only
 from .conditioning import MediaConditioning
 
 ALIGNMENT = (
@@ -38,7 +39,9 @@ ALIGNMENT = (
 
 
 class TokenRows(nn.Module):
-    """Input rows (N, D) of N tokens, and their output rows, which are the same table where the model ties them."""
+    """Input rows (N, D) and output rows of N tokens; one table for both if the language model ties its
+    matrices.
+    """
 
     def __init__(self, token_ids: Sequence[int], lm: nn.Module):
         super().__init__()
@@ -50,13 +53,15 @@ class TokenRows(nn.Module):
         self._scoring = _Scoring()
 
     def attach(self, lm: nn.Module, conditioning: MediaConditioning) -> None:
-        """Let the rows stand in inside ``lm`` while ``conditioning`` is open."""
+        """Hook the rows onto ``lm``; they replace its own while ``conditioning`` is open."""
         self._conditioning = conditioning
         self._hooked: list[tuple[nn.Module | None, RemovableHandle | None]] = []
         self.follow(lm)
 
     def follow(self, lm: nn.Module) -> None:
-        """Hook the embedding and the head that ``lm`` has now: resizing and setting them puts others in their place."""
+        """Move the hooks to the embedding and the output head that ``lm`` has now; resizing replaces these
+        modules.
+        """
         modules = lm.get_input_embeddings(), lm.get_output_embeddings()
         if [id(module) for module, _ in self._hooked] == [id(module) for module in modules]:
             return
@@ -71,14 +76,14 @@ class TokenRows(nn.Module):
 
     @torch.no_grad()
     def reset(self, lm: nn.Module, known: int) -> None:
-        """Start every row at the mean of the first ``known`` rows of the language model's own matrix."""
+        """Initialize every row with the mean of the first ``known`` rows of the language model's matrix."""
         self.input.weight.copy_(lm.get_input_embeddings().weight[:known].float().mean(0))
         if self.output is not None:
             self.output.weight.copy_(lm.get_output_embeddings().weight[:known].float().mean(0))
 
     @torch.no_grad()
     def copy_from(self, lm: nn.Module) -> None:
-        """Take the rows that the language model itself has for these tokens."""
+        """Copy the rows that the language model itself has for these tokens."""
         ids = list(self.token_ids)
         self.input.weight.copy_(lm.get_input_embeddings().weight[ids])
         if self.output is not None:
@@ -86,7 +91,7 @@ class TokenRows(nn.Module):
 
     @torch.no_grad()
     def extend(self, token_ids: Sequence[int], lm: nn.Module) -> None:
-        """Add rows for more tokens, in new parameters; they start as those that ``lm`` has for them."""
+        """Add rows for more tokens, copied from ``lm``. The parameters are replaced by larger ones."""
         for table, matrix in (
             (self.input, lm.get_input_embeddings()),
             (self.output, lm.get_output_embeddings()),
@@ -97,20 +102,26 @@ class TokenRows(nn.Module):
         self.token_ids += tuple(token_ids)
 
     def input_rows(self) -> Tensor:
-        """(N, D), through the module, so that an adapter around it takes part."""
+        """Return the input rows (N, D), through the module's forward, so that a PEFT wrapper around it
+        applies.
+        """
         return self.input(self._index())
 
     def output_rows(self) -> Tensor:
-        """(N, D) rows of the output head."""
+        """Return the output rows (N, D)."""
         return self.input_rows() if self.output is None else self.output(self._index())
 
     def head_with_rows(self, head: nn.Module) -> OutputHead:
-        """The output head's matrix with these rows in place, for code that multiplies by it itself."""
+        """Return the output head with these rows in its matrix, for code that multiplies by the matrix
+        itself.
+        """
         return OutputHead(head, self.token_ids, self.output_rows, self._scoring.apart)
 
     @contextmanager
     def scored_apart(self, head: nn.Module) -> Iterator[None]:
-        """Inside the block `head_with_rows` gives the frozen matrix, for hidden states as `before_head` gives them."""
+        """Inside the ``with`` block, `head_with_rows` and `before_head` return the extended matrix and hidden
+        states.
+        """
         outer, self._scoring.apart = self._scoring.apart, not head.weight.requires_grad
         try:
             yield
@@ -118,7 +129,9 @@ class TokenRows(nn.Module):
             self._scoring.apart = outer
 
     def before_head(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., D) for the matrix of `head_with_rows`: inside `scored_apart` with the rows' scores."""
+        """Return hidden states (..., D) to multiply by `head_with_rows`; inside `scored_apart` with the rows'
+        scores.
+        """
         return with_scores(hidden, self.output_rows()) if self._scoring.apart else hidden
 
     def _index(self) -> Tensor:
@@ -127,7 +140,7 @@ class TokenRows(nn.Module):
     def _after_embedding(self, embedding: nn.Module, args: tuple, embedded: Tensor) -> Tensor | None:
         if not self._conditioning.is_open:
             return None
-        scale = getattr(embedding, "embed_scale", 1.0)  # some families scale inside their embedding (Gemma 3)
+        scale = getattr(embedding, "embed_scale", 1.0)  # Gemma 3 and others scale inside their embedding
         rows = (self.input_rows() * scale).to(embedded.dtype)
         for token_id, row in zip(self.token_ids, rows, strict=True):
             embedded = torch.where((args[0] == token_id)[..., None], row, embedded)
@@ -139,12 +152,14 @@ class TokenRows(nn.Module):
         rows = self.output_rows().to(logits.dtype)
         bias = None if head.bias is None else head.bias[list(self.token_ids)].to(logits.dtype)
         scores = nn.functional.linear(args[0].to(logits.dtype), rows, bias)
-        # In place: a copy would double the largest tensor of a training step.
+        # In place: the logits are the largest tensor of a training step.
         return logits.index_copy_(-1, torch.tensor(self.token_ids, device=logits.device), scores)
 
 
 def _are_tied(lm: nn.Module) -> bool:
-    """Whether head and embedding are one matrix, also before weights are loaded; configurations do not always tell."""
+    """Whether head and embedding share a matrix, also before weights are loaded; the config does not always
+    say.
+    """
     head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
     names = {id(parameter): name for name, parameter in lm.named_parameters(remove_duplicate=False)}
     pair = names[id(head)], names[id(embedding)]
@@ -156,7 +171,7 @@ def _are_tied(lm: nn.Module) -> bool:
 
 
 class _Scoring(threading.local):
-    """Whether the loss of this thread's forward scores the rows apart. A copy starts with no such loss."""
+    """Whether this thread is inside `scored_apart`. A copy starts outside."""
 
     apart = False
 
@@ -167,7 +182,8 @@ class _Scoring(threading.local):
 class OutputHead:
     """The head of a language model with ``rows`` (N, D) in place of those of ``token_ids``.
 
-    weight (vocabulary, D), or with ``apart`` the matrix to multiply `with_scores` by; bias (vocabulary,) or None.
+    weight (vocabulary, D), or with ``apart`` the matrix to multiply `with_scores` by; bias (vocabulary,) or
+    None.
     """
 
     def __init__(self, head: nn.Module, token_ids: Sequence[int], rows: Callable[[], Tensor], apart: bool):
@@ -176,12 +192,14 @@ class OutputHead:
 
     @cached_property
     def weight(self) -> Tensor:
-        """Made when it is first needed. UserError for a quantized head, whose packed numbers are no such matrix."""
+        """The matrix, computed on first use. Raises UserError for a quantized head, which stores packed
+        numbers instead.
+        """
         matrix = self._head.weight
         if not matrix.is_floating_point():
             raise UserError(
-                f"output head: quantized, got a weight of {matrix.dtype}; load the language model with its head left "
-                "out of the quantization (llm_int8_skip_modules)"
+                f"output head: quantized, got a weight of {matrix.dtype}; exclude it from quantization when "
+                "loading the language model (llm_int8_skip_modules)"
             )
         matrix = _gathered(matrix)
         if self._apart:
@@ -191,27 +209,22 @@ class OutputHead:
 
 
 def with_scores(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Hidden states (..., D) with their products with ``rows`` (N, D) appended: (..., D + columns)."""
+    """Append to hidden states (..., D) their products with ``rows`` (N, D) and padding: (..., D + columns)"""
     scores = functional.linear(hidden, rows.to(hidden)).to(hidden.dtype)
     padding = hidden.new_zeros(*hidden.shape[:-1], _columns(len(rows)) - len(rows))
     return torch.cat([hidden, scores, padding], dim=-1)
 
 
-class RowsApart(Tensor):
-    """The second of the matrices above, (vocabulary, D + columns), without a gradient; only slices of it are ever made.
+class RowsApart(WrapperTensor):
+    """The extended W of the module's docstring (vocabulary, D + columns), without gradient, materialized
+    slice by slice.
 
-    Any other operation makes it whole first.
+    Any operation other than slicing materializes it whole.
     """
-
-    _is_param = (
-        True  # as much a part of the model as the matrix behind it: offloading of activations leaves it alone
-    )
-    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def __new__(cls, matrix: Tensor, token_ids: Sequence[int]) -> RowsApart:
-        size = len(matrix), matrix.shape[1] + _columns(len(token_ids))
-        return Tensor._make_wrapper_subclass(cls, size, dtype=matrix.dtype, device=matrix.device)
+        return cls.make((len(matrix), matrix.shape[1] + _columns(len(token_ids))), like=matrix)
 
     def __init__(self, matrix: Tensor, token_ids: Sequence[int]):
         self._matrix, self._token_ids = matrix, tuple(token_ids)

@@ -24,7 +24,7 @@ from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.sharding import fill, let_go
+from flamingo_ft.model.sharding import copy_into, reshard
 
 from .checkpoints import best_folder, checkpoint_root
 
@@ -107,10 +107,10 @@ def restore_best(model: FlamingoForConditionalGeneration, folder: Path) -> None:
             f"{folder}: the best adapter is missing; resume with eval.keep=last to end with the last one"
         )
     stored = read_tensors(folder)
-    let_go(model)
+    reshard(model)
     for name, tensor in adapter_tensors(model).items():
         # LoRA initialized from the base (PiSSA) is stored with its initial values appended.
-        fill(tensor, stored[name][tuple(slice(size) for size in tensor.shape)])
+        copy_into(tensor, stored[name][tuple(slice(size) for size in tensor.shape)])
 
 
 def apply_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:

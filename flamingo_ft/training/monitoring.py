@@ -22,7 +22,7 @@ from flamingo_ft.config import TrainSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import METRICS
 from flamingo_ft.formatting import GIB, significant
-from flamingo_ft.model.sharding import whole
+from flamingo_ft.model.sharding import full_tensor
 from flamingo_ft.progress import Bars
 
 COUNTED = ("samples", "images", "label_tokens")  # per second in the log
@@ -107,7 +107,7 @@ def gate_values(model: torch.nn.Module) -> dict[str, float]:
                 gates[f"gate/{name}/{layer}"] = getattr(block, attribute).detach()
     if not gates:
         return {}
-    values = [whole(gate).float().tanh().reshape(()) for gate in gates.values()]
+    values = [full_tensor(gate).float().tanh().reshape(()) for gate in gates.values()]
     return dict(zip(gates, torch.stack(values).tolist(), strict=True))
 
 

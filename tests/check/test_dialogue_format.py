@@ -12,7 +12,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.check.text_checks import ANSWER, QUESTION, dialogue_format
 from flamingo_ft.config import ModelSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
-from flamingo_ft.model.backbone_files import own_ends
+from flamingo_ft.model.backbone_files import eos_token_ids
 from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.chat_templates import FAMILIES, LAST_REASONING
 from tests.data.dialogues import TEMPLATES, assistant, nano_processor, user
@@ -42,7 +42,7 @@ def test_the_stopping_tokens_are_those_of_the_model():
     processor = nano_processor()
     section = ModelSection.model_validate({"vision": {"name": "nano"}, "language": {"name": "nano"}})
     stops = processor.tokenizer.convert_ids_to_tokens(end_token_ids(load_language("nano").model, processor))
-    assert dialogue_format(processor, own_ends(section)).stops == stops
+    assert dialogue_format(processor, eos_token_ids(section)).stops == stops
 
 
 def test_a_template_without_a_stopping_token_causes_a_warning():

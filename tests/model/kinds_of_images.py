@@ -1,4 +1,4 @@
-"""One picture in many kinds of files, each with the RGB pixels that anyone would compute from it with numpy."""
+"""One picture in many kinds of files, each with the RGB pixels expected of it, computed with numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ SIXTEEN = np.linspace(0, 65535, SIDE * SIDE).round().astype(np.uint16).reshape(S
 
 @dataclass(frozen=True)
 class Kind:
-    """content: the file. expected: (H, W, 3) uint8. conversions: what `check` counts. array: the same as numpy."""
+    """content: the file. expected: (H, W, 3) uint8. conversions: what `check` counts. array: the same as
+    numpy.
+    """
 
     content: bytes
     expected: np.ndarray

@@ -1,4 +1,6 @@
-"""A new Flamingo: which tokens are new, what they start from, and that the language model keeps every bit it had."""
+"""A new Flamingo: which tokens are new, what they start from, and that the language model keeps every bit it
+had.
+"""
 
 import copy
 
@@ -58,7 +60,7 @@ def vision():
 
 
 def build(vision, tokenizer, make, seed=0, vocab_size=KNOWN, **options):
-    """A Flamingo around a random language model, its processor, and a copy of the language model as it was."""
+    """A Flamingo around a random language model, its processor, and a copy of the language model before."""
     torch.manual_seed(seed)
     lm = make(vocab_size=vocab_size).eval()
     plain = copy.deepcopy(lm)
@@ -131,7 +133,9 @@ def test_a_language_model_with_spare_rows_is_not_resized(vision, tokenizer):
 @pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("vocab_size", [KNOWN, KNOWN + 64], ids=["no spare rows", "spare rows"])
 def test_the_language_model_keeps_its_rows_and_its_logits(vision, tokenizer, make, vocab_size):
-    """Closed gates and no new token in the text: what the language model says of the tokens it knew is untouched."""
+    """Closed gates and no new token in the text: what the language model says of the tokens it knew is
+    untouched.
+    """
     model, processor, plain = build(vision, tokenizer, make, vocab_size=vocab_size)
     before, after = plain.state_dict(), model.lang_encoder.state_dict()
     assert all(torch.equal(after[name][: len(before[name])], before[name]) for name in before)

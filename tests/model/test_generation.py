@@ -2,10 +2,13 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import TextStreamer
+
+from flamingo_ft.model.language_model_inputs import CACHE_ARGUMENTS, get_cache, name_cache
 
 from .tiny import MEDIA, ids, images, tiny_flamingo, tiny_language_model
 from .tiny_language_models import make_tiny
@@ -136,8 +139,8 @@ def test_chunked_forwards_equal_one(mode):
     ):
         cache, parts = None, []
         for start, chunk in zip(range(0, 8, 3), tokens.split(3, dim=1), strict=True):
-            out = model(chunk, images_of_chunk(start, chunk), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(chunk, images_of_chunk(start, chunk), cache=cache, use_cache=True)
+            cache = get_cache(out)
             parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
@@ -152,9 +155,9 @@ def _mentioned(pixels, tokens, start, chunk):
 
 def test_images_that_could_be_of_the_whole_text_or_of_its_end_are_refused(model):
     pixels = images(2, 2)
-    cache = model(ids("ab", "Ia"), pixels[:, :1], use_cache=True).past_key_values
+    cache = get_cache(model(ids("ab", "Ia"), pixels[:, :1], use_cache=True))
     with pytest.raises(ValueError, match="cannot tell"):
-        model(ids("II", "bc"), pixels, past_key_values=cache)
+        model(ids("II", "bc"), pixels, cache=cache)
 
 
 def test_prefill_in_chunks_generates_the_same(model):
@@ -172,7 +175,7 @@ def test_a_dialogue_goes_on_from_its_cache(model, pixels_of):
     first = model.generate(ids("aIb"), pixel_values=pixels[:, :1], return_dict_in_generate=True, **options)
     second = torch.cat([first.sequences, ids("cId")], dim=1)
     given = pixels if pixels_of == "all turns" else pixels[:, 1:]
-    found = model.generate(second, pixel_values=given, past_key_values=first.past_key_values, **options)
+    found = model.generate(second, pixel_values=given, cache=get_cache(first), **options)
     assert torch.equal(found, model.generate(second, pixel_values=pixels, **options))
 
 
@@ -180,24 +183,24 @@ def test_a_turn_without_images_remembers_those_before(model):
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     first = model.generate(ids("aIb"), pixel_values=images(1, 1), return_dict_in_generate=True, **options)
     second = torch.cat([first.sequences, ids("cd")], dim=1)
-    found = model.generate(second, past_key_values=first.past_key_values, **options)
+    found = model.generate(second, cache=get_cache(first), **options)
     assert torch.equal(found, model.generate(second, pixel_values=images(1, 1), **options))
 
 
 def test_copies_of_a_cached_prompt_score_continuations(model):
     pixels, prompt = images(1, 2), ids("aIbIc")
-    cache = model(prompt, pixels, use_cache=True).past_key_values
+    cache = get_cache(model(prompt, pixels, use_cache=True))
     for continuation in (ids("de"), ids("xyz")):
         whole = model(torch.cat([prompt, continuation], 1), pixels).logits[:, prompt.shape[1] :]
-        scored = model(continuation, past_key_values=copy.deepcopy(cache), use_cache=True).logits
+        scored = model(continuation, cache=copy.deepcopy(cache), use_cache=True).logits
         torch.testing.assert_close(scored, whole, rtol=1e-5, atol=1e-5)
 
 
 def test_a_cropped_cache_forgets_the_images_it_lost(model):
     pixels = images(1, 2)
-    cache = model(ids("aIbIc"), pixels, use_cache=True).past_key_values
+    cache = get_cache(model(ids("aIbIc"), pixels, use_cache=True))
     cache.crop(-2)
-    found = model(ids("xy"), past_key_values=cache, use_cache=True).logits
+    found = model(ids("xy"), cache=cache, use_cache=True).logits
     torch.testing.assert_close(found, model(ids("aIbxy"), pixels).logits[:, 3:], rtol=1e-5, atol=1e-5)
 
 
@@ -265,15 +268,13 @@ def test_threads_do_not_see_each_others_images(model):
 @pytest.mark.parametrize("family", ["mamba", "mamba2", "xlstm", "jamba", "gpt2", "gemma3_text"])
 def test_token_by_token_forwards_equal_one_whatever_the_cache(family):
     model = tiny_flamingo(lm=make_tiny(family))
-    tokens, pixels = ids("aIbIc"), images(1, 2)
+    tokens, pixels, cache = ids("aIbIc"), images(1, 2), None
     with torch.no_grad():
-        whole, parts, cache = model(tokens, pixels, use_cache=False).logits, [], {}
+        whole, parts = model(tokens, pixels, use_cache=False).logits, []
         for token in tokens.split(1, dim=1):
             new = pixels[:, len([p for p in parts if p[0] == MEDIA]) :][:, :1] if token == MEDIA else None
-            out = model(token, new, use_cache=True, **cache)
-            cache = {
-                name: out[name] for name in ("past_key_values", "cache_params") if out.get(name) is not None
-            }
+            out = model(token, new, use_cache=True, cache=cache)
+            cache = get_cache(out)
             parts.append((int(token), out.logits))
     torch.testing.assert_close(torch.cat([logits for _, logits in parts], 1), whole, rtol=1e-4, atol=1e-4)
 
@@ -282,22 +283,41 @@ def test_a_cache_from_tuple_outputs_or_the_backbone_remembers_its_images(model):
     pixels, prompt, rest = images(1, 1), ids("aIb"), ids("cd")
     expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
     from_tuple = model(prompt, pixels, use_cache=True, return_dict=False)[1]
-    from_backbone = model.backbone(prompt, pixels, use_cache=True).past_key_values
+    from_backbone = get_cache(model.backbone(prompt, pixels, use_cache=True))
     for cache in (from_tuple, from_backbone):
-        torch.testing.assert_close(model(rest, past_key_values=cache).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(rest, cache=cache).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_past_key_values_is_still_a_name_of_the_cache_and_warns(model):
+    pixels, prompt, rest = images(1, 1), ids("aIb"), ids("cd")
+    expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
+    cache = get_cache(model(prompt, pixels, use_cache=True))
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        found = model(rest, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+@pytest.mark.parametrize("given", CACHE_ARGUMENTS)
+def test_a_language_model_gets_its_cache_under_its_own_name(name, given):
+    namespace = {}
+    exec(f"def forward(input_ids, {name}=None, use_cache=None): ...", namespace)
+    lm = SimpleNamespace(forward=namespace["forward"])
+    assert name_cache(lm, {given: "the cache", "use_cache": True}) == {name: "the cache", "use_cache": True}
+    assert name_cache(lm, {"use_cache": True}) == {"use_cache": True}
 
 
 def test_new_markers_without_new_images_are_refused(model):
-    cache = model(ids("aIb"), images(1, 1), use_cache=True).past_key_values
+    cache = get_cache(model(ids("aIb"), images(1, 1), use_cache=True))
     with pytest.raises(ValueError, match="row 0 has 2 <image> tokens but 1 image"):
-        model(ids("Ic"), past_key_values=cache)
+        model(ids("Ic"), cache=cache)
     model.cache_media(ids("aIb"), images(1, 1))
     with pytest.raises(ValueError, match="row 0 has 2 <image> tokens but 1 image"):
         model(ids("IbI"))
 
 
 def test_a_prompt_without_ids_is_refused(model):
-    with pytest.raises(ValueError, match="found no input_ids"):
+    with pytest.raises(ValueError, match="got no input_ids"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2)
 
 
@@ -310,9 +330,9 @@ def test_several_sequences_of_a_sample_go_on_with_the_new_images_alone(model):
     second = torch.cat([first.sequences, ids("eIf").expand(4, -1)], dim=1)
     repeated = pixels.repeat_interleave(2, 0)
     found = model(
-        second[:, first.past_key_values.get_seq_length() :],
+        second[:, get_cache(first).get_seq_length() :],
         repeated[:, 1:],
-        past_key_values=copy.deepcopy(first.past_key_values),
+        cache=copy.deepcopy(get_cache(first)),
     ).logits
     whole = model(second, repeated).logits[:, -found.shape[1] :]
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
@@ -354,12 +374,10 @@ def test_compiled_forwards_equal_eager_ones(model):
 
 def test_tokens_that_the_language_model_read_alone_do_not_make_it_forget(model):
     prompt, between, rest = ids("aIb"), ids("xy"), ids("cd")
-    cache = model(prompt, images(1, 1), use_cache=True).past_key_values
-    model.lang_encoder(between, past_key_values=cache)
+    cache = get_cache(model(prompt, images(1, 1), use_cache=True))
+    model.lang_encoder(between, cache=cache)
     with torch.no_grad():
-        seen, unseen = (
-            model(rest, past_key_values=copy.deepcopy(c)).logits for c in (cache, _without_images(cache))
-        )
+        seen, unseen = (model(rest, cache=copy.deepcopy(c)).logits for c in (cache, _without_images(cache)))
     assert not torch.allclose(seen, unseen)
 
 

@@ -130,5 +130,5 @@ def test_a_checkpoint_wrapper_from_outside_is_refused_rather_than_losing_the_gra
         model, lambda module: checkpoint_wrapper(module, mode), check_fn=lambda module: module in layers
     )
     model.enable_input_require_grads()
-    with pytest.raises(RuntimeError, match="recomputed from outside|activation_checkpointing_enable"):
+    with pytest.raises(RuntimeError, match="activation_checkpointing_enable"):
         gradients(model)

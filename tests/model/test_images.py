@@ -1,4 +1,4 @@
-"""The one reader of images: every kind of file, picture and array becomes the pixels that numpy says it has."""
+"""The image reader: every kind of file, picture and array is read into the pixels that numpy computes."""
 
 import base64
 import io
@@ -28,7 +28,9 @@ def processor():
 
 
 def normalised(processor, pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) in 0..255 of the tower's own size to what the tower takes, computed without any image library."""
+    """(H, W, 3) in 0..255 of the tower's own size to what the tower takes, computed without any image
+    library.
+    """
     how = processor.image_processor.open_clip_preprocess
     return ((pixels / 255 - np.array(how["mean"])) / np.array(how["std"])).transpose(2, 0, 1)
 

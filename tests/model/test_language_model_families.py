@@ -80,11 +80,13 @@ def test_zero_gates_leave_the_language_model_unchanged(family, visual, passed):
     passed.append(family)
 
 
-# What people start from, and one of every kind of layer and cache; the others' further laws are among the slow tests.
+# What people start from, and one of every kind of layer and cache; the others' further laws are among the
+# slow tests.
 COMMON = {
-    "bamba", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox", "gptj", "jamba",
-    "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_next",
-    "recurrent_gemma", "rwkv", "smollm3", "stablelm", "starcoder2", "xglm", "xlstm", "zamba2",
+    "bamba", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox",
+    "gptj", "jamba", "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3",
+    "qwen2", "qwen3", "qwen3_next", "recurrent_gemma", "rwkv", "smollm3", "stablelm", "starcoder2", "xglm",
+    "xlstm", "zamba2",
 }  # fmt: skip
 
 

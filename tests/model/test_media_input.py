@@ -1,4 +1,4 @@
-"""What the model is shown: pixels or the tower's tokens of them, media with frames, and the same image twice."""
+"""The model's media input: pixels or the tower's tokens, media with several frames, repeated images."""
 
 from __future__ import annotations
 
@@ -55,18 +55,27 @@ def test_tokens_of_the_tower_stand_for_the_pixels_without_running_it(model, seen
 
 
 def test_pixels_and_tokens_together_are_refused(model):
-    with pytest.raises(UserError, match="found both pixel_values and vision_tokens"):
+    with pytest.raises(UserError, match="got both pixel_values and vision_tokens"):
         model(TEXT, images(2, 2), vision_tokens=torch.zeros(2, 2, 1, 4, 32))
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"vision_tokens": torch.zeros(2, 2, 4, 32)}, r"vision tokens have shape \(2, 2, 4, 32\)"),
-        ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"pixel values have shape \(2, 3, 16, 16\)"),
-        ({"pixel_values": images(2, 2), "frame_counts": torch.ones(2)}, r"frame_counts have shape \(2,\)"),
-        ({"pixel_values": images(2, 2, 3), "frame_counts": torch.tensor([[1, 4], [1, 0]])}, "found 4 frames"),
-        ({"pixel_values": images(2, 2, 3), "frame_counts": torch.tensor([[1, 0], [1, 0]])}, "found 0 frames"),
+        ({"vision_tokens": torch.zeros(2, 2, 4, 32)}, r"vision_tokens: .* got shape \(2, 2, 4, 32\)"),
+        ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"pixel_values: .* got shape \(2, 3, 16, 16\)"),
+        (
+            {"pixel_values": images(2, 2), "frame_counts": torch.ones(2)},
+            r"frame_counts: must have shape \(2, 2\), got \(2,\)",
+        ),
+        (
+            {"pixel_values": images(2, 2, 3), "frame_counts": torch.tensor([[1, 4], [1, 0]])},
+            "frame_counts: must be 1 to 3, got 4",
+        ),
+        (
+            {"pixel_values": images(2, 2, 3), "frame_counts": torch.tensor([[1, 0], [1, 0]])},
+            "frame_counts: must be 1 to 3, got 0",
+        ),
     ],
 )
 def test_what_has_another_shape_is_refused(model, given, message):

@@ -7,6 +7,7 @@ import torch
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import Flamingo
+from flamingo_ft.model.language_model_inputs import get_cache
 from flamingo_ft.model.media import media_input
 
 from .test_packing import batches, gradients
@@ -55,8 +56,8 @@ def test_turns_from_a_cache_have_the_logits_of_the_whole_dialogue(mode, pixels_o
     for turn in turns:
         new = int((turn == MEDIA).sum())
         given = pixels[:, seen : seen + new] if pixels_of == "the new turn" else pixels[:, : seen + new]
-        out = model(turn, given if new else None, past_key_values=cache, use_cache=True)
-        cache, seen = out.past_key_values, seen + new
+        out = model(turn, given if new else None, cache=cache, use_cache=True)
+        cache, seen = get_cache(out), seen + new
         parts.append(out.logits)
     close(torch.cat(parts, 1), whole)
 
@@ -67,10 +68,10 @@ def test_left_padded_rows_continue_each_from_its_own_number_of_images(mode):
     model, pixels = flamingo(mode=mode), images(2, 3)
     first, second = ids("aIbIc", "zzzId"), ids("eIf", "gIh")
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
-    cache = model(first, pixels[:, :2], attention_mask=mask, use_cache=True).past_key_values
+    cache = get_cache(model(first, pixels[:, :2], attention_mask=mask, use_cache=True))
     mask = torch.cat([mask, torch.ones_like(second)], 1)
     new = torch.stack([pixels[0, 2:], pixels[1, 1:2]])
-    found = model(second, new, attention_mask=mask, past_key_values=cache).logits
+    found = model(second, new, attention_mask=mask, cache=cache).logits
     for row, (before, count) in enumerate(((0, 3), (3, 2))):
         alone = torch.cat([first[row : row + 1, before:], second[row : row + 1]], 1)
         close(found[row], model(alone, pixels[row : row + 1, :count]).logits[0, -3:])
@@ -84,8 +85,8 @@ def test_a_generated_dialogue_continues_from_its_cache_as_from_the_whole_text():
     options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
     whole = model.generate(second, pixel_values=pixels, **options)
     for given in (pixels, pixels[:, 1:]):
-        cache = copy.deepcopy(first.past_key_values)
-        found = model.generate(second, pixel_values=given, past_key_values=cache, **options)
+        cache = copy.deepcopy(get_cache(first))
+        found = model.generate(second, pixel_values=given, cache=cache, **options)
         assert torch.equal(found.sequences, whole.sequences)
         close(torch.stack(found.logits), torch.stack(whole.logits))
 
@@ -95,9 +96,9 @@ def test_beams_continue_from_a_cache():
     model, pixels, prompt, rest = flamingo(), images(1, 2), ids("aIb"), ids("cId")
     options = GREEDY | {"num_beams": 3}
     whole = model.generate(torch.cat([prompt, rest], 1), pixel_values=pixels, **options)
-    cache = model(prompt, pixels[:, :1], use_cache=True).past_key_values
+    cache = get_cache(model(prompt, pixels[:, :1], use_cache=True))
     cache.batch_repeat_interleave(3)
-    found = model(rest.expand(3, -1), pixels[:, 1:].expand(3, -1, -1, -1, -1), past_key_values=cache).logits
+    found = model(rest.expand(3, -1), pixels[:, 1:].expand(3, -1, -1, -1, -1), cache=cache).logits
     expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
     close(found, expected.expand(3, -1, -1))
     text = torch.cat([prompt, rest], 1)
@@ -119,20 +120,20 @@ def test_chunks_and_drafts_read_images_at_their_positions():
 @pytest.mark.parametrize("draft", ["assistant", "lookup"])
 def test_drafts_are_refused_after_a_cache_whose_tokens_transformers_would_read_twice(draft):
     model, pixels = flamingo(), images(1, 2)
-    cache = model(ids("aIb"), pixels[:, :1], use_cache=True).past_key_values
+    cache = get_cache(model(ids("aIb"), pixels[:, :1], use_cache=True))
     options = {"assistant_model": flamingo()} if draft == "assistant" else {"prompt_lookup_num_tokens": 2}
     with pytest.raises(
         UserError, match="assisted decoding cannot continue from a cache, got one of 3 tokens"
     ):
-        model.generate(ids("aIbcId"), pixel_values=pixels, past_key_values=cache, **options, **GREEDY)
+        model.generate(ids("aIbcId"), pixel_values=pixels, cache=cache, **options, **GREEDY)
 
 
 def test_more_images_than_positions_are_refused_over_turns_too():
     model, pixels = flamingo(most=2), images(1, 3)
-    cache = model(ids("aIbI"), pixels[:, :2], use_cache=True).past_key_values
+    cache = get_cache(model(ids("aIbI"), pixels[:, :2], use_cache=True))
     for given in (pixels, pixels[:, 2:]):
-        with pytest.raises(UserError, match="found 3 media per sample, but max_num_media is 2"):
-            model(ids("cI"), given, past_key_values=cache)
+        with pytest.raises(UserError, match="max_num_media is 2, got 3 media per sample"):
+            model(ids("cI"), given, cache=cache)
 
 
 @torch.no_grad()
@@ -140,8 +141,8 @@ def test_turns_of_videos_have_the_logits_of_the_whole_dialogue():
     model, videos, frames = flamingo(max_num_frames=3), images(1, 3, 3), torch.tensor([[3, 1, 2]])
     turns = ids("aIb"), ids("IcI")
     whole = model(torch.cat(turns, 1), videos, frame_counts=frames).logits
-    cache = model(turns[0], videos[:, :1], frame_counts=frames[:, :1], use_cache=True).past_key_values
-    rest = model(turns[1], videos[:, 1:], frame_counts=frames[:, 1:], past_key_values=cache).logits
+    cache = get_cache(model(turns[0], videos[:, :1], frame_counts=frames[:, :1], use_cache=True))
+    rest = model(turns[1], videos[:, 1:], frame_counts=frames[:, 1:], cache=cache).logits
     close(rest, whole[:, 3:])
 
 
@@ -183,17 +184,17 @@ def videos(count: int) -> torch.Tensor:
 def test_turns_of_an_open_flamingo_have_the_logits_of_the_whole_dialogue():
     model, media, turns = open_flamingo(), videos(2), (ids("aIb"), ids("cId"))
     whole = model(media, torch.cat(turns, 1)).logits[:, 3:]
-    cache = model(media[:, :1], turns[0], use_cache=True).past_key_values
+    cache = get_cache(model(media[:, :1], turns[0], use_cache=True))
     close(model(media[:, 1:], turns[1], past_key_values=copy.deepcopy(cache), use_cache=True).logits, whole)
     model.cache_media(torch.cat(turns, 1), media)
-    cache = model(None, turns[0], use_cache=True).past_key_values
+    cache = get_cache(model(None, turns[0], use_cache=True))
     close(model(None, turns[1], past_key_values=cache, use_cache=True).logits, whole)
 
 
 @torch.no_grad()
 def test_media_kept_by_a_forward_that_continues_a_cache_are_numbered_after_those_in_it():
     model, media, turns = open_flamingo(), videos(2), (ids("aIb"), ids("cId"))
-    cache = model(media[:, :1], turns[0], use_cache=True).past_key_values
+    cache = get_cache(model(media[:, :1], turns[0], use_cache=True))
     model(media[:, 1:], turns[1], past_key_values=cache, use_cache=True, clear_conditioned_layers=False)
     found = model(None, ids("ef")).logits  # text that follows both turns, read without their cache
     model.uncache_media()

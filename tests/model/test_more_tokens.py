@@ -1,4 +1,6 @@
-"""Tokens added after the model is built, and the other embedding calls that users of vision-language models know."""
+"""Tokens added after the model is built, and the other embedding calls that users of vision-language models
+know.
+"""
 
 import copy
 

@@ -14,8 +14,8 @@ from tests.golden.recorded import TOLERANCE, Golden
 from tests.golden.tiny_flamingo import flamingo, shared_parameters
 from tests.golden.tiny_models import FAMILIES
 
-# Of float64 gradients. Parts of a language model compute in float32 whatever its dtype, and round otherwise from one torch
-# to the next: 1.3e-6 at most between 2.15, which recorded, and 2.14.
+# Of float64 gradients. Parts of a language model compute in float32 whatever its dtype, and round otherwise
+# from one torch to the next: 1.3e-6 at most between 2.15, which recorded, and 2.14.
 RECORDED_WITH = "2.15"
 DOUBLE_TOLERANCE = 1e-6 if torch.__version__.startswith(RECORDED_WITH) else 4e-6
 LOSS_TOLERANCE = 1e-4

@@ -1,4 +1,6 @@
-"""Losses that multiply by the output head's matrix: the same, and cheaper, with the trained rows scored apart."""
+"""Losses that multiply by the output head's matrix: the same, and cheaper, with the trained rows scored
+apart.
+"""
 
 import copy
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from flamingo_ft.data.collate import collate_packed, collate_text, pack
 from flamingo_ft.data.encode import IGNORED, Encoded
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.language_model_inputs import get_cache
 from flamingo_ft.training.model_checks import check_packing
 
 from .tiny import MEDIA, ids, images, tiny_flamingo
@@ -25,7 +26,9 @@ def sample(text: str) -> Encoded:
 
 
 def media_of(numbers, pixels, most):
-    """The rows of media (B, most, ...) of samples, one or several to a row; ``pixels`` holds each sample's own."""
+    """The rows of media (B, most, ...) of samples, one or several to a row; ``pixels`` holds each sample's
+    own.
+    """
     rows = [torch.cat([pixels[number][: TEXTS[number].count("I")] for number in row]) for row in numbers]
     return torch.stack([torch.cat([row, row.new_zeros(most - len(row), *row.shape[1:])]) for row in rows])
 
@@ -108,13 +111,13 @@ def test_packed_rows_are_refused_with_a_mask_a_cache_or_without_positions():
     model = tiny_flamingo()
     _, packed = batches(torch.float32)
     packed.pop("labels")
-    cache = model(ids("ab"), use_cache=True).past_key_values
+    cache = get_cache(model(ids("ab"), use_cache=True))
     without = {name: each for name, each in packed.items() if name != "position_ids"}
     for batch in ({**packed, "attention_mask": torch.ones_like(packed["input_ids"])}, without):
-        with pytest.raises(ValueError, match="document_ids go with position_ids"):
+        with pytest.raises(ValueError, match="document_ids: need position_ids"):
             model(**batch)
-    with pytest.raises(ValueError, match="document_ids go with position_ids"):
-        model(**packed, past_key_values=cache)
+    with pytest.raises(ValueError, match="document_ids: need position_ids"):
+        model(**packed, cache=cache)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt_neox", "gpt2", "gptj", "mpt", "qwen2", "gemma2"])

@@ -1,4 +1,6 @@
-"""The processor: text and images in, tensors out; transformers' and TRL's ways to call it give what is done by hand."""
+"""The processor: text and images in, tensors out; transformers' and TRL's ways to call it give what is done
+by hand.
+"""
 
 import numpy as np
 import open_clip

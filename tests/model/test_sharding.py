@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.files import read_tensors
-from flamingo_ft.model.sharding import shard, whole
+from flamingo_ft.model.sharding import full_tensor, shard
 from tests import regimes
 
 STEPS = 3
@@ -67,7 +67,7 @@ def sharded_process(rank: int, port: int, folder, overrides: tuple[str, ...]) ->
     apart = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     losses = torch.tensor(learn(model, [rows(processor)[rank]]))
     torch.distributed.all_reduce(losses)
-    state = {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    state = {name: full_tensor(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     save_adapter(model, processor, folder / f"adapter-{rank}")
     found = {"losses": losses / 2, "held": held / before, "apart": apart, "state": state}
     torch.save(found, folder / f"{rank}.pt")

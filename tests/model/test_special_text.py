@@ -1,4 +1,4 @@
-"""What spells a special token in a text stays text for the tokenizer, and all other text is read as always."""
+"""Special tokens typed in a text stay text for the tokenizer, and all other text is tokenized as usual."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,0 +1,94 @@
+"""Names of torch and transformers that are not their public API and that the model needs, each with its
+reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What `Module.load_state_dict` returns; `Flamingo` returns the same for keys of OpenFlamingo.
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+from torch.utils._pytree import tree_map_only  # torch has no public way to map over nested arguments
+from torch.utils.checkpoint import checkpoint
+
+# Declares a sub-configuration with a default model type; composite configurations of transformers do.
+from transformers.configuration_utils import SubConfigSpec
+
+# The base class of blocks that `gradient_checkpointing_enable` reaches.
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# What the pipeline is asked to return; part of the signature that is overridden.
+from transformers.pipelines.image_text_to_text import ReturnType
+
+# Whether transformers' quantizer leaves out a module; the rest of the tower has to be left out by the same
+# rule.
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+# Renders a chat template together with the spans of its generation marks, which `apply_chat_template` does
+# not return.
+from transformers.utils.chat_template_utils import render_jinja_template
+
+# Renames an argument and warns, as transformers' own models do.
+from transformers.utils.deprecation import deprecate_kwarg
+
+__all__ = [
+    "GradientCheckpointingLayer",
+    "IncompatibleKeys",
+    "ReturnType",
+    "SubConfigSpec",
+    "WrapperTensor",
+    "checkpoint_block",
+    "deprecate_kwarg",
+    "forget_weight_conversions",
+    "in_backward",
+    "keep_weights",
+    "render_jinja_template",
+    "should_convert_module",
+    "tree_map_only",
+]
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside a backward pass; torch has no public way to ask."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def checkpoint_block(block: GradientCheckpointingLayer, options: dict[str, Any]) -> None:
+    """Let one block recompute its activations. `gradient_checkpointing_enable` is a method of transformers'
+    models alone.
+    """
+    block.gradient_checkpointing = True
+    block._gradient_checkpointing_func = partial(checkpoint, **options)
+
+
+def keep_weights(module: nn.Module) -> None:
+    """Mark a module as initialized, so that transformers does not initialize its weights anew."""
+    for part in module.modules():
+        part._is_hf_initialized = True
+
+
+def forget_weight_conversions(model: Any) -> None:
+    """Let a quantized model that was loaded be saved again: transformers 5.23 cannot convert its weights
+    back.
+    """
+    model._weight_conversions = None
+
+
+class WrapperTensor(Tensor):
+    """A tensor without storage of its own, whose operations all go to ``__torch_dispatch__`` (torch's wrapper
+    subclass).
+    """
+
+    # Counts as a parameter, so that offloading of activations leaves it alone.
+    _is_param = True
+    __torch_function__: Callable = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def make(cls, size: tuple[int, ...], like: Tensor) -> Any:
+        """Return an instance of ``size`` with the dtype and device of ``like``."""
+        return Tensor._make_wrapper_subclass(cls, size, dtype=like.dtype, device=like.device)

@@ -1,0 +1,72 @@
+"""What differs between language models in how they are called: the argument of the cache, and rows of several
+documents.
+
+Shapes: B rows, T text tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# What language models call their key/value cache: all of transformers since 5.24 under the first name, before
+# and in remote code under the second, state-space models under the third, RWKV under the last.
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
+
+# Families whose position embeddings or ALiBi slopes suit packed rows, but whose attention mask does not
+# follow from position_ids: they get the whole mask. None of them has sliding-window layers.
+NEEDS_DOCUMENT_MASK = ("biogpt", "mosaic_gpt", "mpt", "opt", "xglm")
+
+
+def get_cache(values: Mapping[str, object] | tuple) -> object | None:
+    """Return the cache among a forward's keyword arguments or a model's outputs, if there is one."""
+    if not isinstance(values, Mapping):
+        return next((value for value in values if hasattr(value, "get_seq_length")), None)
+    caches = (value for name, value in values.items() if name in CACHE_ARGUMENTS)
+    return next((cache for cache in caches if cache is not None), None)
+
+
+def name_cache(lm: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``inputs``, their cache, if any, under the name that the ``forward`` of ``lm`` has for it."""
+    others = {name: value for name, value in inputs.items() if name not in CACHE_ARGUMENTS}
+    cache = get_cache(inputs)
+    if cache is None:
+        return others
+    known = inspect.signature(lm.forward).parameters
+    return {**others, next((name for name in CACHE_ARGUMENTS if name in known), "past_key_values"): cache}
+
+
+def language_model_inputs(
+    lm: PreTrainedModel, inputs: Mapping[str, Any], document_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the arguments for ``lm``: the ``inputs`` that are not None, and what keeps packed documents
+    apart.
+
+    document_ids (B, T): transformers tells documents apart by position_ids that start anew with each, and
+    only without a mask and a cache. Raises ValueError where these are among the inputs, or position_ids are
+    not.
+    """
+    inputs = name_cache(lm, {name: value for name, value in inputs.items() if value is not None})
+    if document_ids is None:
+        return inputs
+    if "position_ids" not in inputs or "attention_mask" in inputs or get_cache(inputs) is not None:
+        raise ValueError("document_ids: need position_ids, and no attention_mask or cache")
+    if lm.config.model_type in NEEDS_DOCUMENT_MASK:
+        inputs["attention_mask"] = document_mask(document_ids, lm.dtype)
+    return {**inputs, "use_cache": False}
+
+
+def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the additive attention mask (B, 1, T, T): zero for earlier tokens of the same document and the
+    token itself, the lowest value of ``dtype`` for all others.
+    """
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    hidden = ~same.tril()[:, None]
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(
+        hidden, torch.finfo(dtype).min
+    )
