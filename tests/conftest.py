@@ -7,7 +7,8 @@ import transformers.utils.hub
 
 from . import hub_server, regimes
 
-# Tiny models gain nothing from a second thread, and threads that wait for each other on a busy machine cost minutes.
+# Tiny models gain nothing from a second thread, and threads that wait for each other on a busy machine cost
+# minutes.
 torch.set_num_threads(1)
 
 

@@ -1,5 +1,5 @@
-"""Runs of the real command line that are killed: each in a process of its own, forked from one that has imported
-everything and done nothing, so that a kill falls into the run and not into its imports."""
+"""Kill runs of the real command line: each in a process of its own, forked from one that has
+imported everything and done nothing, so that a kill falls into the run and not into its imports."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ FORKS.set_forkserver_preload(PRELOADED)
 
 @dataclass(frozen=True)
 class Around:
-    """What a run finds. environment: variables beside the usual ones; file_limit: bytes that no file may exceed; hub: what
-    `huggingface_hub.constants` are; spoil: called in the run's process before it begins, a function of a module."""
+    """What a run finds. environment: variables beside the usual ones; file_limit: bytes that no file may
+    exceed; hub: what `huggingface_hub.constants` are; spoil: called in the run's process before it begins, a
+    function of a module."""
 
     environment: Mapping[str, str] = field(default_factory=dict)
     file_limit: int | None = None
@@ -85,8 +86,8 @@ def kill_when(
     poll: float = 0.0005,
     send: Callable[[int, int], None] = os.kill,
 ) -> int:
-    """Send a signal as soon as ``moment`` has come; its exit code, which is its own if it ended before. send: os.killpg
-    for one to its workers too."""
+    """Send a signal as soon as ``moment`` has come; its exit code, which is its own if it ended before. send:
+    os.killpg for one to its workers too."""
     while not moment():
         if process.exitcode is not None:
             return process.exitcode

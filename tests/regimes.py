@@ -75,13 +75,13 @@ def build(*overrides: str):
 
 def trainer(model, processor, *overrides: str):
     """A trainer over the recipe's data."""
-    wanted = recipe(*overrides)
-    return make_trainer(model, processor, open_data(wanted.data, wanted.train.seed), wanted, [])
+    config = recipe(*overrides)
+    return make_trainer(model, processor, open_data(config.data, config.train.seed), config, [])
 
 
 @torch.no_grad()
 def shake(model, scale: float = 0.1, seed: int = 0) -> None:
-    """Move every trainable parameter, as training would, only faster: gates open, updates matter."""
+    """Add noise to every trainable parameter, so that gates are open and LoRA weights matter."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""The packaged recipes that start from a released Flamingo train it, from a Hub with small ones of the same names."""
+"""Recipes that start from a released Flamingo train, on a local Hub with small models of the same names."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .recipe_needs import needs_the_hub
 
 FAMILIES = {"mpt-1b": "mosaic_gpt", "RedPajama": "gpt_neox", "mpt-7b": "mpt", "llama": "llama"}
 RECIPES = [name for name, path in packaged_recipes().items() if needs_the_hub(path)]
-FEW = ["train.max_steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.num_workers=0", "eval.max_samples=1",
-       "eval.batch_size=8", "eval.max_new_tokens=2"]  # fmt: skip
+FEW = ["train.max_steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.num_workers=0",
+       "eval.max_samples=1", "eval.batch_size=8", "eval.max_new_tokens=2"]  # fmt: skip
 TOWER_REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
 
 
@@ -64,7 +64,7 @@ def test_each_language_model_that_was_released_with_has_a_recipe():
 
 
 def arguments_for(model: ReleasedModel) -> list[str]:
-    """The recipe that starts from a model, or from another of its shape, with what makes it start from this one."""
+    """The recipe that starts from a model; or one for another model of its shape, with overrides."""
     starts = {name: find_released(load_recipe(name).model.init_from) for name in RECIPES}
     own = [name for name, start in starts.items() if start is model]
     if own:
@@ -114,8 +114,8 @@ def test_each_released_model_trains_and_its_adapter_loads_again(model, hub, here
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_another_pairing_is_refused_without_a_request(command, wrong, hub, here, capsys):
     assert cli.main([command, "open_flamingo_4b", wrong]) == 2
-    told = capsys.readouterr().err
-    assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b needs model.language.name togethercomputer/" in told
+    error = capsys.readouterr().err
+    assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b needs model.language.name togethercomputer/" in error
     assert hub.requests == []
 
 

@@ -1,4 +1,4 @@
-"""What the README says is true: its code runs, its commands run, its tree is there."""
+"""The README is right: its example and its commands run, and the files of its tree exist."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """The README's flamingo-ft commands, in order, but for those with a recipe whose backbones come from the Hub."""
+    """The README's flamingo-ft commands in order, without those whose backbones come from the Hub."""
     lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
     found = [shlex.split(line) for line in lines if line.startswith("flamingo-ft")]
     away = {name for name, path in packaged_recipes().items() if needs_the_hub(path)}

@@ -1,5 +1,7 @@
-"""Every packaged recipe trains: a few steps of each, in the order in which they build on each other; those whose
-backbones come from the Hub in test_open_flamingo_recipes.py."""
+"""Every packaged recipe trains a few steps, merges and can be planned.
+
+Recipes whose backbones come from the Hub are in test_open_flamingo_recipes.py.
+"""
 
 import json
 from pathlib import Path
@@ -24,4 +26,5 @@ def test_every_packaged_recipe_trains_and_merges(tmp_path, monkeypatch):
         metrics = json.loads(Path("runs", name, "metrics.json").read_text())
         assert metrics["train"]["steps"] == 3 and 0 <= metrics["eval"]["accuracy"] <= 1
         assert cli.main(["merge", f"runs/{name}", f"merged/{name}"]) == 0, name
-        assert cli.main(["plan", name, "model.init_from=null", "model.bridge_quantization=none"]) == 0, name
+        fresh = ["model.init_from=null", "model.bridge_quantization=none"]
+        assert cli.main(["plan", name, *fresh, "--text-tokens", "16", "--images", "1"]) == 0, name

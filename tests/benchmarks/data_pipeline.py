@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.data_pipeline [--images 1000] [--rows 1000000]
 
-Prints samples per second of this package's batches and of the plain loop, over the same photo-sized JPEG files in the same
-process, with the nano tokenizer and a transform to 224 x 224; then for a file of many rows, indexed and streamed: seconds
-to the first batch, and how much more memory the process has after that and after many more batches.
+Prints samples per second of this package's batches and of the plain loop, over the same photo-sized JPEG
+files in the same process, with the nano tokenizer and a transform to 224 x 224; then for a file of many rows,
+indexed and streamed: seconds to the first batch, and how much more memory the process has after that and
+after many more batches.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Epochs with and without the cache of frozen features: `python tests/benchmarks/feature_cache.py`.
 
-A ViT-B/32 and an OPT-125M with random weights on the CPU, JPEG files of 224 pixels made from the quickstart's images, 32
-text tokens and four images a sample, and whole training steps: files to batch, forward, backward, AdamW; all in one
-process. What is saved is the tower's work and the decoding, what stays is the language model's: the more images a
-sample has, the more it is worth.
+A ViT-B/32 and an OPT-125M with random weights on the CPU, JPEG files of 224 pixels made from the quickstart's
+images, 32 text tokens and four images a sample, and whole training steps: files to batch, forward, backward,
+AdamW; all in one process. What is saved is the tower's work and the decoding, what stays is the language
+model's: the more images a sample has, the more it is worth.
 
-The first epoch with the cache fills it; its later ones are set against epochs without. Both are measured in turn, and the
-fastest of each counts. On a machine that does other things beside, run with OMP_NUM_THREADS=1 and --cpu-time, which
-counts the seconds that this process had.
+The first epoch with the cache fills it; its later ones are set against epochs without. Both are measured in
+turn, and the fastest of each counts. On a machine that does other things beside, run with OMP_NUM_THREADS=1
+and --cpu-time, which counts the seconds that this process had.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 IMAGES = Path(__file__).parents[2] / "recipes" / "quickstart" / "images"
 TOKENS = 32
-# What trains: LoRA on the language model beside a trained bridge that stays, the cross-attention, or the whole bridge.
+# What trains: LoRA on the language model beside a trained bridge that stays, the cross-attention, or the
+# whole bridge.
 REGIMES = {
     "lora": (
         TrainableSection(perceiver=False, cross_attention=False, new_tokens=False),
@@ -66,7 +67,8 @@ def main() -> None:
                 seconds[name].append(epoch(media))
     best = {name: min(times) for name, times in seconds.items()}
     print(
-        f"{wanted.regime}, a cross-attention block every {wanted.every} layers, {torch.get_num_threads()} threads"
+        f"{wanted.regime}, a cross-attention block every {wanted.every} layers, "
+        f"{torch.get_num_threads()} threads"
     )
     print(f"{len(samples)} samples of {wanted.images_per_sample} images, batches of {wanted.batch_size}")
     print(f"first epoch with the cache {first:.1f} s")

@@ -1,9 +1,10 @@
 """What it costs to score all positions of a batch: `python -m tests.benchmarks.label_logits`.
 
-A step's forward, loss and backward over a language model of random weights with a large vocabulary, long prompts and short
-answers, in three ways: the model's own loss over all logits at once, TRL's fused head over every position (what it does
-without a GPU), and the trainer's over the positions that predict a label. Prints tokens per second, the most bytes of
-tensors alive on top of the weights (counted operator by operator), and the loss, which is the same.
+A step's forward, loss and backward over a language model of random weights with a large vocabulary, long
+prompts and short answers, in three ways: the model's own loss over all logits at once, TRL's fused head over
+every position (what it does without a GPU), and the trainer's over the positions that predict a label. Prints
+tokens per second, the most bytes of tensors alive on top of the weights (counted operator by operator), and
+the loss, which is the same.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def main() -> None:
         batch = next(iter(trainer.batches))
         tokens, labels = batch["input_ids"].numel(), int((batch["labels"][:, 1:] != -100).sum())
         print(
-            f"{tokens} text tokens, {labels} of them learned, vocabulary {given.vocabulary:,}, width {given.width}"
+            f"{tokens} text tokens, {labels} of them learned, "
+            f"vocabulary {given.vocabulary:,}, width {given.width}"
         )
         for name, loss_of in ways(trainer, batch).items():
             seconds, peak, loss = measure(trainer, loss_of, given.steps)

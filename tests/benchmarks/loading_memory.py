@@ -1,12 +1,14 @@
 """Peak memory of loading backbones quantized: `python -m tests.benchmarks.loading_memory`.
 
-Makes a random sharded language model and a file with a random ViT-L-14 in a temporary folder, and loads each in a
-fresh process for every format. A line per case: how far the resident set grew at most (VmHWM less VmRSS before), and
-what was to be held: the loaded model and the largest file that it is read from. Linux only, and on the CPU.
+Makes a random sharded language model and a file with a random ViT-L-14 in a temporary folder, and loads each
+in a fresh process for every format. A line per case: how far the resident set grew at most (VmHWM less VmRSS
+before), and what was to be held: the loaded model and the largest file that it is read from. Linux only, and
+on the CPU.
 
-The growth counts the pages of mapped files, of which transformers maps all shards at once: these the system drops when
-it needs memory. Own memory (RssAnon) it cannot drop. That counts too what the allocator keeps of matrices given back,
-which varies from run to run; MALLOC_MMAP_THRESHOLD_=131072 in the environment has it give back everything.
+The growth counts the pages of mapped files, of which transformers maps all shards at once: these the system
+drops when it needs memory. Own memory (RssAnon) it cannot drop. That counts too what the allocator keeps of
+matrices given back, which varies from run to run; MALLOC_MMAP_THRESHOLD_=131072 in the environment has it
+give back everything.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Peak memory of merging an adapter: `python -m tests.benchmarks.merging_memory`.
 
-Makes a random sharded language model and an adapter with LoRA on it, trained in nf4, in a temporary folder, and merges in
-a fresh process. Tells how far the process's own memory (RssAnon, which the system cannot drop) grew at most while the
-model was merged, written, verified and measured, beside the merged model and its largest shard. Linux only, and on the CPU.
+Makes a random sharded language model and an adapter with LoRA on it, trained in nf4, in a temporary folder,
+and merges in a fresh process. Tells how far the process's own memory (RssAnon, which the system cannot drop)
+grew at most while the model was merged, written, verified and measured, beside the merged model and its
+largest shard. Linux only, and on the CPU.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Kill training runs at random moments and at chosen ones, resume them, and compare what they learn, bit by bit.
+"""Kill training runs at random and at chosen moments, resume them, and compare the weights bit by bit.
 
     python -m tests.benchmarks.soak [--kills 50] [--seed 0]
 
-Every case runs once undisturbed. Then runs of it are killed again and again, until each has ended, and its adapter is
-compared with the undisturbed one's. Half of the kills fall anywhere; the others wait for a moment when something is half
-done: a checkpoint is being written, or removed, or the final adapter or the answers are.
+Every case runs once undisturbed. Then runs of it are killed again and again, until each has ended, and its
+adapter is compared with the undisturbed one's. Half of the kills fall anywhere; the others wait for a moment
+when something is half done: a checkpoint is being written, or removed, or the final adapter or the answers
+are.
 """
 
 from __future__ import annotations

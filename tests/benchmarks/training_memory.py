@@ -1,10 +1,12 @@
-"""Measured against planned memory, on models with random weights: `python tests/benchmarks/training_memory.py SHAPE REGIME`.
+"""Measured against planned memory, on models with random weights.
 
-Builds a shape in 4 bits, a layer at a time, trains it for a few steps through the package's own trainer on made-up
-samples, and prints what that took beside what `flamingo-ft plan` says of the same recipe. On CUDA: torch's peaks of
-allocated and reserved memory. On a CPU, in a process each: resident memory (VmHWM in training over VmRSS before the model
-was built, after something tiny was trained; what MKL and oneDNN take is in it), and the bytes of live tensors, counted
-operator by operator.
+Run `python tests/benchmarks/training_memory.py SHAPE REGIME`.
+
+Builds a shape in 4 bits, a layer at a time, trains it for a few steps through the package's own trainer on
+made-up samples, and prints what that took beside what `flamingo-ft plan` says of the same recipe. On CUDA:
+torch's peaks of allocated and reserved memory. On a CPU, in a process each: resident memory (VmHWM in
+training over VmRSS before the model was built, after something tiny was trained; what MKL and oneDNN take is
+in it), and the bytes of live tensors, counted operator by operator.
 """
 
 from __future__ import annotations
@@ -245,7 +247,8 @@ def main() -> None:
         figures |= measure(own, "--live") if device == "cpu" else {}
     where = "cuda" if given.plan_only else device
     print(
-        f"{given.shape} {given.regime} on {where}, {plan.batch.text_tokens} text tokens, {plan.batch.images} images"
+        f"{given.shape} {given.regime} on {where}, "
+        f"{plan.batch.text_tokens} text tokens, {plan.batch.images} images"
     )
     for name, size in figures.items():
         print(f"{name:16} {size / GIB:7.3f} GiB")

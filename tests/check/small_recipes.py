@@ -43,7 +43,7 @@ def asked(question: str, answer: Any, images: tuple[str, ...] = (), **fields: An
 
 
 def problem_lines(folder: Path) -> list[str]:
-    """All of problems.jsonl, as errors are told."""
+    """The lines of problems.jsonl, as error messages have them."""
     problems = [json.loads(line) for line in (folder / "check" / "problems.jsonl").read_text().splitlines()]
     lines = []
     for problem in problems:

@@ -1,4 +1,4 @@
-"""A recipe made for somebody's data loads, passes the check and trains; nothing is downloaded or overwritten for it."""
+"""A recipe made for a user's data loads, passes the check and trains; nothing is downloaded or replaced."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_images_beside_the_folder_of_the_data_are_found(tmp_path):
         (["a_column", "another"], None),
     ],
 )
-def test_columns_are_guessed_by_the_names_that_people_use(columns, guess):
+def test_columns_are_guessed_by_common_names(columns, guess):
     assert guess_columns(columns) == guess
 
 
@@ -176,7 +176,7 @@ def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
     assert load_recipe(file).train.output_dir == Path(folder)
 
 
-def test_evaluation_data_is_taken_and_measured(tmp_path):
+def test_given_evaluation_data_is_used_and_measured(tmp_path):
     names = pictures(tmp_path, 6)
     train = rows_of(tmp_path / "x.jsonl", asked(names[:3]))
     held_out = rows_of(
@@ -194,7 +194,7 @@ def test_nothing_is_held_out_where_all_rows_share_an_image(tmp_path):
     )
 
 
-def test_rows_that_cannot_be_used_are_told_and_left_to_the_user(tmp_path):
+def test_unusable_rows_are_noted_and_left_to_the_user(tmp_path):
     rows = [*asked(pictures(tmp_path, 5)), *asked(["gone.png"])]
     notes = write_new_recipe(Path("new.yaml"), RecipeOptions(rows_of(tmp_path / "x.jsonl", rows)))
     assert (
@@ -207,11 +207,11 @@ def test_rows_that_cannot_be_used_are_told_and_left_to_the_user(tmp_path):
         write_new_recipe(Path("none.yaml"), RecipeOptions(rows_of(tmp_path / "y.jsonl", asked(["gone.png"]))))
 
 
-def test_a_tokenizer_that_is_not_here_is_not_fetched_and_lengths_are_called_estimates(tmp_path, capsys):
+def test_without_a_local_tokenizer_lengths_are_marked_as_estimates(tmp_path, capsys):
     data = rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 4)))
     assert main(["recipes", "new", "new.yaml", "--data", str(data), "--language", "somebody/some-model"]) == 0
-    said, text = capsys.readouterr(), Path("new.yaml").read_text()
-    assert "lengths are estimated from characters" in said.err and "wrote new.yaml" in said.out
+    output, text = capsys.readouterr(), Path("new.yaml").read_text()
+    assert "lengths are estimated from characters" in output.err and "wrote new.yaml" in output.out
     recipe = load_recipe("new.yaml")
     assert recipe.model.language.name == "somebody/some-model" and recipe.model.vision.name == "ViT-L-14"
     assert recipe.data.max_text_tokens is None and "estimated" in text
@@ -228,7 +228,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--data", "gone.jsonl"], "gone.jsonl: no such data file"),
         (
@@ -241,11 +241,11 @@ def test_nothing_is_overwritten(tmp_path, capsys):
         ([], "Missing option '--data'"),
     ],
 )
-def test_a_mistake_is_one_line_and_nothing_is_written(tmp_path, capsys, options, told):
+def test_a_usage_error_is_one_line_and_nothing_is_written(tmp_path, capsys, options, message):
     rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 2)))
     assert main(["recipes", "new", "new.yaml", *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and told in line and not Path("new.yaml").exists()
+    assert line.startswith("error: ") and message in line and not Path("new.yaml").exists()
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ def test_only_answers_count_as_learned_not_what_the_assistant_said_before(tmp_pa
     assert shown.count("Yes, I am sure of it.") == shown.count("No.") == 2
 
 
-def test_what_a_policy_takes_of_a_pair_is_taken_of_both_texts(tmp_path):
+def test_a_policy_truncates_both_texts_of_a_pair(tmp_path):
     messages = [user("Sure?"), assistant("Yes.")]
     sample = Sample(messages, [], "other", "x", [assistant(LONG)])
     data = recipe(tmp_path, written(tmp_path), method="dpo", too_long="drop_sample").data

@@ -62,7 +62,7 @@ def _step(model: nn.Module, ids: Tensor, mask: Tensor, cache: object) -> tuple[T
 
 
 def _continued(model: nn.Module) -> Tensor:
-    """Logits (B, T, vocabulary) of what follows left-padded prompts, each token from the cache of those before."""
+    """Logits (B, T, vocabulary) after left-padded prompts, each token from the cache of those before."""
     batch, found = prompts(), []
     mask = batch.attention_mask
     _, cache = _step(model, batch.input_ids, mask, None)
@@ -74,8 +74,8 @@ def _continued(model: nn.Module) -> Tensor:
 
 
 def _greedy(model: nn.Module) -> Tensor:
-    """Tokens (B, NEW_TOKENS) behind left-padded prompts, the likeliest each time of those that are not in the row
-    yet; no token of the Flamingo's."""
+    """Tokens (B, NEW_TOKENS) behind left-padded prompts, the likeliest each time of those that are not in the
+    row yet; no token of the Flamingo's."""
     batch = prompts()
     ids, mask, cache = batch.input_ids, batch.attention_mask, None
     seen, begin = ids, ids.shape[1]

@@ -2,12 +2,13 @@
 
     python -m tests.golden.record_label_masks        # from the root, in the environment of the README
 
-Writes label_masks/open_flamingo.json. The texts are written by the peer's own preprocessing and go through its own
-`train_one_epoch`, with a model that keeps the labels it is given; images are blank.
+Writes label_masks/open_flamingo.json. The texts are written by the peer's own preprocessing and go through
+its own `train_one_epoch`, with a model that keeps the labels it is given; images are blank.
 
-Patched on the peer at run time: `wandb` is imported there for logging alone and need not be installed; its data module
-imports a neighbour as if it lay in the working folder; tokenizers no longer have `additional_special_tokens`, which the
-preprocessing asks for the media token; a document of one image is left out by chance, so the dice say no.
+Patched on the peer at run time: `wandb` is imported there for logging alone and need not be installed; its
+data module imports a neighbour as if it lay in the working folder; tokenizers no longer have
+`additional_special_tokens`, which the preprocessing asks for the media token; a document of one image is left
+out by chance, so the dice say no.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class KeepsLabels(nn.Module):
 
 
 def document_of(parts: list[str | None]) -> str:
-    """The document as MMC4's shards hold one: sentences, and for each image the sentence that it belongs to."""
+    """The document as in MMC4's shards: sentences, and for each image the sentence that it belongs to."""
     sentences = [part for part in parts if part is not None] + [""] * (parts[-1] is None)
     noise = Image.effect_noise((160, 160), 90)
     buffer = io.BytesIO()

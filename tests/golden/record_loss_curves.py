@@ -1,5 +1,6 @@
-"""Record the losses of ten steps through the command line: `python -m tests.golden.record_loss_curves`, from the
-repository, after a change of numerics that is meant. It writes loss_curves.json, which says what changed."""
+"""Record the losses of ten steps through the command line: `python -m tests.golden.record_loss_curves`, from
+the repository, after a change of numerics that is meant. It writes loss_curves.json, which says what
+changed."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from flamingo_ft import cli
 FILE = Path(__file__).parent / "loss_curves.json"
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEN_STEPS = (
-    "train.max_steps=10", "train.batch_size=4", "train.logging_steps=1", "train.num_workers=0", "train.warmup_steps=5",
+    "train.max_steps=10", "train.batch_size=4", "train.logging_steps=1", "train.num_workers=0",
+    "train.warmup_steps=5",
     "train.precision=fp32", "data.eval=[]", "eval.before=false", "eval.shuffled_images=false",
 )  # fmt: skip
 CASES = {

@@ -1,7 +1,10 @@
-"""Record what MPT-1B's original code computes on a tiny model: `python -m tests.golden.record_mosaic_gpt FOLDER`.
+"""Record what MPT-1B's original code computes on a tiny model.
 
-FOLDER has the Python files that lie beside the weights on the Hub (anas-awadalla/mpt-1b-redpajama-200b: mosaic_gpt.py
-and what it imports), as a package of any name; they need einops. Nothing is patched. Writes mosaic_gpt.safetensors.
+Run `python -m tests.golden.record_mosaic_gpt FOLDER`.
+
+FOLDER has the Python files that lie beside the weights on the Hub (anas-awadalla/mpt-1b-redpajama-200b:
+mosaic_gpt.py and what it imports), as a package of any name; they need einops. Nothing is patched. Writes
+mosaic_gpt.safetensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The memory plan is what a real step takes: on a CPU, counted tensor by tensor; for the sizes on paper, exactly."""
+"""The planned memory is that of a real step on a CPU; planned sizes are those of OpenFlamingo's paper."""
 
 from __future__ import annotations
 
@@ -24,55 +24,34 @@ from flamingo_ft.training.build import build_model, first_batches, make_trainer
 from flamingo_ft.training.trainer import select_label_positions
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
-CASES = {
+NF4 = "model.language.quantization=nf4"
+LORA = "lora.language={r: 8}"
+CHECKPOINTING = "train.gradient_checkpointing=true"
+CASES = {  # each switch that changes memory is in one of them
     "as it is": [],
-    "checkpointing": ["train.gradient_checkpointing=true"],
-    "LoRA": ["lora.language={r: 8}"],
-    "nf4": ["model.language.quantization=nf4"],
-    "nf4, single": ["model.language={name: nano, quantization: nf4, double_quantization: false}"],
-    "int8": ["model.language.quantization=int8"],
     "nf4, LoRA alone, checkpointing": [
-        "model.language.quantization=nf4",
-        "lora.language={r: 8}",
+        NF4,
+        LORA,
         "trainable={perceiver: false, cross_attention: false, new_tokens: false}",
-        "train.gradient_checkpointing=true",
+        CHECKPOINTING,
     ],
-    "nf4, the tower too": ["model.language.quantization=nf4", "model.vision.quantization=nf4"],
-    "int8, the tower too": ["model.language.quantization=int8", "model.vision.quantization=int8"],
+    "int8, the tower too, accumulation": [
+        "model.language.quantization=int8",
+        "model.vision.quantization=int8",
+        "train.gradient_accumulation_steps=2",
+    ],
+    "nf4 with single quantization, the tower too, computing in bf16": [
+        "model.language={name: nano, quantization: nf4, double_quantization: false}",
+        "model.vision.quantization=nf4",
+        "train.precision=bf16",
+    ],
     "LoRA in the tower and the bridge": [
         "trainable={perceiver: false, cross_attention: false, new_tokens: true}",
         "lora={vision: {r: 4}, perceiver: {r: 2}, cross_attention: {r: 4}}",
     ],
-    "DoRA": ["lora.language={r: 8}", "lora.use_dora=true"],
-    "8-bit AdamW": ["train.optimizer=adamw_8bit"],
-    "a step inside the backward pass": ["train.optimizer_in_backward=true"],
-    "bf16": ["trainable.dtype=bf16"],
-    "computing in bf16": ["train.precision=bf16"],
-    "computing in bf16, nf4": ["train.precision=bf16", "model.language.quantization=nf4"],
-    "accumulation": ["train.gradient_accumulation_steps=2"],
-    "dpo": ["train.method=dpo"],
-    "dpo, nf4, LoRA alone, checkpointing": [
-        "train.method=dpo",
-        "model.language.quantization=nf4",
-        "lora.language={r: 8}",
-        "trainable={perceiver: false, cross_attention: false, new_tokens: false}",
-        "train.gradient_checkpointing=true",
-    ],
-}
-MIXED = {
-    "nf4, single",
-    "LoRA",
-    "nf4",
-    "int8",
-    "checkpointing",
-    "computing in bf16, nf4",
-}  # others have each of these
-MIXED |= {
-    "DoRA",
-    "computing in bf16",
-    "LoRA in the tower and the bridge",
-    "dpo, nf4, LoRA alone, checkpointing",
-    "nf4, the tower too",
+    "DoRA, 8-bit AdamW": [LORA, "lora.use_dora=true", "train.optimizer=adamw_8bit"],
+    "a step inside the backward pass, in bf16": ["train.optimizer_in_backward=true", "trainable.dtype=bf16"],
+    "dpo, nf4, LoRA, checkpointing": ["train.method=dpo", NF4, LORA, CHECKPOINTING],
 }
 
 
@@ -82,8 +61,8 @@ def quickstart(*overrides: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    """For each method a hundred samples with the same text and two images each, no image twice: copies would be encoded
-    once."""
+    """For each method a hundred samples with the same text and two images each, no image twice: copies would
+    be encoded once."""
     folder = QUICKSTART.parent / "quickstart"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     images = list(dict.fromkeys(image for row in rows for image in row["images"]))
@@ -124,10 +103,7 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "overrides",
-    [pytest.param(CASES[name], id=name, marks=[pytest.mark.slow] * (name in MIXED)) for name in CASES],
-)
+@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
     """Of one that learns every token: the plan counts no labels."""
 
@@ -195,7 +171,7 @@ def test_the_parts_of_a_plan_add_up_to_its_peak():
     )
 
 
-def test_state_that_is_paged_is_not_counted_as_memory_of_the_gpu():
+def test_paged_optimizer_state_does_not_count_as_gpu_memory():
     wide = "model.cross_attention={heads: 16, dim_head: 64}"  # the nano matrices are too small to be paged
     pinned, paged = (planned(wide, f"train.optimizer={name}") for name in ("adamw_8bit", "paged_adamw_8bit"))
     assert paged.step.paged > 0 and pinned.step.paged == 0
@@ -203,13 +179,13 @@ def test_state_that_is_paged_is_not_counted_as_memory_of_the_gpu():
 
 
 @pytest.mark.slow
-def test_the_data_say_how_long_a_sample_is():
+def test_sample_length_is_read_from_the_data():
     batch = plan_memory(quickstart()).batch
     assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
 
 
 @pytest.mark.slow
-def test_packed_rows_are_planned_as_long_as_they_become_with_the_images_of_all_their_samples():
+def test_packed_rows_are_planned_at_full_length_with_all_their_images():
     packing = ("data.packing=true", "data.max_text_tokens=200", "train.batch_size=4")
     batch = plan_memory(quickstart(*packing)).batch
     assert batch.text_tokens == 200 and batch.where_from == "rows packed of the first 256 samples"
@@ -231,7 +207,7 @@ def test_frames_of_videos_are_planned_as_images(tmp_path):
     assert batch.images == 3 + 8
 
 
-def test_without_the_data_the_limit_says_so(tmp_path):
+def test_without_data_the_limit_is_planned(tmp_path):
     source = f"data.train=[{{path: {tmp_path}/none.jsonl}}]"
     recipe = load_recipe(QUICKSTART, [source, "data.max_text_tokens=20"], require=())
     batch = plan_memory(recipe).batch
@@ -299,7 +275,7 @@ def test_open_flamingos_bridges_have_the_sizes_it_reports(tmp_path, config, ever
 
 
 @pytest.mark.slow
-def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
+def test_a_suggested_saving_is_what_a_new_plan_saves(tmp_path):
     recipe = shape(tmp_path, mpt(2048, 2), 1)
     recipe = with_values(recipe, {"train.gradient_checkpointing": False, "train.batch_size": 32})
     planner = Planner(recipe, "cuda", text_tokens=2048, images=1)
@@ -314,7 +290,7 @@ def test_a_promised_saving_is_what_planning_again_gives(tmp_path):
     assert all(gpu.fits(before) for gpu in GPUS)
 
 
-def test_what_fits_every_card_gets_no_advice():
+def test_a_run_that_fits_every_gpu_gets_no_suggestions():
     planner = Planner(quickstart(), "cuda", text_tokens=16, images=1)
     assert suggest_changes(planner, planner.plan(planner.recipe)) == []
 
@@ -350,7 +326,7 @@ def test_a_huge_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
     assert huge.batch.samples == 5_000_000 and huge.peak > 10**12
 
 
-def test_batches_that_wait_in_accumulation_are_counted_and_not_made(monkeypatch):
+def test_waiting_micro_batches_are_counted_without_being_built(monkeypatch):
     sizes = {"text_tokens": 64, "images": 1}
     two, three = (
         plan_memory(quickstart(f"train.gradient_accumulation_steps={n}"), **sizes).peak for n in (2, 3)

@@ -68,7 +68,7 @@ def page(tmp_path):
     return Page((tmp_path / "check" / "check.html").read_text(encoding="utf-8")), entry["path"]
 
 
-def test_what_users_wrote_is_text(page):
+def test_user_text_is_escaped(page):
     shown, path = page
     tags = Counter(tag for tag, _ in shown.elements)
     assert not {"script", "svg", "b onclick", "iframe", "a", "link"} & {*tags}
@@ -83,7 +83,7 @@ def test_what_users_wrote_is_text(page):
     assert "default-src 'none'" in policy and "script-src" not in policy
 
 
-def test_coloured_tokens_are_those_with_labels(page):
+def test_highlighted_tokens_are_those_with_labels(page):
     shown, path = page
     encoded = encode(nano_processor(), first_sample(path))
     assert [number for number, _, _ in shown.tokens] == encoded.input_ids
@@ -91,8 +91,8 @@ def test_coloured_tokens_are_those_with_labels(page):
         label != IGNORED for label in encoded.labels
     ]
     assert [text for _, classes, text in shown.tokens if "media" in classes] == ["<image> 1"]
-    said = "".join(text for _, classes, text in shown.tokens if "learned" in classes and text != "·")
-    assert said.replace("⏎\n", "\n") == f"{NASTY}<|im_end|>"
+    learned_text = "".join(text for _, classes, text in shown.tokens if "learned" in classes and text != "·")
+    assert learned_text.replace("⏎\n", "\n") == f"{NASTY}<|im_end|>"
 
 
 def first_sample(path):
@@ -104,7 +104,7 @@ def first_sample(path):
 @pytest.mark.parametrize("template", [None, CHATML, CHUNK_TEMPLATE], ids=["own", "chatml", "chunk"])
 @given(question=st.text(min_size=1).filter(str.strip), answer=st.text(min_size=1).filter(str.strip))
 @settings(max_examples=20, deadline=None)
-def test_tokens_together_are_the_text(template, question, answer):
+def test_token_texts_join_to_the_decoded_text(template, question, answer):
     processor = nano_processor(template)
     messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
@@ -122,7 +122,7 @@ def test_tokens_together_are_the_text(template, question, answer):
     st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 5), max_size=3)), max_size=10),
 )
 @settings(max_examples=100, deadline=None)
-def test_repetitions_are_those_of_a_plain_count(trained, held_out):
+def test_duplicates_equal_a_plain_count(trained, held_out):
     numbers = RowTable()
     for part, rows in ((0, trained), (1, held_out)):
         for row, (content, pictures) in enumerate(rows):
@@ -152,7 +152,7 @@ def test_a_histogram_counts_every_number_in_bins_of_whole_numbers(values):
     assert len(widths) == 1 and all(edge % 1 == 0.5 for edge in found.edges)
 
 
-def test_figures_are_images_beside_the_page_and_inside_it(tmp_path):
+def test_histograms_are_files_beside_the_page_and_embedded_in_it(tmp_path):
     checked(tmp_path, [write_rows(tmp_path / "x.jsonl", [asked("?", "A")])])
     names = {path.name for path in (tmp_path / "check").iterdir()}
     assert names == {

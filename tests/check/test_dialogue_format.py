@@ -1,4 +1,4 @@
-"""A check shows the tokens around answers, where generation stops, and answers that the chat template changes."""
+"""A check shows the tokens around answers, the stopping tokens, and answers that the template changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL = {**{name: template for name, (template, *_) in FAMILIES.items()}, "chunk":
 
 @pytest.mark.parametrize("make", [nano_processor, llama_processor])
 @pytest.mark.parametrize("name", ALL)
-def test_what_is_shown_is_what_training_and_prompts_hold(name, make):
+def test_the_format_shown_is_that_of_training_and_prompts(name, make):
     processor = make(ALL[name])
     form = dialogue_format(processor, 0)
     encoded = encode(processor, [user(QUESTION), assistant(ANSWER)])
@@ -45,7 +45,7 @@ def test_the_stopping_tokens_are_those_of_the_model():
     assert dialogue_format(processor, eos_token_ids(section)).stops == stops
 
 
-def test_a_template_that_never_stops_is_warned_of():
+def test_a_template_without_a_stopping_token_causes_a_warning():
     form = dialogue_format(nano_processor(TEMPLATES["end outside the marks"][0]), None)
     assert not form.learns_to_stop and "answers run on until eval.max_new_tokens" in form.warning
 
@@ -61,11 +61,11 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
         == 0
     )
     line = (
-        'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" precedes answers, '
-        'which end with "<|im_end|>" (then "\\n", without loss)'
+        'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" precedes '
+        'answers, which end with "<|im_end|>" (then "\\n", without loss)'
     )
-    told = capsys.readouterr().out.splitlines()
-    assert line in told and "generation stops at <|im_end|> or <|endofchunk|>" in told
+    lines = capsys.readouterr().out.splitlines()
+    assert line in lines and "generation stops at <|im_end|> or <|endofchunk|>" in lines
     record = json.loads((tmp_path / "check" / "check.json").read_text())
     assert record["text_form"]["ends"] == {"text": "<|im_end|>", "tokens": ["<|im_end|>"]}
     assert record["text_lines"][0] == line and record["warnings"] == []
