@@ -16,6 +16,7 @@ from flamingo_ft import cli
 from flamingo_ft.adapters import load_adapter, load_trained, save_adapter
 from flamingo_ft.adapters import merge as merging
 from flamingo_ft.backbones.quantization import Quantization, dequantized_weight, quantization_formats
+from flamingo_ft.cli import models
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation import merging as merging_quality
@@ -313,7 +314,7 @@ def test_an_adapter_with_nan_or_inf_is_refused_with_the_tensors_name(small_run, 
 
 
 def test_the_command_line_and_the_function_have_the_same_defaults():
-    ours, theirs = (inspect.signature(function).parameters for function in (cli.merge, merge_adapter))
+    ours, theirs = (inspect.signature(function).parameters for function in (models.merge, merge_adapter))
     for name in ("samples", "margin", "accuracy_margin", "tolerance", "with_code"):
         assert ours[name].default == theirs[name].default, name
 
