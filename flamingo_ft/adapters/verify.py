@@ -282,9 +282,9 @@ def _values(expected: ExpectedTensor, rows: slice) -> tuple[Tensor, Tensor]:
     lora, matrix = expected.lora, matrix.float()
     a, b, scale = lora.a.float(), lora.b[rows].float(), lora.scale
     values = torch.addmm(matrix, b, a, alpha=scale)
-    # An inner product of r terms is within r roundings of its exact value, relative to the sum of its absolute terms
-    # (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5); scaling and adding bring in two more,
-    # a third for good measure.
+    # An inner product of r terms is within r roundings of its exact value, relative to the sum of its
+    # absolute terms (Higham, Accuracy and Stability of Numerical Algorithms, eq. 3.5); scaling and adding
+    # bring in two more, a third for good measure.
     slack = torch.addmm(matrix.abs(), b.abs(), a.abs(), alpha=scale).mul_((len(a) + 3) * EPS)
     if lora.magnitude is not None:
         values, slack = _rescaled(values, slack, lora.magnitude[rows].float())
