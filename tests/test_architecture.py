@@ -196,3 +196,38 @@ def test_no_modules_import_each_other():
 def test_a_cycle_is_noticed(first, second):
     sources = {"flamingo_ft.a": (first, "flamingo_ft"), "flamingo_ft.b": (second, "flamingo_ft")}
     assert cycles(import_graph(sources)) == [{"flamingo_ft.a", "flamingo_ft.b"}]
+
+
+# --- imports by string ---
+
+IMPORT_BY_STRING = {
+    "__init__.py": "the package's own public names, on first use",
+    "cli/environment_probe.py": "each dependency in turn, to report those that cannot be imported",
+}
+
+
+def string_imports(source: str) -> list[str]:
+    """Calls that import a module by its name."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    names = [
+        node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        for node in calls
+    ]
+    return [
+        f"line {call.lineno}: {ast.unparse(call)}"
+        for call, name in zip(calls, names, strict=True)
+        if name in ("import_module", "__import__")
+    ]
+
+
+def test_no_module_is_imported_by_its_name():
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        if str(path.relative_to(PACKAGE)) not in IMPORT_BY_STRING:
+            wrong += [f"{path}: {call}" for call in string_imports(path.read_text(encoding="utf-8"))]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("source", ["import_module('x')", "importlib.import_module(NAME)", "__import__('x')"])
+def test_an_import_by_name_is_noticed(source):
+    assert string_imports(source)

@@ -154,7 +154,7 @@ def _minus_initial(name: str, tensor: Tensor, initial: dict[str, Tensor]) -> Ten
 def reset_name_or_path(config: FlamingoConfig) -> None:
     """Replace the path that the language model was loaded from by the name that it is recorded under."""
     language = backbone_records(config).get("language") or {}
-    config.get_text_config()._name_or_path = language.get("name") or ""
+    config.get_text_config().name_or_path = language.get("name") or ""
 
 
 def _config_to_save(model: FlamingoForConditionalGeneration) -> FlamingoConfig:

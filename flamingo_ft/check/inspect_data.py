@@ -199,8 +199,7 @@ def _with_image_root(entry: DataSource) -> DataSource:
 def _usable_rows(entry: DataSource) -> int:
     """Count the usable rows of the first `ROOT_TRIAL_ROWS`; if all are usable, return that number.
 
-    Rows are streamed, which avoids indexing a large file once per folder, unless rows refer to other rows of
-    the file.
+    Rows are streamed, which avoids indexing a large file once per folder, unless rows refer to other rows.
     """
     needs_file = entry.format in SCHEMAS and SCHEMAS[entry.format].open_file is not None
     trial = entry.model_copy(update={"streaming": not needs_file, "limit": ROOT_TRIAL_ROWS})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,8 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
 
-from .core import FlamingoCore
-from .token_rows import TokenRows
+from .token_rows import TokenRows, input_embedding, output_head
 
 MEDIA_TOKEN = "<image>"
 EOC_TOKEN = "<|endofchunk|>"
@@ -32,9 +32,15 @@ def add_media_tokens(tokenizer: PreTrainedTokenizerBase, extra: Sequence[str] = 
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     vocabulary = tokenizer.get_vocab()
-    return sorted(
-        vocabulary[t] for t in (MEDIA_TOKEN, EOC_TOKEN, *extra, tokenizer.pad_token) if t not in known
-    )
+    tokens = (MEDIA_TOKEN, EOC_TOKEN, *extra, str(tokenizer.pad_token))
+    return sorted(vocabulary[token] for token in tokens if token not in known)
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Return the id of one token."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 @torch.no_grad()
@@ -43,18 +49,20 @@ def grow_vocabulary(lm: PreTrainedModel, size: int) -> None:
 
     Added rows are the mean of the others.
     """
-    rows = len(lm.get_input_embeddings().weight)
+    rows = len(input_embedding(lm).weight)
     if size <= rows:
         return
     lm.resize_token_embeddings(size, mean_resizing=False)
-    embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    embeddings, head = input_embedding(lm), output_head(lm)
     for parameter in (embeddings.weight, getattr(head, "weight", None), getattr(head, "bias", None)):
         if parameter is not None:
             parameter[rows:] = parameter[:rows].float().mean(0)
 
 
-def add_tokens(model: FlamingoCore, size: int) -> None:
-    """Add tokens to ``model`` up to a vocabulary of ``size``; their rows go into `token_rows`.
+def add_tokens(model: Any, size: int) -> None:
+    """Add tokens to ``model``, a `FlamingoForConditionalGeneration`, up to a vocabulary of ``size``.
+
+    Their rows go into `token_rows`.
 
     A tokenizer numbers tokens in the order in which they are added, so all ids after the last known one are
     new. If the model has no rows of its own (its tokenizer had ``<image>`` before), they are those beyond the
@@ -68,16 +76,14 @@ def add_tokens(model: FlamingoCore, size: int) -> None:
             f"{WHERE}: cannot drop tokens in use, got {size} tokens where <image> and others need {used}; "
             "pass len(tokenizer)"
         )
-    first = used if own else len(lm.get_input_embeddings().weight)
+    first = used if own else len(input_embedding(lm).weight)
     added = list(range(first, size))
     if not added:
         return
     _check_rows_can_be_added(model)
     grow_vocabulary(lm, size)
     if model.token_rows is None:
-        model.token_rows = (
-            TokenRows(added, lm).to(lm.get_input_embeddings().weight.device).requires_grad_(False)
-        )
+        model.token_rows = TokenRows(added, lm).to(input_embedding(lm).weight.device).requires_grad_(False)
         model.token_rows.attach(lm, model.conditioning)
         model.token_rows.copy_from(lm)
     else:
@@ -85,7 +91,7 @@ def add_tokens(model: FlamingoCore, size: int) -> None:
     config.new_token_ids = [*own, *added]
 
 
-def _check_rows_can_be_added(model: FlamingoCore) -> None:
+def _check_rows_can_be_added(model: Any) -> None:
     """Raise UserError where parameters of a new shape would break what holds the old ones, or could not be
     loaded.
     """
@@ -101,14 +107,15 @@ def _check_rows_can_be_added(model: FlamingoCore) -> None:
         )
 
 
-def check_embeddings(module: object, rows: TokenRows | None, where: str) -> None:
+def check_embeddings(module: Any, rows: TokenRows | None, where: str) -> None:
     """Raise UserError unless ``module`` is a torch module with a row for every token of ``rows``."""
     needed = 1 + max(rows.token_ids) if rows is not None else 0
     if not isinstance(module, nn.Module):
         raise UserError(
             f"{where}: needs a torch module, got {type(module).__name__}; pass one like lang_encoder's own"
         )
-    if len(module.weight) < needed:
+    weight: Any = module.weight
+    if len(weight) < needed:
         raise UserError(
-            f"{where}: needs at least {needed} rows, got {len(module.weight)}; add the tokens' rows to it"
+            f"{where}: needs at least {needed} rows, got {len(weight)}; add the tokens' rows to it"
         )

@@ -8,7 +8,7 @@ from typing import Any
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.vision import VisionBackbone
 
-from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
+from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary, token_id
 from .conditioning import Visibility
 from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
@@ -45,8 +45,8 @@ def build_flamingo(
         media_visibility=media_visibility,
         perceiver=dict(perceiver or {}),
         cross_attention=dict(cross_attention or {}),
-        media_token_id=tokenizer.convert_tokens_to_ids(MEDIA_TOKEN),
-        eoc_token_id=tokenizer.convert_tokens_to_ids(EOC_TOKEN),
+        media_token_id=token_id(tokenizer, MEDIA_TOKEN),
+        eoc_token_id=token_id(tokenizer, EOC_TOKEN),
         new_token_ids=new_token_ids,
         decoder_layers_attr_name=decoder_layers_attr_name,
         backbones={"vision": vision.source, "language": language.source},

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -75,22 +75,19 @@ def render(
     """
     try:
         texts, spans = render_jinja_template(
-            conversations=[list(turns)],
+            conversations=[[dict(turn) for turn in turns]],
             chat_template=template,
             return_assistant_tokens_mask=marked,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
         )
-    except (
-        TemplateError,
-        TypeError,
-    ) as error:  # TypeError from templates that only take content as typed blocks
+    except (TemplateError, TypeError) as error:  # TypeError: the template only takes content as typed blocks
         problem = error_message(error, None)
         raise UserError(
             f"chat template: refuses the dialogue ({problem}); change its roles or the template, "
             "or set data.template to flamingo"
         ) from None
-    return texts[0], spans[0] if marked else []
+    return texts[0], cast("list[Span]", spans[0]) if marked else []
 
 
 def is_marked(template: str) -> bool:
@@ -226,7 +223,7 @@ def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
     earlier one.
     """
     last = answers[-1]
-    if not last.gap or last.asked is None or not last.prompt.startswith(last.asked):
+    if not last.gap or last.prompt is None or last.asked is None or not last.prompt.startswith(last.asked):
         return
     if any(answer.gap == "" for answer in answers):
         opening = last.prompt[len(last.asked) :]

@@ -58,7 +58,7 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def checkpoint_block(block: GradientCheckpointingLayer, options: dict[str, Any]) -> None:
+def checkpoint_block(block: Any, options: dict[str, Any]) -> None:
     """Let one block recompute its activations. `gradient_checkpointing_enable` is a method of transformers'
     models alone.
     """
@@ -69,7 +69,7 @@ def checkpoint_block(block: GradientCheckpointingLayer, options: dict[str, Any])
 def keep_weights(module: nn.Module) -> None:
     """Mark a module as initialized, so that transformers does not initialize its weights anew."""
     for part in module.modules():
-        part._is_hf_initialized = True
+        part._is_hf_initialized = True  # pyrefly: ignore[bad-argument-type]
 
 
 def forget_weight_conversions(model: Any) -> None:

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flamingo_ft.backbones.decoder_layers import residual_streams
 
@@ -105,7 +106,7 @@ def past_of(cache: object | None) -> Past | None:
     return getattr(cache, "flamingo_past", None)
 
 
-def cache_length(cache: object | None) -> int:
+def cache_length(cache: Any) -> int:
     """Return the number of tokens in a cache. State-space caches do not know it; it is read off their text
     times.
     """
@@ -129,7 +130,7 @@ class MediaConditioning:
         self._held_times: Tensor | None = None
         self._now = _Now()
 
-    def attach(self, lm: nn.Module, layers: nn.ModuleList) -> None:
+    def attach(self, lm: PreTrainedModel, layers: nn.ModuleList) -> None:
         """Register hooks on ``lm`` and on the decoder ``layers`` that have a block before them."""
         self._streams = residual_streams(lm.config)
         lm.register_forward_pre_hook(self._before_language_model, with_kwargs=True)
@@ -165,20 +166,23 @@ class MediaConditioning:
         """Drop held media."""
         self.held = self._held_times = None
 
-    def start(self, input_ids: Tensor, cache: object | None) -> None:
+    def start(self, input_ids: Tensor, cache: Any) -> None:
         """Compute which media the tokens of one forward see: input_ids (R, T), which follow those in
         ``cache``.
         """
         media, documents = self._now.media, self._now.documents
+        assert media is not None, "called while nothing is open"
         is_media = input_ids == self.media_token_id
         before, start = self._times_before(media, is_media, cache)
         times = start[:, None] + is_media.cumsum(-1)
         visible = media.visible(times, is_media, self.visibility, documents)
         self._now.call = _Call(torch.cat([before, times], dim=1), visible)
 
-    def finish(self, cache: object | None) -> None:
+    def finish(self, cache: Any) -> None:
         """End one forward and store its media and text times on the cache that it filled."""
-        self._now.past = Past(self._now.media, self._now.call.times)
+        media, call = self._now.media, self._now.call
+        assert media is not None and call is not None, "called while nothing is open"
+        self._now.past = Past(media, call.times)
         if hasattr(cache, "__dict__"):
             cache.flamingo_past = self._now.past
         self._now.call = None
@@ -200,9 +204,9 @@ class MediaConditioning:
             # Tokens beyond were read by the language model on its own, without media.
             before[:, known.shape[1] :] = known[:, -1:]
             return before, before[:, -1]
-        continues = media is self.held and not is_media.any()
-        start = repeat_rows(self._held_times, rows) if continues else before.new_zeros(rows)
-        return before, start
+        if media is self.held and self._held_times is not None and not is_media.any():
+            return before, repeat_rows(self._held_times, rows)
+        return before, before.new_zeros(rows)
 
     # Not compiled: torch.compile would not see this thread's state. The language model itself still compiles
     # in one graph.
@@ -218,7 +222,7 @@ class MediaConditioning:
         self.start(input_ids, get_cache(kwargs))
 
     @torch.compiler.disable
-    def _after_language_model(self, lm: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def _after_language_model(self, lm: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.is_open:
             given = get_cache(kwargs)
             self.finish(get_cache(output) if given is None else given)
@@ -227,7 +231,7 @@ class MediaConditioning:
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict
     ) -> tuple[tuple, dict] | None:
         call, media = self._now.call, self._now.media
-        if call is None:
+        if call is None or media is None:
             _refuse_recomputation()
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -247,7 +251,7 @@ class MediaConditioning:
         """Run the block of decoder layer ``index``; without gradients, keep its keys and values for the next
         token.
         """
-        block = self.blocks[index]
+        block: Any = self.blocks[index]
         if media.latents is None or torch.is_grad_enabled():
             return block(block.entry(hidden), media.latents, visible)[0]
         key = index, torch.is_autocast_enabled(hidden.device.type)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers, hidden_size
 from flamingo_ft.errors import UserError
@@ -48,7 +48,7 @@ class FlamingoCore(nn.Module):
     """
 
     vision_encoder: nn.Module
-    lang_encoder: nn.Module
+    lang_encoder: PreTrainedModel
     perceiver: PerceiverResampler
     gated_cross_attn_layers: nn.ModuleList
     token_rows: TokenRows | None
@@ -72,6 +72,7 @@ class FlamingoCore(nn.Module):
         sizes = {"dim": hidden_size(lm.config), "dim_visual": vis_dim, **(cross_attention or {})}
         self.perceiver = PerceiverResampler(dim=vis_dim, **(perceiver or {}))
         self.gated_cross_attn_layers = nn.ModuleList(
+            # pyrefly: ignore[bad-argument-type]
             GatedCrossAttentionBlock(**sizes) if (index + 1) % every == 0 else None
             for index in range(len(layers))
         )
@@ -83,7 +84,7 @@ class FlamingoCore(nn.Module):
 
     def media_for(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         given: MediaInput | None,
         cache: object | None = None,
         documents: Tensor | None = None,
@@ -107,7 +108,7 @@ class FlamingoCore(nn.Module):
             raise UserError(
                 f"forward: got {len(given.frames)} rows of images for {len(input_ids)} of text; pass one each"
             )
-        if seen.any() and are_of_the_end(seen, mentioned, given.slots):
+        if past is not None and seen.any() and are_of_the_end(seen, mentioned, given.slots):
             positions = media_positions(seen, given.slots)
             new = encode_media(self.vision_encoder, self.perceiver, given, mentioned, positions)
             return extend(past, seen, new)
@@ -128,7 +129,7 @@ class FlamingoCore(nn.Module):
 
     def condition_on(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         given: MediaInput | None,
         cache: object | None = None,
         documents: Tensor | None = None,
@@ -159,7 +160,7 @@ class FlamingoCore(nn.Module):
         new_ids = input_ids if only_new else input_ids[:, cache_length(cache) :]
         media = self.media_for(new_ids, given, cache)
         self.follow_language_model()
-        no_media_token = NoMediaToken([self.conditioning.media_token_id], device=input_ids.device)
+        no_media_token = NoMediaToken([self.conditioning.media_token_id], device=str(input_ids.device))
         kwargs["logits_processor"] = LogitsProcessorList(
             [*(kwargs.get("logits_processor") or []), no_media_token]
         )
@@ -173,10 +174,11 @@ class FlamingoCore(nn.Module):
             if isinstance(assistant, FlamingoCore):
                 opened.enter_context(assistant.condition_on(input_ids, given))
                 kwargs["assistant_model"] = assistant.lang_encoder
+            # pyrefly: ignore[not-callable]
             return self.lang_encoder.generate(input_ids, **name_cache(self.lang_encoder, kwargs))
 
     @torch.no_grad()
-    def hold_media(self, input_ids: Tensor, given: MediaInput) -> None:
+    def hold_media(self, input_ids: Tensor, given: MediaInput | None) -> None:
         """Encode ``given`` once, without a graph, and keep them for every forward until `uncache_media`."""
         self.conditioning.release()
         media = self.media_for(input_ids, given)

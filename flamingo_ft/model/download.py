@@ -68,13 +68,13 @@ class _PublicSecureConnection(http.client.HTTPSConnection):
 
 
 class _PublicHTTPHandler(urllib.request.HTTPHandler):
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicConnection, request)
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_PublicConnection, req)
 
 
 class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
-    def https_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(_PublicSecureConnection, request)
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_PublicSecureConnection, req)
 
 
 def _check_name(host: str, port: int) -> None:
@@ -82,7 +82,7 @@ def _check_name(host: str, port: int) -> None:
     private network.
     """
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        _check_public(address[0])
+        _check_public(str(address[0]))
 
 
 def _check_peer(connection: socket.socket) -> None:

@@ -45,7 +45,7 @@ _TIFF_PIXELS = {254, 256, 257, 258, 259, 262, 266, 273, ORIENTATION, 277, 278, 2
 _TIFF_PIXELS |= {322, 323, 324, 325, 332, 334, 338, 339, 347, *range(512, 522), 529, 530, 531, 532}
 
 
-def stored_orientation(info: Mapping[str, Any]) -> int | None:
+def stored_orientation(info: Mapping[Any, Any]) -> int | None:
     """Return the orientation (1..8) in a Pillow image's ``info``, from EXIF or else XMP; None if neither has
     one.
     """

@@ -240,6 +240,7 @@ def _colours(image: Image.Image) -> tuple[Image.Image, list[str]]:
     notes = [_MODES[image.mode]] if image.mode in _MODES else []
     if _may_be_transparent(image):
         rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        # pyrefly: ignore[unsupported-operation]
         if rgba.getchannel("A").getextrema()[0] < 255:
             notes.append("transparent")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), notes

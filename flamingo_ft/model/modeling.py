@@ -28,6 +28,7 @@ from .media import media_input
 from .perceiver import PerceiverResampler
 from .pretrained import AdapterFolders, find_adapter
 from .quantized import check_saveable, exclude_output_head, finish_quantized, mark_quantized, stored_config
+from .token_rows import input_embedding
 
 
 class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):
@@ -45,7 +46,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     config_class = FlamingoConfig
     base_model_prefix = "backbone"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -60,6 +61,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         lang_encoder: PreTrainedModel | None = None,
     ):
         super().__init__(config)
+        # pyrefly: ignore[bad-argument-type]
         self.vision_encoder = build_visual(config.vision_config) if vision_encoder is None else vision_encoder
         self.lang_encoder = lang_encoder or AutoModelForCausalLM.from_config(config.text_config)
         if config.open_attention:
@@ -71,6 +73,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         config.text_config = self.lang_encoder.config
         self.build_bridge(
             vis_dim=config.vision_width,
+            # pyrefly: ignore[bad-argument-type]
             media_token_id=config.media_token_id,
             every=config.cross_attn_every_n_layers,
             visibility=config.media_visibility,
@@ -86,7 +89,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     @classmethod
     def set_adapter_loader(cls, load: Callable[[AdapterFolders, Mapping[str, Any]], Any]) -> None:
         """Let ``from_pretrained`` load adapters and compositions with ``load``, which gets its options."""
-        cls._load_adapter = staticmethod(load)
+        cls._load_adapter = staticmethod(load)  # pyrefly: ignore[bad-assignment]
 
     @staticmethod
     def _load_adapter(folders: AdapterFolders, options: Mapping[str, Any]) -> Any:
@@ -222,6 +225,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         if (
             "lang_encoder" in self._modules
         ):  # PreTrainedModel.__init__ sets one before the language model exists
+            # pyrefly: ignore[bad-assignment]
             self.lang_encoder.generation_config = value
 
     def get_input_embeddings(self) -> nn.Module:
@@ -248,6 +252,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         """Return the language model without its output head; called directly, it sees no media."""
         return self.lang_encoder.get_decoder()
 
+    # pyrefly: ignore[bad-override]
     def resize_token_embeddings(
         self,
         new_num_tokens: int | None = None,
@@ -265,7 +270,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         if new_num_tokens is not None:
             add_tokens(self, new_num_tokens)
         if pad_to_multiple_of is not None:
-            rows = len(self.get_input_embeddings().weight)
+            rows = len(input_embedding(self.lang_encoder).weight)
             grow_vocabulary(self.lang_encoder, -(-rows // pad_to_multiple_of) * pad_to_multiple_of)
         self.follow_language_model()
         return self.get_input_embeddings()
@@ -273,6 +278,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize what a checkpoint lacks: torch's own initialization, gates at zero."""
         if module is self.vision_encoder:
+            # pyrefly: ignore[bad-argument-type]
             _restore_buffers(module, self.config.vision_config)
         elif isinstance(module, GatedCrossAttentionBlock):
             nn.init.zeros_(module.attn_gate)
@@ -317,6 +323,7 @@ class Backbone(nn.Module):
         cache, conditioning = get_cache(inputs), model.conditioning
         media = media_input(pixel_values, vision_tokens, frame_counts)
         with model.condition_on(input_ids, media, cache, document_ids):
+            assert input_ids is not None  # else `condition_on` has raised
             conditioning.start(input_ids, cache)
             output = _body_of(model.lang_encoder)(input_ids=input_ids, **inputs)
             conditioning.finish(get_cache(output) if cache is None else cache)

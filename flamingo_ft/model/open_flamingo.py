@@ -14,8 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 
-from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary
+from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary, token_id
 from .compat import IncompatibleKeys, checkpoint_block
+from .conditioning import Visibility
 from .core import FlamingoCore
 from .language_model_inputs import language_model_inputs
 from .layers import CheckpointedBlock
@@ -42,7 +43,7 @@ class Flamingo(FlamingoCore):
         cross_attn_every_n_layers: int = 1,
         gradient_checkpointing: bool = False,
         *,
-        media_visibility: str = "immediate",
+        media_visibility: Visibility = "immediate",
         perceiver: Mapping[str, Any] | None = None,
         cross_attention: Mapping[str, Any] | None = None,
         decoder_layers_attr_name: str | None = None,
@@ -51,6 +52,7 @@ class Flamingo(FlamingoCore):
         self.eoc_token_id = eoc_token_id
         self.media_token_id = media_token_id
         self.vis_dim = vis_dim
+        # pyrefly: ignore[bad-assignment]
         self.vision_encoder = getattr(vision_encoder, "visual", vision_encoder)
         self.lang_encoder = lang_encoder
         self.build_bridge(
@@ -176,8 +178,8 @@ def create_model_and_transforms(
     model = Flamingo(
         vision.visual,
         language.model,
-        tokenizer.convert_tokens_to_ids(EOC_TOKEN),
-        tokenizer.convert_tokens_to_ids(MEDIA_TOKEN),
+        token_id(tokenizer, EOC_TOKEN),
+        token_id(tokenizer, MEDIA_TOKEN),
         vis_dim=vision.width,
         cross_attn_every_n_layers=cross_attn_every_n_layers,
         decoder_layers_attr_name=decoder_layers_attr_name,

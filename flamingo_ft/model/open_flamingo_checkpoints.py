@@ -19,6 +19,7 @@ from flamingo_ft.formats.stored_files import first_few, unwrap_state_dict
 
 from .core import FlamingoCore
 from .parts import part_of
+from .token_rows import input_embedding
 
 
 @dataclass
@@ -58,7 +59,7 @@ def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str
         )
     tensors = parsed.tensors()
     targets = {name: tensor for name, tensor in model.state_dict().items() if part_of(name) != NEW_TOKENS}
-    report = _compare(tensors, targets, vocabulary=len(model.lang_encoder.get_input_embeddings().weight))
+    report = _compare(tensors, targets, vocabulary=len(input_embedding(model.lang_encoder).weight))
     _check_bridge(report, bool(quantization_formats(model)))
     _check_vocabulary(model, tensors)
     with torch.no_grad():
@@ -95,7 +96,7 @@ def _check_vocabulary(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> Non
     """
     if model.token_rows is None:
         return
-    embedding = model.lang_encoder.get_input_embeddings().weight
+    embedding = input_embedding(model.lang_encoder).weight
     name = next(name for name, parameter in model.named_parameters() if parameter is embedding)
     last = max(model.token_rows.token_ids)
     if name in tensors and len(tensors[name]) <= last:

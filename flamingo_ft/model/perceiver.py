@@ -88,6 +88,7 @@ class PerceiverResampler(nn.Module):
         tokens = self._add_positions(tokens.to(self.latents.dtype), slots).flatten(0, 1)
         latents = self.latents.expand(len(tokens), -1, -1)
         for layer in self.layers:
+            # pyrefly: ignore[not-callable]
             latents = layer(layer.entry(latents), tokens)
         return self.norm(latents).unflatten(0, (batch, media))
 

@@ -32,6 +32,7 @@ class FlamingoPipeline(ImageTextToTextPipeline):
             inputs = {**inputs, "images": _read_all(inputs["images"])}
         return super().preprocess(inputs, *args, **kwargs)
 
+    # pyrefly: ignore[bad-override]
     def postprocess(
         self,
         model_outputs: dict[str, Any],

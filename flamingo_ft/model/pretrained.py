@@ -53,7 +53,7 @@ def find_adapter(name: Any, options: Mapping[str, Any]) -> AdapterFolders | None
     if not (folder / ADAPTER_CONFIG).is_file():
         return AdapterFolders(folder, None)
     base = None if Path(name).is_dir() else named_composition(folder)
-    return AdapterFolders(base and _fetch(base, {**options, "revision": None}), folder)
+    return AdapterFolders(None if base is None else _fetch(base, {**options, "revision": None}), folder)
 
 
 def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:

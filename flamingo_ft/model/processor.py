@@ -182,6 +182,7 @@ class FlamingoProcessor(ProcessorMixin):
     def batch_decode(self, sequences: Any, skip_special_tokens: bool = False, **kwargs: Any) -> list[str]:
         """Decode several sequences; see `decode`."""
         texts = self.tokenizer.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        # pyrefly: ignore[bad-return]
         return _stripped(texts) if skip_special_tokens else texts
 
     @property
@@ -189,6 +190,7 @@ class FlamingoProcessor(ProcessorMixin):
         """The chat template, corrected if its prompt for an answer is not how it writes answers
         (`chat_template`).
         """
+        # pyrefly: ignore[bad-argument-type]
         return answer_template(self.tokenizer, self.chat_template).text
 
 

@@ -52,7 +52,7 @@ def stored_config(name: Any, options: Mapping[str, Any]) -> FlamingoConfig:
     )
 
 
-def finish_quantized(model: nn.Module, just_quantized: bool) -> None:
+def finish_quantized(model: Any, just_quantized: bool) -> None:
     """Finish a Flamingo that transformers has loaded.
 
     just_quantized: whether its weights were quantized while they were loaded, rather than stored quantized.
@@ -66,7 +66,7 @@ def finish_quantized(model: nn.Module, just_quantized: bool) -> None:
     mark_quantized(model)
 
 
-def _quantize_rest_of_tower(model: nn.Module, config: BitsAndBytesConfig) -> None:
+def _quantize_rest_of_tower(model: Any, config: BitsAndBytesConfig) -> None:
     skipped = config.llm_int8_skip_modules
     if should_convert_module(TOWER, skipped):
         visual = model.vision_encoder
@@ -76,7 +76,7 @@ def _quantize_rest_of_tower(model: nn.Module, config: BitsAndBytesConfig) -> Non
         model.config.open_attention = True
 
 
-def mark_quantized(model: nn.Module) -> None:
+def mark_quantized(model: Any) -> None:
     """Set ``is_loaded_in_4bit`` and ``is_loaded_in_8bit``, which PEFT and accelerate read on the model they
     are given.
     """

@@ -8,6 +8,7 @@ and would not take part in gathering its blocks one by one.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def copy_into(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(values)
 
 
-def _replicated(unit: nn.Module, others: set[nn.Parameter] = frozenset()) -> set[nn.Parameter]:
+def _replicated(unit: nn.Module, others: AbstractSet[nn.Parameter] = frozenset()) -> set[nn.Parameter]:
     """Return the parameters of a unit, without ``others``, whose dtype differs from most of it."""
     sizes: Counter = Counter()
     own = [parameter for parameter in unit.parameters() if parameter not in others]
@@ -86,5 +87,6 @@ def _replicated(unit: nn.Module, others: set[nn.Parameter] = frozenset()) -> set
 
 
 def _average(parameter: nn.Parameter) -> None:
+    assert parameter.grad is not None  # called after it was accumulated
     torch.distributed.all_reduce(parameter.grad, op=torch.distributed.ReduceOp.SUM)
     parameter.grad /= torch.distributed.get_world_size()

@@ -69,11 +69,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options
     rows = [encode_text(tokenizer, text, options.get("add_special_tokens", True)) for text in texts]
     rows = [_truncated(tokenizer, row, options) for row in rows]
     names = ("padding", "max_length", "pad_to_multiple_of", "padding_side")
-    padding = {name: options[name] for name in names if name in options}
+    padding: dict[str, Any] = {"padding": False} | {n: options[n] for n in names if n in options}
     unpadded = {"input_ids": [row.ids for row in rows]}
     if "token_type_ids" in tokenizer.model_input_names:
         unpadded["token_type_ids"] = [[0] * len(row.ids) for row in rows]
-    padded = dict(tokenizer.pad(unpadded, **{"padding": False, **padding}))
+    padded = dict(tokenizer.pad(unpadded, **padding))
     if options.get("return_offsets_mapping"):
         padded["offset_mapping"] = [
             _padded_offsets(*pair) for pair in zip(rows, padded["attention_mask"], strict=True)

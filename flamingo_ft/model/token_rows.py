@@ -20,13 +20,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from flamingo_ft.errors import UserError
 
@@ -38,31 +39,48 @@ ALIGNMENT = (
 )
 
 
+def input_embedding(lm: PreTrainedModel) -> nn.Embedding:
+    """Return the language model's embedding, under its real type."""
+    return cast("nn.Embedding", lm.get_input_embeddings())
+
+
+def output_head(lm: PreTrainedModel) -> nn.Linear | None:
+    """Return the language model's output head, under its real type; None for a model without one."""
+    return cast("nn.Linear | None", lm.get_output_embeddings())
+
+
+def _head_of(lm: PreTrainedModel) -> nn.Linear:
+    """Return the output head of a language model that has one."""
+    head = output_head(lm)
+    assert head is not None, "rows for the output head, but the language model has none"
+    return head
+
+
 class TokenRows(nn.Module):
     """Input rows (N, D) and output rows of N tokens; one table for both if the language model ties its
     matrices.
     """
 
-    def __init__(self, token_ids: Sequence[int], lm: nn.Module):
+    def __init__(self, token_ids: Sequence[int], lm: PreTrainedModel):
         super().__init__()
         self.token_ids = tuple(token_ids)
-        self.input = nn.Embedding(len(self.token_ids), lm.get_input_embeddings().embedding_dim)
-        head = lm.get_output_embeddings()
-        shared = head is None or _are_tied(lm)
-        self.output = None if shared else nn.Embedding(len(self.token_ids), head.in_features)
+        self.input = nn.Embedding(len(self.token_ids), input_embedding(lm).embedding_dim)
+        head = output_head(lm)
+        own_output = head is not None and not _are_tied(lm, head)
+        self.output = nn.Embedding(len(self.token_ids), head.in_features) if own_output else None
         self._scoring = _Scoring()
 
-    def attach(self, lm: nn.Module, conditioning: MediaConditioning) -> None:
+    def attach(self, lm: PreTrainedModel, conditioning: MediaConditioning) -> None:
         """Hook the rows onto ``lm``; they replace its own while ``conditioning`` is open."""
         self._conditioning = conditioning
         self._hooked: list[tuple[nn.Module | None, RemovableHandle | None]] = []
         self.follow(lm)
 
-    def follow(self, lm: nn.Module) -> None:
+    def follow(self, lm: PreTrainedModel) -> None:
         """Move the hooks to the embedding and the output head that ``lm`` has now; resizing replaces these
         modules.
         """
-        modules = lm.get_input_embeddings(), lm.get_output_embeddings()
+        modules = input_embedding(lm), output_head(lm)
         if [id(module) for module, _ in self._hooked] == [id(module) for module in modules]:
             return
         for _, handle in self._hooked:
@@ -75,29 +93,26 @@ class TokenRows(nn.Module):
         ]
 
     @torch.no_grad()
-    def reset(self, lm: nn.Module, known: int) -> None:
+    def reset(self, lm: PreTrainedModel, known: int) -> None:
         """Initialize every row with the mean of the first ``known`` rows of the language model's matrix."""
-        self.input.weight.copy_(lm.get_input_embeddings().weight[:known].float().mean(0))
+        self.input.weight.copy_(input_embedding(lm).weight[:known].float().mean(0))
         if self.output is not None:
-            self.output.weight.copy_(lm.get_output_embeddings().weight[:known].float().mean(0))
+            self.output.weight.copy_(_head_of(lm).weight[:known].float().mean(0))
 
     @torch.no_grad()
-    def copy_from(self, lm: nn.Module) -> None:
+    def copy_from(self, lm: PreTrainedModel) -> None:
         """Copy the rows that the language model itself has for these tokens."""
         ids = list(self.token_ids)
-        self.input.weight.copy_(lm.get_input_embeddings().weight[ids])
+        self.input.weight.copy_(input_embedding(lm).weight[ids])
         if self.output is not None:
-            self.output.weight.copy_(lm.get_output_embeddings().weight[ids])
+            self.output.weight.copy_(_head_of(lm).weight[ids])
 
     @torch.no_grad()
-    def extend(self, token_ids: Sequence[int], lm: nn.Module) -> None:
+    def extend(self, token_ids: Sequence[int], lm: PreTrainedModel) -> None:
         """Add rows for more tokens, copied from ``lm``. The parameters are replaced by larger ones."""
-        for table, matrix in (
-            (self.input, lm.get_input_embeddings()),
-            (self.output, lm.get_output_embeddings()),
-        ):
-            if table is not None:
-                rows = torch.cat([table.weight, matrix.weight[list(token_ids)].to(table.weight)])
+        for table, module in ((self.input, input_embedding(lm)), (self.output, output_head(lm))):
+            if table is not None and module is not None:
+                rows = torch.cat([table.weight, module.weight[list(token_ids)].to(table.weight)])
                 table.weight, table.num_embeddings = nn.Parameter(rows, table.weight.requires_grad), len(rows)
         self.token_ids += tuple(token_ids)
 
@@ -111,14 +126,14 @@ class TokenRows(nn.Module):
         """Return the output rows (N, D)."""
         return self.input_rows() if self.output is None else self.output(self._index())
 
-    def head_with_rows(self, head: nn.Module) -> OutputHead:
+    def head_with_rows(self, head: Any) -> OutputHead:
         """Return the output head with these rows in its matrix, for code that multiplies by the matrix
         itself.
         """
         return OutputHead(head, self.token_ids, self.output_rows, self._scoring.apart)
 
     @contextmanager
-    def scored_apart(self, head: nn.Module) -> Iterator[None]:
+    def scored_apart(self, head: Any) -> Iterator[None]:
         """Inside the ``with`` block, `head_with_rows` and `before_head` return the extended matrix and hidden
         states.
         """
@@ -137,7 +152,7 @@ class TokenRows(nn.Module):
     def _index(self) -> Tensor:
         return torch.arange(len(self.token_ids), device=self.input.weight.device)
 
-    def _after_embedding(self, embedding: nn.Module, args: tuple, embedded: Tensor) -> Tensor | None:
+    def _after_embedding(self, embedding: Any, args: tuple, embedded: Tensor) -> Tensor | None:
         if not self._conditioning.is_open:
             return None
         scale = getattr(embedding, "embed_scale", 1.0)  # Gemma 3 and others scale inside their embedding
@@ -146,7 +161,7 @@ class TokenRows(nn.Module):
             embedded = torch.where((args[0] == token_id)[..., None], row, embedded)
         return embedded
 
-    def _after_head(self, head: nn.Module, args: tuple, logits: Tensor) -> Tensor | None:
+    def _after_head(self, head: Any, args: tuple, logits: Tensor) -> Tensor | None:
         if not self._conditioning.is_open:
             return None
         rows = self.output_rows().to(logits.dtype)
@@ -156,15 +171,15 @@ class TokenRows(nn.Module):
         return logits.index_copy_(-1, torch.tensor(self.token_ids, device=logits.device), scores)
 
 
-def _are_tied(lm: nn.Module) -> bool:
+def _are_tied(lm: PreTrainedModel, head: nn.Linear) -> bool:
     """Whether head and embedding share a matrix, also before weights are loaded; the config does not always
     say.
     """
-    head, embedding = lm.get_output_embeddings().weight, lm.get_input_embeddings().weight
+    embedding = input_embedding(lm).weight
     names = {id(parameter): name for name, parameter in lm.named_parameters(remove_duplicate=False)}
-    pair = names[id(head)], names[id(embedding)]
+    pair = names[id(head.weight)], names[id(embedding)]
     return (
-        head is embedding
+        head.weight is embedding
         or pair in lm.all_tied_weights_keys.items()
         or pair[::-1] in lm.all_tied_weights_keys.items()
     )
@@ -186,7 +201,7 @@ class OutputHead:
     None.
     """
 
-    def __init__(self, head: nn.Module, token_ids: Sequence[int], rows: Callable[[], Tensor], apart: bool):
+    def __init__(self, head: Any, token_ids: Sequence[int], rows: Callable[[], Tensor], apart: bool):
         self._head, self._token_ids, self._rows, self._apart = head, token_ids, rows, apart
         self.bias = None if head.bias is None else _gathered(head.bias)
 
@@ -248,11 +263,10 @@ class RowsApart(WrapperTensor):
         return part
 
     @classmethod
-    def __torch_dispatch__(
-        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    # pyrefly: ignore[bad-override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         args, kwargs = tree_map_only(cls, lambda lazy: lazy[:], (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def _gathered(tensor: Tensor) -> Tensor:

@@ -169,7 +169,7 @@ def test_small_items_fill_the_rows():
 
 
 def test_an_item_that_no_row_holds_is_refused():
-    with pytest.raises(ValueError, match="length 11, a row holds 10"):
+    with pytest.raises(ValueError, match="length 11 does not fit into a row of 10"):
         list(pack([11], lambda size: size, 10))
 
 
