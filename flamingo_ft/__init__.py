@@ -52,7 +52,7 @@ _HOMES = {
     "write_composition": "flamingo_ft.adapters",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # pyrefly: ignore[unresolvable-dunder-all]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +19,7 @@ PARTIAL, REPLACED, REMOVED = ".partial", ".replaced", ".removed"
 
 
 @contextmanager
-def file_in_place(path: Path) -> Iterator[Path]:
+def file_in_place(path: Path) -> Generator[Path]:
     """Yield a path to write to; it replaces ``path`` when the block ends without an error."""
     partial = partial_path(path)
     try:
@@ -97,7 +97,7 @@ def finish_folder(place: Path) -> None:
 
 
 @contextmanager
-def folder_in_place(place: Path) -> Iterator[Path]:
+def folder_in_place(place: Path) -> Generator[Path]:
     """Yield a folder to write to; it replaces ``place`` when the block ends without an error, else it is
     removed."""
     partial = begin_folder(place)
@@ -109,7 +109,7 @@ def folder_in_place(place: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def files_in_place(folder: Path, first: str) -> Iterator[Path]:
+def files_in_place(folder: Path, first: str) -> Generator[Path]:
     """Yield a temporary folder whose files move to ``folder`` one by one when the block ends without an
     error.
 

@@ -6,7 +6,7 @@ for it forever. Whatever may fail in one process therefore runs inside `raise_to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -73,7 +73,7 @@ def unshard(results: Sequence[T]) -> list[T]:
 
 
 @contextmanager
-def raise_together() -> Iterator[None]:
+def raise_together() -> Generator[None]:
     """Turn a UserError of any process inside the block into an error of all processes at its end.
 
     The main process raises the error itself, the others `ReportedElsewhere`. Every process has to enter the

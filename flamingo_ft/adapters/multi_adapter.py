@@ -7,7 +7,7 @@ one bridge, which PEFT does not switch: switching loads the tensors of an adapte
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -124,7 +124,7 @@ class Adapters:
         self.in_use, self.model.adapter_base = name, read_base_name(self._folders[name])
 
     @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def disabled(self) -> Generator[None]:
         """Disable LoRA inside the block. The bridge stays: it is part of the model, not of PEFT."""
         if self._peft is None or not self._has_lora(self.in_use):
             yield

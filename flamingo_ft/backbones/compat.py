@@ -6,7 +6,7 @@ An upgrade that moves or removes one of them fails here, by name, when the backb
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -77,7 +77,7 @@ def resize_positional_embedding(visual: VisionTransformer, embedding: Tensor) ->
 
 
 @contextmanager
-def weight_conversion_errors() -> Iterator[None]:
+def weight_conversion_errors() -> Generator[None]:
     """Raise the machine error (disk full, out of memory) that stopped transformers from converting a weight.
 
     transformers catches every exception there, logs its traceback as a warning of

@@ -6,7 +6,7 @@ Shapes: N images, H and W pixels, V spatial tokens (patches), D token width.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -207,7 +207,7 @@ def _has_trainable_lora(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def _eval_mode(module: nn.Module) -> Generator[None]:
     """Put every submodule except LoRA's in eval mode, and restore its mode afterwards."""
     training = [part for name, part in module.named_modules() if part.training and ".lora_" not in name]
     for submodule in training:

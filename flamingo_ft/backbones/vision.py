@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,7 +215,7 @@ def _copy_from_file(visual: nn.Module) -> None:
 
 
 @contextmanager
-def _loading_errors(tower: TowerSource) -> Iterator[None]:
+def _loading_errors(tower: TowerSource) -> Generator[None]:
     """Raise UserError, in one line, for a file that cannot be loaded."""
     file = tower.weights or tower.model
     try:

@@ -6,7 +6,7 @@ The report is a folder with check.html, check.json, problems.jsonl and three his
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def _inspect_all(
 
 
 @contextmanager
-def _report_folder(folder: Path) -> Iterator[Path]:
+def _report_folder(folder: Path) -> Generator[Path]:
     """Yield a temporary folder and move its files to ``folder`` if the block succeeds.
 
     Raises UserError if ``folder`` is a file, or holds files but no earlier check.

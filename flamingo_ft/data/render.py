@@ -14,7 +14,7 @@ language model's own end token has loss after a caption, but not after an interl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from flamingo_ft.config import DataSection
 from flamingo_ft.errors import UserError
@@ -62,7 +62,7 @@ def render_dialogue(
     turns = [flatten(message, processor.tokenizer) for message in messages]
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     masked = {index for index in answers if turns[index].get("loss") is False}
-    if is_marked(processor.chat_template):
+    if is_marked(cast(str, processor.chat_template)):
         text, spans = _render(processor, turns, marked=True)
         return text, _unmasked(spans, answers, masked) if masked else spans
     text, _ = _render(processor, turns)
@@ -209,8 +209,8 @@ def _answer_span_by_marker(
     if not (text.startswith(head) and len(head) <= through):
         raise UserError(
             "chat template: begins an answer differently than its generation prompt does (with its "
-            f"reasoning, perhaps), got it in message {index}; remove the reasoning from answers, or set data.template "
-            "to flamingo"
+            f"reasoning, perhaps), got it in message {index}; remove the reasoning from answers, or set "
+            "data.template to flamingo"
         )
     alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
     end = text[: through + _common_prefix(processor, tail, alone)].rstrip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +53,7 @@ def frame_positions(file: str | Path | bytes, count: int, where: str) -> list[in
 
 
 @contextmanager
-def _video_errors(av: ModuleType, where: str) -> Iterator[None]:
+def _video_errors(av: ModuleType, where: str) -> Generator[None]:
     try:
         yield
     except (av.FFmpegError, OSError, ValueError, IndexError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -65,7 +65,7 @@ for _name in _LOGPROB_KERNELS:
 
 
 @contextmanager
-def logprob_kernels_as_on_cuda() -> Iterator[None]:
+def logprob_kernels_as_on_cuda() -> Generator[None]:
     """Let TRL's chunked log-probabilities allocate as on CUDA, where Triton kernels write in place."""
     triton = SimpleNamespace(cdiv=lambda count, block: -(-count // block))  # it may not be installed
     with replaced(chunked_logprob, triton=triton, **_LOGPROB_KERNELS):
@@ -73,7 +73,7 @@ def logprob_kernels_as_on_cuda() -> Iterator[None]:
 
 
 @contextmanager
-def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+def replaced(module: ModuleType, **attributes: Any) -> Generator[None]:
     """Replace attributes of a module inside the block."""
     before = {name: vars(module)[name] for name in attributes if name in vars(module)}
     vars(module).update(attributes)

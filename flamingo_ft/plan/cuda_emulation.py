@@ -7,7 +7,7 @@ activations can be offloaded to host RAM.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -63,7 +63,7 @@ def recompute_contexts(device: Device) -> tuple[AbstractContextManager, Abstract
 
 
 @contextmanager
-def emulate_device(device: Device) -> Iterator[None]:
+def emulate_device(device: Device) -> Generator[None]:
     """Let autocast, attention and TRL's loss allocate as on ``device``."""
     with ExitStack() as stack:
         if device == "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -151,7 +151,7 @@ def extrapolate(
 
 
 @contextmanager
-def _fake_tensor_log_disabled() -> Iterator[None]:
+def _fake_tensor_log_disabled() -> Generator[None]:
     """Keep torch from logging a traceback of an error that is reported in one line."""
     before, FAKE_TENSOR_LOG.disabled = FAKE_TENSOR_LOG.disabled, True
     try:

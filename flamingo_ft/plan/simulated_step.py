@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -231,7 +231,7 @@ def _select_all(hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def _full_batch(models: Sequence[FlamingoForConditionalGeneration], batch: Batch) -> Iterator[None]:
+def _full_batch(models: Sequence[FlamingoForConditionalGeneration], batch: Batch) -> Generator[None]:
     """Give the models media in every slot, instead of counting image tokens in ids that have no content."""
     for model in models:
         model.media_for = partial(_encode_full_media, model, batch.answers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class LiveReport(TrainerCallback):
 
 
 @contextmanager
-def final_report(folder: Path) -> Iterator[None]:
+def final_report(folder: Path) -> Generator[None]:
     """Write the report when the block ends or raises, if a run has begun in the folder."""
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -127,7 +127,7 @@ def make_trainer(
 
 
 @contextmanager
-def hidden_quantization_flags(model: FlamingoForConditionalGeneration) -> Iterator[None]:
+def hidden_quantization_flags(model: FlamingoForConditionalGeneration) -> Generator[None]:
     """Keep TRL from casting the trainable parameters, gates too, of a 4/8-bit model to bfloat16."""
     flags = {name: model.__dict__.pop(name) for name in QUANTIZATION_FLAGS if name in model.__dict__}
     try:

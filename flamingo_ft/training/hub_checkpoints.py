@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ def prepare_repository(repository: str, starts_new_run: bool) -> None:
 @contextmanager
 def background_uploads(
     repository: str | None, limit: int, log: Callable[[str], None]
-) -> Iterator[BackgroundUploads | None]:
+) -> Generator[BackgroundUploads | None]:
     """Yield the uploads to ``repository`` and wait for them at the end.
 
     Yields None without a repository, and in all processes but the main one.
@@ -236,7 +236,7 @@ def _fetch(repository: str, root: Path, step: int) -> Path:
 
 
 @contextmanager
-def _scratch_folder(root: Path) -> Iterator[Path]:
+def _scratch_folder(root: Path) -> Generator[Path]:
     """Yield a temporary folder on the same disk as ``root``."""
     root.mkdir(parents=True, exist_ok=True)
     scratch = atomic.begin_folder(root / "download")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ WORKER_DIED = "DataLoader worker"  # how torch's error begins
 
 
 @contextmanager
-def oom_as_user_error(activity: str) -> Iterator[None]:
+def oom_as_user_error(activity: str) -> Generator[None]:
     """Raise `OutOfMemory` if memory runs out in the block. activity: a key of ``OOM_REMEDIES``."""
     try:
         yield
@@ -53,7 +53,7 @@ def attach_memory_plan(error: OutOfMemory, recipe: Recipe) -> OutOfMemory:
 
 
 @contextmanager
-def io_errors_as_user_error(train_config: TrainSection) -> Iterator[None]:
+def io_errors_as_user_error(train_config: TrainSection) -> Generator[None]:
     """Raise UserError for a full disk or a killed worker in the block; `save_checkpoint` reports its own."""
     try:
         yield

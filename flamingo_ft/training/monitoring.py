@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -51,7 +51,7 @@ class ThroughputMeter:
             torch.cuda.reset_peak_memory_stats()
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """Exclude the block from training time: evaluation, saving, reports. Nested blocks count once."""
         began, paused_before = time.monotonic(), self._paused_seconds
         try:

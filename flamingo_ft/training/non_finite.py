@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -177,7 +177,7 @@ def _find_cause(trainer: Any, batch: dict[str, Any]) -> str | None:
 
 
 @contextmanager
-def _record_causes(model: nn.Module, causes: list[str]) -> Iterator[None]:
+def _record_causes(model: nn.Module, causes: list[str]) -> Generator[None]:
     """Append the first non-finite output or gradient of ``model`` to ``causes``, unless it has an entry."""
     with ExitStack() as stack:
         for name, module in model.named_modules():

@@ -6,7 +6,7 @@ import itertools
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -149,7 +149,7 @@ class FlamingoTrainerMixin(TrainerBase):
         return norm
 
     @contextmanager
-    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+    def _defer_fsdp_gradient_reduction(self) -> Generator[None]:
         """Accumulate gradients of a sharded model locally until the last batch of a step.
 
         Trainer's own version reads a `distributed_config` that only transformers' own sharding leaves on a

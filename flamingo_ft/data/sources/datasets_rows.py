@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -108,7 +108,7 @@ def load_hub(
 
 
 @contextmanager
-def dataset_errors(where: str) -> Iterator[None]:
+def dataset_errors(where: str) -> Generator[None]:
     """Silence `datasets`, and raise what fails in it as a UserError of one line."""
     level, bars = logging.get_verbosity(), datasets.is_progress_bar_enabled()
     logging.set_verbosity_error()
