@@ -1,7 +1,7 @@
-"""What the Hub has of the released Flamingos, in its form, as small as one likes: language models, tower, checkpoints.
+"""Small stand-ins for the Hub repositories of the released Flamingos: language models, tower, checkpoints.
 
-The configurations are those of anas-awadalla/mpt-1b-redpajama-200b, anas-awadalla/mpt-7b (both name code of their own),
-togethercomputer/RedPajama-INCITE-Base-3B-v1 and huggyllama/llama-7b.
+The configurations are those of anas-awadalla/mpt-1b-redpajama-200b and anas-awadalla/mpt-7b (both with remote
+code), togethercomputer/RedPajama-INCITE-Base-3B-v1 and huggyllama/llama-7b.
 """
 
 from __future__ import annotations
@@ -25,56 +25,63 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, build_flamingo
 from tests.regimes import shake
 
 MOSAIC_GPT = {
-    "alibi": True, "alibi_bias_max": 8, "architectures": ["MosaicGPT"], "attn_clip_qkv": None, "attn_impl": "torch",
-    "attn_pdrop": 0, "attn_qk_ln": True, "attn_uses_sequence_id": False,
+    "alibi": True, "alibi_bias_max": 8, "architectures": ["MosaicGPT"], "attn_clip_qkv": None,
+    "attn_impl": "torch", "attn_pdrop": 0, "attn_qk_ln": True, "attn_uses_sequence_id": False,
     "auto_map": {
-        "AutoConfig": "configuration_mosaic_gpt.MosaicGPTConfig", "AutoModelForCausalLM": "mosaic_gpt.MosaicGPT",
+        "AutoConfig": "configuration_mosaic_gpt.MosaicGPTConfig",
+        "AutoModelForCausalLM": "mosaic_gpt.MosaicGPT",
     },
-    "d_model": 2048, "emb_init_std": None, "emb_init_uniform_lim": None, "emb_pdrop": 0, "embedding_fraction": 1.0,
-    "fan_mode": "fan_in", "init_device": "cpu", "init_div_is_residual": True, "init_gain": 0,
-    "init_nonlinearity": "relu", "init_std": 0.02, "logit_scale": None, "low_precision_layernorm": True,
-    "max_seq_len": 2048, "mlp_ratio": 4, "model_type": "mosaic_gpt", "n_heads": 16, "n_layers": 24, "no_bias": True,
-    "param_init_fn": "kaiming_normal_", "prefix_lm": False, "resid_pdrop": 0, "softmax_scale": None,
-    "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "float32", "transformers_version": "4.27.4",
-    "use_cache": False, "verbose": 0, "vocab_size": 50432,
+    "d_model": 2048, "emb_init_std": None, "emb_init_uniform_lim": None, "emb_pdrop": 0,
+    "embedding_fraction": 1.0, "fan_mode": "fan_in", "init_device": "cpu", "init_div_is_residual": True,
+    "init_gain": 0, "init_nonlinearity": "relu", "init_std": 0.02, "logit_scale": None,
+    "low_precision_layernorm": True, "max_seq_len": 2048, "mlp_ratio": 4, "model_type": "mosaic_gpt",
+    "n_heads": 16, "n_layers": 24, "no_bias": True, "param_init_fn": "kaiming_normal_", "prefix_lm": False,
+    "resid_pdrop": 0, "softmax_scale": None, "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "float32", "transformers_version": "4.27.4", "use_cache": False, "verbose": 0,
+    "vocab_size": 50432,
 }  # fmt: skip
 MPT = {
     "architectures": ["MPTForCausalLM"],
     "attn_config": {
-        "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0, "attn_type": "multihead_attention",
-        "attn_uses_sequence_id": False, "clip_qkv": None, "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
+        "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
+        "attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None,
+        "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
     },
     "auto_map": {
         "AutoConfig": "configuration_mpt.MPTConfig", "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM",
     },
     "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4,
     "init_config": {
-        "emb_init_std": None, "emb_init_uniform_lim": None, "fan_mode": "fan_in", "init_div_is_residual": True,
-        "init_gain": 0, "init_nonlinearity": "relu", "init_std": 0.02, "name": "kaiming_normal_", "verbose": 0,
+        "emb_init_std": None, "emb_init_uniform_lim": None, "fan_mode": "fan_in",
+        "init_div_is_residual": True, "init_gain": 0, "init_nonlinearity": "relu", "init_std": 0.02,
+        "name": "kaiming_normal_", "verbose": 0,
     },
-    "init_device": "cpu", "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048, "model_type": "mpt",
-    "n_heads": 32, "n_layers": 32, "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0,
-    "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "bfloat16", "transformers_version": "4.28.1",
-    "use_cache": False, "verbose": 0, "vocab_size": 50432,
+    "init_device": "cpu", "learned_pos_emb": True, "logit_scale": None, "max_seq_len": 2048,
+    "model_type": "mpt", "n_heads": 32, "n_layers": 32, "no_bias": True,
+    "norm_type": "low_precision_layernorm", "resid_pdrop": 0, "tokenizer_name": "EleutherAI/gpt-neox-20b",
+    "torch_dtype": "bfloat16", "transformers_version": "4.28.1", "use_cache": False, "verbose": 0,
+    "vocab_size": 50432,
 }  # fmt: skip
 GPT_NEOX = {
     "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
     "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 10240, "layer_norm_eps": 1e-05,
-    "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 32, "num_hidden_layers": 32,
-    "rotary_emb_base": 10000, "rotary_pct": 1.0, "tie_word_embeddings": False, "torch_dtype": "float16",
-    "transformers_version": "4.28.1", "use_cache": True, "use_parallel_residual": False, "vocab_size": 50432,
+    "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "rotary_emb_base": 10000, "rotary_pct": 1.0, "tie_word_embeddings": False,
+    "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True,
+    "use_parallel_residual": False, "vocab_size": 50432,
 }  # fmt: skip
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008, "max_position_embeddings": 2048,
-    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32, "pad_token_id": 0, "rms_norm_eps": 1e-06,
-    "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.28.0.dev0", "use_cache": True,
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+    "max_position_embeddings": 2048, "model_type": "llama", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "pad_token_id": 0, "rms_norm_eps": 1e-06, "tie_word_embeddings": False,
+    "torch_dtype": "float16", "transformers_version": "4.28.0.dev0", "use_cache": True,
     "vocab_size": 32000,
 }  # fmt: skip
 
 
 def write_language_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write configuration, weights in two shards (without a head that is the embeddings again) and a tokenizer."""
+    """Write the configuration, the weights in two shards (a tied head is left out) and a tokenizer."""
     folder.mkdir(parents=True)
     tied = config.get("tie_word_embeddings", True)
     kept = {name: tensor for name, tensor in tensors.items() if not (tied and name == "lm_head.weight")}
@@ -102,15 +109,19 @@ def bytes_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
-# Sizes of stand-ins, by the model type: width 48, 4 heads, as many layers as are to be.
+# Sizes of the stand-ins by model type (width 48, 4 heads), and the key that sets the number of layers.
 SMALL = {
-    "mosaic_gpt": (MOSAIC_GPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 512, "vocab_size": 320}, "n_layers"),
+    "mosaic_gpt": (
+        MOSAIC_GPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 512, "vocab_size": 320}, "n_layers",
+    ),
     "mpt": (MPT, {"d_model": 48, "n_heads": 4, "max_seq_len": 512, "vocab_size": 320}, "n_layers"),
     **{
         config["model_type"]: (
             config,
-            {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "max_position_embeddings": 512,
-             "vocab_size": 320},
+            {
+                "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4,
+                "max_position_embeddings": 512, "vocab_size": 320,
+            },
             "num_hidden_layers",
         )
         for config in (GPT_NEOX, LLAMA)
@@ -148,7 +159,7 @@ def write_tower(folder: Path) -> Path:
 
 
 def write_checkpoint(folder: Path, model: ReleasedModel, language: Path, tower: str, pretrained: str) -> Path:
-    """A released model's checkpoint.pt around small backbones: the bridge, and embeddings without rows of padding."""
+    """Write a released model's checkpoint.pt for small backbones: bridge, embeddings without padding rows."""
     vision, lm = load_vision(tower, pretrained), load_language(str(language))
     flamingo, _ = build_flamingo(vision, lm, cross_attn_every_n_layers=model.interval)
     shake(flamingo.requires_grad_(True), 0.1)
@@ -160,8 +171,10 @@ def write_checkpoint(folder: Path, model: ReleasedModel, language: Path, tower: 
 def open_flamingo_names(
     flamingo: FlamingoForConditionalGeneration, model: ReleasedModel, vocabulary: int
 ) -> dict[str, Tensor]:
-    """The bridge and the first rows of the embeddings under the names that OpenFlamingo saves them by; version 1, whose text
-    could see the following image, saved the cross-attention under a second one too."""
+    """Return the bridge and the first ``vocabulary`` rows of the embeddings under OpenFlamingo's names.
+
+    Version 1, whose text could attend to the next image, saved the cross-attention under a second name too.
+    """
     embeddings = flamingo.lang_encoder.get_input_embeddings().weight
     names = (name for name, parameter in flamingo.named_parameters() if parameter is embeddings)
     found = {next(names): embeddings.detach()[:vocabulary].clone()}

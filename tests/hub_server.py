@@ -1,8 +1,8 @@
-"""A Hub on this machine: enough of its HTTP API for the real `huggingface_hub` client, over plain LFS.
+"""A local Hub server: enough of the HTTP API for the real `huggingface_hub` client, over plain LFS.
 
-Repositories of models with branches of commits; regular files inside a commit, large ones uploaded before it by
-their SHA-256. `fail` makes requests go wrong: with a status, or a connection that is dropped, at once or half-way
-through the answer; `hold` makes them wait.
+It stores model repositories with branches of commits. Small files are part of a commit; large files are
+uploaded first and referenced by SHA-256. `fail` makes requests fail with a status or a dropped connection,
+either at once or halfway through the response; `hold` blocks them.
 """
 
 from __future__ import annotations
@@ -75,8 +75,11 @@ class Held:
 
 
 class Hub:
-    """What is stored, and what is to go wrong. requests: method and path of each request so far. constants: what
-    `huggingface_hub.constants` are for a client of it."""
+    """The stored repositories and the failures to inject.
+
+    ``requests`` lists the method and path of each request so far; ``constants`` are the values that a client
+    of this server needs in `huggingface_hub.constants`.
+    """
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -89,8 +92,10 @@ class Hub:
         self.constants: dict[str, Any] = {}
 
     def fail(self, pattern: str, times: int = 1, status: int | None = None, half_way: bool = False) -> None:
-        """The next ``times`` requests ("METHOD /path") that fit get ``status``, or a dropped connection for None;
-        half_way: after the first half of the answer's content."""
+        """Fail the next ``times`` requests ("METHOD /path") that match ``pattern``.
+
+        They get ``status``, or a dropped connection if it is None (``half_way``: after half of the content).
+        """
         self.failures.append(Failure(pattern, times, status, half_way))
 
     def hold(self, pattern: str) -> Held:
@@ -328,9 +333,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._error(404, f"{folder} does not exist", "EntryNotFound")
         begin = int(self.query.get("cursor", ["0"])[0])
         page = [self._entry(path, commit.files[path]) for path in paths[begin : begin + PAGE]]
-        more = {
-            "Link": f'<{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={begin + PAGE}>; rel="next"'
-        }
+        path = urlsplit(self.path).path
+        more = {"Link": f'<{self.hub.url}{path}?recursive=true&cursor={begin + PAGE}>; rel="next"'}
         self._json(page, **(more if begin + PAGE < len(paths) else {}))
 
     def _entry(self, path: str, digest: str) -> dict[str, Any]:

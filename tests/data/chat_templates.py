@@ -26,7 +26,8 @@ TURNS = (
 INST = (
     "{{ bos_token }}" + EACH + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}{% endfor %}"
+    "{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else ' ' + m.content + eos_token }}"
+    "{% endfor %}"
 )
 # The system message stands in the last question.
 SYSTEM_LAST = (
@@ -43,8 +44,8 @@ ENDS_THE_TEXT = (
     "{{ '[assistant]\n' if add_generation_prompt else '<|endoftext|>' }}"
 )
 END_AT_LAST = (
-    EACH
-    + "{{ m.role + ': ' + m.content + (eos_token if loop.last and m.role == 'assistant' else '\n') }}{% endfor %}"
+    EACH + "{{ m.role + ': ' + m.content + (eos_token if loop.last and m.role == 'assistant' else '\n') }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
 LINE_AFTER_END = CHATML.replace("'<|im_end|>\n'", "eos_token + '\n\n'")
@@ -73,7 +74,7 @@ LAST_REASONING = """\
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
-"""
+"""  # noqa: E501
 OPENS_REASONING = LAST_REASONING.replace(
     "    {{- '<|im_start|>assistant\\n' }}", "    {{- '<|im_start|>assistant\\n<think>\\n' }}"
 )

@@ -131,8 +131,8 @@ BAD_ROWS = {
         text_or_messages(
             ("user", [{"type": "image_url", "image_url": "data:image/png;base64,iVBOR"}]), ("assistant", "A")
         ),
-        "messages[0].content[0].image_url: not base64 (Invalid base64-encoded string: number of data characters (5) "
-        "cannot be 1 more than a multiple of 4); expected an image file in base64",
+        "messages[0].content[0].image_url: not base64 (Invalid base64-encoded string: number of data "
+        "characters (5) cannot be 1 more than a multiple of 4); expected an image file in base64",
     ),
     "empty data URI": (
         "messages",
@@ -159,7 +159,8 @@ BAD_ROWS = {
     "URL": (
         "messages",
         {"messages": ASK, "images": ["https://example.org/a.png"]},
-        "images[0]: URLs are not fetched, got https://example.org/a.png; set data.allow_urls to true to allow it",
+        "images[0]: URLs are not fetched, got https://example.org/a.png; "
+        "set data.allow_urls to true to allow it",
     ),
     "file URL": (
         "messages",
@@ -297,12 +298,14 @@ BAD_ROWS = {
             "text_list": ["A."],
             "image_info": [{"matched_text_index": 0, "raw_url": "http://example.org/a.png"}],
         },
-        "image_info[0].raw_url: URLs are not fetched, got http://example.org/a.png; set data.allow_urls to true to allow it",
+        "image_info[0].raw_url: URLs are not fetched, got http://example.org/a.png; "
+        "set data.allow_urls to true to allow it",
     ),
     "lists of two lengths": (
         "obelics",
         {"texts": ["A.", "B."], "images": [None]},
-        "expected texts and images of one length, with null where the other has something, got 2 texts and 1 images",
+        "expected texts and images of one length, with null where the other has something, "
+        "got 2 texts and 1 images",
     ),
     "text and image": (
         "obelics",
@@ -408,7 +411,8 @@ BAD_FILES = {
     "open quote": (
         "x.csv",
         'question,answer\nQ,A\n"Q,A\n',
-        "row 1: not ','-separated text (unexpected end of data); close every quote and end lines with a line feed",
+        "row 1: not ','-separated text (unexpected end of data); "
+        "close every quote and end lines with a line feed",
     ),
     "line ends of old": (
         "x.csv",
@@ -430,8 +434,8 @@ BAD_FILES = {
     "deep nesting": (
         "x.jsonl",
         "[" * 100_000,
-        "row 0: not JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string); "
-        "expected one object a line",
+        "row 0: not JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode "
+        "string); expected one object a line",
     ),
     "two lists": (
         "x.json",
@@ -518,8 +522,8 @@ BAD_ENTRIES = {
     ),
     "no JSON in a tar": (
         lambda f: _tar(f, a_json=b"{"),
-        "FOLDER/x.tar: row 0: a.json: not JSON (Expecting property name enclosed in double quotes at character 1); "
-        "expected an object",
+        "FOLDER/x.tar: row 0: a.json: not JSON (Expecting property name enclosed in double quotes at "
+        "character 1); expected an object",
     ),
     "noise for Parquet": (
         lambda f: write(f, "x.parquet", b"noise"),
@@ -537,13 +541,13 @@ BAD_ENTRIES = {
     ),
     "unknown columns": (
         lambda f: write(f, "x.csv", "a,b\n1,2\n"),
-        "FOLDER/x.csv: row 0: no format has these columns, got a, b; name them with columns and format, or provide "
-        "those of preference (prompt, chosen, rejected); messages",
+        "FOLDER/x.csv: row 0: no format has these columns, got a, b; name them with columns and format, or "
+        "provide those of preference (prompt, chosen, rejected); messages",
     ),
     "unknown field": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"reply": "answer"}},
-        "FOLDER/x.jsonl: columns: expected fields of vqa, got 'reply'; use answer, answers, image, images, question, "
-        "system, task, video, videos",
+        "FOLDER/x.jsonl: columns: expected fields of vqa, got 'reply'; use answer, answers, image, images, "
+        "question, system, task, video, videos",
     ),
     "unknown column": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"answer": "label"}},
@@ -566,8 +570,8 @@ BAD_ENTRIES = {
         lambda f: write(
             f, "D_instructions.json", '{"data": {"i": {"instruction": "Q", "answer": "A", "image_ids": []}}}'
         ),
-        "FOLDER/D_instructions.json: no file with its images, looked for D_images.json, D_images.json, D.json, D_00.json; "
-        "name it: columns: {images_file: PATH}",
+        "FOLDER/D_instructions.json: no file with its images, looked for D_images.json, D_images.json, "
+        "D.json, D_00.json; name it: columns: {images_file: PATH}",
     ),
     "empty image": (
         lambda f: _images(f, "c.png", b""),

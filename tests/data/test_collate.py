@@ -102,7 +102,8 @@ def test_a_sample_as_long_as_the_limit_passes_and_a_longer_one_is_refused(folder
         collate(row(folder, 1), limit=length - 1)
     assert str(caught.value) == (
         f"row 5: got {length} text tokens, the limit is {length - 1}; "
-        "shorten the sample, raise data.max_text_tokens (up to the language model's context) or set data.too_long"
+        "shorten the sample, raise data.max_text_tokens (up to the language model's context) "
+        "or set data.too_long"
     )
 
 

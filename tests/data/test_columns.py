@@ -106,13 +106,16 @@ def test_a_row_with_more_columns_than_the_first_is_refused_by_itself(folder):
 METADATA = {
     "VQAv2": {
         "image": "a.png", "question": "Q?", "question_id": 1, "question_type": "is", "image_id": 3,
-        "answer_type": "yes/no", "multiple_choice_answer": "yes", "answers": [{"answer": "yes", "answer_id": 1}],
+        "answer_type": "yes/no", "multiple_choice_answer": "yes",
+        "answers": [{"answer": "yes", "answer_id": 1}],
     },
     "LLaVA": {
         "id": "row 7", "image": "a.png", "model": "m",
         "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}],
     },
-    "img2dataset": {"image": "a.png", "url": "http://x/y.jpg", "key": "k0", "caption": "A", "text": "A", "width": 4},
+    "img2dataset": {
+        "image": "a.png", "url": "http://x/y.jpg", "key": "k0", "caption": "A", "text": "A", "width": 4,
+    },
     "a repeated prompt": {"prompt": "What?", "prompt_id": "x", "messages": ASK},
     "pandas' index": {"": 0, "image": "a.png", "caption": "A", "split": "train", "source": "web"},
     "nothing in them": {**VQA, "choices": None, "hint": "", "context": [], "label": {"name": None}},

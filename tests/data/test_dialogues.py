@@ -36,10 +36,14 @@ def mixed(**keys) -> dict:
 
 
 ROWS = [openai, sharegpt, mixed]
-NOT_LEARNED = [{"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": 0}, {"train": False}, {"training": False},
-               {"loss_scale": 0}, {"loss_weight": 0}, {"loss_mask": 0}, {"loss": False, "weight": 0}]  # fmt: skip
-LEARNED = [{}, {"weight": 1}, {"weight": 1.0}, {"weight": None}, {"loss": True}, {"train": True}, {"loss_scale": 1.0},
-           {"loss_mask": 1}, {"train_detail": None}, {"train_detail": []}]  # fmt: skip
+NOT_LEARNED = [
+    {"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": 0}, {"train": False}, {"training": False},
+    {"loss_scale": 0}, {"loss_weight": 0}, {"loss_mask": 0}, {"loss": False, "weight": 0},
+]  # fmt: skip
+LEARNED = [
+    {}, {"weight": 1}, {"weight": 1.0}, {"weight": None}, {"loss": True}, {"train": True},
+    {"loss_scale": 1.0}, {"loss_mask": 1}, {"train_detail": None}, {"train_detail": []},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -64,13 +68,15 @@ def test_a_weight_of_zero_leaves_no_label(tmp_path):
     assert learned == ["A.<|im_end|>B.<|im_end|>", "B.<|im_end|>"]
 
 
-REFUSED = [("weight", 0.5), ("weight", 2), ("weight", -1), ("weight", "0"), ("weight", True), ("weight", [0]),
-           ("loss", "no"), ("loss", 0.5), ("train", "false"), ("loss_scale", 2.0), ("loss_scale", "last_round"),
-           ("train_detail", [{"begin_offset": 0, "end_offset": 1, "train": False}]), ("mask", True),
-           ("reasoning_content", "Hm."), ("reasoning", "Hm."), ("thinking", "Hm."),
-           ("tool_calls", [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
-           ("function_call", {"name": "f", "arguments": "{}"}), ("name", "Ann"), ("images", ["a.png"]),
-           ("refusal", "No.")]  # fmt: skip
+REFUSED = [
+    ("weight", 0.5), ("weight", 2), ("weight", -1), ("weight", "0"), ("weight", True), ("weight", [0]),
+    ("loss", "no"), ("loss", 0.5), ("train", "false"), ("loss_scale", 2.0), ("loss_scale", "last_round"),
+    ("train_detail", [{"begin_offset": 0, "end_offset": 1, "train": False}]), ("mask", True),
+    ("reasoning_content", "Hm."), ("reasoning", "Hm."), ("thinking", "Hm."),
+    ("tool_calls", [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]),
+    ("function_call", {"name": "f", "arguments": "{}"}), ("name", "Ann"), ("images", ["a.png"]),
+    ("refusal", "No."),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS)

@@ -29,7 +29,7 @@ FORMS = [
     ((IMAGE, " A seven. "), f"<image>A seven.<|endofchunk|>{END}", f"A seven.<|endofchunk|>{END}"),
     ((IMAGE, "1 ", IMAGE, " 2"), f"<image>1{EOC}<image>2{EOC}{END}", f"1{EOC}2{EOC}"),
     (("so ", IMAGE, "one"), f"so<image>one<|endofchunk|>{END}", "one<|endofchunk|>"),
-    ((IMAGE, IMAGE, "two"), f"<image><|endofchunk|><image>two<|endofchunk|>{END}", "<|endofchunk|>two<|endofchunk|>"),
+    ((IMAGE, IMAGE, "two"), f"<image>{EOC}<image>two{EOC}{END}", "<|endofchunk|>two<|endofchunk|>"),
     (("text",), f"text<|endofchunk|>{END}", ""),
     ((IMAGE, "a <image> b"), f"<image>a <image> b<|endofchunk|>{END}", f"a <image> b<|endofchunk|>{END}"),
 ]  # fmt: skip

@@ -173,9 +173,9 @@ def test_two_videos_of_a_sample_are_both_kept(tmp_path):
 
 
 LEFTOVERS = [
-    "__MACOSX/._a.png", "._a.png", "x/._a.txt", ".DS_Store", "x/.DS_Store", "Thumbs.db", "thumbs.db", "Desktop.ini",
-    "@eaDir/a.png/SYNOFILE_THUMB_M.jpg", ".ipynb_checkpoints/a-checkpoint.png", ".AppleDouble/a.png",
-    "PaxHeaders.1/a.png", "pax_global_header", "$RECYCLE.BIN/a.png", ".Trashes/1/a.png",
+    "__MACOSX/._a.png", "._a.png", "x/._a.txt", ".DS_Store", "x/.DS_Store", "Thumbs.db", "thumbs.db",
+    "Desktop.ini", "@eaDir/a.png/SYNOFILE_THUMB_M.jpg", ".ipynb_checkpoints/a-checkpoint.png",
+    ".AppleDouble/a.png", "PaxHeaders.1/a.png", "pax_global_header", "$RECYCLE.BIN/a.png", ".Trashes/1/a.png",
 ]  # fmt: skip
 
 

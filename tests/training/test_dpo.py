@@ -204,7 +204,8 @@ def test_dpo_evaluates_on_the_chosen_answer_and_skips_bad_rows_if_configured(pai
     [
         (
             ["data.train=[{path: train.jsonl}]"],
-            r"train.jsonl: train.method dpo expects preference pairs \(prompt, chosen, rejected\), got messages samples",
+            r"train.jsonl: train.method dpo expects preference pairs \(prompt, chosen, rejected\), "
+            r"got messages samples",
         ),
         (
             ["train.method=sft"],
