@@ -7,7 +7,7 @@ names, rank and alpha vary by part, the rest holds for all parts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig, inject_adapter_in_model
@@ -114,7 +114,7 @@ def linear_layers(model: FlamingoForConditionalGeneration, part: str) -> list[st
 
 
 def lora_config(
-    model: FlamingoForConditionalGeneration, lora: LoraSection, targets: dict[str, list[str]]
+    model: FlamingoForConditionalGeneration, lora: LoraSection, targets: Mapping[str, Sequence[str]]
 ) -> LoraConfig:
     """Return PEFT's configuration of LoRA on ``targets``, layer names by part."""
     first, *others = lora.parts

@@ -22,7 +22,7 @@ from flamingo_ft.errors import UserError
 
 bnb: Any = None  # without bitsandbytes, everything that is not quantized works
 with suppress(ImportError):
-    import bitsandbytes as bnb
+    import bitsandbytes as bnb  # imports its `functional` itself
 
 OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are not rounded
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -221,8 +221,10 @@ def dequantized_weight(layer: Any) -> Tensor:
     """Return the matrix (out, in) that a quantized layer multiplies by."""
     weight = layer.weight
     if isinstance(layer, bnb.nn.Linear4bit):
+        # pyrefly: ignore[implicit-import]
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     scales = layer.state.SCB if weight.SCB is None else weight.SCB
+    # pyrefly: ignore[implicit-import]
     return bnb.functional.int8_vectorwise_dequant(weight.data, scales)
 
 

@@ -81,7 +81,7 @@ def with_keys(keys: dict[str, Any]) -> Callable[[type[S]], type[S]]:
 
 
 def one_of(names: Collection[str], *others: str) -> AfterValidator:
-    """Return a validator that accepts ``others`` and the entries of a table, also those added after import."""
+    """Return a validator that accepts ``others`` and a table's entries, also those added after import."""
 
     def check(name: str) -> str:
         if name in others or name in names:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
+from yaml.scanner import ScannerError
 
 from flamingo_ft.errors import UserError
 
@@ -36,7 +37,7 @@ class RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def scan_tag(self) -> NoReturn:
-        raise yaml.scanner.ScannerError(None, None, "found a tag; a recipe has none", self.get_mark())
+        raise ScannerError(None, None, "found a tag; a recipe has none", self.get_mark())
 
 
 for _name, _pattern, _first in _SCALARS:

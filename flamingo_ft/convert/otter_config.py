@@ -22,8 +22,10 @@ _VIT_KEYS = {"layers", "width", "patch_size", "image_size", "head_width", "mlp_r
 def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dict[str, Any]:
     """Return Otter's config.json. Raises UserError, naming ``source``, for a tower that is not a CLIP ViT."""
     config = model.config
+    text_config: Any = config.text_config
+    vision_config: Any = config.vision_config
     embeddings: Any = model.get_input_embeddings()
-    text = config.text_config.to_dict() | {"vocab_size": len(embeddings.weight)}
+    text = text_config.to_dict() | {"vocab_size": len(embeddings.weight)}
     lm_class = LANGUAGE_MODEL_CLASSES.get(text["model_type"]) or type(model.lang_encoder).__name__
     text["architectures"] = [lm_class]
     text["_name_or_path"] = ((config.backbones or {}).get("language") or {}).get("name") or ""
@@ -34,7 +36,7 @@ def otter_config(model: FlamingoForConditionalGeneration, source: object) -> dic
         "use_media_placement_augmentation": False,
         "only_attend_previous": True,
         "text_config": text,
-        "vision_config": _clip_config(config.vision_config, source),
+        "vision_config": _clip_config(vision_config, source),
     }
     frames = (config.perceiver or {}).get("max_num_frames")
     return content | ({"max_num_frames": frames} if frames else {})
@@ -68,7 +70,8 @@ def _clip_config(tower: dict[str, Any], source: object) -> dict[str, Any]:
 
 def otter_notes(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> list[str]:
     """Return the reasons why Otter's own code cannot load the folder as it is."""
-    kind, notes = model.config.text_config.model_type, []
+    text_config: Any = model.config.text_config
+    kind, notes = text_config.model_type, []
     if kind not in LANGUAGE_MODEL_CLASSES:
         supported = ", ".join(LANGUAGE_MODEL_CLASSES)
         notes.append(f"Otter's own code loads only {supported} language models, not {kind}")

@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image
-from torchvision.transforms.v2 import functional
+from torchvision.transforms import v2
 
 from flamingo_ft.config import AugmentationSection
+
+functional: Any = v2.functional  # its annotations name tensors only; it takes PIL images too
 
 ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a crop, relative to the image's own
 

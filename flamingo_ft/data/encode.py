@@ -9,7 +9,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -170,7 +170,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str, starts: Sequence[in
 def _check_images(processor: FlamingoProcessor, messages: Messages, ids: list[int]) -> int:
     """Return how many media tokens there are. Raises UserError if the messages have another number."""
     images = sum(flatten(message, processor.tokenizer)["content"].count(MEDIA_TOKEN) for message in messages)
-    found = ids.count(processor.image_token_id)
+    found = ids.count(cast(int, processor.image_token_id))
     if found != images:
         raise UserError(
             f"chat template: got {found} {MEDIA_TOKEN} tokens where the dialogue has {images} images; "
@@ -243,7 +243,7 @@ def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
 def _truncate_text(processor: FlamingoProcessor, sample: Sample, whole: Encoded, limit: int) -> Encoded:
     """Keep the first tokens, without images at the end that have no text after them."""
     ids = whole.input_ids[:limit]
-    media, tokenizer = processor.image_token_id, processor.tokenizer
+    media, tokenizer = cast(int, processor.image_token_id), processor.tokenizer
     while media in ids:
         last = len(ids) - 1 - ids[::-1].index(media)
         if tokenizer.decode(ids[last + 1 :], skip_special_tokens=True).strip():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from flamingo_ft import processes
 from flamingo_ft.config import Recipe
@@ -75,7 +75,8 @@ def _rows_per_sample(recipe: Recipe, data: OpenedData) -> Fraction:
     limit = text_limit(files.language, recipe.data.max_text_tokens)
     encode = encoder(processor, recipe, limit)
     order = SampleOrder(data.train, recipe.train.seed)
-    draws = list(islice(order.indices(), min(PACKED_SAMPLES, order.epoch_length)))
+    length = cast(int, order.epoch_length)  # None only where a source is streamed; the caller excludes that
+    draws = list(islice(order.indices(), min(PACKED_SAMPLES, length)))
     sizes = [size for draw in draws if (size := _size(data, draw, encode)) is not None]
     rows = sum(1 for _ in pack(sizes, int, limit))
     return Fraction(max(1, rows), len(draws))

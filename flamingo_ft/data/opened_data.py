@@ -13,7 +13,7 @@ from flamingo_ft.model.download import is_url
 
 from .eval_split import split_eval
 from .media import open_medium, read_bytes
-from .sample import Medium, Sample, Video
+from .sample import Image, Medium, Sample, Video
 from .sources import open_source
 from .stream.order import WeightedSource
 
@@ -124,6 +124,10 @@ def _with_opened_images(sample: Sample, video_frames: int) -> Sample:
 def _downloaded(medium: Medium, where: str) -> Medium:
     """Return the medium with the content of URLs in their place."""
     if not isinstance(medium, Video):
-        return read_bytes(medium, where) if isinstance(medium, str) and is_url(medium) else medium
-    file = None if medium.file is None else _downloaded(medium.file, where)
-    return Video(tuple(_downloaded(frame, where) for frame in medium.frames), file)
+        return _downloaded_image(medium, where)
+    file = None if medium.file is None else _downloaded_image(medium.file, where)
+    return Video(tuple(_downloaded_image(frame, where) for frame in medium.frames), file)
+
+
+def _downloaded_image(image: Image, where: str) -> Image:
+    return read_bytes(image, where) if isinstance(image, str) and is_url(image) else image

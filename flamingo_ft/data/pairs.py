@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,8 @@ def encode_pair(
     prompt = [{**message, "loss": False} for message in prompt]
     halves = []
     for answer in answers:
-        half = encode_within(processor, replace(sample, messages=[*prompt, *answer]), max_text_tokens, policy)
+        messages = cast(list[dict[str, Any]], [*prompt, *answer])
+        half = encode_within(processor, replace(sample, messages=messages), max_text_tokens, policy)
         if isinstance(half, Dropped):
             return half
         halves.append(half)

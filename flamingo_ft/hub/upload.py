@@ -6,7 +6,7 @@ too, is not sent again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ def upload(
         existing = api.list_repo_files(repository, revision=branch)
         deletions = [CommitOperationDelete(path) for path in existing if path not in files and replaced(path)]
         info = api.create_commit(repository, [*additions, *deletions], commit_message=title, revision=branch)
-        return str(info.commit_url)
+        return info.commit_url
 
     def log_retry(error: Exception, seconds: float) -> None:
         log(f"{repository}: {error_reason(error, writes=True)}; trying again in {seconds:.0f} s")
@@ -83,7 +83,7 @@ def folder_additions(folder: Path, prefix: str = "") -> Sequence[CommitOperation
 
 
 @contextmanager
-def limit_timeouts() -> Iterator[None]:
+def limit_timeouts() -> Generator[None]:
     """Give the client timeouts inside the block, where it has none: by default it waits for a silent Hub
     forever.
 
@@ -118,7 +118,7 @@ def _with_limits(timeout: Any) -> Any:
 
 
 @contextmanager
-def no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Generator[None]:
     """Hide the client's progress bars inside the block; they would interfere with the trainer's."""
     were_shown = not are_progress_bars_disabled()
     disable_progress_bars()

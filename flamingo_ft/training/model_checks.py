@@ -96,7 +96,7 @@ def _random_tokens(model: FlamingoForConditionalGeneration) -> Tensor:
     """Return token ids (1, T), none of them a media token or another added one."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
-    first_added = min([config.media_token_id, *(config.new_token_ids or [])])
+    first_added = min([cast(int, config.media_token_id), *(config.new_token_ids or [])])
     return torch.randint(first_added, (1, sum(DOCUMENT_LENGTHS)), generator=generator).to(model.device)
 
 

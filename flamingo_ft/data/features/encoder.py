@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,14 +46,15 @@ class FrozenTower:
             )
         self.visual, self.dtype, self.autocast = visual, dtype, autocast
         self.device = next(visual.parameters()).device
-        size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
+        image_size: Any = visual.image_size
+        size = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
         trial = torch.randn(BATCH_SIZE, 3, *size, generator=torch.Generator().manual_seed(0))
         self.batch_size = (
             BATCH_SIZE
             if "int8" not in quantization_formats(visual) and self._is_batch_invariant(trial)
             else 1
         )
-        self.shape = tuple(self.encode(trial[:1]).shape[1:])
+        self.shape = cast(tuple[int, int], tuple(self.encode(trial[:1]).shape[1:]))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def collate_frames(rows: Sequence[Sequence[Sequence[Frame]]]) -> dict[str, Any]:
     if not frames:
         return {}
     found = {frame.key: frame.tokens for frame in frames if frame.tokens is not None}
-    fresh = {frame.key: frame.pixels for frame in frames if frame.key not in found}
+    fresh = {
+        frame.key: frame.pixels for frame in frames if frame.key not in found and frame.pixels is not None
+    }
     numbers = {key: number for number, key in enumerate([*found, *fresh])}
     index, counts = _padded([[[numbers[frame.key] for frame in medium] for medium in row] for row in rows])
     batch: dict[str, Any] = {FRAME_INDEX: index, "frame_counts": counts}

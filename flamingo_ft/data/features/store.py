@@ -115,7 +115,10 @@ class FeatureStore:
 
 def _metadata(key: str, tokens: Tensor) -> dict[str, str]:
     """Return a file's metadata. The checksum detects a file whose pages never reached the disk."""
-    return {"key": key, "crc32": f"{zlib.crc32(tokens.contiguous().view(torch.uint8).numpy()):08x}"}
+    array: Any = (
+        tokens.contiguous().view(torch.uint8).numpy()
+    )  # a buffer, which numpy declares from Python 3.12 on
+    return {"key": key, "crc32": f"{zlib.crc32(array):08x}"}
 
 
 PARTIAL = "partial"  # folder of files that are being written

@@ -120,7 +120,7 @@ def _parse_block(block: Any, where: str) -> Part:
     if not isinstance(block, Mapping):
         raise UserError(f"{where}: expected a block of type text, image or video, got {type_name(block)}")
     block_type = block.get("type")
-    if block_type not in ("text", *IMAGE_BLOCKS, *VIDEO_BLOCKS):
+    if not isinstance(block_type, str) or block_type not in ("text", *IMAGE_BLOCKS, *VIDEO_BLOCKS):
         raise UserError(f"{where}.type: expected text, image or video, got {block_type!r}")
     if block_type == "text":
         _check_single(block, block_type, ("text",), where)

@@ -7,7 +7,7 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 from flamingo_ft.data.fields import TAR_MEMBERS, type_name
 from flamingo_ft.data.files import MappedFile, is_system_file, same_name
@@ -66,7 +66,7 @@ class TarRows:
             for files in group_members(reader.contents(), itemgetter(0)):
                 if any(content is None for _, content in files):
                     break  # damaged within this row
-                yield _duplicate([name for name, _ in files]) or dict(files)
+                yield _duplicate([name for name, _ in files]) or cast(dict[str, bytes], dict(files))
             if reader.damage:
                 yield reader.damage
 
@@ -96,7 +96,7 @@ class TarRows:
 class _TarReader:
     """Reads a tar from start to end, or to where it is damaged; `damage` then says why."""
 
-    def __init__(self, file: Any, mode: str):
+    def __init__(self, file: Any, mode: Literal["r:", "r|*"]):
         self.damage: DamagedTar | None = None
         self._file = file
         self._mode = mode
@@ -106,7 +106,8 @@ class _TarReader:
         try:
             with tarfile.open(fileobj=self._file, mode=self._mode) as self._tar:
                 for info in self._tar:
-                    self._tar.members = []  # tarfile would keep them all
+                    # tarfile would keep them all; typeshed leaves the attribute out
+                    self._tar.members = []  # pyrefly: ignore[missing-attribute]
                     info.name = posixpath.normpath(info.name)
                     if info.isreg() and not is_system_file(info.name):
                         yield info

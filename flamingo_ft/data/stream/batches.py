@@ -175,9 +175,9 @@ class _PlacedDataset(Dataset):
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, placed: tuple[int, SampleIndex]) -> tuple[int, Example | SkippedRow]:
-        position, index = placed
-        return position, self.dataset[index]
+    def __getitem__(self, index: tuple[int, SampleIndex]) -> tuple[int, Example | SkippedRow]:
+        position, sample = index
+        return position, self.dataset[sample]
 
 
 class _BatchSampler:
@@ -202,7 +202,8 @@ def pack_tensors(value: Any) -> Tensor:
 
 def unpack_tensors(packed: Tensor) -> Any:
     """Return the value of `pack_tensors`, its tensors in this process's own memory."""
-    return torch.load(io.BytesIO(packed.numpy()), weights_only=False)
+    array: Any = packed.numpy()  # a buffer, which numpy declares from Python 3.12 on
+    return torch.load(io.BytesIO(array), weights_only=False)
 
 
 def one_sample_per_row(batch_size: int) -> RowGrouping:

@@ -125,7 +125,8 @@ class SampleOrder:
         weights = np.array([weighted.weight for weighted in self.mixture])
         streams = [self._endless(index) for index in range(len(self.mixture))]
         for number in itertools.count():
-            source = int(rng.choice(len(streams), p=weights / weights.sum()))
+            choice: Any = rng.choice(len(streams), p=weights / weights.sum())  # a numpy integer
+            source = int(choice)
             row, raw = next(streams[source])
             yield SampleIndex(number, source, row, raw)
 
