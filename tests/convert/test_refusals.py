@@ -147,7 +147,7 @@ def test_the_command_line_prints_the_summary_and_errors(backbones, tmp_path, cap
     assert Path("back.pt").is_file() and Path("otter/config.json").is_file()
     capsys.readouterr()
     assert cli.main(["convert", "adapter", "other.pt", "--to", "open_flamingo", *names]) == 2
-    assert "--language with --to open_flamingo" in capsys.readouterr().err
+    assert "--language: not used with --to open_flamingo" in capsys.readouterr().err
     for arguments in (
         ["checkpoint.pt", "adapter", *names],
         ["nowhere.pt", "new"],

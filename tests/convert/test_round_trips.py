@@ -240,7 +240,7 @@ def test_training_does_not_start_from_a_checkpoint_with_weights_it_would_lose(ba
     with pytest.raises(UserError, match="backbones of its own, which a composition cannot name"):
         write_composition(tmp_path / "trained", tmp_path / "base")
     lora = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", foreign.multimodal_gpt("mpt"))
-    with pytest.raises(UserError, match="holds LoRA.*flamingo-ft convert"):
+    with pytest.raises(UserError, match="has LoRA.*flamingo-ft convert"):
         load_open_flamingo(model, lora)
 
 

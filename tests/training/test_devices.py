@@ -16,7 +16,7 @@ from flamingo_ft.cli import main
 from flamingo_ft.data.stream.examples import total_metrics
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
-from flamingo_ft.training import train as train_module
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.training.trainer import FlamingoTrainer
 from tests.regimes import LORA, NOTHING_WHOLE, write_start
 from tests.training.launching import losses, torchrun, train, write_data
@@ -146,7 +146,7 @@ def loads_in_one_process_alone() -> None:
         if os.environ.get("RANK") == "1":
             raise UserError("cannot be loaded here")
 
-    train_module.encode_prompts = fail
+    Predictor.encode = fail
 
 
 def test_a_loading_error_in_one_process_ends_a_sharded_run(tmp_path):
