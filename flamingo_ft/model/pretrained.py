@@ -66,8 +66,8 @@ def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
     config, _ = FlamingoConfig.get_config_dict(name, **where)
     if config.get("model_type") != FlamingoConfig.model_type:
         raise UserError(
-            f"{name}: expected a Flamingo, got a {config.get('model_type')} model; if an adapter names it as "
-            "its base, load the adapter's folder itself, or let the adapter name a composition"
+            f"{name}: expected a Flamingo, got model_type {config.get('model_type')!r}; if an adapter "
+            "names it as its base, load the adapter's folder itself, or let the adapter name a composition"
         )
     return bool(config.get("merged"))
 

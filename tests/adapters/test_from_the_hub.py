@@ -57,7 +57,7 @@ def test_an_adapter_that_names_only_its_language_model_is_refused_with_what_it_l
     api.upload_file(
         repo_id="somebody/lm", path_or_fileobj=b'{"model_type": "opt"}', path_in_repo="config.json"
     )
-    with pytest.raises(UserError, match="somebody/lm: holds a opt model, no Flamingo"):
+    with pytest.raises(UserError, match="somebody/lm: expected a Flamingo, got model_type 'opt'"):
         flamingo_ft.FlamingoForConditionalGeneration.from_pretrained("somebody/lm")
     fetched = [request for request in hub.requests if "somebody/lm/resolve/" in request]
     assert fetched and all(request.endswith("config.json") for request in fetched)

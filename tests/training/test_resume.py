@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(uninterrupte
     state.write_bytes(state.read_bytes()[:-100])
     weights = finish(fresh)
     output = (fresh / "log.txt").read_text()
-    assert f"damaged: {state}".replace(str(fresh) + "/", "") in output and "it was cut off" in output
+    assert f"damaged: {state}".replace(str(fresh) + "/", "") in output and "the file is truncated" in output
     assert f"{newest.name}.damaged" in output
     assert weights == (uninterrupted[0] / WEIGHTS).read_bytes()
 
