@@ -96,4 +96,4 @@ def test_the_default_merge_of_a_model_in_four_bits_is_accepted_and_tells_what_it
     assert (
         report["relative"] > 0.05
     )  # and yet logits are far away: they cannot tell a good merge from a bad one
-    assert "adapter on its base unquantized" in capsys.readouterr().out
+    assert "adapter on its unquantized base" in capsys.readouterr().out
