@@ -10,7 +10,7 @@ from typing import Any, cast
 from flamingo_ft import processes
 from flamingo_ft.config import Recipe
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.backbone_files import backbone_files, text_limit
+from flamingo_ft.model.build import backbone_files, text_limit
 
 from .collate import pack
 from .encode import Dropped

@@ -28,7 +28,7 @@ from flamingo_ft.data.stream.examples import DataStats, Example, ExampleDataset
 from flamingo_ft.data.stream.order import SampleIndex, SampleOrder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.backbone_files import text_limit
+from flamingo_ft.model.build import text_limit
 
 from .arguments import autocast_dtype
 from .model_checks import check_packing

@@ -26,7 +26,7 @@ from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.results import Results
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.backbone_files import text_limit
+from flamingo_ft.model.build import text_limit
 from flamingo_ft.model.sharding import is_sharded
 from flamingo_ft.progress import Bars
 
