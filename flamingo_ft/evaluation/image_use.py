@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .metrics import ACCURACY, Metric, is_free_text, mean, normalize
+from flamingo_ft.formatting import percent
+
+from .metrics import ACCURACY, is_free_text, mean, normalize
 from .questions import Question
 
 MIN_QUESTIONS = 20  # with images; fewer allow no conclusion
@@ -24,12 +26,11 @@ def image_use(
     questions: Sequence[Question],
     predictions: Sequence[str],
     shuffled: Sequence[str],
-    metric: Metric = ACCURACY,
 ) -> str | None:
-    """Return one sentence on the questions that have images; None if no question has any.
+    """Return whether the model uses its images, in one sentence; None if no question has any.
 
     predictions: answers to the questions. shuffled: answers to the same questions with another sample's
-    images. metric: one whose scores are 0 or 1.
+    images.
     """
     rows = [row for row in zip(questions, predictions, shuffled, strict=True) if row[0].images]
     if not rows:
@@ -39,20 +40,20 @@ def image_use(
     asked = [question for question, _, _ in rows]
     changed = mean([normalize(prediction) != normalize(other) for _, prediction, other in rows])
     if is_free_text(asked):
-        return _of_free_text(changed)
-    correct = metric.scores(asked, [prediction for _, prediction, _ in rows])
-    correct_shuffled = metric.scores(asked, [other for _, _, other in rows])
-    return _of_scores(correct, correct_shuffled, changed, metric.majority_baseline(asked), metric)
+        return _verdict_on_free_text(changed)
+    correct = ACCURACY.scores(asked, [prediction for _, prediction, _ in rows])
+    correct_shuffled = ACCURACY.scores(asked, [other for _, _, other in rows])
+    return _verdict_on_scores(correct, correct_shuffled, changed, ACCURACY.majority_baseline(asked))
 
 
-def _of_scores(
-    correct: Sequence[float], shuffled: Sequence[float], changed: float, majority: float, metric: Metric
+def _verdict_on_scores(
+    correct: Sequence[float], shuffled: Sequence[float], changed: float, majority: float
 ) -> str:
-    """Compare scores with the true and with other images, paired by question (McNemar, 1947)."""
+    """Compare scores of 0 or 1 with the true and with other images, paired by question (McNemar, 1947)."""
     score, other = mean(correct), mean(shuffled)
     gain = score - other
     error = math.sqrt(sum((a - b) ** 2 for a, b in zip(correct, shuffled, strict=True))) / len(correct)
-    figures = f"{metric.text(score)} right, against {metric.text(other)} with another image"
+    figures = f"{percent(score)} right, against {percent(other)} with another image"
     if gain <= max(SIGNIFICANT * error, MIN_GAIN):
         if changed < FEW_CHANGES:
             return f"{NOT_LOOKING}: answers barely change with another image ({figures}); {REMEDY}"
@@ -60,12 +61,12 @@ def _of_scores(
             f"{NO_USE}: answers change with another image, but are right about as often ({figures}); {REMEDY}"
         )
     if score <= majority:
-        baseline = f"always giving the most frequent answer ({metric.text(majority)})"
+        baseline = f"always giving the most frequent answer ({percent(majority)})"
         return f"{READS_IMAGES}, yet does no better than {baseline}: {figures}; {REMEDY}"
     return f"{READS_IMAGES}: {figures}"
 
 
-def _of_free_text(changed: float) -> str:
+def _verdict_on_free_text(changed: float) -> str:
     share = f"{100 * changed:.0f} % of the answers change with another image"
     if changed < FEW_CHANGES:
         return f"{NOT_LOOKING}: {share}; {REMEDY}"

@@ -15,7 +15,7 @@ from flamingo_ft.data.media import preview
 from flamingo_ft.data.sample import display_text
 
 from .image_use import image_use
-from .metrics import ACCURACY, METRICS, Metric, is_free_text, scores_by_class
+from .metrics import ACCURACY, METRICS, Metric, is_free_text, most_frequent_answer, scores_by_class
 from .questions import Question
 
 BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"  # conditions under which questions are asked
@@ -61,13 +61,17 @@ class Results:
         for index, question in enumerate(self.questions):
             by_task[question.task].append(index)
         per_task = {task: self._task_record(indices) for task, indices in sorted(by_task.items())}
+        majority = [""] * len(self.questions)  # the most frequent reference answer of each question's task
+        for indices in by_task.values():
+            answer = most_frequent_answer([self.questions[index] for index in indices])
+            for index in indices:
+                majority[index] = answer
         record: dict[str, Any] = {}
         for metric in METRICS.values():
             for condition in self.conditions:
                 value = metric.evaluate(self.questions, self.answers[condition])
                 record[overall_key(metric, condition)] = value
-            majority = sum(task[task_key(metric, MAJORITY)] * task["samples"] for task in per_task.values())
-            record[overall_key(metric, MAJORITY)] = majority / len(self.questions)
+            record[overall_key(metric, MAJORITY)] = metric.evaluate(self.questions, majority)
         if SHUFFLED in self.answers:
             record["verdict"] = image_use(self.questions, self.answers[AFTER], self.answers[SHUFFLED])
         return {**record, "per_task": per_task}
