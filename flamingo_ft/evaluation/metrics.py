@@ -37,7 +37,15 @@ RESERVED_KEYS = frozenset(
     {
         *("before", "shuffled_images", "majority", "samples", "free_text", "classes", "predicted"),
         *("verdict", "per_task", "step"),
-        *("label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error", "margin", "worse"),
+        *(
+            "label_tokens",
+            "answers",
+            "loss",
+            "loss_increase",
+            "loss_increase_standard_error",
+            "margin",
+            "worse",
+        ),
         *("reward_margin", "reward_accuracy", "gates", "gates_by_layer", "learning_rate", "gradient_norm"),
         *("throughput", "memory"),
     }
