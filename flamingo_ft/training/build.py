@@ -18,7 +18,7 @@ from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
-from flamingo_ft.data.epochs import with_max_steps
+from flamingo_ft.data.opened_data import with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.model.sharding import shard
