@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from flamingo_ft.backbones.device_and_dtype import cast_in_range
+from flamingo_ft.backbones.quantization import cast_in_range
 from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
 
 PARTS: dict[str, Part] = {part.name: part for part in (*BACKBONE_PARTS, *BRIDGE_PARTS)}
