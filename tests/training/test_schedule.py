@@ -15,7 +15,7 @@ from flamingo_ft.config import load_recipe
 from flamingo_ft.data import epochs, open_data
 from flamingo_ft.data.epochs import steps_per_epoch, with_max_steps
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.arguments import trainer_arguments
+from flamingo_ft.training.build import trainer_arguments
 from flamingo_ft.training.optimizer import recompute_learning_rates
 from tests import regimes
 
