@@ -12,7 +12,6 @@ from torch import Tensor
 from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft import processes
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.quantization import DTYPES, Quantization, require_bitsandbytes
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.data import OpenedData, Sample
@@ -25,6 +24,7 @@ from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.plan.plan_report import CONTEXT, FRAGMENTATION
 from flamingo_ft.plan.planner import plan_memory
+from flamingo_ft.processes import default_device
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 DOCUMENT_LENGTHS = (7, 5, 9)  # tokens
