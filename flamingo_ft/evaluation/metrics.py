@@ -6,8 +6,8 @@ To add a metric, register it once, for example at the end of this file:
 
 It then appears in metrics.json, in the log of evaluations during training (as ``eval_word_overlap``), in
 tables, figures, the report and the model card, and ``eval.metric: word_overlap`` selects the best checkpoint
-by it. A line in `flamingo_ft.config.tables.METRICS` makes the name known to recipes before this module is
-imported.
+by it. A line in `flamingo_ft.config.tables.METRIC_DESCRIPTIONS` makes the name known to recipes before this
+module is imported.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def register_metric(metric: Metric) -> None:
     if metric.name in METRICS or metric.name == LOSS:
         raise ValueError(f"metric {metric.name!r} is already registered; choose another name")
     METRICS[metric.name] = metric
-    tables.METRICS.setdefault(metric.name, metric.description or metric.label)
+    tables.METRIC_DESCRIPTIONS.setdefault(metric.name, metric.description or metric.label)
 
 
 def evaluate_metrics(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, float]:
