@@ -214,7 +214,7 @@ def test_dpo_evaluates_on_the_chosen_answer_and_skips_bad_rows_if_configured(pai
         (
             ["data.packing=true", "data.max_text_tokens=64"],
             "data.packing: dpo compares pairs row by row, so samples cannot be packed; "
-            "set packing to false (group_by_length also saves padding)",
+            r"set packing to false \(group_by_length also saves padding\)",
         ),
         (
             ["lora.language={r: 2}", "lora.lora_dropout=0.1"],
