@@ -18,7 +18,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save_file
 
 from flamingo_ft.atomic import file_in_place
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import existing_path, fetch_model
@@ -27,6 +26,7 @@ from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import in_bridge
 from flamingo_ft.model.pretrained import AdapterFolders
+from flamingo_ft.processes import default_device
 from flamingo_ft.version import __version__
 
 from .answering import use_greedy_decoding

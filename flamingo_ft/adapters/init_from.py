@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
 from flamingo_ft.formats.foreign_checkpoint import RECOMPUTED_BUFFERS
 from flamingo_ft.formats.stored_files import first_few, read_config_json
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
-from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, TRAINING_CHECKPOINTS
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, TRAINING_CHECKPOINTS, SafetensorsFolder
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
 from flamingo_ft.model.parts import in_bridge, is_lora
 from flamingo_ft.model.pretrained import is_partial, named_composition

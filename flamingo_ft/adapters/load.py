@@ -14,7 +14,6 @@ import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor
 
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
@@ -26,6 +25,7 @@ from flamingo_ft.model.added_tokens import grow_vocabulary
 from flamingo_ft.model.parts import BRIDGE, is_lora
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.sharding import copy_into, reshard
+from flamingo_ft.processes import default_device
 
 from .answering import use_greedy_decoding
 from .files import (

@@ -20,10 +20,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from flamingo_ft.backbones.attention import refuse_attention
-from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
+    cast_in_range,
     dequantize_linears,
     dequantized_linear,
     is_quantized,

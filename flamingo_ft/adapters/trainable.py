@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from flamingo_ft.backbones.device_and_dtype import cast_in_range
+from flamingo_ft.backbones.quantization import cast_in_range
 from flamingo_ft.config import LoraSection, TrainableSection
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import BRIDGE, in_bridge, in_parts, is_gate, is_lora

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from flamingo_ft.backbones.attention import fused_names
 from flamingo_ft.backbones.quantization import dequantized_linear, is_conv1d, is_quantized
-from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import SafetensorsFolder
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import is_lora
 

@@ -18,7 +18,7 @@ from PIL import Image
 from flamingo_ft.data import Sample, open_medium
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.sample import Medium, Video
-from flamingo_ft.data.stream.order import WeightedSource
+from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, percent
 from flamingo_ft.model import FlamingoProcessor

@@ -42,7 +42,7 @@ from .merge_quality import (
     made_up_eval_set,
     measure,
 )
-from .metrics import ACCURACY, METRICS
+from .metrics import MERGE_METRIC, METRICS
 
 MERGE_FILE = "merge.json"
 SAMPLES = 64
@@ -60,7 +60,7 @@ def merge_adapter(
     with_code: bool = False,
     samples: int = SAMPLES,
     margin: float = LOSS_MARGIN,
-    accuracy_margin: float | None = ACCURACY.merge_margin,
+    accuracy_margin: float | None = MERGE_METRIC.merge_margin,
 ) -> dict[str, Any]:
     """Write the merged model to ``out``: safetensors shards, configuration, processor and merge.json.
 

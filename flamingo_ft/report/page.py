@@ -11,9 +11,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from flamingo_ft import atomic
-from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
 from flamingo_ft.evaluation.metrics import METRICS
-from flamingo_ft.evaluation.results import COLUMN_HEADERS, PREDICTIONS_FILE, class_scores, score_tables
+from flamingo_ft.evaluation.results import (
+    COLUMN_HEADERS,
+    NO_USE,
+    NOT_LOOKING,
+    PREDICTIONS_FILE,
+    READS_IMAGES,
+    class_scores,
+    score_tables,
+)
 from flamingo_ft.formatting import data_uri, duration, percent, significant
 from flamingo_ft.version import __version__
 

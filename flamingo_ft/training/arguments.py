@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from trl import DPOConfig, SFTConfig
 
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.quantization import DTYPES
 from flamingo_ft.config import Recipe
 from flamingo_ft.evaluation.metrics import higher_is_better
+from flamingo_ft.processes import default_device
 
 from .optimizer import OPTIMIZERS, warmup_steps
 

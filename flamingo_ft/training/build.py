@@ -12,16 +12,16 @@ import torch
 from transformers import PrinterCallback, TrainerCallback
 
 from flamingo_ft.adapters import init_bridge, prepare_training
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
-from flamingo_ft.data.epochs import with_max_steps
+from flamingo_ft.data.opened_data import with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.model.sharding import shard
+from flamingo_ft.processes import default_device
 
 from .arguments import trainer_arguments
 from .checkpoints import CheckpointPolicy, checkpoint_root

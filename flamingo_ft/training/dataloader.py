@@ -10,22 +10,16 @@ from torch import Tensor
 
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
+from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row, packed_rows, sorted_by_length
 from flamingo_ft.data.collate import collate_packed, collate_text, stack_media
 from flamingo_ft.data.encode import Encoded
-from flamingo_ft.data.features import FeatureCache, collate_frames, open_feature_cache
+from flamingo_ft.data.examples import DataStats, Example, ExampleDataset
+from flamingo_ft.data.feature_cache import FeatureCache, collate_frames, open_feature_cache
 from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
-from flamingo_ft.data.methods import check_method, encoder
+from flamingo_ft.data.opened_data import check_method, encoder
 from flamingo_ft.data.pairs import EncodedPair, collate_pairs, repeat_media
 from flamingo_ft.data.sample import message_text
-from flamingo_ft.data.stream.batches import (
-    Batches,
-    LoaderConfig,
-    one_sample_per_row,
-    packed_rows,
-    sorted_by_length,
-)
-from flamingo_ft.data.stream.examples import DataStats, Example, ExampleDataset
-from flamingo_ft.data.stream.order import SampleIndex, SampleOrder
+from flamingo_ft.data.sample_order import SampleIndex, SampleOrder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.backbone_files import text_limit

@@ -17,9 +17,9 @@ from flamingo_ft import processes
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.data.encode import IGNORED, Dropped
+from flamingo_ft.data.examples import Example
 from flamingo_ft.data.media import PixelLoader
-from flamingo_ft.data.methods import encoder
-from flamingo_ft.data.stream.examples import Example
+from flamingo_ft.data.opened_data import encoder
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import evaluate_metrics
 from flamingo_ft.evaluation.questions import Question, questions_of

@@ -9,7 +9,6 @@ import psutil
 import torch
 
 from flamingo_ft import processes
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.quantization import DTYPES, Quantization, require_bitsandbytes
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.data import OpenedData, Sample
@@ -21,6 +20,7 @@ from flamingo_ft.formatting import gib
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.plan.plan_report import CONTEXT, FRAGMENTATION
 from flamingo_ft.plan.planner import plan_memory
+from flamingo_ft.processes import default_device
 
 from .arguments import autocast_dtype
 

@@ -15,8 +15,8 @@ from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
-from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
-from flamingo_ft.data.stream.examples import total_metrics
+from flamingo_ft.data.examples import total_metrics
+from flamingo_ft.data.opened_data import samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables

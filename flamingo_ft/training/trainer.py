@@ -19,8 +19,8 @@ from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft import processes
 from flamingo_ft.adapters.prepare import frozen_copy, match_training_mode, zero_dropout
+from flamingo_ft.data.batches import BatchContents, Batches
 from flamingo_ft.data.encode import IGNORED
-from flamingo_ft.data.stream.batches import BatchContents, Batches
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.sharding import is_sharded
 
