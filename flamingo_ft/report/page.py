@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from flamingo_ft import atomic
@@ -22,6 +21,7 @@ from flamingo_ft.evaluation.results import (
     score_tables,
 )
 from flamingo_ft.formatting import data_uri, duration, percent, significant
+from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
 from . import curves, gates
@@ -48,17 +48,11 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
     """
     run = RunFolder.read(Path(folder))
     figures = {name: data_uri(path.read_bytes()) for name, path in save_figures(run).items()}
-    environment = Environment(
-        loader=PackageLoader("flamingo_ft.report", ""),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    template = load_template("report/report.html.jinja", trim_blocks=True, lstrip_blocks=True)
     verdict = run.evaluation.get("verdict")
     tasks = run.evaluation.get("per_task", {})
     metrics = list(METRICS.values())
-    page = environment.get_template("report.html.jinja").render(
+    page = template.render(
         version=__version__,
         run=run,
         status=status(run, in_progress, stopped_by),
