@@ -2,7 +2,7 @@
 in a process of its own, since the keys of a recipe are made from the table when `flamingo_ft.config` is
 imported.
 
-Prints what it finds as JSON. The module is a made-up one: it shifts the embedded text.
+Prints the result as JSON. The module of the part shifts the embedded text.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main(folder: Path) -> None:
     model, processor = regimes.build(*RATES)
     groups = parameter_groups(model, recipe.train)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found = {
+    result = {
         "trainable": [*trainable_parameters(model)],
         "parameters": sum(p.numel() for p in trainable_parameters(model).values()),
         "groups": [
@@ -93,16 +93,16 @@ def main(folder: Path) -> None:
     }
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     regimes.trainer(model, processor, *RATES).train()
-    found["moved"] = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    result["moved"] = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
     save_adapter(model, processor, folder / "adapter")
     stored = load_file(folder / "adapter" / "adapter_model.safetensors")
-    found["saved"] = [name for name in stored if "text_shift" in name]
-    found["card"] = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
+    result["saved"] = [name for name in stored if "text_shift" in name]
+    result["card"] = (folder / "adapter" / "README.md").read_text(encoding="utf-8")
     loaded, _ = load_adapter(folder / "adapter")
-    found["loaded"] = torch.equal(loaded.text_shift.weight, model.text_shift.weight)
+    result["loaded"] = torch.equal(loaded.text_shift.weight, model.text_shift.weight)
     plan = plan_memory(recipe, device="cpu", text_tokens=8, images=1)
-    found["plan"] = {part.name: part.trainable_parameters for part in plan.components}
-    print(json.dumps(found))
+    result["plan"] = {part.name: part.trainable_parameters for part in plan.components}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

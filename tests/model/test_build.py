@@ -1,6 +1,4 @@
-"""A new Flamingo: which tokens are new, what they start from, and that the language model keeps every bit it
-had.
-"""
+"""A new Flamingo: which tokens are new, how their rows start, and that the language model is unchanged."""
 
 import copy
 
@@ -71,7 +69,7 @@ def build(vision, tokenizer, make, seed=0, vocab_size=KNOWN, **options):
     return model.eval(), processor, plain
 
 
-def test_the_new_tokens_are_exactly_those_that_were_not_there(tokenizer):
+def test_only_tokens_missing_from_the_vocabulary_are_new(tokenizer):
     before = tokenizer.get_vocab()
     new = add_media_tokens(tokenizer)
     after = tokenizer.get_vocab()
@@ -84,13 +82,13 @@ def test_the_new_tokens_are_exactly_those_that_were_not_there(tokenizer):
     assert add_media_tokens(tokenizer) == [] and tokenizer.get_vocab() == after
 
 
-def test_a_token_that_was_there_is_not_new(tokenizer):
+def test_a_token_already_in_the_vocabulary_is_not_new(tokenizer):
     tokenizer.add_tokens([MEDIA_TOKEN])
     assert add_media_tokens(tokenizer) == [tokenizer.convert_tokens_to_ids(EOC_TOKEN)] == [KNOWN + 1]
     assert tokenizer("a<image>b")["input_ids"].count(KNOWN) == 1
 
 
-def test_a_padding_token_is_added_only_where_there_is_none(tokenizer):
+def test_a_padding_token_is_added_only_to_a_tokenizer_without_one(tokenizer):
     kept = tokenizer.pad_token_id
     add_media_tokens(tokenizer)
     assert tokenizer.pad_token_id == kept and PAD_TOKEN not in tokenizer.get_vocab()
@@ -100,7 +98,7 @@ def test_a_padding_token_is_added_only_where_there_is_none(tokenizer):
     assert (bare.pad_token, bare.pad_token_id) == (PAD_TOKEN, KNOWN + 2)
 
 
-def test_special_tokens_that_were_there_stay_special(tokenizer):
+def test_existing_special_tokens_stay_special(tokenizer):
     before = set(tokenizer.all_special_tokens)
     add_media_tokens(tokenizer)
     assert set(tokenizer.all_special_tokens) == before | {MEDIA_TOKEN, EOC_TOKEN}
@@ -133,16 +131,14 @@ def test_a_language_model_with_spare_rows_is_not_resized(vision, tokenizer):
 @pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("vocab_size", [KNOWN, KNOWN + 64], ids=["no spare rows", "spare rows"])
 def test_the_language_model_keeps_its_rows_and_its_logits(vision, tokenizer, make, vocab_size):
-    """Closed gates and no new token in the text: what the language model says of the tokens it knew is
-    untouched.
-    """
+    """With closed gates and no new token in the text, the logits of known tokens are unchanged."""
     model, processor, plain = build(vision, tokenizer, make, vocab_size=vocab_size)
     before, after = plain.state_dict(), model.lang_encoder.state_dict()
     assert all(torch.equal(after[name][: len(before[name])], before[name]) for name in before)
     ids = processor(text="Which digit is this?", return_tensors="pt")["input_ids"]
     with torch.no_grad():
-        expected, found = plain(ids).logits, model(ids).logits
-    assert torch.equal(found[..., :KNOWN], expected[..., :KNOWN])
+        expected, actual = plain(ids).logits, model(ids).logits
+    assert torch.equal(actual[..., :KNOWN], expected[..., :KNOWN])
 
 
 @pytest.mark.parametrize("make", FAMILIES.values(), ids=FAMILIES)
@@ -151,11 +147,11 @@ def test_new_token_rows_start_at_the_mean_of_the_known_ones(vision, tokenizer, m
     model, _, plain = build(vision, tokenizer, make, vocab_size=vocab_size)
     assert model.config.new_token_ids == [KNOWN, KNOWN + 1]
     rows = model.token_rows
-    for found, matrix in (
+    for actual, matrix in (
         (rows.input_rows(), plain.get_input_embeddings().weight),
         (rows.output_rows(), plain.get_output_embeddings().weight),
     ):
-        torch.testing.assert_close(found, matrix[:KNOWN].mean(0).expand(2, -1))
+        torch.testing.assert_close(actual, matrix[:KNOWN].mean(0).expand(2, -1))
 
 
 def test_the_bridge_starts_with_closed_gates_and_all_is_frozen(vision, tokenizer):
@@ -165,7 +161,7 @@ def test_the_bridge_starts_with_closed_gates_and_all_is_frozen(vision, tokenizer
         assert block.attn_gate.item() == block.ff_gate.item() == 0
 
 
-def test_the_configuration_says_what_was_built(vision, tokenizer):
+def test_the_configuration_describes_the_built_model(vision, tokenizer):
     options = {"cross_attn_every_n_layers": 2, "media_visibility": "following"}
     model, processor, _ = build(vision, tokenizer, llama, **options)
     config = model.config
@@ -187,7 +183,7 @@ def test_a_named_list_of_decoder_layers_passes_through(vision, tokenizer):
     blocks = torch.nn.ModuleList([torch.nn.Identity()])
     torch.manual_seed(0)
     lm = llama()
-    lm.extra = blocks  # a list that is not the decoder's: obeyed all the same
+    lm.extra = blocks  # used although it is not the decoder's list
     backbone = LanguageBackbone(lm, tokenizer, {})
     model, _ = build_flamingo(vision, backbone, perceiver=TINY, decoder_layers_attr_name="extra")
     assert len(model.gated_cross_attn_layers) == 1

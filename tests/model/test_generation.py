@@ -36,8 +36,8 @@ def test_greedy_with_cache_equals_whole_forwards(model):
     pixels = images(2, 2)
     tokens = ids("aIbIc", "dIeIf")
     expected = by_hand(model, tokens, pixels, 8, lambda s: s.argmax(-1))
-    found = model.generate(tokens, pixel_values=pixels, max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert torch.equal(found, expected)
+    actual = model.generate(tokens, pixel_values=pixels, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(actual, expected)
 
 
 def test_a_left_padded_batch_generates_what_each_prompt_does_alone(model):
@@ -80,7 +80,7 @@ def test_sampled_sequences_follow_their_own_sample(model):
     pixels = images(2, 2)
     tokens = ids("aIbIc", "dIeIf")
     torch.manual_seed(3)
-    found = model.generate(
+    actual = model.generate(
         tokens,
         pixel_values=pixels,
         do_sample=True,
@@ -93,11 +93,11 @@ def test_sampled_sequences_follow_their_own_sample(model):
     expected = model.generate(
         rows, pixel_values=repeated, do_sample=True, max_new_tokens=5, eos_token_id=None
     )
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("assistant", ["language model", "prompt lookup"])
-def test_assisted_decoding_gives_the_greedy_words(model, assistant):
+def test_assisted_decoding_equals_greedy_decoding(model, assistant):
     pixels, tokens = images(1, 2), ids("aIbIcabca")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pixel_values": pixels}
     if assistant == "language model":
@@ -153,7 +153,7 @@ def _mentioned(pixels, tokens, start, chunk):
     return rows[:, :most] if most else None
 
 
-def test_images_that_could_be_of_the_whole_text_or_of_its_end_are_refused(model):
+def test_images_that_may_belong_to_the_whole_text_or_to_the_new_tokens_are_refused(model):
     pixels = images(2, 2)
     cache = get_cache(model(ids("ab", "Ia"), pixels[:, :1], use_cache=True))
     with pytest.raises(ValueError, match="cannot tell"):
@@ -169,22 +169,22 @@ def test_prefill_in_chunks_generates_the_same(model):
 
 
 @pytest.mark.parametrize("pixels_of", ["all turns", "the new turn"])
-def test_a_dialogue_goes_on_from_its_cache(model, pixels_of):
+def test_a_dialogue_continues_from_its_cache(model, pixels_of):
     pixels = images(1, 2)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     first = model.generate(ids("aIb"), pixel_values=pixels[:, :1], return_dict_in_generate=True, **options)
     second = torch.cat([first.sequences, ids("cId")], dim=1)
-    given = pixels if pixels_of == "all turns" else pixels[:, 1:]
-    found = model.generate(second, pixel_values=given, cache=get_cache(first), **options)
-    assert torch.equal(found, model.generate(second, pixel_values=pixels, **options))
+    new = pixels if pixels_of == "all turns" else pixels[:, 1:]
+    actual = model.generate(second, pixel_values=new, cache=get_cache(first), **options)
+    assert torch.equal(actual, model.generate(second, pixel_values=pixels, **options))
 
 
-def test_a_turn_without_images_remembers_those_before(model):
+def test_a_turn_without_images_sees_the_cached_ones(model):
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
     first = model.generate(ids("aIb"), pixel_values=images(1, 1), return_dict_in_generate=True, **options)
     second = torch.cat([first.sequences, ids("cd")], dim=1)
-    found = model.generate(second, cache=get_cache(first), **options)
-    assert torch.equal(found, model.generate(second, pixel_values=images(1, 1), **options))
+    actual = model.generate(second, cache=get_cache(first), **options)
+    assert torch.equal(actual, model.generate(second, pixel_values=images(1, 1), **options))
 
 
 def test_copies_of_a_cached_prompt_score_continuations(model):
@@ -196,12 +196,12 @@ def test_copies_of_a_cached_prompt_score_continuations(model):
         torch.testing.assert_close(scored, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_a_cropped_cache_forgets_the_images_it_lost(model):
+def test_a_cropped_cache_drops_the_images_of_the_removed_tokens(model):
     pixels = images(1, 2)
     cache = get_cache(model(ids("aIbIc"), pixels, use_cache=True))
     cache.crop(-2)
-    found = model(ids("xy"), cache=cache, use_cache=True).logits
-    torch.testing.assert_close(found, model(ids("aIbxy"), pixels).logits[:, 3:], rtol=1e-5, atol=1e-5)
+    actual = model(ids("xy"), cache=cache, use_cache=True).logits
+    torch.testing.assert_close(actual, model(ids("aIbxy"), pixels).logits[:, 3:], rtol=1e-5, atol=1e-5)
 
 
 def test_cached_media_equal_passed_media_until_uncached(model):
@@ -279,7 +279,7 @@ def test_token_by_token_forwards_equal_one_whatever_the_cache(family):
     torch.testing.assert_close(torch.cat([logits for _, logits in parts], 1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_from_tuple_outputs_or_the_backbone_remembers_its_images(model):
+def test_a_cache_from_tuple_outputs_or_the_backbone_keeps_its_images(model):
     pixels, prompt, rest = images(1, 1), ids("aIb"), ids("cd")
     expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
     from_tuple = model(prompt, pixels, use_cache=True, return_dict=False)[1]
@@ -288,22 +288,25 @@ def test_a_cache_from_tuple_outputs_or_the_backbone_remembers_its_images(model):
         torch.testing.assert_close(model(rest, cache=cache).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_past_key_values_is_still_a_name_of_the_cache_and_warns(model):
+def test_past_key_values_is_accepted_as_the_cache_with_a_warning(model):
     pixels, prompt, rest = images(1, 1), ids("aIb"), ids("cd")
     expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
     cache = get_cache(model(prompt, pixels, use_cache=True))
     with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
-        found = model(rest, past_key_values=cache).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        actual = model(rest, past_key_values=cache).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CACHE_ARGUMENTS)
-@pytest.mark.parametrize("given", CACHE_ARGUMENTS)
-def test_a_language_model_gets_its_cache_under_its_own_name(name, given):
+@pytest.mark.parametrize("passed_as", CACHE_ARGUMENTS)
+def test_a_language_model_gets_its_cache_under_its_own_name(name, passed_as):
     namespace = {}
     exec(f"def forward(input_ids, {name}=None, use_cache=None): ...", namespace)
     lm = SimpleNamespace(forward=namespace["forward"])
-    assert name_cache(lm, {given: "the cache", "use_cache": True}) == {name: "the cache", "use_cache": True}
+    assert name_cache(lm, {passed_as: "the cache", "use_cache": True}) == {
+        name: "the cache",
+        "use_cache": True,
+    }
     assert name_cache(lm, {"use_cache": True}) == {"use_cache": True}
 
 
@@ -316,12 +319,12 @@ def test_new_markers_without_new_images_are_refused(model):
         model(ids("IbI"))
 
 
-def test_a_prompt_without_ids_is_refused(model):
+def test_a_prompt_without_input_ids_is_refused(model):
     with pytest.raises(ValueError, match="got no input_ids"):
         model.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2)
 
 
-def test_several_sequences_of_a_sample_go_on_with_the_new_images_alone(model):
+def test_several_sequences_of_a_sample_continue_with_the_new_images_alone(model):
     pixels = images(2, 2)
     options = {"max_new_tokens": 3, "do_sample": True, "eos_token_id": None, "num_return_sequences": 2}
     first = model.generate(
@@ -329,16 +332,16 @@ def test_several_sequences_of_a_sample_go_on_with_the_new_images_alone(model):
     )
     second = torch.cat([first.sequences, ids("eIf").expand(4, -1)], dim=1)
     repeated = pixels.repeat_interleave(2, 0)
-    found = model(
+    actual = model(
         second[:, get_cache(first).get_seq_length() :],
         repeated[:, 1:],
         cache=copy.deepcopy(get_cache(first)),
     ).logits
-    whole = model(second, repeated).logits[:, -found.shape[1] :]
-    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)
+    whole = model(second, repeated).logits[:, -actual.shape[1] :]
+    torch.testing.assert_close(actual, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_the_users_suppressed_tokens_stay_suppressed(model):
+def test_the_users_suppress_tokens_still_apply(model):
     options = {"pixel_values": images(1, 1), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     free = model.generate(ids("aIb"), **options)[0, 3:]
     held = model.generate(ids("aIb"), suppress_tokens=[int(free[0])], **options)[0, 3:]
@@ -353,7 +356,7 @@ def test_a_flamingo_can_assist(model):
     assert not assistant.conditioning.is_open
 
 
-def test_projections_kept_for_inference_are_not_used_where_gradients_are(model):
+def test_cached_projections_are_not_used_when_gradients_are_needed(model):
     text = ids("aIb")
     model.cache_media(text, images(1, 1))
     with torch.no_grad():
@@ -372,7 +375,7 @@ def test_compiled_forwards_equal_eager_ones(model):
             torch.testing.assert_close(compiled(ids(text), pixels).logits, model(ids(text), pixels).logits)
 
 
-def test_tokens_that_the_language_model_read_alone_do_not_make_it_forget(model):
+def test_tokens_processed_by_the_language_model_alone_keep_the_cached_images(model):
     prompt, between, rest = ids("aIb"), ids("xy"), ids("cd")
     cache = get_cache(model(prompt, images(1, 1), use_cache=True))
     model.lang_encoder(between, cache=cache)
@@ -387,8 +390,8 @@ def _without_images(cache):
     return cache
 
 
-def test_a_mixture_of_experts_generates_after_a_trainer_asked_for_its_balancing_loss():
-    """Trainers set it in the configuration, and leave it there."""
+def test_a_mixture_of_experts_generates_after_a_trainer_enabled_its_balancing_loss():
+    """Trainers set ``output_router_logits`` in the configuration and leave it there."""
     model = tiny_flamingo(lm=make_tiny("mixtral", vocab_size=60))
     options = {"pixel_values": images(2, 2), "attention_mask": MASK, "max_new_tokens": 3, "do_sample": False}
     expected = model.generate(PROMPTS, **options)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same gradients, less kept for the backward."""
+"""Gradient checkpointing: the same gradients, fewer saved activations."""
 
 import pytest
 import torch
@@ -34,22 +34,22 @@ def trainable(*prefixes, **options):
     "parts",
     [("perceiver", "gated_cross_attn_layers", "token_rows"), ("gated_cross_attn_layers",), ("perceiver",)],
 )
-def test_gradients_equal_those_without(mode, every, parts):
+def test_gradients_with_checkpointing_equal_those_without(mode, every, parts):
     model = trainable(*parts, cross_attn_every_n_layers=every)
     expected = gradients(model)
     model.activation_checkpointing_enable(mode)
-    found = gradients(model)
+    actual = gradients(model)
     assert expected and all(
         gradient is not None and gradient.abs().max() > 0 for gradient in expected.values()
     )
     for name, gradient in expected.items():
         torch.testing.assert_close(
-            found[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+            actual[name], gradient, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
 @pytest.mark.parametrize("part", ["language model", "cross-attention", "perceiver"])
-def test_every_part_keeps_less_for_the_backward(part):
+def test_checkpointing_any_part_saves_activation_memory(part):
     model = trainable("perceiver", "gated_cross_attn_layers")
     before = saved_bytes(model)
     blocks = {
@@ -87,9 +87,9 @@ def test_a_batch_without_images_gives_every_parameter_a_gradient(mode):
     model = trainable("perceiver", "gated_cross_attn_layers", "token_rows")
     if mode:
         model.activation_checkpointing_enable(mode)
-    found = gradients(model, None, ids("abc", "def"))
-    assert all(gradient is not None for gradient in found.values())
-    unseen = [g for name, g in found.items() if name.startswith("perceiver.") or ".to_kv." in name]
+    actual = gradients(model, None, ids("abc", "def"))
+    assert all(gradient is not None for gradient in actual.values())
+    unseen = [g for name, g in actual.items() if name.startswith("perceiver.") or ".to_kv." in name]
     assert unseen and all((gradient == 0).all() for gradient in unseen)
 
 
@@ -123,7 +123,7 @@ def test_one_step_of_eight_equals_eight_accumulated_steps_of_one():
 
 
 @pytest.mark.parametrize("mode", [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT])
-def test_a_checkpoint_wrapper_from_outside_is_refused_rather_than_losing_the_gradient(mode):
+def test_a_checkpoint_wrapper_that_would_lose_the_gradient_is_refused(mode):
     model = trainable("gated_cross_attn_layers")
     layers = tuple(model.lang_encoder.model.layers)
     apply_activation_checkpointing(

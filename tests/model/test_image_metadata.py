@@ -1,4 +1,4 @@
-"""Damaged metadata never costs an image, and its orientation is applied as long as its own entry is whole."""
+"""Images with damaged metadata are read, and their orientation is applied if its own entry is intact."""
 
 import io
 import random
@@ -12,7 +12,7 @@ from PIL import Image
 
 from flamingo_ft.data.media_resolver import lossless_bytes
 from flamingo_ft.model.image_metadata import exif_orientation, split_metadata
-from flamingo_ft.model.images import conversions, open_image, to_rgb
+from flamingo_ft.model.images import UNREADABLE, conversions, open_image, to_rgb
 
 from .kinds_of_images import file_of
 
@@ -48,7 +48,7 @@ def camera_exif() -> bytes:
 
 
 def jpeg(block: bytes, segments: bytes = b"") -> bytes:
-    """STORED as a JPEG with a block of EXIF, whatever is in it."""
+    """STORED as a JPEG with a block of EXIF, valid or not."""
     plain = file_of(STORED, "JPEG", quality=95)
     return plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + segments + plain[2:]
 
@@ -75,13 +75,12 @@ CONTAINERS = {"JPEG": jpeg, "PNG": png_with, "WEBP": webp}
 
 
 def is_upright(image: Image.Image) -> bool:
-    return (
-        image.size == (8, 12) and np.abs(np.asarray(image).astype(int) - UPRIGHT).mean() < 12
-    )  # JPEG is lossy
+    difference = np.abs(np.asarray(image).astype(int) - UPRIGHT) if image.size == (8, 12) else None
+    return difference is not None and difference.mean() < 12  # JPEG is lossy
 
 
 def mutations(block: bytes, count: int):
-    """Blocks with some bytes changed, some of them cut short: the same ones every time."""
+    """Blocks with some bytes changed, some of them cut short; deterministic."""
     dice = random.Random(0)
     for _ in range(count):
         changed = bytearray(block)
@@ -95,13 +94,11 @@ def mutations(block: bytes, count: int):
 
 @pytest.mark.parametrize("form", CONTAINERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_no_mutation_of_exif_costs_the_image_or_an_orientation_that_is_intact(form):
+def test_images_with_mutated_exif_are_read_and_an_intact_orientation_is_applied(form):
     block = camera_exif()
     entry = block.index(struct.pack(">HHI", 0x0112, SHORT, 1))
-    needed = [
-        slice(6, 16),
-        slice(entry, entry + 12),
-    ]  # byte order, start and length of the directory; its entry
+    # Byte order, start and length of the directory; the entry of the orientation.
+    needed = [slice(6, 16), slice(entry, entry + 12)]
     intact = 0
     for mutated in mutations(block, 400):
         content = CONTAINERS[form](mutated)
@@ -111,7 +108,7 @@ def test_no_mutation_of_exif_costs_the_image_or_an_orientation_that_is_intact(fo
             assert is_upright(seen)
         try:
             opened = Image.open(io.BytesIO(content))
-        except Exception:  # noqa: BLE001 - Pillow cannot, which is why the reader does without the metadata
+        except UNREADABLE:  # by Pillow alone; `open_image` reads such a file without its metadata
             continue
         assert to_rgb(opened).tobytes() == seen.tobytes()
         assert open_image(lossless_bytes(opened)).tobytes() == seen.tobytes()
@@ -122,9 +119,9 @@ DAMAGED = {
     "ResolutionUnit stored as BYTE": exif(TURN, UNIT_AS_BYTE),
     "XResolution stored as ASCII": exif(TURN, RESOLUTION_AS_ASCII),
     "XResolution of no values": exif(TURN, (0x011A, RATIONAL, 0, bytes(4)), (0x0128, SHORT, 1, b"\0\2\0\0")),
-    "more entries than there are": exif(TURN)[:14] + b"\xff\xff" + exif(TURN)[16:],
+    "an entry count beyond the end": exif(TURN)[:14] + b"\xff\xff" + exif(TURN)[16:],
     "cut after the orientation": exif(TURN, UNIT_AS_BYTE)[:30],
-    "a directory of GPS that is elsewhere": exif(TURN, (0x8825, LONG, 1, b"\xff\xff\xff\xf0")),
+    "a GPS directory beyond the end": exif(TURN, (0x8825, LONG, 1, b"\xff\xff\xff\xf0")),
     "a wrong magic number": exif(TURN).replace(b"MM\0*", b"MM\0\x07"),
     "a second prefix": b"Exif\0\0" + exif(TURN),
     "orientation stored as LONG": exif((0x0112, LONG, 1, struct.pack(">I", ORIENTATION))),
@@ -138,7 +135,7 @@ LOST = {
     "orientation 9": exif((0x0112, SHORT, 1, b"\0\x09\0\0")),
     "orientation 0": exif((0x0112, SHORT, 1, bytes(4))),
     "orientation as text": exif((0x0112, ASCII, 2, b"6\0\0\0")),
-    "nowhere": b"Exif\0\0MM\0*\xff\xff\xff\xff",
+    "a directory beyond the end": b"Exif\0\0MM\0*\xff\xff\xff\xff",
 }
 
 
@@ -150,12 +147,12 @@ def test_a_photo_with_damaged_exif_is_upright(form, block):
 
 @pytest.mark.parametrize("form", CONTAINERS)
 @pytest.mark.parametrize("block", LOST.values(), ids=LOST)
-def test_a_photo_whose_orientation_is_lost_is_shown_as_stored(form, block):
+def test_a_photo_without_a_readable_orientation_is_read_as_stored(form, block):
     image = open_image(CONTAINERS[form](block))
     assert image.size == STORED.size and not is_upright(image)
 
 
-def test_damage_is_counted_and_a_healthy_photo_is_not():
+def test_only_damaged_metadata_is_reported():
     assert conversions(open_image(jpeg(camera_exif()))) == ("rotated",)
     assert conversions(open_image(jpeg(exif(TURN, UNIT_AS_BYTE)))) == ("rotated",)
     assert conversions(open_image(jpeg(LOST["garbage"]))) == ("damaged metadata",)
@@ -183,7 +180,7 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize("content", HARMFUL.values(), ids=HARMFUL)
-def test_other_damaged_metadata_costs_no_image_either(content):
+def test_images_with_other_damaged_metadata_are_read(content):
     assert open_image(content).size == STORED.size
 
 
@@ -211,8 +208,8 @@ TIFF_DAMAGE = {
     "XResolution stored as ASCII": (282, ASCII, 4, b"72 \0"),
     "XMP stored as SHORT": (700, SHORT, 2, b"\0\1\0\2"),
     "XMP stored as text": (700, ASCII, 4, b"xmp\0"),
-    "a profile that is elsewhere": (34675, 7, 99999, b"\0\xff\xff\xff"),
-    "a directory that is elsewhere": (34665, LONG, 1, b"\0\xff\xff\xff"),
+    "a profile beyond the end": (34675, 7, 99999, b"\0\xff\xff\xff"),
+    "a directory beyond the end": (34665, LONG, 1, b"\0\xff\xff\xff"),
 }
 
 
@@ -246,7 +243,7 @@ def test_an_avif_with_garbage_for_exif_is_read():
     assert image.size == STORED.size and conversions(image) == ("damaged metadata",)
 
 
-def test_taking_metadata_out_leaves_the_pixels_alone():
+def test_removing_metadata_keeps_the_pixels():
     described = tiff((270, ASCII, 2, b"x\0\0\0"), None, "raw")
     for content in (jpeg(camera_exif()), png_with(camera_exif()), webp(camera_exif()), described):
         bare, _ = split_metadata(content)
@@ -257,5 +254,5 @@ def test_taking_metadata_out_leaves_the_pixels_alone():
 
 
 @pytest.mark.parametrize("length", range(0, len(exif(TURN)) + 1, 3))
-def test_a_block_of_any_length_gives_its_orientation_or_none(length):
+def test_a_truncated_block_has_its_orientation_if_the_entry_is_complete(length):
     assert exif_orientation(exif(TURN)[:length]) == (ORIENTATION if length >= 28 else None)

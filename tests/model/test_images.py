@@ -27,16 +27,14 @@ def processor():
     return nano_processor()
 
 
-def normalised(processor, pixels: np.ndarray) -> np.ndarray:
-    """(H, W, 3) in 0..255 of the tower's own size to what the tower takes, computed without any image
-    library.
-    """
-    how = processor.image_processor.open_clip_preprocess
-    return ((pixels / 255 - np.array(how["mean"])) / np.array(how["std"])).transpose(2, 0, 1)
+def normalized(processor, pixels: np.ndarray) -> np.ndarray:
+    """The tower's input for pixels (H, W, 3) in 0..255 of its own size, computed without an image library."""
+    config = processor.image_processor.open_clip_preprocess
+    return ((pixels / 255 - np.array(config["mean"])) / np.array(config["std"])).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_file_becomes_the_expected_pixels_and_says_what_was_done(name):
+def test_a_file_is_read_into_the_expected_pixels_and_conversions_are_recorded(name):
     kind = KINDS[name]
     image = open_image(kind.content)
     assert image.mode == "RGB" and image.size == (SIDE, SIDE)
@@ -45,7 +43,7 @@ def test_a_file_becomes_the_expected_pixels_and_says_what_was_done(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_training_and_the_processor_see_the_same_normalised_pixels(name, processor, tmp_path):
+def test_training_and_the_processor_see_the_same_normalized_pixels(name, processor, tmp_path):
     kind = KINDS[name]
     path = tmp_path / "image"
     path.write_bytes(kind.content)
@@ -54,36 +52,36 @@ def test_training_and_the_processor_see_the_same_normalised_pixels(name, process
     text = base64.b64encode(kind.content).decode()
     seen = {
         **{
-            f"training: {type(one).__name__}": trained_on(processor, one)
+            f"training: {type(one).__name__}": loaded_for_training(processor, one)
             for one in (str(path), kind.content, stored)
         },
         **{
-            f"asked: {one}": asked_about(processor, one)
+            f"processor: {one}": processed(processor, one)
             for one in (path, str(path), f"data:image/png;base64,{text}")
         },
-        "asked: bytes": asked_about(processor, kind.content),
-        "asked: Pillow": asked_about(processor, Image.open(path)),
-        "asked: base64": asked_about(processor, text),
+        "processor: bytes": processed(processor, kind.content),
+        "processor: Pillow": processed(processor, Image.open(path)),
+        "processor: base64": processed(processor, text),
         "image processor": processor.image_processor(Image.open(path))["pixel_values"][0],
         "transform": processor.image_processor.transform(Image.open(path)),
     }
     if kind.array is not None:
-        seen["numpy"] = asked_about(processor, kind.array)
+        seen["numpy"] = processed(processor, kind.array)
         seen["a list of numpy"] = processor.image_processor([kind.array])["pixel_values"][0]
-        seen["torch"] = asked_about(processor, torch.from_numpy(kind.array.copy()))
+        seen["torch"] = processed(processor, torch.from_numpy(kind.array.copy()))
     first = next(iter(seen.values()))
-    expected = normalised(processor, kind.expected)
+    expected = normalized(processor, kind.expected)
     step = 1 / 255 / min(processor.image_processor.open_clip_preprocess["std"])
     assert np.abs(first.numpy() - expected).max() <= LEVEL * step + 1e-5
     for how, pixels in seen.items():
         assert torch.equal(pixels, first), how
 
 
-def trained_on(processor, image) -> torch.Tensor:
+def loaded_for_training(processor, image) -> torch.Tensor:
     return load_media(processor, [{"images": [image], "where": "row 0"}])["pixel_values"][0, 0]
 
 
-def asked_about(processor, image) -> torch.Tensor:
+def processed(processor, image) -> torch.Tensor:
     return processor(images=image, text="<image>", return_tensors="pt")["pixel_values"][0, 0]
 
 
@@ -94,7 +92,7 @@ def test_the_images_of_a_chat_are_read_the_same_way(processor):
             {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}
         ]
         batch = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
-        assert torch.equal(batch["pixel_values"][0, 0], trained_on(processor, KINDS[name].content))
+        assert torch.equal(batch["pixel_values"][0, 0], loaded_for_training(processor, KINDS[name].content))
 
 
 def premultiplied(mode: str) -> Image.Image:
@@ -116,7 +114,7 @@ IN_MEMORY = {
 
 
 @pytest.mark.parametrize("mode", IN_MEMORY)
-def test_modes_that_only_exist_in_memory_are_read_and_kept_as_they_are_read(mode):
+def test_modes_that_exist_only_in_memory_are_read_and_stored_with_the_same_pixels(mode):
     image, expected = IN_MEMORY[mode]
     if mode == "PA":
         image = Image.frombytes("PA", image.size, image.tobytes())
@@ -150,7 +148,7 @@ def test_the_callers_image_is_not_changed(mode, processor):
     assert to_rgb(image) is not image
 
 
-def test_an_open_animation_stays_at_its_frame_and_keeps_what_was_painted_on_it():
+def test_reading_an_open_animation_keeps_its_frame_and_changed_pixels():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     image = Image.open(io.BytesIO(file_of(frames[0], "GIF", save_all=True, append_images=frames[1:])))
     image.seek(1)
@@ -158,9 +156,8 @@ def test_an_open_animation_stays_at_its_frame_and_keeps_what_was_painted_on_it()
     image.putpixel((2, 3), (9, 9, 9))
     for _ in range(2):
         seen = to_rgb(image)
-        assert (
-            seen.getpixel((0, 0)) == (0, 255, 0) and seen.getpixel((2, 3)) == (9, 9, 9) and image.tell() == 1
-        )
+        assert seen.getpixel((0, 0)) == (0, 255, 0) and seen.getpixel((2, 3)) == (9, 9, 9)
+        assert image.tell() == 1
 
 
 # Arrays
@@ -183,11 +180,11 @@ def test_an_open_animation_stays_at_its_frame_and_keeps_what_was_painted_on_it()
         COLOURS[:, ::-1][:, ::-1],
     ],
 )
-def test_an_array_of_any_type_and_order_is_the_picture(array):
+def test_an_array_of_any_dtype_and_axis_order_is_read_into_the_same_pixels(array):
     assert np.abs(np.asarray(to_rgb(array)).astype(int) - COLOURS).max() <= LEVEL
 
 
-def test_a_float_file_without_values_somewhere_is_black_there_and_says_so():
+def test_nan_in_a_float_file_becomes_black_and_is_reported():
     values = FLOATS.copy()
     values[3, 4], values[5, 6] = np.nan, np.inf
     image = open_image(file_of(Image.fromarray(values), "TIFF"))
@@ -195,19 +192,19 @@ def test_a_float_file_without_values_somewhere_is_black_there_and_says_so():
     assert conversions(image) == ("float", "clipped")
 
 
-def test_low_precision_tensors_are_the_picture():
+def test_half_precision_tensors_are_read_into_the_same_pixels():
     for dtype in (torch.bfloat16, torch.float16):
         seen = np.asarray(to_rgb((torch.from_numpy(COLOURS) / 255).to(dtype))).astype(int)
         assert np.abs(seen - COLOURS).max() <= 1
 
 
-def test_where_both_ends_could_be_channels_they_come_last_in_arrays_and_first_in_tensors():
+def test_ambiguous_channel_axes_are_last_in_arrays_and_first_in_tensors():
     values = np.arange(3 * 5 * 3, dtype=np.uint8).reshape(3, 5, 3)
     assert (np.asarray(to_rgb(values)) == values).all()
     assert (np.asarray(to_rgb(torch.from_numpy(values))) == values.transpose(1, 2, 0)).all()
 
 
-def test_floats_that_resampling_made_a_little_too_bright_are_not_taken_for_0_to_255():
+def test_floats_slightly_above_1_are_not_read_as_0_to_255():
     overshot = FLOATS * 1.1 - 0.05
     seen = np.asarray(to_rgb(overshot))[..., 0]
     assert np.abs(seen - np.round(overshot.clip(0, 1) * 255)).max() <= LEVEL
@@ -220,12 +217,12 @@ REFUSED = {
     "one row": (np.zeros(8, np.uint8), r"shape \(8,\)"),
     "many channels": (np.zeros((8, 8, 7), np.uint8), r"shape \(8, 8, 7\)"),
     "no pixels": (np.zeros((0, 8, 3), np.uint8), "no pixels"),
-    "normalised": (
+    "normalized": (
         torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)),
         "before any normalization",
     ),
-    "normalised, mostly bright": (np.linspace(-0.2, 2.6, 64).reshape(8, 8), "before any normalization"),
-    "normalised to -1..1": (np.linspace(-1, 1, 64).reshape(8, 8), "before any normalization"),
+    "normalized, mostly bright": (np.linspace(-0.2, 2.6, 64).reshape(8, 8), "before any normalization"),
+    "normalized to -1..1": (np.linspace(-1, 1, 64).reshape(8, 8), "before any normalization"),
     "temperatures": (
         Image.fromarray(np.linspace(-1000, 3000, 64, dtype=np.int32).reshape(8, 8)),
         "from -1000 to 3000",
@@ -236,12 +233,12 @@ REFUSED = {
     "complex": (np.zeros((8, 8), complex), "an array of complex128"),
     "text in an array": (np.array([["a", "b"]]), "an array of"),
     "a number": (7, "got int"),
-    "nothing": (None, "got NoneType"),
+    "None": (None, "got NoneType"),
 }
 
 
 @pytest.mark.parametrize(("array", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_picture_is_refused_in_one_line(array, message, processor):
+def test_invalid_arrays_are_refused_in_one_line(array, message, processor):
     with pytest.raises(UnreadableImage, match=message):
         to_rgb(array)
     with pytest.raises(UserError, match=message) as caught:
@@ -276,12 +273,12 @@ def test_more_pixels_than_the_limit_are_refused_before_they_are_decoded(name, fe
 def test_the_processor_and_arrays_have_the_same_limit(few_pixels, processor):
     for image in (COLOURS, torch.from_numpy(COLOURS), Image.fromarray(COLOURS), KINDS["RGB"].content):
         with pytest.raises(UserError, match="32 x 32 pixels"):
-            asked_about(processor, image)
+            processed(processor, image)
 
 
-def test_an_icon_that_holds_a_larger_picture_than_it_says_is_refused(monkeypatch):
+def test_an_icon_with_a_larger_picture_than_its_directory_states_is_refused(monkeypatch):
     content = bytearray(file_of(Image.fromarray(COLOURS), "ICO", sizes=[(SIDE, SIDE)]))
-    content[6:8] = 4, 4  # what the icon's directory says
+    content[6:8] = 4, 4  # the size in the icon's directory
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
     with pytest.raises(UnreadableImage, match="pixels"):
         open_image(bytes(content))
@@ -293,10 +290,10 @@ def test_pillows_own_lower_limit_is_obeyed(monkeypatch):
         open_image(KINDS["RGB"].content)
 
 
-# What people give by mistake
+# Inputs passed by mistake
 
 
-def test_what_is_no_image_is_told_in_one_line_by_the_processor(processor, tmp_path):
+def test_unreadable_images_are_reported_in_one_line_by_the_processor(processor, tmp_path):
     (tmp_path / "words.png").write_text("words")
     wrong = {
         str(tmp_path / "gone.png"): "no such file",
@@ -314,9 +311,9 @@ def test_what_is_no_image_is_told_in_one_line_by_the_processor(processor, tmp_pa
 def test_an_undecoded_image_of_datasets_is_read(processor, tmp_path):
     content = KINDS["16-bit PNG"].content
     (tmp_path / "a.png").write_bytes(content)
-    expected = trained_on(processor, content)
+    expected = loaded_for_training(processor, content)
     for image in ({"bytes": content, "path": None}, {"bytes": None, "path": str(tmp_path / "a.png")}):
-        assert torch.equal(asked_about(processor, image), expected)
+        assert torch.equal(processed(processor, image), expected)
 
 
 def test_a_file_whose_text_has_the_readers_own_key_is_still_turned_upright():
@@ -325,8 +322,5 @@ def test_a_file_whose_text_has_the_readers_own_key_is_still_turned_upright():
     exif[images.ORIENTATION] = 6
     Image.new("RGB", (8, 4)).save(content, "PNG", pnginfo=note, exif=exif)
     opened = Image.open(content)
-    assert (
-        to_rgb(opened).size == (4, 8)
-        and conversions(to_rgb(opened)) == ("rotated",)
-        and conversions(opened) == ()
-    )
+    assert to_rgb(opened).size == (4, 8) and conversions(to_rgb(opened)) == ("rotated",)
+    assert conversions(opened) == ()

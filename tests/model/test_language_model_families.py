@@ -25,7 +25,7 @@ BEFORE = 1  # tokens before the first image of any row
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    """Tiny models are unusual, and transformers says so at length."""
+    """Silence transformers' warnings about unusually small models."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     yield
@@ -40,7 +40,7 @@ def visual() -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def passed() -> list[str]:
-    """Families on which the law was seen to hold."""
+    """Families that passed the test of zero gates."""
     return []
 
 
@@ -80,8 +80,7 @@ def test_zero_gates_leave_the_language_model_unchanged(family, visual, passed):
     passed.append(family)
 
 
-# What people start from, and one of every kind of layer and cache; the others' further laws are among the
-# slow tests.
+# Common models, and one of every kind of layer and cache; further tests of the others are slow.
 COMMON = {
     "bamba", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox",
     "gptj", "jamba", "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3",
@@ -129,7 +128,7 @@ def test_cached_generation_looks_at_the_same_images_as_uncached(family, visual):
         assert largest(step - expected) < 1e-5
 
 
-def test_the_law_holds_for_at_least_150_families(passed):
+def test_zero_gates_hold_for_at_least_150_families(passed):
     if len(passed) < len(FAMILIES):
         pytest.skip(f"only {len(passed)} of the {len(FAMILIES)} families ran and passed")
     assert len(passed) >= 150

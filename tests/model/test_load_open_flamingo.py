@@ -92,7 +92,7 @@ def test_a_trained_checkpoint_gives_open_flamingo_s_logits(family: str) -> None:
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_however_wrapped_a_file_loads_the_same(wrapping: str, tmp_path: Path) -> None:
+def test_every_wrapping_of_a_file_loads_the_same_weights(wrapping: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     torch.save(WRAPPINGS[wrapping](trained_state_dict("gpt_neox")), path)
     model = fresh()
@@ -107,7 +107,7 @@ def test_a_path_may_be_a_string(tmp_path: Path) -> None:
     assert_computes_what_was_recorded(model, "gpt_neox")
 
 
-def test_a_whole_state_dict_brings_the_backbones_too() -> None:
+def test_a_whole_state_dict_loads_the_backbones_too() -> None:
     model = fresh()
     with torch.no_grad():
         for part in (model.vision_encoder, model.lang_encoder):
@@ -119,7 +119,7 @@ def test_a_whole_state_dict_brings_the_backbones_too() -> None:
     assert_computes_what_was_recorded(model, "gpt_neox")
 
 
-def test_the_transformers_face_loads_the_same_file() -> None:
+def test_the_transformers_api_loads_the_same_file() -> None:
     language_model = tiny_language_model("gpt_neox")
     with torch.no_grad():
         language_model.get_input_embeddings().weight.zero_()
@@ -148,25 +148,25 @@ def test_load_state_dict_does_the_same_for_open_flamingo_s_keys() -> None:
     assert_computes_what_was_recorded(model, "gpt_neox")
 
 
-def test_load_state_dict_of_a_released_script_forgives_no_bridge_weight() -> None:
+def test_load_state_dict_with_strict_false_requires_every_bridge_weight() -> None:
     trained = trained_state_dict("gpt_neox")
     del trained[GATE]
     with pytest.raises(UserError, match="attn_gate"):
         fresh().load_state_dict(trained, strict=False)
 
 
-def test_a_strict_load_state_dict_forgives_no_missing_backbone() -> None:
+def test_a_strict_load_state_dict_requires_the_backbones() -> None:
     with pytest.raises(RuntimeError, match="strict=False"):
         fresh().load_state_dict(trained_state_dict("gpt_neox"))
     fresh().load_state_dict(whole_state_dict())
 
 
-def test_missing_input_embeddings_are_told() -> None:
+def test_missing_input_embeddings_are_reported() -> None:
     trained = {k: v for k, v in trained_state_dict("gpt_neox").items() if not k.endswith(EMBEDDINGS)}
     assert "lang_encoder.gpt_neox.embed_in.weight" in load_open_flamingo(fresh(), trained).missing
 
 
-def test_fewer_rows_of_the_vocabulary_load_and_leave_the_others() -> None:
+def test_a_smaller_vocabulary_loads_and_keeps_the_other_rows() -> None:
     model, trained = fresh(), trained_state_dict("gpt_neox")
     key = embedding_key(trained)
     load_open_flamingo(model, trained | {key: trained[key][:120]})
@@ -175,14 +175,14 @@ def test_fewer_rows_of_the_vocabulary_load_and_leave_the_others() -> None:
     assert not embeddings[120:].any()
 
 
-def test_load_state_dict_still_takes_the_models_own_keys() -> None:
+def test_load_state_dict_accepts_the_models_own_keys() -> None:
     source, target = fresh(), untrained_flamingo("gpt_neox", CHECKPOINT_INTERVAL)
     fill(source, "own.")
     target.load_state_dict(source.state_dict())
     assert_untouched(target, snapshot(source))
 
 
-def test_buffers_of_older_language_models_are_reported_and_do_no_harm() -> None:
+def test_buffers_of_older_language_models_are_reported_and_ignored() -> None:
     old = {
         f"lang_encoder.gpt_neox.layers.{k}.decoder_layer.attention.masked_bias": torch.tensor(-1e9)
         for k in (0, 1)
@@ -274,7 +274,7 @@ def test_a_file_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [torch.ones(2), [1, 2], {1: 2}, {}], ids=["tensor", "list", "numbers", "nothing"]
+    "content", [torch.ones(2), [1, 2], {1: 2}, {}], ids=["tensor", "list", "numbers", "empty"]
 )
 def test_a_file_of_something_else_is_refused_in_one_line(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")

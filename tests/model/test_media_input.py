@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture
 def seen(model):
-    """How many images the tower was given, call by call."""
+    """The number of images in each call of the tower."""
     counts: list[int] = []
     hook = model.vision_encoder.conv1.register_forward_pre_hook(
         lambda module, args: counts.append(len(args[0]))
@@ -44,7 +44,7 @@ def tokens_of(model, pixels: Tensor) -> Tensor:
 # Tokens in place of pixels
 
 
-def test_tokens_of_the_tower_stand_for_the_pixels_without_running_it(model, seen):
+def test_vision_tokens_replace_the_pixels_without_running_the_tower(model, seen):
     pixels = images(2, 2, 3)
     tokens = tokens_of(model, pixels)
     expected = model(TEXT, pixels).logits
@@ -60,7 +60,7 @@ def test_pixels_and_tokens_together_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "inputs, message",
     [
         ({"vision_tokens": torch.zeros(2, 2, 4, 32)}, r"vision_tokens: .* got shape \(2, 2, 4, 32\)"),
         ({"pixel_values": torch.zeros(2, 3, 16, 16)}, r"pixel_values: .* got shape \(2, 3, 16, 16\)"),
@@ -78,9 +78,9 @@ def test_pixels_and_tokens_together_are_refused(model):
         ),
     ],
 )
-def test_what_has_another_shape_is_refused(model, given, message):
+def test_wrong_shapes_and_frame_counts_are_refused(model, inputs, message):
     with pytest.raises(UserError, match=message):
-        model(TEXT, **given)
+        model(TEXT, **inputs)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -98,12 +98,12 @@ def test_tokens_and_frame_counts_reach_the_model_under_trls_fused_head(fused):
 # Media with different numbers of frames
 
 
-def latents(model, text: Tensor, **given) -> Tensor:
+def latents(model, text: Tensor, **inputs) -> Tensor:
     with torch.no_grad():
-        return model.media_for(text, media_input(**given)).latents
+        return model.media_for(text, media_input(**inputs)).latents
 
 
-def test_an_image_among_videos_gives_exactly_the_latents_it_gives_alone():
+def test_an_image_among_videos_has_exactly_the_latents_it_has_alone():
     model = tiny_flamingo(perceiver={"max_num_frames": 3})
     tokens = tokens_of(model, images(2, 2, 3))
     frames = torch.tensor([[3, 1], [3, 0]])
@@ -121,17 +121,17 @@ def test_padding_frames_change_nothing_and_never_reach_the_tower(model, lengths,
     hook = model.vision_encoder.conv1.register_forward_pre_hook(
         lambda module, args: counts.append(len(args[0]))
     )
-    found = latents(model, text, pixel_values=pixels, frame_counts=frames)
+    actual = latents(model, text, pixel_values=pixels, frame_counts=frames)
     hook.remove()
     assert counts == [sum(lengths)]
     spoilt = pixels.clone()
     spoilt[torch.arange(3) >= frames[..., None]] = torch.nan
-    assert torch.equal(found, latents(model, text, pixel_values=spoilt, frame_counts=frames))
+    assert torch.equal(actual, latents(model, text, pixel_values=spoilt, frame_counts=frames))
     for row in range(2):
         for slot in range(2):
             video = pixels[row : row + 1, : slot + 1, : lengths[2 * row + slot]]
             alone = latents(model, ids("I" * (slot + 1)), pixel_values=video)
-            torch.testing.assert_close(found[row, slot], alone[0, slot])
+            torch.testing.assert_close(actual[row, slot], alone[0, slot])
 
 
 # The same image twice
@@ -139,26 +139,24 @@ def test_padding_frames_change_nothing_and_never_reach_the_tower(model, lengths,
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.sampled_from([torch.float32, torch.bfloat16]))
-def test_copies_are_found_whatever_their_order_and_nothing_else_is(names, dtype):
+def test_exactly_the_copies_are_detected_in_any_order(names, dtype):
     kinds = images(2).to(dtype)
-    kinds = torch.stack(
-        [*kinds, kinds[0].flip(-1), kinds[0] + torch.nan]
-    )  # the flip has the sum of the first
+    # The flipped image has the same sum as the first.
+    kinds = torch.stack([*kinds, kinds[0].flip(-1), kinds[0] + torch.nan])
     first, source = find_copies(kinds[names])
     assert [names[index] for index in first] == list(dict.fromkeys(names))
     assert [names[first[number]] for number in source] == names
 
 
-def test_an_image_that_is_there_twice_is_encoded_once_and_read_as_if_twice(model, seen):
+def test_a_repeated_image_is_encoded_once_with_the_same_logits(model, seen):
     pixels = images(2, 2, 3)
     pixels[1, 0] = pixels[0, 1]
     pixels[0, 0, 2] = pixels[0, 0, 0]
     expected = model(TEXT, vision_tokens=tokens_of(model, pixels)).logits
     seen.clear()
     torch.testing.assert_close(model(TEXT, pixels).logits, expected)
-    assert seen == [
-        5
-    ]  # the text mentions nine frames; one video of three is a copy, and one frame of another
+    # The text mentions nine frames; one video of three is a copy, and one frame of another.
+    assert seen == [5]
 
 
 def test_lora_in_the_tower_learns_from_each_of_two_copies():
@@ -167,12 +165,12 @@ def test_lora_in_the_tower_learns_from_each_of_two_copies():
         model = tiny_flamingo()
         torch.manual_seed(0)
         add_lora(model, LoraSection(vision=LoraPart(r=2)))
-        updates = {name: p for name, p in model.named_parameters() if ".lora_" in name}
-        for parameter in updates.values():
+        lora = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+        for parameter in lora.values():
             torch.nn.init.normal_(parameter, std=0.1).requires_grad_(True)
         pixels = images(2, 1)
         pixels[1] = pixels[0] if copies else pixels[0] + 1e-6
         model(ids("aIb", "Icd"), pixels).logits.square().sum().backward()
-        gradients.append([parameter.grad for parameter in updates.values()])
+        gradients.append([parameter.grad for parameter in lora.values()])
     for once, twice in zip(*gradients, strict=True):
         torch.testing.assert_close(once, twice, rtol=1e-3, atol=1e-3)

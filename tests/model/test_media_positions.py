@@ -1,4 +1,4 @@
-"""With `max_num_media` a medium is read at its position in its sample, whatever of that is cached."""
+"""With `max_num_media`, a medium is encoded at its position in its sample, cached or not."""
 
 import copy
 
@@ -28,19 +28,19 @@ MODES = ["immediate", "all_preceding"]
 
 
 def flamingo(most: int = 4, mode: str = "immediate", **perceiver):
-    """One whose answer depends on the position of an image."""
+    """A model whose logits depend on the position of an image."""
     model = tiny_flamingo(perceiver={"max_num_media": most, **perceiver}, media_visibility=mode)
     with torch.no_grad():
         model.perceiver.media_time_embs.mul_(3)
     return model
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_position_of_an_image_changes_what_is_read():
-    """The laws below are not true by accident."""
+def test_the_position_of_an_image_changes_its_latents():
+    """Otherwise the tests below would pass trivially."""
     model, pixels = flamingo(), images(1, 1).expand(-1, 2, -1, -1, -1)
     first, second = model.media_for(ids("II"), media_input(pixels)).latents[0]
     assert (first - second).abs().max() > 0.1
@@ -55,8 +55,8 @@ def test_turns_from_a_cache_have_the_logits_of_the_whole_dialogue(mode, pixels_o
     parts, cache, seen = [], None, 0
     for turn in turns:
         new = int((turn == MEDIA).sum())
-        given = pixels[:, seen : seen + new] if pixels_of == "the new turn" else pixels[:, : seen + new]
-        out = model(turn, given if new else None, cache=cache, use_cache=True)
+        media = pixels[:, seen : seen + new] if pixels_of == "the new turn" else pixels[:, : seen + new]
+        out = model(turn, media if new else None, cache=cache, use_cache=True)
         cache, seen = get_cache(out), seen + new
         parts.append(out.logits)
     close(torch.cat(parts, 1), whole)
@@ -71,10 +71,10 @@ def test_left_padded_rows_continue_each_from_its_own_number_of_images(mode):
     cache = get_cache(model(first, pixels[:, :2], attention_mask=mask, use_cache=True))
     mask = torch.cat([mask, torch.ones_like(second)], 1)
     new = torch.stack([pixels[0, 2:], pixels[1, 1:2]])
-    found = model(second, new, attention_mask=mask, cache=cache).logits
+    actual = model(second, new, attention_mask=mask, cache=cache).logits
     for row, (before, count) in enumerate(((0, 3), (3, 2))):
         alone = torch.cat([first[row : row + 1, before:], second[row : row + 1]], 1)
-        close(found[row], model(alone, pixels[row : row + 1, :count]).logits[0, -3:])
+        close(actual[row], model(alone, pixels[row : row + 1, :count]).logits[0, -3:])
 
 
 @torch.no_grad()
@@ -84,11 +84,11 @@ def test_a_generated_dialogue_continues_from_its_cache_as_from_the_whole_text():
     second = torch.cat([first.sequences, ids("cIdI")], dim=1)
     options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
     whole = model.generate(second, pixel_values=pixels, **options)
-    for given in (pixels, pixels[:, 1:]):
+    for media in (pixels, pixels[:, 1:]):
         cache = copy.deepcopy(get_cache(first))
-        found = model.generate(second, pixel_values=given, cache=cache, **options)
-        assert torch.equal(found.sequences, whole.sequences)
-        close(torch.stack(found.logits), torch.stack(whole.logits))
+        actual = model.generate(second, pixel_values=media, cache=cache, **options)
+        assert torch.equal(actual.sequences, whole.sequences)
+        close(torch.stack(actual.logits), torch.stack(whole.logits))
 
 
 @torch.no_grad()
@@ -98,9 +98,9 @@ def test_beams_continue_from_a_cache():
     whole = model.generate(torch.cat([prompt, rest], 1), pixel_values=pixels, **options)
     cache = get_cache(model(prompt, pixels[:, :1], use_cache=True))
     cache.batch_repeat_interleave(3)
-    found = model(rest.expand(3, -1), pixels[:, 1:].expand(3, -1, -1, -1, -1), cache=cache).logits
+    actual = model(rest.expand(3, -1), pixels[:, 1:].expand(3, -1, -1, -1, -1), cache=cache).logits
     expected = model(torch.cat([prompt, rest], 1), pixels).logits[:, 3:]
-    close(found, expected.expand(3, -1, -1))
+    close(actual, expected.expand(3, -1, -1))
     text = torch.cat([prompt, rest], 1)
     assert torch.equal(whole, model.generate(text, pixel_values=pixels, use_cache=False, **options))
 
@@ -118,7 +118,7 @@ def test_chunks_and_drafts_read_images_at_their_positions():
 
 
 @pytest.mark.parametrize("draft", ["assistant", "lookup"])
-def test_drafts_are_refused_after_a_cache_whose_tokens_transformers_would_read_twice(draft):
+def test_assisted_decoding_from_a_cache_is_refused(draft):
     model, pixels = flamingo(), images(1, 2)
     cache = get_cache(model(ids("aIb"), pixels[:, :1], use_cache=True))
     options = {"assistant_model": flamingo()} if draft == "assistant" else {"prompt_lookup_num_tokens": 2}
@@ -131,9 +131,9 @@ def test_drafts_are_refused_after_a_cache_whose_tokens_transformers_would_read_t
 def test_more_images_than_positions_are_refused_over_turns_too():
     model, pixels = flamingo(most=2), images(1, 3)
     cache = get_cache(model(ids("aIbI"), pixels[:, :2], use_cache=True))
-    for given in (pixels, pixels[:, 2:]):
+    for media in (pixels, pixels[:, 2:]):
         with pytest.raises(UserError, match="max_num_media is 2, got 3 media per sample"):
-            model(ids("cI"), given, cache=cache)
+            model(ids("cI"), media, cache=cache)
 
 
 @torch.no_grad()
@@ -147,16 +147,16 @@ def test_turns_of_videos_have_the_logits_of_the_whole_dialogue():
 
 
 @pytest.mark.parametrize("mode", [*MODES, "following"])
-def test_packed_samples_number_their_images_as_samples_apart_do(mode):
+def test_images_of_packed_samples_are_numbered_as_in_separate_rows(mode):
     model = flamingo(mode=mode).double().requires_grad_(True)
     apart, packed = batches()
-    (loss, expected), (found_loss, found) = (gradients(model, batch, True) for batch in (apart, packed))
-    torch.testing.assert_close(found_loss, loss, rtol=1e-10, atol=0)
+    (loss, expected), (actual_loss, actual) = (gradients(model, batch, True) for batch in (apart, packed))
+    torch.testing.assert_close(actual_loss, loss, rtol=1e-10, atol=0)
     name = "perceiver.media_time_embs"
-    torch.testing.assert_close(found[name], expected[name], rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(actual[name], expected[name], rtol=1e-8, atol=1e-12)
 
 
-def test_packed_rows_may_hold_more_images_than_a_sample_may_have():
+def test_a_packed_row_may_have_more_images_than_max_num_media():
     _, packed = batches()
     flamingo(most=2).double()(**packed)
     packed.pop("document_ids")
@@ -196,7 +196,7 @@ def test_media_kept_by_a_forward_that_continues_a_cache_are_numbered_after_those
     model, media, turns = open_flamingo(), videos(2), (ids("aIb"), ids("cId"))
     cache = get_cache(model(media[:, :1], turns[0], use_cache=True))
     model(media[:, 1:], turns[1], past_key_values=cache, use_cache=True, clear_conditioned_layers=False)
-    found = model(None, ids("ef")).logits  # text that follows both turns, read without their cache
+    actual = model(None, ids("ef")).logits  # text after both turns, without their cache
     model.uncache_media()
     model.cache_media(torch.cat(turns, 1), media)
-    close(found, model(None, ids("ef")).logits)
+    close(actual, model(None, ids("ef")).logits)

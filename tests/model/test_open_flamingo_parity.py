@@ -53,16 +53,16 @@ def loss_gradients(family: str, model: Flamingo) -> dict[str, Tensor]:
 
 
 def test_gradients_of_every_shared_parameter_equal_open_flamingo(pair: tuple[str, Flamingo, Golden]) -> None:
-    """Every float32 entry against float64 here, which is held against the peer's float64 by its sketch."""
+    """Every float32 entry against float64, which is compared with OpenFlamingo's float64 by its sketch."""
     family, model, golden = pair
     single = loss_gradients(family, model)
     double = loss_gradients(family, flamingo(family, golden.every).double())
     assert sorted(single) == sorted(double) == golden.gradient_names
     recorded, table = golden.tensors["gradients"], measurements.gradient_table(double)
     largest = float(recorded[:, 0].max())
-    for name, expected, found in zip(golden.gradient_names, recorded, table, strict=True):
+    for name, expected, actual in zip(golden.gradient_names, recorded, table, strict=True):
         unit = measurements.gradient_unit(float(expected[0]), largest)
-        assert float((found - expected).abs().max()) < DOUBLE_TOLERANCE * unit, name
+        assert float((actual - expected).abs().max()) < DOUBLE_TOLERANCE * unit, name
         assert float((single[name].double() - double[name]).abs().max()) < TOLERANCE * unit, name
 
 

@@ -1,6 +1,4 @@
-"""Losses that multiply by the output head's matrix: the same, and cheaper, with the trained rows scored
-apart.
-"""
+"""Losses that use the output head's matrix are the same, and cheaper, with the trained rows scored apart."""
 
 import copy
 
@@ -45,7 +43,7 @@ def loss_and_gradients(model, loss) -> tuple[torch.Tensor, dict[str, torch.Tenso
 
 @pytest.mark.parametrize("chunk", [7, 60, 1000])
 def test_the_logits_and_gradients_of_rows_scored_apart_are_those_of_the_whole_matrix(chunk):
-    """In float64, the vocabulary in chunks as such losses take it."""
+    """In float64, with the vocabulary in chunks, as fused losses process it."""
     torch.manual_seed(0)
     hidden = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
     matrix = torch.randn(60, 16, dtype=torch.float64)
@@ -56,10 +54,10 @@ def test_the_logits_and_gradients_of_rows_scored_apart_are_those_of_the_whole_ma
     wide, apart = with_scores(hidden, rows), RowsApart(matrix, ids_)
     logits = torch.cat([wide @ apart[start : start + chunk].T for start in range(0, 60, chunk)], dim=-1)
     torch.testing.assert_close(logits, whole, rtol=1e-13, atol=1e-13)
-    for found, one in zip(
+    for actual, one in zip(
         torch.autograd.grad((logits * weights).sum(), (hidden, rows)), expected, strict=True
     ):
-        torch.testing.assert_close(found, one, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(actual, one, rtol=1e-12, atol=1e-12)
     assert torch.equal(wide @ apart.T, wide @ apart[:].T) and apart.shape[1] % 8 == 0
 
 
@@ -69,15 +67,17 @@ def test_trls_fused_loss_and_its_gradients_are_the_models_own(family):
     batch = {"input_ids": TEXT, "pixel_values": PIXELS, "labels": TEXT.masked_fill(TEXT == MEDIA, -100)}
     loss, expected = loss_and_gradients(model, model(**batch, use_cache=False).loss)
     add_fused_lm_head(model, outputs=("entropy", "mean_logits", "is_top1"))
-    found_loss, found = loss_and_gradients(model, model(**batch, fused_lm_head=True).loss)
-    torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=1e-6)
-    assert found.keys() == expected.keys() >= {"token_rows.input.weight"}
+    actual_loss, actual = loss_and_gradients(model, model(**batch, fused_lm_head=True).loss)
+    torch.testing.assert_close(actual_loss, loss, rtol=1e-6, atol=1e-6)
+    assert actual.keys() == expected.keys() >= {"token_rows.input.weight"}
     for name in expected:
         scale = float(expected[name].abs().max())
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5 * scale + 1e-7, msg=name)
+        torch.testing.assert_close(
+            actual[name], expected[name], rtol=1e-4, atol=1e-5 * scale + 1e-7, msg=name
+        )
 
 
-def test_what_trl_logs_of_a_step_is_that_of_the_whole_matrix():
+def test_metrics_logged_by_trl_equal_those_of_the_whole_matrix():
     model = trained()
     add_fused_lm_head(model, outputs=("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"))
     batch = {"input_ids": TEXT, "pixel_values": PIXELS, "labels": TEXT, "fused_lm_head": True}
@@ -88,7 +88,7 @@ def test_what_trl_logs_of_a_step_is_that_of_the_whole_matrix():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of a tensor that any operator makes, beside the model's own."""
+    """Records the size of the largest tensor that any operator makes, the model's own aside."""
 
     def __init__(self, model):
         super().__init__()
@@ -134,7 +134,7 @@ def test_only_a_fused_loss_sees_other_hidden_states_and_another_matrix():
     assert model.get_output_embeddings().weight.shape[-1] == 32
 
 
-def test_a_head_that_trains_itself_has_its_gradient():
+def test_a_trainable_head_gets_its_gradient():
     model = trained()
     head = model.lang_encoder.lm_head.requires_grad_(True)
     add_fused_lm_head(model)
@@ -144,15 +144,15 @@ def test_a_head_that_trains_itself_has_its_gradient():
     assert model.token_rows.output.weight.grad.abs().max() > 0
 
 
-def test_offloading_of_activations_takes_the_matrix_for_a_weight():
-    """It asks for an instance of Parameter, after a storage that it expects some tensors to lack."""
+def test_activation_offloading_treats_the_matrix_as_a_parameter():
+    """It skips instances of Parameter, and asks others for a storage, which this one lacks."""
     apart = RowsApart(torch.zeros(60, 16), [58, 59])
     assert isinstance(apart, torch.nn.Parameter)
     with pytest.raises(RuntimeError):
         apart.untyped_storage().data_ptr()
 
 
-def test_a_quantized_head_is_refused_where_its_matrix_is_asked_for():
+def test_the_matrix_of_a_quantized_head_is_refused():
     model = trained()
     head = model.lang_encoder.lm_head
     head.weight = torch.nn.Parameter(functional.pad(head.weight, (0, 0)).to(torch.int8), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Several samples in one row are to each other as if each stood in a row of its own."""
+"""Samples packed into one row have the loss and gradients that they have in rows of their own."""
 
 import pytest
 import torch
@@ -26,9 +26,7 @@ def sample(text: str) -> Encoded:
 
 
 def media_of(numbers, pixels, most):
-    """The rows of media (B, most, ...) of samples, one or several to a row; ``pixels`` holds each sample's
-    own.
-    """
+    """The media (B, most, ...) of rows with one or several samples; ``pixels`` has those of each sample."""
     rows = [torch.cat([pixels[number][: TEXTS[number].count("I")] for number in row]) for row in numbers]
     return torch.stack([torch.cat([row, row.new_zeros(most - len(row), *row.shape[1:])]) for row in rows])
 
@@ -65,9 +63,7 @@ def loss_from_backbone(model, batch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("mode", ["immediate", "all_preceding", "following"])
 @pytest.mark.parametrize("family", ["llama", "opt", "mpt"])
-def test_packed_samples_have_the_loss_and_the_gradients_that_they_have_apart(
-    family, mode, attention, backbone
-):
+def test_packed_samples_have_the_loss_and_gradients_of_separate_rows(family, mode, attention, backbone):
     lm = make_tiny(family)
     if family != "mpt":  # it has attention of its own alone
         lm.set_attn_implementation(attention)
@@ -75,19 +71,19 @@ def test_packed_samples_have_the_loss_and_the_gradients_that_they_have_apart(
     relative, absolute = (1e-8, 1e-10) if exact else (1e-4, 1e-6)
     model = tiny_flamingo(lm=lm, media_visibility=mode).double().requires_grad_(True)
     apart, packed = batches()
-    (loss, expected), (found_loss, found) = (gradients(model, batch, backbone) for batch in (apart, packed))
-    torch.testing.assert_close(found_loss, loss, rtol=relative / 100, atol=0)
-    assert found.keys() == expected.keys()
+    (loss, expected), (actual_loss, actual) = (gradients(model, batch, backbone) for batch in (apart, packed))
+    torch.testing.assert_close(actual_loss, loss, rtol=relative / 100, atol=0)
+    assert actual.keys() == expected.keys()
     largest = max(float(each.abs().max()) for each in expected.values())
     for name in expected:
         torch.testing.assert_close(
-            found[name], expected[name], rtol=relative, atol=absolute * largest, msg=name
+            actual[name], expected[name], rtol=relative, atol=absolute * largest, msg=name
         )
 
 
 @pytest.mark.parametrize("mode", ["immediate", "all_preceding", "following"])
 def test_without_document_ids_a_document_would_see_the_images_of_others(mode):
-    """The law above is not true by accident."""
+    """Otherwise the test above would pass trivially."""
     model = tiny_flamingo(media_visibility=mode).double()
     _, packed = batches()
     own = model(**packed).logits
@@ -102,9 +98,9 @@ def test_gradients_of_packed_rows_are_the_same_with_checkpointing():
     _, packed = batches()
     loss, expected = gradients(model, packed, backbone=False)
     model.gradient_checkpointing_enable()
-    again, found = gradients(model, packed, backbone=False)
+    again, actual = gradients(model, packed, backbone=False)
     torch.testing.assert_close(again, loss)
-    assert all(torch.allclose(found[name], expected[name]) for name in expected)
+    assert all(torch.allclose(actual[name], expected[name]) for name in expected)
 
 
 def test_packed_rows_are_refused_with_a_mask_a_cache_or_without_positions():
@@ -155,7 +151,7 @@ def test_packing_loses_nothing_and_overfills_nothing(lengths, open_rows):
 
 @given(LENGTHS)
 @settings(max_examples=50, deadline=None)
-def test_an_item_waits_for_a_bounded_number_of_others(lengths):
+def test_packing_reads_a_bounded_number_of_items_ahead(lengths):
     read = []
     open_items = 0
     for row in pack((read.append(size) or size for size in lengths), lambda size: size, 10, 2):
@@ -168,12 +164,12 @@ def test_small_items_fill_the_rows():
     assert rows == [[6, 4], [5, 5], [3, 7]]
 
 
-def test_an_item_that_no_row_holds_is_refused():
+def test_an_item_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="length 11 does not fit into a row of 10"):
         list(pack([11], lambda size: size, 10))
 
 
-def test_a_packed_row_restarts_positions_and_learns_no_first_token():
+def test_a_packed_row_restarts_positions_and_masks_first_labels():
     whole = Encoded([8, 9, 10, 11], [8, -100, 10, 11])
     batch = collate_packed([[Encoded([5, 6], [5, 6]), Encoded([7], [7])], [whole]], 0)
     assert {name: each.tolist() for name, each in batch.items()} == {

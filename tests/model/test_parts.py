@@ -1,6 +1,4 @@
-"""Which parameter belongs to which part; and a part that is added to the table is found by all that goes by
-part.
-"""
+"""Which parameter belongs to which part; a part added to the table is trained, saved and planned."""
 
 import json
 import subprocess
@@ -42,7 +40,7 @@ def test_matrices_are_decayed_but_not_latents_and_rows(name, shape, group, decay
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory):
-    """What a run with a made-up part found (`made_up_part`)."""
+    """The result of a run with a made-up part (`made_up_part`)."""
     root = Path(flamingo_ft.__file__).parents[1]
     command = [sys.executable, "-m", "tests.model.made_up_part", str(tmp_path_factory.mktemp("made_up"))]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
@@ -61,6 +59,6 @@ def test_a_part_added_in_one_row_is_saved_and_loaded(made_up):
     assert made_up["loaded"]
 
 
-def test_a_part_added_in_one_row_is_counted_and_printed(made_up):
+def test_a_part_added_in_one_row_is_in_the_plan_and_the_card(made_up):
     assert made_up["plan"]["text shift"] == made_up["parameters"] > 0
     assert "the made-up shift of the text" in made_up["card"]

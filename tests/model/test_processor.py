@@ -1,6 +1,4 @@
-"""The processor: text and images in, tensors out; transformers' and TRL's ways to call it give what is done
-by hand.
-"""
+"""The processor: called by transformers or TRL, it returns the tensors of manual encoding."""
 
 import numpy as np
 import open_clip
@@ -39,12 +37,8 @@ def test_the_image_transform_is_open_clips_own(processor):
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{NANO_FOLDER}")
     for image in (A, picture(3, (32, 32)), picture(4, (300, 41))):
         assert torch.equal(processor.image_processor.transform(image), transform(image))
-    for mode in (
-        "L",
-        "P",
-        "RGBA",
-        "CMYK",
-    ):  # in RGB from the start: OpenCLIP would resize a palette's indices
+    # Compared in RGB from the start: OpenCLIP would resize a palette's indices.
+    for mode in ("L", "P", "RGBA", "CMYK"):
         image = A.convert(mode)
         assert torch.equal(processor.image_processor.transform(image), transform(image.convert("RGB")))
 
@@ -68,22 +62,22 @@ def test_images_are_dealt_out_in_the_order_of_the_markers(processor):
     assert (flat["input_ids"] == processor.image_token_id).sum(1).tolist() == [2, 0, 1]
 
 
-def test_one_image_and_one_text_may_stand_alone(processor, tmp_path):
+def test_a_single_image_and_text_need_no_lists(processor, tmp_path):
     A.save(tmp_path / "a.png")
     expected = processor(images=[[A]], text=["see <image>"], return_tensors="pt")
     for image in (A, [A], tmp_path / "a.png", str(tmp_path / "a.png"), [tmp_path / "a.png"]):
-        found = processor(images=image, text="see <image>", return_tensors="pt")
-        assert torch.equal(found["pixel_values"], expected["pixel_values"])
-        assert torch.equal(found["input_ids"], expected["input_ids"])
+        actual = processor(images=image, text="see <image>", return_tensors="pt")
+        assert torch.equal(actual["pixel_values"], expected["pixel_values"])
+        assert torch.equal(actual["input_ids"], expected["input_ids"])
 
 
 def test_text_without_images_is_the_tokenizers_own(processor):
     texts = ["a longer text", "short"]
     for options in ({}, {"padding": True}, {"padding": True, "padding_side": "left"}):
         assert processor(text=texts, **options).data == processor.tokenizer(texts, **options).data
-    found = processor(text=texts, padding=True, return_tensors="pt")
-    assert all(isinstance(value, torch.Tensor) for value in found.values())
-    assert found["input_ids"].tolist() == processor.tokenizer(texts, padding=True)["input_ids"]
+    actual = processor(text=texts, padding=True, return_tensors="pt")
+    assert all(isinstance(value, torch.Tensor) for value in actual.values())
+    assert actual["input_ids"].tolist() == processor.tokenizer(texts, padding=True)["input_ids"]
 
 
 def test_tokenizer_arguments_may_be_grouped(processor):
@@ -159,15 +153,15 @@ def test_the_chat_template_leaves_the_conversation_as_it_was(processor):
     assert turns == [user({"type": "image", "image": A}, "What?"), assistant("That.")]
 
 
-def test_the_chat_template_with_images_inside_is_what_is_done_by_hand(processor):
-    found = processor.apply_chat_template(TURNS, **WHOLE)
+def test_tokenized_chat_templates_equal_manual_encoding(processor):
+    actual = processor.apply_chat_template(TURNS, **WHOLE)
     by_hand = encode(processor, TURNS)
-    assert found["input_ids"].tolist() == [by_hand.input_ids]
-    labels = torch.where(found["assistant_masks"].bool(), found["input_ids"], -100)
+    assert actual["input_ids"].tolist() == [by_hand.input_ids]
+    labels = torch.where(actual["assistant_masks"].bool(), actual["input_ids"], -100)
     assert labels.tolist() == [by_hand.labels]
-    assert torch.equal(found["pixel_values"], pixels(processor, A, B)[None])
+    assert torch.equal(actual["pixel_values"], pixels(processor, A, B)[None])
     processed = processor(images=[A, B], text=TEXT, return_tensors="pt")
-    assert all(torch.equal(found[name], processed[name]) for name in processed)
+    assert all(torch.equal(actual[name], processed[name]) for name in processed)
 
 
 @pytest.mark.parametrize("key", ["image", "path", "url", "image_url", "base64"])
@@ -177,26 +171,26 @@ def test_images_in_blocks_may_be_files(processor, tmp_path, key):
     block = {"type": "image", key: file}
     if key == "image_url":
         block = {"type": "image_url", "image_url": {"url": file}}
-    found = processor.apply_chat_template([user(block, "What?")], **{**WHOLE, "add_generation_prompt": True})
-    assert torch.equal(found["pixel_values"], pixels(processor, A)[None])
-    assert found["input_ids"][0].tolist() == encode_prompt(processor, [user(IMAGE, "What?")])
+    actual = processor.apply_chat_template([user(block, "What?")], **{**WHOLE, "add_generation_prompt": True})
+    assert torch.equal(actual["pixel_values"], pixels(processor, A)[None])
+    assert actual["input_ids"][0].tolist() == encode_prompt(processor, [user(IMAGE, "What?")])
 
 
-def test_a_batch_of_conversations_keeps_each_its_images(processor):
+def test_each_conversation_of_a_batch_keeps_its_images(processor):
     conversations = [
         TURNS,
         [user("Hi."), assistant("Hi.")],
         [user({"type": "image", "image": C}), assistant("C.")],
     ]
-    found = processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **WHOLE)
-    assert found["pixel_values"].shape == (3, 2, 3, 32, 32)
-    assert torch.equal(found["pixel_values"][0], pixels(processor, A, B))
-    assert torch.equal(found["pixel_values"][2, :1], pixels(processor, C))
+    actual = processor.apply_chat_template(conversations, processor_kwargs={"padding": True}, **WHOLE)
+    assert actual["pixel_values"].shape == (3, 2, 3, 32, 32)
+    assert torch.equal(actual["pixel_values"][0], pixels(processor, A, B))
+    assert torch.equal(actual["pixel_values"][2, :1], pixels(processor, C))
     for row, turns in enumerate(conversations):
         expected = encode(processor, turns)
         length = len(expected.input_ids)
-        assert found["input_ids"][row, :length].tolist() == expected.input_ids
-        assert found["attention_mask"][row].sum() == length
+        assert actual["input_ids"][row, :length].tolist() == expected.input_ids
+        assert actual["attention_mask"][row].sum() == length
 
 
 def test_a_block_of_another_type_is_refused(processor):
@@ -205,7 +199,7 @@ def test_a_block_of_another_type_is_refused(processor):
 
 
 @pytest.mark.parametrize("template", [None, CHATML, CHUNK_TEMPLATE])
-def test_a_saved_processor_comes_back_the_same(processor, template, tmp_path):
+def test_a_saved_processor_reloads_identically(processor, template, tmp_path):
     processor = FlamingoProcessor(
         processor.image_processor, fresh_tokenizer(processor), chat_template=template
     )
@@ -235,7 +229,7 @@ def fresh_tokenizer(processor, **changes):
     return tokenizer
 
 
-def test_a_language_model_without_chat_template_is_spoken_to_in_chunks(processor):
+def test_a_language_model_without_chat_template_uses_chunks(processor):
     tokenizer = fresh_tokenizer(processor, chat_template=None)
     plain = FlamingoProcessor(processor.image_processor, tokenizer)
     turns = [user(IMAGE, "What?"), assistant("That."), user(IMAGE, "And?"), assistant("This.")]
@@ -245,7 +239,7 @@ def test_a_language_model_without_chat_template_is_spoken_to_in_chunks(processor
     assert plain.apply_chat_template(turns[:1], add_generation_prompt=True) == "<image>What?"
 
 
-def test_chunks_begin_with_the_token_that_the_tokenizer_begins_a_text_with(processor):
+def test_chunks_begin_with_bos_if_the_tokenizer_adds_it(processor):
     tokenizer = fresh_tokenizer(processor, chat_template=None, bos_token="<|im_start|>")
     turns = [user("What?"), assistant("That.")]
     unused = FlamingoProcessor(processor.image_processor, tokenizer)
@@ -266,7 +260,7 @@ def test_of_several_chat_templates_the_default_is_used(processor):
 
 
 def rows():
-    """Of one dataset: different counts of images, and none."""
+    """Rows of one dataset with different numbers of images, one of them without."""
     turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "Seven."}]
     return [
         {"messages": turns, "images": [A]},
@@ -276,7 +270,7 @@ def rows():
     ]
 
 
-def test_trls_collator_makes_the_batch_that_is_made_by_hand(processor):
+def test_trls_collator_equals_manual_encoding(processor):
     collate = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
     batch = collate(rows())
     assert batch["pixel_values"].shape == (4, 3, 3, 32, 32)

@@ -40,12 +40,12 @@ TOWERS = {
 
 
 @pytest.fixture(params=CONFIGS)
-def wanted(request) -> str:
+def quantization(request) -> str:
     return request.param
 
 
-def load(folder: Path, wanted: str, **options) -> nn.Module:
-    config = BitsAndBytesConfig(**CONFIGS[wanted], **options)
+def load(folder: Path, quantization: str, **options) -> nn.Module:
+    config = BitsAndBytesConfig(**CONFIGS[quantization], **options)
     return AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
 
 
@@ -60,46 +60,46 @@ def saved(folder: Path, **options) -> Path:
     return folder
 
 
-def test_every_matrix_but_the_language_models_head_is_quantized(wanted, tmp_path):
-    model = load(saved(tmp_path), wanted)
+def test_every_matrix_but_the_language_models_head_is_quantized(quantization, tmp_path):
+    model = load(saved(tmp_path), quantization)
     assert plain_linears(model) == ["lang_encoder.lm_head"]
     assert not any(isinstance(part, nn.MultiheadAttention) for part in model.modules())
     assert all(is_quantized(block.attn.in_proj) for block in model.vision_encoder.transformer.resblocks)
-    assert quantization_formats(model) == {FORMAT[wanted]}
+    assert quantization_formats(model) == {FORMAT[quantization]}
 
 
-def test_gates_norms_latents_and_token_rows_keep_their_bits(wanted, tmp_path):
+def test_gates_norms_latents_and_token_rows_are_not_quantized(quantization, tmp_path):
     expected = tiny_flamingo()
     expected.save_pretrained(tmp_path)
-    found = dict(load(tmp_path, wanted).named_parameters())
+    actual = dict(load(tmp_path, quantization).named_parameters())
     rows = ("token_rows.input.weight", "token_rows.output.weight", "embed_tokens.weight")
     kept = ("gate", "norm.weight", "latents", *rows)
     for name, parameter in expected.named_parameters():
         if name.endswith(kept):
-            assert torch.equal(found[name], parameter), name
+            assert torch.equal(actual[name], parameter), name
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_quantized_model_saved_and_loaded_gives_equal_logits(tower, wanted, tmp_path):
+def test_a_quantized_model_saved_and_loaded_gives_equal_logits(tower, quantization, tmp_path):
     options = TOWERS[tower]
     size = options.get("vision_config", {"vision_cfg": {"image_size": 16}})["vision_cfg"]["image_size"]
     inputs = ids("aIbIc"), torch.randn(1, 2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    model = load(saved(tmp_path / "plain", **options), wanted)
+    model = load(saved(tmp_path / "plain", **options), quantization)
     model.save_pretrained(tmp_path / "quantized")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized")
     assert plain_linears(loaded) == plain_linears(model) == ["lang_encoder.lm_head"]
     assert torch.equal(loaded(*inputs).logits, model(*inputs).logits)
 
 
-def test_saving_a_loaded_quantized_model_keeps_every_byte_of_its_weights(wanted, tmp_path):
-    load(saved(tmp_path / "plain"), wanted).save_pretrained(tmp_path / "first")
+def test_saving_a_loaded_quantized_model_keeps_every_byte_of_its_weights(quantization, tmp_path):
+    load(saved(tmp_path / "plain"), quantization).save_pretrained(tmp_path / "first")
     AutoModelForImageTextToText.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
     assert first == second
 
 
-def test_a_tied_head_stays_tied(wanted, tmp_path):
-    model = load(saved(tmp_path, lm=tiny_language_model(tie_word_embeddings=True)), wanted)
+def test_a_tied_head_stays_tied(quantization, tmp_path):
+    model = load(saved(tmp_path, lm=tiny_language_model(tie_word_embeddings=True)), quantization)
     assert model.lang_encoder.lm_head.weight is model.lang_encoder.model.embed_tokens.weight
     assert plain_linears(model) == ["lang_encoder.lm_head"]
 
@@ -112,8 +112,8 @@ def test_a_tied_head_stays_tied(wanted, tmp_path):
         (["in_proj"], "vision_encoder."),
     ],
 )
-def test_modules_to_skip_are_skipped_and_the_head_with_them(skipped, left, wanted, tmp_path):
-    model = load(saved(tmp_path / "plain"), wanted, llm_int8_skip_modules=skipped)
+def test_modules_to_skip_are_skipped_and_the_head_with_them(skipped, left, quantization, tmp_path):
+    model = load(saved(tmp_path / "plain"), quantization, llm_int8_skip_modules=skipped)
     others = [name for name in plain_linears(model) if not name.startswith(left)]
     assert others == ["lang_encoder.lm_head"] and len(plain_linears(model)) > 1
     model.save_pretrained(tmp_path / "quantized")
@@ -122,45 +122,45 @@ def test_modules_to_skip_are_skipped_and_the_head_with_them(skipped, left, wante
     assert torch.equal(loaded(*INPUTS).logits, model(*INPUTS).logits)
 
 
-def test_the_users_own_configuration_object_is_left_alone(tmp_path):
-    given = BitsAndBytesConfig(load_in_4bit=True)
-    AutoModelForImageTextToText.from_pretrained(saved(tmp_path), quantization_config=given)
-    assert given.llm_int8_skip_modules is None
+def test_the_users_quantization_config_is_not_modified(tmp_path):
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForImageTextToText.from_pretrained(saved(tmp_path), quantization_config=config)
+    assert config.llm_int8_skip_modules is None
 
 
-def test_the_class_itself_loads_quantized_as_the_auto_class_does(wanted, tmp_path):
+def test_the_class_itself_loads_quantized_as_the_auto_class_does(quantization, tmp_path):
     saved(tmp_path)
-    expected = load(tmp_path, wanted)
-    config = BitsAndBytesConfig(**CONFIGS[wanted])
+    expected = load(tmp_path, quantization)
+    config = BitsAndBytesConfig(**CONFIGS[quantization])
     options = {"quantization_config": config, "output_loading_info": True}
-    found, report = type(expected).from_pretrained(tmp_path, **options)
-    assert not report["missing_keys"] and plain_linears(found) == ["lang_encoder.lm_head"]
-    assert torch.equal(found(*INPUTS).logits, expected(*INPUTS).logits)
+    actual, report = type(expected).from_pretrained(tmp_path, **options)
+    assert not report["missing_keys"] and plain_linears(actual) == ["lang_encoder.lm_head"]
+    assert torch.equal(actual(*INPUTS).logits, expected(*INPUTS).logits)
 
 
-@pytest.mark.parametrize("wanted, least", [("int8", 0.999), ("nf4", 0.97)])
-def test_the_nano_flamingo_loads_quantized_and_answers_much_the_same(wanted, least, tmp_path):
+@pytest.mark.parametrize("quantization, least", [("int8", 0.999), ("nf4", 0.97)])
+def test_a_quantized_nano_flamingo_has_similar_logits(quantization, least, tmp_path):
     torch.manual_seed(0)
     model, processor = build_flamingo(load_vision("nano"), load_language("nano"))
     open_gates(model.eval())
     model.save_pretrained(tmp_path / "plain")
-    found = load(tmp_path / "plain", wanted)
+    actual = load(tmp_path / "plain", quantization)
     text = processor.tokenizer("<image>Which digit is this?", return_tensors="pt").input_ids
     inputs = text, torch.randn(1, 1, 3, *model.vision_encoder.image_size)
-    logits = found(*inputs).logits
+    logits = actual(*inputs).logits
     assert torch.cosine_similarity(logits, model(*inputs).logits, dim=-1).mean() > least
-    found.save_pretrained(tmp_path / "quantized")
+    actual.save_pretrained(tmp_path / "quantized")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "quantized")
     assert torch.equal(loaded(*inputs).logits, logits)
 
 
-# Put together from quantized backbones
+# Built from quantized backbones
 
 
 def assemble_model(vision: str | None, language: str | None) -> nn.Module:
     backbones = (
-        load("nano", quantization=Quantization(wanted) if wanted else None, device="cpu")
-        for load, wanted in ((load_vision, vision), (load_language, language))
+        load("nano", quantization=Quantization(quantization) if quantization else None, device="cpu")
+        for load, quantization in ((load_vision, vision), (load_language, language))
     )
     return build_flamingo(*backbones)[0].eval()
 
@@ -174,7 +174,7 @@ def assemble_model(vision: str | None, language: str | None) -> nn.Module:
         ("int8", "fp4", (True, True)),
     ],
 )
-def test_a_model_tells_peft_what_its_parts_are_kept_in(vision, language, flags):
+def test_a_model_has_peft_s_quantization_flags_for_its_backbones(vision, language, flags):
     model = assemble_model(vision, language)
     assert (model.is_loaded_in_4bit, model.is_loaded_in_8bit) == flags
     assert model.config.open_attention == (vision is not None)
@@ -182,7 +182,7 @@ def test_a_model_tells_peft_what_its_parts_are_kept_in(vision, language, flags):
     assert logits.isfinite().all()
 
 
-def test_open_flamingos_face_tells_it_too():
+def test_the_open_flamingo_api_has_the_quantization_flags():
     tower = load_vision("nano", quantization=Quantization("nf4"), device="cpu")
     model = Flamingo(tower.visual, tiny_language_model(), EOC, MEDIA, tower.width)
     assert model.is_loaded_in_4bit and not model.is_loaded_in_8bit
@@ -197,13 +197,13 @@ def test_lora_on_a_quantized_flamingo_wraps_bitsandbytes_layers():
     assert layers == {"Linear4bit", "Linear8bitLt"}
 
 
-def test_a_model_put_together_from_quantized_backbones_is_not_saved_whole(tmp_path):
+def test_a_model_built_from_quantized_backbones_is_not_saved_whole(tmp_path):
     with pytest.raises(UserError, match="save its adapter") as caught:
         assemble_model("nf4", None).save_pretrained(tmp_path)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_an_opened_tower_is_saved_open(tmp_path):
+def test_an_unfused_tower_is_saved_unfused(tmp_path):
     model = tiny_flamingo(open_attention=True)
     model.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).open_attention

@@ -41,7 +41,7 @@ def test_tied_embeddings_stay_tied_and_are_saved_once(tmp_path):
     assert torch.equal(loaded(*INPUTS).logits, model(*INPUTS).logits)
 
 
-def test_the_configuration_survives(tmp_path):
+def test_the_configuration_reloads_unchanged(tmp_path):
     model = tiny_flamingo(media_visibility="all_preceding", cross_attn_every_n_layers=2)
     model.save_pretrained(tmp_path)
     loaded, written = AutoConfig.from_pretrained(tmp_path), json.loads((tmp_path / "config.json").read_text())
@@ -61,7 +61,7 @@ def test_building_a_flamingo_leaves_the_language_model_as_it_was():
     assert torch.equal(lm(ids("abc")).logits, plain)
 
 
-def test_a_deep_copy_is_a_model_of_its_own():
+def test_a_deep_copy_is_independent():
     model = tiny_flamingo()
     expected = model(*INPUTS).logits
     twin = copy.deepcopy(model)
@@ -72,7 +72,7 @@ def test_a_deep_copy_is_a_model_of_its_own():
     assert not torch.equal(twin(*INPUTS).logits, expected)
 
 
-def test_two_flamingos_share_one_language_model_without_meeting():
+def test_two_flamingos_share_one_language_model_without_interference():
     lm = tiny_language_model()
     first = tiny_flamingo(lm=lm)
     expected = first(*INPUTS).logits
@@ -81,7 +81,7 @@ def test_two_flamingos_share_one_language_model_without_meeting():
     assert torch.equal(first(*INPUTS).logits, expected)
 
 
-def test_rows_of_new_tokens_stand_in_for_the_language_models_own():
+def test_rows_of_new_tokens_replace_the_language_models_own():
     model = tiny_flamingo()
     by_rows = model(*INPUTS).logits
     with torch.no_grad():
@@ -95,15 +95,15 @@ def test_rows_of_new_tokens_stand_in_for_the_language_models_own():
     torch.testing.assert_close(model(*INPUTS).logits, by_rows)
 
 
-def test_the_output_head_given_to_trainers_has_the_rows_in_place():
+def test_get_output_embeddings_has_the_rows_in_place():
     model = tiny_flamingo()
     head = model.get_output_embeddings()
     hidden = model.backbone(*INPUTS).last_hidden_state
     torch.testing.assert_close(hidden @ head.weight.T, model(*INPUTS).logits)
 
 
-def test_what_a_checkpoint_does_not_hold_is_restored(tmp_path):
-    """Rotary tables of an EVA tower, and a language model's own computed buffers, are in no state dict."""
+def test_non_persistent_buffers_are_restored(tmp_path):
+    """State dicts lack the rotary tables of an EVA tower and a language model's computed buffers."""
     vision = {
         "timm_model_name": "eva02_tiny_patch14_224",
         "timm_pool": "",

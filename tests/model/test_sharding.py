@@ -1,4 +1,4 @@
-"""A model that is sharded over two processes learns what it learns in one."""
+"""A model sharded over two processes learns what it learns in one."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def sharded_process(rank: int, port: int, folder, overrides: tuple[str, ...]) ->
     model, processor = prepared(*overrides)
     before = sum(p.numel() for p in model.parameters())
     shard(model)
-    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
+    local = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
     apart = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
     losses = torch.tensor(learn(model, [rows(processor)[rank]]))
     torch.distributed.all_reduce(losses)
     state = {name: full_tensor(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     save_adapter(model, processor, folder / f"adapter-{rank}")
-    found = {"losses": losses / 2, "held": held / before, "apart": apart, "state": state}
-    torch.save(found, folder / f"{rank}.pt")
+    results = {"losses": losses / 2, "share": local / before, "apart": apart, "state": state}
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -90,26 +90,26 @@ def sharded(folder, *overrides: str) -> list[dict]:
         pytest.param(BRIDGE_AND_LORA, id="bridge and LoRA, checkpointed"),
     ],
 )
-def test_two_processes_with_half_of_it_each_learn_what_one_learns(small_run, overrides):
-    found = sharded(small_run, *overrides)
+def test_two_processes_with_half_of_the_model_each_learn_what_one_learns(small_run, overrides):
+    results = sharded(small_run, *overrides)
     model, processor = prepared(*overrides)
     alone = torch.tensor(learn(model, rows(processor)))
-    for one in found:
-        assert not one["apart"] and one["held"] == pytest.approx(0.5, abs=0.02)
+    for one in results:
+        assert not one["apart"] and one["share"] == pytest.approx(0.5, abs=0.02)
         torch.testing.assert_close(one["losses"], alone, rtol=1e-5, atol=0)
     learned = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    torch.testing.assert_close(found[0]["state"], learned, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[0]["state"], learned, rtol=1e-4, atol=1e-5)
     save_adapter(model, processor, small_run / "alone")
     of_both, of_one = read_tensors(small_run / "adapter-0"), read_tensors(small_run / "alone")
     torch.testing.assert_close(of_both, of_one, rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_another_format_than_its_unit_stays_whole_and_learns_too(small_run):
+def test_parameters_of_another_dtype_than_their_unit_are_replicated_and_trained(small_run):
     bf16 = ("trainable.dtype=bf16",)
-    found = sharded(small_run, *bf16)
-    assert found[0]["apart"] and any(name.endswith("_gate") for name in found[0]["apart"])
-    gates = [name for name in found[0]["state"] if name.endswith("_gate")]
+    results = sharded(small_run, *bf16)
+    assert results[0]["apart"] and any(name.endswith("_gate") for name in results[0]["apart"])
+    gates = [name for name in results[0]["state"] if name.endswith("_gate")]
     start, _ = prepared(*bf16)
     for name in gates:
-        assert torch.equal(found[0]["state"][name], found[1]["state"][name])
-        assert not torch.equal(found[0]["state"][name], start.get_parameter(name))
+        assert torch.equal(results[0]["state"][name], results[1]["state"][name])
+        assert not torch.equal(results[0]["state"][name], start.get_parameter(name))

@@ -29,17 +29,17 @@ parametrized = pytest.mark.parametrize("name", TOKENIZERS)
 
 
 def genuine(tokenizer, ids):
-    """Ids of the tokens that no plain text gives: images and ends."""
-    wanted = {
+    """The ids of special tokens (images and ends) among ``ids``."""
+    special = {
         tokenizer.convert_tokens_to_ids(token) for token in ("<image>", "<|endofchunk|>", tokenizer.eos_token)
     }
-    return [token for token in ids if token in wanted]
+    return [token for token in ids if token in special]
 
 
 @parametrized
 @given(st.lists(PLAIN | TYPED, max_size=4).map("".join))
 @settings(max_examples=100, deadline=None)
-def test_protected_text_is_as_long_and_comes_back(name, text):
+def test_protected_text_keeps_its_length_and_is_restored(name, text):
     tokenizer = TOKENIZERS[name]
     protected = protect(tokenizer, text)
     assert len(protected) == len(text)
@@ -51,7 +51,7 @@ def test_protected_text_is_as_long_and_comes_back(name, text):
 @parametrized
 @given(PLAIN)
 @settings(max_examples=100, deadline=None)
-def test_text_without_special_tokens_is_read_as_by_the_tokenizer(name, text):
+def test_text_without_special_tokens_is_tokenized_as_by_the_tokenizer(name, text):
     tokenizer = TOKENIZERS[name]
     protected = protect(tokenizer, text)
     assert protected == text
@@ -70,14 +70,14 @@ def test_typed_tokens_are_text_between_genuine_ones(name, parts):
     media = tokenizer.convert_tokens_to_ids("<image>")
     assert genuine(tokenizer, tokens.ids) == [*[media] * (len(parts) - 1), tokenizer.eos_token_id]
     expected = "<image>".join(parts) + tokenizer.eos_token
-    found = tokenizer.decode(tokens.ids)
+    actual = tokenizer.decode(tokens.ids)
     if name == "legacy llama":  # Llama's older files put a space after each special token, before any text
-        found, expected = found.replace(" ", ""), expected.replace(" ", "")
-    assert found.lstrip() == expected.lstrip()
+        actual, expected = actual.replace(" ", ""), expected.replace(" ", "")
+    assert actual.lstrip() == expected.lstrip()
 
 
 @parametrized
-def test_offsets_say_where_each_token_stands(name):
+def test_offsets_cover_every_character(name):
     tokenizer = TOKENIZERS[name]
     text = f"a{tokenizer.eos_token}" + protect(tokenizer, "see <image> 世")
     tokens = encode_text(tokenizer, text)
@@ -89,10 +89,10 @@ def test_offsets_say_where_each_token_stands(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_truncation_and_offsets_go_as_in_the_tokenizer(side):
+def test_padding_truncation_and_offsets_equal_the_tokenizers(side):
     tokenizer = TOKENIZERS["nano"]
     texts = ["one two", "see <image> there, and <image>"]
-    found = tokenize(
+    actual = tokenize(
         tokenizer, [protect(tokenizer, text) for text in texts],
         padding=True, padding_side=side, return_offsets_mapping=True, truncation=True, max_length=9,
     )  # fmt: skip
@@ -100,7 +100,7 @@ def test_padding_truncation_and_offsets_go_as_in_the_tokenizer(side):
         texts, padding=True, padding_side=side, return_offsets_mapping=True, truncation=True, max_length=9,
         split_special_tokens=True,
     )  # fmt: skip
-    assert found == whole.data
+    assert actual == whole.data
 
 
 def test_the_processor_and_its_chat_template_give_the_ids_of_training():
@@ -111,11 +111,11 @@ def test_the_processor_and_its_chat_template_give_the_ids_of_training():
     text = processor.apply_chat_template(turns)
     assert restore(processor.tokenizer, text)[0].count("<image>") == 3 and text.count("<image>") == 1
     marks = {"return_dict": True, "return_assistant_tokens_mask": True}
-    found = processor.apply_chat_template(turns, tokenize=True, **marks)
+    actual = processor.apply_chat_template(turns, tokenize=True, **marks)
     again = processor(images=turns[0]["content"][0]["image"], text=text, add_special_tokens=False)
-    assert found["input_ids"] == again["input_ids"] == [expected.input_ids]
+    assert actual["input_ids"] == again["input_ids"] == [expected.input_ids]
     assert [label != IGNORED for label in expected.labels] == [
-        mask == 1 for mask in found["assistant_masks"][0]
+        mask == 1 for mask in actual["assistant_masks"][0]
     ]
     with pytest.raises(UserError, match="text 0 has 1 <image> markers but 0 images"):
         processor(text=text)

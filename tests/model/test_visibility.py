@@ -1,6 +1,4 @@
-"""Which media a text token sees. A token that must not see an image has bit-equal logits whatever that image
-is.
-"""
+"""Which media a text token sees: an image that it does not see leaves its logits bit-equal."""
 
 import pytest
 import torch
@@ -34,8 +32,8 @@ def influence(model, text: str, media: int) -> torch.Tensor:
     ],
 )
 def test_a_text_token_sees_exactly_the_media_of_its_mode(mode, sees_first, sees_second):
-    found = influence(tiny_flamingo(media_visibility=mode), "aIbIc", 2)
-    assert found.int().tolist() == [sees_first, sees_second]
+    actual = influence(tiny_flamingo(media_visibility=mode), "aIbIc", 2)
+    assert actual.int().tolist() == [sees_first, sees_second]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -72,7 +70,7 @@ def test_a_ragged_padded_batch_equals_its_samples_alone(mode, side):
         torch.testing.assert_close(batch[row][mask[row].bool()], alone[0], rtol=1e-5, atol=1e-5)
 
 
-def test_padding_slots_of_media_never_matter():
+def test_padded_media_do_not_affect_the_logits():
     model = tiny_flamingo()
     text, pixels = ids("aIb", "IbI"), images(2, 2)
     changed = pixels.clone()
@@ -92,7 +90,7 @@ def test_several_frames_fill_one_slot():
         assert not torch.equal(logits[:, 2:], reference[:, 2:])
 
 
-def test_the_order_of_frames_and_media_counts_only_where_it_is_embedded():
+def test_the_order_of_frames_matters_only_with_frame_embeddings():
     video = images(1, 1, 3)
     for option, same in ((None, True), (3, False)):
         model = tiny_flamingo(perceiver={"max_num_frames": option})
@@ -100,13 +98,13 @@ def test_the_order_of_frames_and_media_counts_only_where_it_is_embedded():
         assert torch.allclose(forth, back, atol=1e-6) == same
 
 
-def test_more_media_than_embedded_is_refused():
+def test_more_media_than_position_embeddings_are_refused():
     model = tiny_flamingo(perceiver={"max_num_media": 1})
     with pytest.raises(ValueError, match="max_num_media is 1"):
         model(ids("IaIb"), images(1, 2))
 
 
-def test_more_markers_than_images_is_refused():
+def test_more_markers_than_images_are_refused():
     with pytest.raises(ValueError, match="row 1 has 2 <image> tokens but 1 image"):
         tiny_flamingo()(ids("aIb", "IbI"), images(2, 1))
 

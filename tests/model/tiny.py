@@ -1,4 +1,4 @@
-"""A small Flamingo with random weights, its gates open, for laws that need no learning."""
+"""A small Flamingo with random weights, its gates open, for tests that need no training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tiny_language_model(layers: int = 4, **options) -> LlamaForCausalLM:
 
 
 def tiny_flamingo(seed: int = 0, lm: torch.nn.Module | None = None, perceiver: dict | None = None, **options):
-    """A Flamingo in eval mode whose bridge matters: gates at one."""
+    """A Flamingo in eval mode with open gates, so that its bridge affects the logits."""
     torch.manual_seed(seed)
     lm = lm or tiny_language_model()
     config = FlamingoConfig(

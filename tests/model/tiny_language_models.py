@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 LAYERS, WIDTH = 4, 32
 
-# What the law of zero gates is not tested on, and why.
+# Families that the test of zero gates leaves out, and why.
 LEFT_OUT = {
     "cpmant": "reads a learned prompt before the text, so positions in its layers are not those of tokens",
     "gemma4_assistant": "a drafter without keys and values of its own: it uses those of another model",
@@ -261,7 +261,7 @@ SIZES = {
     **_named(16, "pronunciation_embed_dim shape_embed_dim input_embedding_size output_embedding_size"),
     **_named(64, "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab audio_vocab_size"),
     **_named(128, "max_position_embeddings n_positions"),
-    # windows, and the towers of models that have eyes or ears of their own
+    # windows, and the vision and audio towers of multimodal models
     **_named(16, "sliding_window window_size image_size"),
     **_named(8, "patch_size"),
     **_named(2, "depth num_codebooks"),
@@ -276,7 +276,7 @@ ALTERNATING = ["linear_attention", "full_attention"] * 2
 DENSE_THEN_SPARSE = ["dense", "sparse", "sparse", "sparse"]
 AS_DECODER = {"is_decoder": True}
 
-# What single configurations (also those inside others) need besides, by model type.
+# Further options of single configurations, nested ones included, by model type.
 OVERRIDES: dict[str, dict] = {
     **_named(
         AS_DECODER,

@@ -1,6 +1,4 @@
-"""Tokens added after the model is built, and the other embedding calls that users of vision-language models
-know.
-"""
+"""Tokens added after the model is built, and transformers' other calls for embeddings."""
 
 import copy
 
@@ -27,7 +25,7 @@ def model(request):
     return tiny_flamingo(lm=make_tiny(family) if family else tiny_language_model())
 
 
-def test_a_resized_model_says_the_same_of_the_tokens_it_knew_and_can_read_and_write_the_new_ones(model):
+def test_a_resized_model_keeps_the_logits_of_known_tokens_and_accepts_new_ones(model):
     size = len(model.get_input_embeddings().weight)
     with torch.no_grad():
         before = model(*INPUTS).logits
@@ -50,12 +48,12 @@ def test_rows_of_added_tokens_train_with_those_of_the_media_token_and_nothing_el
     model(new, INPUTS[1], labels=new).loss.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {name for name, _ in model.named_parameters() if name.startswith("token_rows.")}
-    place = model.token_rows.token_ids.index(size)
-    assert model.token_rows.input.weight.grad[place].abs().max() > 0
+    index = model.token_rows.token_ids.index(size)
+    assert model.token_rows.input.weight.grad[index].abs().max() > 0
 
 
-def test_the_new_rows_stand_in_for_those_of_a_grown_output_head():
-    """Growing exchanges the head, and with it what was hooked onto it."""
+def test_the_new_rows_replace_those_of_a_grown_output_head():
+    """Growing replaces the head module, and with it the hooks on it."""
     model = tiny_flamingo()
     model.resize_token_embeddings(VOCABULARY + 3)
     with torch.no_grad():
@@ -67,7 +65,7 @@ def test_the_new_rows_stand_in_for_those_of_a_grown_output_head():
 
 
 @torch.no_grad()
-def test_rows_stand_in_after_the_language_model_itself_was_resized():
+def test_rows_apply_after_the_language_model_itself_is_resized():
     model = tiny_flamingo()
     before = model(*INPUTS).logits
     model.lang_encoder.resize_token_embeddings(VOCABULARY + 5)
@@ -100,7 +98,7 @@ def test_spare_rows_are_used_and_kept():
     assert model.config.new_token_ids == [58, 59, 60, 61]
 
 
-def test_a_model_without_rows_of_its_own_gets_some():
+def test_a_model_without_token_rows_gets_them_on_resizing():
     model = tiny_flamingo(new_token_ids=[])
     model.resize_token_embeddings(VOCABULARY)
     assert model.token_rows is None
@@ -110,7 +108,7 @@ def test_a_model_without_rows_of_its_own_gets_some():
     torch.testing.assert_close(model.token_rows.input.weight[0], known.mean(0))
 
 
-def test_nothing_changes_without_a_size_and_padding_adds_rows_alone():
+def test_resizing_without_a_size_changes_nothing_and_padding_adds_no_tokens():
     model = tiny_flamingo()
     assert model.resize_token_embeddings() is model.get_input_embeddings()
     assert len(model.resize_token_embeddings(pad_to_multiple_of=64).weight) == 64
@@ -153,8 +151,8 @@ def test_an_adapter_with_added_tokens_is_saved_and_loaded(tmp_path):
 
 def test_a_quantized_model_is_resized(tmp_path):
     tiny_flamingo().save_pretrained(tmp_path)
-    wanted = BitsAndBytesConfig(load_in_4bit=True)
-    options = {"quantization_config": wanted, "device_map": "cpu"}
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    options = {"quantization_config": config, "device_map": "cpu"}
     model = FlamingoForConditionalGeneration.from_pretrained(tmp_path, **options).eval()
     before = model(*INPUTS).logits
     model.resize_token_embeddings(VOCABULARY + 3)
@@ -168,7 +166,7 @@ def test_tokens_in_use_are_not_dropped(size):
         tiny_flamingo().resize_token_embeddings(size)
 
 
-def test_rows_that_could_not_be_loaded_again_are_refused_with_what_to_do():
+def test_rows_that_could_not_be_loaded_again_are_refused_with_advice():
     model = tiny_flamingo(bridge_init={"path": "start", "sha256": "0"})
     with pytest.raises(UserError, match="bridge was started from start.*; merge it"):
         model.resize_token_embeddings(VOCABULARY + 1)
@@ -191,7 +189,7 @@ def test_embeddings_that_are_set_are_used_with_the_rows_of_new_tokens_in_place()
     torch.testing.assert_close(model(*INPUTS).logits[..., :VOCABULARY], twin(*INPUTS).logits)
 
 
-def test_what_cannot_be_an_embedding_is_refused():
+def test_invalid_embeddings_are_refused():
     model = tiny_flamingo()
     with pytest.raises(UserError, match="set_output_embeddings: needs a torch module, got OutputHead"):
         model.set_output_embeddings(model.get_output_embeddings())
@@ -199,7 +197,7 @@ def test_what_cannot_be_an_embedding_is_refused():
         model.set_input_embeddings(torch.nn.Embedding(59, 32))
 
 
-def test_embeds_without_ids_are_refused_in_words():
+def test_inputs_embeds_without_input_ids_are_refused():
     model, embeds = tiny_flamingo(), torch.zeros(1, 3, 32)
     for run in (model, model.backbone, model.generate):
         with pytest.raises(UserError, match="no input_ids"):

@@ -1,4 +1,4 @@
-"""The face for scripts written for OpenFlamingo."""
+"""The API for scripts written for OpenFlamingo."""
 
 import inspect
 
@@ -79,14 +79,14 @@ def test_signatures_are_open_flamingos():
     ]
 
 
-def test_the_parts_have_open_flamingos_names():
+def test_modules_have_open_flamingos_names():
     model = flamingo(cross_attn_every_n_layers=2)
     assert [block is not None for block in model.gated_cross_attn_layers] == [False, True, False, True]
     assert model.lang_encoder is not None and model.perceiver is not None
     assert type(model.vision_encoder).__name__ == "VisionTransformer"
 
 
-def test_media_of_a_forward_can_be_kept_for_the_next():
+def test_media_of_a_forward_can_be_reused_by_the_next():
     model, text = flamingo(), ids("aIb")
     expected = model(video(1, 1), text).logits
     model(video(1, 1), text, clear_conditioned_layers=False)
@@ -134,7 +134,7 @@ def test_the_constructor_switches_gradient_checkpointing_on():
     assert flags and all(flags)
 
 
-def test_the_factory_makes_what_open_flamingos_makes():
+def test_the_factory_returns_a_trainable_model_a_transform_and_a_tokenizer():
     model, transform, tokenizer = create_model_and_transforms(
         "nano", None, "nano", "nano", cross_attn_every_n_layers=2, perceiver=PERCEIVER
     )
