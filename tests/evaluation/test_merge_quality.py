@@ -1,5 +1,4 @@
-"""When a merged model counts as worse than its adapter: loss and accuracy decide, distances of logits do
-not."""
+"""Loss and accuracy decide whether a merged model is worse than its adapter; distances of logits do not."""
 
 import math
 from typing import Any
@@ -74,7 +73,7 @@ def test_a_non_finite_loss_is_worse(eval_set):
         assert is_worse(measured(), measured(loss), eval_set)
 
 
-def test_other_answers_than_the_adapters_to_made_up_prompts_are_not_worse():
+def test_answers_that_differ_from_the_adapters_on_made_up_prompts_are_not_worse():
     assert not is_worse(measured(right=16), measured(1.0 + 2 * LOSS_MARGIN, right=0), MADE_UP_SET)
     assert is_worse(measured(right=16), measured(1.0 + 5 * LOSS_MARGIN, right=0), MADE_UP_SET)
 

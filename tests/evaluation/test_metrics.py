@@ -1,5 +1,4 @@
-"""A metric is one entry of a registry: registered once, every part of the package computes, shows and selects
-by it."""
+"""A metric is one entry of a registry: every part of the package computes, shows and selects by it."""
 
 from __future__ import annotations
 
