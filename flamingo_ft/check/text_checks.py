@@ -150,7 +150,7 @@ class DialogueFormat:
 def dialogue_format(
     processor: FlamingoProcessor, own_ends: int | Sequence[int] | None
 ) -> DialogueFormat | None:
-    """Find out what the processor's chat template writes, from a dialogue of two placeholders.
+    """Render a dialogue of two placeholders, and return what the processor's chat template writes around them.
 
     own_ends: the end tokens of the language model's generation configuration.
 
