@@ -1,4 +1,4 @@
-"""The processes of a distributed run, one per device. In a single process, every function here does nothing.
+"""The processes of a distributed run, one per device. In a single process, no function here communicates.
 
 The processes draw different batches, so an error may occur in one of them alone, and the others would wait
 for it forever. Whatever may fail in one process therefore runs inside `raise_together`.
@@ -38,6 +38,13 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this process, of rank 0, writes files and prints."""
     return _state().is_main_process
+
+
+def default_device() -> torch.device:
+    """Return this process's GPU, or the CPU if there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def barrier() -> None:

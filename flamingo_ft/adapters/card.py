@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
 from flamingo_ft.backbones.tower_source import hub_repository
@@ -27,10 +26,10 @@ from flamingo_ft.hub.names import NAME
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import BRIDGE
+from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
-from .files import backbone_records, read_flamingo_config, read_lora_config
-from .trainable import parts_in_adapter
+from .files import backbone_records, parts_in_adapter, read_flamingo_config, read_lora_config
 
 CARD = "README.md"
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
@@ -87,9 +86,7 @@ def card_text(
     config = read_flamingo_config(folder)
     metrics = metrics or _read_json(folder / "metrics.json") or {}
     recipe, backbones = _read_recipe(folder), backbone_records(config)
-    environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
-    environment.filters["cell"] = _cell
-    text = environment.get_template("card.md.jinja").render(
+    text = load_template("adapters/card.md.jinja", filters={"cell": _cell}).render(
         version=__version__,
         name=name or "this/folder",
         vision=strip_local_paths(backbones["vision"], BACKBONE_KEYS),
@@ -107,7 +104,6 @@ def card_text(
         verdict=(metrics.get("eval") or {}).get("verdict"),
         figures={file: title for file, title in FIGURES.items() if (folder / "figures" / file).is_file()},
         samples=_samples(folder),
-        cell=_cell,
     )
     head = metadata(config, recipe, tables, license, (name or UNNAMED).rpartition("/")[2])
     return f"---\n{head}\n---\n{text}\n"

@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors.torch import save_file
 
 from flamingo_ft.atomic import file_in_place
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import existing_path, fetch_model
@@ -27,6 +25,8 @@ from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import in_bridge
 from flamingo_ft.model.pretrained import AdapterFolders
+from flamingo_ft.processes import default_device
+from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
 from .answering import use_greedy_decoding
@@ -138,8 +138,7 @@ def _check_named(folder: Path, config: FlamingoConfig) -> None:
 
 
 def _write_card(config: FlamingoConfig, folder: Path) -> None:
-    environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
-    text = environment.get_template("composition.md.jinja").render(
+    text = load_template("adapters/composition.md.jinja").render(
         version=__version__,
         vision=strip_local_paths(backbone_records(config)["vision"], BACKBONE_KEYS),
         language=strip_local_paths(backbone_records(config)["language"], BACKBONE_KEYS),

@@ -29,6 +29,7 @@ from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
+from flamingo_ft.model.parts import BRIDGE
 from flamingo_ft.model.pretrained import named_composition
 
 from .compat import DUMMY_TARGET_MODULES
@@ -84,6 +85,11 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
 def backbone_records(config: FlamingoConfig) -> dict[str, dict[str, Any]]:
     """Return what a configuration records of ``vision`` and ``language``; {} if it names no backbones."""
     return config.backbones or {}
+
+
+def parts_in_adapter(config: FlamingoConfig) -> list[str]:
+    """Return the parts of the bridge that the adapter holds; all of a bridge trained from scratch."""
+    return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts
 
 
 def read_processor(folder: Path) -> FlamingoProcessor:

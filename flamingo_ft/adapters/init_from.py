@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import read_checkpoint
 from flamingo_ft.formats.foreign_checkpoint import RECOMPUTED_BUFFERS
 from flamingo_ft.formats.stored_files import first_few, read_config_json
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
-from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, TRAINING_CHECKPOINTS
+from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, TRAINING_CHECKPOINTS, SafetensorsFolder
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, load_open_flamingo
-from flamingo_ft.model.parts import in_bridge, is_lora
+from flamingo_ft.model.parts import cast_parameter, in_bridge, is_lora
 from flamingo_ft.model.pretrained import is_partial, named_composition
 
 from .files import (
@@ -33,7 +32,6 @@ from .files import (
     read_safetensors,
     read_tensors,
 )
-from .trainable import cast_parameter
 
 # What two models must have in common for one bridge to fit both.
 GEOMETRY = ("cross_attn_every_n_layers", "media_visibility", "perceiver", "cross_attention", "new_token_ids")

@@ -14,7 +14,6 @@ import torch
 from peft import set_peft_model_state_dict
 from torch import Tensor
 
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
@@ -23,13 +22,15 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.added_tokens import grow_vocabulary
-from flamingo_ft.model.parts import BRIDGE, is_lora
+from flamingo_ft.model.parts import BRIDGE, is_lora, trainable_parameters
 from flamingo_ft.model.quantized import mark_quantized
 from flamingo_ft.model.sharding import copy_into, reshard
+from flamingo_ft.processes import default_device
 
 from .answering import use_greedy_decoding
 from .files import (
     backbone_records,
+    parts_in_adapter,
     read_base_name,
     read_config,
     read_flamingo_config,
@@ -41,7 +42,6 @@ from .files import (
 from .init_from import load_recorded_bridge
 from .lora import ADAPTER, inject, unfuse_targeted_attention
 from .save import adapter_tensors, name_in_file
-from .trainable import parts_in_adapter, trainable_parameters
 
 # of a base's record: may change, its content may not
 LOCATION_KEYS = ("name", "pretrained", "revision", "path")

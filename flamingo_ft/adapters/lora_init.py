@@ -22,12 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import language_folder
 from flamingo_ft.backbones.quantization import dequantized_weight, is_quantized, quantization_formats
-from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import LoraSection
 from flamingo_ft.config.tables import LANGUAGE, VISION
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
+from flamingo_ft.hub.weight_files import SafetensorsFolder
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import BRIDGE
 

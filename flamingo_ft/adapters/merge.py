@@ -20,10 +20,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from flamingo_ft.backbones.attention import refuse_attention
-from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
+    cast_in_range,
     dequantize_linears,
     dequantized_linear,
     is_quantized,
@@ -31,14 +31,13 @@ from flamingo_ft.backbones.quantization import (
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.parts import PARTS, is_lora
+from flamingo_ft.model.parts import PARTS, cast_parameter, is_lora
 
 from .answering import use_greedy_decoding
 from .card import write_card
 from .files import backbone_records, read_config, read_flamingo_config, read_tensors
 from .load import load_adapter_into, load_base
 from .save import reset_name_or_path
-from .trainable import cast_parameter
 from .verify import verify_merge
 
 Base = Literal["bf16", "dequantized"]

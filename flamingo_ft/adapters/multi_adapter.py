@@ -24,6 +24,7 @@ from flamingo_ft.model.parts import is_lora
 
 from .files import (
     backbone_records,
+    parts_in_adapter,
     read_base_name,
     read_config,
     read_lora_config,
@@ -34,7 +35,6 @@ from .init_from import GEOMETRY
 from .load import check_backbone, check_tensors, load_base, load_lora_weights, set_bridge_parameters
 from .lora import unfuse_targeted_attention
 from .save import adapter_tensors, save_adapter
-from .trainable import parts_in_adapter
 
 # What adapters must have in common for their LoRA weights to be combined entry by entry ...
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")

@@ -24,14 +24,13 @@ from torch import Tensor, nn
 
 from flamingo_ft.backbones.attention import fused_names
 from flamingo_ft.backbones.quantization import dequantized_linear, is_conv1d, is_quantized
-from flamingo_ft.backbones.safetensors_folder import SafetensorsFolder
 from flamingo_ft.errors import UserError
+from flamingo_ft.hub.weight_files import SafetensorsFolder
 from flamingo_ft.model import FlamingoForConditionalGeneration
-from flamingo_ft.model.parts import is_lora
+from flamingo_ft.model.parts import is_lora, parameter_dtype
 
 from .compat import get_model_conversion_mapping, revert_weight_conversion
 from .files import read_lora_config, read_tensors
-from .trainable import parameter_dtype
 
 BLOCK = 2**15  # values compared at once: few enough for one core's cache, and for torch to start no threads
 # twice the largest relative error of one rounding, for two sides that round

@@ -28,7 +28,6 @@ from transformers import (
 )
 
 from flamingo_ft.backbones.compat import weight_conversion_errors
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.mosaic_gpt import register_mosaic_gpt
 from flamingo_ft.backbones.provenance import MODEL_CARD, files_sha256, has_vocabulary, license_in
 from flamingo_ft.backbones.quantization import Quantization, normalize_bnb_layers
@@ -38,6 +37,7 @@ from flamingo_ft.hub.fetch import download
 from flamingo_ft.hub.names import NANO, commit_of, local_language, missing_path_message
 from flamingo_ft.hub.weight_files import CONFIG_FILE
 from flamingo_ft.machine_errors import reraise_machine_error
+from flamingo_ft.processes import default_device
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "language"
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, Conv1D
 
-from flamingo_ft.backbones.device_and_dtype import cast_in_range
 from flamingo_ft.errors import UserError
 
 bnb: Any = None  # without bitsandbytes, everything that is not quantized works
@@ -214,6 +213,23 @@ def _check_dtype(name: str, layer: nn.Linear, config: BitsAndBytesConfig) -> Non
 
 
 # --- Dequantizing, and copies of quantized layers
+
+
+def cast_in_range(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``tensor`` in ``dtype``. Raises UserError, naming ``name``, if a finite value becomes infinite.
+
+    float16 ends at 65,504, float32 and bfloat16 at 3.4e38.
+    """
+    cast = tensor.to(dtype)
+    if cast.dtype == torch.float16 and tensor.dtype != torch.float16:
+        overflowed = cast.isinf() & tensor.isfinite()
+        if overflowed.any():
+            largest = float(tensor[overflowed].abs().max())
+            raise UserError(
+                f"{name}: float16 holds values up to 65,504, got {largest:,.4g}; "
+                "use bfloat16 (bf16) or float32 (fp32)"
+            )
+    return cast
 
 
 @torch.no_grad()

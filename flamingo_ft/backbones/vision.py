@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils import serialization
 
 from flamingo_ft.backbones.compat import find_weights_in_folder, load_visual_state_dict
-from flamingo_ft.backbones.device_and_dtype import default_device
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.backbones.tower import (
@@ -33,6 +32,7 @@ from flamingo_ft.backbones.tower_source import TowerSource, absolute_names, find
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import reraise_machine_error
+from flamingo_ft.processes import default_device
 
 # Raised by open_clip, torch and safetensors for files that are missing, damaged or of another architecture.
 UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)

@@ -13,9 +13,9 @@ from pathlib import Path
 from flamingo_ft import atomic
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, open_data
-from flamingo_ft.data.epochs import samples_per_epoch, steps_per_epoch, with_max_steps
+from flamingo_ft.data.opened_data import samples_per_epoch, steps_per_epoch, with_max_steps
 from flamingo_ft.data.render import apply_template
-from flamingo_ft.data.stream.order import WeightedSource
+from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.backbone_files import backbone_files, eos_token_ids, text_limit
 from flamingo_ft.progress import progress_bars

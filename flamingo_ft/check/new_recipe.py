@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from flamingo_ft.config import DataSection, DataSource, load_recipe
 from flamingo_ft.config.data_section import FORMATS
 from flamingo_ft.config.keys import MODELINE, schema_text
@@ -22,6 +20,7 @@ from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
+from flamingo_ft.templates import load_template
 
 from .inspect_data import MAX_ROWS_READ, InspectedData, LengthCounter, inspect_data
 
@@ -259,12 +258,11 @@ def _yaml(value: Any) -> str:
 
 
 def _render(values: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("flamingo_ft.check", ""),
-        undefined=StrictUndefined,
+    template = load_template(
+        "check/new_recipe.yaml.jinja",
+        filters={"yaml": _yaml, "line": one_line, "n": "{:,}".format},
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"yaml": _yaml, "line": one_line, "n": "{:,}".format}
-    return environment.get_template("new_recipe.yaml.jinja").render(values)
+    return template.render(values)

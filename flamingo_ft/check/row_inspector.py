@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from flamingo_ft.data import Sample, Source, open_medium
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.sample import Medium, Video
+from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.data.sources.source import RawRow
-from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.images import conversions
 

@@ -65,8 +65,8 @@ def eight_bit() -> dict[str, object]:
 def _multiply_quantized(kind: Literal["int8", "nf4"]) -> dict[str, object]:
     import torch
 
-    from flamingo_ft.backbones.device_and_dtype import default_device
     from flamingo_ft.backbones.quantization import Quantization, quantize_linears
+    from flamingo_ft.processes import default_device
 
     device = default_device()
     model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)).requires_grad_(False)

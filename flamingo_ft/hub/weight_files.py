@@ -1,12 +1,19 @@
-"""Names of the files that hold a model's weights, and of the index files that list their shards."""
+"""Files that hold a model's weights: their names, the index files that list shards, and a reader by tensor."""
 
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
+
+if TYPE_CHECKING:
+    from torch import Tensor  # the command line reads names of files before it needs torch
 
 CONFIG_FILE = "config.json"
 OPEN_CLIP_CONFIG_FILE = "open_clip_config.json"
@@ -74,3 +81,43 @@ def shard_names(index: Path) -> list[str]:
         raise UserError(
             f"{index}: not an index of weight files ({error_message(error)}); copy the checkpoint again"
         ) from None
+
+
+class SafetensorsFolder:
+    """The tensors of a model's folder by name, each read from its shard on access.
+
+    Use it in a ``with`` statement, which opens the files. Raises UserError for a folder without safetensors
+    files in transformers' format, and for an unknown name.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._open_files = ExitStack()
+        self._file_of: dict[str, Any] = {}  # tensor name: the open file that holds it
+
+    def __enter__(self) -> SafetensorsFolder:
+        for shard in self._shards():
+            file = self._open_files.enter_context(safe_open(shard, framework="pt"))
+            self._file_of |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file_of = {}
+        self._open_files.close()
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._file_of:
+            raise UserError(f"{self.folder}: no tensor {name}; its weights are stored under other names")
+        return self._file_of[name].get_tensor(name)
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors, sorted."""
+        return sorted(self._file_of)
+
+    def _shards(self) -> list[Path]:
+        if (self.folder / SAFETENSORS_FILE).is_file():
+            return [self.folder / SAFETENSORS_FILE]
+        index = self.folder / SAFETENSORS_INDEX
+        if not index.is_file():
+            raise UserError(f"{self.folder}: no {SAFETENSORS_FILE}; give a model in the safetensors format")
+        return [self.folder / name for name in shard_names(index)]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from flamingo_ft.backbones.quantization import cast_in_range
 from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
 
 PARTS: dict[str, Part] = {part.name: part for part in (*BACKBONE_PARTS, *BRIDGE_PARTS)}
@@ -42,6 +44,25 @@ def is_lora(name: str) -> bool:
 def is_gate(name: str) -> bool:
     """Whether ``name`` is that of a gate, which stays in float32: its values are too fine for fewer bits."""
     return name.endswith("_gate")
+
+
+def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Cast a parameter, unless it is a gate, which stays in float32, or quantized.
+
+    Raises UserError for a value beyond the range of ``dtype``.
+    """
+    if parameter.is_floating_point():
+        parameter.data = cast_in_range(name, parameter.data, parameter_dtype(name, dtype))
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the parameter ``name`` in a model of ``dtype``: gates stay in float32."""
+    return torch.float32 if is_gate(name) else dtype
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def optimizer_group(name: str) -> str:

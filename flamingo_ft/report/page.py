@@ -14,17 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import atomic, processes
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import StoppedBySignal
-from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
 from flamingo_ft.evaluation.metrics import METRICS
-from flamingo_ft.evaluation.results import COLUMN_HEADERS, PREDICTIONS_FILE, class_scores, score_tables
+from flamingo_ft.evaluation.results import (
+    COLUMN_HEADERS,
+    NO_USE,
+    NOT_LOOKING,
+    PREDICTIONS_FILE,
+    READS_IMAGES,
+    class_scores,
+    score_tables,
+)
 from flamingo_ft.formatting import data_uri, duration, percent, significant
+from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
 from . import curves, gates
@@ -52,17 +59,11 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
     """
     run = RunFolder.read(Path(folder))
     figures = {name: data_uri(path.read_bytes()) for name, path in save_figures(run).items()}
-    environment = Environment(
-        loader=PackageLoader("flamingo_ft.report", ""),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    template = load_template("report/report.html.jinja", trim_blocks=True, lstrip_blocks=True)
     verdict = run.evaluation.get("verdict")
     tasks = run.evaluation.get("per_task", {})
     metrics = list(METRICS.values())
-    page = environment.get_template("report.html.jinja").render(
+    page = template.render(
         version=__version__,
         run=run,
         status=status(run, in_progress, stopped_by),

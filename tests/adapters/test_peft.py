@@ -14,8 +14,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from flamingo_ft.adapters import Adapters, load_adapter, load_base, save_adapter
 from flamingo_ft.adapters.init_from import bridge_tensors
 from flamingo_ft.adapters.load import set_bridge_parameters
-from flamingo_ft.adapters.trainable import is_lora
 from flamingo_ft.errors import UserError
+from flamingo_ft.model.parts import is_lora
 
 from .. import regimes
 

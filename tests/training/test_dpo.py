@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.prepare import frozen_copy, zero_dropout
+from flamingo_ft.adapters.trainable import frozen_copy, zero_dropout
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.parts import optimizer_group
-from flamingo_ft.training.arguments import trainer_arguments
+from flamingo_ft.training.build import trainer_arguments
 from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer
 from flamingo_ft.training.preflight import check_machine
 
