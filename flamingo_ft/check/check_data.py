@@ -73,8 +73,9 @@ def _inspect_all(
     sources: Sequence[WeightedSource], text_inspector: TextInspector, builder: ReportBuilder, workers: int
 ) -> None:
     """Inspect every row of every source, with a progress bar on stderr."""
-    inspector = RowInspector([weighted.source for weighted in sources], text_inspector, builder.config.video_frames)
-    indexed = all(weighted.source.indexed for weighted in sources)
+    row_sources = [weighted.source for weighted in sources]
+    inspector = RowInspector(row_sources, text_inspector, builder.config.video_frames)
+    indexed = all(source.indexed for source in row_sources)
     total = sum(weighted.size for weighted in sources) if indexed else None
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("checking", total=total, note="")
