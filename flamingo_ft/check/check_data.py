@@ -17,7 +17,7 @@ from flamingo_ft.data.opened_data import samples_per_epoch, steps_per_epoch, wit
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.backbone_files import backbone_files, eos_token_ids, text_limit
+from flamingo_ft.model.build import backbone_files, eos_token_ids, text_limit
 from flamingo_ft.progress import progress_bars
 
 from .check_report import MADE_BY, CheckReport, TrainingLength

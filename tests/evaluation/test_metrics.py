@@ -20,7 +20,7 @@ from tests import regimes
 
 
 def test_every_metric_that_a_recipe_can_name_is_registered_and_no_other():
-    assert {LOSS, *METRICS} == {*tables.METRICS}
+    assert {LOSS, *METRICS} == {*tables.METRIC_DESCRIPTIONS}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
@@ -49,7 +49,7 @@ def metric():
     )
     register_metric(metric)
     yield metric
-    for table in (METRICS, tables.METRICS):
+    for table in (METRICS, tables.METRIC_DESCRIPTIONS):
         del table[metric.name]
 
 
