@@ -21,8 +21,7 @@ from flamingo_ft.backbones.tower_source import hub_repository
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.formatting import one_line
-from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
-from flamingo_ft.hub.names import NAME
+from flamingo_ft.hub.names import BACKBONE_KEYS, NAME, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import BRIDGE

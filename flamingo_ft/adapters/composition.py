@@ -20,7 +20,7 @@ from flamingo_ft.atomic import file_in_place
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import existing_path, fetch_model
-from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
+from flamingo_ft.hub.names import BACKBONE_KEYS, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import in_bridge

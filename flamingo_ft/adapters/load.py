@@ -23,7 +23,7 @@ from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.added_tokens import grow_vocabulary
 from flamingo_ft.model.parts import BRIDGE, is_lora, trainable_parameters
-from flamingo_ft.model.quantized import mark_quantized
+from flamingo_ft.model.pretrained import mark_quantized
 from flamingo_ft.model.sharding import copy_into, reshard
 from flamingo_ft.processes import default_device
 

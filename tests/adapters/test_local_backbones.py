@@ -15,7 +15,7 @@ from flamingo_ft.backbones.tower_source import NANO_FOLDER as NANO_TOWER
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.backbone_files import backbone_files
+from flamingo_ft.model.build import backbone_files
 from flamingo_ft.publish.push import files_to_push, publishable_files
 
 from ..regimes import RECIPE, build, logits, shake

@@ -35,5 +35,5 @@ def test_every_part_has_its_keys():
 def test_a_metric_that_is_added_to_the_table_can_be_named(monkeypatch):
     with pytest.raises(ValueError, match="'loss' or 'accuracy'"):
         EvalSection(metric="f1")
-    monkeypatch.setitem(tables.METRICS, "f1", "")
+    monkeypatch.setitem(tables.METRIC_DESCRIPTIONS, "f1", "")
     assert EvalSection(metric="f1").metric == "f1"
