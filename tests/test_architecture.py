@@ -15,6 +15,7 @@ ORDER = (
     "errors",
     "version",
     "formatting",
+    "templates",
     "atomic",
     "machine_errors",
     "progress",

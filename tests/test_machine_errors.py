@@ -18,7 +18,7 @@ from flamingo_ft.backbones import language as language_module
 from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.formats import safe_unpickling
+from flamingo_ft.formats import stored_files as safe_unpickling
 from flamingo_ft.hub.errors import error_reason
 
 GPU_FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB"

@@ -449,7 +449,8 @@ def test_optimizer_in_backward_refuses_gradient_accumulation(folder):
     assert message == (
         "override train.optimizer_in_backward=true: train.optimizer_in_backward: "
         "got gradient_accumulation_steps 4, "
-        "but the optimizer steps in every backward pass; use 1 and a larger batch_size, or set it to false"
+        "but the optimizer steps in every backward pass; use 1 and a larger batch_size, "
+        "or set optimizer_in_backward to false"
     )
 
 
@@ -464,7 +465,7 @@ EXCLUSIVE = {
         "data.packing=true",
         "data.max_text_tokens=64",
         "data.group_by_length=true",
-    ): "data.group_by_length: packed rows all have the same length",
+    ): "data.group_by_length: packed rows all have the same length; set group_by_length or packing to false",
     (
         "data.eval_fraction=0.1",
         "data.train.0.streaming=true",
@@ -637,7 +638,7 @@ def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, overri
         ("model: {vision: nano\n", "recipe.yaml:2: not valid YAML: "),
         (
             "model: !!python/object:os.system {}\n",
-            "recipe.yaml:1: not valid YAML: found a tag; a recipe has none",
+            "recipe.yaml:1: not valid YAML: got a tag; remove it",
         ),
         ("a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML: but found another document"),
         (

@@ -39,7 +39,7 @@ def test_every_part_has_its_keys():
 
 
 def test_a_metric_that_is_added_to_the_table_can_be_named(monkeypatch):
-    with pytest.raises(ValueError, match=choices(*tables.METRICS)):
+    with pytest.raises(ValueError, match=choices(*tables.METRIC_DESCRIPTIONS)):
         EvalSection(metric="made_up")
-    monkeypatch.setitem(tables.METRICS, "made_up", "")
+    monkeypatch.setitem(tables.METRIC_DESCRIPTIONS, "made_up", "")
     assert EvalSection(metric="made_up").metric == "made_up"

@@ -79,7 +79,7 @@ def test_backbones_of_another_checkpoint_are_refused(backbones, tmp_path):
     with pytest.raises(UserError, match="tower tokens of width 32, nano has"):
         import_checkpoint(source, tmp_path / "out", Backbones(backbones["llama"].language, "nano"))
     with pytest.raises(
-        UserError, match="cannot tell the checkpoint's language model for certain; name it with --language"
+        UserError, match="the checkpoint's language model is not certain; name it with --language"
     ):
         import_checkpoint(source, tmp_path / "out")
 

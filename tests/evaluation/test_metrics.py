@@ -25,12 +25,12 @@ from flamingo_ft.evaluation.metrics import (
 from flamingo_ft.evaluation.questions import Question
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results
 from flamingo_ft.report import page, write_report
-from flamingo_ft.report.log_file import read_log
+from flamingo_ft.report.run_folder import read_log
 from tests import regimes
 
 
 def test_every_metric_that_a_recipe_can_name_is_registered_and_no_other():
-    assert {LOSS, *METRICS} == {*tables.METRICS}
+    assert {LOSS, *METRICS} == {*tables.METRIC_DESCRIPTIONS}
     schema = json.loads((library_folder() / SCHEMA_FILE).read_text())  # written without the registry
     assert schema["$defs"]["EvalSection"]["properties"]["metric"]["enum"] == [LOSS, *METRICS]
 
@@ -56,7 +56,7 @@ def test_a_name_whose_keys_are_in_use_is_refused(name, keys):
     message = f"metric '{name}': keys of its results are in use ({keys}); choose another name"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         register_metric(Metric(name, lambda prediction, references: 0.0, label=name))
-    assert name not in METRICS and name not in tables.METRICS
+    assert name not in METRICS and name not in tables.METRIC_DESCRIPTIONS
 
 
 def question(task: str, answer: str, *images: str) -> Question:
@@ -97,7 +97,7 @@ def metric():
     )
     register_metric(metric)
     yield metric
-    for table in (METRICS, tables.METRICS):
+    for table in (METRICS, tables.METRIC_DESCRIPTIONS):
         del table[metric.name]
 
 

@@ -110,7 +110,7 @@ def test_a_composition_without_weights_is_a_folder(hub):
 )
 def test_a_repository_without_a_model_is_refused(hub, files):
     put(hub, files)
-    assert f"{REPO}: holds no model (found " in refusal(REPO)
+    assert f"{REPO}: holds no model (got " in refusal(REPO)
 
 
 def test_revisions_are_distinguished_and_a_pinned_name_does_not_move(hub):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flamingo_ft.hub.local_paths import strip_local_path, strip_local_paths
+from flamingo_ft.hub.names import strip_local_path, strip_local_paths
 from flamingo_ft.publish.push import is_published, publishable_files
 
 

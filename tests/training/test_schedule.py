@@ -16,7 +16,7 @@ from flamingo_ft.data import open_data
 from flamingo_ft.data import opened_data as epochs
 from flamingo_ft.data.opened_data import steps_per_epoch, with_max_steps
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.arguments import trainer_arguments
+from flamingo_ft.training.build import trainer_arguments
 from flamingo_ft.training.optimizer import recompute_learning_rates
 from tests import regimes
 
