@@ -15,7 +15,7 @@ from flamingo_ft.config import tables
 from flamingo_ft.evaluation.merge_quality import HELD_OUT, EvalSet, Measurement, compare
 from flamingo_ft.evaluation.metrics import LOSS, METRICS, Metric, register_metric
 from flamingo_ft.report import write_report
-from flamingo_ft.report.log_file import read_log
+from flamingo_ft.report.run_folder import read_log
 from tests import regimes
 
 
