@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -35,6 +37,10 @@ RowGrouping = Callable[[Iterator[PlacedExample]], Iterator[list[list[PlacedExamp
 It may hold examples back for later batches, as long as these would be placed the same way without the
 examples that were returned: a resumed run starts with the ones held back.
 """
+
+
+PackedTensors = tuple[bytes, list[int], Tensor]
+"""A pickle without the bytes of its tensors, their number for each tensor, and these bytes (N,)."""
 
 
 @dataclass(frozen=True)
@@ -187,22 +193,47 @@ class _BatchSampler:
         return iter(lambda: list(itertools.islice(self.indices, self.batch_size)), [])
 
 
-def pack_tensors(value: Any) -> Tensor:
-    """Serialize a value with tensors anywhere in it into one tensor, to be sent from a worker.
+def pack_tensors(value: Any) -> PackedTensors:
+    """Pickle a value, and copy the bytes of all CPU tensors in it into one tensor, to be sent from a worker.
 
     Each tensor that comes from another process holds a file open while it lives, and a process may have 1,024
     of them; with torch's file_system sharing it would hold shared memory instead, of which a container often
     has 64 MiB. Examples that are held back for packing alone would exceed both.
     """
-    buffer = io.BytesIO()
-    torch.save(value, buffer, pickle_protocol=5)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    file = io.BytesIO()
+    pickler = _TensorPickler(file)
+    pickler.dump(value)
+    tensors = pickler.tensors or [torch.empty(0, dtype=torch.uint8)]
+    return file.getvalue(), [len(tensor) for tensor in pickler.tensors], torch.cat(tensors)
 
 
-def unpack_tensors(packed: Tensor) -> Any:
-    """Return the value of `pack_tensors`, its tensors in this process's own memory."""
-    array: Any = packed.numpy()  # a buffer, which numpy declares from Python 3.12 on
-    return torch.load(io.BytesIO(array), weights_only=False)
+def unpack_tensors(packed: PackedTensors) -> Any:
+    """Return the value of `pack_tensors`, each tensor in memory of its own in this process."""
+    content, sizes, tensors = packed
+    buffers: Any = (tensor.numpy() for tensor in tensors.split(sizes))
+    return pickle.loads(content, buffers=buffers)
+
+
+class _TensorPickler(pickle.Pickler):
+    """Leaves the bytes of tensors out of the pickle, and collects them in ``tensors``, each (N,)."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, protocol=5, buffer_callback=lambda buffer: None)
+        self.tensors: list[Tensor] = []
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return NotImplemented
+        tensor = obj.contiguous().view(-1).view(torch.uint8)
+        self.tensors.append(tensor)
+        array: Any = tensor.numpy()  # a buffer, which numpy declares from Python 3.12 on
+        return _tensor_from_bytes, (pickle.PickleBuffer(array), obj.dtype, obj.shape)
+
+
+def _tensor_from_bytes(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(content))
+    return tensor
 
 
 def one_sample_per_row(batch_size: int) -> RowGrouping:
