@@ -1,8 +1,7 @@
-"""The endless batches of a run: rows are prepared by workers and put together here, in an order that the seed
-decides.
+"""The endless batches of a run, prepared by workers and put together in an order that follows from the seed.
 
-Workers prepare single rows; this process decides in the order of the run which rows make a batch. So the
-batches are the same for any number of workers, and a run resumes at the exact sample.
+Workers prepare single rows; this process decides which rows make a batch. So the batches are the same for
+any number of workers, and a run resumes at the exact sample.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class Batches:
         return None if length is None else round(self._next / length, 4)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the next sample, those before it that are held back, and the counts so
-        far."""
+        """Return the position of the next sample, those held back before it, and the counts so far."""
         # The keys are part of the checkpoint format.
         return {"next": self._next, "waiting": list(self._waiting), "tally": self.stats.state_dict()}
 
@@ -126,8 +124,10 @@ class Batches:
         self.stats.load_state_dict(state["tally"])
 
     def _examples(self) -> Iterator[PlacedExample]:
-        """Yield the examples from the current state on; first those that were held back, which are counted
-        already."""
+        """Yield the examples from the current state on.
+
+        Those that were held back come first; they are counted already.
+        """
         start, held_back = self._next, {*self._waiting}
         for position, result in self._results(min([start, *held_back]), held_back, start):
             if position >= start:
@@ -246,8 +246,7 @@ def one_sample_per_row(batch_size: int) -> RowGrouping:
 
 
 def packed_rows(batch_size: int, row_length: int) -> RowGrouping:
-    """Return a grouping into batches of ``batch_size`` rows, each with as many examples as fit into
-    ``row_length`` tokens."""
+    """Return a grouping into batches of ``batch_size`` rows, filled up to ``row_length`` tokens each."""
 
     def group(examples: Iterator[PlacedExample]) -> Iterator[list[list[PlacedExample]]]:
         rows = pack(examples, lambda placed: placed[1].encoded.text_tokens, row_length)
@@ -259,8 +258,10 @@ def packed_rows(batch_size: int, row_length: int) -> RowGrouping:
 def sorted_by_length(
     order: SampleOrder, length_of: Callable[[SampleIndex], int], batch_size: int
 ) -> Callable[[int], Iterator[SampleIndex]]:
-    """Return an order with samples of similar length next to each other; it can be entered at any
-    position."""
+    """Return an order with samples of similar length next to each other.
+
+    Like the order itself, it can be entered at any position.
+    """
     window = LENGTH_WINDOW * batch_size
 
     def indices(start: int) -> Iterator[SampleIndex]:
@@ -293,8 +294,7 @@ def _leave_signals_to_main_process(worker: int) -> None:
 
 
 def _exit_on_parents_sigterm(parent: int) -> None:
-    """Wait for the SIGTERM with which a `DataLoader` ends its workers; those of other processes are
-    ignored."""
+    """Wait for the SIGTERM with which a `DataLoader` ends its workers; ignore that of other processes."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
