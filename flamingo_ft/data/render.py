@@ -209,7 +209,8 @@ def _answer_span_by_marker(
     if not (text.startswith(head) and len(head) <= through):
         raise UserError(
             f"chat template: begins the answer in message {index} differently than its generation prompt "
-            "does, perhaps with reasoning; remove the reasoning from answers, or set data.template to flamingo"
+            "does, perhaps with reasoning; remove the reasoning from answers, or set data.template to "
+            "flamingo"
         )
     alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
     end = text[: through + _common_prefix(processor, tail, alone)].rstrip()

@@ -11,7 +11,7 @@ from typing import Any
 from flamingo_ft.data.fields import TAR_MEMBERS, Row, has_content, texts_in, type_name
 from flamingo_ft.errors import UserError
 
-# Columns with exactly these names are part of the task; question_id, answer_type, caption_source are metadata.
+# Columns with exactly these names are part of the task; question_id or caption_source, say, are metadata.
 TASK_COLUMNS = frozenset(
     """
     answer answers audio audios caption captions choice choices chosen class_label cls completion
