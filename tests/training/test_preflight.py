@@ -1,4 +1,4 @@
-"""Checks before the first step: the model's loss, planned and free memory, held-out images that are trained on."""
+"""Checks before the first step: the loss of the model, memory, held-out images that are trained on."""
 
 from __future__ import annotations
 
