@@ -3,7 +3,7 @@
 To add a metric:
 
 1. Register it at the end of this file: ``register_metric(Metric("f1", score=f1, label="F1"))``.
-2. Add its name to ``METRICS`` in `flamingo_ft/config/tables.py`, so that recipes can select it.
+2. Add its name to ``METRIC_DESCRIPTIONS`` in `flamingo_ft/config/tables.py`, so that recipes can select it.
 3. Regenerate the two files that list it:
    ``flamingo-ft recipes schema > recipes/recipe.schema.json;
    flamingo-ft recipes keys --markdown > recipes/README.md``
@@ -128,7 +128,7 @@ def register_metric(metric: Metric) -> None:
             "which is in use; choose another name"
         )
     METRICS[metric.name] = metric
-    tables.METRICS.setdefault(metric.name, metric.description or metric.label)
+    tables.METRIC_DESCRIPTIONS.setdefault(metric.name, metric.description or metric.label)
 
 
 def _keys(name: str) -> set[str]:

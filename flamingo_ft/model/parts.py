@@ -1,6 +1,6 @@
-"""Which parameter belongs to which part of the model: the table of parts (`config.tables`), applied to names.
+"""Which parameter belongs to which part of the model, by its name and the table of parts (`config.tables`).
 
-Everything that goes by part asks here: trainable set, optimizer groups, adapters, memory plan, card.
+The trainable set, optimizer groups, adapters, the memory plan and the model card all use these functions.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ OPTIMIZER_GROUPS = (*BRIDGE, LORA)
 
 
 def part_of(name: str) -> Part:
-    """Return the part that the parameter ``name`` belongs to; LoRA weights belong to the part that they are
-    added to.
-    """
+    """Return the part of the parameter ``name``; LoRA weights belong to the part that they adapt."""
     return next(part for part in PARTS.values() if name.startswith(part.prefix))
 
 
@@ -37,12 +35,12 @@ def in_bridge(name: str) -> bool:
 
 
 def is_lora(name: str) -> bool:
-    """Whether ``name`` is that of a LoRA weight."""
+    """Whether the parameter ``name`` is a LoRA weight."""
     return ".lora_" in name
 
 
 def is_gate(name: str) -> bool:
-    """Whether ``name`` is that of a gate, which stays in float32: its values are too fine for fewer bits."""
+    """Whether the parameter ``name`` is a gate; gates stay in float32: 16 bits round small steps away."""
     return name.endswith("_gate")
 
 
@@ -71,9 +69,7 @@ def optimizer_group(name: str) -> str:
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, and not to vectors, embeddings and latents, whose size means
-    something.
-    """
+    """Whether weight decay applies: to matrices of weights, but not to vectors, embeddings and latents."""
     if parameter.dim() < 2:
         return False
     part = part_of(name)

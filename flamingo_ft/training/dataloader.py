@@ -23,7 +23,7 @@ from flamingo_ft.data.sample import message_text
 from flamingo_ft.data.sample_order import SampleIndex, SampleOrder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.backbone_files import text_limit
+from flamingo_ft.model.build import text_limit
 from flamingo_ft.progress import Bars
 
 from .preflight import autocast_dtype, check_packing

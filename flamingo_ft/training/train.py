@@ -24,7 +24,7 @@ from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
 from flamingo_ft.report import LiveReport, final_report
-from flamingo_ft.report.log_file import LogFile, write_log
+from flamingo_ft.report.run_folder import LogFile, write_log
 
 from .build import build_model, count_source_rows, first_batches, make_trainer
 from .checkpoint_folders import (
