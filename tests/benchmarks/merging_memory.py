@@ -1,7 +1,7 @@
 """Peak memory of merging an adapter: `python -m tests.benchmarks.merging_memory`.
 
 Makes a random sharded language model and an adapter with LoRA on it, in nf4, in a temporary folder, and
-merges in a fresh process. Prints the peak growth of the process's own memory (RssAnon, which the system keeps)
+merges in a fresh process. Prints the peak growth of the process's own memory (RssAnon, never dropped)
 while the model is merged, written, verified and evaluated, next to the sizes of the merged model and its
 largest shard. Linux and CPU only.
 """

@@ -2,7 +2,7 @@
 
 Run `python tests/benchmarks/training_memory.py SHAPE REGIME`.
 
-Builds a shape in 4 bits, layer by layer, trains it for a few steps with the package's own trainer on random
+Builds a shape in 4 bits, layer by layer, trains it for a few steps with the package's trainer on synthetic
 samples, and prints the peak memory next to that of `flamingo-ft plan` for the same recipe. On CUDA: torch's
 peaks of allocated and reserved memory. On a CPU, each in a process of its own: resident memory (VmHWM during
 training minus VmRSS before the model was built, after a tiny training run; includes buffers of MKL and
