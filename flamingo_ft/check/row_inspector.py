@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from flamingo_ft.data import Sample, Source, open_medium
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.data.sample import Medium, Video
+from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.data.sources.source import RawRow
-from flamingo_ft.data.stream.order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.images import conversions
 
@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What the inspection of a row found.
+    """The result of inspecting a row.
 
     Counts are zero for rows with problems and for rows that data.too_long drops. They cover what trains: for
     a truncated sample what is left of it, for a preference pair the longer of its two texts.
@@ -100,7 +100,7 @@ class RowInspector(Dataset):
         self.decoder = MediaDecoder(video_frames)
 
     def __getitem__(self, index: Row) -> RowResult:
-        row = index
+        row = index  # `Dataset` calls it index
         source = self.sources[row.source]
         if row.failure is not None:
             return RowResult(row.source, problems=[_parse_problem(source.name, None, row.failure)])

@@ -1,4 +1,4 @@
-"""From a sample's images and videos to pixels, or to the tower's cached tokens.
+"""From a sample's images and videos to pixels, augmented at random, or to the tower's cached tokens.
 
 `open_medium` is the one way to open them; `PixelLoader` and `CachedFeatureLoader` prepare them for a batch.
 
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterable
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image as PillowImage
 from PIL.Image import Image as Picture
 from torch import Tensor
+from torchvision.transforms import v2
 
 from flamingo_ft.config import AugmentationSection
 from flamingo_ft.errors import UserError
@@ -25,16 +28,19 @@ from flamingo_ft.formatting import data_uri, shorten
 from flamingo_ft.model import FlamingoProcessor, images
 from flamingo_ft.model.download import download, is_url
 
-from .augment import augment
-from .features import FeatureStore, Frame, lookup_frame
+from .feature_cache import Frame, lookup_frame
+from .feature_store import FeatureStore
 from .sample import Image, Medium, Sample, Video
 from .video import even_positions, frame_positions, read_frames
 
+functional: Any = v2.functional  # its annotations name tensors only; it takes PIL images too
+
+ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop, relative to the image's own
 PREVIEW_PIXELS = 128  # longer side
 PREVIEW_PREFIX = "data:image/png;base64,"
 
 
-def open_medium(medium: Medium, where: str | None = None, video_frames: int = 8) -> list[PillowImage.Image]:
+def open_medium(medium: Medium, where: str | None = None, video_frames: int = 8) -> list[Picture]:
     """Return upright RGB images: one for an image, ``video_frames`` evenly spaced ones for a video (all of a
     shorter one).
 
@@ -50,7 +56,7 @@ def open_medium(medium: Medium, where: str | None = None, video_frames: int = 8)
     return [_decoded(_fetched(frame, where), frame, where) for frame in chosen]
 
 
-def open_image(path: str | Path, where: str | None = None) -> PillowImage.Image:
+def open_image(path: str | Path, where: str | None = None) -> Picture:
     """Open a local image file as RGB, upright. Raises UserError naming the file if it cannot be read."""
     return _decoded(path, path, where)
 
@@ -71,7 +77,7 @@ def read_bytes(image: Image, where: str | None = None) -> bytes:
         ) from None
 
 
-def decode_image(content: bytes, image: Image, where: str | None = None) -> PillowImage.Image:
+def decode_image(content: bytes, image: Image, where: str | None = None) -> Picture:
     """Decode the content of ``image``.
 
     Raises UserError, beginning with ``where``, for bytes that are not an image.
@@ -193,11 +199,25 @@ def preview(medium: Medium) -> str:
     return data_uri(buffer.getvalue())
 
 
-def open_preview(text: str) -> PillowImage.Image:
+def open_preview(text: str) -> Picture:
     """Open the picture of a `preview`. Raises UserError if its path is no longer a readable image."""
     if text.startswith(PREVIEW_PREFIX):
         return images.open_image(base64.b64decode(text.removeprefix(PREVIEW_PREFIX)))
     return open_image(text)
+
+
+def augment(frames: Sequence[Picture], section: AugmentationSection, seed: int) -> list[Picture]:
+    """Crop, flip and recolour the frames of a medium (one of an image), all in the same way.
+
+    All randomness comes from ``seed``, of this use of this medium, so the number of workers does not matter.
+    """
+    rng = random.Random(seed)
+    box, flip = _random_box(rng, section.crop), rng.random() < section.flip
+    factors = [rng.uniform(1 - section.color, 1 + section.color) for _ in range(3)]
+    augmented = [_crop(frame, box) for frame in frames]
+    if flip:
+        augmented = [functional.horizontal_flip(frame) for frame in augmented]
+    return [_color(frame, *factors) for frame in augmented] if section.color else augmented
 
 
 def _fetched(image: Image, where: str | None) -> Image:
@@ -205,10 +225,34 @@ def _fetched(image: Image, where: str | None) -> Image:
     return download(image, where or "image") if isinstance(image, str) and is_url(image) else image
 
 
-def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str | None) -> PillowImage.Image:
+def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str | None) -> Picture:
     try:
         return images.open_image(content)
     except images.UnreadableImage as error:
         raise UserError(
             f"{display_name(medium, where)}: not a readable image ({error}); replace it"
         ) from None
+
+
+def _random_box(rng: random.Random, min_area: float) -> tuple[float, float, float, float]:
+    """Return left, top, width and height of a crop, as fractions of the image's; its area is ``min_area``
+    to 1."""
+    area = rng.uniform(min_area, 1)
+    # Beyond these ratios a crop of this area would not fit into the image.
+    narrowest, widest = max(ASPECT_RATIOS[0], area), min(ASPECT_RATIOS[1], 1 / area)
+    ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
+    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    return rng.uniform(0, 1 - width), rng.uniform(0, 1 - height), width, height
+
+
+def _crop(frame: Picture, box: tuple[float, float, float, float]) -> Picture:
+    left, top = round(box[0] * frame.width), round(box[1] * frame.height)
+    width, height = max(1, round(box[2] * frame.width)), max(1, round(box[3] * frame.height))
+    left, top = min(left, frame.width - width), min(top, frame.height - height)
+    return functional.crop(frame, top, left, height, width)
+
+
+def _color(frame: Picture, brightness: float, contrast: float, saturation: float) -> Picture:
+    frame = functional.adjust_brightness(frame, brightness)
+    frame = functional.adjust_contrast(frame, contrast)
+    return functional.adjust_saturation(frame, saturation)

@@ -1,23 +1,36 @@
-"""A recipe's data, opened: which rows of which source are trained on, and which are evaluated on."""
+"""A recipe's data, opened: its training and evaluation rows, their encoding, and the steps of an epoch."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import partial
+from typing import Any, cast
 
-from flamingo_ft.config import DataSection
+from flamingo_ft import processes
+from flamingo_ft.config import DataSection, Recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.build import backbone_files, text_limit
 from flamingo_ft.model.download import is_url
 
+from .collate import pack
+from .encode import Dropped, encode_within
 from .eval_split import split_eval
 from .media import open_medium, read_bytes
+from .pairs import encode_pair
+from .render import apply_template
 from .sample import Image, Medium, Sample, Video
+from .sample_order import SampleIndex, SampleOrder, WeightedSource
 from .sources import open_source
-from .stream.order import WeightedSource
 
 MAX_VALIDATED_ROWS = 50_000  # takes some seconds
+PACKED_SAMPLES = 1_000  # encoded to estimate how many samples fit into a packed row
+# SFT reads samples with one answer, DPO reads preference pairs.
+ENCODE: dict[str, Callable[..., Any]] = {"sft": encode_within, "dpo": encode_pair}
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,73 @@ def open_data(section: DataSection, seed: int) -> OpenedData:
     return OpenedData(section, train, evaluated)
 
 
+def check_method(sources: Sequence[WeightedSource], method: str) -> None:
+    """Raise UserError for a source that ``method`` cannot train on."""
+    for weighted in sources:
+        source = weighted.source
+        if source.is_preference and method == "sft":
+            raise UserError(
+                f"{source.name}: expected samples with one answer, got preference pairs; "
+                "set train.method to dpo, or name another format"
+            )
+        if not source.is_preference and method == "dpo":
+            raise UserError(
+                f"{source.name}: train.method dpo expects preference pairs (prompt, chosen, rejected), got "
+                f"{source.format} samples; name such data, or set train.method to sft"
+            )
+
+
+def encoder(processor: FlamingoProcessor, recipe: Recipe, limit: int) -> Callable[[Sample], Any]:
+    """Return the function from a sample to its tokens, at most ``limit`` per text, for the recipe's
+    method."""
+    return partial(ENCODE[recipe.train.method], processor, max_text_tokens=limit, policy=recipe.data.too_long)
+
+
+def with_max_steps(recipe: Recipe, data: OpenedData) -> Recipe:
+    """Return the recipe with ``train.epochs`` converted to ``train.max_steps``, if it sets epochs.
+
+    Raises UserError for a streamed source, whose length is not known.
+    """
+    epochs = recipe.train.epochs
+    if epochs is None:
+        return recipe
+    per_epoch = steps_per_epoch(recipe, data)
+    if per_epoch is None:
+        raise UserError(
+            f"train.epochs: got {epochs:g}, but a streamed source has no known length; use train.max_steps"
+        )
+    steps = max(1, math.ceil(exact_fraction(epochs) * per_epoch))
+    train = recipe.train.model_copy(update={"max_steps": steps, "epochs": None})
+    return recipe.model_copy(update={"train": train})
+
+
+def steps_per_epoch(recipe: Recipe, data: OpenedData) -> Fraction | None:
+    """Return the optimizer steps of an epoch, which has each row of a source of weight w w times on average.
+
+    It is a fraction, since an epoch may end within a step, and an estimate with ``data.packing``. None if a
+    source is streamed.
+    """
+    length = samples_per_epoch(recipe, data)
+    if length is None:
+        return None
+    rows = length * _rows_per_sample(recipe, data) if recipe.data.packing else Fraction(length)
+    train = recipe.train
+    return rows / (train.batch_size * train.gradient_accumulation_steps * processes.world_size())
+
+
+def samples_per_epoch(recipe: Recipe, data: OpenedData) -> int | None:
+    """Return how many samples, or pairs, are drawn in an epoch; None if a source is streamed."""
+    return SampleOrder(data.train, recipe.train.seed).epoch_length
+
+
+def exact_fraction(number: float) -> Fraction:
+    """Return a recipe's number as the decimal fraction that it is written as.
+
+    So 0.1 of 30 steps are 3 steps, not 3.0000000000000004, which would be rounded up to 4.
+    """
+    return Fraction(repr(number))
+
+
 def _samples(
     weighted: WeightedSource,
     section: DataSection,
@@ -131,3 +211,28 @@ def _downloaded(medium: Medium, where: str) -> Medium:
 
 def _downloaded_image(image: Image, where: str) -> Image:
     return read_bytes(image, where) if isinstance(image, str) and is_url(image) else image
+
+
+def _rows_per_sample(recipe: Recipe, data: OpenedData) -> Fraction:
+    """Return the packed rows per drawn sample, of the first samples of the run."""
+    files = backbone_files(recipe.model)
+    processor = files.processor()
+    apply_template(processor, recipe.data)
+    limit = text_limit(files.language, recipe.data.max_text_tokens)
+    encode = encoder(processor, recipe, limit)
+    order = SampleOrder(data.train, recipe.train.seed)
+    length = cast(int, order.epoch_length)  # None only if a source is streamed
+    draws = list(itertools.islice(order.indices(), min(PACKED_SAMPLES, length)))
+    sizes = [size for draw in draws if (size := _size(data, draw, encode)) is not None]
+    rows = sum(1 for _ in pack(sizes, int, limit))
+    return Fraction(max(1, rows), len(draws))
+
+
+def _size(data: OpenedData, draw: SampleIndex, encode: Any) -> int | None:
+    """Return the text tokens of a drawn sample; None if it is skipped or dropped."""
+    source = data.train[draw.source].source
+    try:
+        encoded = encode(source.sample(draw.row, source.raw(draw.row)))
+    except UserError:
+        return None
+    return None if isinstance(encoded, Dropped) else encoded.text_tokens

@@ -14,7 +14,7 @@ from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.prepare import frozen_copy
+from flamingo_ft.adapters.trainable import frozen_copy
 from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration

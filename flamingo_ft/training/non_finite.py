@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flamingo_ft.data.stream.batches import BatchContents
+from flamingo_ft.data.batches import BatchContents
 from flamingo_ft.errors import UserError
 
 from .compat import tree_leaves

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.config import TrainSection
-from flamingo_ft.data.epochs import exact_fraction
+from flamingo_ft.data.opened_data import exact_fraction
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_decayed, optimizer_group
 

@@ -13,7 +13,7 @@ from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 
-from .checkpoints import checkpoint_root, latest_valid, quarantine_newer, read_manifest
+from .checkpoint_folders import checkpoint_root, latest_valid, quarantine_newer, read_manifest
 from .hub_checkpoints import fetch_newer_checkpoint
 from .output_dir import finished_steps
 

@@ -15,8 +15,8 @@ from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters, write_card
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
-from flamingo_ft.data.epochs import samples_per_epoch, with_max_steps
-from flamingo_ft.data.stream.examples import total_metrics
+from flamingo_ft.data.examples import total_metrics
+from flamingo_ft.data.opened_data import samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables
@@ -24,26 +24,24 @@ from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
 from flamingo_ft.report import LiveReport, final_report
-from flamingo_ft.report.log_file import LogFile, write_log
+from flamingo_ft.report.run_folder import LogFile, write_log
 
-from .best_checkpoint import apply_best, evaluation_callbacks
 from .build import build_model, count_source_rows, first_batches, make_trainer
-from .checkpoints import (
-    check_compatible,
+from .checkpoint_folders import (
     checkpoint_root,
     newest_checkpoint,
     prepare_checkpoint_root,
     refuse_existing_checkpoints,
 )
-from .evaluator import EvalBatches, Evaluator
+from .checkpoints import check_compatible
+from .evaluation import EvalBatches, Evaluator, apply_best, evaluation_callbacks
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
-from .machine_failures import attach_memory_plan, io_errors_as_user_error, oom_as_user_error
+from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
 from .monitoring import ProgressBar, check_trackers, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
 from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
-from .signals import StopOnSignal
 from .trainer import FlamingoDpoTrainer, FlamingoTrainer
 
 LEFT_OUT_FILE = "left_out.jsonl"

@@ -18,28 +18,27 @@ from transformers import TrainerState
 from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft import processes
-from flamingo_ft.adapters.prepare import frozen_copy, match_training_mode, zero_dropout
+from flamingo_ft.adapters.trainable import frozen_copy, match_training_mode, zero_dropout
+from flamingo_ft.data.batches import BatchContents, Batches
 from flamingo_ft.data.encode import IGNORED
-from flamingo_ft.data.stream.batches import BatchContents, Batches
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.sharding import is_sharded
 
+from .checkpoint_folders import read_manifest
 from .checkpoints import (
     TRAINER_FOLDER,
     CheckpointPolicy,
     load_sharded_optimizer,
-    read_manifest,
     restore_checkpoint,
     save_checkpoint,
     save_sharded_optimizer,
 )
 from .compat import TRAINER_STATE_NAME, ExportableState
-from .evaluator import EvalBatches, run_evaluation
-from .machine_failures import oom_as_user_error
+from .evaluation import EvalBatches, run_evaluation
+from .interruptions import StopOnSignal, oom_as_user_error
 from .monitoring import ThroughputMeter, gate_values, learning_rates
 from .non_finite import NonFiniteGuard
 from .optimizer import find_in_backward_optimizer, recompute_learning_rates
-from .signals import StopOnSignal
 
 if TYPE_CHECKING:
     TrainerBase = SFTTrainer

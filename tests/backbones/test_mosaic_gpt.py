@@ -14,7 +14,7 @@ from flamingo_ft.backbones.language import language_files, load_language
 from flamingo_ft.backbones.mosaic_gpt import MosaicGptConfig, MosaicGptForCausalLM
 from flamingo_ft.backbones.quantization import Quantization, is_quantized
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.model_checks import check_packing
+from flamingo_ft.training.preflight import check_packing
 from tests.golden import mosaic_gpt as golden
 from tests.golden.cases import left_padded, prompts
 from tests.golden.deterministic_weights import fill

@@ -29,12 +29,12 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.config.library import library_folder
 from flamingo_ft.data import open_data
+from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row
 from flamingo_ft.data.collate import collate_text, stack_media
 from flamingo_ft.data.encode import encode_within
+from flamingo_ft.data.examples import DataStats, ExampleDataset
 from flamingo_ft.data.media import PixelLoader
-from flamingo_ft.data.stream.batches import Batches, LoaderConfig, one_sample_per_row
-from flamingo_ft.data.stream.examples import DataStats, ExampleDataset
-from flamingo_ft.data.stream.order import SampleOrder
+from flamingo_ft.data.sample_order import SampleOrder
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.added_tokens import add_media_tokens
 

@@ -29,7 +29,13 @@ from flamingo_ft import build_flamingo, load_vision
 from flamingo_ft.adapters import add_lora, set_trainable, trainable_parameters
 from flamingo_ft.backbones.language import NANO_FOLDER, LanguageBackbone
 from flamingo_ft.config import CacheSection, LoraPart, LoraSection, TrainableSection
-from flamingo_ft.data.features import FeatureCache, Frame, collate_frames, lookup_frame, open_feature_cache
+from flamingo_ft.data.feature_cache import (
+    FeatureCache,
+    Frame,
+    collate_frames,
+    lookup_frame,
+    open_feature_cache,
+)
 from flamingo_ft.data.media import open_image
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from flamingo_ft import cli
 from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.check.check_data import check_data
-from flamingo_ft.cli.check_table import check_tables
+from flamingo_ft.cli.recipe_tables import check_tables
 from flamingo_ft.config import Recipe, load_recipe
 from flamingo_ft.config.library import find_recipe
 from flamingo_ft.data import open_data, open_source

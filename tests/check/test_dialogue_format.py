@@ -12,7 +12,7 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.check.text_checks import ANSWER, QUESTION, dialogue_format
 from flamingo_ft.config import ModelSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
-from flamingo_ft.model.backbone_files import eos_token_ids
+from flamingo_ft.model.build import eos_token_ids
 from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.chat_templates import FAMILIES, LAST_REASONING
 from tests.data.dialogues import TEMPLATES, assistant, nano_processor, user
@@ -74,7 +74,7 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
 
 def test_samples_whose_answers_the_template_changes_are_counted(tmp_path, monkeypatch):
     processor = nano_processor(LAST_REASONING)
-    monkeypatch.setattr("flamingo_ft.model.backbone_files.BackboneFiles.processor", lambda self: processor)
+    monkeypatch.setattr("flamingo_ft.model.build.BackboneFiles.processor", lambda self: processor)
     monkeypatch.setattr("flamingo_ft.data.render._template", lambda processor, name: LAST_REASONING)
     said = {"role": "assistant", "content": "<think>why</think>Seven."}
     question = {"role": "user", "content": "?"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flamingo_ft.config import AugmentationSection
-from flamingo_ft.data.augment import augment
+from flamingo_ft.data.media import augment
 
 ALL = AugmentationSection(crop=0.5, flip=0.5, color=0.4)
 

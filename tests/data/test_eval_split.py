@@ -11,8 +11,7 @@ from flamingo_ft.data import eval_split
 from flamingo_ft.data.eval_split import find_overlap, split_eval
 from flamingo_ft.data.sample import Sample, Video
 from flamingo_ft.errors import UserError
-
-from .stream.fakes import Numbers
+from tests.data.fakes import Numbers
 
 
 class Shown(Numbers):

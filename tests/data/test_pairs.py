@@ -10,11 +10,11 @@ from PIL import Image
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from flamingo_ft.data.encode import IGNORED, Cut, Dropped, encode
+from flamingo_ft.data.examples import Example
 from flamingo_ft.data.media import PixelLoader
 from flamingo_ft.data.media_resolver import lossless_bytes
 from flamingo_ft.data.pairs import encode_pair, preference_row
 from flamingo_ft.data.sample import Sample, Video
-from flamingo_ft.data.stream.examples import Example
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.dataloader import collate_preferences
 

@@ -16,8 +16,8 @@ from flamingo_ft.data import Sample
 from flamingo_ft.data.media import preview
 from flamingo_ft.errors import UserError
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
+from flamingo_ft.report.curves import GREEN, RED
 from flamingo_ft.report.sample_grid import spread
-from flamingo_ft.report.style import GREEN, RED
 from tests.model.kinds_of_images import KINDS
 
 LONG = "A question that goes on and on about all there is to see, WITH WORDS IN CAPITALS, to the end " * 3

@@ -10,7 +10,7 @@ import pytest
 
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import StoppedBySignal, UserError
-from flamingo_ft.report import curves, final_report, gates, live, write_report
+from flamingo_ft.report import curves, final_report, gates, write_report
 from tests.regimes import recipe, write_run
 
 REFRESH = 'http-equiv="refresh"'
@@ -154,7 +154,7 @@ def test_rewards_of_dpo_are_shown(folder):
 
 
 def test_a_report_that_fails_is_a_warning_and_does_not_end_the_run(folder, monkeypatch):
-    monkeypatch.setattr(live, "write_report", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("flamingo_ft.report.page.write_report", lambda *_, **__: 1 / 0)
     with (
         pytest.warns(UserWarning, match="report could not be written: ZeroDivisionError"),
         final_report(folder),

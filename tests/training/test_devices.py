@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from flamingo_ft.adapters import load_adapter
 from flamingo_ft.cli import main
-from flamingo_ft.data.stream.examples import total_metrics
+from flamingo_ft.data.examples import total_metrics
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.inference.predictor import Predictor

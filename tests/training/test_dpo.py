@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.prepare import frozen_copy, zero_dropout
+from flamingo_ft.adapters.trainable import frozen_copy, zero_dropout
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
@@ -211,11 +211,19 @@ def test_dpo_evaluates_on_the_chosen_answer_and_skips_bad_rows_if_configured(pai
             ["train.method=sft"],
             "pairs.jsonl: expected samples with one answer, got preference pairs; set train.method to dpo",
         ),
-        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: dpo compares pairs row by row"),
-        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: got 0.1, but dpo compares"),
+        (
+            ["data.packing=true", "data.max_text_tokens=64"],
+            "data.packing: dpo compares pairs row by row, so samples cannot be packed; "
+            r"set packing to false \(group_by_length also saves padding\)",
+        ),
+        (
+            ["lora.language={r: 2}", "lora.lora_dropout=0.1"],
+            "lora.lora_dropout: got 0.1, but dpo compares two models without dropout; set lora_dropout to 0",
+        ),
         (
             ["train.dpo={loss_type: ipo, label_smoothing: 0.1}"],
-            "train.dpo.label_smoothing: got loss_type ipo",
+            "train.dpo.label_smoothing: only the sigmoid loss has label smoothing, got loss_type ipo; "
+            "use sigmoid, or set label_smoothing to 0",
         ),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.evaluator import EvalBatches, run_evaluation
+from flamingo_ft.training.evaluation import EvalBatches, run_evaluation
 from flamingo_ft.training.train import train
 from tests import regimes
 

@@ -11,11 +11,9 @@ from flamingo_ft import atomic
 from flamingo_ft.adapters import load_adapter, trainable_parameters
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.best_checkpoint import KeepBest, restore_best, save_best
 from flamingo_ft.training.build import build_model, make_trainer
-from flamingo_ft.training.checkpoints import read_manifest
-from flamingo_ft.training.checkpoints.manifest import MANIFEST, write_manifest
-from flamingo_ft.training.evaluator import EvalBatches, run_evaluation
+from flamingo_ft.training.checkpoint_folders import MANIFEST, read_manifest, write_manifest
+from flamingo_ft.training.evaluation import EvalBatches, KeepBest, restore_best, run_evaluation, save_best
 from flamingo_ft.training.train import train
 from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
@@ -109,7 +107,7 @@ def test_the_best_adapter_is_kept_and_ends_the_run_if_keep_is_best(
     script_losses(monkeypatch, [2.0, 1.0, float("nan"), 1.5])
     written = []
     monkeypatch.setattr(
-        "flamingo_ft.training.best_checkpoint.save_best", lambda *a: (written.append(0), save_best(*a))
+        "flamingo_ft.training.evaluation.save_best", lambda *a: (written.append(0), save_best(*a))
     )
     metrics = train(recipe(NO_ANSWERS, f"eval.keep={keep}", "train.max_steps=8"))
     best = Path("run/checkpoints/best")

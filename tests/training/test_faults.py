@@ -15,8 +15,14 @@ from safetensors import SafetensorError
 from flamingo_ft import atomic
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.checkpoints import latest_valid, list_checkpoints, verify
-from flamingo_ft.training.checkpoints.manifest import FORMAT, MANIFEST, write_manifest
+from flamingo_ft.training.checkpoint_folders import (
+    FORMAT,
+    MANIFEST,
+    latest_valid,
+    list_checkpoints,
+    verify,
+    write_manifest,
+)
 from tests import killing, regimes
 
 COMMAND = ["train", "./recipe.yaml", "train.max_steps=6", "train.save_steps=2"]
@@ -205,6 +211,6 @@ def test_other_failures_while_saving_are_not_reported_as_a_full_disk(folder, mon
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("flamingo_ft.training.checkpoints.save_load.save_adapter", fails)
+    monkeypatch.setattr("flamingo_ft.training.checkpoints.save_adapter", fails)
     with pytest.raises(RuntimeError, match=str(error)):
         main([*COMMAND, "train.max_steps=1"])

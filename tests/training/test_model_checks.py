@@ -11,7 +11,7 @@ from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import build_flamingo
 from flamingo_ft.training.build import make_trainer
-from flamingo_ft.training.model_checks import check_loss, check_packing
+from flamingo_ft.training.preflight import check_loss, check_packing
 
 from .test_train import folder, recipe  # noqa: F401  (a fixture)
 

@@ -21,7 +21,7 @@ from flamingo_ft import progress as progress_module
 from flamingo_ft.errors import UserError
 from flamingo_ft.progress import LINE_SECONDS, progress_bars
 from flamingo_ft.report import LiveReport
-from flamingo_ft.report.log_file import LogFile, read_log, write_log
+from flamingo_ft.report.run_folder import LogFile, read_log, write_log
 from flamingo_ft.training import monitoring
 from flamingo_ft.training.monitoring import ProgressBar, check_trackers, tracker_callbacks
 from flamingo_ft.training.train import train
@@ -241,7 +241,7 @@ def test_reports_take_little_time_however_often_is_logged(tmp_path, monkeypatch)
         drawn.append(now[0])
         now[0] += 4
 
-    monkeypatch.setattr("flamingo_ft.report.live.try_report", draw)
+    monkeypatch.setattr("flamingo_ft.report.page.try_report", draw)
     report, state = LiveReport(tmp_path), TrainerState(is_world_process_zero=True)
     while now[0] < 1000:
         report.on_log(None, state, None)

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.parts import optimizer_group
-from flamingo_ft.training.arguments import trainer_arguments
+from flamingo_ft.training.build import trainer_arguments
 from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer
 from flamingo_ft.training.preflight import check_machine
 
@@ -210,15 +210,25 @@ class _Rates(TrainerCallback):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["train.learning_rates.lora=0.1"], "train.learning_rates.lora: no part has LoRA"),
-        (["train.weight_decays.lora=0.1"], "train.weight_decays.lora: no part has LoRA"),
+        (
+            ["train.learning_rates.lora=0.1"],
+            "train.learning_rates.lora: has no effect, because no part has LoRA; "
+            "remove it, or configure lora for a part",
+        ),
+        (
+            ["train.weight_decays.lora=0.1"],
+            "train.weight_decays.lora: has no effect, because no part has LoRA; "
+            "remove it, or configure lora for a part",
+        ),
         (
             ["trainable.new_tokens=false", "train.learning_rates.new_tokens=0.1"],
-            "got trainable.new_tokens false; remove",
+            "train.learning_rates.new_tokens: has no effect, because trainable.new_tokens is false; "
+            "remove it, or train the part",
         ),
         (
             ["trainable.perceiver=false", "lora.perceiver={r: 2}", "train.learning_rates.perceiver=0.1"],
-            "its LoRA uses the value named lora",
+            "train.learning_rates.perceiver: has no effect, because the part is trained through LoRA; "
+            "use train.learning_rates.lora",
         ),
     ],
 )

@@ -5,9 +5,7 @@ import torch
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
-from flamingo_ft.training import arguments
-from flamingo_ft.training.arguments import autocast_dtype
-from flamingo_ft.training.preflight import check_precision
+from flamingo_ft.training.preflight import autocast_dtype, check_precision
 from flamingo_ft.training.train import train
 
 from ..regimes import LORA, build, quantized, recipe, trainer
@@ -62,7 +60,7 @@ def test_float16_without_a_gpu_is_refused_before_loading(small_run, monkeypatch)
 
 def float16_trainer(monkeypatch, *overrides, scale=2.0**10):
     """Return a trainer that computes in float16 on the CPU, with loss scaling."""
-    monkeypatch.setattr(arguments, "autocast_dtype", lambda precision: FP16)
+    monkeypatch.setattr("flamingo_ft.training.build.autocast_dtype", lambda precision: FP16)
     made = trainer(*build("model.init_from=start", LORA), "model.init_from=start", LORA, *overrides)
     made.accelerator.native_amp = True
     made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)

@@ -30,8 +30,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .build_sample import CONTENT_KEYS
-from .registry import register_schema
-from .schema import ParsedRow, Schema, Turn, has_columns, images_of, videos_of
+from .schema import ParsedRow, Schema, Turn, has_columns, images_of, register_schema, videos_of
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # LLaVA writes its marker on a line of its own, before or after the question; the line break belongs to the

@@ -19,8 +19,7 @@ from flamingo_ft.data.files import same_name
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.errors import UserError
 
-from .registry import register_schema
-from .schema import MEDIA_FIELDS, MediaRef, ParsedRow, Schema, Turn, images_of, videos_of
+from .schema import MEDIA_FIELDS, MediaRef, ParsedRow, Schema, Turn, images_of, register_schema, videos_of
 
 CAPTION_FIELDS = ("caption", "text", "captions", "label")
 

@@ -12,8 +12,7 @@ from flamingo_ft.data.fields import Row, has_value, list_field, nonempty_text_fi
 from flamingo_ft.data.files import MappedFile
 from flamingo_ft.errors import UserError
 
-from .registry import register_schema
-from .schema import DataFile, MediaRef, ParsedRow, Schema, Turn, has_columns
+from .schema import DataFile, MediaRef, ParsedRow, Schema, Turn, has_columns, register_schema
 
 IMAGES_FILE = "images_file"  # key of ``columns`` that names the file of images
 SUFFIX = "_instructions"

@@ -1,9 +1,9 @@
-"""One question and one answer: alpaca, prompt_completion and vqa."""
+"""A question with one answer (alpaca, prompt_completion, vqa) or a better and a worse one (preference)."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flamingo_ft.data.fields import (
@@ -17,8 +17,7 @@ from flamingo_ft.data.fields import (
 from flamingo_ft.errors import UserError
 
 from .dialogues import system_turns, turns_of_messages
-from .registry import register_schema
-from .schema import ParsedRow, Schema, Turn, has_columns, images_of, videos_of
+from .schema import ParsedRow, Schema, Turn, has_columns, images_of, register_schema, videos_of
 
 
 def parse_alpaca(row: Row, where: str) -> ParsedRow:
@@ -37,11 +36,27 @@ def parse_prompt_completion(row: Row, where: str) -> ParsedRow:
 
 
 def parse_vqa(row: Row, where: str) -> ParsedRow:
-    """Parse question and answer. Of several people's answers: the most frequent, the first one on a tie."""
+    """Parse question and answer, or the most frequent of ``answers`` (the first of them on a tie)."""
     question = Turn("user", nonempty_text_field(row, "question", where), f"{where}: question")
     name = "answer" if has_value(row, "answer") or not has_value(row, "answers") else "answers"
     answer = nonempty_text_field(row, name, where) if name == "answer" else _most_frequent(row, where)
     return _parsed([*system_turns(row, where), question, _answer(answer, f"{where}: {name}")], row, where)
+
+
+def parse_preference(row: Row, where: str) -> ParsedRow:
+    """Parse prompt, chosen and rejected, each text or messages.
+
+    As in TRL, both answers may begin with the prompt.
+    """
+    chosen, rejected = (text_or_messages(row, name, "assistant", where) for name in ("chosen", "rejected"))
+    prompt, chosen, rejected = _split_prompt(row, chosen, rejected, where)
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns or turns[0].role != "assistant":
+            raise UserError(f"{where}: {name}: no assistant message after the prompt; add the answer")
+    if _text(chosen) == _text(rejected):
+        raise UserError(f"{where}: rejected: the same as chosen; remove the row")
+    turns = [*system_turns(row, where), *prompt, *chosen]
+    return ParsedRow(turns, images_of(row, where), videos_of(row, where), rejected)
 
 
 def text_or_messages(row: Row, name: str, role: str, where: str) -> list[Turn]:
@@ -56,8 +71,7 @@ def _parsed(turns: list[Turn], row: Row, where: str) -> ParsedRow:
 
 
 def _answer(text: str, where: str) -> Turn:
-    """Return an answer as a text block: in these schemas images belong to the question, so ``<image>`` in
-    it is text."""
+    """Return an answer as a text block, in which ``<image>`` stays text: images belong to the question."""
     return Turn("assistant", [{"type": "text", "text": text}], where)
 
 
@@ -72,7 +86,7 @@ def _most_frequent(row: Row, where: str) -> str:
 
 
 def _one_answer(answer: Any, where: str) -> str:
-    """Return an answer, which VQAv2 wraps in an object."""
+    """Return the text of an answer, which VQAv2 wraps in an object."""
     if isinstance(answer, Mapping):
         return nonempty_text_field(answer, "answer", where)
     return nonempty_text(answer, where)
@@ -80,6 +94,29 @@ def _one_answer(answer: Any, where: str) -> str:
 
 def _is_vqa(row: Row) -> bool:
     return "question" in row and ("answer" in row or "answers" in row)
+
+
+def _split_prompt(
+    row: Row, chosen: list[Turn], rejected: list[Turn], where: str
+) -> tuple[list[Turn], list[Turn], list[Turn]]:
+    """Return the prompt and both answers without it."""
+    answers_hold_prompt = bool(chosen) and chosen[0].role != "assistant"
+    if has_value(row, "prompt") and not answers_hold_prompt:
+        return text_or_messages(row, "prompt", "user", where), chosen, rejected
+    shared = 0
+    for ours, theirs in zip(chosen, rejected, strict=False):
+        if ours.role == "assistant" or _text([ours]) != _text([theirs]):
+            break
+        shared += 1
+    if not shared:
+        raise UserError(
+            f"{where}: prompt: missing; give the text or messages that chosen and rejected answer"
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _text(turns: Sequence[Turn]) -> list[tuple]:
+    return [(turn.role, turn.content) for turn in turns]
 
 
 register_schema(
@@ -104,5 +141,14 @@ register_schema(
         fields=("question", "answer", "answers", "system"),
         matches=_is_vqa,
         parse=parse_vqa,
+    )
+)
+register_schema(
+    Schema(
+        "preference",
+        fields=("prompt", "chosen", "rejected", "system"),
+        matches=has_columns("chosen", "rejected"),
+        parse=parse_preference,
+        is_preference=True,
     )
 )

@@ -23,9 +23,12 @@ from .columns import (
     text_columns,
     unread_columns,
 )
-from .registry import (
+from .schema import (
     COMMON_FIELDS,
     SCHEMAS,
+    DataFile,
+    RowParser,
+    Schema,
     all_fields,
     all_options,
     check_columns,
@@ -33,7 +36,6 @@ from .registry import (
     detect_schema,
     row_with_fields,
 )
-from .schema import DataFile, RowParser, Schema
 
 FindRow = Callable[[str], Row | None]
 CAPTION = "caption"

@@ -1,20 +1,53 @@
-"""What a dataset schema is, and what it makes of a row.
+"""What a dataset schema is, the registered schemas, and how a row's schema is recognized.
 
-To add one: write a file that defines a `Schema` and passes it to `register_schema`, import the file in
-``schemas/__init__.py``, and name the format in ``config/tables.py``.
+To add one for rows like ``{"photo": "1.jpg", "riddle": "Which digit?", "solution": "7"}``, write a file in
+this folder:
+
+    from flamingo_ft.data.fields import Row, nonempty_text_field
+
+    from .schema import MediaRef, ParsedRow, Schema, Turn, has_columns, register_schema
+
+
+    def parse_riddle(row: Row, where: str) -> ParsedRow:
+        riddle = nonempty_text_field(row, "riddle", where)
+        question = [{"type": "image"}, {"type": "text", "text": riddle}]
+        solution = nonempty_text_field(row, "solution", where)
+        turns = [
+            Turn("user", question, f"{where}: riddle"),
+            Turn("assistant", solution, f"{where}: solution"),
+        ]
+        return ParsedRow(turns, images=[MediaRef(row.get("photo"), f"{where}: photo")])
+
+
+    register_schema(
+        Schema(
+            "riddles",
+            fields=("photo", "riddle", "solution"),
+            matches=has_columns("photo", "riddle", "solution"),
+            parse=parse_riddle,
+            reads_media=False,
+        )
+    )
+
+Import it in ``schemas/__init__.py``, as ``from . import riddles as riddles``, and add its columns for
+messages, ``"riddles": "photo, riddle, solution"``, to `DATASET_FORMATS` in ``config/tables.py``, before the
+formats whose columns its rows have too. Images in the usual columns `MEDIA_FIELDS` need neither ``fields``
+nor ``reads_media``: return ``ParsedRow(turns, images_of(row, where))``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flamingo_ft.data.fields import Row, is_blank, list_field
+from flamingo_ft.config.tables import DATASET_FORMATS
+from flamingo_ft.data.fields import TAR_MEMBERS, Row, is_blank, list_field, type_name
 from flamingo_ft.errors import UserError
 
 MEDIA_FIELDS = ("image", "images", "video", "videos")
+COMMON_FIELDS = (*MEDIA_FIELDS, "task")  # belong to every schema: they never count as unread columns
 
 
 @dataclass(frozen=True)
@@ -27,11 +60,13 @@ class MediaRef:
 
 @dataclass(frozen=True)
 class Turn:
-    """A message whose content is not parsed yet: text with ``<image>`` markers, or typed blocks as the user
-    wrote them.
+    """A message whose content is not parsed yet.
 
-    where: the field it was read from. loss: whether it is trained on. unread: its keys with text that no
-    schema reads, such as "messages[].language".
+    role: "system", "user" or "assistant", or `DOCUMENT` alone in its row. content: text, in which each
+    ``<image>`` stands for an image, or typed blocks, ``{"type": "image"}`` and ``{"type": "text", "text":
+    "..."}``; the text of a block keeps ``<image>`` literal. where: the field it was read from, for error
+    messages. loss: whether it is trained on, if its role is "assistant". unread: its keys that hold text but
+    are not read, such as "messages[].language".
     """
 
     role: str
@@ -43,26 +78,27 @@ class Turn:
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """The messages of a row and its images and videos, not yet matched with the markers in the text.
+    """The messages of a row and its images and videos, not yet matched with the image markers and blocks.
 
+    If the messages have no marker and no image block, the images are shown first in the first user message.
     rejected: in a preference pair, the messages of the worse answer.
     """
 
     turns: Sequence[Turn]
     images: Sequence[MediaRef] = ()
     videos: Sequence[MediaRef] = ()
-    rejected: Sequence[Turn] | None = field(default=None)
+    rejected: Sequence[Turn] | None = None
 
     @property
     def unread(self) -> list[str]:
-        """Keys of messages with text that no schema reads, each once."""
+        """Return the unread keys of all messages, each once."""
         return [*dict.fromkeys(key for turn in (*self.turns, *(self.rejected or ())) for key in turn.unread)]
 
 
 RowParser = Callable[[Row, str], ParsedRow]
-"""From a row and what error messages call it ("FILE: row N") to its messages.
+"""Parses a row. The second argument is the row's name in error messages, "FILE: row N".
 
-Raises UserError naming the field.
+Raises UserError that names the field, "FILE: row N: field: ...".
 """
 
 
@@ -71,8 +107,7 @@ class DataFile:
     """The file that a row came from, for schemas whose rows refer to other rows or other files.
 
     image_root: folder that relative paths start from. options: entries of ``columns`` that are settings of
-    the schema, not column names (`Schema.options`). find: another row of the file by its id; None if there is
-    none.
+    the schema, not column names (`Schema.options`). find: returns another row of the file by its id, or None.
     """
 
     path: Path
@@ -85,8 +120,22 @@ class DataFile:
 class Schema:
     """How the rows of one dataset format are recognized and parsed.
 
-    name: as in ``data.train[].format``. fields: the columns it reads besides images and task. matches:
-    whether a row has this format, judged by its columns. parse: turns a row into messages.
+    Attributes:
+        name: the value of ``format`` in a recipe.
+        fields: the columns it reads besides `COMMON_FIELDS`, in lower case: a row's columns are compared with
+            them without case, and a recipe's ``columns`` maps them to columns of other names. An image column
+            of its own belongs here too; a column that is not listed counts as unread, and a row of a detected
+            format is refused if an unread column looks like part of the task.
+        matches: whether a row has this format, judged by its columns.
+        parse: turns a row, with its columns under the names in ``fields``, into messages.
+        open_file: in place of ``parse``, for schemas whose rows refer to other rows or files; called once per
+            data file.
+        options: keys of ``columns`` that are settings of the schema, not columns; in ``fields`` as well.
+        reads_media: whether ``parse`` reads images and videos from `MEDIA_FIELDS`; if not, a recipe's
+            ``columns`` cannot map these.
+        is_preference: whether rows are pairs of a better and a worse answer, for ``train.method: dpo``.
+        selects: returns the one of ``fields`` that a row is read from, if they are alternatives; the others
+            count as unread.
     """
 
     name: str
@@ -94,16 +143,10 @@ class Schema:
     matches: Callable[[Row], bool]
     parse: RowParser | None = None
     open_file: Callable[[DataFile], RowParser] | None = None
-    """In place of ``parse``, for schemas whose rows refer to other rows or files: called once per data
-    file."""
     options: tuple[str, ...] = ()
-    """Keys of ``columns`` that are settings of the schema, not columns."""
     reads_media: bool = True
-    """Whether images and videos come from the columns `MEDIA_FIELDS`."""
     is_preference: bool = False
-    """Whether rows are pairs of a better and a worse answer, for ``train.method: dpo``."""
     selects: Callable[[Row], str | None] | None = None
-    """Which one of ``fields`` a row is read from, if they are alternatives."""
 
     def used_fields(self, row: Row) -> tuple[str, ...]:
         """Return the fields that parsing ``row`` reads."""
@@ -116,6 +159,78 @@ class Schema:
             return self.open_file(file)
         assert self.parse is not None, f"schema {self.name} has neither parse nor open_file"
         return self.parse
+
+
+SCHEMAS: dict[str, Schema] = {}
+
+
+def register_schema(schema: Schema, description: str | None = None) -> Schema:
+    """Make a schema known to recipes (``format``), to recognition and to reading.
+
+    Args:
+        description: the columns it is recognized by, for error messages; only for schemas outside this
+            package, which are not in ``config/tables.py``. Such a schema is tried after the others.
+    """
+    if description is not None:
+        DATASET_FORMATS[schema.name] = description
+    if schema.name not in DATASET_FORMATS:
+        raise ValueError(
+            f"schema {schema.name}: not in config/tables.py; add it there, or pass a description"
+        )
+    SCHEMAS[schema.name] = schema
+    return schema
+
+
+def all_fields() -> frozenset[str]:
+    """Return every column name that some schema reads."""
+    return frozenset((*COMMON_FIELDS, *(name for schema in SCHEMAS.values() for name in schema.fields)))
+
+
+def all_options() -> frozenset[str]:
+    """Return every key of ``columns`` that is a setting of some schema."""
+    return frozenset(name for schema in SCHEMAS.values() for name in schema.options)
+
+
+def detect_schema(row: Any, where: str) -> str:
+    """Return the name of the first schema in `DATASET_FORMATS` that matches the row.
+
+    Raises UserError listing the columns of the row and of every schema.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: expected an object, got {type_name(row)}")
+    name = next((name for name in DATASET_FORMATS if name in SCHEMAS and SCHEMAS[name].matches(row)), None)
+    if name is None:
+        columns = ", ".join(column for column in row if column != TAR_MEMBERS) or "none"
+        known = "; ".join(f"{name} ({description})" for name, description in DATASET_FORMATS.items())
+        raise UserError(
+            f"{where}: no format has these columns, got {columns}; name them with columns and format, "
+            f"or provide those of {known}"
+        )
+    return name
+
+
+def check_columns(columns: Mapping[str, str], name: str, where: str) -> None:
+    """Raise UserError for a ``columns`` entry that is not a field of schema ``name``."""
+    schema = SCHEMAS[name]
+    known = {*schema.fields, *schema.options, *(COMMON_FIELDS if schema.reads_media else ("task",))}
+    unknown = next((field for field in columns if field not in known), None)
+    if unknown is not None:
+        raise UserError(
+            f"{where}: columns: expected fields of {name}, got {unknown!r}; use {', '.join(sorted(known))}"
+        )
+
+
+def described_columns(name: str) -> str:
+    """Return the columns that schema ``name`` is recognized by, as `DATASET_FORMATS` describes them."""
+    return DATASET_FORMATS[name]
+
+
+def row_with_fields(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the row with the value of each field under the field's name too.
+
+    columns: the column of each field.
+    """
+    return {**row, **{field: row[column] for field, column in columns.items()}}
 
 
 def has_columns(*names: str) -> Callable[[Row], bool]:

@@ -17,10 +17,9 @@ from flamingo_ft.data.schemas.reader import detect_format
 from flamingo_ft.errors import UserError
 
 from . import datasets_rows
-from .csv_rows import DelimitedRows
 from .tar_rows import TarRows
 from .tar_samples import IMAGES
-from .text_rows import JsonLines, JsonRows
+from .text_rows import DelimitedRows, JsonLines, JsonRows
 
 MAX_ROWS_TRIED = 100  # to find a first row that can be parsed
 GLOB_CHARACTERS = "*?["

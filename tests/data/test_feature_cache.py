@@ -23,17 +23,9 @@ from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.tower import quantize_tower, spatial_tokens
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import CacheSection, LoraPart, LoraSection
-from flamingo_ft.data.features import (
-    FeatureStore,
-    FeatureWriter,
-    collate_frames,
-    lookup_frame,
-    open_feature_cache,
-)
-from flamingo_ft.data.features import encoder as encoder_module
-from flamingo_ft.data.features import store as key_module
-from flamingo_ft.data.features.encoder import FrozenTower
-from flamingo_ft.data.features.store import bytes_under
+from flamingo_ft.data import feature_cache, feature_store
+from flamingo_ft.data.feature_cache import FrozenTower, collate_frames, lookup_frame, open_feature_cache
+from flamingo_ft.data.feature_store import FeatureStore, FeatureWriter, bytes_under
 from flamingo_ft.errors import UserError
 
 from ..model.tiny import ids, images, tiny_flamingo
@@ -140,7 +132,7 @@ def test_an_images_tokens_do_not_depend_on_what_it_is_encoded_with(wanted):
 
 def test_a_tower_whose_images_change_each_others_tokens_is_run_one_by_one(monkeypatch):
     leaky = lambda visual, pixels: spatial_tokens(visual, pixels) + pixels.mean()  # noqa: E731
-    monkeypatch.setattr(encoder_module, "spatial_tokens", leaky)
+    monkeypatch.setattr(feature_cache, "spatial_tokens", leaky)
     assert FrozenTower(load_vision("nano").visual, torch.float32).batch_size == 1
 
 
@@ -195,8 +187,8 @@ def test_another_transform_or_number_format_misses(options, tmp_path):
 
 @pytest.mark.parametrize("package", ["torch", "torchvision", "open_clip_torch", "pillow"])
 def test_other_software_misses(package, tmp_path, monkeypatch):
-    before, real = opened(tmp_path).store.folder, key_module.version
-    monkeypatch.setattr(key_module, "version", lambda name: "0.0" if name == package else real(name))
+    before, real = opened(tmp_path).store.folder, feature_store.version
+    monkeypatch.setattr(feature_store, "version", lambda name: "0.0" if name == package else real(name))
     assert opened(tmp_path).store.folder != before
 
 
@@ -207,13 +199,13 @@ def test_a_cache_of_an_older_image_reader_is_never_used(tmp_path, monkeypatch):
         name: value for name, value in key.items() if name != "reader"
     }  # as keys were without a version
     older = FeatureStore(
-        tmp_path / key_module.folder_name(before), features.store.shape, features.store.dtype
+        tmp_path / feature_store.folder_name(before), features.store.shape, features.store.dtype
     )
     older.folder.mkdir()
     FeatureWriter(older, tmp_path).add(older.key_of(contents(0)), torch.zeros(older.shape, dtype=older.dtype))
     assert older.get(older.key_of(contents(0))) is not None
     assert "fresh_pixels" in batch_of(opened(tmp_path).store, [[0]])
-    monkeypatch.setattr(key_module, "READER_VERSION", key["reader"] + 1)
+    monkeypatch.setattr(feature_store, "READER_VERSION", key["reader"] + 1)
     assert opened(tmp_path).store.folder not in (features.store.folder, older.folder)
 
 
@@ -394,7 +386,7 @@ def test_processes_that_fill_one_folder_leave_each_image_whole(store):
 FILL = """
 import sys, torch
 from pathlib import Path
-from flamingo_ft.data.features import FeatureStore, FeatureWriter
+from flamingo_ft.data.feature_store import FeatureStore, FeatureWriter
 store = FeatureStore(Path(sys.argv[1]), (400, 768), torch.float32)
 writer = FeatureWriter(store, store.folder)
 print("ready", flush=True)

@@ -5,8 +5,7 @@ training added:
 
 - ``best/``: the adapter of the best evaluation so far, if there was one;
 - ``training/``: what `transformers.Trainer` saves (optimizer, schedule, loss scale, random states, log) and
-the position
-  of each process in the data;
+  the position of each process in the data;
 - ``checkpoint.json``: the manifest, written last.
 """
 
@@ -34,8 +33,14 @@ from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .folders import best_folder, checkpoint_folder, newest_checkpoint, prune_checkpoints
-from .manifest import read_manifest, write_manifest
+from .checkpoint_folders import (
+    best_folder,
+    checkpoint_folder,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_manifest,
+    write_manifest,
+)
 
 TRAINER_FOLDER = "training"  # in a checkpoint
 SCHEDULER_FILE = "scheduler.pt"  # as Trainer names it

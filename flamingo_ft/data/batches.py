@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from flamingo_ft.data.collate import pack
-
+from .collate import pack
 from .examples import DataStats, Example, SkippedRow
-from .order import SampleIndex, SampleOrder, group_by_length
+from .sample_order import SampleIndex, SampleOrder, group_by_length
 
 REMEMBERED_BATCHES = 1024  # of which `Batches.contents` keeps what is in them
 LENGTH_WINDOW = 50  # batches among whose samples those of similar length are put together

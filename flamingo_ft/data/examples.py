@@ -10,13 +10,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from flamingo_ft.data.encode import Cut, Dropped, Encoded
-from flamingo_ft.data.pairs import EncodedPair
-from flamingo_ft.data.sample import Sample
-from flamingo_ft.data.sources import Source
 from flamingo_ft.errors import UserError
 
-from .order import SampleIndex
+from .encode import Cut, Dropped, Encoded
+from .pairs import EncodedPair
+from .sample import Sample
+from .sample_order import SampleIndex
+from .sources import Source
 
 # Rows before the share of bad ones is judged; fewer if an epoch has fewer.
 MIN_ROWS_JUDGED = 100

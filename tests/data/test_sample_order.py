@@ -11,10 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flamingo_ft.data.stream.order import SampleIndex, SampleOrder, WeightedSource, group_by_length
+from flamingo_ft.data.sample_order import SampleIndex, SampleOrder, WeightedSource, group_by_length
 from flamingo_ft.errors import UserError
-
-from .fakes import Numbers
+from tests.data.fakes import Numbers
 
 mixtures = st.lists(
     st.tuples(st.integers(1, 12), st.sampled_from([0.5, 1.0, 1.3, 2.0]), st.booleans()),

@@ -34,6 +34,9 @@ from flamingo_ft.version import __version__
 FORMAT = 1  # to be raised when this package turns the same pixels into other tokens
 # Packages that turn files into pixels and pixels into tokens, if installed.
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "bitsandbytes", "pillow", "av", "torchcodec")
+TOKENS = "tokens"  # name of the tensor in a file
+PARTIAL = "partial"  # folder of files that are being written
+ABANDONED_SECONDS = 3600.0  # an incomplete file that is older was left behind by a killed run
 
 
 def features_key(
@@ -71,9 +74,6 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-TOKENS = "tokens"
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,9 @@ class FeatureStore:
 
 def _metadata(key: str, tokens: Tensor) -> dict[str, str]:
     """Return a file's metadata. The checksum detects a file whose pages never reached the disk."""
-    array: Any = (
-        tokens.contiguous().view(torch.uint8).numpy()
-    )  # a buffer, which numpy declares from Python 3.12 on
+    # A buffer, which numpy declares from Python 3.12 on.
+    array: Any = tokens.contiguous().view(torch.uint8).numpy()
     return {"key": key, "crc32": f"{zlib.crc32(array):08x}"}
-
-
-PARTIAL = "partial"  # folder of files that are being written
-ABANDONED_SECONDS = 3600.0  # an incomplete file that is older was left behind by a killed run
 
 
 class FeatureWriter:
