@@ -86,9 +86,10 @@ def memory_gib() -> float:
 
 
 def learning_rates(optimizer: Any, first_rate: float) -> dict[str, float]:
-    """Return the learning rate of each named part in the step in which the first group had ``first_rate``.
+    """Return the learning rate of each part in one step, as ``learning_rate/<part>``.
 
-    The scheduler scales all groups alike.
+    first_rate: the rate of the first parameter group in that step, which is the one that Trainer logs. The
+    scheduler scales all groups by the same factor.
     """
     groups = optimizer.param_groups
     return {

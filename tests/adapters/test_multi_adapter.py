@@ -12,14 +12,14 @@ from flamingo_ft.errors import UserError
 
 from ..regimes import LORA, build, logits, quantized, shake
 
-UPDATED = (LORA, "lora.perceiver={r: 2}", "trainable.perceiver=false")
+WITH_LORA = (LORA, "lora.perceiver={r: 2}", "trainable.perceiver=false")
 
 
 @pytest.fixture(params=["none", "nf4"])
 def folders(request, small_run):
-    """Two adapters with LoRA on two parts, a third with a bridge alone, and what each says."""
+    """Write two adapters with LoRA on two parts and a third with only a bridge; return the logits of each."""
     form = quantized(request.param) if request.param != "none" else ()
-    for seed, (name, overrides) in enumerate({"a": UPDATED, "b": UPDATED, "c": ()}.items()):
+    for seed, (name, overrides) in enumerate({"a": WITH_LORA, "b": WITH_LORA, "c": ()}.items()):
         model, processor = build(*overrides, *form)
         shake(model, 0.2, seed)
         save_adapter(model, processor, Path(name))
@@ -65,13 +65,12 @@ def test_disabled_removes_lora_only_inside_the_block(folders):
 def test_a_combination_of_one_adapter_is_that_adapter(folders):
     adapters = load_all()
     adapters.combine({"a": 1.0}, "again")
-    found = logits(adapters.model, adapters.processor)
-    torch.testing.assert_close(found, folders["a"], rtol=1e-4, atol=1e-4)
+    actual = logits(adapters.model, adapters.processor)
+    torch.testing.assert_close(actual, folders["a"], rtol=1e-4, atol=1e-4)
 
 
 def test_a_linear_combination_averages_a_and_b_of_every_layer(folders):
-    """PEFT combines A and B, each weighted by the root of weight times scaling, rather than their
-    products."""
+    """PEFT combines A and B, each weighted by the root of weight times scaling, not their products."""
     adapters = load_all()
     adapters.combine({"a": 0.5, "b": 0.5}, "mean")
     for prefix in ("lang_encoder.", "perceiver."):
@@ -158,8 +157,11 @@ def test_adapters_whose_names_share_a_prefix_do_not_mix(small_run):
 
 def test_a_combination_with_a_taken_or_empty_name_is_refused(folders):
     adapters = load_all()
-    for name, told in {"a": "an adapter named a is loaded already", "": "an adapter's name is empty"}.items():
-        with pytest.raises(UserError, match=told):
+    for name, message in {
+        "a": "an adapter named a is loaded already",
+        "": "an adapter's name is empty",
+    }.items():
+        with pytest.raises(UserError, match=message):
             adapters.combine({"a": 0.5, "b": 0.5}, name)
     with pytest.raises(UserError, match="no adapters to combine"):
         adapters.combine({}, "none")
