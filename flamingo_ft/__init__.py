@@ -17,10 +17,10 @@ from flamingo_ft.version import __version__
 # Before torch starts its threads: spinning while they wait makes a training step 15 times slower on a machine
 # of two cores that does anything else (measured: 30 steps of the quickstart in 106 s against 7 s).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# On a CPU it advises, at every start, a package that would download its kernels at run time.
+# On a CPU, bitsandbytes recommends at every start a package that would download its kernels at run time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# At every product of an 8-bit matrix with numbers that are not float16, it tells that it rounds them. It does
-# so always.
+# bitsandbytes warns at every product of an 8-bit matrix with a tensor that is not float16 that it casts the
+# tensor to float16.
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 _HOMES = {

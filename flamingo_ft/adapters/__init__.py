@@ -1,6 +1,7 @@
 """What trains, and how it is kept."""
 
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import trainable_parameters
 
 from .card import write_card
 from .check_start import check_start
@@ -10,9 +11,8 @@ from .load import load_adapter, load_base, load_trained, restore_trainable
 from .lora import add_lora
 from .merge import write_merged
 from .multi_adapter import Adapters
-from .prepare import prepare_training
 from .save import save_adapter
-from .trainable import set_trainable, trainable_parameters
+from .trainable import prepare_training, set_trainable
 
 FlamingoForConditionalGeneration.set_adapter_loader(load_from_folders)
 
@@ -20,6 +20,7 @@ __all__ = [
     "Adapters",
     "add_lora",
     "check_start",
+    "init_bridge",
     "load_adapter",
     "load_base",
     "load_composition",
@@ -29,7 +30,6 @@ __all__ = [
     "restore_trainable",
     "save_adapter",
     "set_trainable",
-    "init_bridge",
     "trainable_parameters",
     "write_card",
     "write_composition",

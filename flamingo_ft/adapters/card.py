@@ -15,22 +15,20 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import safe_open
 
 from flamingo_ft.backbones.tower_source import hub_repository
-from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.config import METRICS_FILE, RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.formatting import one_line
-from flamingo_ft.hub.local_paths import BACKBONE_KEYS, strip_local_paths
-from flamingo_ft.hub.names import NAME
+from flamingo_ft.hub.names import BACKBONE_KEYS, NAME, strip_local_paths
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, MODEL_SAFETENSORS
 from flamingo_ft.model import FlamingoConfig
 from flamingo_ft.model.parts import BRIDGE
+from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
-from .files import backbone_records, read_flamingo_config, read_lora_config
-from .trainable import parts_in_adapter
+from .files import backbone_records, parts_in_adapter, read_flamingo_config, read_lora_config
 
 CARD = "README.md"
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
@@ -44,9 +42,8 @@ class CardTable:
     """The scores of one metric, ready to be written; `flamingo_ft.evaluation.results.card_tables` makes them.
 
     title: heading of the table. description: what the metric measures. hub_type: its identifier on the Hub.
-    columns:
-    headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per task, for
-    the Hub.
+    columns: headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per
+    task, for the Hub.
     """
 
     title: str
@@ -85,11 +82,9 @@ def card_text(
         name: of its repository on the Hub, if it is pushed.
     """
     config = read_flamingo_config(folder)
-    metrics = metrics or _read_json(folder / "metrics.json") or {}
+    metrics = metrics or _read_json(folder / METRICS_FILE) or {}
     recipe, backbones = _read_recipe(folder), backbone_records(config)
-    environment = Environment(loader=PackageLoader("flamingo_ft.adapters", ""), undefined=StrictUndefined)
-    environment.filters["cell"] = _cell
-    text = environment.get_template("card.md.jinja").render(
+    text = load_template("adapters/card.md.jinja", filters={"cell": _cell}).render(
         version=__version__,
         name=name or "this/folder",
         vision=strip_local_paths(backbones["vision"], BACKBONE_KEYS),
@@ -107,7 +102,6 @@ def card_text(
         verdict=(metrics.get("eval") or {}).get("verdict"),
         figures={file: title for file, title in FIGURES.items() if (folder / "figures" / file).is_file()},
         samples=_samples(folder),
-        cell=_cell,
     )
     head = metadata(config, recipe, tables, license, (name or UNNAMED).rpartition("/")[2])
     return f"---\n{head}\n---\n{text}\n"
@@ -147,14 +141,14 @@ def _read_recipe(folder: Path) -> dict[str, Any] | None:
 
 def _losses(folder: Path) -> tuple[float, float] | None:
     """Return the first and the last logged loss."""
-    found = [entry["loss"] for entry in _read_lines(folder / "log.jsonl") if "loss" in entry]
-    return (found[0], found[-1]) if found else None
+    losses = [entry["loss"] for entry in _read_lines(folder / "log.jsonl") if "loss" in entry]
+    return (losses[0], losses[-1]) if losses else None
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
     """Return the first predictions with an answer after training."""
-    found = [row for row in _read_lines(folder / "predictions.jsonl") if row.get("after") is not None]
-    return [{"before": None, **row} for row in found[:MAX_SAMPLES]]
+    rows = [row for row in _read_lines(folder / "predictions.jsonl") if row.get("after") is not None]
+    return [{"before": None, **row} for row in rows[:MAX_SAMPLES]]
 
 
 def _cell(text: str | None) -> str:

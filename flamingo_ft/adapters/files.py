@@ -1,5 +1,4 @@
-"""Read an adapter's files (PEFT's configuration and weights, the Flamingo's configuration) and find what they
-refer to.
+"""Read an adapter's files, and find the local backbones that its configuration names.
 
 A run records absolute paths of local backbones, so its adapter loads from any directory. Earlier versions
 recorded paths as the recipe had them, relative to the directory that the run was started in: any folder above
@@ -29,6 +28,7 @@ from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
 from flamingo_ft.model.configuration import FORMAT_VERSION
+from flamingo_ft.model.parts import BRIDGE
 from flamingo_ft.model.pretrained import named_composition
 
 from .compat import DUMMY_TARGET_MODULES
@@ -54,8 +54,7 @@ def read_config(folder: Path) -> FlamingoConfig:
     if config.format_version > FORMAT_VERSION:
         raise UserError(
             f"{folder}: format version {config.format_version} is newer than this package reads "
-            f"({FORMAT_VERSION}); "
-            "upgrade flamingo_ft"
+            f"({FORMAT_VERSION}); upgrade flamingo_ft"
         )
     return config
 
@@ -84,6 +83,11 @@ def read_flamingo_config(folder: Path) -> FlamingoConfig:
 def backbone_records(config: FlamingoConfig) -> dict[str, dict[str, Any]]:
     """Return what a configuration records of ``vision`` and ``language``; {} if it names no backbones."""
     return config.backbones or {}
+
+
+def parts_in_adapter(config: FlamingoConfig) -> list[str]:
+    """Return the parts of the bridge that the adapter holds; all of a bridge trained from scratch."""
+    return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts
 
 
 def read_processor(folder: Path) -> FlamingoProcessor:

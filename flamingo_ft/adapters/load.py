@@ -22,14 +22,15 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.added_tokens import grow_vocabulary
-from flamingo_ft.model.parts import BRIDGE, is_lora
-from flamingo_ft.model.quantized import mark_quantized
+from flamingo_ft.model.parts import BRIDGE, is_lora, trainable_parameters
+from flamingo_ft.model.pretrained import mark_quantized
 from flamingo_ft.model.sharding import copy_into, reshard
 from flamingo_ft.processes import default_device
 
 from .answering import use_greedy_decoding
 from .files import (
     backbone_records,
+    parts_in_adapter,
     read_base_name,
     read_config,
     read_flamingo_config,
@@ -41,7 +42,6 @@ from .files import (
 from .init_from import load_recorded_bridge
 from .lora import ADAPTER, inject, unfuse_targeted_attention
 from .save import adapter_tensors, name_in_file
-from .trainable import parts_in_adapter, trainable_parameters
 
 # of a base's record: may change, its content may not
 LOCATION_KEYS = ("name", "pretrained", "revision", "path")
@@ -54,14 +54,15 @@ def load_adapter(
     device: torch.device | str | None = None,
     quantized: bool | Quantization = True,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """Load an adapter with its base: the model in eval mode, frozen, decoding greedily by default, and its
-    processor.
+    """Load an adapter with its base; return the model and its processor.
+
+    The model is in eval mode and frozen, and decodes greedily by default.
 
     Args:
         folder: a path, or ``org/name[@revision]`` on the Hub.
         start: where the bridge that the adapter builds on is now, if not at its recorded path.
         device: default: the GPU if there is one.
-        quantized: the base as in training (True), unquantized (False), or as given.
+        quantized: the base as in training (True), unquantized (False), or with this quantization.
 
     Raises:
         UserError: the folder is not an adapter, the base is not the one that it was trained on, or weights
@@ -121,8 +122,7 @@ def load_base(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
-    """Load what an adapter was trained on: its backbones and the bridge that it builds on, or a random
-    bridge.
+    """Load the base of an adapter: its backbones, and the bridge that it builds on or a random one.
 
     Args:
         dtype: of the unquantized language model.

@@ -21,14 +21,13 @@ from torch import Tensor
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.parts import in_parts, is_lora
+from flamingo_ft.model.parts import in_parts, is_lora, trainable_parameters
 from flamingo_ft.model.sharding import full_tensor
 
 from .card import write_card
 from .compat import DUMMY_TARGET_MODULES
-from .files import PREFIX, backbone_records
+from .files import PREFIX, backbone_records, parts_in_adapter
 from .lora import ADAPTER, base_name, has_lora
-from .trainable import parts_in_adapter, trainable_parameters
 
 # The class with which AutoPeftModel loads the base, from the composition that the adapter names.
 AUTO_MAPPING = {
@@ -46,13 +45,15 @@ def save_adapter(
     adapter: str = ADAPTER,
     write: bool = True,
 ) -> None:
-    """Write the adapter. Raises RuntimeError, before writing, if a trainable parameter would be missing from
-    it.
+    """Write the adapter.
 
     Args:
         adapter: PEFT's name of the LoRA to write, if the model has several.
         write: False in all but one of several processes; all must call this, to gather the tensors of a
             sharded model.
+
+    Raises:
+        RuntimeError: a trainable parameter would be missing from the adapter; nothing was written.
     """
     folder = Path(folder)
     tensors = {name: full_tensor(tensor) for name, tensor in adapter_tensors(model, adapter).items()}

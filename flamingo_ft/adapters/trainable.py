@@ -1,16 +1,34 @@
-"""The trainable set, declared once: optimizer, counts, memory plan, save, load and merge all use it."""
+"""Prepare a model for training: set the trainable parameters, quantize frozen parts, add LoRA.
+
+Also DPO's frozen reference, which is prepared from the same model.
+"""
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+from typing import Any
+
 import torch
+from peft import LoraConfig
 from torch import nn
 
-from flamingo_ft.backbones.quantization import cast_in_range
-from flamingo_ft.config import LoraSection, TrainableSection
-from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
-from flamingo_ft.model.parts import BRIDGE, in_bridge, in_parts, is_gate, is_lora
+from flamingo_ft.backbones.quantization import Quantization, is_quantized, shared_quantization_state
+from flamingo_ft.config import LoraSection, Recipe, TrainableSection
+from flamingo_ft.errors import UserError
+from flamingo_ft.hub import fetch_model
+from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.parts import BRIDGE, cast_parameter, in_bridge, in_parts, is_lora
+
+from .files import read_lora_config
+from .init_from import lora_to_start_from
+from .load import load_lora_weights, quantize_frozen_bridge
+from .lora import add_lora
+from .lora_init import Batches
 
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
+# What LoRA weights of one adapter and of another must have in common to mean the same.
+LORA_SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 
 
 def set_trainable(
@@ -28,29 +46,81 @@ def set_trainable(
             cast_parameter(name, parameter, DTYPES[trainable.dtype])
         parameter.requires_grad_(in_parts(name, with_lora if is_lora(name) else whole))
     model.config.adapter_parts = list(BRIDGE) if model.config.bridge_init is None else whole
-    if model.config.bridge_init is not None:  # its frozen parts are not in the adapter, but have this dtype
+    if model.config.bridge_init is not None:  # to load frozen parts, which the adapter lacks, in this dtype
         model.config.bridge_init["dtype"] = str(DTYPES[trainable.dtype]).removeprefix("torch.")
 
 
-def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Cast a parameter, unless it is a gate, which stays in float32, or quantized.
+def prepare_training(
+    model: FlamingoForConditionalGeneration, recipe: Recipe, batches: Batches | None = None
+) -> None:
+    """Quantize the frozen parts of the bridge, add LoRA and set the trainable parameters, all in place.
 
-    Raises UserError for a value beyond the range of ``dtype``.
+    If the recipe starts from an adapter with LoRA, its LoRA weights are trained further. Raises UserError
+    unless the recipe asks for the same LoRA.
+
+    Args:
+        batches: returns some training batches, for an initialization of LoRA that needs them.
     """
-    if parameter.is_floating_point():
-        parameter.data = cast_in_range(name, parameter.data, parameter_dtype(name, dtype))
+    set_trainable(model, recipe.trainable)
+    if recipe.model.bridge_quantization != "none":
+        quantization = Quantization(
+            recipe.model.bridge_quantization, compute_dtype=recipe.model.language.compute_dtype
+        )
+        model.config.bridge_quantization = quantization.record()
+        quantize_frozen_bridge(model, quantization)
+    start = recipe.model.init_from
+    earlier = lora_to_start_from(start)
+    # Earlier LoRA weights replace what any initialization would give.
+    lora = recipe.lora.model_copy(update={"init_lora_weights": "default"}) if earlier else recipe.lora
+    config = add_lora(model, lora, batches)
+    if start is not None and earlier:
+        _check_same_lora(start, config)
+        load_lora_weights(model, earlier)
+    set_trainable(model, recipe.trainable, recipe.lora)
 
 
-def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the parameter ``name`` in a model of ``dtype``: gates stay in float32."""
-    return torch.float32 if is_gate(name) else dtype
+def _check_same_lora(start: str | Path, config: LoraConfig | None) -> None:
+    earlier = read_lora_config(fetch_model(start))
+    differing = [key for key in LORA_SHAPE if config is None or getattr(config, key) != getattr(earlier, key)]
+    if differing:
+        key = differing[0]
+        requested = "none" if config is None else getattr(config, key)
+        raise UserError(
+            f"model.init_from: {start} has LoRA with {key} {getattr(earlier, key)}, the recipe {requested}; "
+            "give the recipe the same lora section, so that it is trained further and not lost (an adapter "
+            "that began as PiSSA has twice the r and lora_alpha of its recipe)"
+        )
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def frozen_copy(model: FlamingoForConditionalGeneration) -> FlamingoForConditionalGeneration:
+    """Return a copy of ``model`` in eval mode that keeps its weights while ``model`` trains: DPO's reference.
+
+    Modules, hooks and trainable parameters are copied; frozen parameters, buffers and the state of quantized
+    layers are shared, so the copy costs as much memory as the trainable parameters. Call this before a
+    trainer wraps ``model.forward``.
+    """
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    for parameter in model.parameters():
+        copied = nn.Parameter(parameter.detach().clone(), False) if parameter.requires_grad else parameter
+        memo[id(parameter)] = copied
+    for module in model.modules():
+        memo |= shared_quantization_state(module)
+    return copy.deepcopy(model, memo).eval()
 
 
-def parts_in_adapter(config: FlamingoConfig) -> list[str]:
-    """Return the parts of the bridge that the adapter holds; all of a bridge trained from scratch."""
-    return list(BRIDGE) if config.adapter_parts is None else config.adapter_parts
+def match_training_mode(reference: nn.Module, training: bool) -> None:
+    """Put quantized layers of the reference in the policy's mode.
+
+    On a CPU, bitsandbytes' 8-bit layers round activations in eval mode only.
+    """
+    for module in reference.modules():
+        if is_quantized(module):
+            module.train(training)
+
+
+def zero_dropout(model: nn.Module) -> None:
+    """Zero dropout rates that transformers keeps as numbers (OPT, BART, ...); TRL handles the modules."""
+    for module in model.modules():
+        for name, rate in vars(module).items():
+            if "drop" in name and isinstance(rate, float):
+                setattr(module, name, 0.0)

@@ -27,11 +27,10 @@ from flamingo_ft.backbones.quantization import dequantized_linear, is_conv1d, is
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub.weight_files import SafetensorsFolder
 from flamingo_ft.model import FlamingoForConditionalGeneration
-from flamingo_ft.model.parts import is_lora
+from flamingo_ft.model.parts import is_lora, parameter_dtype
 
 from .compat import get_model_conversion_mapping, revert_weight_conversion
 from .files import read_lora_config, read_tensors
-from .trainable import parameter_dtype
 
 BLOCK = 2**15  # values compared at once: few enough for one core's cache, and for torch to start no threads
 # twice the largest relative error of one rounding, for two sides that round
@@ -80,10 +79,10 @@ class ExpectedTensor:
 def verify_merge(
     folder: Path, adapter: Path, base: FlamingoForConditionalGeneration, dtype: torch.dtype
 ) -> VerificationResult:
-    """Compare the model in ``folder`` with ``adapter`` on ``base``, another copy of the base that was merged
-    into.
+    """Compare the merged model in ``folder`` with ``adapter`` on its base.
 
     Args:
+        base: another copy of the base that was merged into.
         dtype: of the merged weights.
 
     Raises:
@@ -96,10 +95,10 @@ def verify_merge(
     with SafetensorsFolder(folder) as files:
         unknown = set(files.names())
         for expected in _expected_tensors(adapter, base, dtype):
-            found = _errors(files, unknown, expected, base if converted else None)
-            errors |= found
-            with_lora += found if expected.lora else []
-            unknown -= found.keys()
+            tensor_errors = _errors(files, unknown, expected, base if converted else None)
+            errors |= tensor_errors
+            with_lora += tensor_errors if expected.lora else []
+            unknown -= tensor_errors.keys()
     if unknown:
         problem = f"{sorted(unknown)[0]} was written, which neither base nor adapter has"
         raise _merge_error(adapter, problem, len(unknown))
@@ -127,8 +126,7 @@ def _refuse_errors(
 def _merge_error(adapter: Path, problem: str, count: int) -> UserError:
     return UserError(
         f"{adapter}: the merged model is wrong: {problem} (wrong tensors: {count}); nothing was kept: merge "
-        "again, and "
-        "report it as a bug of flamingo_ft if that does not help"
+        "again, and report it as a bug of flamingo_ft if that does not help"
     )
 
 
@@ -219,8 +217,7 @@ def _errors(
     expected: ExpectedTensor,
     converted: FlamingoForConditionalGeneration | None,
 ) -> dict[str, float]:
-    """Return a tensor's largest error, as a fraction of the allowed one, by each name that it was written
-    under.
+    """Return a tensor's largest error, as a fraction of the allowed one, by each of its names in ``files``.
 
     Args:
         converted: the model, if transformers stores some of its tensors otherwise than it holds them (experts

@@ -24,7 +24,7 @@ from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of, questions_of
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.model.backbone_files import BackboneFiles
+from flamingo_ft.model.build import BackboneFiles
 from flamingo_ft.model.download import is_url
 
 MAX_ROWS_READ = 20_000  # a few seconds

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from flamingo_ft.config import DataSection, DataSource, load_recipe
 from flamingo_ft.config.data_section import FORMATS
 from flamingo_ft.config.keys import MODELINE, schema_text
@@ -22,6 +20,7 @@ from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
+from flamingo_ft.templates import load_template
 
 from .inspect_data import MAX_ROWS_READ, InspectedData, LengthCounter, inspect_data
 
@@ -156,7 +155,7 @@ def _schedule(train: InspectedData, evaluation: InspectedData | None, max_batch_
         epochs = min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS * batch_size / samples)))
     return {
         "eval_fraction": fraction,
-        "held_out": eval_samples,
+        "eval_samples": eval_samples,
         "max_samples": None if eval_samples <= 2 * EVAL_SAMPLES else 2 * EVAL_SAMPLES,
         "samples": samples,
         "batch_size": batch_size,
@@ -168,8 +167,7 @@ def _schedule(train: InspectedData, evaluation: InspectedData | None, max_batch_
 def _split(train: InspectedData, hold_out: bool) -> tuple[float | None, OpenedData]:
     """Return the fraction to hold out (enough rows to measure on, at most a fifth), and the data split by it.
 
-    The fraction is None without ``hold_out``, or if nothing can be held out because all rows share their
-    images.
+    The fraction is None without ``hold_out``, or if all rows share their images.
     """
     section = DataSection(train=(train.entry,), allow_urls=train.urls)
     fraction = max(0.01, round(min(MAX_EVAL_FRACTION, EVAL_SAMPLES / train.rows), 2))
@@ -177,7 +175,7 @@ def _split(train: InspectedData, hold_out: bool) -> tuple[float | None, OpenedDa
         try:
             return fraction, open_data(section.model_copy(update={"eval_fraction": fraction}), seed=0)
         except UserError:
-            pass  # all rows share images; the recipe says so
+            pass  # all rows share their images, or there is one row: the template says so in the recipe
     return None, open_data(section, seed=0)
 
 
@@ -260,12 +258,11 @@ def _yaml(value: Any) -> str:
 
 
 def _render(values: Mapping[str, Any]) -> str:
-    environment = Environment(
-        loader=PackageLoader("flamingo_ft.check", ""),
-        undefined=StrictUndefined,
+    template = load_template(
+        "check/new_recipe.yaml.jinja",
+        filters={"yaml": _yaml, "line": one_line, "n": "{:,}".format},
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"yaml": _yaml, "line": one_line, "n": "{:,}".format}
-    return environment.get_template("new_recipe.yaml.jinja").render(values)
+    return template.render(values)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -23,6 +22,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, percent
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.images import CONVERSIONS
+from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
 from .check_report import CheckReport, Distribution
@@ -55,14 +55,8 @@ def write_page(
         previews: the first samples of each source.
         histograms: PNG files, which are embedded.
     """
-    environment = Environment(
-        loader=PackageLoader("flamingo_ft.check", ""),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("check.html.jinja").stream(
+    template = load_template("check/check.html.jinja", trim_blocks=True, lstrip_blocks=True)
+    page = template.stream(
         version=__version__,
         findings=report,
         problems=problems,

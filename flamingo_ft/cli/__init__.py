@@ -13,8 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_ft.cli import answers, inspection, models, train
-from flamingo_ft.cli.recipes import recipes_app
+from flamingo_ft.cli import answers, environment, models, recipes, train
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_SIGNAL = 2, 130, 128  # the last one plus the signal's number
@@ -48,16 +47,16 @@ def _root(
 
 
 app.command()(train.train)
-app.command()(inspection.plan)
-app.command()(inspection.check)
+app.command()(recipes.plan)
+app.command()(recipes.check)
 app.command("eval")(answers.evaluate)
 app.command()(answers.generate)
 app.command()(answers.serve)
 app.command()(models.merge)
 app.command()(models.convert)
 app.command()(models.push)
-app.command()(inspection.env)
-app.add_typer(recipes_app, name="recipes")
+app.command()(environment.env)
+app.add_typer(recipes.recipes_app, name="recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OutOfMemory as error:
         code = _print_errors(str(error))
         if error.plan:
-            from flamingo_ft.cli.plan_table import print_plan
+            from flamingo_ft.cli.recipe_tables import print_plan
 
             print_plan(error.plan, as_json=False, stderr=True)
         return code

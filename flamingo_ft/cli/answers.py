@@ -80,8 +80,8 @@ def serve(
     ] = 64,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP API until interrupted."""
-    from flamingo_ft.inference import serve
+    from flamingo_ft.inference import server
 
-    serve.serve(
+    server.serve(
         model, host, port, allowed_media=allowed_media, image_urls=image_urls, max_body_mib=max_body_mib
     )

@@ -1,4 +1,4 @@
-"""What `flamingo-ft env` prints: versions, hardware and missing extras, for a bug report.
+"""The verb `env`: versions, hardware and missing extras, for a bug report.
 
 Whatever is broken is reported and does not raise. Nothing private is included.
 """
@@ -16,7 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from flamingo_ft.formatting import GIB, one_line
 from flamingo_ft.version import __version__
@@ -62,6 +64,17 @@ _MAX_PROBLEM_CHARACTERS = 300
 _MIN_NAME_CHARACTERS = 3  # a shorter name of a user or machine occurs in too many words
 _PATH = re.compile(r"(?<![\w.<])(?:~|[A-Za-z]:)?(?:[\\/][^\s\\/:'\",;()\[\]<>]+)+[\\/]?")
 _TOKEN = re.compile(r"\b(?:hf|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}")
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
+    """Print versions, hardware and missing extras for a bug report, without anything private."""
+    from flamingo_ft.cli.output import print_json
+
+    record = environment()
+    if as_json:
+        print_json(record)
+    else:
+        typer.echo(as_text(record))
 
 
 def environment() -> dict[str, Any]:

@@ -82,8 +82,12 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _class_text(scores: Mapping[str, Any]) -> str:
-    values = " / ".join(metric.text(scores.get(metric.name)) for metric in METRICS.values())
-    return f"{values} of {scores['samples']:,}"
+    """Return the metrics that were measured on a class, with labels if there are several."""
+    measured = [metric for metric in METRICS.values() if scores.get(metric.name) is not None]
+    values = [metric.text(scores[metric.name]) for metric in measured]
+    if len(measured) > 1:
+        values = [f"{metric.label} {value}" for metric, value in zip(measured, values, strict=True)]
+    return f"{' / '.join(values)} of {scores['samples']:,}"
 
 
 def training_line(training: Mapping[str, Any]) -> str:

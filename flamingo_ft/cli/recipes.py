@@ -1,5 +1,4 @@
-"""The verbs under `flamingo-ft recipes`: packaged recipes, a new recipe for the user's data, and the keys of
-a recipe."""
+"""Verbs about a recipe, without training: `plan`, `check`, and those under `flamingo-ft recipes`."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flamingo_ft.cli.arguments import Overrides, Recipe
 from flamingo_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +24,60 @@ recipes_app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of a packaged recipe.")]
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    text_tokens: Annotated[
+        int | None,
+        typer.Option(min=2, metavar="N", help="Text tokens of the longest sample, instead of the data's."),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Largest number of images in a sample, instead of the data's."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, sizes in bytes.")] = False,
+) -> None:
+    """Estimate the memory that RECIPE needs, the GPUs it fits on, and what to change.
+
+    No weights are downloaded.
+    """
+    from flamingo_ft.config import load_recipe
+    from flamingo_ft.config.library import find_recipe
+
+    settings = load_recipe(find_recipe(recipe), overrides or (), require=("backbones",))
+
+    from flamingo_ft.cli.recipe_tables import print_plan
+    from flamingo_ft.plan.plan_report import make_plan_report
+
+    print_plan(make_plan_report(settings, text_tokens, images).record(), as_json)
+
+
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the report, by default runs/check_RECIPE."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Read all data of RECIPE, without any weights, and report every row and image that cannot be used."""
+    from flamingo_ft.config import load_recipe
+    from flamingo_ft.config.library import find_recipe
+
+    path = find_recipe(recipe)
+    settings = load_recipe(path, overrides or (), require=("data", "backbones"))
+    folder = out or Path("runs") / f"check_{path.stem}"
+
+    from flamingo_ft.check.check_data import check_data
+    from flamingo_ft.cli.recipe_tables import print_findings
+
+    findings = check_data(settings, path.stem, folder).record()
+    print_findings(findings, as_json, folder)
+    if findings["objection"]:
+        raise UserError(findings["objection"])
 
 
 @recipes_app.callback(invoke_without_command=True)
@@ -172,8 +226,10 @@ def _columns(options: Sequence[str]) -> dict[str, str]:
 
 
 def print_keys(keys: Sequence[RecipeKey], console: Console) -> None:
-    """Print two lines per key: name, type and default; then what it does. Lines are wrapped only on a
-    terminal."""
+    """Print two lines per key: name, type and default; then what it does.
+
+    Lines are wrapped only on a terminal.
+    """
     from rich.padding import Padding
     from rich.text import Text
 

@@ -23,7 +23,7 @@ def library_folder() -> Path:
     for folder in _FOLDERS:
         if folder.is_dir():
             return folder
-    raise UserError(f"there are no recipes in {_FOLDERS[0]}; install flamingo_ft again")
+    raise UserError(f"{_FOLDERS[0]}: the packaged recipes are missing; install flamingo_ft again")
 
 
 def is_packaged(recipe: Path) -> bool:

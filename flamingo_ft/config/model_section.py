@@ -74,8 +74,8 @@ class LanguageSection(Section):
     """dtype in which quantized matrices are dequantized and multiplied. auto: bf16 if the GPU supports it,
     else fp16; fp32 on a CPU."""
     decoder_layers_attr_name: str | None = None
-    """Dotted attribute path of the list of decoder layers, such as model.layers. null: found automatically.
-    Set it only if an error asks for it."""
+    """Dotted attribute path of the list of decoder layers, such as model.layers. null: detected
+    automatically. Set it only if an error asks for it."""
 
 
 class PerceiverSection(Section):

@@ -23,8 +23,14 @@ from pydantic.fields import FieldInfo
 from flamingo_ft.config.recipe import Recipe
 from flamingo_ft.config.section import PathKind, section_of
 from flamingo_ft.config.yaml_document import Location
-from flamingo_ft.hub.local_paths import strip_local_path
-from flamingo_ft.hub.names import LOCAL_DIR, local_language, local_start, local_tower, local_weights
+from flamingo_ft.hub.names import (
+    LOCAL_DIR,
+    local_language,
+    local_start,
+    local_tower,
+    local_weights,
+    strip_local_path,
+)
 
 MODEL_KINDS = (PathKind.TOWER, PathKind.WEIGHTS, PathKind.LANGUAGE, PathKind.START)
 
@@ -60,7 +66,7 @@ def _metadata(annotation: Any, known: Sequence[Any] = ()) -> Iterator[Any]:
 
 
 def value_at(values: Any, location: Location) -> Any:
-    """Return the value at ``location``, or None if there is none."""
+    """Return the value at ``location``, or None for a location that does not exist."""
     for step in location:
         if isinstance(values, dict):
             values = values.get(step)
@@ -109,7 +115,7 @@ def _resolve_model(
 ) -> tuple[Path | None, str | None]:
     """Return the path of a model, or None for a name that is not a path; and a warning for old recipes.
 
-    It is given if earlier versions used another path, or if only they would have found this one.
+    The warning is for a path that differs from what earlier versions used, or that only they looked for.
     """
     here, plain = Path.cwd(), os.path.expanduser(text.removeprefix(LOCAL_DIR))
     is_relative_to_recipe = kind is not PathKind.START and plain.startswith(("./", "../"))  # then as now
@@ -119,10 +125,8 @@ def _resolve_model(
         return path, None
     rule = "relative paths in a recipe start from the recipe's folder"
     if path == earlier:
-        found = (
-            f"{text} is not in {start}; using {earlier}, from the current directory, as earlier versions did"
-        )
-        return path, f"{found}: {rule}"
+        fallback = f"using {earlier}, from the current directory, as earlier versions did"
+        return path, f"{text} is not in {start}; {fallback}: {rule}"
     if kind is PathKind.START and not path.samefile(earlier):
         return path, f"using {path}; earlier versions used {earlier}: {rule}"
     return path, None

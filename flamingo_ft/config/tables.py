@@ -13,12 +13,15 @@ from dataclasses import dataclass
 class Part:
     """A part of the model that can be trained.
 
-    name: its key in ``trainable``, ``lora``, ``train.learning_rates`` and ``train.weight_decays``. label:
-        what messages and documentation call it; short: its name in tables. module: the model's attribute
-        that holds it. trainable: default of its switch in ``trainable``; None for a backbone, which is
-        frozen or gets LoRA. takes_lora: whether it has linear layers, which may get LoRA and be quantized
-        while they are frozen. decays: whether it has matrices that weight decay is for; undecayed:
-        parameters of ``module`` that are matrices by shape only, and are not decayed.
+    name: its key in those of ``trainable``, ``lora``, ``train.learning_rates`` and ``train.weight_decays``
+        that apply to it.
+    label: its name in messages and documentation.
+    short: its name in tables.
+    module: the model's attribute that holds it.
+    trainable: the default of its key in ``trainable``; None for a backbone, which is never trained in full.
+    takes_lora: whether it has linear layers, which can get LoRA, or be quantized while they are frozen.
+    decays: whether it has matrices that weight decay applies to.
+    undecayed: parameters of ``module`` that have two or more dimensions but are not decayed.
     """
 
     name: str
@@ -65,16 +68,16 @@ LANGUAGE = Part(
 )
 VISION = Part("vision", label="vision tower", short="vision tower", module="vision_encoder", trainable=None)
 
-# A trainable part is added here, in one row: recipe keys, trainable set, adapter, optimizer, plan and card
-# follow.
+# To add a trainable part, add its row here: recipe keys, trainable parameters, adapter, optimizer, plan and
+# card follow.
 BRIDGE_PARTS = (PERCEIVER, CROSS_ATTENTION, NEW_TOKENS)
 BACKBONE_PARTS = (LANGUAGE, VISION)
 # In the order of `lora`'s keys. Stored adapters depend on it: the first part with LoRA sets the rank in
 # peft.LoraConfig.
 LORA_PARTS = (LANGUAGE, *(part for part in reversed(BRIDGE_PARTS) if part.takes_lora), VISION)
 
-# Schema of a dataset's rows -> the columns it is recognised by, tried in this order: the first that fits is
-# used. A preference pair has a prompt too, and an instruction of MIMIC-IT an answer.
+# Format of a dataset's rows -> the columns that it is recognized by. The first format that matches is used,
+# so the order matters: preference pairs also have a prompt, and MIMIC-IT's instructions also have an answer.
 DATASET_FORMATS = {
     "preference": "prompt, chosen, rejected",
     "messages": "messages and images",
@@ -88,14 +91,14 @@ DATASET_FORMATS = {
     "caption": "image, caption or text",
 }
 
-# Metric that eval.metric can name -> what it measures. `evaluation` registers further ones here.
-METRICS = {
+# Value of `eval.metric` -> what it measures. `flamingo_ft.evaluation.metrics.register_metric` adds to it.
+METRIC_DESCRIPTIONS = {
     "loss": "cross-entropy of the reference answers, in nats per token; lower is better",
     "accuracy": "fraction of generated answers that equal the reference answer; higher is better",
 }
 
-# Keys of other trainers' configurations, in lower case -> what they are called in a recipe, to suggest the
-# right key. No key of a recipe has one of these spellings. Entries of a list are under index 0.
+# Keys of other trainers' configurations, in lower case -> the key of a recipe to suggest in their place, with
+# entries of a list under index 0. None of them is spelled like a key of a recipe.
 FOREIGN_KEYS = {
     # transformers' TrainingArguments
     "num_train_epochs": "train.epochs",

@@ -7,20 +7,23 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field
 
 from flamingo_ft.config.section import LAX, Count, OutputPath, Section, one_of, with_keys
-from flamingo_ft.config.tables import BRIDGE_PARTS, METRICS
+from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, METRIC_DESCRIPTIONS, Part
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
 
-_RATE_DOCUMENTATION = "Peak learning rate of the {}. null: train.learning_rate."
-_DECAY_DOCUMENTATION = "Weight decay of the matrices of the {}. null: train.weight_decay."
+
+def _rate_documentation(part: Part) -> str:
+    gates = ", including their gates" if part is CROSS_ATTENTION else ""
+    return f"Peak learning rate of the {part.label}{gates}. null: train.learning_rate."
+
+
+def _decay_documentation(part: Part) -> str:
+    return f"Weight decay of the matrices of the {part.label}. null: train.weight_decay."
 
 
 @with_keys(
-    {
-        part.name: (Rate | None, Field(None, description=_RATE_DOCUMENTATION.format(part.label)))
-        for part in BRIDGE_PARTS
-    }
+    {part.name: (Rate | None, Field(None, description=_rate_documentation(part))) for part in BRIDGE_PARTS}
 )
 class RatesSection(Section):
     """Peak learning rates per part. null: train.learning_rate."""
@@ -31,7 +34,7 @@ class RatesSection(Section):
 
 @with_keys(
     {
-        part.name: (Decay | None, Field(None, description=_DECAY_DOCUMENTATION.format(part.label)))
+        part.name: (Decay | None, Field(None, description=_decay_documentation(part)))
         for part in BRIDGE_PARTS
         if part.decays
     }
@@ -90,7 +93,7 @@ class TrainSection(Section):
     result equals that of one large batch."""
     learning_rate: Rate = 1e-4
     """Peak learning rate of AdamW, for every part without its own in learning_rates. Small bridges and small
-    datasets often need a larger one; lower it if the loss is unstable."""
+    datasets often need a higher rate. Lower it if the loss is unstable."""
     learning_rates: RatesSection = RatesSection()
     """Peak learning rates per part."""
     weight_decay: Decay = 0.1
@@ -141,8 +144,8 @@ class TrainSection(Section):
     report_to: Annotated[tuple[Literal["tensorboard", "trackio", "wandb"], ...], LAX] = ("tensorboard",)
     """Experiment trackers to log to, beside log.jsonl and report.html, which are always written."""
     save_steps: Count | None = 500
-    """Save a checkpoint for `train --resume` every N optimizer steps. At the last step and when a run is
-    interrupted, one is always saved. null: only then."""
+    """Save a checkpoint for `train --resume` every N optimizer steps. A checkpoint is also
+    saved at the last step and when the run is interrupted. null: only then."""
     save_total_limit: Count = 2
     """Number of checkpoints to keep. Older ones are deleted."""
     checkpoint_dir: OutputPath | None = None
@@ -173,7 +176,9 @@ class EvalSection(Section):
     answers: bool = True
     """Whether evaluations during training also generate answers and measure accuracy, which takes longer than
     the loss alone."""
-    metric: Annotated[str, one_of(METRICS), Field(json_schema_extra={"enum": [*METRICS]})] = "loss"
+    metric: Annotated[
+        str, one_of(METRIC_DESCRIPTIONS), Field(json_schema_extra={"enum": [*METRIC_DESCRIPTIONS]})
+    ] = "loss"
     """Metric by which evaluations are compared for keep and patience."""
     keep: Literal["last", "best"] = "last"
     """Adapter that the run ends with: that of the last step (last) or of the best evaluation (best, which

@@ -37,7 +37,7 @@ class RecipeLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def scan_tag(self) -> NoReturn:
-        raise ScannerError(None, None, "found a tag; a recipe has none", self.get_mark())
+        raise ScannerError(None, None, "got a tag; remove it", self.get_mark())
 
 
 for _name, _pattern, _first in _SCALARS:
@@ -90,8 +90,10 @@ def _line(node: yaml.Node | None) -> int:
 
 
 def _child(node: yaml.Node | None, step: str | int) -> tuple[int, yaml.Node] | None:
-    """Return line and node of a key's value, whose line is the key's, or of a list's entry; None if there is
-    none."""
+    """Return the line and node of a mapping's value or a list's entry; None for a step that does not exist.
+
+    The line of a mapping's value is that of its key.
+    """
     if isinstance(node, yaml.MappingNode):
         # Keys merged from an anchor come before the mapping's own, and the last one counts.
         for key, value in reversed(node.value):

@@ -26,9 +26,9 @@ from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS, CONFIG_FILE, PYTORCH_FILENAME_PATTERN, PYTORCH_INDEX
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .conversion import Conversion
+from .importer import Conversion
+from .load_into_model import LANGUAGE_PREFIX, vocabulary_matrices
 from .otter_config import otter_config, otter_notes
-from .vocabulary import LANGUAGE_PREFIX, full_vocabulary
 
 # Sizes that the constructors of OpenFlamingo and Otter hard-code.
 THEIR_PERCEIVER = {"num_latents": 64, "depth": 6, "heads": 8, "dim_head": 64, "ff_mult": 4}
@@ -217,7 +217,7 @@ def _language_tensors(loaded: _Source, vocabulary_size: int | None, whole: bool)
     """
     lm: Any = loaded.model.lang_encoder
     layers = f"{LANGUAGE_PREFIX}{loaded.model.decoder_layers_attr_name}."
-    tensors = full_vocabulary(loaded.model, vocabulary_size)
+    tensors = _full_vocabulary(loaded.model, vocabulary_size)
     tied = set(lm.all_tied_weights_keys)
     for lm_name, tensor in lm.state_dict().items():
         name = LANGUAGE_PREFIX + lm_name
@@ -229,6 +229,34 @@ def _language_tensors(loaded: _Source, vocabulary_size: int | None, whole: bool)
             name = f"{layers}{k}.decoder_layer.{rest}"
         tensors[name] = tensor
     return tensors
+
+
+def _full_vocabulary(model: FlamingoForConditionalGeneration, size: int | None) -> dict[str, Tensor]:
+    """Return the vocabulary matrices (size, D) with the token rows filled in, and the bias of the output
+    head.
+
+    size: number of rows to keep; None keeps all. Tied matrices are one tensor under two names.
+    """
+    lm: Any = model.lang_encoder
+    state = lm.state_dict()
+    matrices = vocabulary_matrices(model)
+    embedding_name, head_name = next(iter(matrices)), list(matrices)[-1]
+    embedding = state[embedding_name.removeprefix(LANGUAGE_PREFIX)]
+    full: dict[str, Tensor] = {}
+    for name, rows in matrices.items():
+        matrix = state[name.removeprefix(LANGUAGE_PREFIX)]
+        shares_rows = name != embedding_name and rows is matrices[embedding_name]
+        if shares_rows and matrix.equal(embedding):
+            full[name] = full[embedding_name]
+            continue
+        if rows is not None and model.token_rows is not None:
+            matrix = matrix.to(torch.promote_types(matrix.dtype, rows.weight.dtype), copy=True)
+            matrix[list(model.token_rows.token_ids)] = rows.weight.detach().to(matrix.dtype)
+        full[name] = matrix[:size].contiguous()
+    bias = getattr(lm.get_output_embeddings(), "bias", None)
+    if bias is not None:
+        full[head_name.removesuffix("weight") + "bias"] = bias.detach()[:size]
+    return full
 
 
 def _vision_tensors(loaded: _Source) -> dict[str, Tensor]:

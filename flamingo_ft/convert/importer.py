@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from flamingo_ft.adapters import save_adapter, write_card
 from flamingo_ft.adapters.answering import use_greedy_decoding
@@ -16,23 +19,31 @@ from flamingo_ft.adapters.merge import LARGEST_SHARD, fold_lora, make_standalone
 from flamingo_ft.adapters.save import save_processor
 from flamingo_ft.atomic import folder_in_place
 from flamingo_ft.backbones.attention import refuse_attention
-from flamingo_ft.backbones.decoder_layers import hidden_size
-from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.backbones.vision import VisionBackbone, load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import ForeignCheckpoint, read_checkpoint
-from flamingo_ft.formats.foreign_checkpoint import OTTER, BridgeShape, Visibility, bridge_shape
-from flamingo_ft.formats.key_names import ANSWER_TOKEN
 from flamingo_ft.formats.stored_files import first_few
 from flamingo_ft.hub import fetch_model
-from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
-from flamingo_ft.model.added_tokens import add_media_tokens
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .conversion import Backbones, Conversion, KnownBackbones, describe_checkpoint, resolve_backbones
 from .load_into_model import add_checkpoint_lora, changed_backbone_tensors, load_bridge, replace_tensors
+from .matching_model import Backbones, build_matching_model
 
 Target = Literal["auto", "adapter", "model"]
+
+
+@dataclass
+class Conversion:
+    """Summary of a conversion.
+
+    source: the format that was recognized. result: what was written. out: where. lines: further notes for the
+        user.
+    """
+
+    source: str
+    result: str
+    out: Path
+    lines: list[str] = field(default_factory=list)
 
 
 def import_checkpoint(
@@ -71,9 +82,7 @@ def import_checkpoint(
             f"{source}: {checkpoint.format} checkpoint of LoRA alone; "
             "name the checkpoint that it builds on (--start)"
         )
-    shape = bridge_shape(base.bridge, base.path)
-    known = resolve_backbones(str(source), base, shape, backbones)
-    model, processor, notes = _build_model(checkpoint, base.visibility, shape, known)
+    model, processor, notes = build_matching_model(str(source), checkpoint, base, backbones)
     notes += load_bridge(model, checkpoint, start)
     changed = changed_backbone_tensors(model, checkpoint)
     if to == "adapter" and changed:
@@ -82,11 +91,7 @@ def import_checkpoint(
             f"({first_few(changed)}), which an adapter cannot store; write a whole model (--to model)"
         )
     model.config.converted_from = checkpoint.format
-    tensors = checkpoint.tensors()
-    replace_tensors(model, {name: tensors[name] for name in changed})
-    if checkpoint.lora:
-        alpha = checkpoint.lora_alpha if lora_alpha is None else lora_alpha
-        add_checkpoint_lora(model, checkpoint.lora, alpha, checkpoint.path)
+    _load_backbones_and_lora(model, checkpoint, changed, lora_alpha)
     result = "model" if to == "model" or changed else "adapter"
     with folder_in_place(out) as folder:
         if result == "model":
@@ -99,89 +104,21 @@ def import_checkpoint(
             f"{len(changed)} tensors of the backbones are the checkpoint's own ({first_few(changed)})"
         )
     kind = " ".join([f"{checkpoint.format} checkpoint", *(f"({mark})" for mark in checkpoint.wrapping)])
-    return Conversion(kind, result, out, describe_checkpoint(checkpoint) + notes)
+    return Conversion(kind, result, out, _describe_checkpoint(checkpoint) + notes)
 
 
-def _dtype_notes(model: FlamingoForConditionalGeneration) -> list[str]:
-    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
-    if len(dtypes) == 1:
-        return []
-    return [
-        f"its weights are in {' and '.join(dtypes)}, and load in the widest of these unless dtype is given"
-    ]
-
-
-# --- The model to load the checkpoint into
-
-
-def _build_model(
-    checkpoint: ForeignCheckpoint, visibility: Visibility, shape: BridgeShape, backbones: KnownBackbones
-) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor, list[str]]:
-    """Build the model on the CPU, with unquantized backbones. Also return notes for the user."""
-    vision = load_vision(backbones.vision, backbones.pretrained)
-    language = load_language(backbones.language, dtype="auto")
-    _check_backbones(checkpoint, shape, backbones, vision, language)
-    extra_tokens, notes = _extra_tokens(checkpoint, language)
-    model, processor = build_flamingo(
-        vision,
-        language,
-        cross_attn_every_n_layers=shape.cross_attn_every_n_layers,
-        media_visibility=visibility,
-        perceiver=shape.perceiver,
-        cross_attention=shape.cross_attention,
-        extra_tokens=extra_tokens,
-    )
-    tower = " ".join(filter(None, [backbones.vision, backbones.pretrained]))
-    return model, processor, [f"backbones: language model {backbones.language}, tower {tower}", *notes]
-
-
-def _check_backbones(
+def _load_backbones_and_lora(
+    model: FlamingoForConditionalGeneration,
     checkpoint: ForeignCheckpoint,
-    shape: BridgeShape,
-    backbones: KnownBackbones,
-    vision: VisionBackbone,
-    language: LanguageBackbone,
+    changed: Sequence[str],
+    lora_alpha: float | None,
 ) -> None:
-    """Refuse backbones whose width or activation is not the checkpoint's."""
-    path, width = checkpoint.path, hidden_size(language.model.config)
-    if vision.width != shape.vis_dim:
-        raise UserError(
-            f"{path}: was trained on tower tokens of width {shape.vis_dim}, {backbones.vision} has "
-            f"{vision.width}; name its tower with --vision and --pretrained"
-        )
-    if width != shape.lm_width:
-        raise UserError(
-            f"{path}: was trained with a language model of width {shape.lm_width}, {backbones.language} has "
-            f"{width}; name its language model with --language"
-        )
-    activation = (checkpoint.config.get("vision_config") or {}).get("hidden_act")
-    if activation is not None and ("quick" in activation) != vision.config["quick_gelu"]:
-        raise UserError(
-            f"{path}: its tower computes with {activation}, {backbones.vision} with another activation; "
-            "name its tower with --vision"
-        )
-
-
-def _extra_tokens(
-    checkpoint: ForeignCheckpoint, language: LanguageBackbone
-) -> tuple[tuple[str, ...], list[str]]:
-    """Return the tokens that Otter adds, and notes for the user.
-
-    A tokenizer beside the weights decides; without one, the vocabulary must have a row for the token.
-    """
-    if checkpoint.format != OTTER:
-        return (), []
-    tokenizer_files = [file.read_text(encoding="utf-8") for file in checkpoint.path.glob("*token*.json")]
-    if tokenizer_files:
-        return ((ANSWER_TOKEN,) if any(ANSWER_TOKEN in text for text in tokenizer_files) else ()), []
-    tokenizer = copy.deepcopy(language.tokenizer)
-    add_media_tokens(tokenizer, (ANSWER_TOKEN,))
-    embedding = language.model.get_input_embeddings().weight
-    name = next(name for name, parameter in language.model.named_parameters() if parameter is embedding)
-    stored = checkpoint.language.get(f"lang_encoder.{name}")
-    if stored is not None and len(stored) < len(tokenizer):
-        return (), [f"{ANSWER_TOKEN} is left out: the checkpoint's vocabulary has no row for it"]
-    return (ANSWER_TOKEN,), [f"{ANSWER_TOKEN} is assumed to be one of its tokens, as in all of Otter"]
+    """Load what a checkpoint holds besides the bridge: the ``changed`` tensors of the backbones, and LoRA."""
+    tensors = checkpoint.tensors()
+    replace_tensors(model, {name: tensors[name] for name in changed})
+    if checkpoint.lora:
+        alpha = checkpoint.lora_alpha if lora_alpha is None else lora_alpha
+        add_checkpoint_lora(model, checkpoint.lora, alpha, checkpoint.path)
 
 
 # --- Writing a whole model
@@ -212,3 +149,36 @@ def _save_model(
     model.save_pretrained(folder, max_shard_size=LARGEST_SHARD)
     save_processor(processor, folder)
     write_card(folder)
+
+
+# --- The summary
+
+
+def _describe_checkpoint(checkpoint: ForeignCheckpoint) -> list[str]:
+    """Return one line for each part of a checkpoint, and one for each reason to skip tensors."""
+    perceiver = {name: t for name, t in checkpoint.bridge.items() if name.startswith("perceiver.")}
+    parts = {
+        "perceiver": perceiver,
+        "cross-attention": {name: t for name, t in checkpoint.bridge.items() if name not in perceiver},
+        "language model": checkpoint.language,
+        "vision tower": checkpoint.vision,
+        "LoRA": checkpoint.lora,
+    }
+    lines = [f"{name}: {_describe_tensors(tensors)}" for name, tensors in parts.items() if tensors]
+    reasons = Counter(checkpoint.skipped.values())
+    return lines + [f"skipped: {count} tensors ({reason})" for reason, count in reasons.items()]
+
+
+def _describe_tensors(tensors: Mapping[str, Tensor]) -> str:
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    values = sum(tensor.numel() for tensor in tensors.values())
+    return f"{len(tensors)} tensors, {values:,} values in {' and '.join(dtypes)}"
+
+
+def _dtype_notes(model: FlamingoForConditionalGeneration) -> list[str]:
+    dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})
+    if len(dtypes) == 1:
+        return []
+    return [
+        f"its weights are in {' and '.join(dtypes)}, and load in the widest of these unless dtype is given"
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flamingo_ft.adapters.init_from import copy_bridge, init_bridge
 from flamingo_ft.adapters.load import load_lora_weights
@@ -23,8 +23,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.open_flamingo_checkpoints import check_fits_model
 from flamingo_ft.model.parts import BRIDGE, PARTS, part_of
 
-from .vocabulary import load_token_rows, vocabulary_matrices
-
+LANGUAGE_PREFIX = "lang_encoder."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -80,6 +79,55 @@ def _check_complete_bridge(
             f"{checkpoint.path}: unknown weights of the bridge ({first_few(unknown)}); give a checkpoint of "
             "OpenFlamingo, Otter or Multimodal-GPT"
         )
+
+
+# --- Vocabulary matrices: foreign checkpoints store them in full, a Flamingo only the rows of its new tokens
+
+
+def vocabulary_matrices(model: FlamingoForConditionalGeneration) -> dict[str, nn.Embedding | None]:
+    """Return the names of the input embedding and the output head, in this order, each with its token rows.
+
+    The token rows stand in for the matrix's own rows of new tokens; a head tied to the embedding shares its.
+    """
+    lm: Any = model.lang_encoder
+    rows = model.token_rows
+    names = {module: f"{LANGUAGE_PREFIX}{name}.weight" for name, module in lm.named_modules()}
+    embedding, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    matrices: dict[str, nn.Embedding | None] = {names[embedding]: None if rows is None else rows.input}
+    if head is not None:
+        matrices[names[head]] = None if rows is None else rows.output or rows.input
+    return matrices
+
+
+def load_token_rows(
+    model: FlamingoForConditionalGeneration, tensors: Mapping[str, Tensor], path: object
+) -> list[str]:
+    """Load the model's token rows from the checkpoint's matrices. Return the names of matrices that it lacks.
+
+    Raises UserError for a vocabulary that ends before the new tokens, and for tied matrices with different
+    values.
+    """
+    if model.token_rows is None:
+        return []
+    token_ids, matrices = list(model.token_rows.token_ids), vocabulary_matrices(model)
+    loaded_from: dict[nn.Embedding, str] = {}  # token rows: the first matrix that they were loaded from
+    for name, rows in matrices.items():
+        matrix = tensors.get(name)
+        if matrix is None or rows is None:
+            continue
+        if len(matrix) <= max(token_ids):
+            raise UserError(
+                f"{path}: its vocabulary ends at {len(matrix)} ({name}), but the new tokens of this language "
+                f"model reach {max(token_ids)}; name the language model that it was trained with (--language)"
+            )
+        first = loaded_from.setdefault(rows, name)
+        if not matrix.equal(tensors[first]):
+            raise UserError(
+                f"{path}: {' and '.join(matrices)} are tied in this language model, but differ in the "
+                "checkpoint; name the language model that it was trained with (--language)"
+            )
+        rows.weight.data = matrix[token_ids].clone()
+    return [name for name, rows in matrices.items() if rows not in loaded_from]
 
 
 # --- Weights of the backbones

@@ -17,7 +17,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import shorten
 from flamingo_ft.model import images
 from flamingo_ft.model.image_metadata import ORIENTATION
-from flamingo_ft.model.image_source import DATA_URI, decode_base64
+from flamingo_ft.model.images import DATA_URI, decode_base64
 
 from .fields import type_name
 from .files import resolve_unicode

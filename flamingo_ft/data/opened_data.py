@@ -14,7 +14,7 @@ from flamingo_ft import processes
 from flamingo_ft.config import DataSection, Recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
-from flamingo_ft.model.backbone_files import backbone_files, text_limit
+from flamingo_ft.model.build import backbone_files, text_limit
 from flamingo_ft.model.download import is_url
 
 from .collate import pack

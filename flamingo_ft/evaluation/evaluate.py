@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
-from flamingo_ft.config.overrides import parse_override
+from flamingo_ft.config.loading import parse_override
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model

@@ -29,7 +29,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor, Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .metrics import ACCURACY, METRICS
+from .metrics import MERGE_METRIC, METRICS, Metric
 from .questions import Question, questions_of
 
 HELD_OUT = "held-out samples of the run"
@@ -217,12 +217,8 @@ def compare(
         "margin": limit,
     }
     for name, metric in METRICS.items():
-        drops = [a - m for m, a in zip(merged.scores[name], adapter.scores[name], strict=True)]
-        if not metric.higher_is_better:
-            drops = [-drop for drop in drops]
-        drop = sum(drops) / len(drops) if drops else 0.0
-        error = _standard_error(drops, [1] * len(drops))
-        margin = accuracy_margin if metric is ACCURACY else metric.merge_margin
+        drop, error = _drop(metric, adapter.scores[name], merged.scores[name])
+        margin = accuracy_margin if metric is MERGE_METRIC else metric.merge_margin
         if eval_set.made_up:
             margin = None
         record |= {
@@ -246,6 +242,27 @@ def _standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float
     mean = sum(differences) / total
     squares = sum((d - mean * size) ** 2 for d, size in zip(differences, sizes, strict=True))
     return math.sqrt(squares * count / (count - 1)) / total
+
+
+def _drop(metric: Metric, adapter: Sequence[float], merged: Sequence[float]) -> tuple[float, float]:
+    """Return how much worse the merged model is by a metric, and the standard error of that.
+
+    adapter, merged: scores of the same questions. The jackknife takes any aggregate; for a mean, it equals
+    the standard error of the paired differences.
+    """
+    pairs = list(zip(adapter, merged, strict=True))
+    count = len(pairs)
+    if count < 2:
+        return (_worse_by(metric, pairs) if pairs else 0.0), 0.0
+    without_one = [_worse_by(metric, pairs[:index] + pairs[index + 1 :]) for index in range(count)]
+    center = sum(without_one) / count
+    error = math.sqrt(sum((drop - center) ** 2 for drop in without_one) * (count - 1) / count)
+    return _worse_by(metric, pairs), error
+
+
+def _worse_by(metric: Metric, pairs: Sequence[tuple[float, float]]) -> float:
+    adapter, merged = (metric.aggregate(scores) for scores in zip(*pairs, strict=True))
+    return adapter - merged if metric.higher_is_better else merged - adapter
 
 
 def logit_difference(measured: Measurement, expected: Measurement) -> dict[str, Any]:

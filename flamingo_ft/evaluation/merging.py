@@ -42,10 +42,13 @@ from .merge_quality import (
     made_up_eval_set,
     measure,
 )
-from .metrics import ACCURACY, METRICS
+from .metrics import MERGE_METRIC, METRICS
 
 MERGE_FILE = "merge.json"
 SAMPLES = 64
+TOLERANCE_DEPRECATED = (
+    "merge: tolerance (distance of logits) says little about quality and is deprecated; use margin"
+)
 
 
 def merge_adapter(
@@ -60,61 +63,60 @@ def merge_adapter(
     with_code: bool = False,
     samples: int = SAMPLES,
     margin: float = LOSS_MARGIN,
-    accuracy_margin: float | None = ACCURACY.merge_margin,
+    accuracy_margin: float | None = MERGE_METRIC.merge_margin,
 ) -> dict[str, Any]:
     """Write the merged model to ``out``: safetensors shards, configuration, processor and merge.json.
 
     First every written tensor is compared with W + scale * B A, or with the base; a wrong merge is always
     refused. Then loss and metrics are compared with the adapter's on held-out samples of the run.
 
-    base: merge into the unquantized backbones (bf16), or into the dequantized ones that training saw
-        (dequantized).
-    dtype: of the merged weights; gates stay in float32.
-    quantization: of the written model. The merge is verified before it is quantized.
-    samples: how many samples the loss is measured on; at most 32 questions are answered too.
-    margin: how much higher the loss may be than the adapter's, in nats per token, beyond two standard errors
-        over the samples. Made-up prompts, used if the run's samples are not here, quadruple it.
-    accuracy_margin: how much lower the accuracy may be, in 0..1, likewise; not used on made-up prompts.
-    tolerance: deprecated; also refuse logits that differ by more than this, relative to the largest.
-    start: where the bridge that the adapter builds on is now, if it has moved since training.
-    with_code: put the package's code beside the model, for transformers without this package.
+    Args:
+        base: merge into the unquantized backbones (bf16) or into the dequantized ones that training used.
+        dtype: of the merged weights; gates stay in float32.
+        quantization: of the written model. The merge is verified before it is quantized.
+        tolerance: deprecated; also refuse logits that differ by more than this, relative to the largest.
+        start: where the bridge that the adapter builds on is now, if it has moved since training.
+        with_code: put the package's code beside the model, for transformers without this package.
+        samples: how many samples the loss is measured on; at most 32 questions are answered too.
+        margin: how much higher the loss may be than the adapter's, in nats per token, beyond two standard
+            errors over the samples. It is quadrupled on made-up prompts, used without the run's samples.
+        accuracy_margin: how much lower the accuracy may be, 0..1, likewise; not used on made-up prompts.
 
-    Returns what is written to ``merge.json``. Raises UserError, and leaves nothing at ``out``, if ``out``
-    exists, ``adapter`` is already merged, its base is not the one it was trained on, or the merged model is
-    wrong or worse than the adapter by more than a margin.
+    Returns:
+        The content of ``merge.json``.
+
+    Raises:
+        UserError: ``out`` exists, ``adapter`` is already merged, its base is not the one it was trained on,
+            or the merged model is wrong, or worse by more than a margin. Nothing is left at ``out``.
     """
     if tolerance is not None:
-        message = (
-            "merge: tolerance (distance of logits) says little about quality and is deprecated; use margin"
-        )
-        warnings.warn(message, FutureWarning, stacklevel=2)
+        warnings.warn(TOLERANCE_DEPRECATED, FutureWarning, stacklevel=2)
     name, adapter, out = str(adapter), fetch_model(adapter), Path(out)
     check_mergeable(adapter, out)
     processor, formats = read_processor(adapter), base_quantizations(read_config(adapter))
     with folder_in_place(out) as folder:
         written = write_merged(adapter, folder, processor, base=base, dtype=dtype, start=start)
-        report = {
-            "adapter": name,
-            "trained_in": formats,
-            "base": base,
-            "dtype": str(dtype).removeprefix("torch."),
-            **written,
-            "quantization": None if quantization is None else quantization.record(),
-        }
+        dtype_name = str(dtype).removeprefix("torch.")
+        report = {"adapter": name, "trained_in": formats, "base": base, "dtype": dtype_name, **written}
+        report["quantization"] = None if quantization is None else quantization.record()
         models, eval_set = _measure_models(
             adapter, folder, processor, quantization, start, samples, was_quantized=bool(formats)
         )
         report |= logit_difference(models["merged"], models["adapter"])
-        report["prompts_from"] = eval_set.origin
-        report["cost"] = compare(models, eval_set, margin, accuracy_margin)
-        report["tolerance"] = tolerance
+        cost = compare(models, eval_set, margin, accuracy_margin)
+        report |= {"prompts_from": eval_set.origin, "cost": cost, "tolerance": tolerance}
         _refuse_worse(report)
         if with_code:
             write_code(folder)
-        (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        if (adapter / RECIPE_FILE).is_file():
-            shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
+        _write_report(adapter, folder, report)
     return report
+
+
+def _write_report(adapter: Path, folder: Path, report: dict[str, Any]) -> None:
+    """Write merge.json and a copy of the run's recipe beside the merged model."""
+    (folder / MERGE_FILE).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if (adapter / RECIPE_FILE).is_file():
+        shutil.copyfile(adapter / RECIPE_FILE, folder / RECIPE_FILE)
 
 
 def _measure_models(

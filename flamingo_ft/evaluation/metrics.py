@@ -1,13 +1,15 @@
-"""The registry of metrics that score generated answers, and exact-match accuracy, which is built in.
+"""The registry of metrics that score generated answers, and exact-match accuracy, the built-in metric.
 
-To add a metric, register it once, for example at the end of this file:
+To add a metric:
 
-    register_metric(Metric("word_overlap", score=word_overlap, label="word overlap"))
+1. Register it at the end of this file: ``register_metric(Metric("f1", score=f1, label="F1"))``.
+2. Add its name to ``METRIC_DESCRIPTIONS`` in `flamingo_ft/config/tables.py`, so that recipes can select it.
+3. Regenerate the two files that list it:
+   ``flamingo-ft recipes schema > recipes/recipe.schema.json;
+   flamingo-ft recipes keys --markdown > recipes/README.md``
 
-It then appears in metrics.json, in the log of evaluations during training (as ``eval_word_overlap``), in
-tables, figures, the report and the model card, and ``eval.metric: word_overlap`` selects the best checkpoint
-by it. A line in `flamingo_ft.config.tables.METRICS` makes the name known to recipes before this module is
-imported.
+Training logs it as ``eval_f1``, metrics.json, tables, figures, the report and the model card show it, and
+``eval.metric: f1`` selects the best checkpoint by it.
 """
 
 from __future__ import annotations
@@ -24,9 +26,30 @@ from flamingo_ft.formatting import percent
 from .questions import Question
 
 LOSS = "loss"  # the value of `eval.metric` that needs no generated answers
-MAX_CLASSES = 20  # distinct reference answers up to which each counts as a class
+MAX_CLASSES = 20  # distinct reference answers; with more, classes are not scored separately
 MIN_SAMPLES_PER_CLASS = 2  # on average
-FREE_TEXT_WORDS = 4  # median length of a reference answer from which on it is free text
+FREE_TEXT_WORDS = 4  # median length of the reference answers; shorter ones are not free text
+
+# Keys derived from the name of a metric in metrics.json, merge.json and the log.
+KEY_SUFFIXES = ("", "_before", "_shuffled_images", "_majority", "_drop", "_drop_standard_error", "_margin")
+# Keys that stand beside them in the same records, and names of the report's other figures.
+RESERVED_KEYS = frozenset(
+    {
+        *("before", "shuffled_images", "majority", "samples", "free_text", "classes", "predicted"),
+        *("verdict", "per_task", "step"),
+        *(
+            "label_tokens",
+            "answers",
+            "loss",
+            "loss_increase",
+            "loss_increase_standard_error",
+            "margin",
+            "worse",
+        ),
+        *("reward_margin", "reward_accuracy", "gates", "gates_by_layer", "learning_rate", "gradient_norm"),
+        *("throughput", "memory"),
+    }
+)
 
 
 def mean(scores: Sequence[float]) -> float:
@@ -39,15 +62,15 @@ class Metric:
     """One way to score generated answers.
 
     name: key in metrics.json, in the log (``eval_<name>``) and in the recipe (``eval.metric``).
-    score: score of one prediction against its reference answers.
-    label: name shown in tables and figures.
-    description: what is measured, as a phrase, for the model card.
-    aggregate: scores of all questions -> one value.
-    higher_is_better: direction, for the best checkpoint and for merging.
+    score: (prediction, reference answers) -> score of the prediction.
+    label: name in tables and figures.
+    description: phrase for the model card that says what is measured; by default the label.
+    aggregate: scores of all questions -> value of the metric.
+    higher_is_better: whether larger values are better; decides the best checkpoint and merging.
     format: value -> text; `percent`, the default, means that values are fractions in 0..1.
-    axis: label of the figure's y axis.
-    hub_type: identifier of the metric on the Hugging Face Hub.
-    merge_margin: how much worse a merged model may be than its adapter; None: reported, but decides nothing.
+    axis: label of the figure's y axis; by default the label.
+    hub_type: identifier of the metric on the Hugging Face Hub; by default the name.
+    merge_margin: how much worse than its adapter a merged model may be; None: reported, but not checked.
     """
 
     name: str
@@ -62,20 +85,20 @@ class Metric:
     merge_margin: float | None = None
 
     def scores(self, questions: Sequence[Question], predictions: Sequence[str]) -> list[float]:
-        """Return one score per question."""
+        """Return the score of each prediction."""
         return [self.score(p, q.references) for q, p in zip(questions, predictions, strict=True)]
 
     def evaluate(self, questions: Sequence[Question], predictions: Sequence[str]) -> float:
-        """Return the aggregated score of all predictions."""
+        """Return the value of the metric over all predictions."""
         return self.aggregate(self.scores(questions, predictions))
 
     def majority_baseline(self, questions: Sequence[Question]) -> float:
-        """Return the score of always giving the most frequent reference answer."""
+        """Return the value reached by always giving the most frequent reference answer."""
         return self.evaluate(questions, [most_frequent_answer(questions)] * len(questions))
 
     @property
     def title(self) -> str:
-        """The label as a heading begins."""
+        """The label, capitalized."""
         return self.label[:1].upper() + self.label[1:]
 
     @property
@@ -92,11 +115,25 @@ METRICS: dict[str, Metric] = {}
 
 
 def register_metric(metric: Metric) -> None:
-    """Add a metric to the registry and to the values of ``eval.metric``. ValueError if the name is taken."""
+    """Add a metric to the registry and to the values of ``eval.metric``.
+
+    Raises ValueError if the name is registered already, or if keys derived from it are in use.
+    """
     if metric.name in METRICS or metric.name == LOSS:
         raise ValueError(f"metric {metric.name!r} is already registered; choose another name")
+    used_keys = RESERVED_KEYS.union(*map(_keys, METRICS))
+    if collisions := sorted(_keys(metric.name) & used_keys):
+        raise ValueError(
+            f"metric {metric.name!r}: its results would be stored as {', '.join(collisions)}, "
+            "which is in use; choose another name"
+        )
     METRICS[metric.name] = metric
-    tables.METRICS.setdefault(metric.name, metric.description or metric.label)
+    tables.METRIC_DESCRIPTIONS.setdefault(metric.name, metric.description or metric.label)
+
+
+def _keys(name: str) -> set[str]:
+    """Return every key under which results of a metric are stored."""
+    return {f"{name}{suffix}" for suffix in KEY_SUFFIXES}
 
 
 def evaluate_metrics(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, float]:
@@ -105,12 +142,12 @@ def evaluate_metrics(questions: Sequence[Question], predictions: Sequence[str]) 
 
 
 def higher_is_better(name: str) -> bool:
-    """Return the direction of a value of ``eval.metric``."""
+    """Return whether larger values of what ``eval.metric`` names are better."""
     return name != LOSS and METRICS[name].higher_is_better
 
 
 def normalize(text: str) -> str:
-    """Reduce an answer to what exact match compares: no case, outer spaces or final punctuation."""
+    """Return an answer as exact match compares it: without case, extra spaces and final punctuation."""
     return " ".join(text.casefold().split()).rstrip(".!? ")
 
 
@@ -129,6 +166,7 @@ ACCURACY = Metric(
     merge_margin=0.1,
 )
 register_metric(ACCURACY)
+MERGE_METRIC = ACCURACY  # `flamingo-ft merge --accuracy-margin` replaces the merge_margin of this metric
 
 
 def most_frequent_answer(questions: Sequence[Question]) -> str:
@@ -143,10 +181,10 @@ def most_frequent_answer(questions: Sequence[Question]) -> str:
 def scores_by_class(
     questions: Sequence[Question], predictions: Sequence[str]
 ) -> dict[str, dict[str, Any]] | None:
-    """Treat each distinct reference answer as a class and score the classes separately.
+    """Score the questions of each distinct reference answer, a class, separately.
 
-    Returns, for each class, how many ``samples`` have it, every metric on those samples, and how often it was
-    ``predicted``. None for a single class, and where there are too many for the number of samples.
+    Returns for each class the number of its ``samples``, every metric on them, and how often the class was
+    ``predicted``. Returns None if there is only one class, or too many for the number of samples.
     """
     written: dict[str, str] = {}
     members: dict[str, list[int]] = {}
@@ -166,7 +204,7 @@ def scores_by_class(
 
 
 def is_free_text(questions: Sequence[Question]) -> bool:
-    """Whether the reference answers are captions or sentences, which can be phrased in many correct ways."""
+    """Whether the reference answers are captions or sentences, which can be phrased in many ways."""
     if any(message["role"] == DOCUMENT for question in questions for message in question.messages):
         return True
     lengths = sorted(len(question.answer.split()) for question in questions)

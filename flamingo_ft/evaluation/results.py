@@ -1,8 +1,13 @@
-"""Answers of an evaluation: predictions.jsonl, the ``eval`` record of metrics.json, and score tables."""
+"""Answers of an evaluation: predictions.jsonl, the ``eval`` record of metrics.json, and score tables.
+
+The record ends with a verdict: whether the model uses its images, by its answers to the same questions with
+other images.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,9 +18,18 @@ from flamingo_ft.adapters.card import CardTable
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.data.media import preview
 from flamingo_ft.data.sample import display_text
+from flamingo_ft.formatting import percent
 
-from .image_use import image_use
-from .metrics import ACCURACY, METRICS, Metric, is_free_text, scores_by_class
+from .metrics import (
+    ACCURACY,
+    METRICS,
+    Metric,
+    is_free_text,
+    mean,
+    most_frequent_answer,
+    normalize,
+    scores_by_class,
+)
 from .questions import Question
 
 BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"  # conditions under which questions are asked
@@ -28,6 +42,18 @@ COLUMN_HEADERS = {
     SHUFFLED: "with another image",
 }
 PREDICTIONS_FILE = "predictions.jsonl"
+
+# Of the verdict, which says whether the model uses its images:
+MIN_QUESTIONS = 20  # with images; fewer allow no conclusion
+SIGNIFICANT = 2.0  # standard errors
+MIN_GAIN = 0.02  # smaller differences in accuracy are of no use, however significant
+FEW_CHANGES = 0.1  # fraction of answers that change with the image
+NOT_LOOKING, NO_USE = "the model is not looking", "the images are of no use to the model"
+READS_IMAGES = "reads the images"
+REMEDY = (
+    "try more steps, a higher train.learning_rate (above all for the gates), a smaller "
+    "model.cross_attn_every_n_layers, or more varied questions that cannot be answered without the image"
+)
 
 
 def overall_key(metric: Metric, column: str) -> str:
@@ -61,13 +87,17 @@ class Results:
         for index, question in enumerate(self.questions):
             by_task[question.task].append(index)
         per_task = {task: self._task_record(indices) for task, indices in sorted(by_task.items())}
+        majority = [""] * len(self.questions)  # the most frequent reference answer of each question's task
+        for indices in by_task.values():
+            answer = most_frequent_answer([self.questions[index] for index in indices])
+            for index in indices:
+                majority[index] = answer
         record: dict[str, Any] = {}
         for metric in METRICS.values():
             for condition in self.conditions:
                 value = metric.evaluate(self.questions, self.answers[condition])
                 record[overall_key(metric, condition)] = value
-            majority = sum(task[task_key(metric, MAJORITY)] * task["samples"] for task in per_task.values())
-            record[overall_key(metric, MAJORITY)] = majority / len(self.questions)
+            record[overall_key(metric, MAJORITY)] = metric.evaluate(self.questions, majority)
         if SHUFFLED in self.answers:
             record["verdict"] = image_use(self.questions, self.answers[AFTER], self.answers[SHUFFLED])
         return {**record, "per_task": per_task}
@@ -203,3 +233,55 @@ def class_scores(evaluation: Mapping[str, Any] | None, metrics: Sequence[Metric]
         for task, found in (evaluation or {}).get("per_task", {}).items()
         for answer, record in (found.get("classes") or {}).items()
     ]
+
+
+def image_use(
+    questions: Sequence[Question],
+    predictions: Sequence[str],
+    shuffled: Sequence[str],
+) -> str | None:
+    """Return whether the model uses its images, in one sentence; None if no question has any.
+
+    predictions: answers to the questions. shuffled: answers to the same questions with another sample's
+    images.
+    """
+    rows = [row for row in zip(questions, predictions, shuffled, strict=True) if row[0].images]
+    if not rows:
+        return None
+    if len(rows) < MIN_QUESTIONS:
+        return f"too few held-out questions with images to judge by ({len(rows)}; {MIN_QUESTIONS} are needed)"
+    asked = [question for question, _, _ in rows]
+    changed = mean([normalize(prediction) != normalize(other) for _, prediction, other in rows])
+    if is_free_text(asked):
+        return _verdict_on_free_text(changed)
+    correct = ACCURACY.scores(asked, [prediction for _, prediction, _ in rows])
+    correct_shuffled = ACCURACY.scores(asked, [other for _, _, other in rows])
+    return _verdict_on_scores(correct, correct_shuffled, changed, ACCURACY.majority_baseline(asked))
+
+
+def _verdict_on_scores(
+    correct: Sequence[float], shuffled: Sequence[float], changed: float, majority: float
+) -> str:
+    """Compare scores of 0 or 1 with the true and with other images, paired by question (McNemar, 1947)."""
+    score, other = mean(correct), mean(shuffled)
+    gain = score - other
+    error = math.sqrt(sum((a - b) ** 2 for a, b in zip(correct, shuffled, strict=True))) / len(correct)
+    figures = f"{percent(score)} right, against {percent(other)} with another image"
+    if gain <= max(SIGNIFICANT * error, MIN_GAIN):
+        if changed < FEW_CHANGES:
+            return f"{NOT_LOOKING}: answers barely change with another image ({figures}); {REMEDY}"
+        return (
+            f"{NO_USE}: answers change with another image, but are right about as often ({figures}); {REMEDY}"
+        )
+    if score <= majority:
+        baseline = f"always giving the most frequent answer ({percent(majority)})"
+        return f"{READS_IMAGES}, yet does no better than {baseline}: {figures}; {REMEDY}"
+    return f"{READS_IMAGES}: {figures}"
+
+
+def _verdict_on_free_text(changed: float) -> str:
+    share = f"{100 * changed:.0f} % of the answers change with another image"
+    if changed < FEW_CHANGES:
+        return f"{NOT_LOOKING}: {share}; {REMEDY}"
+    limit = "whether they are right, exact match cannot tell for free text"
+    return f"the answers depend on the images ({share}); {limit}"

@@ -44,9 +44,9 @@ def fetch_model(place: str | Path, **options: Any) -> Path:
         return folder
     checkpoints = [path for path in files if path.suffix in TORCH_SUFFIXES]
     if len(checkpoints) != 1:
-        held = ", ".join(sorted(path.name for path in files)[:3]) or "no files of one"
+        names = ", ".join(sorted(path.name for path in files)[:3]) or "no files of one"
         raise UserError(
-            f"{name}: holds no model (found {held}); name a repository with config.json or one checkpoint"
+            f"{name}: holds no model (got {names}); name a repository with config.json or one checkpoint"
         )
     return checkpoints[0]
 

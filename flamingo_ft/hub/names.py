@@ -1,4 +1,4 @@
-"""Tell paths on this machine from names on the Hub, wherever both may be given.
+"""Distinguish paths on this machine from names on the Hub, and strip local paths from what is published.
 
 Names on the Hugging Face Hub are ``org/name`` and ``org/name@revision``. A name is a path if
 
@@ -8,6 +8,9 @@ Names on the Hugging Face Hub are ``org/name`` and ``org/name@revision``. A name
   repository of a user called "runs".
 
 An explicit revision always means the Hub, unless the name exists as a path.
+
+Of an absolute path, only the last component is published. Paths are recognized by their keys. Free text is
+never changed: a prompt may begin with a slash.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePath
+from typing import Any
 
 from flamingo_ft.errors import UserError
 
@@ -187,15 +191,15 @@ def missing_path_message(
 
 
 def nearest_path(place: str | Path) -> Path | None:
-    """Return the existing path most similar to ``place``; None if a component has none."""
+    """Return the existing path most similar to ``place``; None if a component has no similar one."""
     path = Path(os.path.expanduser(str(place).replace("\\", "/")))
-    found = Path(path.anchor)
+    nearest = Path(path.anchor)
     for part in path.parts[bool(path.anchor) :]:
-        name = part if os.path.exists(found / part) else _nearest_entry(found, part)
+        name = part if os.path.exists(nearest / part) else _nearest_entry(nearest, part)
         if name is None:
             return None
-        found /= name
-    return found if path.parts else None
+        nearest /= name
+    return nearest if path.parts else None
 
 
 def _nearest_entry(folder: Path, name: str) -> str | None:
@@ -207,3 +211,37 @@ def _nearest_entry(folder: Path, name: str) -> str | None:
         return None
     similar = difflib.get_close_matches(name.lower(), names, n=1, cutoff=MIN_SIMILARITY)
     return names[similar[0]] if similar else None
+
+
+# --- local paths in what is published ---
+
+PATH_KEYS = ("path", "name_or_path", "_name_or_path", "base_model_name_or_path")
+PATH_SUFFIXES = ("_path", "_file", "_dir", "_folder")
+BACKBONE_KEYS = ("name", "pretrained")  # keys of an entry of `backbones` in a Flamingo's configuration
+
+_ABSOLUTE_PATH = re.compile(r"(?P<prefix>local-dir:)?(?P<path>(/|~/)[^/\n][^\n]*)")
+
+
+def strip_local_path(value: Any) -> Any:
+    """Return the last component of an absolute path, or of each in a list; other values unchanged."""
+    if isinstance(value, list):
+        return [strip_local_path(entry) for entry in value]
+    match = _ABSOLUTE_PATH.fullmatch(value) if isinstance(value, str) else None
+    return value if match is None else (match["prefix"] or "") + PurePath(match["path"]).name
+
+
+def strip_local_paths(values: Any, keys: Collection[str] = ()) -> Any:
+    """Return JSON values with the absolute paths under the known keys, and under ``keys``, stripped."""
+    if isinstance(values, list):
+        return [strip_local_paths(entry, keys) for entry in values]
+    if not isinstance(values, dict):
+        return values
+    return {name: _strip_entry(name, value, keys) for name, value in values.items()}
+
+
+def _strip_entry(name: str, value: Any, keys: Collection[str]) -> Any:
+    if name == "backbones" and isinstance(value, dict):
+        return {part: strip_local_paths(record, BACKBONE_KEYS) for part, record in value.items()}
+    if name in PATH_KEYS or name in keys or name.endswith(PATH_SUFFIXES):
+        value = strip_local_path(value)
+    return strip_local_paths(value, keys)

@@ -1,4 +1,4 @@
-"""Files that hold a model's weights: their names, the index files that list shards, and a reader by tensor."""
+"""Files that hold a model's weights: names, index files that list shards, and a reader by tensor."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ ADVICE = "add tokens when the model is built, build_flamingo(..., extra_tokens=[
 
 
 def add_media_tokens(tokenizer: PreTrainedTokenizerBase, extra: Sequence[str] = ()) -> list[int]:
-    """Add the end-of-chunk and media tokens, ``extra``, and a padding token if there is none, in this order.
+    """Add the end-of-chunk and media tokens, ``extra``, and a padding token if the tokenizer lacks one.
 
     Returns the ids of those that the vocabulary did not have.
     """
@@ -38,9 +38,9 @@ def add_media_tokens(tokenizer: PreTrainedTokenizerBase, extra: Sequence[str] = 
 
 def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     """Return the id of one token."""
-    found = tokenizer.convert_tokens_to_ids(token)
-    assert isinstance(found, int)
-    return found
+    index = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(index, int)
+    return index
 
 
 @torch.no_grad()
@@ -62,11 +62,9 @@ def grow_vocabulary(lm: PreTrainedModel, size: int) -> None:
 def add_tokens(model: Any, size: int) -> None:
     """Add tokens to ``model``, a `FlamingoForConditionalGeneration`, up to a vocabulary of ``size``.
 
-    Their rows go into `token_rows`.
-
     A tokenizer numbers tokens in the order in which they are added, so all ids after the last known one are
-    new. If the model has no rows of its own (its tokenizer had ``<image>`` before), they are those beyond the
-    language model's matrix.
+    new. Their rows go into `token_rows`. If the model has no rows of its own (its tokenizer had ``<image>``
+    before), they are those beyond the language model's matrix.
     """
     config, lm = model.config, model.lang_encoder
     own = config.new_token_ids or []
@@ -92,8 +90,8 @@ def add_tokens(model: Any, size: int) -> None:
 
 
 def _check_rows_can_be_added(model: Any) -> None:
-    """Raise UserError where parameters of a new shape would break what holds the old ones, or could not be
-    loaded.
+    """Raise UserError if rows can no longer be added: the parameters are sharded or wrapped, or the adapter
+    could not be loaded again.
     """
     rows = model.token_rows
     if isinstance(model, FSDPModule):

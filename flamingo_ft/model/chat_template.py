@@ -29,9 +29,8 @@ GENERATION_MARK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 Span = tuple[int, int]
 Turns = Sequence[Mapping[str, Any]]
-Render = Callable[
-    ..., tuple[str, list[Span]]
-]  # (template, turns) -> text and the spans of its generation marks
+# (template, turns) -> text and the spans of its generation marks
+Render = Callable[..., tuple[str, list[Span]]]
 
 # TEMPLATE and the other names in capitals are filled in by `_filled`. `{{ '' }}` keeps Jinja from dropping a
 # line break at the beginning of the template.
@@ -173,7 +172,7 @@ def _dialogues(template: str, rendered: Render) -> list[Turns] | str:
 
 def _answers(rendered: Render, dialogues: Sequence[Turns], template: str) -> list[_Answer]:
     """Return the answers of each dialogue that appear unchanged in its text, in order."""
-    found = []
+    answers = []
     for turns in dialogues:
         text, marks = rendered(template, turns=turns, marked=is_marked(template))
         for index, turn in enumerate(turns):
@@ -182,8 +181,8 @@ def _answers(rendered: Render, dialogues: Sequence[Turns], template: str) -> lis
                 learned = max((start for start, _ in marks if start <= begin), default=begin)
                 prompt = _written(rendered, template, turns[:index], add_generation_prompt=True)
                 asked = _written(rendered, template, turns[:index])
-                found.append(_Answer(prompt, asked, text[:begin], learned))
-    return found
+                answers.append(_Answer(prompt, asked, text[:begin], learned))
+    return answers
 
 
 def _written(rendered: Render, template: str, turns: Turns, **options: bool) -> str | None:
@@ -207,10 +206,10 @@ def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Itera
 
     The prompt that fits an earlier answer comes first: it is how answers are written in the turns after them.
     """
-    found = answers(template)
+    first = answers(template)
     if not is_marked(template):
-        yield from _without_block(template, found)
-    for opening in dict.fromkeys(answer.opening for answer in (*found[1:2], *found[:1], *found[-1:])):
+        yield from _without_block(template, first)
+    for opening in dict.fromkeys(answer.opening for answer in (*first[1:2], *first[:1], *first[-1:])):
         if opening is not None:
             prompted = _filled(OWN_PROMPT, template, OPENING=opening)
             yield prompted

@@ -13,7 +13,7 @@ far, M media, L latents.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,17 +71,14 @@ class Media:
 
 def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
     """Return the document (R, slots) that the media token of each medium is in; the arguments are (R, T)."""
-    index = torch.where(is_media, times - 1, slots).clamp(
-        max=slots
-    )  # text tokens write to a spare slot, cut off
+    # Text tokens write to a spare slot, which is cut off.
+    index = torch.where(is_media, times - 1, slots).clamp(max=slots)
     return documents.new_zeros(len(documents), slots + 1).scatter(1, index, documents)[:, :slots]
 
 
 @dataclass(eq=False)
 class Past:
-    """What is stored on a key/value cache: the media it was filled with, and the text times (R, S) of its
-    tokens.
-    """
+    """State stored on a key/value cache: the media it was filled with, and its tokens' text times (R, S)."""
 
     media: Media
     times: Tensor
@@ -107,9 +104,7 @@ def past_of(cache: object | None) -> Past | None:
 
 
 def cache_length(cache: Any) -> int:
-    """Return the number of tokens in a cache. State-space caches do not know it; it is read off their text
-    times.
-    """
+    """Return the number of tokens in a cache; for state-space caches, the number of stored text times."""
     if cache is None:
         return 0
     try:
@@ -145,7 +140,7 @@ class MediaConditioning:
         return self._now.media is not None
 
     @contextmanager
-    def open(self, media: Media, documents: Tensor | None = None) -> Iterator[None]:
+    def open(self, media: Media, documents: Tensor | None = None) -> Generator[None]:
         """Condition the language model on ``media`` inside the ``with`` block, and only there.
 
         documents (R, T): the document of each token, for packed rows.
@@ -167,9 +162,7 @@ class MediaConditioning:
         self.held = self._held_times = None
 
     def start(self, input_ids: Tensor, cache: Any) -> None:
-        """Compute which media the tokens of one forward see: input_ids (R, T), which follow those in
-        ``cache``.
-        """
+        """Compute which media input_ids (R, T) of one forward see; they follow the tokens in ``cache``."""
         media, documents = self._now.media, self._now.documents
         assert media is not None, "called while nothing is open"
         is_media = input_ids == self.media_token_id
@@ -192,9 +185,8 @@ class MediaConditioning:
         forward starts.
         """
         rows, length, past = len(is_media), cache_length(cache), past_of(cache)
-        if cache is not None and not hasattr(
-            cache, "__dict__"
-        ):  # a plain list (RWKV), filled by the previous forward
+        # RWKV's cache is a plain list, filled by the previous forward.
+        if cache is not None and not hasattr(cache, "__dict__"):
             past = self._now.past
             length = 0 if past is None else past.times.shape[1]
         before = is_media.new_zeros(rows, length, dtype=torch.long)
@@ -224,8 +216,8 @@ class MediaConditioning:
     @torch.compiler.disable
     def _after_language_model(self, lm: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.is_open:
-            given = get_cache(kwargs)
-            self.finish(get_cache(output) if given is None else given)
+            cache = get_cache(kwargs)
+            self.finish(get_cache(output) if cache is None else cache)
 
     def _before_layer(
         self, index: int, layer: nn.Module, args: tuple, kwargs: dict
@@ -239,18 +231,14 @@ class MediaConditioning:
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def _into_streams(self, hidden: Tensor, block: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run a block on the residual stream; with several streams, run it on their mean and add its change
-        to each.
-        """
+        """Run a block on the residual stream; of several streams, on their mean, its change added to each."""
         if self._streams is None:
             return block(hidden)
         mean = self._streams.mean(hidden)
         return self._streams.add(hidden, block(mean) - mean)
 
     def _cross_attend(self, index: int, hidden: Tensor, media: Media, visible: Tensor | None) -> Tensor:
-        """Run the block of decoder layer ``index``; without gradients, keep its keys and values for the next
-        token.
-        """
+        """Run the block before decoder layer ``index``; without gradients, keep its keys and values."""
         block: Any = self.blocks[index]
         if media.latents is None or torch.is_grad_enabled():
             return block(block.entry(hidden), media.latents, visible)[0]
@@ -261,9 +249,7 @@ class MediaConditioning:
 
 
 class _Now(threading.local):
-    """What is open in this thread, since several threads may generate with one model. A copy starts with
-    nothing open.
-    """
+    """The open state of this thread: several threads may generate with one model. A copy starts closed."""
 
     media: Media | None = None
     call: _Call | None = None
@@ -275,9 +261,7 @@ class _Now(threading.local):
 
 
 def _refuse_recomputation() -> None:
-    """Refuse a layer run in a backward pass with nothing open: a checkpoint wrapper recomputes it, hooks
-    included.
-    """
+    """Raise RuntimeError in a backward pass, where a checkpoint wrapper recomputes a layer with its hooks."""
     if in_backward():
         raise RuntimeError(
             "a checkpoint wrapper recomputes a decoder layer together with its hooks, and the bridge would "

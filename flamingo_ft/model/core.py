@@ -85,14 +85,14 @@ class FlamingoCore(nn.Module):
     def media_for(
         self,
         input_ids: Tensor | None,
-        given: MediaInput | None,
+        inputs: MediaInput | None,
         cache: object | None = None,
         documents: Tensor | None = None,
     ) -> Media:
         """Return the media for ``input_ids`` (R, T), the tokens that follow those in ``cache``.
 
-        given: the media of the whole text so far, or of the new tokens alone, those of the cached part being
-        known; None for the held or known ones, or for plain text. documents (R, T): the document of each
+        inputs: the media of the whole text so far, or of the new tokens alone if those of the cached part are
+        stored; None for held or stored media, or for plain text. documents (R, T): the document of each
         token, for packed rows. Raises UserError if text and images do not match.
         """
         if input_ids is None:
@@ -102,18 +102,19 @@ class FlamingoCore(nn.Module):
         is_media = input_ids == self.conditioning.media_token_id
         mentioned, seen = is_media.sum(-1), self.media_in_cache(input_ids, cache)
         past = past_of(cache) if cache_length(cache) else None
-        if given is None:
+        if inputs is None:
             return self._known_media(mentioned, seen, None if past is None else past.media)
-        if len(given.frames) != len(input_ids):
+        if len(inputs.frames) != len(input_ids):
             raise UserError(
-                f"forward: got {len(given.frames)} rows of images for {len(input_ids)} of text; pass one each"
+                f"forward: got {len(inputs.frames)} rows of images for {len(input_ids)} of text; "
+                "pass one each"
             )
-        if past is not None and seen.any() and are_of_the_end(seen, mentioned, given.slots):
-            positions = media_positions(seen, given.slots)
-            new = encode_media(self.vision_encoder, self.perceiver, given, mentioned, positions)
+        if past is not None and seen.any() and are_of_the_end(seen, mentioned, inputs.slots):
+            positions = media_positions(seen, inputs.slots)
+            new = encode_media(self.vision_encoder, self.perceiver, inputs, mentioned, positions)
             return extend(past, seen, new)
-        positions = None if documents is None else positions_in_documents(is_media, documents, given.slots)
-        return encode_media(self.vision_encoder, self.perceiver, given, seen + mentioned, positions)
+        positions = None if documents is None else positions_in_documents(is_media, documents, inputs.slots)
+        return encode_media(self.vision_encoder, self.perceiver, inputs, seen + mentioned, positions)
 
     def media_in_cache(self, input_ids: Tensor, cache: object | None) -> Tensor:
         """Return the number of media tokens (R,) in a key/value cache for each row of ``input_ids`` (R, T)"""
@@ -130,13 +131,13 @@ class FlamingoCore(nn.Module):
     def condition_on(
         self,
         input_ids: Tensor | None,
-        given: MediaInput | None,
+        inputs: MediaInput | None,
         cache: object | None = None,
         documents: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Return a context in which the language model sees the media of ``input_ids``, for one forward."""
         self.follow_language_model()
-        return self.conditioning.open(self.media_for(input_ids, given, cache, documents), documents)
+        return self.conditioning.open(self.media_for(input_ids, inputs, cache, documents), documents)
 
     def follow_language_model(self) -> None:
         """Hook the rows of new tokens onto the embedding and output head that the language model has now."""
@@ -144,44 +145,40 @@ class FlamingoCore(nn.Module):
             self.token_rows.follow(self.lang_encoder)
 
     @torch.no_grad()
-    def generate_text(self, input_ids: Tensor | None, given: MediaInput | None, **kwargs: Any) -> Any:
-        """Run the language model's own ``generate`` on the media, each of which is encoded and projected
-        once.
-        """
+    def generate_text(self, input_ids: Tensor | None, inputs: MediaInput | None, **kwargs: Any) -> Any:
+        """Run the language model's own ``generate``; each medium is encoded and projected once."""
         if input_ids is None:
             raise UserError(
                 "generate: got no input_ids, where a Flamingo finds its media; pass the prompt as token ids"
             )
         cache, mask = get_cache(kwargs), kwargs.get("attention_mask")
         _refuse_assisted_continuation(kwargs, cache)
-        only_new = (
-            mask is not None and mask.shape[1] > input_ids.shape[1]
-        )  # the cached tokens were not passed again
+        # A longer mask: the cached tokens were not passed again.
+        only_new = mask is not None and mask.shape[1] > input_ids.shape[1]
         new_ids = input_ids if only_new else input_ids[:, cache_length(cache) :]
-        media = self.media_for(new_ids, given, cache)
+        media = self.media_for(new_ids, inputs, cache)
         self.follow_language_model()
         no_media_token = NoMediaToken([self.conditioning.media_token_id], device=str(input_ids.device))
         kwargs["logits_processor"] = LogitsProcessorList(
             [*(kwargs.get("logits_processor") or []), no_media_token]
         )
         if getattr(self.lang_encoder.config, "output_router_logits", False):
-            # Trainers enable it for mixtures of experts, whose load-balancing loss fails on a step from a
-            # cache.
+            # Trainers enable it for mixtures of experts, whose load-balancing loss fails with a cache.
             kwargs.setdefault("output_router_logits", False)
         with ExitStack() as opened:
             opened.enter_context(self.conditioning.open(media))
             assistant = kwargs.get("assistant_model")
             if isinstance(assistant, FlamingoCore):
-                opened.enter_context(assistant.condition_on(input_ids, given))
+                opened.enter_context(assistant.condition_on(input_ids, inputs))
                 kwargs["assistant_model"] = assistant.lang_encoder
             # pyrefly: ignore[not-callable]
             return self.lang_encoder.generate(input_ids, **name_cache(self.lang_encoder, kwargs))
 
     @torch.no_grad()
-    def hold_media(self, input_ids: Tensor, given: MediaInput | None) -> None:
-        """Encode ``given`` once, without a graph, and keep them for every forward until `uncache_media`."""
+    def hold_media(self, input_ids: Tensor, inputs: MediaInput | None) -> None:
+        """Encode ``inputs`` once, without gradients, for every forward until `uncache_media`."""
         self.conditioning.release()
-        media = self.media_for(input_ids, given)
+        media = self.media_for(input_ids, inputs)
         self.conditioning.hold(media, (input_ids == self.conditioning.media_token_id).sum(-1))
 
     def uncache_media(self) -> None:

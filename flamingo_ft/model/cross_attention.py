@@ -34,7 +34,7 @@ class MaskedCrossAttention(nn.Module):
         """x (R, T, D); key, value (B, H, M * L, d); visible (R, T, M) bool -> (R, T, D).
 
         The R / B rows of a sample are adjacent and become one long query, so that the keys and values of a
-        sample are held once however many beams there are.
+        sample are stored once however many beams there are.
         """
         samples = len(key)
         latents_per_medium = key.shape[2] // visible.shape[2]
@@ -71,11 +71,11 @@ class GatedCrossAttentionBlock(CheckpointedBlock):
         x = hidden.to(self.attn.norm.weight.dtype)
         if latents is not None:
             key, value = (key, value) if key is not None else self.attn.project(latents)
-            x = x + _opening(self.attn_gate, x) * self.attn(x, key, value, visible)
-        x = x + _opening(self.ff_gate, x) * self.ff(x)
+            x = x + _tanh_gate(self.attn_gate, x) * self.attn(x, key, value, visible)
+        x = x + _tanh_gate(self.ff_gate, x) * self.ff(x)
         return x.to(hidden.dtype), key, value
 
 
-def _opening(gate: Tensor, x: Tensor) -> Tensor:
+def _tanh_gate(gate: Tensor, x: Tensor) -> Tensor:
     """Return tanh(gate) in the dtype of ``x``: gates may be in float32 beside bfloat16 matrices."""
     return gate.tanh().to(x.dtype)

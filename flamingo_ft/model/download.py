@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message, shorten
 
-TIMEOUT_SECONDS = 20.0  # without an answer
+TIMEOUT_SECONDS = 20.0  # without a response
 LONGEST_SECONDS = 120.0  # in all
 MOST_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 16
@@ -95,11 +95,9 @@ def _check_peer(connection: socket.socket) -> None:
 
 
 def _check_public(address: str) -> None:
-    """Raise ValueError for an address of this machine, of a private network, or of several machines
-    (multicast).
-    """
-    found = _ipv4_in(ipaddress.ip_address(address.partition("%")[0]))
-    if not found.is_global or found.is_multicast:
+    """Raise ValueError for a local, private or multicast address."""
+    ip = _ipv4_in(ipaddress.ip_address(address.partition("%")[0]))
+    if not ip.is_global or ip.is_multicast:
         raise ValueError("not a public address")
 
 

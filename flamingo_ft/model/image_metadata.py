@@ -1,5 +1,4 @@
-"""Read and remove the metadata of image files defensively: EXIF written by cameras and editors is often
-damaged.
+"""Read and remove the metadata of image files: EXIF written by cameras and editors is often damaged.
 
 Pillow needs intact EXIF to turn an image upright and, in some formats, to open it at all. Here the
 orientation is read from whatever is left of the metadata, and files are rewritten without metadata, their
@@ -52,9 +51,9 @@ def stored_orientation(info: Mapping[Any, Any]) -> int | None:
     for name in ("exif", "Raw profile type exif"):
         block = info.get(name)
         block = _unhex(block) if isinstance(block, str) else block
-        found = exif_orientation(block) if isinstance(block, bytes) else None
-        if found is not None:
-            return found
+        orientation = exif_orientation(block) if isinstance(block, bytes) else None
+        if orientation is not None:
+            return orientation
     texts = (info.get(name) for name in ("XML:com.adobe.xmp", "xmp"))
     contents = (text.encode("utf-8", "replace") if isinstance(text, str) else text for text in texts)
     matches = (_XMP_ORIENTATION.search(content) for content in contents if isinstance(content, bytes))
@@ -77,10 +76,9 @@ def exif_orientation(block: bytes) -> int | None:
 
 
 def split_metadata(source: str | os.PathLike[str] | bytes) -> tuple[bytes, dict[str, Any]] | None:
-    """Return an image file without its metadata, and its EXIF and XMP in the form of a Pillow image's
-    ``info``.
+    """Return an image file without its metadata, and its EXIF and XMP as in a Pillow image's ``info``.
 
-    None for formats that are not supported here.
+    Returns None for formats that are not supported here.
     """
     split = _splitter(_head(source))
     if split is None:
@@ -180,9 +178,7 @@ def _split_webp(content: bytes) -> tuple[bytes, dict[str, Any]]:
 
 
 def _split_avif(content: bytes) -> tuple[bytes, dict[str, Any]]:
-    """Give metadata items a type that no decoder knows. The orientation is a property of the image itself
-    here.
-    """
+    """Give metadata items a type that no decoder knows; AVIF's orientation is not metadata, and stays."""
     bare = re.sub(rb"(infe[\x02\x03]\0\0.(?:..|....)\0\0)(?:Exif|mime)", rb"\1free", content, flags=re.DOTALL)
     return bare, {}
 

@@ -1,4 +1,4 @@
-"""The one image reader: from a file, a Pillow image or an array to upright 8-bit RGB.
+"""The one image reader: from a file, URL, base64 text, Pillow image or array to upright 8-bit RGB.
 
 Training, evaluation, the processor (and with it pipelines, the server and TRL), reports and checks all read
 images here, so that a report shows what the model sees.
@@ -14,21 +14,26 @@ The conversions made are in the image's ``info["conversions"]``, as names of `CO
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import os
+import re
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from flamingo_ft.formatting import error_message
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import error_message, shorten
 
+from .download import download, is_url
 from .image_metadata import METADATA_ERRORS, ORIENTATION, split_metadata, stored_orientation
-from .image_values import channels_last, eight_bit
+from .image_values import channels_last, colours_to_rgb, eight_bit
 
 READER_VERSION = 2  # increment it when a file is read into other pixels: feature caches depend on it
 MAX_PIXELS = 89_478_485  # of one image or video frame; 256 MiB of RGB
@@ -67,13 +72,6 @@ CONVERSIONS = {
     "first frame": "later frames or pages are not read",
     "damaged metadata": "ignored, except for an orientation that can still be read",
 }
-_MODES = {
-    "1": "black and white",
-    **dict.fromkeys(("L", "LA", "La"), "greyscale"),
-    **dict.fromkeys(("P", "PA"), "palette"),
-    "CMYK": "CMYK",
-    **dict.fromkeys(("YCbCr", "LAB", "HSV"), "other colour space"),
-}
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -83,6 +81,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+DATA_URI = re.compile(r"data:[^,]{0,200},")
 
 
 class UnreadableImage(ValueError):
@@ -90,7 +89,7 @@ class UnreadableImage(ValueError):
 
 
 def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
-    """Read an image file, given as a path or as its content.
+    """Read an image file from its path or its content.
 
     Raises UnreadableImage for damaged files, for other formats, and for more than `MAX_PIXELS` pixels,
     without decoding them.
@@ -130,7 +129,7 @@ def _is_read(image: Image.Image) -> bool:
 
 
 @contextmanager
-def reading() -> Iterator[None]:
+def reading() -> Generator[None]:
     """Turn Pillow's exceptions for unreadable images into UnreadableImage."""
     try:
         with _quiet():
@@ -144,9 +143,9 @@ def reading() -> Iterator[None]:
 def orientation(image: Image.Image) -> int:
     """Return the EXIF orientation of a Pillow image, from 1 (upright) to 8."""
     image.load()
-    return (
-        1 if image.format == "TIFF" else _stored_orientation(image)[0]
-    )  # Pillow turns TIFF images itself on load
+    if image.format == "TIFF":  # Pillow turns it upright on load
+        return 1
+    return _stored_orientation(image)[0]
 
 
 def check_size(width: int, height: int) -> None:
@@ -170,14 +169,14 @@ def _read(source: str | os.PathLike[str] | bytes, metadata: Mapping[str, Any] | 
 def _read_without_metadata(source: str | os.PathLike[str] | bytes) -> Image.Image | None:
     """Read a file that Pillow rejects after removing its metadata; None if that does not help."""
     try:
-        found = split_metadata(source)
-        return None if found is None else _read(*found)
+        split = split_metadata(source)
+        return None if split is None else _read(*split)
     except UNREADABLE:
         return None
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """Silence Pillow's warnings about damaged metadata; warnings of decompression bombs become errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -199,7 +198,7 @@ def _picture_to_rgb(image: Image.Image, metadata: Mapping[str, Any] | None = Non
     image.load()
     check_size(*image.size)  # loading an icon may change its size to that of the picture inside
     turn = (metadata and stored_orientation(metadata)) or orientation(image)
-    rgb, notes = _colours(image)
+    rgb, notes = colours_to_rgb(image)
     if turn in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[turn])
     facts = {
@@ -233,42 +232,13 @@ def _has_more_frames(image: Image.Image) -> bool:
         return False
 
 
-def _colours(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Return the image in RGB, and the conversions made."""
-    if image.mode.startswith("I") or image.mode == "F":
-        return _scaled(image)
-    notes = [_MODES[image.mode]] if image.mode in _MODES else []
-    if _may_be_transparent(image):
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        # pyrefly: ignore[unsupported-operation]
-        if rgba.getchannel("A").getextrema()[0] < 255:
-            notes.append("transparent")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), notes
-    return image.convert("RGB"), notes
-
-
-def _may_be_transparent(image: Image.Image) -> bool:
-    in_palette = image.mode == "P" and image.palette is not None and image.palette.mode.endswith("A")
-    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or in_palette or "transparency" in image.info
-
-
-def _scaled(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Convert grey of 16 or 32 bits, or floats."""
-    values = np.asarray(image)
-    grey, notes = eight_bit(values)
-    hidden = image.info.get("transparency")
-    if isinstance(hidden, int) and (values == hidden).any():
-        grey, notes = np.where(values == hidden, np.uint8(255), grey), [*notes, "transparent"]
-    return Image.fromarray(grey).convert("RGB"), notes
-
-
 def _array_to_rgb(array: Any) -> Image.Image:
     values = channels_last(array)
     height, width, channels = values.shape
     check_size(width, height)
     levels, notes = eight_bit(values)
     picture = Image.fromarray(np.ascontiguousarray(levels[..., 0] if channels == 1 else levels))
-    rgb, more = _colours(picture)
+    rgb, more = colours_to_rgb(picture)
     rgb.info = {NOTES: tuple(dict.fromkeys([*notes, *more]))}
     return rgb
 
@@ -288,3 +258,51 @@ def _size(path: str | os.PathLike[str]) -> int | None:
         return os.stat(path).st_size
     except (OSError, ValueError):
         return None
+
+
+# --- images as callers of the processor pass them ---
+
+
+def read_image(source: Any) -> Image.Image:
+    """Read a path, URL, data URI, base64 text, a file's bytes, a Pillow image or an array as upright RGB.
+
+    Raises UserError if it cannot be read or fetched.
+    """
+    if isinstance(source, Mapping):  # an undecoded image of `datasets`
+        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+    name = _name(source)
+    try:
+        if isinstance(source, str):
+            source = _content(source)
+        if isinstance(source, (bytes, bytearray)):
+            return open_image(bytes(source))
+        return open_image(source) if isinstance(source, (str, os.PathLike)) else to_rgb(source)
+    except UnreadableImage as error:
+        raise UserError(f"{name}: not a readable image ({error}); replace it") from None
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 text, line breaks allowed. ValueError for other text."""
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"not base64 ({error})") from None
+
+
+def _content(text: str) -> str | bytes:
+    """Return the bytes behind a URL, a data URI or base64 text; a path is returned as it is."""
+    if is_url(text):
+        return download(text, "image")
+    if os.path.isfile(text):
+        return text
+    uri = DATA_URI.match(text)
+    try:
+        return decode_base64(text[uri.end() :] if uri else text)
+    except ValueError as error:
+        raise UnreadableImage(str(error) if uri else "no such file, and not a URL or base64") from None
+
+
+def _name(source: Any) -> str:
+    if isinstance(source, (str, os.PathLike)):
+        return shorten(source)
+    return f"{len(source)} bytes" if isinstance(source, (bytes, bytearray)) else "image"

@@ -1,5 +1,4 @@
-"""What differs between language models in how they are called: the argument of the cache, and rows of several
-documents.
+"""How to call a language model: the name of its cache argument, and how packed rows are masked.
 
 Shapes: B rows, T text tokens.
 """
@@ -44,11 +43,10 @@ def name_cache(lm: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]
 def language_model_inputs(
     lm: PreTrainedModel, inputs: Mapping[str, Any], document_ids: Tensor | None = None
 ) -> dict[str, Any]:
-    """Return the arguments for ``lm``: the ``inputs`` that are not None, and what keeps packed documents
-    apart.
+    """Return the ``inputs`` for ``lm`` that are not None, with the mask that packed documents need.
 
-    document_ids (B, T): transformers tells documents apart by position_ids that start anew with each, and
-    only without a mask and a cache. Raises ValueError where these are among the inputs, or position_ids are
+    document_ids (B, T): transformers separates documents by position_ids that restart with each, and only
+    without a mask and a cache. Raises ValueError where these are among the inputs, or position_ids are
     not.
     """
     inputs = name_cache(lm, {name: value for name, value in inputs.items() if value is not None})

@@ -36,9 +36,7 @@ class MediaInput:
         return self.frames.shape[1]
 
     def frames_of(self, real: Tensor) -> tuple[Tensor, list[int]]:
-        """Return the frames (N, ...) of the media where ``real`` (B, M) is true, and the number of frames of
-        each.
-        """
+        """Return the frames (N, ...) of the media where ``real`` (B, M) is true, and each medium's number."""
         media, most = self.frames[real], self.frames.shape[2]
         if self.counts is None:
             return media.flatten(0, 1), [most] * len(media)
@@ -54,8 +52,7 @@ class MediaInput:
 def media_input(
     pixel_values: Tensor | None, vision_tokens: Tensor | None = None, frame_counts: Tensor | None = None
 ) -> MediaInput | None:
-    """Check what a forward was given: pixel_values (B, M, [F,] C, H, W) or vision_tokens (B, M, F, V, D), or
-    neither.
+    """Check the media of a forward: pixel_values (B, M, [F,] C, H, W), vision_tokens (B, M, F, V, D) or None.
 
     frame_counts (B, M): as `MediaInput.counts`. Raises UserError for both at once and for another shape.
     """
@@ -95,22 +92,22 @@ def _frames_of_tokens(tokens: Tensor) -> Tensor:
 def encode_media(
     vision: nn.Module,
     perceiver: PerceiverResampler,
-    given: MediaInput,
+    inputs: MediaInput,
     counts: Tensor,
     positions: Tensor | None = None,
 ) -> Media:
-    """Encode the first ``counts`` (B,) media of each sample of ``given``; the rest is padding.
+    """Encode the first ``counts`` (B,) media of each sample of ``inputs``; the rest is padding.
 
     positions (B, M): 0-based position of each medium in its sample, or in its document in packed rows; by
     default its index along M. Neither padding nor a second copy of an image is run through the tower. Raises
-    UserError if ``counts`` exceed the media given.
+    UserError if ``counts`` exceed the media.
     """
-    check_counts(counts, given.slots)
-    real = torch.arange(given.slots, device=counts.device) < counts[:, None]
+    check_counts(counts, inputs.slots)
+    real = torch.arange(inputs.slots, device=counts.device) < counts[:, None]
     if not real.any():
         return no_media(perceiver, counts)
-    frames, lengths = given.frames_of(real)
-    tokens = frames if given.are_tokens else encode_distinct(vision, frames)
+    frames, lengths = inputs.frames_of(real)
+    tokens = frames if inputs.are_tokens else encode_distinct(vision, frames)
     slots = real.nonzero()[:, 1] if positions is None else positions[real]
     encoded = _resample(perceiver, tokens, lengths, slots)
     latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
@@ -129,7 +126,7 @@ def encode_distinct(vision: nn.Module, images: Tensor) -> Tensor:
 
 
 def _resample(perceiver: PerceiverResampler, tokens: Tensor, lengths: list[int], slots: Tensor) -> Tensor:
-    """Return the latents (N, L, D) of N media, given the tokens of all their frames; lengths, slots: (N,).
+    """Return the latents (N, L, D) of N media, from the tokens of all their frames; lengths, slots: (N,).
 
     Media with the same number of frames are resampled together.
     """
@@ -187,28 +184,28 @@ def extend(past: Past, seen: Tensor, new: Media) -> Media:
     return Media(latents, counts)
 
 
-def are_of_the_end(seen: Tensor, mentioned: Tensor, given: int) -> bool:
-    """Whether ``given`` media per row belong to the new tokens alone, rather than to the whole text.
+def are_of_the_end(seen: Tensor, mentioned: Tensor, slots: int) -> bool:
+    """Whether ``slots`` media per row belong to the new tokens alone, rather than to the whole text.
 
     seen, mentioned (B,): media tokens in the cache and among the new tokens. Raises UserError if both are
     possible.
     """
     whole, end = int((seen + mentioned).max()), int(mentioned.max())
-    if given == whole == end:
+    if slots == whole == end:
         raise UserError(
-            f"forward: cannot tell whether the {given} images of each row belong to the whole text or to "
+            f"forward: cannot tell whether the {slots} images of each row belong to the whole text or to "
             "the new tokens alone; continue these rows one at a time"
         )
-    return given < whole
+    return slots < whole
 
 
-def check_counts(mentioned: Tensor, given: int) -> None:
-    """Raise UserError if a row of text has more media tokens, (B,), than the ``given`` media."""
+def check_counts(mentioned: Tensor, available: int) -> None:
+    """Raise UserError if a row of text has more media tokens, (B,), than ``available`` media."""
     most = int(mentioned.max())
-    if most > given:
+    if most > available:
         row = int(mentioned.argmax())
         raise UserError(
-            f"row {row} has {most} <image> tokens but {given} image{'s' * (given != 1)}; "
+            f"row {row} has {most} <image> tokens but {available} image{'s' * (available != 1)}; "
             "add the missing images or remove markers"
         )
 

@@ -26,8 +26,15 @@ from .cross_attention import GatedCrossAttentionBlock
 from .language_model_inputs import get_cache, language_model_inputs
 from .media import media_input
 from .perceiver import PerceiverResampler
-from .pretrained import AdapterFolders, find_adapter
-from .quantized import check_saveable, exclude_output_head, finish_quantized, mark_quantized, stored_config
+from .pretrained import (
+    AdapterFolders,
+    check_saveable,
+    exclude_output_head,
+    find_adapter,
+    finish_quantized,
+    mark_quantized,
+    stored_config,
+)
 from .token_rows import input_embedding
 
 
@@ -52,7 +59,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
     _supports_flash_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["GatedCrossAttentionBlock"]  # besides those of the language model
-    _keep_in_fp32_modules_strict = ["attn_gate", "ff_gate"]  # their values are too fine for 16 bits
+    _keep_in_fp32_modules_strict = ["attn_gate", "ff_gate"]  # 16 bits round their small steps away
 
     def __init__(
         self,
@@ -120,9 +127,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         return loaded
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save as transformers does. Raises UserError for a model with LoRA, or built from quantized
-        backbones.
-        """
+        """Save as transformers does. Raises UserError for a model with LoRA or from quantized backbones."""
         check_saveable(self)
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -194,8 +199,8 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        given = media_input(pixel_values, frame_counts=frame_counts)
-        return self.generate_text(inputs if input_ids is None else input_ids, given, **kwargs)
+        media = media_input(pixel_values, frame_counts=frame_counts)
+        return self.generate_text(inputs if input_ids is None else input_ids, media, **kwargs)
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
         """Encode the media of ``input_ids`` (B, T) once, for all forwards without media until
@@ -222,9 +227,8 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 
     @generation_config.setter
     def generation_config(self, value: GenerationConfig | None) -> None:
-        if (
-            "lang_encoder" in self._modules
-        ):  # PreTrainedModel.__init__ sets one before the language model exists
+        # PreTrainedModel.__init__ sets one before the language model exists.
+        if "lang_encoder" in self._modules:
             # pyrefly: ignore[bad-assignment]
             self.lang_encoder.generation_config = value
 

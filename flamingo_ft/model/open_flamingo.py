@@ -22,8 +22,8 @@ from .language_model_inputs import language_model_inputs
 from .layers import CheckpointedBlock
 from .media import media_input
 from .open_flamingo_checkpoints import is_open_flamingo, load_open_flamingo
+from .pretrained import mark_quantized
 from .processor import FlamingoImageProcessor
-from .quantized import mark_quantized
 
 
 class Flamingo(FlamingoCore):

@@ -1,14 +1,16 @@
-"""Which parameter belongs to which part of the model: the table of parts (`config.tables`), applied to names.
+"""Which parameter belongs to which part of the model, by its name and the table of parts (`config.tables`).
 
-Everything that goes by part asks here: trainable set, optimizer groups, adapters, memory plan, card.
+The trainable set, optimizer groups, adapters, the memory plan and the model card all use these functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from flamingo_ft.backbones.quantization import cast_in_range
 from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
 
 PARTS: dict[str, Part] = {part.name: part for part in (*BACKBONE_PARTS, *BRIDGE_PARTS)}
@@ -18,9 +20,7 @@ OPTIMIZER_GROUPS = (*BRIDGE, LORA)
 
 
 def part_of(name: str) -> Part:
-    """Return the part that the parameter ``name`` belongs to; LoRA weights belong to the part that they are
-    added to.
-    """
+    """Return the part of the parameter ``name``; LoRA weights belong to the part that they adapt."""
     return next(part for part in PARTS.values() if name.startswith(part.prefix))
 
 
@@ -35,13 +35,32 @@ def in_bridge(name: str) -> bool:
 
 
 def is_lora(name: str) -> bool:
-    """Whether ``name`` is that of a LoRA weight."""
+    """Whether the parameter ``name`` is a LoRA weight."""
     return ".lora_" in name
 
 
 def is_gate(name: str) -> bool:
-    """Whether ``name`` is that of a gate, which stays in float32: its values are too fine for fewer bits."""
+    """Whether the parameter ``name`` is a gate; gates stay in float32: 16 bits round small steps away."""
     return name.endswith("_gate")
+
+
+def cast_parameter(name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Cast a parameter, unless it is a gate, which stays in float32, or quantized.
+
+    Raises UserError for a value beyond the range of ``dtype``.
+    """
+    if parameter.is_floating_point():
+        parameter.data = cast_in_range(name, parameter.data, parameter_dtype(name, dtype))
+
+
+def parameter_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the parameter ``name`` in a model of ``dtype``: gates stay in float32."""
+    return torch.float32 if is_gate(name) else dtype
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trainable parameters, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def optimizer_group(name: str) -> str:
@@ -50,9 +69,7 @@ def optimizer_group(name: str) -> str:
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, and not to vectors, embeddings and latents, whose size means
-    something.
-    """
+    """Whether weight decay applies: to matrices of weights, but not to vectors, embeddings and latents."""
     if parameter.dim() < 2:
         return False
     part = part_of(name)

@@ -1,5 +1,4 @@
-"""transformers' image-text-to-text pipeline for a Flamingo: images are read as in training, and answers are
-stripped.
+"""transformers' image-text-to-text pipeline for a Flamingo: images read as in training, answers stripped.
 
 transformers converts images to RGB before the processor sees them, which clips 16 bits and drops
 transparency. It also cuts the prompt off the decoded text, which leaves the space before an answer's first
@@ -15,7 +14,7 @@ from transformers import ImageTextToTextPipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .compat import ReturnType
-from .image_source import read_image
+from .images import read_image
 from .processor import FlamingoProcessor
 
 TASK = "image-text-to-text"
@@ -54,9 +53,7 @@ class FlamingoPipeline(ImageTextToTextPipeline):
 
 
 def register_pipeline() -> None:
-    """Let ``transformers.pipeline("image-text-to-text")`` use this class; pipelines are chosen by task, not
-    by model.
-    """
+    """Make ``transformers.pipeline("image-text-to-text")`` use this class; the task alone chooses it."""
     PIPELINE_REGISTRY.supported_tasks[TASK]["impl"] = FlamingoPipeline
 
 
@@ -66,10 +63,10 @@ def _read_all(images: Any) -> Any:
 
 
 def _continues(record: dict[str, Any], return_type: ReturnType, continue_final_message: bool | None) -> bool:
-    given = record["input_text"]
-    if isinstance(given, str):
+    prompt = record["input_text"]
+    if isinstance(prompt, str):
         return return_type == ReturnType.FULL_TEXT
-    return given[-1]["role"] == "assistant" if continue_final_message is None else continue_final_message
+    return prompt[-1]["role"] == "assistant" if continue_final_message is None else continue_final_message
 
 
 def _stripped(record: dict[str, Any]) -> dict[str, Any]:

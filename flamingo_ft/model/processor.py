@@ -21,8 +21,7 @@ from flamingo_ft.hub.names import check_path_exists
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from .chat_template import answer_template
-from .image_source import read_image
-from .images import to_rgb
+from .images import read_image, to_rgb
 from .special_text import protect, tokenize
 
 # Flamingo's own format (arXiv:2204.14198, figure 7), for language models without a chat template. The space
@@ -117,7 +116,7 @@ class FlamingoProcessor(ProcessorMixin):
         """
         if text is None:
             raise UserError(
-                f"found images without text; give a text with one {MEDIA_TOKEN} where each belongs"
+                f"processor: got images without text; pass a text with one {MEDIA_TOKEN} where each belongs"
             )
         texts = [text] if isinstance(text, str) else list(text)
         nested = deal_images(images, [t.count(self.image_token) for t in texts])
@@ -132,16 +131,16 @@ class FlamingoProcessor(ProcessorMixin):
             data["pixel_values"] = self.pixel_values(nested)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _check_media_tokens(self, input_ids: Any, wanted: Sequence[int]) -> None:
+    def _check_media_tokens(self, input_ids: Any, expected: Sequence[int]) -> None:
         """Raise UserError for text that lost a marker: the images after it would be assigned to the wrong
         places.
         """
-        for row, (ids, count) in enumerate(zip(input_ids, wanted, strict=True)):
-            found = list(ids).count(self.image_token_id)
-            if found != count:
+        for row, (ids, count) in enumerate(zip(input_ids, expected, strict=True)):
+            remaining = list(ids).count(self.image_token_id)
+            if remaining != count:
                 raise UserError(
-                    f"text {row} has {count} {MEDIA_TOKEN} markers but {found} after tokenization; "
-                    "truncate less (max_length), or give fewer images"
+                    f"text {row} has {count} {MEDIA_TOKEN} markers but {remaining} after tokenization; "
+                    "truncate less (max_length), or pass fewer images"
                 )
 
     def pixel_values(self, nested: Sequence[Sequence[Any]]) -> Tensor:
@@ -163,11 +162,11 @@ class FlamingoProcessor(ProcessorMixin):
         conversations = [conversation] if single else conversation
         images = [_images_in(messages) for messages in conversations]
         if kwargs.get("tokenize"):  # the template has written all special tokens, the text's first one too
-            found = {"images": images[0] if single else images} if any(images) else {}
+            image_arguments = {"images": images[0] if single else images} if any(images) else {}
             kwargs["processor_kwargs"] = {
                 "add_special_tokens": False,
                 **(kwargs.get("processor_kwargs") or {}),
-                **found,
+                **image_arguments,
             }
         if not args and kwargs.get("chat_template") is None:
             kwargs["chat_template"] = self.answer_template
@@ -208,7 +207,7 @@ def flat_text(content: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
     """Return content blocks as one string; see `flatten`."""
     for block in content:
         if block["type"] not in ("text", *IMAGE_BLOCKS):
-            raise UserError(f"found a content block of type {block['type']!r}; wanted text or image")
+            raise UserError(f"content block: got type {block['type']!r}; use text or image")
     runs = itertools.groupby(content, is_image)  # text that blocks divide may spell a special token together
     return "".join(
         MEDIA_TOKEN * len(list(blocks))
@@ -224,8 +223,9 @@ def is_image(block: Mapping[str, Any]) -> bool:
 
 
 def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
-    """Return the images of each text, given nested, or in the order of the markers. UserError if the counts
-    differ.
+    """Return the images of each text, passed as nested lists or in the order of the markers.
+
+    Raises UserError if the counts differ.
     """
     images = [] if images is None else images
     images = images if isinstance(images, (list, tuple)) else [images]
@@ -233,10 +233,10 @@ def deal_images(images: Any, markers: Sequence[int]) -> list[list[Any]]:
     if not any(isinstance(row, (list, tuple)) for row in images):
         return _deal_in_order(images, markers, remedy)
     if len(images) != len(markers):
-        raise UserError(f"found {len(images)} lists of images for {len(markers)} texts; give one each")
-    for row, (given, count) in enumerate(zip(images, markers, strict=True)):
-        if len(given) != count:
-            raise UserError(f"text {row} has {count} {MEDIA_TOKEN} markers but {len(given)} images; {remedy}")
+        raise UserError(f"got {len(images)} lists of images for {len(markers)} texts; pass one each")
+    for row, (own, count) in enumerate(zip(images, markers, strict=True)):
+        if len(own) != count:
+            raise UserError(f"text {row} has {count} {MEDIA_TOKEN} markers but {len(own)} images; {remedy}")
     return [list(row) for row in images]
 
 
@@ -253,8 +253,8 @@ def _images_in(messages: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Return the images in the content blocks, in order; blocks without data are markers only."""
     contents = [message.get("content") or [] for message in messages]
     blocks = [block for content in contents if not isinstance(content, str) for block in content]
-    found = [_image_of(block) for block in blocks if is_image(block)]
-    return [image for image in found if image is not None]
+    block_images = [_image_of(block) for block in blocks if is_image(block)]
+    return [image for image in block_images if image is not None]
 
 
 def _image_of(block: Mapping[str, Any]) -> Any:

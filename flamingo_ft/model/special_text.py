@@ -17,8 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flamingo_ft.errors import UserError
 
-# The last plane of Unicode is for private use. A placeholder begins with FIRST + the number of its special
-# token.
+# The last plane of Unicode is for private use. A placeholder begins with FIRST + its special token's number.
 FIRST, FILLER = 0x100000, "\U0010fffd"
 PLACEHOLDER = re.compile("[\U00100000-\U0010fffc]")
 
@@ -36,7 +35,7 @@ class Tokens:
 def protect(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """Return the text with a placeholder for every special token that is spelled in it."""
     specials = _specials(tokenizer, len(tokenizer))
-    return specials.pattern.sub(lambda found: specials.placeholders[found[0]], text)
+    return specials.pattern.sub(lambda match: specials.placeholders[match[0]], text)
 
 
 def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Span]]:
@@ -44,14 +43,12 @@ def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Sp
     if not PLACEHOLDER.search(text):
         return text, []
     specials = _specials(tokenizer, len(tokenizer))
-    spans = [found.span() for found in specials.placeholder_pattern.finditer(text)]
-    return specials.placeholder_pattern.sub(lambda found: specials.literals[found[0]], text), spans
+    spans = [match.span() for match in specials.placeholder_pattern.finditer(text)]
+    return specials.placeholder_pattern.sub(lambda match: specials.literals[match[0]], text), spans
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> Tokens:
-    """Tokenize a text with or without placeholders; without, as the tokenizer does. UserError for a slow
-    tokenizer.
-    """
+    """Tokenize a text, what its placeholders stand for as plain text. UserError for a slow tokenizer."""
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
         raise UserError(
@@ -102,17 +99,15 @@ def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
 def _with_typed_as_text(
     tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens
 ) -> Tokens:
-    """Return the tokens, with every stretch between two genuine special tokens that has ``typed`` ones read
-    as text.
-    """
+    """Return the tokens; between genuine special tokens, stretches with ``typed`` ones are read as text."""
     pairs = list(zip(tokens.ids, tokens.offsets, strict=True))
-    found, token, begin = [], 0, 0
+    kept, token, begin = [], 0, 0
     for place in [*_genuine(tokenizer, text, typed, pairs), len(pairs)]:
         first, last = pairs[place][1] if place < len(pairs) else (len(text), len(text))
         end = len(text) if first == last else first  # one without characters was added at an end of the text
-        found += _stretch(tokenizer, text, (begin, end), typed, pairs[token:place]) + pairs[place : place + 1]
+        kept += _stretch(tokenizer, text, (begin, end), typed, pairs[token:place]) + pairs[place : place + 1]
         token, begin = place + 1, max(begin, last)
-    return Tokens([each for each, _ in found], [span for _, span in found])
+    return Tokens([each for each, _ in kept], [span for _, span in kept])
 
 
 def _genuine(
@@ -135,17 +130,17 @@ def _stretch(
     text: str,
     where: Span,
     typed: list[Span],
-    found: list[tuple[int, Span]],
+    tokens: list[tuple[int, Span]],
 ) -> list[tuple[int, Span]]:
-    """Return the tokens between two special tokens: ``found``, or those without special tokens if some were
+    """Return the tokens between two special tokens: ``tokens``, or those without special tokens if some were
     typed.
     """
-    if not found or not _overlaps(where, typed):
-        return found
+    if not tokens or not _overlaps(where, typed):
+        return tokens
     begin, words = where[0], text[slice(*where)]
-    first = None if _overlaps(found[0][1], typed) else found[0][0]
-    tokens = _as_text(tokenizer, words, begin == 0, first)
-    return [(token, (a + begin, b + begin)) for token, (a, b) in zip(tokens.ids, tokens.offsets, strict=True)]
+    first = None if _overlaps(tokens[0][1], typed) else tokens[0][0]
+    plain = _as_text(tokenizer, words, begin == 0, first)
+    return [(token, (a + begin, b + begin)) for token, (a, b) in zip(plain.ids, plain.offsets, strict=True)]
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool, first: int | None) -> Tokens:
@@ -199,5 +194,5 @@ def _specials(tokenizer: PreTrainedTokenizerBase, size: int) -> _Specials:
 
 
 def _any_of(strings: dict[str, str]) -> re.Pattern[str]:
-    """Return a pattern for the longest of the strings that matches; it never matches if there are none."""
+    """Return a pattern for the longest matching string; without strings, it never matches."""
     return re.compile("|".join(map(re.escape, sorted(strings, key=len, reverse=True))) or "(?!)")

@@ -1,5 +1,4 @@
-"""The embedding rows of the tokens that a Flamingo adds to its language model's vocabulary, and the output
-head with them.
+"""The embedding rows of the tokens that a Flamingo adds to its language model, and the output head with them.
 
 Only these rows are trained; the language model's own matrices stay as they are. A row here replaces the row
 of the same token whenever the language model runs as part of a Flamingo. Frozen rows for the new tokens cost
@@ -7,7 +6,7 @@ OpenFlamingo 4.6 CIDEr and 12.1 VQAv2 points (arXiv:2308.01390, table 5).
 
 A loss that multiplies by the output matrix itself (TRL's fused head) gets the head as matrix and bias,
 `OutputHead`. With the trained rows R (N, D) put in place, the frozen matrix W (vocabulary, D) would be copied
-and given a gradient of its own size at each step. Instead, the hidden states h and W are extended to
+and get a gradient of its own size at each step. Instead, the hidden states h and W are extended to
 
     [h, h R^T, 0]  and  [W with zeros in these N rows, one column per row that selects its score, 0]
 
@@ -17,7 +16,7 @@ whose product is the same logits. The gradients of h and R flow through the appe
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, cast
@@ -34,9 +33,8 @@ from flamingo_ft.errors import UserError
 from .compat import WrapperTensor, tree_map_only
 from .conditioning import MediaConditioning
 
-ALIGNMENT = (
-    8  # columns: half-precision matrix products are slow on a GPU for widths that are not a multiple of it
-)
+# Columns: half-precision matrix products are slow on a GPU for widths that are not a multiple of it.
+ALIGNMENT = 8
 
 
 def input_embedding(lm: PreTrainedModel) -> nn.Embedding:
@@ -117,9 +115,7 @@ class TokenRows(nn.Module):
         self.token_ids += tuple(token_ids)
 
     def input_rows(self) -> Tensor:
-        """Return the input rows (N, D), through the module's forward, so that a PEFT wrapper around it
-        applies.
-        """
+        """Return the input rows (N, D), through the module's forward, so that a PEFT wrapper applies."""
         return self.input(self._index())
 
     def output_rows(self) -> Tensor:
@@ -127,16 +123,12 @@ class TokenRows(nn.Module):
         return self.input_rows() if self.output is None else self.output(self._index())
 
     def head_with_rows(self, head: Any) -> OutputHead:
-        """Return the output head with these rows in its matrix, for code that multiplies by the matrix
-        itself.
-        """
+        """Return the output head with these rows in its matrix, for code that uses the matrix itself."""
         return OutputHead(head, self.token_ids, self.output_rows, self._scoring.apart)
 
     @contextmanager
-    def scored_apart(self, head: Any) -> Iterator[None]:
-        """Inside the ``with`` block, `head_with_rows` and `before_head` return the extended matrix and hidden
-        states.
-        """
+    def scored_apart(self, head: Any) -> Generator[None]:
+        """Inside the ``with`` block, `head_with_rows` and `before_head` return the extended W and h."""
         outer, self._scoring.apart = self._scoring.apart, not head.weight.requires_grad
         try:
             yield
@@ -144,9 +136,7 @@ class TokenRows(nn.Module):
             self._scoring.apart = outer
 
     def before_head(self, hidden: Tensor) -> Tensor:
-        """Return hidden states (..., D) to multiply by `head_with_rows`; inside `scored_apart` with the rows'
-        scores.
-        """
+        """Return hidden states (..., D) for `head_with_rows`, with the rows' scores in `scored_apart`."""
         return with_scores(hidden, self.output_rows()) if self._scoring.apart else hidden
 
     def _index(self) -> Tensor:
@@ -172,9 +162,7 @@ class TokenRows(nn.Module):
 
 
 def _are_tied(lm: PreTrainedModel, head: nn.Linear) -> bool:
-    """Whether head and embedding share a matrix, also before weights are loaded; the config does not always
-    say.
-    """
+    """Whether head and embedding share a matrix, also before weights are loaded; configs may not say."""
     embedding = input_embedding(lm).weight
     names = {id(parameter): name for name, parameter in lm.named_parameters(remove_duplicate=False)}
     pair = names[id(head.weight)], names[id(embedding)]
@@ -207,9 +195,7 @@ class OutputHead:
 
     @cached_property
     def weight(self) -> Tensor:
-        """The matrix, computed on first use. Raises UserError for a quantized head, which stores packed
-        numbers instead.
-        """
+        """The matrix, computed on first use. Raises UserError for a quantized head: it is packed."""
         matrix = self._head.weight
         if not matrix.is_floating_point():
             raise UserError(
@@ -231,10 +217,9 @@ def with_scores(hidden: Tensor, rows: Tensor) -> Tensor:
 
 
 class RowsApart(WrapperTensor):
-    """The extended W of the module's docstring (vocabulary, D + columns), without gradient, materialized
-    slice by slice.
+    """The extended W (vocabulary, D + columns) of the module's docstring, without gradient.
 
-    Any operation other than slicing materializes it whole.
+    Slicing materializes the slice, any other operation the whole.
     """
 
     @staticmethod

@@ -17,7 +17,7 @@ from flamingo_ft.config.tables import BRIDGE_PARTS, LANGUAGE, VISION
 from flamingo_ft.errors import UserError
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.backbone_files import backbone_files, text_limit
+from flamingo_ft.model.build import backbone_files, text_limit
 from flamingo_ft.model.parts import is_lora
 
 from .compat import FAKE_TENSOR_LOG, FakeTensorMode

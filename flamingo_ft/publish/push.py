@@ -28,8 +28,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.merging import MERGE_FILE, merge_adapter
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE, card_tables
 from flamingo_ft.hub import existing_path, fetch_model
-from flamingo_ft.hub.local_paths import strip_local_path, strip_local_paths
-from flamingo_ft.hub.names import NAME, looks_like_path
+from flamingo_ft.hub.names import NAME, looks_like_path, strip_local_path, strip_local_paths
 from flamingo_ft.hub.upload import create_repository, upload
 from flamingo_ft.hub.weight_files import (
     ADAPTER_CONFIG,

@@ -30,11 +30,11 @@ from flamingo_ft.hub.errors import CLIENT_ERRORS, error_reason, safe_message, wi
 from flamingo_ft.hub.upload import folder_additions, limit_timeouts, no_progress_bars
 from flamingo_ft.publish import files_to_push
 
-from .checkpoints import checkpoint_folder, verify
+from .checkpoint_folders import checkpoint_folder, verify
 from .monitoring import ThroughputMeter
 
 FOLDER = "checkpoints"  # in the repository
-NOTICE_AFTER = 2.0  # seconds of waiting for uploads before a line says so
+NOTICE_AFTER = 2.0  # seconds of waiting for uploads before a line is logged
 ADAPTER = "the adapter"
 
 

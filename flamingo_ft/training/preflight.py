@@ -1,12 +1,15 @@
-"""Before a run: what this machine cannot do, planned memory, and doubtful held-out samples."""
+"""Checks before the first step: machine, precision, the model's loss, packing, memory, held-out samples."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import psutil
 import torch
+from torch import Tensor
+from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft import processes
 from flamingo_ft.backbones.quantization import DTYPES, Quantization, require_bitsandbytes
@@ -17,14 +20,20 @@ from flamingo_ft.data.opened_data import MAX_VALIDATED_ROWS
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import measure_answers
 from flamingo_ft.formatting import gib
-from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.machine_errors import reraise_machine_error
+from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.plan.plan_report import CONTEXT, FRAGMENTATION
 from flamingo_ft.plan.planner import plan_memory
 from flamingo_ft.processes import default_device
 
-from .arguments import autocast_dtype
-
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+DOCUMENT_LENGTHS = (7, 5, 9)  # tokens
+LOSS_RTOL, LOSS_RTOL_ROUNDED = 1e-4, 0.02  # in float32, and with any lower precision
+# Relative to the largest logit.
+LOGITS_TOLERANCE, LOGITS_TOLERANCE_ROUNDED = 1e-4, 0.05
+
+
+# --- the machine ---
 
 
 def check_machine(train_config: TrainSection) -> None:
@@ -39,9 +48,7 @@ def check_machine(train_config: TrainSection) -> None:
     if train_config.optimizer != "adamw":
         require_bitsandbytes(f"train.optimizer: {train_config.optimizer}", instead="adamw")
     if train_config.activation_offload and not torch.cuda.is_available():
-        raise UserError(
-            "train.activation_offload: there is no GPU to offload activations from; set it to false"
-        )
+        raise UserError("train.activation_offload: got true, but no GPU is available; set it to false")
 
 
 def _refuse_data_parallel(gpus: int) -> None:
@@ -60,6 +67,22 @@ def _refuse_accelerate_fsdp(environment: Mapping[str, str]) -> None:
             "accelerate: its configuration turns on FSDP, which cannot shard a Flamingo; use one "
             "without FSDP (recipes/accelerate/ddp.yaml), and set train.fsdp to true"
         )
+
+
+# --- precision ---
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the autocast dtype for ``train.precision`` on this machine; None for float32 without autocast.
+
+    ``auto`` is bfloat16 on a GPU that supports it natively (a T4 only emulates it), float16 on any other GPU,
+    and float32 on a CPU.
+    """
+    if precision != "auto":
+        return None if precision == "fp32" else DTYPES[precision]
+    if not torch.cuda.is_available():
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def check_precision(recipe: Recipe) -> None:
@@ -85,7 +108,8 @@ def _check_float16(recipe: Recipe) -> None:
     precision = recipe.train.precision
     if not torch.cuda.is_available():
         raise UserError(
-            f"train.precision: {precision} needs a GPU, and there is none; use fp32, bf16 or auto"
+            f"train.precision: got {precision}, which needs a GPU, but no GPU is available; "
+            "use fp32, bf16 or auto"
         )
     if recipe.trainable.dtype == "bf16":
         raise UserError(
@@ -102,6 +126,110 @@ def _check_float16(recipe: Recipe) -> None:
 
 def _dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# --- the model's own loss, and packed documents kept apart ---
+
+
+@torch.no_grad()
+def check_loss(trainer: SFTTrainer | DPOTrainer) -> None:
+    """Compare TRL's loss with the model's own on a short text. Raise UserError if they differ.
+
+    TRL computes it from the last hidden state and the output head's matrix, never forming all logits. That is
+    wrong, without any error, for families whose head is more than a matrix (a transform, a scale unknown to
+    TRL) or whose own loss does not shift labels by one token.
+    """
+    model = cast(FlamingoForConditionalGeneration, trainer.model)
+    was_training = model.training
+    model.eval()
+    processor = cast(FlamingoProcessor, trainer.processing_class)
+    ids = _sample_text(processor).to(model.device)
+    with trainer.compute_loss_context_manager():
+        own = float(model(input_ids=ids, labels=ids, use_cache=False).loss)
+        try:
+            fused = float(model(input_ids=ids, labels=ids, fused_lm_head=True).loss)
+        except (RuntimeError, AttributeError) as error:
+            reraise_machine_error(error)
+            raise UserError(
+                _loss_message(model, f"TRL cannot compute it ({str(error).splitlines()[0]})")
+            ) from None
+    model.train(was_training)
+    exact = model.lang_encoder.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
+    if abs(own - fused) > (LOSS_RTOL if exact else LOSS_RTOL_ROUNDED) * abs(own):
+        raise UserError(_loss_message(model, f"TRL computes {fused:.4f}, the model computes {own:.4f}"))
+
+
+def _sample_text(processor: FlamingoProcessor) -> Tensor:
+    """Return token ids (1, T) of a short text without tokens that the Flamingo added."""
+    encoded = processor.tokenizer(
+        "A picture of a house by the sea.", add_special_tokens=False, return_tensors="pt"
+    )
+    return encoded["input_ids"]
+
+
+def _loss_message(model: FlamingoForConditionalGeneration, reason: str) -> str:
+    family = model.config.get_text_config().model_type
+    return (
+        f"model.language: the training loss of a {family} model would not be its own: {reason}; "
+        "choose another model family"
+    )
+
+
+@torch.no_grad()
+def check_packing(model: FlamingoForConditionalGeneration, rows: int = 1) -> None:
+    """Compare documents packed into one row, in a batch of ``rows`` such rows, with each document alone.
+
+    Raise UserError if their logits differ. transformers separates documents in self-attention where positions
+    start again at 0, for families that build their masks the usual way. With positions from the mask (ALiBi),
+    with a state that runs along the row (state-space models, recurrences, convolutions) or with some
+    attention kernels, documents would read each other without any error.
+    """
+    was_training = model.training
+    model.eval()
+    ids = _random_tokens(model)
+    try:
+        packed = model(input_ids=ids.expand(rows, -1), **_packing_inputs(ids, rows)).logits[-1]
+    except (TypeError, ValueError, RuntimeError) as error:
+        reraise_machine_error(error)
+        reason = f"does not accept document boundaries ({str(error).splitlines()[0]})"
+        raise UserError(_packing_message(model, reason)) from None
+    finally:
+        model.train(was_training)
+    model.eval()
+    documents = ids.split(DOCUMENT_LENGTHS, dim=1)
+    alone = torch.cat([model(input_ids=document, use_cache=False).logits[0] for document in documents])
+    model.train(was_training)
+    exact = model.lang_encoder.dtype == torch.float32
+    tolerance = (LOGITS_TOLERANCE if exact else LOGITS_TOLERANCE_ROUNDED) * alone.abs().max()
+    if not (packed - alone).abs().max() <= tolerance:
+        raise UserError(_packing_message(model, "attends across document boundaries"))
+
+
+def _random_tokens(model: FlamingoForConditionalGeneration) -> Tensor:
+    """Return random token ids (1, T) below the media token and all other added tokens."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    first_added = min([cast(int, config.media_token_id), *(config.new_token_ids or [])])
+    return torch.randint(first_added, (1, sum(DOCUMENT_LENGTHS)), generator=generator).to(model.device)
+
+
+def _packing_inputs(ids: Tensor, rows: int) -> dict[str, Tensor]:
+    """Return document ids and position ids (rows, T) of the packed documents."""
+    documents = torch.cat([torch.full((length,), index) for index, length in enumerate(DOCUMENT_LENGTHS)])
+    positions = torch.cat([torch.arange(length) for length in DOCUMENT_LENGTHS])
+    inputs = {"document_ids": documents, "position_ids": positions}
+    return {name: tensor.to(ids.device).expand(rows, -1) for name, tensor in inputs.items()}
+
+
+def _packing_message(model: FlamingoForConditionalGeneration, reason: str) -> str:
+    family = model.config.get_text_config().model_type
+    return (
+        f"data.packing: a {family} model {reason}; set data.packing to false "
+        "(data.group_by_length=true also reduces padding)"
+    )
+
+
+# --- notices: planned memory, held-out samples ---
 
 
 def memory_notice(recipe: Recipe) -> str:
@@ -137,14 +265,14 @@ def evaluation_warnings(
 def _overlap(data: OpenedData, eval_samples: Sequence[Sample]) -> str | None:
     """Describe images in both training and held-out samples; None if a source is a stream or too large."""
     if not eval_samples or not all(
-        mixed.source.indexed and mixed.size <= MAX_VALIDATED_ROWS for mixed in data.train
+        weighted.source.indexed and weighted.size <= MAX_VALIDATED_ROWS for weighted in data.train
     ):
         return None
-    found = find_overlap(data.samples(data.train), eval_samples)
-    if found is None:
+    overlap = find_overlap(data.samples(data.train), eval_samples)
+    if overlap is None:
         return None
     return (
-        f"{found.count:,} of {len(eval_samples):,} held-out samples show an image that is trained on too "
-        f"(first {found.eval}, trained on in {found.train}), so accuracy on them says little; "
+        f"{overlap.count:,} of {len(eval_samples):,} held-out samples show an image that is trained on too "
+        f"(first {overlap.eval}, trained on in {overlap.train}), so accuracy on them says little; "
         "hold these images out"
     )

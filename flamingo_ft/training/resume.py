@@ -13,12 +13,11 @@ from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model, hub_name, pinned_name
 
-from .checkpoints import checkpoint_root, latest_valid, quarantine_newer, read_manifest
+from .checkpoint_folders import checkpoint_root, latest_valid, quarantine_newer, read_manifest
 from .hub_checkpoints import fetch_newer_checkpoint
 from .output_dir import finished_steps
 
-# Keys that may change when a run is resumed: its length, where it is kept and logged, and how fast its data
-# load.
+# Keys that may change when a run is resumed: its length, where it is stored and logged, how fast data load.
 CHANGEABLE_KEYS = {
     "train.max_steps",
     "train.epochs",

@@ -24,26 +24,24 @@ from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
 from flamingo_ft.report import LiveReport, final_report
-from flamingo_ft.report.log_file import LogFile, write_log
+from flamingo_ft.report.run_folder import LogFile, write_log
 
-from .best_checkpoint import apply_best, evaluation_callbacks
 from .build import build_model, count_source_rows, first_batches, make_trainer
-from .checkpoints import (
-    check_compatible,
+from .checkpoint_folders import (
     checkpoint_root,
     newest_checkpoint,
     prepare_checkpoint_root,
     refuse_existing_checkpoints,
 )
-from .evaluator import EvalBatches, Evaluator
+from .checkpoints import check_compatible
+from .evaluation import EvalBatches, Evaluator, apply_best, evaluation_callbacks
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
-from .machine_failures import attach_memory_plan, io_errors_as_user_error, oom_as_user_error
+from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
 from .monitoring import ProgressBar, check_trackers, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
 from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
-from .signals import StopOnSignal
 from .trainer import FlamingoDpoTrainer, FlamingoTrainer
 
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -158,8 +156,8 @@ def _run(
             if log and processes.is_main():
                 for line in evaluation_warnings(data, eval_samples, processor, recipe.eval.max_new_tokens):
                     log(line)
-        # A block of its own: from here on a sharded model waits for all processes, and all of them raise
-        # alike.
+        # A separate block: from here on the processes of a sharded model wait for each other, and an error
+        # occurs in all of them.
         with processes.raise_together():
             callbacks = _callbacks(recipe, processor, progress, stop)
             trainer = make_trainer(model, processor, data, recipe, callbacks)
@@ -218,7 +216,7 @@ def _callbacks(
 def _evaluate_before(
     evaluator: Evaluator, samples: Sequence[Sample], checkpoint: Path | None, output_dir: Path
 ) -> None:
-    """Get the answers from before training: ask now or, when resuming, read them from the checkpoint."""
+    """Generate the answers from before training or, when resuming, read them from the checkpoint."""
     if checkpoint is None:
         evaluator.evaluate(BEFORE, samples)
     else:

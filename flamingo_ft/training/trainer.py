@@ -18,28 +18,27 @@ from transformers import TrainerState
 from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft import processes
-from flamingo_ft.adapters.prepare import frozen_copy, match_training_mode, zero_dropout
+from flamingo_ft.adapters.trainable import frozen_copy, match_training_mode, zero_dropout
 from flamingo_ft.data.batches import BatchContents, Batches
 from flamingo_ft.data.encode import IGNORED
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.sharding import is_sharded
 
+from .checkpoint_folders import read_manifest
 from .checkpoints import (
     TRAINER_FOLDER,
     CheckpointPolicy,
     load_sharded_optimizer,
-    read_manifest,
     restore_checkpoint,
     save_checkpoint,
     save_sharded_optimizer,
 )
 from .compat import TRAINER_STATE_NAME, ExportableState
-from .evaluator import EvalBatches, run_evaluation
-from .machine_failures import oom_as_user_error
+from .evaluation import EvalBatches, run_evaluation
+from .interruptions import StopOnSignal, oom_as_user_error
 from .monitoring import ThroughputMeter, gate_values, learning_rates
 from .non_finite import NonFiniteGuard
 from .optimizer import find_in_backward_optimizer, recompute_learning_rates
-from .signals import StopOnSignal
 
 if TYPE_CHECKING:
     TrainerBase = SFTTrainer
@@ -168,9 +167,8 @@ class FlamingoTrainerMixin(TrainerBase):
         """Train to the end, from a checkpoint or from scratch; if no step is left, only restore."""
         self._start_time = time.monotonic()
         self.meter.reset()
-        if checkpoint is not None and self._has_no_steps_left(
-            checkpoint
-        ):  # Trainer would train one more step
+        if checkpoint is not None and self._has_no_steps_left(checkpoint):
+            # Trainer would train one more step.
             restore_checkpoint(self, checkpoint)
             self.state = _saved_state(checkpoint / TRAINER_FOLDER)
         else:
@@ -249,9 +247,8 @@ class FlamingoTrainerMixin(TrainerBase):
 
     def _init_training_state(self, max_steps: int, *arguments: Any, **options: Any) -> tuple[int, int]:
         progress = super()._init_training_state(max_steps, *arguments, **options)
-        self.state.compute_steps(
-            self.args, max_steps
-        )  # this run's logging and saving steps, not the saved ones
+        # This run's logging and saving steps, not those of the checkpoint.
+        self.state.compute_steps(self.args, max_steps)
         return progress
 
 
@@ -267,9 +264,9 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
 class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
     """Direct preference optimization (arXiv:2305.18290) against the initial model, both without dropout."""
 
-    def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
+    def __init__(self, *positional: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)
-        super().__init__(*given, model=model, ref_model=frozen_copy(model), **arguments)
+        super().__init__(*positional, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         match_training_mode(cast(torch.nn.Module, self.ref_model), self.model.training)

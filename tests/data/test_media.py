@@ -20,7 +20,7 @@ from flamingo_ft.data.media_resolver import MediaResolver, lossless_bytes
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import download, images
-from flamingo_ft.model.image_source import read_image
+from flamingo_ft.model.images import read_image
 
 from .fixtures import FACTS, SCANS
 

@@ -8,9 +8,9 @@ import pytest
 
 from flamingo_ft.data import Sample
 from flamingo_ft.data.sample import DOCUMENT
-from flamingo_ft.evaluation.image_use import MIN_QUESTIONS, image_use
 from flamingo_ft.evaluation.metrics import ACCURACY, is_free_text, scores_by_class
 from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.results import MIN_QUESTIONS, image_use
 from tests.data.dialogues import IMAGE, assistant, user
 
 COLOURS = ("Red.", "Green.", "Blue.", "Red.")

@@ -15,12 +15,12 @@ from flamingo_ft.config import tables
 from flamingo_ft.evaluation.merge_quality import HELD_OUT, EvalSet, Measurement, compare
 from flamingo_ft.evaluation.metrics import LOSS, METRICS, Metric, register_metric
 from flamingo_ft.report import write_report
-from flamingo_ft.report.log_file import read_log
+from flamingo_ft.report.run_folder import read_log
 from tests import regimes
 
 
 def test_every_metric_that_a_recipe_can_name_is_registered_and_no_other():
-    assert {LOSS, *METRICS} == {*tables.METRICS}
+    assert {LOSS, *METRICS} == {*tables.METRIC_DESCRIPTIONS}
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
@@ -49,7 +49,7 @@ def metric():
     )
     register_metric(metric)
     yield metric
-    for table in (METRICS, tables.METRICS):
+    for table in (METRICS, tables.METRIC_DESCRIPTIONS):
         del table[metric.name]
 
 

@@ -18,7 +18,7 @@ from openai import BadRequestError, OpenAI
 import flamingo_ft
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference import serve
+from flamingo_ft.inference import server
 from flamingo_ft.inference.answer import answer
 
 from .conftest import PROMPT
@@ -114,14 +114,14 @@ def test_a_served_model_stops_where_asked_and_rejects_what_it_cannot_do(served):
 
 
 def test_without_the_servers_packages_the_error_has_the_install_command(monkeypatch):
-    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    monkeypatch.setattr(server, "is_serve_available", lambda: False)
     with pytest.raises(UserError, match=r'not installed; run: pip install "flamingo_ft\[serve\]"$'):
-        serve.serve("anywhere", "localhost", 8000)
+        server.serve("anywhere", "localhost", 8000)
 
 
 def test_the_command_line_passes_where_images_may_come_from(monkeypatch, tmp_path, capsys):
     calls = []
-    monkeypatch.setattr(serve, "serve", lambda *arguments, **options: calls.append((*arguments, options)))
+    monkeypatch.setattr(server, "serve", lambda *arguments, **options: calls.append((*arguments, options)))
     assert main(["serve", "run"]) == 0
     options = ["--allowed-media", str(tmp_path), "--image-urls", "none", "--max-body-mib", "5", "--port", "9"]
     assert main(["serve", "run", *options]) == 0
@@ -141,4 +141,4 @@ def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp
         socket.create_server(("localhost", 0)) as taken,
         pytest.raises(UserError, match="give another --port"),
     ):
-        serve.serve(str(folder / "adapter"), "localhost", taken.getsockname()[1])
+        server.serve(str(folder / "adapter"), "localhost", taken.getsockname()[1])

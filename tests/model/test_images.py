@@ -215,17 +215,17 @@ def test_floats_that_resampling_made_a_little_too_bright_are_not_taken_for_0_to_
 
 
 REFUSED = {
-    "a batch": (np.zeros((2, 8, 8, 3), np.uint8), r"shape \(2, 8, 8, 3\), a batch; give a list of images"),
+    "a batch": (np.zeros((2, 8, 8, 3), np.uint8), r"shape \(2, 8, 8, 3\), a batch; pass a list of images"),
     "a batch of tensors": (torch.zeros(2, 3, 8, 8), "a batch"),
     "one row": (np.zeros(8, np.uint8), r"shape \(8,\)"),
     "many channels": (np.zeros((8, 8, 7), np.uint8), r"shape \(8, 8, 7\)"),
     "no pixels": (np.zeros((0, 8, 3), np.uint8), "no pixels"),
     "normalised": (
         torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0)),
-        "before any normalisation",
+        "before any normalization",
     ),
-    "normalised, mostly bright": (np.linspace(-0.2, 2.6, 64).reshape(8, 8), "before any normalisation"),
-    "normalised to -1..1": (np.linspace(-1, 1, 64).reshape(8, 8), "before any normalisation"),
+    "normalised, mostly bright": (np.linspace(-0.2, 2.6, 64).reshape(8, 8), "before any normalization"),
+    "normalised to -1..1": (np.linspace(-1, 1, 64).reshape(8, 8), "before any normalization"),
     "temperatures": (
         Image.fromarray(np.linspace(-1000, 3000, 64, dtype=np.int32).reshape(8, 8)),
         "from -1000 to 3000",
@@ -250,7 +250,7 @@ def test_what_is_no_picture_is_refused_in_one_line(array, message, processor):
 
 
 def test_an_array_of_a_batch_is_refused_by_the_image_processor_too(processor):
-    with pytest.raises(UserError, match="a batch; give a list of images"):
+    with pytest.raises(UserError, match="a batch; pass a list of images"):
         processor.image_processor(np.zeros((2, 8, 8, 3), np.uint8))
 
 

@@ -9,7 +9,7 @@ from flamingo_ft.data.collate import collate_packed, collate_text, pack
 from flamingo_ft.data.encode import IGNORED, Encoded
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.language_model_inputs import get_cache
-from flamingo_ft.training.model_checks import check_packing
+from flamingo_ft.training.preflight import check_packing
 
 from .tiny import MEDIA, ids, images, tiny_flamingo
 from .tiny_language_models import make_tiny

@@ -105,9 +105,9 @@ def test_tokenizer_arguments_may_be_grouped(processor):
         ([A], ["<image>", "<image>"], "2 texts have 2 <image> markers but 1 images"),
         ([[A], [B]], ["<image>", "a"], "text 1 has 0 <image> markers but 1 images"),
         ([[], [B]], ["<image>", "<image>"], "text 0 has 1 <image> markers but 0 images"),
-        ([[A], [B]], ["<image>"], "found 2 lists of images for 1 texts"),
-        ([[A]], ["<image>", "<image>"], "found 1 lists of images for 2 texts"),
-        ([A], None, "found images without text"),
+        ([[A], [B]], ["<image>"], "got 2 lists of images for 1 texts"),
+        ([[A]], ["<image>", "<image>"], "got 1 lists of images for 2 texts"),
+        ([A], None, "processor: got images without text"),
     ],
 )
 def test_images_that_do_not_match_the_markers_are_refused(processor, images, text, complaint):
@@ -200,7 +200,7 @@ def test_a_batch_of_conversations_keeps_each_its_images(processor):
 
 
 def test_a_block_of_another_type_is_refused(processor):
-    with pytest.raises(UserError, match="^found a content block of type 'video'; wanted text or image$"):
+    with pytest.raises(UserError, match="^content block: got type 'video'; use text or image$"):
         processor.apply_chat_template([user({"type": "video", "video": "a.mp4"})])
 
 

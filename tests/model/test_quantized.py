@@ -15,7 +15,7 @@ from flamingo_ft.backbones.quantization import Quantization, is_quantized, quant
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import Flamingo, build_flamingo
-from flamingo_ft.model.quantized import mark_quantized
+from flamingo_ft.model.pretrained import mark_quantized
 
 from .tiny import EOC, MEDIA, ids, images, open_gates, tiny_flamingo, tiny_language_model
 

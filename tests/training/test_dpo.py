@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.adapters.prepare import frozen_copy, zero_dropout
+from flamingo_ft.adapters.trainable import frozen_copy, zero_dropout
 from flamingo_ft.config import load_recipe
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
@@ -17,7 +17,7 @@ from flamingo_ft.training.train import train
 from tests import regimes
 
 DPO = ("train.method=dpo", "data.train=[{path: pairs.jsonl}]", "train.max_steps=3")
-CASES = {  # each of what trains, and what is frozen in each format
+CASES = {  # case -> trained parts, quantization of the frozen ones
     "bridge": ("bridge", "none"),
     "bridge and LoRA, nf4": ("bridge and LoRA", "nf4"),
     "LoRA only": ("LoRA only", "none"),
@@ -38,11 +38,15 @@ def pairs(small_run):
 
 
 def overrides(case: str) -> tuple[str, ...]:
-    regime, form = CASES[case]
-    return (*DPO, *regimes.REGIMES[regime], *(regimes.quantized(form, regime) if form != "none" else ()))
+    regime, quantization = CASES[case]
+    return (
+        *DPO,
+        *regimes.REGIMES[regime],
+        *(regimes.quantized(quantization, regime) if quantization != "none" else ()),
+    )
 
 
-def a_trainer(case: str, *more: str):
+def dpo_trainer(case: str, *more: str):
     model, processor = regimes.build(*overrides(case), *more)
     return regimes.trainer(model, processor, *overrides(case), *more)
 
@@ -67,7 +71,7 @@ def storages(model) -> set[int]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", [*list(CASES)[:-1], pytest.param(list(CASES)[-1], marks=pytest.mark.slow)])
 def test_the_reference_stays_the_initial_policy(pairs, case):
-    trainer = a_trainer(case)
+    trainer = dpo_trainer(case)
     policy, reference, batch = trainer.model, trainer.ref_model, next(iter(trainer.batches))
     before = scores(trainer, policy, batch)
     assert torch.equal(scores(trainer, reference, batch), before)
@@ -76,9 +80,8 @@ def test_the_reference_stays_the_initial_policy(pairs, case):
     assert torch.equal(scores(trainer, reference, batch), before)
     assert (scores(trainer, policy, batch) - before).abs().max() > 1e-2
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0]["loss"] == pytest.approx(
-        torch.log(torch.tensor(2.0)).item(), abs=1e-6
-    )  # both are one model yet
+    # In the first step, policy and reference are the same model.
+    assert losses[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
     assert losses[0]["rewards/margins"] == 0 and losses[-1]["rewards/margins"] > 0
 
 
@@ -109,7 +112,7 @@ def test_reference_and_policy_each_use_their_own_bridge(pairs):
 
 
 def test_a_resumed_run_has_the_same_reference(pairs):
-    first, again = (a_trainer("bridge and LoRA, nf4") for _ in range(2))
+    first, again = (dpo_trainer("bridge and LoRA, nf4") for _ in range(2))
     first.train()  # a resumed run also builds its model anew and restores the trained parameters later
     for one, other in zip(first.ref_model.parameters(), again.ref_model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -144,8 +147,8 @@ def contents(*more: str) -> list:
     """Return (contents, tensors) of the first batches of a run."""
     model, processor = regimes.build(*DPO, *more)
     batches = regimes.trainer(model, processor, *DPO, *more).batches
-    taken = list(islice(batches, 4))
-    return list(zip(batches.contents, taken, strict=True))
+    tensors = list(islice(batches, 4))
+    return list(zip(batches.contents, tensors, strict=True))
 
 
 def test_batch_contents_count_pairs_tokens_of_both_answers_and_each_image_once(pairs):
@@ -211,11 +214,19 @@ def test_dpo_evaluates_on_the_chosen_answer_and_skips_bad_rows_if_configured(pai
             ["train.method=sft"],
             "pairs.jsonl: expected samples with one answer, got preference pairs; set train.method to dpo",
         ),
-        (["data.packing=true", "data.max_text_tokens=64"], "data.packing: dpo compares pairs row by row"),
-        (["lora.language={r: 2}", "lora.lora_dropout=0.1"], "lora.lora_dropout: got 0.1, but dpo compares"),
+        (
+            ["data.packing=true", "data.max_text_tokens=64"],
+            "data.packing: dpo compares pairs row by row, so samples cannot be packed; "
+            r"set packing to false \(group_by_length also saves padding\)",
+        ),
+        (
+            ["lora.language={r: 2}", "lora.lora_dropout=0.1"],
+            "lora.lora_dropout: got 0.1, but dpo compares two models without dropout; set lora_dropout to 0",
+        ),
         (
             ["train.dpo={loss_type: ipo, label_smoothing: 0.1}"],
-            "train.dpo.label_smoothing: got loss_type ipo",
+            "train.dpo.label_smoothing: only the sigmoid loss has label smoothing, got loss_type ipo; "
+            "use sigmoid, or set label_smoothing to 0",
         ),
     ],
 )
@@ -245,8 +256,8 @@ def test_settings_incompatible_with_dpo_are_refused_in_one_line(pairs, more, mes
     ],
 )
 def test_the_loss_equals_the_papers_formula(pairs, settings, loss):
-    trainer = a_trainer("bridge", f"train.dpo={settings}", "train.learning_rate=0.1")
-    trainer.train()
+    trainer = dpo_trainer("bridge", f"train.dpo={settings}")
+    regimes.shake(trainer.model, 0.3)
     batch = next(iter(trainer.batches))
     policy, reference = (scores(trainer, model, batch) for model in (trainer.model, trainer.ref_model))
     chosen, rejected = (policy - reference).chunk(2)

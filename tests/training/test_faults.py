@@ -15,8 +15,14 @@ from safetensors import SafetensorError
 from flamingo_ft import atomic
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.checkpoints import latest_valid, list_checkpoints, verify
-from flamingo_ft.training.checkpoints.manifest import FORMAT, MANIFEST, write_manifest
+from flamingo_ft.training.checkpoint_folders import (
+    FORMAT,
+    MANIFEST,
+    latest_valid,
+    list_checkpoints,
+    verify,
+    write_manifest,
+)
 from tests import killing, regimes
 
 COMMAND = ["train", "./recipe.yaml", "train.max_steps=6", "train.save_steps=2"]
@@ -45,7 +51,7 @@ def finish(folder) -> bytes:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Adapter weights of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("unhindered")
+    folder = tmp_path_factory.mktemp("undisturbed")
     regimes.write_run(folder)
     assert killing.wait(killing.start(COMMAND, folder, folder / "log.txt")) == 0
     return (folder / "run" / "adapter_model.safetensors").read_bytes()
@@ -64,7 +70,7 @@ def test_a_full_disk_during_a_save_keeps_the_previous_checkpoint(folder, monkeyp
         "run/checkpoints/step-4: cannot write this checkpoint" in output
         and "No space left on device" in output
     )
-    assert "the last one is run/checkpoints/step-2" in output and "--resume" in output
+    assert "the last checkpoint is run/checkpoints/step-2" in output and "--resume" in output
     assert list(list_checkpoints(folder / "run" / "checkpoints")) == [2]
     verify(folder / "run" / "checkpoints" / "step-2")
     assert finish(folder) == weights
@@ -76,7 +82,7 @@ def test_a_file_size_limit_is_reported_in_one_line(folder):
     output = (folder / "log.txt").read_text()
     assert (
         "step-2: cannot write this checkpoint" in output
-        and "there is none yet" in output
+        and "the run has no earlier checkpoint" in output
         and "Traceback" not in output
     )
 
@@ -133,9 +139,7 @@ def test_resuming_with_other_rows_is_refused(folder, capfd):
 @pytest.mark.slow
 def test_a_full_disk_at_the_end_is_reported_with_the_last_checkpoint(folder, monkeypatch, capfd, weights):
     def full(*_, **__):
-        raise SafetensorError(
-            "No space left on device"
-        )  # as safetensors says it; open files say an OSError without a name
+        raise SafetensorError("No space left on device")  # safetensors raises no OSError
 
     with monkeypatch.context() as patch:
         patch.setattr("flamingo_ft.training.train.save_adapter", full)
@@ -205,6 +209,6 @@ def test_other_failures_while_saving_are_not_reported_as_a_full_disk(folder, mon
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr("flamingo_ft.training.checkpoints.save_load.save_adapter", fails)
+    monkeypatch.setattr("flamingo_ft.training.checkpoints.save_adapter", fails)
     with pytest.raises(RuntimeError, match=str(error)):
         main([*COMMAND, "train.max_steps=1"])

@@ -11,7 +11,7 @@ import pytest
 from flamingo_ft import atomic
 from flamingo_ft.hub import errors, upload
 from flamingo_ft.training import hub_checkpoints
-from flamingo_ft.training.checkpoints.manifest import write_manifest
+from flamingo_ft.training.checkpoint_folders import write_manifest
 from tests.hub_server import LARGE, WRITER
 
 REPO = "somebody/run"

@@ -7,7 +7,7 @@ import torch
 
 from flamingo_ft import cli
 from flamingo_ft.errors import OutOfMemory
-from flamingo_ft.training import machine_failures
+from flamingo_ft.training import interruptions
 from flamingo_ft.training.train import train
 from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
@@ -32,18 +32,18 @@ def python_is_full(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("fails", "owner", "more"),
+    ("fails", "device", "detail"),
     [
-        (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB more)"),
-        (host_is_full, "host", " (tried to allocate 4503599627370496 bytes more)"),
+        (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB detail)"),
+        (host_is_full, "host", " (tried to allocate 4503599627370496 bytes detail)"),
         (python_is_full, "host", ""),
     ],
 )
-def test_a_step_that_does_not_fit_is_a_one_line_error(fails, owner, more):
-    with pytest.raises(OutOfMemory) as error, machine_failures.oom_as_user_error("training"):
+def test_a_step_that_does_not_fit_is_a_one_line_error(fails, device, detail):
+    with pytest.raises(OutOfMemory) as error, interruptions.oom_as_user_error("training"):
         fails()
     assert str(error.value).startswith(
-        f"training: {owner} memory is full{more}; lower train.batch_size or follow"
+        f"training: {device} memory is full{detail}; lower train.batch_size or follow"
     )
 
 
@@ -61,29 +61,29 @@ def test_the_command_prints_the_error_and_the_memory_plan(folder, monkeypatch, c
 )
 def test_an_evaluation_that_does_not_fit_has_its_own_remedy(folder, monkeypatch, place):  # noqa: F811
     monkeypatch.setattr(place, gpu_is_full)
-    monkeypatch.setattr(machine_failures, "make_plan_report", lambda recipe: _Report())
+    monkeypatch.setattr(interruptions, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="evaluation: GPU memory is full.*lower eval.batch_size"):
         train(recipe("eval.steps=1", f"eval.before={str('run_evaluation' not in place).lower()}"))
 
 
 def test_a_backbone_that_does_not_fit_is_not_reported_as_damaged(folder, monkeypatch):  # noqa: F811
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", gpu_is_full)
-    monkeypatch.setattr(machine_failures, "make_plan_report", lambda recipe: _Report())
+    monkeypatch.setattr(interruptions, "make_plan_report", lambda recipe: _Report())
     with pytest.raises(OutOfMemory, match="loading: GPU memory is full.*quantize the backbones"):
         train(recipe())
 
 
 def test_tensors_are_freed_before_the_plan_is_made(folder, monkeypatch):  # noqa: F811
-    kept = []
+    references = []
 
     def step(self, model, *_, **__):
-        taken = torch.ones(10)
-        kept.extend(map(weakref.ref, (taken, model)))
+        tensor = torch.ones(10)
+        references.extend(map(weakref.ref, (tensor, model)))
         return host_is_full()
 
     monkeypatch.setattr(FlamingoTrainerMixin, "training_step", step)
     monkeypatch.setattr(
-        machine_failures, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept])
+        interruptions, "make_plan_report", lambda recipe: _Report([ref() is None for ref in references])
     )
     with pytest.raises(OutOfMemory) as error:
         train(recipe("data.eval=[]"))
@@ -92,7 +92,7 @@ def test_tensors_are_freed_before_the_plan_is_made(folder, monkeypatch):  # noqa
 
 def test_the_error_is_printed_without_a_plan_if_that_does_not_fit_either(folder, monkeypatch, capsys):  # noqa: F811
     monkeypatch.setattr(FlamingoTrainerMixin, "training_step", gpu_is_full)
-    monkeypatch.setattr(machine_failures, "make_plan_report", host_is_full)
+    monkeypatch.setattr(interruptions, "make_plan_report", host_is_full)
     assert cli.main(["train", "./recipe.yaml", "data.eval=[]"]) == 2
     assert "error: training: GPU memory is full" in capsys.readouterr().err
 

@@ -1,9 +1,15 @@
-"""Keep the adapter of the best evaluation so far, stop early, and optionally end with the best adapter."""
+"""Evaluation before, during and after training, and the adapter of the best evaluation.
+
+An evaluation generates answers to the held-out questions and measures the loss on held-out samples. It does
+not change what training learns: it draws no random numbers and puts the model back into training mode.
+"""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +27,93 @@ from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.adapters.save import adapter_tensors
 from flamingo_ft.config import Recipe
+from flamingo_ft.data import Sample
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.metrics import evaluate_metrics
+from flamingo_ft.evaluation.questions import Question, questions_of
+from flamingo_ft.evaluation.results import Results
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
+from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.sharding import copy_into, reshard
+from flamingo_ft.model.sharding import copy_into, is_sharded, reshard
+from flamingo_ft.progress import Bars
 
-from .checkpoints import best_folder, checkpoint_root
+from .checkpoint_folders import best_folder, checkpoint_root
+from .dataloader import EvalBatches
+from .interruptions import oom_as_user_error
+
+
+class Evaluator:
+    """Answers the held-out questions at several points of a run; ``results`` collects the answers."""
+
+    def __init__(
+        self,
+        model: FlamingoForConditionalGeneration,
+        processor: FlamingoProcessor,
+        samples: Sequence[Sample],
+        recipe: Recipe,
+        progress: Bars,
+    ):
+        self.results = Results(questions_of(samples))
+        self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
+        self._predictor = Predictor(model, processor)
+        self._progress, self._model = progress, model
+
+    def scores(self) -> dict[str, float]:
+        """Answer the held-out questions and return the value of every metric; the answers are not kept."""
+        questions = self.results.questions
+        return evaluate_metrics(questions, self._answers("evaluating", questions, keep_bar=False))
+
+    def evaluate(self, name: str, samples: Sequence[Sample]) -> None:
+        """Answer the questions of ``samples``, held-out ones or a variant; keep the answers as ``name``."""
+        questions = questions_of(samples)
+        if questions:
+            self.results.answers[name] = self._answers(f"evaluating, {name.replace('_', ' ')}", questions)
+
+    def _answers(self, title: str, questions: Sequence[Question], keep_bar: bool = True) -> list[str]:
+        """Return the answers in the order of ``questions``.
+
+        The questions are split over the processes; with a sharded model, every process runs all of them.
+        """
+        sharded = is_sharded(self._model)
+        own_questions = questions if sharded else processes.shard(questions)
+        bar = self._progress.add_task(title, total=len(own_questions), note="")
+        with oom_as_user_error("evaluation"):
+            on_batch = partial(self._progress.advance, bar)
+            answers = self._predictor.answer(own_questions, on_batch=on_batch, **self._options)
+        if not keep_bar:
+            self._progress.remove_task(bar)
+        return answers if sharded else processes.unshard(answers)
+
+
+@torch.no_grad()
+def run_evaluation(
+    trainer: Any, eval_batches: EvalBatches, scores_fn: Callable[[], dict[str, float]] | None
+) -> dict[str, float]:
+    """Evaluate the trainer's model and log the result.
+
+    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``scores_fn`` is given, its
+    metrics (``eval_accuracy``, ...).
+    """
+    model, was_training = trainer.model, trainer.model.training
+    model.eval()
+    # Sum of weighted losses, and of weights.
+    total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
+    for inputs, weight in eval_batches:
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, trainer.prepare_inputs(inputs))
+        total += torch.stack([loss.double() * weight, torch.full_like(loss, weight, dtype=torch.float64)])
+    loss_sum, weight_sum = trainer.accelerator.reduce(total).tolist()
+    metrics = {"eval_loss": loss_sum / weight_sum}
+    if scores_fn is not None:
+        metrics |= {f"eval_{name}": value for name, value in scores_fn().items()}
+    model.eval()  # TRL logs its own metrics as evaluation ones only in this mode
+    trainer.log(dict(metrics))
+    model.train(was_training)
+    return metrics
+
+
+# --- the best adapter ---
 
 
 def evaluation_callbacks(recipe: Recipe, processor: FlamingoProcessor) -> list[TrainerCallback]:

@@ -5,8 +5,7 @@ training added:
 
 - ``best/``: the adapter of the best evaluation so far, if there was one;
 - ``training/``: what `transformers.Trainer` saves (optimizer, schedule, loss scale, random states, log) and
-the position
-  of each process in the data;
+  the position of each process in the data;
 - ``checkpoint.json``: the manifest, written last.
 """
 
@@ -34,8 +33,14 @@ from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .folders import best_folder, checkpoint_folder, newest_checkpoint, prune_checkpoints
-from .manifest import read_manifest, write_manifest
+from .checkpoint_folders import (
+    best_folder,
+    checkpoint_folder,
+    newest_checkpoint,
+    prune_checkpoints,
+    read_manifest,
+    write_manifest,
+)
 
 TRAINER_FOLDER = "training"  # in a checkpoint
 SCHEDULER_FILE = "scheduler.pt"  # as Trainer names it
@@ -47,7 +52,7 @@ class CheckpointPolicy:
 
     root: folder of all checkpoints. limit: how many to keep. run_folder: the output folder, whose recipe and
     predictions are copied into each checkpoint. source_rows: rows of each training source (None for a
-    stream), to notice other data.
+    stream), to detect that the data have changed.
     """
 
     root: Path
@@ -147,7 +152,7 @@ def _facts(trainer: CheckpointedTrainer) -> dict[str, Any]:
 
 def _disk_message(folder: Path, root: Path, error: Exception) -> str:
     newest = newest_checkpoint(root)
-    last = f"the last one is {newest}" if newest else "there is none yet"
+    last = f"the last checkpoint is {newest}" if newest else "the run has no earlier checkpoint"
     return (
         f"{folder}: cannot write this checkpoint ({error_message(error)}); {last}; "
         "free disk space or choose another train.checkpoint_dir, and resume with --resume"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.formats.safe_unpickling import load_torch_file
+from flamingo_ft.formats.stored_files import load_torch_file
 
 
 class RunsCode:
