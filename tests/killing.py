@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
@@ -52,22 +53,30 @@ def _run(arguments: list[str], folder: str, log: str, around: Around) -> None:
 
     from flamingo_ft.cli import main
 
-    os.setsid()
-    os.chdir(folder)
-    os.environ |= around.environment
-    torch.set_num_threads(1)
-    for name, value in around.hub.items():
-        setattr(huggingface_hub.constants, name, value)
-    if around.file_limit is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (around.file_limit, around.file_limit))
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(output, stream)
-    sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
-    if around.spoil is not None:
-        around.spoil()
-    sys.exit(main(arguments))
+    code = 1
+    try:
+        os.setsid()
+        os.chdir(folder)
+        os.environ |= around.environment
+        torch.set_num_threads(1)
+        for name, value in around.hub.items():
+            setattr(huggingface_hub.constants, name, value)
+        if around.file_limit is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (around.file_limit, around.file_limit))
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+        if around.spoil is not None:
+            around.spoil()
+        code = main(arguments)
+    finally:
+        if sys.exc_info()[1] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # without multiprocessing's clean-up, which may wait for workers
 
 
 def wait(process: BaseProcess) -> int:

@@ -208,7 +208,7 @@ def rows_of(index: int, source: WeightedSource) -> Iterator[Row]:
 
 
 def _row_problem(where: str, row: int, error: str) -> Problem:
-    """Turn the error of a row into a `Problem`; ``where`` ("FILE: row N") may stand in front of the error."""
+    """Turn the error of a row into a `Problem`; ``where`` ("FILE: row N") may precede the error."""
     return _parse_problem(file_of(where, row), row, error.removeprefix(f"{where}: "))
 
 

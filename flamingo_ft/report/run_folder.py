@@ -39,7 +39,7 @@ class RunFolder:
         """
         if not (folder / RECIPE_FILE).is_file():
             raise UserError(
-                f"{folder}: not the folder of a run, {RECIPE_FILE} not found; give a run's output_dir"
+                f"{folder}: not the folder of a run, {RECIPE_FILE} not found; use a run's output_dir"
             )
         metrics = folder / METRICS_FILE
         return cls(
@@ -113,7 +113,7 @@ def check_run(folder: Path, name: str) -> None:
     """Raise UserError if a folder lacks a file that every run leaves."""
     if not (folder / name).is_file():
         raise UserError(
-            f"{folder}: not the folder of a finished run, {name} not found; give a run's output_dir"
+            f"{folder}: not the folder of a finished run, {name} not found; use a run's output_dir"
         )
 
 

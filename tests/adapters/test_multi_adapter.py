@@ -87,7 +87,7 @@ def test_a_linear_combination_averages_a_and_b_of_every_layer(folders):
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "dare_ties"])
-def test_a_combination_can_be_saved_and_comes_back(folders, method):
+def test_a_saved_combination_gives_the_same_logits(folders, method):
     torch.manual_seed(0)
     adapters = load_all()
     adapters.combine({"a": 0.7, "b": 0.3}, "both", method)
@@ -96,7 +96,7 @@ def test_a_combination_can_be_saved_and_comes_back(folders, method):
     assert torch.equal(logits(*load_adapter("both")), logits(adapters.model, adapters.processor))
 
 
-def test_what_cannot_be_loaded_used_or_combined_is_refused(folders):
+def test_loading_using_or_combining_the_wrong_adapters_is_refused(folders):
     adapters = load_all()
     with pytest.raises(UserError, match="an adapter named b is loaded already"):
         adapters.load("b", "b")
@@ -133,7 +133,7 @@ def test_lora_on_the_tower_is_right_after_using_an_adapter_without_it(small_run)
     torch.testing.assert_close(logits(adapters.model, adapters.processor), expected, rtol=0, atol=1e-4)
 
 
-def test_an_adapter_is_saved_as_it_is_beside_another_with_more_lora(folders):
+def test_saving_an_adapter_leaves_out_the_lora_of_others(folders):
     model, processor = build(LORA)
     shake(model, 0.2)
     save_adapter(model, processor, Path("plain"))

@@ -136,7 +136,10 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
         ),
         (["lora.perceiver={}"], "lora.perceiver: trainable.perceiver is true too"),
         (["model.init_from=."], " holds no adapter, merged model or checkpoint"),
-        (["train.activation_offload=true"], "train.activation_offload: there is no GPU"),
+        (
+            ["train.activation_offload=true"],
+            "train.activation_offload: got true, but no GPU is available; set it to false",
+        ),
         (
             ["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"],
             "the optimizer steps in every backward pass",

@@ -16,15 +16,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 LAYERS, WIDTH = 4, 32
 
-# What the law of zero gates is not tested on, and why.
+# Families that the tests of all families leave out, and why.
 LEFT_OUT = {
     "cpmant": "reads a learned prompt before the text, so positions in its layers are not those of tokens",
     "gemma4_assistant": "a drafter without keys and values of its own: it uses those of another model",
     "gemma4_unified_assistant": "a drafter without keys and values of its own, as gemma4_assistant",
-    "mllama": "skips some of its layers when it sees no image of its own, and a bridge before them with them",
+    "mllama": "skips its own cross-attention layers without an image of its own, and a bridge before them",
     "musicgen": "models four rows of audio codes at a time, not text",
     "musicgen_melody": "models four rows of audio codes at a time, not text",
-    "prophetnet": "its layers read several streams of the text one behind the other",
+    "prophetnet": "its layers read several streams of the text concatenated",
     "reformer": "its reversible layers run backward without hooks, so the bridge would get no gradient",
     "xlm": "has no decoder layers, only parallel lists of their parts",
     "xlnet": "permutes its text, and its layers read (tokens, samples, width)",
