@@ -177,13 +177,13 @@ def open_flamingo_names(
     """
     embeddings = flamingo.lang_encoder.get_input_embeddings().weight
     names = (name for name, parameter in flamingo.named_parameters() if parameter is embeddings)
-    found = {next(names): embeddings.detach()[:vocabulary].clone()}
+    tensors = {next(names): embeddings.detach()[:vocabulary].clone()}
     for name, tensor in flamingo.state_dict().items():
         if name.startswith("perceiver."):
-            found[name] = tensor
+            tensors[name] = tensor
         elif name.startswith("gated_cross_attn_layers."):
             _, k, rest = name.split(".", 2)
-            found[f"lang_encoder.{model.layers_path}.{k}.gated_cross_attn_layer.{rest}"] = tensor
+            tensors[f"lang_encoder.{model.layers_path}.{k}.gated_cross_attn_layer.{rest}"] = tensor
             if "following" in model.visibility:
-                found[f"lang_encoder.{name}"] = tensor
-    return found
+                tensors[f"lang_encoder.{name}"] = tensor
+    return tensors

@@ -21,14 +21,14 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITER, READER = "hf_thewritingtoken", "hf_thereadingtoken"
-LARGE = 1000  # bytes, from which a file goes through LFS
-PAGE = 50  # entries of a folder in one answer
+LARGE = 1000  # bytes from which a file is uploaded through LFS
+PAGE = 50  # entries of a folder in one response
 LONG = 15.0  # seconds that a request is held at most
 
 
 @dataclass
 class Commit:
-    """files: path -> SHA-256 of its content."""
+    """A commit. files: path -> SHA-256 of its content."""
 
     oid: str
     title: str
@@ -37,7 +37,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """gated: who has not accepted its terms, which is whoever may only read, gets none of its files."""
+    """A repository. gated: its files require accepted terms, which only `WRITER` has accepted."""
 
     private: bool
     gated: bool = False
@@ -51,7 +51,7 @@ class Repository:
         return self.branches["main"]
 
     def at(self, revision: str) -> Commit | None:
-        """The newest commit of a branch, or the one of that name."""
+        """Return the newest commit of a branch, or the commit of this hash; None for an unknown revision."""
         if revision in self.branches:
             return self.branches[revision][-1]
         return next((one for branch in self.branches.values() for one in branch if one.oid == revision), None)
@@ -67,7 +67,7 @@ class Failure:
 
 @dataclass
 class Held:
-    """reached: a request waits here. released: it may go on."""
+    """Held requests. reached: set when a request waits. released: set it to answer the request."""
 
     pattern: str
     reached: threading.Event = field(default_factory=threading.Event)
@@ -99,7 +99,7 @@ class Hub:
         self.failures.append(Failure(pattern, times, status, half_way))
 
     def hold(self, pattern: str) -> Held:
-        """Requests that fit get no answer until they are released, or a test has waited for long enough."""
+        """Hold requests that match ``pattern`` until they are released, for at most `LONG` seconds."""
         self.held.append(Held(pattern))
         return self.held[-1]
 
@@ -112,12 +112,11 @@ class Hub:
     def failing(self, request: str) -> Failure | None:
         with self.lock:
             self.requests.append(request)
-            found = next(
-                (one for one in self.failures if one.times and re.search(one.pattern, request)), None
-            )
-            if found:
-                found.times -= 1
-            return found
+            matching = (one for one in self.failures if one.times and re.search(one.pattern, request))
+            failure = next(matching, None)
+            if failure is not None:
+                failure.times -= 1
+            return failure
 
     def store(self, content: bytes) -> str:
         digest = hashlib.sha256(content).hexdigest()
@@ -125,7 +124,7 @@ class Hub:
         return digest
 
     def files(self, repository: str, revision: str = "main") -> dict[str, bytes]:
-        """What a repository holds."""
+        """Return the files of a repository: path -> content."""
         commit = self.repositories[repository].at(revision)
         return {path: self.contents[digest] for path, digest in commit.files.items()}
 
@@ -177,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         elif failure.status is None:
             self._drop()
         else:
-            self._error(failure.status, f"as asked, by who has {self._token()}")  # a Hub that tells it
+            self._error(failure.status, f"injected failure for {self._token()}")  # a Hub that leaks the token
 
     def _drop(self) -> None:
         self.close_connection = True
@@ -185,28 +184,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, path: str) -> None:
         for methods, pattern, handle in ROUTES:
-            found = re.fullmatch(pattern, path)
-            if found and self.command in methods:
-                return handle(self, **found.groupdict())
+            match = re.fullmatch(pattern, path)
+            if match and self.command in methods:
+                return handle(self, **match.groupdict())
         self._error(404, f"no such address: {self.command} {path}")
 
-    # --- who may do what ---
+    # --- permissions ---
 
     def _token(self) -> str | None:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
 
     def _repository(self, name: str, write: bool = False) -> Repository | None:
-        """The repository, or None after an answer that says why not."""
-        token, found = self._token(), self.hub.repositories.get(name)
+        """Return the repository; or send an error and return None."""
+        token, repository = self._token(), self.hub.repositories.get(name)
         if token not in (None, WRITER, READER):
             return self._error(401, "Invalid credentials in Authorization header")
-        if found is None or (found.private and token is None):
+        if repository is None or (repository.private and token is None):
             return self._error(401 if token is None else 404, "Repository not found", "RepoNotFound")
         if write and token != WRITER:
             return self._error(403, "You don't have the rights to write to this repository")
-        return found
+        return repository
 
-    # --- answers ---
+    # --- responses ---
 
     def _json(self, value: Any, status: int = 200, **headers: str) -> None:
         self._bytes(json.dumps(value).encode(), status, **{"Content-Type": "application/json", **headers})
@@ -226,7 +225,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.half_way:
             self._drop()
 
-    # --- what is asked ---
+    # --- requests ---
 
     def whoami(self) -> None:
         if self._token() not in (WRITER, READER):
@@ -234,16 +233,16 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"type": "user", "name": "somebody", "auth": {"type": "access_token"}})
 
     def create(self) -> None:
-        wanted = json.loads(self.body)
-        name = f"{wanted.get('organization') or 'somebody'}/{wanted['name']}"
+        body = json.loads(self.body)
+        name = f"{body.get('organization') or 'somebody'}/{body['name']}"
         if self._token() not in (WRITER, READER):
             return self._error(401, "Invalid username or password.")
         if name in self.hub.repositories:
-            found = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
-            return self._json(found, 409)
+            conflict = {"error": "You already created this model repo", "url": f"{self.hub.url}/{name}"}
+            return self._json(conflict, 409)
         if self._token() != WRITER:
             return self._error(403, "You don't have the rights to create a model under this namespace")
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        private = body.get("visibility") == "private" or bool(body.get("private"))
         self.hub.repositories[name] = Repository(private)
         self._json({"url": f"{self.hub.url}/{name}", "id": name})
 
@@ -293,8 +292,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         objects = []
         for one in json.loads(self.body)["objects"]:
-            there = one["oid"] in self.hub.contents
-            actions = {} if there else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}
+            is_stored = one["oid"] in self.hub.contents
+            actions = (
+                {} if is_stored else {"actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}
+            )
             objects.append({"oid": one["oid"], "size": one["size"], **actions})
         self._json(
             {"transfer": "basic", "objects": objects}, **{"Content-Type": "application/vnd.git-lfs+json"}
@@ -315,11 +316,11 @@ class Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.body.splitlines() if line]
         try:
             with self.hub.lock:
-                made = self.hub.commit(repository, revision, lines)
+                commit = self.hub.commit(repository, revision, lines)
         except (KeyError, ValueError) as error:
             return self._error(400, f"nothing was committed: {error}")
-        url = f"{self.hub.url}/{name}/commit/{made.oid}"
-        self._json({"commitOid": made.oid, "commitUrl": url, "pullRequestUrl": None})
+        url = f"{self.hub.url}/{name}/commit/{commit.oid}"
+        self._json({"commitOid": commit.oid, "commitUrl": url, "pullRequestUrl": None})
 
     def tree(self, name: str, revision: str, folder: str | None = None) -> None:
         repository = self._repository(name)
@@ -354,10 +355,10 @@ class Handler(BaseHTTPRequestHandler):
         digest = commit.files[path]
         content = self.hub.contents[digest]
         headers = {"ETag": f'"{digest}"', "X-Repo-Commit": commit.oid, "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked is None:
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if byte_range is None:
             return self._bytes(content, **headers)
-        begin, end = int(asked[1]), int(asked[2] or len(content) - 1)
+        begin, end = int(byte_range[1]), int(byte_range[2] or len(content) - 1)
         headers["Content-Range"] = f"bytes {begin}-{end}/{len(content)}"
         self._bytes(content[begin : end + 1], 206, **headers)
 
@@ -366,7 +367,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is nothing to speak of."""
+        """Ignore clients that were killed."""
 
 
 NAME, REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
@@ -389,7 +390,7 @@ ROUTES: list[tuple[tuple[str, ...], str, Callable[..., None]]] = [
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A Hub at ``hub.url`` for as long as the block lasts."""
+    """Run a Hub at ``hub.url`` during the block."""
     hub = Hub()
     server = Server(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"

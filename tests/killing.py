@@ -1,5 +1,8 @@
-"""Kill runs of the real command line: each in a process of its own, forked from one that has
-imported everything and done nothing, so that a kill falls into the run and not into its imports."""
+"""Start and kill runs of the real command line.
+
+Each runs in its own process, forked from one that has already imported everything, so that a kill hits the
+run and not its imports.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,12 @@ FORKS.set_forkserver_preload(PRELOADED)
 
 @dataclass(frozen=True)
 class Around:
-    """What a run finds. environment: variables beside the usual ones; file_limit: bytes that no file may
-    exceed; hub: what `huggingface_hub.constants` are; spoil: called in the run's process before it begins, a
-    function of a module."""
+    """The surroundings of a run.
+
+    environment: additional environment variables. file_limit: maximum size of a file in bytes.
+    hub: values of `huggingface_hub.constants`.
+    spoil: called in the run's process before the run; a function of a module, so that it can be pickled.
+    """
 
     environment: Mapping[str, str] = field(default_factory=dict)
     file_limit: int | None = None
@@ -35,7 +41,7 @@ class Around:
 
 
 def start(arguments: Sequence[str], folder: Path, log: Path, around: Around = Around()) -> BaseProcess:
-    """Run ``flamingo-ft ARGUMENTS`` in ``folder``, what it prints appended to ``log``."""
+    """Run ``flamingo-ft ARGUMENTS`` in ``folder``, with its output appended to ``log``."""
     process = FORKS.Process(target=_run, args=(list(arguments), str(folder), str(log), around))
     process.start()
     return process
@@ -65,16 +71,16 @@ def _run(arguments: list[str], folder: str, log: str, around: Around) -> None:
         if around.spoil is not None:
             around.spoil()
         code = main(arguments)
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[1] is not None:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(code)  # without multiprocessing's clean-up, which may wait for workers
 
 
 def wait(process: BaseProcess) -> int:
-    """The exit code of a process, or minus the signal that ended it."""
+    """Wait for a process. Return its exit code, or minus the number of the signal that ended it."""
     process.join()
     return process.exitcode
 
@@ -86,8 +92,10 @@ def kill_when(
     poll: float = 0.0005,
     send: Callable[[int, int], None] = os.kill,
 ) -> int:
-    """Send a signal as soon as ``moment`` has come; its exit code, which is its own if it ended before. send:
-    os.killpg for one to its workers too."""
+    """Send a signal as soon as ``moment`` returns True, and return the exit code of the process.
+
+    A process that ends before is not signalled. send: os.killpg signals its workers too.
+    """
     while not moment():
         if process.exitcode is not None:
             return process.exitcode
@@ -98,11 +106,11 @@ def kill_when(
 
 
 def after(seconds: float) -> Callable[[], bool]:
-    """The moment so many seconds from now."""
+    """Return a moment that comes in so many seconds."""
     end = time.monotonic() + seconds
     return lambda: time.monotonic() >= end
 
 
 def file_there(folder: Path, pattern: str) -> Callable[[], bool]:
-    """The moment when something of that name is in the folder."""
+    """Return a moment that comes when a file in the folder matches the pattern."""
     return lambda: any(folder.glob(pattern))

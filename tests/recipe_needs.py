@@ -1,4 +1,4 @@
-"""What a recipe needs that tests do not have."""
+"""Whether a recipe needs the Hub, which tests do not have."""
 
 from __future__ import annotations
 

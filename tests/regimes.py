@@ -1,4 +1,4 @@
-"""What people train, as overrides of one small recipe: the three regimes, unquantized and quantized."""
+"""The regimes of training, unquantized and quantized, as overrides of one small recipe."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REGIMES = {
 
 
 def quantized(form: str, regime: str = "") -> tuple[str, ...]:
-    """Both backbones in a format, and the bridge where it stays frozen."""
+    """Return overrides that quantize both backbones, and a frozen bridge."""
     backbones = (f"model.vision.quantization={form}", f"model.language.quantization={form}")
     return (*backbones, f"model.bridge_quantization={form}") if regime.startswith("LoRA") else backbones
 
@@ -64,17 +64,17 @@ def write_run(folder: Path) -> None:
 
 
 def recipe(*overrides: str) -> Recipe:
-    """The recipe in the current directory."""
+    """Load the recipe in the current directory."""
     return load_recipe("./recipe.yaml", overrides)
 
 
 def build(*overrides: str):
-    """Model and processor of the recipe, ready to train."""
+    """Return model and processor of the recipe, ready to train."""
     return build_model(recipe(*overrides))
 
 
 def trainer(model, processor, *overrides: str):
-    """A trainer over the recipe's data."""
+    """Return a trainer on the recipe's data."""
     config = recipe(*overrides)
     return make_trainer(model, processor, open_data(config.data, config.train.seed), config, [])
 
@@ -89,14 +89,14 @@ def shake(model, scale: float = 0.1, seed: int = 0) -> None:
 
 
 def write_start(folder: Path, *overrides: str) -> None:
-    """An adapter to start from, its gates open."""
+    """Write an adapter to start from, with open gates."""
     model, processor = build(*overrides)
     shake(model, 0.3)
     save_adapter(model, processor, folder)
 
 
 def inputs(processor) -> dict[str, torch.Tensor]:
-    """Text with two images."""
+    """Return model inputs of a text with two images."""
     text = f"{processor.image_token} Which digit? {processor.image_token} And this? <|endofchunk|>"
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
     return {

@@ -1,4 +1,4 @@
-"""Data flows one way: each folder imports only folders above it, and each foreign engine has one door."""
+"""Data flows one way: each folder imports only folders above it, and only `backbones` imports the engines."""
 
 from __future__ import annotations
 
@@ -74,9 +74,11 @@ def violations(place: str, source: str, package: str) -> list[str]:
 
 
 def files() -> list[tuple[str, Path]]:
-    """Every file of the package but its front door (`__init__.py`), with its place in the order."""
-    found = ((path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py"))
-    return [(place, path) for place, path in found if path != PACKAGE / "__init__.py"]
+    """Every file of the package except its top `__init__.py`, with its place in the order."""
+    placed = (
+        (path.relative_to(PACKAGE).parts[0].removesuffix(".py"), path) for path in PACKAGE.rglob("*.py")
+    )
+    return [(place, path) for place, path in placed if path != PACKAGE / "__init__.py"]
 
 
 def test_every_part_of_the_package_has_a_place_in_the_order():
@@ -110,7 +112,7 @@ def test_a_folder_imports_only_folders_above_it_and_only_backbones_imports_the_e
         ("config", "from bitsandbytes import nn"),
     ],
 )
-def test_an_import_against_the_order_is_noticed(place, source):
+def test_an_import_against_the_order_is_detected(place, source):
     assert violations(place, source, f"flamingo_ft.{place}")
 
 
@@ -127,7 +129,7 @@ def test_an_import_against_the_order_is_noticed(place, source):
         ("__main__", "from flamingo_ft.cli import main"),
     ],
 )
-def test_an_import_along_the_order_is_fine(place, source):
+def test_an_import_in_the_order_is_accepted(place, source):
     assert not violations(place, source, f"flamingo_ft.{place}")
 
 
@@ -150,12 +152,12 @@ def import_graph(sources: dict[str, tuple[str, str]]) -> dict[str, set[str]]:
     """
     graph = {}
     for name, (source, package) in sources.items():
-        found = set()
+        imported_modules = set()
         for module, names in imports(source, package):
             for imported in names or [""]:
                 whole = f"{module}.{imported}"
-                found.add(whole if whole in sources else module)
-        graph[name] = {module for module in found if module in sources} - {name}
+                imported_modules.add(whole if whole in sources else module)
+        graph[name] = {module for module in imported_modules if module in sources} - {name}
     return graph
 
 
@@ -182,8 +184,8 @@ def test_no_modules_import_each_other():
         module_name(path): (path.read_text(encoding="utf-8"), package_of(path))
         for path in PACKAGE.rglob("*.py")
     }
-    found = cycles(import_graph(sources))
-    assert not found, "\n".join(", ".join(sorted(group)) for group in found)
+    groups = cycles(import_graph(sources))
+    assert not groups, "\n".join(", ".join(sorted(group)) for group in groups)
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,7 @@ def test_no_modules_import_each_other():
         ("from flamingo_ft import b", "if True:\n    from flamingo_ft.a import y"),
     ],
 )
-def test_a_cycle_is_noticed(first, second):
+def test_a_cycle_is_detected(first, second):
     sources = {"flamingo_ft.a": (first, "flamingo_ft"), "flamingo_ft.b": (second, "flamingo_ft")}
     assert cycles(import_graph(sources)) == [{"flamingo_ft.a", "flamingo_ft.b"}]
 
@@ -230,5 +232,5 @@ def test_no_module_is_imported_by_its_name():
 
 
 @pytest.mark.parametrize("source", ["import_module('x')", "importlib.import_module(NAME)", "__import__('x')"])
-def test_an_import_by_name_is_noticed(source):
+def test_an_import_by_name_is_detected(source):
     assert string_imports(source)

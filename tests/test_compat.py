@@ -1,4 +1,4 @@
-"""Private names of other libraries stand in `compat.py` files, and all of them exist.
+"""Private names of other libraries occur only in `compat.py` files, and all of them exist.
 
 An upgrade that removes one fails here, in a second and by name.
 """
@@ -26,7 +26,7 @@ def test_the_private_names_of_other_libraries_exist(module):
     import_module(module)
 
 
-def test_there_are_compat_files():
+def test_compat_files_are_collected():
     assert "flamingo_ft.plan.compat" in COMPAT
 
 
@@ -84,7 +84,7 @@ def private_names(source: str) -> list[str]:
     ]
 
 
-def test_private_names_of_other_libraries_stand_in_compat_files():
+def test_private_names_of_other_libraries_occur_only_in_compat_files():
     wrong = []
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name != "compat.py":
@@ -105,7 +105,7 @@ def test_private_names_of_other_libraries_stand_in_compat_files():
         "setattr(module, '_hook', None)",
     ],
 )
-def test_a_private_name_of_another_library_is_noticed(source):
+def test_a_private_name_of_another_library_is_detected(source):
     assert private_names(source)
 
 
@@ -123,5 +123,5 @@ def test_a_private_name_of_another_library_is_noticed(source):
         "class A(B):\n    def __init__(self):\n        self._x = 1\n        other._x",
     ],
 )
-def test_own_private_names_and_overriding_are_fine(source):
+def test_own_private_names_and_overriding_are_accepted(source):
     assert not private_names(source)

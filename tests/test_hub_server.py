@@ -1,4 +1,4 @@
-"""The Hub on this machine, asked by the real client: what goes up comes down, and what goes wrong is told."""
+"""The local Hub server works with the real client: uploads come back unchanged, failures raise errors."""
 
 import pytest
 from huggingface_hub import (
@@ -27,7 +27,7 @@ def api(hub):
     return api
 
 
-def test_small_and_large_files_come_down_as_they_went_up(hub, api, tmp_path):
+def test_small_and_large_files_are_downloaded_as_they_were_uploaded(hub, api, tmp_path):
     folder = tmp_path / "up"
     (folder / "inside").mkdir(parents=True)
     (folder / "small.txt").write_bytes(b"small")
@@ -40,7 +40,7 @@ def test_small_and_large_files_come_down_as_they_went_up(hub, api, tmp_path):
     assert [commit.title for commit in hub.repositories[REPO].history] == ["initial commit", "both"]
 
 
-def test_a_file_that_is_there_is_not_uploaded_again(hub, api):
+def test_an_existing_file_is_not_uploaded_again(hub, api):
     for path in ("a.bin", "b.bin"):
         api.upload_file(repo_id=REPO, path_or_fileobj=b"x" * LARGE, path_in_repo=path)
     assert sum(request.startswith("PUT /lfs/") for request in hub.requests) == 1
@@ -53,7 +53,7 @@ def test_long_listings_come_in_pages(hub, api):
     assert len(list(api.list_repo_tree(REPO, recursive=True))) == 120
 
 
-def test_who_may_not_is_told(hub, api):
+def test_missing_permissions_and_files_raise_the_clients_errors(hub, api):
     with pytest.raises(RepositoryNotFoundError):
         HfApi(endpoint=hub.url, token=False).model_info(REPO)
     with pytest.raises(HfHubHTTPError, match="403"):
@@ -65,14 +65,14 @@ def test_who_may_not_is_told(hub, api):
 
 
 @pytest.mark.parametrize("status", [429, 500, None])
-def test_requests_fail_as_asked_and_then_no_more(hub, api, status):
+def test_an_injected_failure_happens_once(hub, api, status):
     hub.fail("GET /api/whoami", times=1, status=status)
     with pytest.raises(Exception, match="rate limit|500|disconnected|reset|closed"):
         api.whoami()
     assert api.whoami()["name"] == "somebody"
 
 
-def test_a_download_that_is_cut_off_goes_on_where_it_was(hub, api):
+def test_an_interrupted_download_resumes_where_it_stopped(hub, api):
     content = bytes(range(256)) * LARGE
     api.upload_file(repo_id=REPO, path_or_fileobj=content, path_in_repo="large.bin")
     hub.fail("GET .*/resolve/", half_way=True)
@@ -91,6 +91,6 @@ def test_a_commit_is_all_or_nothing(hub, api):
 def test_a_commit_adds_and_removes_at_once(hub, api):
     api.create_commit(REPO, [CommitOperationAdd(f"{name}/x", b"x") for name in "ab"], commit_message="two")
     operations = [CommitOperationAdd("c/x", b"c"), CommitOperationDelete("a/", is_folder=True)]
-    made = api.create_commit(REPO, operations, commit_message="one more")
-    assert hub.files(REPO, made.oid) == {"b/x": b"x", "c/x": b"c"}
+    commit = api.create_commit(REPO, operations, commit_message="one more")
+    assert hub.files(REPO, commit.oid) == {"b/x": b"x", "c/x": b"c"}
     assert set(hub.files(REPO, hub.repositories[REPO].history[-2].oid)) == {"a/x", "b/x"}

@@ -1,4 +1,4 @@
-"""A machine in trouble is never reported as a damaged file, nor a fault of the program as a full disk."""
+"""A failing machine is never reported as a damaged file, nor a bug as a full disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flamingo_ft.backbones import language as language_module
 from flamingo_ft.backbones.language import NANO_FOLDER, load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
-from flamingo_ft.formats import stored_files as safe_unpickling
+from flamingo_ft.formats import stored_files
 from flamingo_ft.hub.errors import error_reason
 
 GPU_FULL = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 14.56 GiB"
@@ -56,8 +56,7 @@ class TestLoading:
 
     @pytest.mark.parametrize("verbosity", ["warning", "error"])
     def test_quantizing_a_weight_does_not_hide_the_reason(self, fails, monkeypatch, verbosity):
-        """transformers turns any error there into one that names nothing, and logs it, which a trainer
-        silences."""
+        """transformers replaces any error there by one without the cause, and only logs the cause."""
         before = transformers.logging.get_verbosity()
         getattr(transformers.logging, f"set_verbosity_{verbosity}")()
         monkeypatch.setattr("bitsandbytes.functional.quantize_4bit", fails)
@@ -74,11 +73,11 @@ class TestLoading:
         with pytest.raises(RuntimeError, match="CUDA"):
             load_vision("nano", quantization=quantization)
 
-    def test_a_checkpoint_is_not_taken_for_a_damaged_one(self, fails, monkeypatch, tmp_path):
+    def test_a_checkpoint_is_not_reported_as_damaged(self, fails, monkeypatch, tmp_path):
         torch.save({"weight": torch.ones(2)}, tmp_path / "checkpoint.pt")
-        monkeypatch.setattr(safe_unpickling.torch, "load", fails)
+        monkeypatch.setattr(stored_files.torch, "load", fails)
         with pytest.raises(RuntimeError, match="CUDA"):
-            safe_unpickling.load_torch_file(tmp_path / "checkpoint.pt")
+            stored_files.load_torch_file(tmp_path / "checkpoint.pt")
 
 
 def test_a_damaged_language_model_is_still_one_line(tmp_path):
@@ -90,15 +89,15 @@ def test_a_damaged_language_model_is_still_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("entry", ["data.pkl", "archive/other"])
-def test_a_zip_that_is_no_checkpoint_is_damaged_and_the_disk_is_not_full(tmp_path, entry):
+def test_a_zip_that_is_not_a_checkpoint_is_reported_as_damaged_and_not_as_a_full_disk(tmp_path, entry):
     """torch's reader names the same source file as its writer does for a full disk."""
     with zipfile.ZipFile(tmp_path / "checkpoint.pt", "w") as archive:
         archive.writestr(entry, b"content")
     with pytest.raises(ValueError, match="not a checkpoint of plain tensors"):
-        safe_unpickling.load_torch_file(tmp_path / "checkpoint.pt")
+        stored_files.load_torch_file(tmp_path / "checkpoint.pt")
 
 
-def test_an_adapter_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
+def test_an_adapter_without_read_permission_is_not_reported_as_damaged(tmp_path, monkeypatch):
     def forbidden(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "config.json")
 
@@ -146,7 +145,7 @@ def test_an_adapter_that_may_not_be_read_is_not_damaged(tmp_path, monkeypatch):
         (OSError(errno.ENOENT, "No such file or directory"), False),
     ],
 )
-def test_a_full_disk_is_told_from_everything_else(error, is_disk):
+def test_a_full_disk_is_distinguished_from_other_errors(error, is_disk):
     assert bool(machine_errors.disk_failure(error)) == is_disk
 
 

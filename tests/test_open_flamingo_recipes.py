@@ -27,7 +27,7 @@ TOWER_REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
 
 
 def put(hub: Hub, name: str, folder: Path) -> None:
-    """A repository with the files of a folder."""
+    """Commit the files of a folder to a repository."""
     repository = hub.repositories.setdefault(name, Repository(private=False))
     files = {path.name: hub.store(path.read_bytes()) for path in folder.iterdir()}
     lines = [{"key": "lfsFile", "value": {"path": path, "oid": digest}} for path, digest in files.items()]
@@ -35,7 +35,7 @@ def put(hub: Hub, name: str, folder: Path) -> None:
 
 
 def stand_in(hub: Hub, model: ReleasedModel, folder: Path) -> dict[str, torch.Tensor]:
-    """Put a small model in the place of a released one, with its backbones; what its checkpoint holds."""
+    """Put a small model and its backbones in the place of a released one. Return its checkpoint."""
     family = next(family for part, family in FAMILIES.items() if part in model.languages[0])
     language = hub_folders.write_stand_in(folder / "language", family)
     put(hub, TOWER_REPOSITORY, hub_folders.write_tower(folder / "tower"))
@@ -55,7 +55,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_each_language_model_that_was_released_with_has_a_recipe():
+def test_each_language_model_of_a_released_flamingo_has_a_recipe():
     starts = {find_released(load_recipe(name).model.init_from) for name in RECIPES}
     kinds = {model.layers_path + str(model.width) for model in starts}
     assert kinds == {
@@ -95,24 +95,24 @@ def test_each_released_model_trains_and_its_adapter_loads_again(model, hub, here
     config = json.loads((run / "config.json").read_text())
     assert config["backbones"]["language"]["name"] == model.languages[0]
     assert config["backbones"]["vision"]["quantization"] and config["backbones"]["language"]["quantization"]
-    place = config["bridge_init"]["path"]
-    assert place == f"{model.name}@{hub.repositories[model.name].history[-1].oid}"
+    path = config["bridge_init"]["path"]
+    assert path == f"{model.name}@{hub.repositories[model.name].history[-1].oid}"
 
     loaded, processor = load_adapter(run)
-    found = hub_folders.open_flamingo_names(loaded, model, len(processor.tokenizer))
-    assert found.keys() == stored.keys()
+    trained = hub_folders.open_flamingo_names(loaded, model, len(processor.tokenizer))
+    assert trained.keys() == stored.keys()
     for (
         key,
         tensor,
-    ) in stored.items():  # a rate of nearly nothing leaves what the Hub's checkpoint held, in 16 bits
-        assert torch.allclose(found[key].float(), tensor, rtol=0.01, atol=1e-3), key
-    assert any(tensor.dtype == torch.bfloat16 for tensor in found.values())
+    ) in stored.items():  # the learning rate is too small to change more than 16-bit rounding does
+        assert torch.allclose(trained[key].float(), tensor, rtol=0.01, atol=1e-3), key
+    assert any(tensor.dtype == torch.bfloat16 for tensor in trained.values())
 
 
 @pytest.mark.parametrize("wrong", ["model.language.name=togethercomputer/RedPajama-INCITE-Instruct-3B-v1",
                                    "model.cross_attn_every_n_layers=1"])  # fmt: skip
 @pytest.mark.parametrize("command", ["train", "plan"])
-def test_another_pairing_is_refused_without_a_request(command, wrong, hub, here, capsys):
+def test_other_backbones_are_refused_without_a_request(command, wrong, hub, here, capsys):
     assert cli.main([command, "open_flamingo_4b", wrong]) == 2
     error = capsys.readouterr().err
     assert "openflamingo/OpenFlamingo-4B-vitl-rpj3b needs model.language.name togethercomputer/" in error
@@ -121,7 +121,7 @@ def test_another_pairing_is_refused_without_a_request(command, wrong, hub, here,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [pytest.param(model, id=model.name) for model in RELEASED_MODELS])
-def test_its_name_alone_brings_one_in_and_it_goes_out_as_it_was(model, hub, here):
+def test_a_released_model_is_converted_by_its_name_and_exported_unchanged(model, hub, here):
     stored = stand_in(hub, model, here)
     assert cli.main(["convert", model.name, "adapter"]) == 0
     assert cli.main(["convert", "adapter", "back.pt", "--to", "open_flamingo"]) == 0

@@ -1,4 +1,4 @@
-"""What the processes of a run do together; alone, none of it waits for anybody."""
+"""Collective operations of the processes of a run; in a single process they return at once."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from flamingo_ft import processes
 from flamingo_ft.errors import ReportedElsewhere, UserError
 
 
-def test_results_of_shards_come_back_in_the_order_of_the_items(monkeypatch):
+def test_unshard_returns_results_in_the_order_of_the_items(monkeypatch):
     items, shards = list(range(7)), []
     monkeypatch.setattr(processes, "world_size", lambda: 3)
     for rank in range(3):
@@ -16,7 +16,7 @@ def test_results_of_shards_come_back_in_the_order_of_the_items(monkeypatch):
     assert processes.unshard(shards[0]) == items
 
 
-def test_a_single_process_gathers_what_it_has():
+def test_in_a_single_process_collectives_return_its_own_values():
     assert processes.all_gather("a") == ["a"] and processes.unshard([1, 2]) == [1, 2]
     assert processes.any_process(True) and not processes.any_process(False)
     assert processes.run_on_main(lambda: 3) == 3

@@ -27,9 +27,9 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[list[str]]:
     """The README's flamingo-ft commands in order, without those whose backbones come from the Hub."""
     lines = [part for block in blocks("bash") for line in block.splitlines() for part in line.split(" && ")]
-    found = [shlex.split(line) for line in lines if line.startswith("flamingo-ft")]
-    away = {name for name, path in packaged_recipes().items() if needs_the_hub(path)}
-    return [command for command in found if not away & {Path(word).stem for word in command}]
+    arguments = [shlex.split(line) for line in lines if line.startswith("flamingo-ft")]
+    on_hub = {name for name, path in packaged_recipes().items() if needs_the_hub(path)}
+    return [command for command in arguments if not on_hub & {Path(word).stem for word in command}]
 
 
 def tree() -> list[str]:
@@ -71,18 +71,18 @@ def test_every_command_runs_and_the_quickstart_reaches_its_accuracy(tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for command in commands():
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "flamingo_ft", *shortened(command)[1:]],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    found = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["eval"]["per_task"]
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    tasks = json.loads((tmp_path / "runs" / "quickstart" / "metrics.json").read_text())["eval"]["per_task"]
     for task in ("which_digit", "even_or_odd", "larger_than_five"):
-        assert found[task]["accuracy"] >= 0.95, (task, found[task])
+        assert tasks[task]["accuracy"] >= 0.95, (task, tasks[task])
     for task in ("name_both", "same_digit"):
-        assert found[task]["accuracy"] >= 0.80, (task, found[task])
-    assert found["which_digit"]["shuffled_images"] <= 0.25
-    assert found["which_digit"]["before"] <= 0.25
+        assert tasks[task]["accuracy"] >= 0.80, (task, tasks[task])
+    assert tasks["which_digit"]["shuffled_images"] <= 0.25
+    assert tasks["which_digit"]["before"] <= 0.25

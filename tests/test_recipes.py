@@ -20,7 +20,7 @@ FEW = ["train.max_steps=3", "eval.max_samples=8", "train.warmup_steps=1"]
 def test_every_packaged_recipe_trains_and_merges(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = sorted(name for name, path in packaged_recipes().items() if not needs_the_hub(path))
-    assert names.index("bridge") < names.index("lora_only"), "the one starts from the other"
+    assert names.index("bridge") < names.index("lora_only"), "lora_only starts from the run of bridge"
     for name in names:
         assert cli.main(["train", name, *FEW]) == 0, name
         metrics = json.loads(Path("runs", name, "metrics.json").read_text())

@@ -1,4 +1,4 @@
-"""transformers knows the Flamingo after `import flamingo_ft`, in whatever order things are imported."""
+"""transformers knows the Flamingo after `import flamingo_ft`, in any order of imports."""
 
 import subprocess
 import sys
@@ -27,5 +27,5 @@ LOADS = (
 )
 def test_transformers_knows_the_flamingo(script):
     environment = {"PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

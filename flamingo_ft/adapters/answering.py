@@ -1,4 +1,4 @@
-"""Greedy decoding up to the end of the assistant's turn: how a model answers unless it is told otherwise."""
+"""A model's default generation settings: greedy decoding up to the end of the assistant's turn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLING_OPTIONS = (
 
 
 def use_greedy_decoding(model: FlamingoForConditionalGeneration, processor: FlamingoProcessor) -> None:
-    """Let ``model.generate`` decode greedily and stop at the end of an answer; its other settings stay."""
+    """Make ``model.generate`` decode greedily and stop at the end of an answer; keep its other settings."""
     config = copy.deepcopy(model.generation_config)
     config.do_sample = False
     for option in SAMPLING_OPTIONS:
@@ -44,7 +44,7 @@ def end_token_ids(model: FlamingoForConditionalGeneration, processor: FlamingoPr
 
 
 def stop_token_ids(processor: FlamingoProcessor, eos_token_id: int | Sequence[int] | None) -> list[int]:
-    """Return the tokens that end an answer, given those of the generation configuration."""
+    """Return the tokens that end an answer, from the ``eos_token_id`` of a generation configuration."""
     own = [eos_token_id] if eos_token_id is None or isinstance(eos_token_id, int) else eos_token_id
     end_of_chunk = processor.tokenizer.convert_tokens_to_ids(EOC_TOKEN)
     tokens = (*own, _end_in_template(processor), end_of_chunk)

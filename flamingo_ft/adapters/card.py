@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
 from flamingo_ft.backbones.tower_source import hub_repository
-from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.config import METRICS_FILE, RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.formatting import one_line
 from flamingo_ft.hub.names import BACKBONE_KEYS, NAME, strip_local_paths
@@ -42,9 +42,8 @@ class CardTable:
     """The scores of one metric, ready to be written; `flamingo_ft.evaluation.results.card_tables` makes them.
 
     title: heading of the table. description: what the metric measures. hub_type: its identifier on the Hub.
-    columns:
-    headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per task, for
-    the Hub.
+    columns: headers of the scores. rows: task, samples and scores as text. values: overall (``all``) and per
+    task, for the Hub.
     """
 
     title: str
@@ -83,7 +82,7 @@ def card_text(
         name: of its repository on the Hub, if it is pushed.
     """
     config = read_flamingo_config(folder)
-    metrics = metrics or _read_json(folder / "metrics.json") or {}
+    metrics = metrics or _read_json(folder / METRICS_FILE) or {}
     recipe, backbones = _read_recipe(folder), backbone_records(config)
     text = load_template("adapters/card.md.jinja", filters={"cell": _cell}).render(
         version=__version__,
@@ -142,14 +141,14 @@ def _read_recipe(folder: Path) -> dict[str, Any] | None:
 
 def _losses(folder: Path) -> tuple[float, float] | None:
     """Return the first and the last logged loss."""
-    found = [entry["loss"] for entry in _read_lines(folder / "log.jsonl") if "loss" in entry]
-    return (found[0], found[-1]) if found else None
+    losses = [entry["loss"] for entry in _read_lines(folder / "log.jsonl") if "loss" in entry]
+    return (losses[0], losses[-1]) if losses else None
 
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
     """Return the first predictions with an answer after training."""
-    found = [row for row in _read_lines(folder / "predictions.jsonl") if row.get("after") is not None]
-    return [{"before": None, **row} for row in found[:MAX_SAMPLES]]
+    rows = [row for row in _read_lines(folder / "predictions.jsonl") if row.get("after") is not None]
+    return [{"before": None, **row} for row in rows[:MAX_SAMPLES]]
 
 
 def _cell(text: str | None) -> str:

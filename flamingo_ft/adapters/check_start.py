@@ -1,5 +1,4 @@
-"""Check that what a run starts from fits its backbones, from names and configurations, before weights are
-downloaded.
+"""Check, before weights are downloaded, that the model a run starts from fits the recipe's backbones.
 
 Released models are recognized by name, other checkpoints by the shapes of their tensors.
 """
@@ -39,8 +38,7 @@ QUICK_GELU = "-quickgelu"
 
 
 def check_start(section: ModelSection) -> None:
-    """Raise UserError if ``init_from`` is a released model or a checkpoint that was trained with other
-    backbones.
+    """Raise UserError if ``init_from`` is a checkpoint that was trained with other backbones.
 
     Only configuration and tokenizer of backbones on the Hub are downloaded. Adapters and merged models record
     what they belong to, which is checked when they are loaded.

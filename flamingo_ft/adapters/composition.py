@@ -1,9 +1,9 @@
-"""Compositions: the base of adapters as a folder without the weights of its backbones; loading one, or an
-adapter of it, with ``from_pretrained``.
+"""Write compositions, and load them or adapters of them with ``from_pretrained``.
 
-A composition holds the Flamingo's configuration, which names both backbones with their revisions and content
-hashes, the processor's files, a card, and ``bridge.safetensors`` if adapters build on a bridge. An adapter
-names it as its base, so that transformers and PEFT find everything that the adapter needs.
+A composition is the base of adapters as a folder without the weights of its backbones. It holds the
+Flamingo's configuration, which names both backbones with their revisions and content hashes, the processor's
+files, a card, and ``bridge.safetensors`` if adapters build on a bridge. An adapter names it as its base, so
+that transformers and PEFT find everything that the adapter needs.
 """
 
 from __future__ import annotations
@@ -45,6 +45,40 @@ from .load import assemble_backbones, assemble_model, load_adapter
 from .lora import targets_vision
 from .merge import cast_model
 from .save import reset_name_or_path, save_processor
+
+# Options that do not change what is loaded: from transformers' own callers, or about where files are.
+IGNORED_OPTIONS = {
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "config",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "tqdm_class",
+    "trust_remote_code",
+    "use_safetensors",
+    "weights_only",
+}
+# Configuration keys that may differ: dtypes, which are options, and keys that differ in adapter and base.
+MAY_DIFFER = {
+    "_name_or_path",
+    "adapter_parts",
+    "architectures",
+    "bridge_init",
+    "dtype",
+    "open_attention",
+    "text_config",
+    "transformers_version",
+    "auto_map",
+}
+SUPPORTED_OPTIONS = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
 
 
 def write_composition(adapter: str | Path, out: str | Path, *, start: str | Path | None = None) -> None:
@@ -148,50 +182,16 @@ def _write_card(config: FlamingoConfig, folder: Path) -> None:
     (folder / CARD).write_text(text + "\n", encoding="utf-8")
 
 
-# Options that do not change what is loaded: from transformers' own callers, or about where files are.
-IGNORED_OPTIONS = {
-    "_from_auto",
-    "_from_pipeline",
-    "adapter_kwargs",
-    "cache_dir",
-    "code_revision",
-    "config",
-    "force_download",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "proxies",
-    "revision",
-    "subfolder",
-    "token",
-    "tqdm_class",
-    "trust_remote_code",
-    "use_safetensors",
-    "weights_only",
-}
-# Configuration keys that may differ: dtypes, which are options, and those that differ between adapter and
-# base.
-MAY_DIFFER = {
-    "_name_or_path",
-    "adapter_parts",
-    "architectures",
-    "bridge_init",
-    "dtype",
-    "open_attention",
-    "text_config",
-    "transformers_version",
-    "auto_map",
-}
-SUPPORTED_OPTIONS = {"attn_implementation", "device_map", "dtype", "output_loading_info", "torch_dtype"}
-
-
 def load_from_folders(folders: AdapterFolders, options: Mapping[str, Any]) -> Any:
-    """Load what ``from_pretrained`` was asked for: an adapter, as `load_adapter`, or a composition, as
-    `load_composition`.
+    """Load an adapter with `load_adapter`, or a composition with `load_composition`, for ``from_pretrained``.
 
-    options: transformers'. ``dtype``: of all weights that are not quantized, but the gates; without one each
-    part keeps the format it was saved in. ``device_map``: one device, or "auto" for the GPU where there is
-    one; without one the CPU, or for quantized parts as with "auto". Raises UserError for options that say
-    more than can be done.
+    Args:
+        options: those of ``from_pretrained``. ``dtype`` applies to all weights but gates and quantized ones;
+            by default each part keeps the dtype it was saved in. ``device_map`` is one device, or "auto" for
+            the GPU if there is one; by default the CPU, for quantized backbones as "auto".
+
+    Raises:
+        UserError: an option is not supported.
     """
     folder = folders.adapter or folders.base
     assert folder is not None  # one of the two is always there
@@ -227,12 +227,12 @@ def _refuse(folder: Path, options: Mapping[str, Any]) -> None:
         )
 
 
-def _changed(given: Any, stored: FlamingoConfig) -> list[str]:
+def _changed(config: Any, stored: FlamingoConfig) -> list[str]:
     """Return the keys that a caller changed in a configuration; Auto classes pass on what they read."""
-    if not isinstance(given, FlamingoConfig):
+    if not isinstance(config, FlamingoConfig):
         return []
-    ours, theirs = stored.to_dict(), given.to_dict()
-    return [key for key in sorted(theirs) if key not in MAY_DIFFER and theirs[key] != ours.get(key)]
+    original, current = stored.to_dict(), config.to_dict()
+    return [key for key in sorted(current) if key not in MAY_DIFFER and current[key] != original.get(key)]
 
 
 def _device(folder: Path, device_map: Any) -> torch.device:

@@ -1,5 +1,4 @@
-"""Read an adapter's files (PEFT's configuration and weights, the Flamingo's configuration) and find what they
-refer to.
+"""Read an adapter's files, and find the local backbones that its configuration names.
 
 A run records absolute paths of local backbones, so its adapter loads from any directory. Earlier versions
 recorded paths as the recipe had them, relative to the directory that the run was started in: any folder above
@@ -55,8 +54,7 @@ def read_config(folder: Path) -> FlamingoConfig:
     if config.format_version > FORMAT_VERSION:
         raise UserError(
             f"{folder}: format version {config.format_version} is newer than this package reads "
-            f"({FORMAT_VERSION}); "
-            "upgrade flamingo_ft"
+            f"({FORMAT_VERSION}); upgrade flamingo_ft"
         )
     return config
 

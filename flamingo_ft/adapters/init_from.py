@@ -111,17 +111,20 @@ def load_bridge_as_stored(
     """Load the bridge that the adapter in ``folder`` builds on, in its stored dtypes, as it was hashed."""
     path = _locate_bridge(folder, record["path"], start)
     _load_bridge(model, path)
-    found = tensors_sha256(bridge_tensors(model))
-    if found != record["sha256"]:
+    digest = tensors_sha256(bridge_tensors(model))
+    if digest != record["sha256"]:
         raise UserError(
             f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
-            f"got {found[:12]}; restore the one that the adapter was trained on"
+            f"got {digest[:12]}; restore the one that the adapter was trained on"
         )
 
 
 def _locate_bridge(folder: Path, recorded: str, start: str | Path | None) -> Path:
-    """Return where a recorded bridge is now: ``start`` if given, else the recorded path, beside the adapter
-    that builds on it, in the composition that the adapter names, or on the Hub."""
+    """Return where a recorded bridge is now: ``start``, or the first place that has it.
+
+    The places are the recorded path, beside the adapter that builds on it, the composition that the adapter
+    names, and the Hub.
+    """
     if start is not None:
         return fetch_model(start)
     candidates = candidate_paths(folder, recorded)
@@ -135,13 +138,12 @@ def _locate_bridge(folder: Path, recorded: str, start: str | Path | None) -> Pat
     searched = ", ".join(str(path.absolute()) for path in candidates)
     raise UserError(
         f"{folder}: builds on the bridge of {recorded}, which is not there (looked at {searched}); put it "
-        "beside the "
-        "adapter, or say where it is now (--start PATH, start=...)"
+        "beside the adapter, or say where it is now (--start PATH, start=...)"
     )
 
 
 def _bridge_of_composition(folder: Path) -> Path | None:
-    """Return the bridge in the composition that an adapter names as its base; None if there is none."""
+    """Return the bridge in the composition that an adapter names as its base, or None."""
     name = named_composition(folder)
     if name is None:
         return None
@@ -238,8 +240,7 @@ def _check_visibility(config: FlamingoConfig, start: Path) -> None:
     if config.media_visibility not in allowed:
         raise UserError(
             f"model.init_from: {start} is a checkpoint of {checkpoint.format}, made for media_visibility "
-            f"{allowed[0]}; "
-            f"the recipe has {config.media_visibility}: give it {' or '.join(allowed)}"
+            f"{allowed[0]}; the recipe has {config.media_visibility}: give it {' or '.join(allowed)}"
         )
 
 

@@ -54,14 +54,15 @@ def load_adapter(
     device: torch.device | str | None = None,
     quantized: bool | Quantization = True,
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """Load an adapter with its base: the model in eval mode, frozen, decoding greedily by default, and its
-    processor.
+    """Load an adapter with its base; return the model and its processor.
+
+    The model is in eval mode and frozen, and decodes greedily by default.
 
     Args:
         folder: a path, or ``org/name[@revision]`` on the Hub.
         start: where the bridge that the adapter builds on is now, if not at its recorded path.
         device: default: the GPU if there is one.
-        quantized: the base as in training (True), unquantized (False), or as given.
+        quantized: the base as in training (True), unquantized (False), or with this quantization.
 
     Raises:
         UserError: the folder is not an adapter, the base is not the one that it was trained on, or weights
@@ -121,8 +122,7 @@ def load_base(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
 ) -> FlamingoForConditionalGeneration:
-    """Load what an adapter was trained on: its backbones and the bridge that it builds on, or a random
-    bridge.
+    """Load the base of an adapter: its backbones, and the bridge that it builds on or a random one.
 
     Args:
         dtype: of the unquantized language model.

@@ -77,7 +77,7 @@ def targets_vision(config: LoraConfig) -> bool:
 
 
 def find_targets(model: FlamingoForConditionalGeneration, part: str, lora: LoraPart) -> list[str]:
-    """Return the names of the layers of ``part`` that get LoRA. Raises UserError if there are none."""
+    """Return the names of the layers of ``part`` that get LoRA. Raises UserError if no layer matches."""
     known = linear_layers(model, part)
     suffixes = lora.target_modules
     targets = [name for name in known if ALL_LINEAR in suffixes or _has_suffix(name, suffixes)]
@@ -91,8 +91,7 @@ def find_targets(model: FlamingoForConditionalGeneration, part: str, lora: LoraP
         available = ", ".join(dict.fromkeys(names)) or "none"
         raise UserError(
             f"lora.{part}.target_modules: {(unmatched or [ALL_LINEAR])[0]} matches no matrix of the {part} "
-            "part; "
-            f"it has {available} (the output head's new rows train by themselves)"
+            f"part; it has {available} (the output head's new rows train by themselves)"
         )
     return targets
 

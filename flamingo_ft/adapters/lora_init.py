@@ -103,13 +103,12 @@ def _fill(linear: nn.Module, value: Tensor) -> None:
 def eva_directions(
     model: FlamingoForConditionalGeneration, config: LoraConfig, batches: Batches | None
 ) -> dict[str, Tensor]:
-    """Return the principal directions (rank, in) of each target's inputs on training batches, by the target's
-    name.
+    """Return principal directions (rank, in) of each target's inputs on training batches, by target name.
 
-    Ranks are not redistributed between layers (EVA's rho is 1): each part keeps the rank that it was given.
+    Ranks are not redistributed between layers (EVA's rho is 1): each part keeps the rank of its recipe.
     """
     if batches is None:
-        raise _init_error("eva", "needs training batches, and there are none here", "default")
+        raise _init_error("eva", "needs training batches, got none", "default")
     return get_eva_state_dict(
         model,
         list(batches()),

@@ -1,5 +1,4 @@
-"""Merge an adapter and its base into one standalone model: W' = W + scale * B A. Every written tensor is
-verified.
+"""Merge an adapter and its base into one standalone, verified model: W' = W + scale * B A.
 
 Merging starts from the base's unquantized weights (LoRA folded into 4-bit weights would be quantized again),
 or from the dequantized ones, which the adapter was trained on. What either choice costs on data is measured
@@ -53,8 +52,7 @@ def write_merged(
     dtype: torch.dtype = torch.bfloat16,
     start: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Merge in host RAM, write the model to ``folder``, and verify what was written against a second copy of
-    the base.
+    """Merge in host RAM, write the model to ``folder``, and verify it against a second copy of the base.
 
     Args:
         base: start from the backbones' unquantized weights (bf16) or from the dequantized ones (dequantized).
@@ -187,10 +185,10 @@ def fold_lora(model: FlamingoForConditionalGeneration, dtype: torch.dtype | None
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     for name, layer in layers.items():
         plain = _in_float32(name, layer, model)
-        found = layer.get_base_layer().weight.dtype
+        original = layer.get_base_layer().weight.dtype
         plain.merge(safe_merge=True)
         folded = plain.get_base_layer()
-        final = dtype or (found if found.is_floating_point else torch.float32)
+        final = dtype or (original if original.is_floating_point else torch.float32)
         for leaf, parameter in folded.named_parameters():
             parameter.data = cast_in_range(f"{name}.{leaf}", parameter.data, final)
         model.set_submodule(name, folded)

@@ -233,19 +233,19 @@ class Adapters:
             raise UserError(f"no adapter named {name}; loaded are {', '.join(self._folders)}")
 
 
-def check_same_base(folder: Path, base: FlamingoConfig, found: FlamingoConfig) -> None:
+def check_same_base(folder: Path, base: FlamingoConfig, config: FlamingoConfig) -> None:
     """Raise UserError for an adapter of another base: other backbones, or another bridge or parts of it."""
     for part in ("vision", "language"):
-        check_backbone(folder, part, backbone_records(found)[part], backbone_records(base)[part])
+        check_backbone(folder, part, backbone_records(config)[part], backbone_records(base)[part])
     for key in GEOMETRY:
-        if getattr(found, key) != getattr(base, key):
+        if getattr(config, key) != getattr(base, key):
             raise UserError(
-                f"{folder}: adapter of another base: {key} {getattr(found, key)}, here {getattr(base, key)}"
+                f"{folder}: adapter of another base: {key} {getattr(config, key)}, here {getattr(base, key)}"
             )
-    if found.vision_preprocess != base.vision_preprocess:
+    if config.vision_preprocess != base.vision_preprocess:
         raise UserError(
             f"{folder}: adapter of other images: it has its own size or transform; load it by itself"
         )
-    starts = [(config.bridge_init or {}).get("sha256") for config in (found, base)]
-    if starts[0] != starts[1] or parts_in_adapter(found) != parts_in_adapter(base):
+    starts = [(one.bridge_init or {}).get("sha256") for one in (config, base)]
+    if starts[0] != starts[1] or parts_in_adapter(config) != parts_in_adapter(base):
         raise UserError(f"{folder}: adapter of another base: it builds on another bridge; load it by itself")

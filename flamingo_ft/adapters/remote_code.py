@@ -1,9 +1,8 @@
-"""Write the package's code beside a merged model, so that it loads without the package
-(``trust_remote_code``).
+"""Write the package's code beside a merged model, to load it with ``trust_remote_code`` instead.
 
 ``auto_map`` in the model's configuration names the classes and their files. transformers needs all files in
-one folder, importing each other relatively: the modules that configuration, model and processor need are
-found by following their imports, and each is written under a name made of its path in the package.
+one folder, importing each other relatively. The modules that configuration, model and processor need are
+collected by following their imports, and each is written under a name made of its path in the package.
 """
 
 from __future__ import annotations
@@ -63,17 +62,17 @@ def write_code(folder: Path) -> None:
 
 def needed(modules: list[str]) -> list[str]:
     """Return the modules of the package that ``modules`` need, themselves first."""
-    found = list(dict.fromkeys(modules))
-    for module in found:  # grows in the loop
+    collected = list(dict.fromkeys(modules))
+    for module in collected:  # grows in the loop
         used = (home for _, names in own_imports(module) for home in names)
-        found += dict.fromkeys(home for home in used if home not in found)
-    return found
+        collected += dict.fromkeys(home for home in used if home not in collected)
+    return collected
 
 
 def flattened(module: str) -> str:
     """Return the module's source with imports of the package rewritten as from files of one folder."""
     lines = _source(module).splitlines()
-    for node, names in sorted(own_imports(module), key=lambda found: -found[0].lineno):
+    for node, names in sorted(own_imports(module), key=lambda entry: -entry[0].lineno):
         indent = " " * node.col_offset
         new = [f"{indent}from .{flat_name(home)} import {', '.join(taken)}" for home, taken in names.items()]
         lines[node.lineno - 1 : node.end_lineno] = new

@@ -45,13 +45,15 @@ def save_adapter(
     adapter: str = ADAPTER,
     write: bool = True,
 ) -> None:
-    """Write the adapter. Raises RuntimeError, before writing, if a trainable parameter would be missing from
-    it.
+    """Write the adapter.
 
     Args:
         adapter: PEFT's name of the LoRA to write, if the model has several.
         write: False in all but one of several processes; all must call this, to gather the tensors of a
             sharded model.
+
+    Raises:
+        RuntimeError: a trainable parameter would be missing from the adapter; nothing was written.
     """
     folder = Path(folder)
     tensors = {name: full_tensor(tensor) for name, tensor in adapter_tensors(model, adapter).items()}

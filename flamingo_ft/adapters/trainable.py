@@ -1,5 +1,6 @@
-"""Prepare a model for training: set what is trainable, quantize what is frozen, add LoRA; and DPO's frozen
-reference.
+"""Prepare a model for training: set the trainable parameters, quantize frozen parts, add LoRA.
+
+Also DPO's frozen reference, which is prepared from the same model.
 """
 
 from __future__ import annotations
@@ -45,14 +46,14 @@ def set_trainable(
             cast_parameter(name, parameter, DTYPES[trainable.dtype])
         parameter.requires_grad_(in_parts(name, with_lora if is_lora(name) else whole))
     model.config.adapter_parts = list(BRIDGE) if model.config.bridge_init is None else whole
-    if model.config.bridge_init is not None:  # its frozen parts are not in the adapter, but have this dtype
+    if model.config.bridge_init is not None:  # to load frozen parts, which the adapter lacks, in this dtype
         model.config.bridge_init["dtype"] = str(DTYPES[trainable.dtype]).removeprefix("torch.")
 
 
 def prepare_training(
     model: FlamingoForConditionalGeneration, recipe: Recipe, batches: Batches | None = None
 ) -> None:
-    """Quantize the frozen parts of the bridge, add LoRA and set what trains, as the recipe says, in place.
+    """Quantize the frozen parts of the bridge, add LoRA and set the trainable parameters, all in place.
 
     If the recipe starts from an adapter with LoRA, its LoRA weights are trained further. Raises UserError
     unless the recipe asks for the same LoRA.

@@ -79,10 +79,10 @@ class ExpectedTensor:
 def verify_merge(
     folder: Path, adapter: Path, base: FlamingoForConditionalGeneration, dtype: torch.dtype
 ) -> VerificationResult:
-    """Compare the model in ``folder`` with ``adapter`` on ``base``, another copy of the base that was merged
-    into.
+    """Compare the merged model in ``folder`` with ``adapter`` on its base.
 
     Args:
+        base: another copy of the base that was merged into.
         dtype: of the merged weights.
 
     Raises:
@@ -95,10 +95,10 @@ def verify_merge(
     with SafetensorsFolder(folder) as files:
         unknown = set(files.names())
         for expected in _expected_tensors(adapter, base, dtype):
-            found = _errors(files, unknown, expected, base if converted else None)
-            errors |= found
-            with_lora += found if expected.lora else []
-            unknown -= found.keys()
+            tensor_errors = _errors(files, unknown, expected, base if converted else None)
+            errors |= tensor_errors
+            with_lora += tensor_errors if expected.lora else []
+            unknown -= tensor_errors.keys()
     if unknown:
         problem = f"{sorted(unknown)[0]} was written, which neither base nor adapter has"
         raise _merge_error(adapter, problem, len(unknown))
@@ -126,8 +126,7 @@ def _refuse_errors(
 def _merge_error(adapter: Path, problem: str, count: int) -> UserError:
     return UserError(
         f"{adapter}: the merged model is wrong: {problem} (wrong tensors: {count}); nothing was kept: merge "
-        "again, and "
-        "report it as a bug of flamingo_ft if that does not help"
+        "again, and report it as a bug of flamingo_ft if that does not help"
     )
 
 
@@ -218,8 +217,7 @@ def _errors(
     expected: ExpectedTensor,
     converted: FlamingoForConditionalGeneration | None,
 ) -> dict[str, float]:
-    """Return a tensor's largest error, as a fraction of the allowed one, by each name that it was written
-    under.
+    """Return a tensor's largest error, as a fraction of the allowed one, by each of its names in ``files``.
 
     Args:
         converted: the model, if transformers stores some of its tensors otherwise than it holds them (experts

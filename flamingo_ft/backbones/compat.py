@@ -88,9 +88,7 @@ def weight_conversion_errors() -> Generator[None]:
     handler.emit = lambda record: logged.append(record.getMessage())
     logger = logging.getLogger("transformers.modeling_utils")
     level, propagate = logger.level, logger.propagate
-    if not logger.isEnabledFor(
-        logging.WARNING
-    ):  # silenced by a trainer: read the warnings, but keep them silent
+    if not logger.isEnabledFor(logging.WARNING):  # silenced by a trainer: read the warnings, print none
         logger.setLevel(logging.WARNING)
         logger.propagate = False
     logger.addHandler(handler)

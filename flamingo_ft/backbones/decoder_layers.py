@@ -100,8 +100,8 @@ def find_decoder_layers(lm: PreTrainedModel, override: str | None = None) -> tup
         return next(iter(candidates.items()))
     matches = " and ".join(repr(path) for path in candidates) or "none"
     raise UserError(
-        f"cannot tell where {type(lm).__name__} (type {model_type!r}) keeps its decoder layers: "
-        f"expected one list with an entry for each, got {matches}; name it with {OVERRIDE}: {_hint(lm)}"
+        f"cannot find the decoder layers of {type(lm).__name__} (type {model_type!r}): expected one list "
+        f"with an entry for each, got {matches}; set {OVERRIDE}: {_hint(lm)}"
     )
 
 
@@ -156,7 +156,7 @@ def _hint(lm: PreTrainedModel) -> str:
     """Return the lists that an override could name, longest first, in words."""
     lists = sorted(_module_lists(lm).items(), key=lambda item: -len(item[1]))
     if not lists:
-        return "it holds no ModuleList at all, so choose another language model"
+        return "it has no ModuleList, so choose another language model"
     shown = ", ".join(f"{path!r} ({len(layers)} entries)" for path, layers in lists[:4])
     return f"its lists of modules are {shown}"
 

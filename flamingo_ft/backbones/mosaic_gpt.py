@@ -190,15 +190,14 @@ class MosaicGptModel(MosaicGptPreTrainedModel, MptModel):
         alibi_bias_max: int = 8,
         device: torch.device | None = None,
     ) -> Tensor:
-        """Return the ALiBi bias (arXiv:2108.12409) for each position of a key, (H, 1, sequence_length) in
-        float32.
+        """Return the ALiBi bias (arXiv:2108.12409) of each key position: (H, 1, sequence_length), float32.
 
         The slopes of the heads are a geometric sequence for any number of heads.
         """
-        places = torch.arange(1 - sequence_length, 1, device=device, dtype=torch.float32)
+        positions = torch.arange(1 - sequence_length, 1, device=device, dtype=torch.float32)
         heads = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
         slopes = 2.0 ** (-heads * self.config.alibi_bias_max / num_heads)
-        return slopes[:, None, None] * places
+        return slopes[:, None, None] * positions
 
 
 class MosaicGptForCausalLM(MosaicGptPreTrainedModel, MptForCausalLM):

@@ -1,7 +1,7 @@
 """What identifies a backbone: content hashes of its tensors or files, and the license on its model card.
 
 An adapter records the hash of the backbones it was trained on. Neither hash depends on paths, dates or
-anything else in which two copies of a model may differ.
+anything else that may differ between two copies of a model.
 """
 
 from __future__ import annotations

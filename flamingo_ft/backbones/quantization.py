@@ -104,7 +104,10 @@ class Quantization:
 
 
 def require_bitsandbytes(what: str, instead: str = "none") -> None:
-    """Raise UserError, naming ``what`` needs it, if bitsandbytes is not installed."""
+    """Raise UserError if bitsandbytes is not installed.
+
+    what: the option that needs it. instead: the value of that option that does not.
+    """
     if bnb is None:
         raise UserError(f"{what} needs bitsandbytes; pip install bitsandbytes, or use {instead}")
 
@@ -151,8 +154,7 @@ def quantize_linears(
 
 
 def normalize_bnb_layers(module: nn.Module) -> None:
-    """Make the quantized layers in ``module`` give the same results on every machine, for inputs of any
-    shape.
+    """Make the quantized layers in ``module`` accept any shape and compute the same on every machine.
 
     On some CPUs (AVX-512 BF16) bitsandbytes repacks 4-bit matrices for a bfloat16 kernel at the first
     evaluation. After that they can be neither trained through nor read, and results depend on the machine: it
@@ -180,9 +182,7 @@ def _quantize(layer: nn.Linear, config: BitsAndBytesConfig, device: torch.device
             threshold=config.llm_int8_threshold,
             device="meta",
         )
-        weight = (
-            layer.weight.data.cpu()
-        )  # a weight that is not on the CPU would be moved without quantizing it
+        weight = layer.weight.data.cpu()  # from another device it would be moved without being quantized
     else:
         quantized = bnb.nn.Linear4bit(
             layer.in_features,

@@ -1,4 +1,4 @@
-"""A vision tower as a module: building it, resizing its input, quantizing it, and the tokens it gives.
+"""A vision tower as a module: build it, change its image size, compute its tokens, and quantize it.
 
 Shapes: N images, H and W pixels, V spatial tokens (patches), D token width.
 """
@@ -45,9 +45,8 @@ def build_visual(config: dict) -> nn.Module:
     """
     # The public constructor also builds a text tower: the smallest possible one, discarded at once.
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
-    vision_cfg: Any = dict(
-        config["vision_cfg"], timm_model_pretrained=False
-    )  # no download of ImageNet weights
+    # Otherwise timm downloads ImageNet weights.
+    vision_cfg: Any = {**config["vision_cfg"], "timm_model_pretrained": False}
     quick_gelu = config.get("quick_gelu", False)
     visual = open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
     if config.get("image_size"):
@@ -105,12 +104,11 @@ def tower_preprocess(visual: nn.Module, overrides: dict, resize_mode: str | None
 
 
 def set_image_size(visual: Any, image_size: int) -> None:
-    """Make ``visual`` take images of image_size x image_size pixels, in place; position embeddings are
-    interpolated.
+    """Make ``visual`` take images of image_size x image_size pixels, in place.
 
-    Does what OpenCLIP's ``force_image_size`` does, for a tower that already has its weights or is on the meta
-    device. Convolutional towers take any size. Raises what torch and timm raise for a tower that does not
-    support the size.
+    Position embeddings are interpolated as by OpenCLIP's ``force_image_size``, here for a tower that already
+    has its weights or is on the meta device. Convolutional towers take any size. Raises what torch and timm
+    raise for a tower that does not support the size.
     """
     if isinstance(visual, TimmModel):
         visual.set_input_size((image_size, image_size))
@@ -165,13 +163,12 @@ def _check_whole_patches(visual: nn.Module, name: str, image_size: int) -> None:
 
 
 def spatial_tokens(visual: Any, images: Tensor) -> Tensor:
-    """Return the last block's tokens, one per patch, before the tower's final norm: (N, 3, H, W) -> (N, V,
-    D).
+    """Return the last block's tokens before the tower's final norm: (N, 3, H, W) -> (N, V, D).
 
-    Class and register tokens are dropped; the feature maps of convolutional towers become tokens row by row.
-    For CLIP ViTs these are OpenFlamingo's tokens. The tower runs in eval mode whatever mode it is in, so
-    patch dropout, stochastic depth and batch statistics have no effect, and without gradients unless it has
-    trainable LoRA. Images are cast to the dtype of the first convolution.
+    There is one token per patch: class and register tokens are dropped, and the feature maps of convolutional
+    towers become tokens row by row. For CLIP ViTs these are OpenFlamingo's tokens. The tower runs in eval
+    mode whatever mode it is in, so patch dropout, stochastic depth and batch statistics have no effect, and
+    without gradients unless it has trainable LoRA. Images are cast to the dtype of the first convolution.
 
     Raises UserError for a tower without spatial tokens.
     """
@@ -236,12 +233,10 @@ def quantize_tower(
     *,
     keep: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Unfuse the attention of ``visual`` and quantize its linear layers, in place, then move it to
-    ``device``.
+    """Unfuse the attention of ``visual``, quantize its linear layers and move it to ``device``, in place.
 
-    device: None leaves each part where it is. keep: names of layers to leave unquantized.
-    Raises UserError for a tower without matrices to quantize, and for a layer that the format does not
-    support.
+    The arguments are those of `quantize_linears`. Raises UserError as it does, and for a tower without
+    matrices to quantize.
     """
     check_quantizable(visual)
     unfuse_attention(visual)

@@ -32,7 +32,7 @@ NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
 
 @dataclass(frozen=True)
 class TowerSource:
-    """A tower that was found and is not loaded yet.
+    """Where a tower's configuration and weights are; nothing is loaded yet.
 
     model, weights: what `open_clip.create_model` takes as model and pretrained. config: for `build_visual`.
     has_weights: False for random weights. preprocess: fields of OpenCLIP's PreprocessCfg.

@@ -37,10 +37,7 @@ from flamingo_ft.processes import default_device
 # Raised by open_clip, torch and safetensors for files that are missing, damaged or of another architecture.
 UNLOADABLE = (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, SafetensorError)
 LOAD_CONFIG: Any = serialization.config  # torch's options of torch.load
-NUMPY_SUFFIXES = (
-    ".npz",
-    ".npy",
-)  # big_vision's weights, which OpenCLIP writes into the tower tensor by tensor
+NUMPY_SUFFIXES = (".npz", ".npy")  # of big_vision's weights: OpenCLIP copies them into the tower one by one
 
 
 @dataclass(frozen=True)
@@ -99,12 +96,7 @@ def load_vision(
     if revision and tower.revision is None:
         raise UserError(f"revision {revision} given for {name}, which is not on the Hub; remove the revision")
     config = config_at_image_size(name, tower.config, image_size)
-    if quantization is None:
-        visual = _load(tower)
-        sha256 = tensors_sha256(visual)
-    else:
-        visual, stored = _load_memory_mapped(tower)
-        sha256 = tensors_sha256(stored)
+    visual, sha256 = _load(tower) if quantization is None else _load_memory_mapped(tower)
     visual.eval().requires_grad_(False)
     if "image_size" in config:
         set_image_size(visual, config["image_size"])
@@ -132,10 +124,9 @@ def load_vision(
 
 
 def tower_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> dict:
-    """Return the `VisionBackbone.config` that `load_vision` would give, without its weights. Raises as it
-    does.
+    """Return the `VisionBackbone.config` of a tower without loading its weights.
 
-    From a Hub repository, only the configuration is downloaded.
+    From a Hub repository, only the configuration is downloaded. Raises the same errors as `load_vision`.
     """
     return config_at_image_size(name, native_tower_config(name, pretrained), image_size)
 
@@ -143,10 +134,14 @@ def tower_config(name: str, pretrained: str | None = None, image_size: int | Non
 # --- Loading weights
 
 
-def _load(tower: TowerSource) -> nn.Module:
-    """Load the tower, or build it with random weights. OpenCLIP's text tower is dropped."""
+def _load(tower: TowerSource) -> tuple[nn.Module, str]:
+    """Return the tower, with random weights if it has none, and its content hash.
+
+    OpenCLIP's text tower is discarded.
+    """
     if not tower.has_weights:
-        return build_visual(tower.config)
+        visual = build_visual(tower.config)
+        return visual, tensors_sha256(visual)
     with _loading_errors(tower):
         model: Any = open_clip.create_model(
             tower.model,
@@ -154,11 +149,11 @@ def _load(tower: TowerSource) -> nn.Module:
             force_quick_gelu=tower.config["quick_gelu"],
             require_pretrained=True,
         )
-        return model.visual
+    return model.visual, tensors_sha256(model.visual)
 
 
 class TensorsInDtypes(Mapping[str, Tensor]):
-    """Tensors in other dtypes, each converted when it is read."""
+    """Tensors in other dtypes, each converted on access."""
 
     def __init__(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]):
         self._tensors = tensors
@@ -174,18 +169,16 @@ class TensorsInDtypes(Mapping[str, Tensor]):
         return len(self._tensors)
 
 
-def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, nn.Module | TensorsInDtypes]:
-    """Load the tower for quantization, without a second copy in memory.
+def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, str]:
+    """Return what `_load` does, without a second copy of the tower in memory: for quantization.
 
     OpenCLIP builds both towers with random weights and loads the file beside them: three times the tower.
-    Here the tower is on the meta device and takes the file's tensors, memory-mapped if the format allows it
-    and in the file's dtypes. Also returns what to hash: the tensors in the dtypes that `_load` would give
-    them.
+    Here the tower is built on the meta device and takes the tensors of the file, in its dtypes and memory-
+    mapped if its format allows it. The hash is of the tensors in the dtypes that `_load` gives them.
     """
     file = _weights_file(tower)
     if file is None:
-        visual = _load(tower)
-        return visual, visual
+        return _load(tower)
     buffers = non_persistent_buffers(tower.config)
     with torch.device("meta"):
         visual = build_visual(tower.config)
@@ -196,7 +189,7 @@ def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, nn.Module | Tens
     for name, buffer in buffers.items():
         owner, _, leaf = name.rpartition(".")
         setattr(visual.get_submodule(owner), leaf, buffer)
-    return visual, TensorsInDtypes(visual.state_dict(), dtypes)
+    return visual, tensors_sha256(TensorsInDtypes(visual.state_dict(), dtypes))
 
 
 def _weights_file(tower: TowerSource) -> Path | None:

@@ -73,9 +73,10 @@ def _inspect_all(
     sources: Sequence[WeightedSource], text_inspector: TextInspector, builder: ReportBuilder, workers: int
 ) -> None:
     """Inspect every row of every source, with a progress bar on stderr."""
-    inspector = RowInspector([mixed.source for mixed in sources], text_inspector, builder.config.video_frames)
-    indexed = all(mixed.source.indexed for mixed in sources)
-    total = sum(mixed.size for mixed in sources) if indexed else None
+    row_sources = [weighted.source for weighted in sources]
+    inspector = RowInspector(row_sources, text_inspector, builder.config.video_frames)
+    indexed = all(source.indexed for source in row_sources)
+    total = sum(weighted.size for weighted in sources) if indexed else None
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("checking", total=total, note="")
         for result in inspect_rows(sources, inspector, workers):
@@ -91,8 +92,8 @@ def _report_folder(folder: Path) -> Generator[Path]:
     Raises UserError if ``folder`` is a file, or holds files but no earlier check.
     """
     _refuse_other_files(folder)
-    # check.json marks the folder as ours; moved first, so that an interrupted move can be replaced by the
-    # next check.
+    # check.json marks the folder as a check. It moves first, so that the next check can replace what an
+    # interrupted move left.
     with atomic.files_in_place(folder, first=RECORD_FILE) as new:
         yield new
 

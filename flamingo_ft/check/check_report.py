@@ -1,4 +1,4 @@
-"""What a check found in a recipe's data, as plain values: the content of check.json."""
+"""The results of a check of a recipe's data, as plain values: the content of check.json."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .row_inspector import Problem, RowResult
 from .text_checks import DialogueFormat
 
 MADE_BY = "flamingo-ft check"
+TRAIN, EVAL = "train", "held out"  # `SourceStats.split`, as check.json and the page have it
 BINS = 40  # of a histogram, at most
 
 
@@ -63,7 +64,7 @@ class SourceStats:
     """Totals over the rows of one source.
 
     Attributes:
-        split: "train" or "held out".
+        split: `TRAIN` or `EVAL`.
         rows: all rows; ``samples`` of them are usable, ``bad`` have problems, and ``dropped`` are left out by
             data.too_long. Every count below ``bad``, except ``unread``, is over the usable rows.
         label_tokens: text tokens with loss.
@@ -182,14 +183,14 @@ class TrainingLength:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Everything a check found. The field names are the keys of check.json.
+    """All results of a check. The field names are the keys of check.json.
 
     Attributes:
         parts: one entry per source, training sources first.
         distributions: over the training samples, after data.too_long was applied.
         problems: number of problems; ``first_problems`` are the first of them, problems.jsonl has all.
         answers: lengths of the reference answers that evaluation will use.
-        text_form: how the chat template writes dialogues; None if it cannot be told.
+        text_form: how the chat template writes dialogues; None if `dialogue_format` cannot determine it.
     """
 
     recipe: str
@@ -213,13 +214,13 @@ class CheckReport:
     @property
     def bad_share(self) -> float:
         """Share of the training rows that have problems."""
-        train = [part for part in self.parts if part.split == "train"]
+        train = [part for part in self.parts if part.split == TRAIN]
         return sum(part.bad for part in train) / max(1, sum(part.rows for part in train))
 
     @property
     def objection(self) -> str | None:
         """Why training on this data would fail; None if it would not."""
-        if not any(part.samples for part in self.parts if part.split == "train"):
+        if not any(part.samples for part in self.parts if part.split == TRAIN):
             return "got no usable training sample"
         if self.bad and self.on_bad_sample == "error":
             return f"got {self.bad:,} bad rows; fix or remove them, or set data.on_bad_sample to skip"

@@ -155,7 +155,7 @@ def _schedule(train: InspectedData, evaluation: InspectedData | None, max_batch_
         epochs = min(MAX_EPOCHS, max(MIN_EPOCHS, math.ceil(MIN_STEPS * batch_size / samples)))
     return {
         "eval_fraction": fraction,
-        "held_out": eval_samples,
+        "eval_samples": eval_samples,
         "max_samples": None if eval_samples <= 2 * EVAL_SAMPLES else 2 * EVAL_SAMPLES,
         "samples": samples,
         "batch_size": batch_size,
@@ -167,8 +167,7 @@ def _schedule(train: InspectedData, evaluation: InspectedData | None, max_batch_
 def _split(train: InspectedData, hold_out: bool) -> tuple[float | None, OpenedData]:
     """Return the fraction to hold out (enough rows to measure on, at most a fifth), and the data split by it.
 
-    The fraction is None without ``hold_out``, or if nothing can be held out because all rows share their
-    images.
+    The fraction is None without ``hold_out``, or if all rows share their images.
     """
     section = DataSection(train=(train.entry,), allow_urls=train.urls)
     fraction = max(0.01, round(min(MAX_EVAL_FRACTION, EVAL_SAMPLES / train.rows), 2))
@@ -176,7 +175,7 @@ def _split(train: InspectedData, hold_out: bool) -> tuple[float | None, OpenedDa
         try:
             return fraction, open_data(section.model_copy(update={"eval_fraction": fraction}), seed=0)
         except UserError:
-            pass  # all rows share images; the recipe says so
+            pass  # all rows share their images, or there is one row: the template says so in the recipe
     return None, open_data(section, seed=0)
 
 

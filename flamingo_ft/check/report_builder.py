@@ -17,6 +17,8 @@ from flamingo_ft.data.sources.source import RawRow
 from flamingo_ft.evaluation.questions import AnswerLengths
 
 from .check_report import (
+    EVAL,
+    TRAIN,
     CheckReport,
     Distribution,
     DuplicateGroup,
@@ -28,7 +30,6 @@ from .check_report import (
 from .row_inspector import Problem, RowResult, file_of
 from .text_checks import DialogueFormat
 
-TRAIN, HELD_OUT = "train", "held out"
 FIRST_PROBLEMS = 20  # printed on the terminal; problems.jsonl has all
 GROUPS, GROUP_ROWS = 20, 5  # most duplicate groups listed, and most rows listed of each
 
@@ -42,10 +43,10 @@ class ReportBuilder:
         self._answers = AnswerLengths(evaluation.max_new_tokens)
         self._max_eval_samples = evaluation.max_samples
         self._eval_samples: Counter[int] = Counter()  # by source
-        self._sources = [mixed.source for mixed in (*data.train, *data.eval)]
+        self._sources = [weighted.source for weighted in (*data.train, *data.eval)]
         self._train_sources = len(data.train)
         self._stats = [
-            SourceStats(source.name, TRAIN if index < self._train_sources else HELD_OUT, source.format)
+            SourceStats(source.name, TRAIN if index < self._train_sources else EVAL, source.format)
             for index, source in enumerate(self._sources)
         ]
         self._long_samples = LongSampleStats(limit, data.section.too_long)
@@ -98,16 +99,16 @@ class ReportBuilder:
         }
 
     def _duplicate_stats(self) -> DuplicateStats:
-        found = find_duplicates(self._rows, self._train_sources)
+        duplicates = find_duplicates(self._rows, self._train_sources)
         return DuplicateStats(
-            copies=found.copies,
-            copy_groups=self._named(found.copy_groups),
-            leaked=found.leaked,
-            leaked_groups=self._named(found.leaked_groups),
-            images=found.media,
-            repeated_images=found.repeated_media,
-            repeated_groups=self._named(found.repeated_groups),
-            leaked_images=found.leaked_media,
+            copies=duplicates.copies,
+            copy_groups=self._named(duplicates.copy_groups),
+            leaked=duplicates.leaked,
+            leaked_groups=self._named(duplicates.leaked_groups),
+            images=duplicates.media,
+            repeated_images=duplicates.repeated_media,
+            repeated_groups=self._named(duplicates.repeated_groups),
+            leaked_images=duplicates.leaked_media,
         )
 
     def _named(self, groups: Iterable[RowGroup]) -> list[DuplicateGroup]:
@@ -216,7 +217,7 @@ class Duplicates:
 
 
 def find_duplicates(rows: RowTable, train_sources: int) -> Duplicates:
-    """Find duplicates among all usable rows; sources from index ``train_sources`` on are held out."""
+    """Find duplicates among all usable rows; sources from index ``train_sources`` on are evaluation data."""
     digests, is_eval = rows.column("digest"), rows.column("source") >= train_sources
     indices = np.arange(len(digests))
     train_digests = digests[~is_eval]

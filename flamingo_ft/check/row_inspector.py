@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What the inspection of a row found.
+    """The result of inspecting a row.
 
     Counts are zero for rows with problems and for rows that data.too_long drops. They cover what trains: for
     a truncated sample what is left of it, for a preference pair the longer of its two texts.
@@ -100,7 +100,7 @@ class RowInspector(Dataset):
         self.decoder = MediaDecoder(video_frames)
 
     def __getitem__(self, index: Row) -> RowResult:
-        row = index
+        row = index  # `Dataset` calls it index
         source = self.sources[row.source]
         if row.failure is not None:
             return RowResult(row.source, problems=[_parse_problem(source.name, None, row.failure)])
@@ -208,7 +208,7 @@ def rows_of(index: int, source: WeightedSource) -> Iterator[Row]:
 
 
 def _row_problem(where: str, row: int, error: str) -> Problem:
-    """Turn the error of a row into a `Problem`; ``where`` ("FILE: row N") may stand in front of the error."""
+    """Turn the error of a row into a `Problem`; ``where`` ("FILE: row N") may precede the error."""
     return _parse_problem(file_of(where, row), row, error.removeprefix(f"{where}: "))
 
 

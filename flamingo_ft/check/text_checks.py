@@ -150,7 +150,7 @@ class DialogueFormat:
 def dialogue_format(
     processor: FlamingoProcessor, own_ends: int | Sequence[int] | None
 ) -> DialogueFormat | None:
-    """Find out what the processor's chat template writes, from a dialogue of two placeholders.
+    """Return what the processor's chat template writes around the two placeholders of a dialogue.
 
     own_ends: the end tokens of the language model's generation configuration.
 

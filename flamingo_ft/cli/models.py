@@ -7,64 +7,35 @@ from typing import Annotated, Literal
 
 import typer
 
-from flamingo_ft.cli.arguments import Adapter, StartPath
+from flamingo_ft.cli.arguments import (
+    AccuracyMargin,
+    Adapter,
+    LogitTolerance,
+    LossMargin,
+    MergeBase,
+    MergedDtype,
+    MergedQuantization,
+    MergeSamples,
+    Out,
+    Pretrained,
+    StartPath,
+    WithCode,
+)
 from flamingo_ft.errors import UserError
 
 
 def merge(
     adapter: Adapter,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
-    base: Annotated[
-        Literal["bf16", "dequantized"],
-        typer.Option(help="Merge into the unquantized weights (bf16), or into the dequantized ones."),
-    ] = "bf16",
-    dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"], typer.Option(help="dtype of the merged weights.")
-    ] = "bf16",
-    quantization: Annotated[
-        Literal["none", "int8", "nf4", "fp4"], typer.Option(help="Write the merged model quantized.")
-    ] = "none",
-    tolerance: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            metavar="X",
-            help="Deprecated: also refuse a model whose logits differ by more, relative to the largest.",
-        ),
-    ] = None,
-    samples: Annotated[
-        int,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Held-out samples that the loss is measured on; answers are generated for at most 32.",
-        ),
-    ] = 64,
-    margin: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            metavar="X",
-            help="Allowed increase of the loss, in nats per token, beyond two standard errors.",
-        ),
-    ] = 0.5,
-    accuracy_margin: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            metavar="X",
-            help="Allowed decrease of accuracy, 0..1, beyond two standard errors.",
-        ),
-    ] = 0.1,
+    out: Out,
+    base: MergeBase = "bf16",
+    dtype: MergedDtype = "bf16",
+    quantization: MergedQuantization = "none",
+    tolerance: LogitTolerance = None,
+    samples: MergeSamples = 64,
+    margin: LossMargin = 0.5,
+    accuracy_margin: AccuracyMargin = 0.1,
     start: StartPath = None,
-    with_code: Annotated[
-        bool,
-        typer.Option(
-            "--with-code",
-            help="Include the code, for use with transformers where this package is not installed.",
-        ),
-    ] = False,
+    with_code: WithCode = False,
 ) -> None:
     """Merge an adapter into its base: one standalone model.
 
@@ -114,9 +85,7 @@ def convert(
             metavar="NAME", help="The tower that SRC was trained with, by default OpenAI's ViT-L-14."
         ),
     ] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")
-    ] = None,
+    pretrained: Pretrained = None,
     start: Annotated[
         str | None,
         typer.Option(

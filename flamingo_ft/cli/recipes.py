@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flamingo_ft.cli.arguments import Overrides, Recipe
+from flamingo_ft.cli.arguments import Overrides, Pretrained, Recipe
 from flamingo_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -195,9 +195,7 @@ def new_recipe(
             metavar="NAME", help="Vision tower. By default nano, or ViT-L-14 for another language model."
         ),
     ] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(metavar="TAG", help="OpenCLIP's tag of the tower's weights.")
-    ] = None,
+    pretrained: Pretrained = None,
     output_dir: Annotated[
         str | None,
         typer.Option(metavar="DIR", help="train.output_dir, by default runs/ and the recipe's name."),

@@ -35,7 +35,9 @@ def train(
     from flamingo_ft.training.output_dir import prepare_output_dir, refuse_lost_run
 
     if overwrite and resume:
-        raise UserError("--overwrite starts again and --resume continues; give one of them")
+        raise UserError(
+            "got --overwrite and --resume, but one starts again and the other continues; use one of them"
+        )
     path = find_recipe(recipe)
     settings = load_recipe(path, overrides or ())
     folder = settings.train.output_dir
@@ -62,9 +64,8 @@ def is_main_process() -> bool:
 
 
 def print_sources(data: OpenedData) -> None:
-    """Print name, size and format of each source on stderr, and the columns of text that its format
-    ignores."""
-    for split, sources in (("train", data.train), ("held out", data.eval)):
+    """Print name, size and format of each source on stderr, and the text columns that its format ignores."""
+    for split, sources in (("train", data.train), ("eval", data.eval)):
         for weighted in sources:
             source = weighted.source
             rows = f"{weighted.size:,} rows" if source.indexed else "streamed"

@@ -34,7 +34,7 @@ class DataSource(Section):
     format: Annotated[str, one_of(DATASET_FORMATS, "auto"), Field(json_schema_extra={"enum": [*FORMATS]})] = (
         "auto"
     )
-    """Format of the rows. auto: recognised from the columns of the first row; a row is then rejected if a
+    """Format of the rows. auto: recognized from the columns of the first row; a row is then rejected if a
     column that looks like part of the task (question, answer, label, choices, ...) would not be read. If a
     format is named, other columns are ignored; `check` and `train` list those that hold text."""
     columns: Annotated[dict[str, str], LAX] = {}

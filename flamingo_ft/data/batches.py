@@ -1,8 +1,7 @@
-"""The endless batches of a run: rows are prepared by workers and put together here, in an order that the seed
-decides.
+"""The endless batches of a run, prepared by workers and put together in an order that follows from the seed.
 
-Workers prepare single rows; this process decides in the order of the run which rows make a batch. So the
-batches are the same for any number of workers, and a run resumes at the exact sample.
+Workers prepare single rows; this process decides which rows make a batch. So the batches are the same for
+any number of workers, and a run resumes at the exact sample.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -35,6 +36,10 @@ RowGrouping = Callable[[Iterator[PlacedExample]], Iterator[list[list[PlacedExamp
 It may hold examples back for later batches, as long as these would be placed the same way without the
 examples that were returned: a resumed run starts with the ones held back.
 """
+
+
+PackedTensors = tuple[bytes, list[int], Tensor]
+"""A pickle without the bytes of its tensors, their number for each tensor, and these bytes (N,)."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,7 @@ class Batches:
         return None if length is None else round(self._next / length, 4)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of the next sample, those before it that are held back, and the counts so
-        far."""
+        """Return the position of the next sample, those held back before it, and the counts so far."""
         # The keys are part of the checkpoint format.
         return {"next": self._next, "waiting": list(self._waiting), "tally": self.stats.state_dict()}
 
@@ -120,8 +124,10 @@ class Batches:
         self.stats.load_state_dict(state["tally"])
 
     def _examples(self) -> Iterator[PlacedExample]:
-        """Yield the examples from the current state on; first those that were held back, which are counted
-        already."""
+        """Yield the examples from the current state on.
+
+        Those that were held back come first; they are counted already.
+        """
         start, held_back = self._next, {*self._waiting}
         for position, result in self._results(min([start, *held_back]), held_back, start):
             if position >= start:
@@ -187,22 +193,47 @@ class _BatchSampler:
         return iter(lambda: list(itertools.islice(self.indices, self.batch_size)), [])
 
 
-def pack_tensors(value: Any) -> Tensor:
-    """Serialize a value with tensors anywhere in it into one tensor, to be sent from a worker.
+def pack_tensors(value: Any) -> PackedTensors:
+    """Pickle a value, and copy the bytes of all CPU tensors in it into one tensor, to be sent from a worker.
 
     Each tensor that comes from another process holds a file open while it lives, and a process may have 1,024
     of them; with torch's file_system sharing it would hold shared memory instead, of which a container often
     has 64 MiB. Examples that are held back for packing alone would exceed both.
     """
-    buffer = io.BytesIO()
-    torch.save(value, buffer, pickle_protocol=5)
-    return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+    file = io.BytesIO()
+    pickler = _TensorPickler(file)
+    pickler.dump(value)
+    tensors = pickler.tensors or [torch.empty(0, dtype=torch.uint8)]
+    return file.getvalue(), [len(tensor) for tensor in pickler.tensors], torch.cat(tensors)
 
 
-def unpack_tensors(packed: Tensor) -> Any:
-    """Return the value of `pack_tensors`, its tensors in this process's own memory."""
-    array: Any = packed.numpy()  # a buffer, which numpy declares from Python 3.12 on
-    return torch.load(io.BytesIO(array), weights_only=False)
+def unpack_tensors(packed: PackedTensors) -> Any:
+    """Return the value of `pack_tensors`, each tensor in memory of its own in this process."""
+    content, sizes, tensors = packed
+    buffers: Any = (tensor.numpy() for tensor in tensors.split(sizes))
+    return pickle.loads(content, buffers=buffers)
+
+
+class _TensorPickler(pickle.Pickler):
+    """Leaves the bytes of tensors out of the pickle, and collects them in ``tensors``, each (N,)."""
+
+    def __init__(self, file: io.BytesIO):
+        super().__init__(file, protocol=5, buffer_callback=lambda buffer: None)
+        self.tensors: list[Tensor] = []
+
+    def reducer_override(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return NotImplemented
+        tensor = obj.contiguous().view(-1).view(torch.uint8)
+        self.tensors.append(tensor)
+        array: Any = tensor.numpy()  # a buffer, which numpy declares from Python 3.12 on
+        return _tensor_from_bytes, (pickle.PickleBuffer(array), obj.dtype, obj.shape)
+
+
+def _tensor_from_bytes(content: np.ndarray, dtype: torch.dtype, shape: torch.Size) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(content))
+    return tensor
 
 
 def one_sample_per_row(batch_size: int) -> RowGrouping:
@@ -215,8 +246,7 @@ def one_sample_per_row(batch_size: int) -> RowGrouping:
 
 
 def packed_rows(batch_size: int, row_length: int) -> RowGrouping:
-    """Return a grouping into batches of ``batch_size`` rows, each with as many examples as fit into
-    ``row_length`` tokens."""
+    """Return a grouping into batches of ``batch_size`` rows, filled up to ``row_length`` tokens each."""
 
     def group(examples: Iterator[PlacedExample]) -> Iterator[list[list[PlacedExample]]]:
         rows = pack(examples, lambda placed: placed[1].encoded.text_tokens, row_length)
@@ -228,8 +258,10 @@ def packed_rows(batch_size: int, row_length: int) -> RowGrouping:
 def sorted_by_length(
     order: SampleOrder, length_of: Callable[[SampleIndex], int], batch_size: int
 ) -> Callable[[int], Iterator[SampleIndex]]:
-    """Return an order with samples of similar length next to each other; it can be entered at any
-    position."""
+    """Return an order with samples of similar length next to each other.
+
+    Like the order itself, it can be entered at any position.
+    """
     window = LENGTH_WINDOW * batch_size
 
     def indices(start: int) -> Iterator[SampleIndex]:
@@ -262,8 +294,7 @@ def _leave_signals_to_main_process(worker: int) -> None:
 
 
 def _exit_on_parents_sigterm(parent: int) -> None:
-    """Wait for the SIGTERM with which a `DataLoader` ends its workers; those of other processes are
-    ignored."""
+    """Wait for the SIGTERM with which a `DataLoader` ends its workers; ignore that of other processes."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

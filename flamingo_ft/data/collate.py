@@ -52,11 +52,10 @@ def load_media(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) 
 
 
 def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Stack the media (F, C, H, W) of each sample to pixel_values (B, M, C, H, W), padded with zeros; {}
-    without media.
+    """Stack the media (F, C, H, W) of each sample to pixel_values (B, M, C, H, W); {} without media.
 
-    If a medium has several frames: (B, M, F, C, H, W), and if the numbers of frames differ, also frame_counts
-    (B, M).
+    Padding is zero. If a medium has several frames, the shape is (B, M, F, C, H, W); if the numbers of frames
+    differ, frame_counts (B, M) is returned too.
     """
     media = [medium for row in rows for medium in row]
     if not media:
@@ -78,8 +77,7 @@ def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
 def pack(
     items: Iterable[Item], length: Callable[[Item], int], row_length: int, open_rows: int = OPEN_ROWS
 ) -> Iterator[list[Item]]:
-    """Yield rows of items with a total length of at most ``row_length``; the same order of items gives the
-    same rows.
+    """Yield rows of items with a total length of at most ``row_length``, always the same for the same items.
 
     An item goes into the oldest row with room for it. When there are more than ``open_rows`` rows, the
     fullest is yielded. Raises ValueError for an item longer than a row.

@@ -20,8 +20,7 @@ def split_files(folder: str) -> dict[str, list[str]]:
 
 
 def download_cache() -> Any:
-    """Return the folder that `datasets` downloads to; paths under it are safe to read whatever the image
-    root."""
+    """Return the folder that `datasets` downloads to, whose files may be read whatever the image root."""
     from datasets import config
 
     return config.DOWNLOADED_DATASETS_PATH

@@ -120,8 +120,7 @@ def encode_within(
 
 
 def encode_prompt(processor: FlamingoProcessor, sample: Sample | Messages) -> list[int]:
-    """Return the token ids of a dialogue up to the assistant's answer, or of a document up to its last
-    image."""
+    """Return the token ids of a dialogue up to the assistant's answer, of a document up to its last image."""
     messages = _messages(sample)
     render = render_document_prompt if is_document(messages) else render_prompt
     return encode_text(processor.tokenizer, render(processor, messages)).ids
@@ -232,8 +231,7 @@ def _exchanges(messages: list[dict[str, Any]]) -> tuple[int, Callable[[int], lis
 
 
 def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the index of the first message, and of each message that follows an answer and is not one
-    itself."""
+    """Return the indices of the first message and of each message after an answer that is not an answer."""
     roles = [message["role"] for message in messages]
     starts = [0]
     starts += [i for i in range(1, len(roles)) if roles[i - 1] == "assistant" and roles[i] != "assistant"]

@@ -1,5 +1,4 @@
-"""Keeping evaluation images out of training: splitting a share of the rows off, and finding images on both
-sides."""
+"""Keep evaluation images out of training: split off a share of the rows, and find images on both sides."""
 
 from __future__ import annotations
 
@@ -24,8 +23,10 @@ MISSING = -1  # size of a file that does not exist, or is not on this machine
 
 @dataclass(frozen=True)
 class Overlap:
-    """count: evaluation samples with an image that is trained on. eval, train: where the first is, and where
-    its image is trained on."""
+    """Evaluation samples that share an image with training samples.
+
+    count: of such samples. eval: where the first of them is. train: where its image is trained on.
+    """
 
     count: int
     eval: str
@@ -33,8 +34,7 @@ class Overlap:
 
 
 def split_eval(sources: Sequence[Source], fraction: float, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return for each indexed source the numbers of the rows to train on and of those to evaluate on, in
-    order.
+    """Return the numbers of the rows to train on and to evaluate on, in order, for each indexed source.
 
     About ``fraction`` of a source's rows are held out, at least one. Rows that share an image, in any source,
     stay together; an image is identified by its path, or by its content if it is in the row itself. Which
@@ -85,8 +85,7 @@ def find_overlap(train: Iterable[Sample], evaluated: Iterable[Sample]) -> Overla
 
 
 def _choose(counts: Sequence[np.ndarray], sizes: np.ndarray, fraction: float) -> tuple[list[int], int | None]:
-    """Choose the groups to hold out: the first that fit. Return them and a source of which none can be held
-    out, if any.
+    """Return the groups to hold out, the first that fit, and a source that cannot be split, if any.
 
     counts: rows (S,) of each source in each group. A group with more rows than the fraction asks for is
     chosen only if a source has no other.
@@ -167,8 +166,7 @@ class _DisjointSets:
         return key
 
     def join(self, keys: Iterable[bytes]) -> None:
-        """Merge the sets of all ``keys``; the least of their roots represents the result, whatever the
-        order."""
+        """Merge the sets of all ``keys``; the least of their roots becomes the root, whatever the order."""
         roots = sorted({self.root(key) for key in keys})
         self._parent.update(dict.fromkeys(roots, roots[0]))
 
@@ -194,8 +192,7 @@ def _by_digest(images: Iterable[tuple[Image, str]]) -> dict[bytes, list[str]]:
 
 
 def _content_digest(image: Image) -> bytes | None:
-    """Return the digest of a file's content; None if it cannot be read, which is reported where it is
-    used."""
+    """Return the digest of a file's content; None if it cannot be read, which its user reports."""
     try:
         return _digest(read_bytes(image))
     except UserError:

@@ -1,5 +1,4 @@
-"""What a batch is made of, prepared row by row in worker processes, and counts of the rows that were used
-and skipped."""
+"""The examples of a batch, prepared row by row in worker processes, and counts of used and skipped rows."""
 
 from __future__ import annotations
 
@@ -25,8 +24,7 @@ MAX_SKIPPED_IN_A_ROW = 10_000  # of a stream, whose epoch has no known length
 
 @dataclass(frozen=True)
 class Example:
-    """A row to train on: its token ids, or those of both halves of a pair, and its media as tensors, in
-    order."""
+    """A row to train on: its token ids (of a pair, both halves) and its media as tensors, in order."""
 
     where: str
     encoded: Encoded | EncodedPair
@@ -35,8 +33,10 @@ class Example:
 
 @dataclass(frozen=True)
 class SkippedRow:
-    """A row that is not trained on. bad: whether it cannot be used (damaged, malformed); else a policy
-    dropped it."""
+    """A row that is not trained on.
+
+    bad: whether it cannot be used (damaged, malformed); if not, a policy of the recipe dropped it.
+    """
 
     number: int
     where: str

@@ -37,7 +37,9 @@ PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
 @dataclass(frozen=True, eq=False)
 class Frame:
     """An image or a frame of a video: its tokens (V, D) if they are cached, else its pixels (C, H, W).
-    key: in the cache."""
+
+    key: in the cache.
+    """
 
     key: str
     tokens: Tensor | None = None
@@ -120,8 +122,7 @@ class FrozenTower:
 
     @torch.no_grad()
     def _is_batch_invariant(self, images: Tensor) -> bool:
-        """Whether images have the same tokens, to the bit, at another place in the batch and beside blank
-        images."""
+        """Whether an image's tokens are the same bits at another place and beside blank images."""
         moved = images.roll(3, 0)
         moved[::2] = 0
         tokens, again = self._encode_batch(images, BATCH_SIZE), self._encode_batch(moved, BATCH_SIZE)

@@ -42,8 +42,7 @@ ABANDONED_SECONDS = 3600.0  # an incomplete file that is older was left behind b
 def features_key(
     model: FlamingoForConditionalGeneration, preprocess: Mapping[str, Any], **how: Any
 ) -> dict[str, Any]:
-    """Return everything that tokens depend on besides the image, as JSON: tower, transform, software, and
-    ``how`` it is run.
+    """Return what tokens depend on besides the image, as JSON: tower, transform, software, ``how`` it is run.
 
     The digest is of the tower's tensors in memory, so that quantization, another dtype or a merge of the same
     files gives another key. It takes some seconds for a tower of 1 GB.
@@ -104,8 +103,7 @@ class FeatureStore:
         return tokens if fits and metadata == _metadata(key, tokens) else None
 
     def path(self, key: str) -> Path:
-        """Return the file of a key, in one of 256 folders: some file systems are slow with a million files
-        in one."""
+        """Return the file of a key, in one of 256 folders: some file systems are slow with large folders."""
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def content(self, key: str, tokens: Tensor) -> bytes:

@@ -27,20 +27,20 @@ _TYPE_NAMES = {
 
 
 def type_name(value: Any) -> str:
-    """Return what a value is, in JSON's words."""
+    """Return the type of a value as error messages call it, mostly in JSON's terms."""
     if isinstance(value, float) and math.isnan(value):
         return "NaN (an empty cell)"
     return "null" if value is None else _TYPE_NAMES.get(type(value), type(value).__name__)
 
 
 def has_value(row: Row, name: str) -> bool:
-    """Whether a field is there and neither null nor NaN, which tables have for empty cells."""
+    """Whether a row has a value in a field. Null, and NaN (an empty cell of a table), are not values."""
     value = row.get(name)
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value is null, NaN, whitespace, or an image of `datasets` without bytes and path."""
+    """Whether a value is null, NaN, whitespace, or an image of `datasets` with neither bytes nor path."""
     if isinstance(value, str):  # first: most values are text
         return not value.strip()
     if isinstance(value, Mapping):

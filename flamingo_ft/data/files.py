@@ -1,5 +1,4 @@
-"""Files of data: names in any Unicode form, files that operating systems leave behind, memory-mapped
-reading."""
+"""Data files: Unicode forms of their names, files that operating systems leave behind, memory mapping."""
 
 from __future__ import annotations
 

@@ -41,8 +41,9 @@ PREVIEW_PREFIX = "data:image/png;base64,"
 
 
 def open_medium(medium: Medium, where: str | None = None, video_frames: int = 8) -> list[Picture]:
-    """Return upright RGB images: one for an image, ``video_frames`` evenly spaced ones for a video (all of a
-    shorter one).
+    """Return upright RGB images: one for an image, ``video_frames`` evenly spaced ones for a video.
+
+    A video with fewer frames gives all of them.
 
     URLs are fetched: a `Sample` has only those that its recipe allows. Raises UserError, beginning with
     ``where``, for a file that cannot be read or fetched, and for a video file without PyAV.
@@ -119,8 +120,10 @@ class PixelLoader:
     seed: int = 0
 
     def __call__(self, sample: Sample, kept: int, number: int) -> list[Tensor]:
-        """Load the first ``kept`` media. number: of the sample in the run; seeds the augmentation, with
-        ``seed``."""
+        """Load the first ``kept`` media.
+
+        number: of the sample in the run; it seeds the augmentation, with ``seed``.
+        """
         return [
             load_pixels(self.processor, medium, sample.where, self._augment(number, index))
             for index, medium in enumerate(sample.images[:kept])
@@ -207,7 +210,7 @@ def open_preview(text: str) -> Picture:
 
 
 def augment(frames: Sequence[Picture], section: AugmentationSection, seed: int) -> list[Picture]:
-    """Crop, flip and recolour the frames of a medium (one of an image), all in the same way.
+    """Crop, flip and recolor the frames of a medium (one of an image), all in the same way.
 
     All randomness comes from ``seed``, of this use of this medium, so the number of workers does not matter.
     """
@@ -235,8 +238,7 @@ def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str
 
 
 def _random_box(rng: random.Random, min_area: float) -> tuple[float, float, float, float]:
-    """Return left, top, width and height of a crop, as fractions of the image's; its area is ``min_area``
-    to 1."""
+    """Return left, top, width and height of a crop of at least ``min_area``, as fractions of the image."""
     area = rng.uniform(min_area, 1)
     # Beyond these ratios a crop of this area would not fit into the image.
     narrowest, widest = max(ASPECT_RATIOS[0], area), min(ASPECT_RATIOS[1], 1 / area)

@@ -33,10 +33,9 @@ TIFF_MODES = ("CMYK", "F", "I", "I;16B", "LAB", "PA", "YCbCr")
 
 @dataclass(frozen=True)
 class MediaResolver:
-    """Turns images and videos as they appear in rows into paths, URLs and bytes, and refuses what must not be
-    read.
+    """Turns images and videos as rows have them into paths, URLs and bytes; refuses what must not be read.
 
-    root: folder that paths are relative to and must stay in, symbolic links resolved; None if there is none.
+    root: folder that paths are relative to and must stay in, symbolic links resolved, or None.
     """
 
     root: Path | None
@@ -48,8 +47,7 @@ class MediaResolver:
         return os.path.realpath(self.root)
 
     def image(self, value: Any, where: str) -> Image:
-        """Resolve an image: path, URL, data URI or base64 text, bytes, {"bytes", "path"}, or a Pillow
-        image."""
+        """Resolve an image: path, URL, data URI or base64 text, bytes, {"bytes", "path"}, Pillow image."""
         return self._file(value, where, "an image")
 
     def video(self, value: Any, where: str) -> Video:

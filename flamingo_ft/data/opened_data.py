@@ -53,8 +53,7 @@ class OpenedData:
         return itertools.chain.from_iterable(_samples(weighted, self.section) for weighted in mixture)
 
     def validate_rows(self) -> None:
-        """Read all rows of training sources of up to `MAX_VALIDATED_ROWS`, so that bad rows do not end a run
-        later.
+        """Read all rows of training sources of up to `MAX_VALIDATED_ROWS`, to find bad rows before the run.
 
         Raises UserError for the first bad one, unless they are skipped. Images are not opened.
         """
@@ -66,8 +65,10 @@ class OpenedData:
                     pass
 
     def eval_samples(self, max_per_source: int | None = None) -> list[Sample]:
-        """Return the first evaluation samples of each source, their images opened: evaluation must not
-        fail later."""
+        """Return the first evaluation samples of each source, their images opened once.
+
+        So an unreadable image is found before training, not in an evaluation.
+        """
         read = partial(_samples, section=self.section, check_images=True, skipped=self.skipped)
         return [
             sample for weighted in self.eval for sample in itertools.islice(read(weighted), max_per_source)
@@ -107,8 +108,7 @@ def check_method(sources: Sequence[WeightedSource], method: str) -> None:
 
 
 def encoder(processor: FlamingoProcessor, recipe: Recipe, limit: int) -> Callable[[Sample], Any]:
-    """Return the function from a sample to its tokens, at most ``limit`` per text, for the recipe's
-    method."""
+    """Return the recipe's function from a sample to its tokens, at most ``limit`` per text."""
     return partial(ENCODE[recipe.train.method], processor, max_text_tokens=limit, policy=recipe.data.too_long)
 
 

@@ -1,5 +1,4 @@
-"""Preference pairs: a prompt with a better and a worse answer, as token ids and as TRL's DPOTrainer takes
-them.
+"""Preference pairs, a prompt with a better and a worse answer: as token ids, and as TRL's trainer takes them.
 
 Shapes: P pairs, T text tokens.
 """
@@ -89,8 +88,7 @@ def encode_pair(
 
 
 def collate_pairs(pairs: Sequence[EncodedPair], pad_token_id: int) -> dict[str, Tensor]:
-    """Return input_ids, attention_mask and completion_mask (2 P, T) as TRL has them: all chosen, then all
-    rejected."""
+    """Return input_ids, attention_mask and completion_mask (2 P, T) as in TRL: all chosen first."""
     batch = collate_text([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs], pad_token_id)
     return batch | {"completion_mask": (batch.pop("labels") != IGNORED).long()}
 
@@ -101,8 +99,7 @@ def repeat_media(media: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def preference_row(sample: Sample) -> dict[str, Any]:
-    """Return a row for `trl.DPOTrainer`: ``prompt``, ``chosen`` and ``rejected`` messages, and the opened
-    ``images``.
+    """Return a row for `trl.DPOTrainer`: ``prompt``, ``chosen``, ``rejected`` and the opened ``images``.
 
     Raises UserError, naming file and row, if the sample is not a pair, its answers hold images, it holds
     videos, or an image cannot be read.

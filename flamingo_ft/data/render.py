@@ -1,5 +1,4 @@
-"""Dialogues and documents as text, with the character spans that have loss; and the chat template that writes
-them.
+"""Dialogues and documents as text with the character spans that have loss, and the chat template in use.
 
 Captions and interleaved documents are written in OpenFlamingo's form whatever the chat template
 (arXiv:2308.01390, section 3):
@@ -25,8 +24,7 @@ from flamingo_ft.model.special_text import encode_text, protect
 
 from .sample import DOCUMENT, text_message
 
-# An empty dialogue gets the system message too: the text of a dialogue's first turns must begin as the whole
-# does.
+# An empty dialogue gets the system message too, so that a dialogue's first turns are a prefix of all of it.
 WITH_SYSTEM_PROMPT = (
     "{%- if not messages or messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}"
     "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}"
@@ -35,8 +33,7 @@ WITH_SYSTEM_PROMPT = (
 
 
 def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
-    """Set the processor's chat template as ``data.template`` and ``data.system_prompt`` say; it is saved with
-    it.
+    """Set the processor's chat template, which is saved with it, to the recipe's template and system prompt.
 
     A template whose generation prompt differs from how it writes answers is corrected (`answer_template`).
     Raises UserError if ``chat`` is set and the language model has no chat template, if its template cannot be
@@ -57,8 +54,10 @@ def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
 def render_dialogue(
     processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
-    """Return the text of a dialogue, placeholders for typed special tokens in it, and the character spans
-    with loss."""
+    """Return the text of a dialogue and the character spans with loss.
+
+    Special tokens typed in the dialogue are placeholders in the text.
+    """
     turns = [flatten(message, processor.tokenizer) for message in messages]
     answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
     masked = {index for index in answers if turns[index].get("loss") is False}
@@ -101,8 +100,10 @@ def is_document(messages: Sequence[Mapping[str, Any]]) -> bool:
 def render_document(
     processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
-    """Return the text of a document, placeholders for typed special tokens in it, and the character spans
-    with loss."""
+    """Return the text of a document and the character spans with loss.
+
+    Special tokens typed in the document are placeholders in the text.
+    """
     text = _chunks(processor, messages) + EOC_TOKEN
     start = text.find(MEDIA_TOKEN)
     end = processor.tokenizer.eos_token or ""
@@ -113,8 +114,7 @@ def render_document(
 
 
 def render_document_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return the text of a document up to its last image, which the model is to continue; all of it
-    without images."""
+    """Return the text of a document up to its last image, for the model to continue; else all of it."""
     before, image, after = _chunks(processor, messages).rpartition(MEDIA_TOKEN)
     return before + image if image else after
 
@@ -139,7 +139,7 @@ def _template(processor: FlamingoProcessor, name: str) -> str:
 
 
 def _corrected(processor: FlamingoProcessor, template: str) -> str:
-    """Return the template to write with. Raises UserError if there is none."""
+    """Return the template to write with. Raises UserError if the language model's cannot be trained with."""
     corrected = answer_template(processor.tokenizer, template)
     if corrected.problem:
         raise UserError(
@@ -171,8 +171,8 @@ def _unmasked(spans: list[Span], answers: list[int], masked: set[int]) -> list[S
     """Return the spans of the assistant turns that are not masked."""
     if len(spans) != len(answers):
         raise UserError(
-            f"chat template: marks {len(spans)} parts as the assistant's among {len(answers)} such turns, "
-            "so it cannot be told which is the one without loss; use a template that marks each turn once"
+            f"chat template: marks {len(spans)} parts as the assistant's in a dialogue of {len(answers)} "
+            "assistant turns, so the turn without loss is ambiguous; use a template that marks each turn once"
         )
     return [span for span, index in zip(spans, answers, strict=True) if index not in masked]
 
@@ -208,9 +208,9 @@ def _answer_span_by_marker(
         )
     if not (text.startswith(head) and len(head) <= through):
         raise UserError(
-            "chat template: begins an answer differently than its generation prompt does (with its "
-            f"reasoning, perhaps), got it in message {index}; remove the reasoning from answers, or set "
-            "data.template to flamingo"
+            f"chat template: begins the answer in message {index} differently than its generation prompt "
+            "does, perhaps with reasoning; remove the reasoning from answers, or set data.template to "
+            "flamingo"
         )
     alone = _render(processor, replaced[: index + 1])[0].rpartition(marker)[2]
     end = text[: through + _common_prefix(processor, tail, alone)].rstrip()

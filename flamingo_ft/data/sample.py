@@ -1,5 +1,4 @@
-"""`Sample`: what every row of every source becomes - a dialogue, a document or a preference pair, with its
-images."""
+"""`Sample`, what every row of every source becomes: a dialogue, a document or a preference pair."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The order in which rows are used: an endless sequence decided by the sources, their weights and a seed
-alone.
+"""The order in which rows are used: an endless sequence that follows from sources, weights and a seed.
 
 So it is the same for any number of workers, and can be entered at any position.
 """
@@ -131,8 +130,7 @@ class SampleOrder:
             yield SampleIndex(number, source, row, raw)
 
     def _endless(self, index: int) -> Iterator[tuple[int, Any]]:
-        """Yield row number and raw row of one source, pass after pass; raw is None if the source is
-        indexed."""
+        """Yield row number and raw row of one source, pass after pass; raw is None for an indexed source."""
         source = self.mixture[index].source
         for number in itertools.count():
             if source.indexed:

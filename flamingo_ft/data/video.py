@@ -20,16 +20,14 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg,flv,
 
 
 def even_positions(total: int, count: int) -> list[int]:
-    """Return ``count`` numbers below ``total``, each in the middle of an equal part; all of them if there
-    are fewer."""
+    """Return ``count`` numbers below ``total``, each in the middle of an equal part, or all if fewer."""
     if total <= count:
         return list(range(total))
     return [int((index + 0.5) * total / count) for index in range(count)]
 
 
 def read_frames(file: str | Path | bytes, count: int, where: str) -> dict[int, Image.Image]:
-    """Return ``count`` evenly spaced frames (all of a shorter video) as upright RGB, by their number in the
-    video.
+    """Return ``count`` evenly spaced frames, or all of a shorter video, as upright RGB by their number in it.
 
     Raises UserError for a file that is not a video, and without PyAV.
     """
@@ -45,8 +43,7 @@ def read_frames(file: str | Path | bytes, count: int, where: str) -> dict[int, I
 
 
 def frame_positions(file: str | Path | bytes, count: int, where: str) -> list[int]:
-    """Return the numbers of the frames that `read_frames` returns; empty if the file does not say how many
-    it has."""
+    """Return the numbers of the frames of `read_frames`; empty if the file does not state how many it has."""
     av = _pyav(where)
     with _video_errors(av, where):
         return even_positions(_claimed_frames(av, file), count)

@@ -111,7 +111,7 @@ def _check_used(override: str) -> None:
 def _check_model(adapter: str | Path, folder: Path, has_samples: bool) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{adapter}: no adapter and no merged model; give the folder that a run or a conversion wrote"
+            f"{adapter}: not an adapter or a merged model; give the folder that a run or a conversion wrote"
         )
     if not has_samples:
         raise UserError(

@@ -2,7 +2,7 @@
 
 The samples are held-out ones of the run or, if those are not here, made-up prompts. Distances between logits
 are reported but decide nothing: 4-bit quantization alone moves a real model's logits by a third of the
-largest, so they cannot tell a wrong merge from a right one.
+largest, so they do not separate a wrong merge from a right one.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@ To add a metric:
 
 1. Register it at the end of this file: ``register_metric(Metric("f1", score=f1, label="F1"))``.
 2. Add its name to ``METRIC_DESCRIPTIONS`` in `flamingo_ft/config/tables.py`, so that recipes can select it.
-3. Regenerate the two files that list it:
-   ``flamingo-ft recipes schema > recipes/recipe.schema.json;
-   flamingo-ft recipes keys --markdown > recipes/README.md``
+3. Regenerate the two files that list it::
+
+       flamingo-ft recipes schema > recipes/recipe.schema.json &&
+       flamingo-ft recipes keys --markdown > recipes/README.md
 
 Training logs it as ``eval_f1``, metrics.json, tables, figures, the report and the model card show it, and
 ``eval.metric: f1`` selects the best checkpoint by it.
@@ -32,23 +33,15 @@ FREE_TEXT_WORDS = 4  # median length of the reference answers; shorter ones are 
 
 # Keys derived from the name of a metric in metrics.json, merge.json and the log.
 KEY_SUFFIXES = ("", "_before", "_shuffled_images", "_majority", "_drop", "_drop_standard_error", "_margin")
-# Keys that stand beside them in the same records, and names of the report's other figures.
+# Other keys of the same records, and names of the report's other figures: a metric cannot have them.
 RESERVED_KEYS = frozenset(
-    {
-        *("before", "shuffled_images", "majority", "samples", "free_text", "classes", "predicted"),
-        *("verdict", "per_task", "step"),
-        *(
-            "label_tokens",
-            "answers",
-            "loss",
-            "loss_increase",
-            "loss_increase_standard_error",
-            "margin",
-            "worse",
-        ),
-        *("reward_margin", "reward_accuracy", "gates", "gates_by_layer", "learning_rate", "gradient_norm"),
-        *("throughput", "memory"),
-    }
+    {"before", "shuffled_images", "majority", "samples", "free_text", "classes", "predicted"}
+    | {"verdict", "per_task", "step"}
+    | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}
+    | {"margin", "worse"}
+    | {"entropy", "mean_token_accuracy", "num_tokens"}  # TRL's, in the log
+    | {"reward_margin", "reward_accuracy", "gates", "gates_by_layer", "learning_rate", "gradient_norm"}
+    | {"throughput", "memory"}
 )
 
 
@@ -124,8 +117,8 @@ def register_metric(metric: Metric) -> None:
     used_keys = RESERVED_KEYS.union(*map(_keys, METRICS))
     if collisions := sorted(_keys(metric.name) & used_keys):
         raise ValueError(
-            f"metric {metric.name!r}: its results would be stored as {', '.join(collisions)}, "
-            "which is in use; choose another name"
+            f"metric {metric.name!r}: keys of its results are in use ({', '.join(collisions)}); "
+            "choose another name"
         )
     METRICS[metric.name] = metric
     tables.METRIC_DESCRIPTIONS.setdefault(metric.name, metric.description or metric.label)

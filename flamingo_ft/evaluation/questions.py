@@ -162,7 +162,7 @@ def answer_lengths(
 
 
 def end_tokens_of(processor: FlamingoProcessor) -> frozenset[int]:
-    """Return the tokens at which generation stops, as far as the processor alone tells."""
+    """Return the tokens at which generation stops that are known from the processor alone."""
     return frozenset(stop_token_ids(processor, processor.tokenizer.eos_token_id))
 
 

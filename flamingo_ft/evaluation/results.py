@@ -230,8 +230,8 @@ def class_scores(evaluation: Mapping[str, Any] | None, metrics: Sequence[Metric]
         ClassScores(
             task, answer, record["samples"], tuple(record.get(m.name) for m in metrics), record["predicted"]
         )
-        for task, found in (evaluation or {}).get("per_task", {}).items()
-        for answer, record in (found.get("classes") or {}).items()
+        for task, scores in (evaluation or {}).get("per_task", {}).items()
+        for answer, record in (scores.get("classes") or {}).items()
     ]
 
 

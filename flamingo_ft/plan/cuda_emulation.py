@@ -22,7 +22,7 @@ from .compat import efficient_attention, flash_attention, logprob_kernels_as_on_
 Device = Literal["cuda", "cpu"]
 HALF = (torch.float16, torch.bfloat16)
 FLASH_MAX_HEAD_DIM = 256
-MASK_ALIGNMENT = 16  # elements; the memory-efficient kernel wants the rows of its mask aligned
+MASK_ALIGNMENT = 16  # elements; the memory-efficient kernel needs the rows of its mask aligned
 OFFLOAD_STASH = 5  # activations that trl's OffloadActivations keeps on the GPU while they are copied
 MIN_OFFLOADED_BYTES = 1024  # smaller activations are not offloaded
 

@@ -75,19 +75,16 @@ def longest_batch(
 
     Args:
         limit: most text tokens that the recipe and the language model allow.
-        sizes: "text_tokens" and "images" per sample, as far as they are given. Otherwise they are read from
-            the data; without data they are the limit and one image.
+        sizes: "text_tokens" and "images" per sample. Those that are missing or None are read from the data;
+            without data they are the limit and one image.
 
     Raises UserError if there is neither data nor a limit.
     """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     tokens, images, where_from = sizes.get("text_tokens"), sizes.get("images"), "as given"
     if tokens is None or images is None:
-        data_tokens, data_images, data_where = longest_sample(recipe, processor, limit) or (
-            limit,
-            1,
-            "the limit",
-        )
+        longest = longest_sample(recipe, processor, limit) or (limit, 1, "the limit")
+        data_tokens, data_images, data_where = longest
         if tokens is None:
             tokens, where_from = data_tokens, data_where
         images = data_images if images is None else images
@@ -125,7 +122,7 @@ def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> 
 def _fullest_row(
     samples: Iterable[Sample], recipe: Recipe, processor: FlamingoProcessor, limit: int
 ) -> tuple[int, int, str]:
-    """The same for packed rows: the limit, and the most images in some rows packed of these samples."""
+    """Return `longest_sample` of packed rows: the limit, and the most images of rows of ``samples``."""
     sizes = [
         (len(encode(processor, sample.messages).input_ids), _images(sample, recipe)) for sample in samples
     ]

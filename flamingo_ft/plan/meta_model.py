@@ -1,6 +1,6 @@
 """Build the recipe's model on the meta device: the layers and dtypes of training/build.py, without weights.
 
-Quantized layers are stand-ins that take and allocate what those of bitsandbytes do.
+Quantized layers are stand-ins of the size of bitsandbytes' layers, which allocate what those do.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def build_meta_model(
         apply_template(processor, recipe.data)
         set_trainable(model, recipe.trainable)
         _quantize_frozen_bridge(model, recipe, device)
-        # Initialisations such as LoftQ read the weights, which are not there, and take no memory later.
+        # Initializations such as LoftQ read the weights, which a meta model lacks, and take no memory later.
         add_lora(model, recipe.lora.model_copy(update={"init_lora_weights": "default"}))
         set_trainable(model, recipe.trainable, recipe.lora)
     return model, processor

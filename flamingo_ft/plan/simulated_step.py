@@ -173,9 +173,8 @@ def _loss(
     if reference is None:
         log_probs, *_metrics = _log_probs(model, inputs, device, SFT_METRICS, labels_only=True)
         return -log_probs.sum() / inputs["labels"][:, 1:].numel()
-    log_probs, *_metrics = _log_probs(
-        model, inputs, device, DPO_METRICS
-    )  # all are alive until the loss is there
+    # The metrics are bound to a name because TRL keeps them alive until the loss is computed.
+    log_probs, *_metrics = _log_probs(model, inputs, device, DPO_METRICS)
     with torch.no_grad():
         reference_log_probs, *_ = _log_probs(reference, inputs, device, REFERENCE_METRICS)
     return (reference_log_probs - log_probs).sum()

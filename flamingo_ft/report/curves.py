@@ -1,4 +1,7 @@
-"""Curves over the optimizer steps of a run, from its log. A figure is None if the log has no data for it."""
+"""Curves over the optimizer steps of a run, from its log, and the common look of all figures.
+
+A figure is None if the log has no data for it. All are drawn without pyplot, which would keep global state.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,13 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import percent, significant
 
-from .log_file import LOG_FILE, Entry, read_log
-from .style import BLUE, GREEN, ORANGE, RED, TEAL, VIOLET, check_run, new_axes, new_figure, style_axes
+from .run_folder import LOG_FILE, Entry, check_run, read_log
+
+# The common look of all figures of a run.
+INK = "#24292f"
+BLUE, GREEN, RED, ORANGE, VIOLET, TEAL = "#1f5fa8", "#1a7f37", "#c0272d", "#b35900", "#6f42c1", "#0b7a75"
+FIGURE_SIZE = (7.0, 3.0)  # inches
+FONT_SIZES = {"title": 12, "label": 10, "tick": 9}  # points
 
 MAX_POINTS = 2000  # per curve; more would be finer than a pixel
 MAX_MARKED_POINTS = 12  # curves of so few points show each as a dot
@@ -47,15 +55,16 @@ def curve(entries: Sequence[Entry], key: str, label: str = "") -> Curve | None:
 
 
 def loss_curve(run: str | Path) -> Figure:
-    """Plot the training loss (nats per label token), and the held-out loss if there is one.
+    """Plot the training loss (nats per label token), and the held-out loss if it was evaluated.
 
     Raises UserError if the run in the folder has logged no loss.
     """
     check_run(Path(run), LOG_FILE)
     figure = loss_figure(read_log(Path(run)))
     if figure is None:
-        remedy = "train with train.logging_steps below train.max_steps"
-        raise UserError(f"{run}: {LOG_FILE} has no loss; {remedy}")
+        raise UserError(
+            f"{run}: {LOG_FILE} has no loss; train with train.logging_steps below train.max_steps"
+        )
     return figure
 
 
@@ -79,10 +88,9 @@ def learning_rate_figure(entries: Sequence[Entry]) -> Figure | None:
     prefix = "learning_rate/"
     keys = sorted({key for entry in entries for key in entry if key.startswith(prefix)})
     by_points: dict[tuple, list[str]] = {}
-    for found in _present(
-        *(curve(entries, key, key.removeprefix(prefix)) for key in keys or ["learning_rate"])
-    ):
-        by_points.setdefault((found.steps, found.values), []).append(found.label.replace("_", " "))
+    rates = (curve(entries, key, key.removeprefix(prefix)) for key in keys or ["learning_rate"])
+    for one in _present(*rates):
+        by_points.setdefault((one.steps, one.values), []).append(one.label.replace("_", " "))
     curves = [Curve(", ".join(parts), steps, values) for (steps, values), parts in by_points.items()]
     figure = _figure("Learning rate", "learning rate", curves, from_zero=True)
     if figure is not None:
@@ -99,8 +107,8 @@ def gradient_norm_figure(entries: Sequence[Entry]) -> Figure | None:
 def throughput_figure(entries: Sequence[Entry]) -> Figure | None:
     """Plot label tokens and images per second, one above the other."""
     keys = {"label tokens": "label_tokens_per_second", "images": "images_per_second"}
-    found = {unit: curve(entries, key) for unit, key in keys.items()}
-    curves = {unit: one for unit, one in found.items() if one is not None and any(one.values)}
+    by_unit = {unit: curve(entries, key) for unit, key in keys.items()}
+    curves = {unit: one for unit, one in by_unit.items() if one is not None and any(one.values)}
     if not curves:
         return None
     figure = new_figure()
@@ -123,17 +131,17 @@ def memory_figure(entries: Sequence[Entry]) -> Figure | None:
 
 def reward_margin_figure(entries: Sequence[Entry]) -> Figure | None:
     """Plot by how much the reward of the chosen answer exceeds that of the rejected one (DPO)."""
-    curves = _training_and_held_out(entries, "rewards/margins")
+    curves = _training_and_eval(entries, "rewards/margins")
     return _figure("Reward margin", "chosen minus rejected", curves)
 
 
 def reward_accuracy_figure(entries: Sequence[Entry]) -> Figure | None:
     """Plot the fraction of pairs whose chosen answer has the higher reward (DPO)."""
-    curves = _training_and_held_out(entries, "rewards/accuracies")
+    curves = _training_and_eval(entries, "rewards/accuracies")
     return _figure("Pairs ranked correctly", "fraction of pairs", curves, is_fraction=True)
 
 
-def _training_and_held_out(entries: Sequence[Entry], key: str) -> list[Curve]:
+def _training_and_eval(entries: Sequence[Entry], key: str) -> list[Curve]:
     return _present(curve(entries, key, "training"), curve(entries, f"eval_{key}", "held out"))
 
 
@@ -200,3 +208,30 @@ def _label_last(axes: Axes, one: Curve, colour: str, write: Write) -> None:
     position = {"xytext": (7, 5), "textcoords": "offset points", "ha": "left", "va": "center"}
     last = one.steps[-1], one.values[-1]
     axes.annotate(write(one.values[-1]), last, color=colour, fontsize=9, **position)
+
+
+# --- the common look ---
+
+
+def new_axes(title: str, ylabel: str, xlabel: str = "optimizer step") -> tuple[Figure, Axes]:
+    """Return a figure with one pair of axes."""
+    figure = new_figure()
+    axes = figure.subplots()
+    style_axes(axes, title, ylabel, xlabel)
+    return figure, axes
+
+
+def new_figure() -> Figure:
+    """Return an empty figure of the common size."""
+    return Figure(figsize=FIGURE_SIZE, layout="constrained", facecolor="white")
+
+
+def style_axes(axes: Axes, title: str, ylabel: str, xlabel: str = "optimizer step") -> None:
+    """Set title and labels, and give axes the common look."""
+    axes.set_title(title, loc="left", color=INK, fontsize=FONT_SIZES["title"])
+    axes.set_xlabel(xlabel, fontsize=FONT_SIZES["label"], color=INK)
+    axes.set_ylabel(ylabel, fontsize=FONT_SIZES["label"], color=INK)
+    axes.tick_params(labelsize=FONT_SIZES["tick"], colors=INK)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -11,9 +11,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from .curves import Curve, curve
-from .log_file import Entry
-from .style import BLUE, FONT_SIZES, ORANGE, new_figure, style_axes
+from .curves import BLUE, FONT_SIZES, ORANGE, Curve, curve, new_figure, style_axes
+from .run_folder import Entry
 
 KINDS = {"attention": "Attention gates", "feed_forward": "Feed-forward gates"}
 MAX_LEGEND_LAYERS = 8  # more layers have a colour bar instead of a legend
@@ -65,8 +64,8 @@ def _gates(entries: Sequence[Entry], kind: str) -> Gates:
     prefix = f"gate/{kind}/"
     keys = {key for entry in entries for key in entry if key.startswith(prefix)}
     layers = sorted(int(key.removeprefix(prefix)) for key in keys)
-    found = {layer: curve(entries, f"{prefix}{layer}") for layer in layers}
-    return {layer: one for layer, one in found.items() if one is not None}
+    curves = {layer: curve(entries, f"{prefix}{layer}") for layer in layers}
+    return {layer: one for layer, one in curves.items() if one is not None}
 
 
 def _draw(axes: Axes, one: Curve, colour: tuple, label: str) -> None:

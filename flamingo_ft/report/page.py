@@ -1,15 +1,25 @@
-"""report.html, one page that needs no other files, network or scripts, and the images in figures/."""
+"""report.html, one page that needs no other files, network or scripts, and the images in figures/.
+
+It is written during a run, and once more when the run ends, however it ends.
+"""
 
 from __future__ import annotations
 
+import signal
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from flamingo_ft import atomic
+from flamingo_ft import atomic, processes
+from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.errors import StoppedBySignal
 from flamingo_ft.evaluation.metrics import METRICS
 from flamingo_ft.evaluation.results import (
     COLUMN_HEADERS,
@@ -25,8 +35,7 @@ from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
 from . import curves, gates
-from .log_file import Entry
-from .run_folder import RunFolder
+from .run_folder import Entry, RunFolder
 from .sample_grid import answers_figure
 
 REPORT_FILE = "report.html"
@@ -34,6 +43,8 @@ FIGURES_FOLDER = "figures"
 DPI = 130  # dots per inch
 ANSWERS, ANSWERS_SHAPE = "answers", (3, 4)  # name of that figure; rows and columns of questions
 REFRESH_SECONDS = 30  # interval at which a browser reloads the page of a run in progress
+MIN_INTERVAL = 30  # seconds between two reports of a run in progress
+COST_FACTOR = 20  # after a report that took one second, wait 20: at most 5 % of the time
 LOSS_CAPTIONS = {
     "sft": "Cross-entropy of the reference answers: how surprised the model is by them.",
     "dpo": "The preference loss (sigmoid: 0.69 for no preference, towards 0 as the chosen answers win).",
@@ -94,18 +105,18 @@ def _verdict_kind(verdict: str | None) -> str:
 
 def facts(run: RunFolder) -> dict[str, str]:
     """Return the numbers at the head of the report, as name -> text; of the log, the newest values."""
-    known = {}
+    values = {}
     if run.training:
-        known["trainable parameters"] = f"{run.training['trainable_parameters']:,}"
+        values["trainable parameters"] = f"{run.training['trainable_parameters']:,}"
     if run.seconds is not None:
-        known["training time"] = duration(run.seconds)
+        values["training time"] = duration(run.seconds)
     for name, key, write in _logged_facts():
         value = run.last(key)
         if value is not None:
-            known[name] = write(value)
+            values[name] = write(value)
     if "best" in run.training:
-        known["best evaluation"] = f"step {run.training['best']['step']:,}"
-    return known
+        values["best evaluation"] = f"step {run.training['best']['step']:,}"
+    return values
 
 
 def _logged_facts() -> list[tuple[str, str, Callable[[float], str]]]:
@@ -166,3 +177,55 @@ def _save(figure: Figure, path: Path) -> Path:
         warnings.filterwarnings("ignore", r"Glyph .* missing from font", UserWarning)
         figure.savefig(place, dpi=DPI, format="png")
     return path
+
+
+# --- during a run and at its end ---
+
+
+class LiveReport(TrainerCallback):
+    """Write the report at log entries, at most every 30 seconds and for at most 5 % of the time."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.next_time = time.monotonic() + MIN_INTERVAL
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        began = time.monotonic()
+        if state.is_world_process_zero and began >= self.next_time:
+            try_report(self.folder, in_progress=True)
+            ended = time.monotonic()
+            self.next_time = ended + max(MIN_INTERVAL, COST_FACTOR * (ended - began))
+
+
+@contextmanager
+def final_report(folder: Path) -> Generator[None]:
+    """Write the report when the block ends or raises, if a run has begun in the folder."""
+    try:
+        yield
+    except (
+        BaseException
+    ) as error:  # an interrupt too: the page says what ended the run, which is raised again
+        _report_at_end(folder, stopped_by=reason(error))
+        raise
+    _report_at_end(folder)
+
+
+def reason(error: BaseException) -> str:
+    """Return in one line what ended a run."""
+    if isinstance(error, StoppedBySignal):
+        return signal.Signals(error.number).name
+    return f"an error: {str(error) or type(error).__name__}".splitlines()[0]
+
+
+def try_report(folder: Path, **options: Any) -> None:
+    """Write the report; if that fails, warn and let the run continue."""
+    try:
+        write_report(folder, **options)
+    except Exception as error:  # whatever is wrong with a figure or file, it must not end the training
+        problem = f"{type(error).__name__}: {error}"
+        warnings.warn(f"{folder}: the report could not be written: {problem}", stacklevel=2)
+
+
+def _report_at_end(folder: Path, **options: Any) -> None:
+    if processes.is_main() and (folder / RECIPE_FILE).is_file():
+        try_report(folder, **options)

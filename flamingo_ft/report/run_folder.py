@@ -1,19 +1,24 @@
-"""A run on disk: log.jsonl, predictions.jsonl, metrics.json and resolved_recipe.yaml."""
+"""A run on disk: its recipe, log, predictions and metrics; and the callback that writes log.jsonl."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from flamingo_ft import atomic
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE, load_predictions
 
-from .log_file import LOG_FILE, Entry, read_log
+LOG_FILE = "log.jsonl"
+Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,13 @@ class RunFolder:
 
     @classmethod
     def read(cls, folder: Path) -> RunFolder:
-        """Read the files that are there. Raise UserError without a recipe: no run has begun in the folder."""
+        """Read the run's files; all but the recipe may be missing.
+
+        Raises UserError if no run has begun in the folder.
+        """
         if not (folder / RECIPE_FILE).is_file():
             raise UserError(
-                f"{folder}: not the folder of a run, {RECIPE_FILE} not found; give a run's output_dir"
+                f"{folder}: not the folder of a run, {RECIPE_FILE} not found; use a run's output_dir"
             )
         metrics = folder / METRICS_FILE
         return cls(
@@ -99,3 +107,47 @@ class RunFolder:
         if "tensorboard" in self.recipe.train.report_to:
             commands["curves"] = f"tensorboard --logdir {folder}/tensorboard"
         return commands
+
+
+def check_run(folder: Path, name: str) -> None:
+    """Raise UserError if a folder lacks a file that every run leaves."""
+    if not (folder / name).is_file():
+        raise UserError(
+            f"{folder}: not the folder of a finished run, {name} not found; use a run's output_dir"
+        )
+
+
+# --- the log ---
+
+
+class LogFile(TrainerCallback):
+    """Append each log entry to the file. A resumed run first restores the entries up to its checkpoint."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            write_log(self.folder, state.log_history)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(_lines(state.log_history[-1:]))
+
+
+def write_log(folder: Path, entries: Iterable[Entry]) -> None:
+    """Replace the file with these entries."""
+    atomic.write_text(folder / LOG_FILE, _lines(entries))
+
+
+def read_log(folder: Path) -> list[Entry]:
+    """Return all entries. A last line without a line break, left by a killed process, is ignored."""
+    lines = (folder / LOG_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _lines(entries: Iterable[Entry]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)

@@ -29,7 +29,8 @@ from flamingo_ft.evaluation.metrics import exact_match
 from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
-from .style import BLUE, GREEN, INK, RED, check_run
+from .curves import BLUE, GREEN, INK, RED
+from .run_folder import check_run
 
 CELL_INCHES, LINE_INCHES = 2.7, 0.165  # width of a cell, height of a caption's line
 PAD_INCHES = 0.1  # around a cell

@@ -155,7 +155,9 @@ def first_batches(
 
 def count_source_rows(data: OpenedData) -> dict[str, int | None]:
     """Return the number of rows of each training source; None for a stream."""
-    return {mixed.source.name: mixed.size if mixed.source.indexed else None for mixed in data.train}
+    return {
+        weighted.source.name: weighted.size if weighted.source.indexed else None for weighted in data.train
+    }
 
 
 # --- its arguments ---

@@ -66,12 +66,12 @@ def checkpoint_folder(root: Path, step: int) -> Path:
 
 def list_checkpoints(root: Path) -> dict[int, Path]:
     """Return all checkpoints by step, newest first, without verifying them."""
-    found: dict[int, Path] = {}
+    checkpoints: dict[int, Path] = {}
     for path in root.glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
         if match and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items(), reverse=True))
+            checkpoints[int(match[1])] = path
+    return dict(sorted(checkpoints.items(), reverse=True))
 
 
 def newest_checkpoint(root: Path) -> Path | None:

@@ -52,7 +52,7 @@ class CheckpointPolicy:
 
     root: folder of all checkpoints. limit: how many to keep. run_folder: the output folder, whose recipe and
     predictions are copied into each checkpoint. source_rows: rows of each training source (None for a
-    stream), to notice other data.
+    stream), to detect that the data have changed.
     """
 
     root: Path
@@ -152,7 +152,7 @@ def _facts(trainer: CheckpointedTrainer) -> dict[str, Any]:
 
 def _disk_message(folder: Path, root: Path, error: Exception) -> str:
     newest = newest_checkpoint(root)
-    last = f"the last one is {newest}" if newest else "there is none yet"
+    last = f"the last checkpoint is {newest}" if newest else "the run has no earlier checkpoint"
     return (
         f"{folder}: cannot write this checkpoint ({error_message(error)}); {last}; "
         "free disk space or choose another train.checkpoint_dir, and resume with --resume"

@@ -56,7 +56,7 @@ def make_train_batches(
     collate = COLLATE[recipe.train.method]
     return Batches(
         order=_draws(order, data, recipe),
-        dataset=ExampleDataset([mixed.source for mixed in data.train], encode, read_media),
+        dataset=ExampleDataset([weighted.source for weighted in data.train], encode, read_media),
         group_rows=packed_rows(batch_size, limit) if data_config.packing else one_sample_per_row(batch_size),
         collate=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
         stats=DataStats(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
@@ -128,11 +128,11 @@ def _text_length(data: OpenedData, index: SampleIndex) -> int:
     return sum(len(message_text(message)) for message in [*sample.messages, *(sample.rejected or ())])
 
 
-# --- held-out batches ---
+# --- evaluation batches ---
 
 
 class EvalBatches:
-    """Iterable over the weighted batches of the held-out samples, each sample once, always in the same order.
+    """The weighted batches of the held-out samples: each sample once, always in the same order.
 
     Process ``rank`` of ``world_size`` (None: this process) gets every ``world_size``-th batch. All processes
     get the same number of batches; the last one may be a repetition with weight 0.

@@ -1,7 +1,7 @@
-"""Evaluation before, during and after training, and the adapter of the best one.
+"""Evaluation before, during and after training, and the adapter of the best evaluation.
 
-Evaluation asks the held-out questions and measures the loss on held-out samples. It does not change what
-training learns: it draws no random numbers and puts the model back into training mode.
+An evaluation generates answers to the held-out questions and measures the loss on held-out samples. It does
+not change what training learns: it draws no random numbers and puts the model back into training mode.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .interruptions import oom_as_user_error
 
 
 class Evaluator:
-    """Asks the held-out questions at several times of a run; ``results`` collects the answers."""
+    """Answers the held-out questions at several points of a run; ``results`` collects the answers."""
 
     def __init__(
         self,
@@ -60,12 +60,12 @@ class Evaluator:
         self._progress, self._model = progress, model
 
     def scores(self) -> dict[str, float]:
-        """Ask the held-out questions and return the value of every metric; the answers are not kept."""
+        """Answer the held-out questions and return the value of every metric; the answers are not kept."""
         questions = self.results.questions
         return evaluate_metrics(questions, self._answers("evaluating", questions, keep_bar=False))
 
     def evaluate(self, name: str, samples: Sequence[Sample]) -> None:
-        """Ask about ``samples``, the held-out ones or a variant of them; keep the answers under ``name``."""
+        """Answer the questions of ``samples``, held-out ones or a variant; keep the answers as ``name``."""
         questions = questions_of(samples)
         if questions:
             self.results.answers[name] = self._answers(f"evaluating, {name.replace('_', ' ')}", questions)
@@ -73,7 +73,7 @@ class Evaluator:
     def _answers(self, title: str, questions: Sequence[Question], keep_bar: bool = True) -> list[str]:
         """Return the answers in the order of ``questions``.
 
-        The processes share the questions out; with a sharded model each of them runs all questions.
+        The questions are split over the processes; with a sharded model, every process runs all of them.
         """
         sharded = is_sharded(self._model)
         own_questions = questions if sharded else processes.shard(questions)
@@ -97,9 +97,8 @@ def run_evaluation(
     """
     model, was_training = trainer.model, trainer.model.training
     model.eval()
-    total = torch.zeros(
-        2, dtype=torch.float64, device=trainer.args.device
-    )  # sum of weighted losses, of weights
+    # Sum of weighted losses, and of weights.
+    total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
     for inputs, weight in eval_batches:
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, trainer.prepare_inputs(inputs))

@@ -34,7 +34,7 @@ from .checkpoint_folders import checkpoint_folder, verify
 from .monitoring import ThroughputMeter
 
 FOLDER = "checkpoints"  # in the repository
-NOTICE_AFTER = 2.0  # seconds of waiting for uploads before a line says so
+NOTICE_AFTER = 2.0  # seconds of waiting for uploads before a line is logged
 ADAPTER = "the adapter"
 
 

@@ -1,7 +1,7 @@
 """How a run ends when the machine interferes: a signal, memory that runs out, a full disk, a killed worker.
 
 A signal (SIGINT from Ctrl-C, SIGTERM from a machine that shuts down) lets training finish its optimizer step
-and save a checkpoint. The others become errors of one line, with what to do.
+and save a checkpoint. The others become one-line errors that say what to do.
 """
 
 from __future__ import annotations

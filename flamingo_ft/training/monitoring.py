@@ -19,6 +19,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 
 from flamingo_ft import processes
 from flamingo_ft.config import TrainSection
+from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import METRICS
 from flamingo_ft.formatting import GIB, significant
@@ -85,9 +86,10 @@ def memory_gib() -> float:
 
 
 def learning_rates(optimizer: Any, first_rate: float) -> dict[str, float]:
-    """Return the learning rate of each named part in the step in which the first group had ``first_rate``.
+    """Return the learning rate of each part in one step, as ``learning_rate/<part>``.
 
-    The scheduler scales all groups alike.
+    first_rate: the rate of the first parameter group in that step, which is the one that Trainer logs. The
+    scheduler scales all groups by the same factor.
     """
     groups = optimizer.param_groups
     return {
@@ -100,7 +102,7 @@ def learning_rates(optimizer: Any, first_rate: float) -> dict[str, float]:
 def gate_values(model: torch.nn.Module) -> dict[str, float]:
     """Return tanh of each gate, in -1..1, keyed by its kind and the decoder layer that its block precedes."""
     gates: dict[str, torch.Tensor] = {}
-    blocks: Any = getattr(model, "gated_cross_attn_layers", ())
+    blocks: Any = getattr(model, CROSS_ATTENTION.module, ())
     for name, attribute in GATES.items():
         for layer, block in enumerate(blocks):
             if block is not None:

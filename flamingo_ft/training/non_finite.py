@@ -1,8 +1,8 @@
 """NaN or Inf in a loss or gradient: skip or stop, and name the samples and the module that caused it.
 
 Loss and gradient norm are checked together once per optimizer step, between backward pass and step, so the
-device is synchronized once. All processes share what they saw: a bad value in one of them may not show in the
-others.
+device is synchronized once. The values are gathered from all processes, because a bad one may occur in a
+single process only.
 """
 
 from __future__ import annotations
@@ -64,9 +64,8 @@ class NonFiniteGuard:
         """Raise UserError, or skip the coming step, if a loss or the gradient norm is non-finite."""
         norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
         values = torch.stack([value.to(trainer.args.device).float() for value in (norm, *self._losses)])
-        per_process = trainer.accelerator.gather(
-            values[None]
-        ).tolist()  # one row (norm, losses...) per process
+        # One row (norm, losses...) per process.
+        per_process = trainer.accelerator.gather(values[None]).tolist()
         bad_loss = _first_non_finite([loss for row in per_process for loss in row[1:]])
         bad_norm = (
             None if _is_scaler_overflow(trainer) else _first_non_finite([row[0] for row in per_process])
@@ -148,10 +147,11 @@ def _remedy(trainer: Any) -> str:
 
 
 def diagnose(trainer: Any, batches: Sequence[dict[str, Any]]) -> tuple[int, str] | None:
-    """Return the index of the first bad batch and what is non-finite in it; None if nothing is, this time.
+    """Return the index of the first bad batch and what is non-finite in it; None if all is finite now.
 
-    The cause is the first module whose output is non-finite or, if all outputs are finite, the first such
-    gradient. Every batch is computed in any case: all processes must run the same number of forward passes.
+    The cause is the first module whose output is non-finite or, if all outputs are finite, the first
+    non-finite gradient. Every batch is computed in any case: all processes must run the same number of
+    forward passes.
     """
     causes = [_find_cause(trainer, batch) for batch in batches]
     return next(((index, cause) for index, cause in enumerate(causes) if cause), None)
@@ -162,9 +162,8 @@ def _find_cause(trainer: Any, batch: dict[str, Any]) -> str | None:
     inputs = trainer.prepare_inputs(batch)
     causes = [f"{name} of the batch is not finite" for name, value in inputs.items() if not is_finite(value)]
     model.zero_grad(set_to_none=True)
-    backward = (
-        find_in_backward_optimizer(trainer.optimizer) is None
-    )  # otherwise it would change the parameters
+    # With an optimizer that steps inside the backward pass, that would change the parameters.
+    backward = find_in_backward_optimizer(trainer.optimizer) is None
     with (
         _record_causes(model, causes),
         torch.set_grad_enabled(backward),
@@ -213,8 +212,8 @@ def _gradient_hook(name: str, causes: list[str]) -> Any:
 def is_finite(value: Any) -> bool:
     """Return whether all floating-point tensors in a nested structure are finite.
 
-    Of sharded tensors only this process's shard is checked: gathering would need every process, and only some
-    come here.
+    Only this process's shard of a sharded tensor is checked: gathering it would need every process, and only
+    some of them call this.
     """
     leaves = tree_leaves(dict(value) if hasattr(value, "keys") else value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -59,11 +59,11 @@ def make_optimizer(
 
 
 def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]:
-    """Return the trainable parameters grouped by part, in each part those with weight decay first.
+    """Return the optimizer's parameter groups: up to two per part, the decayed and then the undecayed one.
 
-    Each group carries the ``name`` of its part. Matrices decay; gates, norms, biases, latents and token rows
-    do not. The order depends on parameter names alone, so saved optimizer states fit every later run of the
-    recipe.
+    Each group carries the ``name`` of its part. Weight decay applies to matrices, and not to gates, norms,
+    biases, latents and token rows; the gates are in the undecayed ``cross_attention`` group. The order
+    depends on the parameter names only, so a saved optimizer state fits every later run of the recipe.
     """
     named = trainable_parameters(model)
     groups = []
@@ -97,10 +97,10 @@ def warmup_steps(train_config: TrainSection) -> int:
 
 
 def recompute_learning_rates(scheduler: Any) -> None:
-    """Set the learning rates of a restored `LambdaLR`'s current step from its own schedule.
+    """Recompute the learning rates of the current step from the schedule of this run, after a resume.
 
-    The restored optimizer has the rates of the schedule it was saved with, which may have been for fewer
-    steps.
+    scheduler: a restored `LambdaLR`. The restored optimizer state contains the rates of the schedule that it
+    was saved with, which may have had fewer steps.
     """
     schedule = getattr(scheduler, "scheduler", scheduler)  # unwrap accelerate's scheduler
     lambdas = zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
@@ -114,13 +114,14 @@ def recompute_learning_rates(scheduler: Any) -> None:
 
 
 class InBackwardOptimizer(torch.optim.Optimizer):
-    """Steps each parameter as soon as its gradient is complete, so that gradients are never held together.
+    """Updates each parameter in the backward pass, once its gradient is complete, and frees the gradient.
 
-    LOMO (arXiv:2306.09782) does so for SGD. The norm of the whole gradient is not known by then, so each
-    parameter's gradient is clipped to ``max_norm`` by itself.
+    The gradients of all parameters are thus never in memory together; LOMO (arXiv:2306.09782) does this for
+    SGD. The norm of the whole gradient is not known yet, so each parameter's gradient is clipped to
+    ``max_norm`` separately.
 
-    make: makes the optimizer for a list of groups; each parameter gets one of its own. Learning rates are
-    read from this optimizer's groups, so schedulers work on it as on any other.
+    make: builds an optimizer from parameter groups; it is called once per parameter. Learning rates are read
+    from this optimizer's own groups, so any scheduler works.
     """
 
     def __init__(
@@ -151,7 +152,7 @@ class InBackwardOptimizer(torch.optim.Optimizer):
         return nn.utils.get_total_norm(norms)
 
     def _restore_state_dtypes(self, state_dict: dict[str, Any]) -> None:
-        """Copy the saved state once more: torch casts it to the parameter's dtype and breaks 8-bit state."""
+        """Copy the saved state uncast: torch casts it to the parameter's dtype, which breaks 8-bit state."""
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         for index, parameter in zip(indices, self._optimizers, strict=True):
             for name, value in state_dict["state"].get(index, {}).items():
@@ -159,7 +160,7 @@ class InBackwardOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def _share_state(self) -> None:
-        """Let all per-parameter optimizers use this one's state, so that it is saved and loaded as usual."""
+        """Let the per-parameter optimizers use this optimizer's state, so it is saved and loaded as usual."""
         self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for optimizer in self._optimizers.values():
             optimizer.state = self.state

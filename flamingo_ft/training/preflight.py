@@ -48,9 +48,7 @@ def check_machine(train_config: TrainSection) -> None:
     if train_config.optimizer != "adamw":
         require_bitsandbytes(f"train.optimizer: {train_config.optimizer}", instead="adamw")
     if train_config.activation_offload and not torch.cuda.is_available():
-        raise UserError(
-            "train.activation_offload: there is no GPU to offload activations from; set it to false"
-        )
+        raise UserError("train.activation_offload: got true, but no GPU is available; set it to false")
 
 
 def _refuse_data_parallel(gpus: int) -> None:
@@ -110,7 +108,8 @@ def _check_float16(recipe: Recipe) -> None:
     precision = recipe.train.precision
     if not torch.cuda.is_available():
         raise UserError(
-            f"train.precision: {precision} needs a GPU, and there is none; use fp32, bf16 or auto"
+            f"train.precision: got {precision}, which needs a GPU, but no GPU is available; "
+            "use fp32, bf16 or auto"
         )
     if recipe.trainable.dtype == "bf16":
         raise UserError(
@@ -207,7 +206,7 @@ def check_packing(model: FlamingoForConditionalGeneration, rows: int = 1) -> Non
 
 
 def _random_tokens(model: FlamingoForConditionalGeneration) -> Tensor:
-    """Return token ids (1, T), none of them a media token or another added one."""
+    """Return random token ids (1, T) below the media token and all other added tokens."""
     generator = torch.Generator().manual_seed(0)
     config = model.config
     first_added = min([cast(int, config.media_token_id), *(config.new_token_ids or [])])
@@ -266,14 +265,14 @@ def evaluation_warnings(
 def _overlap(data: OpenedData, eval_samples: Sequence[Sample]) -> str | None:
     """Describe images in both training and held-out samples; None if a source is a stream or too large."""
     if not eval_samples or not all(
-        mixed.source.indexed and mixed.size <= MAX_VALIDATED_ROWS for mixed in data.train
+        weighted.source.indexed and weighted.size <= MAX_VALIDATED_ROWS for weighted in data.train
     ):
         return None
-    found = find_overlap(data.samples(data.train), eval_samples)
-    if found is None:
+    overlap = find_overlap(data.samples(data.train), eval_samples)
+    if overlap is None:
         return None
     return (
-        f"{found.count:,} of {len(eval_samples):,} held-out samples show an image that is trained on too "
-        f"(first {found.eval}, trained on in {found.train}), so accuracy on them says little; "
+        f"{overlap.count:,} of {len(eval_samples):,} held-out samples show an image that is trained on too "
+        f"(first {overlap.eval}, trained on in {overlap.train}), so accuracy on them says little; "
         "hold these images out"
     )

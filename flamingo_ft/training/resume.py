@@ -17,8 +17,7 @@ from .checkpoint_folders import checkpoint_root, latest_valid, quarantine_newer,
 from .hub_checkpoints import fetch_newer_checkpoint
 from .output_dir import finished_steps
 
-# Keys that may change when a run is resumed: its length, where it is kept and logged, and how fast its data
-# load.
+# Keys that may change when a run is resumed: its length, where it is stored and logged, how fast data load.
 CHANGEABLE_KEYS = {
     "train.max_steps",
     "train.epochs",

@@ -24,7 +24,7 @@ from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
 from flamingo_ft.report import LiveReport, final_report
-from flamingo_ft.report.log_file import LogFile, write_log
+from flamingo_ft.report.run_folder import LogFile, write_log
 
 from .build import build_model, count_source_rows, first_batches, make_trainer
 from .checkpoint_folders import (
@@ -156,8 +156,8 @@ def _run(
             if log and processes.is_main():
                 for line in evaluation_warnings(data, eval_samples, processor, recipe.eval.max_new_tokens):
                     log(line)
-        # A block of its own: from here on a sharded model waits for all processes, and all of them raise
-        # alike.
+        # A separate block: from here on the processes of a sharded model wait for each other, and an error
+        # occurs in all of them.
         with processes.raise_together():
             callbacks = _callbacks(recipe, processor, progress, stop)
             trainer = make_trainer(model, processor, data, recipe, callbacks)
@@ -216,7 +216,7 @@ def _callbacks(
 def _evaluate_before(
     evaluator: Evaluator, samples: Sequence[Sample], checkpoint: Path | None, output_dir: Path
 ) -> None:
-    """Get the answers from before training: ask now or, when resuming, read them from the checkpoint."""
+    """Generate the answers from before training or, when resuming, read them from the checkpoint."""
     if checkpoint is None:
         evaluator.evaluate(BEFORE, samples)
     else:

@@ -167,9 +167,8 @@ class FlamingoTrainerMixin(TrainerBase):
         """Train to the end, from a checkpoint or from scratch; if no step is left, only restore."""
         self._start_time = time.monotonic()
         self.meter.reset()
-        if checkpoint is not None and self._has_no_steps_left(
-            checkpoint
-        ):  # Trainer would train one more step
+        if checkpoint is not None and self._has_no_steps_left(checkpoint):
+            # Trainer would train one more step.
             restore_checkpoint(self, checkpoint)
             self.state = _saved_state(checkpoint / TRAINER_FOLDER)
         else:
@@ -248,9 +247,8 @@ class FlamingoTrainerMixin(TrainerBase):
 
     def _init_training_state(self, max_steps: int, *arguments: Any, **options: Any) -> tuple[int, int]:
         progress = super()._init_training_state(max_steps, *arguments, **options)
-        self.state.compute_steps(
-            self.args, max_steps
-        )  # this run's logging and saving steps, not the saved ones
+        # This run's logging and saving steps, not those of the checkpoint.
+        self.state.compute_steps(self.args, max_steps)
         return progress
 
 
@@ -266,9 +264,9 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
 class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
     """Direct preference optimization (arXiv:2305.18290) against the initial model, both without dropout."""
 
-    def __init__(self, *given: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
+    def __init__(self, *positional: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)
-        super().__init__(*given, model=model, ref_model=frozen_copy(model), **arguments)
+        super().__init__(*positional, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
         match_training_mode(cast(torch.nn.Module, self.ref_model), self.model.training)

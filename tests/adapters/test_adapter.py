@@ -50,7 +50,7 @@ def test_saving_again_keeps_every_byte(saved, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
 
 
-def test_plain_peft_loads_it_in_place(saved, make_model):
+def test_peft_loads_an_adapter_into_its_base_in_place(saved, make_model):
     folder, expected = saved
     base, processor = make_model(seed=7)
     assert not torch.equal(logits(base, processor), expected)
@@ -61,7 +61,7 @@ def test_plain_peft_loads_it_in_place(saved, make_model):
 
 
 @pytest.mark.parametrize("part", ["perceiver", "cross_attention", "new_tokens"])
-def test_the_declared_parts_train_and_nothing_else(make_model, part):
+def test_only_the_declared_parts_are_trainable(make_model, part):
     parts = dict.fromkeys(("perceiver", "cross_attention", "new_tokens"), False) | {part: True}
     model, _ = make_model(**parts)
     prefix = {
@@ -76,11 +76,11 @@ def test_the_declared_parts_train_and_nothing_else(make_model, part):
 def test_every_trainable_tensor_is_in_the_file(make_model, tmp_path):
     model, processor = make_model()
     save_adapter(model, processor, tmp_path)
-    kept = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / ADAPTER_WEIGHTS)}
-    assert set(trainable_parameters(model)) <= kept
+    stored = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / ADAPTER_WEIGHTS)}
+    assert set(trainable_parameters(model)) <= stored
 
 
-def test_saving_less_than_what_trains_is_refused_and_writes_nothing(make_model, tmp_path):
+def test_a_trainable_parameter_missing_from_the_adapter_is_refused_and_nothing_written(make_model, tmp_path):
     model, processor = make_model()
     model.lang_encoder.model.norm.weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match=r"lang_encoder\.model\.norm\.weight"):
@@ -103,7 +103,7 @@ def test_a_bf16_bridge_runs_and_learns_inside_a_float32_language_model(make_mode
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable_parameters(model).values())
 
 
-def test_an_adapter_records_what_it_belongs_to(saved):
+def test_an_adapter_records_its_backbones_and_format_version(saved):
     folder, _ = saved
     config = json.loads((folder / "config.json").read_text())
     assert config["format_version"] == 1
@@ -114,28 +114,28 @@ def test_an_adapter_records_what_it_belongs_to(saved):
     assert config["bridge_init"] is None
 
 
-def damaged(folder, what):
+def damage(folder, kind):
     weights = folder / ADAPTER_WEIGHTS
     config = json.loads((folder / "config.json").read_text())
     tensors = load_file(weights)
     first = sorted(tensors)[0]
-    if what == "another base":
+    if kind == "another base":
         config["backbones"]["language"]["sha256"] = "0" * 64
-    elif what == "newer format":
+    elif kind == "newer format":
         config["format_version"] = 99
-    elif what == "lost weight":
+    elif kind == "lost weight":
         save_file({k: v for k, v in tensors.items() if k != first}, weights)
-    elif what == "wrong shape":
+    elif kind == "wrong shape":
         save_file({**tensors, first: tensors[first].flatten()[:1].clone()}, weights)
-    elif what == "truncated":
+    elif kind == "truncated":
         weights.write_bytes(weights.read_bytes()[:1000])
-    elif what == "no weights":
+    elif kind == "no weights":
         weights.unlink()
     (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("kind", "message"),
     [
         ("another base", "adapter of another base: language backbone nano"),
         ("newer format", "format version 99 is newer"),
@@ -145,9 +145,9 @@ def damaged(folder, what):
         ("no weights", "not an adapter, adapter_model.safetensors not found"),
     ],
 )
-def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(saved, what, message):
+def test_a_damaged_or_foreign_adapter_is_refused_in_one_line(saved, kind, message):
     folder, _ = saved
-    damaged(folder, what)
+    damage(folder, kind)
     with pytest.raises(UserError) as error:
         load_adapter(folder)
     assert message in str(error.value) and "\n" not in str(error.value)

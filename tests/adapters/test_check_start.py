@@ -1,5 +1,7 @@
-"""A released Flamingo, or a checkpoint of the same shapes, is accepted only with the backbones it was trained
-with; other backbones are refused before any weights are downloaded."""
+"""Released models and checkpoints of their shapes need the backbones they were trained with.
+
+Other backbones are refused before any weights are downloaded.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ VISION = {"name": "ViT-L-14", "pretrained": "openai"}
 
 
 def section(model, **changes) -> ModelSection:
-    """What a recipe says to start from a released model, and what it says otherwise."""
+    """Return the model section that a released model needs, with ``changes``."""
     needs = {
         "init_from": model.name,
         "vision": VISION,
@@ -36,16 +38,16 @@ def section(model, **changes) -> ModelSection:
     return ModelSection.model_validate({**needs, **changes})
 
 
-def refusal(wanted: ModelSection) -> str:
+def refusal(config: ModelSection) -> str:
     with pytest.raises(UserError) as caught:
-        check_start(wanted)
+        check_start(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.fixture
 def no_hub(monkeypatch):
-    """Whoever asks the Hub for a language model fails."""
+    """Make every download of a language model fail."""
     monkeypatch.delattr(language, "snapshot_download", raising=False)
 
 
@@ -56,15 +58,13 @@ def test_a_released_model_is_accepted_with_what_it_needs_and_refused_otherwise(m
         check_start(section(model, language={"name": name}))
     for other in RELEASED_MODELS:
         if other.languages != model.languages:
-            told = refusal(section(model, language={"name": other.languages[0]}))
-            assert told == (
+            message = refusal(section(model, language={"name": other.languages[0]}))
+            assert message == (
                 f"model.init_from: {model.name} needs {model.required_keys()}; "
                 f"the recipe has model.language.name {other.languages[0]}"
             )
-    assert (
-        model.languages[0] in model.required_keys()
-        and f"cross_attn_every_n_layers {model.interval} " in model.required_keys()
-    )
+    assert model.languages[0] in model.required_keys()
+    assert f"cross_attn_every_n_layers {model.interval} " in model.required_keys()
 
 
 WRONG = {
@@ -86,12 +86,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("changes", "told"), WRONG.values(), ids=WRONG)
-def test_a_key_that_does_not_fit_a_released_model_is_named_with_the_right_value(changes, told, no_hub):
+@pytest.mark.parametrize(("changes", "expected"), WRONG.values(), ids=WRONG)
+def test_a_key_that_does_not_fit_a_released_model_is_named_with_the_right_value(changes, expected, no_hub):
     model = RELEASED_MODELS[2]
     message = refusal(section(model, **changes))
     assert message.startswith(f"model.init_from: {model.name} needs {model.required_keys()}; the recipe has ")
-    assert message.endswith(told)
+    assert message.endswith(expected)
 
 
 def test_all_wrong_keys_are_reported_at_once(no_hub):
@@ -126,8 +126,8 @@ def test_a_copy_of_the_tower_is_recognized_by_architecture_or_shape(tmp_path, no
 def test_a_revision_and_a_copy_in_the_cache_are_still_the_released_model(tmp_path):
     name = "openflamingo/OpenFlamingo-4B-vitl-rpj3b"
     cached = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / ("0" * 40) / "checkpoint.pt"
-    for place in (f"{name}@main", name.lower(), cached):
-        assert find_released(place) is RELEASED_MODELS[2]
+    for start in (f"{name}@main", name.lower(), cached):
+        assert find_released(start) is RELEASED_MODELS[2]
     assert find_released("org/other") is None and find_released(tmp_path / "checkpoint.pt") is None
 
 
@@ -147,7 +147,7 @@ def test_a_local_copy_of_the_language_model_is_recognized_by_its_shape(tmp_path)
 
 
 def checkpoint(path: Path, model, **changes) -> Path:
-    """A file with the names and shapes of a released checkpoint, of one matrix each."""
+    """Write a checkpoint with the tensor names and shapes of a released one."""
     sizes = {
         "width": model.width,
         "tower": 1024,
@@ -168,24 +168,22 @@ def test_a_file_of_other_shapes_is_refused_with_the_released_model_that_has_them
     if wrapped:
         tensors = {f"module.{name}": tensor for name, tensor in torch.load(path).items()}
         torch.save({"model_state_dict": tensors, "epoch": 3}, path)
-    wanted = recipe("model.init_from=mine.pt")
-    message = refusal(wanted.model)
+    config = recipe("model.init_from=mine.pt")
+    message = refusal(config.model)
     assert message == (
         f"model.init_from: {path} has cross-attention before gpt_neox.layers 1, 3, 5, ... of width 2560 on "
-        "tower "
-        "tokens of width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of width "
-        "128 on "
-        "tower tokens of width 64; openflamingo/OpenFlamingo-4B-vitl-rpj3b (language model "
+        "tower tokens of width 1024; the recipe makes cross-attention before model.layers 0, 1, 2, ... of "
+        "width 128 on tower tokens of width 64; openflamingo/OpenFlamingo-4B-vitl-rpj3b (language model "
         "togethercomputer/RedPajama-INCITE-Base-3B-v1) or "
         "openflamingo/OpenFlamingo-4B-vitl-rpj3b-langinstruct (language model "
         "togethercomputer/RedPajama-INCITE-Instruct-3B-v1) has this geometry, with tower ViT-L-14 openai and "
         "cross_attn_every_n_layers 2"
     )
     with pytest.raises(UserError, match="has this geometry"):
-        Planner(wanted, "cpu")
+        Planner(config, "cpu")
 
 
-def test_each_released_model_is_the_hint_for_its_own_shapes(small_run):
+def test_the_error_for_a_file_names_the_released_model_of_its_shapes(small_run):
     for model in RELEASED_MODELS:
         path = checkpoint(small_run / "mine.pt", model)
         message = refusal(recipe(f"model.init_from={path}").model)
@@ -194,7 +192,7 @@ def test_each_released_model_is_the_hint_for_its_own_shapes(small_run):
         assert not any(other in message for other in others)
 
 
-def test_a_file_of_shapes_that_nobody_released_is_refused_without_a_hint(small_run):
+def test_a_file_of_unknown_shapes_is_refused_without_naming_a_released_model(small_run):
     checkpoint(small_run / "mine.pt", RELEASED_MODELS[2], width=640)
     message = refusal(recipe("model.init_from=mine.pt").model)
     assert message.endswith("; name the language model, the tower and the interval that it was trained with")

@@ -33,7 +33,7 @@ each_kind = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def adapters(trained_start, tmp_path_factory):
-    """A folder with an adapter of each kind, and what they start from."""
+    """A folder with an adapter of each kind, and the bridge that some of them build on."""
     folder = tmp_path_factory.mktemp("adapters")
     shutil.copytree(trained_start, folder, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,7 +50,7 @@ def auto(folder, **options):
 
 
 def adapter_with_base(adapters, kind, tmp_path):
-    """A copy of the adapter that names its composition, alone with it."""
+    """Copy an adapter beside its composition, which it names; return both folders."""
     write_composition(adapters / kind, tmp_path / "base")
     shutil.copytree(adapters / kind, tmp_path / "adapter")
     name_base(tmp_path / "adapter", str(tmp_path / "base"))
@@ -58,14 +58,14 @@ def adapter_with_base(adapters, kind, tmp_path):
 
 
 @each_kind
-def test_an_adapters_folder_loads_as_load_adapter_loads_it(adapters, kind):
+def test_from_pretrained_loads_an_adapter_as_load_adapter_does(adapters, kind):
     expected, processor = load_adapter(adapters / kind)
-    found = auto(adapters / kind)
-    assert torch.equal(regimes.logits(found, processor), regimes.logits(expected, processor))
-    assert {n: p.dtype for n, p in found.named_parameters()} == {
+    actual = auto(adapters / kind)
+    assert torch.equal(regimes.logits(actual, processor), regimes.logits(expected, processor))
+    assert {n: p.dtype for n, p in actual.named_parameters()} == {
         n: p.dtype for n, p in expected.named_parameters()
     }
-    assert not any(parameter.requires_grad for parameter in found.parameters())
+    assert not any(parameter.requires_grad for parameter in actual.parameters())
 
 
 @each_kind
@@ -74,9 +74,9 @@ def test_a_composition_loads_as_the_base_of_its_adapter(adapters, kind, tmp_path
     torch.manual_seed(0)
     expected = load_base(adapters / kind)
     torch.manual_seed(0)
-    found, processor = auto(tmp_path / "base"), AutoProcessor.from_pretrained(tmp_path / "base")
-    assert torch.equal(regimes.logits(found, processor), regimes.logits(expected, processor))
-    assert sorted(found.state_dict()) == sorted(expected.state_dict())
+    actual, processor = auto(tmp_path / "base"), AutoProcessor.from_pretrained(tmp_path / "base")
+    assert torch.equal(regimes.logits(actual, processor), regimes.logits(expected, processor))
+    assert sorted(actual.state_dict()) == sorted(expected.state_dict())
     assert (tmp_path / "base" / BRIDGE_FILE).exists() == (kind in ("LoRA everywhere", "quantized"))
 
 
@@ -84,9 +84,9 @@ def test_a_composition_loads_as_the_base_of_its_adapter(adapters, kind, tmp_path
 def test_autopeft_loads_an_adapter_that_names_its_composition(adapters, kind, tmp_path):
     adapter, _ = adapter_with_base(adapters, kind, tmp_path)
     expected, processor = load_adapter(adapters / kind)
-    found = AutoPeftModel.from_pretrained(adapter, import_allowlist=["flamingo_ft"])
-    assert torch.equal(regimes.logits(found, processor), regimes.logits(expected, processor))
-    assert sum(p.numel() for p in found.parameters()) == sum(p.numel() for p in expected.parameters())
+    actual = AutoPeftModel.from_pretrained(adapter, import_allowlist=["flamingo_ft"])
+    assert torch.equal(regimes.logits(actual, processor), regimes.logits(expected, processor))
+    assert sum(p.numel() for p in actual.parameters()) == sum(p.numel() for p in expected.parameters())
 
 
 def test_an_adapter_finds_the_bridge_that_it_builds_on_in_its_composition(adapters, tmp_path):
@@ -116,8 +116,8 @@ def test_compositions_of_one_base_are_identical_and_hold_no_path(adapters, tmp_p
         write_composition(adapter, tmp_path / f"{number}")
     for path in (tmp_path / "0").iterdir():
         assert path.read_bytes() == (tmp_path / "1" / path.name).read_bytes(), path.name
-        for place in (adapters, PACKAGE):
-            assert str(place).encode() not in path.read_bytes(), path.name
+        for directory in (adapters, PACKAGE):
+            assert str(directory).encode() not in path.read_bytes(), path.name
     with pytest.raises(UserError, match="exists, and nothing"):
         write_composition(adapters / "bridge", tmp_path / "0")
 
@@ -133,7 +133,7 @@ def test_a_changed_bridge_in_a_composition_is_refused(adapters, tmp_path):
     assert load_file(weights)
 
 
-def test_every_kind_has_its_configuration_and_processor(adapters, tmp_path):
+def test_auto_classes_load_configuration_and_processor_of_adapters_and_compositions(adapters, tmp_path):
     adapter, base = adapter_with_base(adapters, "bridge", tmp_path)
     for folder in (adapter, base):
         assert isinstance(AutoConfig.from_pretrained(folder), flamingo_ft.FlamingoConfig)
@@ -141,7 +141,7 @@ def test_every_kind_has_its_configuration_and_processor(adapters, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_merged_model_loads_as_before(adapters, tmp_path):
+def test_a_merged_model_gives_the_adapters_logits(adapters, tmp_path):
     merge_adapter(adapters / "bridge and LoRA", tmp_path / "merged", dtype=torch.float32, with_code=True)
     expected, processor = load_adapter(adapters / "bridge and LoRA")
     difference = regimes.logits(auto(tmp_path / "merged"), processor) - regimes.logits(expected, processor)
@@ -153,16 +153,13 @@ def test_a_dtype_applies_to_all_weights_but_the_gates(adapters):
     model = auto(adapters / "bridge and LoRA", dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name.endswith("_gate") else torch.bfloat16), name
-    kept = auto(adapters / "quantized", dtype="bfloat16")
-    assert {parameter.dtype for parameter in kept.parameters()} == {
-        torch.float32,
-        torch.bfloat16,
-        torch.uint8,
-    }
+    quantized = auto(adapters / "quantized", dtype="bfloat16")
+    dtypes = {parameter.dtype for parameter in quantized.parameters()}
+    assert dtypes == {torch.float32, torch.bfloat16, torch.uint8}
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}, torch.device("cpu")])
-def test_one_device_is_understood(adapters, device_map):
+def test_a_device_map_of_one_device_is_supported(adapters, device_map):
     if not (device_map == "auto" and torch.cuda.is_available()):
         assert auto(adapters / "bridge", device_map=device_map).device == torch.device("cpu")
 
@@ -184,17 +181,17 @@ def test_unsupported_options_are_refused_in_one_line(adapters, options, message)
 
 
 def test_an_attention_implementation_reaches_the_language_model(adapters):
-    model, usual = auto(adapters / "bridge", attn_implementation="eager"), auto(adapters / "bridge")
+    model, default = auto(adapters / "bridge", attn_implementation="eager"), auto(adapters / "bridge")
     assert model.lang_encoder.config._attn_implementation == "eager"
-    assert usual.lang_encoder.config._attn_implementation != "eager"
+    assert default.lang_encoder.config._attn_implementation != "eager"
 
 
 @pytest.mark.parametrize("change", [{"media_visibility": "all_preceding"}, {"output_hidden_states": True}])
-def test_a_configuration_that_was_changed_is_refused(adapters, change):
+def test_a_changed_configuration_is_refused(adapters, change):
     with pytest.raises(UserError, match=f"cannot take {next(iter(change))} "):
         auto(adapters / "bridge", **change)
 
 
-def test_a_loading_report_says_that_nothing_is_missing(adapters):
+def test_the_loading_report_is_empty(adapters):
     _, report = auto(adapters / "bridge", output_loading_info=True)
     assert not any(report.values())

@@ -18,8 +18,10 @@ from ..hub_server import READER, WRITER
 
 @pytest.fixture
 def pushed(hub, small_run):
-    """The names of an adapter and of its composition, and what it says from its folder; the bridge that it
-    builds on is here no longer."""
+    """Push an adapter and its composition and delete the local copies, also of the bridge they build on.
+
+    Return both names and the adapter's logits.
+    """
     adapter, base = "somebody/digits", "somebody/digits-base"
     model, processor = regimes.build(*regimes.REGIMES["LoRA everywhere"])
     regimes.shake(model, 0.3)
@@ -40,14 +42,14 @@ def pushed(hub, small_run):
 def test_an_adapter_loads_by_its_name_alone(pushed):
     adapter, _, expected = pushed
     processor = AutoProcessor.from_pretrained(adapter)
-    for found in (
+    for model in (
         AutoModelForImageTextToText.from_pretrained(adapter),
         AutoModelForImageTextToText.from_pretrained(adapter, revision="main"),
         flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter),
         pipeline("image-text-to-text", model=adapter).model,
         AutoPeftModel.from_pretrained(adapter, import_allowlist=["flamingo_ft"]),
     ):
-        assert torch.equal(regimes.logits(found, processor), expected)
+        assert torch.equal(regimes.logits(model, processor), expected)
 
 
 @pytest.mark.slow
@@ -70,16 +72,16 @@ def test_a_composition_on_the_hub_is_the_base(pushed):
     assert model.config.bridge_init and not hasattr(model, "peft_config")
 
 
-def test_revision_token_and_cache_are_those_that_were_given(pushed, hub, tmp_path):
+def test_revision_token_and_cache_dir_are_used_for_the_adapter_and_its_base(pushed, hub, tmp_path):
     adapter, base, expected = pushed
     commit = hub.repositories[adapter].history[-1].oid
     api = HfApi(endpoint=hub.url, token=WRITER)
     api.upload_file(repo_id=adapter, path_or_fileobj=b"{}", path_in_repo="config.json")
     hub.repositories[adapter].private = hub.repositories[base].private = True
-    given = {"revision": commit, "token": READER, "cache_dir": tmp_path / "elsewhere"}
+    options = {"revision": commit, "token": READER, "cache_dir": tmp_path / "elsewhere"}
     with pytest.raises(OSError, match="private"):
         flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter)
-    found = flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter, **given)
+    model = flamingo_ft.FlamingoForConditionalGeneration.from_pretrained(adapter, **options)
     assert len(list((tmp_path / "elsewhere").glob("models--*"))) == 2
     assert not (tmp_path / "hub_cache").exists()
-    assert torch.equal(regimes.logits(found, AutoProcessor.from_pretrained(tmp_path / "processor")), expected)
+    assert torch.equal(regimes.logits(model, AutoProcessor.from_pretrained(tmp_path / "processor")), expected)

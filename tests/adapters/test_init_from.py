@@ -1,5 +1,4 @@
-"""Training in stages: a run starts from an earlier adapter, model or checkpoint, which becomes part of its
-base."""
+"""Training in stages: a run starts from an adapter, model or checkpoint, which becomes part of its base."""
 
 import json
 import shutil
@@ -32,7 +31,7 @@ def test_a_second_stage_starts_where_the_first_ended(small_run, what):
     )
 
 
-def test_a_run_may_start_from_the_base_of_other_adapters_and_shares_it(small_run):
+def test_a_run_that_starts_from_a_composition_shares_that_base(small_run):
     model, processor = build(*LORA_ONLY)
     save_adapter(model, processor, Path("first"))
     write_composition("first", "base")
@@ -57,18 +56,20 @@ def test_a_second_stage_may_quantize_what_the_first_did_not(small_run):
     assert torch.equal(logits(*load_adapter("adapter")), logits(model, processor))
 
 
-def test_the_lora_of_the_first_stage_is_trained_on(small_run):
+def test_the_lora_of_the_first_stage_is_trained_further(small_run):
     write_start(small_run / "first", LORA)
     expected = logits(*load_adapter("first"))
     torch.testing.assert_close(logits(*build(LORA, "model.init_from=first")), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("second", "told"), [((), "r 4, the recipe none"), (("lora.language={r: 8}",), "r 4, the recipe 8")]
+    ("second", "message"), [((), "r 4, the recipe none"), (("lora.language={r: 8}",), "r 4, the recipe 8")]
 )
-def test_the_lora_of_the_first_stage_is_not_lost_silently(small_run, second, told):
+def test_the_lora_of_the_first_stage_is_not_lost_silently(small_run, second, message):
     write_start(small_run / "first", LORA)
-    with pytest.raises(UserError, match=f"first has LoRA with {told}; give the recipe the same lora section"):
+    with pytest.raises(
+        UserError, match=f"first has LoRA with {message}; give the recipe the same lora section"
+    ):
         build(*second, "model.init_from=first")
 
 
@@ -93,17 +94,17 @@ def test_a_third_stage_builds_on_the_second_and_the_first(small_run):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (("model.cross_attn_every_n_layers=2",), "start has cross_attn_every_n_layers 1, the recipe 2"),
         (("model.perceiver.num_latents=4",), "start has perceiver {"),
         (("model.vision={name: ViT-S-32-alt}",), "start belongs to another vision backbone, nano"),
     ],
 )
-def test_a_bridge_of_another_shape_or_other_backbones_is_refused(small_run, overrides, told):
+def test_a_bridge_of_another_shape_or_other_backbones_is_refused(small_run, overrides, message):
     with pytest.raises(UserError) as error:
         build("model.init_from=start", *overrides)
-    assert f"model.init_from: {small_run}/{told}" in str(error.value) and "\n" not in str(error.value)
+    assert f"model.init_from: {small_run}/{message}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_without_a_model_is_refused(small_run):
@@ -117,10 +118,10 @@ def test_a_bridge_that_moved_is_found_at_the_given_path(small_run):
     shake(model)
     save_adapter(model, processor, Path("adapter"))
     shutil.move("start", "elsewhere")
-    with pytest.raises(
-        UserError,
-        match=r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it",
-    ):
+    message = (
+        r"adapter: builds on the bridge of .*start, which is not there \(looked at .*/start\); put it beside"
+    )
+    with pytest.raises(UserError, match=message):
         load_adapter("adapter")
     with pytest.raises(UserError, match="no folder elsewher; did you mean elsewhere?"):
         load_adapter("adapter", start="elsewher")
@@ -131,12 +132,12 @@ def test_lora_that_is_trained_further_is_not_initialized_again(small_run):
     write_start(small_run / "first", LORA)
     expected = logits(*load_adapter("first"))
     for how in ("pissa", "eva"):
-        found = logits(*build(LORA, "model.init_from=first", f"lora.init_lora_weights={how}"))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        actual = logits(*build(LORA, "model.init_from=first", f"lora.init_lora_weights={how}"))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["none", "nf4"])
-def test_a_frozen_bridge_in_bf16_comes_back_in_bf16(small_run, form):
+def test_a_frozen_bf16_bridge_is_loaded_in_bf16(small_run, form):
     more = quantized(form, "LoRA only") if form != "none" else ()
     model, processor = build(*LORA_ONLY, *more, "trainable.dtype=bf16")
     shake(model)
@@ -146,7 +147,7 @@ def test_a_frozen_bridge_in_bf16_comes_back_in_bf16(small_run, form):
     assert torch.equal(logits(loaded, processor), logits(model, processor))
 
 
-def test_a_start_whose_own_base_changed_is_refused(small_run):
+def test_starting_from_an_adapter_whose_base_changed_is_refused(small_run):
     part = "trainable={perceiver: false, cross_attention: true, new_tokens: false}"
     save_adapter(*build(part, "model.init_from=start"), Path("second"))
     shutil.rmtree("start")
@@ -161,7 +162,7 @@ def test_starting_from_a_model_that_was_written_quantized_is_refused(small_run):
         build("model.init_from=merged")
 
 
-def test_runs_that_moved_together_still_find_each_other(small_run):
+def test_runs_that_were_moved_together_still_load(small_run):
     Path("runs").mkdir()
     shutil.move("start", "runs/start")
     model, processor = build(*LORA_ONLY[:-1], "model.init_from=runs/start")

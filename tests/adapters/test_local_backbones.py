@@ -1,5 +1,4 @@
-"""Backbones in local folders: an adapter finds them from any directory and after a move, and publishes no
-path."""
+"""Backbones in local folders are found from any directory and after a move; their paths stay unpublished."""
 
 import json
 import shutil
@@ -10,9 +9,9 @@ import torch
 
 from flamingo_ft.adapters import load_adapter, save_adapter, write_composition
 from flamingo_ft.adapters.load import restore_trainable
-from flamingo_ft.backbones.language import NANO_FOLDER as WORDS
+from flamingo_ft.backbones.language import NANO_FOLDER as NANO_LANGUAGE
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.tower_source import NANO_FOLDER as EYES
+from flamingo_ft.backbones.tower_source import NANO_FOLDER as NANO_TOWER
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import load_recipe
 from flamingo_ft.errors import UserError
@@ -28,12 +27,11 @@ LOCAL = RECIPE.replace("vision: {name: nano}", "vision: {name: models/eyes}").re
 
 @pytest.fixture(scope="module")
 def made(trained_start, tmp_path_factory):
-    """A folder with a recipe that names both backbones relative to itself, an adapter of it, and what that
-    says."""
+    """A folder with a recipe that names both backbones by relative paths, its adapter, and the logits."""
     folder = tmp_path_factory.mktemp("local")
     shutil.copytree(trained_start, folder, dirs_exist_ok=True)
-    shutil.copytree(WORDS, folder / "words")
-    shutil.copytree(EYES, folder / "models" / "eyes")
+    shutil.copytree(NANO_LANGUAGE, folder / "words")
+    shutil.copytree(NANO_TOWER, folder / "models" / "eyes")
     (folder / "recipe.yaml").write_text(LOCAL)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -45,7 +43,7 @@ def made(trained_start, tmp_path_factory):
 
 @pytest.fixture
 def local(made, tmp_path, monkeypatch):
-    """A copy of it that moved as a whole; the current directory is another one."""
+    """A copy of that folder elsewhere; the current directory is a third one."""
     folder, expected = made
     here = tmp_path / "moved"
     shutil.copytree(folder, here)
@@ -59,7 +57,7 @@ def backbones(adapter: Path) -> dict:
 
 
 def rewrite(adapter: Path, **names: str) -> None:
-    """Give backbones of an adapter other names, as earlier versions recorded them."""
+    """Record other names of an adapter's backbones, as earlier versions did."""
     config = json.loads((adapter / "config.json").read_text())
     for part, name in names.items():
         config["backbones"][part]["name"] = name
@@ -90,19 +88,18 @@ def test_backbones_beside_a_moved_adapter_are_found_and_recorded_there(local, ma
         f"one: language backbone /gone/words is not there (looked at /gone/words, {here}/runs/words); put it"
         in message
     )
-    for place in ("words", "models/eyes"):
-        shutil.move(here / place, here / "runs")
+    for folder in ("words", "models/eyes"):
+        shutil.move(here / folder, here / "runs")
     model, processor = load_adapter(here / "runs/one")
     assert torch.equal(logits(model, processor), expected)
     save_adapter(model, processor, here / "again")
     assert backbones(here / "again")["language"]["name"] == str(here / "runs" / "words")
-    assert json.loads((here / "again/adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        here / "runs" / "words"
-    )
+    peft_config = json.loads((here / "again/adapter_config.json").read_text())
+    assert peft_config["base_model_name_or_path"] == str(here / "runs" / "words")
     assert torch.equal(logits(*load_adapter(here / "again")), expected)
 
 
-def test_an_adapter_with_names_relative_to_its_training_directory_still_loads(local):
+def test_an_adapter_with_paths_relative_to_its_training_directory_still_loads(local):
     here, expected = local
     rewrite(here / "runs/one", vision="models/eyes", language="words")
     assert torch.equal(logits(*load_adapter(here / "runs/one")), expected)
@@ -111,7 +108,7 @@ def test_an_adapter_with_names_relative_to_its_training_directory_still_loads(lo
 def test_a_folder_of_the_same_name_in_the_current_directory_is_not_taken_for_a_backbone_on_the_hub(
     local, monkeypatch
 ):
-    """A commit is of the Hub, whatever lies here."""
+    """A revision is a commit on the Hub, even if a local folder has the same name."""
     here, _ = local
     monkeypatch.chdir(here)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set|not in the cache"):
@@ -131,7 +128,7 @@ def test_a_checkpoint_resumes_after_its_backbones_moved(local, made, monkeypatch
         restore_trainable(model, here / "runs/one")
 
 
-def test_what_is_pushed_has_no_path_of_a_local_backbone(made, tmp_path):
+def test_pushed_files_have_no_path_of_a_local_backbone(made, tmp_path):
     folder, _ = made
     write_composition(folder / "runs/one", tmp_path / "base")
     pushed = {**files_to_push(folder / "runs/one", "org/name"), **publishable_files(tmp_path / "base")}
@@ -141,7 +138,7 @@ def test_what_is_pushed_has_no_path_of_a_local_backbone(made, tmp_path):
         assert str(folder).encode() not in content, name
 
 
-def test_backbones_by_relative_names_are_recorded_by_absolute_ones(local, monkeypatch):
+def test_relative_paths_of_backbones_are_recorded_as_absolute_ones(local, monkeypatch):
     here, _ = local
     monkeypatch.chdir(here)
     assert load_language("words").source["name"] == str(here / "words")
@@ -150,15 +147,15 @@ def test_backbones_by_relative_names_are_recorded_by_absolute_ones(local, monkey
     assert load_language("nano").source["name"] == "nano" == load_vision("nano").source["name"]
 
 
-def test_a_model_in_a_folder_of_the_hubs_cache_is_a_folder(local, monkeypatch):
+def test_a_path_into_the_hubs_cache_is_recorded_as_a_local_folder(local, monkeypatch):
     here, _ = local
-    place = here / "models--org--words" / "snapshots" / ("0" * 40)
-    shutil.copytree(here / "words", place)
-    source = load_language(str(place)).source
-    assert (source["name"], source["revision"]) == (str(place), None)
+    folder = here / "models--org--words" / "snapshots" / ("0" * 40)
+    shutil.copytree(here / "words", folder)
+    source = load_language(str(folder)).source
+    assert (source["name"], source["revision"]) == (str(folder), None)
 
 
-def test_planning_and_checking_read_the_backbones_of_the_recipes_folder(local):
+def test_planning_and_checking_resolve_backbones_against_the_recipes_folder(local):
     here, _ = local
     files = backbone_files(load_recipe(here / "recipe.yaml").model)
     assert files.language.num_hidden_layers and files.tower["vision_cfg"]

@@ -41,12 +41,12 @@ def layers(model, prefix: str = "") -> dict[str, LoraLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer) and n.startswith(prefix)}
 
 
-def start_of(layer: LoraLayer) -> torch.Tensor:
-    """What the update adds to the matrix."""
+def lora_product(layer: LoraLayer) -> torch.Tensor:
+    """Return scaling * B @ A, which is added to the matrix."""
     return layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
 
 
-# --- which matrices ---
+# --- targets ---
 
 
 def test_each_part_has_its_own_rank_alpha_and_targets(small_run):
@@ -58,9 +58,9 @@ def test_each_part_has_its_own_rank_alpha_and_targets(small_run):
         "vision_encoder.": (2, 16.0),
     }
     for prefix, (rank, scaling) in shapes.items():
-        found = layers(model, prefix)
-        assert found
-        for layer in found.values():
+        lora_layers = layers(model, prefix)
+        assert lora_layers
+        for layer in lora_layers.values():
             assert layer.r["default"] == rank and layer.scaling["default"] == scaling
     assert {name.rpartition(".")[2] for name in layers(model, "vision_encoder.")} == {"in_proj"}
     assert not isinstance(model.lang_encoder.lm_head, LoraLayer)
@@ -68,11 +68,11 @@ def test_each_part_has_its_own_rank_alpha_and_targets(small_run):
 
 def test_all_linear_is_every_matrix_of_the_part_but_the_head(small_run):
     model, _ = build()
-    found = find_targets(model, "language", LoraPart())
+    targets = find_targets(model, "language", LoraPart())
     matrices = [
         n for n, m in model.lang_encoder.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
     ]
-    assert found == [f"lang_encoder.{name}" for name in matrices]
+    assert targets == [f"lang_encoder.{name}" for name in matrices]
 
 
 def test_gpt2s_conv1d_layers_get_lora_too():
@@ -86,7 +86,7 @@ def test_gpt2s_conv1d_layers_get_lora_too():
 
 
 @pytest.mark.parametrize(
-    ("part", "target", "told"),
+    ("part", "target", "message"),
     [
         ("language", "query_key_value", "language part; it has model.layers.*.self_attn.q_proj, "),
         ("language", "lm_head", "lm_head matches no matrix of the language part"),
@@ -98,13 +98,13 @@ def test_gpt2s_conv1d_layers_get_lora_too():
         ("cross_attention", "q_proj", "it has *.attn.to_q, *.attn.to_kv"),
     ],
 )
-def test_a_target_that_matches_nothing_is_refused_with_what_exists(small_run, part, target, told):
+def test_a_target_that_matches_nothing_is_refused_with_what_exists(small_run, part, target, message):
     off = (f"trainable.{part}=false",) if part == "cross_attention" else ()
     with pytest.raises(UserError) as error:
         build(f"lora.{part}={{r: 2, target_modules: [{target}]}}", *off)
-    message = str(error.value)
-    assert message.startswith(f"lora.{part}.target_modules: {target} matches no matrix") and told in message
-    assert "\n" not in message
+    text = str(error.value)
+    assert text.startswith(f"lora.{part}.target_modules: {target} matches no matrix") and message in text
+    assert "\n" not in text
 
 
 NAMES = [
@@ -121,7 +121,7 @@ def test_a_pattern_matches_the_chosen_matrices_and_no_other(chosen):
     assert {name for name in NAMES if re.fullmatch(pattern, name)} == chosen
 
 
-# --- what updates start from ---
+# --- initialization ---
 
 
 @pytest.mark.parametrize(
@@ -129,12 +129,12 @@ def test_a_pattern_matches_the_chosen_matrices_and_no_other(chosen):
 )
 def test_new_lora_changes_nothing(small_run, how):
     expected = logits(*build("model.init_from=start"))
-    found = logits(*build(LORA, how, "model.init_from=start"))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    actual = logits(*build(LORA, how, "model.init_from=start"))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 def test_tower_layers_that_patch_tokens_do_not_depend_on_get_no_lora(small_run):
-    """A pooler would never get a gradient."""
+    """An attention pooler comes after them and would never get a gradient."""
     visual = build_visual(small_siglip())
     pooler = {
         name for name, m in visual.named_modules() if "attn_pool" in name and isinstance(m, torch.nn.Linear)
@@ -173,7 +173,7 @@ def test_pissa_changes_nothing_at_first_and_is_saved_as_lora_on_the_original_bas
     weight, layer = plain.get_submodule(name).weight, model.get_submodule(name)
     left, values, right = torch.linalg.svd(weight.double())
     torch.testing.assert_close(
-        start_of(layer).double(), left[:, :4] * values[:4] @ right[:4], rtol=1e-4, atol=1e-5
+        lora_product(layer).double(), left[:, :4] * values[:4] @ right[:4], rtol=1e-4, atol=1e-5
     )
     shake(model)
     save_adapter(model, processor, Path("adapter"))
@@ -187,59 +187,68 @@ def test_loftq_starts_at_the_best_approximation_of_the_quantization_error(small_
     overrides = (*quantized("nf4", "LoRA"), NOTHING_WHOLE, LORA, "model.init_from=start")
     parts = ("lora.cross_attention={r: 2}", "lora.vision={r: 2}")
     model, _ = build(*overrides, *parts, "lora.init_lora_weights=loftq")
-    originals = UnquantizedWeights(model)
+    unquantized = UnquantizedWeights(model)
     for name, layer in layers(model).items():
-        kept = dequantized_weight(layer.get_base_layer()).double()
-        lost = originals[name].double() - kept
+        dequantized = dequantized_weight(layer.get_base_layer()).double()
+        lost = unquantized[name].double() - dequantized
         left, values, right = torch.linalg.svd(lost, full_matrices=False)
         rank = layer.r["default"]
         best = left[:, :rank] * values[:rank] @ right[:rank]
-        torch.testing.assert_close(start_of(layer).double(), best, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(lora_product(layer).double(), best, rtol=1e-3, atol=1e-5)
         assert 0 < (lost - best).norm() < 0.99 * lost.norm()
 
 
 def test_eva_starts_at_the_principal_directions_of_a_layers_inputs(small_run):
-    """On one batch the incremental PCA of the paper is the plain one: compared in float64."""
-    read = []
+    """On one batch, the paper's incremental PCA equals ordinary PCA, computed here in float64."""
+    layer_inputs = []
 
     def some_batches(model, processor):
         layer = model.get_submodule("lang_encoder.model.layers.1.mlp.down_proj")
-        layer.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().flatten(0, -2)))
+        layer.register_forward_pre_hook(lambda _, args: layer_inputs.append(args[0].detach().flatten(0, -2)))
         return [inputs(processor)]
 
-    wanted = recipe("lora.language={r: 3, target_modules: [down_proj]}", "lora.init_lora_weights=eva")
-    model, _ = build_model(wanted, some_batches)
+    config = recipe("lora.language={r: 3, target_modules: [down_proj]}", "lora.init_lora_weights=eva")
+    model, _ = build_model(config, some_batches)
     layer = model.get_submodule("lang_encoder.model.layers.1.mlp.down_proj")
-    found = layer.lora_A["default"].weight.double()
-    rows = read[0].double()
+    rows_of_a = layer.lora_A["default"].weight.double()
+    rows = layer_inputs[0].double()
     directions = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)[2][:3]
     torch.testing.assert_close(
-        (found @ directions.T).abs(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3
+        (rows_of_a @ directions.T).abs(), torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-3
     )
     assert not layer.lora_B["default"].weight.any()
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (
             (*quantized("nf4"), "lora.init_lora_weights=pissa"),
             "pissa takes the LoRA weights out of the matrix, and lang_encoder.",
         ),
         (("lora.init_lora_weights=pissa", "lora.use_dora=true"), "pissa is saved as LoRA of twice the rank"),
-        (("lora.init_lora_weights=loftq",), "loftq makes up for what 4-bit quantization lost, and lang_"),
+        (
+            ("lora.init_lora_weights=loftq",),
+            "loftq makes up for what 4-bit quantization lost, and lang_encoder.",
+        ),
         (
             ("lora.init_lora_weights=pissa", "lora.perceiver={r: 2}", "trainable.perceiver=false"),
             "pissa takes the LoRA weights out of the matrix, and a new bridge is saved whole",
         ),
-        ((*quantized("int8"), "lora.init_lora_weights=loftq"), "loftq makes up for what 4-bit quantization"),
-        (("lora.init_lora_weights=eva",), "eva needs training batches, and there are none here"),
+        (
+            (*quantized("int8"), "lora.init_lora_weights=loftq"),
+            "loftq makes up for what 4-bit quantization lost, and lang_encoder.",
+        ),
+        (
+            ("lora.init_lora_weights=eva",),
+            "eva needs training batches, got none; use default, or another initialization",
+        ),
     ],
 )
-def test_an_initialization_that_the_weights_do_not_allow_is_refused(small_run, overrides, told):
+def test_an_initialization_that_the_weights_do_not_allow_is_refused(small_run, overrides, message):
     with pytest.raises(UserError) as error:
         build(LORA, *overrides)
-    assert f"lora.init_lora_weights: {told}" in str(error.value) and "\n" not in str(error.value)
+    assert f"lora.init_lora_weights: {message}" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_tower_trains_through_its_lora_only(small_run):

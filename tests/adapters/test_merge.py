@@ -28,8 +28,8 @@ from ..regimes import LORA, REGIMES, build, inputs, logits, quantized, recipe, s
 ROOT = Path(flamingo_ft.__file__).parents[1]
 
 
-def adapter(*overrides: str) -> torch.Tensor:
-    """Write an adapter to `adapter`; what it says."""
+def write_adapter(*overrides: str) -> torch.Tensor:
+    """Write an adapter to `adapter`; return its logits."""
     model, processor = build(*overrides)
     shake(model, 0.03)
     save_adapter(model, processor, Path("adapter"))
@@ -41,12 +41,12 @@ def write_recipe(folder: str, *overrides: str) -> None:
     Path(folder, "resolved_recipe.yaml").write_text(dump_recipe(recipe(*overrides)))
 
 
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 KINDS = ("lora.use_dora=true", "lora.use_rslora=true", "lora.init_lora_weights=pissa")
-EVERYWHERE = "LoRA everywhere"  # has what the other regimes have, whose kinds are among the slow tests
+EVERYWHERE = "LoRA everywhere"  # covers the other regimes, whose kinds are slow tests
 OF_EACH_KIND = [
     pytest.param(regime, (kind,), marks=[pytest.mark.slow] * ((regime, kind) != (EVERYWHERE, KINDS[0])))
     for regime in REGIMES
@@ -57,34 +57,30 @@ OF_EACH_KIND = [
 
 @pytest.mark.parametrize(("regime", "extra"), [*((regime, ()) for regime in REGIMES), *OF_EACH_KIND])
 def test_merged_equals_unmerged(small_run, regime, extra):
-    expected = adapter(*REGIMES[regime], *extra)
+    expected = write_adapter(*REGIMES[regime], *extra)
     report = merge_adapter("adapter", "merged", dtype=torch.float32)
     loaded, processor = load_trained("merged")
-    limit = (
-        1e-5 if not any("pissa" in option for option in extra) else 1e-4
-    )  # its base was rounded while it trained
-    assert distance(logits(loaded, processor), expected) < limit
+    limit = 1e-4 if any("pissa" in option for option in extra) else 1e-5  # PiSSA's residual base was rounded
+    assert relative_error(logits(loaded, processor), expected) < limit
     assert report["relative"] < limit and report["token_agreement"] == 1.0
     assert json.loads(Path("merged", "merge.json").read_text()) == report
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 def test_merged_into_the_dequantized_base_equals_unmerged(small_run, regime):
-    expected = adapter(*REGIMES[regime], *quantized("nf4", regime))
+    expected = write_adapter(*REGIMES[regime], *quantized("nf4", regime))
     merge_adapter("adapter", "merged", base="dequantized", dtype=torch.float32)
-    assert distance(logits(*load_trained("merged")), expected) < 1e-4
+    assert relative_error(logits(*load_trained("merged")), expected) < 1e-4
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 def test_merged_into_the_unquantized_base_is_the_base_plus_the_adapters_lora(small_run, form):
     """W + scaling * B A of the original W, entry by entry, in float64."""
-    adapter(*REGIMES["bridge and LoRA"], *quantized(form))
+    write_adapter(*REGIMES["bridge and LoRA"], *quantized(form))
     merge_adapter("adapter", "merged", dtype=torch.float32)
     name = "lang_encoder.model.layers.1.mlp.up_proj"
-    tensors, merged = (
-        load_file(Path("adapter", ADAPTER_WEIGHTS)),
-        load_file(Path("merged", "model.safetensors")),
-    )
+    tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
+    merged = load_file(Path("merged", "model.safetensors"))
     a, b = (tensors[f"base_model.model.{name}.lora_{matrix}.weight"].double() for matrix in "AB")
     original = (
         flamingo_ft.load_language("nano").model.get_submodule(name.removeprefix("lang_encoder.")).weight
@@ -96,26 +92,26 @@ def test_merged_into_the_unquantized_base_is_the_base_plus_the_adapters_lora(sma
 
 @pytest.mark.slow
 def test_transformers_loads_a_merged_model_after_importing_the_package(small_run):
-    expected = adapter(LORA, "lora.vision={r: 2}")
+    expected = write_adapter(LORA, "lora.vision={r: 2}")
     merge_adapter("adapter", "merged", dtype=torch.float32)
     script = (
         "import torch; import flamingo_ft; from transformers import AutoModelForImageTextToText;"
         "model = AutoModelForImageTextToText.from_pretrained('merged').eval();"
-        "assert not hasattr(model, 'peft_config') and not any('lora' in name for name, _ in "
-        "model.named_parameters());"
+        "assert not hasattr(model, 'peft_config');"
+        "assert not any('lora' in name for name, _ in model.named_parameters());"
         "inputs = torch.load('inputs.pt');"
         "torch.save(model(**inputs).logits.detach(), 'logits.pt')"
     )
     torch.save(inputs(AutoProcessor.from_pretrained("merged")), "inputs.pt")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    assert distance(torch.load("logits.pt"), expected) < 1e-5
+    assert process.returncode == 0, process.stderr
+    assert relative_error(torch.load("logits.pt"), expected) < 1e-5
 
 
 def test_a_merged_model_has_float32_gates_and_the_requested_dtype_elsewhere(small_run):
-    adapter(LORA)
+    write_adapter(LORA)
     merge_adapter("adapter", "merged")
     written = load_file(Path("merged", "model.safetensors"))
     model = AutoModelForImageTextToText.from_pretrained("merged")
@@ -129,49 +125,48 @@ def test_a_merged_model_has_float32_gates_and_the_requested_dtype_elsewhere(smal
     "options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}]
 )
 def test_a_merged_model_is_quantized_again_by_transformers(small_run, options):
-    expected = adapter(LORA)
+    expected = write_adapter(LORA)
     merge_adapter("adapter", "merged", dtype=torch.float32)
     model = AutoModelForImageTextToText.from_pretrained(
         "merged", quantization_config=BitsAndBytesConfig(**options)
     )
     assert quantization_formats(model.vision_encoder) == quantization_formats(model.lang_encoder) != set()
-    assert distance(logits(model, AutoProcessor.from_pretrained("merged")), expected) < 0.25
+    assert relative_error(logits(model, AutoProcessor.from_pretrained("merged")), expected) < 0.25
 
 
 def test_a_merged_model_is_written_quantized_on_request(small_run):
-    expected = adapter(LORA)
+    expected = write_adapter(LORA)
     report = merge_adapter("adapter", "merged", dtype=torch.float32, quantization=Quantization("nf4"))
     assert report["quantization"]["format"] == "nf4"
     model, processor = load_trained("merged")
     assert quantization_formats(model) == {"4bit"}
-    assert distance(logits(model, processor), expected) < 0.25
+    assert relative_error(logits(model, processor), expected) < 0.25
 
 
 def test_large_models_are_written_in_shards(small_run, monkeypatch):
-    expected = adapter(LORA)
+    expected = write_adapter(LORA)
     monkeypatch.setattr(merging, "LARGEST_SHARD", "1MB")
     merge_adapter("adapter", "merged", dtype=torch.float32)
     assert len(list(Path("merged").glob("model-*.safetensors"))) > 2
-    assert distance(logits(*load_trained("merged")), expected) < 1e-5
+    assert relative_error(logits(*load_trained("merged")), expected) < 1e-5
 
 
 @pytest.mark.slow
 def test_the_dequantized_base_does_not_depend_on_the_merged_dtype(small_run):
-    adapter(LORA, *quantized("nf4"))
+    write_adapter(LORA, *quantized("nf4"))
     trained = load_adapter("adapter")[0].get_submodule("lang_encoder.model.layers.0.mlp.up_proj")
     merge_adapter("adapter", "merged", base="dequantized")
     written = load_file(Path("merged", "model.safetensors"))["lang_encoder.model.layers.0.mlp.up_proj.weight"]
     update = 2 * trained.lora_B["default"].weight @ trained.lora_A["default"].weight
     expected = dequantized_weight(trained.get_base_layer()) + update
-    rounding = 2**-7 * float(
-        expected.abs().max()
-    )  # of the matrix, then of the sum, to bf16; other codes are 28 % off
+    # The matrix, then the sum, is rounded to bf16; other codes would be off by 28 %.
+    rounding = 2**-7 * float(expected.abs().max())
     torch.testing.assert_close(written.float(), expected, rtol=0, atol=rounding)
 
 
 @pytest.mark.slow
 def test_a_folder_with_the_hidden_name_of_a_merge_is_not_deleted(small_run):
-    adapter(LORA)
+    write_adapter(LORA)
     Path("merged.unfinished").mkdir()
     Path("merged.unfinished", "mine").write_text("mine")
     merge_adapter("adapter", "sub/merged", dtype=torch.float32)
@@ -180,8 +175,8 @@ def test_a_folder_with_the_hidden_name_of_a_merge_is_not_deleted(small_run):
     assert sorted(path.name for path in Path("sub").iterdir()) == ["merged"]
 
 
-def test_a_merge_is_measured_on_held_out_samples_else_trained_ones_else_made_up_ones(small_run):
-    adapter(LORA)
+def test_a_merge_is_measured_on_eval_samples_else_training_samples_else_made_up_prompts(small_run):
+    write_adapter(LORA)
     assert "made-up" in merge_adapter("adapter", "first", dtype=torch.float32)["prompts_from"]
     write_recipe("adapter")
     assert "was trained on" in merge_adapter("adapter", "second", dtype=torch.float32)["prompts_from"]
@@ -193,7 +188,7 @@ def test_a_merge_is_measured_on_held_out_samples_else_trained_ones_else_made_up_
 
 @pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "tokenizer.json"])
 def test_a_damaged_file_is_reported_in_one_line(small_run, capsys, name):
-    adapter(LORA)
+    write_adapter(LORA)
     Path("adapter", name).write_text("{")
     assert "adapter: " in refused(capsys, "adapter", "merged")
     Path("adapter", name).unlink()
@@ -214,8 +209,8 @@ def refused(capsys, *arguments: str) -> str:
     return line
 
 
-def test_merging_twice_or_onto_something_is_refused(small_run, capsys):
-    adapter(LORA)
+def test_merging_twice_or_into_an_existing_folder_is_refused(small_run, capsys):
+    write_adapter(LORA)
     assert cli.main(["merge", "adapter", "merged", "--dtype", "fp32"]) == 0
     shown = capsys.readouterr().out
     assert "verified " in shown and "token agreement 100.0 %" in shown and "loss +0.0000" in shown
@@ -227,7 +222,7 @@ def test_merging_twice_or_onto_something_is_refused(small_run, capsys):
 
 
 def test_merging_onto_another_base_is_refused(small_run, capsys):
-    adapter(LORA)
+    write_adapter(LORA)
     config = json.loads(Path("adapter", "config.json").read_text())
     config["backbones"]["language"]["sha256"] = "0" * 64
     Path("adapter", "config.json").write_text(json.dumps(config))
@@ -237,14 +232,14 @@ def test_merging_onto_another_base_is_refused(small_run, capsys):
 
 @pytest.mark.filterwarnings("ignore:merge. tolerance")
 def test_a_tolerance_on_the_command_line_still_refuses_logits_beyond_it(small_run, capsys):
-    adapter(LORA)
+    write_adapter(LORA)
     line = refused(capsys, "adapter", "merged", "--tolerance", "1e-9")
     assert "beyond the tolerance of 1e-09; merge with --dtype fp32, or leave --tolerance out" in line
     assert not list(Path.cwd().glob("merged*"))
 
 
 def test_a_tolerance_is_deprecated(small_run):
-    adapter(LORA)
+    write_adapter(LORA)
     with pytest.warns(FutureWarning, match="tolerance .* is deprecated; use margin"):
         assert merge_adapter("adapter", "merged", tolerance=2.0)["tolerance"] == 2.0
 
@@ -260,7 +255,7 @@ def base_matrix(name: str) -> torch.Tensor:
 
 
 def test_a_wrong_merge_is_refused_whatever_the_margins(small_run, capsys, monkeypatch):
-    adapter(LORA)
+    write_adapter(LORA)
     fold = merging.fold_lora
 
     def with_a_fault(model, dtype):
@@ -276,14 +271,11 @@ def test_a_wrong_merge_is_refused_whatever_the_margins(small_run, capsys, monkey
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_merged_matrix_is_rounded_once(small_run, dtype):
-    """No further from W + scaling * B A than half the dtype's spacing, the base not rounded before the
-    sum."""
-    adapter(LORA)
+    """It is within half the dtype's spacing of W + scaling * B A: the base is not rounded before the sum."""
+    write_adapter(LORA)
     merge_adapter("adapter", "merged", dtype=dtype)
-    tensors, written = (
-        load_file(Path("adapter", ADAPTER_WEIGHTS)),
-        load_file(Path("merged", "model.safetensors")),
-    )
+    tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
+    written = load_file(Path("merged", "model.safetensors"))
     for name in (UP, SQUARE):
         a, b = (
             tensors[f"base_model.model.{name.removesuffix('weight')}lora_{part}.weight"].double()
@@ -294,8 +286,8 @@ def test_a_merged_matrix_is_rounded_once(small_run, dtype):
         assert ((written[name].double() - exact).abs() <= half_spacing).all()
 
 
-def test_what_quantization_alone_changes_is_measured_beside_it(small_run):
-    adapter(LORA, *quantized("nf4"))
+def test_the_effect_of_quantization_alone_is_measured_too(small_run):
+    write_adapter(LORA, *quantized("nf4"))
     report = merge_adapter("adapter", "merged", quantization=Quantization("nf4"), margin=10.0)
     rows = ["adapter", "adapter_on_unquantized_base", "merged_before_quantization", "merged"]
     assert list(report["cost"]["loss"]) == list(report["cost"]["accuracy"]) == rows
@@ -303,7 +295,7 @@ def test_what_quantization_alone_changes_is_measured_beside_it(small_run):
 
 
 def test_an_adapter_with_nan_or_inf_is_refused_with_the_tensors_name(small_run, capsys):
-    adapter(LORA)
+    write_adapter(LORA)
     tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
     name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))
     tensors[name][0] = torch.nan
@@ -314,13 +306,13 @@ def test_an_adapter_with_nan_or_inf_is_refused_with_the_tensors_name(small_run, 
 
 
 def test_the_command_line_and_the_function_have_the_same_defaults():
-    ours, theirs = (inspect.signature(function).parameters for function in (models.merge, merge_adapter))
+    command, function = (inspect.signature(one).parameters for one in (models.merge, merge_adapter))
     for name in ("samples", "margin", "accuracy_margin", "tolerance", "with_code"):
-        assert ours[name].default == theirs[name].default, name
+        assert command[name].default == function[name].default, name
 
 
-def test_a_reference_that_does_not_fit_in_memory_is_left_out(small_run, monkeypatch):
-    adapter(LORA, *quantized("nf4"))
+def test_a_reference_model_that_runs_out_of_memory_is_left_out(small_run, monkeypatch):
+    write_adapter(LORA, *quantized("nf4"))
     load = merging_quality.load_adapter
 
     def too_large(*arguments, quantized=True, **options):
@@ -333,7 +325,7 @@ def test_a_reference_that_does_not_fit_in_memory_is_left_out(small_run, monkeypa
 
 
 def test_a_value_beyond_float16_is_refused(small_run, capsys):
-    adapter(LORA)
+    write_adapter(LORA)
     tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
     name = next(name for name in tensors if name.endswith("up_proj.lora_B.weight"))
     tensors[name][0] = 1e6
@@ -344,7 +336,7 @@ def test_a_value_beyond_float16_is_refused(small_run, capsys):
 
 
 def test_a_damaged_adapter_is_refused(small_run, capsys):
-    adapter(LORA)
+    write_adapter(LORA)
     tensors = load_file(Path("adapter", ADAPTER_WEIGHTS))
     save_file(
         {name: tensor for name, tensor in tensors.items() if "lora_B" not in name},

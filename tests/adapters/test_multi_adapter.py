@@ -12,14 +12,14 @@ from flamingo_ft.errors import UserError
 
 from ..regimes import LORA, build, logits, quantized, shake
 
-UPDATED = (LORA, "lora.perceiver={r: 2}", "trainable.perceiver=false")
+WITH_LORA = (LORA, "lora.perceiver={r: 2}", "trainable.perceiver=false")
 
 
 @pytest.fixture(params=["none", "nf4"])
 def folders(request, small_run):
-    """Two adapters with LoRA on two parts, a third with a bridge alone, and what each says."""
+    """Write two adapters with LoRA on two parts and a third with only a bridge; return the logits of each."""
     form = quantized(request.param) if request.param != "none" else ()
-    for seed, (name, overrides) in enumerate({"a": UPDATED, "b": UPDATED, "c": ()}.items()):
+    for seed, (name, overrides) in enumerate({"a": WITH_LORA, "b": WITH_LORA, "c": ()}.items()):
         model, processor = build(*overrides, *form)
         shake(model, 0.2, seed)
         save_adapter(model, processor, Path(name))
@@ -65,13 +65,12 @@ def test_disabled_removes_lora_only_inside_the_block(folders):
 def test_a_combination_of_one_adapter_is_that_adapter(folders):
     adapters = load_all()
     adapters.combine({"a": 1.0}, "again")
-    found = logits(adapters.model, adapters.processor)
-    torch.testing.assert_close(found, folders["a"], rtol=1e-4, atol=1e-4)
+    actual = logits(adapters.model, adapters.processor)
+    torch.testing.assert_close(actual, folders["a"], rtol=1e-4, atol=1e-4)
 
 
 def test_a_linear_combination_averages_a_and_b_of_every_layer(folders):
-    """PEFT combines A and B, each weighted by the root of weight times scaling, rather than their
-    products."""
+    """PEFT combines A and B, each weighted by the root of weight times scaling, not their products."""
     adapters = load_all()
     adapters.combine({"a": 0.5, "b": 0.5}, "mean")
     for prefix in ("lang_encoder.", "perceiver."):
@@ -88,7 +87,7 @@ def test_a_linear_combination_averages_a_and_b_of_every_layer(folders):
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "dare_ties"])
-def test_a_combination_can_be_saved_and_comes_back(folders, method):
+def test_a_saved_combination_gives_the_same_logits(folders, method):
     torch.manual_seed(0)
     adapters = load_all()
     adapters.combine({"a": 0.7, "b": 0.3}, "both", method)
@@ -97,7 +96,7 @@ def test_a_combination_can_be_saved_and_comes_back(folders, method):
     assert torch.equal(logits(*load_adapter("both")), logits(adapters.model, adapters.processor))
 
 
-def test_what_cannot_be_loaded_used_or_combined_is_refused(folders):
+def test_loading_using_or_combining_the_wrong_adapters_is_refused(folders):
     adapters = load_all()
     with pytest.raises(UserError, match="an adapter named b is loaded already"):
         adapters.load("b", "b")
@@ -134,7 +133,7 @@ def test_lora_on_the_tower_is_right_after_using_an_adapter_without_it(small_run)
     torch.testing.assert_close(logits(adapters.model, adapters.processor), expected, rtol=0, atol=1e-4)
 
 
-def test_an_adapter_is_saved_as_it_is_beside_another_with_more_lora(folders):
+def test_saving_an_adapter_leaves_out_the_lora_of_others(folders):
     model, processor = build(LORA)
     shake(model, 0.2)
     save_adapter(model, processor, Path("plain"))
@@ -158,8 +157,11 @@ def test_adapters_whose_names_share_a_prefix_do_not_mix(small_run):
 
 def test_a_combination_with_a_taken_or_empty_name_is_refused(folders):
     adapters = load_all()
-    for name, told in {"a": "an adapter named a is loaded already", "": "an adapter's name is empty"}.items():
-        with pytest.raises(UserError, match=told):
+    for name, message in {
+        "a": "an adapter named a is loaded already",
+        "": "an adapter's name is empty",
+    }.items():
+        with pytest.raises(UserError, match=message):
             adapters.combine({"a": 0.5, "b": 0.5}, name)
     with pytest.raises(UserError, match="no adapters to combine"):
         adapters.combine({}, "none")

@@ -24,10 +24,10 @@ KINDS = {"bridge and LoRA": regimes.REGIMES["bridge and LoRA"], "LoRA": regimes.
 
 @pytest.fixture(scope="module")
 def pairs(trained_start, tmp_path_factory):
-    """Two adapters of each kind, and what each says."""
+    """Two adapters of each kind."""
     folder = tmp_path_factory.mktemp("pairs")
     shutil.copytree(trained_start, folder, dirs_exist_ok=True)
-    found = {}
+    folders = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for kind, overrides in KINDS.items():
@@ -35,23 +35,22 @@ def pairs(trained_start, tmp_path_factory):
                 model, processor = regimes.build(*overrides)
                 regimes.shake(model, 0.3, seed)
                 save_adapter(model, processor, folder / f"{kind} {seed}")
-            found[kind] = [folder / f"{kind} {seed}" for seed in (1, 2)]
-    return found
+            folders[kind] = [folder / f"{kind} {seed}" for seed in (1, 2)]
+    return folders
 
 
 @pytest.fixture(params=["bridge and LoRA", pytest.param("LoRA", marks=pytest.mark.slow)])
 def pair(request, pairs):
-    """Both folders of a kind, what each adapter says, and what the first one's LoRA says with the other's
-    bridge."""
+    """Both folders of a kind, both adapters' logits, and those of the first LoRA with the second bridge."""
     first, second = pairs[request.param]
     (model, processor), (other, _) = load_adapter(first), load_adapter(second)
-    said = [regimes.logits(model, processor), regimes.logits(other, processor)]
+    expected = [regimes.logits(model, processor), regimes.logits(other, processor)]
     set_bridge_parameters(
         model, {name: tensor for name, tensor in bridge_tensors(other).items() if not is_lora(name)}
     )
     mixed = regimes.logits(model, processor)
-    assert torch.equal(mixed, said[0]) == (request.param == "LoRA") and not torch.equal(*said)
-    return first, second, *said, mixed, processor
+    assert torch.equal(mixed, expected[0]) == (request.param == "LoRA") and not torch.equal(*expected)
+    return first, second, *expected, mixed, processor
 
 
 def test_peft_switches_lora_and_leaves_the_bridge_that_was_loaded_last(pair):

@@ -1,5 +1,4 @@
-"""The three training regimes, unquantized and quantized: what trains, what is saved, and that it loads
-again."""
+"""The training regimes, unquantized and quantized: what trains, what is saved, and what is loaded."""
 
 import os
 import subprocess
@@ -29,7 +28,7 @@ def state(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("regime", REGIMES)
-def test_a_step_changes_declared_parameters_and_no_bit_of_anything_else(small_run, regime, form):
+def test_a_step_changes_declared_parameters_and_no_bit_of_any_other(small_run, regime, form):
     model, processor = build(*settings(regime, form))
     declared = set(trainable_parameters(model))
     before = state(model)
@@ -38,7 +37,7 @@ def test_a_step_changes_declared_parameters_and_no_bit_of_anything_else(small_ru
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed <= declared
     untouched = {name for name in declared - changed if not name.endswith("lora_A.default.weight")}
-    assert not untouched, "with B at zero, only A may not have moved in the first step"
+    assert not untouched, "with B at zero, only A may stay the same in the first step"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -56,7 +55,7 @@ def test_a_loaded_adapter_gives_the_same_logits_in_this_package_and_in_plain_pef
     wrapped = PeftModel.from_pretrained(base, "adapter")
     assert torch.equal(logits(wrapped, processor), expected)
     in_peft = sum(p.numel() for name, p in wrapped.named_parameters() if "dummy" not in name)
-    assert in_peft == parameters, "the bridge is there once"
+    assert in_peft == parameters, "the bridge must exist once"
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -75,9 +74,9 @@ def test_saving_again_keeps_every_byte(small_run, regime, form):
 @pytest.mark.slow
 def test_the_bytes_do_not_depend_on_the_hash_seed(small_run):
     script = (
-        "from pathlib import Path; from flamingo_ft.adapters import save_adapter; from flamingo_ft.config "
-        "import load_recipe;"
-        "from flamingo_ft.training.build import build_model; import sys;"
+        "from pathlib import Path; from flamingo_ft.adapters import save_adapter;"
+        "from flamingo_ft.config import load_recipe; import sys;"
+        "from flamingo_ft.training.build import build_model;"
         "save_adapter(*build_model(load_recipe('./recipe.yaml', sys.argv[2:])), Path(sys.argv[1]))"
     )
     for seed in ("1", "2"):
@@ -103,7 +102,7 @@ def test_frozen_parts_of_a_new_bridge_are_in_the_adapter(small_run):
     assert torch.equal(logits(*load_adapter("adapter")), expected)
 
 
-def test_saving_refuses_lora_that_the_adapter_would_not_hold(small_run):
+def test_saving_refuses_trainable_lora_that_would_be_missing_from_the_adapter(small_run):
     model, processor = build(*REGIMES["bridge and LoRA"])
     inject_adapter_in_model(LoraConfig(target_modules=["layers.0.self_attn.q_proj"]), model, "other")
     model.get_submodule("lang_encoder.model.layers.0.self_attn.q_proj").lora_A["other"].requires_grad_(True)
@@ -115,16 +114,16 @@ def test_saving_refuses_lora_that_the_adapter_would_not_hold(small_run):
 @pytest.mark.parametrize("form", ["nf4", "int8"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_trainer_keeps_the_declared_dtypes_and_float32_gates(small_run, form, dtype):
-    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    expected_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     overrides = (*settings("bridge and LoRA", form), f"trainable.dtype={dtype}")
     model, processor = build(*overrides)
     starts = {name: parameter.clone() for name, parameter in trainable_parameters(model).items()}
     made = trainer(model, processor, *overrides)
     for name, parameter in trainable_parameters(made.model).items():
-        assert parameter.dtype == (torch.float32 if name.endswith("_gate") else wanted), name
+        assert parameter.dtype == (torch.float32 if name.endswith("_gate") else expected_dtype), name
         assert torch.equal(parameter, starts[name]), name
     made.train()
     assert all(
-        p.dtype == (torch.float32 if n.endswith("_gate") else wanted)
+        p.dtype == (torch.float32 if n.endswith("_gate") else expected_dtype)
         for n, p in trainable_parameters(model).items()
     )

@@ -1,5 +1,4 @@
-"""The language models of the released Flamingos, as published: quantized, saved, loaded and merged like any
-other, without running their remote code."""
+"""The language models of the released Flamingos work like any other, without running their remote code."""
 
 from __future__ import annotations
 
@@ -50,11 +49,11 @@ def test_an_adapter_on_them_loads_in_4_bits_and_merges(family):
     settings = ("model.language.name=./lm", *quantized("nf4"), LORA)
     model, processor = build(*settings)
     assert quantization_formats(model.lang_encoder) == {"4bit"}
-    updated = {
+    lora_layers = {
         name.split(".lora_A")[0] for name, _ in model.lang_encoder.named_parameters() if "lora_A" in name
     }
-    assert len(updated) == LAYERS * len(LINEAR[family])
-    assert {name.split(".", 3)[3] for name in updated} == LINEAR[family]
+    assert len(lora_layers) == LAYERS * len(LINEAR[family])
+    assert {name.split(".", 3)[3] for name in lora_layers} == LINEAR[family]
     shake(model, 0.03)
     save_adapter(model, processor, Path("adapter"))
     expected = logits(model, processor)

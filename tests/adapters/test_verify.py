@@ -27,7 +27,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @pytest.fixture(scope="module")
 def merges(trained_start, tmp_path_factory):
-    """A folder with an adapter, and what it is merged to in two dtypes; and its base."""
+    """A folder with an adapter and its merged models in two dtypes; and the adapter's base."""
     folder = tmp_path_factory.mktemp("merges")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(trained_start)
@@ -47,7 +47,7 @@ def base_matrix(name: str) -> torch.Tensor:
 
 
 def scaled(tensors: dict) -> str:
-    """LoRA with another alpha."""
+    """Scale LoRA by another alpha."""
     tensors[UP] = (base_matrix(UP) + 1.1 * (tensors[UP].float() - base_matrix(UP))).to(tensors[UP].dtype)
     return UP
 
@@ -70,7 +70,7 @@ def one_bit_off(name: str) -> Callable[[dict], str]:
     return change
 
 
-def not_a_number(tensors: dict) -> str:
+def with_nan(tensors: dict) -> str:
     tensors[UP][0, 0] = torch.nan
     return UP
 
@@ -85,7 +85,7 @@ def extra(tensors: dict) -> str:
     return "lang_encoder.more"
 
 
-FAULTS = {"scaled": scaled, "skipped": skipped, "transposed": transposed, "NaN": not_a_number}
+FAULTS = {"scaled": scaled, "skipped": skipped, "transposed": transposed, "NaN": with_nan}
 FAULTS |= {
     "missing": missing,
     "extra": extra,
@@ -115,9 +115,8 @@ def test_a_correct_merge_is_within_rounding_and_the_base_is_unchanged(merges, dt
     verified = verify_merge(folder / dtype, folder / "adapter", base, DTYPES[dtype])
     assert verified.tensors == len(load_file(folder / dtype / "model.safetensors"))
     assert verified.matrices_with_lora > 10 and verified.worst_error <= 1
-    assert (
-        dtype == "fp32" or verified.worst_error > 0.9
-    )  # not a loose bound: some of many values are nearly half off
+    # The bound is tight: among many values, some are off by nearly half the spacing.
+    assert dtype == "fp32" or verified.worst_error > 0.9
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
@@ -138,7 +137,9 @@ def test_lora_of_another_matrix_is_not_accepted(merges, tmp_path):
 
 
 FAMILIES = {
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=2),  # matrices kept as (in, out)
+    # stores matrices as (in, out)
+    "gpt2": dict(n_embd=32, n_layer=2, n_head=2),
+    # transformers holds its experts as one tensor and stores them one by one
     "mixtral": dict(
         hidden_size=32,
         intermediate_size=64,
@@ -146,7 +147,7 @@ FAMILIES = {
         num_attention_heads=2,
         num_key_value_heads=2,
     ),
-}  # the latter has experts that transformers holds as one tensor, and stores one by one
+}
 
 
 @pytest.mark.slow
@@ -164,5 +165,5 @@ def test_matrices_with_converted_storage_are_verified_too(small_run, family, kin
     for dtype in DTYPES.values():
         folder = Path(str(dtype))
         folder.mkdir()
-        found = write_merged(Path("adapter"), folder, processor, base=base, dtype=dtype)["verified"]
-        assert found["matrices_with_lora"] >= 8
+        result = write_merged(Path("adapter"), folder, processor, base=base, dtype=dtype)
+        assert result["verified"]["matrices_with_lora"] >= 8

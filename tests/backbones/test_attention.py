@@ -32,7 +32,7 @@ QUERIES, KEYS, WIDTH, HEADS = 5, 7, 32, 4
 
 
 def random_tower(config: dict) -> tuple[nn.Module, torch.Tensor]:
-    """A tower in float64 none of whose parameters is zero or one, and two images."""
+    """Return a tower in float64 with noise on every parameter, and two images."""
     torch.manual_seed(0)
     visual = build_visual(config).double().eval()
     with torch.no_grad():
@@ -108,11 +108,11 @@ def test_unfused_attention_equals_torchs_multihead_attention(batch_first, mask, 
         "float": torch.randn(QUERIES, KEYS, dtype=torch.float64),
         "per head": torch.randn(2 * HEADS, QUERIES, KEYS, dtype=torch.float64),
     }
-    given = {"need_weights": False, "attn_mask": masks.get(mask)}
-    expected, _ = holder["attn"](query, key, key, **given)
+    options = {"need_weights": False, "attn_mask": masks.get(mask)}
+    expected, _ = holder["attn"](query, key, key, **options)
     unfuse_attention(holder)
-    found, weights = holder["attn"](query, key, key, **given)
-    torch.testing.assert_close(found, expected)
+    actual, weights = holder["attn"](query, key, key, **options)
+    torch.testing.assert_close(actual, expected)
     assert weights is None
 
 
@@ -147,7 +147,7 @@ def test_timms_fused_attention_calls_its_layer_once_unfused(make):
         holder["attn"].q_bias.normal_()
     x = torch.randn(2, 4, WIDTH, dtype=torch.float64)
     expected, called = holder["attn"](x), []
-    holder["attn"].qkv.register_forward_hook(lambda *given: called.append("qkv"))
+    holder["attn"].qkv.register_forward_hook(lambda *args: called.append("qkv"))
     unfuse_attention(holder)
     torch.testing.assert_close(holder["attn"](x), expected)
     assert called == ["qkv"] and is_unfused(holder)

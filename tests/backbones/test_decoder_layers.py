@@ -37,7 +37,7 @@ def llama(layers: int = 3) -> LlamaForCausalLM:
 
 
 def opt_with_narrow_embeddings() -> OPTForCausalLM:
-    """Like OPT-350m: the embeddings are narrower than the layers."""
+    """Return a model like OPT-350m, whose embeddings are narrower than its layers."""
     sizes = {"vocab_size": 32, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     return OPTForCausalLM(OPTConfig(hidden_size=16, word_embed_proj_dim=8, **sizes))
 
@@ -75,8 +75,8 @@ def layer_inputs(lm: nn.Module) -> list[tuple[int, Tensor]]:
 )
 def test_layers_are_found_by_structure_or_by_table(family, path):
     lm = make_tiny(family)
-    found, layers = find_decoder_layers(lm)
-    assert found == path
+    actual, layers = find_decoder_layers(lm)
+    assert actual == path
     assert layers is lm.get_submodule(path)
 
 
@@ -86,7 +86,7 @@ def test_layers_are_found_by_structure_or_by_table(family, path):
 def test_the_layers_of_a_tower_are_not_taken_for_decoder_layers(family):
     lm = make_tiny(family)
     towers = [p for p, m in lm.named_modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS]
-    assert len(towers) > 1, "the tower is not as deep as the text model, so there is nothing to confuse"
+    assert len(towers) > 1, "the test needs a tower as deep as the text model"
     path, _ = find_decoder_layers(lm)
     assert not any(part in path for part in ("vision", "image", "audio"))
 
@@ -118,7 +118,7 @@ def test_a_model_without_layers_is_an_error_that_shows_its_lists():
     lm.model.layers = nn.ModuleList(lm.model.layers[:2])
     assert "'model.layers' (2 entries)" in refusal(lm)
     lm.model.layers = nn.Sequential()
-    assert "holds no ModuleList" in refusal(lm)
+    assert "it has no ModuleList, so choose another language model" in refusal(lm)
 
 
 def test_an_override_takes_precedence():

@@ -1,4 +1,4 @@
-"""Towers at other image sizes give the same tokens as in open_clip, however the tower is built."""
+"""Vision towers at other image sizes: tokens equal open_clip's, and every way to rebuild a tower agrees."""
 
 from __future__ import annotations
 
@@ -49,16 +49,13 @@ def test_another_size_gives_more_or_fewer_tokens_with_the_same_weights(sized):
     assert loaded.source == {
         **native.source,
         "image_size": size,
-    }  # the digest is of the weights, as they were found
-    assert loaded.preprocess == {
-        **native.preprocess,
-        "size": json.loads(json.dumps(loaded.visual.image_size)),
-    }
+    }  # the hash is of the weights before resizing
+    size_as_json = json.loads(json.dumps(loaded.visual.image_size))
+    assert loaded.preprocess == {**native.preprocess, "size": size_as_json}
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in SIZED if name != "resnet"]
-)  # open_clip resizes no ResNet's pooling
+# Without the ResNet: open_clip does not resize its pooling.
+@pytest.mark.parametrize("name", [name for name in SIZED if name != "resnet"])
 def test_tokens_at_another_size_equal_open_clips(name, tmp_path):
     config, size, _ = SIZED[name]
     write_folder(tmp_path, config)
@@ -78,7 +75,7 @@ def test_the_tower_is_rebuilt_from_its_configuration_and_state_dict(sized):
     assert tower_config(folder, image_size=size) == loaded.config
 
 
-def test_the_native_size_changes_nothing(tmp_path):
+def test_image_size_set_to_the_native_size_changes_nothing(tmp_path):
     write_folder(tmp_path, TOWERS["clip"][0])
     native, named = load_vision(str(tmp_path)), load_vision(str(tmp_path), image_size=32)
     images = torch.randn(1, 3, 32, 32)
@@ -87,15 +84,15 @@ def test_the_native_size_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip", "vit", "eva-rotary"])
-def test_a_quantized_tower_at_another_size_stays_near_the_unquantized_one(name, tmp_path):
+def test_a_quantized_tower_at_another_size_stays_close_to_the_unquantized_one(name, tmp_path):
     config, size, tokens = SIZED[name]
     write_folder(tmp_path, config)
     images = torch.randn(1, 3, size, size)
     plain = load_vision(str(tmp_path), image_size=size)
-    found = load_vision(str(tmp_path), quantization=Quantization("int8"), device="cpu", image_size=size)
-    assert (found.config, found.preprocess) == (plain.config, plain.preprocess)
-    expected, tokens_found = spatial_tokens(plain.visual, images), spatial_tokens(found.visual, images)
-    assert torch.nn.functional.cosine_similarity(expected, tokens_found, dim=-1).min() > 0.99
+    quantized = load_vision(str(tmp_path), quantization=Quantization("int8"), device="cpu", image_size=size)
+    assert (quantized.config, quantized.preprocess) == (plain.config, plain.preprocess)
+    expected, actual = (spatial_tokens(tower.visual, images) for tower in (plain, quantized))
+    assert torch.cosine_similarity(actual, expected, dim=-1).min() > 0.99
 
 
 @pytest.mark.parametrize(
@@ -119,14 +116,14 @@ def test_an_unsupported_size_is_refused_in_one_line(config, size, message, tmp_p
 
 
 def left_and_right(width: int, height: int) -> Image.Image:
-    """A white image with a red left edge and a blue right one, an eighth of the width each."""
+    """Return a white image with a red left edge and a blue right edge, an eighth of the width each."""
     image = Image.new("RGB", (width, height), "white")
     image.paste("red", (0, 0, width // 8, height))
     image.paste("blue", (width - width // 8, 0, width, height))
     return image
 
 
-def pixels_of(image: Image.Image, **options) -> torch.Tensor:
+def to_pixels(image: Image.Image, **options) -> torch.Tensor:
     preprocess = load_vision("nano", **options).preprocess
     mean, std = (torch.tensor(preprocess[key])[:, None, None] for key in ("mean", "std"))
     return image_transform(preprocess)(image) * std + mean
@@ -134,7 +131,7 @@ def pixels_of(image: Image.Image, **options) -> torch.Tensor:
 
 def test_padding_to_a_square_keeps_the_whole_image_and_cropping_does_not():
     image = left_and_right(400, 200)
-    padded, cropped = pixels_of(image, resize_mode="longest"), pixels_of(image, resize_mode="shortest")
+    padded, cropped = to_pixels(image, resize_mode="longest"), to_pixels(image, resize_mode="shortest")
     size = padded.shape[-1]
     red, blue = (torch.tensor(color).float() for color in ((1, 0, 0), (0, 0, 1)))
     middle = size // 2
@@ -142,7 +139,7 @@ def test_padding_to_a_square_keeps_the_whole_image_and_cropping_does_not():
     torch.testing.assert_close(padded[:, middle, -2], blue, atol=0.1, rtol=0)
     assert padded[:, : size // 4 - 1].abs().max() < 0.02 and padded[:, -(size // 4 - 1) :].abs().max() < 0.02
     assert cropped[:, middle].min() > 0.9  # white: both edges are cut off
-    squashed = pixels_of(image, resize_mode="squash")
+    squashed = to_pixels(image, resize_mode="squash")
     torch.testing.assert_close(squashed[:, 1, 1], red, atol=0.1, rtol=0)
 
 
@@ -150,7 +147,7 @@ def test_padding_to_a_square_keeps_the_whole_image_and_cropping_does_not():
 
 
 def nano(**options):
-    """A small Flamingo around the nano tower, its gates open, and its processor."""
+    """Return a small Flamingo with the nano tower and open gates, and its processor."""
     torch.manual_seed(0)
     sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
     model, processor = build_flamingo(load_vision("nano", **options), load_language("nano"), perceiver=sizes)

@@ -33,8 +33,8 @@ IDS = torch.arange(3, 9)[None]
 
 def save_tokenizer(folder: Path, words: str = "a b") -> None:
     vocabulary = {word: index for index, word in enumerate(["<unk>", *words.split()])}
-    words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=words_only, unk_token="<unk>").save_pretrained(folder)
+    word_level = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=word_level, unk_token="<unk>").save_pretrained(folder)
 
 
 def save_model(folder: Path, family: str = "llama", **options) -> Path:
@@ -50,7 +50,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> Callable[[str, Path], None]:
-    """Function that puts a folder into an otherwise empty Hub cache, as revision main with commit COMMIT."""
+    """Return a function that puts a folder into an empty Hub cache, as revision main with commit COMMIT."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def put(name: str, folder: Path) -> None:
@@ -107,22 +107,22 @@ def test_the_content_hash_does_not_depend_on_the_path(folder, hub, tmp_path):
 
 
 def test_weights_are_downloaded_in_one_format_and_safetensors_first(folder, monkeypatch):
-    asked = []
+    patterns = []
 
     def download(name, *, allow_patterns, **options):
-        asked.append([pattern for pattern in allow_patterns if pattern in ("*.safetensors", "*.bin")])
+        patterns.append([pattern for pattern in allow_patterns if pattern in ("*.safetensors", "*.bin")])
         return str(folder)
 
     monkeypatch.setattr(fetch, "snapshot_download", download)
     load_language("org/tiny")
-    assert asked == [["*.safetensors"]]
+    assert patterns == [["*.safetensors"]]
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     load_language("org/tiny")
-    assert asked[1:] == [["*.safetensors"], ["*.bin"]]
+    assert patterns[1:] == [["*.safetensors"], ["*.bin"]]
 
 
-def test_the_tokenizer_may_come_from_elsewhere(folder, hub, tmp_path):
+def test_the_tokenizer_may_come_from_another_folder_or_repository(folder, hub, tmp_path):
     save_tokenizer(tmp_path / "words", "x y z")
     hub("org/words", tmp_path / "words")
     assert len(load_language(str(folder)).tokenizer) == 3
@@ -131,7 +131,7 @@ def test_the_tokenizer_may_come_from_elsewhere(folder, hub, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the checkpoint's own dtype is the default")
-def test_parameters_are_float32_without_a_gpu_unless_asked_otherwise(tmp_path):
+def test_parameters_are_float32_by_default_without_a_gpu(tmp_path):
     folder = save_model(tmp_path / "lm", dtype=torch.bfloat16)
     assert load_language(str(folder)).model.dtype == torch.float32
     assert load_language(str(folder), dtype=torch.bfloat16).model.dtype == torch.bfloat16
@@ -156,8 +156,16 @@ def test_an_invalid_name_is_an_error_without_a_download(name, monkeypatch):
     assert f"language model {name!r}: neither a folder nor a name on the Hub" in refusal(name)
 
 
-def test_local_files_only_refuses_a_model_that_is_not_in_the_cache(hub):
-    assert "the cache is incomplete" in refusal("org/tiny", local_files_only=True)
+@pytest.mark.parametrize(
+    ("offline", "message_part"),
+    [
+        (False, "is not in the cache, and only the cache may be used; check the name, or give a folder"),
+        (True, "HF_HUB_OFFLINE is set, and the cache is incomplete; unset it, or give a folder"),
+    ],
+)
+def test_local_files_only_refuses_a_model_that_is_not_in_the_cache(offline, message_part, hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    assert message_part in refusal("org/tiny", local_files_only=True)
 
 
 @pytest.mark.parametrize(

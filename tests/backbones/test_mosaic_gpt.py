@@ -1,4 +1,4 @@
-"""MPT-1B without remote code: the original's numbers (tests/golden), from files as they are on the Hub."""
+"""MPT-1B without remote code computes the original's numbers (tests/golden) from the files of the Hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECORDED = load_file(golden.FILE)
 
 
 def original() -> MosaicGptForCausalLM:
-    """The model whose numbers were recorded."""
+    """Return the model whose numbers were recorded."""
     model = MosaicGptForCausalLM(MosaicGptConfig(**golden.SHAPE, **golden.KIND)).eval()
     fill(model, "lang_encoder.")
     return model
@@ -36,43 +36,43 @@ def original() -> MosaicGptForCausalLM:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """The recorded model as the Hub has it: remote code named, weights in shards of a pickle."""
+    """Write the recorded model as the Hub has it: with remote code named, and pickled weights in shards."""
     return write_language_model(tmp_path / "mpt-1b", {**MOSAIC_GPT, **golden.SHAPE}, original().state_dict())
 
 
-def distance(found: torch.Tensor, name: str) -> float:
-    return float((found - RECORDED[name]).abs().max() / RECORDED[name].abs().max())
+def distance(actual: torch.Tensor, name: str) -> float:
+    return float((actual - RECORDED[name]).abs().max() / RECORDED[name].abs().max())
 
 
 def test_logits_and_tokens_are_those_of_the_original():
-    found = golden.measure(original())
-    assert distance(found["left_padded"], "left_padded") < TOLERANCE
-    assert distance(found["continued"], "continued") < TOLERANCE
-    assert torch.equal(found["greedy"], RECORDED["greedy"])
+    result = golden.measure(original())
+    assert distance(result["left_padded"], "left_padded") < TOLERANCE
+    assert distance(result["continued"], "continued") < TOLERANCE
+    assert torch.equal(result["greedy"], RECORDED["greedy"])
 
 
 def test_loss_and_gradients_are_those_of_the_original():
     model = original().double()
-    loss, found = golden.loss_gradients(model)
+    loss, gradients = golden.loss_gradients(model)
     assert float(loss) == pytest.approx(float(RECORDED["loss"]), rel=TOLERANCE)
-    table, recorded = gradient_table(found), RECORDED["gradients"]
+    table, recorded = gradient_table(gradients), RECORDED["gradients"]
     assert table.shape == recorded.shape
     assert ((table - recorded).abs() / recorded[:, :1]).max() < 1e-6
     batch = left_padded()
-    found_loss = model(
+    model_loss = model(
         batch.input_ids, attention_mask=batch.attention_mask, labels=golden.labels(batch)
     ).loss.detach()
-    assert float(found_loss) == pytest.approx(float(loss), rel=1e-6)  # transformers sums it in float32
+    assert float(model_loss) == pytest.approx(float(loss), rel=1e-6)  # transformers sums it in float32
 
 
 def test_hub_files_load_without_remote_code_and_are_saved_under_the_same_names(folder, tmp_path):
     loaded = load_language(str(folder))
     assert distance(golden.measure(loaded.model)["left_padded"], "left_padded") < TOLERANCE
-    loaded.model.save_pretrained(tmp_path / "again")
+    loaded.model.save_pretrained(tmp_path / "saved")
     index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
-    assert load_file(tmp_path / "again" / "model.safetensors").keys() == index["weight_map"].keys()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(golden.measure(again)["left_padded"], golden.measure(loaded.model)["left_padded"])
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == index["weight_map"].keys()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(golden.measure(saved)["left_padded"], golden.measure(loaded.model)["left_padded"])
 
 
 def test_generation_gives_the_originals_tokens_with_and_without_a_cache(folder):
@@ -83,10 +83,10 @@ def test_generation_gives_the_originals_tokens_with_and_without_a_cache(folder):
         "no_repeat_ngram_size": 1, "suppress_tokens": [MEDIA_TOKEN, EOC_TOKEN],
     }  # fmt: skip
     for use_cache in (True, False):
-        found = model.generate(batch.input_ids, use_cache=use_cache, **options)
-        assert torch.equal(found[:, batch.input_ids.shape[1] :], RECORDED["greedy"])
+        tokens = model.generate(batch.input_ids, use_cache=use_cache, **options)
+        assert torch.equal(tokens[:, batch.input_ids.shape[1] :], RECORDED["greedy"])
     beams = [model.generate(batch.input_ids, num_beams=3, use_cache=use, **options) for use in (True, False)]
-    assert torch.equal(*beams) and not torch.equal(beams[0], found)
+    assert torch.equal(*beams) and not torch.equal(beams[0], tokens)
 
 
 def test_padding_on_the_left_changes_nothing():
@@ -101,19 +101,17 @@ def test_checkpointing_changes_no_gradient():
     model = original().train()
     _, expected = golden.loss_gradients(model)
     model.gradient_checkpointing_enable()
-    _, found = golden.loss_gradients(model)
-    assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
+    _, gradients = golden.loss_gradients(model)
+    assert all(torch.allclose(gradients[name], expected[name], rtol=1e-4, atol=1e-6) for name in expected)
 
 
 def test_every_matrix_but_the_heads_is_quantized(folder):
     model = load_language(str(folder), quantization=Quantization("nf4")).model
-    found = {name.split(".", 3)[3] for name, module in model.named_modules() if is_quantized(module)}
-    assert found == {"attn.Wqkv", "attn.out_proj", "mlp.mlp_up", "mlp.mlp_down"}
+    quantized = {name.split(".", 3)[3] for name, module in model.named_modules() if is_quantized(module)}
+    assert quantized == {"attn.Wqkv", "attn.out_proj", "mlp.mlp_up", "mlp.mlp_down"}
     exact = golden.measure(original())["left_padded"]
-    assert (
-        torch.nn.functional.cosine_similarity(golden.measure(model)["left_padded"], exact, dim=-1).mean()
-        > 0.97
-    )
+    actual = golden.measure(model)["left_padded"]
+    assert torch.cosine_similarity(actual, exact, dim=-1).mean() > 0.97
 
 
 def test_packed_documents_do_not_attend_to_each_other():
@@ -133,9 +131,9 @@ def test_unsupported_variants_of_the_architecture_are_refused_in_one_line(key, v
 
 def test_keys_about_training_stay_in_the_configuration(folder, tmp_path):
     AutoConfig.from_pretrained(folder).save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
+    saved = json.loads((tmp_path / "config.json").read_text())
     for key in ("param_init_fn", "attn_impl", "alibi", "softmax_scale", "tokenizer_name"):
-        assert written[key] == MOSAIC_GPT[key]
+        assert saved[key] == MOSAIC_GPT[key]
 
 
 def test_the_tokenizer_named_in_the_configuration_is_loaded_if_the_model_has_none(folder, tmp_path):

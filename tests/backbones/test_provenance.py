@@ -1,4 +1,4 @@
-"""Content hashes change with the content and with nothing else; the license is the model card's."""
+"""Content hashes change only with the content; the license is the one stated on the model card."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import nn
 
@@ -38,13 +39,13 @@ def folder(tmp_path: Path) -> Path:
     return model
 
 
-def test_a_module_and_its_state_dict_in_any_order_have_one_digest():
+def test_a_module_and_its_state_dict_in_any_order_have_the_same_hash():
     module = nn.Linear(3, 2)
     backwards = dict(reversed(list(module.state_dict().items())))
     assert tensors_sha256(module) == tensors_sha256(backwards) == tensors_sha256(module)
 
 
-def test_memory_layout_does_not_change_the_digest():
+def test_memory_layout_does_not_change_the_hash():
     tensor = torch.arange(6.0).reshape(2, 3)
     strided = tensor.t().contiguous().t()
     assert tensors_sha256({"w": tensor}) == tensors_sha256({"w": strided})
@@ -62,7 +63,7 @@ def test_memory_layout_does_not_change_the_digest():
     ],
     ids=["value", "name", "shape", "dtype-same-bytes", "dtype", "one-more-tensor"],
 )
-def test_any_change_of_tensors_changes_the_digest(changed):
+def test_any_change_of_tensors_changes_the_hash(changed):
     assert tensors_sha256({"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}) != tensors_sha256(changed)
 
 
@@ -77,14 +78,14 @@ def test_meta_tensors_are_refused():
         tensors_sha256({"w": torch.empty(2, device="meta")})
 
 
-def test_a_copy_of_a_folder_elsewhere_has_the_same_digest(folder, tmp_path):
-    copy = Path(shutil.copytree(folder, tmp_path / "somewhere" / "else"))
+def test_a_copy_of_a_folder_has_the_same_hash(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "another" / "path"))
     os.utime(copy / "config.json", (1, 1))
     assert files_sha256(copy) == files_sha256(str(folder))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_changed_byte_changes_the_digest(folder, file):
+def test_a_changed_byte_changes_the_hash(folder, file):
     before = files_sha256(folder)
     with (folder / file).open("ab") as stream:
         stream.write(b" ")
@@ -104,14 +105,14 @@ def test_a_changed_byte_changes_the_digest(folder, file):
         "vocab.json",
     ],
 )
-def test_files_that_are_not_loaded_do_not_count(folder, extra):
+def test_files_that_are_not_loaded_do_not_change_the_hash(folder, extra):
     before = files_sha256(folder)
     (folder / extra).parent.mkdir(parents=True, exist_ok=True)
     (folder / extra).write_text("anything")
     assert files_sha256(folder) == before
 
 
-def test_every_shard_of_an_index_counts(folder):
+def test_every_shard_of_an_index_changes_the_hash(folder):
     (folder / "model.safetensors").unlink()
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -125,7 +126,7 @@ def test_every_shard_of_an_index_counts(folder):
         files_sha256(folder)
 
 
-def test_a_hub_snapshot_has_the_digest_of_its_files_without_reading_the_large_ones(folder, tmp_path):
+def test_a_hub_snapshot_has_the_hash_of_its_files_without_reading_the_large_ones(folder, tmp_path):
     """The cache's own layout: links into `blobs`, large files named by SHA-256, small ones by a git hash."""
     snapshot, blobs = tmp_path / "models--org--name/snapshots/0a1b", tmp_path / "models--org--name/blobs"
     snapshot.mkdir(parents=True)
@@ -173,8 +174,8 @@ def test_the_nano_backbones_have_the_packages_license():
     assert load_vision("nano").license == load_language("nano").license == "apache-2.0"
 
 
-def test_an_unreachable_repository_has_no_license(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_the_license_of_an_unreachable_repository_is_none(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert license_on_hub("nobody/nothing", None) is None
 
 
@@ -188,4 +189,4 @@ def test_the_card_of_a_repository_is_downloaded_for_its_license(hub):
     repository.branches.setdefault("main", [])
     hub.commit(repository, "main", lines)
     assert license_on_hub("org/tower", None) == "openrail"
-    assert MODEL_CARD in SMALL_FILES, "a language model's comes with its other small files"
+    assert MODEL_CARD in SMALL_FILES, "the card of a language model is downloaded with its other small files"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from open_clip.factory import _MODEL_CONFIGS
-from open_clip.transformer import Attention as CustomAttention
+from open_clip.transformer import Attention
 from PIL import Image
 from torch import nn
 
@@ -34,11 +34,11 @@ FAMILIES = {
     "custom": {"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "block_type": "custom"}},
     "siglip": SIGLIP,
 }
-CLOSE = {"int8": 0.999, "nf4": 0.98, "fp4": 0.97}
+MINIMUM_SIMILARITY = {"int8": 0.999, "nf4": 0.98, "fp4": 0.97}
 
 
 def random_tower(config: dict) -> nn.Module:
-    """A tower in which every block has an effect: layer scales, initialized near zero, are set to one.
+    """Return a tower in which every block has an effect: layer scales, near zero at first, are set to one.
 
     OpenCLIP initializes its own attention so large that each token attends to one other; here, to many.
     """
@@ -48,7 +48,7 @@ def random_tower(config: dict) -> nn.Module:
         if name.rpartition(".")[2] in ("gamma", "gamma_1", "gamma_2"):
             parameter.fill_(1.0)
     for module in visual.modules():
-        if isinstance(module, CustomAttention):
+        if isinstance(module, Attention):
             module.in_proj_weight.mul_(0.2)
     return visual
 
@@ -59,7 +59,7 @@ def images_for(config: dict) -> torch.Tensor:
 
 
 def real_images(tower: VisionBackbone, count: int) -> torch.Tensor:
-    """Pictures of the quickstart, preprocessed for the tower."""
+    """Return pictures of the quickstart, preprocessed for the tower."""
     transform = image_transform(tower.preprocess)
     return torch.stack([transform(Image.open(file)) for file in sorted(PICTURES.glob("*.png"))[:count]])
 
@@ -70,16 +70,17 @@ def quantized(visual: nn.Module, quantization_format: str) -> nn.Module:
     return twin
 
 
-def similarity(found: torch.Tensor, expected: torch.Tensor) -> float:
+def similarity(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the mean cosine similarity of tokens (N, V, D)."""
-    return torch.cosine_similarity(found, expected, dim=-1).mean().item()
+    return torch.cosine_similarity(actual, expected, dim=-1).mean().item()
 
 
 def quantized_fraction(visual: nn.Module) -> float:
     """Return the fraction of the tower's weights that are in quantized matrices."""
-    small = sum(layer.weight.numel() for layer in visual.modules() if is_quantized(layer))
-    inside = sum(layer.in_features * layer.out_features for layer in visual.modules() if is_quantized(layer))
-    return inside / (sum(parameter.numel() for parameter in visual.parameters()) - small + inside)
+    layers = [layer for layer in visual.modules() if is_quantized(layer)]
+    stored = sum(layer.weight.numel() for layer in layers)
+    original = sum(layer.in_features * layer.out_features for layer in layers)
+    return original / (sum(parameter.numel() for parameter in visual.parameters()) - stored + original)
 
 
 @pytest.mark.parametrize("quantization_format", FORMATS)
@@ -93,29 +94,28 @@ def test_every_matrix_of_every_block_is_quantized_and_tokens_stay_close(family, 
         assert is_quantized(module) or not isinstance(module, nn.Linear), name
         bare = [leaf for leaf, parameter in module.named_parameters(recurse=False) if "proj_weight" in leaf]
         assert not bare, name
-    assert (
-        similarity(spatial_tokens(twin, images), spatial_tokens(visual, images)) >= CLOSE[quantization_format]
-    )
+    similar = similarity(spatial_tokens(twin, images), spatial_tokens(visual, images))
+    assert similar >= MINIMUM_SIMILARITY[quantization_format]
 
 
-@pytest.mark.parametrize("quantization_format, least", [("int8", 0.999), ("nf4", 0.99), ("fp4", 0.99)])
-def test_the_nano_towers_tokens_stay_close_on_real_images(quantization_format, least):
+@pytest.mark.parametrize("quantization_format, minimum", [("int8", 0.999), ("nf4", 0.99), ("fp4", 0.99)])
+def test_the_nano_towers_tokens_stay_close_on_real_images(quantization_format, minimum):
     tower = load_vision("nano")
     images = real_images(tower, 16)
     twin = load_vision("nano", quantization=Quantization(quantization_format), device="cpu")
-    assert similarity(spatial_tokens(twin.visual, images), spatial_tokens(tower.visual, images)) >= least
+    assert similarity(spatial_tokens(twin.visual, images), spatial_tokens(tower.visual, images)) >= minimum
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantization_format, least", [("int8", 0.999), ("nf4", 0.98)])
-def test_vit_l_14_is_quantized_but_for_5_percent_and_its_tokens_stay_close(quantization_format, least):
+@pytest.mark.parametrize("quantization_format, minimum", [("int8", 0.999), ("nf4", 0.98)])
+def test_95_percent_of_vit_l_14_is_quantized_and_its_tokens_stay_close(quantization_format, minimum):
     torch.manual_seed(0)
     tower = load_vision("ViT-L-14")
     images = real_images(tower, 2)
     expected = spatial_tokens(tower.visual, images)
     quantize_tower(tower.visual, Quantization(quantization_format), "cpu")
     assert quantized_fraction(tower.visual) >= 0.95
-    assert similarity(spatial_tokens(tower.visual, images), expected) >= least
+    assert similarity(spatial_tokens(tower.visual, images), expected) >= minimum
 
 
 def test_a_dequantized_tower_can_be_fused_again_and_gives_the_quantized_towers_tokens():
@@ -160,13 +160,13 @@ def test_loading_quantized_equals_loading_then_quantizing(name, quantization_for
     config = TOWERS[name][0]
     write_folder(tmp_path, config)
     plain = load_vision(str(tmp_path))
-    found = load_vision(str(tmp_path), quantization=Quantization(quantization_format), device="cpu")
+    loaded = load_vision(str(tmp_path), quantization=Quantization(quantization_format), device="cpu")
     images = images_for(config)
-    assert found.source == {**plain.source, "quantization": Quantization(quantization_format).record()}
-    assert (found.config, found.preprocess, found.width) == (plain.config, plain.preprocess, plain.width)
-    assert not found.visual.training and not any(p.requires_grad for p in found.visual.parameters())
+    assert loaded.source == {**plain.source, "quantization": Quantization(quantization_format).record()}
+    assert (loaded.config, loaded.preprocess, loaded.width) == (plain.config, plain.preprocess, plain.width)
+    assert not loaded.visual.training and not any(p.requires_grad for p in loaded.visual.parameters())
     expected = quantized(plain.visual, quantization_format)
-    assert torch.equal(spatial_tokens(found.visual, images), spatial_tokens(expected, images))
+    assert torch.equal(spatial_tokens(loaded.visual, images), spatial_tokens(expected, images))
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
@@ -179,31 +179,32 @@ def test_a_file_of_any_format_and_dtype_loads_quantized(stored, new_format, tmp_
     file = tmp_path / "epoch_1.pt"
     torch.save({"state_dict": weights}, file, _use_new_zipfile_serialization=new_format)
     plain = load_vision("tiny", str(file))
-    found = load_vision("tiny", str(file), quantization=Quantization("nf4"), device="cpu")
-    assert found.source["sha256"] == plain.source["sha256"] == tensors_sha256(plain.visual)
+    loaded = load_vision("tiny", str(file), quantization=Quantization("nf4"), device="cpu")
+    assert loaded.source["sha256"] == plain.source["sha256"] == tensors_sha256(plain.visual)
     images = images_for(config)
     assert torch.equal(
-        spatial_tokens(found.visual, images), spatial_tokens(quantized(plain.visual, "nf4"), images)
+        spatial_tokens(loaded.visual, images), spatial_tokens(quantized(plain.visual, "nf4"), images)
     )
 
 
-def test_a_loaded_tower_does_not_depend_on_its_file(tmp_path):
+def test_a_loaded_tower_does_not_depend_on_its_file_afterwards(tmp_path):
     write_folder(tmp_path, TOWERS["clip"][0])
-    found = load_vision(str(tmp_path), quantization=Quantization("nf4"), device="cpu")
+    loaded = load_vision(str(tmp_path), quantization=Quantization("nf4"), device="cpu")
     images = images_for(TOWERS["clip"][0])
-    expected = spatial_tokens(found.visual, images)
+    expected = spatial_tokens(loaded.visual, images)
     file = tmp_path / "open_clip_model.safetensors"
     with file.open("r+b") as stream:
         stream.write(bytes(file.stat().st_size))
-    assert torch.equal(spatial_tokens(found.visual, images), expected)
+    assert torch.equal(spatial_tokens(loaded.visual, images), expected)
 
 
 def test_random_weights_are_quantized_too():
     torch.manual_seed(0)
     plain = load_vision("ViT-S-32-alt")
     torch.manual_seed(0)
-    found = load_vision("ViT-S-32-alt", quantization=Quantization("int8"), device="cpu")
-    assert found.source["sha256"] == plain.source["sha256"] and quantization_formats(found.visual) == {"int8"}
+    loaded = load_vision("ViT-S-32-alt", quantization=Quantization("int8"), device="cpu")
+    assert loaded.source["sha256"] == plain.source["sha256"]
+    assert quantization_formats(loaded.visual) == {"int8"}
 
 
 def test_a_file_that_does_not_fit_is_refused_with_quantization_too(tmp_path):
@@ -216,6 +217,6 @@ def test_a_file_that_does_not_fit_is_refused_with_quantization_too(tmp_path):
 
 
 def test_the_rest_of_the_tower_is_in_the_compute_dtype():
-    found = load_vision("nano", quantization=Quantization("nf4", compute_dtype="bf16"), device="cpu")
-    assert {parameter.dtype for parameter in found.visual.parameters()} == {torch.bfloat16, torch.uint8}
-    assert spatial_tokens(found.visual, torch.randn(1, 3, *found.visual.image_size)).dtype == torch.bfloat16
+    loaded = load_vision("nano", quantization=Quantization("nf4", compute_dtype="bf16"), device="cpu")
+    assert {parameter.dtype for parameter in loaded.visual.parameters()} == {torch.bfloat16, torch.uint8}
+    assert spatial_tokens(loaded.visual, torch.randn(1, 3, *loaded.visual.image_size)).dtype == torch.bfloat16

@@ -23,11 +23,11 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def rows_of(split: str, folder: Path = QUICKSTART) -> list[dict]:
+def read_rows(split: str, folder: Path = QUICKSTART) -> list[dict]:
     return [json.loads(line) for line in (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-ROWS = {split: rows_of(split) for split in ("train", "eval")}
+ROWS = {split: read_rows(split) for split in ("train", "eval")}
 
 
 def right_answer(question: str, digits: list[int]) -> str:
@@ -46,28 +46,30 @@ def right_answer(question: str, digits: list[int]) -> str:
 
 @pytest.mark.parametrize("split", ["train", "eval"])
 def test_every_answer_is_right_for_the_labels_of_its_pictures(split):
-    digit_of = {scan.file_name: scan.digit for scan in load_scans()}
+    digit_by_image = {scan.file_name: scan.digit for scan in load_scans()}
     for row in ROWS[split]:
-        waiting, seen = list(row["images"]), []
+        remaining, digits = list(row["images"]), []
         for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
             assert (question["role"], answer["role"]) == ("user", "assistant")
-            seen += [digit_of[waiting.pop(0)] for block in question["content"] if block["type"] == "image"]
+            digits += [
+                digit_by_image[remaining.pop(0)] for block in question["content"] if block["type"] == "image"
+            ]
             text = " ".join(block["text"] for block in question["content"] if block["type"] == "text")
-            assert answer["content"] == [{"type": "text", "text": right_answer(text, seen)}], row
-        assert not waiting
+            assert answer["content"] == [{"type": "text", "text": right_answer(text, digits)}], row
+        assert not remaining
 
 
-def test_every_picture_is_there_and_opens():
+def test_every_picture_exists_and_opens():
     for name in {name for rows in ROWS.values() for row in rows for name in row["images"]}:
         with Image.open(QUICKSTART / name) as image:
             assert (image.size, image.mode) == ((32, 32), "L")
 
 
-def test_a_row_never_shows_one_picture_twice():
+def test_the_pictures_of_a_row_are_all_different():
     assert all(len(set(row["images"])) == len(row["images"]) for rows in ROWS.values() for row in rows)
 
 
-def test_every_scan_is_in_one_split_and_every_held_out_scan_is_used():
+def test_every_scan_is_in_one_split_and_every_evaluation_scan_is_used():
     names = {split: {name for row in rows for name in row["images"]} for split, rows in ROWS.items()}
     assert not names["train"] & names["eval"]
     assert len(names["eval"]) == 360
@@ -92,19 +94,19 @@ def test_the_best_guess_without_pictures_has_the_stated_accuracy(kind):
     assert sum(max(counts.values()) for counts in answers.values()) == pytest.approx(1800 * kind.chance)
 
 
-def test_the_files_are_those_the_script_writes(tmp_path):
+def test_the_script_reproduces_the_packaged_files(tmp_path):
     write_dataset(tmp_path)
-    assert rows_of("train", tmp_path) == ROWS["train"]
-    assert rows_of("eval", tmp_path) == ROWS["eval"]
+    assert read_rows("train", tmp_path) == ROWS["train"]
+    assert read_rows("eval", tmp_path) == ROWS["eval"]
     for path in (tmp_path / "images").iterdir():
-        with Image.open(path) as made, Image.open(QUICKSTART / "images" / path.name) as kept:
-            assert made.tobytes() == kept.tobytes()
+        with Image.open(path) as written, Image.open(QUICKSTART / "images" / path.name) as packaged:
+            assert written.tobytes() == packaged.tobytes()
 
 
 CHOICES = ({"Yes.", "No."}, {"Even.", "Odd."})
 
 
-def test_the_preference_files_are_those_the_script_writes(tmp_path):
+def test_the_script_reproduces_the_packaged_preferences(tmp_path):
     for source in PREFERENCES:
         shutil.copy(QUICKSTART / source, tmp_path)
     write_preferences(tmp_path)
@@ -113,20 +115,20 @@ def test_the_preference_files_are_those_the_script_writes(tmp_path):
 
 
 @pytest.mark.parametrize("source", PREFERENCES)
-def test_the_chosen_answer_is_the_dialogues_and_the_rejected_one_is_of_its_kind(source):
+def test_the_chosen_answer_is_the_dialogues_and_the_rejected_one_is_of_the_same_kind(source):
     name, count = PREFERENCES[source]
-    pairs = rows_of(name.removesuffix(".jsonl"))
+    pairs = read_rows(name.removesuffix(".jsonl"))
     assert len(pairs) == count
-    for row, pair in zip(rows_of(source.removesuffix(".jsonl")), pairs, strict=False):
+    for row, pair in zip(read_rows(source.removesuffix(".jsonl")), pairs, strict=False):
         assert (pair["images"], pair["chosen"]) == (row["images"], row["messages"][-1]["content"][0]["text"])
         answers = {pair["chosen"], pair["rejected"]}
         assert len(answers) == 2
         assert answers in CHOICES or len(pair["chosen"].split()) == len(pair["rejected"].split())
 
 
-def test_no_scan_of_held_out_preferences_is_trained_on():
-    shown = [
-        {image for pair in rows_of(name.removesuffix(".jsonl")) for image in pair["images"]}
+def test_the_two_preference_files_share_no_image():
+    images = [
+        {image for pair in read_rows(name.removesuffix(".jsonl")) for image in pair["images"]}
         for name, _ in PREFERENCES.values()
     ]
-    assert not shown[0] & shown[1]
+    assert not images[0] & images[1]

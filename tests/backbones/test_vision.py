@@ -39,7 +39,7 @@ def timm_config(trunk: str, size: int, **more) -> dict:
     return {"embed_dim": 16, "vision_cfg": cfg}
 
 
-# name: (config, V, D). The CLIP and timm ones with stochastic layers that only train mode would run.
+# name: (config, V, D). Some have stochastic layers, which run in train mode only.
 TOWERS = {
     "clip": ({"embed_dim": 16, "vision_cfg": {**CLIP_CFG, "patch_dropout": 0.5}}, 16, 32),
     "clip-quickgelu": ({"embed_dim": 16, "vision_cfg": CLIP_CFG, "quick_gelu": True}, 16, 32),
@@ -55,7 +55,7 @@ TOWERS = {
 
 @pytest.fixture(scope="module", params=TOWERS)
 def tower(request) -> tuple[dict, nn.Module, torch.Tensor, int, int]:
-    """A random tower: its configuration, the module, two images, and the expected V and D."""
+    """Return a random tower: its configuration, the module, two images, and the expected V and D."""
     config, tokens, width = TOWERS[request.param]
     torch.manual_seed(0)
     visual = build_visual(config).eval()
@@ -64,7 +64,7 @@ def tower(request) -> tuple[dict, nn.Module, torch.Tensor, int, int]:
 
 
 def checkpoint(config: dict) -> tuple[nn.Module, dict]:
-    """A whole random CLIP model around a tower, as OpenCLIP checkpoints hold it."""
+    """Return a whole random CLIP model with this tower, and its state dict as in OpenCLIP checkpoints."""
     torch.manual_seed(1)
     quick_gelu = config.get("quick_gelu", False)
     model = open_clip.CLIP(config["embed_dim"], config["vision_cfg"], TEXT_CFG, quick_gelu=quick_gelu).eval()
@@ -108,11 +108,11 @@ def test_timm_tokens_are_the_last_blocks_without_class_and_register_tokens(name,
     config, tokens, _ = TOWERS[name]
     visual = build_visual(config).eval()
     images = torch.randn(1, 3, *visual.image_size)
-    seen = []
-    visual.trunk.blocks[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs = []
+    visual.trunk.blocks[-1].register_forward_hook(lambda module, args, output: outputs.append(output))
     ours = spatial_tokens(visual, images)
-    assert seen[0].shape[1] == tokens + prefix
-    assert torch.equal(ours, seen[0][:, prefix:])
+    assert outputs[0].shape[1] == tokens + prefix
+    assert torch.equal(ours, outputs[0][:, prefix:])
 
 
 @pytest.mark.parametrize("name, last", [("resnet", "layer4"), ("convnext", "trunk.stages.3")])
@@ -120,12 +120,12 @@ def test_feature_maps_become_tokens_row_by_row(name, last):
     config = TOWERS[name][0]
     visual = build_visual(config).eval()
     size = config["vision_cfg"]["image_size"]
-    seen = []
-    visual.get_submodule(last).register_forward_hook(lambda module, args, output: seen.append(output))
+    outputs = []
+    visual.get_submodule(last).register_forward_hook(lambda module, args, output: outputs.append(output))
     tokens = spatial_tokens(visual, torch.randn(1, 3, size, 2 * size))
-    side = seen[0].shape[-1]
-    assert side == 2 * seen[0].shape[-2]
-    assert torch.equal(tokens[0, side + 1], seen[0][0, :, 1, 1])
+    side = outputs[0].shape[-1]
+    assert side == 2 * outputs[0].shape[-2]
+    assert torch.equal(tokens[0, side + 1], outputs[0][0, :, 1, 1])
 
 
 def test_a_tower_without_spatial_tokens_is_refused():
@@ -144,7 +144,7 @@ def test_tokens_have_no_gradient(tower):
     assert torch.is_grad_enabled()
 
 
-def test_train_mode_changes_neither_tokens_nor_statistics_nor_itself(tower):
+def test_train_mode_changes_neither_tokens_nor_statistics_and_is_restored(tower):
     _, visual, images, _, _ = tower
     expected, before = spatial_tokens(visual, images), tensors_sha256(visual)
     visual.train()
@@ -156,7 +156,7 @@ def test_train_mode_changes_neither_tokens_nor_statistics_nor_itself(tower):
     visual.eval()
 
 
-def test_the_mode_survives_an_error():
+def test_train_mode_is_restored_after_an_error():
     visual = build_visual(TOWERS["clip"][0]).train()
     with pytest.raises(RuntimeError):
         spatial_tokens(visual, torch.randn(1, 3, 40, 40))
@@ -192,8 +192,8 @@ def test_state_dict_and_non_persistent_buffers_complete_a_tower_built_on_meta(to
 
 
 def test_only_towers_with_computed_positions_have_non_persistent_buffers():
-    found = {name for name, (config, _, _) in TOWERS.items() if non_persistent_buffers(config)}
-    assert found == {"vit-relative", "eva-rotary"}
+    names = {name for name, (config, _, _) in TOWERS.items() if non_persistent_buffers(config)}
+    assert names == {"vit-relative", "eva-rotary"}
 
 
 # Loading
@@ -201,9 +201,9 @@ def test_only_towers_with_computed_positions_have_non_persistent_buffers():
 
 @pytest.fixture
 def tiny_architecture(monkeypatch, tmp_path) -> VisionBackbone:
-    """OpenCLIP knows an architecture "tiny" with a tag "openai" that was trained with QuickGELU.
+    """Register with OpenCLIP an architecture "tiny" with a tag "openai" that was trained with QuickGELU.
 
-    The tag's weights lie where the Hub's cache would put them. Returned: the tower that was saved there.
+    The tag's weights are in a folder like the Hub's cache. Return the tower that was saved there.
     """
     config = {"embed_dim": 16, "vision_cfg": CLIP_CFG, "text_cfg": TEXT_CFG}
     monkeypatch.setitem(_MODEL_CONFIGS, "tiny", config)
@@ -237,15 +237,15 @@ def test_a_local_folder_loads_frozen_and_as_open_clip_loads_it(name, tmp_path):
     }
     assert not loaded.visual.training and not any(p.requires_grad for p in loaded.visual.parameters())
     image = Image.effect_noise((90, 50), 80).convert("RGB")
-    peer, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
+    reference, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")
     assert torch.equal(image_transform(loaded.preprocess)(image), transform(image))
-    assert json.loads(json.dumps(peer.visual.preprocess_cfg)) == loaded.preprocess
+    assert json.loads(json.dumps(reference.visual.preprocess_cfg)) == loaded.preprocess
 
 
-def test_everything_but_the_tower_itself_is_json(tiny_architecture):
+def test_config_preprocess_and_source_are_json(tiny_architecture):
     loaded = load_vision("tiny", "openai")
-    for described in (loaded.config, loaded.preprocess, loaded.source):
-        assert json.loads(json.dumps(described)) == described
+    for record in (loaded.config, loaded.preprocess, loaded.source):
+        assert json.loads(json.dumps(record)) == record
 
 
 def test_rebuilding_never_downloads_the_weights_a_trunk_was_pretrained_with(monkeypatch):
@@ -296,7 +296,7 @@ def test_the_nano_tower_is_a_local_folder_like_any_other():
     assert spatial_tokens(nano.visual, images).shape[::2] == (2, nano.width)
 
 
-# Mistakes
+# User errors
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_the_nano_tower_is_a_local_folder_like_any_other():
         (("tiny", "{tmp}/misfit/open_clip_model.safetensors"), "cannot load"),
     ],
 )
-def test_mistakes_are_one_line_errors(arguments, message_part, tiny_architecture, tmp_path):
+def test_user_errors_are_one_line(arguments, message_part, tiny_architecture, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.pt").write_text("not weights")
     for name in ("broken", "weightless", "misfit"):

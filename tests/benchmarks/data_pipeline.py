@@ -1,11 +1,11 @@
-"""How fast batches are made, beside a plain loop over `datasets` and torchvision, and what a long file costs.
+"""Speed of the data pipeline compared with a plain loop over `datasets` and torchvision; cost of a long file.
 
     python -m tests.benchmarks.data_pipeline [--images 1000] [--rows 1000000]
 
 Prints samples per second of this package's batches and of the plain loop, over the same photo-sized JPEG
 files in the same process, with the nano tokenizer and a transform to 224 x 224; then for a file of many rows,
-indexed and streamed: seconds to the first batch, and how much more memory the process has after that and
-after many more batches.
+indexed and streamed: seconds to the first batch, and the growth of the process's memory until then and after
+300 more batches.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)
 PREPROCESS = {"size": SIDE, "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest"}
 
 
-def processor() -> FlamingoProcessor:
-    """The nano language model's tokenizer with a transform of the usual size."""
+def make_processor() -> FlamingoProcessor:
+    """Return a processor with the nano tokenizer and a transform of the usual size."""
     tokenizer = load_language("nano").tokenizer
     add_media_tokens(tokenizer)
     return FlamingoProcessor.for_backbones(PREPROCESS, tokenizer)
 
 
 def write_photos(folder: Path, count: int) -> Path:
-    """A JSONL file over ``count`` JPEG files of a photo's size, made of real scans."""
+    """Write ``count`` JPEG files of a photo's size, resized scans, and a JSONL file with a row for each."""
     scans = sorted((library_folder() / "quickstart" / "images").glob("*.png"))
     with (folder / "photos.jsonl").open("w") as file:
         for index in range(count):
@@ -74,15 +74,15 @@ def row(index: int, images: list[str]) -> dict:
     }
 
 
-def our_batches(path: Path, made: FlamingoProcessor, workers: int, streaming: bool = False) -> Batches:
-    """Batches as training makes them."""
+def our_batches(path: Path, processor: FlamingoProcessor, workers: int, streaming: bool = False) -> Batches:
+    """Return batches as training prepares them."""
     section = DataSection(train=(DataSource(path=path, streaming=streaming),))
     data = open_data(section, seed=0)
     order = SampleOrder(data.train, 0, section.shuffle_buffer)
-    encode = partial(encode_within, made, max_text_tokens=512)
+    encode = partial(encode_within, processor, max_text_tokens=512)
     return Batches(
         order.indices,
-        ExampleDataset([mixed.source for mixed in data.train], encode, PixelLoader(made)),
+        ExampleDataset([mixed.source for mixed in data.train], encode, PixelLoader(processor)),
         one_sample_per_row(BATCH),
         lambda rows: (
             collate_text([one.encoded for (one,) in rows], 0) | stack_media([one.media for (one,) in rows])
@@ -92,8 +92,8 @@ def our_batches(path: Path, made: FlamingoProcessor, workers: int, streaming: bo
     )
 
 
-def plain_batches(path: Path, made: FlamingoProcessor, workers: int) -> Iterator[dict]:
-    """What a script by hand does: `datasets`, torchvision, the tokenizer, no labels and no checks."""
+def plain_batches(path: Path, processor: FlamingoProcessor, workers: int) -> Iterator[dict]:
+    """Yield the batches of a plain script: `datasets`, torchvision and a tokenizer, no labels or checks."""
     transform = transforms.Compose(
         [
             transforms.Resize(SIDE, transforms.InterpolationMode.BICUBIC),
@@ -105,12 +105,14 @@ def plain_batches(path: Path, made: FlamingoProcessor, workers: int) -> Iterator
     rows = load_dataset("json", data_files=str(path), split="train", cache_dir=str(path.parent / "cache"))
 
     def collate(samples: list[dict]) -> dict:
-        texts = [made.tokenizer.apply_chat_template(sample["messages"], tokenize=False) for sample in samples]
+        texts = [
+            processor.tokenizer.apply_chat_template(sample["messages"], tokenize=False) for sample in samples
+        ]
         pictures = [
             transform(Image.open(path.parent / sample["images"][0]).convert("RGB")) for sample in samples
         ]
         return {
-            **made.tokenizer(texts, padding=True, return_tensors="pt"),
+            **processor.tokenizer(texts, padding=True, return_tensors="pt"),
             "pixel_values": torch.stack(pictures),
         }
 
@@ -120,11 +122,11 @@ def plain_batches(path: Path, made: FlamingoProcessor, workers: int) -> Iterator
 
 
 def samples_per_second(batches: Iterator[dict], count: int) -> float:
-    """After the first batch, over ``count`` more."""
+    """Return the speed over ``count`` batches after the first."""
     next(batches)
-    began = time.perf_counter()
-    found = sum(len(batch["input_ids"]) for batch in islice(batches, count))
-    return found / (time.perf_counter() - began)
+    start = time.perf_counter()
+    samples = sum(len(batch["input_ids"]) for batch in islice(batches, count))
+    return samples / (time.perf_counter() - start)
 
 
 def resident_mib() -> float:
@@ -132,12 +134,12 @@ def resident_mib() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def long_file(path: Path, made: FlamingoProcessor, streaming: bool) -> str:
-    """Seconds to the first batch, and memory."""
-    before, began = resident_mib(), time.perf_counter()
-    batches = iter(our_batches(path, made, workers=0, streaming=streaming))
+def long_file(path: Path, processor: FlamingoProcessor, streaming: bool) -> str:
+    """Return seconds to the first batch, and memory, in words."""
+    before, start = resident_mib(), time.perf_counter()
+    batches = iter(our_batches(path, processor, workers=0, streaming=streaming))
     next(batches)
-    first, at_first = time.perf_counter() - began, resident_mib()
+    first, at_first = time.perf_counter() - start, resident_mib()
     for _ in islice(batches, 300):
         pass
     return (
@@ -151,21 +153,21 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--batches", type=int, default=25)
-    given = parser.parse_args()
-    made = processor()
+    args = parser.parse_args()
+    processor = make_processor()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = write_photos(folder, given.images)
+        path = write_photos(folder, args.images)
         for workers in (0, 2):
-            plain = samples_per_second(plain_batches(path, made, workers), given.batches)
-            ours = samples_per_second(iter(our_batches(path, made, workers)), given.batches)
+            plain = samples_per_second(plain_batches(path, processor, workers), args.batches)
+            ours = samples_per_second(iter(our_batches(path, processor, workers)), args.batches)
             print(f"{workers} workers: {ours:.0f} samples/s, plain loop {plain:.0f} ({ours / plain:.2f}x)")
         rows = folder / "rows.jsonl"
         with rows.open("w") as file:
-            file.writelines(json.dumps(row(index, [])) + "\n" for index in range(given.rows))
-        print(f"{given.rows:,} rows, {rows.stat().st_size / 2**20:.0f} MiB")
+            file.writelines(json.dumps(row(index, [])) + "\n" for index in range(args.rows))
+        print(f"{args.rows:,} rows, {rows.stat().st_size / 2**20:.0f} MiB")
         for streaming in (False, True):
-            print(f"{'streamed' if streaming else 'indexed'}: {long_file(rows, made, streaming)}")
+            print(f"{'streamed' if streaming else 'indexed'}: {long_file(rows, processor, streaming)}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Epochs with and without the cache of frozen features: `python tests/benchmarks/feature_cache.py`.
 
 A ViT-B/32 and an OPT-125M with random weights on the CPU, JPEG files of 224 pixels made from the quickstart's
-images, 32 text tokens and four images a sample, and whole training steps: files to batch, forward, backward,
-AdamW; all in one process. What is saved is the tower's work and the decoding, what stays is the language
-model's: the more images a sample has, the more it is worth.
+images, 32 text tokens and four images per sample, and whole training steps (files to batch, forward,
+backward, AdamW) in one process. The cache saves the tower's work and the decoding, but not the language
+model's work, so it saves more with more images per sample.
 
-The first epoch with the cache fills it; its later ones are set against epochs without. Both are measured in
-turn, and the fastest of each counts. On a machine that does other things beside, run with OMP_NUM_THREADS=1
-and --cpu-time, which counts the seconds that this process had.
+The first epoch with the cache fills it; later ones are compared with epochs without it. Both are measured
+alternately, and the fastest of each counts. On a busy machine, run with OMP_NUM_THREADS=1 and --cpu-time,
+which counts the CPU seconds of this process.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 
 IMAGES = Path(__file__).parents[2] / "recipes" / "quickstart" / "images"
 TOKENS = 32
-# What trains: LoRA on the language model beside a trained bridge that stays, the cross-attention, or the
-# whole bridge.
+# Trainable parts: LoRA on the language model with a frozen bridge, the cross-attention, or the whole bridge.
 REGIMES = {
     "lora": (
         TrainableSection(perceiver=False, cross_attention=False, new_tokens=False),
@@ -54,31 +53,33 @@ REGIMES = {
 
 
 def main() -> None:
-    wanted = arguments()
+    args = arguments()
     torch.manual_seed(0)
-    model, processor = make_model(wanted.regime, wanted.every)
+    model, processor = make_model(args.regime, args.every)
     with tempfile.TemporaryDirectory() as folder:
-        files = make_images(Path(folder), wanted.images)
-        samples = list(groups(files, wanted.images_per_sample))
+        files = make_images(Path(folder), args.images)
+        samples = list(groups(files, args.images_per_sample))
         features = open_feature_cache(
             model, processor.image_processor.open_clip_preprocess, CacheSection(folder=Path(folder) / "cache")
         )
-        ways = {"without": partial(pixels_of, processor), "with": partial(tokens_of, processor, features)}
-        clock = time.process_time if wanted.cpu_time else time.perf_counter
-        epoch = partial(run_epoch, model, samples, wanted.batch_size, clock)
-        first = epoch(ways["with"])
-        seconds = {name: [] for name in ways}
-        for _ in range(wanted.epochs):
-            for name, media in ways.items():
+        media_fns = {
+            "without": partial(load_pixels, processor),
+            "with": partial(load_tokens, processor, features),
+        }
+        clock = time.process_time if args.cpu_time else time.perf_counter
+        epoch = partial(run_epoch, model, samples, args.batch_size, clock)
+        first = epoch(media_fns["with"])
+        seconds = {name: [] for name in media_fns}
+        for _ in range(args.epochs):
+            for name, media in media_fns.items():
                 seconds[name].append(epoch(media))
     best = {name: min(times) for name, times in seconds.items()}
     print(
-        f"{wanted.regime}, a cross-attention block every {wanted.every} layers, "
-        f"{torch.get_num_threads()} threads"
+        f"{args.regime}, a cross-attention block every {args.every} layers, {torch.get_num_threads()} threads"
     )
-    print(f"{len(samples)} samples of {wanted.images_per_sample} images, batches of {wanted.batch_size}")
+    print(f"{len(samples)} samples of {args.images_per_sample} images, batches of {args.batch_size}")
     print(f"first epoch with the cache {first:.1f} s")
-    print("  ".join(f"{name} the cache {best[name]:.1f} s" for name in ways))
+    print("  ".join(f"{name} the cache {best[name]:.1f} s" for name in media_fns))
     print(f"later epochs are {best['without'] / best['with']:.2f} times as fast with the cache")
 
 
@@ -97,7 +98,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make_model(regime: str, every: int) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The Flamingo, in training mode, with what the regime trains."""
+    """Return the Flamingo in training mode, trainable as in the regime, and its processor."""
     source = {"name": "random", "revision": None, "sha256": None}
     language = LanguageBackbone(
         OPTForCausalLM(OPTConfig()), AutoTokenizer.from_pretrained(NANO_FOLDER), source
@@ -111,7 +112,7 @@ def make_model(regime: str, every: int) -> tuple[FlamingoForConditionalGeneratio
 
 
 def make_images(folder: Path, count: int) -> list[Path]:
-    """The first so many of the quickstart's images as JPEG files of 224 x 224 pixels."""
+    """Write the first ``count`` images of the quickstart as JPEG files of 224 x 224 pixels."""
     files = [folder / f"{path.stem}.jpg" for path in sorted(IMAGES.glob("*.png"))[:count]]
     for file in files:
         Image.open(IMAGES / f"{file.stem}.png").convert("RGB").resize(
@@ -120,23 +121,23 @@ def make_images(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def pixels_of(processor: FlamingoProcessor, samples: list[list[Path]]) -> dict[str, Tensor]:
-    """What a batch of images is without the cache."""
+def load_pixels(processor: FlamingoProcessor, samples: list[list[Path]]) -> dict[str, Tensor]:
+    """Return the media of a batch without the cache."""
     return {
         "pixel_values": processor.pixel_values([[open_image(file) for file in sample] for sample in samples])
     }
 
 
-def tokens_of(
+def load_tokens(
     processor: FlamingoProcessor, features: FeatureCache, samples: list[list[Path]]
 ) -> dict[str, Tensor]:
-    """And what it is with it."""
+    """Return the media of a batch with the cache."""
 
-    def find(file: Path) -> Frame:
+    def lookup(file: Path) -> Frame:
         decode = lambda: processor.image_processor.transform(open_image(file))  # noqa: E731
         return lookup_frame(features.store, file.read_bytes(), decode)
 
-    return features.complete(collate_frames([[[find(file)] for file in sample] for sample in samples]))
+    return features.complete(collate_frames([[[lookup(file)] for file in sample] for sample in samples]))
 
 
 def run_epoch(
@@ -146,7 +147,7 @@ def run_epoch(
     clock: Callable[[], float],
     media: Callable[[list[list[Path]]], dict[str, Tensor]],
 ) -> float:
-    """Seconds of one epoch."""
+    """Train for one epoch, and return its seconds."""
     optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=1e-4)
     start = clock()
     for batch in groups(samples, batch_size):

@@ -1,10 +1,10 @@
-"""What it costs to score all positions of a batch: `python -m tests.benchmarks.label_logits`.
+"""Cost of the logits of all positions of a batch: `python -m tests.benchmarks.label_logits`.
 
-A step's forward, loss and backward over a language model of random weights with a large vocabulary, long
-prompts and short answers, in three ways: the model's own loss over all logits at once, TRL's fused head over
-every position (what it does without a GPU), and the trainer's over the positions that predict a label. Prints
-tokens per second, the most bytes of tensors alive on top of the weights (counted operator by operator), and
-the loss, which is the same.
+Forward, loss and backward of one step with a random language model, a large vocabulary, long prompts and
+short answers, in three variants: the model's own loss over all logits at once, TRL's fused head over every
+position (as it works without a GPU), and the trainer's loss over the positions that predict a label. Prints
+tokens per second, the peak bytes of live tensors besides the weights (counted operator by operator), and the
+loss, which is the same.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ train: {output_dir: run, max_steps: 1, batch_size: 4, num_workers: 0}
 
 
 def make(vocabulary: int, width: int, words: int) -> FlamingoTrainer:
-    """A trainer in the current directory, over samples of ``words`` words of prompt and three of answer."""
+    """Return a trainer in the current directory, on prompts of ``words`` words and answers of three."""
     Image.new("RGB", (32, 32)).save("blank.png")
     turns = [
         {"role": "user", "content": "<image>" + "digit " * words},
@@ -64,8 +64,8 @@ def make(vocabulary: int, width: int, words: int) -> FlamingoTrainer:
     return make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
 
 
-def ways(trainer: FlamingoTrainer, batch: dict) -> dict[str, Callable[[], torch.Tensor]]:
-    """The three losses."""
+def losses(trainer: FlamingoTrainer, batch: dict) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return the three losses by name."""
     model = trainer.model.train()
     return {
         "all logits at once": lambda: model(**batch, use_cache=False).loss,
@@ -77,17 +77,17 @@ def ways(trainer: FlamingoTrainer, batch: dict) -> dict[str, Callable[[], torch.
 def measure(
     trainer: FlamingoTrainer, loss_of: Callable[[], torch.Tensor], steps: int
 ) -> tuple[float, int, float]:
-    """Seconds of a step, the most bytes alive in one on top of the weights, and the loss."""
+    """Return the seconds of a step, its peak bytes of live tensors besides the weights, and the loss."""
     with MemoryTracker() as live:
         weights = live.track([*trainer.model.parameters(), *trainer.model.buffers()])
         loss_of().backward()
     trainer.model.zero_grad()
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(steps):
         loss = loss_of()
         loss.backward()
         trainer.model.zero_grad()
-    return (time.perf_counter() - began) / steps, live.peak - weights, loss.item()
+    return (time.perf_counter() - start) / steps, live.peak - weights, loss.item()
 
 
 def main() -> None:
@@ -96,18 +96,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--words", type=int, default=250, help="of a prompt")
     parser.add_argument("--steps", type=int, default=3)
-    given = parser.parse_args()
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        trainer = make(given.vocabulary, given.width, given.words)
+        trainer = make(args.vocabulary, args.width, args.words)
         batch = next(iter(trainer.batches))
         tokens, labels = batch["input_ids"].numel(), int((batch["labels"][:, 1:] != -100).sum())
         print(
             f"{tokens} text tokens, {labels} of them learned, "
-            f"vocabulary {given.vocabulary:,}, width {given.width}"
+            f"vocabulary {args.vocabulary:,}, width {args.width}"
         )
-        for name, loss_of in ways(trainer, batch).items():
-            seconds, peak, loss = measure(trainer, loss_of, given.steps)
+        for name, loss_of in losses(trainer, batch).items():
+            seconds, peak, loss = measure(trainer, loss_of, args.steps)
             print(f"{name:22} {tokens / seconds:9,.0f} tokens/s {peak / MIB:9,.0f} MiB   loss {loss:.5f}")
 
 

@@ -1,14 +1,14 @@
 """Peak memory of loading backbones quantized: `python -m tests.benchmarks.loading_memory`.
 
 Makes a random sharded language model and a file with a random ViT-L-14 in a temporary folder, and loads each
-in a fresh process for every format. A line per case: how far the resident set grew at most (VmHWM less VmRSS
-before), and what was to be held: the loaded model and the largest file that it is read from. Linux only, and
-on the CPU.
+in a fresh process for every format. Prints for each case the growth of the peak resident set (VmHWM minus
+VmRSS before), and what has to fit: the loaded model and the largest file that it is read from. Linux and CPU
+only.
 
-The growth counts the pages of mapped files, of which transformers maps all shards at once: these the system
-drops when it needs memory. Own memory (RssAnon) it cannot drop. That counts too what the allocator keeps of
-matrices given back, which varies from run to run; MALLOC_MMAP_THRESHOLD_=131072 in the environment has it
-give back everything.
+The growth includes the pages of mapped files (transformers maps all shards at once), which the system drops
+when it needs memory. It cannot drop the process's own memory (RssAnon), which includes freed memory that the
+allocator keeps. That varies from run to run; MALLOC_MMAP_THRESHOLD_=131072 in the environment makes it return
+all of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import flamingo_ft  # noqa: F401, before transformers: it sets what bitsandbytes may say
+import flamingo_ft  # noqa: F401, before transformers: it silences warnings of bitsandbytes
 
 MIB = 2**20
 FORMATS = ("none", "int8", "nf4")
@@ -42,20 +42,25 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--parts", nargs="+", choices=("language", "vision"), default=("language", "vision"))
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.case:
-        print(json.dumps(measure(*given.case)))
+    args = parser.parse_args()
+    if args.case:
+        print(json.dumps(measure(*args.case)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        for part in given.parts:
-            place = Path(folder) / part
-            make_language(place, given.megabytes, given.shard) if part == "language" else make_vision(place)
-            for wanted in given.formats:
-                print(line(part, wanted, in_fresh_process(part, wanted, place)), flush=True)
+        for part in args.parts:
+            path = Path(folder) / part
+            make_language(path, args.megabytes, args.shard) if part == "language" else make_vision(path)
+            for quantization_format in args.formats:
+                print(
+                    format_result(
+                        part, quantization_format, in_fresh_process(part, quantization_format, path)
+                    ),
+                    flush=True,
+                )
 
 
 def make_language(folder: Path, megabytes: int, shard: int) -> None:
-    """A random Llama with a 32 MB embedding and as many layers as make up the size."""
+    """Save a random Llama with a 32 MB embedding and as many layers as fill ``megabytes``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.backbones.test_language import save_tokenizer
@@ -70,7 +75,7 @@ def make_language(folder: Path, megabytes: int, shard: int) -> None:
 
 
 def make_vision(folder: Path) -> None:
-    """A file with both random towers of a ViT-L-14, as OpenCLIP's checkpoints have them."""
+    """Save both random towers of a ViT-L-14 in one file, as in OpenCLIP's checkpoints."""
     import open_clip
     from safetensors.torch import save_file
 
@@ -83,65 +88,74 @@ def weights_of(folder: Path) -> Path:
     return folder / "open_clip_model.safetensors"
 
 
-def in_fresh_process(part: str, wanted: str, place: Path) -> dict:
-    command = [sys.executable, "-m", "tests.benchmarks.loading_memory", "--case", part, wanted, str(place)]
+def in_fresh_process(part: str, quantization_format: str, path: Path) -> dict:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.loading_memory",
+        "--case",
+        part,
+        quantization_format,
+        str(path),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def line(part: str, wanted: str, found: dict) -> str:
-    held = found["model"] + found["largest"]
+def format_result(part: str, quantization_format: str, result: dict) -> str:
+    held = result["model"] + result["largest"]
     return (
-        f"{part:8} {wanted:4} grew {found['grown']:6.0f} MiB (own memory {found['own']:6.0f})  "
-        f"model {found['model']:6.0f} + largest file {found['largest']:6.0f} = {held:6.0f} MiB  "
-        f"{found['seconds']:5.1f} s"
+        f"{part:8} {quantization_format:4} "
+        f"grew {result['grown']:6.0f} MiB (own memory {result['own']:6.0f})  "
+        f"model {result['model']:6.0f} + largest file {result['largest']:6.0f} = {held:6.0f} MiB  "
+        f"{result['seconds']:5.1f} s"
     )
 
 
-def measure(part: str, wanted: str, place: str) -> dict:
-    """Load one backbone, and tell in MiB what that took."""
+def measure(part: str, quantization_format: str, path: str) -> dict:
+    """Load one backbone, and return the memory it took in MiB."""
     from flamingo_ft.backbones.language import load_language
     from flamingo_ft.backbones.quantization import Quantization
     from flamingo_ft.backbones.vision import load_vision
 
     warm_up()
-    quantization = None if wanted == "none" else Quantization(wanted)
+    quantization = None if quantization_format == "none" else Quantization(quantization_format)
     before, own_before = status("VmRSS"), status("RssAnon")
-    began, own = time.monotonic(), PeakOfOwnMemory()
+    start, own = time.monotonic(), PeakOfOwnMemory()
     if part == "language":
-        loaded = load_language(place, quantization=quantization, device="cpu").model
+        loaded = load_language(path, quantization=quantization, device="cpu").model
     else:
         loaded = load_vision(
-            TOWER, str(weights_of(Path(place))), quantization=quantization, device="cpu"
+            TOWER, str(weights_of(Path(path))), quantization=quantization, device="cpu"
         ).visual
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     return {
         "grown": status("VmHWM") - before,
         "own": own.stop() - own_before,
         "model": bytes_of(loaded) / MIB,
-        "largest": max(file.stat().st_size for file in Path(place).glob("*.safetensors")) / MIB,
+        "largest": max(file.stat().st_size for file in Path(path).glob("*.safetensors")) / MIB,
         "seconds": seconds,
     }
 
 
 def warm_up() -> None:
-    """What the first use of each library takes is not loading."""
+    """Use each library once, so that its initialization is not measured."""
     from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 
-    for wanted in ("int8", "nf4"):
-        quantize_linears(nn.Sequential(nn.Linear(64, 64)), Quantization(wanted))
+    for quantization_format in ("int8", "nf4"):
+        quantize_linears(nn.Sequential(nn.Linear(64, 64)), Quantization(quantization_format))
     gc.collect()
 
 
 class PeakOfOwnMemory:
-    """The largest RssAnon of this process, in MiB, looked up every few milliseconds until `stop`."""
+    """The peak RssAnon of this process in MiB, sampled every few milliseconds until `stop`."""
 
     def __init__(self) -> None:
         self._peak, self._stopped = status("RssAnon"), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._stopped.wait(0.005):
             self._peak = max(self._peak, status("RssAnon"))
 
@@ -152,15 +166,15 @@ class PeakOfOwnMemory:
 
 
 def status(field: str) -> float:
-    """A field of /proc/self/status, in MiB."""
-    found = next(
+    """Return a field of /proc/self/status in MiB."""
+    line = next(
         row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(f"{field}:")
     )
-    return int(found.split()[1]) / 1024
+    return int(line.split()[1]) / 1024
 
 
 def bytes_of(model: nn.Module) -> int:
-    """What the model's tensors take, the scales of quantized matrices included; a tied matrix counts once."""
+    """Return the bytes of the model's tensors and quantization scales; a tied matrix counts once."""
     tensors = {
         tensor.data_ptr(): tensor
         for tensor in model.state_dict().values()

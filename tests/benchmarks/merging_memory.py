@@ -1,9 +1,9 @@
 """Peak memory of merging an adapter: `python -m tests.benchmarks.merging_memory`.
 
-Makes a random sharded language model and an adapter with LoRA on it, trained in nf4, in a temporary folder,
-and merges in a fresh process. Tells how far the process's own memory (RssAnon, which the system cannot drop)
-grew at most while the model was merged, written, verified and measured, beside the merged model and its
-largest shard. Linux only, and on the CPU.
+Makes a random sharded language model and an adapter with LoRA on it, in nf4, in a temporary folder, and
+merges in a fresh process. Prints the peak growth of the process's own memory (RssAnon, never dropped)
+while the model is merged, written, verified and evaluated, next to the sizes of the merged model and its
+largest shard. Linux and CPU only.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from pathlib import Path
 import flamingo_ft
 from tests.benchmarks.loading_memory import MIB, PeakOfOwnMemory, make_language, status, warm_up
 
-GIVE_BACK = {
-    "MALLOC_MMAP_THRESHOLD_": "131072"
-}  # else what the allocator keeps of matrices given back is in it too
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "131072"}  # otherwise freed memory that the allocator keeps counts
 
 
 def main() -> None:
@@ -32,12 +30,12 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=200, help="megabytes of a shard, read and written")
     parser.add_argument("--base", choices=("bf16", "dequantized"), default="bf16")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.measure:
-        print(json.dumps(measure(Path(given.measure), given.base, given.shard)))
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(Path(args.measure), args.base, args.shard)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_language(Path(folder, "lm"), given.megabytes, given.shard)
+        make_language(Path(folder, "lm"), args.megabytes, args.shard)
         make_adapter(Path(folder))
         command = [
             sys.executable,
@@ -48,17 +46,17 @@ def main() -> None:
             folder,
         ]
         done = subprocess.run(
-            command, check=True, capture_output=True, text=True, env={**os.environ, **GIVE_BACK}
+            command, check=True, capture_output=True, text=True, env={**os.environ, **RETURN_FREED}
         )
-        found = json.loads(done.stdout.splitlines()[-1])
+        result = json.loads(done.stdout.splitlines()[-1])
     print(
-        f"merge {given.base}: own memory grew {found['grown']:.0f} MiB; "
-        f"merged model {found['model']:.0f} + largest shard {found['largest']:.0f} MiB"
+        f"merge {args.base}: own memory grew {result['grown']:.0f} MiB; "
+        f"merged model {result['model']:.0f} + largest shard {result['largest']:.0f} MiB"
     )
 
 
 def make_adapter(folder: Path) -> None:
-    """An adapter of a Flamingo around the language model in ``folder``, in nf4 with LoRA."""
+    """Save an adapter with LoRA of a Flamingo around the language model in ``folder``, in nf4."""
     from flamingo_ft.adapters import add_lora, save_adapter
     from flamingo_ft.backbones.quantization import Quantization
     from flamingo_ft.config import LoraPart, LoraSection
@@ -73,7 +71,7 @@ def make_adapter(folder: Path) -> None:
 
 
 def measure(folder: Path, base: str, shard: int) -> dict[str, float]:
-    """Merge, and tell in MiB what that took."""
+    """Merge, and return the memory it took in MiB."""
     from flamingo_ft.adapters import merge
     from flamingo_ft.evaluation.merging import merge_adapter
 

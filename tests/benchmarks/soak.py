@@ -2,10 +2,9 @@
 
     python -m tests.benchmarks.soak [--kills 50] [--seed 0]
 
-Every case runs once undisturbed. Then runs of it are killed again and again, until each has ended, and its
-adapter is compared with the undisturbed one's. Half of the kills fall anywhere; the others wait for a moment
-when something is half done: a checkpoint is being written, or removed, or the final adapter or the answers
-are.
+Every case runs once undisturbed. Then it runs again and is killed and resumed until it ends, and its adapter
+is compared with the undisturbed one. Half of the kills come at a random time; the others come while a file is
+half written: a checkpoint that is being written or removed, the final adapter, the answers or the metrics.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ import torch
 from tests import killing, regimes
 
 BASE = ("train.max_steps=12", "train.save_steps=1", "train.save_total_limit=2", "train.warmup_steps=2")
-JUDGED = ("data.eval=[{path: train.jsonl}]", "eval={batch_size: 2, max_new_tokens: 4, steps: 5}")
+EVALUATED = ("data.eval=[{path: train.jsonl}]", "eval={batch_size: 2, max_new_tokens: 4, steps: 5}")
 DROPOUT = (regimes.LORA, "lora.lora_dropout=0.3")
 CASES = {
     "bridge": (),
-    "bridge and LoRA, dropout, accumulated, judged": (
+    "bridge and LoRA, dropout, accumulated, evaluated": (
         *DROPOUT,
         "train.gradient_accumulation_steps=2",
-        *JUDGED,
+        *EVALUATED,
     ),
     "two workers, grouped by length": ("train.num_workers=2", "data.group_by_length=true"),
     "8-bit steps in the backward pass": ("train.optimizer=adamw_8bit", "train.optimizer_in_backward=true"),
     "the best kept, ended early": (
-        *JUDGED[:1],
+        *EVALUATED[:1],
         "eval={steps: 2, keep: best, patience: 2}",
         "train.learning_rate=0.5",
     ),
@@ -62,22 +61,22 @@ def main() -> None:
     )
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    wanted = parser.parse_args()
+    args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    dice, kills, runs = random.Random(wanted.seed), Counter(), Counter()
+    rng, kills, runs = random.Random(args.seed), Counter(), Counter()
     with tempfile.TemporaryDirectory() as scratch:
         cases = [prepare(Path(scratch) / str(number), case) for number, case in enumerate(CASES.values())]
-        while kills.total() < wanted.kills:
+        while kills.total() < args.kills:
             for (folder, arguments, seconds), name in zip(cases, CASES, strict=True):
-                same = disturb(folder, arguments, seconds, dice, kills)
+                same = disturb(folder, arguments, seconds, rng, kills)
                 runs[name, "the same" if same else "DIFFERENT"] += 1
                 print(f"{kills.total():4d} kills; {name}: {'the same' if same else 'DIFFERENT'}", flush=True)
     report(kills, runs)
 
 
 def prepare(folder: Path, overrides: tuple[str, ...]) -> tuple[Path, list[str], float]:
-    """A folder with the undisturbed run of a case, its command, and how many seconds it took."""
+    """Run a case undisturbed; return its folder, the command that resumes it, and the seconds it took."""
     folder.mkdir()
     regimes.write_run(folder)
     here = Path.cwd()
@@ -85,24 +84,24 @@ def prepare(folder: Path, overrides: tuple[str, ...]) -> tuple[Path, list[str], 
     regimes.write_start(folder / "start")
     os.chdir(here)
     arguments = ["train", "./recipe.yaml", *BASE, *overrides]
-    began = time.monotonic()
+    start = time.monotonic()
     if code := killing.wait(killing.start(arguments, folder, folder / "log.txt")):
         raise SystemExit(f"{(folder / 'log.txt').read_text()}\nexit code {code}")
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     (folder / "run").rename(folder / "undisturbed")
     return folder, [*arguments, "--resume"], seconds
 
 
-def disturb(folder: Path, arguments: list[str], seconds: float, dice: random.Random, kills: Counter) -> bool:
-    """Kill a run until it has ended; whether it learned what the undisturbed one did."""
+def disturb(folder: Path, arguments: list[str], seconds: float, rng: random.Random, kills: Counter) -> bool:
+    """Kill and resume a run until it ends; return whether its adapter equals the undisturbed one."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     code = killing.KILLED
     while code == killing.KILLED:
-        name = dice.choice(["anywhere"] * len(MOMENTS) + list(MOMENTS))
+        name = rng.choice(["anywhere"] * len(MOMENTS) + list(MOMENTS))
         moment = (
-            killing.after(dice.uniform(0, seconds))
+            killing.after(rng.uniform(0, seconds))
             if name == "anywhere"
-            else aimed(folder, name, dice, seconds)
+            else during(folder, name, rng, seconds)
         )
         code = killing.kill_when(killing.start(arguments, folder, folder / "log.txt"), moment)
         kills[name] += code == killing.KILLED
@@ -112,11 +111,14 @@ def disturb(folder: Path, arguments: list[str], seconds: float, dice: random.Ran
     return (folder / WEIGHTS).read_bytes() == kept
 
 
-def aimed(folder: Path, name: str, dice: random.Random, seconds: float):
-    """A moment of that name, not before some part of the run has passed."""
+def during(folder: Path, name: str, rng: random.Random, seconds: float):
+    """Return a condition that holds at the moment of that name, after a random part of the run."""
     place, pattern = MOMENTS[name]
-    late, there = killing.after(dice.uniform(0, 0.8 * seconds)), killing.file_there(folder / place, pattern)
-    return lambda: late() and there()
+    is_late, is_there = (
+        killing.after(rng.uniform(0, 0.8 * seconds)),
+        killing.file_there(folder / place, pattern),
+    )
+    return lambda: is_late() and is_there()
 
 
 def report(kills: Counter, runs: Counter) -> None:

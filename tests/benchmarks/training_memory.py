@@ -1,12 +1,12 @@
-"""Measured against planned memory, on models with random weights.
+"""Compare the measured memory of training with the planned one, on models with random weights.
 
 Run `python tests/benchmarks/training_memory.py SHAPE REGIME`.
 
-Builds a shape in 4 bits, a layer at a time, trains it for a few steps through the package's own trainer on
-made-up samples, and prints what that took beside what `flamingo-ft plan` says of the same recipe. On CUDA:
-torch's peaks of allocated and reserved memory. On a CPU, in a process each: resident memory (VmHWM in
-training over VmRSS before the model was built, after something tiny was trained; what MKL and oneDNN take is
-in it), and the bytes of live tensors, counted operator by operator.
+Builds a shape in 4 bits, layer by layer, trains it for a few steps with the package's trainer on synthetic
+samples, and prints the peak memory next to that of `flamingo-ft plan` for the same recipe. On CUDA: torch's
+peaks of allocated and reserved memory. On a CPU, each in a process of its own: resident memory (VmHWM during
+training minus VmRSS before the model was built, after a tiny training run; includes buffers of MKL and
+oneDNN), and the bytes of live tensors, counted operator by operator.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from flamingo_ft.plan.memory_tracker import MemoryTracker
 from flamingo_ft.training.build import build_model, make_trainer
 
 GIB = 2**30
-# MPT-7B, MPT-1B, and something that trains on a CPU: type, width, layers, tower, interval.
+# MPT-7B, MPT-1B, and a shape that trains on a CPU: type, width, layers, tower, cross-attention interval.
 SHAPES = {
     "openflamingo-9b": ("mpt", 4096, 32, "ViT-L-14", 4),
     "openflamingo-3b": ("mosaic_gpt", 2048, 24, "ViT-L-14", 1),
@@ -60,20 +60,18 @@ REGIMES = {
         *SMALL,
         "trainable={perceiver: false, cross_attention: false, new_tokens: false, dtype: bf16}",
         "lora.language={r: 16}",
-        "model.init_from=.",  # stands for a trained bridge: what is frozen may be quantized
+        "model.init_from=.",  # stands for a trained bridge, which may be quantized when frozen
         "model.bridge_quantization=nf4",
     ],
 }
 ON_CPU = ["trainable.dtype=fp32", "train.optimizer=adamw", "train.optimizer_in_backward=false"]
 VOCABULARY = 50432
-AROUND = 5  # tokens of a sample beside its images and the words said
-GIVE_BACK = {
-    "MALLOC_MMAP_THRESHOLD_": "65536"
-}  # else glibc keeps freed tensors, and resident memory tells little
+OTHER_TOKENS = 5  # of a sample, besides its images and the words of the answer
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # otherwise glibc keeps freed tensors in resident memory
 
 
 def write_recipe(folder: Path, shape: str, text_tokens: int, images: int) -> Path:
-    """The shape's language model as far as a plan needs it, samples of one size, and a recipe over both."""
+    """Write the language model's configuration and tokenizer, samples of one size, and a recipe for both."""
     model_type, width, layers, tower, every = SHAPES[shape]
     sizes = {"d_model": width, "n_layers": layers, "n_heads": width // 128, "vocab_size": VOCABULARY}
     AutoConfig.for_model(model_type, **sizes, dtype="bfloat16").save_pretrained(folder / "lm")
@@ -95,32 +93,36 @@ def write_recipe(folder: Path, shape: str, text_tokens: int, images: int) -> Pat
 
 
 def write_samples(folder: Path, tokenizer: object, text_tokens: int, images: int) -> None:
-    """Dialogues of about ``text_tokens`` tokens, all alike, about blank images."""
+    """Write identical dialogues of about ``text_tokens`` tokens about blank images."""
     Image.new("RGB", (64, 64)).save(folder / "blank.png")
     word = len(tokenizer(" digit digit digit digit", add_special_tokens=False)["input_ids"]) / 4
-    said = " ".join(["digit"] * int((text_tokens - AROUND - images) / word))
+    answer = " ".join(["digit"] * int((text_tokens - OTHER_TOKENS - images) / word))
     turns = [
         {"role": "user", "content": "<image>" * images + "which?"},
-        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": answer},
     ]
     row = json.dumps({"messages": turns, "images": ["blank.png"] * images})
     (folder / "train.jsonl").write_text("\n".join([row] * 16))
 
 
 def build(recipe: Recipe, device: str) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """The recipe's model with random weights, on ``device``."""
-    wanted = recipe.model
-    config, tokenizer = language_files(wanted.language.name)
-    quantization = Quantization.of(wanted.language)
-    lm = LanguageBackbone(random_language(config, quantization, device), tokenizer, source(wanted.language))
-    tower = load_vision(wanted.vision.name, quantization=Quantization.of(wanted.vision), device=device)
+    """Build the recipe's model with random weights on ``device``."""
+    model_config = recipe.model
+    config, tokenizer = language_files(model_config.language.name)
+    quantization = Quantization.of(model_config.language)
+    lm = LanguageBackbone(
+        random_language(config, quantization, device), tokenizer, source(model_config.language)
+    )
+    tower = load_vision(
+        model_config.vision.name, quantization=Quantization.of(model_config.vision), device=device
+    )
     with torch.device(device):
-        options = {"cross_attn_every_n_layers": wanted.cross_attn_every_n_layers}
+        options = {"cross_attn_every_n_layers": model_config.cross_attn_every_n_layers}
         model, processor = build_flamingo(tower, lm, **options)
     set_trainable(model, recipe.trainable)
-    if wanted.bridge_quantization != "none":
+    if model_config.bridge_quantization != "none":
         for part in (model.perceiver, model.gated_cross_attn_layers):
-            quantize_linears(part, Quantization(wanted.bridge_quantization), device)
+            quantize_linears(part, Quantization(model_config.bridge_quantization), device)
     add_lora(model, recipe.lora)
     set_trainable(model, recipe.trainable, recipe.lora)
     return model.to(device), processor
@@ -131,17 +133,17 @@ def source(section: object) -> dict:
 
 
 def random_language(config: PreTrainedConfig, quantization: Quantization, device: str) -> PreTrainedModel:
-    """A language model of random weights; no more than one matrix of it is ever there unquantized."""
+    """Return a random quantized language model, with at most one matrix unquantized at a time."""
     dtype = quantization.dtype
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
     kept = get_keys_to_not_convert(lm)
     for name, layer in list(lm.named_modules()):
         if isinstance(layer, nn.Linear) and name not in kept:
-            alone = nn.Sequential(layer.to_empty(device=device))
+            holder = nn.Sequential(layer.to_empty(device=device))
             nn.init.normal_(layer.weight, std=0.02)
-            quantize_linears(alone, quantization, device)
-            lm.set_submodule(name, alone[0])
+            quantize_linears(holder, quantization, device)
+            lm.set_submodule(name, holder[0])
     for module in lm.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -153,7 +155,7 @@ def random_language(config: PreTrainedConfig, quantization: Quantization, device
 
 
 def run(recipe: Recipe, device: str, live: bool) -> dict[str, float]:
-    """Train, and what it took, in bytes: the weights and what comes on top of them at the peak."""
+    """Train, and return the peak memory in bytes by kind, weights included."""
     if device == "cpu" and not live:
         _load_all_code()
     before = _status("VmRSS")
@@ -166,13 +168,13 @@ def run(recipe: Recipe, device: str, live: bool) -> dict[str, float]:
     if live:
         return {"live tensors": _live_bytes(trainer)}
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from now
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     trainer.train()
     return {"resident": _status("VmHWM") - before}
 
 
 def _load_all_code() -> None:
-    """Train something tiny, so that what is measured afterwards is the model and no longer libraries."""
+    """Train a tiny model, so that the memory of libraries is not measured."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(
             "quickstart", ["train.max_steps=2", f"train.output_dir={folder}", "train.batch_size=2"]
@@ -199,16 +201,16 @@ def _scales(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _status(field: str) -> int:
-    """A size in /proc/self/status, in bytes."""
+    """Return a size in /proc/self/status in bytes."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
 def measure(arguments: list[str], *more: str) -> dict[str, float]:
-    """`run` in a process of its own."""
+    """Call `run` in a process of its own."""
     command = [sys.executable, __file__, *arguments, "--measure", *more]
     done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **GIVE_BACK}
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **RETURN_FREED}
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -223,37 +225,37 @@ def main() -> None:
     parser.add_argument("--plan-only", action="store_true", help="plan for CUDA, and train nothing")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--live", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_cpu = ON_CPU if device == "cpu" and not given.plan_only else []
+    on_cpu = ON_CPU if device == "cpu" and not args.plan_only else []
     with tempfile.TemporaryDirectory() as folder:
-        path = write_recipe(Path(folder), given.shape, given.text_tokens, given.images)
-        recipe = load_recipe(path, [*REGIMES[given.regime], *on_cpu, *given.overrides])
-        if given.measure:
-            print(json.dumps(run(recipe, device, given.live)))
+        path = write_recipe(Path(folder), args.shape, args.text_tokens, args.images)
+        recipe = load_recipe(path, [*REGIMES[args.regime], *on_cpu, *args.overrides])
+        if args.measure:
+            print(json.dumps(run(recipe, device, args.live)))
             return
-        plan = plan_memory(recipe, device="cuda" if given.plan_only else device)
+        plan = plan_memory(recipe, device="cuda" if args.plan_only else device)
     figures = {"planned": plan.peak}
-    if not given.plan_only:
+    if not args.plan_only:
         own = [
-            given.shape,
-            given.regime,
-            *given.overrides,
-            f"--text-tokens={given.text_tokens}",
-            f"--images={given.images}",
+            args.shape,
+            args.regime,
+            *args.overrides,
+            f"--text-tokens={args.text_tokens}",
+            f"--images={args.images}",
         ]
         figures |= measure(own)
         figures |= measure(own, "--live") if device == "cpu" else {}
-    where = "cuda" if given.plan_only else device
+    where = "cuda" if args.plan_only else device
     print(
-        f"{given.shape} {given.regime} on {where}, "
+        f"{args.shape} {args.regime} on {where}, "
         f"{plan.batch.text_tokens} text tokens, {plan.batch.images} images"
     )
     for name, size in figures.items():
         print(f"{name:16} {size / GIB:7.3f} GiB")
-    if (given.shape, given.regime) in TARGETS_GIB:
-        print(f"{'target':16} {TARGETS_GIB[given.shape, given.regime]:7.3f} GiB")
+    if (args.shape, args.regime) in TARGETS_GIB:
+        print(f"{'target':16} {TARGETS_GIB[args.shape, args.regime]:7.3f} GiB")
 
 
 if __name__ == "__main__":

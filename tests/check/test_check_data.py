@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from PIL import Image
 from rich.console import Console
 
 from flamingo_ft import cli
-from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.check.check_data import check_data
 from flamingo_ft.cli.recipe_tables import check_tables
 from flamingo_ft.config import Recipe, load_recipe
@@ -24,19 +22,24 @@ from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.encode import IGNORED, Dropped, encode, encode_within
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.images import CONVERSIONS
-from tests.check.small_recipes import asked, checked, problem_lines, recipe, write_rows
+from tests.check.small_recipes import (
+    asked,
+    checked,
+    language_without_weights,
+    problem_lines,
+    recipe,
+    write_rows,
+)
 from tests.data.dialogues import nano_processor
 from tests.data.fixtures import FACTS, FIXTURES, SCANS
 from tests.data.test_bad_data import BAD_ROWS, GOOD, SCAN
 from tests.model.kinds_of_images import KINDS
 
-GOOD_DOCUMENTS = {  # with something to learn, which text without images is not
+GOOD_DOCUMENTS = {  # with images, because only text after an image is learned
     "mmc4": {"text_list": ["A."], "image_info": [{"image_name": "a.png", "matched_text_index": 0}]},
     "obelics": {"texts": [None, "A."], "images": ["a.png", None]},
 }
-NUMBER = re.compile(
-    r"(image|video) \d+ of \d+: "
-)  # which of a row's images; errors of a run name the file alone
+MEDIUM = re.compile(r"(image|video) \d+ of \d+: ")  # only a check says which of a row's images it is
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """With two readable images and others that are not."""
+    """A folder with two readable images and three unreadable ones."""
     (tmp_path / "a.png").write_bytes(SCAN)
     (tmp_path / "b.png").write_bytes((SCANS / FACTS[1][0]).read_bytes())
     (tmp_path / "cut.png").write_bytes(SCAN[: len(SCAN) // 2])
@@ -55,7 +58,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-# --- what is wrong ---
+# --- problems ---
 
 
 def test_text_columns_that_the_schema_ignores_are_reported_by_check_and_train(folder, capsys):
@@ -83,8 +86,8 @@ def test_every_kind_of_bad_row_is_listed_with_its_row(tmp_path):
             f"FOLDER/{schema}.jsonl: row {i}: {message}" for i, (_, message) in enumerate(bad, start=1)
         ]
     findings = checked(tmp_path, entries)
-    found = [NUMBER.sub("", line.replace(str(inside), "FOLDER")) for line in problem_lines(tmp_path)]
-    assert found == expected
+    lines = [MEDIUM.sub("", line.replace(str(inside), "FOLDER")) for line in problem_lines(tmp_path)]
+    assert lines == expected
     assert findings.problems == findings.bad == len(BAD_ROWS) and findings.objection
     assert sum(part.samples for part in findings.parts) == 2 * len(GOOD)
 
@@ -106,7 +109,7 @@ def test_every_unreadable_image_of_a_row_is_listed_and_every_copy_of_it(folder):
     assert findings.bad == 3 and findings.objection == "got no usable training sample"
 
 
-def test_a_broken_stream_is_reported_and_the_other_sources_are_read(folder, monkeypatch):
+def test_a_broken_stream_is_reported_and_the_other_sources_are_read(folder):
     broken = FIXTURES["tar_compressed"](folder)
     content = Path(broken["path"]).read_bytes()
     Path(broken["path"]).write_bytes(content[: len(content) * 2 // 3])
@@ -116,21 +119,21 @@ def test_a_broken_stream_is_reported_and_the_other_sources_are_read(folder, monk
 
 
 def test_a_sample_that_is_too_long_or_has_nothing_to_learn_is_a_problem_of_its_row(folder):
-    unlearned = asked("?", "A")
-    unlearned["messages"][1]["loss"] = False
-    rows = [asked("?", "A"), asked("long " * 100, "A"), unlearned]
+    no_loss = asked("?", "A")
+    no_loss["messages"][1]["loss"] = False
+    rows = [asked("?", "A"), asked("long " * 100, "A"), no_loss]
     checked(folder, [write_rows(folder / "x.jsonl", rows)], max_text_tokens=60)
-    long, unlearned = problem_lines(folder)
+    long, no_loss = problem_lines(folder)
     assert f"{folder}/x.jsonl: row 1: got " in long and "the limit is 60" in long
-    assert unlearned == f"{folder}/x.jsonl: row 2: no assistant text to train on; remove the sample"
+    assert no_loss == f"{folder}/x.jsonl: row 2: no assistant text to train on; remove the sample"
 
 
-# --- what is there ---
+# --- counts ---
 
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """Its recipe, the first 60 training and 20 held-out rows of it, and what a check finds."""
+    """The recipe with its first 60 training and 20 evaluation rows, and the report of its check."""
     few = ["data.train.0.limit=60", "data.eval.0.limit=20", "train.num_workers=0"]
     config = load_recipe(find_recipe("quickstart"), few)
     return config, check_data(config, "quickstart", tmp_path_factory.mktemp("quickstart") / "check")
@@ -157,17 +160,16 @@ def test_token_counts_equal_those_of_batches(quickstart):
         ("label_tokens", learned),
         ("loss_share", learned / lengths),
     ):
-        found = findings.distributions[name]
-        numbers = torch.tensor([found.least, found.mean, found.most])
-        torch.testing.assert_close(
-            numbers, torch.stack([values.min(), values.double().mean(), values.max()]).float()
-        )
-        assert found.median == pytest.approx(values.double().quantile(0.5).item())
-        assert sum(found.counts) == len(samples) and len(found.edges) == len(found.counts) + 1
+        result = findings.distributions[name]
+        actual = torch.tensor([result.least, result.mean, result.most])
+        expected = torch.stack([values.min(), values.double().mean(), values.max()]).float()
+        torch.testing.assert_close(actual, expected)
+        assert result.median == pytest.approx(values.double().quantile(0.5).item())
+        assert sum(result.counts) == len(samples) and len(result.edges) == len(result.counts) + 1
     assert findings.parts[0].text_tokens == lengths.sum() and findings.parts[0].label_tokens == learned.sum()
 
 
-def test_images_that_are_converted_are_counted_by_what_is_done_to_them(folder):
+def test_converted_images_are_counted_by_conversion(folder):
     rows, expected = [], Counter()
     for number, (name, kind) in enumerate(KINDS.items()):
         (folder / f"{number}.image").write_bytes(kind.content)
@@ -176,8 +178,8 @@ def test_images_that_are_converted_are_counted_by_what_is_done_to_them(folder):
     rows.append(asked("<image>?", "again", rows[1]["images"]))
     expected.update(KINDS["grey"].conversions)
     train = write_rows(folder / "x.jsonl", rows)
-    held_out = write_rows(folder / "y.jsonl", [asked("<image>?", "A", ("a.png",))])
-    record = checked(folder, [train], eval=[held_out]).record()
+    eval_entry = write_rows(folder / "y.jsonl", [asked("<image>?", "A", ("a.png",))])
+    record = checked(folder, [train], eval=[eval_entry]).record()
     assert record["parts"][0]["conversions"] == expected
     assert {"16-bit", "float", "transparent", "palette", "CMYK", "rotated", "first frame"} <= expected.keys()
     assert json.loads((folder / "check" / "check.json").read_text())["parts"] == record["parts"]
@@ -221,21 +223,21 @@ def test_duplicate_samples_and_images_are_found_by_content(folder):
     (folder / "copy.png").write_bytes(SCAN)
     same, also, other = (asked("<image>?", "A", (name,)) for name in ("a.png", "copy.png", "b.png"))
     train = write_rows(folder / "x.jsonl", [same, asked("?", "B"), also, asked("<image>!", "A", ("a.png",))])
-    held_out = write_rows(folder / "y.jsonl", [other, same, asked("<image>new", "A", ("copy.png",))])
-    repeats = checked(folder, [train], eval=[held_out]).repeats
+    eval_entry = write_rows(folder / "y.jsonl", [other, same, asked("<image>new", "A", ("copy.png",))])
+    repeats = checked(folder, [train], eval=[eval_entry]).repeats
     assert repeats.copies == 1
     assert [(group.times, group.rows) for group in repeats.copy_groups] == [(2, {train["path"]: [0, 2]})]
     assert repeats.leaked == 1 and repeats.leaked_images == 2
-    assert repeats.leaked_groups[0].rows == {train["path"]: [0, 2], held_out["path"]: [1]}
+    assert repeats.leaked_groups[0].rows == {train["path"]: [0, 2], eval_entry["path"]: [1]}
     assert (repeats.images, repeats.repeated_images) == (2, 1) and repeats.repeated_groups[0].times == 5
 
 
 def test_rows_held_out_by_eval_fraction_are_counted_apart_and_none_leaks(folder):
     rows = [asked(f"<image>{i}?", "A", (("a.png", "b.png")[i % 2],)) for i in range(10)]
     findings = checked(folder, [write_rows(folder / "x.jsonl", rows)], eval_fraction=0.5)
-    train, held_out = findings.parts
-    assert (train.split, held_out.split) == ("train", "held out")
-    assert train.rows == held_out.rows == 5 and findings.repeats.leaked_images == 0
+    train, evaluation = findings.parts
+    assert (train.split, evaluation.split) == ("train", "held out")
+    assert train.rows == evaluation.rows == 5 and findings.repeats.leaked_images == 0
 
 
 @pytest.mark.parametrize("policy", ["drop_sample", "drop_turns", "truncate_text"])
@@ -258,25 +260,21 @@ def test_each_policy_removes_what_it_removes_in_training(folder, policy):
     assert findings.too_long.policies[policy]["tokens"] == whole - findings.parts[0].text_tokens
 
 
-# --- how ---
+# --- the run of a check ---
 
 
-def test_the_record_is_the_same_whatever_the_number_of_workers(folder):
+def test_the_record_is_the_same_for_any_number_of_workers(folder):
     rows = [asked(f"<image>{i}?", "A", (("a.png", "cut.png", "b.png")[i % 3],)) for i in range(50)]
     entries = [write_rows(folder / "x.jsonl", rows), FIXTURES["parquet_streamed"](folder)]
-    records = [checked(folder, entries, workers).record() for workers in (0, 2)]
+    records = [checked(folder, entries, workers=workers).record() for workers in (0, 2)]
     assert records[0] == records[1] and records[0]["bad"] == 17
     assert json.loads((folder / "check" / "check.json").read_text()) == records[1]
 
 
 def test_a_check_needs_no_weights(folder):
-    (folder / "language").mkdir()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(NANO_FOLDER / name, folder / "language")
-
     backbones = {  # neither has weights on this machine
         "vision": {"name": "ViT-B-32", "pretrained": "openai"},
-        "language": {"name": str(folder / "language")},
+        "language": {"name": language_without_weights(folder / "language")},
     }
     rows = write_rows(folder / "x.jsonl", [asked("<image>?", "A", ("a.png",))])
     values = recipe(folder, [rows]).model_dump() | {"model": backbones}
@@ -328,8 +326,8 @@ def here(folder, monkeypatch):
 def test_the_exit_code_is_0_for_good_data_and_2_for_bad_data_with_all_problems(here, capsys):
     write_rows(here / "x.jsonl", [asked("?", "A")])
     assert cli.main(["check", "mine.yaml"]) == 0
-    shown = capsys.readouterr()
-    assert "error" not in shown.err and Path("runs/check_mine/check.html").is_file()
+    output = capsys.readouterr()
+    assert "error" not in output.err and Path("runs/check_mine/check.html").is_file()
     write_rows(here / "x.jsonl", [asked("?", "A"), *[asked("?", "")] * 25])
     assert cli.main(["check", "mine.yaml", "--out", "out"]) == 2
     lines = capsys.readouterr().err.splitlines()

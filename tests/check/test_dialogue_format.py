@@ -13,7 +13,7 @@ from flamingo_ft.check.text_checks import ANSWER, QUESTION, dialogue_format
 from flamingo_ft.config import ModelSection
 from flamingo_ft.data.encode import IGNORED, encode, encode_prompt
 from flamingo_ft.model.build import eos_token_ids
-from tests.check.small_recipes import asked, checked, write_rows
+from tests.check.small_recipes import asked, checked, language_without_weights, write_rows
 from tests.data.chat_templates import FAMILIES, LAST_REASONING
 from tests.data.dialogues import TEMPLATES, assistant, nano_processor, user
 from tests.data.test_chat_templates import llama_processor
@@ -23,19 +23,19 @@ ALL = {**{name: template for name, (template, *_) in FAMILIES.items()}, "chunk":
 
 @pytest.mark.parametrize("make", [nano_processor, llama_processor])
 @pytest.mark.parametrize("name", ALL)
-def test_the_format_shown_is_that_of_training_and_prompts(name, make):
+def test_the_reported_format_is_that_of_training_and_prompts(name, make):
     processor = make(ALL[name])
-    form = dialogue_format(processor, 0)
+    shown = dialogue_format(processor, 0)
     encoded = encode(processor, [user(QUESTION), assistant(ANSWER)])
     name_of = processor.tokenizer.convert_ids_to_tokens
     learned = name_of([label for label in encoded.labels if label != IGNORED])
-    assert name_of(encoded.input_ids)[: len(form.begins.tokens)] == form.begins.tokens
-    if form.ends.tokens:
-        assert learned[-len(form.ends.tokens) :] == form.ends.tokens
+    assert name_of(encoded.input_ids)[: len(shown.begins.tokens)] == shown.begins.tokens
+    if shown.ends.tokens:
+        assert learned[-len(shown.ends.tokens) :] == shown.ends.tokens
     prompt = name_of(encode_prompt(processor, [user(QUESTION)]))
-    assert prompt[len(prompt) - len(form.prompt.tokens) :] == form.prompt.tokens
-    assert form.learns_to_stop == (form.ends.tokens[-1] in form.stops) and form.warning is None
-    assert "<|endofchunk|>" in form.stops
+    assert prompt[len(prompt) - len(shown.prompt.tokens) :] == shown.prompt.tokens
+    assert shown.learns_to_stop == (shown.ends.tokens[-1] in shown.stops) and shown.warning is None
+    assert "<|endofchunk|>" in shown.stops
 
 
 def test_the_stopping_tokens_are_those_of_the_model():
@@ -46,11 +46,11 @@ def test_the_stopping_tokens_are_those_of_the_model():
 
 
 def test_a_template_without_a_stopping_token_causes_a_warning():
-    form = dialogue_format(nano_processor(TEMPLATES["end outside the marks"][0]), None)
-    assert not form.learns_to_stop and "answers run on until eval.max_new_tokens" in form.warning
+    shown = dialogue_format(nano_processor(TEMPLATES["end outside the marks"][0]), None)
+    assert not shown.learns_to_stop and "answers run on until eval.max_new_tokens" in shown.warning
 
 
-def test_check_says_how_dialogues_are_written(tmp_path, capsys):
+def test_check_reports_how_dialogues_are_written(tmp_path, capsys):
     write_rows(tmp_path / "a.jsonl", [asked("?", "A")])
     backbones = ["model.vision.name=nano", "model.language.name=nano"]
     recipe = tmp_path / "recipe.yaml"
@@ -72,14 +72,16 @@ def test_check_says_how_dialogues_are_written(tmp_path, capsys):
     assert "precedes answers, which end with" in (tmp_path / "check" / "check.html").read_text()
 
 
-def test_samples_whose_answers_the_template_changes_are_counted(tmp_path, monkeypatch):
-    processor = nano_processor(LAST_REASONING)
-    monkeypatch.setattr("flamingo_ft.model.build.BackboneFiles.processor", lambda self: processor)
-    monkeypatch.setattr("flamingo_ft.data.render._template", lambda processor, name: LAST_REASONING)
-    said = {"role": "assistant", "content": "<think>why</think>Seven."}
+def test_samples_whose_answers_the_template_changes_are_counted(tmp_path):
+    language = language_without_weights(tmp_path / "language", LAST_REASONING)
+    answer = {"role": "assistant", "content": "<think>why</think>Seven."}
     question = {"role": "user", "content": "?"}
-    rows = [{"messages": [question, said]}, {"messages": [question, said, question, said]}, asked("?", "A")]
-    findings = checked(tmp_path, [write_rows(tmp_path / "a.jsonl", rows)])
+    rows = [
+        {"messages": [question, answer]},
+        {"messages": [question, answer, question, answer]},
+        asked("?", "A"),
+    ]
+    findings = checked(tmp_path, [write_rows(tmp_path / "a.jsonl", rows)], language=language)
     assert findings.parts[0].rewritten == 1
     (line,) = findings.warnings
     assert line.startswith("the chat template leaves out or changes words of answers in 1 samples")

@@ -24,15 +24,14 @@ ROW = ("Which shade is this?", "Dark.")
 
 @pytest.fixture(autouse=True)
 def offline(tmp_path, tmp_path_factory, monkeypatch):
-    """No connection is made, though the client would be allowed to."""
+    """Refuse connections, although the Hub's client may try them."""
 
     def refuse(*_):
-        raise AssertionError("a connection was tried")
+        raise AssertionError("tried to connect")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(
-        "flamingo_ft.check.check_data.save_histograms", lambda findings, folder: {}
-    )  # they take long
+    # Histograms are slow to draw, and test_report_page.py covers them.
+    monkeypatch.setattr("flamingo_ft.check.check_data.save_histograms", lambda report, folder: {})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
@@ -65,9 +64,9 @@ def rows_of(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def made(data: Path, **wishes):
-    """The recipe for some data, checked: what `check` finds, and the recipe."""
-    write_new_recipe(Path("mine/new.yaml"), RecipeOptions(data, **wishes))
+def made(data: Path, **options):
+    """Write a recipe for ``data``, and check it; return the recipe and the report of the check."""
+    write_new_recipe(Path("mine/new.yaml"), RecipeOptions(data, **options))
     recipe = load_recipe("mine/new.yaml", ["train.num_workers=0"])
     findings = check_data(recipe, "new", Path("checked"))
     assert findings.objection is None and findings.warnings == [], findings
@@ -153,9 +152,8 @@ def test_columns_may_be_named_and_columns_that_fit_nothing_are_refused(tmp_path)
         write_new_recipe(Path("mine/new.yaml"), RecipeOptions(data))
     assert not Path("mine").exists()
     command = ["recipes", "new", "new.yaml", "--data", str(data), "--format", "vqa"]
-    assert (
-        main([*command, "--column", "image=one", "--column", "question=two", "--column", "answer=three"]) == 0
-    )
+    columns = ("image=one", "question=two", "answer=three")
+    assert main([*command, *(f"--column={column}" for column in columns)]) == 0
     assert load_recipe("new.yaml").data.train[0].columns == {
         "image": "one",
         "question": "two",
@@ -166,7 +164,7 @@ def test_columns_may_be_named_and_columns_that_fit_nothing_are_refused(tmp_path)
 @pytest.mark.parametrize(
     "folder", ["it's: #1 {a, b}", "[x] -", "ü 日本", "new\nline", '"quoted"', "true", "1e3"]
 )
-def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
+def test_any_folder_name_is_read_back_from_the_recipe(tmp_path, folder):
     names = pictures(tmp_path / folder / "scans", 3)
     data = rows_of(tmp_path / folder / "x.jsonl", asked(names))
     file = tmp_path / "new.yaml"
@@ -179,30 +177,26 @@ def test_any_name_of_a_folder_comes_back_from_the_recipe(tmp_path, folder):
 def test_given_evaluation_data_is_used_and_measured(tmp_path):
     names = pictures(tmp_path, 6)
     train = rows_of(tmp_path / "x.jsonl", asked(names[:3]))
-    held_out = rows_of(
-        tmp_path / "y.jsonl", asked(names[3:], answer="Words, and words again, and more of them.")
-    )
-    recipe, findings = made(train, eval=held_out)
-    assert recipe.data.eval[0].path.resolve() == held_out and recipe.data.eval_fraction is None
+    answer = "Words, and words again, and more of them."
+    evaluation = rows_of(tmp_path / "y.jsonl", asked(names[3:], answer=answer))
+    recipe, findings = made(train, eval=evaluation)
+    assert recipe.data.eval[0].path.resolve() == evaluation and recipe.data.eval_fraction is None
     assert findings.answers.answers == 3
 
 
 def test_nothing_is_held_out_where_all_rows_share_an_image(tmp_path):
     recipe, _ = made(rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 1) * 4)))
-    assert (
-        recipe.data.eval_fraction is None and "no rows can be held out" in Path("mine/new.yaml").read_text()
-    )
+    assert recipe.data.eval_fraction is None
+    assert "no rows can be held out" in Path("mine/new.yaml").read_text()
 
 
 def test_unusable_rows_are_noted_and_left_to_the_user(tmp_path):
     rows = [*asked(pictures(tmp_path, 5)), *asked(["gone.png"])]
     notes = write_new_recipe(Path("new.yaml"), RecipeOptions(rows_of(tmp_path / "x.jsonl", rows)))
-    assert (
-        len(notes) == 1 and "1 of 6 rows cannot be used, the first: " in notes[0] and "gone.png" in notes[0]
-    )
-    assert (
-        load_recipe("new.yaml").data.on_bad_sample == "error" and "gone.png" in Path("new.yaml").read_text()
-    )
+    (note,) = notes
+    assert "1 of 6 rows cannot be used, the first: " in note and "gone.png" in note
+    assert load_recipe("new.yaml").data.on_bad_sample == "error"
+    assert "gone.png" in Path("new.yaml").read_text()
     with pytest.raises(UserError, match=r"gone.png.*\(and none of the first 1 rows can be used\)"):
         write_new_recipe(Path("none.yaml"), RecipeOptions(rows_of(tmp_path / "y.jsonl", asked(["gone.png"]))))
 

@@ -1,4 +1,4 @@
-"""A check of preference pairs looks at both texts, as training does."""
+"""A check of preference pairs encodes both texts, as training does."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def written(folder, *pairs) -> list:
     return [write_rows(folder / "x.jsonl", [pair(*one) for one in pairs])]
 
 
-def test_an_answer_that_is_too_long_is_a_problem_whichever_it_is(tmp_path):
+def test_a_chosen_or_rejected_answer_that_is_too_long_is_a_problem(tmp_path):
     train = written(tmp_path, ("Yes.", SHORT), (LONG, SHORT), ("Yes.", LONG))
     findings = checked(tmp_path, train, method="dpo", max_text_tokens=60)
     assert findings.parts[0].samples == 1
@@ -32,7 +32,7 @@ def test_an_answer_that_is_too_long_is_a_problem_whichever_it_is(tmp_path):
     assert all("the limit is 60" in line for line in lines)
 
 
-def test_only_answers_count_as_learned_not_what_the_assistant_said_before(tmp_path):
+def test_only_the_last_answers_count_as_learned_not_earlier_assistant_turns(tmp_path):
     train = written(tmp_path, ("Yes, I am sure of it.", SHORT), (SHORT, "Yes, I am sure of it."))
     (part,) = checked(tmp_path, train, method="dpo").parts
     messages = [

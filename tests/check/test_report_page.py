@@ -1,4 +1,4 @@
-"""The page shows every token as it is learned, and nothing that users wrote does anything in it."""
+"""The page shows each token with or without loss, and text in the data cannot act on the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.check.small_recipes import asked, checked, write_rows
 from tests.data.dialogues import CHATML, nano_processor
 from tests.data.test_bad_data import SCAN
 
-NASTY = (
+MARKUP = (
     "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&amp; <|im_end|> {{ 7 * 7 }} é日🙂\u202e\nend"
 )
 
@@ -56,11 +56,11 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def page(tmp_path):
-    """Of a source whose one sample, file name and broken row are nasty."""
+    """The page of a source whose sample, file name and bad row contain HTML, and the path of the file."""
     name = "<b onclick=alert(3)>.jsonl"
     (tmp_path / "a.png").write_bytes(SCAN)
     rows = [
-        asked(f"<image>{NASTY}", NASTY, ("a.png",), task=NASTY),
+        asked(f"<image>{MARKUP}", MARKUP, ("a.png",), task=MARKUP),
         asked("?", "A", ("<svg onload=alert(4)>.png",)),
     ]
     entry = write_rows(tmp_path / name, rows)
@@ -77,9 +77,8 @@ def test_user_text_is_escaped(page):
         assert attributes.get("src", "data:").startswith("data:image/") or "src" not in attributes
     assert "<script>alert(1)</script>" in shown.words and "<svg onload=alert(4)>.png" in shown.words
     assert "<b onclick=alert(3)>.jsonl" in shown.words
-    policy = next(
-        a["content"] for tag, a in shown.elements if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    metas = (attributes for tag, attributes in shown.elements if tag == "meta")
+    policy = next(meta["content"] for meta in metas if meta.get("http-equiv") == "Content-Security-Policy")
     assert "default-src 'none'" in policy and "script-src" not in policy
 
 
@@ -92,7 +91,7 @@ def test_highlighted_tokens_are_those_with_labels(page):
     ]
     assert [text for _, classes, text in shown.tokens if "media" in classes] == ["<image> 1"]
     learned_text = "".join(text for _, classes, text in shown.tokens if "learned" in classes and text != "·")
-    assert learned_text.replace("⏎\n", "\n") == f"{NASTY}<|im_end|>"
+    assert learned_text.replace("⏎\n", "\n") == f"{MARKUP}<|im_end|>"
 
 
 def first_sample(path):
@@ -122,34 +121,32 @@ def test_token_texts_join_to_the_decoded_text(template, question, answer):
     st.lists(st.tuples(st.integers(0, 5), st.lists(st.integers(0, 5), max_size=3)), max_size=10),
 )
 @settings(max_examples=100, deadline=None)
-def test_duplicates_equal_a_plain_count(trained, held_out):
-    numbers = RowTable()
-    for part, rows in ((0, trained), (1, held_out)):
-        for row, (content, pictures) in enumerate(rows):
-            numbers.add(RowResult(part, 0, row, digest=content, media_digests=pictures))
-    found = find_duplicates(numbers, train_sources=1)
-    contents = Counter(content for content, _ in trained)
-    assert found.copies == sum(times - 1 for times in contents.values())
-    assert [group.size for group in found.copy_groups] == sorted(
-        (n for n in contents.values() if n > 1), reverse=True
-    )
-    assert found.leaked == sum(content in contents for content, _ in held_out)
-    seen = {picture for _, pictures in trained for picture in pictures}
-    assert found.leaked_media == sum(bool(seen & {*pictures}) for _, pictures in held_out)
-    everywhere = Counter(picture for _, pictures in (*trained, *held_out) for picture in pictures)
-    assert found.media == len(everywhere) and found.repeated_media == sum(
-        times > 1 for times in everywhere.values()
-    )
+def test_duplicates_equal_a_plain_count(train, evaluation):
+    table = RowTable()
+    for source, rows in ((0, train), (1, evaluation)):
+        for row, (content, media) in enumerate(rows):
+            table.add(RowResult(source, 0, row, digest=content, media_digests=media))
+    result = find_duplicates(table, train_sources=1)
+    contents = Counter(content for content, _ in train)
+    assert result.copies == sum(times - 1 for times in contents.values())
+    sizes = sorted((times for times in contents.values() if times > 1), reverse=True)
+    assert [group.size for group in result.copy_groups] == sizes
+    assert result.leaked == sum(content in contents for content, _ in evaluation)
+    train_media = {medium for _, media in train for medium in media}
+    assert result.leaked_media == sum(bool(train_media & {*media}) for _, media in evaluation)
+    times = Counter(medium for _, media in (*train, *evaluation) for medium in media)
+    assert result.media == len(times)
+    assert result.repeated_media == sum(count > 1 for count in times.values())
 
 
 @given(st.lists(st.integers(0, 3000), min_size=1, max_size=50))
 def test_a_histogram_counts_every_number_in_bins_of_whole_numbers(values):
-    found = Distribution.of(np.array(values))
-    assert sum(found.counts) == len(values) and len(found.counts) <= 40
-    assert (found.least, found.most) == (min(values), max(values))
-    assert found.mean == pytest.approx(sum(values) / len(values)) and found.median == np.median(values)
-    widths = {round(b - a, 6) for a, b in zip(found.edges, found.edges[1:], strict=False)}
-    assert len(widths) == 1 and all(edge % 1 == 0.5 for edge in found.edges)
+    result = Distribution.of(np.array(values))
+    assert sum(result.counts) == len(values) and len(result.counts) <= 40
+    assert (result.least, result.most) == (min(values), max(values))
+    assert result.mean == pytest.approx(sum(values) / len(values)) and result.median == np.median(values)
+    widths = {round(b - a, 6) for a, b in zip(result.edges, result.edges[1:], strict=False)}
+    assert len(widths) == 1 and all(edge % 1 == 0.5 for edge in result.edges)
 
 
 def test_histograms_are_files_beside_the_page_and_embedded_in_it(tmp_path):
@@ -166,6 +163,5 @@ def test_histograms_are_files_beside_the_page_and_embedded_in_it(tmp_path):
     for name in ("text_tokens.png", "images.png", "loss_share.png"):
         assert Image.open(tmp_path / "check" / name).size > (300, 200)
     page = Page((tmp_path / "check" / "check.html").read_text(encoding="utf-8"))
-    assert (
-        sum(attributes.get("src", "").startswith("data:image/png") for tag, attributes in page.elements) == 3
-    )
+    sources = [attributes.get("src", "") for _, attributes in page.elements]
+    assert sum(source.startswith("data:image/png") for source in sources) == 3

@@ -1,5 +1,4 @@
-"""Bad input through the real commands: one line that says what, where and what to do; exit code 2; nothing
-lost."""
+"""Bad input to the real commands: one line (what, where, what to do) and exit code 2, nothing lost."""
 
 import json
 import shutil
@@ -73,34 +72,34 @@ def test_an_unknown_key_names_the_nearest(here, capsys):
     assert "train.max_step" in line and "did you mean train.max_steps?" in line
 
 
-def test_a_wrong_type_says_what_is_wanted(here, capsys):
+def test_a_wrong_type_names_the_expected_type(here, capsys):
     assert "must be a whole number, got 'many'" in refused(
         capsys, "train", "recipe.yaml", "train.max_steps=many"
     )
 
 
-def test_a_missing_data_file(here, capsys):
+def test_a_missing_data_file_is_named(here, capsys):
     Path("train.jsonl").unlink()
     assert "train.jsonl" in refused(capsys, "train", "recipe.yaml")
 
 
-def test_a_missing_recipe(here, capsys):
+def test_a_missing_recipe_is_named(here, capsys):
     assert "gone.yaml" in refused(capsys, "train", "gone.yaml")
 
 
-def test_markers_that_do_not_match_the_images(here, capsys):
+def test_markers_that_do_not_match_the_images_are_refused(here, capsys):
     write_rows({"messages": MESSAGES, "images": ["a.png"]}, {"messages": MESSAGES, "images": []})
     line = refused(capsys, "train", "recipe.yaml")
     assert "train.jsonl: row 1: got 1 <image> markers but 0 images; add the missing images" in line
 
 
-def test_an_image_that_is_not_there(here, capsys):
+def test_a_missing_image_is_named(here, capsys):
     write_rows({"messages": MESSAGES, "images": ["b.png"]})
     assert "train.jsonl: row 0: images[0]: no such image" in refused(capsys, "train", "recipe.yaml")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image(here, capsys, workers):
+def test_an_unreadable_image_is_named(here, capsys, workers):
     Path("a.png").write_bytes(Path("a.png").read_bytes()[:40])
     line = refused(capsys, "train", "recipe.yaml", f"train.num_workers={workers}")
     assert "train.jsonl: row 0: " in line and "a.png: not a readable image" in line
@@ -137,24 +136,27 @@ def test_a_language_model_without_detectable_layers_names_the_override(here, cap
         ),
         (["lora.perceiver={}"], "lora.perceiver: trainable.perceiver is true too"),
         (["model.init_from=."], " holds no adapter, merged model or checkpoint"),
-        (["train.activation_offload=true"], "train.activation_offload: there is no GPU"),
+        (
+            ["train.activation_offload=true"],
+            "train.activation_offload: got true, but no GPU is available; set it to false",
+        ),
         (
             ["train.optimizer_in_backward=true", "train.gradient_accumulation_steps=2"],
             "the optimizer steps in every backward pass",
         ),
     ],
 )
-def test_impossible_quantization_lora_and_init_from_settings(here, capsys, overrides, expected):
+def test_impossible_quantization_lora_and_init_from_settings_are_refused(here, capsys, overrides, expected):
     assert expected in refused(capsys, "train", "recipe.yaml", *overrides)
 
 
-def test_quantization_without_bitsandbytes(here, capsys, monkeypatch):
+def test_quantization_without_bitsandbytes_is_refused(here, capsys, monkeypatch):
     monkeypatch.setattr(quantization, "bnb", None)
     line = refused(capsys, "train", "recipe.yaml", "model.language.quantization=nf4")
     assert "quantization nf4 needs bitsandbytes; pip install bitsandbytes, or use none" in line
 
 
-def test_quantization_of_a_language_model_that_is_quantized_already(here, capsys):
+def test_quantizing_a_quantized_language_model_is_refused(here, capsys):
     config = json.loads((NANO_FOLDER / "config.json").read_text())
     Path("gptq").mkdir()
     for path in NANO_FOLDER.iterdir():
@@ -165,7 +167,7 @@ def test_quantization_of_a_language_model_that_is_quantized_already(here, capsys
     assert "is already quantized (gptq)" in line
 
 
-def test_planning_with_a_missing_backbone(here, capsys):
+def test_planning_with_a_missing_backbone_is_refused(here, capsys):
     assert "or OpenCLIP architecture; nearest known" in refused(
         capsys, "plan", "recipe.yaml", "model.vision.name=ViT-Q-77"
     )
@@ -173,7 +175,7 @@ def test_planning_with_a_missing_backbone(here, capsys):
     assert "has no config.json" in refused(capsys, "plan", "recipe.yaml", "model.language.name=./empty")
 
 
-def test_merging_a_folder_that_is_not_an_adapter(here, capsys):
+def test_merging_a_folder_that_is_not_an_adapter_is_refused(here, capsys):
     assert "not an adapter" in refused(capsys, "merge", ".", "out")
     assert not Path("out").exists()
 
@@ -186,7 +188,7 @@ def test_an_earlier_run_is_never_overwritten(trained, capsys, monkeypatch):
     assert contents(Path("run")) == before
 
 
-def test_an_adapter_of_another_base(trained, here, capsys):
+def test_an_adapter_of_another_base_is_refused(trained, here, capsys):
     config = json.loads((trained / "run" / "config.json").read_text())
     config["backbones"]["vision"]["sha256"] = "0" * 64
     shutil.copytree(trained / "run", "other")
@@ -195,26 +197,28 @@ def test_an_adapter_of_another_base(trained, here, capsys):
     assert "other: adapter of another base: vision backbone nano had content 000000000000" in line
 
 
-def test_a_prompt_whose_markers_do_not_match(trained, here, capsys):
+def test_a_prompt_whose_markers_do_not_match_is_refused(trained, here, capsys):
     line = refused(capsys, "generate", trained / "run", "--image", "a.png", "--prompt", "<image> or <image>?")
     assert "prompt: got 2 <image> markers and 1 image; give one image for each marker" in line
 
 
-def test_a_prompt_about_an_unreadable_image(trained, here, capsys):
+def test_a_prompt_about_an_unreadable_image_is_refused(trained, here, capsys):
     Path("a.png").write_text("not an image")
     line = refused(capsys, "generate", trained / "run", "--image", "a.png", "--prompt", "What?")
     assert "a.png: not a readable image" in line
 
 
-def test_generating_with_a_folder_that_is_not_an_adapter(here, capsys):
+def test_generating_with_a_folder_that_is_not_an_adapter_is_refused(here, capsys):
     assert "not an adapter" in refused(capsys, "generate", ".", "--image", "a.png", "--prompt", "What?")
 
 
-def test_evaluating_a_folder_that_is_not_a_run(here, capsys):
-    assert "no adapter and no merged model" in refused(capsys, "eval", ".")
+def test_evaluating_a_folder_that_is_not_a_run_is_refused(here, capsys):
+    assert ".: not an adapter or a merged model; give the folder that a run or a conversion wrote" in refused(
+        capsys, "eval", "."
+    )
 
 
-def test_evaluation_without_samples(trained, capsys, monkeypatch):
+def test_evaluation_without_samples_is_refused(trained, capsys, monkeypatch):
     monkeypatch.chdir(trained)
     assert "data.eval is empty; name samples with --data FILE" in refused(capsys, "eval", "run")
 

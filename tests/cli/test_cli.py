@@ -114,14 +114,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     ],
 )
 def test_help_comes_without_heavy_imports(here, arguments):
-    done = run(*arguments)
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.splitlines()[-1] == "[]"
+    result = run(*arguments)
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout.splitlines()[-1] == "[]"
 
 
 def test_help_names_every_verb():
-    shown = run("--help").stdout
-    assert all(verb in shown for verb in ("train", "plan", "check", "eval", "generate", "recipes"))
+    output = run("--help").stdout
+    assert all(verb in output for verb in ("train", "plan", "check", "eval", "generate", "recipes"))
 
 
 @pytest.mark.parametrize(
@@ -157,10 +157,10 @@ def test_help_names_every_verb():
     ],
 )
 def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here, arguments, expected):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert done.stdout.splitlines() == ["[]"]
-    (line,) = done.stderr.splitlines()
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert result.stdout.splitlines() == ["[]"]
+    (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and expected in line
 
 
@@ -173,8 +173,8 @@ def test_each_problem_of_a_recipe_is_an_error_line_of_its_own(here, capsys):
 def test_the_package_runs_as_a_module(here):
     environment = {**os.environ, "PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1])}
     command = [sys.executable, "-m", "flamingo_ft", "train", "gone.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2 and done.stderr.startswith("error: recipe gone.yaml: ")
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and result.stderr.startswith("error: recipe gone.yaml: ")
 
 
 # --- errors from inside ---
@@ -223,14 +223,14 @@ def test_train_passes_the_recipe_on_and_prints_the_metrics(here, entry_point, ca
     ((recipe, _),) = calls
     assert (recipe.train.max_steps, recipe.train.learning_rate) == (3, 1e-3)
     assert Path("run").is_dir()
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for cell in ("before", "after", "with another image", "98.1 %", "10.0 %", "12.0 %", "97.0 %", "720"):
-        assert cell in shown
-    assert "even or odd: 'Even.' 95.0 % of 190, 'Odd.' 97.0 % of 170" in shown
-    assert "verdict: reads the images: 97.0 % right, against 29.0 % with another image" in shown
-    assert "majority" in shown and "53.0 %" in shown and "33.0 %" in shown
-    assert "trained 1,234,567 parameters for 600 steps in 172 s" in shown
-    assert "flamingo-ft generate run --image FILE" in shown
+        assert cell in output
+    assert "even or odd: 'Even.' 95.0 % of 190, 'Odd.' 97.0 % of 170" in output
+    assert "verdict: reads the images: 97.0 % right, against 29.0 % with another image" in output
+    assert "majority" in output and "53.0 %" in output and "33.0 %" in output
+    assert "trained 1,234,567 parameters for 600 steps in 172 s" in output
+    assert "flamingo-ft generate run --image FILE" in output
 
 
 def test_train_never_overwrites_a_run_silently(here, entry_point, capsys):
@@ -250,8 +250,8 @@ def test_eval_prints_only_what_was_measured(here, entry_point, capsys):
     calls = entry_point(evaluation, "evaluate", "evaluate_adapter", measured)
     assert cli.main(["eval", "run", "--data", "train.jsonl"]) == 0
     assert [call[:3] for call in calls] == [("run", "train.jsonl", ())]
-    shown = capsys.readouterr().out
-    assert "accuracy" in shown and "50.0 %" in shown and "before" not in shown and "another" not in shown
+    output = capsys.readouterr().out
+    assert "accuracy" in output and "50.0 %" in output and "before" not in output and "another" not in output
 
 
 def test_eval_without_data_leaves_the_choice_to_the_adapter(here, entry_point):
@@ -274,7 +274,7 @@ def test_recipes_are_listed_with_what_they_do_and_copied_by_name(here, monkeypat
     (library / "one.yaml").write_text(RECIPE.replace("train.jsonl", "one/train.jsonl"))
     monkeypatch.setattr("flamingo_ft.config.library.library_folder", lambda: library)
     assert cli.main(["recipes"]) == 0
-    assert "one" in (shown := capsys.readouterr().out) and "Teach one thing" in shown
+    assert "one" in (output := capsys.readouterr().out) and "Teach one thing" in output
     assert cli.main(["recipes", "copy", "one", "mine"]) == 0
     assert capsys.readouterr().out.split() == ["mine/one.yaml", "mine/one"]
     assert cli.main(["recipes", "copy", "one", "mine"]) == 2
@@ -287,5 +287,5 @@ def test_thousands_of_arguments_from_a_shell_pattern_are_not_all_echoed(here, ca
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     assert cli.main(["generate", "runs/a", "--prompt", "What?", "--image", "a.png", *images]) == 2
-    said = capsys.readouterr().err
-    assert len(said) < 500 and "photos/00000.png" in said and "repeat an option" in said
+    error = capsys.readouterr().err
+    assert len(error) < 500 and "photos/00000.png" in error and "repeat an option" in error

@@ -26,17 +26,17 @@ DEVICES = {
     "threads": 4,
     "gpus": [GPU],
 }
-FOUND = {"devices": DEVICES, "memory": {"total_gib": 64.0, "free_gib": 60.0}, "4-bit": {"device": "cuda"}}
+RESULTS = {"devices": DEVICES, "memory": {"total_gib": 64.0, "free_gib": 60.0}, "4-bit": {"device": "cuda"}}
 
 
 @pytest.fixture
 def probed(monkeypatch):
-    """Let the probe have found this, instead of importing everything."""
+    """Replace the probe, which imports every package, by fixed results."""
 
-    def replace(found, problems):
-        monkeypatch.setattr(environment, "_probe", lambda steps: (found, problems))
+    def replace(results, problems):
+        monkeypatch.setattr(environment, "_probe", lambda steps: (results, problems))
 
-    replace(FOUND, {"8-bit": "RuntimeError: no kernel", "bitsandbytes": "OSError: libcudart.so.13"})
+    replace(RESULTS, {"8-bit": "RuntimeError: no kernel", "bitsandbytes": "OSError: libcudart.so.13"})
     return replace
 
 
@@ -85,8 +85,8 @@ def test_a_package_that_ends_the_process_does_not_hide_those_after_it(tmp_path, 
     for name, source in modules.items():
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found, problems = environment._probe([*modules, "memory", "not_there"])
-    assert set(found) == {"sound_one", "sound_two", "memory"} and found["memory"]["total_gib"] > 0
+    results, problems = environment._probe([*modules, "memory", "not_there"])
+    assert set(results) == {"sound_one", "sound_two", "memory"} and results["memory"]["total_gib"] > 0
     assert problems == {
         "dies": "the process ended with code 11",
         "raises": "OSError: libthing.so.3: cannot open shared object file",
@@ -140,7 +140,7 @@ def test_every_extra_of_the_package_is_known():
 @pytest.mark.slow
 def test_every_package_works_on_this_machine_and_matrices_can_be_quantized():
     record = environment.environment()
-    assert not [name for name, found in record["packages"].items() if found["problem"]]
-    assert all(found["works"] for found in record["quantization"].values())
+    assert not [name for name, package in record["packages"].items() if package["problem"]]
+    assert all(step["works"] for step in record["quantization"].values())
     text = json.dumps(record)
     assert str(Path.home()) not in text and str(Path.cwd()) not in text and sys.prefix not in text

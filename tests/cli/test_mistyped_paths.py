@@ -1,5 +1,4 @@
-"""A mistyped path is refused at once and by its own name, wherever a model is named; nobody asks the Hub for
-it."""
+"""A mistyped path is refused by its own name wherever a model is named, without a request to the Hub."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Recipes are read strictly: every error names its place in the file, the value found and a remedy."""
+"""Recipes are validated strictly: every error has its line in the file, the value and a remedy."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write(folder: Path, text: str = MINIMAL) -> Path:
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """What is said about a recipe, with the recipe's own path shortened to `recipe.yaml`."""
+    """Return the error for a recipe, with the recipe's own path shortened to `recipe.yaml`."""
     with pytest.raises(UserError) as caught:
         load_recipe(path, overrides)
     return str(caught.value).replace(str(path), "recipe.yaml")
@@ -91,7 +91,7 @@ def test_every_key_is_described_in_the_json_schema():
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.e-4", ".0001", "0.0001", "+1e-4", "1.0e-4"])
-def test_a_number_may_be_written_in_every_usual_way(folder, text):
+def test_every_common_notation_of_a_number_is_accepted(folder, text):
     assert load_recipe(write(folder), [f"train.learning_rate={text}"]).train.learning_rate == 1e-4
 
 
@@ -100,7 +100,7 @@ def test_yaml_1_1_scalars_such_as_on_and_dates_stay_text(text):
     assert parse(f"key: {text}", "x").values == {"key": text}
 
 
-def test_anchors_and_merges_work_and_errors_in_them_are_found(folder):
+def test_anchors_and_merges_work_and_errors_in_them_are_reported_with_their_line(folder):
     text = MINIMAL + "  <<: &more {seed: 3, batch_size: 4}\n  batch_size: 2\n"
     recipe = load_recipe(write(folder, text))
     assert (recipe.train.seed, recipe.train.batch_size) == (3, 2)
@@ -112,7 +112,7 @@ def test_anchors_and_merges_work_and_errors_in_them_are_found(folder):
 # --- paths ---
 
 
-def test_paths_in_the_file_start_from_the_file_and_paths_in_overrides_from_the_current_directory(folder):
+def test_paths_in_the_file_are_relative_to_it_and_paths_in_overrides_to_the_current_directory(folder):
     recipe = load_recipe(write(folder))
     assert recipe.data.train[0].path == folder / "train.jsonl"
     here = folder / "elsewhere"
@@ -127,13 +127,13 @@ def test_paths_in_the_file_start_from_the_file_and_paths_in_overrides_from_the_c
     assert mixed.data.train[0].image_root == here / "photos"
 
 
-def test_the_output_folder_starts_from_the_current_directory(folder):
+def test_the_output_folder_is_relative_to_the_current_directory(folder):
     assert load_recipe(write(folder)).train.output_dir == Path("runs/one")
     assert load_recipe(write(folder), ["train.output_dir=~/x"]).train.output_dir == Path.home() / "x"
 
 
 def make_models(folder: Path) -> None:
-    """Folders of both backbones, a file of weights and a run, as far as names are looked for."""
+    """Write a folder for each backbone and a run, with only its config, and an empty file of weights."""
     for path in (
         "models/lm/config.json",
         "lm/config.json",
@@ -145,10 +145,10 @@ def make_models(folder: Path) -> None:
     (folder / "eyes.pt").write_text("")
 
 
-def names(recipe: Recipe) -> list[str]:
+def model_names(recipe: Recipe) -> list[str | None]:
     model = recipe.model
-    found = (model.vision.name, model.vision.pretrained, model.language.name, model.init_from)
-    return [None if name is None else str(name) for name in found]
+    values = (model.vision.name, model.vision.pretrained, model.language.name, model.init_from)
+    return [None if value is None else str(value) for value in values]
 
 
 LOCAL = MINIMAL.replace("vision: {name: nano}", "vision: {name: eyes}").replace(
@@ -156,33 +156,32 @@ LOCAL = MINIMAL.replace("vision: {name: nano}", "vision: {name: eyes}").replace(
 )
 
 
-def test_all_that_a_recipe_reads_starts_from_the_recipe_in_every_directory(folder, monkeypatch):
+def test_paths_of_models_are_relative_to_the_recipe_in_every_current_directory(folder, monkeypatch):
     make_models(folder)
     expected = [str(folder / "eyes"), None, str(folder / "models/lm"), str(folder / "runs/first")]
     for directory in (folder, folder / "elsewhere", folder / "runs"):
         monkeypatch.chdir(directory)
-        assert names(load_recipe(write(folder, LOCAL))) == expected
-    for name, found in {
+        assert model_names(load_recipe(write(folder, LOCAL))) == expected
+    for name, path in {
         "./lm": folder / "lm",
         "lm": folder / "lm",
         "../lm": folder / "../lm",
         "~/lm": Path.home() / "lm",
     }.items():
         recipe = load_recipe(write(folder, LOCAL.replace("models/lm", name)), require=())
-        assert recipe.model.language.name == str(found)
+        assert recipe.model.language.name == str(path)
     weights = LOCAL.replace("{name: eyes}", "{name: ViT-B-32, pretrained: eyes.pt}")
-    assert names(load_recipe(write(folder, weights)))[:2] == ["ViT-B-32", str(folder / "eyes.pt")]
+    assert model_names(load_recipe(write(folder, weights)))[:2] == ["ViT-B-32", str(folder / "eyes.pt")]
 
 
-def test_an_overrides_path_to_a_model_starts_from_the_current_directory(folder):
+def test_the_path_of_a_model_in_an_override_is_relative_to_the_current_directory(folder):
     make_models(folder / "elsewhere")
     overrides = ["model.vision.name=eyes", "model.language={name: models/lm}", "model.init_from=runs/first"]
     here = folder / "elsewhere"
     expected = [str(here / "eyes"), None, str(here / "models/lm"), str(here / "runs/first")]
-    assert names(load_recipe(write(folder), overrides)) == expected
-    assert load_recipe(
-        write(folder), ["model.vision={name: ViT-B-32, pretrained: eyes.pt}"]
-    ).model.vision.pretrained == str(here / "eyes.pt")
+    assert model_names(load_recipe(write(folder), overrides)) == expected
+    recipe = load_recipe(write(folder), ["model.vision={name: ViT-B-32, pretrained: eyes.pt}"])
+    assert recipe.model.vision.pretrained == str(here / "eyes.pt")
 
 
 def test_names_on_the_hub_and_in_openclip_are_not_taken_for_paths(folder):
@@ -203,19 +202,24 @@ def test_names_on_the_hub_and_in_openclip_are_not_taken_for_paths(folder):
         ):
             text = MINIMAL.replace("vision: {name: nano}", f"vision: {vision}")
             text = text.replace("language: {name: nano}", f"language: {language}\n  init_from: org/start@v1")
-            recipe, given = load_recipe(write(folder, text)), yaml.safe_load(text)["model"]
-            assert recipe.model.vision.name == given["vision"]["name"]
-            assert recipe.model.vision.pretrained == given["vision"].get("pretrained")
-            assert recipe.model.language.name == given["language"]["name"]
+            recipe, model = load_recipe(write(folder, text)), yaml.safe_load(text)["model"]
+            assert recipe.model.vision.name == model["vision"]["name"]
+            assert recipe.model.vision.pretrained == model["vision"].get("pretrained")
+            assert recipe.model.language.name == model["language"]["name"]
             assert str(recipe.model.init_from) == "org/start@v1"
 
 
-def test_models_where_only_earlier_versions_looked_are_used_with_a_warning(folder):
+def test_a_model_found_only_as_in_earlier_versions_is_used_with_a_warning(folder):
     here = folder / "elsewhere"
     make_models(here)
     with pytest.warns(UserWarning) as warned:
         recipe = load_recipe(write(folder, LOCAL))
-    assert names(recipe) == [str(here / "eyes"), None, str(here / "models/lm"), str(here / "runs/first")]
+    assert model_names(recipe) == [
+        str(here / "eyes"),
+        None,
+        str(here / "models/lm"),
+        str(here / "runs/first"),
+    ]
     lines = [str(one.message).removeprefix(str(folder)) for one in warned]
     assert [line.split(": ")[:2] for line in lines] == [
         ["/recipe.yaml:2", "model.vision.name"],
@@ -272,10 +276,8 @@ def test_a_mistyped_path_is_refused_with_its_line_and_the_nearest_one(folder, ri
     make_models(folder)
     (folder / "photos").mkdir()
     assert right in LOCAL
-    assert (
-        refusal(write(folder, LOCAL.replace(right, wrong)))
-        == f"recipe.yaml:{expected.replace('{}', str(folder))}"
-    )
+    message = refusal(write(folder, LOCAL.replace(right, wrong)))
+    assert message == f"recipe.yaml:{expected.replace('{}', str(folder))}"
 
 
 def test_an_unknown_home_directory_is_a_missing_path(folder):
@@ -283,7 +285,7 @@ def test_an_unknown_home_directory_is_a_missing_path(folder):
     assert "data.train.0.path: no file " in message
 
 
-def test_the_paths_of_a_recipe_are_stripped_and_its_text_is_not(folder):
+def test_paths_are_stripped_for_publication_and_text_is_not(folder):
     make_models(folder)
     extra = "  system_prompt: /no_think Answer.\n  cache: {folder: /home/me/tokens}\n"
     text = LOCAL.replace("train:\n  output", extra + "train:\n  output").replace(
@@ -442,66 +444,100 @@ def test_init_from_becomes_an_absolute_path_and_has_to_exist(folder):
     assert recipe.model.init_from == folder / "elsewhere" / "gone"
 
 
-def test_optimizer_in_backward_refuses_gradient_accumulation(folder):
-    message = refusal(
-        write(folder), "train.optimizer_in_backward=true", "train.gradient_accumulation_steps=4"
-    )
-    assert message == (
-        "override train.optimizer_in_backward=true: train.optimizer_in_backward: "
-        "got gradient_accumulation_steps 4, "
-        "but the optimizer steps in every backward pass; use 1 and a larger batch_size, "
-        "or set optimizer_in_backward to false"
-    )
-
-
-EXCLUSIVE = {
-    (
-        "data.cache={folder: tokens}",
-        "data.augmentation={flip: 0.5}",
-    ): "data.cache: augmentation changes each image every time",
-    ("data.cache={folder: tokens}", "lora.vision={r: 2}"): "data.cache: lora.vision changes the tower",
-    ("data.packing=true",): "data.packing: packed rows need a fixed length; set data.max_text_tokens",
-    (
-        "data.packing=true",
-        "data.max_text_tokens=64",
-        "data.group_by_length=true",
-    ): "data.group_by_length: packed rows all have the same length; set group_by_length or packing to false",
-    (
-        "data.eval_fraction=0.1",
-        "data.train.0.streaming=true",
-    ): "data.eval_fraction: a fraction of a streamed source cannot be held out",
+INCOMPATIBLE = {
+    ("data.cache={folder: tokens}", "data.augmentation={flip: 0.5}"): (
+        "data.cache: augmentation changes each image every time, so its features cannot be cached; "
+        "set one of them to null"
+    ),
+    ("data.cache={folder: tokens}", "lora.vision={r: 2}"): (
+        "data.cache: lora.vision changes the tower, so its features cannot be cached; set one of them to null"
+    ),
+    ("data.packing=true",): (
+        "data.packing: packed rows need a fixed length; set data.max_text_tokens, or packing to false"
+    ),
+    ("data.packing=true", "data.max_text_tokens=64", "data.group_by_length=true"): (
+        "data.group_by_length: packed rows all have the same length; set group_by_length or packing to false"
+    ),
+    ("data.eval_fraction=0.1", "data.train.0.streaming=true"): (
+        "data.eval_fraction: a fraction of a streamed source cannot be held out; "
+        "use data.eval, or set streaming to false"
+    ),
     ("data.train.0.hub=org/name",): "data.train.0: got both path and hub; set one of them",
-    ("data.train.0.config=small",): "data.train.0.config: only applies to hub",
-    ("data.train.0.revision=main",): "data.train.0.revision: only applies to hub",
-}
-
-
-@pytest.mark.parametrize("overrides", EXCLUSIVE, ids=" ".join)
-def test_incompatible_data_settings_are_reported_in_one_line(folder, overrides):
-    message = refusal(write(folder), *overrides)
-    assert EXCLUSIVE[overrides] in message and "\n" not in message
-
-
-LENGTHS = {
-    (
-        "train={output_dir: x, max_steps: 3, epochs: 2}",
-    ): "train.epochs: got 2 beside max_steps 3; remove one of them",
+    ("data.train.0.config=small",): (
+        "data.train.0.config: only applies to hub, a dataset on the Hugging Face Hub; remove it"
+    ),
+    ("data.train.0.revision=main",): (
+        "data.train.0.revision: only applies to hub, a dataset on the Hugging Face Hub; remove it"
+    ),
     ("train.epochs=2", "train.max_steps=3"): "train.epochs: got 2 beside max_steps 3; remove one of them",
-    ("train.epochs=0",): "train.epochs: must be more than 0, got 0",
-    ("train.epochs=2", "data.train.0.streaming=true"): "train.epochs: a streamed source has no known length",
-    ("train.warmup_ratio=1",): "train.warmup_ratio: ",
-    (
-        "train.warmup_ratio=0.1",
-        "train.warmup_steps=3",
-    ): "train.warmup_ratio: got 0.1 beside warmup_steps 3; remove one",
+    ("train={output_dir: x, max_steps: 3, epochs: 2}",): (
+        "train.epochs: got 2 beside max_steps 3; remove one of them"
+    ),
     ("train={output_dir: x}",): "train.max_steps: missing; add it, or train.epochs instead",
+    ("train.epochs=2", "data.train.0.streaming=true"): (
+        "train.epochs: a streamed source has no known length; use train.max_steps, or set streaming to false"
+    ),
+    ("train.warmup_ratio=0.1", "train.warmup_steps=3"): (
+        "train.warmup_ratio: got 0.1 beside warmup_steps 3; remove one of them"
+    ),
+    ("train.optimizer_in_backward=true", "train.gradient_accumulation_steps=4"): (
+        "train.optimizer_in_backward: got gradient_accumulation_steps 4, but the optimizer steps in every "
+        "backward pass; use 1 and a larger batch_size, or set optimizer_in_backward to false"
+    ),
+    ("train.optimizer_in_backward=true", "train.non_finite=skip_step"): (
+        "train.non_finite: a step inside the backward pass cannot be skipped afterwards; "
+        "use stop, or set optimizer_in_backward to false"
+    ),
+    ("train.precision=fp16", "trainable.dtype=bf16"): (
+        "trainable.dtype: got bf16 with train.precision fp16, which needs fp32 weights; "
+        "use fp32, or train.precision bf16"
+    ),
+    ("eval.keep=best",): "eval.keep: best needs evaluations during training; set eval.steps",
+    ("eval.patience=2",): "eval.patience: needs evaluations during training; set eval.steps",
+    ("eval.steps=5",): (
+        "eval.steps: needs samples to evaluate on; set data.eval or data.eval_fraction, or eval.steps to null"
+    ),
+    ("eval={steps: 5, metric: accuracy, answers: false}", "data.eval_fraction=0.1"): (
+        "eval.metric: accuracy needs generated answers; set eval.answers to true, or use loss"
+    ),
+    ("train.dpo={beta: 0.2}",): (
+        "train.dpo: has no effect with train.method sft; remove it, or use method dpo"
+    ),
+    ("train.fsdp=true", "train.method=dpo"): (
+        "train.fsdp: dpo's reference model shares the weights that would be sharded; "
+        "use method sft, or set fsdp to false"
+    ),
+    ("train.fsdp=true", "train.optimizer=adamw_8bit"): (
+        "train.optimizer: sharded weights need adamw after the backward pass; "
+        "use adamw without optimizer_in_backward, or set train.fsdp to false"
+    ),
+    ("train.fsdp=true", "data.cache={folder: tokens}"): (
+        "data.cache: the cached tower runs outside the sharded model; "
+        "set cache to null, or train.fsdp to false"
+    ),
+    ("train.fsdp=true", "model.language.quantization=int8"): (
+        "train.fsdp: 8-bit matrices and a quantized bridge cannot be sharded; "
+        "use nf4 or none, or set fsdp to false"
+    ),
 }
 
 
-@pytest.mark.parametrize("overrides", LENGTHS, ids=" ".join)
-def test_the_length_of_a_run_is_given_once_and_of_a_stream_in_steps(folder, overrides):
+@pytest.mark.parametrize("overrides", INCOMPATIBLE, ids=" ".join)
+def test_incompatible_settings_are_reported_in_one_line_with_a_remedy(folder, overrides):
     message = refusal(write(folder), *overrides)
-    assert LENGTHS[overrides] in message and "\n" not in message
+    assert message.endswith(f": {INCOMPATIBLE[overrides]}") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.epochs=0", "train.epochs: must be more than 0, got 0"),
+        ("train.warmup_ratio=1", "train.warmup_ratio: "),
+    ],
+)
+def test_a_length_out_of_range_is_reported_in_one_line(folder, override, expected):
+    message = refusal(write(folder), override)
+    assert expected in message and "\n" not in message
 
 
 def test_an_override_in_epochs_replaces_the_steps_of_the_file_and_vice_versa(folder):
@@ -513,14 +549,14 @@ def test_an_override_in_epochs_replaces_the_steps_of_the_file_and_vice_versa(fol
     assert load_recipe(in_epochs, ["train.seed=1"]).train.epochs == 3
 
 
-def test_a_data_path_may_be_a_folder_or_a_pattern_of_files_that_is_there(folder):
+def test_a_data_path_may_be_a_folder_or_a_pattern_that_matches_files(folder):
     (folder / "photos").mkdir()
     for path in ("photos", "*.jsonl"):
         assert load_recipe(write(folder), [f"data.train.0.path={folder}/{path}"])
     assert ": no file " in refusal(write(folder), f"data.train.0.path={folder}/*.tar")
 
 
-def test_every_problem_has_a_line_of_its_own_in_the_order_of_the_file(folder):
+def test_every_error_has_its_own_line_in_the_order_of_the_file(folder):
     text = MINIMAL.replace("vision", "vison").replace("10", "ten") + "  seed: -1\n"
     lines = refusal(write(folder, text)).splitlines()
     assert [line.split(": ")[0] for line in lines] == ["recipe.yaml:2", "recipe.yaml:9", "recipe.yaml:10"]
@@ -585,15 +621,15 @@ def test_missing_sections_are_reported(folder, text):
 
 
 def known_keys(section: type, prefix: str = "") -> set[str]:
-    found = set()
+    keys = set()
     for name, field in section.model_fields.items():
-        found.add(prefix + name)
+        keys.add(prefix + name)
         inside = section_of(field.annotation)
         if inside is not None:
-            found |= known_keys(
+            keys |= known_keys(
                 inside, f"{prefix}{name}." + ("0." if "tuple" in str(field.annotation) else "")
             )
-    return found
+    return keys
 
 
 def test_every_foreign_key_maps_to_a_recipe_key_and_is_not_one_itself():
@@ -618,7 +654,7 @@ def test_every_foreign_key_maps_to_a_recipe_key_and_is_not_one_itself():
         ("train.zzz=1", "train.zzz: unknown key; see flamingo-ft recipes keys train"),
     ],
 )
-def test_a_key_of_another_trainer_is_refused_with_the_recipes_own(folder, override, expected):
+def test_a_key_of_another_trainer_is_refused_with_the_key_of_a_recipe(folder, override, expected):
     assert refusal(write(folder), override).endswith(expected)
 
 
@@ -692,7 +728,7 @@ def test_overrides_take_precedence_over_the_file_and_later_ones_over_earlier_one
     assert recipe.train.max_steps == 12 and recipe.eval.before is False
 
 
-def test_an_override_can_give_what_the_file_lacks(folder):
+def test_an_override_can_set_a_required_key_that_the_file_lacks(folder):
     path = write(folder, MINIMAL.replace("  max_steps: 10\n", ""))
     assert load_recipe(path, ["train.max_steps=3"]).train.max_steps == 3
 
@@ -730,10 +766,10 @@ def test_an_invalid_override_is_reported_in_one_line_that_repeats_it(folder, ove
 # --- cost ---
 
 
-def test_reading_recipes_imports_neither_torch_nor_transformers():
+def test_loading_recipes_imports_neither_torch_nor_transformers():
     check = (
         "import sys, flamingo_ft.config\n"
         "print(sorted({'torch', 'transformers', 'open_clip', 'rich', 'typer'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

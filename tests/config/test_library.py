@@ -1,4 +1,4 @@
-"""The recipes that ship with the package: found by name, copied with their data, never over something."""
+"""Packaged recipes load by name, are copied with their data, and never replace an existing file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_folder_named_like_a_recipe_does_not_hide_it(library):
 
 
 @pytest.mark.parametrize("wrong", ["digts", "recipes/digits.yaml", "digits.yaml"])
-def test_a_recipe_that_is_not_there_is_refused_with_the_nearest_name(library, wrong):
+def test_a_missing_recipe_is_refused_with_the_nearest_name(library, wrong):
     with pytest.raises(UserError, match=f"recipe {wrong}: no such file or packaged recipe; .*: digits$"):
         find_recipe(wrong)
 
@@ -63,7 +63,7 @@ def test_the_summary_is_the_first_line_of_the_header(library, tmp_path):
     assert summary(tmp_path / "bare.yaml") == ""
 
 
-def test_a_copied_recipe_loads_from_where_it_was_copied_to(library):
+def test_a_copied_recipe_loads_with_its_copied_data(library):
     copied = copy_recipe("digits", Path("sub/folder"))
     assert copied == [Path("sub/folder/digits.yaml"), Path("sub/folder/digits")]
     recipe = load_recipe(copied[0])
@@ -96,8 +96,7 @@ def test_data_that_was_copied_with_another_recipe_is_shared(library):
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_packaged_recipe_loads_where_it_was_copied_to(name, tmp_path, monkeypatch):
-    """But for the run that it starts from, which is the user's to make: its recipe says with which
-    command."""
+    """Only a run that the recipe starts from is missing: its header says how to make it."""
     monkeypatch.chdir(tmp_path)
     recipe, *_ = copy_recipe(name, Path("copies"))
     Path("runs/bridge").mkdir(parents=True)
@@ -106,6 +105,6 @@ def test_every_packaged_recipe_loads_where_it_was_copied_to(name, tmp_path, monk
         assert source.path.is_relative_to(tmp_path / "copies")
 
 
-def test_every_packaged_recipe_says_what_it_does():
+def test_every_packaged_recipe_has_a_summary():
     for name, path in packaged_recipes().items():
         assert summary(path), f"{name} has no header"

@@ -38,7 +38,7 @@ def value_at(recipe: Recipe, name: str):
     return recipe
 
 
-def test_the_default_that_is_shown_is_the_one_that_a_recipe_gets(tmp_path):
+def test_a_documented_default_is_the_one_that_a_recipe_gets(tmp_path):
     (tmp_path / "x.jsonl").write_text("{}")
     text = """\
 model: {vision: {name: nano}, language: {name: nano}}
@@ -47,18 +47,18 @@ data: {train: [{path: x.jsonl}], augmentation: {}}
 train: {output_dir: run, epochs: 1}
 """
     (tmp_path / "r.yaml").write_text(text)
-    recipe, given = load_recipe(tmp_path / "r.yaml"), parse(text, "r")
-    shown = 0
+    recipe, document = load_recipe(tmp_path / "r.yaml"), parse(text, "r")
+    compared = 0
     for key in recipe_keys():
         location = tuple(int(step) if step.isdecimal() else step for step in key.name.split("."))
         absent = key.name.startswith(("data.eval", "data.cache", "lora.c", "lora.p"))
-        if key.is_section or absent or given.find(location)[1]:
+        if key.is_section or absent or document.find(location)[1]:
             continue
         declared = value_at(recipe, key.name)
         declared = list(declared) if isinstance(declared, tuple) else declared
         assert parse(f"value: {key.default}", "x").values["value"] == declared, key.name
-        shown += 1
-    assert shown > 80
+        compared += 1
+    assert compared > 80
 
 
 def test_required_keys_have_no_default():
@@ -76,7 +76,7 @@ def test_required_keys_have_no_default():
         ("data.train.3.path", "data.train.0.path", 1),
     ],
 )
-def test_a_prefix_selects_a_key_and_all_below_it(prefix, first, count):
+def test_a_prefix_selects_a_key_and_every_key_below_it(prefix, first, count):
     keys = recipe_keys(prefix)
     assert (keys[0].name, len(keys)) == (first, count)
 
@@ -104,7 +104,7 @@ def test_piped_keys_are_plain_text_of_two_lines_each(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * len(recipe_keys("train")) and "\x1b" not in "".join(lines)
     assert "train.epochs  number > 0 or null, default null" in lines
-    assert any(len(line) > 200 for line in lines), "a description on one line, to be found by grep"
+    assert any(len(line) > 200 for line in lines), "a description is on one line, for grep"
 
 
 def test_on_a_terminal_descriptions_are_wrapped_and_indented():
@@ -120,13 +120,13 @@ def test_on_a_terminal_descriptions_are_wrapped_and_indented():
 # --- the schema for editors ---
 
 
-def test_the_schema_file_is_that_of_the_declaration():
-    """Write it anew with: flamingo-ft recipes schema > recipes/recipe.schema.json"""
+def test_the_schema_file_is_up_to_date():
+    """Regenerate it with: flamingo-ft recipes schema > recipes/recipe.schema.json"""
     assert SCHEMA.read_text(encoding="utf-8") == schema_text()
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_a_packaged_recipe_names_the_schema_beside_it_and_is_valid_by_it(name):
+def test_a_packaged_recipe_names_the_schema_beside_it_and_conforms_to_it(name):
     text = packaged_recipes()[name].read_text(encoding="utf-8")
     assert MODELINE in text.splitlines()
     jsonschema.validate(yaml.safe_load(text), json.loads(SCHEMA.read_text(encoding="utf-8")))
@@ -141,13 +141,13 @@ def test_a_packaged_recipe_names_the_schema_beside_it_and_is_valid_by_it(name):
         ({"lora": {"lora_dropout": 1.5}}, "1.5 is greater than or equal to the maximum"),
     ],
 )
-def test_the_schema_refuses_what_a_recipe_refuses(change, message):
+def test_the_schema_rejects_what_a_recipe_rejects(change, message):
     recipe = yaml.safe_load(packaged_recipes()["quickstart"].read_text(encoding="utf-8"))
     with pytest.raises(jsonschema.ValidationError, match=message):
         jsonschema.validate({**recipe, **change}, json_schema())
 
 
-def test_the_schema_takes_epochs_and_one_or_several_target_modules():
+def test_the_schema_accepts_epochs_and_one_or_several_target_modules():
     recipe = yaml.safe_load(packaged_recipes()["bridge_lora"].read_text(encoding="utf-8"))
     for modules in ("all-linear", ["q_proj", "v_proj"]):
         recipe["lora"]["language"]["target_modules"] = modules
@@ -155,7 +155,7 @@ def test_the_schema_takes_epochs_and_one_or_several_target_modules():
         jsonschema.validate(recipe, json_schema())
 
 
-def test_a_copied_recipe_has_the_schema_beside_it_and_one_that_is_there_stays(tmp_path, monkeypatch):
+def test_the_schema_is_copied_with_a_recipe_and_an_existing_one_stays(tmp_path, monkeypatch):
     library = tmp_path / "library"
     library.mkdir()
     (library / "one.yaml").write_text("data: {train: []}")
@@ -171,8 +171,8 @@ def test_a_copied_recipe_has_the_schema_beside_it_and_one_that_is_there_stays(tm
 # --- recipes/README.md ---
 
 
-def test_the_page_of_all_keys_is_that_of_the_declaration():
-    """Write it anew with: flamingo-ft recipes keys --markdown > recipes/README.md"""
+def test_the_page_of_all_keys_is_up_to_date():
+    """Regenerate it with: flamingo-ft recipes keys --markdown > recipes/README.md"""
     assert (library_folder() / "README.md").read_text(encoding="utf-8") == markdown()
 
 
@@ -184,7 +184,7 @@ def test_the_page_of_all_keys_names_every_key_and_every_packaged_recipe():
     assert all(f"[{name}]({name}.yaml)" in markdown() for name in packaged_recipes())
 
 
-def test_the_page_is_printed_whole_or_not_at_all(capsys):
+def test_the_page_is_printed_only_in_full(capsys):
     assert main(["recipes", "keys", "--markdown"]) == 0
     assert capsys.readouterr().out == markdown()
     assert main(["recipes", "keys", "train", "--markdown"]) == 2
@@ -194,7 +194,7 @@ def test_the_page_is_printed_whole_or_not_at_all(capsys):
 # --- the commands ---
 
 
-def test_show_prints_the_recipe_as_it_is(capsys):
+def test_show_prints_the_file_unchanged(capsys):
     assert main(["recipes", "show", "quickstart"]) == 0
     assert capsys.readouterr().out == packaged_recipes()["quickstart"].read_text(encoding="utf-8")
     assert main(["recipes", "show", "quickstrat"]) == 2
@@ -204,7 +204,7 @@ def test_show_prints_the_recipe_as_it_is(capsys):
     )
 
 
-def test_list_is_what_recipes_alone_prints(capsys):
+def test_recipes_without_a_command_prints_the_list(capsys):
     assert main(["recipes", "list"]) == 0
     listed = capsys.readouterr().out
     assert main(["recipes"]) == 0
@@ -217,13 +217,13 @@ def test_looking_up_keys_imports_neither_torch_nor_transformers():
         "codes = [main(['recipes', *one]) for one in (['keys'], ['schema'], ['show', 'dpo'], ['list'])]\n"
         "sys.exit(any(codes) or bool({'torch', 'transformers'} & {*sys.modules}))"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
 
 
-def test_an_index_after_a_key_that_is_no_list_suggests_the_key_itself():
+def test_an_index_after_a_key_that_is_not_a_list_suggests_the_key_itself():
     with pytest.raises(
         UserError, match=r"no key lora\.language\.0; did you mean model\.language or lora\.language"
     ):

@@ -105,10 +105,11 @@ def otter_whole(family: str) -> Tensors:
     fill(lm, "otter.lang_encoder.")
     lm.resize_token_embeddings(OTTERS)
     lm.tie_weights()
-    layers, found = LAYERS[family] + ".", {}
+    layers, language = LAYERS[family] + ".", {}
     for name, tensor in lm.state_dict().items():
         k, _, rest = f"lang_encoder.{name}".removeprefix(layers).partition(".")
-        found[f"{layers}{k}.decoder_layer.{rest}" if k.isdigit() else f"lang_encoder.{name}"] = tensor.clone()
+        name = f"{layers}{k}.decoder_layer.{rest}" if k.isdigit() else f"lang_encoder.{name}"
+        language[name] = tensor.clone()
     bridge = {
         n: t for n, t in otter_trained(family).items() if n.startswith("perceiver.") or "gated_cross" in n
     }
@@ -116,11 +117,11 @@ def otter_whole(family: str) -> Tensors:
         f"vision_encoder.vision_model.{n.removeprefix('vision_model.')}": t
         for n, t in otter_tower().state_dict().items()
     }
-    return found | bridge | tower
+    return language | bridge | tower
 
 
-# Where Multimodal-GPT trains: language model, cross-attention, feed-forward; in its released settings, of
-# rank 16.
+# Matrices of the language model with LoRA. Multimodal-GPT has it in the cross-attention blocks too, and of
+# rank 16 in its released settings.
 LORA_TARGETS = {
     "llama": ("self_attn.q_proj", "self_attn.o_proj"),
     "opt": ("self_attn.q_proj",),
@@ -134,16 +135,16 @@ def multimodal_gpt(family: str, adapter: str = "default.") -> Tensors:
     """LoRA of the language model and of the cross-attention, as PEFT named it inside the model it wrapped."""
     lm, layers = tiny_language_model(family), LAYERS[family].removeprefix("lang_encoder.")
     bridge = trained_state_dict(family)
-    found: Tensors = {}
+    lora: Tensors = {}
     for k in range(4):
         for matrix in LORA_TARGETS[family]:
             weight = lm.get_submodule(f"{layers}.{k}.{matrix}").weight
-            found |= _lora_pair(f"{layers}.{k}.decoder_layer.{matrix}", weight, adapter)
+            lora |= _lora_pair(f"{layers}.{k}.decoder_layer.{matrix}", weight, adapter)
         for matrix in ("attn.to_q", "attn.to_kv", "attn.to_out", "ff.1", "ff.3"):
             name = f"lang_encoder.{layers}.{k}.gated_cross_attn_layer.{matrix}.weight"
             if name in bridge:
-                found |= _lora_pair(f"{layers}.{k}.gated_cross_attn_layer.{matrix}", bridge[name], adapter)
-    return found
+                lora |= _lora_pair(f"{layers}.{k}.gated_cross_attn_layer.{matrix}", bridge[name], adapter)
+    return lora
 
 
 def _lora_pair(name: str, weight: Tensor, adapter: str) -> Tensors:

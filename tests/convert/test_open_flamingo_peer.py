@@ -48,9 +48,9 @@ def our_logits(folder, family):
     return logits(load_adapter(folder)[0].double(), family)
 
 
-def distance(found, expected):
+def distance(actual, expected):
     """Return the largest difference relative to the largest value, both computed in float64."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["bridge", "with LoRA"])
@@ -93,6 +93,6 @@ def test_its_checkpoint_is_imported_with_equal_logits(family, backbones, tmp_pat
         {"epoch": 0, "model_state_dict": {f"module.{k}": v for k, v in state.items()}},
         tmp_path / "checkpoint_0.pt",
     )
-    found = import_checkpoint(tmp_path / "checkpoint_0.pt", tmp_path / "adapter", backbones[family])
-    assert found.result == "adapter"
+    result = import_checkpoint(tmp_path / "checkpoint_0.pt", tmp_path / "adapter", backbones[family])
+    assert result.result == "adapter"
     assert distance(our_logits(tmp_path / "adapter", family), peer_logits(other, family)) < TOLERANCE

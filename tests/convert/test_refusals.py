@@ -84,7 +84,7 @@ def test_backbones_of_another_checkpoint_are_refused(backbones, tmp_path):
         import_checkpoint(source, tmp_path / "out")
 
 
-def test_the_old_keyword_of_the_backbones_warns_and_works(backbones, tmp_path):
+def test_the_deprecated_keyword_wanted_warns_and_works(backbones, tmp_path):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo("llama"))
     with pytest.warns(FutureWarning, match="wanted is now called backbones"):
         result = import_checkpoint(source, tmp_path / "adapter", wanted=backbones["llama"])
@@ -93,17 +93,17 @@ def test_the_old_keyword_of_the_backbones_warns_and_works(backbones, tmp_path):
 
 def test_lora_needs_its_base_checkpoint_and_alpha(backbones, tmp_path):
     tensors = foreign.multimodal_gpt("llama")
-    below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
+    base_checkpoint = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     bare = foreign.save(tmp_path / "mmgpt.pt", tensors)
     with pytest.raises(UserError, match="LoRA alone.*--start"):
         import_checkpoint(bare, tmp_path / "out", backbones["llama"])
     with pytest.raises(UserError, match="does not record lora_alpha.*--lora-alpha"):
-        import_checkpoint(bare, tmp_path / "out", backbones["llama"], start=below)
-    import_checkpoint(bare, tmp_path / "out", backbones["llama"], start=below, lora_alpha=4)
+        import_checkpoint(bare, tmp_path / "out", backbones["llama"], start=base_checkpoint)
+    import_checkpoint(bare, tmp_path / "out", backbones["llama"], start=base_checkpoint, lora_alpha=4)
     uneven = tensors | {name: t[:1] for name, t in tensors.items() if "layers.0" in name and "lora_A" in name}
     with pytest.raises(UserError, match=r"ranks \[1, 2\]"):
         source = foreign.save_multimodal_gpt(tmp_path / "uneven.pt", uneven)
-        import_checkpoint(source, tmp_path / "other", backbones["llama"], start=below)
+        import_checkpoint(source, tmp_path / "other", backbones["llama"], start=base_checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -173,22 +173,25 @@ INCOMPLETE = {
 @pytest.mark.parametrize("wrong", INCOMPLETE)
 def test_incomplete_lora_is_refused(wrong, backbones, tmp_path):
     change, words = INCOMPLETE[wrong]
-    below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
+    base_checkpoint = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", change(foreign.multimodal_gpt("llama")))
     with pytest.raises(UserError, match=words) as error:
-        import_checkpoint(source, tmp_path / "out", backbones["llama"], start=below)
+        import_checkpoint(source, tmp_path / "out", backbones["llama"], start=base_checkpoint)
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_rows_of_new_tokens_beside_lora_are_kept(backbones, tmp_path):
     name = "lang_encoder.base_model.model.model.embed_tokens.weight"
-    below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
+    base_checkpoint = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1("llama"))
     moved = foreign.open_flamingo("llama")["lang_encoder.model.embed_tokens.weight"].clone()
     moved[-2:] += 5
     source = foreign.save_multimodal_gpt(
         tmp_path / "mmgpt.pt", foreign.multimodal_gpt("llama") | {name: moved}
     )
-    assert import_checkpoint(source, tmp_path / "out", backbones["llama"], start=below).result == "adapter"
+    assert (
+        import_checkpoint(source, tmp_path / "out", backbones["llama"], start=base_checkpoint).result
+        == "adapter"
+    )
     model, _ = load_adapter(tmp_path / "out")
     assert torch.equal(model.token_rows.input.weight, moved[-2:])
 

@@ -1,4 +1,4 @@
-"""Imported checkpoints are exported again bit by bit, and give the same logits."""
+"""Exporting an imported checkpoint gives back its bytes, and importing it gives the same logits."""
 
 from __future__ import annotations
 
@@ -52,22 +52,22 @@ def logits(model: FlamingoForConditionalGeneration | Flamingo, family: str) -> T
     return model(input_ids=batch.input_ids, pixel_values=batch.vision_x).logits
 
 
-def assert_holds(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert expected.keys() <= found.keys(), sorted(expected.keys() - found.keys())
+def assert_contains(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert expected.keys() <= actual.keys(), sorted(expected.keys() - actual.keys())
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_open_flamingo_checkpoint_becomes_an_adapter_with_its_logits_and_back(family, backbones, tmp_path):
     source = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo(family))
-    found = import_checkpoint(source, tmp_path / "adapter", backbones[family])
-    assert (found.source, found.result) == ("OpenFlamingo v2 checkpoint", "adapter")
+    conversion = import_checkpoint(source, tmp_path / "adapter", backbones[family])
+    assert (conversion.source, conversion.result) == ("OpenFlamingo v2 checkpoint", "adapter")
     model, _ = load_adapter(tmp_path / "adapter")
     assert Golden(family, EVERY).distance("logits", logits(model, family)) < TOLERANCE
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
-    assert_holds(read_checkpoint_files(tmp_path / "back.pt").tensors, foreign.open_flamingo(family))
+    assert_contains(read_checkpoint_files(tmp_path / "back.pt").tensors, foreign.open_flamingo(family))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -88,7 +88,7 @@ def test_version_1_attends_to_the_following_image_and_is_exported_under_both_nam
         export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt").result
         == "OpenFlamingo v1 checkpoint"
     )
-    assert_holds(read_checkpoint_files(tmp_path / "back.pt").tensors, foreign.open_flamingo_1(family))
+    assert_contains(read_checkpoint_files(tmp_path / "back.pt").tensors, foreign.open_flamingo_1(family))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -98,20 +98,20 @@ def test_otters_trained_weights_survive_an_adapter_with_its_own_token(family, ba
     _, processor = load_adapter(tmp_path / "adapter")
     assert processor.tokenizer.convert_tokens_to_ids("<answer>") == foreign.ANSWER
     export_otter(tmp_path / "adapter", tmp_path / "otter")
-    assert_holds(read_checkpoint_files(tmp_path / "otter").tensors, foreign.otter_trained(family))
+    assert_contains(read_checkpoint_files(tmp_path / "otter").tensors, foreign.otter_trained(family))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 @pytest.mark.parametrize("family", SOME)
 def test_a_whole_otter_becomes_a_whole_model_and_back(family, dtype, backbones, tmp_path):
     tensors = foreign.in_dtype(foreign.otter_whole, dtype)(family)
-    found = import_checkpoint(
+    conversion = import_checkpoint(
         foreign.save_otter(tmp_path / "otter", tensors), tmp_path / "model", backbones[family]
     )
-    assert (found.source, found.result) == ("Otter checkpoint", "model")
+    assert (conversion.source, conversion.result) == ("Otter checkpoint", "model")
     export_otter(tmp_path / "model", tmp_path / "back")
     back = read_checkpoint_files(tmp_path / "back")
-    assert_holds(back.tensors, tensors)
+    assert_contains(back.tensors, tensors)
     assert back.config["vision_config"]["hidden_size"] == 32
     again = import_checkpoint(tmp_path / "back", tmp_path / "again", backbones[family])
     assert again.result == "model"
@@ -124,11 +124,11 @@ def test_a_whole_otter_becomes_a_whole_model_and_back(family, dtype, backbones, 
 )
 @pytest.mark.parametrize("family", SOME)
 def test_multimodal_gpts_lora_is_kept_unchanged_on_its_base_checkpoint(family, adapter, backbones, tmp_path):
-    below = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1(family))
+    base_checkpoint = foreign.save(tmp_path / "checkpoint.pt", foreign.open_flamingo_1(family))
     tensors = foreign.multimodal_gpt(family, adapter)
     source = foreign.save_multimodal_gpt(tmp_path / "mmgpt.pt", tensors, alpha=3)
-    found = import_checkpoint(source, tmp_path / "adapter", backbones[family], start=below)
-    assert found.source == "Multimodal-GPT checkpoint (inside model_state_dict) (module. prefix)"
+    conversion = import_checkpoint(source, tmp_path / "adapter", backbones[family], start=base_checkpoint)
+    assert conversion.source == "Multimodal-GPT checkpoint (inside model_state_dict) (module. prefix)"
     own = read_tensors(tmp_path / "adapter")
     assert sorted(t.numpy().tobytes() for t in own.values()) == sorted(
         t.numpy().tobytes() for t in tensors.values()
@@ -167,23 +167,23 @@ def test_the_bridge_keeps_its_dtype(dtype, backbones, tmp_path):
         foreign.save(tmp_path / "checkpoint.pt", bridge), tmp_path / "adapter", backbones["mpt"]
     )
     export_open_flamingo(tmp_path / "adapter", tmp_path / "back.pt")
-    assert_holds(read_checkpoint_files(tmp_path / "back.pt").tensors, bridge)
+    assert_contains(read_checkpoint_files(tmp_path / "back.pt").tensors, bridge)
 
 
 @pytest.mark.parametrize("family", ["mpt"])
 def test_an_otter_with_lora_becomes_a_whole_model_with_lora_folded_in(family, backbones, tmp_path):
     whole = foreign.otter_whole(family)
-    updates = {name: t for name, t in foreign.multimodal_gpt(family).items() if "decoder_layer" in name}
+    lora = {name: t for name, t in foreign.multimodal_gpt(family).items() if "decoder_layer" in name}
     wrapped = {
         name.replace("lang_encoder.", "lang_encoder.base_model.model."): t for name, t in whole.items()
-    } | updates
+    } | lora
     folder = foreign.save_otter(tmp_path / "otter", wrapped, lora_config={"r": foreign.RANK, "lora_alpha": 4})
     import_checkpoint(folder, tmp_path / "model", backbones[family])
     export_otter(tmp_path / "model", tmp_path / "back")
     back = read_checkpoint_files(tmp_path / "back").tensors
     for name, tensor in whole.items():
         bare = name.replace("lang_encoder.", "lang_encoder.base_model.model.").removesuffix(".weight")
-        a, b = (updates.get(f"{bare}.lora_{which}.default.weight") for which in "AB")
+        a, b = (lora.get(f"{bare}.lora_{which}.default.weight") for which in "AB")
         expected = tensor if a is None else tensor + 4 / foreign.RANK * b @ a
         assert torch.allclose(back[name], expected, atol=1e-6), name
 
@@ -191,7 +191,7 @@ def test_an_otter_with_lora_becomes_a_whole_model_with_lora_folded_in(family, ba
 @pytest.mark.parametrize(
     "kind", ["OpenFlamingo v2", "OpenFlamingo v1", "a repository's folder", "an Otter's folder"]
 )
-def test_training_can_start_from_a_checkpoint_and_its_adapter_finds_it_again(kind, backbones, tmp_path):
+def test_an_adapter_that_starts_from_a_checkpoint_loads_with_it(kind, backbones, tmp_path):
     visibility = "following" if kind == "OpenFlamingo v1" else "immediate"
     make = foreign.open_flamingo_1 if kind == "OpenFlamingo v1" else foreign.open_flamingo
     start = foreign.save(tmp_path / "checkpoint.pt", make("mpt"))
@@ -212,14 +212,14 @@ def test_training_can_start_from_a_checkpoint_and_its_adapter_finds_it_again(kin
     assert torch.allclose(logits(model.eval(), "mpt"), expected, atol=1e-5 * float(expected.abs().max()))
     set_trainable(model, TrainableSection(perceiver=False, cross_attention=False))
     save_adapter(model, processor, tmp_path / "trained")
-    found, _ = load_adapter(tmp_path / "trained")
-    assert torch.equal(logits(found, "mpt"), logits(model, "mpt"))
+    loaded, _ = load_adapter(tmp_path / "trained")
+    assert torch.equal(logits(loaded, "mpt"), logits(model, "mpt"))
     write_composition(tmp_path / "trained", tmp_path / "base")
     based, _ = load_adapter(tmp_path / "trained", start=tmp_path / "base" / "bridge.safetensors")
     assert torch.equal(logits(based, "mpt"), logits(model, "mpt"))
 
 
-def test_training_does_not_start_from_a_checkpoint_with_weights_it_would_lose(backbones, tmp_path):
+def test_training_from_a_checkpoint_whose_weights_would_be_lost_is_refused(backbones, tmp_path):
     folder = foreign.save_otter(tmp_path / "otter", foreign.otter_whole("mpt"))
     import_checkpoint(folder, tmp_path / "model", backbones["mpt"])
     vision, language = load_vision(backbones["mpt"].vision), load_language(backbones["mpt"].language)
@@ -264,8 +264,8 @@ def test_padding_rows_of_the_vocabulary_are_cut_for_open_flamingo_and_kept_for_o
 def test_otters_own_token_is_left_out_if_the_vocabulary_has_no_row_for_it(backbones, tmp_path):
     tensors = {name: t[: foreign.ANSWER] if t.shape[:1] == (foreign.OTTERS,) else t for name, t in
                foreign.otter_trained("llama").items()}  # fmt: skip
-    found = import_checkpoint(
+    conversion = import_checkpoint(
         foreign.save(tmp_path / "final_weights.pt", tensors), tmp_path / "adapter", backbones["llama"]
     )
-    assert any("<answer> is left out" in line for line in found.lines)
+    assert any("<answer> is left out" in line for line in conversion.lines)
     assert "<answer>" not in load_adapter(tmp_path / "adapter")[1].tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of well-known ones, each with what it writes for an answer that is learned."""
+"""Chat templates like well-known ones, each with the text that has loss for an answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SYSTEM_LAST = (
     "{{ '[INST]' + (system + '\n\n' if m is sameas asked[-1] and system else '') + m.content + '[/INST]' }}"
     "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )
-# What has no generation prompt is a finished text, and ends as one.
+# Ends the text unless there is a generation prompt.
 ENDS_THE_TEXT = (
     EACH + "{{ '[' + m.role + ']\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{{ '[assistant]\n' if add_generation_prompt else '<|endoftext|>' }}"
@@ -58,7 +58,7 @@ CHANNELS = (
     "{{ ':' + m.content + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
 )
-# Reasoning in the last turn alone, where an empty block is written if there is none.
+# Reasoning in the last turn only; an empty block for an answer without reasoning.
 LAST_REASONING = """\
 {%- for m in messages %}
     {%- set words = m.content.split('</think>')[-1].lstrip('\\n') %}
@@ -83,7 +83,7 @@ NEVER_REASONING = (
     "{{ '[Assistant]' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[Assistant]<think>\n' }}{% endif %}"
 )
-# A block of reasoning before every answer, an empty one where there is none.
+# A reasoning block before every answer; an empty one for an answer without reasoning.
 EMPTY_REASONING = (
     EACH
     + "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and '</think>' not in m.content %}"
@@ -96,7 +96,7 @@ MARKED_WITHOUT_PROMPT = (
     "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
 )
 
-# Each with what it writes for an answer, and for the last one where that is something else.
+# Each with the text for an answer, and for the last answer if that differs.
 FAMILIES = {
     "chatml": (CHATML, "{}<|im_end|>"),
     "default system prompt": (DEFAULT_SYSTEM, "{}<|im_end|>"),

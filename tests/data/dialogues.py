@@ -59,7 +59,7 @@ def blocks(parts: tuple) -> list[dict[str, Any]]:
 
 @cache
 def nano_processor(template: str | None = None) -> FlamingoProcessor:
-    """With the nano tokenizer's own chat template (it marks what the assistant generates), or another one."""
+    """Return a processor with the nano tokenizer's own chat template, which marks answers, or another one."""
     tokenizer = load_language("nano").tokenizer
     add_media_tokens(tokenizer)
     processor = FlamingoProcessor.for_backbones(load_vision("nano").preprocess, tokenizer)
@@ -67,7 +67,7 @@ def nano_processor(template: str | None = None) -> FlamingoProcessor:
     return processor
 
 
-# Each with what it writes for an answer: its words and its end.
+# Each with the text that it writes for an answer: its words and its end token.
 TEMPLATES = {
     "marked": (None, lambda words: f"{words}<|im_end|>"),
     "chatml": (CHATML, lambda words: f"{words}<|im_end|>"),

@@ -1,4 +1,4 @@
-"""Sources of numbered rows, for laws about their order."""
+"""A source of numbered rows, for tests about their order."""
 
 from __future__ import annotations
 

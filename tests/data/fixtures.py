@@ -1,5 +1,4 @@
-"""Data as people have it, one fixture per schema and per kind of source, all about the same real scans of
-digits.
+"""One data set per schema and per kind of source, all of the same real scans of digits.
 
 `FIXTURES` maps a name to a function that writes the fixture into a folder and returns an entry of
 ``data.train``.
@@ -36,7 +35,7 @@ def fixture(write: Write) -> Write:
     return write
 
 
-# Schemas, each in the file that it is mostly met in.
+# Schemas, each in its usual file format.
 
 
 @fixture
@@ -54,7 +53,7 @@ def messages_openai(folder):
 
 @fixture
 def messages_trl(folder):
-    """Typed blocks, the images beside them, none of them placed."""
+    """Typed blocks without image blocks, and images beside them."""
     return jsonl(
         folder,
         [dialogue([text(QUESTION)], [text(answer)]) | {"images": [put(folder, s)]} for s, answer in FACTS],
@@ -63,7 +62,7 @@ def messages_trl(folder):
 
 @fixture
 def messages_two_images(folder):
-    """Two images a row, an opening turn that is not learned, and a row of text alone."""
+    """A row of two images with a first answer without loss, and a row of text only."""
     first, second = (put(folder, scan) for scan, _ in FACTS[:2])
     opening = [
         {"role": "user", "content": "Hello."},
@@ -149,7 +148,7 @@ def vqa(folder):
 
 @fixture
 def vqa_mapped(folder):
-    """Under other names."""
+    """Columns of other names."""
     rows = [{"q": QUESTION, "label": answer, "photo": put(folder, scan)} for scan, answer in FACTS]
     return jsonl(folder, rows) | {"columns": {"question": "q", "answer": "label", "image": "photo"}}
 
@@ -378,7 +377,7 @@ def tar_mmc4_files(folder):
     return {"path": str(add_files(folder / "mmc4.tar", {"0.json": json.dumps(row).encode()} | pictures))}
 
 
-# What they are written with.
+# Helpers.
 
 
 def put(folder: Path, scan: str) -> str:

@@ -1,5 +1,4 @@
-"""A small tokenizer of Llama's kind: spaces belong to the word after them, unknown characters fall back to
-bytes."""
+"""A small tokenizer like Llama's: spaces belong to the next word, unknown characters fall back to bytes."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ TEXT = "Which digit is this? Seven. Yes. No. Good. Fine. Draw. assistant user Se
 
 
 def llama_tokenizer(legacy: bool) -> PreTrainedTokenizerFast:
-    """legacy: as Llama 1 and 2 were converted, with a normalizer; else with a pre-tokenizer, as newer
-    files have it."""
+    """Return the tokenizer: with a normalizer as in Llama 1 and 2 (``legacy``), else with a pre-tokenizer."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]

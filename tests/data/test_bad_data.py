@@ -1,5 +1,4 @@
-"""What people's data is wrong in, and the one line that each mistake is told in: file, row, field, found,
-wanted."""
+"""Mistakes in data, and the one-line error of each: file, row, field, what was expected, what was found."""
 
 import csv
 import json
@@ -16,7 +15,7 @@ import pytest
 from PIL import Image
 
 from flamingo_ft.config import DataSection, DataSource
-from flamingo_ft.data import open_medium, open_source
+from flamingo_ft.data import open_medium, open_source, read_samples
 from flamingo_ft.errors import UserError
 
 from .fixtures import FACTS, SCANS, add_files
@@ -37,7 +36,7 @@ def vqa(**fields) -> dict:
     return {"question": "What?", "answer": "That.", **fields}
 
 
-# The second row of a file whose first is good, the schema being that of the good one, and what is said of it.
+# The first row of a file, by its schema.
 GOOD = {
     "messages": {"messages": ASK},
     "llava": {"conversations": HUMAN},
@@ -50,6 +49,7 @@ GOOD = {
     "obelics": {"texts": ["A."], "images": [None]},
     "preference": {"prompt": "What?", "chosen": "This.", "rejected": "That."},
 }
+# Mistake -> schema of the first row, the second row, and the error that it raises.
 BAD_ROWS = {
     "empty user turn": (
         "messages",
@@ -249,7 +249,7 @@ BAD_ROWS = {
         {"question": "Q", "answers": ["A", None]},
         "answers[1]: expected text, got null",
     ),
-    "an answer without answer": (
+    "an answer object without answer": (
         "vqa",
         {"question": "Q", "answers": [{"confidence": "yes"}]},
         "answers[0]: answer: expected text, got no such field",
@@ -347,7 +347,7 @@ BAD_ROWS = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """With an image, and a link to another one outside."""
+    """A folder with an image, and a link to an image outside of it."""
     inside = tmp_path / "data"
     inside.mkdir()
     for path in (inside / "a.png", tmp_path / "b.png"):
@@ -356,9 +356,8 @@ def folder(tmp_path):
     return inside
 
 
-def told(entry: dict, folder) -> str:
-    """The one line that a source is refused with, when it is opened or where its first bad row is read or
-    shown."""
+def error_of(entry: dict, folder) -> str:
+    """Return the one-line error of a source, raised when it is opened or a row or image of it is read."""
     source = DataSource(**entry)
     with pytest.raises(UserError) as caught:
         opened = open_source(source, DataSection(train=(source,)))
@@ -375,14 +374,14 @@ def write(folder, name: str, content: str | bytes) -> dict:
     return {"path": str(folder / name)}
 
 
-def test_there_are_many_cases():
+def test_at_least_ninety_mistakes_are_covered():
     assert len(BAD_ROWS) + len(BAD_FILES) + len(BAD_ENTRIES) >= 90
 
 
 @pytest.mark.parametrize(("good", "row", "complaint"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_a_bad_row_is_told_in_one_line(folder, good, row, complaint):
+def test_a_bad_row_raises_a_one_line_error(folder, good, row, complaint):
     entry = write(folder, "x.jsonl", f"{json.dumps(GOOD[good])}\n{json.dumps(row)}\n")
-    assert told(entry, folder) == f"FOLDER/x.jsonl: row 1: {complaint}"
+    assert error_of(entry, folder) == f"FOLDER/x.jsonl: row 1: {complaint}"
 
 
 SEPARATED = "put text with commas in quotes"
@@ -458,8 +457,8 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize(("name", "content", "complaint"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_told_in_one_line(folder, name, content, complaint):
-    assert told(write(folder, name, content), folder).startswith(f"FOLDER/{name}: {complaint}")
+def test_a_bad_file_raises_a_one_line_error(folder, name, content, complaint):
+    assert error_of(write(folder, name, content), folder).startswith(f"FOLDER/{name}: {complaint}")
 
 
 def _tar(folder, **files: bytes) -> dict:
@@ -589,11 +588,11 @@ BAD_ENTRIES = {
 
 
 @pytest.mark.parametrize(("make", "complaint"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)
-def test_a_bad_source_is_told_in_one_line(folder, make, complaint, monkeypatch):
+def test_a_bad_source_raises_a_one_line_error(folder, make, complaint, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder.parent / "cache"))
     for setting in ("datasets.config.HF_HUB_OFFLINE", "huggingface_hub.constants.HF_HUB_OFFLINE"):
         monkeypatch.setattr(setting, True)
-    assert told(make(folder), folder).startswith(complaint)
+    assert error_of(make(folder), folder).startswith(complaint)
 
 
 def test_a_pickle_in_a_tar_is_not_unpickled(folder):
@@ -601,31 +600,33 @@ def test_a_pickle_in_a_tar_is_not_unpickled(folder):
         def __reduce__(self):
             return os.mkdir, (str(folder / "ran"),)
 
-    told(_tar(folder, a_pkl=pickle.dumps(Boom()), a_txt=b"A.", a_png=SCAN), folder)
+    error_of(_tar(folder, a_pkl=pickle.dumps(Boom()), a_txt=b"A.", a_png=SCAN), folder)
     assert not (folder / "ran").exists()
 
 
-def test_a_link_to_a_folder_outside_leads_out_too(folder):
+def test_a_link_to_a_folder_outside_the_root_is_refused(folder):
     os.symlink(folder.parent, folder / "up")
     entry = write(folder, "x.jsonl", json.dumps({"image": "up/b.png", "caption": "A."}))
-    assert "row 0: image: outside of FOLDER, got FOLDER/up/b.png" in told(entry, folder)
-    assert "b.png" in str(DataSource(**entry, image_root=folder.parent).image_root / "b.png")
+    assert "row 0: image: outside of FOLDER, got FOLDER/up/b.png" in error_of(entry, folder)
+    inside = {**entry, **write(folder, "y.jsonl", json.dumps({"image": "data/up/b.png", "caption": "A."}))}
+    (sample,) = read_samples(DataSource(**inside, image_root=folder.parent))
+    assert sample.images == [str(folder / "up" / "b.png")]
 
 
 def test_an_image_of_a_wide_csv_cell_is_read(folder):
     with open(folder / "x.csv", "w", newline="") as file:
         csv.writer(file).writerows([("image", "caption"), ("data:image/png;base64," + "A" * 200_000, "A.")])
-    assert "row 0: 150000 bytes: not a readable image" in told({"path": str(folder / "x.csv")}, folder)
+    assert "row 0: 150000 bytes: not a readable image" in error_of({"path": str(folder / "x.csv")}, folder)
 
 
-def test_a_url_is_let_through_when_urls_are_allowed(folder):
+def test_a_url_is_accepted_if_urls_are_allowed(folder):
     url = "https://example.org/a.png"
     source = DataSource(**write(folder, "x.jsonl", json.dumps({"image": url, "caption": "A."})))
     opened = open_source(source, DataSection(train=(source,), allow_urls=True))
     assert opened.sample(0, opened.raw(0)).images == [url]
 
 
-def test_paths_inside_may_go_up_and_down(folder):
+def test_paths_may_go_up_within_the_root(folder):
     (folder / "sub").mkdir()
     source = DataSource(**write(folder, "x.jsonl", json.dumps({"image": "sub/../a.png", "caption": "A."})))
     opened = open_source(source, DataSection(train=(source,)))

@@ -1,5 +1,4 @@
-"""Batches are the same whatever the number of workers, go on where they stopped, and leave out what is
-bad."""
+"""Batches do not depend on the number of workers, resume at the exact sample, and skip bad rows."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ from tests.data.fakes import Numbers
 
 @dataclass(frozen=True)
 class Encode:
-    """A number to some tokens; those in ``dropped`` are dropped."""
+    """Encodes a number as some tokens, or drops it if it is in ``dropped``."""
 
     dropped: frozenset[int] = frozenset()
 
@@ -44,7 +43,7 @@ class Encode:
         return Encoded(ids, ids)
 
 
-def draw_number(sample: Sample, kept: int, number: int) -> list[int]:
+def sample_number(sample: Sample, kept: int, number: int) -> list[int]:
     return [number]
 
 
@@ -52,21 +51,30 @@ def assemble(rows) -> dict[str, list]:
     samples = [sample for row in rows for sample in row]
     return {
         "rows": [[sample.encoded.input_ids[0] for sample in row] for row in rows],
-        "draws": {sample.media[0]: sample.encoded.input_ids[0] for sample in samples},
+        "numbers": {sample.media[0]: sample.encoded.input_ids[0] for sample in samples},
     }
 
 
 def batches(
-    *sources, size=4, workers=0, dropped=(), skip=True, share=1.0, grouping=False, fill=None, rank=0, world=1
+    *sources,
+    size=4,
+    workers=0,
+    dropped=(),
+    skip=True,
+    share=1.0,
+    grouping=False,
+    group_rows=None,
+    rank=0,
+    world=1,
 ):
     order = SampleOrder([WeightedSource(source) for source in sources], seed=3, shuffle_buffer=5)
     stats = DataStats(skip, share, order.epoch_length)
-    draws = sorted_by_length(order, lambda draw: draw.row, size) if grouping else order.indices
-    prepare = ExampleDataset(sources, Encode(frozenset(dropped)), draw_number)
+    indices = sorted_by_length(order, lambda index: index.row, size) if grouping else order.indices
+    dataset = ExampleDataset(sources, Encode(frozenset(dropped)), sample_number)
     return Batches(
-        draws,
-        prepare,
-        fill or one_sample_per_row(size),
+        indices,
+        dataset,
+        group_rows or one_sample_per_row(size),
         assemble,
         stats,
         LoaderConfig(size, workers, rank, world),
@@ -74,7 +82,7 @@ def batches(
 
 
 def taken(made: Batches, count: int) -> list[list[list[int]]]:
-    """The numbers in the rows of the next batches."""
+    """Return the numbers in the rows of the next batches."""
     return [batch["rows"] for batch in islice(made, count)]
 
 
@@ -82,9 +90,8 @@ def flat(batches_taken) -> list[int]:
     return [number for batch in batches_taken for row in batch for number in row]
 
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than cores, on purpose
+# More workers than cores, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 BAD = frozenset({1, 8, 13})
 SOURCES = {
     "indexed": lambda: (Numbers(20, bad=BAD), Numbers(7)),
@@ -92,12 +99,12 @@ SOURCES = {
 }
 
 
-WAYS = {"plain": {}, "grouped": {"grouping": True}, "packed": {"fill": packed_rows(2, 9)}}
+OPTIONS = {"plain": {}, "grouped": {"grouping": True}, "packed": {"group_rows": packed_rows(2, 9)}}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_the_number_of_workers_changes_nothing(kind, options):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_batches_do_not_depend_on_the_number_of_workers(kind, options):
     expected = taken(batches(*SOURCES[kind](), dropped=[2], **options), 12)
     assert taken(batches(*SOURCES[kind](), dropped=[2], workers=1, **options), 12) == expected
     assert taken(batches(*SOURCES[kind](), dropped=[2], workers=3, **options), 12) == expected
@@ -105,8 +112,8 @@ def test_the_number_of_workers_changes_nothing(kind, options):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
-def test_a_run_goes_on_at_the_exact_sample(kind, options, workers):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_run_resumes_at_the_exact_sample(kind, options, workers):
     whole = batches(*SOURCES[kind](), dropped=[2], **options)
     expected = taken(whole, 12)
     first = batches(*SOURCES[kind](), dropped=[2], workers=workers, **options)
@@ -117,44 +124,44 @@ def test_a_run_goes_on_at_the_exact_sample(kind, options, workers):
     assert second.stats.metrics() == whole.stats.metrics()
 
 
-def test_what_is_random_of_a_draw_depends_on_its_number_alone():
+def test_randomness_of_a_sample_depends_only_on_its_number_in_the_run():
     plain, grouped = ({}, {})
     for batch in islice(batches(Numbers(30)), 6):
-        plain |= batch["draws"]
+        plain |= batch["numbers"]
     for batch in islice(batches(Numbers(30), grouping=True, workers=2), 6):
-        grouped |= batch["draws"]
+        grouped |= batch["numbers"]
     assert {*plain} & {*grouped} and all(
         plain[number] == row for number, row in grouped.items() if number in plain
     )
 
 
-def test_packed_rows_are_no_longer_than_asked_and_hold_every_sample_once():
-    made = batches(Numbers(40), fill=packed_rows(2, 9))
+def test_packed_rows_fit_the_row_length_and_have_every_sample_once():
+    made = batches(Numbers(40), group_rows=packed_rows(2, 9))
     rows = [row for batch in taken(made, 12) for row in batch]
     assert all(sum(1 + number % 5 for number in row) <= 9 for row in rows)
     assert max(map(len, rows)) > 1
-    given = [number for row in rows for number in row]
-    assert len(given) == made.stats.seen - len(made.state_dict()["waiting"])
+    used = [number for row in rows for number in row]
+    assert len(used) == made.stats.seen - len(made.state_dict()["waiting"])
 
 
-def test_processes_share_the_draws_out():
-    everything = sorted(flat(taken(batches(Numbers(24)), 6)))
-    shares = [taken(batches(Numbers(24), rank=rank, world=3), 2) for rank in range(3)]
-    assert sorted(number for share in shares for number in flat(share)) == everything
+def test_ranks_split_the_samples_without_overlap():
+    all_numbers = sorted(flat(taken(batches(Numbers(24)), 6)))
+    parts = [taken(batches(Numbers(24), rank=rank, world=3), 2) for rank in range(3)]
+    assert sorted(number for part in parts for number in flat(part)) == all_numbers
 
 
-def test_bad_rows_are_left_out_counted_and_named():
+def test_bad_rows_are_skipped_counted_and_listed():
     made = batches(Numbers(20, bad=BAD), dropped=[5, 6])
     rows = flat(taken(made, 15))
     assert not {*rows} & {*BAD, 5, 6} and {*rows} == {*range(20)} - {*BAD, 5, 6}
-    record = made.stats.metrics()
-    assert record["rows"] == len(rows) + record["skipped"] + record["dropped"]
+    metrics = made.stats.metrics()
+    assert metrics["rows"] == len(rows) + metrics["skipped"] + metrics["dropped"]
     assert {*made.stats.skipped_rows} == {f"numbers: row {row}" for row in (*BAD, 5, 6)}
     assert made.stats.skipped_rows["numbers: row 5"] == "numbers: row 5: too long"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_row_ends_a_run_that_does_not_skip_with_its_own_line(workers):
+def test_a_bad_row_raises_its_own_error_unless_bad_rows_are_skipped(workers):
     with pytest.raises(UserError) as caught:
         taken(batches(Numbers(20, bad=BAD), skip=False, workers=workers), 10)
     assert str(caught.value) in {
@@ -162,7 +169,7 @@ def test_a_bad_row_ends_a_run_that_does_not_skip_with_its_own_line(workers):
     }
 
 
-def test_too_many_bad_rows_end_a_run_that_skips():
+def test_too_many_bad_rows_raise_even_if_bad_rows_are_skipped():
     assert taken(batches(Numbers(20, bad=BAD), share=0.15), 20)  # three of twenty, epoch after epoch
     with pytest.raises(
         UserError, match=r"data.max_bad_share: got 3 of \d+ rows bad, more than 0.1 of them .* fix them"
@@ -171,13 +178,13 @@ def test_too_many_bad_rows_end_a_run_that_skips():
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_a_run_without_a_single_sample_ends(indexed):
-    everything = frozenset(range(6))
+def test_a_run_without_usable_samples_raises(indexed):
+    all_numbers = frozenset(range(6))
     with pytest.raises(UserError, match="no sample to train on among"):
-        taken(batches(Numbers(6, indexed), dropped=everything), 1)
+        taken(batches(Numbers(6, indexed), dropped=all_numbers), 1)
 
 
-def test_loading_leaves_the_random_numbers_alone():
+def test_loading_does_not_consume_random_numbers_of_torch():
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
@@ -198,40 +205,45 @@ def test_packed_tensors_are_unpacked_unchanged():
                 "a: row 1", Encoded([1], [1], 1), [[Frame("k", tokens=tokens), Frame("l", pixels=pixels[0])]]
             ),
         ),
-        (9, "left out"),
+        (9, "skipped"),
     ]
-    (_, one), (_, two), last = unpack_tensors(pickle.loads(pickle.dumps(pack_tensors(rows))))
-    assert (one.where, one.encoded, last) == ("a: row 0", rows[0][1].encoded, (9, "left out"))
-    assert torch.equal(one.media[0], pixels) and one.media[1].shape == (0, 3)
-    assert torch.equal(two.media[0][0].tokens, tokens) and two.media[0][0].tokens.dtype == torch.bfloat16
-    assert two.media[0][0].pixels is None and torch.equal(two.media[0][1].pixels, pixels[0])
+    (_, first), (_, second), last = unpack_tensors(pickle.loads(pickle.dumps(pack_tensors(rows))))
+    assert (first.where, first.encoded, last) == ("a: row 0", rows[0][1].encoded, (9, "skipped"))
+    assert torch.equal(first.media[0], pixels) and first.media[1].shape == (0, 3)
+    assert (
+        torch.equal(second.media[0][0].tokens, tokens) and second.media[0][0].tokens.dtype == torch.bfloat16
+    )
+    assert second.media[0][0].pixels is None and torch.equal(second.media[0][1].pixels, pixels[0])
 
 
 @dataclass(frozen=True)
 class Picture(Dataset):
     """Rows of one image and a few tokens."""
 
-    def __getitem__(self, draw: SampleIndex) -> Example:
-        return Example(
-            "", Encoded([draw.number] * 3, [draw.number] * 3, 1), [torch.full((1, 3, 4, 4), draw.number)]
-        )
+    def __getitem__(self, index: SampleIndex) -> Example:
+        tokens = [index.number] * 3
+        return Example("", Encoded(tokens, tokens, 1), [torch.full((1, 3, 4, 4), index.number)])
 
 
-@pytest.mark.skipif(
-    not os.path.isdir(OPEN_FILES), reason="counts this process's open files as Linux shows them"
-)
-def test_rows_kept_back_for_packing_hold_no_files_open():
-    def draws(start):
+@pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="counts open files in Linux's /proc")
+def test_examples_held_back_for_packing_hold_no_files_open():
+    def indices(start):
         return (SampleIndex(number, 0, number) for number in count(start))
 
     def assemble(rows):
-        return [(one.encoded.input_ids[0], int(one.media[0][0, 0, 0, 0])) for row in rows for one in row]
+        return [
+            (example.encoded.input_ids[0], int(example.media[0][0, 0, 0, 0]))
+            for row in rows
+            for example in row
+        ]
 
     stats = DataStats(skip_bad=False, max_bad_share=0, epoch_length=None)
     before = len(os.listdir(OPEN_FILES))
-    batches = iter(Batches(draws, Picture(), packed_rows(1, 90), assemble, stats, LoaderConfig(1, workers=1)))
+    batches = iter(
+        Batches(indices, Picture(), packed_rows(1, 90), assemble, stats, LoaderConfig(1, workers=1))
+    )
     first = next(batches)
-    assert len(first) == 30 and all(token == shown for token, shown in first)
+    assert len(first) == 30 and all(token == pixel for token, pixel in first)
     assert stats.seen > 400  # samples in rows that are still open
     assert len(os.listdir(OPEN_FILES)) - before < 50
     assert all(token == shown for batch in islice(batches, 3) for token, shown in batch)

@@ -1,5 +1,4 @@
-"""Whatever the chat template: an answer is asked for with exactly the tokens that stood before it in
-training."""
+"""For any chat template, a prompt has exactly the tokens that precede the answer in training."""
 
 from pathlib import Path
 
@@ -52,12 +51,12 @@ def llama_processor(template: str, legacy: bool = False) -> FlamingoProcessor:
     return FlamingoProcessor(nano_processor().image_processor, tokenizer, chat_template=template)
 
 
-def learned(processor, encoded) -> str:
+def labelled_text(processor, encoded) -> str:
     return processor.tokenizer.decode([token for token in encoded.labels if token != IGNORED])
 
 
 def prompts(processor, turns):
-    """For each answer: the prompt that asks for it, and the dialogue up to its end as training has it."""
+    """Yield for each answer its prompt, and the encoded dialogue up to its end."""
     for index, turn in enumerate(turns):
         if turn["role"] == "assistant":
             yield encode_prompt(processor, turns[:index]), encode(processor, turns[: index + 1])
@@ -67,7 +66,7 @@ def prompts(processor, turns):
     "make", [nano_processor, llama_processor, lambda text: llama_processor(text, legacy=True)]
 )
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_prompt_is_what_stands_before_the_answer_in_training_token_for_token(name, make):
+def test_the_prompt_has_exactly_the_tokens_before_the_answer_in_training(name, make):
     processor = make(FAMILIES[name][0])
     whole = encode(processor, TURNS)
     for prompt, encoded in prompts(processor, TURNS):
@@ -77,27 +76,27 @@ def test_the_prompt_is_what_stands_before_the_answer_in_training_token_for_token
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_exactly_the_answers_and_their_ends_are_learned_in_every_turn(name):
-    template, said, *last = FAMILIES[name]
+def test_exactly_the_answers_and_their_end_tokens_have_labels_in_every_turn(name):
+    template, answer_format, *last = FAMILIES[name]
     processor = nano_processor(template)
     for count in (1, 2, 3):
         turns = TURNS[: 2 * count]
         answers = ["Seven.", "Yes.", "Fine."][:count]
-        expected = [said.format(answer) for answer in answers]
-        expected[-1] = (last or [said])[0].format(answers[-1])
-        assert learned(processor, encode(processor, turns)) == "".join(expected)
+        expected = [answer_format.format(answer) for answer in answers]
+        expected[-1] = (last or [answer_format])[0].format(answers[-1])
+        assert labelled_text(processor, encode(processor, turns)) == "".join(expected)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_silent_answer_and_a_question_at_the_end_change_nothing_else(name):
-    template, said, *_ = FAMILIES[name]
+def test_an_answer_without_loss_and_a_last_question_change_no_other_labels(name):
+    template, answer_format, *_ = FAMILIES[name]
     processor = nano_processor(template)
     turns = [TURNS[0], {**TURNS[1], "loss": False}, *TURNS[2:5]]
-    assert learned(processor, encode(processor, turns)) == said.format("Yes.")
+    assert labelled_text(processor, encode(processor, turns)) == answer_format.format("Yes.")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_transformers_prompt_is_the_same_as_text_and_in_tokens(name):
+def test_transformers_renders_the_same_prompt_as_text_and_as_tokens(name):
     for processor in (nano_processor(FAMILIES[name][0]), llama_processor(FAMILIES[name][0])):
         for turns in (TURNS[1:3][1:], TURNS[2:5]):
             expected = encode_prompt(processor, turns)
@@ -118,68 +117,71 @@ def test_generation_stops_at_a_token_that_ends_answers_in_training(name):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_with_the_templates_of_released_models_prompts_are_how_dialogues_begin(path):
+def test_prompts_are_prefixes_of_dialogues_with_templates_of_released_models(path):
     template = path.read_text(encoding="utf-8")
     processor = llama_processor(template)
     if problem := answer_template(processor.tokenizer, template).problem:
-        assert problem.startswith(
-            ("leaves out", "refuses")
-        )  # those of vision-language models take typed blocks alone
+        # Templates of vision-language models accept typed blocks only.
+        assert problem.startswith(("leaves out", "refuses"))
         return
     whole = encode(processor, TURNS)
     for prompt, _ in prompts(processor, TURNS):
         assert whole.input_ids[: len(prompt)] == prompt
-    text = learned(processor, whole)
+    text = labelled_text(processor, whole)
     assert all(text.count(answer) == 1 for answer in ("Seven.", "Yes.", "Fine.")) and "Sure?" not in text
 
 
-def test_an_answer_with_reasoning_is_refused_where_the_prompt_opens_and_ends_it():
+def test_an_answer_with_reasoning_is_refused_if_the_prompt_writes_an_empty_one():
     processor = nano_processor(EMPTY_REASONING)
-    assert learned(processor, encode(processor, TURNS)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
+    assert (
+        labelled_text(processor, encode(processor, TURNS)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
+    )
     with pytest.raises(
-        UserError, match="^chat template: begins an answer differently .*, got it in message 1; remove the"
+        UserError,
+        match="^chat template: begins the answer in message 1 differently than its generation prompt does, "
+        "perhaps with reasoning; remove the reasoning from answers, or set data.template to flamingo$",
     ):
         encode(processor, REASONED)
 
 
-def test_templates_that_fit_are_left_as_they_are():
+def test_templates_without_problems_are_unchanged():
     for template, _ in TEMPLATES.values():
         processor = nano_processor(template)
         assert processor.answer_template == processor.chat_template
 
 
 @pytest.mark.parametrize("template", [LAST_REASONING, OPENS_REASONING])
-def test_reasoning_that_the_template_keeps_is_learned(template):
+def test_reasoning_that_the_template_keeps_has_labels(template):
     processor = nano_processor(template)
     encoded = encode(processor, REASONED)
-    assert learned(processor, encoded) == "Seven.<|im_end|><think>\nr2\n</think>\n\nYes.<|im_end|>"
+    assert labelled_text(processor, encoded) == "Seven.<|im_end|><think>\nr2\n</think>\n\nYes.<|im_end|>"
     for prompt, through in prompts(processor, REASONED):
         assert encoded.input_ids[: len(prompt)] == through.input_ids[: len(prompt)] == prompt
     assert encoded.rewritten
     assert not encode(processor, REASONED[:2]).rewritten and not encode(processor, TURNS).rewritten
 
 
-def test_an_empty_block_that_the_answer_spells_out_is_learned():
+def test_an_empty_reasoning_block_in_the_answer_has_labels():
     processor = nano_processor(LAST_REASONING)
     encoded = encode(processor, [user("Which?"), assistant("<think>\n\n</think>\n\nSeven.")])
-    assert learned(processor, encoded) == "<think>\n\n</think>\n\nSeven.<|im_end|>"
+    assert labelled_text(processor, encoded) == "<think>\n\n</think>\n\nSeven.<|im_end|>"
 
 
-def test_an_answer_whose_words_the_template_leaves_out_is_counted():
+def test_an_answer_with_words_that_the_template_drops_is_rewritten():
     processor = nano_processor(NEVER_REASONING)
     encoded = encode(processor, REASONED)
-    assert encoded.rewritten and learned(processor, encoded) == "\n\nSeven.<|im_end|>Yes.<|im_end|>"
-    silent = [{**turn, "loss": False} for turn in REASONED]
-    assert not answers_rewritten(processor, silent, "")
+    assert encoded.rewritten and labelled_text(processor, encoded) == "\n\nSeven.<|im_end|>Yes.<|im_end|>"
+    without_loss = [{**turn, "loss": False} for turn in REASONED]
+    assert not answers_rewritten(processor, without_loss, "")
 
 
-def test_the_last_prompt_is_the_dialogues_beginning_where_the_system_message_moves():
+def test_the_last_prompt_is_a_prefix_if_the_template_moves_the_system_message():
     processor = nano_processor(SYSTEM_LAST)
     turns = [system("Be brief."), *TURNS]
     encoded = encode(processor, turns)
     prompt = encode_prompt(processor, turns[:-1])
     assert encoded.input_ids[: len(prompt)] == prompt
-    assert learned(processor, encoded) == " Seven.<|im_end|> Yes.<|im_end|> Fine.<|im_end|>"
+    assert labelled_text(processor, encoded) == " Seven.<|im_end|> Yes.<|im_end|> Fine.<|im_end|>"
 
 
 def test_no_token_holds_the_end_of_a_prompt_and_the_beginning_of_an_answer():
@@ -190,17 +192,17 @@ def test_no_token_holds_the_end_of_a_prompt_and_the_beginning_of_an_answer():
     processor = FlamingoProcessor(processor.image_processor, tokenizer, chat_template=CHATML)
     turns = [user("Which?\n\n"), assistant("\n\n\nSeven.\n\n"), user("\nSo?"), assistant("\nYes.")]
     encoded = encode(processor, turns)
-    assert learned(processor, encoded) == "\n\n\nSeven.\n\n<|im_end|>\nYes.<|im_end|>"
+    assert labelled_text(processor, encoded) == "\n\n\nSeven.\n\n<|im_end|>\nYes.<|im_end|>"
     prompt = encode_prompt(processor, turns[:1])
     assert encoded.input_ids[: len(prompt)] == prompt
     assert tokenizer.decode(encoded.input_ids) == processor.apply_chat_template(turns)
 
 
-def test_answers_in_a_row_are_each_learned():
+def test_consecutive_answers_all_have_labels():
     for template in (NO_PROMPT, LAST_REASONING, OPENS_REASONING):
         processor = nano_processor(template)
         turns = [user("Which?"), assistant("Seven."), assistant("Or one.")]
-        assert learned(processor, encode(processor, turns)) == "Seven.<|im_end|>Or one.<|im_end|>"
+        assert labelled_text(processor, encode(processor, turns)) == "Seven.<|im_end|>Or one.<|im_end|>"
 
 
 def with_template(own: str, **data) -> FlamingoProcessor:
@@ -215,7 +217,7 @@ def with_template(own: str, **data) -> FlamingoProcessor:
 
 @pytest.mark.parametrize("own", [NO_PROMPT, NEVER_REASONING, LAST_REASONING, CHANNELS, MARKED_WITHOUT_PROMPT])
 @pytest.mark.parametrize("data", [{}, {"system_prompt": "{% Be %} brief.\n"}])
-def test_what_is_saved_asks_as_training_did_whoever_renders_it(own, data, tmp_path):
+def test_the_saved_template_renders_the_prompt_of_training(own, data, tmp_path):
     if own is NEVER_REASONING and data:
         own = own.replace("[User]", "").replace("m.role == 'user'", "m.role != 'assistant'")
     processor = with_template(own, **data)
@@ -254,14 +256,18 @@ def test_a_template_that_cannot_be_trained_with_is_refused_before_any_data_is_re
     assert encode(with_template(own, template="flamingo"), TURNS).input_ids
 
 
-def test_a_template_that_wants_a_system_message_is_taken():
-    picky = "{% if messages[0].role != 'system' %}{{ raise_exception('whose?') }}{% endif %}" + NO_PROMPT
-    processor = with_template(picky)
+def test_a_template_that_requires_a_system_message_is_accepted():
+    requires_system = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('whose?') }}{% endif %}" + NO_PROMPT
+    )
+    processor = with_template(requires_system)
     turns = [system("Be brief."), *TURNS]
-    assert learned(processor, encode(processor, turns)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
+    assert (
+        labelled_text(processor, encode(processor, turns)) == "Seven.<|im_end|>Yes.<|im_end|>Fine.<|im_end|>"
+    )
 
 
-def test_a_text_that_the_template_has_begun_gets_no_second_beginning():
+def test_a_rendered_text_gets_no_second_bos_token():
     def adds_both(text):
         processor = llama_processor(text)
         processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -1,4 +1,4 @@
-"""Batches of tensors: padding, media of different lengths, and what can go wrong."""
+"""Batches of tensors: padding, media of different lengths, and errors of samples and images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flamingo_ft.model.processor import FlamingoProcessor
 
 from .dialogues import IMAGE, assistant, nano_processor, system, user
 
-ORIENTATION = 0x0112  # the EXIF tag; 6 means: turn a quarter to see it upright
+ORIENTATION = 0x0112  # the EXIF tag; 6: upright after a quarter turn
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 28)) -> Image.Image:
@@ -71,7 +71,7 @@ def test_a_batch_holds_its_samples_padded_at_the_end(folder):
         assert set(batch["labels"][index, length:].tolist()) <= {IGNORED}
 
 
-def test_the_end_token_is_learned_even_where_it_is_the_padding_token(folder):
+def test_the_end_token_has_a_label_even_if_it_is_the_padding_token(folder):
     processor = nano_processor()
     tokenizer = type(processor.tokenizer).from_pretrained(processor.tokenizer.name_or_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endofchunk|>", "<image>"]})
@@ -107,7 +107,7 @@ def test_a_sample_as_long_as_the_limit_passes_and_a_longer_one_is_refused(folder
     )
 
 
-def test_what_the_chat_template_refuses_is_told_with_its_sample(folder):
+def test_the_error_of_a_chat_template_names_the_sample(folder):
     strict = nano_processor("{{ raise_exception('system role not supported') }}")
     with pytest.raises(
         UserError, match=r"^row 5: chat template: refuses the dialogue \(system role not supported\)"
@@ -117,7 +117,7 @@ def test_what_the_chat_template_refuses_is_told_with_its_sample(folder):
         )
 
 
-def test_a_sample_with_nothing_to_learn_is_refused(folder):
+def test_a_sample_without_labels_is_refused(folder):
     marks_nothing = "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match="^row 5: no assistant text to train on; remove the sample$"):
         collate(row(folder, 0), processor=nano_processor(marks_nothing))
@@ -142,7 +142,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_an_unreadable_image_is_told_with_sample_and_file(folder, content):
+def test_the_error_of_an_unreadable_image_names_sample_and_file(folder, content):
     (folder / "0.png").write_bytes(content)
     with pytest.raises(
         UserError, match=r"^row 5: [^\n]*/0\.png: not a readable image \([^\n]+\); replace it$"
@@ -150,7 +150,7 @@ def test_an_unreadable_image_is_told_with_sample_and_file(folder, content):
         collate(row(folder, 1))
 
 
-def test_a_missing_image_and_a_folder_are_told_with_sample_and_file(folder):
+def test_the_error_of_a_missing_image_or_a_folder_names_sample_and_file(folder):
     (folder / "0.png").unlink()
     with pytest.raises(
         UserError, match=r"^row 5: .*/0\.png: not a readable image \(no such file\); replace it$"
@@ -163,7 +163,7 @@ def test_a_missing_image_and_a_folder_are_told_with_sample_and_file(folder):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
-def test_no_damage_to_an_image_file_shows_as_anything_but_a_user_error(tmp_path, monkeypatch, kind):
+def test_a_damaged_image_file_raises_nothing_but_user_error(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a damaged size may claim gigabytes
     whole, path = bytes_of(picture(), kind), tmp_path / "image"
     changed = [whole[:at] + bytes([byte]) + whole[at + 1 :] for at in range(100) for byte in (0, 1, 5)]
@@ -181,7 +181,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path):
         assert open_image(tmp_path / "image.tiff").mode == "RGB"
 
 
-def test_a_photo_is_seen_upright_in_training_as_through_the_processor(tmp_path):
+def test_a_rotated_photo_is_upright_in_training_and_in_the_processor(tmp_path):
     upright = picture(size=(40, 40))
     exif = Image.Exif()
     exif[ORIENTATION] = 6
@@ -189,15 +189,15 @@ def test_a_photo_is_seen_upright_in_training_as_through_the_processor(tmp_path):
     processor, path = nano_processor(), str(tmp_path / "photo.png")
     expected = processor.image_processor.transform(upright)
     trained_on = load_media(processor, [{"images": [path], "where": ""}])["pixel_values"]
-    asked_about = processor(images=path, text="<image>")["pixel_values"]
-    assert torch.equal(trained_on[0, 0], expected) and torch.equal(asked_about[0, 0], expected)
+    processed = processor(images=path, text="<image>")["pixel_values"]
+    assert torch.equal(trained_on[0, 0], expected) and torch.equal(processed[0, 0], expected)
 
 
 lengths = st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size=4)
 
 
 @given(lengths)
-def test_every_medium_is_found_again_and_the_rest_is_zero(lengths):
+def test_stacked_media_keep_their_values_and_padding_is_zero(lengths):
     rows = [[torch.randn(frames, 3, 2, 2) for frames in row] for row in lengths]
     batch = stack_media(rows)
     if not any(rows):

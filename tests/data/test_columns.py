@@ -1,4 +1,4 @@
-"""No column that belongs to a task is left out in silence, and its name may be written in any case."""
+"""No column of a task is dropped silently, and column names match in any case."""
 
 import json
 
@@ -76,7 +76,7 @@ LOST = {
 
 
 @pytest.mark.parametrize(("row", "column"), LOST.values(), ids=LOST)
-def test_a_column_that_looks_like_part_of_the_task_is_never_dropped_unasked(folder, row, column):
+def test_a_column_that_looks_like_part_of_the_task_is_never_dropped_silently(folder, row, column):
     entry = write(folder, [row], "x.jsonl")
     message = refusal(entry)
     assert message.startswith(f"{entry['path']}: row 0: {column}: looks like ") and "columns" in message
@@ -86,16 +86,19 @@ def test_a_column_that_looks_like_part_of_the_task_is_never_dropped_unasked(fold
     assert column in sample.unread or not isinstance(row[column], (str, list))
 
 
-def test_a_csv_of_questions_and_labels_is_refused_until_columns_say_what_they_are(folder):
+def test_a_csv_of_questions_and_labels_is_refused_until_columns_maps_them(folder):
     for answer in ("label", "caption"):
         entry = write(folder, f"image,question,{answer}\na.png,What?,That.\n")
         assert "row 0: question: looks like part of the task, but schema caption" in refusal(entry)
-        assert f"set columns: {{question: question, answer: {answer}}} to ask it" in refusal(entry)
+        assert (
+            f"set columns: {{question: question, answer: {answer}}} to train on it as a question"
+            in refusal(entry)
+        )
         (sample,) = read({**entry, "columns": {"question": "question", "answer": answer}})
         assert sample.messages == [user(IMAGE, "What?"), assistant("That.")] and sample.unread == ()
 
 
-def test_a_row_with_more_columns_than_the_first_is_refused_by_itself(folder):
+def test_a_row_with_more_columns_than_the_first_is_refused_alone(folder):
     source = opened(write(folder, [VQA, {**VQA, "choices": ["A"]}, {**VQA, "choices": []}], "x.jsonl"))
     first, second, third = source.stream()
     assert source.sample(0, first) and source.sample(2, third)
@@ -123,13 +126,13 @@ METADATA = {
 
 
 @pytest.mark.parametrize("row", METADATA.values(), ids=METADATA)
-def test_metadata_of_published_datasets_is_no_part_of_the_task(folder, row):
+def test_metadata_columns_of_published_datasets_are_allowed(folder, row):
     (sample,) = read(write(folder, [row], "x.jsonl"))
     texts = {name for name, value in row.items() if isinstance(value, str) and value}
     assert {*sample.unread} == texts - {"question", "answer", "image", "caption"}
 
 
-def test_keys_of_messages_that_nothing_reads_are_named(folder):
+def test_unread_keys_of_messages_are_listed(folder):
     block = {"type": "text", "text": "What?", "alt": "words", "text_id": 3}
     turns = [{**ASK[0], "content": [block], "language": "en", "toxic": False}, {**ASK[1], "language": "de"}]
     (sample,) = read(write(folder, [{"messages": turns}], "x.jsonl"))
@@ -139,12 +142,12 @@ def test_keys_of_messages_that_nothing_reads_are_named(folder):
 @pytest.mark.parametrize(
     "header", ["Image,Question,Answer", " image , question , answer ", "IMAGE,question,ANSWER"]
 )
-def test_names_of_columns_match_in_any_case(folder, header):
+def test_column_names_match_in_any_case(folder, header):
     (sample,) = read(write(folder, f"{header}\na.png,What?,That.\n"))
     assert sample.messages == [user(IMAGE, "What?"), assistant("That.")] and sample.unread == ()
 
 
-def test_names_of_columns_match_in_any_case_in_every_kind_of_file(folder):
+def test_column_names_match_in_any_case_in_every_file_format(folder):
     row = {"Image": "a.png", "QUESTION": "What?", "Answer ": "That."}
     pq.write_table(pa.Table.from_pylist([row]), folder / "x.parquet")
     (folder / "x.json").write_text(json.dumps([row]))
@@ -159,12 +162,12 @@ def test_names_of_columns_match_in_any_case_in_every_kind_of_file(folder):
     assert sample.messages == [user(IMAGE, "What?"), assistant("That.")]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_name(folder):
+def test_a_byte_order_mark_is_stripped_from_column_names(folder):
     (folder / "x.csv").write_bytes("\ufeff\ufeffImage,Caption\na.png,That.\n".encode())
     assert read({"path": folder / "x.csv"})[0].images == [str(folder / "a.png")]
 
 
-def test_columns_that_differ_in_case_alone_are_refused_by_name(folder):
+def test_columns_that_differ_only_in_case_are_refused(folder):
     entry = write(folder, "image,Image,caption\na.png,a.png,That.\n")
     assert "row 0: image: several columns have this name, got 'image' and 'Image'; rename one" in refusal(
         entry
@@ -196,13 +199,13 @@ def test_a_csv_is_read_whatever_separates_its_cells(folder, text, streaming):
     assert sample.messages == [user(IMAGE, "What, then?"), assistant("That.")]
 
 
-def test_unknown_names_are_separated_by_what_makes_the_rows_fit(folder):
+def test_the_delimiter_of_unknown_columns_is_the_one_that_fits_the_rows(folder):
     entry = write(folder, "foto;frage, kurz;antwort\na.png;Was?;Das, dort.\n")
     columns = {"image": "foto", "question": "frage, kurz", "answer": "antwort"}
     assert read({**entry, "columns": columns})[0].messages == [user(IMAGE, "Was?"), assistant("Das, dort.")]
 
 
-def test_a_ragged_row_is_refused_with_its_own_separator(folder):
+def test_the_error_of_a_ragged_row_names_its_delimiter(folder):
     entry = write(folder, "image;caption\na.png;A\na.png;A;B\n")
     assert "row 1: expected 2 cells (image, caption), got 3; put text with semicolons in quotes" in refusal(
         entry
@@ -227,12 +230,12 @@ def test_columns_that_change_the_prompt_or_the_loss_are_always_refused(folder, c
     assert len(read(write(folder, [{"messages": ASK, column: type(value)()}], "x.jsonl"))) == 1
 
 
-def test_numbers_in_files_of_text_are_no_text(folder):
+def test_numeric_cells_of_a_csv_do_not_count_as_text(folder):
     (sample,) = read(write(folder, "id,image,caption,score,author\n7,a.png,That.,-0.5e-3,Ann\n"))
     assert sample.unread == ("author",)
 
 
-def test_a_lone_letter_is_no_option(folder):
+def test_a_single_letter_column_is_not_an_answer_option(folder):
     (sample,) = read(write(folder, [{**VQA, "a": "x"}], "x.jsonl"))
     assert sample.unread == ("a",)
 

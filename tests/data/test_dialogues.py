@@ -1,5 +1,4 @@
-"""What a message says beside its words is followed or refused by name: whether it is learned, reasoning,
-tool calls."""
+"""Keys of a message besides role and content: loss flags are obeyed, reasoning and tool calls are refused."""
 
 import json
 
@@ -36,26 +35,26 @@ def mixed(**keys) -> dict:
 
 
 ROWS = [openai, sharegpt, mixed]
-NOT_LEARNED = [
+WITHOUT_LOSS = [
     {"weight": 0}, {"weight": 0.0}, {"loss": False}, {"loss": 0}, {"train": False}, {"training": False},
     {"loss_scale": 0}, {"loss_weight": 0}, {"loss_mask": 0}, {"loss": False, "weight": 0},
 ]  # fmt: skip
-LEARNED = [
+WITH_LOSS = [
     {}, {"weight": 1}, {"weight": 1.0}, {"weight": None}, {"loss": True}, {"train": True},
     {"loss_scale": 1.0}, {"loss_mask": 1}, {"train_detail": None}, {"train_detail": []},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("keys", NOT_LEARNED)
-def test_an_answer_that_any_toolkit_would_not_learn_is_not_learned(tmp_path, row, keys):
+@pytest.mark.parametrize("keys", WITHOUT_LOSS)
+def test_an_answer_that_a_toolkit_excludes_from_training_has_no_loss(tmp_path, row, keys):
     sample = read(tmp_path, row(**keys))
     assert [message.get("loss", True) for message in sample.messages] == [True, False, True, True]
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("keys", LEARNED)
-def test_an_answer_that_any_toolkit_would_learn_is_learned(tmp_path, row, keys):
+@pytest.mark.parametrize("keys", WITH_LOSS)
+def test_an_answer_that_a_toolkit_trains_on_has_loss(tmp_path, row, keys):
     assert all("loss" not in message for message in read(tmp_path, row(**keys)).messages)
 
 
@@ -64,8 +63,8 @@ def test_a_weight_of_zero_leaves_no_label(tmp_path):
     whole, last = (
         encode(processor, read(tmp_path, openai(**keys))).labels for keys in ({"weight": 1}, {"weight": 0})
     )
-    learned = [processor.tokenizer.decode([t for t in labels if t != IGNORED]) for labels in (whole, last)]
-    assert learned == ["A.<|im_end|>B.<|im_end|>", "B.<|im_end|>"]
+    labelled = [processor.tokenizer.decode([t for t in labels if t != IGNORED]) for labels in (whole, last)]
+    assert labelled == ["A.<|im_end|>B.<|im_end|>", "B.<|im_end|>"]
 
 
 REFUSED = [
@@ -81,13 +80,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize(("key", "value"), REFUSED)
-def test_what_cannot_be_followed_is_refused_by_name(tmp_path, row, key, value):
+def test_unsupported_keys_are_refused_by_name(tmp_path, row, key, value):
     with pytest.raises(UserError, match=rf"x.jsonl: row 0: (messages|conversations)\[1\]\.{key}: .*got .*; "):
         read(tmp_path, row(**{key: value}))
 
 
 @pytest.mark.parametrize("value", [None, "", [], {}, {"name": None, "arguments": None}, [None]])
-def test_keys_with_nothing_in_them_are_no_fault(tmp_path, value):
+def test_empty_unsupported_keys_are_ignored(tmp_path, value):
     for key in ("reasoning_content", "tool_calls", "function_call", "name"):
         assert len(read(tmp_path, openai(**{key: value})).messages) == 4
 
@@ -99,7 +98,7 @@ def test_keys_about_loss_that_contradict_each_other_are_refused(tmp_path):
         read(tmp_path, openai(loss=True, weight=0))
 
 
-def test_only_answers_can_be_learned(tmp_path):
+def test_only_assistant_messages_can_be_trained_on(tmp_path):
     for key, value in (("weight", 0), ("weight", 1), ("loss", False), ("train", False), ("loss_scale", 1)):
         row = openai()
         row["messages"][0] = {**row["messages"][0], key: value}
@@ -112,7 +111,7 @@ def test_only_answers_can_be_learned(tmp_path):
             read(tmp_path, row)
 
 
-def test_tools_of_a_message_whose_role_no_sample_has_are_refused(tmp_path):
+def test_tool_function_and_developer_messages_are_refused(tmp_path):
     for role in ("tool", "function", "developer"):
         row = openai()
         row["messages"].insert(2, {"role": role, "content": "4"})
@@ -144,39 +143,39 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize(("block", "complaint"), BLOCKS.values(), ids=BLOCKS)
-def test_nothing_that_a_block_says_is_lost(tmp_path, block, complaint):
+def test_a_block_with_content_that_is_not_read_is_refused(tmp_path, block, complaint):
     put(tmp_path, FACTS[0][0])
     with pytest.raises(UserError, match=rf"row 0: messages\[0\]\.content\[0\]{complaint}"):
         read(tmp_path, with_block(**block))
 
 
-def test_settings_of_a_block_are_no_fault(tmp_path):
+def test_settings_of_a_block_are_ignored(tmp_path):
     scan = put(tmp_path, FACTS[0][0])
     image = {"url": scan, "detail": "low"}
     block = {"type": "image_url", "image_url": image, "text": None, "max_pixels": 1, "name": "n"}
     assert read(tmp_path, with_block(**block)).messages[0] == user(IMAGE, "Q?")
 
 
-NOTHING = [[""], [None], ["", None], [" "], [{"bytes": None, "path": None}], '[""]', "", None, []]
+EMPTY = [[""], [None], ["", None], [" "], [{"bytes": None, "path": None}], '[""]', "", None, []]
 
 
-@pytest.mark.parametrize("value", NOTHING, ids=str)
+@pytest.mark.parametrize("value", EMPTY, ids=str)
 @pytest.mark.parametrize("field", ["images", "videos", "image", "video"])
-def test_lists_of_nothing_are_no_image(tmp_path, field, value):
+def test_empty_media_fields_have_no_images(tmp_path, field, value):
     if value == '[""]' and not field.endswith("s"):
         value = [""]
     sample = read(tmp_path, {"question": "Q?", "answer": "A.", field: value})
     assert (sample.messages, sample.images) == ([user("Q?"), assistant("A.")], [])
 
 
-def test_an_empty_image_of_a_block_is_the_next_of_the_row(tmp_path):
+def test_a_block_with_an_empty_image_takes_the_next_image_of_the_row(tmp_path):
     scan = put(tmp_path, FACTS[0][0])
     for empty in ("", None):
         sample = read(tmp_path, with_block(type="image", image=empty) | {"images": [scan]})
         assert sample.images == [str(tmp_path / scan)]
 
 
-def test_nothing_among_images_is_still_refused(tmp_path):
+def test_a_null_among_images_is_refused(tmp_path):
     scan = put(tmp_path, FACTS[0][0])
     with pytest.raises(UserError, match=r"images\[1\]: expected the path of an image, got null"):
         read(tmp_path, {"question": "Q?", "answer": "A.", "images": [scan, None]})

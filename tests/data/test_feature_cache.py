@@ -1,4 +1,4 @@
-"""Frozen features: stored or fresh they are the same bits, and what is not surely the same is never used."""
+"""Cached features: stored and fresh tokens are the same bits, and tokens of another tower are never used."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def opened(folder: Path, model=None, preprocess=PREPROCESS, max_gib=None, dtype=
 
 
 def contents(number: int) -> bytes:
-    """A stand-in for an image file."""
+    """Return the content of a made-up image file."""
     return f"image {number}".encode()
 
 
@@ -52,7 +52,7 @@ def pixels(number: int) -> torch.Tensor:
 
 
 def batch_of(store: FeatureStore, *rows: list[list[int]]) -> dict:
-    """Samples of media of frames, each frame an image by its number."""
+    """Collate samples of media of frames, each frame an image by its number."""
     find = lambda number: lookup_frame(store, contents(number), lambda: pixels(number))  # noqa: E731
     return collate_frames([[[find(number) for number in medium] for medium in row] for row in rows])
 
@@ -61,7 +61,7 @@ def stored(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
-# Exact
+# Exactness
 
 
 def test_a_completed_batch_holds_the_towers_tokens_of_every_frame_rounded(tmp_path):
@@ -88,13 +88,13 @@ def test_a_completed_batch_holds_the_towers_tokens_of_every_frame_rounded(tmp_pa
 def test_warm_cold_mixed_and_no_cache_give_the_same_bits(dtype, tmp_path):
     rows = [[0], [1]], [[2], [3]], [[4], [0]]
     none = opened(tmp_path / "none", max_gib=NOTHING, dtype=dtype)
-    wanted = none.complete(batch_of(none.store, *rows))["vision_tokens"]
+    expected = none.complete(batch_of(none.store, *rows))["vision_tokens"]
     assert stored(tmp_path / "none") == []
     cold = opened(tmp_path / "cold", dtype=dtype)
     cold.complete(batch_of(cold.store, [[3]], [[9], [1]]))
     for already in (3, 6):  # mixed, then warm
         assert len(stored(tmp_path / "cold")) == already
-        assert torch.equal(cold.complete(batch_of(cold.store, *rows))["vision_tokens"], wanted)
+        assert torch.equal(cold.complete(batch_of(cold.store, *rows))["vision_tokens"], expected)
     assert "fresh_pixels" not in batch_of(cold.store, *rows)
     assert len(stored(tmp_path / "cold")) == 6
 
@@ -117,20 +117,20 @@ def test_training_with_a_warm_a_cold_and_no_cache_gives_equal_losses(tmp_path):
     assert losses["none"] == losses["cold"] == losses["warm"] and len(set(losses["none"])) == 6
 
 
-@pytest.mark.parametrize("wanted", [None, "nf4", "int8"])
-def test_an_images_tokens_do_not_depend_on_what_it_is_encoded_with(wanted):
-    quantization = Quantization(wanted) if wanted else None
+@pytest.mark.parametrize("storage", [None, "nf4", "int8"])
+def test_an_images_tokens_do_not_depend_on_the_rest_of_its_batch(storage):
+    quantization = Quantization(storage) if storage else None
     visual = load_vision("nano", quantization=quantization, device="cpu").visual
     tower = FrozenTower(visual, torch.float32)
     shown = torch.randn(11, 3, 32, 32)
     shown[4] *= 40  # activations beyond what 8 bits round
     together = tower.encode(shown)
-    assert tower.batch_size == (1 if wanted == "int8" else 8)
+    assert tower.batch_size == (1 if storage == "int8" else 8)
     for index in range(11):
         assert torch.equal(tower.encode(shown[index : index + 1])[0], together[index])
 
 
-def test_a_tower_whose_images_change_each_others_tokens_is_run_one_by_one(monkeypatch):
+def test_a_tower_whose_images_affect_each_other_encodes_one_at_a_time(monkeypatch):
     leaky = lambda visual, pixels: spatial_tokens(visual, pixels) + pixels.mean()  # noqa: E731
     monkeypatch.setattr(feature_cache, "spatial_tokens", leaky)
     assert FrozenTower(load_vision("nano").visual, torch.float32).batch_size == 1
@@ -149,7 +149,7 @@ def test_each_image_is_encoded_once_and_text_needs_no_tower(tmp_path):
     assert len(stored(tmp_path)) == 2 and counts == [8, 8]
 
 
-# Never wrong
+# Keys
 
 
 def changed_model(name: str):
@@ -157,7 +157,7 @@ def changed_model(name: str):
     if name == "weights":
         with torch.no_grad():
             model.vision_encoder.ln_pre.weight[0] += 1e-6
-    elif name == "number format":
+    elif name == "dtype":
         model.vision_encoder.to(torch.bfloat16)
     elif name == "quantization":
         quantize_tower(model.vision_encoder, Quantization("nf4"))
@@ -166,7 +166,7 @@ def changed_model(name: str):
     return model
 
 
-@pytest.mark.parametrize("name", ["weights", "number format", "quantization", "architecture"])
+@pytest.mark.parametrize("name", ["weights", "dtype", "quantization", "architecture"])
 def test_another_tower_misses(name, tmp_path):
     assert opened(tmp_path).store.folder != opened(tmp_path, changed_model(name)).store.folder
 
@@ -180,13 +180,13 @@ def test_another_tower_misses(name, tmp_path):
         {"autocast": torch.bfloat16},
     ],
 )
-def test_another_transform_or_number_format_misses(options, tmp_path):
+def test_another_transform_or_dtype_misses(options, tmp_path):
     assert opened(tmp_path).store.folder != opened(tmp_path, **options).store.folder
     assert opened(tmp_path, **options).store.folder == opened(tmp_path, **options).store.folder
 
 
 @pytest.mark.parametrize("package", ["torch", "torchvision", "open_clip_torch", "pillow"])
-def test_other_software_misses(package, tmp_path, monkeypatch):
+def test_another_software_version_misses(package, tmp_path, monkeypatch):
     before, real = opened(tmp_path).store.folder, feature_store.version
     monkeypatch.setattr(feature_store, "version", lambda name: "0.0" if name == package else real(name))
     assert opened(tmp_path).store.folder != before
@@ -195,9 +195,7 @@ def test_other_software_misses(package, tmp_path, monkeypatch):
 def test_a_cache_of_an_older_image_reader_is_never_used(tmp_path, monkeypatch):
     features = opened(tmp_path)
     key = json.loads((features.store.folder / "key.json").read_text())
-    before = {
-        name: value for name, value in key.items() if name != "reader"
-    }  # as keys were without a version
+    before = {name: value for name, value in key.items() if name != "reader"}  # as in older versions
     older = FeatureStore(
         tmp_path / feature_store.folder_name(before), features.store.shape, features.store.dtype
     )
@@ -209,7 +207,7 @@ def test_a_cache_of_an_older_image_reader_is_never_used(tmp_path, monkeypatch):
     assert opened(tmp_path).store.folder not in (features.store.folder, older.folder)
 
 
-def test_the_same_tower_hits_in_another_process_and_says_what_it_is(tmp_path):
+def test_the_same_tower_hits_and_key_json_describes_it(tmp_path):
     model, quantized = tiny_flamingo(), changed_model("quantization")
     folder = opened(tmp_path, quantized).store.folder
     spatial_tokens(quantized.vision_encoder, images(1))
@@ -255,7 +253,7 @@ def write_tokens(store: FeatureStore, **options) -> FeatureWriter:
     return writer
 
 
-def test_what_is_added_is_found_by_a_pickled_store(store):
+def test_added_tokens_are_read_by_a_pickled_store(store):
     write_tokens(store)
     assert torch.equal(pickle.loads(pickle.dumps(store)).get(KEY), TOKENS)
     assert store.get(FeatureStore.key_of(b"another")) is None
@@ -268,7 +266,7 @@ DAMAGE = {
     "lengthened": lambda content: content + b"\0",
     "one bit of the data": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
     "data never written": lambda content: content[:-48] + bytes(48),
-    "no safetensors": lambda content: b"\xff" * len(content),
+    "not safetensors": lambda content: b"\xff" * len(content),
 }
 
 
@@ -289,7 +287,7 @@ def test_a_damaged_file_counts_as_missing_and_is_replaced(damage, store):
         lambda store: FeatureStore(store.folder, store.shape, torch.bfloat16),
     ],
 )
-def test_tokens_of_another_shape_or_number_format_count_as_missing(other, store):
+def test_tokens_of_another_shape_or_dtype_count_as_missing(other, store):
     write_tokens(store)
     assert other(store).get(KEY) is None
 
@@ -325,18 +323,18 @@ def test_ranks_share_the_budget(store):
     assert len(stored(store.folder)) == 4
 
 
-def test_a_folder_that_cannot_be_made_is_told_in_one_line(tmp_path):
+def test_a_folder_that_cannot_be_created_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     message = r"data.cache.folder: .*file/cache cannot be written \(Not a directory\)"
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as caught:
         opened(tmp_path / "file" / "cache")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_ends_adding_with_one_warning_and_training_goes_on(tmp_path):
+def test_a_full_disk_stops_adding_with_one_warning(tmp_path):
     features = opened(tmp_path)
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, limit[1]))  # no file grows beyond 64 bytes
         try:
@@ -345,7 +343,7 @@ def test_a_full_disk_ends_adding_with_one_warning_and_training_goes_on(tmp_path)
             ]
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert ["cannot be written (File too large)" in str(w.message) for w in told] == [True]
+    assert ["cannot be written (File too large)" in str(w.message) for w in caught] == [True]
     assert len(completed) == 3 and stored(tmp_path) == [] and not list(tmp_path.rglob("partial/*"))
 
 
@@ -396,7 +394,7 @@ for number in range(100000):
 
 
 @pytest.mark.slow
-def test_a_killed_writer_leaves_only_whole_files_and_its_remains_go_later(tmp_path):
+def test_a_killed_writer_leaves_only_whole_files_and_its_partial_files_are_removed_later(tmp_path):
     store = FeatureStore(tmp_path, (400, 768), torch.float32)
     writing = subprocess.Popen([sys.executable, "-c", FILL, str(tmp_path)], stdout=subprocess.PIPE)
     writing.stdout.readline()
@@ -414,7 +412,7 @@ def test_a_killed_writer_leaves_only_whole_files_and_its_remains_go_later(tmp_pa
     partial = tmp_path / "partial" / "left-behind"
     partial.write_bytes(b"half")
     FeatureWriter(store, tmp_path)
-    assert partial.exists()  # it may be another run's, at work
+    assert partial.exists()  # another run may be writing it
     os.utime(partial, (0, 0))
     FeatureWriter(store, tmp_path)
     assert not partial.exists()

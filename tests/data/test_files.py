@@ -1,5 +1,4 @@
-"""A file is found under its name however its accents are encoded, and no encoding leads out of the image
-root."""
+"""Files are found in any Unicode form of their name, and no form leads out of the image root."""
 
 import json
 import os

@@ -56,7 +56,7 @@ def test_dialogues_in_llavas_form_have_the_labels_of_its_rule(case, legacy):
     whole = tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
     ends = list(accumulate(map(len, pieces)))
     pieces_of_tokens = [next(i for i, end in enumerate(ends) if b <= end) for _, b in whole["offset_mapping"]]
-    learned = [case["written"][piece][1] for piece in pieces_of_tokens]
+    has_loss = [case["written"][piece][1] for piece in pieces_of_tokens]
     assert encoded.input_ids == whole["input_ids"]
-    expected = [token if each else IGNORED for token, each in zip(whole["input_ids"], learned, strict=True)]
+    expected = [token if each else IGNORED for token, each in zip(whole["input_ids"], has_loss, strict=True)]
     assert encoded.labels == expected

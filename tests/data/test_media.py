@@ -1,4 +1,4 @@
-"""Images and videos of every kind to upright RGB, and what must not be opened."""
+"""Images and videos of every kind become upright RGB, and what must not be opened is refused."""
 
 import base64
 import http.server
@@ -47,21 +47,21 @@ def refused(medium, **options) -> str:
 
 
 def photo() -> Image.Image:
-    """A real scan, enlarged, with a gradient over it in colour."""
+    """Return a real scan, enlarged, with a color gradient over it."""
     grey = np.asarray(Image.open(SCAN).convert("L").resize((48, 32))).astype(int)
     ramp = np.linspace(0, 255, 48).astype(int)[None, :].repeat(32, 0)
     return Image.fromarray(np.stack([grey, ramp, 255 - grey], -1).astype(np.uint8))
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF"])
-def test_every_format_shows_the_same(form):
+def test_every_file_format_gives_the_same_pixels(form):
     tolerance = {"JPEG": 8, "WEBP": 8, "GIF": 12}.get(form, 0)
     shown = opened(file_of(photo(), form))
     assert np.abs(shown - np.asarray(photo()).astype(int)).mean() <= tolerance
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
-def test_every_mode_becomes_its_colours(mode):
+def test_every_mode_is_converted_to_its_rgb_colors(mode):
     image = photo().convert(mode)
     form = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
     tolerance = 4 if form == "JPEG" else 0
@@ -78,7 +78,7 @@ def test_sixteen_bits_are_scaled_not_clipped(form):
     assert dark.max() == 1
 
 
-def test_floats_are_scaled_by_what_they_reach():
+def test_float_pixels_are_scaled_by_their_range():
     for top in (1, 255, 65535):
         values = np.linspace(0, top, 256, dtype=np.float32).reshape(16, 16)
         shown = opened(file_of(Image.fromarray(values), "TIFF"))
@@ -86,7 +86,7 @@ def test_floats_are_scaled_by_what_they_reach():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "palette"])
-def test_what_is_transparent_is_white(mode):
+def test_transparent_pixels_become_white(mode):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
     image.putpixel((0, 0), (0, 0, 0, 255))
     options = {}
@@ -102,7 +102,7 @@ def test_what_is_transparent_is_white(mode):
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_camera_held_sideways_gives_an_upright_image(form, orientation):
+def test_images_are_rotated_by_their_exif_orientation(form, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     turned = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
@@ -112,7 +112,7 @@ def test_a_camera_held_sideways_gives_an_upright_image(form, orientation):
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
-def test_of_an_animation_the_first_frame_is_seen(form):
+def test_an_animation_gives_its_first_frame(form):
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     options = {"lossless": True} if form == "WEBP" else {}
     shown = opened(file_of(first, form, save_all=True, append_images=[second], **options))
@@ -133,7 +133,7 @@ MODES = ("RGB", "RGBA", "L", "P", "CMYK", "I;16", "F", "1", "LA", "I", "I;16B", 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_pillow_image_is_kept_without_loss(mode):
+def test_a_pillow_image_is_encoded_without_loss(mode):
     image = pillow_image(mode)
     content = MediaResolver(None, False).image(image, "row 0: image")
     kept = Image.open(io.BytesIO(content))
@@ -167,7 +167,7 @@ def test_a_pillow_image_of_a_truncated_file_is_refused_in_one_line():
         MediaResolver(None, False).image(cut, "row 0: image")
 
 
-def test_metadata_that_cannot_be_written_again_does_not_cost_a_pillow_image():
+def test_a_pillow_image_with_invalid_metadata_is_encoded():
     image = photo()
     image.info |= {"exif": b"Exif\0\0garbage", "icc_profile": "text", "dpi": "high"}
     assert images.open_image(lossless_bytes(image)).tobytes() == photo().tobytes()
@@ -195,14 +195,14 @@ def test_a_broken_image_is_refused_in_one_line(tmp_path, content, reason):
     assert f"row 0: images[0]: {tmp_path / 'a.png'}: not a readable image" in refused(str(tmp_path / "a.png"))
 
 
-def test_a_missing_file_and_a_folder_are_no_images(tmp_path):
+def test_a_missing_file_and_a_folder_are_refused_as_images(tmp_path):
     for path, reason in [(tmp_path / "a.png", "no such file"), (tmp_path, "directory")]:
         with pytest.raises(UserError, match=reason):
             open_image(path)
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A PNG of a few hundred bytes that claims to be enormous."""
+    """Return a PNG of a few hundred bytes whose header claims an enormous size."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -266,7 +266,7 @@ def test_an_image_is_fetched_from_its_url(server, path):
     ("path", "reason"),
     [("/gone", "404"), ("/file", ""), ("/ftp", ""), ("/loop", ""), ("/big", "larger than 0 MiB")],
 )
-def test_what_cannot_be_fetched_is_refused_in_one_line(server, path, reason, monkeypatch):
+def test_a_failed_download_is_a_one_line_error(server, path, reason, monkeypatch):
     monkeypatch.setattr(download, "MOST_BYTES", 4000)
     message = refused(server + path)
     assert f"cannot fetch {server + path}" in message and reason in message
@@ -287,7 +287,7 @@ def test_an_address_of_this_machine_or_a_private_network_is_not_public(address):
     download._check_public("2606:4700:4700::1111")
 
 
-def test_a_name_that_leads_to_a_private_address_after_it_was_checked_gets_no_request(server, monkeypatch):
+def test_a_host_that_resolves_to_a_private_address_after_its_check_gets_no_request(server, monkeypatch):
     monkeypatch.setattr(download, "_check_name", lambda host, port: None)
     monkeypatch.setattr(Handler, "do_GET", lambda self: pytest.fail("a request was sent"))
     with pytest.raises(UserError, match="not a public address"):
@@ -314,7 +314,7 @@ def test_a_public_address_is_fetched_without_a_proxy_and_each_redirection_is_che
     assert checked == ["127.0.0.1"] * (4 if path == "/moved" else 2)
 
 
-def test_a_silent_server_is_not_waited_for(monkeypatch):
+def test_a_server_that_does_not_answer_times_out(monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -322,7 +322,7 @@ def test_a_silent_server_is_not_waited_for(monkeypatch):
         assert "timed out" in refused(f"http://127.0.0.1:{silent.getsockname()[1]}/a.png")
 
 
-def test_a_slow_server_is_not_waited_for(server, monkeypatch):
+def test_a_slow_download_is_stopped(server, monkeypatch):
     monkeypatch.setattr(download, "LONGEST_SECONDS", -1.0)
     assert "slower than" in refused(f"{server}/scan.png")
 
@@ -333,7 +333,7 @@ def test_a_video_file_without_pyav_names_the_command(monkeypatch):
 
 
 def video_of(frame: np.ndarray, form: str, codec: str, pixels: str) -> bytes:
-    """Four times the same RGBA frame."""
+    """Return a video of four times the same RGBA frame."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form) as container:
         stream = container.add_stream(codec, rate=4)
@@ -346,8 +346,8 @@ def video_of(frame: np.ndarray, form: str, codec: str, pixels: str) -> bytes:
     return buffer.getvalue()
 
 
-def half_hidden() -> np.ndarray:
-    """Blue to the left; to the right red that nobody is meant to see."""
+def half_transparent() -> np.ndarray:
+    """Return a frame that is blue on the left, and fully transparent red on the right."""
     frame = np.zeros((32, 32, 4), np.uint8)
     frame[:, :16], frame[:, 16:] = (0, 0, 255, 255), (255, 0, 0, 0)
     return frame
@@ -355,16 +355,16 @@ def half_hidden() -> np.ndarray:
 
 def test_transparent_frames_of_a_video_are_drawn_over_white():
     gif = io.BytesIO()
-    frames = [Image.fromarray(half_hidden())] * 2
+    frames = [Image.fromarray(half_transparent())] * 2
     frames[0].save(gif, "GIF", save_all=True, append_images=frames[1:], disposal=2)
-    for content in (video_of(half_hidden(), "mov", "png", "rgba"), gif.getvalue()):
+    for content in (video_of(half_transparent(), "mov", "png", "rgba"), gif.getvalue()):
         for frame in open_medium(Video(file=content), video_frames=2):
             assert frame.getpixel((4, 9)) == (0, 0, 255) and frame.getpixel((28, 9)) == (255, 255, 255)
             assert "transparent" in images.conversions(frame)
 
 
 def test_a_video_of_too_many_pixels_is_not_decoded(monkeypatch):
-    content = video_of(half_hidden(), "mov", "png", "rgba")
+    content = video_of(half_transparent(), "mov", "png", "rgba")
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     assert "not a readable video (32 x 32 pixels, the limit is" in refused(Video(file=content))
 
@@ -376,14 +376,14 @@ def test_a_broken_video_is_refused_in_one_line(content):
     )
 
 
-def test_a_list_of_files_to_open_is_no_video(tmp_path):
-    """FFmpeg would open what a playlist names, wherever it is."""
+def test_a_playlist_is_not_opened_as_a_video(tmp_path):
+    """FFmpeg would open the files that a playlist names, wherever they are."""
     playlist = tmp_path / "x.m3u8"
     playlist.write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.ts\n#EXT-X-ENDLIST\n")
     assert "not a readable video" in refused(Video(file=str(playlist)))
 
 
-def test_base64_with_and_without_its_header_is_the_file():
+def test_base64_is_decoded_with_and_without_a_data_uri_header():
     content = SCAN.read_bytes()
     text = base64.b64encode(content).decode()
     for value in (

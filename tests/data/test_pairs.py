@@ -1,4 +1,4 @@
-"""Preference pairs: both halves are encoded alike, and only the answers count."""
+"""Preference pairs: both halves are encoded alike, and only the answers have labels."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def halves(sample: Sample, template=None):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_only_the_answers_have_labels_not_what_the_assistant_said_before(name):
+def test_only_the_compared_answers_have_labels(name):
     template, written = TEMPLATES[name]
     processor = nano_processor(template)
-    found = encode_pair(processor, pair(), 500)
-    for half, ids, words in zip(
-        (found.chosen, found.rejected), halves(pair(), template), ("Yes, I am.", "No."), strict=True
+    result = encode_pair(processor, pair(), 500)
+    for half, ids, answer in zip(
+        (result.chosen, result.rejected), halves(pair(), template), ("Yes, I am.", "No."), strict=True
     ):
         assert half.input_ids == ids
-        learned = [label for label in half.labels if label != IGNORED]
-        assert processor.tokenizer.decode(learned).strip() == written(words).strip()
-    assert (found.images, found.cut) == (1, Cut())
-    assert found.label_tokens == found.chosen.label_tokens + found.rejected.label_tokens
+        labelled = [label for label in half.labels if label != IGNORED]
+        assert processor.tokenizer.decode(labelled).strip() == written(answer).strip()
+    assert (result.images, result.cut) == (1, Cut())
+    assert result.label_tokens == result.chosen.label_tokens + result.rejected.label_tokens
 
 
 @pytest.mark.parametrize("policy", ["error", "drop_sample", "drop_turns", "truncate_text"])
-def test_a_pair_that_fits_stays_as_it_is(policy):
+def test_a_pair_that_fits_is_unchanged(policy):
     limit = max(map(len, halves(pair())))
     assert encode_pair(nano_processor(), pair(), limit, policy) == encode_pair(nano_processor(), pair(), 500)
 
@@ -62,44 +62,44 @@ def test_a_pair_that_fits_stays_as_it_is(policy):
 @pytest.mark.parametrize("answers", [("Yes, I am.", "No."), ("No.", "Yes, I am.")])
 def test_one_half_that_is_too_long_drops_both(policy, answers):
     sample = pair(*answers)
-    found = encode_pair(nano_processor(), sample, max(map(len, halves(sample))) - 1, policy)
-    assert isinstance(found, Dropped) and found.too_long
+    result = encode_pair(nano_processor(), sample, max(map(len, halves(sample))) - 1, policy)
+    assert isinstance(result, Dropped) and result.too_long
 
 
-def test_a_pair_that_is_too_long_is_an_error_that_says_where():
+def test_the_error_of_a_too_long_pair_names_its_row():
     with pytest.raises(
         UserError, match=r"^a.json: row 3: got \d+ text tokens, the limit is 9; shorten [^\n]*$"
     ):
         encode_pair(nano_processor(), pair(), 9)
 
 
-def test_answers_are_truncated_each_for_itself_and_keep_the_images():
+def test_answers_are_truncated_separately_and_keep_the_images():
     long, short = (len(ids) for ids in halves(pair()))
-    found = encode_pair(nano_processor(), pair(), short, "truncate_text")
-    assert [len(half.input_ids) for half in (found.chosen, found.rejected)] == [short, short]
-    assert (found.images, found.cut) == (1, Cut(tokens=long - short))
+    result = encode_pair(nano_processor(), pair(), short, "truncate_text")
+    assert [len(half.input_ids) for half in (result.chosen, result.rejected)] == [short, short]
+    assert (result.images, result.cut) == (1, Cut(tokens=long - short))
 
 
-def test_answers_that_are_alike_as_far_as_they_go_are_no_pair():
+def test_answers_with_the_same_tokens_are_not_a_pair():
     sample = pair("Yes. I am.", "Yes. I do.")
     long = len(halves(sample)[0])
-    found = [encode_pair(nano_processor(), sample, limit, "truncate_text") for limit in (long, long - 5)]
-    assert not isinstance(found[0], Dropped) and isinstance(found[1], Dropped) and found[1].too_long
+    results = [encode_pair(nano_processor(), sample, limit, "truncate_text") for limit in (long, long - 5)]
+    assert not isinstance(results[0], Dropped) and isinstance(results[1], Dropped) and results[1].too_long
     with pytest.raises(
         UserError, match="^a.json: row 3: chosen and rejected have the same tokens; remove the row$"
     ):
         encode_pair(nano_processor(), pair("Yes.", "Yes."), 500)
 
 
-def test_a_batch_is_what_trls_collator_makes_of_the_same_rows():
+def test_a_batch_equals_that_of_trls_collator():
     processor = nano_processor()
     two = [user(IMAGE, "One.", IMAGE, "Are they the same digit?")]
     samples = [pair(), pair("Seven.", "It is a two.", [user(IMAGE, "Which?")]), pair("Yes.", "No.", two)]
-    read = PixelLoader(processor)
+    load = PixelLoader(processor)
     rows = []
     for number, sample in enumerate(samples):
         encoded = encode_pair(processor, sample, 500)
-        rows.append([Example(sample.where, encoded, read(sample, encoded.images, number))])
+        rows.append([Example(sample.where, encoded, load(sample, encoded.images, number))])
     ours = collate_preferences(processor.tokenizer.pad_token_id, False, None, rows)
     theirs = DataCollatorForVisionPreference(processor)(
         [copy.deepcopy(preference_row(sample)) for sample in samples]
@@ -108,7 +108,7 @@ def test_a_batch_is_what_trls_collator_makes_of_the_same_rows():
     assert {*ours} == {*theirs}
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(ours[name], theirs[name]), name
-    # TRL's goes on after the end of the answer, to the line break that the template writes there.
+    # TRL's mask also covers the line break that the template writes after the answer's end token.
     last = theirs["attention_mask"].sum(1, keepdim=True) - 1
     assert torch.equal(ours["completion_mask"], theirs["completion_mask"].scatter(1, last, 0))
 
@@ -148,6 +148,6 @@ def test_the_prompt_ends_with_the_last_question():
         ),
     ],
 )
-def test_what_is_no_pair_of_text_answers_is_refused(sample, complaint):
+def test_samples_that_are_not_pairs_of_text_answers_are_refused(sample, complaint):
     with pytest.raises(UserError, match=f"^a.json: row 3: {complaint}[^\n]*$"):
         preference_row(sample)

@@ -36,7 +36,7 @@ def written(processor, messages):
     return processor.tokenizer.decode(encode(processor, messages).input_ids)
 
 
-def test_auto_takes_the_language_models_own_template_where_there_is_one():
+def test_auto_uses_the_language_models_own_template_if_it_has_one():
     assert written(processor_with(CHATML), TURNS) == written(processor_with(CHATML, template="chat"), TURNS)
     assert written(processor_with(CHATML), TURNS).startswith("<|im_start|>user\n<image>Which?<|im_end|>")
     chunks = "<image>Which? Seven.<|endofchunk|>So? Yes.<|endofchunk|>"
@@ -44,7 +44,7 @@ def test_auto_takes_the_language_models_own_template_where_there_is_one():
     assert written(processor_with(CHATML, template="flamingo"), TURNS) == chunks
 
 
-def test_a_wanted_chat_template_that_is_not_there_is_refused():
+def test_template_chat_is_refused_if_the_language_model_has_none():
     with pytest.raises(
         UserError, match="^data.template: got chat, but the language model has no chat template; set"
     ):
@@ -54,23 +54,23 @@ def test_a_wanted_chat_template_that_is_not_there_is_refused():
 @pytest.mark.parametrize("own", [None, CHATML, LLAMA_2, nano_processor().chat_template])
 @given(st.text(min_size=1).map(lambda text: HARD + text).filter(lambda text: "\r" not in text))
 @settings(max_examples=20, deadline=None)
-def test_the_system_prompt_stands_before_every_dialogue_without_its_own(own, prompt):
+def test_the_system_prompt_precedes_every_dialogue_without_one(own, prompt):
     processor, plain = processor_with(own, system_prompt=prompt), processor_with(own)
     for turns in (TURNS, TURNS[:2]):
-        found, expected = encode(processor, turns), encode(plain, [system(prompt), *turns])
-        assert (found.input_ids, found.labels) == (expected.input_ids, expected.labels)
+        result, expected = encode(processor, turns), encode(plain, [system(prompt), *turns])
+        assert (result.input_ids, result.labels) == (expected.input_ids, expected.labels)
     assert encode_prompt(processor, TURNS[:1]) == encode_prompt(plain, [system(prompt), *TURNS[:1]])
     other = [system("Other."), *TURNS]
     assert encode(processor, other) == encode(plain, other)
 
 
-def test_the_system_prompt_is_not_learned_and_an_answer_may_come_first():
+def test_the_system_prompt_has_no_labels_and_an_answer_may_come_first():
     processor = processor_with(CHATML, system_prompt="{% generation %}Be brief.{% endgeneration %}")
     encoded = encode(processor, [assistant("Hello.")])
     assert processor.tokenizer.decode([t for t in encoded.labels if t != IGNORED]) == "Hello.<|im_end|>"
 
 
-def test_what_is_saved_with_the_adapter_writes_the_same(tmp_path):
+def test_the_saved_template_writes_the_same(tmp_path):
     processor = processor_with(CHATML, system_prompt="Be brief: é\n'\"")
     processor.save_pretrained(tmp_path)
     again = AutoProcessor.from_pretrained(tmp_path)
@@ -86,6 +86,6 @@ def test_what_is_saved_with_the_adapter_writes_the_same(tmp_path):
         (CHATML, "See <image>.", "contains the text of a special token"),
     ],
 )
-def test_a_system_prompt_that_has_no_place_is_refused(own, prompt, complaint):
+def test_a_system_prompt_that_the_template_cannot_write_is_refused(own, prompt, complaint):
     with pytest.raises(UserError, match=f"^data.system_prompt: {complaint}[^\n]*$"):
         processor_with(own, system_prompt=prompt)

@@ -18,7 +18,7 @@ def document(*parts):
 
 
 def written(processor, encoded):
-    """The text of the ids, and that of those with a label."""
+    """Return the text of all tokens, and of those with a label."""
     decode = processor.tokenizer.decode
     return decode(encoded.input_ids), decode([token for token in encoded.labels if token != IGNORED])
 
@@ -37,9 +37,7 @@ FORMS = [
 
 @pytest.mark.parametrize("template", [None, CHATML, "{{ raise_exception('no') }}"])
 @pytest.mark.parametrize(("parts", "text", "labels"), FORMS)
-def test_a_document_is_written_and_learned_in_chunks_whatever_the_chat_template(
-    template, parts, text, labels
-):
+def test_a_document_is_written_in_chunks_whatever_the_chat_template(template, parts, text, labels):
     processor = nano_processor(template)
     encoded = encode(processor, document(*parts))
     assert written(processor, encoded) == (text, labels)
@@ -47,7 +45,7 @@ def test_a_document_is_written_and_learned_in_chunks_whatever_the_chat_template(
     assert processor.image_token_id not in encoded.labels
 
 
-def test_a_document_begins_as_the_tokenizer_begins_a_text():
+def test_a_document_begins_with_the_tokenizers_bos_token():
     tokenizer = llama_tokenizer(legacy=False)
     add_media_tokens(tokenizer)
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(

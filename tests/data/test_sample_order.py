@@ -1,4 +1,4 @@
-"""Which rows are shown, how often and in what order."""
+"""Which rows are used, how often and in what order."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ mixtures = st.lists(
 )
 
 
-def order_of(parts, seed: int = 0, buffer: int = 4) -> SampleOrder:
+def order_of(sources, seed: int = 0, buffer: int = 4) -> SampleOrder:
     return SampleOrder(
-        [WeightedSource(Numbers(count, indexed), weight) for count, weight, indexed in parts], seed, buffer
+        [WeightedSource(Numbers(count, indexed), weight) for count, weight, indexed in sources], seed, buffer
     )
 
 
@@ -33,55 +33,55 @@ def taken(order: SampleOrder, count: int, start: int = 0) -> list[SampleIndex]:
 
 
 @given(mixtures, st.integers(0, 60), st.integers(0, 3))
-def test_an_order_entered_anywhere_goes_on_as_it_would_have(parts, start, seed):
-    order = order_of(parts, seed)
+def test_an_order_can_be_entered_at_any_position(sources, start, seed):
+    order = order_of(sources, seed)
     assert taken(order, start + 30)[start:] == taken(order, 30, start)
 
 
 @given(mixtures)
-def test_draws_are_numbered_and_a_seed_gives_one_order(parts):
-    order = order_of(parts, seed=5)
-    draws = taken(order, 50)
-    assert [draw.number for draw in draws] == list(range(50))
-    assert draws == taken(order_of(parts, seed=5), 50)
+def test_samples_are_numbered_and_the_order_follows_from_the_seed(sources):
+    order = order_of(sources, seed=5)
+    indices = taken(order, 50)
+    assert [index.number for index in indices] == list(range(50))
+    assert indices == taken(order_of(sources, seed=5), 50)
 
 
 @given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from([1.0, 1.5, 2.0, 0.5])), min_size=1, max_size=3))
-def test_a_row_is_shown_as_often_as_its_weight_says(parts):
-    order = order_of([(count, weight, True) for count, weight in parts])
+def test_rows_are_used_in_proportion_to_the_weight_of_their_source(sources):
+    order = order_of([(count, weight, True) for count, weight in sources])
     epochs = 4
-    shown = Counter((draw.source, draw.row) for draw in taken(order, order._samples_before(epochs)))
-    for source, (count, weight) in enumerate(parts):
-        times = [shown[source, row] for row in range(count)]
+    used = Counter((index.source, index.row) for index in taken(order, order._samples_before(epochs)))
+    for source, (count, weight) in enumerate(sources):
+        times = [used[source, row] for row in range(count)]
         assert max(times) - min(times) <= 1
         assert sum(times) == math.ceil(weight * count * epochs)
 
 
-def test_an_epoch_shows_every_row_once_and_the_next_in_another_order():
+def test_an_epoch_has_every_row_once_and_the_next_epoch_another_order():
     order = order_of([(20, 1.0, True), (10, 1.0, True)])
     first, second = taken(order, 30), taken(order, 30, 30)
-    pairs = sorted((draw.source, draw.row) for draw in first)
-    assert pairs == sorted((draw.source, draw.row) for draw in second)
+    pairs = sorted((index.source, index.row) for index in first)
+    assert pairs == sorted((index.source, index.row) for index in second)
     assert pairs == [(0, row) for row in range(20)] + [(1, row) for row in range(10)]
-    assert [(d.source, d.row) for d in first] != [(d.source, d.row) for d in second]
+    assert [(index.source, index.row) for index in first] != [(index.source, index.row) for index in second]
 
 
-def test_only_the_rows_that_may_be_shown_are():
+def test_only_the_selected_rows_are_used():
     order = SampleOrder([WeightedSource(Numbers(10), rows=np.array([1, 4, 7]))], seed=0)
-    assert {draw.row for draw in taken(order, 30)} == {1, 4, 7}
+    assert {index.row for index in taken(order, 30)} == {1, 4, 7}
 
 
-def test_a_stream_is_shuffled_within_its_buffer_and_shows_every_row_in_a_pass():
+def test_a_stream_is_shuffled_within_its_buffer_and_a_pass_has_every_row():
     order = order_of([(100, 1.0, False)], buffer=10)
-    rows = [draw.row for draw in taken(order, 100)]
+    rows = [index.row for index in taken(order, 100)]
     assert sorted(rows) == list(range(100)) and rows != sorted(rows)
-    assert all(row <= place + 10 for place, row in enumerate(rows))
-    assert [draw.raw for draw in taken(order, 100)] == rows
+    assert all(row <= position + 10 for position, row in enumerate(rows))
+    assert [index.raw for index in taken(order, 100)] == rows
 
 
 def test_streams_are_drawn_by_weight():
-    draws = taken(order_of([(50, 3.0, False), (50, 1.0, False)]), 4000)
-    assert 0.72 < sum(draw.source == 0 for draw in draws) / 4000 < 0.78
+    indices = taken(order_of([(50, 3.0, False), (50, 1.0, False)]), 4000)
+    assert 0.72 < sum(index.source == 0 for index in indices) / 4000 < 0.78
 
 
 @pytest.mark.parametrize("indexed", [True, False])
@@ -90,15 +90,16 @@ def test_a_source_without_rows_is_refused(indexed):
         taken(order_of([(0, 1.0, indexed)]), 1)
 
 
-def test_grouping_by_length_keeps_the_rows_and_makes_batches_alike():
+def test_grouping_by_length_keeps_all_samples_and_puts_similar_lengths_together():
     order = order_of([(97, 1.0, True)])
     plain = taken(order, 80)
-    found = list(group_by_length(iter(plain), lambda draw: draw.row, 4, 40, seed=0))
-    assert sorted(d.number for d in found[:40]) == list(range(40))
-    assert sorted(d.number for d in found[40:]) == list(range(40, 80))
+    grouped = list(group_by_length(iter(plain), lambda index: index.row, 4, 40, seed=0))
+    assert sorted(index.number for index in grouped[:40]) == list(range(40))
+    assert sorted(index.number for index in grouped[40:]) == list(range(40, 80))
 
-    def spread(draws):
-        return np.mean([np.ptp([d.row for d in draws[i : i + 4]]) for i in range(0, 80, 4)])
+    def spread(indices):
+        return np.mean([np.ptp([index.row for index in indices[i : i + 4]]) for i in range(0, 80, 4)])
 
-    assert spread(found) < spread(plain) / 4
-    assert [d.row for d in found[:40]] != sorted(d.row for d in found[:40]), "batches are not sorted by size"
+    assert spread(grouped) < spread(plain) / 4
+    rows = [index.row for index in grouped[:40]]
+    assert rows != sorted(rows), "batches are not sorted by size"

@@ -1,5 +1,4 @@
-"""Samples: what a file may hold, and how everything else is refused: one line with file, row, field, got,
-expected."""
+"""Samples of JSON files, and the one-line errors of malformed rows and files: file, row, field, reason."""
 
 import json
 import os
@@ -36,7 +35,7 @@ def read_one(folder, row):
 
 
 def refused(path, **options) -> str:
-    """The one line that refuses the file, without the folder's name."""
+    """Return the one-line error of a file, without the folder's name."""
     with pytest.raises(UserError) as caught:
         read_samples(path, **options)
     message = str(caught.value)
@@ -262,12 +261,12 @@ def test_each_marker_in_a_text_is_an_image(folder):
     assert [os.path.basename(path) for path in sample.images] == ["a.png", "b.png", "a.png"]
 
 
-def test_typed_blocks_stay_as_they_are(folder):
+def test_typed_blocks_are_unchanged(folder):
     turns = [user("First ", IMAGE, " second ", IMAGE), assistant("Yes."), user("Sure?"), assistant("Yes.")]
     assert read_one(folder, {"messages": turns, "images": ["a.png", "b.png"]}).messages == turns
 
 
-def test_images_without_a_place_stand_before_the_first_user_turn(folder):
+def test_images_without_a_marker_come_first_in_the_first_user_message(folder):
     messages = [{"role": "system", "content": "Be brief."}, *TURNS, *TURNS]
     sample = read_one(folder, {"messages": messages, "images": ["a.png", "b.png"]})
     assert sample.messages[0]["content"] == [{"type": "text", "text": "Be brief."}]
@@ -275,14 +274,14 @@ def test_images_without_a_place_stand_before_the_first_user_turn(folder):
     assert sample.messages[3] == user("What?")
 
 
-def test_a_row_may_leave_out_images_and_task(folder):
+def test_images_and_task_are_optional(folder):
     for more in ({}, {"images": None, "task": None}, {"images": [], "task": ""}):
         sample = read_one(folder, {"messages": TURNS, **more})
         assert (sample.images, sample.task) == ([], UNNAMED_TASK)
     assert read_one(folder, {"messages": TURNS, "task": "colour"}).task == "colour"
 
 
-def test_image_paths_start_from_the_image_root_or_the_file(folder):
+def test_image_paths_are_relative_to_the_image_root_or_the_file(folder):
     row = {"messages": TURNS, "images": ["a.png"]}
     (folder / "lists").mkdir()
     path = jsonl(folder / "lists", row)
@@ -294,7 +293,7 @@ def test_image_paths_start_from_the_image_root_or_the_file(folder):
     assert read_samples(absolute, folder)[0].images == [str(folder / "a.png")]
 
 
-def rows_alone(samples):
+def without_where(samples):
     return [(sample.messages, sample.images, sample.task) for sample in samples]
 
 
@@ -315,5 +314,5 @@ def test_json_and_jsonl_are_read_the_same(folder):
     ]:
         (folder / name).write_bytes(text.encode(encoding))
         samples = read_samples(folder / name)
-        assert rows_alone(samples) == rows_alone(by_line)
+        assert without_where(samples) == without_where(by_line)
         assert [sample.where for sample in samples] == [f"{folder / name}: row {i}" for i in range(3)]

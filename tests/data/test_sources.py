@@ -1,5 +1,4 @@
-"""Every schema and every kind of source becomes the samples that its author meant, read in order or by
-number."""
+"""Every schema and every kind of source gives the expected samples, read in order or by number."""
 
 import json
 import multiprocessing
@@ -60,7 +59,7 @@ TWO_IMAGES = [
     ([user("What is 1 + 1?"), assistant("Two.")], []),
 ]
 
-# Fixture -> the schema it is recognised as, and its samples: messages, and the scans that their images are.
+# Fixture -> the schema that is detected, and its samples: messages, and the scans that are their images.
 EXPECTED = {
     "messages": ("messages", QUESTIONS),
     "messages_openai": ("messages", QUESTIONS),
@@ -102,19 +101,19 @@ EXPECTED = {
     "tar_mmc4_files": ("interleaved", INTERLEAVED),
 }
 VIDEOS = {"frames", "video"}
-IN_ORDER_ALONE = {"jsonl_streamed", "parquet_streamed", "tar_compressed", "tar_shards"}
+NOT_INDEXED = {"jsonl_streamed", "parquet_streamed", "tar_compressed", "tar_shards"}
 
 
 def pixels(image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def test_every_fixture_has_its_expectation():
+def test_every_fixture_has_expected_samples():
     assert {*FIXTURES} == {*EXPECTED} | VIDEOS
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_a_source_becomes_the_samples_that_were_meant(tmp_path, name):
+def test_a_source_gives_the_expected_samples(tmp_path, name):
     source = opened(FIXTURES[name](tmp_path))
     schema, expected = EXPECTED[name]
     samples = samples_of(source)
@@ -128,18 +127,18 @@ def test_a_source_becomes_the_samples_that_were_meant(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_rows_by_number_are_the_rows_in_order_also_after_pickling(tmp_path, name):
+def test_rows_by_number_equal_the_rows_in_order_after_pickling_too(tmp_path, name):
     entry = FIXTURES[name](tmp_path)
     source = opened(entry)
-    one_sample_per_row = samples_of(source)
-    assert source.indexed == (name not in IN_ORDER_ALONE)
+    in_order = samples_of(source)
+    assert source.indexed == (name not in NOT_INDEXED)
     copy = pickle.loads(pickle.dumps(source))
-    assert samples_of(copy) == one_sample_per_row
-    assert samples_of(opened({**entry, "streaming": True})) == one_sample_per_row
+    assert samples_of(copy) == in_order
+    assert samples_of(opened({**entry, "streaming": True})) == in_order
     if source.indexed:
-        assert len(copy) == len(one_sample_per_row)
+        assert len(copy) == len(in_order)
         numbers = random.Random(0).sample(range(len(copy)), len(copy))
-        assert [copy.sample(i, copy.raw(i)) for i in numbers] == [one_sample_per_row[i] for i in numbers]
+        assert [copy.sample(i, copy.raw(i)) for i in numbers] == [in_order[i] for i in numbers]
 
 
 @pytest.mark.parametrize(
@@ -152,17 +151,17 @@ def test_a_limit_keeps_the_first_rows(tmp_path, name):
     assert not source.indexed or len(source) == 2
 
 
-def test_the_worse_answer_of_a_pair_is_kept_beside_the_better(tmp_path):
+def test_a_pair_has_its_rejected_answer(tmp_path):
     for name in ("preference", "preference_text"):
         samples = read_samples(DataSource(**FIXTURES[name](tmp_path)))
         assert [sample.rejected for sample in samples] == [[assistant("Zero.")]] * 3
 
 
-def test_what_both_answers_begin_with_is_their_prompt(tmp_path):
-    opening = [{"role": "user", "content": "Hi."}]
-    said = {word: [*opening, {"role": "assistant", "content": word}] for word in ("Yes.", "No.")}
+def test_the_shared_beginning_of_both_answers_is_the_prompt(tmp_path):
+    prompt = [{"role": "user", "content": "Hi."}]
+    answers = {word: [*prompt, {"role": "assistant", "content": word}] for word in ("Yes.", "No.")}
     (sample,) = read_samples(
-        DataSource(**jsonl(tmp_path, [{"chosen": said["Yes."], "rejected": said["No."]}]))
+        DataSource(**jsonl(tmp_path, [{"chosen": answers["Yes."], "rejected": answers["No."]}]))
     )
     assert (sample.messages, sample.rejected) == ([user("Hi."), assistant("Yes.")], [assistant("No.")])
 
@@ -186,8 +185,8 @@ def test_frames_of_a_video_file_are_evenly_spaced(tmp_path):
     assert len(open_medium(sample.images[0], video_frames=100)) == 16
 
 
-def test_a_line_break_beside_llavas_marker_is_no_word(tmp_path):
-    for value, wanted in [
+def test_the_line_break_next_to_llavas_marker_is_removed(tmp_path):
+    for value, expected in [
         ("<image>\nWhat?", (IMAGE, "What?")),
         ("What?\n<image>", ("What?", IMAGE)),
         ("A\nB <image>\n C", ("A\nB ", IMAGE, " C")),
@@ -195,7 +194,7 @@ def test_a_line_break_beside_llavas_marker_is_no_word(tmp_path):
         turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "That."}]
         row = {"image": str(SCANS / FACTS[0][0]), "conversations": turns}
         entry = jsonl(tmp_path, [row]) | {"image_root": str(SCANS)}
-        assert read_samples(DataSource(**entry))[0].messages[0] == user(*wanted)
+        assert read_samples(DataSource(**entry))[0].messages[0] == user(*expected)
 
 
 def test_a_marker_inside_typed_text_stays_text(tmp_path):
@@ -206,8 +205,8 @@ def test_a_marker_inside_typed_text_stays_text(tmp_path):
     assert sample.messages == [user("Type <image> here."), assistant("<image>")] and sample.images == []
 
 
-def test_an_image_may_be_given_twice_and_kept_at_its_places(tmp_path):
-    """Blocks that bring their image along, and blocks that take the next of ``images``."""
+def test_blocks_with_and_without_an_image_of_their_own_are_combined_in_order(tmp_path):
+    """Blocks with an image of their own, and blocks that take the next of ``images``."""
     for scan, _ in FACTS:
         (tmp_path / scan).write_bytes((SCANS / scan).read_bytes())
     names = [scan for scan, _ in FACTS]
@@ -228,10 +227,14 @@ def test_an_image_may_be_given_twice_and_kept_at_its_places(tmp_path):
 def test_rows_of_a_pattern_are_numbered_in_each_file(tmp_path):
     source = opened(FIXTURES["tar_shards"](tmp_path))
     shards = tmp_path / "shards"
-    wanted = [f"{shards / '000.tar'}: row 0", f"{shards / '000.tar'}: row 1", f"{shards / '001.tar'}: row 0"]
-    assert [sample.where for sample in samples_of(source)] == wanted
+    expected = [
+        f"{shards / '000.tar'}: row 0",
+        f"{shards / '000.tar'}: row 1",
+        f"{shards / '001.tar'}: row 0",
+    ]
+    assert [sample.where for sample in samples_of(source)] == expected
     by_number = opened({"path": str(shards / "*.tar")})
-    assert [by_number.sample(i, by_number.raw(i)).where for i in range(3)] == wanted
+    assert [by_number.sample(i, by_number.raw(i)).where for i in range(3)] == expected
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -242,17 +245,17 @@ def test_a_malformed_row_fails_alone(tmp_path, streaming):
     (tmp_path / "x.csv").write_bytes(
         b'question,answer\nQ?,A.\nQ?\nQ?,A.,more\n"Q,\xff",A.\nQ?,\n"Q,?","A\n."\n"open,A.\n'
     )
-    for name, outcome in [("x.jsonl", "gbbbbg"), ("x.csv", "gbbbbgb")]:
+    for name, expected in [("x.jsonl", "gbbbbg"), ("x.csv", "gbbbbgb")]:
         source = opened({"path": str(tmp_path / name), "streaming": streaming})
-        found = ""
+        result = ""
         for index, raw in enumerate(source.stream()):
             try:
                 source.sample(index, raw)
-                found += "g"
+                result += "g"
             except UserError as error:
                 assert f"{name}: row {index}: " in str(error) and "\n" not in str(error)
-                found += "b"
-        assert found == outcome
+                result += "b"
+        assert result == expected
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -266,7 +269,7 @@ def test_a_tar_that_was_cut_off_keeps_its_first_rows(tmp_path, streaming):
         source.sample(1, last)
 
 
-def test_a_file_that_changes_under_a_source_is_noticed(tmp_path):
+def test_a_file_that_changes_after_it_was_opened_raises(tmp_path):
     entry = FIXTURES["messages"](tmp_path)
     source = opened(entry)
     path = tmp_path / "data.jsonl"
@@ -283,13 +286,13 @@ def where_of(source, index: int) -> str:
 @pytest.mark.parametrize("name", ["messages", "csv_captions", "tar_captions", "parquet_bytes", "mimicit"])
 def test_a_source_is_read_by_several_processes_at_once(tmp_path, name):
     source = opened(FIXTURES[name](tmp_path))
-    here = [where_of(source, index % 3) for index in range(12)]  # its file is open here
+    here = [where_of(source, index % 3) for index in range(12)]  # so the file is open in this process
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.starmap(where_of, [(source, index % 3) for index in range(12)]) == here
 
 
-def test_a_million_rows_are_opened_in_little_time_and_memory(tmp_path):
-    """100,000 here: 8 bytes a row, and nothing of the rows themselves."""
+def test_an_opened_file_takes_eight_bytes_of_memory_per_row(tmp_path):
+    """Only the offset of each row is held in memory."""
     line = json.dumps({"question": "Q?", "answer": "A." * 200}).encode() + b"\n"
     path = tmp_path / "x.jsonl"
     path.write_bytes(line * 100_000)

@@ -1,5 +1,4 @@
-"""The files of a tar become the samples that their names mean, and files that a system left there become
-none."""
+"""Files of a tar are grouped into samples by their names, and system files are ignored."""
 
 import gzip
 import json
@@ -96,7 +95,7 @@ def test_members_are_grouped_by_what_their_names_mean(names, expected):
     assert [*group_members(names, str)] == expected
 
 
-def test_ten_thousand_members_under_one_key_are_grouped_in_no_time():
+def test_ten_thousand_members_under_one_key_are_grouped():
     assert len([*group_members((f"doc.{i}.png" for i in range(10_000)), str)]) == 1
     pairs = (f"doc.{i // 2}.{('png', 'txt')[i % 2]}" for i in range(20_000))
     assert len([*group_members(pairs, str)]) == 10_000
@@ -116,7 +115,7 @@ def test_a_leading_dot_slash_changes_nothing(tmp_path):
     assert answers(path) == [("Three.", [SCAN]), ("Eight.", [OTHER])]
 
 
-def test_images_stand_in_the_order_in_which_the_json_names_them(tmp_path):
+def test_images_are_in_the_order_of_the_json(tmp_path):
     row = {"question": "Which?", "answer": "Eight.", "images": ["0.b.png", "a.png"]}
     path = add_files(
         tmp_path / "x.tar", {"0.a.png": SCAN, "0.b.png": OTHER, "0.json": json.dumps(row).encode()}
@@ -159,7 +158,7 @@ def test_a_second_text_or_json_of_a_sample_is_rejected_by_name(tmp_path, files, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_name_that_a_tar_holds_twice_is_rejected(tmp_path, streaming):
+def test_a_duplicate_name_in_a_tar_is_rejected(tmp_path, streaming):
     path = add_files(tmp_path / "x.tar", {"a.png": SCAN, "./a.png": OTHER, "a.txt": b"Three."})
     with pytest.raises(UserError, match="row 0: the tar holds a.png more than once; keep one of them"):
         samples(path, streaming=streaming)
@@ -172,39 +171,39 @@ def test_two_videos_of_a_sample_are_both_kept(tmp_path):
     assert [medium.file for medium in sample.images] == [b"a", b"b"]
 
 
-LEFTOVERS = [
+SYSTEM_FILES = [
     "__MACOSX/._a.png", "._a.png", "x/._a.txt", ".DS_Store", "x/.DS_Store", "Thumbs.db", "thumbs.db",
     "Desktop.ini", "@eaDir/a.png/SYNOFILE_THUMB_M.jpg", ".ipynb_checkpoints/a-checkpoint.png",
     ".AppleDouble/a.png", "PaxHeaders.1/a.png", "pax_global_header", "$RECYCLE.BIN/a.png", ".Trashes/1/a.png",
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LEFTOVERS)
-def test_what_operating_systems_leave_behind_is_recognised(name):
+@pytest.mark.parametrize("name", SYSTEM_FILES)
+def test_system_files_are_recognized(name):
     assert is_system_file(name)
 
 
 @pytest.mark.parametrize(
     "name", ["a.png", "x.y/a.png", "thumbs/db.png", "_a.png", ".a.png", "macosx/a.png", "..a"]
 )
-def test_users_files_are_no_leftovers(name):
+def test_user_files_are_not_system_files(name):
     assert not is_system_file(name)
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
-def test_leftovers_in_a_tar_are_no_samples(tmp_path, name):
+def test_system_files_in_a_tar_are_ignored(tmp_path, name):
     files = {"a.png": SCAN, "a.txt": b"Three."}
-    before, after = (dict.fromkeys(names, b"x") for names in (LEFTOVERS[:6], LEFTOVERS[6:]))
+    before, after = (dict.fromkeys(names, b"x") for names in (SYSTEM_FILES[:6], SYSTEM_FILES[6:]))
     path = add_files(tmp_path / name, before | files | after)
     assert answers(path) == [("Three.", [SCAN])]
 
 
-def test_leftovers_in_a_folder_of_images_are_no_samples(tmp_path, monkeypatch):
+def test_system_files_in_an_image_folder_are_ignored(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "scans"
     for scan, answer in FACTS[:2]:
         put(folder / answer, scan)
-    for name in LEFTOVERS:
+    for name in SYSTEM_FILES:
         (folder / "Three." / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "Three." / name).write_bytes(SCAN)
     for streaming in (False, True):
@@ -214,7 +213,7 @@ def test_leftovers_in_a_folder_of_images_are_no_samples(tmp_path, monkeypatch):
     assert [answer for answer, _ in answers(folder)] == ["A digit.", "A digit."]
 
 
-def test_leftovers_that_fit_a_pattern_are_not_read(tmp_path):
+def test_system_files_that_match_a_pattern_are_ignored(tmp_path):
     add_files(tmp_path / "0.tar", {"a.png": SCAN, "a.txt": b"Three."})
     (tmp_path / "._0.tar").write_bytes(gzip.compress(b"x"))
     assert answers(tmp_path / "*.tar") == [("Three.", [SCAN])]

@@ -1,4 +1,4 @@
-"""Samples with too many tokens: what each policy leaves, and that no image is left without its text."""
+"""Samples with too many tokens: what each policy keeps; no image is kept without its text."""
 
 import pytest
 from hypothesis import given, settings
@@ -28,12 +28,12 @@ def length(messages) -> int:
 
 
 @pytest.mark.parametrize("policy", ["error", "drop_sample", "drop_turns", "truncate_text"])
-def test_a_sample_that_fits_stays_as_it_is(policy):
-    found = encode_within(nano_processor(), sample(TURNS), length(TURNS), policy)
-    assert found == encode(nano_processor(), TURNS)
+def test_a_sample_that_fits_is_unchanged(policy):
+    result = encode_within(nano_processor(), sample(TURNS), length(TURNS), policy)
+    assert result == encode(nano_processor(), TURNS)
 
 
-def test_a_longer_sample_is_an_error_that_says_where():
+def test_the_error_of_a_too_long_sample_names_its_row():
     with pytest.raises(
         UserError, match=r"^a.json: row 5: got \d+ text tokens, the limit is 9; shorten [^\n]*$"
     ):
@@ -41,18 +41,18 @@ def test_a_longer_sample_is_an_error_that_says_where():
 
 
 def test_a_longer_sample_is_dropped_with_its_reason():
-    found = encode_within(nano_processor(), sample(TURNS), 9, "drop_sample")
-    assert found == Dropped(f"got {length(TURNS)} text tokens, the limit is 9", too_long=True)
+    result = encode_within(nano_processor(), sample(TURNS), 9, "drop_sample")
+    assert result == Dropped(f"got {length(TURNS)} text tokens, the limit is 9", too_long=True)
 
 
 @pytest.mark.parametrize(("kept", "left_images", "turns"), [(5, 3, 1), (3, 1, 2)])
-def test_the_last_exchanges_go_with_their_images(kept, left_images, turns):
+def test_dropped_turns_lose_their_images(kept, left_images, turns):
     limit = length(TURNS[: kept + 2]) - 1
-    found = encode_within(nano_processor(), sample(TURNS), limit, "drop_turns")
+    result = encode_within(nano_processor(), sample(TURNS), limit, "drop_turns")
     first = encode(nano_processor(), TURNS[:kept])
-    assert (found.input_ids, found.labels, found.images) == (first.input_ids, first.labels, left_images)
-    assert found.cut.turns == turns and found.cut.images == 3 - left_images
-    assert found.cut.tokens == length(TURNS) - len(first.input_ids)
+    assert (result.input_ids, result.labels, result.images) == (first.input_ids, first.labels, left_images)
+    assert result.cut.turns == turns and result.cut.images == 3 - left_images
+    assert result.cut.tokens == length(TURNS) - len(first.input_ids)
 
 
 def test_a_first_exchange_that_does_not_fit_drops_the_sample():
@@ -61,13 +61,13 @@ def test_a_first_exchange_that_does_not_fit_drops_the_sample():
     )
 
 
-def test_a_documents_last_chunks_go_with_their_images():
+def test_dropped_chunks_of_a_document_lose_their_images():
     whole = CHUNKS[0]["content"]
     for blocks_kept, images in ((3, 1), (5, 2)):
         part = [{"role": DOCUMENT, "content": whole[:blocks_kept]}]
-        found = encode_within(nano_processor(), sample(CHUNKS), length(part), "drop_turns")
-        assert found.input_ids == encode(nano_processor(), part).input_ids
-        assert (found.images, found.cut.images, found.cut.turns) == (images, 4 - images, 4 - images)
+        result = encode_within(nano_processor(), sample(CHUNKS), length(part), "drop_turns")
+        assert result.input_ids == encode(nano_processor(), part).input_ids
+        assert (result.images, result.cut.images, result.cut.turns) == (images, 4 - images, 4 - images)
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "document"])
@@ -77,32 +77,36 @@ def test_text_is_cut_at_its_end_and_never_between_an_image_and_its_text(name, li
     processor = nano_processor(TEMPLATES[name][0] if name in TEMPLATES else None)
     messages = TURNS if name in TEMPLATES else CHUNKS
     whole = encode(processor, messages)
-    found = encode_within(processor, sample(messages), limit, "truncate_text")
-    if isinstance(found, Dropped):
+    result = encode_within(processor, sample(messages), limit, "truncate_text")
+    if isinstance(result, Dropped):
         assert all(label == IGNORED for label in whole.labels[1:limit]) or limit < len(whole.input_ids)
         return
-    kept = len(found.input_ids)
-    assert kept <= limit and found.input_ids == whole.input_ids[:kept] and found.labels == whole.labels[:kept]
-    assert found.images == found.input_ids.count(processor.image_token_id)
-    assert found.cut.tokens == len(whole.input_ids) - kept and found.cut.images == whole.images - found.images
-    if found.images:
-        last = kept - found.input_ids[::-1].index(processor.image_token_id)
-        assert processor.tokenizer.decode(found.input_ids[last:], skip_special_tokens=True).strip()
-    if kept < min(limit, len(whole.input_ids)):  # more was taken than had to be: an image stood there
+    kept = len(result.input_ids)
+    assert (
+        kept <= limit and result.input_ids == whole.input_ids[:kept] and result.labels == whole.labels[:kept]
+    )
+    assert result.images == result.input_ids.count(processor.image_token_id)
+    assert (
+        result.cut.tokens == len(whole.input_ids) - kept and result.cut.images == whole.images - result.images
+    )
+    if result.images:
+        last = kept - result.input_ids[::-1].index(processor.image_token_id)
+        assert processor.tokenizer.decode(result.input_ids[last:], skip_special_tokens=True).strip()
+    if kept < min(limit, len(whole.input_ids)):  # an image was cut with its text
         assert whole.input_ids[kept] == processor.image_token_id
 
 
 @pytest.mark.parametrize("policy", ["drop_sample", "drop_turns", "truncate_text"])
-def test_a_sample_without_labels_never_trains(policy):
-    silent = sample([user("a"), {**assistant("b"), "loss": False}])
-    found = encode_within(nano_processor(), silent, 100, policy)
-    assert found == Dropped("no assistant text to train on")
+def test_a_sample_without_labels_is_dropped_or_refused(policy):
+    without_loss = sample([user("a"), {**assistant("b"), "loss": False}])
+    result = encode_within(nano_processor(), without_loss, 100, policy)
+    assert result == Dropped("no assistant text to train on")
     with pytest.raises(UserError, match="^a.json: row 5: no assistant text to train on; remove[^\n]*$"):
-        encode_within(nano_processor(), silent, 100, "error")
+        encode_within(nano_processor(), without_loss, 100, "error")
     cut = encode_within(nano_processor(), sample([user("long " * 30), assistant("b")]), 20, "truncate_text")
     assert isinstance(cut, Dropped) and cut.too_long
 
 
-def test_encoded_says_how_many_images_are_kept():
+def test_encoded_counts_the_images_that_are_kept():
     assert isinstance(encode_within(nano_processor(), sample(TURNS), 500), Encoded)
     assert encode_within(nano_processor(), sample(TURNS), 500).images == 3

@@ -1,5 +1,4 @@
-"""Reference answers that `eval.max_new_tokens` would cut off are counted, in `check` and before training
-alike."""
+"""Reference answers that `eval.max_new_tokens` would cut off are counted by `check` and before training."""
 
 from __future__ import annotations
 
@@ -109,12 +108,12 @@ def test_train_and_check_warn_in_the_same_line_on_stderr(folder, capfd, monkeypa
     Path("eval.jsonl").write_text(json.dumps(LONG) + "\n" + json.dumps(LONG | {"answer": "Dark."}))
     command = ["./recipe.yaml", "data.eval=[{path: eval.jsonl}]", "eval.max_new_tokens=5"]
     assert main(["check", *command, "--json"]) == 0
-    said = capfd.readouterr()
-    (line,) = warned(said.err.splitlines())
+    output = capfd.readouterr()
+    (line,) = warned(output.err.splitlines())
     assert line.startswith(
         "warning: eval.max_new_tokens: 1 of 2 reference answers is longer than 5 tokens (longest: "
     )
-    record = json.loads(said.out)
+    record = json.loads(output.out)
     assert record["warnings"] == [line.removeprefix("warning: ")]
     assert record["answers"].items() >= {"answers": 2, "too_long": 1, "max_new_tokens": 5}.items()
     assert record["warnings"][0] in Path("runs/check_recipe/check.html").read_text()
@@ -126,8 +125,8 @@ def test_train_and_check_warn_in_the_same_line_on_stderr(folder, capfd, monkeypa
 def test_check_counts_the_answers_that_are_evaluated_and_no_others(tmp_path):
     long, short = asked("?", "Words upon words upon words."), asked("?", "A")
     train = write_rows(tmp_path / "x.jsonl", [long, short])
-    held_out = write_rows(tmp_path / "y.jsonl", [short, asked("?", ""), long, long])  # the second row is bad
-    findings = checked(tmp_path, [train], eval=[held_out])
+    eval_file = write_rows(tmp_path / "y.jsonl", [short, asked("?", ""), long, long])  # the second row is bad
+    findings = checked(tmp_path, [train], eval=[eval_file])
     assert findings.answers.answers == 3 and findings.answers.longest > 3
     assert checked(tmp_path, [train]).answers.answers == 0
 
@@ -144,8 +143,8 @@ def test_check_stops_counting_at_max_samples_of_each_source(folder, capfd):
         "--json",
     ]
     assert main([*command, "eval.max_new_tokens=4"]) == 0
-    said = capfd.readouterr()
-    assert json.loads(said.out)["answers"]["answers"] == 4 and "warning" not in said.err
+    output = capfd.readouterr()
+    assert json.loads(output.out)["answers"]["answers"] == 4 and "warning" not in output.err
 
 
 def test_check_reports_steps_in_epochs_and_epochs_in_steps(folder, capfd):

@@ -1,4 +1,4 @@
-"""What is said of a run in words follows from its answers, and from what they would be without looking."""
+"""The verdict on a run follows from its answers with the right and with other images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flamingo_ft.evaluation.metrics import ACCURACY, is_free_text, scores_by_cla
 from flamingo_ft.evaluation.questions import questions_of
 from flamingo_ft.evaluation.results import MIN_QUESTIONS, image_use
 from tests.data.dialogues import IMAGE, assistant, user
+from tests.evaluation.test_results import accuracy_only
 
 COLOURS = ("Red.", "Green.", "Blue.", "Red.")
 
@@ -36,33 +37,35 @@ def partly(right: list[str], share: float, seed: int) -> list[str]:
 
 
 def test_a_model_that_uses_its_images_is_reported_with_both_accuracies():
-    asked = references()
-    assert image_use(questions(asked), asked, partly(asked, 0.0, 1)).startswith(
+    correct = references()
+    assert image_use(questions(correct), correct, partly(correct, 0.0, 1)).startswith(
         "reads the images: 100.0 % right, against "
     )
 
 
 def test_a_model_that_ignores_its_images_is_reported_with_a_remedy():
-    asked = references()
-    said = image_use(questions(asked), ["Red."] * 200, ["Red."] * 200)
-    assert said.startswith(
+    correct = references()
+    verdict = image_use(questions(correct), ["Red."] * 200, ["Red."] * 200)
+    assert verdict.startswith(
         "the model is not looking: answers barely change with another image (50.0 % right, against 50.0 %"
     )
-    assert "try " in said and "learning_rate" in said
+    assert "try " in verdict and "learning_rate" in verdict
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_guesses_that_differ_by_chance_are_not_taken_for_reading_the_images(seed):
-    asked = references()
-    said = image_use(questions(asked), partly(asked, 0.0, 2 * seed), partly(asked, 0.0, 2 * seed + 1))
-    assert said.startswith("the images are of no use to the model: answers change with another image")
+def test_guesses_that_differ_by_chance_are_not_mistaken_for_reading_the_images(seed):
+    correct = references()
+    verdict = image_use(
+        questions(correct), partly(correct, 0.0, 2 * seed), partly(correct, 0.0, 2 * seed + 1)
+    )
+    assert verdict.startswith("the images are of no use to the model: answers change with another image")
 
 
 def test_a_model_no_better_than_the_most_frequent_answer_is_reported_as_such():
-    asked = references()
-    right = [answer if number % 5 < 2 else "?" for number, answer in enumerate(asked)]
+    correct = references()
+    right = [answer if number % 5 < 2 else "?" for number, answer in enumerate(correct)]
     assert "no better than always giving the most frequent answer (50.0 %)" in image_use(
-        questions(asked), right, ["?"] * 200
+        questions(correct), right, ["?"] * 200
     )
 
 
@@ -73,9 +76,9 @@ def test_nothing_is_concluded_from_few_questions_or_from_ones_without_images():
 
 
 def test_only_questions_with_images_count():
-    asked = references(60)
-    mixed = questions(asked[:30]) + questions(asked[30:], images=0)
-    assert image_use(mixed, asked, ["?"] * 30 + asked[30:]).startswith(
+    correct = references(60)
+    mixed = questions(correct[:30]) + questions(correct[30:], images=0)
+    assert image_use(mixed, correct, ["?"] * 30 + correct[30:]).startswith(
         "reads the images: 100.0 % right, against 0.0 %"
     )
 
@@ -83,12 +86,12 @@ def test_only_questions_with_images_count():
 def test_free_text_is_judged_by_whether_it_changes_with_the_image():
     captions = [f"A bird number {number} sits on the branch." for number in range(40)]
     blocks = [[IMAGE, {"type": "text", "text": text}] for text in captions]
-    asked = questions_of(
+    captioned = questions_of(
         [Sample([{"role": DOCUMENT, "content": one}], ["a.png"], "t", "row") for one in blocks]
     )
     other = captions[1:] + captions[:1]
-    assert "the answers depend on the images (100 %" in image_use(asked, captions, other)
-    assert image_use(asked, captions, captions).startswith(
+    assert "the answers depend on the images (100 %" in image_use(captioned, captions, other)
+    assert image_use(captioned, captions, captions).startswith(
         "the model is not looking: 0 % of the answers change"
     )
 
@@ -99,9 +102,9 @@ def test_the_majority_is_what_always_giving_the_most_frequent_answer_reaches():
 
 
 def test_classes_have_their_own_accuracy_and_how_often_they_were_predicted():
-    asked = references(8)
-    found = scores_by_class(questions(asked), ["Red."] * 6 + ["Blue.", "green"])
-    assert found == {
+    correct = references(8)
+    classes = scores_by_class(questions(correct), ["Red."] * 6 + ["Blue.", "green"])
+    assert accuracy_only(classes) == {
         "Red.": {"samples": 4, "accuracy": 0.75, "predicted": 6},
         "Blue.": {"samples": 2, "accuracy": 0.5, "predicted": 1},
         "Green.": {"samples": 2, "accuracy": 0.0, "predicted": 1},

@@ -1,7 +1,7 @@
-"""When a merged model counts as worse than its adapter: loss and accuracy decide, distances of logits do
-not."""
+"""Loss and accuracy decide whether a merged model is worse than its adapter; distances of logits do not."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,22 +15,28 @@ from flamingo_ft.evaluation.merge_quality import (
     compare,
     logit_difference,
 )
+from flamingo_ft.evaluation.metrics import MERGE_METRIC, METRICS
 
 SAMPLES = 16
 ACCURACY_MARGIN = 0.1
-OF_THE_RUN, NOT_HERE = EvalSet([], [], HELD_OUT), EvalSet([], [], MADE_UP)
+OF_THE_RUN, MADE_UP_SET = EvalSet([], [], HELD_OUT), EvalSet([], [], MADE_UP)
 
 
 def measured(loss: float = 1.0, right: int = 12, logits: float = 1.0, spread: float = 0.0) -> Measurement:
     """Samples of 4 tokens, with losses that differ by ``spread`` from one to the next."""
     losses = [4 * (loss + spread * (-1) ** number) for number in range(SAMPLES)]
-    correct = [number < right for number in range(SAMPLES)]
-    return Measurement(losses, [4] * SAMPLES, {"accuracy": correct}, torch.full((3, 5), logits))
+    scores = {name: [0.0] * SAMPLES for name in METRICS}
+    scores[MERGE_METRIC.name] = [float(number < right) for number in range(SAMPLES)]
+    return Measurement(losses, [4] * SAMPLES, scores, torch.full((3, 5), logits))
+
+
+def compared(adapter: Measurement, merged: Measurement, eval_set: EvalSet = OF_THE_RUN) -> dict[str, Any]:
+    models = {"adapter": adapter, "merged": merged}
+    return compare(models, eval_set, LOSS_MARGIN, ACCURACY_MARGIN)
 
 
 def is_worse(adapter: Measurement, merged: Measurement, eval_set: EvalSet = OF_THE_RUN) -> bool:
-    models = {"adapter": adapter, "merged": merged}
-    return compare(models, eval_set, LOSS_MARGIN, ACCURACY_MARGIN)["worse"]
+    return compared(adapter, merged, eval_set)["worse"]
 
 
 def test_a_loss_beyond_the_margin_is_worse_and_one_within_is_not():
@@ -43,7 +49,14 @@ def test_accuracy_far_below_the_adapters_is_worse_at_an_equal_loss():
     assert not is_worse(measured(right=6), measured(right=16))
 
 
-def test_what_may_be_chance_is_not_worse():
+def test_the_drop_of_a_mean_has_the_standard_error_of_the_paired_differences():
+    record = compared(measured(right=12), measured(right=10))
+    differences = torch.tensor([1.0] * 2 + [0.0] * 14)
+    assert record["accuracy_drop"] == pytest.approx(2 / 16)
+    assert record["accuracy_drop_standard_error"] == pytest.approx(float(differences.std()) / 4)
+
+
+def test_a_difference_that_may_be_chance_is_not_worse():
     assert not is_worse(measured(right=12), measured(right=10))  # 12 points, of a standard error of 8
     assert not is_worse(measured(), measured(1.1 + LOSS_MARGIN, spread=2.0))
 
@@ -54,15 +67,15 @@ def test_other_logits_with_the_same_loss_are_not_worse():
     assert not is_worse(adapter, merged)
 
 
-@pytest.mark.parametrize("eval_set", [OF_THE_RUN, NOT_HERE], ids=["held out", "made up"])
+@pytest.mark.parametrize("eval_set", [OF_THE_RUN, MADE_UP_SET], ids=["held out", "made up"])
 def test_a_non_finite_loss_is_worse(eval_set):
     for loss in (math.nan, math.inf):
         assert is_worse(measured(), measured(loss), eval_set)
 
 
-def test_other_answers_than_the_adapters_to_made_up_prompts_are_not_worse():
-    assert not is_worse(measured(right=16), measured(1.0 + 2 * LOSS_MARGIN, right=0), NOT_HERE)
-    assert is_worse(measured(right=16), measured(1.0 + 5 * LOSS_MARGIN, right=0), NOT_HERE)
+def test_answers_that_differ_from_the_adapters_on_made_up_prompts_are_not_worse():
+    assert not is_worse(measured(right=16), measured(1.0 + 2 * LOSS_MARGIN, right=0), MADE_UP_SET)
+    assert is_worse(measured(right=16), measured(1.0 + 5 * LOSS_MARGIN, right=0), MADE_UP_SET)
 
 
 def test_the_loss_is_a_mean_over_tokens_not_over_samples():

@@ -1,32 +1,80 @@
-"""A metric is one entry of a registry: registered once, every part of the package computes, shows and selects
-by it."""
+"""A metric is one entry of a registry: every part of the package computes, shows and selects by it."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from flamingo_ft import train
-from flamingo_ft.cli.metrics_table import evaluation_tables
+from flamingo_ft.cli.metrics_table import evaluation_lines, evaluation_tables
 from flamingo_ft.config import tables
+from flamingo_ft.config.library import SCHEMA_FILE, library_folder
 from flamingo_ft.evaluation.merge_quality import HELD_OUT, EvalSet, Measurement, compare
-from flamingo_ft.evaluation.metrics import LOSS, METRICS, Metric, register_metric
-from flamingo_ft.report import write_report
-from flamingo_ft.report.log_file import read_log
+from flamingo_ft.evaluation.metrics import (
+    KEY_SUFFIXES,
+    LOSS,
+    METRICS,
+    RESERVED_KEYS,
+    Metric,
+    register_metric,
+)
+from flamingo_ft.evaluation.questions import Question
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results
+from flamingo_ft.report import page, write_report
+from flamingo_ft.report.run_folder import read_log
 from tests import regimes
 
 
 def test_every_metric_that_a_recipe_can_name_is_registered_and_no_other():
     assert {LOSS, *METRICS} == {*tables.METRIC_DESCRIPTIONS}
+    schema = json.loads((library_folder() / SCHEMA_FILE).read_text())  # written without the registry
+    assert schema["$defs"]["EvalSection"]["properties"]["metric"]["enum"] == [LOSS, *METRICS]
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
 def test_a_name_is_registered_once(name):
     with pytest.raises(ValueError, match=f"'{name}' is already registered"):
         register_metric(Metric(name, lambda prediction, references: 0.0, label=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("samples", "samples"),
+        ("loss_increase", "loss_increase"),
+        ("gates", "gates"),
+        ("accuracy_majority", "accuracy_majority"),
+        ("accuracy_drop", "accuracy_drop"),
+        ("reward", "reward_margin"),
+    ],
+)
+def test_a_name_whose_keys_are_in_use_is_refused(name, keys):
+    message = f"metric '{name}': keys of its results are in use ({keys}); choose another name"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        register_metric(Metric(name, lambda prediction, references: 0.0, label=name))
+    assert name not in METRICS and name not in tables.METRIC_DESCRIPTIONS
+
+
+def question(task: str, answer: str, *images: str) -> Question:
+    content = [{"type": "text", "text": "Which?"}]
+    return Question([{"role": "user", "content": content}], images, answer=answer, task=task)
+
+
+def test_every_key_of_a_record_belongs_to_a_metric_or_is_reserved():
+    questions = [question("t", answer, "a.png") for answer in ("1", "2") * 2]
+    answers = dict.fromkeys((BEFORE, AFTER, SHUFFLED), ["1"] * 4)
+    summary = Results(questions, answers).summary()
+    task = summary["per_task"]["t"]
+    measurement = Measurement([1.0], [1], {name: [1.0] for name in METRICS}, None)
+    models = {"adapter": measurement, "merged": measurement}
+    merge = compare(models, EvalSet([], [], HELD_OUT), loss_margin=0.5, accuracy_margin=0.1)
+    keys = {*summary, *task, *task["classes"]["1"], *merge, *page._log_figures(), "step"}
+    of_metrics = {f"{name}{suffix}" for name in METRICS for suffix in KEY_SUFFIXES}
+    assert keys <= of_metrics | RESERVED_KEYS and keys > of_metrics
 
 
 def length_error(prediction, references):
@@ -76,9 +124,9 @@ def test_a_metric_registered_in_one_place_is_everywhere(metric, tmp_path, monkey
     assert f"length error {logged[2]:.0f} characters" in capsys.readouterr().out
 
     assert Path("run/figures/length_error.png").is_file()
-    page = write_report("run").read_text()
-    assert "Length error on held-out samples" in page and "held-out length error" in page
-    assert f"{evaluation['length_error']:.0f} characters" in page
+    report = write_report("run").read_text()
+    assert "Length error on held-out samples" in report and "held-out length error" in report
+    assert f"{evaluation['length_error']:.0f} characters" in report
 
     console = Console(width=200, record=True)
     for table in evaluation_tables(evaluation):
@@ -94,8 +142,39 @@ def test_a_metric_registered_in_one_place_is_everywhere(metric, tmp_path, monkey
 @pytest.mark.parametrize(("error", "worse"), [(3.0, True), (1.0, False)])
 def test_a_metric_with_a_margin_decides_whether_a_merged_model_is_worse(metric, error, worse):
     def measured(error):
-        return Measurement([1.0, 1.0], [1, 1], {"accuracy": [1, 1], "length_error": [error, error]}, None)
+        scores = {name: [1.0, 1.0] for name in METRICS} | {"length_error": [error, error]}
+        return Measurement([1.0, 1.0], [1, 1], scores, None)
 
     models = {"adapter": measured(0.0), "merged": measured(error)}
     record = compare(models, EvalSet([], [], HELD_OUT), loss_margin=0.5, accuracy_margin=0.1)
     assert record["length_error_drop"] == error and record["worse"] == worse
+
+
+def test_the_majority_over_all_tasks_and_the_drop_of_a_merge_use_the_aggregate_of_the_metric(metric):
+    questions = [
+        question("short", "no"),
+        question("short", "no"),
+        question("long", "a"),
+        question("long", "abcd"),
+    ]
+    summary = Results(questions, {AFTER: ["no"] * 4}).summary()
+    assert summary["length_error_majority"] == 3  # the largest error, of answering "a" for "abcd"
+
+    def measured(errors):
+        scores = {name: [1.0, 1.0] for name in METRICS} | {"length_error": errors}
+        return Measurement([1.0, 1.0], [1, 1], scores, None)
+
+    models = {"adapter": measured([0.0, 4.0]), "merged": measured([3.0, 4.0])}
+    record = compare(models, EvalSet([], [], HELD_OUT), loss_margin=0.5, accuracy_margin=0.1)
+    assert record["length_error"] == {"adapter": 4.0, "merged": 4.0} and record["length_error_drop"] == 0.0
+
+
+def test_a_class_line_names_each_metric_and_leaves_out_what_was_not_measured(metric):
+    classes = {
+        "Even.": {"accuracy": 0.95, "length_error": 3.0, "samples": 1900, "predicted": 1800},
+        "Odd.": {"accuracy": 0.97, "samples": 170, "predicted": 175},  # written before the metric existed
+    }
+    (line,) = evaluation_lines({"per_task": {"parity": {"classes": classes}}})
+    assert line == (
+        "parity: 'Even.' accuracy 95.0 % / length error 3 characters of 1,900, 'Odd.' 97.0 % of 170"
+    )

@@ -20,7 +20,7 @@ IMAGES = st.lists(st.sampled_from("abcdef"), max_size=3)
 
 @given(st.lists(IMAGES, max_size=12), st.integers(0, 3))
 @settings(max_examples=300, deadline=None)
-def test_no_sample_keeps_its_images_where_another_has_as_many(images, seed):
+def test_every_sample_gets_other_images_if_another_has_as_many(images, seed):
     samples = [sample(*each) for each in images]
     shuffled = with_other_images(samples, seed)
     assert len(shuffled) == len(samples)
@@ -57,7 +57,7 @@ def test_several_questions_about_one_image_are_asked_about_others():
         assert before.images != after.images
 
 
-def test_every_assistant_turn_is_a_question_about_what_was_seen_before_it():
+def test_every_assistant_turn_is_a_question_with_the_turns_and_images_before_it():
     dialogue = [
         system("Be brief."),
         user(IMAGE, "Which digit?"),
@@ -77,7 +77,7 @@ def test_every_assistant_turn_is_a_question_about_what_was_seen_before_it():
     assert (last.sample, last.task, last.images) == (1, "all", ["d"])
 
 
-def test_an_answer_without_loss_is_no_question_but_stands_before_the_next():
+def test_an_answer_without_loss_is_not_asked_for_but_stays_in_the_next_prompt():
     dialogue = [user("A?"), assistant("Wrong.") | {"loss": False}, user("B?"), assistant("Right.")]
     (only,) = questions_of([Sample(dialogue, [], "", "row 0")])
     assert only.answer == "Right." and only.messages == dialogue[:3]

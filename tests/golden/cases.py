@@ -1,4 +1,4 @@
-"""The inputs on which the golden numbers were recorded."""
+"""Inputs of the golden numbers."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ TRAINING_STEPS = 20
 TRAINING_BATCHES = 4
 LEARNING_RATE = 1e-3
 
-# No image token may come out: OpenFlamingo would look for its image. Random weights like to repeat
-# themselves, which would hide a difference.
+# Image tokens are suppressed: OpenFlamingo would expect an image for each. So are repetitions, to which
+# random weights tend and which would hide differences.
 GENERATION = {
     "max_new_tokens": 8,
     "do_sample": False,
     "pad_token_id": PAD_TOKEN,
     "suppress_tokens": [MEDIA_TOKEN],
     "no_repeat_ngram_size": 2,
-    "use_cache": True,  # MPT's configuration says False
+    "use_cache": True,  # False in MPT's configuration
 }
 
-# A gate's gradient is one number, a sum that may come near zero by chance, where float32 no longer resolves
-# it to 1e-5. With these batches none does: float32 is within 4e-6 of float64 for every gradient of every
-# family.
+# The gradient of a gate is a sum that may be near zero by chance; float32 then does not resolve it to 1e-5.
+# With these seeds, float32 is within 4e-6 of float64 for every gradient of every family.
 INTERLEAVED_SEEDS = {"opt": 3, "llama": 22, "gpt_neox": 10, "mpt": 19, "gptj": 25, "gpt_neo": 14}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, attention_mask, labels (B, T); vision_x (B, M, 1, 3, H, W), where slots without an image
-    token hold images no text looks at (OpenFlamingo wants the same M for every sample)."""
+    """input_ids, attention_mask and labels (B, T); vision_x (B, M, 1, 3, H, W).
+
+    OpenFlamingo needs the same M for every sample. No token attends to images beyond a row's media tokens.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -44,7 +45,7 @@ class Batch:
 
 
 def make_batch(name: str, length: int, media: tuple[tuple[int, ...], ...], pads: tuple[int, ...]) -> Batch:
-    """A batch with image tokens at the positions `media` of each row and `pads` padding tokens before it."""
+    """Return a batch with image tokens at the positions `media` of each row, after `pads` padding tokens."""
     rows = len(media)
     ids = integers(f"{name}.ids", (rows, length), PAD_TOKEN + 2, EOC_TOKEN)
     mask = torch.ones_like(ids)
@@ -64,7 +65,7 @@ def interleaved(family: str) -> Batch:
 
 
 def left_padded() -> Batch:
-    """Two, one and no images, behind 0, 3 and 5 padding tokens."""
+    """Two, one and no images, after 0, 3 and 5 padding tokens."""
     return make_batch("left_padded", 12, ((1, 6), (4,), ()), (0, 3, 5))
 
 
@@ -74,16 +75,16 @@ def prompts() -> Batch:
 
 
 def continuation() -> Tensor:
-    """Four tokens (B, 4) that follow `prompts`, none of them an image."""
+    """Return four tokens (B, 4) that follow `prompts`, none of them an image token."""
     return integers("continuation", (3, 4), PAD_TOKEN + 2, EOC_TOKEN)
 
 
 def images_first() -> Batch:
-    """Every row begins with an image: what OpenFlamingo's all-images mode needs to be right."""
+    """Every row begins with an image, without which OpenFlamingo's all-images mode is wrong."""
     return make_batch("images_first", 12, ((0, 4, 9), (0, 6), (0,)), (0, 0, 0))
 
 
 def training_batches() -> list[Batch]:
-    """A fixed sequence of batches to take turns."""
+    """Return the batches that training cycles through."""
     media = (((2, 3, 8), (0, 6), (5,)), ((0, 5), (1,), (3, 4, 7)), ((4,), (2, 6, 9), ()), ((1,), (), (0, 8)))
     return [make_batch(f"training.{i}", 12, media[i], (0, 0, 0)) for i in range(TRAINING_BATCHES)]

@@ -1,8 +1,8 @@
-"""Numbers that are the same on every machine and in every version of torch and numpy.
+"""Weights and inputs that are the same on every machine and in every version of torch and numpy.
 
-Golden numbers are only worth something when the weights behind them can be made again. These come from a hash
-of the parameter's name and of the entry's index (splitmix64, Steele et al. 2014, on unsigned 64-bit
-integers), never from a random number generator whose stream a release may change.
+Golden numbers need weights that can be made again. These are a hash of the parameter's name and of the
+entry's index (splitmix64, Steele et al. 2014, on unsigned 64-bit integers), not the output of a random number
+generator, whose stream a release may change.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MIX = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint6
 
 
 def hashed_words(name: str, count: int) -> np.ndarray:
-    """`count` unsigned 64-bit words that depend on nothing but `name` and their index."""
+    """Return `count` unsigned 64-bit words that depend only on `name` and their index."""
     seed = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
     words = seed + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN_GAMMA
     for shift, factor in _MIX:
@@ -30,22 +30,21 @@ def hashed_words(name: str, count: int) -> np.ndarray:
 
 
 def uniform(name: str, shape: tuple[int, ...], low: float, high: float) -> torch.Tensor:
-    """A float32 tensor of `shape`, uniform in [low, high)."""
+    """Return a float32 tensor of `shape`, uniform in [low, high)."""
     unit = (hashed_words(name, math.prod(shape)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return torch.from_numpy((low + (high - low) * unit).astype(np.float32)).reshape(shape)
 
 
 def integers(name: str, shape: tuple[int, ...], low: int, high: int) -> torch.Tensor:
-    """An int64 tensor of `shape` with values in [low, high)."""
+    """Return an int64 tensor of `shape` with values in [low, high)."""
     words = hashed_words(name, math.prod(shape)) % np.uint64(high - low)
     return torch.from_numpy(words.astype(np.int64) + low).reshape(shape)
 
 
 def parameter_values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The float32 values of the parameter called `name`: norms near 1, gates open, matrices of about unit
-    gain.
+    """Return float32 values for the parameter `name`: norms near 1, gates open, matrices of about unit gain.
 
-    Embeddings are larger: with small ones the images drown the text, and generation repeats one token.
+    Embeddings are larger: with small ones the images dominate the text, and generation repeats one token.
     """
     if name.endswith("_gate"):
         return uniform(name, shape, 0.5, 1.0)
@@ -61,6 +60,6 @@ def parameter_values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 @torch.no_grad()
 def fill(module: nn.Module, prefix: str) -> None:
-    """Give every parameter of `module` the values of its name, `prefix` + its path inside `module`."""
+    """Set every parameter of `module` to `parameter_values` of `prefix` + its path in `module`."""
     for path, parameter in module.named_parameters():
         parameter.copy_(parameter_values(prefix + path, tuple(parameter.shape)))

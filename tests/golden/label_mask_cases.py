@@ -1,6 +1,6 @@
-"""Texts whose label masks are recorded, and a tokenizer that any environment can make again.
+"""Texts whose label masks are recorded, and a tokenizer that any environment can rebuild.
 
-A word, a space, a mark or a special token is a token.
+Its tokens are words, spaces, punctuation marks and special tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 EOC, MEDIA = "<|endofchunk|>", "<image>"
 CAPTIONS = ["a cat on a mat", "two dogs", "A photo of a small house by the sea ."]
-# Each a document: None is an image.
+# One list per document; None is an image.
 DOCUMENTS = [
     [None, "a cat sits .", None, "it sleeps now ."],
     ["before any image .", None, "two dogs run", None, "and a cat", None, "the end"],
@@ -23,7 +23,7 @@ WORDS = sorted(
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """With the tokens that OpenFlamingo adds."""
+    """Return a word-level tokenizer with the tokens that OpenFlamingo adds."""
     vocabulary = {word: index for index, word in enumerate(["<unk>", "</s>", " ", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(" "), "isolated")

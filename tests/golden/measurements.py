@@ -1,4 +1,4 @@
-"""What is measured on a Flamingo, through OpenFlamingo's interface alone: one path for both models."""
+"""The measurements on a Flamingo, through OpenFlamingo's interface only: the same code for both models."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """The one floating dtype of `model`."""
+    """Return the floating dtype of `model`."""
     return next(model.parameters()).dtype
 
 
 def pixels(model: nn.Module, batch: cases.Batch) -> Tensor:
-    """The images of `batch` in the model's dtype."""
+    """Return the images of `batch` in the model's dtype."""
     return batch.vision_x.to(dtype_of(model))
 
 
 def logits_and_loss(model: nn.Module, batch: cases.Batch, masked: bool) -> tuple[Tensor, Tensor]:
-    """(B, T, vocabulary) logits and the loss of a plain forward, with the attention mask or without one."""
+    """Return logits (B, T, vocabulary) and loss of a plain forward, with the attention mask or without it."""
     output = model(
         vision_x=pixels(model, batch),
         lang_x=batch.input_ids,
@@ -42,52 +42,51 @@ def logits_and_loss(model: nn.Module, batch: cases.Batch, masked: bool) -> tuple
 
 
 def gradients(model: nn.Module, parameters: Parameters, loss: Tensor) -> dict[str, Tensor]:
-    """Name -> gradient of `loss`, for the parameters it reaches."""
+    """Return the gradients of `loss` by name, for the parameters that have one."""
     model.zero_grad(set_to_none=True)
     loss.backward()
-    found = {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
+    gradients = {name: p.grad.detach().clone() for name, p in parameters.items() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    return found
+    return gradients
 
 
 def gradient_unit(magnitude: float, largest: float) -> float:
-    """The unit in which two versions of a gradient with this largest `magnitude` are compared: the magnitude.
+    """Return the unit of the distance between two gradients whose largest entry is `magnitude`: that entry.
 
-    Some gradients are zero by nature (a key's bias: softmax ignores what all keys share) and hold rounding
-    alone. Below ZERO_GRADIENT of the `largest` gradient of the model, that one is the unit.
+    Some gradients are mathematically zero (a key's bias: softmax ignores what all keys share) and consist of
+    rounding errors. Below ZERO_GRADIENT of the `largest` gradient of the model, the unit is the latter.
     """
     return magnitude if magnitude > ZERO_GRADIENT * largest else largest
 
 
-def gradient_table(found: Mapping[str, Tensor]) -> Tensor:
-    """(parameters sorted by name, 1 + buckets): the largest magnitude of each gradient, then its sketch."""
+def gradient_table(gradients: Mapping[str, Tensor]) -> Tensor:
+    """Return (parameters by name, 1 + buckets): the largest magnitude of each gradient, then its sketch."""
     rows = [
-        torch.cat([found[name].double().abs().max().reshape(1), sketch(found[name], GRADIENT_BUCKETS)])
-        for name in sorted(found)
+        torch.cat([gradient.double().abs().max().reshape(1), sketch(gradient, GRADIENT_BUCKETS)])
+        for _, gradient in sorted(gradients.items())
     ]
     return torch.stack(rows)
 
 
 def real_positions(logits: Tensor, attention_mask: Tensor) -> Tensor:
-    """(N, vocabulary): the logits of the tokens that are not padding."""
+    """Return the logits of the tokens that are not padding, (N, vocabulary)."""
     return logits[attention_mask.bool()]
 
 
 @torch.no_grad()
 def left_padded_logits(model: nn.Module) -> Tensor:
-    """Logits at the real tokens of the left-padded batch."""
+    """Return the logits of the left-padded batch, without padding tokens."""
     batch = cases.left_padded()
     return real_positions(logits_and_loss(model, batch, masked=True)[0], batch.attention_mask)
 
 
 @torch.no_grad()
 def cached_media_logits(model: nn.Module) -> dict[str, Tensor]:
-    """Scoring continuations of one prompt as OpenFlamingo's evaluation does: images cached, then the
-    key/value cache.
+    """Return the logits of prompts and continuations under cached media, as OpenFlamingo's evaluation does.
 
-    prompt: the prompt under cached media. chunk: four tokens after it. token: the same four one by one, the
-    last one's logits. full: prompt and continuation in one forward under the same cached media. alone: the
-    continuation without a past; with media cached, all of it looks at the last image.
+    prompt: the prompt. chunk: four tokens after it, from the key/value cache. token: the last of the same
+    four, computed one by one. full: prompt and continuation in one forward. alone: the continuation without a
+    past, all of which attends to the last image.
     """
     batch, continuation = cases.prompts(), cases.continuation()
     mask = torch.cat([batch.attention_mask, torch.ones_like(continuation)], dim=1)
@@ -110,10 +109,10 @@ def cached_media_logits(model: nn.Module) -> dict[str, Tensor]:
     chunk = forward(continuation, mask, copy.deepcopy(prompt.past_key_values), use_cache=True)
     past = copy.deepcopy(prompt.past_key_values)
     for step in range(continuation.shape[1]):
-        seen = batch.input_ids.shape[1] + step + 1
-        token = forward(continuation[:, step : step + 1], mask[:, :seen], past, use_cache=True)
+        length = batch.input_ids.shape[1] + step + 1
+        token = forward(continuation[:, step : step + 1], mask[:, :length], past, use_cache=True)
         past = token.past_key_values
-    found = {
+    logits = {
         "prompt": real_positions(prompt.logits, batch.attention_mask),
         "chunk": chunk.logits,
         "token": token.logits,
@@ -121,19 +120,22 @@ def cached_media_logits(model: nn.Module) -> dict[str, Tensor]:
         "alone": forward(continuation, None).logits,
     }
     model.uncache_media()
-    return found
+    return logits
 
 
 @torch.no_grad()
 def images_first_logits(model: nn.Module) -> Tensor:
-    """Logits of the batch in which every row begins with an image."""
+    """Return the logits of the batch in which every row begins with an image."""
     return logits_and_loss(model, cases.images_first(), masked=False)[0]
 
 
 @torch.no_grad()
 def generated(model: nn.Module) -> dict[str, Tensor]:
-    """tokens.*: (B, T + new) of greedy and beam search on the left-padded prompts, and of a greedy one that
-    stops early; scores.*: the greedy steps' logits (new, B, vocabulary), the beams' scores (B,)."""
+    """Return tokens and scores of generation from the left-padded prompts.
+
+    tokens.*: (B, T + new) of greedy search, beam search, and greedy search that stops early.
+    scores.*: the logits of each greedy step (new, B, vocabulary), the scores of the beams (B,).
+    """
     batch = cases.prompts()
 
     def generate(**options: object) -> GenerateOutput:
@@ -159,15 +161,15 @@ def generated(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_as_open_flamingo(name: str) -> bool:
-    """Whether OpenFlamingo's factory lets this parameter train: perceiver, cross-attention, embeddings."""
+    """Return whether OpenFlamingo trains this parameter: perceiver, cross-attention or embeddings."""
     return name.startswith(("perceiver.", "gated_cross_attn_layers.")) or name.endswith(EMBEDDINGS)
 
 
 def training_losses(model: nn.Module, parameters: Parameters) -> Tensor:
-    """(steps,) the loss before each of 20 AdamW steps on a fixed sequence of batches. Changes the weights."""
+    """Return the loss before each of 20 AdamW steps, (steps,). Changes the weights."""
     model.requires_grad_(False)
-    trained = [p.requires_grad_(True) for name, p in parameters.items() if trained_as_open_flamingo(name)]
-    optimizer = torch.optim.AdamW(trained, lr=cases.LEARNING_RATE, weight_decay=0.1)
+    trainable = [p.requires_grad_(True) for name, p in parameters.items() if trained_as_open_flamingo(name)]
+    optimizer = torch.optim.AdamW(trainable, lr=cases.LEARNING_RATE, weight_decay=0.1)
     batches = cases.training_batches()
     losses = []
     for step in range(cases.TRAINING_STEPS):

@@ -1,7 +1,7 @@
-"""What is measured on a tiny MosaicGPT, the original or this package's, through the calls that both take.
+"""The measurements on a tiny MosaicGPT, the original or this package's, through the calls that both accept.
 
-Six heads: only with a number that is no power of two does it show that the slopes of ALiBi are not those of
-transformers' MPT.
+It has six heads because the ALiBi slopes differ from those of transformers' MPT unless the number of heads is
+a power of two.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEW_TOKENS = 6
 
 
 def measure(model: nn.Module) -> dict[str, Tensor]:
-    """Logits of a left-padded batch, those of a continuation token by token, and what greedy search finds."""
+    """Return the logits of a left-padded batch and of a continuation token by token, and greedy tokens."""
     batch = left_padded()
     with torch.no_grad():
         logits = real_positions(_logits(model, batch), batch.attention_mask)
@@ -37,7 +37,7 @@ def measure(model: nn.Module) -> dict[str, Tensor]:
 
 
 def loss_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of the left-padded batch, and the gradient of every parameter."""
+    """Return the loss of the left-padded batch, and the gradient of every parameter."""
     batch = left_padded()
     logits = _logits(model, batch)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels(batch)[:, 1:].flatten())
@@ -46,9 +46,9 @@ def loss_gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def labels(batch: Batch) -> Tensor:
-    """The batch's labels without those that padding would predict."""
-    behind_padding = F.pad(batch.attention_mask, (1, -1), value=1) == 0
-    return batch.labels.masked_fill(behind_padding, -100)
+    """Return the labels of the batch without those predicted at padding tokens."""
+    after_padding = F.pad(batch.attention_mask, (1, -1), value=1) == 0
+    return batch.labels.masked_fill(after_padding, -100)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -56,33 +56,32 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _step(model: nn.Module, ids: Tensor, mask: Tensor, cache: object) -> tuple[Tensor, object]:
-    """Logits (B, T, vocabulary) of tokens behind those in the cache, and the cache with them."""
+    """Return the logits (B, T, vocabulary) of tokens after those in the cache, and the updated cache."""
     output = model(ids, attention_mask=mask.bool(), past_key_values=cache, use_cache=True)
     return output.logits, output["cache" if "cache" in output else "past_key_values"]
 
 
 def _continued(model: nn.Module) -> Tensor:
-    """Logits (B, T, vocabulary) after left-padded prompts, each token from the cache of those before."""
-    batch, found = prompts(), []
+    """Return the logits (B, T, vocabulary) of tokens after left-padded prompts, computed one by one."""
+    batch, steps = prompts(), []
     mask = batch.attention_mask
     _, cache = _step(model, batch.input_ids, mask, None)
     for token in continuation().unbind(1):
         mask = F.pad(mask, (0, 1), value=1)
         logits, cache = _step(model, token[:, None], mask, cache)
-        found.append(logits)
-    return torch.cat(found, dim=1)
+        steps.append(logits)
+    return torch.cat(steps, dim=1)
 
 
 def _greedy(model: nn.Module) -> Tensor:
-    """Tokens (B, NEW_TOKENS) behind left-padded prompts, the likeliest each time of those that are not in the
-    row yet; no token of the Flamingo's."""
+    """Return greedy tokens (B, NEW_TOKENS) after left-padded prompts, without repetition and media tokens."""
     batch = prompts()
     ids, mask, cache = batch.input_ids, batch.attention_mask, None
-    seen, begin = ids, ids.shape[1]
+    tokens, begin = ids, ids.shape[1]
     for _ in range(NEW_TOKENS):
         logits, cache = _step(model, ids, mask, cache)
-        scores = logits[:, -1].scatter(1, seen, -torch.inf)
+        scores = logits[:, -1].scatter(1, tokens, -torch.inf)
         scores[:, [MEDIA_TOKEN, EOC_TOKEN]] = -torch.inf
         ids = scores.argmax(-1, keepdim=True)
-        seen, mask = torch.cat([seen, ids], dim=1), F.pad(mask, (0, 1), value=1)
-    return seen[:, begin:]
+        tokens, mask = torch.cat([tokens, ids], dim=1), F.pad(mask, (0, 1), value=1)
+    return tokens[:, begin:]

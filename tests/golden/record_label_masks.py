@@ -2,13 +2,13 @@
 
     python -m tests.golden.record_label_masks        # from the root, in the environment of the README
 
-Writes label_masks/open_flamingo.json. The texts are written by the peer's own preprocessing and go through
-its own `train_one_epoch`, with a model that keeps the labels it is given; images are blank.
+Writes label_masks/open_flamingo.json. The peer's own preprocessing writes the texts, and its own
+`train_one_epoch` passes them to a model that records its labels; images are blank.
 
-Patched on the peer at run time: `wandb` is imported there for logging alone and need not be installed; its
-data module imports a neighbour as if it lay in the working folder; tokenizers no longer have
-`additional_special_tokens`, which the preprocessing asks for the media token; a document of one image is left
-out by chance, so the dice say no.
+Patched on the peer at run time: `wandb`, used only for logging, need not be installed; the folder of its data
+module is added to the path, from which it imports another module; tokenizers get back their attribute
+`additional_special_tokens`, from which the preprocessing reads the media token; `random.random` returns 1,
+because documents of one image are dropped at random.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FILE = Path(__file__).parent / "label_masks" / "open_flamingo.json"
 IMAGES, TOKENS = 3, 48
 
 
-class KeepsLabels(nn.Module):
-    """In the place of a Flamingo: a loss that can be stepped, and the labels of each batch."""
+class LabelRecorder(nn.Module):
+    """Stands in for a Flamingo: returns a loss with a gradient, and records the labels of each batch."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -43,31 +43,31 @@ class KeepsLabels(nn.Module):
         self.lang_encoder.embedding = nn.Embedding(vocabulary, 1)
         self.lang_encoder.get_input_embeddings = lambda: self.lang_encoder.embedding
         self.module = types.SimpleNamespace(lang_encoder=self.lang_encoder)  # as DDP wraps it
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.recorded: list[tuple[Tensor, Tensor]] = []
 
     def forward(
         self, vision_x: Tensor, lang_x: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> tuple[Tensor]:
-        self.kept.append((lang_x, labels))
+        self.recorded.append((lang_x, labels))
         return (self.lang_encoder.embedding.weight.sum(),)
 
 
 def document_of(parts: list[str | None]) -> str:
-    """The document as in MMC4's shards: sentences, and for each image the sentence that it belongs to."""
+    """Return the document as in MMC4's shards: sentences, and the index of the sentence of each image."""
     sentences = [part for part in parts if part is not None] + [""] * (parts[-1] is None)
     noise = Image.effect_noise((160, 160), 90)
     buffer = io.BytesIO()
     noise.save(buffer, "PNG")
     image = {"image_base64": base64.b64encode(buffer.getvalue()).decode()}
     before = [sum(p is not None for p in parts[:i]) for i, part in enumerate(parts) if part is None]
-    similar = [[1.0 if sentence == place else 0.0 for sentence in range(len(sentences))] for place in before]
+    similar = [[float(sentence == index) for sentence in range(len(sentences))] for index in before]
     return json.dumps(
         {"text_list": sentences, "similarity_matrix": similar, "image_info": [image] * len(before)}
     )
 
 
 def batches(tokenizer: Any) -> tuple[list, list]:
-    """One batch of captions, and one of documents, as the peer's loaders yield them."""
+    """Return one batch of captions and one of documents, as the peer's loaders yield them."""
     from open_flamingo.train.data import preprocess_interleaved, preprocess_laion_text
 
     captions = preprocess_laion_text(CAPTIONS, tokenizer, max_tokens=TOKENS)
@@ -97,7 +97,7 @@ def main() -> None:
     type(tokenizer).additional_special_tokens = [EOC, MEDIA]
     type(tokenizer).additional_special_tokens_ids = tokenizer.convert_tokens_to_ids([EOC, MEDIA])
     captions, documents = batches(tokenizer)
-    model = KeepsLabels(len(tokenizer))
+    model = LabelRecorder(len(tokenizer))
     settings = {
         "num_epochs": 1,
         "precision": "fp32",
@@ -124,7 +124,7 @@ def main() -> None:
             None,
         )
     recorded = {}
-    for name, (ids, labels) in zip(("captions", "documents"), model.kept, strict=True):
+    for name, (ids, labels) in zip(("captions", "documents"), model.recorded, strict=True):
         rows = zip(ids.long().tolist(), labels.long().tolist(), strict=True)
         recorded[name] = [_without_padding(row, learned, tokenizer.pad_token_id) for row, learned in rows]
     FILE.parent.mkdir(exist_ok=True)

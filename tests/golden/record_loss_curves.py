@@ -1,6 +1,7 @@
-"""Record the losses of ten steps through the command line: `python -m tests.golden.record_loss_curves`, from
-the repository, after a change of numerics that is meant. It writes loss_curves.json, which says what
-changed."""
+"""Record the losses of ten training steps through the command line, after an intended change of numerics.
+
+Run `python -m tests.golden.record_loss_curves` in the root of the repository; it writes loss_curves.json.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ CASES = {
 
 
 def losses_of(case: str, folder: Path) -> list[float]:
-    """The loss of each step of a packaged recipe, trained in float32 by one thread."""
+    """Train a packaged recipe in float32 on one thread, and return the loss of each step."""
     recipe, *overrides = CASES[case]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -38,7 +39,7 @@ def losses_of(case: str, folder: Path) -> list[float]:
     finally:
         torch.set_num_threads(before)
     if status:
-        raise RuntimeError(f"{case}: the command line ended with {status}")
+        raise RuntimeError(f"{case}: exit status {status}")
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [entry["loss"] for entry in entries if "loss" in entry]
 

@@ -2,8 +2,8 @@
 
 Run `python -m tests.golden.record_mosaic_gpt FOLDER`.
 
-FOLDER has the Python files that lie beside the weights on the Hub (anas-awadalla/mpt-1b-redpajama-200b:
-mosaic_gpt.py and what it imports), as a package of any name; they need einops. Nothing is patched. Writes
+FOLDER has the Python files beside the weights on the Hub (anas-awadalla/mpt-1b-redpajama-200b: mosaic_gpt.py
+and the modules it imports), as a package of any name; they need einops and no patch. Writes
 mosaic_gpt.safetensors.
 """
 
@@ -25,7 +25,7 @@ from tests.golden.recorded import TOLERANCE
 
 
 def original(folder: Path) -> nn.Module:
-    """The original model in float32, its weights those of their names."""
+    """Return the original model in float32 with deterministic weights."""
     sys.path.insert(0, str(folder.resolve().parent))
     config = importlib.import_module(f"{folder.name}.configuration_mosaic_gpt").MosaicGPTConfig(
         **SHAPE, **KIND
@@ -36,14 +36,14 @@ def original(folder: Path) -> nn.Module:
 
 
 def record(folder: Path) -> None:
-    """Measure in float32 and float64, refuse where they differ, write the file."""
+    """Write the float32 numbers. Raises RuntimeError if float64 gives others."""
     single, double = measure(original(folder)), measure(original(folder).double())
     for name in ("left_padded", "continued"):
         distance = (single[name] - double[name]).abs().max() / double[name].abs().max()
         if distance > TOLERANCE:
             raise RuntimeError(f"{name}: float32 and float64 differ by {distance:.1e}")
     if not torch.equal(single["greedy"], double["greedy"]):
-        raise RuntimeError("greedy: float32 and float64 find other tokens")
+        raise RuntimeError("greedy: float32 and float64 generate different tokens")
     loss, gradients = loss_gradients(original(folder).double())
     tensors = {**single, "loss": loss.float(), "gradients": gradient_table(gradients)}
     about = {"versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "einops"))}

@@ -94,8 +94,11 @@ def attend_to_all_images(model: nn.Module) -> None:
 
 
 def softmax_without_nan(*args: object, **kwargs: object) -> Tensor:
-    """For float64 alone: MPT's softmax runs in float32, where float64's lowest value, the mask, is minus
-    infinity, so that a padding token, which may look at nothing, turns into NaN and from there spreads."""
+    """Return torch's softmax with zeros for NaN; needed for MPT in float64.
+
+    Its softmax runs in float32, where the mask, float64's lowest value, becomes minus infinity. A padding
+    token, which attends to nothing, would be NaN and spread.
+    """
     return torch.softmax(*args, **kwargs).nan_to_num()
 
 
@@ -105,16 +108,16 @@ def measure(family: str, every: int, dtype: torch.dtype) -> tuple[dict[str, Tens
     model.to(dtype)
     logits, loss = measurements.logits_and_loss(model, cases.interleaved(family), masked=False)
     gradients = measurements.gradients(model, parameters, loss)
-    found = {"logits": logits.detach(), "loss": loss.detach()}
-    found |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
-    found["left_padded"] = measurements.left_padded_logits(model)
-    found |= {f"cached.{n}": v for n, v in measurements.cached_media_logits(model).items()}
-    found |= measurements.generated(model)
+    numbers = {"logits": logits.detach(), "loss": loss.detach()}
+    numbers |= {f"gradient.{name}": gradient for name, gradient in gradients.items()}
+    numbers["left_padded"] = measurements.left_padded_logits(model)
+    numbers |= {f"cached.{n}": v for n, v in measurements.cached_media_logits(model).items()}
+    numbers |= measurements.generated(model)
     attend_to_all_images(model)
-    found["all_preceding"] = measurements.images_first_logits(model)
+    numbers["all_preceding"] = measurements.images_first_logits(model)
     if every == 1:
-        found["training_losses"] = measurements.training_losses(*fresh(family, dtype))
-    return found, sorted(gradients)
+        numbers["training_losses"] = measurements.training_losses(*fresh(family, dtype))
+    return numbers, sorted(gradients)
 
 
 def fresh(family: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, nn.Parameter]]:
@@ -126,21 +129,21 @@ def fresh(family: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, nn.Para
 def distances(single: dict[str, Tensor], double: dict[str, Tensor]) -> dict[str, float]:
     """Name -> float32's distance from float64 in units of the largest magnitude (tokens: how many differ)."""
     largest = max(float(v.abs().max()) for n, v in double.items() if n.startswith("gradient."))
-    found = {}
+    result = {}
     for name, value in double.items():
         if name.startswith("tokens."):
-            found[name] = float((single[name] != value).sum())
+            result[name] = float((single[name] != value).sum())
             continue
         unit = float(value.abs().max())
         if name.startswith("gradient."):
             unit = measurements.gradient_unit(unit, largest)
-        found[name] = float((single[name].double() - value).abs().max()) / unit
-    return found
+        result[name] = float((single[name].double() - value).abs().max()) / unit
+    return result
 
 
-def refuse_imprecise(found: dict[str, float]) -> None:
+def refuse_imprecise(distance_by_name: dict[str, float]) -> None:
     """SystemExit where float32 is further from float64 than the tests allow; one other token is too far."""
-    for name, distance in found.items():
+    for name, distance in distance_by_name.items():
         allowed = LOSS_TOLERANCE if name == "training_losses" else TOLERANCE
         if distance > allowed:
             raise SystemExit(
@@ -148,10 +151,10 @@ def refuse_imprecise(found: dict[str, float]) -> None:
             )
 
 
-def compact(found: dict[str, Tensor], every: int) -> dict[str, Tensor]:
+def compact(numbers: dict[str, Tensor], every: int) -> dict[str, Tensor]:
     """What is stored of a float32 run: logits of interval 1 and tokens whole, the rest sketched."""
     stored = {}
-    for name, value in found.items():
+    for name, value in numbers.items():
         if name.startswith("gradient."):
             continue
         whole = (
@@ -172,10 +175,13 @@ def record_family(family: str) -> None:
         single, names = measure(family, every, torch.float32)
         with patch.object(torch.nn.functional, "softmax", softmax_without_nan):
             double, _ = measure(family, every, torch.float64)
-        found = distances(single, double)
-        refuse_imprecise(found)
-        worst = max(found, key=found.get)
-        print(f"{family}, every {every}: float32 is within {found[worst]:.1e} of float64 (worst: {worst})")
+        distance_by_name = distances(single, double)
+        refuse_imprecise(distance_by_name)
+        worst = max(distance_by_name, key=distance_by_name.get)
+        print(
+            f"{family}, every {every}: float32 is within {distance_by_name[worst]:.1e} of float64 "
+            f"(worst: {worst})"
+        )
         table = measurements.gradient_table({name: double[f"gradient.{name}"] for name in names})
         for name, value in (compact(single, every) | {"gradients": table}).items():
             tensors[f"every{every}.{name}"] = value.contiguous()
@@ -208,14 +214,14 @@ def sources(family: str, keys: list[str]) -> dict[str, tuple[str, list[int]]]:
     """Peer's key -> this package's name of the same tensor, and its shape; SystemExit for unknown values."""
     model, parameters = peer_flamingo(family, CHECKPOINT_INTERVAL)
     names = {parameter.data_ptr(): name for name, parameter in parameters.items()}
-    found = {}
+    result = {}
     for key, tensor in model.state_dict().items():
         if key in keys:
             name, shape = names[tensor.data_ptr()], tuple(tensor.shape)
             if not torch.equal(tensor, parameter_values(name, shape)):
                 raise SystemExit(f"{family}: {key} does not hold the values of {name}")
-            found[key] = name, list(shape)
-    return found
+            result[key] = name, list(shape)
+    return result
 
 
 def record_checkpoint_keys() -> None:

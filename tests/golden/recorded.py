@@ -1,4 +1,4 @@
-"""Reading what record_open_flamingo.py wrote. Needs no peer."""
+"""Read the numbers that record_open_flamingo.py wrote; OpenFlamingo need not be installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKPOINT_INTERVAL = 2  # cross_attn_every_n_layers of the recorded checkpoints
 
 
 class Golden:
-    """What was recorded of one family at one interval."""
+    """The recorded numbers of one family at one cross-attention interval."""
 
     def __init__(self, family: str, every: int):
         self.every = every
@@ -30,7 +30,7 @@ class Golden:
             self.gradient_names = json.loads(file.metadata()["about"])["gradients"][str(every)]
 
     def distance(self, name: str, value: Tensor) -> float:
-        """How far `value` is from the recorded tensor, in units of that one's largest magnitude."""
+        """Return the distance of `value` from the recorded tensor, as a fraction of its largest magnitude."""
         recorded, largest = self.tensors[name], self.tensors.get(f"{name}.largest")
         if largest is None:
             largest = recorded.abs().max()
@@ -46,10 +46,10 @@ def _tensors(section: str, family: str) -> dict[str, Tensor]:
 
 
 def trained_state_dict(family: str) -> dict[str, Tensor]:
-    """What OpenFlamingo's training saves of this family's model: perceiver, cross-attention, embeddings."""
+    """Return what OpenFlamingo's training saves for a family: perceiver, cross-attention, embeddings."""
     return _tensors("trained", family)
 
 
 def whole_state_dict() -> dict[str, Tensor]:
-    """The whole `state_dict()` of the GPT-NeoX model: cross-attention and layers under two names each."""
+    """Return the `state_dict()` of the GPT-NeoX model; cross-attention and layers have two names each."""
     return _tensors("whole", "gpt_neox")

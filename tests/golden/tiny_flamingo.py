@@ -1,4 +1,4 @@
-"""This package's Flamingo on the tiny backbones, with the weights that OpenFlamingo was given."""
+"""This package's Flamingo on the tiny backbones, with the weights that OpenFlamingo had."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PARTS = ("vision_encoder", "perceiver", "gated_cross_attn_layers", "lang_encoder
 
 
 def untrained_flamingo(family: str, every: int, **options: object) -> Flamingo:
-    """The backbones' weights reproducible, the bridge as initialised."""
+    """Return a Flamingo with deterministic backbones and the bridge as initialized."""
     clip, language_model = tiny_clip(), tiny_language_model(family)
     return Flamingo(
         clip,
@@ -26,7 +26,7 @@ def untrained_flamingo(family: str, every: int, **options: object) -> Flamingo:
 
 
 def flamingo(family: str, every: int, **options: object) -> Flamingo:
-    """All weights reproducible."""
+    """Return a Flamingo with deterministic weights."""
     model = untrained_flamingo(family, every, **options)
     fill(model.perceiver, "perceiver.")
     fill(model.gated_cross_attn_layers, "gated_cross_attn_layers.")
@@ -34,5 +34,5 @@ def flamingo(family: str, every: int, **options: object) -> Flamingo:
 
 
 def shared_parameters(model: Flamingo) -> dict[str, nn.Parameter]:
-    """Every parameter by the name under which it was recorded."""
+    """Return every parameter by the name under which it was recorded."""
     return {f"{part}.{name}": p for part in PARTS for name, p in getattr(model, part).named_parameters()}

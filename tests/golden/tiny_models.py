@@ -1,4 +1,4 @@
-"""What both Flamingos are built from: a tiny CLIP and tiny language models with reproducible weights."""
+"""The backbones of both Flamingos: a tiny CLIP and tiny language models with deterministic weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FAMILIES = tuple(DECODER_LAYERS)
 
 
 def language_config(family: str) -> PretrainedConfig:
-    """The tiny configuration of one of FAMILIES, with what is its own (ALiBi, rotary, local attention)."""
+    """Return the tiny configuration of one of FAMILIES, with its own kind of positions and attention."""
     makers = {
         "opt": lambda: OPTConfig(
             ffn_dim=64, word_embed_proj_dim=WIDTH, max_position_embeddings=64, dropout=0.0, **_HIDDEN
@@ -80,7 +80,7 @@ def language_config(family: str) -> PretrainedConfig:
 
 
 def tiny_language_model(family: str) -> PreTrainedModel:
-    """A causal LM in float32 whose weights follow from its parameter names."""
+    """Return a causal LM in float32 with deterministic weights."""
     model = AutoModelForCausalLM.from_config(language_config(family))
     model = model.float().eval()
     fill(model, "lang_encoder.")
@@ -88,7 +88,7 @@ def tiny_language_model(family: str) -> PreTrainedModel:
 
 
 def tiny_clip() -> nn.Module:
-    """An OpenCLIP model with a ViT tower: 3 x 3 patches of 4 pixels, width 32."""
+    """Return an OpenCLIP model with a ViT tower: 3 x 3 patches of 4 pixels, width 32."""
     vision = CLIPVisionCfg(layers=2, width=WIDTH, head_width=16, patch_size=4, image_size=IMAGE_SIZE)
     text = CLIPTextCfg(context_length=8, vocab_size=32, width=16, heads=2, layers=1)
     clip = CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).float().eval()

@@ -10,7 +10,7 @@ from flamingo_ft.hub import errors
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    """Between two tries, here and in the client."""
+    """Shorten the waits between two attempts, here and in the client."""
     monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))

@@ -10,11 +10,11 @@ from tests.hub_server import WRITER
 def test_no_message_contains_a_token_or_a_part_of_one(monkeypatch, token):
     monkeypatch.setenv("HF_TOKEN", token)
     for before in range(160, 210):
-        found = safe_message(RuntimeError("x" * before + f" {token} refused"))
-        assert token[:6] not in found and "\n" not in found
+        message = safe_message(RuntimeError("x" * before + f" {token} refused"))
+        assert token[:6] not in message and "\n" not in message
 
 
 def test_no_message_contains_the_parameters_of_a_signed_url():
-    found = safe_message(OSError("no answer of https://store.example/a/b?X-Signature=abc&X-Key=d\nat all"))
-    assert found == "no answer of https://store.example/a/b at all"
+    message = safe_message(OSError("no answer of https://store.example/a/b?X-Signature=abc&X-Key=d\nat all"))
+    assert message == "no answer of https://store.example/a/b at all"
     assert safe_message(ConnectionError()) == "ConnectionError"

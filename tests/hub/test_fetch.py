@@ -17,7 +17,7 @@ REPO = "org/some.model-1"
 
 
 def put(hub, files: dict[str, bytes], branch: str = "main", **options) -> str:
-    """Put files on a branch; the commit."""
+    """Commit files to a branch. Return the commit."""
     repository = hub.repositories.setdefault(REPO, Repository(**{"private": False, **options}))
     repository.branches.setdefault(branch, [*repository.history])
     digests = {path: hub.store(content) for path, content in files.items()}
@@ -33,12 +33,12 @@ def refusal(place: str | Path) -> str:
     return message
 
 
-def held(folder: Path) -> set[str]:
+def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
-    ("place", "wanted"),
+    ("place", "expected"),
     [
         ("org/name", HubName("org/name")),
         ("org/name@v1", HubName("org/name", "v1")),
@@ -59,9 +59,9 @@ def held(folder: Path) -> set[str]:
         ),
     ],
 )
-def test_a_name_on_the_hub_is_recognized(place, wanted):
-    assert hub_name(place) == wanted
-    assert wanted is None or hub_name(str(wanted)) == wanted
+def test_a_name_on_the_hub_is_recognized(place, expected):
+    assert hub_name(place) == expected
+    assert expected is None or hub_name(str(expected)) == expected
 
 
 def test_an_existing_path_is_returned_as_it_is(hub, tmp_path, monkeypatch):
@@ -85,24 +85,24 @@ def test_only_what_a_model_needs_is_fetched(hub):
     others += ["pytorch_model.bin", "training_args.bin", "optimizer.pt", "log.jsonl", "README.md"]
     put(hub, needed | {path: path.encode() for path in others})
     folder = fetch_model(REPO)
-    assert held(folder) == {*needed}
+    assert files_in(folder) == {*needed}
     assert all((folder / name).read_bytes() == content for name, content in needed.items())
 
 
 def test_other_weight_formats_are_downloaded_if_there_are_no_safetensors(hub):
     put(hub, {"config.json": b"{}", "pytorch_model-00001-of-00001.bin": b"b" * 2000, "final.pt": b"p"})
-    assert held(fetch_model(REPO)) == {"config.json", "pytorch_model-00001-of-00001.bin"}
+    assert files_in(fetch_model(REPO)) == {"config.json", "pytorch_model-00001-of-00001.bin"}
 
 
 def test_a_repository_with_one_checkpoint_gives_that_file(hub):
     put(hub, {"checkpoint.pt": b"p" * 2000, "README.md": b"r"})
-    found = fetch_model(REPO)
-    assert found.name == "checkpoint.pt" and found.read_bytes() == b"p" * 2000
+    path = fetch_model(REPO)
+    assert path.name == "checkpoint.pt" and path.read_bytes() == b"p" * 2000
 
 
 def test_a_composition_without_weights_is_a_folder(hub):
     put(hub, {"config.json": b"{}", "tokenizer.json": b"t"})
-    assert held(fetch_model(REPO)) == {"config.json", "tokenizer.json"}
+    assert files_in(fetch_model(REPO)) == {"config.json", "tokenizer.json"}
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_only_changed_files_of_a_new_commit_are_downloaded(hub):
 
 def test_without_a_network_the_cache_is_used(hub, monkeypatch):
     put(hub, {"config.json": b"{}", "checkpoint.pt": b"p" * 2000})
-    found = fetch_model(REPO)
+    path = fetch_model(REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
-    assert fetch_model(REPO) == found and hub.requests == []
+    assert fetch_model(REPO) == path and hub.requests == []
 
 
 def test_offline_a_model_that_is_not_cached_is_refused(hub, monkeypatch):
@@ -170,7 +170,7 @@ def test_offline_a_model_that_is_partly_cached_is_refused(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "token", "told"),
+    ("options", "token", "expected"),
     [
         (
             {"private": True},
@@ -182,18 +182,18 @@ def test_offline_a_model_that_is_partly_cached_is_refused(hub, monkeypatch):
         ({"gated": True}, None, "is gated; accept its terms on its page of the Hub"),
     ],
 )
-def test_a_closed_repository_is_refused(hub, monkeypatch, options, token, told):
+def test_a_closed_repository_is_refused(hub, monkeypatch, options, token, expected):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000}, **options)
     if token:
         monkeypatch.setenv("HF_TOKEN", token)
     message = refusal(REPO)
-    assert message.startswith(f"{REPO}: {told}") and "hf_unknown" not in message
+    assert message.startswith(f"{REPO}: {expected}") and "hf_unknown" not in message
 
 
 def test_a_closed_repository_is_downloaded_with_a_token(hub, monkeypatch):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000}, private=True, gated=True)
     monkeypatch.setenv("HF_TOKEN", WRITER)
-    assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
+    assert files_in(fetch_model(REPO)) == {"config.json", "model.safetensors"}
 
 
 def test_a_missing_repository_is_refused(hub, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_missing_repository_is_refused(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("request_", [f"GET /api/models/{REPO}/revision", "GET .*/resolve/.*/config.json"])
 @pytest.mark.parametrize(
-    ("status", "told"),
+    ("status", "expected"),
     [
         (403, "the token may not read there"),
         (429, "the Hub limits the rate of requests from here (429)"),
@@ -216,15 +216,15 @@ def test_a_missing_repository_is_refused(hub, tmp_path, monkeypatch):
         (None, "the connection to the Hub broke off ("),
     ],
 )
-def test_transient_errors_are_retried_and_others_reported(hub, request_, status, told):
+def test_transient_errors_are_retried_and_others_reported(hub, request_, status, expected):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     hub.fail(request_, times=1000, status=status)
-    assert told in refusal(REPO)
+    assert expected in refusal(REPO)
     hub.failures.clear()
     hub.fail(request_, times=1 if status == 403 else ATTEMPTS - 1, status=status)
     if status == 403:
         refusal(REPO)
-    assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
+    assert files_in(fetch_model(REPO)) == {"config.json", "model.safetensors"}
 
 
 def test_an_unreachable_hub_is_reported(hub, monkeypatch):
@@ -243,4 +243,4 @@ def test_a_deleted_cache_is_filled_again(hub, tmp_path):
     put(hub, {"config.json": b"{}", "model.safetensors": b"w" * 2000})
     fetch_model(REPO)
     shutil.rmtree(tmp_path / "hub_cache")
-    assert held(fetch_model(REPO)) == {"config.json", "model.safetensors"}
+    assert files_in(fetch_model(REPO)) == {"config.json", "model.safetensors"}

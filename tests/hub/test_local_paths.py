@@ -25,7 +25,7 @@ def test_the_last_component_of_a_local_path_stays(value, shown):
     assert strip_local_path(value) == shown
 
 
-def test_only_known_keys_hold_paths():
+def test_only_the_values_of_known_keys_are_stripped():
     text = {
         "chat_template": "/no_think {{ x }}",
         "task": "/a/b",
@@ -88,5 +88,5 @@ def test_a_prediction_with_a_line_separator_in_its_text_stays_one_row(tmp_path):
         *((one, False) for one in (".env", "tensorboard/events.json", "notes.txt", "left_out.jsonl")),
     ],
 )
-def test_which_files_belong(path, is_pushed):
+def test_only_files_of_a_model_or_run_are_published(path, is_pushed):
     assert is_published(path) == is_pushed

@@ -1,5 +1,4 @@
-"""One rule for every name that may be a path: what exists or looks like a path is one, the rest is on the
-Hub."""
+"""A name that exists, or that looks like a path, is a path; every other name is on the Hub."""
 
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def test_a_name_without_an_existing_first_component_is_not_a_path(here, name):
 def test_a_name_whose_first_component_is_a_folder_here_is_a_path(here):
     assert local_path("runs/quickstrt") == Path("runs/quickstrt") and hub_name("runs/quickstrt") is None
     assert local_path("runs/quickstart") == Path("runs/quickstart")
-    assert hub_name("runs/quickstrt@main") is not None, "with a revision it is the Hub's"
+    assert hub_name("runs/quickstrt@main") is not None, "a name with a revision is on the Hub"
     assert hub_name("run/quickstart") is not None
     assert local_path("checkpoint.pt") == Path("checkpoint.pt") and hub_name("checkpoint.pt/x") is not None
 
@@ -93,7 +92,7 @@ def test_a_plain_name_is_a_local_backbone_only_if_that_folder_is_one(here):
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "expected"),
     [
         (
             "runs/quickstrt",
@@ -110,14 +109,14 @@ def test_a_plain_name_is_a_local_backbone_only_if_that_folder_is_one(here):
         ("", "no folder ''; check the path"),
     ],
 )
-def test_a_missing_path_is_refused_with_the_nearest_existing_one(here, hub, place, told):
-    assert missing_path_message(place) == told
+def test_a_missing_path_is_refused_with_the_nearest_existing_one(here, hub, place, expected):
+    assert missing_path_message(place) == expected
     with pytest.raises(UserError) as caught:
         fetch_model(place)
-    assert str(caught.value) == told and hub.requests == []
+    assert str(caught.value) == expected and hub.requests == []
 
 
-def test_the_nearest_of_absolute_and_home_paths_is_found(here, monkeypatch):
+def test_absolute_and_home_paths_have_a_nearest_path_too(here, monkeypatch):
     assert nearest_path(here / "runs" / "quikstart") == here / "runs" / "quickstart"
     monkeypatch.setenv("HOME", str(here))
     assert nearest_path("~/wrods") == here / "words" and fetch_model("~/words") == here / "words"

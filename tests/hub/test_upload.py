@@ -24,7 +24,7 @@ def own_factory():
 
 
 def own_hook(request) -> None:
-    """Does nothing."""
+    """A hook without effect."""
 
 
 def seconds() -> tuple:

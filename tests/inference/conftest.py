@@ -1,4 +1,4 @@
-"""A model that ends early and that tells images apart, on disk in each form."""
+"""A model whose answers end early and depend on the image, on disk as an adapter and merged."""
 
 import numpy as np
 import pytest
@@ -16,8 +16,7 @@ PROMPT = "Which digit is this?"
 
 
 def make_flamingo():
-    """Around the nano backbones, with a random bridge that lets images matter; its language model wishes to
-    sample."""
+    """Return a Flamingo of nano backbones and a random bridge; its generation config samples."""
     torch.manual_seed(0)
     small = {"heads": 2, "dim_head": 8}
     language = load_language("nano")
@@ -37,13 +36,12 @@ def make_flamingo():
 
 @torch.no_grad()
 def end_in_the_middle(model, processor, paths) -> None:
-    """Let the end of a chunk, which the language model does not know as an end, be likelier than a late
-    word."""
+    """Make the end of a chunk, which is no end token of the language model, likelier than a late token."""
     head, rows = model.lang_encoder.get_output_embeddings().weight, model.token_rows.output.weight
     words = Predictor(model, processor)(paths[0], PROMPT)
-    said = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
+    tokens = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
     end = model.token_rows.token_ids.index(model.config.eoc_token_id)
-    rows[end] = 1.01 * head[next(word for word in said if word not in said[:4])]
+    rows[end] = 1.01 * head[next(token for token in tokens if token not in tokens[:4])]
 
 
 @pytest.fixture(scope="session")

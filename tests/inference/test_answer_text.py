@@ -1,4 +1,4 @@
-"""One text for one answer, whoever asks: `generate`, a pipeline, the processor, whole or streamed."""
+"""An answer has the same text from `generate`, a pipeline and the processor, whole or streamed."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ TEMPLATES = {
     "no prompt": NO_PROMPT,
     "opens reasoning": OPENS_REASONING,
 }
-SAID = [" Seven.", "\n Seven. \n", "Yes.  No.\n   See there.\n\n", "", " "]
+ANSWERS = [" Seven.", "\n Seven. \n", "Yes.  No.\n   See there.\n\n", "", " "]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def processor_of(kind: str, template: str | None) -> FlamingoProcessor:
     )
 
 
-def let_it_say(monkeypatch, model, processor, text) -> list[int]:
-    """In place of generating: after any prompt the tokens of a text, and the end token."""
+def stub_generate(monkeypatch, model, processor, text) -> list[int]:
+    """Let the model answer every prompt with the tokens of a text and the end token; return them."""
     tokens = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [
         processor.tokenizer.eos_token_id
     ]
@@ -62,11 +62,11 @@ def let_it_say(monkeypatch, model, processor, text) -> list[int]:
 def test_pipeline_processor_and_streamer_give_the_text_of_generate(flamingo, monkeypatch, name, kind):
     processor = processor_of(kind, TEMPLATES[name])
     ask = pipeline("image-text-to-text", model=flamingo, processor=processor)
-    for said in SAID:
-        tokens = let_it_say(monkeypatch, flamingo, processor, said)
+    for answer in ANSWERS:
+        tokens = stub_generate(monkeypatch, flamingo, processor, answer)
         expected = Predictor(flamingo, processor)([], "Which digit is this?", max_new_tokens=8)
         # the small tokenizer of Llama's kind has its line breaks among its special tokens
-        assert expected == (said.strip() if kind == "nano" else said.replace("\n", "").strip())
+        assert expected == (answer.strip() if kind == "nano" else answer.replace("\n", "").strip())
         assert ask(text=QUESTION, return_full_text=False)[0]["generated_text"] == expected
         assert ask(text=QUESTION)[0]["generated_text"][-1] == {"role": "assistant", "content": expected}
         assert ask(text=[QUESTION, QUESTION], return_full_text=False)[1][0]["generated_text"] == expected
@@ -80,10 +80,10 @@ def test_pipeline_processor_and_streamer_give_the_text_of_generate(flamingo, mon
 def test_text_that_continues_the_callers_keeps_its_spaces(flamingo, monkeypatch):
     processor = processor_of("nano", VICUNA)
     ask = pipeline("image-text-to-text", model=flamingo, processor=processor)
-    let_it_say(monkeypatch, flamingo, processor, " Seven.")
-    begun = [*QUESTION, {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}]
-    assert ask(text=begun)[0]["generated_text"][-1]["content"][-1]["text"] == "It is Seven."
-    assert ask(text=begun, return_full_text=False)[0]["generated_text"] == " Seven."
+    stub_generate(monkeypatch, flamingo, processor, " Seven.")
+    dialogue = [*QUESTION, {"role": "assistant", "content": [{"type": "text", "text": "It is"}]}]
+    assert ask(text=dialogue)[0]["generated_text"][-1]["content"][-1]["text"] == "It is Seven."
+    assert ask(text=dialogue, return_full_text=False)[0]["generated_text"] == " Seven."
     assert ask(text="It is")[0]["generated_text"] == "It is Seven."
     assert ask(text="It is", return_full_text=False)[0]["generated_text"] == "Seven."
     assert processor.decode(processor.tokenizer(" Seven. ")["input_ids"]) == " Seven. "

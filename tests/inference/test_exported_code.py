@@ -1,4 +1,4 @@
-"""A merged model with its code beside it answers where the package is not, through transformers alone."""
+"""A merged model with its code beside it answers without the package, through transformers alone."""
 
 import ast
 import os
@@ -42,15 +42,15 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 folder, prompt, *images = sys.argv[1:]
 trusted = {"trust_remote_code": True}
-how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
 config = AutoConfig.from_pretrained(folder, **trusted)
 model = AutoModelForImageTextToText.from_pretrained(folder, **trusted)
 processor = AutoProcessor.from_pretrained(folder, **trusted)
 ask = pipeline("image-text-to-text", model=folder, **trusted)
-for given in images[:1], images:
-    content = [*({"type": "image", "path": image} for image in given), {"type": "text", "text": prompt}]
+for paths in images[:1], images:
+    content = [*({"type": "image", "path": image} for image in paths), {"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
-    inputs = processor.apply_chat_template(messages, **how)
+    inputs = processor.apply_chat_template(messages, **options)
     new = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
     print("<", processor.decode(new, skip_special_tokens=True).strip(), ">", sep="")
     print("<", ask(text=messages, return_full_text=False)[0]["generated_text"].strip(), ">", sep="")
@@ -70,23 +70,23 @@ def with_code(folders, tmp_path):
 
 def names_of(module: ast.Module) -> set[str]:
     """The names that a module defines or imports, also inside a try or an if."""
-    found, statements = set(), list(module.body)
+    names, statements = set(), list(module.body)
     while statements:
         one = statements.pop()
         if isinstance(one, (ast.FunctionDef, ast.ClassDef)):
-            found.add(one.name)
+            names.add(one.name)
         elif isinstance(one, (ast.Import, ast.ImportFrom)):
-            found |= {alias.asname or alias.name for alias in one.names}
+            names |= {alias.asname or alias.name for alias in one.names}
         elif isinstance(one, (ast.Assign, ast.AnnAssign)):
-            found |= {n.id for n in ast.walk(one) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            names |= {n.id for n in ast.walk(one) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         else:
             statements += [
                 child for child in ast.walk(one) if isinstance(child, ast.stmt) and child is not one
             ]
-    return found
+    return names
 
 
-def test_the_files_import_each_other_and_what_a_reader_has(with_code):
+def test_the_files_import_only_each_other_and_dependencies(with_code):
     folder, _ = with_code
     files = {path.stem: ast.parse(path.read_text()) for path in folder.glob("*.py")}
     assert (
@@ -106,13 +106,13 @@ def test_the_files_import_each_other_and_what_a_reader_has(with_code):
                 assert {module.split(".")[0] for module in modules} <= ROOTS | sys.stdlib_module_names, name
 
 
-def test_where_the_package_is_its_own_classes_are_taken(with_code):
+def test_with_the_package_installed_its_own_classes_are_used(with_code):
     model = AutoModelForImageTextToText.from_pretrained(with_code[0])
     assert type(model) is flamingo_ft.FlamingoForConditionalGeneration
 
 
 @pytest.mark.slow
-def test_it_says_the_same_words_without_the_package(with_code, tmp_path):
+def test_the_answers_are_the_same_without_the_package(with_code, tmp_path):
     folder, paths = with_code
     environment = {
         **os.environ,

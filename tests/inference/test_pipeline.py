@@ -1,4 +1,4 @@
-"""transformers' own generation, plain and through a pipeline, says what `flamingo-ft generate` says."""
+"""transformers' own `generate` and its pipeline return the answers of `flamingo-ft generate`."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ from .conftest import PROMPT
 
 
 @pytest.fixture(scope="module", params=["adapter", "merged"])
-def asked(request, folders):
-    """A folder, and for one and for two images what `flamingo-ft generate` says."""
+def model_and_answers(request, folders):
+    """A folder, and for one and for two images the paths and the answer of `flamingo-ft generate`."""
     folder, paths = folders
     place = folder / request.param
     return place, {n: (paths[:n], answer(place, paths[:n], PROMPT)) for n in (1, 2)}
@@ -26,21 +26,21 @@ def chat(paths, kind="image"):
     return [{"role": "user", "content": [*images, {"type": "text", "text": PROMPT}]}]
 
 
-def test_the_answers_differ_and_one_ends_early(asked):
-    _, expected = asked
-    (one, two) = (said for _, said in expected.values())
+def test_the_answers_differ_and_one_ends_early(model_and_answers):
+    _, answers = model_and_answers
+    one, two = (reference for _, reference in answers.values())
     assert one != two and 10 < len(one) < 60
 
 
-def test_a_pipeline_says_what_generate_says(asked):
-    folder, expected = asked
+def test_a_pipeline_returns_the_answer_of_generate(model_and_answers):
+    folder, answers = model_and_answers
     ask = pipeline("image-text-to-text", model=str(folder))
-    for paths, said in expected.values():
-        (found,) = ask(text=chat(paths), return_full_text=False)
-        assert found["generated_text"] == said
+    for paths, reference in answers.values():
+        (result,) = ask(text=chat(paths), return_full_text=False)
+        assert result["generated_text"] == reference
         text = ask.processor.apply_chat_template(chat(paths), add_generation_prompt=True)
-        (found,) = ask(images=[Image.open(path) for path in paths], text=text, return_full_text=False)
-        assert found["generated_text"] == said
+        (result,) = ask(images=[Image.open(path) for path in paths], text=text, return_full_text=False)
+        assert result["generated_text"] == reference
 
 
 def test_a_pipeline_sees_the_pixels_that_training_sees(folders, tmp_path):
@@ -57,14 +57,14 @@ def test_a_pipeline_sees_the_pixels_that_training_sees(folders, tmp_path):
             assert torch.equal(ask.preprocess(Chat(chat([path])))["pixel_values"], expected)
 
 
-def test_plain_generate_says_what_generate_says(asked):
-    folder, expected = asked
+def test_generate_of_transformers_returns_the_answer_of_generate(model_and_answers):
+    folder, answers = model_and_answers
     model, processor = (
         AutoModelForImageTextToText.from_pretrained(folder),
         AutoProcessor.from_pretrained(folder),
     )
-    how = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    for paths, said in expected.values():
-        inputs = processor.apply_chat_template(chat(paths, "path"), **how)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    for paths, reference in answers.values():
+        inputs = processor.apply_chat_template(chat(paths, "path"), **options)
         new = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
-        assert processor.decode(new, skip_special_tokens=True) == said
+        assert processor.decode(new, skip_special_tokens=True) == reference

@@ -1,5 +1,4 @@
-"""Answers: alone or in a batch the same, ended where the assistant ends, from an adapter on disk as from
-memory."""
+"""Answers do not depend on the batch, end with the assistant's turn, and survive saving the adapter."""
 
 from types import SimpleNamespace
 
@@ -62,11 +61,11 @@ def questions(files):
     return [Prompt(turns, images, "here") for turns, images in dialogues]
 
 
-def test_answers_of_a_batch_are_those_given_one_by_one(flamingo, files):
-    predictor, asked = Predictor(*flamingo, max_new_tokens=8), questions(files)
-    together = predictor.answer(asked)
-    assert together == [predictor.answer([question])[0] for question in asked]
-    assert predictor.answer(asked[::-1], batch_size=4) == together[::-1]
+def test_answers_of_a_batch_equal_those_of_single_prompts(flamingo, files):
+    predictor, prompts = Predictor(*flamingo, max_new_tokens=8), questions(files)
+    together = predictor.answer(prompts)
+    assert together == [predictor.answer([question])[0] for question in prompts]
+    assert predictor.answer(prompts[::-1], batch_size=4) == together[::-1]
     assert len(set(together)) > 3
 
 
@@ -78,17 +77,17 @@ def test_an_answer_depends_on_its_image(flamingo, files):
 @pytest.mark.parametrize(
     "form", [str, Image.open, lambda path: np.asarray(Image.open(path)), lambda path: path.read_bytes()]
 )
-def test_a_path_a_picture_an_array_and_a_files_content_are_the_same_image(flamingo, files, form):
+def test_a_path_an_image_an_array_and_file_content_give_the_same_answer(flamingo, files, form):
     predictor = Predictor(*flamingo, max_new_tokens=8)
-    asked = "First <image> then <image>. Name both."
-    assert predictor([form(file) for file in files[1:]], asked) == predictor(files[1:], asked)
+    prompt = "First <image> then <image>. Name both."
+    assert predictor([form(file) for file in files[1:]], prompt) == predictor(files[1:], prompt)
     assert predictor.batch([(form(files[0]), "Which?"), ([], "Hello.")]) == [
         predictor(files[0], "Which?"),
         predictor(None, "Hello."),
     ]
 
 
-def test_an_array_that_is_no_image_is_refused(flamingo):
+def test_an_array_that_is_not_an_image_is_refused(flamingo):
     with pytest.raises(UserError, match="prompt: not a readable image .*shape"):
         Predictor(*flamingo)(np.zeros((2, 3, 8, 8)), "What?")
 
@@ -123,8 +122,8 @@ def test_prompts_are_asked_sorted_by_size_and_the_models_mode_is_restored(monkey
     assert predictor.model.training
 
 
-class Speaker:
-    """In a model's place: says given words after any prompt, and remembers how it was asked."""
+class StubModel:
+    """Stub of a model: answers every prompt with the same words and records the options."""
 
     device, training = "cpu", False
     config = SimpleNamespace(get_text_config=lambda: None)
@@ -141,8 +140,8 @@ class Speaker:
 
     def generate(self, input_ids, **options):
         self.options = options
-        said = torch.tensor([self.tokenizer(self.words)["input_ids"]] * len(input_ids))
-        return torch.cat([input_ids, said], 1)
+        answer = torch.tensor([self.tokenizer(self.words)["input_ids"]] * len(input_ids))
+        return torch.cat([input_ids, answer], 1)
 
 
 @pytest.mark.parametrize("own_end", [None, 2, [1, 2]])
@@ -150,9 +149,9 @@ def test_an_answer_ends_with_the_chat_templates_end_token(own_end):
     """A language model that was not trained with the template does not end there by itself."""
     processor = nano_processor(CHUNK_TEMPLATE)
     end = processor.tokenizer.convert_tokens_to_ids("<|endofchunk|>")
-    model = Speaker(processor.tokenizer, " Seven.<|endofchunk|>And so on", own_end)
-    asked = Predictor(model, processor).batch([([], "Which?"), ([], "Which?")], max_new_tokens=8)
-    assert asked == ["Seven.", "Seven."]
+    model = StubModel(processor.tokenizer, " Seven.<|endofchunk|>And so on", own_end)
+    answers = Predictor(model, processor).batch([([], "Which?"), ([], "Which?")], max_new_tokens=8)
+    assert answers == ["Seven.", "Seven."]
     own = [] if own_end is None else [own_end] if isinstance(own_end, int) else own_end
     assert model.options["eos_token_id"] == end_token_ids(model, processor) == sorted([*own, end])
 
@@ -192,7 +191,7 @@ def test_an_adapter_on_disk_answers_as_the_model_it_was_saved_from(flamingo, fil
     assert answer(adapter, files[:1], "Which?", 8) == loaded(files[0], "Which?")
 
 
-def test_a_predictor_is_loaded_once_and_with_the_quantization_that_is_asked(adapter, files):
+def test_a_predictor_loads_with_the_requested_quantization(adapter, files):
     assert quantization_formats(Predictor.from_pretrained(adapter, quantization="none").model) == set()
     predictor = Predictor.from_pretrained(adapter, quantization="nf4", max_new_tokens=4)
     assert quantization_formats(predictor.model) == {"4bit"}

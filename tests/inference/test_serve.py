@@ -1,4 +1,4 @@
-"""A served model answers over HTTP what `flamingo-ft generate` answers."""
+"""A served model returns over HTTP the answers of `flamingo-ft generate`."""
 
 import base64
 import os
@@ -28,7 +28,7 @@ LONGEST_START = 120  # seconds
 
 @pytest.fixture(scope="module", params=["adapter", "merged"])
 def served(request, folders):
-    """A folder, the images beside it, and a client of its server, which ends well when it is told to."""
+    """A folder, the images beside it, and a client of its server, which must end on SIGINT."""
     folder, paths = folders
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
@@ -68,12 +68,12 @@ def dialogue(paths):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 2])
-def test_a_served_model_says_what_generate_says_whole_and_streamed(served, images):
+def test_a_served_model_returns_the_answer_of_generate_whole_and_streamed(served, images):
     folder, paths, client = served
     expected = answer(folder, paths[:images], PROMPT)
     request = {"model": str(folder), "messages": dialogue(paths[:images]), "max_tokens": 64}
-    found = client.chat.completions.create(**request)
-    assert found.choices[0].message.content == expected
+    reply = client.chat.completions.create(**request)
+    assert reply.choices[0].message.content == expected
     pieces = [
         piece.choices[0].delta.content or ""
         for piece in client.chat.completions.create(**request, stream=True)
@@ -82,22 +82,22 @@ def test_a_served_model_says_what_generate_says_whole_and_streamed(served, image
 
 
 @pytest.mark.slow
-def test_requests_at_the_same_time_get_the_answers_to_their_own_images(served):
+def test_concurrent_requests_get_the_answers_to_their_own_images(served):
     folder, paths, client = served
-    asked = [paths[:1], paths[1:], paths, paths[::-1]]
-    expected = [answer(folder, images, PROMPT) for images in asked]
+    image_lists = [paths[:1], paths[1:], paths, paths[::-1]]
+    expected = [answer(folder, images, PROMPT) for images in image_lists]
 
     def ask(images):
-        found = client.chat.completions.create(model=str(folder), messages=dialogue(images), max_tokens=64)
-        return found.choices[0].message.content
+        reply = client.chat.completions.create(model=str(folder), messages=dialogue(images), max_tokens=64)
+        return reply.choices[0].message.content
 
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(ask, asked * 3)) == expected * 3
+        assert list(pool.map(ask, image_lists * 3)) == expected * 3
     assert len(set(expected)) > 1
 
 
 @pytest.mark.slow
-def test_a_served_model_stops_where_asked_and_rejects_what_it_cannot_do(served):
+def test_a_served_model_honours_stop_texts_and_rejects_unsupported_fields(served):
     folder, paths, client = served
     request = {"model": str(folder), "messages": dialogue(paths[:1]), "max_tokens": 64}
     expected = answer(folder, paths[:1], PROMPT)
@@ -119,7 +119,7 @@ def test_without_the_servers_packages_the_error_has_the_install_command(monkeypa
         server.serve("anywhere", "localhost", 8000)
 
 
-def test_the_command_line_passes_where_images_may_come_from(monkeypatch, tmp_path, capsys):
+def test_the_command_line_passes_the_media_policy_on(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr(server, "serve", lambda *arguments, **options: calls.append((*arguments, options)))
     assert main(["serve", "run"]) == 0
@@ -131,10 +131,10 @@ def test_the_command_line_passes_where_images_may_come_from(monkeypatch, tmp_pat
     assert main(["serve", "run", "--allowed-media", str(tmp_path / "gone")]) == 2
 
 
-def test_what_is_no_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path, capsys):
+def test_a_folder_without_a_model_and_a_port_in_use_are_refused_in_one_line(folders, tmp_path, capsys):
     assert main(["serve", str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith(
-        "no adapter and no merged model; give the folder that a run or a merge wrote\n"
+        "not an adapter or a merged model; give the folder that a run or a merge wrote\n"
     )
     folder, _ = folders
     with (

@@ -1,5 +1,4 @@
-"""The HTTP API as OpenAI's client sees it: each field is honoured or rejected by name, and no request harms
-another."""
+"""The API through OpenAI's client: each field is honoured or rejected by name; requests do not interact."""
 
 import asyncio
 import base64
@@ -58,8 +57,8 @@ def openai(client):
 
 
 @pytest.fixture(scope="module")
-def said(folders):
-    """What `flamingo-ft generate` says of the first image."""
+def generated(folders):
+    """The answer of `flamingo-ft generate` about the first image."""
     folder, paths = folders
     return answer(folder / "adapter", paths[:1], PROMPT)
 
@@ -95,13 +94,12 @@ def text(words=PROMPT):
     return {"type": "text", "text": words}
 
 
-def asked(path, **more):
+def chat_body(path, **more):
     return {"messages": user(image(data_url(path.read_bytes())), text()), "max_tokens": 64, **more}
 
 
 def rejected(client, body, route=CHAT, status=400):
-    """The error object of a request that is rejected as OpenAI rejects it, in one line that names the
-    field."""
+    """Send a request that must be rejected, in one line that names the field; return the error object."""
     reply = client.post(route, json=body) if isinstance(body, dict) else client.post(route, content=body)
     assert reply.status_code == status, reply.text
     error = reply.json()["error"]
@@ -117,28 +115,30 @@ def events(client, body, route=CHAT):
     return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
-def test_chat_says_what_generate_says_whole_and_streamed(openai, served, said):
-    body = asked(served[2][0], model="digits")
+def test_chat_returns_the_answer_of_generate_whole_and_streamed(openai, served, generated):
+    body = chat_body(served[2][0], model="digits")
     whole = openai.chat.completions.create(**body)
-    assert whole.choices[0].message.content == said and whole.choices[0].finish_reason == "stop"
+    assert whole.choices[0].message.content == generated and whole.choices[0].finish_reason == "stop"
     chunks = list(openai.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == said
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == generated
     assert chunks[-2].choices[0].finish_reason == "stop" and chunks[-1].choices == []
     assert chunks[-1].usage == whole.usage and all(chunk.usage is None for chunk in chunks[:-1])
 
 
-def test_responses_say_what_generate_says_whole_and_streamed(openai, served, said):
+def test_responses_return_the_answer_of_generate_whole_and_streamed(openai, served, generated):
     url = data_url(served[2][0].read_bytes())
     content = [
         {"type": "input_image", "image_url": url, "detail": "auto"},
         {"type": "input_text", "text": PROMPT},
     ]
     whole = openai.responses.create(model="digits", input=[{"role": "user", "content": content}])
-    assert whole.output_text == said and whole.status == "completed"
+    assert whole.output_text == generated and whole.status == "completed"
     streamed = list(openai.responses.create(model="digits", input=content, stream=True))
     assert [event.sequence_number for event in streamed] == list(range(len(streamed)))
-    assert "".join(event.delta for event in streamed if event.type == "response.output_text.delta") == said
-    assert streamed[-1].type == "response.completed" and streamed[-1].response.output_text == said
+    assert (
+        "".join(event.delta for event in streamed if event.type == "response.output_text.delta") == generated
+    )
+    assert streamed[-1].type == "response.completed" and streamed[-1].response.output_text == generated
     short = openai.responses.create(model="digits", input=content, max_output_tokens=2)
     assert short.status == "incomplete" and short.incomplete_details.reason == "max_output_tokens"
 
@@ -150,13 +150,13 @@ def test_completions_continue_a_text_whole_and_streamed(openai):
     assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text
 
 
-def test_stop_ends_the_answer_before_the_stop_text_whole_and_streamed(client, served, said):
-    middle = len(said) // 2
-    stops = (said[middle : middle + 3], said[middle])
+def test_stop_ends_the_answer_before_the_stop_text_whole_and_streamed(client, served, generated):
+    middle = len(generated) // 2
+    stops = (generated[middle : middle + 3], generated[middle])
     for stop in stops:
-        expected = said[: said.index(stop)].rstrip()
-        for given in (stop, ["never said at all", stop]):
-            body = asked(served[2][0], stop=given)
+        expected = generated[: generated.index(stop)].rstrip()
+        for stop_field in (stop, ["not in the answer", stop]):
+            body = chat_body(served[2][0], stop=stop_field)
             choice = client.post(CHAT, json=body).json()["choices"][0]
             assert (choice["message"]["content"], choice["finish_reason"]) == (expected, "stop")
             *chunks, done = events(client, body)
@@ -164,40 +164,42 @@ def test_stop_ends_the_answer_before_the_stop_text_whole_and_streamed(client, se
             assert "".join(deltas) == expected and done == "[DONE]"
 
 
-def test_an_answer_that_stops_costs_no_more_tokens(client, served, said):
-    full = client.post(CHAT, json=asked(served[2][0])).json()["usage"]["completion_tokens"]
-    stopped = client.post(CHAT, json=asked(served[2][0], stop=said[1])).json()["usage"]["completion_tokens"]
+def test_generation_ends_at_a_stop_text(client, served, generated):
+    full = client.post(CHAT, json=chat_body(served[2][0])).json()["usage"]["completion_tokens"]
+    stopped = client.post(CHAT, json=chat_body(served[2][0], stop=generated[1])).json()["usage"][
+        "completion_tokens"
+    ]
     assert stopped < full
 
 
-def test_temperature_samples_and_a_seed_repeats_it(client, served, said):
+def test_temperature_samples_and_a_seed_repeats_it(client, served, generated):
     def ask(**sampling):
-        return client.post(CHAT, json=asked(served[2][0], **sampling)).json()["choices"][0]["message"][
+        return client.post(CHAT, json=chat_body(served[2][0], **sampling)).json()["choices"][0]["message"][
             "content"
         ]
 
-    assert ask(temperature=0) == ask() == said
-    assert ask(temperature=2, seed=1) == ask(temperature=2, seed=1) != said
-    assert len({ask(temperature=2) for _ in range(3)} | {said}) > 1
+    assert ask(temperature=0) == ask() == generated
+    assert ask(temperature=2, seed=1) == ask(temperature=2, seed=1) != generated
+    assert len({ask(temperature=2) for _ in range(3)} | {generated}) > 1
 
 
-def test_a_temperature_too_small_to_divide_by_is_greedy(client, served, said):
-    reply = client.post(CHAT, json=asked(served[2][0], temperature=1e-40))
+def test_a_temperature_too_small_to_divide_by_is_greedy(client, served, generated):
+    reply = client.post(CHAT, json=chat_body(served[2][0], temperature=1e-40))
     assert reply.status_code == 200
-    assert reply.json()["choices"][0]["message"]["content"] == said
+    assert reply.json()["choices"][0]["message"]["content"] == generated
 
 
-def test_penalties_and_biases_change_what_is_said(client, served, said):
-    def ask(**steering):
-        return client.post(CHAT, json=asked(served[2][0], **steering)).json()["choices"][0]["message"][
+def test_penalties_and_biases_change_the_answer(client, served, generated):
+    def ask(**options):
+        return client.post(CHAT, json=chat_body(served[2][0], **options)).json()["choices"][0]["message"][
             "content"
         ]
 
     tokenizer = served[1].tokenizer
     token = tokenizer("x", add_special_tokens=False)["input_ids"][-1]
     assert set(ask(logit_bias={str(token): 100}, max_tokens=5)) <= set(tokenizer.decode([token]))
-    assert ask(frequency_penalty=0, presence_penalty=0) == said
-    assert ask(frequency_penalty=2, presence_penalty=2) != said
+    assert ask(frequency_penalty=0, presence_penalty=0) == generated
+    assert ask(frequency_penalty=2, presence_penalty=2) != generated
 
 
 FIELDS = [
@@ -305,7 +307,7 @@ def test_the_other_routes_reject_fields_by_name(client, route, body, field):
     assert rejected(client, body, route)["param"] == field
 
 
-def test_fields_that_ask_for_nothing_are_accepted(client):
+def test_fields_without_effect_are_accepted(client):
     nothing = {
         "n": 1,
         "logprobs": False,
@@ -370,11 +372,11 @@ def test_an_image_that_cannot_be_read_is_rejected(client, url, words):
     assert words in error["message"] and error["param"] == "messages[0].content[1].image_url"
 
 
-def test_no_file_of_the_server_is_read(client, served):
+def test_files_of_the_server_are_not_read(client, served):
     path = served[2][0]
     urls = (str(path), path.as_uri(), "/no/such/file.png")
-    found = [rejected(client, {"messages": user(image(url))}) for url in urls]
-    assert all("--allowed-media" in error["message"] for error in found)
+    errors = [rejected(client, {"messages": user(image(url))}) for url in urls]
+    assert all("--allowed-media" in error["message"] for error in errors)
 
 
 def test_only_files_in_the_allowed_folder_are_read(served, tmp_path):
@@ -455,14 +457,14 @@ def test_an_answer_ends_where_the_context_does(client, served):
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"a"', b"\xff\xfe", b'{"seed": NaN}', b"[" * 100_000])
-def test_a_body_that_is_no_json_object_is_rejected(client, body):
+def test_a_body_that_is_not_a_json_object_is_rejected(client, body):
     assert "the body" in rejected(client, body)["message"]
 
 
 @pytest.mark.parametrize(
     ("body", "reason"), [(b'{"seed": NaN}', "NaN is not JSON"), (b"[" * 100_000, "nested too deeply")]
 )
-def test_a_body_that_is_no_json_is_rejected_with_the_reason(client, body, reason):
+def test_a_body_that_is_not_json_is_rejected_with_the_reason(client, body, reason):
     assert reason in rejected(client, body)["message"]
 
 
@@ -491,7 +493,7 @@ def test_other_models_and_other_routes_are_not_found(client, openai):
     assert client.get("/health").json() == {"status": "ok"}
 
 
-def test_openai_s_client_raises_what_it_raises_for_openai(openai):
+def test_openais_client_raises_its_own_errors(openai):
     with pytest.raises(
         BadRequestError, match="max_tokens: must be greater than or equal to 1, got 0"
     ) as error:
@@ -527,8 +529,8 @@ def test_a_dialogue_that_the_chat_template_refuses_is_rejected(client, served, m
         assert "roles must alternate" in error["message"] and error["param"] == field
 
 
-def test_bad_requests_leave_those_beside_them_alone(client, served, said):
-    good = asked(served[2][0])
+def test_bad_requests_do_not_affect_concurrent_ones(client, served, generated):
+    good = chat_body(served[2][0])
     broken = user(image("data:image/png;base64,AAAA"))
     bad = [{"messages": []}, {"messages": broken}, {"messages": user(text("a " * 9999))}]
 
@@ -537,11 +539,17 @@ def test_bad_requests_leave_those_beside_them_alone(client, served, said):
         return reply.status_code, reply.json().get("choices", [{}])[0].get("message", {}).get("content")
 
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(ask, [good, *bad, good, *bad, good]))
-    assert found == [(200, said), *[(400, None)] * 3, (200, said), *[(400, None)] * 3, (200, said)]
+        replies = list(pool.map(ask, [good, *bad, good, *bad, good]))
+    assert replies == [
+        (200, generated),
+        *[(400, None)] * 3,
+        (200, generated),
+        *[(400, None)] * 3,
+        (200, generated),
+    ]
 
 
-def test_an_answer_ends_early_when_its_client_is_gone(engine):
+def test_an_answer_ends_early_when_its_client_disconnects(engine):
     async def leave():
         endless = engine_request(max_tokens=1000, temperature=2.0)
         first, second = await engine.ask(endless), await engine.ask(endless)

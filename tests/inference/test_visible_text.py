@@ -24,7 +24,7 @@ def visible(pieces, stop, strip=True):
         (["\nfirst"], ("\n",), ("", True)),
     ],
 )
-def test_an_answer_ends_before_its_first_stop_text_without_blanks_around(pieces, stop, expected):
+def test_an_answer_ends_before_its_first_stop_text_without_outer_white_space(pieces, stop, expected):
     assert visible(pieces, stop) == expected
 
 
@@ -35,6 +35,6 @@ def test_an_answer_ends_before_its_first_stop_text_without_blanks_around(pieces,
 )
 def test_the_visible_text_is_the_same_for_every_cut(pieces, stop, strip):
     whole = "".join(pieces)
-    before, found, _ = whole.partition(stop)
-    assert visible(pieces, (stop,), strip) == (before.strip() if strip else before, bool(found))
+    before, separator, _ = whole.partition(stop)
+    assert visible(pieces, (stop,), strip) == (before.strip() if strip else before, bool(separator))
     assert visible([whole], (), strip) == (whole.strip() if strip else whole, False)

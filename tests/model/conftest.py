@@ -1,4 +1,4 @@
-"""Report in the terminal summary on how many language model families zero gates change nothing."""
+"""Report in the terminal summary on how many language model families the bridge was tested."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LAW = "test_zero_gates_leave_the_language_model_unchanged["
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print how many families passed the test of zero gates, and which were left out and why."""
+    """Report how many families passed the test of zero gates, and which were left out and why."""
     passed = sum(
         LAW in report.nodeid for report in terminalreporter.stats.get("passed", []) if report.when == "call"
     )

@@ -1,7 +1,7 @@
-"""Every causal language model of transformers carries the bridge: closed gates change nothing, open ones do.
+"""Every causal language model of transformers works with the bridge: zero gates change nothing, open ones do.
 
-One tiny random model per family. The families left out are in `tiny_language_models.LEFT_OUT`, each with its
-reason; the terminal summary repeats them.
+One tiny random model per family; a family that fails, fails its tests. The families that cannot pass are in
+`tiny_language_models.LEFT_OUT`, each with its reason; the terminal summary repeats them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from flamingo_ft.backbones.decoder_layers import UNSUPPORTED
 from flamingo_ft.backbones.tower import build_visual
 from flamingo_ft.model.open_flamingo import Flamingo
 
@@ -25,7 +26,7 @@ BEFORE = 1  # tokens before the first image of any row
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
-    """Silence transformers' warnings about unusually small models."""
+    """Tiny models are unusual, and transformers says so at length."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     yield
@@ -36,12 +37,6 @@ def quiet():
 def visual() -> torch.nn.Module:
     torch.manual_seed(0)
     return build_visual(VISION_CONFIG).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
-def passed() -> list[str]:
-    """Families that passed the test of zero gates."""
-    return []
 
 
 def flamingo_of(lm: PreTrainedModel, visual: torch.nn.Module) -> Flamingo:
@@ -56,7 +51,7 @@ def largest(x: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_zero_gates_leave_the_language_model_unchanged(family, visual, passed):
+def test_zero_gates_leave_the_language_model_unchanged(family, visual):
     lm = make_tiny(family, vocab_size=VOCABULARY)
     four_tokens = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
     four_tokens["eos_token_id"] = lm.generation_config.eos_token_id
@@ -71,16 +66,17 @@ def test_zero_gates_leave_the_language_model_unchanged(family, visual, passed):
     assert torch.equal(lm(**prompt).logits, plain), "the hooks outlive the forward"
 
     open_gates(model)
-    seeing = model(pixels, TEXT, MASK).logits
-    other = model(images(2, 1, 1, seed=1), TEXT, MASK).logits
-    assert largest(seeing - plain) > 1e-3, "the bridge is not in the path"
-    assert largest(seeing[:, BEFORE:] - other[:, BEFORE:]) > 1e-5, "the image does not matter"
+    with_image = model(pixels, TEXT, MASK).logits
+    with_another = model(images(2, 1, 1, seed=1), TEXT, MASK).logits
+    assert largest(with_image - plain) > 1e-3, "the bridge is not in the path"
+    assert largest(with_image[:, BEFORE:] - with_another[:, BEFORE:]) > 1e-5, "the image has no effect"
     # Experts and chunked kernels mix rows and tokens in their summation order, hence not exactly zero.
-    assert largest(seeing[:, :BEFORE] - other[:, :BEFORE]) < 1e-6, "an image changes the text before it"
-    passed.append(family)
+    assert largest(with_image[:, :BEFORE] - with_another[:, :BEFORE]) < 1e-6, (
+        "an image changes text before it"
+    )
 
 
-# Common models, and one of every kind of layer and cache; further tests of the others are slow.
+# Widely used families, and one of every kind of layer and cache. The further tests of the others are slow.
 COMMON = {
     "bamba", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox",
     "gptj", "jamba", "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3",
@@ -97,24 +93,26 @@ def common_first(families) -> list:
 
 
 @pytest.mark.parametrize("family", common_first(FAMILIES))
-def test_every_parameter_of_the_bridge_gets_a_gradient(family, visual):
+def test_every_bridge_parameter_gets_a_gradient(family, visual):
     model = flamingo_of(make_tiny(family, vocab_size=VOCABULARY).requires_grad_(False), visual)
     open_gates(model)
     model.train()
     model(images(2, 1, 1), TEXT, MASK).logits.square().mean().backward()
     bridge = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[0] for name in bridge} == {"perceiver", "gated_cross_attn_layers"}
-    without = [name for name, gradient in bridge.items() if gradient is None or not gradient.any()]
-    assert not without
+    assert not [name for name, gradient in bridge.items() if gradient is None or not gradient.any()]
 
 
-# Families whose own cached and uncached generation differ, or which have no cache that works.
-NO_CACHE_TO_COMPARE = {"blt", "rwkv"}
+# Families whose cached generation cannot be compared with uncached generation, and why.
+NO_CACHE_TO_COMPARE = {
+    "blt": "its cache asks the configuration for a layer count that it does not have",
+    "rwkv": "cached and uncached generation differ without a bridge too",
+}
 
 
 @pytest.mark.parametrize("family", common_first(one for one in FAMILIES if one not in NO_CACHE_TO_COMPARE))
 @torch.no_grad()
-def test_cached_generation_looks_at_the_same_images_as_uncached(family, visual):
+def test_cached_generation_equals_uncached_generation(family, visual):
     model = flamingo_of(make_tiny(family, vocab_size=VOCABULARY), visual)
     open_gates(model)
     eos = model.lang_encoder.generation_config.eos_token_id
@@ -128,15 +126,14 @@ def test_cached_generation_looks_at_the_same_images_as_uncached(family, visual):
         assert largest(step - expected) < 1e-5
 
 
-def test_zero_gates_hold_for_at_least_150_families(passed):
-    if len(passed) < len(FAMILIES):
-        pytest.skip(f"only {len(passed)} of the {len(FAMILIES)} families ran and passed")
-    assert len(passed) >= 150
+def test_at_least_150_families_are_tested():
+    assert len(FAMILIES) >= 150
 
 
-def test_a_family_left_out_has_a_reason():
-    assert set(LEFT_OUT) <= set(KNOWN) and all(LEFT_OUT.values())
+def test_every_known_family_is_tested_or_left_out_for_a_stated_reason():
+    assert {*FAMILIES, *LEFT_OUT} == {*KNOWN}
+    assert all(LEFT_OUT.values()) and {*LEFT_OUT} >= {*UNSUPPORTED}
 
 
-def test_the_common_families_are_families():
-    assert set(FAMILIES) >= COMMON
+def test_the_common_families_are_tested():
+    assert {*FAMILIES} >= COMMON and {*FAMILIES} >= {*NO_CACHE_TO_COMPARE}

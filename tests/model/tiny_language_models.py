@@ -16,15 +16,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 LAYERS, WIDTH = 4, 32
 
-# Families that the test of zero gates leaves out, and why.
+# Families that the tests of all families leave out, and why.
 LEFT_OUT = {
     "cpmant": "reads a learned prompt before the text, so positions in its layers are not those of tokens",
     "gemma4_assistant": "a drafter without keys and values of its own: it uses those of another model",
     "gemma4_unified_assistant": "a drafter without keys and values of its own, as gemma4_assistant",
-    "mllama": "skips some of its layers when it sees no image of its own, and a bridge before them with them",
+    "mllama": "skips its own cross-attention layers without an image of its own, and a bridge before them",
     "musicgen": "models four rows of audio codes at a time, not text",
     "musicgen_melody": "models four rows of audio codes at a time, not text",
-    "prophetnet": "its layers read several streams of the text one behind the other",
+    "prophetnet": "its layers read several streams of the text concatenated",
     "reformer": "its reversible layers run backward without hooks, so the bridge would get no gradient",
     "xlm": "has no decoder layers, only parallel lists of their parts",
     "xlnet": "permutes its text, and its layers read (tokens, samples, width)",
@@ -261,7 +261,7 @@ SIZES = {
     **_named(16, "pronunciation_embed_dim shape_embed_dim input_embedding_size output_embedding_size"),
     **_named(64, "pronunciation_vocab_size shape_vocab_size encoder_hash_byte_group_vocab audio_vocab_size"),
     **_named(128, "max_position_embeddings n_positions"),
-    # windows, and the vision and audio towers of multimodal models
+    # windows, and the towers of models that have eyes or ears of their own
     **_named(16, "sliding_window window_size image_size"),
     **_named(8, "patch_size"),
     **_named(2, "depth num_codebooks"),
@@ -276,7 +276,7 @@ ALTERNATING = ["linear_attention", "full_attention"] * 2
 DENSE_THEN_SPARSE = ["dense", "sparse", "sparse", "sparse"]
 AS_DECODER = {"is_decoder": True}
 
-# Further options of single configurations, nested ones included, by model type.
+# What single configurations (also those inside others) need besides, by model type.
 OVERRIDES: dict[str, dict] = {
     **_named(
         AS_DECODER,

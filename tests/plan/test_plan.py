@@ -1,9 +1,10 @@
-"""The planned memory is that of a real step on a CPU; planned sizes are those of OpenFlamingo's paper."""
+"""The planned memory equals that of a real step on a CPU, planned sizes those in OpenFlamingo's paper."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -16,9 +17,15 @@ from transformers import GPTNeoXConfig, MptConfig, PreTrainedConfig
 from flamingo_ft import cli
 from flamingo_ft.backbones.language import NANO_FOLDER
 from flamingo_ft.config import Recipe, load_recipe
+from flamingo_ft.config.tables import CROSS_ATTENTION, PERCEIVER
 from flamingo_ft.data import open_data
-from flamingo_ft.plan import Planner, plan_memory
+from flamingo_ft.data.render import apply_template
+from flamingo_ft.model.build import backbone_files, text_limit
+from flamingo_ft.model.parts import trainable_parameters
+from flamingo_ft.plan import Plan, Planner, plan_memory
+from flamingo_ft.plan.longest_batch import Batch, longest_batch
 from flamingo_ft.plan.memory_tracker import MemoryTracker
+from flamingo_ft.plan.meta_model import build_meta_model
 from flamingo_ft.plan.plan_report import GPUS, suggest_changes, with_values
 from flamingo_ft.training.build import build_model, first_batches, make_trainer
 from flamingo_ft.training.trainer import select_label_positions
@@ -27,8 +34,8 @@ QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 NF4 = "model.language.quantization=nf4"
 LORA = "lora.language={r: 8}"
 CHECKPOINTING = "train.gradient_checkpointing=true"
-CASES = {  # each switch that changes memory is in one of them
-    "as it is": [],
+CASES = {  # every recipe key that changes memory is in one of them
+    "defaults": [],
     "nf4, LoRA alone, checkpointing": [
         NF4,
         LORA,
@@ -61,8 +68,10 @@ def quickstart(*overrides: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    """For each method a hundred samples with the same text and two images each, no image twice: copies would
-    be encoded once."""
+    """Data for each method: a hundred samples with the same text and two images each.
+
+    All images differ, because the tower encodes equal ones once.
+    """
     folder = QUICKSTART.parent / "quickstart"
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     images = list(dict.fromkeys(image for row in rows for image in row["images"]))
@@ -105,37 +114,38 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
-    """Of one that learns every token: the plan counts no labels."""
 
-    def learn_all(inputs):
+    def label_every_token(inputs):  # as the plan does
         return select_label_positions(inputs | {"labels": inputs["input_ids"]})
 
-    monkeypatch.setattr("flamingo_ft.training.trainer.select_label_positions", learn_all)
+    monkeypatch.setattr("flamingo_ft.training.trainer.select_label_positions", label_every_token)
     source = data["dpo" if "train.method=dpo" in overrides else "sft"]
     recipe = quickstart(source, f"train.output_dir={tmp_path}", *overrides)
     model, processor = build_model(recipe)
     plan = plan_memory(recipe, device="cpu")
+    assert plan.trainable_parameters == sum(p.numel() for p in trainable_parameters(model).values())
     assert (plan.batch.images, plan.batch.where_from) == (2, "the longest of the data")
     trainer = make_trainer(model, processor, open_data(recipe.data, 0), recipe, [])
-    with MemoryTracker() as live:
-        weights = live.track(all_tensors(model))
-        weights += live.track(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
-        live.reset_peak()
+    with MemoryTracker() as tracker:
+        weights = tracker.track(all_tensors(model))
+        weights += tracker.track(all_tensors(trainer.ref_model)) if recipe.train.method == "dpo" else 0
+        tracker.reset_peak()
         trainer.train()
     assert plan.step.weights == weights
-    assert plan.peak == pytest.approx(live.peak, rel=0.02)
+    assert plan.peak == pytest.approx(tracker.peak, rel=0.02)
 
 
 # --- laws of the plan ---
 
 
-def planned(*overrides: str, device: str = "cuda"):
+@cache
+def planned(*overrides: str, device: str = "cuda") -> Plan:
     return plan_memory(quickstart(*overrides), device=device, text_tokens=40, images=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_bigger_batch_never_needs_less(device):
+def test_a_larger_batch_never_needs_less(device):
     peaks = [planned(f"train.batch_size={size}", device=device).peak for size in (1, 2, 4)]
     assert peaks == sorted(peaks)
 
@@ -150,8 +160,8 @@ def test_a_bigger_batch_never_needs_less(device):
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_checkpointing_never_needs_more(device, overrides):
-    kept = planned(*overrides, device=device)
-    assert planned("train.gradient_checkpointing=true", *overrides, device=device).peak <= kept.peak
+    without = planned(*overrides, device=device)
+    assert planned("train.gradient_checkpointing=true", *overrides, device=device).peak <= without.peak
 
 
 @pytest.mark.parametrize(
@@ -178,24 +188,32 @@ def test_paged_optimizer_state_does_not_count_as_gpu_memory():
     assert paged.step.optimizer < pinned.step.optimizer
 
 
-@pytest.mark.slow
+# --- the batch ---
+
+
+def batch_of(recipe: Recipe) -> Batch:
+    files = backbone_files(recipe.model)
+    processor = files.processor()
+    apply_template(processor, recipe.data)
+    limit = text_limit(files.language, recipe.data.max_text_tokens)
+    return longest_batch(recipe, processor, image_size=32, limit=limit, sizes={})
+
+
 def test_sample_length_is_read_from_the_data():
-    batch = plan_memory(quickstart()).batch
+    batch = batch_of(quickstart())
     assert (batch.text_tokens, batch.images, batch.where_from) == (42, 2, "the longest of the data")
 
 
 @pytest.mark.slow
 def test_packed_rows_are_planned_at_full_length_with_all_their_images():
     packing = ("data.packing=true", "data.max_text_tokens=200", "train.batch_size=4")
-    batch = plan_memory(quickstart(*packing)).batch
+    batch = batch_of(quickstart(*packing))
     assert batch.text_tokens == 200 and batch.where_from == "rows packed of the first 256 samples"
     recipe = quickstart(*packing)
     model, processor = build_model(recipe)
-    real = [
-        row["pixel_values"].shape[1]
-        for row in first_batches(open_data(recipe.data, 0), recipe, model, processor)
-    ]
-    assert abs(batch.images - max(real)) <= 2  # the rows looked at are not those of the run
+    batches = first_batches(open_data(recipe.data, 0), recipe, model, processor)
+    largest = max(inputs["pixel_values"].shape[1] for inputs in batches)
+    assert abs(batch.images - largest) <= 2  # the plan packs its samples into other rows than the run
 
 
 def test_frames_of_videos_are_planned_as_images(tmp_path):
@@ -203,22 +221,22 @@ def test_frames_of_videos_are_planned_as_images(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     rows = [{"question": "What?", "answer": "It.", "videos": frames}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    batch = plan_memory(quickstart(f"data.train=[{{path: {tmp_path}/rows.jsonl}}]")).batch
+    batch = batch_of(quickstart(f"data.train=[{{path: {tmp_path}/rows.jsonl}}]"))
     assert batch.images == 3 + 8
 
 
 def test_without_data_the_limit_is_planned(tmp_path):
     source = f"data.train=[{{path: {tmp_path}/none.jsonl}}]"
     recipe = load_recipe(QUICKSTART, [source, "data.max_text_tokens=20"], require=())
-    batch = plan_memory(recipe).batch
+    batch = batch_of(recipe)
     assert (batch.text_tokens, batch.images, batch.where_from) == (20, 1, "the limit")
 
 
-# --- sizes on paper ---
+# --- sizes in the paper ---
 
 
-def shape(folder: Path, language: PreTrainedConfig, every: int) -> Recipe:
-    """A recipe over a language model of which only configuration and tokenizer are there, and a ViT-L/14."""
+def recipe_without_weights(folder: Path, language: PreTrainedConfig, every: int) -> Recipe:
+    """A recipe over a ViT-L/14 and a language model, of which ``folder`` has no weights."""
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((NANO_FOLDER / name).read_bytes())
     language.architectures = [f"{type(language).__name__.removesuffix('Config')}ForCausalLM"]
@@ -258,25 +276,25 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(
-    "config, every, millions",
-    [pytest.param(*SHAPES[name], id=name, marks=[pytest.mark.slow] * (name != "9B")) for name in SHAPES],
-)
+@pytest.mark.parametrize("config, every, millions", SHAPES.values(), ids=SHAPES)
 def test_open_flamingos_bridges_have_the_sizes_it_reports(tmp_path, config, every, millions):
-    plan = plan_memory(shape(tmp_path, config, every), text_tokens=16, images=1)
-    parts = {part.name: part.trainable_parameters for part in plan.components}
-    exact = parts["perceiver"] + parts["cross-attention"]
-    print(f"perceiver {parts['perceiver']:,}, with cross-attention {exact:,}")
-    assert parts["perceiver"] == 63_019_008
-    assert round(exact / 1e6) == millions
+    recipe = recipe_without_weights(tmp_path, config, every)
+    files = backbone_files(recipe.model)
+    model, _ = build_meta_model(recipe, files.tower, files.language, files.tokenizer, "cuda")
+    perceiver, cross_attention = (
+        sum(parameter.numel() for parameter in model.get_submodule(part.module).parameters())
+        for part in (PERCEIVER, CROSS_ATTENTION)
+    )
+    assert perceiver == 63_019_008
+    assert round((perceiver + cross_attention) / 1e6) == millions
 
 
-# --- advice ---
+# --- suggestions ---
 
 
 @pytest.mark.slow
 def test_a_suggested_saving_is_what_a_new_plan_saves(tmp_path):
-    recipe = shape(tmp_path, mpt(2048, 2), 1)
+    recipe = recipe_without_weights(tmp_path, mpt(2048, 2), 1)
     recipe = with_values(recipe, {"train.gradient_checkpointing": False, "train.batch_size": 32})
     planner = Planner(recipe, "cuda", text_tokens=2048, images=1)
     before = planner.plan(recipe)
@@ -299,37 +317,32 @@ def test_a_run_that_fits_every_gpu_gets_no_suggestions():
 
 
 def test_the_command_prints_tables_or_the_same_as_json(capsys):
-    assert (
-        cli.main(["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1"]) == 0
-    )
-    shown = capsys.readouterr().out
-    assert "perceiver" in shown and "peak" in shown and "H200" in shown
-    assert (
-        cli.main(
-            ["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1", "--json"]
-        )
-        == 0
-    )
+    command = ["plan", str(QUICKSTART), "train.batch_size=2", "--text-tokens", "16", "--images", "1"]
+    assert cli.main(command) == 0
+    output = capsys.readouterr().out
+    assert "perceiver" in output and "peak" in output and "H200" in output
+    assert cli.main([*command, "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["cuda"]["peak"] > 0 and record["gpus"][0]["fits"]
     assert torch.cuda.is_available() or record["cpu"]["peak"] > 0
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_huge_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
+def test_a_large_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
     sizes = {"text_tokens": 42, "images": 2}
-    large = quickstart("train.batch_size=96")
+    large = quickstart("train.batch_size=48")
     direct = plan_memory(large, device=device, **sizes).peak
-    monkeypatch.setattr("flamingo_ft.plan.planner.MAX_POSITIONS", 42 * 32)
+    monkeypatch.setattr("flamingo_ft.plan.planner.MAX_POSITIONS", 42 * 16)
     assert plan_memory(large, device=device, **sizes).peak == pytest.approx(direct, rel=1e-3)
-    huge = plan_memory(quickstart("train.batch_size=5000000"), device=device, **sizes)
+
+
+def test_a_batch_of_millions_is_planned_in_seconds(monkeypatch):
+    monkeypatch.setattr("flamingo_ft.plan.planner.MAX_POSITIONS", 42 * 16)
+    huge = planned("train.batch_size=5000000")
     assert huge.batch.samples == 5_000_000 and huge.peak > 10**12
 
 
-def test_waiting_micro_batches_are_counted_without_being_built(monkeypatch):
-    sizes = {"text_tokens": 64, "images": 1}
-    two, three = (
-        plan_memory(quickstart(f"train.gradient_accumulation_steps={n}"), **sizes).peak for n in (2, 3)
-    )
-    many = plan_memory(quickstart("train.gradient_accumulation_steps=1000000"), **sizes).peak
+def test_waiting_micro_batches_are_counted_without_being_built():
+    steps = (2, 3, 1_000_000)
+    two, three, many = (planned(f"train.gradient_accumulation_steps={count}").peak for count in steps)
     assert many - three == (three - two) * (1_000_000 - 3)

@@ -11,8 +11,8 @@ from tests.hub_server import READER, WRITER
 
 
 @pytest.fixture(autouse=True)
-def nothing_tells_a_token(tmp_path, caplog):
-    """No file of a test has one afterwards, the cache of the client's included, and no line of a log."""
+def no_token_leaks(tmp_path, caplog):
+    """Check that no file, the client's cache included, and no log line contains a token."""
     yield
     for path in filter(Path.is_file, tmp_path.rglob("*")):
         content = path.read_bytes()
@@ -22,7 +22,7 @@ def nothing_tells_a_token(tmp_path, caplog):
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    """Between two tries, here and in the client."""
+    """Shorten the waits between retries, of this package and of the client."""
     monkeypatch.setattr(errors, "FIRST_WAIT", 0.01)
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None}))

@@ -29,27 +29,27 @@ BASE = f"{REPO}-base"
 
 @pytest.fixture
 def adapter(hub, small_run, monkeypatch):
-    """A run's folder as a user has it: an adapter, and what a run leaves beside."""
+    """A run's folder: an adapter and the other files of a run."""
     monkeypatch.setenv("HF_TOKEN", WRITER)
     shutil.copytree("start", "run")
-    leave_a_run(small_run / "run", small_run)
+    write_run_files(small_run / "run", small_run)
     return small_run / "run"
 
 
 @pytest.fixture
 def on_a_bridge(adapter):
-    """The same with LoRA on the bridge of another adapter."""
+    """The same, with LoRA on the bridge of another adapter."""
     model, processor = regimes.build(*regimes.REGIMES["LoRA only"])
     regimes.shake(model, 0.3)
     save_adapter(model, processor, adapter)
     return adapter
 
 
-def leave_a_run(folder: Path, here: Path) -> None:
+def write_run_files(folder: Path, here: Path) -> None:
     recipe = regimes.recipe(*regimes.REGIMES["LoRA only"]).model_dump(mode="json")
     (folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    found = {"accuracy": 0.5, "samples": 2}
-    evaluation = {"accuracy": 0.5, "per_task": {"shades": found}}
+    scores = {"accuracy": 0.5, "samples": 2}
+    evaluation = {"accuracy": 0.5, "per_task": {"shades": scores}}
     training = {"steps": 1, "seconds": 1.0, "trainable_parameters": 10}
     (folder / "metrics.json").write_text(json.dumps({"eval": evaluation, "train": training}))
     row = {"where": f"{here}/train.jsonl: row 0", "task": "shades", "images": [f"{here}/0.png"]}
@@ -69,25 +69,26 @@ def leave_a_run(folder: Path, here: Path) -> None:
         (folder / path).write_text(str(here))
 
 
-def told(capfd) -> str:
-    said = "".join(capfd.readouterr())
-    assert WRITER not in said and READER not in said and "Traceback" not in said
-    return said
+def output_of(capfd) -> str:
+    """Return the output so far, which must not contain a token or a traceback."""
+    output = "".join(capfd.readouterr())
+    assert WRITER not in output and READER not in output and "Traceback" not in output
+    return output
 
 
 def test_a_pushed_adapter_gives_the_same_answers(on_a_bridge, hub, capfd):
-    asked = ["--image", "0.png", "--prompt", "Which shade?"]
-    assert main(["generate", "run", *asked]) == 0
-    answered = capfd.readouterr().out
+    prompt = ["--image", "0.png", "--prompt", "Which shade?"]
+    assert main(["generate", "run", *prompt]) == 0
+    answer = capfd.readouterr().out
     expected = regimes.logits(*load_adapter(on_a_bridge))
     assert main(["push", "run", REPO]) == 0
-    said = told(capfd)
-    assert f"{REPO} is at {hub.url}/{REPO}/commit/" in said and f"its base in {BASE}" in said
-    for folder in ("run", "start"):  # nothing of it is here any more
+    output = output_of(capfd)
+    assert f"{REPO} is at {hub.url}/{REPO}/commit/" in output and f"its base in {BASE}" in output
+    for folder in ("run", "start"):
         shutil.rmtree(folder)
     assert torch.equal(regimes.logits(*load_adapter(REPO)), expected)
-    assert main(["generate", REPO, *asked]) == 0
-    assert capfd.readouterr().out == answered
+    assert main(["generate", REPO, *prompt]) == 0
+    assert capfd.readouterr().out == answer
     assert main(["eval", REPO, "--data", "train.jsonl"]) == 0
 
 
@@ -114,14 +115,14 @@ def test_only_the_adapters_files_are_pushed_and_no_local_path(on_a_bridge, hub, 
 
 @pytest.mark.slow
 def test_each_repository_is_one_commit_and_the_base_comes_first(on_a_bridge, hub):
-    pushed = push(on_a_bridge, REPO, private=True)
-    assert pushed.base == BASE
+    result = push(on_a_bridge, REPO, private=True)
+    assert result.base == BASE
     for name in (REPO, BASE):
         assert hub.repositories[name].private and len(hub.repositories[name].history) == 2
     commits = [request for request in hub.requests if "/commit/" in request]
     assert [BASE in commit for commit in commits] == [True, False]
-    named = json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"]
-    assert named == BASE and "bridge.safetensors" in hub.files(BASE)
+    base = json.loads(hub.files(REPO)["adapter_config.json"])["base_model_name_or_path"]
+    assert base == BASE and "bridge.safetensors" in hub.files(BASE)
 
 
 @pytest.mark.slow
@@ -150,7 +151,7 @@ def test_an_adapter_on_a_branch_has_its_base_on_that_branch(on_a_bridge, hub):
     push("start", REPO)
     expected = regimes.logits(*load_adapter(on_a_bridge))
     push(on_a_bridge, REPO, revision="next")
-    shutil.rmtree("start")  # now the bridge is in the base alone
+    shutil.rmtree("start")  # now only the base has the bridge
     model, processor = load_adapter(f"{REPO}@next")
     assert torch.equal(regimes.logits(model, processor), expected)
     plain = AutoModelForImageTextToText.from_pretrained(REPO, revision="next")
@@ -168,11 +169,11 @@ def test_a_merged_model_is_pushed_whole(adapter, hub, capfd):
     assert BASE not in hub.repositories and "model.safetensors" in hub.files(REPO)
     assert str(adapter.parent).encode() not in hub.files(REPO)["merge.json"]
     expected, _ = load_adapter(adapter)
-    found, processor = load_trained(REPO)
-    assert (regimes.logits(found, processor) - regimes.logits(expected, processor)).abs().max() < 0.2
+    merged, processor = load_trained(REPO)
+    assert (regimes.logits(merged, processor) - regimes.logits(expected, processor)).abs().max() < 0.2
     assert main(["merge", "run", "merged"]) == 0 and main(["push", "merged", REPO]) == 0
     assert main(["push", "merged", REPO, "--merged"]) == 2
-    assert "is a merged model already" in told(capfd)
+    assert "is a merged model already" in output_of(capfd)
 
 
 @pytest.mark.slow
@@ -206,7 +207,7 @@ def test_files_uploaded_before_a_connection_dropped_are_not_sent_again(adapter, 
 def test_transient_failures_are_retried(adapter, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=errors.ATTEMPTS - 1, status=status)
     assert main(["push", "run", REPO]) == 0
-    assert told(capfd).count("trying again in ") == errors.ATTEMPTS - 1
+    assert output_of(capfd).count("trying again in ") == errors.ATTEMPTS - 1
     assert len(hub.repositories[REPO].history) == 2
 
 
@@ -229,12 +230,12 @@ def test_transient_failures_are_retried(adapter, hub, capfd, status):
         ),
     ],
 )
-def test_a_refusal_of_the_hub_is_one_line_and_nothing_is_half_pushed(
+def test_an_error_of_the_hub_is_one_line_and_no_repository_is_half_written(
     adapter, hub, capfd, request_, status, reason
 ):
     hub.fail(request_, times=1000, status=status)
     assert main(["push", "run", REPO]) == 2
-    assert f"error: somebody/digits{'-base' if 'create' in request_ else ''}: {reason}" in told(capfd)
+    assert f"error: somebody/digits{'-base' if 'create' in request_ else ''}: {reason}" in output_of(capfd)
     assert REPO not in hub.repositories or hub.files(REPO) == {}
 
 
@@ -249,14 +250,14 @@ def test_a_refusal_of_the_hub_is_one_line_and_nothing_is_half_pushed(
 def test_a_missing_write_permission_is_reported(adapter, hub, monkeypatch, capfd, token, reason):
     monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
     assert main(["push", "run", REPO]) == 2
-    said = told(capfd)
-    assert f"error: {BASE}: {reason}" in said and "hf_wrong" not in said
+    output = output_of(capfd)
+    assert f"error: {BASE}: {reason}" in output and "hf_wrong" not in output
 
 
-def test_offline_nothing_is_pushed(adapter, hub, monkeypatch, capfd):
+def test_pushing_offline_is_refused(adapter, hub, monkeypatch, capfd):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["push", "run", REPO]) == 2
-    assert f"{BASE}: HF_HUB_OFFLINE is set; unset it" in told(capfd) and hub.requests == []
+    assert f"{BASE}: HF_HUB_OFFLINE is set; unset it" in output_of(capfd) and hub.requests == []
 
 
 @pytest.mark.parametrize(
@@ -273,13 +274,13 @@ def test_offline_nothing_is_pushed(adapter, hub, monkeypatch, capfd):
         (["run", REPO, "--merged", "--base", BASE], "got --merged and --base"),
     ],
 )
-def test_what_cannot_be_pushed_is_reported_in_one_line(adapter, hub, capfd, arguments, reason):
+def test_invalid_arguments_are_reported_in_one_line(adapter, hub, capfd, arguments, reason):
     Path("empty").mkdir()
     Path("foreign").mkdir()
     Path("foreign/config.json").write_text('{"model_type": "llama"}')
     Path("foreign/model.safetensors").write_bytes(b"")
     assert main(["push", *arguments]) == 2
-    lines = [line for line in told(capfd).splitlines() if line.startswith("error: ")]
+    lines = [line for line in output_of(capfd).splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and reason in lines[0] and not hub.repositories
 
 
@@ -288,11 +289,8 @@ def test_the_card_describes_the_adapter_and_the_hub_can_parse_it(adapter, hub):
     text = hub.files(REPO)["README.md"].decode()
     card = ModelCard(text)
     data = card.data
-    assert (data.license, data.library_name, data.pipeline_tag) == (
-        "apache-2.0",
-        "peft",
-        "image-text-to-text",
-    )
+    assert (data.license, data.library_name) == ("apache-2.0", "peft")
+    assert data.pipeline_tag == "image-text-to-text"
     assert data.model_name == "digits" and [one.metric_value for one in data.eval_results] == [0.5]
     card.validate()
     assert f'Predictor.from_pretrained("{REPO}")' in text
@@ -300,9 +298,8 @@ def test_the_card_describes_the_adapter_and_the_hub_can_parse_it(adapter, hub):
     assert "figures/loss.png" in text and "figures/gates.png" in text and "<details>" in text
     assert "| &lt;image&gt;Which \\| shade? | Dark. |  | /Light. |" in text
     assert re.search(r"The loss went from 2 to 1\.", text)
-    assert re.search(r"\| vision \| nano \| apache-2.0 \|", text) and re.search(
-        r"\| language \| nano \| apache-2.0 \|", text
-    )
+    for part in ("vision", "language"):
+        assert re.search(rf"\| {part} \| nano \| apache-2.0 \|", text)
 
 
 def test_backbones_on_the_hub_are_the_cards_base_models(adapter, hub):
@@ -321,22 +318,22 @@ def test_pushing_an_adapter_of_local_backbones_is_reported(adapter, hub, capfd, 
     config["backbones"]["language"]["name"] = str(copied)
     (adapter / "config.json").write_text(json.dumps(config))
     assert main(["push", "run", REPO]) == 0
-    assert "its language backbone is a folder of this machine, which nobody else has" in told(capfd)
+    assert "its language backbone is a folder of this machine, which nobody else has" in output_of(capfd)
     for name in (REPO, BASE):
-        found = json.loads(hub.files(name)["config.json"])
-        assert found["backbones"]["language"]["name"] == "words"
+        pushed = json.loads(hub.files(name)["config.json"])
+        assert pushed["backbones"]["language"]["name"] == "words"
         assert not any(str(tmp_path).encode() in content for content in hub.files(name).values())
 
 
-def test_a_silent_hub_is_given_up(adapter, hub, monkeypatch, capfd):
+def test_pushing_to_a_hub_that_does_not_answer_times_out(adapter, hub, monkeypatch, capfd):
     monkeypatch.setattr("flamingo_ft.hub.upload.TIMEOUT_S", 0.2)
     monkeypatch.setattr(errors, "ATTEMPTS", 1)
     hub.hold(f"POST /api/models/{REPO}/commit")
     assert main(["push", "run", REPO]) == 2
-    assert "the connection to the Hub broke off (" in told(capfd)
+    assert "the connection to the Hub broke off (" in output_of(capfd)
 
 
-def test_text_that_begins_with_a_slash_is_pushed_as_it_is(adapter):
+def test_text_that_begins_with_a_slash_is_not_taken_for_a_path(adapter):
     path = adapter / "resolved_recipe.yaml"
     recipe = yaml.safe_load(path.read_text())
     recipe["data"] |= {"system_prompt": "/no_think Answer in one word."}
@@ -345,9 +342,9 @@ def test_text_that_begins_with_a_slash_is_pushed_as_it_is(adapter):
     evaluation = {"accuracy": 0.5, "per_task": {"/sign language/": {"accuracy": 0.5, "samples": 2}}}
     (adapter / "metrics.json").write_text(json.dumps({"eval": evaluation}))
     files = files_to_push(adapter, REPO)
-    shown = yaml.safe_load(files["resolved_recipe.yaml"])["data"]
-    assert shown["system_prompt"] == "/no_think Answer in one word."
-    assert shown["train"][0]["columns"] == {"answer": "/label"} and shown["train"][0]["path"] == "train.jsonl"
+    data = yaml.safe_load(files["resolved_recipe.yaml"])["data"]
+    assert data["system_prompt"] == "/no_think Answer in one word."
+    assert data["train"][0]["columns"] == {"answer": "/label"} and data["train"][0]["path"] == "train.jsonl"
     card = files["README.md"].decode()
     assert "system_prompt: /no_think Answer in one word." in card and "| /sign language/ | 2 |" in card
     assert list(json.loads(files["metrics.json"])["eval"]["per_task"]) == ["/sign language/"]

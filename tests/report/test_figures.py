@@ -1,4 +1,4 @@
-"""The pictures of a run: what they show, in which colour, and that nothing lies over anything else."""
+"""The figures of a run: their content and colours, and that nothing overlaps."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from flamingo_ft.data import Sample
 from flamingo_ft.data.media import preview
 from flamingo_ft.errors import UserError
 from flamingo_ft.report import answer_grid, loss_curve, sample_grid
+from flamingo_ft.report.curves import GREEN, RED
 from flamingo_ft.report.sample_grid import spread
-from flamingo_ft.report.style import GREEN, RED
 from tests.model.kinds_of_images import KINDS
 
 LONG = "A question that goes on and on about all there is to see, WITH WORDS IN CAPITALS, to the end " * 3
@@ -25,7 +25,7 @@ LONG = "A question that goes on and on about all there is to see, WITH WORDS IN 
 
 @pytest.fixture
 def paint(tmp_path):
-    """Makes an image file of a size and returns its path."""
+    """A function that writes an image file of a given size and returns its path."""
 
     def make(width: int, height: int) -> str:
         path = tmp_path / f"{width}x{height}.png"
@@ -37,7 +37,7 @@ def paint(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, paint):
-    """Makes the folder of a run from what was asked and answered in it."""
+    """A function that writes the predictions and log of a run and returns its folder."""
 
     def make(*predictions: dict, losses: tuple[float, ...] = (2.0, 1.0, 0.5)) -> str:
         scan = {"task": "digit", "images": [paint(8, 8)], "question": "Which digit?", "answer": "Two."}
@@ -51,21 +51,23 @@ def run(tmp_path, paint):
 
 
 def texts(figure) -> dict[str, str]:
-    """Colour of every text in a figure, by its words in one line."""
+    """Return the colour of every text in a figure, by the text on one line."""
     drawn = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
     return {" ".join(text.get_text().split()): to_hex(text.get_color()) for text in drawn}
 
 
 def boxes(figure) -> list:
-    """Where the captions and the picture of every cell lie, after drawing."""
+    """Return the extents of the captions and images of all cells, after drawing."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     renderer = canvas.get_renderer()
-    found = []
+    extents = []
     for axes in figure.axes:
-        found += [box.get_window_extent(renderer) for box in (axes.title, *axes.artists) if box.get_visible()]
-        found.append(axes.get_window_extent(renderer))
-    return found
+        extents += [
+            box.get_window_extent(renderer) for box in (axes.title, *axes.artists) if box.get_visible()
+        ]
+        extents.append(axes.get_window_extent(renderer))
+    return extents
 
 
 @pytest.mark.parametrize("name", ["RGBA", "16-bit PNG", "palette with tRNS", "sideways"])
@@ -88,7 +90,7 @@ def test_the_loss_curve_goes_through_every_logged_loss(run):
     assert axes.get_ylim()[0] == 0 < 2.0 < axes.get_ylim()[1]
 
 
-def test_a_loss_logged_once_is_a_curve_too(run):
+def test_a_loss_logged_once_is_drawn_as_a_curve(run):
     (axes,) = loss_curve(run({}, losses=(3.0,))).axes
     assert list(axes.lines[0].get_ydata()) == [3.0]
 
@@ -111,11 +113,11 @@ def test_a_run_not_evaluated_before_training_shows_the_answers_after(run):
     assert "✓ after: Two." in shown and not any("before" in text for text in shown)
 
 
-def test_an_empty_answer_is_named(run):
+def test_an_empty_answer_is_shown_as_nothing(run):
     assert texts(answer_grid(run({"after": ""})))["✗ after: (nothing)"] == RED
 
 
-def test_a_dollar_sign_is_no_formula(run):
+def test_a_dollar_sign_is_not_parsed_as_a_formula(run):
     figure = answer_grid(run({"question": "Is it $5 or $10?", "after": "$x^2$"}))
     boxes(figure)
     assert {"Is it $5 or $10?", "✗ after: $x^2$"} <= set(texts(figure))
@@ -151,8 +153,8 @@ def test_every_task_has_its_turn():
 )
 def test_long_captions_do_not_overlap_and_stay_inside(run, paint, columns):
     images = [[paint(8, 8)], [paint(600, 300)] * 2, [paint(300, 600)], [paint(8, 8)] * 5]
-    asked = [{"images": some, "question": LONG, "before": "W" * 200, "after": LONG} for some in images]
-    figure = answer_grid(run(*asked), columns=columns)
+    predictions = [{"images": some, "question": LONG, "before": "W" * 200, "after": LONG} for some in images]
+    figure = answer_grid(run(*predictions), columns=columns)
     drawn = boxes(figure)
     width, height = figure.bbox.size
     for box in drawn:
@@ -175,7 +177,7 @@ def test_samples_show_their_whole_dialogue_and_number_their_images(paint):
     assert {"Two and six.", "The same?", "No."} <= set(texts(axes)) and "Be short." not in texts(axes)
 
 
-def test_figures_leave_no_trace_in_pyplot(run):
+def test_figures_are_drawn_without_pyplot(run):
     import matplotlib.pyplot as plt
 
     answer_grid(run({"after": "Two."}))
@@ -184,9 +186,11 @@ def test_figures_leave_no_trace_in_pyplot(run):
 
 
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path):
-    for picture in (loss_curve, answer_grid):
-        with pytest.raises(UserError, match="not the folder of a finished run, .* not found; give a run's"):
-            picture(tmp_path)
+    for draw in (loss_curve, answer_grid):
+        with pytest.raises(
+            UserError, match="not the folder of a finished run, .* not found; use a run's output_dir"
+        ):
+            draw(tmp_path)
 
 
 def test_the_error_for_a_run_without_answers_or_losses_has_a_remedy(run):

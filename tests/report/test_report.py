@@ -1,4 +1,4 @@
-"""The report of a run: what it shows, that it stands alone, and that it never ends a run."""
+"""The report of a run shows its state, needs no other files, and never ends the run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import pytest
 
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import StoppedBySignal, UserError
-from flamingo_ft.report import curves, final_report, gates, live, write_report
+from flamingo_ft.report import curves, final_report, gates, write_report
 from tests.regimes import recipe, write_run
 
 REFRESH = 'http-equiv="refresh"'
 
 
 def entries(steps: int, layers: int = 2) -> list[dict]:
-    """A log that has everything."""
+    """A log with values for every figure but those of DPO."""
     numbers = {"grad_norm": 1.0, "memory_gib": 1.5, "images_per_second": 9.0, "label_tokens_per_second": 99.0}
     gate_names = [(kind, layer) for kind in ("attention", "feed_forward") for layer in range(layers)]
-    opened = {f"gate/{kind}/{layer}": -0.1 * layer for kind, layer in gate_names}
-    numbers |= {"learning_rate": 1e-3} | opened
+    gate_values = {f"gate/{kind}/{layer}": -0.1 * layer for kind, layer in gate_names}
+    numbers |= {"learning_rate": 1e-3} | gate_values
     return [
         {"loss": 1 / step, "seconds": 2.0 * step, "step": step, **numbers} for step in range(1, steps + 1)
     ]
@@ -29,7 +29,7 @@ def entries(steps: int, layers: int = 2) -> list[dict]:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder of a run that is under way: step 4 of 8."""
+    """The folder of a run in progress: step 4 of 8."""
     write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
@@ -54,10 +54,10 @@ def finish(folder) -> None:
 def words(page: str) -> str:
     """The page's text, without markup."""
     parser = HTMLParser()
-    found: list[str] = []
-    parser.handle_data = found.append
+    texts: list[str] = []
+    parser.handle_data = texts.append
     parser.feed(page)
-    return " ".join(" ".join(found).split())
+    return " ".join(" ".join(texts).split())
 
 
 def test_the_page_of_a_run_in_progress_shows_its_step_and_reloads(folder):
@@ -91,9 +91,15 @@ def test_the_page_of_a_stopped_run_names_the_signal_or_error(folder, error, show
     assert shown in words(page) and REFRESH not in page
 
 
-def test_the_page_needs_nothing_beside_it_and_runs_no_scripts(folder):
-    said = {"task": "t", "images": [], "question": "<script>alert(1)</script>", "answer": "a", "before": "b"}
-    write(folder, entries(4), [said])
+def test_the_page_needs_no_other_files_and_runs_no_scripts(folder):
+    prediction = {
+        "task": "t",
+        "images": [],
+        "question": "<script>alert(1)</script>",
+        "answer": "a",
+        "before": "b",
+    }
+    write(folder, entries(4), [prediction])
     page = write_report(folder).read_text()
     assert "<script" not in page and "default-src 'none'" in page
     sources = re.findall(r'(?:src|href)="([^"]{0,20})', page)
@@ -118,8 +124,8 @@ def test_a_nan_loss_is_left_out_of_the_curve():
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end():
-    found = curves.curve([{"step": n, "loss": n} for n in range(1, 10_002)], "loss")
-    assert len(found.steps) <= curves.MAX_POINTS and found.steps[-1] == 10_001
+    result = curves.curve([{"step": n, "loss": n} for n in range(1, 10_002)], "loss")
+    assert len(result.steps) <= curves.MAX_POINTS and result.steps[-1] == 10_001
 
 
 def test_parts_with_equal_learning_rates_share_a_curve():
@@ -130,11 +136,8 @@ def test_parts_with_equal_learning_rates_share_a_curve():
     }
     (axes,) = curves.learning_rate_figure([{"step": n, "learning_rate": 1e-3, **rates} for n in (1, 2)]).axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert (
-        len(labels) == 2
-        and labels[0].startswith("cross attention, perceiver")
-        and labels[1].startswith("lora")
-    )
+    assert len(labels) == 2
+    assert labels[0].startswith("cross attention, perceiver") and labels[1].startswith("lora")
 
 
 @pytest.mark.parametrize("layers", [2, 32])
@@ -154,7 +157,7 @@ def test_rewards_of_dpo_are_shown(folder):
 
 
 def test_a_report_that_fails_is_a_warning_and_does_not_end_the_run(folder, monkeypatch):
-    monkeypatch.setattr(live, "write_report", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("flamingo_ft.report.page.write_report", lambda *_, **__: 1 / 0)
     with (
         pytest.warns(UserWarning, match="report could not be written: ZeroDivisionError"),
         final_report(folder),
@@ -167,17 +170,17 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
         write_report(tmp_path)
 
 
-def test_no_report_is_left_where_no_run_began(tmp_path):
+def test_no_report_is_written_if_no_run_began(tmp_path):
     with final_report(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("method", "said"), [("sft", "Cross-entropy of the reference answers"), ("dpo", "The preference loss")]
+    ("method", "caption"), [("sft", "Cross-entropy of the reference answers"), ("dpo", "The preference loss")]
 )
-def test_the_loss_is_described_as_that_of_the_runs_method(folder, method, said):
+def test_the_loss_is_described_as_that_of_the_runs_method(folder, method, caption):
     (folder / "resolved_recipe.yaml").write_text(
         dump_recipe(recipe("train.max_steps=8", f"train.method={method}"))
     )
-    assert said in words(write_report(folder).read_text())
+    assert caption in words(write_report(folder).read_text())

@@ -1,5 +1,4 @@
-"""Write a run, its adapter, a composition and a merged model with the code of the package that is on the
-path.
+"""Write a run, its adapter, a composition and a merged model with the package on PYTHONPATH.
 
 cd FOLDER && PYTHONPATH=CHECKOUT python make.py
 """
@@ -51,7 +50,7 @@ QUESTION = "Which digit is this?"
 
 
 def write_data(folder: Path) -> None:
-    """Write a few rows and their images: bars, of a number and place that depend on the digit."""
+    """Write a few rows and their images: a bar whose position and background depend on the digit."""
     rows = []
     for digit in DIGITS:
         image = Image.new("L", (32, 32), 20 * digit)
@@ -81,8 +80,10 @@ def logits(model, processor, images: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def text_logits(model, processor) -> torch.Tensor:
-    """Return logits (vocabulary without new tokens,) after text alone; rows of new tokens in a composition
-    are random."""
+    """Return logits (vocabulary without new tokens,) after text alone.
+
+    A composition's rows of new tokens are random.
+    """
     ids = processor.tokenizer("Which digit is it?", return_tensors="pt")["input_ids"]
     vocabulary = model.config.text_config.vocab_size - len(model.config.new_token_ids or ())
     return model(input_ids=ids).logits[0, -1, :vocabulary].float()
@@ -91,15 +92,15 @@ def text_logits(model, processor) -> torch.Tensor:
 @torch.no_grad()
 def answers(model, processor, images: Path) -> list[str]:
     """Return the first tokens of the greedy answer to the question about each image."""
-    found = []
+    texts = []
     for digit in DIGITS:
         question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
         text = processor.apply_chat_template([question], add_generation_prompt=True)
         picture = Image.open(images / f"{digit}.png").convert("RGB")
         batch = processor(text=text, images=[picture], return_tensors="pt").to(model.device)
         ids = model.generate(**batch, do_sample=False, max_new_tokens=8)
-        found.append(processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :]))
-    return found
+        texts.append(processor.tokenizer.decode(ids[0, batch["input_ids"].shape[1] :]))
+    return texts
 
 
 def sha256(tensor: torch.Tensor) -> str:
@@ -107,8 +108,7 @@ def sha256(tensor: torch.Tensor) -> str:
 
 
 def relocate(folder: Path, old: str, new: str) -> None:
-    """Replace a path of this machine in the text files of a run, and the digests of its checkpoints
-    accordingly."""
+    """Replace a path in the text files of a run, and update the digests of its checkpoints."""
     for path in [*folder.rglob("*.yaml"), *folder.rglob("*.jsonl"), *folder.rglob("checkpoint.json")]:
         path.write_text(path.read_text().replace(old, new))
     for path in folder.rglob("checkpoint.json"):
@@ -141,7 +141,7 @@ def main() -> None:
     write_composition(here / "adapter", here / "composition")
     subprocess.run([*COMMAND, "merge", "adapter", "merged"], check=True)
 
-    said = {}
+    logits_by_name = {}
     for name in ("adapter", "composition", "merged"):
         if name == "adapter":
             model, processor = load_adapter(here / name, device="cpu")
@@ -149,14 +149,13 @@ def main() -> None:
             model = FlamingoForConditionalGeneration.from_pretrained(here / name).eval()
             processor = FlamingoProcessor.from_pretrained(here / name)
         if name == "composition":
-            said[name] = text_logits(model, processor)
+            logits_by_name[name] = text_logits(model, processor)
         else:
-            said[name] = logits(model, processor, here)
+            logits_by_name[name] = logits(model, processor, here)
             expected[f"{name}_answers"] = answers(model, processor, here)
-    save_file(said, here / "logits.safetensors")
+    save_file(logits_by_name, here / "logits.safetensors")
 
-    # The merged model's weights are those of the nano backbones but for the bridge and LoRA: only digests are
-    # kept.
+    # Most weights of the merged model are those of the nano backbones: store only their digests.
     merged = load_file(here / "merged" / "model.safetensors")
     expected["merged_sha256"] = {name: sha256(tensor) for name, tensor in sorted(merged.items())}
     expected["merged_files"] = sorted(path.name for path in (here / "merged").iterdir())

@@ -1,4 +1,4 @@
-"""A run of an earlier version loads, merges and resumes with today's code, and gives what it gave then."""
+"""A run of an earlier version loads, merges and resumes with the current code, with the recorded results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ EXPECTED = json.loads((STORED / "expected.json").read_text())
 LOGITS = load_file(STORED / "logits.safetensors")
 
 
-def assert_gives(name: str, model, processor) -> None:
-    """Compare with what the earlier version gave; another CPU may round differently."""
+def assert_matches_recorded(name: str, model, processor) -> None:
+    """Compare with the outputs of the earlier version; another CPU may round differently."""
     assert torch.allclose(logits(model, processor, STORED), LOGITS[name], rtol=1e-3, atol=1e-3)
     assert answers(model, processor, STORED) == EXPECTED[f"{name}_answers"]
 
@@ -35,57 +35,52 @@ def test_the_stored_adapter_changed_its_base():
     assert 0.005 < (adapter - merged).abs().max() < 0.5
 
 
-def test_a_stored_adapter_gives_what_it_gave():
-    assert_gives("adapter", *load_adapter(STORED / "adapter", device="cpu"))
+def test_a_stored_adapter_gives_the_recorded_outputs():
+    assert_matches_recorded("adapter", *load_adapter(STORED / "adapter", device="cpu"))
 
 
-def test_a_stored_composition_gives_what_it_gave_alone_and_below_its_adapter(tmp_path):
+def test_a_stored_composition_gives_the_recorded_outputs_alone_and_with_its_adapter(tmp_path):
     processor = FlamingoProcessor.from_pretrained(STORED / "composition")
     model = FlamingoForConditionalGeneration.from_pretrained(STORED / "composition").eval()
     assert torch.allclose(text_logits(model, processor), LOGITS["composition"], rtol=1e-3, atol=1e-3)
     shutil.copytree(STORED / "adapter", tmp_path / "adapter")
     name_base(tmp_path / "adapter", str(STORED / "composition"))
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter")
-    assert_gives("adapter", model.eval(), AutoProcessor.from_pretrained(tmp_path / "adapter"))
+    assert_matches_recorded("adapter", model.eval(), AutoProcessor.from_pretrained(tmp_path / "adapter"))
 
 
 @pytest.fixture(scope="module")
-def merged_today(tmp_path_factory) -> Path:
+def newly_merged(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("merged") / "merged"
     processor = FlamingoProcessor.from_pretrained(STORED / "adapter")
     write_merged(STORED / "adapter", folder, processor)
     return folder
 
 
-def test_merging_a_stored_adapter_gives_the_weights_it_gave(merged_today):
-    today, with_lora = (
-        load_file(path)
-        for path in (merged_today / "model.safetensors", STORED / "merged_with_lora.safetensors")
-    )
-    assert today.keys() == EXPECTED["merged_sha256"].keys() and len(with_lora) == 4
+def test_merging_a_stored_adapter_gives_the_recorded_weights(newly_merged):
+    actual = load_file(newly_merged / "model.safetensors")
+    with_lora = load_file(STORED / "merged_with_lora.safetensors")
+    assert actual.keys() == EXPECTED["merged_sha256"].keys() and len(with_lora) == 4
     for name, digest in EXPECTED["merged_sha256"].items():
         if name in with_lora:
             assert sha256(with_lora[name]) == digest
-            assert torch.allclose(today[name], with_lora[name], rtol=2**-7, atol=0), name
+            assert torch.allclose(actual[name], with_lora[name], rtol=2**-7, atol=0), name
         else:
-            assert sha256(today[name]) == digest, name
+            assert sha256(actual[name]) == digest, name
 
 
-def test_a_stored_merged_model_gives_what_it_gave(merged_today, tmp_path):
+def test_a_stored_merged_model_gives_the_recorded_outputs(newly_merged, tmp_path):
     folder = tmp_path / "merged"
     shutil.copytree(STORED / "merged", folder)
-    weights = load_file(merged_today / "model.safetensors") | load_file(
-        STORED / "merged_with_lora.safetensors"
-    )
+    weights = load_file(newly_merged / "model.safetensors")
+    weights |= load_file(STORED / "merged_with_lora.safetensors")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert {path.name for path in folder.iterdir()} == {*EXPECTED["merged_files"]}
     model = FlamingoForConditionalGeneration.from_pretrained(folder).eval()
-    assert_gives("merged", model, FlamingoProcessor.from_pretrained(folder))
+    assert_matches_recorded("merged", model, FlamingoProcessor.from_pretrained(folder))
 
 
-def test_a_stored_checkpoint_resumes_to_the_losses_and_the_adapter_of_a_run_that_was_not_killed(
-    tmp_path, monkeypatch
-):
+def test_a_stored_checkpoint_resumes_to_the_result_of_an_uninterrupted_run(tmp_path, monkeypatch):
     for path in STORED.iterdir():
         if path.suffix in (".png", ".jsonl", ".yaml"):
             shutil.copy(path, tmp_path)
@@ -96,9 +91,8 @@ def test_a_stored_checkpoint_resumes_to_the_losses_and_the_adapter_of_a_run_that
     assert main(["train", "./recipe.yaml", "--resume"]) == 0
     assert losses(tmp_path / "run") == pytest.approx(EXPECTED["losses"], rel=1e-4)
     assert len(EXPECTED["losses"]) == STEPS
-    found, whole = (
-        load_file(folder / "adapter_model.safetensors") for folder in (Path("run"), STORED / "adapter")
-    )
-    assert found.keys() == whole.keys()
-    for name, tensor in whole.items():
-        assert torch.allclose(found[name], tensor, rtol=1e-3, atol=1e-4), name
+    resumed = load_file(Path("run", "adapter_model.safetensors"))
+    expected = load_file(STORED / "adapter" / "adapter_model.safetensors")
+    assert resumed.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.allclose(resumed[name], tensor, rtol=1e-3, atol=1e-4), name

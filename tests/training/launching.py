@@ -16,7 +16,7 @@ from tests import killing
 from tests.regimes import RECIPE
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 180  # seconds of a run
+LIMIT = 180  # seconds until a run is killed
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -29,7 +29,7 @@ def torchrun(folder: Path, output: str, *overrides: str) -> subprocess.Completed
     """Start two processes as a user does."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = [sys.executable, *LAUNCHER, "-m", "flamingo_ft", *command(output, *overrides)]
-    return subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(started, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
 def train(
@@ -52,9 +52,8 @@ def train(
     ]
     arounds = [killing.Around(environment=rank, spoil=spoil) for rank in ranks]
     started = [killing.start(command(output, *overrides), folder, log, around) for around in arounds]
-    ended = [
-        killing.kill_when(process, killing.after(LIMIT)) for process in started
-    ]  # one may wait for another for ever
+    # A process may wait for another one forever.
+    ended = [killing.kill_when(process, killing.after(LIMIT)) for process in started]
     return ended, log.read_text()
 
 
@@ -65,7 +64,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def write_data(folder: Path, media: Sequence[Sequence[int]]) -> list[dict]:
-    """Write a recipe and a row for each of ``media``: its media's numbers of frames, 0 for an image."""
+    """Write a recipe and a row for each entry of ``media``: frames of each medium, 0 for an image."""
     for shade in range(4):
         Image.new("RGB", (32, 32), (30 + 60 * shade,) * 3).save(folder / f"{shade}.png")
     rows = [_row(number, frames) for number, frames in enumerate(media)]

@@ -26,12 +26,12 @@ VIDEOS = [[2], [3], [2], [2]] * 2  # the perceiver runs once for each number of 
 STEPS = ("train.max_steps=3", "data.eval=[{path: train.jsonl}]")
 
 
-def assert_trained_alike(folder, one: str, two: str) -> None:
+def assert_same_training(folder, one: str, two: str) -> None:
     assert losses(folder / two) == pytest.approx(losses(folder / one), rel=1e-5)
     first, second = (load_file(folder / run / ADAPTER_WEIGHTS) for run in (one, two))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
-        # AdamW makes a share of the learning rate, 0.01, of what rounding does to a gradient near zero.
+        # For a gradient near zero, AdamW scales rounding errors up to a fraction of the learning rate, 0.01.
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-3)
 
 
@@ -45,7 +45,7 @@ def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
     write_data(tmp_path, MIXED)
     succeed(tmp_path, "one", "train.batch_size=4", *STEPS, processes=1)
     output = succeed(tmp_path, "two", *STEPS)
-    assert_trained_alike(tmp_path, "one", "two")
+    assert_same_training(tmp_path, "one", "two")
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
     assert first["eval"] == second["eval"] and first["train"]["data"] == second["train"]["data"]
     assert output.count("adapter in two") == 1 and output.count("rows of schema") == 2
@@ -70,7 +70,7 @@ def test_two_processes_equal_one_with_lora_and_accumulation(tmp_path, monkeypatc
         processes=1,
     )
     succeed(tmp_path, "two", "train.gradient_accumulation_steps=2", *regime, *STEPS)
-    assert_trained_alike(tmp_path, "one", "two")
+    assert_same_training(tmp_path, "one", "two")
 
 
 SHARDED = {
@@ -83,9 +83,7 @@ SHARDED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[pytest.mark.slow] * bool(SHARDED[name])) for name in SHARDED]
-)
+@pytest.mark.parametrize("case", SHARDED)
 def test_a_sharded_run_equals_an_unsharded_one_and_resumes_bit_for_bit(tmp_path, case):
     write_data(tmp_path, MIXED)
     options = (
@@ -96,7 +94,7 @@ def test_a_sharded_run_equals_an_unsharded_one_and_resumes_bit_for_bit(tmp_path,
     )
     succeed(tmp_path, "one", "train.batch_size=4", *options, processes=1)
     succeed(tmp_path, "two", "train.fsdp=true", *options)
-    assert_trained_alike(tmp_path, "one", "two")
+    assert_same_training(tmp_path, "one", "two")
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
     assert (
         first["eval"] == second["eval"] and first["train"]["best"]["step"] == second["train"]["best"]["step"]
@@ -114,7 +112,7 @@ def test_two_processes_equal_one_when_their_videos_differ_in_length(tmp_path):
     write_data(tmp_path, VIDEOS)
     succeed(tmp_path, "one", "train.batch_size=4", "train.max_steps=3", processes=1)
     succeed(tmp_path, "two", "train.max_steps=3")
-    assert_trained_alike(tmp_path, "one", "two")
+    assert_same_training(tmp_path, "one", "two")
 
 
 @pytest.mark.slow
@@ -141,7 +139,7 @@ def test_an_error_in_one_process_is_printed_once_and_ends_all(tmp_path):
     assert "exitcode  : 2" in done.stderr
 
 
-def loads_in_one_process_alone() -> None:
+def fail_to_load_in_rank_1() -> None:
     def fail(*_):
         if os.environ.get("RANK") == "1":
             raise UserError("cannot be loaded here")
@@ -151,19 +149,19 @@ def loads_in_one_process_alone() -> None:
 
 def test_a_loading_error_in_one_process_ends_a_sharded_run(tmp_path):
     write_data(tmp_path, MIXED)
-    codes, output = train(tmp_path, "two", "train.fsdp=true", *STEPS, spoil=loads_in_one_process_alone)
+    codes, output = train(tmp_path, "two", "train.fsdp=true", *STEPS, spoil=fail_to_load_in_rank_1)
     assert codes == [2, 2], output
     assert output.count("error: process 1: cannot be loaded here") == 1
 
 
-def bad_numbers_in_one_process() -> None:
-    trained_on = FlamingoTrainer.training_step
+def feed_nan_in_rank_1() -> None:
+    training_step = FlamingoTrainer.training_step
 
     def spoil(trainer, model, inputs, *arguments, **options):
         if os.environ.get("RANK") == "1":
             inputs["pixel_values"].fill_(float("nan"))
             Path("spoiled.json").write_text(json.dumps(trainer.pending[0].rows))
-        return trained_on(trainer, model, inputs, *arguments, **options)
+        return training_step(trainer, model, inputs, *arguments, **options)
 
     FlamingoTrainer.training_step = spoil
 
@@ -173,7 +171,7 @@ def bad_numbers_in_one_process() -> None:
 def test_non_finite_inputs_in_one_process_are_reported_with_its_samples(tmp_path, sharded):
     rows = write_data(tmp_path, [[0]] * 8)
     options = (f"train.fsdp={sharded}", "train.max_steps=1", "eval.before=false")
-    codes, output = train(tmp_path, "two", *options, spoil=bad_numbers_in_one_process)
+    codes, output = train(tmp_path, "two", *options, spoil=feed_nan_in_rank_1)
     assert codes == [2, 2], output
     spoiled = json.loads((tmp_path / "spoiled.json").read_text())
     assert 0 < len(spoiled) < len(rows)
@@ -189,10 +187,10 @@ def test_accelerates_own_fsdp_is_refused(tmp_path, monkeypatch, capsys):
 
 
 def test_data_counts_are_summed_over_processes():
-    one = {"rows": 3, "skipped": 1, "dropped": 0, "shortened": {"samples": 1}}
-    both = {"rows": 7, "skipped": 1, "dropped": 2, "shortened": {"samples": 1, "turns": 2}}
-    other = {"rows": 4, "skipped": 0, "dropped": 2, "shortened": {"turns": 2}}
-    assert total_metrics([one, other]) == both
+    first = {"rows": 3, "skipped": 1, "dropped": 0, "shortened": {"samples": 1}}
+    second = {"rows": 4, "skipped": 0, "dropped": 2, "shortened": {"turns": 2}}
+    total = {"rows": 7, "skipped": 1, "dropped": 2, "shortened": {"samples": 1, "turns": 2}}
+    assert total_metrics([first, second]) == total
 
 
 def test_two_gpus_in_one_process_are_refused_before_loading(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from flamingo_ft.training.train import train
 from tests import regimes
 
 DPO = ("train.method=dpo", "data.train=[{path: pairs.jsonl}]", "train.max_steps=3")
-CASES = {  # each of what trains, and what is frozen in each format
+CASES = {  # case -> trained parts, quantization of the frozen ones
     "bridge": ("bridge", "none"),
     "bridge and LoRA, nf4": ("bridge and LoRA", "nf4"),
     "LoRA only": ("LoRA only", "none"),
@@ -38,11 +38,15 @@ def pairs(small_run):
 
 
 def overrides(case: str) -> tuple[str, ...]:
-    regime, form = CASES[case]
-    return (*DPO, *regimes.REGIMES[regime], *(regimes.quantized(form, regime) if form != "none" else ()))
+    regime, quantization = CASES[case]
+    return (
+        *DPO,
+        *regimes.REGIMES[regime],
+        *(regimes.quantized(quantization, regime) if quantization != "none" else ()),
+    )
 
 
-def a_trainer(case: str, *more: str):
+def dpo_trainer(case: str, *more: str):
     model, processor = regimes.build(*overrides(case), *more)
     return regimes.trainer(model, processor, *overrides(case), *more)
 
@@ -67,7 +71,7 @@ def storages(model) -> set[int]:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", [*list(CASES)[:-1], pytest.param(list(CASES)[-1], marks=pytest.mark.slow)])
 def test_the_reference_stays_the_initial_policy(pairs, case):
-    trainer = a_trainer(case)
+    trainer = dpo_trainer(case)
     policy, reference, batch = trainer.model, trainer.ref_model, next(iter(trainer.batches))
     before = scores(trainer, policy, batch)
     assert torch.equal(scores(trainer, reference, batch), before)
@@ -76,9 +80,8 @@ def test_the_reference_stays_the_initial_policy(pairs, case):
     assert torch.equal(scores(trainer, reference, batch), before)
     assert (scores(trainer, policy, batch) - before).abs().max() > 1e-2
     losses = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[0]["loss"] == pytest.approx(
-        torch.log(torch.tensor(2.0)).item(), abs=1e-6
-    )  # both are one model yet
+    # In the first step, policy and reference are the same model.
+    assert losses[0]["loss"] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)
     assert losses[0]["rewards/margins"] == 0 and losses[-1]["rewards/margins"] > 0
 
 
@@ -109,7 +112,7 @@ def test_reference_and_policy_each_use_their_own_bridge(pairs):
 
 
 def test_a_resumed_run_has_the_same_reference(pairs):
-    first, again = (a_trainer("bridge and LoRA, nf4") for _ in range(2))
+    first, again = (dpo_trainer("bridge and LoRA, nf4") for _ in range(2))
     first.train()  # a resumed run also builds its model anew and restores the trained parameters later
     for one, other in zip(first.ref_model.parameters(), again.ref_model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -144,8 +147,8 @@ def contents(*more: str) -> list:
     """Return (contents, tensors) of the first batches of a run."""
     model, processor = regimes.build(*DPO, *more)
     batches = regimes.trainer(model, processor, *DPO, *more).batches
-    taken = list(islice(batches, 4))
-    return list(zip(batches.contents, taken, strict=True))
+    tensors = list(islice(batches, 4))
+    return list(zip(batches.contents, tensors, strict=True))
 
 
 def test_batch_contents_count_pairs_tokens_of_both_answers_and_each_image_once(pairs):
@@ -253,8 +256,8 @@ def test_settings_incompatible_with_dpo_are_refused_in_one_line(pairs, more, mes
     ],
 )
 def test_the_loss_equals_the_papers_formula(pairs, settings, loss):
-    trainer = a_trainer("bridge", f"train.dpo={settings}", "train.learning_rate=0.1")
-    trainer.train()
+    trainer = dpo_trainer("bridge", f"train.dpo={settings}")
+    regimes.shake(trainer.model, 0.3)
     batch = next(iter(trainer.batches))
     policy, reference = (scores(trainer, model, batch) for model in (trainer.model, trainer.ref_model))
     chosen, rejected = (policy - reference).chunk(2)

@@ -13,7 +13,7 @@ from .test_dpo import DPO, pairs  # noqa: F401  (a fixture)
 
 
 @pytest.fixture
-def four(pairs):  # noqa: F811
+def four_pairs(pairs):  # noqa: F811
     answers = ("Dark.", "Light, I say.")
     rows = [
         {
@@ -29,7 +29,7 @@ def four(pairs):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_one_batch_of_four_pairs_equals_accumulated_smaller_batches(four):
+def test_one_batch_of_four_pairs_equals_accumulated_smaller_batches(four_pairs):
     results = []
     for size, accumulated in ((4, 1), (2, 2), (1, 4)):
         overrides = (*DPO, "train.max_steps=1", "train.dpo={beta: 0.5}", f"train.batch_size={size}")

@@ -82,6 +82,8 @@ def test_eval_samples_with_one_answer_are_refused_if_eval_steps_is_set(eval_pair
         train(regimes.recipe(*WITH_EVAL, single))
     assert not Path("run/log.jsonl").exists()
     metrics = train(
-        regimes.recipe(*WITH_EVAL, single, "eval.steps=null", "train.max_steps=1", "train.output_dir=asked")
+        regimes.recipe(
+            *WITH_EVAL, single, "eval.steps=null", "train.max_steps=1", "train.output_dir=generated"
+        )
     )
     assert 0 <= metrics["eval"]["accuracy"] <= 1

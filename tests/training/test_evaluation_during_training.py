@@ -18,7 +18,7 @@ from flamingo_ft.training.train import train
 from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
 from ..regimes import LORA, build, shake
-from ..regimes import trainer as make
+from ..regimes import trainer as make_sft_trainer
 from .test_train import folder, recipe  # noqa: F401  (a fixture)
 
 WEIGHTS = "adapter_model.safetensors"
@@ -40,31 +40,32 @@ def test_eval_loss_and_accuracy_are_logged_and_the_last_accuracy_is_the_runs(fol
     assert all({"entropy", "mean_token_accuracy"} <= entry.keys() for entry in log() if "loss" in entry)
 
 
-@pytest.mark.parametrize("size", [1, 4, 6])
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_eval_loss_is_the_mean_over_label_tokens_for_any_batch_size_and_world_size(folder, size, processes):  # noqa: F811
-    config = recipe(f"eval.batch_size={size}", STEPS)
-    model, processor, samples, made = built(config)
-    total, tokens, batches = 0.0, 0, []
-    for rank in range(processes):
-        batches.append(list(EvalBatches(samples, model, processor, config, rank=rank, world_size=processes)))
-        for inputs, labels in batches[-1]:
-            loss = model(**inputs).loss.item() if labels else 0.0
-            total, tokens = total + loss * labels, tokens + labels
-    assert len({len(of_rank) for of_rank in batches}) == 1
-    alone = [
-        model(**inputs) for inputs, _ in EvalBatches(samples, model, processor, recipe("eval.batch_size=1"))
-    ]
-    counts = [labels for _, labels in EvalBatches(samples, model, processor, recipe("eval.batch_size=1"))]
-    assert len(counts) == 6 and sum(counts) == tokens and len({*counts}) > 1
-    expected = sum(output.loss.item() * count for output, count in zip(alone, counts, strict=True)) / tokens
-    assert total / tokens == pytest.approx(expected, rel=1e-5)
-    loss = run_evaluation(made, EvalBatches(samples, model, processor, config), None)["eval_loss"]
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert model.training
+def test_eval_loss_is_the_mean_over_label_tokens_for_any_batch_size_and_world_size(folder):  # noqa: F811
+    config = recipe("eval.batch_size=1", STEPS)
+    model, processor, samples, sft_trainer = shaken_trainer(config)
+    single = list(EvalBatches(samples, model, processor, config))
+    counts = [labels for _, labels in single]
+    tokens = sum(counts)
+    assert len(counts) == 6 and len({*counts}) > 1
+    expected = sum(model(**inputs).loss.item() * count for inputs, count in single) / tokens
+    for size in (1, 4, 6):
+        config = recipe(f"eval.batch_size={size}", STEPS)
+        loss = run_evaluation(sft_trainer, EvalBatches(samples, model, processor, config), None)["eval_loss"]
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert model.training
+        for world_size in (1, 2, 4):
+            shards = [
+                list(EvalBatches(samples, model, processor, config, rank=rank, world_size=world_size))
+                for rank in range(world_size)
+            ]
+            assert len({len(shard) for shard in shards}) == 1
+            weighted = [(inputs, labels) for shard in shards for inputs, labels in shard if labels]
+            assert sum(labels for _, labels in weighted) == tokens
+            total = sum(model(**inputs).loss.item() * labels for inputs, labels in weighted)
+            assert total / tokens == pytest.approx(expected, rel=1e-5), (size, world_size)
 
 
-def built(config):
+def shaken_trainer(config):
     model, processor = build_model(config)
     shake(model, 0.3)
     data = open_data(config.data, 0)
@@ -231,10 +232,12 @@ def test_a_kill_between_two_renames_does_not_lose_the_best_adapter(small_run):
 
 
 def test_a_missing_best_adapter_resets_the_best_metric(small_run):
-    made = make(*build(), "train.max_steps=1")
-    made.state.best_metric = 1.0
-    KeepBest(made.processing_class, Path("best")).on_train_begin(made.args, made.state, made.control)
-    assert made.state.best_metric is None
+    sft_trainer = make_sft_trainer(*build(), "train.max_steps=1")
+    sft_trainer.state.best_metric = 1.0
+    KeepBest(sft_trainer.processing_class, Path("best")).on_train_begin(
+        sft_trainer.args, sft_trainer.state, sft_trainer.control
+    )
+    assert sft_trainer.state.best_metric is None
 
 
 def test_eval_samples_that_are_all_too_long_are_refused_before_training(folder):  # noqa: F811

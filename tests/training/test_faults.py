@@ -51,7 +51,7 @@ def finish(folder) -> bytes:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Adapter weights of an undisturbed run."""
-    folder = tmp_path_factory.mktemp("unhindered")
+    folder = tmp_path_factory.mktemp("undisturbed")
     regimes.write_run(folder)
     assert killing.wait(killing.start(COMMAND, folder, folder / "log.txt")) == 0
     return (folder / "run" / "adapter_model.safetensors").read_bytes()
@@ -70,7 +70,7 @@ def test_a_full_disk_during_a_save_keeps_the_previous_checkpoint(folder, monkeyp
         "run/checkpoints/step-4: cannot write this checkpoint" in output
         and "No space left on device" in output
     )
-    assert "the last one is run/checkpoints/step-2" in output and "--resume" in output
+    assert "the last checkpoint is run/checkpoints/step-2" in output and "--resume" in output
     assert list(list_checkpoints(folder / "run" / "checkpoints")) == [2]
     verify(folder / "run" / "checkpoints" / "step-2")
     assert finish(folder) == weights
@@ -82,7 +82,7 @@ def test_a_file_size_limit_is_reported_in_one_line(folder):
     output = (folder / "log.txt").read_text()
     assert (
         "step-2: cannot write this checkpoint" in output
-        and "there is none yet" in output
+        and "the run has no earlier checkpoint" in output
         and "Traceback" not in output
     )
 
@@ -139,9 +139,7 @@ def test_resuming_with_other_rows_is_refused(folder, capfd):
 @pytest.mark.slow
 def test_a_full_disk_at_the_end_is_reported_with_the_last_checkpoint(folder, monkeypatch, capfd, weights):
     def full(*_, **__):
-        raise SafetensorError(
-            "No space left on device"
-        )  # as safetensors says it; open files say an OSError without a name
+        raise SafetensorError("No space left on device")  # safetensors raises no OSError
 
     with monkeypatch.context() as patch:
         patch.setattr("flamingo_ft.training.train.save_adapter", full)

@@ -21,7 +21,7 @@ from flamingo_ft import progress as progress_module
 from flamingo_ft.errors import UserError
 from flamingo_ft.progress import LINE_SECONDS, progress_bars
 from flamingo_ft.report import LiveReport
-from flamingo_ft.report.log_file import LogFile, read_log, write_log
+from flamingo_ft.report.run_folder import LogFile, read_log, write_log
 from flamingo_ft.training import monitoring
 from flamingo_ft.training.monitoring import ProgressBar, check_trackers, tracker_callbacks
 from flamingo_ft.training.train import train
@@ -34,7 +34,7 @@ STEPS = 4
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a small run over four steps."""
-    folder = tmp_path_factory.mktemp("seen")
+    folder = tmp_path_factory.mktemp("monitored")
     write_run(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -54,7 +54,7 @@ def test_log_entries_have_throughput_memory_and_gradient_norm_as_numbers(run):
         assert entry["memory_gib"] > 0 and entry["grad_norm"] > 0
         assert entry["images_per_second"] == pytest.approx(
             entry["samples_per_second"]
-        )  # an image in each sample
+        )  # one image per sample
         assert entry["label_tokens_per_second"] > entry["samples_per_second"] > 0
     assert [entry["seconds"] for entry in entries] == sorted(entry["seconds"] for entry in entries)
 
@@ -189,10 +189,10 @@ def test_progress_bars_fit_the_terminal(monkeypatch, width, terminal):
     bar.on_log(None, state, None, logs=logs)
     lines = "".join(segment.text for segment in console.render(progress.get_renderable())).splitlines()
     assert all(len(line) <= width for line in lines)
-    shown = "\n".join(lines) if terminal and width >= 80 else out.getvalue()
+    text = "\n".join(lines) if terminal and width >= 80 else out.getvalue()
     if not terminal or width >= 80:
-        for words in ("loss 0.1234", "123,457 label tokens/s", "1,234 images/s", "71.23 GiB"):
-            assert words in shown
+        for expected in ("loss 0.1234", "123,457 label tokens/s", "1,234 images/s", "71.23 GiB"):
+            assert expected in text
 
 
 def test_the_logged_epoch_counts_passes_over_the_data(run):
@@ -241,7 +241,7 @@ def test_reports_take_little_time_however_often_is_logged(tmp_path, monkeypatch)
         drawn.append(now[0])
         now[0] += 4
 
-    monkeypatch.setattr("flamingo_ft.report.live.try_report", draw)
+    monkeypatch.setattr("flamingo_ft.report.page.try_report", draw)
     report, state = LiveReport(tmp_path), TrainerState(is_world_process_zero=True)
     while now[0] < 1000:
         report.on_log(None, state, None)

@@ -29,7 +29,7 @@ def trained(*overrides: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("regime", ["bridge", "bridge and LoRA"])
 def test_in_backward_steps_equal_ordinary_steps(small_run, regime):
-    """Bit for bit, if clipping, which is per parameter there, does nothing."""
+    """Bit for bit, with clipping (which is per parameter in the backward pass) switched off."""
     unclipped = (*REGIMES[regime], "train.max_grad_norm=1.0e+9", "train.warmup_steps=2")
     after, inside = trained(*unclipped), trained(*unclipped, "train.optimizer_in_backward=true")
     assert after.keys() == inside.keys()
@@ -81,34 +81,38 @@ def test_in_backward_optimizer_state_is_saved_and_restored_exactly(kind, dtype):
     assert torch.equal(parameter, other)
 
 
-PLAINER = ("adamw_8bit", "paged_adamw")  # the third is both
+ONE_FEATURE = ("adamw_8bit", "paged_adamw")  # paged_adamw_8bit has both
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in PLAINER), "paged_adamw_8bit"]
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ONE_FEATURE), "paged_adamw_8bit"]
 )
 @pytest.mark.parametrize("inside", ["false", "true"])
 def test_8_bit_and_paged_optimizers_update_like_adamw(small_run, name, inside):
     """Adam's first steps are about the gradient's sign times the learning rate."""
     start = trained("train.learning_rate=1.0e-12")
-    exact, lean = trained(), trained(f"train.optimizer={name}", f"train.optimizer_in_backward={inside}")
-    moved, moved_lean = (
-        {n: p.detach() - start[n].detach() for n, p in after.items()} for after in (exact, lean)
+    exact, low_memory = (
+        trained(),
+        trained(f"train.optimizer={name}", f"train.optimizer_in_backward={inside}"),
+    )
+    moved, moved_low_memory = (
+        {n: p.detach() - start[n].detach() for n, p in after.items()} for after in (exact, low_memory)
     )
     for parameter, update in moved.items():
-        assert torch.isfinite(lean[parameter]).all()
+        assert torch.isfinite(low_memory[parameter]).all()
         if update.numel() > 1000:
-            assert torch.cosine_similarity(update.flatten(), moved_lean[parameter].flatten(), dim=0) > 0.9, (
-                parameter
-            )
+            assert (
+                torch.cosine_similarity(update.flatten(), moved_low_memory[parameter].flatten(), dim=0) > 0.9
+            ), parameter
 
 
 def test_large_adamw_8bit_states_are_in_8_bits(small_run):
     model, processor = build()
-    made = trainer(model, processor, STEPS, "train.optimizer=adamw_8bit")
-    made.train()
+    sft_trainer = trainer(model, processor, STEPS, "train.optimizer=adamw_8bit")
+    sft_trainer.train()
     states = {
-        name: made.optimizer.state[parameter] for name, parameter in trainable_parameters(model).items()
+        name: sft_trainer.optimizer.state[parameter]
+        for name, parameter in trainable_parameters(model).items()
     }
     large = {name: state for name, state in states.items() if model.get_parameter(name).numel() >= 4096}
     assert large and all(state["state1"].dtype == torch.uint8 for state in large.values())
@@ -141,10 +145,10 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     rates, decays = ({g["name"]: g[key] for g in groups[::-1]} for key in ("lr", "weight_decay"))
     assert rates == {"perceiver": 0.001, "cross_attention": 0.002, "new_tokens": 0.003, "lora": 0.004}
     assert decays == {"perceiver": 0.1, "cross_attention": 0.0, "new_tokens": 0.0, "lora": 0.3}
-    held = {id(p): group["name"] for group in groups for p in group["params"]}
+    group_of = {id(p): group["name"] for group in groups for p in group["params"]}
     for name, parameter in trainable_parameters(model).items():
-        assert held[id(parameter)] == optimizer_group(name), name
-    assert len(held) == len(trainable_parameters(model))
+        assert group_of[id(parameter)] == optimizer_group(name), name
+    assert len(group_of) == len(trainable_parameters(model))
 
 
 @pytest.mark.parametrize("settings", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "inside"])
@@ -188,10 +192,12 @@ def test_warmup_and_decay_count_optimizer_steps(small_run, scheduler, shares):
     """For every group alike, as fractions of its peak."""
     course = ("train.max_steps=6", "train.warmup_steps=2", f"train.lr_scheduler={scheduler}", RATES, LORA)
     settings = (*course, "train.gradient_accumulation_steps=3", "train.batch_size=1")
-    made, seen = trainer(*build(LORA), *settings), []
-    made.add_callback(_Rates(seen))
-    made.train()
-    for peak, rates in zip((0.001, 0.001, 0.002, 0.002, 0.003, 0.004), zip(*seen, strict=True), strict=True):
+    sft_trainer, rates_by_step = trainer(*build(LORA), *settings), []
+    sft_trainer.add_callback(_Rates(rates_by_step))
+    sft_trainer.train()
+    for peak, rates in zip(
+        (0.001, 0.001, 0.002, 0.002, 0.003, 0.004), zip(*rates_by_step, strict=True), strict=True
+    ):
         torch.testing.assert_close(
             torch.tensor(rates) / peak, torch.tensor(shares).float(), rtol=1e-4, atol=1e-6
         )
@@ -200,11 +206,11 @@ def test_warmup_and_decay_count_optimizer_steps(small_run, scheduler, shares):
 class _Rates(TrainerCallback):
     """Records the learning rate of each group at each step."""
 
-    def __init__(self, seen):
-        self.seen = seen
+    def __init__(self, rates_by_step):
+        self.rates_by_step = rates_by_step
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **_):
-        self.seen.append([group["lr"] for group in optimizer.param_groups])
+        self.rates_by_step.append([group["lr"] for group in optimizer.param_groups])
 
 
 @pytest.mark.parametrize(
@@ -252,7 +258,9 @@ def test_in_backward_steps_refuse_several_processes_and_float16(small_run, argum
 
 
 def test_offloading_activations_without_a_gpu_is_refused(small_run):
-    with pytest.raises(UserError, match="train.activation_offload: there is no GPU"):
+    with pytest.raises(
+        UserError, match="train.activation_offload: got true, but no GPU is available; set it to false"
+    ):
         check_machine(recipe("train.activation_offload=true").train)
 
 

@@ -32,18 +32,18 @@ def python_is_full(*_, **__):
 
 
 @pytest.mark.parametrize(
-    ("fails", "owner", "more"),
+    ("fails", "device", "detail"),
     [
-        (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB more)"),
-        (host_is_full, "host", " (tried to allocate 4503599627370496 bytes more)"),
+        (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB detail)"),
+        (host_is_full, "host", " (tried to allocate 4503599627370496 bytes detail)"),
         (python_is_full, "host", ""),
     ],
 )
-def test_a_step_that_does_not_fit_is_a_one_line_error(fails, owner, more):
+def test_a_step_that_does_not_fit_is_a_one_line_error(fails, device, detail):
     with pytest.raises(OutOfMemory) as error, interruptions.oom_as_user_error("training"):
         fails()
     assert str(error.value).startswith(
-        f"training: {owner} memory is full{more}; lower train.batch_size or follow"
+        f"training: {device} memory is full{detail}; lower train.batch_size or follow"
     )
 
 
@@ -74,16 +74,16 @@ def test_a_backbone_that_does_not_fit_is_not_reported_as_damaged(folder, monkeyp
 
 
 def test_tensors_are_freed_before_the_plan_is_made(folder, monkeypatch):  # noqa: F811
-    kept = []
+    references = []
 
     def step(self, model, *_, **__):
-        taken = torch.ones(10)
-        kept.extend(map(weakref.ref, (taken, model)))
+        tensor = torch.ones(10)
+        references.extend(map(weakref.ref, (tensor, model)))
         return host_is_full()
 
     monkeypatch.setattr(FlamingoTrainerMixin, "training_step", step)
     monkeypatch.setattr(
-        interruptions, "make_plan_report", lambda recipe: _Report([ref() is None for ref in kept])
+        interruptions, "make_plan_report", lambda recipe: _Report([ref() is None for ref in references])
     )
     with pytest.raises(OutOfMemory) as error:
         train(recipe("data.eval=[]"))

@@ -53,7 +53,8 @@ def test_float16_chosen_by_auto_has_the_same_restrictions_as_fp16(small_run, mac
 def test_float16_without_a_gpu_is_refused_before_loading(small_run, monkeypatch):
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     with pytest.raises(
-        UserError, match="train.precision: fp16 needs a GPU, and there is none; use fp32, bf16 or auto"
+        UserError,
+        match="train.precision: got fp16, which needs a GPU, but no GPU is available; use fp32, bf16 or auto",
     ):
         train(recipe("train.precision=fp16"))
 
@@ -61,40 +62,46 @@ def test_float16_without_a_gpu_is_refused_before_loading(small_run, monkeypatch)
 def float16_trainer(monkeypatch, *overrides, scale=2.0**10):
     """Return a trainer that computes in float16 on the CPU, with loss scaling."""
     monkeypatch.setattr("flamingo_ft.training.build.autocast_dtype", lambda precision: FP16)
-    made = trainer(*build("model.init_from=start", LORA), "model.init_from=start", LORA, *overrides)
-    made.accelerator.native_amp = True
-    made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    return made
+    fp16_trainer = trainer(*build("model.init_from=start", LORA), "model.init_from=start", LORA, *overrides)
+    fp16_trainer.accelerator.native_amp = True
+    fp16_trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    return fp16_trainer
 
 
-def losses(made) -> list[float]:
-    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+def losses(fp16_trainer) -> list[float]:
+    return [entry["loss"] for entry in fp16_trainer.state.log_history if "loss" in entry]
 
 
 def test_float16_learns_with_trainable_parameters_in_float32(small_run, monkeypatch):
-    made = float16_trainer(monkeypatch, "train.max_steps=6")
-    seen = set()
-    layer = made.model.gated_cross_attn_layers[0].ff[1]
-    layer.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
-    made.train()
-    assert seen == {FP16}
-    assert losses(made)[-1] < 0.8 * losses(made)[0]
-    assert made.accelerator.scaler.get_scale() == 2.0**10
-    for name, parameter in trainable_parameters(made.model).items():
+    fp16_trainer = float16_trainer(monkeypatch, "train.max_steps=6")
+    dtypes = set()
+    layer = fp16_trainer.model.gated_cross_attn_layers[0].ff[1]
+    layer.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    fp16_trainer.train()
+    assert dtypes == {FP16}
+    assert losses(fp16_trainer)[-1] < 0.8 * losses(fp16_trainer)[0]
+    assert fp16_trainer.accelerator.scaler.get_scale() == 2.0**10
+    for name, parameter in trainable_parameters(fp16_trainer.model).items():
         assert parameter.dtype == torch.float32 and parameter.isfinite().all(), name
-        assert all(value.dtype == torch.float32 for value in made.optimizer.state[parameter].values()), name
+        assert all(
+            value.dtype == torch.float32 for value in fp16_trainer.optimizer.state[parameter].values()
+        ), name
 
 
 def test_a_gradient_overflow_does_not_advance_the_schedule(small_run, monkeypatch):
     """Each overflow halves the scale and skips the step; the learning rate stays where it was."""
     course = ("train.max_steps=3", "train.warmup_steps=4", "train.lr_scheduler=constant")
-    made = float16_trainer(monkeypatch, *course, scale=2.0**40)
+    fp16_trainer = float16_trainer(monkeypatch, *course, scale=2.0**40)
     before = {
-        name: parameter.detach().clone() for name, parameter in trainable_parameters(made.model).items()
+        name: parameter.detach().clone()
+        for name, parameter in trainable_parameters(fp16_trainer.model).items()
     }
-    made.train()
+    fp16_trainer.train()
     assert all(
-        torch.equal(parameter, before[name]) for name, parameter in trainable_parameters(made.model).items()
+        torch.equal(parameter, before[name])
+        for name, parameter in trainable_parameters(fp16_trainer.model).items()
     )
-    assert made.accelerator.scaler.get_scale() == 2.0**37
-    assert [entry["learning_rate"] for entry in made.state.log_history if "loss" in entry] == [0.0] * 3
+    assert fp16_trainer.accelerator.scaler.get_scale() == 2.0**37
+    assert [entry["learning_rate"] for entry in fp16_trainer.state.log_history if "loss" in entry] == [
+        0.0
+    ] * 3

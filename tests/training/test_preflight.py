@@ -1,4 +1,4 @@
-"""Notices before the first step: planned and free memory, held-out images that are trained on."""
+"""Checks before the first step: the loss of the model, memory, held-out images that are trained on."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from collections import namedtuple
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from flamingo_ft.adapters import set_trainable
+from flamingo_ft.backbones.language import LanguageBackbone, load_language
+from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.cli import main
+from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import gib
+from flamingo_ft.model import build_flamingo
 from flamingo_ft.plan import planner
 from flamingo_ft.training import preflight
-from flamingo_ft.training.preflight import memory_notice
+from flamingo_ft.training.build import make_trainer
+from flamingo_ft.training.preflight import check_loss, check_packing, memory_notice
 
 from ..regimes import recipe, write_run
 
 Memory = namedtuple("Memory", "available")
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 @pytest.fixture
@@ -39,13 +47,10 @@ def test_the_planned_peak_is_compared_with_free_memory(folder, monkeypatch):
 
 def test_a_run_that_cannot_be_planned_says_why(folder, monkeypatch):
     def unknown(*_, **__):
-        raise UserError("data.max_text_tokens: found neither data nor a limit")
+        raise UserError("data.max_text_tokens: neither data nor a limit")
 
     monkeypatch.setattr(preflight, "plan_memory", unknown)
-    assert (
-        memory_notice(recipe())
-        == "memory: not planned (data.max_text_tokens: found neither data nor a limit)"
-    )
+    assert memory_notice(recipe()) == "memory: not planned (data.max_text_tokens: neither data nor a limit)"
 
 
 def test_a_model_with_data_dependent_shapes_is_not_planned(folder, monkeypatch):
@@ -80,3 +85,42 @@ def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(fo
     assert re.search(r"memory: planned peak \d+\.\d+ GiB, \d+\.\d\d GiB of host RAM are free", output)
     assert ("warning: 1 of 1 held-out samples show an image that is trained on too" in output) == leaks
     assert not leaks or re.search(r"first \S*eval.jsonl: row 0, trained on in \S*train.jsonl: row 0", output)
+
+
+# --- the language model's own loss ---
+
+
+def trainer_for(model_type: str, **options):
+    tokenizer = load_language("nano").tokenizer
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **{**SIZES, **options})
+    language = LanguageBackbone(AutoModelForCausalLM.from_config(config), tokenizer, {"name": model_type})
+    sizes = {"num_latents": 2, "depth": 1, "heads": 2, "dim_head": 8}
+    model, processor = build_flamingo(load_vision("nano"), language, perceiver=sizes)
+    config = recipe()
+    set_trainable(model, config.trainable)
+    return make_trainer(model, processor, open_data(config.data, 0), config, [])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2", "gemma2", "cohere"])
+def test_families_with_a_plain_head_train(folder, family):
+    assert trainer_for(family, num_key_value_heads=2, head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("bert", {"is_decoder": True}), ("roberta", {"is_decoder": True})]
+)
+def test_families_with_a_transform_in_the_head_are_refused(folder, family, options):
+    with pytest.raises(UserError, match=f"the training loss of a {family} model would not be its own"):
+        trainer_for(family, **options)
+
+
+def test_running_out_of_memory_in_a_check_is_not_blamed_on_the_model_family(folder, monkeypatch):
+    def gpu_is_full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+
+    trainer = trainer_for("llama", num_key_value_heads=2, head_dim=16)
+    monkeypatch.setattr(trainer.model, "forward", gpu_is_full)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_loss(trainer)
+    with pytest.raises(torch.OutOfMemoryError):
+        check_packing(trainer.model)

@@ -50,9 +50,7 @@ def test_a_run_pushes_its_checkpoints_and_its_adapter(folder, hub, capfd):
 def test_a_run_resumes_from_the_hub_bit_for_bit_after_losing_its_machine(folder, hub, capfd):
     assert main(["train", "./recipe.yaml", "train.max_steps=6", "train.output_dir=alone"]) == 0
 
-    def pushed() -> (
-        bool
-    ):  # the first of all, which gives way to none; the run ends no sooner than the last is
+    def pushed() -> bool:  # the first upload is never replaced, and the run waits for the last one
         return REPO in hub.repositories and any(path.startswith("checkpoints/") for path in hub.files(REPO))
 
     around = killing.Around({"HF_TOKEN": WRITER}, hub=hub.constants)
@@ -92,7 +90,7 @@ def test_a_new_run_is_refused_beside_the_checkpoints_of_another(folder, hub, cap
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("status", [pytest.param(500, marks=pytest.mark.slow), None])
+@pytest.mark.parametrize("status", [500, None])
 def test_an_unavailable_hub_does_not_end_the_run(folder, hub, capfd, status):
     hub.fail(f"POST /api/models/{REPO}/commit", times=1000, status=status)
     assert main([*COMMAND, "train.max_steps=2"]) == 0

@@ -12,8 +12,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from flamingo_ft.cli import main
 from flamingo_ft.config import load_recipe
-from flamingo_ft.data import open_data
-from flamingo_ft.data import opened_data as epochs
+from flamingo_ft.data import open_data, opened_data
 from flamingo_ft.data.opened_data import steps_per_epoch, with_max_steps
 from flamingo_ft.errors import UserError
 from flamingo_ft.training.build import trainer_arguments
@@ -75,7 +74,7 @@ def test_decimal_epochs_are_exact(folder):
 
 
 def test_processes_share_an_epoch(folder, monkeypatch):
-    monkeypatch.setattr(epochs.processes, "world_size", lambda: 5)
+    monkeypatch.setattr(opened_data.processes, "world_size", lambda: 5)
     assert counted("train.epochs=1").max_steps == 1
 
 

@@ -65,11 +65,11 @@ def build(folder: Path, seed: int) -> dict:
     )
     language = {"seconds": round(time.monotonic() - start), **answer_accuracies(model, tokenizer)}
     start = time.monotonic()
-    train, held_out = split_scans(load_scans())
-    tower = build_vision(folder / "vision", train, tokenizer, seed=seed, steps=TOWER_STEPS)
+    train_scans, eval_scans = split_scans(load_scans())
+    tower = build_vision(folder / "vision", train_scans, tokenizer, seed=seed, steps=TOWER_STEPS)
     vision = {
         "seconds": round(time.monotonic() - start),
-        "linear_probe_accuracy": linear_probe_accuracy(tower, train, held_out),
+        "linear_probe_accuracy": linear_probe_accuracy(tower, train_scans, eval_scans),
     }
     return {"seed": seed, "language": language, "vision": vision}
 
@@ -98,17 +98,17 @@ def build_vision(
 # --- What the backbones can do
 
 
-def linear_probe_accuracy(tower: CLIP, train: list[Scan], held_out: list[Scan]) -> float:
-    """Return the held-out accuracy of a ridge classifier on the mean spatial token before ln_post."""
-    train_tokens, held_out_tokens = mean_spatial_tokens(tower, train), mean_spatial_tokens(tower, held_out)
+def linear_probe_accuracy(tower: CLIP, train_scans: list[Scan], eval_scans: list[Scan]) -> float:
+    """Return the evaluation accuracy of a ridge classifier on the mean spatial token before ln_post."""
+    train_tokens, eval_tokens = (mean_spatial_tokens(tower, scans) for scans in (train_scans, eval_scans))
     mean, std = train_tokens.mean(0), train_tokens.std(0)
-    labels = torch.tensor([scan.digit for scan in train])
+    labels = torch.tensor([scan.digit for scan in train_scans])
     inputs = F.pad((train_tokens - mean) / std, (0, 1), value=1.0)
     ridge = inputs.T @ inputs + RIDGE * torch.eye(inputs.shape[1])
     weights = torch.linalg.solve(ridge, inputs.T @ F.one_hot(labels, 10).float())
-    guesses = (F.pad((held_out_tokens - mean) / std, (0, 1), value=1.0) @ weights).argmax(1)
-    correct = sum(guess == scan.digit for guess, scan in zip(guesses.tolist(), held_out, strict=True))
-    return round(correct / len(held_out), 4)
+    guesses = (F.pad((eval_tokens - mean) / std, (0, 1), value=1.0) @ weights).argmax(1)
+    correct = sum(guess == scan.digit for guess, scan in zip(guesses.tolist(), eval_scans, strict=True))
+    return round(correct / len(eval_scans), 4)
 
 
 def answer_accuracies(

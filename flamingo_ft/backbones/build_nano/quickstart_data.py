@@ -1,8 +1,8 @@
 """Write the quickstart data: `python -m flamingo_ft.backbones.build_nano.quickstart_data FOLDER`.
 
-FOLDER/images/*.png, FOLDER/train.jsonl and FOLDER/eval.jsonl look like any user's own instruction data;
-held-out scans occur only in eval.jsonl. FOLDER/preferences.jsonl and FOLDER/preferences_eval.jsonl ask the
-last question of their first rows again, with the right answer preferred to a wrong one of the same kind.
+FOLDER/images/*.png, FOLDER/train.jsonl and FOLDER/eval.jsonl look like any user's own instruction data. The
+two splits share no scan. FOLDER/preferences.jsonl and FOLDER/preferences_eval.jsonl ask the last question of
+their first rows again, with the right answer preferred to a wrong one of the same kind.
 
 The pictures are the 1,797 scans of digits that scikit-learn carries: E. Alpaydin and C. Kaynak, "Optical
 Recognition of Handwritten Digits", UCI Machine Learning Repository (1998), https://doi.org/10.24432/C50P49,
@@ -46,7 +46,7 @@ PREFERENCES = {  # source: (file with preferences, number of rows)
 # --- Scans
 
 SPLIT_SEED = 0
-HELD_OUT_PER_DIGIT = 36
+EVAL_SCANS_PER_DIGIT = 36
 SIDE = 32
 LEVELS = 16
 
@@ -79,20 +79,20 @@ def load_scans() -> list[Scan]:
 
 
 def split_scans(scans: list[Scan]) -> tuple[list[Scan], list[Scan]]:
-    """Split into (training scans, held-out scans): 36 of each digit are held out, chosen by a fixed seed.
+    """Return (training scans, evaluation scans): 36 of each digit, chosen by a fixed seed, are held out.
 
-    A held-out scan with the same pixels as a training scan moves to the training scans.
+    An evaluation scan with the same pixels as a training scan moves to the training scans.
     """
     rng = np.random.default_rng(SPLIT_SEED)
-    held_out: set[int] = set()
+    eval_numbers: set[int] = set()
     for digit in range(10):
         numbers = [scan.number for scan in scans if scan.digit == digit]
-        held_out.update(rng.permutation(numbers)[:HELD_OUT_PER_DIGIT].tolist())
-    train = [scan for scan in scans if scan.number not in held_out]
-    seen = {scan.pixels.tobytes() for scan in train}
-    test = [scan for scan in scans if scan.number in held_out]
-    train += [scan for scan in test if scan.pixels.tobytes() in seen]
-    return train, [scan for scan in test if scan.pixels.tobytes() not in seen]
+        eval_numbers.update(rng.permutation(numbers)[:EVAL_SCANS_PER_DIGIT].tolist())
+    train_scans = [scan for scan in scans if scan.number not in eval_numbers]
+    train_pixels = {scan.pixels.tobytes() for scan in train_scans}
+    eval_scans = [scan for scan in scans if scan.number in eval_numbers]
+    train_scans += [scan for scan in eval_scans if scan.pixels.tobytes() in train_pixels]
+    return train_scans, [scan for scan in eval_scans if scan.pixels.tobytes() not in train_pixels]
 
 
 # --- Dialogues
@@ -101,16 +101,16 @@ def split_scans(scans: list[Scan]) -> tuple[list[Scan], list[Scan]]:
 def write_dataset(folder: Path) -> None:
     """Write the images, train.jsonl and eval.jsonl."""
     scans = load_scans()
-    train, held_out = split_scans(scans)
+    train_scans, eval_scans = split_scans(scans)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for scan in scans:
         scan.picture().save(folder / scan.file_name, optimize=True)
-    _write_lines(dialogue_rows(train, TRAIN_ROWS, SEED), folder / "train.jsonl")
-    _write_lines(dialogue_rows(held_out, EVAL_ROWS, SEED + 1), folder / "eval.jsonl")
+    _write_lines(dialogue_rows(train_scans, TRAIN_ROWS, SEED), folder / "train.jsonl")
+    _write_lines(dialogue_rows(eval_scans, EVAL_ROWS, SEED + 1), folder / "eval.jsonl")
 
 
 def dialogue_rows(scans: list[Scan], counts: tuple[int, ...], seed: int) -> list[dict]:
-    """Return the rows of one split in random order; no scan is repeated before all of its digit are used."""
+    """Return the rows of one split in random order; all scans of a digit are used before one is repeated."""
     rng = Random(seed)
     scans_of_digit = [endless(rng, [scan for scan in scans if scan.digit == digit]) for digit in range(10)]
     rows = [
@@ -123,7 +123,7 @@ def dialogue_rows(scans: list[Scan], counts: tuple[int, ...], seed: int) -> list
 
 
 def _row(dialogue: Dialogue, scans_of_digit: list[Iterator[Scan]]) -> dict:
-    """Return the dialogue as one row, with the next scans of its digits as pictures, none of them twice."""
+    """Return the dialogue as one row, whose pictures are the next scans of its digits, all different."""
     messages = []
     for turn in dialogue.turns:
         messages.append({"role": "user", "content": [_content_block(part) for part in turn.question]})

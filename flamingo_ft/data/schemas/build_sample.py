@@ -1,5 +1,4 @@
-"""From a `ParsedRow` to a `Sample`: content is split at its markers, roles are checked, each image gets its
-place.
+"""From a `ParsedRow` to a `Sample`: split content at its markers, check roles, give each image its place.
 
 Nothing is opened or downloaded here.
 """

@@ -11,8 +11,7 @@ from typing import Any
 from flamingo_ft.data.fields import TAR_MEMBERS, Row, has_content, texts_in, type_name
 from flamingo_ft.errors import UserError
 
-# Columns with these names are part of the task. Whole names only: question_id, answer_type or caption_source
-# are metadata.
+# Columns with exactly these names are part of the task; question_id or caption_source, say, are metadata.
 TASK_COLUMNS = frozenset(
     """
     answer answers audio audios caption captions choice choices chosen class_label cls completion
@@ -28,8 +27,8 @@ NUMBERED = re.compile(
     r"(answer|caption|choice|completion|image|img|input|instruction|label|option|output|prompt|question|response"
     r"|target)s?_?([0-9]+|[a-h])"
 )
-LETTERS = frozenset("abcdefgh")  # options of a multiple-choice question, if there are columns a and b
-# A column with such a name or value holds the image of a row that has no other.
+LETTERS = frozenset("abcdefgh")  # options of a multiple-choice question, in rows with columns a and b
+# Names of columns that may hold the image of a row in which no image was read.
 IMAGE_COLUMNS = re.compile(r"(image|img|photo|picture|pic|video|frame)s?(_?(path|file|url|uri|name|id))?s?")
 NUMBER = re.compile(r"[+-]?[0-9][0-9.,eE+-]*")
 IMAGE_FILE = re.compile(
@@ -55,8 +54,7 @@ def normalize_name(name: str) -> str:
 def find_columns(
     row: Row, columns: Mapping[str, str], fields: Collection[str], where: str, strict: bool = True
 ) -> dict[str, str]:
-    """Return the column of each field that the row has: the one in ``columns``, or else the one with the
-    field's name.
+    """Return the column of each field that the row has: the one in ``columns``, else the one of its name.
 
     Names are compared without case and surrounding whitespace. Raises UserError for a column that does not
     exist, and with ``strict`` if several columns match a field.
@@ -91,8 +89,7 @@ def refuse_unsupported(unread: Mapping[str, Any], where: str) -> None:
 
 
 def task_column(unread: Mapping[str, Any], fields: Collection[str], read_values: Any) -> str | None:
-    """Return the first unread column that looks like part of the task, by its name or as one of the schema's
-    ``fields``.
+    """Return the first unread column that looks like part of the task, by its name or as one of ``fields``.
 
     Columns that only repeat values that are read do not count.
     """

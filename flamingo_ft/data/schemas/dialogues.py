@@ -33,8 +33,7 @@ from .build_sample import CONTENT_KEYS
 from .schema import ParsedRow, Schema, Turn, has_columns, images_of, register_schema, videos_of
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# LLaVA writes its marker on a line of its own, before or after the question; the line break belongs to the
-# marker.
+# LLaVA writes its marker on a line of its own, before or after the question, so the line break belongs to it.
 MARKER_LINE = re.compile(rf"{re.escape(MEDIA_TOKEN)}\n|\n{re.escape(MEDIA_TOKEN)}$")
 
 FLAGS = ("loss", "train", "training", "loss_mask")  # true or false, or 1 or 0
@@ -91,8 +90,9 @@ def system_turns(row: Row, where: str) -> list[Turn]:
 
 
 def has_loss(message: Mapping[str, Any], role: str, where: str) -> bool:
-    """Whether a message is trained on, by whichever of `LOSS_KEYS` it has. Always True for roles other than
-    assistant.
+    """Whether a message is trained on, by whichever of `LOSS_KEYS` it has.
+
+    Always True for roles other than assistant.
 
     Raises UserError for values other than yes or no, keys that contradict each other, and for messages of
     other roles that are marked to be trained on.

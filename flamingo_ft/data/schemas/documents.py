@@ -27,8 +27,7 @@ Block = dict[str, str]
 
 
 def parse_caption(row: Row, where: str) -> ParsedRow:
-    """Parse an image and its caption: ``caption``, ``text``, the first of ``captions``, or ``label`` (its
-    folder's name)."""
+    """Parse an image and its caption: ``caption``, ``text``, the first of ``captions``, or ``label``."""
     images, videos = images_of(row, where), videos_of(row, where)
     if not images and not videos:
         raise UserError(f"{where}: no image; give one in image, images or video")

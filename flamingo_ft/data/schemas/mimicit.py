@@ -1,5 +1,4 @@
-"""MIMIC-IT: instructions in one JSON file, their images as base64 in another, other instructions as
-in-context examples."""
+"""MIMIC-IT: instructions in one JSON file, their images as base64 in another, other rows as examples."""
 
 from __future__ import annotations
 
@@ -73,8 +72,7 @@ class MimicitParser:
         self._images = ImagesById(images_file(file.path, file.options.get(IMAGES_FILE), file.image_root))
 
     def __call__(self, row: Row, where: str) -> ParsedRow:
-        """Return the in-context examples (``rel_ins_ids``) in order, then the row's own instruction and
-        answer."""
+        """Parse the in-context examples (``rel_ins_ids``) in order, then the row's own question."""
         turns: list[Turn] = []
         media: list[MediaRef] = []
         examples = list_field(row, "rel_ins_ids", where) if has_value(row, "rel_ins_ids") else []

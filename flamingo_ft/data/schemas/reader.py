@@ -1,5 +1,4 @@
-"""Reads the rows of one source into samples, by the schema that the recipe names or that the first row
-matches."""
+"""Reads rows of one source into samples, by the schema that the recipe names or the first row matches."""
 
 from __future__ import annotations
 
@@ -153,16 +152,18 @@ class RowReader:
     def _refuse_column(
         self, column: str | None, unread: Mapping[str, Any], read: Mapping[str, str], what: str, where: str
     ) -> None:
-        """Raise UserError for an unread column, if any, and say how to read it. read: the column of each
-        field."""
+        """Raise UserError for an unread column, if any, and say how to read it.
+
+        read: the column of each field.
+        """
         if column is None:
             return
         name = self._schema.name
-        reason = f"looks like {what}, but schema {name} (recognised from the columns) does not read it"
+        reason = f"looks like {what}, but schema {name} (recognized from the columns) does not read it"
         remedy = "write its text into a column that is read, map it to a field with columns"
         if name == CAPTION and normalize_name(column) in QUESTIONS:
             answer = next(read[field] for field in self._schema.fields if field in read)
-            remedy = f"set columns: {{question: {column}, answer: {answer}}} to ask it"
+            remedy = f"set columns: {{question: {column}, answer: {answer}}} to train on it as a question"
         leave_out = f"or set format: {name} to leave it out"
         raise UserError(
             f"{where}: {column}: {reason}, got {type_name(unread[column])}; {remedy}, {leave_out}"

@@ -77,8 +77,7 @@ def open_table(path: Path, indexed: bool) -> DatasetsRows:
 
 
 def load_image_folder(path: Path, split: str, streaming: bool) -> DatasetsRows:
-    """Open a folder of images with a metadata file, or of one folder per class (its name is the column
-    ``label``).
+    """Open a folder of images with a metadata file, or with one folder per class, which is the ``label``.
 
     Thumbnails and other images that operating systems left there are not rows.
     """
@@ -133,8 +132,7 @@ def _load(where: str, *args: Any, **options: Any) -> DatasetsRows:
 
 
 def _files_without_system_files(folder: Path) -> dict[str, list[str]] | None:
-    """Return the files of each split without those that operating systems left there; None if there are none
-    of these.
+    """Return the files of each split except system files; None if the folder has no system files.
 
     `datasets` itself skips only hidden files, and takes no labels from folders whose images are at several
     depths, so the files are removed before it looks.
@@ -156,8 +154,7 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _with_remote_bytes(value: Any) -> Any:
-    """Return a value with the content of files on the Hub in place of their paths, which only `datasets`
-    can open."""
+    """Return a value with the content of files on the Hub, whose paths only `datasets` can open."""
     if isinstance(value, list):
         return [_with_remote_bytes(one) for one in value]
     path = value.get("path") if isinstance(value, dict) and {*value} == {"bytes", "path"} else None

@@ -196,8 +196,7 @@ def open_row_files(entry: DataSource) -> list[RowFile]:
 
 
 def _image_root(entry: DataSource) -> Path | None:
-    """Return the folder that image paths are relative to; None for rows of the Hub if the recipe names
-    none."""
+    """Return the folder that image paths are relative to; None for a Hub dataset without ``image_root``."""
     if entry.image_root is not None or entry.path is None:
         return entry.image_root and resolve_unicode(entry.image_root)
     path = resolve_unicode(entry.path)

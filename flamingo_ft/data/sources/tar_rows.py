@@ -197,8 +197,7 @@ def _check_agrees(in_json: Any, text: str, column: str, where: str) -> None:
 
 
 def _add_media(row: dict[str, Any], column: str, files: Mapping[str, bytes], where: str) -> None:
-    """Put images or videos into their column: those that the sample's JSON names, in that order, else all
-    of them."""
+    """Put images or videos into their column: those that the JSON names, in that order, else all of them."""
     if not files or "image_info" in row:  # an interleaved document names its images itself
         return
     plural = f"{column}s"

@@ -52,8 +52,10 @@ def parse_name(path: str) -> MemberName:
 
 
 def group_members(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator[list[T]]:
-    """Group members, in the order of the tar, into samples; of files sorted by name it holds one sample at
-    a time."""
+    """Group members, in the order of the tar, into samples.
+
+    Of files sorted by name it holds one sample at a time.
+    """
     named = ((parse_name(path_of(member)), member) for member in members)
     for _, same_key in groupby(named, lambda pair: pair[0].key):
         group = _Group()
@@ -109,8 +111,7 @@ class _Group:
         yield from samples.values()
 
     def _fits_one_sample(self) -> bool:
-        """Whether there are at most one text and one JSON, and all images and videos have the stem of one
-        of them."""
+        """Whether there is at most one text and one JSON, and all images and videos belong to one of them."""
         anchors = {name for name, _ in self._members if name.kind in ANCHORS}
         owners = {self._owner(name) for name, _ in self._members if name.kind == MEDIA}
         return max(Counter(name.kind for name in anchors).values()) <= 1 and len(owners) == 1

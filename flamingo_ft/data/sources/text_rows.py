@@ -215,16 +215,14 @@ class DelimitedRows(TextRows):
         return np.fromiter((start for start, _ in self._records()), np.int64)[1:]
 
     def _records(self) -> Iterator[tuple[int, bytes]]:
-        """Yield each record that is not blank and its byte offset; a record with quoted line breaks has
-        several lines."""
+        """Yield each record that is not blank and its byte offset; quoted line breaks do not end a record."""
         csv.field_size_limit(MAX_FIELD_CHARACTERS)
         with open(self.name, "rb") as file:
             file.seek(self._header)
             lines: list[bytes] = []
 
             def texts() -> Iterator[str]:
-                # Latin-1 decodes any byte: only the ends of records are found here, and parse() refuses what
-                # is not UTF-8.
+                # Only the ends of records matter here, and Latin-1 decodes any byte; parse() requires UTF-8.
                 for line in file:
                     lines.append(line)
                     yield line.decode("latin-1")

@@ -41,7 +41,7 @@ def serve(
     folder = fetch_model(model)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{model}: no adapter and no merged model; give the folder that a run or a merge wrote"
+            f"{model}: not an adapter or a merged model; give the folder that a run or a merge wrote"
         )
     read_flamingo_config(folder)
     _check_port(host, port)

@@ -95,8 +95,8 @@ def _block(value: Any, field: str, role: str, images: list[ImageLink]) -> dict[s
 
 def _link(block: dict[str, Any], field: str) -> ImageLink:
     """Return the link of an image block: ``image_url`` is the URL, or an object that has it."""
-    given = block.get("image_url")
-    link = given if isinstance(given, dict) else {"url": given, "detail": block.get("detail")}
+    value = block.get("image_url")
+    link = value if isinstance(value, dict) else {"url": value, "detail": block.get("detail")}
     _check_keys(link, field, ("url", "detail"))
     if not isinstance(link.get("url"), str) or not link["url"]:
         raise RequestError(f"must be a URL, got {shown(link.get('url'))}", field)
@@ -154,7 +154,7 @@ def _download(link: ImageLink, policy: MediaPolicy) -> bytes:
 
 
 def _local_file(link: ImageLink, policy: MediaPolicy) -> Path:
-    """Return a file in the allowed folder; the error does not tell whether a file elsewhere exists."""
+    """Return a file in the allowed folder; the error does not reveal whether a file elsewhere exists."""
     if policy.folder is None:
         raise RequestError(
             f"must be a data: or http(s) URL, got {shown(link.url)}; "

@@ -154,11 +154,11 @@ AnyFields = TypeVar("AnyFields", bound=_Fields)
 def chat_request(body: Mapping[str, Any]) -> GenerationRequest:
     """Parse a body of ``/v1/chat/completions``. Raise RequestError for the first wrong field."""
     fields = _read_fields(body, _ChatFields, _IN_CHAT, "messages")
-    given = {fields.max_tokens, fields.max_completion_tokens} - {None}
-    if len(given) > 1:
+    limits = {fields.max_tokens, fields.max_completion_tokens} - {None}
+    if len(limits) > 1:
         raise RequestError("differs from max_tokens, got both; give one of them", "max_completion_tokens")
     messages, images = read_messages(body.get("messages"), "messages")
-    sampling = _text_sampling(fields, next(iter(given), None))
+    sampling = _text_sampling(fields, next(iter(limits), None))
     return _request(fields, sampling, messages=messages, images=images)
 
 
@@ -203,9 +203,9 @@ def _read_fields(
     body: Mapping[str, Any], schema: type[AnyFields], unsupported: Unsupported, text_field: str
 ) -> AnyFields:
     """Read all fields but ``text_field``. A null field counts as absent, as everywhere in OpenAI's API."""
-    given = {name: value for name, value in body.items() if value is not None and name != text_field}
+    values = {name: value for name, value in body.items() if value is not None and name != text_field}
     known = {*schema.model_fields, *unsupported, *NO_EFFECT}
-    for name, value in given.items():
+    for name, value in values.items():
         if name not in known:
             raise RequestError(
                 f"unknown field; {_suggestion(name, {*known, text_field})}", name[:MAX_KEY_CHARACTERS]
@@ -213,7 +213,7 @@ def _read_fields(
         if name in unsupported and not any(_same(value, allowed) for allowed in unsupported[name]):
             raise RequestError(_refusal(value, unsupported[name]), name)
     try:
-        return schema.model_validate({name: given[name] for name in given if name in schema.model_fields})
+        return schema.model_validate({name: values[name] for name in values if name in schema.model_fields})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = first["msg"].replace("Input should be", "must be").replace("Input should have", "must have")

@@ -1,4 +1,4 @@
-"""Store an adapter, and what it says, with the code of the package that is on the path: see README.md.
+"""Store an adapter and its logits, written by the package on PYTHONPATH: see README.md.
 
 PYTHONPATH=CHECKOUT python make.py KIND FOLDER
 """
@@ -41,19 +41,19 @@ def main(kind: str, folder: Path) -> None:
     )
     starts = kind == "lora_on_a_bridge"
     if starts:
-        from flamingo_ft.adapters import start_bridge
+        from flamingo_ft.adapters import init_bridge
 
-        start_bridge(model, folder.parent / START)
+        init_bridge(model, folder.parent / START)
         model.config.bridge_init["path"] = START
     whole = dict.fromkeys(("perceiver", "cross_attention", "new_tokens"), not starts)
-    lora = add_updates(model, TARGETS[kind]) if TARGETS[kind] else ()
+    lora = add_small_lora(model, TARGETS[kind]) if TARGETS[kind] else ()
     set_trainable(model, TrainableSection(**whole, dtype="auto" if kind == "bridge" else "bf16"), *lora)
-    move(model)
+    perturb(model)
     save_adapter(model, processor, folder)
-    save_file({"logits": what_it_says(model.eval(), processor)}, folder / EXPECTED)
+    save_file({"logits": prompt_logits(model.eval(), processor)}, folder / EXPECTED)
 
 
-def add_updates(model, targets):
+def add_small_lora(model, targets):
     from flamingo_ft.adapters.lora import add_lora
     from flamingo_ft.config import LoraSection
 
@@ -65,8 +65,8 @@ def add_updates(model, targets):
 
 
 @torch.no_grad()
-def move(model) -> None:
-    """As training would, only at once and far."""
+def perturb(model) -> None:
+    """Change every trainable parameter, in place of training."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -74,8 +74,8 @@ def move(model) -> None:
 
 
 @torch.no_grad()
-def what_it_says(model, processor) -> torch.Tensor:
-    """Logits (vocabulary,) after a prompt with two images that are made up."""
+def prompt_logits(model, processor) -> torch.Tensor:
+    """Return logits (vocabulary,) after a prompt with two synthetic images."""
     text = f"{processor.image_token} Which digit? {processor.image_token} And this? <|endofchunk|>"
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"]
     pixels = torch.linspace(-2, 2, 2 * 3 * 32 * 32).reshape(1, 2, 3, 32, 32)
