@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flamingo_ft.evaluation.questions import AnswerLengths
-from flamingo_ft.formatting import percent, plural
+from flamingo_ft.formatting import percent, plural, significant
 
 from .row_inspector import Problem, RowResult
 from .text_checks import DialogueFormat
@@ -67,7 +67,7 @@ class SourceStats:
         split: `TRAIN` or `EVAL`.
         rows: all rows; ``samples`` of them are usable, ``bad`` have problems, and ``dropped`` are left out by
             data.too_long. Every count below ``bad``, except ``unread``, is over the usable rows.
-        label_tokens: text tokens with loss.
+        label_tokens: text tokens in the loss.
         unread: text columns and message keys that the schema ignores, with the number of rows that have them.
         conversions: images and videos by the conversion that the image reader applied (`images.CONVERSIONS`).
         rewritten: samples with an answer that the chat template does not reproduce verbatim.
@@ -175,10 +175,12 @@ class TrainingLength:
     @property
     def line(self) -> str:
         steps = f"training: {plural(self.max_steps, 'optimizer step')}"
-        if self.epochs is None:
+        if self.epochs is None or self.samples_per_epoch is None:
             return steps
         about = "about " if self.estimated else ""
-        return f"{steps}, {about}{self.epochs:.3g} epochs of {self.samples_per_epoch:,} samples"
+        epochs = significant(self.epochs)
+        noun = "epoch" if epochs == "1" else "epochs"
+        return f"{steps}, {about}{epochs} {noun} of {plural(self.samples_per_epoch, 'sample')}"
 
 
 @dataclass(frozen=True)

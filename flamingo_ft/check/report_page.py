@@ -124,8 +124,8 @@ def _image_histogram(images: Distribution) -> Figure:
 
 
 def _loss_share_histogram(share: Distribution) -> Figure:
-    figure, axes = _histogram("Share of tokens with loss", share)
-    axes.set(xlabel="tokens with loss, of all of a sample", xlim=(0, 1))
+    figure, axes = _histogram("Share of tokens in the loss", share)
+    axes.set(xlabel="tokens in the loss, of all of a sample", xlim=(0, 1))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
@@ -159,7 +159,7 @@ class TokenPreview:
     Attributes:
         text: what it adds to the text before it; empty for all but the last token of a character.
         name: its entry in the vocabulary.
-        learned: it has loss.
+        learned: it is in the loss.
         media: it is the image token.
         special: it is a special or added token.
     """

@@ -64,7 +64,7 @@ class RowResult:
 
     Attributes:
         source, file, row: index of the source, index of the file in it, row number in that file.
-        label_tokens: text tokens with loss.
+        label_tokens: text tokens in the loss.
         dropped: left out by data.too_long.
         losses, answers: see `InspectedText`.
         rewritten: the chat template does not reproduce an answer verbatim.

@@ -114,7 +114,7 @@ class DialogueFormat:
     Attributes:
         begins: before the first question.
         prompt: between a question and its answer.
-        ends: after an answer, with loss; ``follows`` comes after that, without loss.
+        ends: after an answer, in the loss; ``follows`` comes after that, not in the loss.
         stops: tokens at which generation stops.
         learns_to_stop: ``ends`` contains one of them.
     """
@@ -130,7 +130,7 @@ class DialogueFormat:
     def lines(self) -> list[str]:
         """The same in words."""
         ends = f"end with {_quoted(self.ends.text)}" if self.ends.text else "have no end"
-        follows = f" (then {_quoted(self.follows.text)}, without loss)" if self.follows.text else ""
+        follows = f" (then {_quoted(self.follows.text)}, not in the loss)" if self.follows.text else ""
         return [
             f"dialogues begin with {_quoted(self.begins.text)}; {_quoted(self.prompt.text)} precedes "
             f"answers, which {ends}{follows}",

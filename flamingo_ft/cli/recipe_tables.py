@@ -15,18 +15,17 @@ from flamingo_ft.formatting import gib, one_line, percent
 from flamingo_ft.model.images import CONVERSIONS
 
 _MEMORY_COLUMNS = ("params", "frozen", "trained", "grads", "state", "all")
-_STATISTICS = ("least", "median", "mean", "most")
+_STATISTICS = {"least": "min", "median": "median", "mean": "mean", "most": "max"}  # key -> header
 _DISTRIBUTIONS = {
     "turns": "turns",
     "images": "images and videos",
     "text_tokens": "text tokens",
-    "label_tokens": "text tokens with loss",
+    "label_tokens": "text tokens in the loss",
 }
 _REPEATS = {
     "copies": "training samples that equal an earlier one",
     "leaked": "held-out samples that equal one that is trained on",
     "leaked_images": "held-out samples that show an image that is trained on",
-    "repeated_images": "images in more than one place",
 }
 
 
@@ -75,7 +74,7 @@ def source_table(parts: Sequence[Mapping[str, Any]]) -> Table:
     """Return a table of what each source contains."""
     table = titled_table("sources")
     columns = ("rows", "samples", "dropped", "bad", "images", "videos")
-    for header in ("source", *columns, "with loss"):
+    for header in ("source", *columns, "in the loss"):
         table.add_column(header, justify="right")
     for number, part in enumerate(parts, start=1):
         counts = (f"{part[column]:,}" for column in columns)
@@ -101,13 +100,13 @@ def sample_table(distributions: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a table of the lengths of training samples."""
     table = titled_table("training samples")
     table.add_column("per sample")
-    for header in _STATISTICS:
+    for header in _STATISTICS.values():
         table.add_column(header, justify="right")
     for name, label in _DISTRIBUTIONS.items():
         values = distributions[name]
         table.add_row(label, *(f"{values[key]:,.{1 if key == 'mean' else 0}f}" for key in _STATISTICS))
     share = distributions["loss_share"]
-    table.add_row("share with loss", *(percent(share[key]) for key in _STATISTICS))
+    table.add_row("share in the loss", *(percent(share[key]) for key in _STATISTICS))
     return table
 
 
@@ -131,8 +130,11 @@ def repeat_lines(repeats: Mapping[str, Any]) -> Iterator[str]:
     """Yield a line for each kind of duplicate that occurs."""
     for name, label in _REPEATS.items():
         if repeats[name]:
-            total = f" of {repeats['images']:,}" if name == "repeated_images" else ""
-            yield f"{label}: {repeats[name]:,}{total}"
+            yield f"{label}: {repeats[name]:,}"
+    if repeats["repeated_images"]:
+        verb = "is" if repeats["repeated_images"] == 1 else "are"
+        images = f"{repeats['images']:,} distinct images"
+        yield f"{repeats['repeated_images']:,} of {images} {verb} used more than once"
 
 
 def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:

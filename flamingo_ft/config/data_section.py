@@ -65,8 +65,7 @@ class AugmentationSection(Section):
 
 
 class CacheSection(Section):
-    """Cache on disk of the frozen vision tower's output for each image, so that each image is encoded only
-    once."""
+    """Cache on disk of the frozen vision tower's output, so that each image is encoded only once."""
 
     folder: SharedPath
     """Cache folder, relative to the current directory. Several runs may share it."""
@@ -104,8 +103,8 @@ class DataSection(Section):
     """What to do with a sample that cannot be used, such as a malformed row or an unreadable image: stop the
     run (error), or leave it out and list it in left_out.jsonl (skip)."""
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """With on_bad_sample skip, the fraction of bad samples above which the run stops anyway: so many are
-    rarely intended."""
+    """With on_bad_sample skip, the fraction of bad samples above which the run stops anyway: a higher share
+    usually means a mistake."""
     allow_urls: bool = False
     """Whether images are downloaded where a row gives a URL. Off by default, because training would depend on
     the network."""

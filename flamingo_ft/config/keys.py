@@ -38,8 +38,10 @@ current directory.
 
 @dataclass(frozen=True)
 class RecipeKey:
-    """A key. name: dotted, entries of a list under index 0, as in overrides. default: as YAML; None for a
-    required key."""
+    """A key of a recipe.
+
+    name: dotted, entries of a list under index 0, as in overrides. default: as YAML; None for a required key.
+    """
 
     name: str
     type: str
@@ -147,7 +149,7 @@ def _type_text(schema: Mapping[str, Any]) -> str:
 
 
 def _yaml_default(default: Any, is_value: bool) -> str:
-    """Return a default as it would be written in a recipe. A section has none but those of its keys."""
+    """Return a default as it would be written in a recipe. A section has no default of its own."""
     if default is None:
         return "null"
     if not is_value:
@@ -172,7 +174,7 @@ def _without_titles(schema: Any) -> Any:
 
 
 def _suggestion(requested: str, names: list[str]) -> str:
-    """Return the nearest keys: of the same last component, that contain it, or of a similar spelling."""
+    """Return the nearest keys: with the same last component, containing it, or of the closest spelling."""
     last = next((step for step in reversed(requested.split(".")) if not step.isdecimal()), requested)
     ends = {name.rpartition(".")[2]: name for name in names}
     nearest = (

@@ -88,8 +88,7 @@ class _Sources:
         return next(around, None)
 
     def line_and_name(self, location: Location) -> tuple[int, str]:
-        """Return the line in the file (0 for an override) and the place in words, such as
-        `recipe.yaml:12`."""
+        """Return the line in the file (0 for an override) and the place in words: `recipe.yaml:12`."""
         line, is_in_file = self.file.find(location)
         override = self.override_of(location)
         if override is None and not is_in_file:

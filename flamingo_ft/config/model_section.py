@@ -1,5 +1,4 @@
-"""Sections ``model``, ``trainable`` and ``lora`` of a recipe: backbones, bridge, and what of them is
-trained."""
+"""Sections ``model``, ``trainable`` and ``lora`` of a recipe: backbones, bridge, and what is trained."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ class LanguageSection(Section):
 
 
 class PerceiverSection(Section):
-    """The perceiver resampler, which turns the patch tokens of an image or video into a fixed number of
-    latents."""
+    """The perceiver resampler, which turns the tokens of an image or video into a fixed number of latents."""
 
     num_latents: Count = 64
     """Latents per image or video that the language model attends to. More of them keep more detail and cost
@@ -146,8 +144,10 @@ class ModelSection(Section):
     }
 )
 class TrainableSection(Section):
-    """Parts of the bridge that are trained in full. The backbones stay frozen; LoRA is configured under
-    lora."""
+    """Parts of the bridge that are trained in full.
+
+    The backbones stay frozen; LoRA is configured under lora.
+    """
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """dtype in which trainable weights are stored. auto: fp32. bf16 halves their memory, but rounds small
@@ -176,8 +176,10 @@ def _lora_documentation(part: Part) -> str:
     {part.name: (LoraPart | None, Field(None, description=_lora_documentation(part))) for part in LORA_PARTS}
 )
 class LoraSection(Section):
-    """LoRA. Rank, scale and target modules are set per part (null: no LoRA there), all other keys apply to
-    every part."""
+    """LoRA on the backbones or on parts of the bridge.
+
+    Rank, scale and target modules are set per part (null: no LoRA there), all other keys apply to every part.
+    """
 
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout probability on the input of LoRA layers. Raise it if the model overfits a small dataset."""

@@ -113,12 +113,13 @@ def resolve_paths(
 def _resolve_model(
     kind: PathKind, text: str, section: Mapping[str, Any], start: Path
 ) -> tuple[Path | None, str | None]:
-    """Return the path of a model, or None for a name that is not a path; and a warning for old recipes.
+    """Return the path of a model, or None for a name that is not a path, plus a deprecation warning or None.
 
     The warning is for a path that differs from what earlier versions used, or that only they looked for.
     """
     here, plain = Path.cwd(), os.path.expanduser(text.removeprefix(LOCAL_DIR))
-    is_relative_to_recipe = kind is not PathKind.START and plain.startswith(("./", "../"))  # then as now
+    # unchanged from earlier versions
+    is_relative_to_recipe = kind is not PathKind.START and plain.startswith(("./", "../"))
     path = _local_path(kind, text, section, (start,) if is_relative_to_recipe else (start, here))
     earlier = here / plain
     if path is None or os.path.isabs(plain) or not earlier.exists() or start.samefile(here):

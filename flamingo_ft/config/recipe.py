@@ -67,7 +67,10 @@ def _cross_field_errors(recipe: Recipe) -> Errors:
 
 
 def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
-    """Something is trained, nothing in two ways, and only frozen parts of a loaded bridge are quantized."""
+    """Check that something is trained, no part both in full and with LoRA, and the bridge's quantization.
+
+    Only frozen parts of a loaded bridge can be quantized.
+    """
     in_full = [part.name for part in BRIDGE_PARTS if getattr(trainable, part.name)]
     for part in lora.parts:
         if part in in_full:
@@ -135,7 +138,7 @@ def _check_source(location: Location, source: DataSource) -> Errors:
 
 
 def _check_run_length(train: TrainSection, data: DataSection) -> Errors:
-    """The length of the run and of the warmup are each given in one of two units."""
+    """Check that run length and warmup are each given in only one of their two units."""
     if train.max_steps is None and train.epochs is None:
         yield ("train", "max_steps"), "missing; add it, or train.epochs instead"
     if train.max_steps is not None and train.epochs is not None:
@@ -196,7 +199,7 @@ def _check_evaluation(evaluation: EvalSection, data: DataSection) -> Errors:
 
 
 def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
-    """Learning rates and weight decays of parts that are not trained would have no effect."""
+    """Reject learning rates and weight decays of parts that are not trained: they have no effect."""
     trained = trainable.model_dump(exclude={"dtype"}) | {"lora": bool(lora.parts)}
     for section in ("learning_rates", "weight_decays"):
         for part in getattr(train, section).model_dump(exclude_none=True):

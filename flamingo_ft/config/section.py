@@ -20,8 +20,10 @@ from pydantic_core import PydanticKnownError
 
 
 class Section(BaseModel):
-    """A section (mapping) of a recipe: strict, frozen, without unknown keys. Docstrings of its keys are their
-    documentation."""
+    """A section (mapping) of a recipe: strict, frozen, without unknown keys.
+
+    Docstrings of its keys are their documentation.
+    """
 
     model_config = ConfigDict(
         strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
@@ -29,8 +31,10 @@ class Section(BaseModel):
 
 
 class PathKind(Enum):
-    """What a path is used for, which decides the folder that a relative one starts from
-    (`flamingo_ft.config.paths`)."""
+    """What a path is used for.
+
+    It decides the folder that a relative path starts from (`flamingo_ft.config.paths`).
+    """
 
     OUTPUT = "written by the run"
     SHARED = "written by the run and read by later ones"
@@ -69,8 +73,7 @@ S = TypeVar("S", bound=Section)
 
 
 def with_keys(keys: dict[str, Any]) -> Callable[[type[S]], type[S]]:
-    """Return a class decorator that adds ``keys``, {name: (type, Field)}, to a section, in front of its own
-    keys."""
+    """Return a class decorator that adds ``keys``, {name: (type, Field)}, before a section's own keys."""
 
     def extend(section: type[S]) -> type[S]:
         first = create_model(f"{section.__name__}Keys", __base__=Section, **keys)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class Part:
     """A part of the model that can be trained.
 
-    name: its key in those of ``trainable``, ``lora``, ``train.learning_rates`` and ``train.weight_decays``
-        that apply to it.
+    name: its key under ``trainable``, ``lora``, ``train.learning_rates`` and ``train.weight_decays`` (where
+        applicable).
     label: its name in messages and documentation.
     short: its name in tables.
     module: the model's attribute that holds it.
@@ -76,8 +76,8 @@ BACKBONE_PARTS = (LANGUAGE, VISION)
 # peft.LoraConfig.
 LORA_PARTS = (LANGUAGE, *(part for part in reversed(BRIDGE_PARTS) if part.takes_lora), VISION)
 
-# Format of a dataset's rows -> the columns that it is recognized by. The first format that matches is used,
-# so the order matters: preference pairs also have a prompt, and MIMIC-IT's instructions also have an answer.
+# Format of a dataset's rows -> its columns, as shown in messages. The order is the detection priority:
+# preference pairs also have a prompt, and MIMIC-IT's instructions also have an answer.
 DATASET_FORMATS = {
     "preference": "prompt, chosen, rejected",
     "messages": "messages and images",
@@ -91,7 +91,9 @@ DATASET_FORMATS = {
     "caption": "image, caption or text",
 }
 
-# Value of `eval.metric` -> what it measures. `flamingo_ft.evaluation.metrics.register_metric` adds to it.
+# Value of `eval.metric` -> what it measures. Built-in metrics must be listed here, because the schema is
+# generated without importing the registry; `flamingo_ft.evaluation.metrics.register_metric` adds metrics
+# registered at run time.
 METRIC_DESCRIPTIONS = {
     "loss": "cross-entropy of the reference answers, in nats per token; lower is better",
     "accuracy": "fraction of generated answers that equal the reference answer; higher is better",

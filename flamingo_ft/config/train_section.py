@@ -40,16 +40,20 @@ class RatesSection(Section):
     }
 )
 class DecaysSection(Section):
-    """Weight decay per part. null: train.weight_decay. Gates, norms, biases, latents and token rows are never
-    decayed."""
+    """Weight decay per part. null: train.weight_decay.
+
+    Gates, norms, biases, latents and token rows are never decayed.
+    """
 
     lora: Decay | None = None
     """Weight decay of all LoRA matrices. null: train.weight_decay."""
 
 
 class DpoSection(Section):
-    """Settings of direct preference optimization (DPO, arXiv:2305.18290). They apply if train.method is
-    dpo."""
+    """Settings of direct preference optimization (DPO, arXiv:2305.18290).
+
+    They apply if train.method is dpo.
+    """
 
     beta: Annotated[float, Field(gt=0)] = 0.1
     """Strength of the penalty for moving away from the reference model, which is the model before training.
@@ -81,10 +85,9 @@ class TrainSection(Section):
     """Length of the run in optimizer steps. Set either this or epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Length of the run in passes over the training data, fractions allowed. Converted to optimizer steps
-    when the data is opened, rounded up. In one epoch each row is drawn once, a row of a source with weight w
-    w times on average. Rows that are skipped or dropped count as drawn; with data.packing, the number of
-    packed rows is estimated from the first 1,000 samples. Not available for streamed sources. Set either this
-    or max_steps."""
+    when the data is opened, rounded up. An epoch draws each row `weight` times on average. Rows that are
+    skipped or dropped count as drawn; with data.packing, the number of packed rows is estimated from the
+    first 1,000 samples. Not available for streamed sources. Set either this or max_steps."""
     batch_size: Count = 8
     """Samples per device and forward pass (with dpo, pairs of answers; with data.packing, packed rows). If
     memory runs out, lower it and raise gradient_accumulation_steps by the same factor."""

@@ -38,7 +38,7 @@ _EXPECTED = {  # pydantic's type of error -> what the value has to be
 }
 _MAX_VALUE_CHARACTERS = 60
 _MAX_LISTED_KEYS = 12  # a section with more keys is not listed in a message
-_MAX_ROUNDS = 6  # of repairs: a section that is filled in lacks keys of its own, down to the deepest level
+_MAX_ROUNDS = 6  # repair passes: filling in a section may reveal missing keys inside it
 
 Errors = list[tuple[Location, str]]
 
@@ -101,7 +101,7 @@ def _message(schema: type[BaseModel], error: ErrorDetails) -> str:
 
 
 def _value_text(value: Any) -> str:
-    """Return a value as it would be written in a recipe, shortened; of containers only their kind."""
+    """Return a value as it would be written in a recipe, shortened; containers as their type only."""
     if isinstance(value, dict):
         return "a mapping"
     if isinstance(value, (list, tuple)):
@@ -131,8 +131,8 @@ def _unknown_key(schema: type[BaseModel], location: Location) -> str:
 def _nearest_keys(schema: type[BaseModel], location: Location) -> list[Location]:
     """Return the keys that an unknown key may stand for.
 
-    These are all keys of the same name elsewhere, or the key that another trainer calls so, or else the one
-    of the most similar spelling: in the same section, then anywhere.
+    These are all keys of the same name elsewhere, the key known by that name in another trainer, or the
+    closest spelling: in the same section, then anywhere.
     """
     *parent, name = location
     everywhere = list(recipe_locations(schema))
@@ -198,8 +198,10 @@ def _cross_field_errors_beside(schema: type[BaseModel], values: Any, invalid: Se
 
 
 def _depends_on(location: Location, message: str, invalid: Location) -> bool:
-    """Whether a cross-field error may come from a replaced value: one around it, inside it, or named in its
-    message."""
+    """Whether a cross-field error may come from a replaced value.
+
+    Such a value is around it, inside it, or named in its message.
+    """
     depth = min(len(location), len(invalid))
     is_named = re.search(rf"\b{re.escape(str(invalid[-1]))}\b", message) is not None
     return location[:depth] == invalid[:depth] or is_named
@@ -224,8 +226,10 @@ def _repair(schema: type[BaseModel], values: Any, location: Location, is_missing
 
 
 def _placeholder(section: type[BaseModel], name: str) -> Any:
-    """Return a valid value for a required key: text, a number, or an empty section that the next round
-    fills."""
+    """Return a valid value for a required key.
+
+    It is text, a number, or an empty section that the next pass fills.
+    """
     annotation = section.model_fields[name].annotation
     inner = section_of(annotation)
     if inner is not None:

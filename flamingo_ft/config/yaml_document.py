@@ -31,8 +31,10 @@ _SCALARS = (  # tag, pattern, first characters ("" stands for an empty value)
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with the scalars of YAML 1.2: `1e-4` is a number; `on`, `12:30` and dates are
-    text."""
+    """PyYAML's safe loader with the scalars of YAML 1.2.
+
+    `1e-4` is a number; `on`, `12:30` and dates are text.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -46,16 +48,20 @@ for _name, _pattern, _first in _SCALARS:
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed YAML text. name: what error messages call it, a file's path or an override. root: the YAML
-    node of the values."""
+    """A parsed YAML text.
+
+    name: what error messages call it, a file's path or an override. root: the YAML node of the values.
+    """
 
     name: str
     values: Any
     root: yaml.Node | None
 
     def find(self, location: Location) -> tuple[int, bool]:
-        """Return the line, from 1, of ``location`` and True; or the line of its deepest existing parent and
-        False."""
+        """Return the line of ``location``, from 1, and whether it exists.
+
+        If it does not, the line is that of its deepest existing parent.
+        """
         line, node = _line(self.root), self.root
         for step in location:
             child = _child(node, step)

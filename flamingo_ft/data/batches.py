@@ -26,20 +26,20 @@ from .collate import pack
 from .examples import DataStats, Example, SkippedRow
 from .sample_order import SampleIndex, SampleOrder, group_by_length
 
-REMEMBERED_BATCHES = 1024  # of which `Batches.contents` keeps what is in them
-LENGTH_WINDOW = 50  # batches among whose samples those of similar length are put together
+REMEMBERED_BATCHES = 1024  # how many recent batches `Batches.contents` describes
+LENGTH_WINDOW = 50  # batches whose samples are grouped by similar length together
 
 PlacedExample = tuple[int, Example]  # with its position in the run's order
 RowGrouping = Callable[[Iterator[PlacedExample]], Iterator[list[list[PlacedExample]]]]
-"""From examples to the rows of one batch after another; a row has one example, or several if they are packed.
+"""Groups examples into the rows of successive batches; a row has one example, or several if they are packed.
 
-It may hold examples back for later batches, as long as these would be placed the same way without the
-examples that were returned: a resumed run starts with the ones held back.
+It may hold examples back for later batches. Placing a held-back example must not depend on examples already
+returned: a resumed run sees only those held back and later ones.
 """
 
 
 PackedTensors = tuple[bytes, list[int], Tensor]
-"""A pickle without the bytes of its tensors, their number for each tensor, and these bytes (N,)."""
+"""(pickle without tensor data, byte size of each tensor, concatenated tensor data (N,))"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class LoaderConfig:
 class BatchContents:
     """What is in a batch.
 
-    rows: "FILE: row N" of each sample or pair. label_tokens: tokens with loss, of pairs those of both
-    answers. images: of all samples or pairs.
+    rows: "FILE: row N" of each sample or pair. label_tokens: tokens in the loss; for pairs, those of
+    both answers. images: those of all samples or pairs.
     """
 
     rows: tuple[str, ...]
@@ -74,7 +74,7 @@ class Batches:
     """An endless iterable of batches; `state_dict` says where the last one returned ends.
 
     Attributes:
-        contents: of the last batches returned, oldest first; whoever reads them removes them.
+        contents: contents of the latest batches, oldest first; consumers pop them.
         stats: counts of the rows so far.
     """
 
@@ -89,9 +89,9 @@ class Batches:
     ):
         """
         Args:
-            order: the run's samples from a position on.
-            dataset: from a `SampleIndex` to an `Example` or a `SkippedRow`, in the workers.
-            collate: from the rows of a batch to its tensors.
+            order: position -> the run's samples from there on.
+            dataset: `SampleIndex` -> `Example` or `SkippedRow`, in the workers.
+            collate: rows of a batch -> its tensors.
         """
         self.order, self.dataset, self.group_rows, self.collate = order, dataset, group_rows, collate
         self.stats, self.loading = stats, loading

@@ -1,6 +1,6 @@
 """From a dialogue or document to token ids and labels, and what happens to samples that are too long.
 
-Loss is on what the assistant says and its end token, nothing else.
+The loss covers what the assistant says and its end token, nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .render import (
 )
 from .sample import Sample, text_message
 
-IGNORED = -100  # the label without loss, as in torch's cross-entropy
+IGNORED = -100  # label ignored by the loss, as in torch's cross-entropy
 NOTHING_TO_LEARN = "no assistant text to train on"
 
 Messages = Sequence[Mapping[str, Any]]
@@ -47,10 +47,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one sample (T,) and their labels (T,), `IGNORED` where there is no loss.
+    """Token ids of one sample (T,) and their labels (T,), `IGNORED` for those not in the loss.
 
     images: how many of the sample's images and videos, from the first, are in it. cut: what was cut.
-    rewritten: whether the chat template leaves out or changes words of an answer with loss.
+    rewritten: whether the chat template leaves out or changes words of an answer that is trained on.
     """
 
     input_ids: list[int]
@@ -66,7 +66,7 @@ class Encoded:
 
     @property
     def label_tokens(self) -> int:
-        """Number of tokens with loss; the first token is never predicted."""
+        """Number of tokens in the loss; the first token is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
@@ -134,7 +134,7 @@ def end_token_id(processor: FlamingoProcessor) -> int | None:
 
 
 def has_labels(labels: Sequence[int]) -> bool:
-    """Whether any token has loss; the first token is never predicted."""
+    """Whether any token is in the loss; the first token is never predicted."""
     return any(label != IGNORED for label in labels[1:])
 
 
@@ -221,7 +221,7 @@ def _drop_turns(processor: FlamingoProcessor, sample: Sample, whole: Encoded, li
 def _exchanges(messages: list[dict[str, Any]]) -> tuple[int, Callable[[int], list[dict[str, Any]]]]:
     """Return how many exchanges there are, and a function for the messages of the first n.
 
-    A document's are its chunks.
+    For a document, each chunk counts as an exchange.
     """
     if is_document(messages):
         images = sum(map(is_image, messages[0]["content"]))
@@ -231,7 +231,11 @@ def _exchanges(messages: list[dict[str, Any]]) -> tuple[int, Callable[[int], lis
 
 
 def _exchange_starts(messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the indices of the first message and of each message after an answer that is not an answer."""
+    """Return the indices of the messages that begin an exchange.
+
+    These are the first message and each non-assistant message that follows an assistant message, if there is
+    an assistant message from there on.
+    """
     roles = [message["role"] for message in messages]
     starts = [0]
     starts += [i for i in range(1, len(roles)) if roles[i - 1] == "assistant" and roles[i] != "assistant"]

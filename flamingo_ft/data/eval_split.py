@@ -25,7 +25,7 @@ MISSING = -1  # size of a file that does not exist, or is not on this machine
 class Overlap:
     """Evaluation samples that share an image with training samples.
 
-    count: of such samples. eval: where the first of them is. train: where its image is trained on.
+    count: number of such samples. eval: location of the first. train: the training sample sharing its image.
     """
 
     count: int

@@ -24,7 +24,7 @@ MAX_SKIPPED_IN_A_ROW = 10_000  # of a stream, whose epoch has no known length
 
 @dataclass(frozen=True)
 class Example:
-    """A row to train on: its token ids (of a pair, both halves) and its media as tensors, in order."""
+    """A row to train on: its token ids (for a pair, both halves) and its media as tensors, in order."""
 
     where: str
     encoded: Encoded | EncodedPair
@@ -48,9 +48,8 @@ class ExampleDataset(Dataset):
     """Maps a `SampleIndex` to an `Example`, or to a `SkippedRow` with the reason.
 
     Args:
-        encode: from a sample to its tokens, or why a policy drops it.
-        load_media: from a sample, how many of its media are kept, and the sample's number in the run, which
-            seeds what is random, to their tensors.
+        encode: sample -> its tokens, or why a policy drops it.
+        load_media: (sample, number of media kept, sample number, which seeds augmentation) -> tensors.
     """
 
     def __init__(

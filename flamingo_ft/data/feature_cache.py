@@ -38,7 +38,7 @@ PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
 class Frame:
     """An image or a frame of a video: its tokens (V, D) if they are cached, else its pixels (C, H, W).
 
-    key: in the cache.
+    key: its cache key.
     """
 
     key: str
@@ -49,7 +49,7 @@ class Frame:
 def lookup_frame(
     store: FeatureStore, content: bytes, pixels: Callable[[], Tensor], number: int | None = None
 ) -> Frame:
-    """Look up an image file by its content; of a video its frame ``number``, counted in the whole video.
+    """Look up an image file by its content; for a video, its frame ``number``, counted in the whole video.
 
     Args:
         pixels: decodes and transforms the image to (C, H, W); called only if its tokens are not cached.
@@ -84,10 +84,9 @@ class FrozenTower:
     """A tower that always runs on batches of one size, so that an image's tokens do not depend on its batch.
 
     Attributes:
-        batch_size: of that batch, filled up with zeros. 1 if the bits of an image's tokens depend on its
-            place or neighbours: in 8 bits, an outlier in one image keeps that column of all images in higher
-            precision.
-        autocast: dtype that the trainer computes in, None for none.
+        batch_size: fixed; smaller batches are zero-padded. 1 if outputs are not batch-invariant: in int8, an
+            outlier in one image moves that column to higher precision for the whole batch.
+        autocast: dtype that the trainer computes in; None without autocast.
     """
 
     def __init__(self, visual: nn.Module, dtype: torch.dtype, autocast: torch.dtype | None = None):

@@ -31,7 +31,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.images import READER_VERSION
 from flamingo_ft.version import __version__
 
-FORMAT = 1  # to be raised when this package turns the same pixels into other tokens
+FORMAT = 1  # bump when this package turns the same pixels into other tokens
 # Packages that turn files into pixels and pixels into tokens, if installed.
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "bitsandbytes", "pillow", "av", "torchcodec")
 TOKENS = "tokens"  # name of the tensor in a file
@@ -119,7 +119,7 @@ def _metadata(key: str, tokens: Tensor) -> dict[str, str]:
 
 
 class FeatureWriter:
-    """Adds tokens to ``store`` until all files under ``root`` have ``max_bytes``; nothing is ever removed.
+    """Adds tokens to ``store`` until the files under ``root`` total ``max_bytes``; nothing is ever removed.
 
     Sizes are measured once, at the start, and counted as files are added. Each of ``writers`` processes that
     share the folder gets an equal part of what is left. If the disk is full or read-only, adding stops with

@@ -69,7 +69,7 @@ def texts_in(value: Any) -> Iterator[str]:
 def text_field(row: Row, name: str, where: str) -> str:
     """Return a field of text, which may be empty."""
     if not isinstance(row.get(name), str):
-        raise UserError(f"{where}: {name}: expected text, got {_got(row, name)}")
+        raise UserError(f"{where}: {name}: {_mismatch(row, name, 'text')}")
     return check_unicode(row[name], f"{where}: {name}")
 
 
@@ -85,7 +85,7 @@ def list_field(row: Row, name: str, where: str) -> list:
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = _parsed(value)
     if not isinstance(value, list):
-        raise UserError(f"{where}: {name}: expected a list, got {_got(row, name)}")
+        raise UserError(f"{where}: {name}: {_mismatch(row, name, 'a list')}")
     return value
 
 
@@ -106,7 +106,7 @@ def nonempty_text(value: Any, where: str) -> str:
 def nonempty_text_field(row: Row, name: str, where: str) -> str:
     """Return a field of text that is not blank."""
     if name not in row:
-        raise UserError(f"{where}: {name}: expected text, got no such field")
+        raise UserError(f"{where}: {name}: {_mismatch(row, name, 'text')}")
     return nonempty_text(row[name], f"{where}: {name}")
 
 
@@ -124,8 +124,10 @@ def check_unicode(text: str, where: str) -> str:
     return text
 
 
-def _got(row: Row, name: str) -> str:
-    return type_name(row[name]) if name in row else "no such field"
+def _mismatch(row: Row, name: str, expected: str) -> str:
+    return (
+        f"expected {expected}, got {type_name(row[name])}" if name in row else f"missing; expected {expected}"
+    )
 
 
 def _parsed(text: str) -> Any:

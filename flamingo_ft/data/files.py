@@ -46,7 +46,7 @@ FILES = frozenset(
     }
 )
 APPLE_DOUBLE = "._"  # macOS: the resource fork of the file of that name, with the same extension
-PAX_FOLDER = "paxheaders"  # extended headers, as tar programs that do not know them unpack them
+PAX_FOLDER = "paxheaders"  # where tar programs without pax support extract extended headers
 
 
 def same_name(a: str, b: str) -> bool:

@@ -122,7 +122,7 @@ class PixelLoader:
     def __call__(self, sample: Sample, kept: int, number: int) -> list[Tensor]:
         """Load the first ``kept`` media.
 
-        number: of the sample in the run; it seeds the augmentation, with ``seed``.
+        number: the sample's index in the run; with ``seed``, it seeds augmentation.
         """
         return [
             load_pixels(self.processor, medium, sample.where, self._augment(number, index))
@@ -176,7 +176,7 @@ class CachedFeatureLoader:
 
 
 def image_files(media: Iterable[Medium]) -> list[Image]:
-    """Return every image file, and of a video its file or its frames."""
+    """Return every image file; for a video, its file or frames."""
     files: list[Image] = []
     for medium in media:
         if not isinstance(medium, Video):
@@ -191,7 +191,7 @@ def image_files(media: Iterable[Medium]) -> list[Image]:
 def preview(medium: Medium) -> str:
     """Return a medium as text to show it later: the path of a local image, else a data URI of a small PNG.
 
-    Of a video it is the first frame.
+    For a video, it shows the first frame.
     """
     if isinstance(medium, str) and not is_url(medium):
         return medium
@@ -210,9 +210,9 @@ def open_preview(text: str) -> Picture:
 
 
 def augment(frames: Sequence[Picture], section: AugmentationSection, seed: int) -> list[Picture]:
-    """Crop, flip and recolor the frames of a medium (one of an image), all in the same way.
+    """Crop, flip and recolor all frames of a medium (an image has one) in the same way.
 
-    All randomness comes from ``seed``, of this use of this medium, so the number of workers does not matter.
+    All randomness comes from ``seed``, one per use of a medium, so the number of workers does not matter.
     """
     rng = random.Random(seed)
     box, flip = _random_box(rng, section.crop), rng.random() < section.flip

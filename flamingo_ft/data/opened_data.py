@@ -131,7 +131,7 @@ def with_max_steps(recipe: Recipe, data: OpenedData) -> Recipe:
 
 
 def steps_per_epoch(recipe: Recipe, data: OpenedData) -> Fraction | None:
-    """Return the optimizer steps of an epoch, which has each row of a source of weight w w times on average.
+    """Return the optimizer steps of an epoch, which draws each row ``weight`` times on average.
 
     It is a fraction, since an epoch may end within a step, and an estimate with ``data.packing``. None if a
     source is streamed.

@@ -37,7 +37,7 @@ class EncodedPair:
 
     @property
     def images(self) -> int:
-        """How many of the sample's first images and videos are in either half."""
+        """How many of the sample's first images and videos are in each half."""
         return self.chosen.images
 
     @property
@@ -66,8 +66,8 @@ def encode_pair(
 ) -> EncodedPair | Dropped:
     """Encode both halves of a preference sample, each within ``max_text_tokens`` as `encode_within` does.
 
-    A pair is dropped if either half is: the answers are at the end, so only truncate_text leaves anything of
-    them. Raises UserError, naming file and row, as `encode_within` does, and for a sample that is not a pair.
+    A pair is dropped if either half is. Answers come last, so only ``truncate_text`` can keep part of one.
+    Raises UserError, naming file and row, as `encode_within` does, and for a sample that is not a pair.
     """
     prompt, *answers = prompt_and_answers(sample)
     prompt = [{**message, "loss": False} for message in prompt]

@@ -1,4 +1,4 @@
-"""Dialogues and documents as text with the character spans that have loss, and the chat template in use.
+"""Dialogues and documents as text with the character spans in the loss, and the chat template in use.
 
 Captions and interleaved documents are written in OpenFlamingo's form whatever the chat template
 (arXiv:2308.01390, section 3):
@@ -6,8 +6,8 @@ Captions and interleaved documents are written in OpenFlamingo's form whatever t
     <image>caption<|endofchunk|></s>
     text<image>text<|endofchunk|><image>text<|endofchunk|></s>
 
-Their loss is on everything from the first image on except images: text, and the end of each chunk. The
-language model's own end token has loss after a caption, but not after an interleaved document.
+Their loss covers everything from the first image on except images: text, and the end of each chunk. The
+language model's own end token is in the loss after a caption, but not after an interleaved document.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from flamingo_ft.model.special_text import encode_text, protect
 
 from .sample import DOCUMENT, text_message
 
-# An empty dialogue gets the system message too, so that a dialogue's first turns are a prefix of all of it.
+# An empty dialogue gets the system message too, so that rendering the first n turns gives a prefix of the
+# full rendering.
 WITH_SYSTEM_PROMPT = (
     "{%- if not messages or messages | selectattr('role', 'equalto', 'system') | list | length == 0 -%}"
     "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}"
@@ -54,7 +55,7 @@ def apply_template(processor: FlamingoProcessor, data: DataSection) -> None:
 def render_dialogue(
     processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
-    """Return the text of a dialogue and the character spans with loss.
+    """Return the text of a dialogue and the character spans in the loss.
 
     Special tokens typed in the dialogue are placeholders in the text.
     """
@@ -75,7 +76,7 @@ def render_prompt(processor: FlamingoProcessor, messages: Sequence[Mapping[str, 
 
 
 def answers_rewritten(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]], text: str) -> bool:
-    """Whether an answer with loss does not appear unchanged in the dialogue's ``text``, whitespace aside."""
+    """Whether an answer that is trained on is not verbatim in the dialogue's ``text``, whitespace aside."""
     text, position = _without_space(text), 0
     for message in messages:
         if message["role"] == "assistant" and message.get("loss") is not False:
@@ -100,7 +101,7 @@ def is_document(messages: Sequence[Mapping[str, Any]]) -> bool:
 def render_document(
     processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]
 ) -> tuple[str, list[Span]]:
-    """Return the text of a document and the character spans with loss.
+    """Return the text of a document and the character spans in the loss.
 
     Special tokens typed in the document are placeholders in the text.
     """
@@ -172,7 +173,8 @@ def _unmasked(spans: list[Span], answers: list[int], masked: set[int]) -> list[S
     if len(spans) != len(answers):
         raise UserError(
             f"chat template: marks {len(spans)} parts as the assistant's in a dialogue of {len(answers)} "
-            "assistant turns, so the turn without loss is ambiguous; use a template that marks each turn once"
+            "assistant turns, so the turn that is not trained on is ambiguous; use a template that marks "
+            "each turn once"
         )
     return [span for span, index in zip(spans, answers, strict=True) if index not in masked]
 

@@ -35,10 +35,9 @@ class Sample:
             ...}``, one image block for each of ``images`` in order; ``"loss": False`` on an assistant message
             that is not trained on. The one message of a document (captions, interleaved documents) has the
             role `DOCUMENT`.
-        task: the name under which evaluation counts it.
+        task: group name in evaluation results.
         where: file and row, for error messages.
-        rejected: in a preference pair, the messages of the worse answer; ``messages`` ends with the better
-        one.
+        rejected: in a preference pair, the messages of the worse answer (the better one ends ``messages``).
         unread: columns of text in the row, and keys of its messages, that its schema does not read.
     """
 

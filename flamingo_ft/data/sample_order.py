@@ -57,8 +57,8 @@ class WeightedSource:
 class SampleOrder:
     """The samples of a mixture in order, without an end.
 
-    If all sources are indexed, an epoch has each row of a source of weight w w times on average, and no row
-    of it more than once more often than another. Otherwise sources are drawn at random by weight, and
+    If all sources are indexed, an epoch draws each row ``weight`` times on average; after any number of whole
+    epochs, counts within a source differ by at most one. Otherwise sources are drawn at random by weight, and
     streamed ones are shuffled within a buffer of ``shuffle_buffer`` rows.
     """
 

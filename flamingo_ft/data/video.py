@@ -20,14 +20,14 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,ogg,flv,
 
 
 def even_positions(total: int, count: int) -> list[int]:
-    """Return ``count`` numbers below ``total``, each in the middle of an equal part, or all if fewer."""
+    """Return the midpoints of ``count`` equal segments of ``total``, or every index if there are fewer."""
     if total <= count:
         return list(range(total))
     return [int((index + 0.5) * total / count) for index in range(count)]
 
 
 def read_frames(file: str | Path | bytes, count: int, where: str) -> dict[int, Image.Image]:
-    """Return ``count`` evenly spaced frames, or all of a shorter video, as upright RGB by their number in it.
+    """Return ``count`` evenly spaced frames, or all of a shorter video, as upright RGB, keyed by frame index.
 
     Raises UserError for a file that is not a video, and without PyAV.
     """

@@ -38,7 +38,7 @@ class Question(Prompt):
 
 
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
-    """Return one question per assistant turn, except turns without loss; earlier turns are given as they are.
+    """Return one question per assistant turn that is trained on; earlier turns are given as they are.
 
     A document with images is one question: its text up to the last image is the prompt, the rest the answer.
     Of a preference pair, only the turns of the preferred answer count; the turns before it are the prompt.

@@ -224,12 +224,16 @@ def test_duplicate_samples_and_images_are_found_by_content(folder):
     same, also, other = (asked("<image>?", "A", (name,)) for name in ("a.png", "copy.png", "b.png"))
     train = write_rows(folder / "x.jsonl", [same, asked("?", "B"), also, asked("<image>!", "A", ("a.png",))])
     eval_entry = write_rows(folder / "y.jsonl", [other, same, asked("<image>new", "A", ("copy.png",))])
-    repeats = checked(folder, [train], eval=[eval_entry]).repeats
+    findings = checked(folder, [train], eval=[eval_entry])
+    repeats = findings.repeats
     assert repeats.copies == 1
     assert [(group.times, group.rows) for group in repeats.copy_groups] == [(2, {train["path"]: [0, 2]})]
     assert repeats.leaked == 1 and repeats.leaked_images == 2
     assert repeats.leaked_groups[0].rows == {train["path"]: [0, 2], eval_entry["path"]: [1]}
     assert (repeats.images, repeats.repeated_images) == (2, 1) and repeats.repeated_groups[0].times == 5
+    line = "1 of 2 distinct images is used more than once"
+    assert line in [*check_tables(findings.record())]
+    assert line in (folder / "check" / "check.html").read_text()
 
 
 def test_rows_held_out_by_eval_fraction_are_counted_apart_and_none_leaks(folder):

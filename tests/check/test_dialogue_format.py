@@ -62,7 +62,7 @@ def test_check_reports_how_dialogues_are_written(tmp_path, capsys):
     )
     line = (
         'dialogues begin with "<|im_start|>user\\n"; "<|im_end|>\\n<|im_start|>assistant\\n" precedes '
-        'answers, which end with "<|im_end|>" (then "\\n", without loss)'
+        'answers, which end with "<|im_end|>" (then "\\n", not in the loss)'
     )
     lines = capsys.readouterr().out.splitlines()
     assert line in lines and "generation stops at <|im_end|> or <|endofchunk|>" in lines

@@ -1,4 +1,4 @@
-"""The page shows each token with or without loss, and text in the data cannot act on the page."""
+"""The page shows which tokens are in the loss, and text in the data cannot act on the page."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ BAD_ROWS = {
     "loss of text": (
         "messages",
         {"messages": [ASK[0], {**ASK[1], "loss": "no"}]},
-        "messages[1].loss: not true (learned) or false (not learned), got 'no'; use one of them",
+        "messages[1].loss: expected true (train on it) or false, got 'no'; use one of them",
     ),
     "more images": (
         "messages",
@@ -219,7 +219,7 @@ BAD_ROWS = {
         "instruction: expected text, got null",
     ),
     "output empty": ("alpaca", {"instruction": "Q", "output": ""}, f"output: {EMPTY}"),
-    "no output": ("alpaca", {"instruction": "Q"}, "output: expected text, got no such field"),
+    "no output": ("alpaca", {"instruction": "Q"}, "output: missing; expected text"),
     "input a list": (
         "alpaca",
         {"instruction": "Q", "input": [], "output": "A"},
@@ -252,7 +252,7 @@ BAD_ROWS = {
     "an answer object without answer": (
         "vqa",
         {"question": "Q", "answers": [{"confidence": "yes"}]},
-        "answers[0]: answer: expected text, got no such field",
+        "answers[0]: answer: missing; expected text",
     ),
     "half a character": (
         "vqa",
@@ -304,7 +304,7 @@ BAD_ROWS = {
     "lists of two lengths": (
         "obelics",
         {"texts": ["A.", "B."], "images": [None]},
-        "expected texts and images of one length, with null where the other has something, "
+        "expected texts and images as lists of equal length, exactly one of the two non-null at each index, "
         "got 2 texts and 1 images",
     ),
     "text and image": (
@@ -320,7 +320,7 @@ BAD_ROWS = {
     "no rejected": (
         "preference",
         {"prompt": "Q", "chosen": "A"},
-        "rejected: expected text, got no such field",
+        "rejected: missing; expected text",
     ),
     "the same twice": (
         "preference",
@@ -447,6 +447,12 @@ BAD_FILES = {
         "expected one of .jsonl, .ndjson, .json, .csv, .tsv, .tar, .tgz, .tar.gz, .parquet, .arrow, "
         "or a folder of images, got a .xlsx file",
     ),
+    "no extension": (
+        "rows",
+        b"{}",
+        "expected one of .jsonl, .ndjson, .json, .csv, .tsv, .tar, .tgz, .tar.gz, .parquet, .arrow, "
+        "or a folder of images, got a file without an extension",
+    ),
     "empty tar": ("x.tar", b"", "row 0: not a readable tar (empty file); replace FOLDER/x.tar"),
     "compressed tar of noise": (
         "x.tar.gz",
@@ -554,7 +560,7 @@ BAD_ENTRIES = {
     ),
     "another format": (
         lambda f: write(f, "x.jsonl", ROW) | {"format": "messages"},
-        "FOLDER/x.jsonl: row 0: messages: expected a list, got no such field",
+        "FOLDER/x.jsonl: row 0: messages: missing; expected a list",
     ),
     "empty pattern": (
         lambda f: {"path": str(f / "*.tar")},

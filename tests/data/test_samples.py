@@ -51,7 +51,7 @@ MALFORMED = {
     "a row of text": ("hello", ": expected an object with messages and images, got text"),
     "a row of null": (None, ": expected an object with messages and images, got null"),
     "a row of rows": ([{}], ": expected an object with messages and images, got a list"),
-    "no messages": ({"images": []}, ": messages: expected a list, got no such field"),
+    "no messages": ({"images": []}, ": messages: missing; expected a list"),
     "messages null": ({"messages": None}, ": messages: expected a list, got null"),
     "messages text": ({"messages": "hi"}, ": messages: expected a list, got text"),
     "messages an object": ({"messages": QUESTION}, ": messages: expected a list, got an object"),
@@ -126,7 +126,7 @@ MALFORMED = {
     ),
     "a text block without text": (
         with_content([{"type": "text"}]),
-        ": messages[0].content[0]: text: expected text, got no such field",
+        ": messages[0].content[0]: text: missing; expected text",
     ),
     "a text block of null": (
         with_content([{"type": "text", "text": None}]),

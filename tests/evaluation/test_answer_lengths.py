@@ -152,5 +152,7 @@ def test_check_reports_steps_in_epochs_and_epochs_in_steps(folder, capfd):
     assert "training: 3 optimizer steps, 3 epochs of 2 samples" in capfd.readouterr().out
     assert main(["check", "./recipe.yaml", "train.epochs=2.5", "train.batch_size=1"]) == 0
     assert "training: 5 optimizer steps, 2.5 epochs of 2 samples" in capfd.readouterr().out
+    assert main(["check", "./recipe.yaml", "train.max_steps=4800"]) == 0
+    assert "training: 4,800 optimizer steps, 4,800 epochs of 2 samples" in capfd.readouterr().out
     assert main(["check", "./recipe.yaml", "data.train.0.streaming=true"]) == 0
     assert "training: 1 optimizer step\n" in capfd.readouterr().out

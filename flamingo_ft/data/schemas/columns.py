@@ -39,9 +39,9 @@ UNSUPPORTED = {
     "tools": "write the tools into a system message, or remove the column",
     "functions": "write the functions into a system message, or remove the column",
     "chat_template_kwargs": "set them in the chat template, or remove the column",
-    "loss_mask": "mark messages that are not learned with loss: false",
-    "loss_scale": "mark messages that are not learned with loss: false",
-    "train_on_turn": "mark messages that are not learned with loss: false",
+    "loss_mask": "mark messages that are not to be trained on with loss: false",
+    "loss_scale": "mark messages that are not to be trained on with loss: false",
+    "train_on_turn": "mark messages that are not to be trained on with loss: false",
 }
 
 

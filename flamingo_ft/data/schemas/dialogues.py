@@ -201,14 +201,14 @@ def _flag(message: Mapping[str, Any], key: str, where: str) -> bool:
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value in (0, 1):
         return bool(value)
-    allowed = "true (learned) or false (not learned)" if key in FLAGS else "1 (learned) or 0 (not learned)"
+    expected = "true (train on it) or false" if key in FLAGS else "1 (train on it) or 0"
     got = repr(value) if isinstance(value, (int, float, str)) else type_name(value)
-    raise UserError(f"{where}.{key}: not {allowed}, got {got}; use one of them")
+    raise UserError(f"{where}.{key}: expected {expected}, got {got}; use one of them")
 
 
 def _remedy(key: str) -> str:
     if key in (*UNSUPPORTED_LOSS, *LOSS_KEYS):
-        return "mark whole assistant messages that are not learned with loss: false"
+        return "mark whole assistant messages that are not to be trained on with loss: false"
     if key in REASONING:
         return "write it into content, as the chat template has it, or remove it"
     if key in MEDIA:

@@ -116,8 +116,8 @@ def _parse_obelics(row: Row, where: str) -> tuple[list[Block], list[MediaRef]]:
     texts, pictures = list_field(row, "texts", where), list_field(row, "images", where)
     if len(texts) != len(pictures):
         raise UserError(
-            f"{where}: expected texts and images of one length, with null where the other has something, "
-            f"got {len(texts)} texts and {len(pictures)} images"
+            f"{where}: expected texts and images as lists of equal length, exactly one of the two non-null "
+            f"at each index, got {len(texts)} texts and {len(pictures)} images"
         )
     blocks: list[Block] = []
     images: list[MediaRef] = []

@@ -1,4 +1,4 @@
-"""MIMIC-IT: instructions in one JSON file, their images as base64 in another, other rows as examples."""
+"""MIMIC-IT: instructions in one JSON file, base64 images in another; other rows are in-context examples."""
 
 from __future__ import annotations
 
@@ -111,6 +111,6 @@ register_schema(
         matches=has_columns("instruction", "answer", "image_ids"),
         open_file=MimicitParser,
         options=(IMAGES_FILE,),
-        reads_media=False,
+        reads_common_media=False,
     )
 )

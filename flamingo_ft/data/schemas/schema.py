@@ -1,7 +1,7 @@
 """What a dataset schema is, the registered schemas, and how a row's schema is recognized.
 
 To add one for rows like ``{"photo": "1.jpg", "riddle": "Which digit?", "solution": "7"}``, write a file in
-this folder:
+this folder (outside it, use absolute imports):
 
     from flamingo_ft.data.fields import Row, nonempty_text_field
 
@@ -11,10 +11,10 @@ this folder:
     def parse_riddle(row: Row, where: str) -> ParsedRow:
         riddle = nonempty_text_field(row, "riddle", where)
         question = [{"type": "image"}, {"type": "text", "text": riddle}]
-        solution = nonempty_text_field(row, "solution", where)
+        answer = [{"type": "text", "text": nonempty_text_field(row, "solution", where)}]
         turns = [
             Turn("user", question, f"{where}: riddle"),
-            Turn("assistant", solution, f"{where}: solution"),
+            Turn("assistant", answer, f"{where}: solution"),
         ]
         return ParsedRow(turns, images=[MediaRef(row.get("photo"), f"{where}: photo")])
 
@@ -25,14 +25,14 @@ this folder:
             fields=("photo", "riddle", "solution"),
             matches=has_columns("photo", "riddle", "solution"),
             parse=parse_riddle,
-            reads_media=False,
+            reads_common_media=False,
         )
     )
 
 Import it in ``schemas/__init__.py``, as ``from . import riddles as riddles``, and add its columns for
-messages, ``"riddles": "photo, riddle, solution"``, to `DATASET_FORMATS` in ``config/tables.py``, before the
-formats whose columns its rows have too. Images in the usual columns `MEDIA_FIELDS` need neither ``fields``
-nor ``reads_media``: return ``ParsedRow(turns, images_of(row, where))``.
+messages, ``"riddles": "photo, riddle, solution"``, to `DATASET_FORMATS` in ``config/tables.py``, above any
+format that would also match its rows. If images are in ``image`` or ``images``, don't list them in
+``fields``, leave ``reads_common_media`` at True, and return ``ParsedRow(turns, images_of(row, where))``.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ class Schema:
         open_file: in place of ``parse``, for schemas whose rows refer to other rows or files; called once per
             data file.
         options: keys of ``columns`` that are settings of the schema, not columns; in ``fields`` as well.
-        reads_media: whether ``parse`` reads images and videos from `MEDIA_FIELDS`; if not, a recipe's
-            ``columns`` cannot map these.
+        reads_common_media: whether images come from ``image``, ``images``, ``video`` or ``videos``; if not, a
+            recipe's ``columns`` cannot map these.
         is_preference: whether rows are pairs of a better and a worse answer, for ``train.method: dpo``.
         selects: returns the one of ``fields`` that a row is read from, if they are alternatives; the others
             count as unread.
@@ -144,7 +144,7 @@ class Schema:
     parse: RowParser | None = None
     open_file: Callable[[DataFile], RowParser] | None = None
     options: tuple[str, ...] = ()
-    reads_media: bool = True
+    reads_common_media: bool = True
     is_preference: bool = False
     selects: Callable[[Row], str | None] | None = None
 
@@ -168,8 +168,8 @@ def register_schema(schema: Schema, description: str | None = None) -> Schema:
     """Make a schema known to recipes (``format``), to recognition and to reading.
 
     Args:
-        description: the columns it is recognized by, for error messages; only for schemas outside this
-            package, which are not in ``config/tables.py``. Such a schema is tried after the others.
+        description: its columns, as shown in messages; only for schemas outside this package, which are not
+            in ``config/tables.py``. Such a schema is tried after the others.
     """
     if description is not None:
         DATASET_FORMATS[schema.name] = description
@@ -212,7 +212,8 @@ def detect_schema(row: Any, where: str) -> str:
 def check_columns(columns: Mapping[str, str], name: str, where: str) -> None:
     """Raise UserError for a ``columns`` entry that is not a field of schema ``name``."""
     schema = SCHEMAS[name]
-    known = {*schema.fields, *schema.options, *(COMMON_FIELDS if schema.reads_media else ("task",))}
+    common = COMMON_FIELDS if schema.reads_common_media else ("task",)
+    known = {*schema.fields, *schema.options, *common}
     unknown = next((field for field in columns if field not in known), None)
     if unknown is not None:
         raise UserError(
@@ -221,7 +222,7 @@ def check_columns(columns: Mapping[str, str], name: str, where: str) -> None:
 
 
 def described_columns(name: str) -> str:
-    """Return the columns that schema ``name`` is recognized by, as `DATASET_FORMATS` describes them."""
+    """Return the columns of schema ``name``, as messages show them."""
     return DATASET_FORMATS[name]
 
 

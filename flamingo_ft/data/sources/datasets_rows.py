@@ -108,7 +108,7 @@ def load_hub(
 
 @contextmanager
 def dataset_errors(where: str) -> Generator[None]:
-    """Silence `datasets`, and raise what fails in it as a UserError of one line."""
+    """Silence `datasets`, and convert its errors to a one-line UserError."""
     level, bars = logging.get_verbosity(), datasets.is_progress_bar_enabled()
     logging.set_verbosity_error()
     datasets.disable_progress_bars()

@@ -78,7 +78,7 @@ class RawRow(NamedTuple):
 
 
 class Source:
-    """The rows of one entry of ``data.train`` or ``data.eval``, its first ``limit``.
+    """The rows of one entry of ``data.train`` or ``data.eval``, at most ``limit``.
 
     Picklable: a copy opens the files again. A malformed row raises when its sample is made and does not
     affect others.
@@ -221,10 +221,8 @@ def _open_file(path: Path, streaming: bool) -> RowFile:
     name = path.name.lower()
     suffix = next((suffix for suffix in READERS if name.endswith(suffix)), None)
     if suffix is None:
-        raise UserError(
-            f"{path}: expected one of {', '.join(READERS)}, or a folder of images, "
-            f"got a {path.suffix or 'nameless'} file"
-        )
+        got = f"a {path.suffix} file" if path.suffix else "a file without an extension"
+        raise UserError(f"{path}: expected one of {', '.join(READERS)}, or a folder of images, got {got}")
     return READERS[suffix](path, indexed=not streaming)
 
 

@@ -54,7 +54,7 @@ def parse_name(path: str) -> MemberName:
 def group_members(members: Iterable[T], path_of: Callable[[T], str]) -> Iterator[list[T]]:
     """Group members, in the order of the tar, into samples.
 
-    Of files sorted by name it holds one sample at a time.
+    If members are sorted by name, only one sample is in memory at a time.
     """
     named = ((parse_name(path_of(member)), member) for member in members)
     for _, same_key in groupby(named, lambda pair: pair[0].key):
