@@ -90,8 +90,9 @@ def add_tokens(model: Any, size: int) -> None:
 
 
 def _check_rows_can_be_added(model: Any) -> None:
-    """Raise UserError if rows can no longer be added: the parameters are sharded or wrapped, or the adapter
-    could not be loaded again.
+    """Raise UserError if rows can no longer be added.
+
+    That is so if the parameters are sharded or wrapped, or if the adapter could not be loaded again.
     """
     rows = model.token_rows
     if isinstance(model, FSDPModule):

@@ -1,4 +1,4 @@
-"""Build a new Flamingo from two backbones; and what is known of them before their weights are loaded."""
+"""Build a new Flamingo from two backbones, and read their configurations without weights."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def build_flamingo(
     decoder_layers_attr_name: str | None = None,
     extra_tokens: Sequence[str] = (),
 ) -> tuple[FlamingoForConditionalGeneration, FlamingoProcessor]:
-    """Build a Flamingo with a new bridge, all of it frozen, and its processor.
+    """Build a Flamingo with a new bridge, and its processor; all parameters are frozen.
 
-    ``<|endofchunk|>``, ``<image>`` and ``extra_tokens``, which are trained like these two, are added to the
-    tokenizer. The other options are those of `FlamingoConfig`. Raises UserError if the language model's
-    decoder layers cannot be found.
+    ``<|endofchunk|>``, ``<image>`` and ``extra_tokens`` are added to the tokenizer; their rows can be
+    trained. The other options are those of `FlamingoConfig`. Raises UserError if the language model's decoder
+    layers cannot be found.
     """
     lm, tokenizer = language.model, language.tokenizer
     known_rows = len(tokenizer)

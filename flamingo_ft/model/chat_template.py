@@ -1,4 +1,4 @@
-"""Correct a language model's chat template if its prompt for an answer differs from how it writes answers.
+"""Fix chat templates whose generation prompt differs from the text they write before answers.
 
 At inference an answer must be prompted with exactly the text that preceded answers in training. Not every
 template ensures that: some ignore ``add_generation_prompt``, some open ``<think>`` in the prompt but write no
@@ -90,7 +90,7 @@ def render(
 
 
 def is_marked(template: str) -> bool:
-    """Whether the template marks what the assistant generates."""
+    """Return whether the template marks what the assistant generates."""
     return GENERATION_MARK.search(template) is not None
 
 
@@ -113,8 +113,9 @@ class _Answer:
 
     @property
     def gap(self) -> str | None:
-        """The text between prompt and answer, "" if it is only white space; None if the prompt is another
-        text.
+        """The text between prompt and answer, "" if it is only white space.
+
+        None if the dialogue does not start with the prompt, or if there is no prompt.
         """
         if self.prompt is None or not self.lead.startswith(self.prompt):
             return None
@@ -146,7 +147,7 @@ def _answer_template(template: str, special_tokens: str) -> AnswerTemplate:
     for candidate in _candidates(template, answers):
         if _fits(answers(candidate)):
             return AnswerTemplate(candidate)
-    return AnswerTemplate(template, "asks for an answer with other text than it writes before answers")
+    return AnswerTemplate(template, "has a generation prompt that differs from the text before its answers")
 
 
 def _dialogues(template: str, rendered: Render) -> list[Turns] | str:
@@ -193,7 +194,7 @@ def _written(rendered: Render, template: str, turns: Turns, **options: bool) -> 
 
 
 def _leaves_out(text: str, turns: Turns) -> bool:
-    """Whether the text lacks the last turn, upper and lower case ignored."""
+    """Return whether the text lacks the last turn, upper and lower case ignored."""
     return turns[-1]["content"].lower() not in text.lower()
 
 
@@ -218,9 +219,7 @@ def _candidates(template: str, answers: Callable[[str], list[_Answer]]) -> Itera
 
 
 def _without_block(template: str, answers: Sequence[_Answer]) -> Iterator[str]:
-    """Yield the template without the block that it writes after the prompt of the last answer, but of no
-    earlier one.
-    """
+    """Yield the template without the reasoning block that it adds to the last answer only."""
     last = answers[-1]
     if not last.gap or last.prompt is None or last.asked is None or not last.prompt.startswith(last.asked):
         return
@@ -246,8 +245,9 @@ def _filled(wrapper: str, template: str, **values: Any) -> str:
 
 
 def jinja_literal(value: str | list[str]) -> str:
-    """Return strings as Jinja source, braces and percent signs escaped, which could begin or end Jinja
-    blocks.
+    """Return strings as Jinja source.
+
+    Braces and percent signs are escaped, since they could begin or end Jinja blocks.
     """
     source = json.dumps(value, ensure_ascii=False)
     return source.replace("{", "\\x7b").replace("}", "\\x7d").replace("%", "\\x25")

@@ -1,6 +1,4 @@
-"""Names of torch and transformers that are not their public API and that the model needs, each with its
-reason.
-"""
+"""Private names of torch and transformers that the model needs, each with its reason."""
 
 from __future__ import annotations
 
@@ -11,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What `Module.load_state_dict` returns; `Flamingo` returns the same for keys of OpenFlamingo.
+# What `Module.load_state_dict` returns; `Flamingo` returns the same for OpenFlamingo's keys.
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils._pytree import tree_map_only  # torch has no public way to map over nested arguments
 from torch.utils.checkpoint import checkpoint
 
-# Declares a sub-configuration with a default model type; composite configurations of transformers do.
+# Declares a sub-configuration with a default model type, as transformers' composite configurations do.
 from transformers.configuration_utils import SubConfigSpec
 
 # The base class of blocks that `gradient_checkpointing_enable` reaches.
@@ -54,13 +52,14 @@ __all__ = [
 
 
 def in_backward() -> bool:
-    """Whether this thread is inside a backward pass; torch has no public way to ask."""
+    """Return whether this thread is inside a backward pass; torch has no public way to ask."""
     return torch._C._current_graph_task_id() != -1
 
 
 def checkpoint_block(block: Any, options: dict[str, Any]) -> None:
-    """Let one block recompute its activations. `gradient_checkpointing_enable` is a method of transformers'
-    models alone.
+    """Make one block recompute its activations.
+
+    `gradient_checkpointing_enable` exists only on transformers models.
     """
     block.gradient_checkpointing = True
     block._gradient_checkpointing_func = partial(checkpoint, **options)
@@ -73,16 +72,12 @@ def keep_weights(module: nn.Module) -> None:
 
 
 def forget_weight_conversions(model: Any) -> None:
-    """Let a quantized model that was loaded be saved again: transformers 5.23 cannot convert its weights
-    back.
-    """
+    """Allow a loaded quantized model to be saved: transformers 5.23 cannot convert its weights back."""
     model._weight_conversions = None
 
 
 class WrapperTensor(Tensor):
-    """A tensor without storage of its own, whose operations all go to ``__torch_dispatch__`` (torch's wrapper
-    subclass).
-    """
+    """A tensor without storage, whose operations all go to ``__torch_dispatch__`` (a wrapper subclass)."""
 
     # Counts as a parameter, so that offloading of activations leaves it alone.
     _is_param = True

@@ -1,7 +1,7 @@
 """Which token sees which media: the one owner of the media state of a language model's forward.
 
-The language model is not changed. Its hooks call a `MediaConditioning`, which does nothing until a forward or
-a generation opens a `Media`, and which drops it afterwards, also after an error. Which image a token looks at
+Hooks on the unchanged language model call a `MediaConditioning`, which does nothing until a forward or a
+generation opens a `Media`, and which drops it afterwards, also after an error. Which image a token attends to
 follows from its *text time*, the number of media tokens up to and including it. Text times of past tokens are
 stored on the key/value cache and cut to its length, so cropping, copying or continuing a cache carries them
 along.
@@ -45,7 +45,7 @@ class Media:
     keys_values: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Media:
-        """Shared, not copied: copies of a cache (one prompt, many continuations) look at the same images."""
+        """Return self: copies of a cache (one prompt, many continuations) share their media."""
         return self
 
     def visible(
@@ -90,8 +90,9 @@ class Past:
 
 @dataclass(eq=False)
 class _Call:
-    """One forward of the language model: text times (R, S) up to its last token, and what its T tokens see
-    (R, T, M).
+    """One forward of the language model.
+
+    times (R, S): text times up to its last token. visible (R, T, M): which media its T tokens see.
     """
 
     times: Tensor
@@ -136,7 +137,7 @@ class MediaConditioning:
 
     @property
     def is_open(self) -> bool:
-        """Whether the language model is being run as part of a Flamingo."""
+        """Return whether the language model is being run as part of a Flamingo."""
         return self._now.media is not None
 
     @contextmanager
@@ -181,9 +182,7 @@ class MediaConditioning:
         self._now.call = None
 
     def _times_before(self, media: Media, is_media: Tensor, cache: object | None) -> tuple[Tensor, Tensor]:
-        """Return the text times (R, S) of the tokens in the cache, and the text time (R,) at which this
-        forward starts.
-        """
+        """Return the text times (R, S) of the cached tokens, and those (R,) at which this forward starts."""
         rows, length, past = len(is_media), cache_length(cache), past_of(cache)
         # RWKV's cache is a plain list, filled by the previous forward.
         if cache is not None and not hasattr(cache, "__dict__"):

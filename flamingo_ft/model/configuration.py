@@ -1,4 +1,4 @@
-"""What a Flamingo is made of, in transformers' form."""
+"""The model's configuration, as a transformers config."""
 
 from __future__ import annotations
 

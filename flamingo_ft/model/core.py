@@ -1,5 +1,4 @@
-"""What both APIs of the model share: the bridge, attached to the two backbones, and the flow of media through
-it.
+"""What both APIs of the model share: the bridge between the backbones, and the flow of media through it.
 
 Shapes: R rows of text, T text tokens.
 """
@@ -22,8 +21,8 @@ from .cross_attention import GatedCrossAttentionBlock
 from .language_model_inputs import get_cache, name_cache
 from .media import (
     MediaInput,
-    are_of_the_end,
     check_counts,
+    cover_new_tokens_only,
     encode_media,
     extend,
     media_positions,
@@ -35,7 +34,7 @@ from .token_rows import TokenRows
 
 
 class NoMediaToken(SuppressTokensLogitsProcessor):
-    """Keeps ``generate`` from generating a media token, for which there would be no image.
+    """Suppresses the media token during generation, since there would be no image for it.
 
     A class of its own, because transformers lets a processor that is passed in replace its own of the same
     class, and with it the user's ``suppress_tokens``.
@@ -43,8 +42,9 @@ class NoMediaToken(SuppressTokensLogitsProcessor):
 
 
 class FlamingoCore(nn.Module):
-    """The modules and the forward flow of a Flamingo; `FlamingoForConditionalGeneration` and `Flamingo` are
-    its two APIs.
+    """The modules and the forward flow of a Flamingo.
+
+    `FlamingoForConditionalGeneration` and `Flamingo` are its two APIs.
     """
 
     vision_encoder: nn.Module
@@ -109,7 +109,7 @@ class FlamingoCore(nn.Module):
                 f"forward: got {len(inputs.frames)} rows of images for {len(input_ids)} of text; "
                 "pass one each"
             )
-        if past is not None and seen.any() and are_of_the_end(seen, mentioned, inputs.slots):
+        if past is not None and seen.any() and cover_new_tokens_only(seen, mentioned, inputs.slots):
             positions = media_positions(seen, inputs.slots)
             new = encode_media(self.vision_encoder, self.perceiver, inputs, mentioned, positions)
             return extend(past, seen, new)
@@ -187,8 +187,9 @@ class FlamingoCore(nn.Module):
 
 
 def _refuse_assisted_continuation(options: Mapping[str, Any], cache: object | None) -> None:
-    """Raise UserError for assisted decoding from a filled cache: transformers 5.24 would process cached
-    tokens twice.
+    """Raise UserError for assisted decoding from a filled cache.
+
+    transformers 5.24 would process cached tokens twice.
     """
     lookup = getattr(options.get("generation_config"), "prompt_lookup_num_tokens", None)
     lookup = options.get("prompt_lookup_num_tokens", lookup)

@@ -78,8 +78,9 @@ class _PublicHTTPSHandler(urllib.request.HTTPSHandler):
 
 
 def _check_name(host: str, port: int) -> None:
-    """Check the addresses of a name before connecting; otherwise errors would reveal open ports of the
-    private network.
+    """Check the addresses of a name before connecting.
+
+    Otherwise errors would reveal open ports of the private network.
     """
     for *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
         _check_public(str(address[0]))
@@ -113,8 +114,9 @@ def _ipv4_in(
 
 
 def _opener(public_only: bool) -> urllib.request.OpenerDirector:
-    """Return an opener for http and https alone: urllib's default one reads file: and ftp: too, also on a
-    redirect.
+    """Return an opener for http and https only.
+
+    urllib's default one also opens file: and ftp: URLs, the latter even on a redirect.
     """
     opener = urllib.request.OpenerDirector()
     for handler in (

@@ -45,9 +45,7 @@ _TIFF_PIXELS |= {322, 323, 324, 325, 332, 334, 338, 339, 347, *range(512, 522), 
 
 
 def stored_orientation(info: Mapping[Any, Any]) -> int | None:
-    """Return the orientation (1..8) in a Pillow image's ``info``, from EXIF or else XMP; None if neither has
-    one.
-    """
+    """Return the orientation (1..8) in a Pillow image's ``info``, from EXIF or else XMP, or None."""
     for name in ("exif", "Raw profile type exif"):
         block = info.get(name)
         block = _unhex(block) if isinstance(block, str) else block

@@ -13,7 +13,7 @@ from PIL import Image
 
 CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
 OVERSHOOT = 2  # times white: floats up to this are an image that resampling made slightly too bright
-UNDERSHOOT = 0.25  # times the largest value: values further below zero are no rounding errors of brightness
+UNDERSHOOT = 0.25  # times the largest value: values further below zero are too low to be rounding errors
 DARKEST = 16  # floats with a maximum between OVERSHOOT and this are normalized pixels if any is negative
 
 _MODES = {
@@ -26,8 +26,9 @@ _MODES = {
 
 
 def colours_to_rgb(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    """Return a Pillow image in RGB, transparent pixels over white, and the conversions made (names of
-    `images.CONVERSIONS`).
+    """Return a Pillow image in RGB, and the names of the conversions made (`images.CONVERSIONS`).
+
+    Transparent pixels are composited over white.
     """
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_to_rgb(image)
@@ -60,10 +61,10 @@ def eight_bit(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
 
 
 def channels_last(array: Any) -> np.ndarray:
-    """Return a numpy array or torch tensor (H, W), (H, W, C) or (C, H, W) as (H, W, C). ValueError for
-    anything else.
+    """Return a numpy array or torch tensor (H, W), (H, W, C) or (C, H, W) as (H, W, C).
 
     If both ends of a shape could be channels, they are the first axis of a tensor and the last of an array.
+    Raises ValueError for anything else.
     """
     if isinstance(array, torch.Tensor):
         values = _to_numpy(array)

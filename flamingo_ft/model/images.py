@@ -3,7 +3,7 @@
 Training, evaluation, the processor (and with it pipelines, the server and TRL), reports and checks all read
 images here, so that a report shows what the model sees.
 
-- The orientation in EXIF or XMP is applied. Damaged metadata is ignored and never costs the image.
+- The orientation in EXIF or XMP is applied. Damaged metadata is ignored and never makes an image unreadable.
 - Transparent pixels are composited over white: the colours hidden under them were never meant to be seen.
 - 16-bit, 32-bit and float values are scaled to 0..255 (`image_values.eight_bit` has the rule).
 - Palette, CMYK, YCbCr, LAB and HSV become RGB as Pillow converts them; colour profiles are ignored.
@@ -37,7 +37,7 @@ from .image_values import channels_last, colours_to_rgb, eight_bit
 
 READER_VERSION = 2  # increment it when a file is read into other pixels: feature caches depend on it
 MAX_PIXELS = 89_478_485  # of one image or video frame; 256 MiB of RGB
-# Pillow opens more formats, some by starting other programs (EPS); instruction data does not come in them.
+# Pillow opens more formats, some by starting other programs (EPS); training data does not use them.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
 # Exceptions that Pillow's decoders have been seen to raise for damaged files and files that are not images.
 UNREADABLE = (
@@ -124,7 +124,7 @@ def conversions(image: Image.Image) -> tuple[str, ...]:
 
 
 def _is_read(image: Image.Image) -> bool:
-    """Whether this reader made the image. Text in a PNG file may have the same key, but is not a tuple."""
+    """Return whether this reader made the image. Text in a PNG file may have this key, but is no tuple."""
     return isinstance(image.info.get(NOTES), tuple)
 
 
@@ -223,8 +223,9 @@ def _stored_orientation(image: Image.Image) -> tuple[int, bool]:
 
 
 def _has_more_frames(image: Image.Image) -> bool:
-    """Whether the file has more than one frame. Called after loading, since looking for frames moves the file
-    position.
+    """Return whether the file has more than one frame.
+
+    Called after loading, since looking for frames moves the file position.
     """
     try:
         return bool(getattr(image, "is_animated", False))
@@ -282,7 +283,7 @@ def read_image(source: Any) -> Image.Image:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64 text, line breaks allowed. ValueError for other text."""
+    """Decode base64 text, line breaks allowed. Raises ValueError for other text."""
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# What language models call their key/value cache: all of transformers since 5.24 under the first name, before
-# and in remote code under the second, state-space models under the third, RWKV under the last.
+# What language models call their key/value cache. transformers models since 5.24 use the first name, older
+# ones and remote code the second, state-space models the third, RWKV the last.
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
 
 # Families whose position embeddings or ALiBi slopes suit packed rows, but whose attention mask does not
@@ -60,8 +60,10 @@ def language_model_inputs(
 
 
 def document_mask(document_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the additive attention mask (B, 1, T, T): zero for earlier tokens of the same document and the
-    token itself, the lowest value of ``dtype`` for all others.
+    """Return the additive attention mask (B, 1, T, T) of packed documents.
+
+    It is zero for a token itself and the earlier tokens of its document, and the lowest value of ``dtype``
+    for all others.
     """
     same = document_ids[:, :, None] == document_ids[:, None, :]
     hidden = ~same.tril()[:, None]

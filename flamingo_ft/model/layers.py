@@ -10,9 +10,7 @@ from .compat import GradientCheckpointingLayer
 
 
 def feed_forward(width: int, mult: int) -> nn.Sequential:
-    """Return LayerNorm and a bias-free MLP of hidden width ``width * mult`` with GELU (Flamingo, appendix
-    A.1).
-    """
+    """Return LayerNorm and a bias-free GELU MLP of hidden width ``width * mult`` (Flamingo, appendix A.1)."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, width * mult, bias=False),
@@ -39,14 +37,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = N
     if visible is None:
         return functional.scaled_dot_product_attention(query, key, value)
     sees = visible.any(-1, keepdim=True)
-    # Softmax over no visible key is 0/0: let such a row see every key, then replace its output.
+    # Softmax over no visible key is 0/0, so such a row sees every key, and its output is replaced.
     attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees)
     return torch.where(sees, attended, 0.0)
 
 
 class CheckpointedBlock(GradientCheckpointingLayer):
-    """A block that `gradient_checkpointing_enable` reaches and that gets gradients in every checkpointing
-    mode.
+    """A block for `gradient_checkpointing_enable` that gets gradients in every checkpointing mode.
 
     Reentrant checkpointing gives *no* gradient to a block's parameters when none of its tensor inputs
     requires one, which is the usual case on top of a frozen model. It looks at positional arguments alone, so
@@ -54,8 +51,6 @@ class CheckpointedBlock(GradientCheckpointingLayer):
     """
 
     def entry(self, x: Tensor) -> Tensor:
-        """Return ``x``; as a leaf that requires a gradient if the block's parameters would get none
-        otherwise.
-        """
+        """Return ``x``, as a leaf that requires a gradient if the parameters would get none otherwise."""
         recomputed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         return x.detach().requires_grad_() if recomputed and not x.requires_grad else x

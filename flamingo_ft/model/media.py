@@ -36,7 +36,7 @@ class MediaInput:
         return self.frames.shape[1]
 
     def frames_of(self, real: Tensor) -> tuple[Tensor, list[int]]:
-        """Return the frames (N, ...) of the media where ``real`` (B, M) is true, and each medium's number."""
+        """Return the frames (N, ...) of the media that are ``real`` (B, M), and each medium's frame count."""
         media, most = self.frames[real], self.frames.shape[2]
         if self.counts is None:
             return media.flatten(0, 1), [most] * len(media)
@@ -116,9 +116,7 @@ def encode_media(
 
 
 def encode_distinct(vision: nn.Module, images: Tensor) -> Tensor:
-    """Return the tower's tokens (N, V, D) of images (N, C, H, W); an image that occurs several times is
-    encoded once.
-    """
+    """Return the tower's tokens (N, V, D) of images (N, C, H, W), each distinct image encoded once."""
     first, source = find_copies(images)
     if len(first) == len(images):
         return spatial_tokens(vision, images)
@@ -147,8 +145,9 @@ def media_positions(before: Tensor, slots: int) -> Tensor:
 
 
 def positions_in_documents(is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
-    """Return the positions (B, slots) of media within their documents; is_media, documents (B, T): see
-    `Media.visible`.
+    """Return the positions (B, slots) of media within their documents.
+
+    is_media, documents (B, T): see `Media.visible`.
     """
     owner = documents_of_media(is_media.cumsum(-1), is_media, documents, slots)
     earlier = torch.ones(slots, slots, dtype=torch.bool, device=owner.device).tril(-1)
@@ -169,9 +168,7 @@ def no_media(perceiver: PerceiverResampler, counts: Tensor) -> Media:
 
 
 def extend(past: Past, seen: Tensor, new: Media) -> Media:
-    """Return the media of ``past``, of which each sample has seen the first ``seen`` (B,), followed by
-    ``new``.
-    """
+    """Return the media of ``past``, of which each sample has seen the first ``seen`` (B,), then ``new``."""
     if past.media.latents is None:
         return new
     if new.latents is None:
@@ -184,11 +181,11 @@ def extend(past: Past, seen: Tensor, new: Media) -> Media:
     return Media(latents, counts)
 
 
-def are_of_the_end(seen: Tensor, mentioned: Tensor, slots: int) -> bool:
-    """Whether ``slots`` media per row belong to the new tokens alone, rather than to the whole text.
+def cover_new_tokens_only(seen: Tensor, mentioned: Tensor, slots: int) -> bool:
+    """Return whether the media passed, ``slots`` per row, are those of the new tokens only.
 
-    seen, mentioned (B,): media tokens in the cache and among the new tokens. Raises UserError if both are
-    possible.
+    Otherwise they are those of the whole text. seen, mentioned (B,): media tokens in the cache and among the
+    new tokens. Raises UserError if both are possible.
     """
     whole, end = int((seen + mentioned).max()), int(mentioned.max())
     if slots == whole == end:
@@ -215,8 +212,9 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def find_copies(images: Tensor) -> tuple[list[int], list[int]]:
-    """Return the indices (K,) of the distinct ones among images (N, ...), and for each of the N its index
-    among them.
+    """Find the distinct ones among images (N, ...).
+
+    Returns the indices (K,) of their first occurrences, and for each of the N images its place among the K.
     """
     bits = images.contiguous().view(BITS[images.element_size()]).flatten(1)
     first: list[int] = []

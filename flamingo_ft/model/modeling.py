@@ -1,4 +1,4 @@
-"""The Flamingo model in transformers' form.
+"""The Flamingo model, as a transformers model.
 
 Flamingo (arXiv:2204.14198). Shapes: B samples, M media, F frames, C channels, H height, W width, T text
 tokens.
@@ -41,9 +41,9 @@ from .token_rows import input_embedding
 class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, GenerationMixin):
     """A language model that reads images through a perceiver resampler and gated cross-attention.
 
-    ``vision_encoder`` is an OpenCLIP tower (its ``.visual``), ``lang_encoder`` any causal language model of
-    transformers, unchanged. `build_flamingo` builds one from two backbones, ``from_pretrained`` loads a saved
-    one.
+    ``vision_encoder`` is an OpenCLIP tower (its ``.visual``), ``lang_encoder`` any transformers causal
+    language model, unchanged. `build_flamingo` builds one from two backbones, ``from_pretrained`` loads a
+    saved one.
     """
 
     config: FlamingoConfig  # pyrefly: ignore[bad-override]
@@ -95,7 +95,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 
     @classmethod
     def set_adapter_loader(cls, load: Callable[[AdapterFolders, Mapping[str, Any]], Any]) -> None:
-        """Let ``from_pretrained`` load adapters and compositions with ``load``, which gets its options."""
+        """Make ``from_pretrained`` load adapters and compositions with ``load``, which gets its options."""
         cls._load_adapter = staticmethod(load)  # pyrefly: ignore[bad-assignment]
 
     @staticmethod
@@ -107,8 +107,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as transformers does, or an adapter or composition (`pretrained`) together with its
-        base.
+        """Load a model as transformers does, or an adapter or composition (`pretrained`) with its base.
 
         With a bitsandbytes ``quantization_config``, the whole tower is quantized, fused attention included,
         and the language model's output head is not.
@@ -166,18 +165,15 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
             return self.lang_encoder(input_ids=input_ids, **inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `forward`; under TRL's fused loss (``fused_lm_head``), without a gradient for the frozen output
-        head.
-        """
+        """Run `forward`; with TRL's fused loss (``fused_lm_head``), the frozen head gets no gradient."""
         with self.scoring_rows_apart() if kwargs.get("fused_lm_head") else nullcontext():
             return super().__call__(*args, **kwargs)
 
     def scoring_rows_apart(self) -> AbstractContextManager[None]:
-        """Return a context in which `backbone` and `get_output_embeddings` compute the logits of the trained
-        rows apart.
+        """Compute the logits of the trained token rows separately inside the context.
 
-        A loss that multiplies one by the other then needs no copy and no gradient of the whole matrix
-        (`token_rows`).
+        A loss that multiplies the output of `backbone` by the matrix of `get_output_embeddings` then needs no
+        copy and no gradient of the whole matrix (`token_rows`).
         """
         head = self.lang_encoder.get_output_embeddings()
         return nullcontext() if self.token_rows is None else self.token_rows.scored_apart(head)
@@ -192,10 +188,10 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         frame_counts: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Run the language model's own ``generate`` (beams, sampling, streamers, assisted decoding, ...) on
-        the media.
+        """Run the language model's own ``generate`` on the media.
 
-        pixel_values, frame_counts: see `forward`. Returns what the language model's ``generate`` returns.
+        Its options work as usual: beams, sampling, streamers, assisted decoding. pixel_values, frame_counts:
+        see `forward`. Returns what the language model's ``generate`` returns.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
@@ -203,16 +199,12 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         return self.generate_text(inputs if input_ids is None else input_ids, media, **kwargs)
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
-        """Encode the media of ``input_ids`` (B, T) once, for all forwards without media until
-        `uncache_media`.
-        """
+        """Encode the media of ``input_ids`` (B, T) once, for forwards without media until `uncache_media`."""
         self.hold_media(input_ids, media_input(pixel_values))
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return False: of classes outside transformers, it would leave buffers missing from checkpoints
-        uninitialized.
-        """
+        """Return False, so that transformers initializes buffers missing from a checkpoint."""
         return False
 
     @property

@@ -27,8 +27,7 @@ from .processor import FlamingoImageProcessor
 
 
 class Flamingo(FlamingoCore):
-    """A Flamingo around an OpenCLIP model (its ``.visual`` is used) and any causal language model of
-    transformers.
+    """A Flamingo around an OpenCLIP model (its ``.visual``) and any transformers causal language model.
 
     Keyword arguments that OpenFlamingo does not have are those of `FlamingoConfig`.
     """
@@ -136,8 +135,7 @@ class Flamingo(FlamingoCore):
     def load_state_dict(
         self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Load a state dict with this model's keys, as torch does, or with OpenFlamingo's keys, which are
-        mapped.
+        """Load a state dict with this model's keys, as torch does, or with OpenFlamingo's, which are mapped.
 
         With OpenFlamingo's keys, ``strict=False`` allows missing weights of the frozen backbones, which those
         files never have, but none of the bridge; ``strict=True`` raises torch's RuntimeError for any missing

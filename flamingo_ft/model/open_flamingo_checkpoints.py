@@ -1,4 +1,4 @@
-"""Load checkpoints of OpenFlamingo and Otter into either API of the model."""
+"""Load OpenFlamingo and Otter checkpoints into either API of the model."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class LoadReport:
 
 
 def is_open_flamingo(state_dict: Mapping[str, Any]) -> bool:
-    """Whether the keys are OpenFlamingo's, bare or as its training script saves them."""
+    """Return whether the keys are OpenFlamingo's, bare or as its training script saves them."""
     content = state_dict.get("model_state_dict", state_dict)
     return has_wrapped_layers(str(key).removeprefix("module.") for key in content)
 
 
 def load_open_flamingo(model: FlamingoCore, checkpoint: str | Path | Mapping[str, Any]) -> LoadReport:
-    """Load a checkpoint of OpenFlamingo or Otter (a path, or its state dict) into ``model``, in place.
+    """Load an OpenFlamingo or Otter checkpoint (a path, or its state dict) into ``model``, in place.
 
     The checkpoint must have every weight of the bridge, in the model's shapes. Weights of the backbones are
     loaded if it has them, as an Otter's folder does. Raises UserError, with nothing loaded, for a checkpoint
@@ -91,9 +91,7 @@ def check_fits_model(model: FlamingoCore, checkpoint: ForeignCheckpoint) -> None
 
 
 def _check_vocabulary(model: FlamingoCore, tensors: Mapping[str, Tensor]) -> None:
-    """Raise UserError for a checkpoint whose vocabulary ends before the tokens whose rows the model copies
-    from it.
-    """
+    """Raise UserError for a checkpoint whose vocabulary lacks tokens whose rows the model copies from it."""
     if model.token_rows is None:
         return
     embedding = input_embedding(model.lang_encoder).weight
@@ -120,7 +118,10 @@ def _compare(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], vocab
 
 
 def _fits(tensor: Tensor, target: Tensor, vocabulary: int) -> bool:
-    """Whether the shapes agree; a vocabulary matrix may have fewer rows: OpenFlamingo cuts padding rows."""
+    """Return whether the shapes agree.
+
+    A vocabulary matrix may have fewer rows: OpenFlamingo cuts padding rows.
+    """
     if tensor.shape == target.shape:
         return True
     is_vocabulary = target.dim() == tensor.dim() == 2 and len(target) == vocabulary

@@ -15,7 +15,7 @@ from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
 
 PARTS: dict[str, Part] = {part.name: part for part in (*BACKBONE_PARTS, *BRIDGE_PARTS)}
 BRIDGE: dict[str, Part] = {part.name: part for part in BRIDGE_PARTS}
-LORA = "lora"  # all LoRA weights are one group of the optimizer, whatever part they belong to
+LORA = "lora"  # all LoRA weights share one optimizer group, whichever part they adapt
 OPTIMIZER_GROUPS = (*BRIDGE, LORA)
 
 
@@ -25,22 +25,25 @@ def part_of(name: str) -> Part:
 
 
 def in_parts(name: str, parts: Iterable[str]) -> bool:
-    """Whether the parameter ``name`` belongs to one of ``parts``, by name."""
+    """Return whether the parameter ``name`` belongs to one of the parts named in ``parts``."""
     return name.startswith(tuple(PARTS[part].prefix for part in parts))
 
 
 def in_bridge(name: str) -> bool:
-    """Whether the parameter ``name`` belongs to the bridge."""
+    """Return whether the parameter ``name`` belongs to the bridge."""
     return in_parts(name, BRIDGE)
 
 
 def is_lora(name: str) -> bool:
-    """Whether the parameter ``name`` is a LoRA weight."""
+    """Return whether the parameter ``name`` is a LoRA weight."""
     return ".lora_" in name
 
 
 def is_gate(name: str) -> bool:
-    """Whether the parameter ``name`` is a gate; gates stay in float32: 16 bits round small steps away."""
+    """Return whether the parameter ``name`` is a gate (``attn_gate``, ``ff_gate``).
+
+    Gates stay in float32: 16 bits round small steps away.
+    """
     return name.endswith("_gate")
 
 
@@ -69,7 +72,7 @@ def optimizer_group(name: str) -> str:
 
 
 def is_decayed(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices of weights, but not to vectors, embeddings and latents."""
+    """Return whether weight decay applies: to weight matrices, but not to vectors, embeddings and latents."""
     if parameter.dim() < 2:
         return False
     part = part_of(name)

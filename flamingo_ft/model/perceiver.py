@@ -36,8 +36,9 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverLayer(CheckpointedBlock, nn.ModuleList):
-    """Attention, then feed-forward, each with a residual connection. A list, for OpenFlamingo's keys
-    ``layers.{i}.{0,1}``.
+    """Attention, then feed-forward, each with a residual connection.
+
+    A list, so that its keys are OpenFlamingo's, ``layers.{i}.{0,1}``.
     """
 
     def __init__(self, width: int, heads: int, dim_head: int, ff_mult: int):

@@ -69,8 +69,9 @@ def find_adapter(name: Any, options: Mapping[str, Any]) -> AdapterFolders | None
 
 
 def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
-    """Whether a repository's configuration is that of a merged model. Raises UserError for another
-    architecture.
+    """Return whether a repository's configuration is that of a merged model.
+
+    Raises UserError for another architecture.
     """
     if isinstance(options.get("config"), FlamingoConfig):
         return bool(options["config"].merged)
@@ -85,7 +86,7 @@ def _is_merged(name: Any, options: Mapping[str, Any]) -> bool:
 
 
 def is_partial(folder: Path) -> bool:
-    """Whether a folder has a Flamingo's configuration but not the weights of a whole model."""
+    """Return whether a folder has a Flamingo's configuration but not the weights of a whole model."""
     return (folder / CONFIG_FILE).is_file() and not any(
         any(folder.glob(weights)) for weights in MODEL_WEIGHTS
     )
@@ -103,8 +104,9 @@ def named_composition(adapter: Path) -> str | None:
 
 
 def _as_recorded(name: str, revision: str | None = None) -> str:
-    """Return a recorded base so that it is not mistaken for a local folder: names on the Hub get their
-    revision.
+    """Return a recorded base so that it is not mistaken for a local folder.
+
+    Names on the Hub get their revision.
     """
     match = None if os.path.exists(name) else NAME.fullmatch(name)
     if match is None:
@@ -184,8 +186,9 @@ def mark_quantized(model: Any) -> None:
 
 
 def check_saveable(model: nn.Module) -> None:
-    """Raise UserError for a model that ``save_pretrained`` would write in a form that cannot be loaded: one
-    with LoRA layers, or with quantized layers that transformers did not make.
+    """Raise UserError for a model that ``save_pretrained`` would write in a form that cannot be loaded.
+
+    That is one with LoRA layers, or with quantized layers that transformers did not make.
     """
     if getattr(model, "peft_config", None):
         raise UserError(

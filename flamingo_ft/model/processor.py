@@ -51,9 +51,7 @@ class FlamingoImageProcessor(BaseImageProcessor):
         self.video_frames = video_frames
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Turn an image, or a list of them, in any form that `read_image` takes, into pixel_values (N, C, H,
-        W).
-        """
+        """Turn an image, or a list of them (`read_image` lists the forms), into pixel_values (N, C, H, W)."""
         images = images if isinstance(images, (list, tuple)) else [images]
         pixels = [self.transform(read_image(image)) for image in images]
         return BatchFeature({"pixel_values": torch.stack(pixels)})
@@ -97,15 +95,14 @@ class FlamingoProcessor(ProcessorMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> FlamingoProcessor:
-        """As every processor of transformers. Raises UserError for a path that leads nowhere."""
+        """Load as any transformers processor. Raises UserError for a path that leads nowhere."""
         check_path_exists(pretrained_model_name_or_path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Return the tokenized text and, if there are images, pixel_values (B, M, C, H, W), rows with fewer
-        zero-padded.
+        """Return the tokenized text and, if there are images, zero-padded pixel_values (B, M, C, H, W).
 
         images: one, a list (assigned in the order of the ``<image>`` markers), or a list per text; each a PIL
         image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword
@@ -132,8 +129,9 @@ class FlamingoProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _check_media_tokens(self, input_ids: Any, expected: Sequence[int]) -> None:
-        """Raise UserError for text that lost a marker: the images after it would be assigned to the wrong
-        places.
+        """Raise UserError for text that lost a marker.
+
+        The images after it would be assigned to the wrong places.
         """
         for row, (ids, count) in enumerate(zip(input_ids, expected, strict=True)):
             remaining = list(ids).count(self.image_token_id)
@@ -186,9 +184,7 @@ class FlamingoProcessor(ProcessorMixin):
 
     @property
     def answer_template(self) -> str:
-        """The chat template, corrected if its prompt for an answer is not how it writes answers
-        (`chat_template`).
-        """
+        """The chat template, with a generation prompt that matches its answers (`chat_template`)."""
         # pyrefly: ignore[bad-argument-type]
         return answer_template(self.tokenizer, self.chat_template).text
 
@@ -218,7 +214,7 @@ def flat_text(content: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokeniz
 
 
 def is_image(block: Mapping[str, Any]) -> bool:
-    """Whether a content block is an image."""
+    """Return whether a content block is an image."""
     return block["type"] in IMAGE_BLOCKS
 
 
@@ -277,7 +273,7 @@ def chunk_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts its BOS token before a text."""
+    """Return whether the tokenizer puts its BOS token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
@@ -286,8 +282,9 @@ def _stripped(text: str | list[str]) -> str | list[str]:
 
 
 def _are_complete(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> bool:
-    """Whether every text begins with a special token of the language model's own, so that none needs to be
-    added.
+    """Return whether every text begins with a special token of the language model's own.
+
+    None needs to be added then.
     """
     own = tuple(token for token in tokenizer.all_special_tokens if token not in (MEDIA_TOKEN, EOC_TOKEN))
     return bool(own) and all(text.startswith(own) for text in texts)

@@ -45,7 +45,7 @@ def shard(model: FlamingoCore, **options: Any) -> FlamingoCore:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether the model is sharded, so that its forward waits for those of other processes."""
+    """Return whether the model is sharded, so that its forward waits for those of other processes."""
     return isinstance(model, FSDPModule)
 
 
@@ -55,8 +55,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free gathered weights that a forward has left on a sharded model: values written into them would be
-    lost.
+    """Free gathered weights that a forward has left on a sharded model.
+
+    Values written into them would be lost.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,4 +1,4 @@
-"""Keep special tokens that a user typed inside a text as text: they become no image and end no answer.
+"""Keep special tokens typed by a user as text, so that they neither insert an image nor end an answer.
 
 Before a chat template renders a dialogue, each such string in its text is replaced by a placeholder of the
 same length, a run of private-use characters. The rendered text may be cut and joined, as trainers do. On
@@ -48,7 +48,7 @@ def restore(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, list[Sp
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> Tokens:
-    """Tokenize a text, what its placeholders stand for as plain text. UserError for a slow tokenizer."""
+    """Tokenize a text, reading typed special tokens as plain text. Raises UserError for a slow tokenizer."""
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
         raise UserError(
@@ -99,7 +99,7 @@ def _padded_offsets(tokens: Tokens, mask: Sequence[int]) -> list[Span]:
 def _with_typed_as_text(
     tokenizer: PreTrainedTokenizerBase, text: str, typed: list[Span], tokens: Tokens
 ) -> Tokens:
-    """Return the tokens; between genuine special tokens, stretches with ``typed`` ones are read as text."""
+    """Retokenize as plain text each stretch between real special tokens that contains a typed one."""
     pairs = list(zip(tokens.ids, tokens.offsets, strict=True))
     kept, token, begin = [], 0, 0
     for place in [*_genuine(tokenizer, text, typed, pairs), len(pairs)]:
@@ -132,9 +132,7 @@ def _stretch(
     typed: list[Span],
     tokens: list[tuple[int, Span]],
 ) -> list[tuple[int, Span]]:
-    """Return the tokens between two special tokens: ``tokens``, or those without special tokens if some were
-    typed.
-    """
+    """Return the tokens between two real special tokens, retokenized as plain text if some were typed."""
     if not tokens or not _overlaps(where, typed):
         return tokens
     begin, words = where[0], text[slice(*where)]
@@ -183,7 +181,10 @@ class _Specials:
 
 @lru_cache(maxsize=4)
 def _specials(tokenizer: PreTrainedTokenizerBase, size: int) -> _Specials:
-    """size: of the vocabulary, so that the cached result is renewed when tokens are added."""
+    """Return the special tokens.
+
+    size: vocabulary size, part of the cache key so that added tokens are seen.
+    """
     by_id = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     numbered = enumerate(by_id[index] for index in sorted(by_id))
     placeholders = {

@@ -8,7 +8,7 @@ A loss that multiplies by the output matrix itself (TRL's fused head) gets the h
 `OutputHead`. With the trained rows R (N, D) put in place, the frozen matrix W (vocabulary, D) would be copied
 and get a gradient of its own size at each step. Instead, the hidden states h and W are extended to
 
-    [h, h R^T, 0]  and  [W with zeros in these N rows, one column per row that selects its score, 0]
+    [h, h R^T, 0]  and  [W with zeros in these N rows, one column per row with a 1 at that token, 0]
 
 whose product is the same logits. The gradients of h and R flow through the appended scores, and W needs none.
 """
@@ -55,9 +55,7 @@ def _head_of(lm: PreTrainedModel) -> nn.Linear:
 
 
 class TokenRows(nn.Module):
-    """Input rows (N, D) and output rows of N tokens; one table for both if the language model ties its
-    matrices.
-    """
+    """Input and output rows (N, D) of N tokens; one table for both if the model ties its matrices."""
 
     def __init__(self, token_ids: Sequence[int], lm: PreTrainedModel):
         super().__init__()
@@ -75,9 +73,7 @@ class TokenRows(nn.Module):
         self.follow(lm)
 
     def follow(self, lm: PreTrainedModel) -> None:
-        """Move the hooks to the embedding and the output head that ``lm`` has now; resizing replaces these
-        modules.
-        """
+        """Move the hooks to the embedding and output head that ``lm`` has now: resizing replaces them."""
         modules = input_embedding(lm), output_head(lm)
         if [id(module) for module, _ in self._hooked] == [id(module) for module in modules]:
             return
@@ -136,7 +132,10 @@ class TokenRows(nn.Module):
             self._scoring.apart = outer
 
     def before_head(self, hidden: Tensor) -> Tensor:
-        """Return hidden states (..., D) for `head_with_rows`, with the rows' scores in `scored_apart`."""
+        """Return hidden states (..., D) for `head_with_rows`.
+
+        The rows' scores are appended inside `scored_apart`.
+        """
         return with_scores(hidden, self.output_rows()) if self._scoring.apart else hidden
 
     def _index(self) -> Tensor:
@@ -162,7 +161,7 @@ class TokenRows(nn.Module):
 
 
 def _are_tied(lm: PreTrainedModel, head: nn.Linear) -> bool:
-    """Whether head and embedding share a matrix, also before weights are loaded; configs may not say."""
+    """Return whether head and embedding share a matrix, also before loading; configs may not say."""
     embedding = input_embedding(lm).weight
     names = {id(parameter): name for name, parameter in lm.named_parameters(remove_duplicate=False)}
     pair = names[id(head.weight)], names[id(embedding)]
@@ -174,7 +173,7 @@ def _are_tied(lm: PreTrainedModel, head: nn.Linear) -> bool:
 
 
 class _Scoring(threading.local):
-    """Whether this thread is inside `scored_apart`. A copy starts outside."""
+    """The state of this thread: whether it is inside `scored_apart`. A copy starts outside."""
 
     apart = False
 

@@ -96,7 +96,7 @@ def make_trainer(
     recipe: Recipe,
     callbacks: list[TrainerCallback],
 ) -> FlamingoTrainer | FlamingoDpoTrainer:
-    """Return a trainer over the recipe's data. Raise UserError if TRL's loss would be wrong for this model.
+    """Return a trainer over the recipe's data. Raises UserError if TRL's loss would be wrong for this model.
 
     ``model`` must be as it was before step 1, also when resuming: it is the DPO reference, and the checkpoint
     is restored afterwards.

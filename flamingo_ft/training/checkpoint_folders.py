@@ -33,7 +33,7 @@ def best_folder(parent: Path) -> Path:
 
 
 def prepare_checkpoint_root(root: Path) -> None:
-    """Create ``root``, before hours of training. Raise UserError if it is not writable."""
+    """Create ``root``, before hours of training. Raises UserError if it is not writable."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         atomic.remove_leftovers(root)
@@ -137,7 +137,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Check every file against the manifest and return it. Raise UserError for a damaged checkpoint."""
+    """Check every file against the manifest and return it. Raises UserError for a damaged checkpoint."""
     record = read_manifest(folder)
     for name, expected in record["files"].items():
         _verify_file(folder / name, expected)
@@ -163,7 +163,7 @@ def _verify_file(path: Path, expected: dict[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest without checking the files.
 
-    Raise UserError if it is missing or damaged, NewerFormat if a later flamingo_ft wrote it.
+    Raises UserError if it is missing or damaged, NewerFormat if a later flamingo_ft wrote it.
     """
     path = folder / MANIFEST
     record: dict[str, Any] = {}

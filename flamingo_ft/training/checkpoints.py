@@ -63,7 +63,7 @@ class CheckpointPolicy:
 
 
 class Stateful(Protocol):
-    """Anything with a state that JSON can hold: here the position in the training data."""
+    """An object with JSON-serializable state, such as the position in the training data."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -73,7 +73,7 @@ class Stateful(Protocol):
 class CheckpointedTrainer(Protocol):
     """What checkpoints need from a trainer.
 
-    earlier_seconds: training time of the processes before this one.
+    earlier_seconds: training time before the last resume.
     """
 
     state: TrainerState

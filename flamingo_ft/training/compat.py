@@ -21,16 +21,15 @@ __all__ = [
 
 
 def disable_amp_scaling_in_step(optimizer: torch.optim.Optimizer) -> None:
-    """Let the gradient scaler unscale before the step, instead of a fused optimizer inside it.
+    """Make GradScaler unscale before the step, not inside a fused optimizer.
 
-    A fused step that skips an overflowed gradient counts as taken, and the schedule would move on. torch has
-    no public switch for it.
+    There, a skipped step counts as taken and advances the schedule. torch has no public switch for it.
     """
     setattr(optimizer, "_step_supports_amp_scaling", False)  # noqa: B010 (no such attribute in torch's stubs)
 
 
 def set_last_learning_rates(scheduler: torch.optim.lr_scheduler.LRScheduler, rates: Sequence[float]) -> None:
-    """Set what ``scheduler.get_last_lr()`` returns, which torch only ever does itself in a step."""
+    """Set what ``scheduler.get_last_lr()`` returns, which torch sets only in `step`."""
     scheduler._last_lr = list(rates)
 
 

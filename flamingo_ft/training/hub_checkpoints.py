@@ -41,7 +41,7 @@ ADAPTER = "the adapter"
 def prepare_repository(repository: str, starts_new_run: bool) -> None:
     """Create the repository if needed and check write access, before hours of training.
 
-    Raise UserError if that fails, and if a new run would start beside the checkpoints of another one: they
+    Raises UserError if that fails, and if a new run would start beside the checkpoints of another one: they
     would have the higher steps, so the new run's checkpoints would be deleted first.
     """
     api = HfApi()
@@ -78,7 +78,7 @@ def background_uploads(
 
 
 class PushCheckpoints(TrainerCallback):
-    """Uploads each checkpoint after it is saved. meter: paused meanwhile."""
+    """Uploads each checkpoint after it is saved. meter: paused while the upload is queued."""
 
     def __init__(self, uploads: BackgroundUploads, root: Path, meter: ThroughputMeter):
         self.uploads, self.root, self.meter = uploads, root, meter
@@ -115,7 +115,7 @@ class BackgroundUploads:
         try:
             files = _link_for_upload(folder)
         except OSError as error:
-            self.log(f"not pushed to {self.repository}: {folder.name} ({error_message(error)})")
+            self.log(f"not uploaded to {self.repository}: {folder.name} ({error_message(error)})")
             return
         with self._lock:
             replaced, self._waiting = self._waiting, (folder.name, files)
@@ -141,7 +141,9 @@ class BackgroundUploads:
                 self._thread.join()
         finally:
             if self.missing:
-                self.log(f"{self.repository} lacks {' and '.join(self.missing)}, on this machine only")
+                self.log(
+                    f"not uploaded to {self.repository}: {' and '.join(self.missing)} (on this machine only)"
+                )
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -162,7 +164,7 @@ class BackgroundUploads:
             with no_progress_bars():
                 with_retries(commit, lambda error: True)
         except CLIENT_ERRORS as error:
-            self.log(f"not pushed to {self.repository}: {name} ({safe_message(error)})")
+            self.log(f"not uploaded to {self.repository}: {name} ({safe_message(error)})")
             return
         with self._lock:
             self.missing = [entry for entry in self.missing if entry != name]

@@ -1,7 +1,7 @@
 """How a run ends when the machine interferes: a signal, memory that runs out, a full disk, a killed worker.
 
-A signal (SIGINT from Ctrl-C, SIGTERM from a machine that shuts down) lets training finish its optimizer step
-and save a checkpoint. The others become one-line errors that say what to do.
+A signal (SIGINT from Ctrl-C, SIGTERM from a machine that shuts down) makes training finish its optimizer
+step and save a checkpoint. The others become one-line errors that say what to do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ WORKER_DIED = "DataLoader worker"  # how torch's error begins
 
 
 class StopOnSignal(TrainerCallback):
-    """Ends training, with a checkpoint, after the step in which a signal arrived.
+    """Saves a checkpoint and stops training at the end of the step in which a signal arrives.
 
     At any other time, and on a second signal, the run stops at once with `StoppedBySignal`.
 

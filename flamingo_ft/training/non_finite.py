@@ -82,7 +82,7 @@ class NonFiniteGuard:
 
     def _skip_step(self, trainer: Any, bad: list[bool], value: float, what: str) -> None:
         trainer.optimizer.zero_grad()  # without gradients the step changes neither parameters nor state
-        samples = _name_samples(_rows_of(self._batches, bad))
+        samples = _name_samples(_source_rows(self._batches, bad))
         print(
             f"step {trainer.state.global_step + 1} skipped, its {what} is {value}: {samples}", file=sys.stderr
         )
@@ -95,7 +95,7 @@ class NonFiniteGuard:
         if diagnosis is not None:
             bad_index, cause = diagnosis
             bad_here = [index == bad_index for index in range(len(bad))]
-        samples = _name_samples(_rows_of(self._batches, bad_here))
+        samples = _name_samples(_source_rows(self._batches, bad_here))
         reports = gather_object([(not any(bad), samples, cause)])
         # Processes with a bad loss first: the reduced gradient is bad in all of them.
         reports.sort(key=lambda report: report[0])
@@ -125,8 +125,8 @@ def _is_scaler_overflow(trainer: Any) -> bool:
     return scaler is not None and scaler.get_scale() >= 1
 
 
-def _rows_of(batches: Sequence[tuple[Any, BatchContents]], bad: Sequence[bool]) -> list[str]:
-    """Return where the samples of the bad batches are from; of all batches if none is known to be bad."""
+def _source_rows(batches: Sequence[tuple[Any, BatchContents]], bad: Sequence[bool]) -> list[str]:
+    """Return the source rows of the bad batches' samples, or of all batches' if none is known to be bad."""
     chosen = [contents for (_, contents), is_bad in zip(batches, bad, strict=False) if is_bad]
     return [row for contents in chosen or [contents for _, contents in batches] for row in contents.rows]
 
@@ -162,7 +162,7 @@ def _find_cause(trainer: Any, batch: dict[str, Any]) -> str | None:
     inputs = trainer.prepare_inputs(batch)
     causes = [f"{name} of the batch is not finite" for name, value in inputs.items() if not is_finite(value)]
     model.zero_grad(set_to_none=True)
-    # With an optimizer that steps inside the backward pass, that would change the parameters.
+    # With an optimizer that steps inside the backward pass, a backward pass would change the parameters.
     backward = find_in_backward_optimizer(trainer.optimizer) is None
     with (
         _record_causes(model, causes),

@@ -59,29 +59,34 @@ def make_optimizer(
 
 
 def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]:
-    """Return the optimizer's parameter groups: up to two per part, the decayed and then the undecayed one.
+    """Return the parameter groups, up to two per part: parameters with weight decay, then those without.
 
-    Each group carries the ``name`` of its part. Weight decay applies to matrices, and not to gates, norms,
-    biases, latents and token rows; the gates are in the undecayed ``cross_attention`` group. The order
+    ``name``: its entry in `OPTIMIZER_GROUPS`. Weight decay applies to matrices, and not to gates, norms,
+    biases, latents and token rows; the gates are in the ``cross_attention`` group without it. The order
     depends on the parameter names only, so a saved optimizer state fits every later run of the recipe.
+
+    Raises ValueError for a trainable parameter whose group is not in `OPTIMIZER_GROUPS`.
     """
     named = trainable_parameters(model)
+    for name in named:
+        if optimizer_group(name) not in OPTIMIZER_GROUPS:
+            raise ValueError(f"{name} is trainable, but {optimizer_group(name)} is not in OPTIMIZER_GROUPS")
     groups = []
-    for part in OPTIMIZER_GROUPS:
-        names = sorted(name for name in named if optimizer_group(name) == part)
+    for group_name in OPTIMIZER_GROUPS:
+        names = sorted(name for name in named if optimizer_group(name) == group_name)
         decayed = [name for name in names if is_decayed(name, named[name])]
         undecayed = [name for name in names if name not in {*decayed}]
-        rate = getattr(train_config.learning_rates, part) or train_config.learning_rate
-        for members, decay in ((decayed, _weight_decay(train_config, part)), (undecayed, 0.0)):
+        rate = getattr(train_config.learning_rates, group_name) or train_config.learning_rate
+        for members, decay in ((decayed, _weight_decay(train_config, group_name)), (undecayed, 0.0)):
             parameters = [named[name] for name in members]
             if parameters:
-                groups.append({"params": parameters, "name": part, "lr": rate, "weight_decay": decay})
+                groups.append({"params": parameters, "name": group_name, "lr": rate, "weight_decay": decay})
     return groups
 
 
-def _weight_decay(train_config: TrainSection, part: str) -> float:
-    """Return the weight decay of a part's matrices; ``train.weight_decays`` has no entry for token rows."""
-    own = getattr(train_config.weight_decays, part, None)
+def _weight_decay(train_config: TrainSection, group_name: str) -> float:
+    """Return the weight decay of a group's matrices; ``train.weight_decays`` has no entry for token rows."""
+    own = getattr(train_config.weight_decays, group_name, None)
     return train_config.weight_decay if own is None else own
 
 
@@ -160,7 +165,7 @@ class InBackwardOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device, copy=True)
 
     def _share_state(self) -> None:
-        """Let the per-parameter optimizers use this optimizer's state, so it is saved and loaded as usual."""
+        """Make the per-parameter optimizers use this one's state, so that it is saved and loaded as usual."""
         self._groups = {parameter: group for group in self.param_groups for parameter in group["params"]}
         for optimizer in self._optimizers.values():
             optimizer.state = self.state

@@ -1,6 +1,6 @@
 """The output directory of a run: starting a run never loses an earlier one.
 
-Apart from resume.py because the command line refuses a directory before torch is imported.
+Separate from resume.py so that the CLI can reject a directory before importing torch.
 """
 
 from __future__ import annotations

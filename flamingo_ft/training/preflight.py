@@ -128,16 +128,16 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# --- the model's own loss, and packed documents kept apart ---
+# --- loss and packing checks ---
 
 
 @torch.no_grad()
 def check_loss(trainer: SFTTrainer | DPOTrainer) -> None:
-    """Compare TRL's loss with the model's own on a short text. Raise UserError if they differ.
+    """Compare TRL's loss with the model's own on a short text. Raises UserError if they differ.
 
     TRL computes it from the last hidden state and the output head's matrix, never forming all logits. That is
-    wrong, without any error, for families whose head is more than a matrix (a transform, a scale unknown to
-    TRL) or whose own loss does not shift labels by one token.
+    silently wrong for families whose head is more than a matrix (a transform, a scale unknown to TRL) or
+    whose own loss does not shift labels by one token.
     """
     model = cast(FlamingoForConditionalGeneration, trainer.model)
     was_training = model.training
@@ -151,12 +151,12 @@ def check_loss(trainer: SFTTrainer | DPOTrainer) -> None:
         except (RuntimeError, AttributeError) as error:
             reraise_machine_error(error)
             raise UserError(
-                _loss_message(model, f"TRL cannot compute it ({str(error).splitlines()[0]})")
+                _loss_message(model, f"computing it fails ({str(error).splitlines()[0]})")
             ) from None
     model.train(was_training)
     exact = model.lang_encoder.dtype == torch.float32 and not (trainer.args.bf16 or trainer.args.fp16)
     if abs(own - fused) > (LOSS_RTOL if exact else LOSS_RTOL_ROUNDED) * abs(own):
-        raise UserError(_loss_message(model, f"TRL computes {fused:.4f}, the model computes {own:.4f}"))
+        raise UserError(_loss_message(model, f"it is {fused:.4f}, the model computes {own:.4f}"))
 
 
 def _sample_text(processor: FlamingoProcessor) -> Tensor:
@@ -170,7 +170,7 @@ def _sample_text(processor: FlamingoProcessor) -> Tensor:
 def _loss_message(model: FlamingoForConditionalGeneration, reason: str) -> str:
     family = model.config.get_text_config().model_type
     return (
-        f"model.language: the training loss of a {family} model would not be its own: {reason}; "
+        f"model.language: TRL's training loss is wrong for a {family} model: {reason}; "
         "choose another model family"
     )
 
@@ -179,10 +179,10 @@ def _loss_message(model: FlamingoForConditionalGeneration, reason: str) -> str:
 def check_packing(model: FlamingoForConditionalGeneration, rows: int = 1) -> None:
     """Compare documents packed into one row, in a batch of ``rows`` such rows, with each document alone.
 
-    Raise UserError if their logits differ. transformers separates documents in self-attention where positions
-    start again at 0, for families that build their masks the usual way. With positions from the mask (ALiBi),
-    with a state that runs along the row (state-space models, recurrences, convolutions) or with some
-    attention kernels, documents would read each other without any error.
+    Raises UserError if their logits differ. transformers separates documents in self-attention where
+    positions start again at 0, for families that build their masks the usual way. With positions from the
+    mask (ALiBi), with a state that runs along the row (state-space models, recurrences, convolutions) or with
+    some attention kernels, documents would silently attend to each other.
     """
     was_training = model.training
     model.eval()

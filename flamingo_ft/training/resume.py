@@ -98,7 +98,7 @@ def _find_checkpoint(recipe: Recipe, root: Path) -> tuple[Path | None, list[str]
 
 
 def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
-    """Load the recipe of the run in ``folder``. Raise UserError unless only `CHANGEABLE_KEYS` differ."""
+    """Load the recipe of the run in ``folder``. Raises UserError unless only `CHANGEABLE_KEYS` differ."""
     earlier = load_recipe(folder / RECIPE_FILE, require=())
     current = _with_earlier_commit(recipe, earlier)
     differences = list(_differences(earlier.model_dump(mode="json"), current.model_dump(mode="json")))

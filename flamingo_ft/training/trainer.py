@@ -47,11 +47,11 @@ else:
 
 
 class FlamingoTrainerMixin(TrainerBase):
-    """What every training method adds to TRL's trainer; comes before it among the bases.
+    """What every training method adds to TRL's trainer. Must precede it in the list of base classes.
 
     pending: contents of this optimizer step's batches that are still to be trained on, the next one first.
     current: contents of the batch in training, or of the last one. counts: samples, label tokens and images
-    since the last log entry. earlier_seconds: training time of the processes before this one.
+    since the last log entry. earlier_seconds: training time before the last resume.
     """
 
     model: FlamingoForConditionalGeneration  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -192,7 +192,7 @@ class FlamingoTrainerMixin(TrainerBase):
         return self.state.global_step >= self.state.max_steps or stopped_early
 
     def seconds(self) -> float:
-        """Return the training time so far, in seconds, including the processes before this one."""
+        """Return the training time so far, in seconds, including the time before the last resume."""
         return self.earlier_seconds + time.monotonic() - self._start_time
 
     def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
@@ -262,7 +262,10 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
 
 
 class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):
-    """Direct preference optimization (arXiv:2305.18290) against the initial model, both without dropout."""
+    """Direct preference optimization (arXiv:2305.18290) with the initial model as reference.
+
+    Dropout is off in both.
+    """
 
     def __init__(self, *positional: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)

@@ -244,7 +244,7 @@ FOREIGN_PROMPT = (
     [
         ("{{ raise_exception('not\nfor you') }}", r"refuses the dialogue \(not for you\)"),
         (LOSES_ANSWERS, "leaves out the assistant's answers"),
-        (FOREIGN_PROMPT, "asks for an answer with other text than it writes before answers"),
+        (FOREIGN_PROMPT, "has a generation prompt that differs from the text before its answers"),
     ],
 )
 def test_a_template_that_cannot_be_trained_with_is_refused_before_any_data_is_read(own, complaint):

@@ -12,7 +12,7 @@ from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.parts import optimizer_group
 from flamingo_ft.training.build import trainer_arguments
-from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer
+from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer, parameter_groups
 from flamingo_ft.training.preflight import check_machine
 
 from ..regimes import LORA, REGIMES, build, inputs, quantized, recipe, shake, trainer
@@ -149,6 +149,14 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     for name, parameter in trainable_parameters(model).items():
         assert group_of[id(parameter)] == optimizer_group(name), name
     assert len(group_of) == len(trainable_parameters(model))
+
+
+def test_a_trainable_parameter_without_a_group_is_not_left_out_silently(small_run):
+    model, _ = build()
+    name = next(name for name, _ in model.named_parameters() if optimizer_group(name) == "vision")
+    model.get_parameter(name).requires_grad_(True)
+    with pytest.raises(ValueError, match=f"^{name} is trainable, but vision is not in OPTIMIZER_GROUPS$"):
+        parameter_groups(model, recipe().train)
 
 
 @pytest.mark.parametrize("settings", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "inside"])

@@ -34,8 +34,8 @@ def python_is_full(*_, **__):
 @pytest.mark.parametrize(
     ("fails", "device", "detail"),
     [
-        (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB detail)"),
-        (host_is_full, "host", " (tried to allocate 4503599627370496 bytes detail)"),
+        (gpu_is_full, "GPU", " (tried to allocate 2.50 GiB more)"),
+        (host_is_full, "host", " (tried to allocate 4503599627370496 bytes more)"),
         (python_is_full, "host", ""),
     ],
 )

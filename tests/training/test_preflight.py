@@ -110,7 +110,7 @@ def test_families_with_a_plain_head_train(folder, family):
     ("family", "options"), [("bert", {"is_decoder": True}), ("roberta", {"is_decoder": True})]
 )
 def test_families_with_a_transform_in_the_head_are_refused(folder, family, options):
-    with pytest.raises(UserError, match=f"the training loss of a {family} model would not be its own"):
+    with pytest.raises(UserError, match=f"TRL's training loss is wrong for a {family} model"):
         trainer_for(family, **options)
 
 
