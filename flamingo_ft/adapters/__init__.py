@@ -1,4 +1,4 @@
-"""What trains, and how it is kept."""
+"""Adapters: trainable parameters, LoRA, saving, loading and merging."""
 
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import trainable_parameters

@@ -6,7 +6,7 @@ from __future__ import annotations
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-# How transformers stores some models' weights otherwise than it holds them (experts one by one): the only way
+# How transformers saves some weights in another layout than in memory (one tensor per expert): the only way
 # to know under which names a merged model is written.
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion

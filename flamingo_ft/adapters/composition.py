@@ -136,7 +136,7 @@ def name_base(adapter: str | Path, base: str) -> None:
 def _bridge_below(
     adapter: Path, config: FlamingoConfig, record: Mapping[str, str], start: str | Path | None
 ) -> dict[str, torch.Tensor]:
-    """Return the bridge that an adapter builds on, in the dtypes that its content hash is of.
+    """Return the bridge that an adapter builds on, in the dtypes over which its hash was computed.
 
     The backbones are loaded too: a checkpoint's rows for new tokens are read through the language model.
     """
@@ -217,13 +217,13 @@ def _refuse(folder: Path, options: Mapping[str, Any]) -> None:
     unknown += _changed(options.get("config"), read_flamingo_config(folder))
     if "quantization_config" in unknown:
         raise UserError(
-            f"{folder}: its backbones are quantized as it records, and not otherwise; "
-            "merge it and load that with a quantization_config"
+            f"{folder}: the adapter's configuration fixes the quantization; merge the adapter, then load the "
+            "merged model with a quantization_config"
         )
     if unknown:
         raise UserError(
-            f"{folder}: from_pretrained cannot take {', '.join(unknown)} where a model is assembled from its "
-            "backbones; leave it out, or merge the adapter and load that"
+            f"{folder}: from_pretrained does not support {', '.join(unknown)} for an adapter; omit it, or "
+            "merge the adapter and load the merged model"
         )
 
 
@@ -246,8 +246,8 @@ def _device(folder: Path, device_map: Any) -> torch.device:
         return torch.device(device_map)
     except (RuntimeError, TypeError):
         raise UserError(
-            f"{folder}: device_map {device_map} is not one device; give one (cuda:0, cpu), or merge it to "
-            "spread it"
+            f"{folder}: device_map {device_map} is not a single device; use one (cuda:0, cpu), or merge the "
+            "adapter to load it across several"
         ) from None
 
 

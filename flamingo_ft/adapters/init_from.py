@@ -114,8 +114,8 @@ def load_bridge_as_stored(
     digest = tensors_sha256(bridge_tensors(model))
     if digest != record["sha256"]:
         raise UserError(
-            f"{folder}: adapter of another base: the bridge of {path} had content {record['sha256'][:12]}, "
-            f"got {digest[:12]}; restore the one that the adapter was trained on"
+            f"{folder}: base mismatch: the adapter was trained on a bridge with SHA-256 "
+            f"{record['sha256'][:12]}, got {digest[:12]} in {path}; restore that bridge"
         )
 
 
@@ -174,8 +174,8 @@ def copy_bridge(model: FlamingoForConditionalGeneration, tensors: Mapping[str, T
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise UserError(
-                f"model.init_from: {name} {tuple(tensor.shape)} does not fit; start from a bridge of this "
-                "shape"
+                f"model.init_from: {name} {tuple(tensor.shape)} does not fit this model; "
+                "start from a bridge of its shape"
             )
         parameters[name].data = tensor.to(parameters[name].device, copy=True)
 

@@ -225,9 +225,8 @@ def check_backbone(folder: Path, part: str, recorded: Mapping[str, Any], loaded:
     """Raise UserError if a backbone is not the one that the adapter was trained on."""
     if loaded["sha256"] != recorded["sha256"]:
         raise UserError(
-            f"{folder}: adapter of another base: {part} backbone {recorded['name']} had content "
-            f"{recorded['sha256'][:12]}, got {loaded['sha256'][:12]}; restore the backbone that the adapter "
-            "was trained on"
+            f"{folder}: base mismatch: the adapter was trained on {part} backbone {recorded['name']} with "
+            f"SHA-256 {recorded['sha256'][:12]}, got {loaded['sha256'][:12]}; restore that backbone"
         )
 
 

@@ -1,7 +1,7 @@
 """LoRA (arXiv:2106.09685) on the parts of a Flamingo, through PEFT.
 
-All parts share one ``peft.LoraConfig``, because an adapter has one: the targets are one pattern over module
-names, rank and alpha vary by part, the rest holds for all parts.
+All parts share one ``peft.LoraConfig``, because PEFT allows one per adapter: the targets are one regex over
+module names, rank and alpha can differ by part, and all other options are shared.
 """
 
 from __future__ import annotations

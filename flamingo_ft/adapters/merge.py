@@ -18,7 +18,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from flamingo_ft.backbones.attention import refuse_attention
+from flamingo_ft.backbones.attention import restore_fused_attention
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
@@ -128,7 +128,7 @@ def _write(
     load_adapter_into(model, adapter)
     parts = fold_lora(model, dtype)
     dequantize_linears(model, dtype)
-    refuse_attention(model.vision_encoder)
+    restore_fused_attention(model.vision_encoder)
     cast_model(model, dtype)
     use_greedy_decoding(model, processor)
     digest = tensors_sha256(read_tensors(adapter))

@@ -36,9 +36,9 @@ from .load import check_backbone, check_tensors, load_base, load_lora_weights, s
 from .lora import unfuse_targeted_attention
 from .save import adapter_tensors, save_adapter
 
-# What adapters must have in common for their LoRA weights to be combined entry by entry ...
+# LoRA settings that must be equal for adapters to be combined.
 COMBINABLE = ("r", "rank_pattern", "target_modules", "use_dora")
-# ... and for one to take the other's place.
+# LoRA settings that must be equal for one adapter to replace another.
 REPLACEABLE = (*COMBINABLE, "lora_alpha", "alpha_pattern", "use_rslora")
 
 Combination = Literal["linear", "ties", "dare_linear", "dare_ties"]
@@ -240,12 +240,10 @@ def check_same_base(folder: Path, base: FlamingoConfig, config: FlamingoConfig) 
     for key in GEOMETRY:
         if getattr(config, key) != getattr(base, key):
             raise UserError(
-                f"{folder}: adapter of another base: {key} {getattr(config, key)}, here {getattr(base, key)}"
+                f"{folder}: base mismatch: {key} is {getattr(config, key)}, here {getattr(base, key)}"
             )
     if config.vision_preprocess != base.vision_preprocess:
-        raise UserError(
-            f"{folder}: adapter of other images: it has its own size or transform; load it by itself"
-        )
+        raise UserError(f"{folder}: the adapter uses another image size or preprocessing; load it separately")
     starts = [(one.bridge_init or {}).get("sha256") for one in (config, base)]
     if starts[0] != starts[1] or parts_in_adapter(config) != parts_in_adapter(base):
-        raise UserError(f"{folder}: adapter of another base: it builds on another bridge; load it by itself")
+        raise UserError(f"{folder}: base mismatch: the adapter builds on another bridge; load it separately")

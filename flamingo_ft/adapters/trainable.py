@@ -27,7 +27,7 @@ from .lora import add_lora
 from .lora_init import Batches
 
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
-# What LoRA weights of one adapter and of another must have in common to mean the same.
+# LoRA settings that must be equal for weights to carry over from another adapter.
 LORA_SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_dora", "use_rslora")
 
 

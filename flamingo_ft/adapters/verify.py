@@ -33,7 +33,7 @@ from .compat import get_model_conversion_mapping, revert_weight_conversion
 from .files import read_lora_config, read_tensors
 
 BLOCK = 2**15  # values compared at once: few enough for one core's cache, and for torch to start no threads
-# twice the largest relative error of one rounding, for two sides that round
+# float32's eps is twice the largest relative rounding error: both sides round.
 EPS = torch.finfo(torch.float32).eps
 LORA_TENSOR = re.compile(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?")
 
@@ -220,8 +220,8 @@ def _errors(
     """Return a tensor's largest error, as a fraction of the allowed one, by each of its names in ``files``.
 
     Args:
-        converted: the model, if transformers stores some of its tensors otherwise than it holds them (experts
-            one by one).
+        converted: the model, if transformers saves some of its tensors in another layout than in memory (one
+            tensor per expert).
     """
     names = [name for name in expected.names if name in stored]
     if names:

@@ -140,7 +140,7 @@ def unfuse_attention(visual: nn.Module) -> None:
             module.qkv_bias_separate = True  # pyrefly: ignore[bad-argument-type]
 
 
-def refuse_attention(visual: nn.Module) -> None:
+def restore_fused_attention(visual: nn.Module) -> None:
     """Invert `unfuse_attention`: modules, state-dict keys and values are as before (re-fuse, not reject).
 
     Raises UserError if a matrix is quantized or has an adapter.
@@ -155,7 +155,7 @@ def refuse_attention(visual: nn.Module) -> None:
 
 
 def fused_names(module: nn.Module) -> dict[str, str]:
-    """Return the parameter names that `refuse_attention` changes: {unfused name: fused name}."""
+    """Return the parameter names that `restore_fused_attention` changes: {unfused name: fused name}."""
     names = [name for name, part in module.named_modules() if isinstance(part, UNFUSED)]
     return {
         f"{name}.in_proj.{leaf}": f"{name}.in_proj_{leaf}" for name in names for leaf in ("weight", "bias")

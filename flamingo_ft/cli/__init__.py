@@ -1,6 +1,6 @@
 """The command line: parse arguments, call the package, print the result.
 
-Verbs import what they call inside their functions, so that help and refused arguments come without the
+Commands import what they call inside their functions, so that help and refused arguments come without the
 seconds that it takes to import torch.
 """
 
@@ -60,8 +60,7 @@ app.add_typer(recipes.recipes_app, name="recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code. Errors of the user are printed as lines, without a
-    traceback."""
+    """Run one command and return its exit code; user errors are printed as one line, without a traceback."""
     try:
         code = app(arguments, prog_name="flamingo-ft", standalone_mode=False) or 0
     except ReportedElsewhere:
@@ -105,8 +104,7 @@ def _print_how_to_resume(stopped: StoppedBySignal, arguments: Sequence[str]) -> 
 
 
 def _usage_error(error: typer.TyperException) -> str:
-    """Return the message for invalid arguments, shortened: a shell may have expanded a pattern to thousands
-    of them."""
+    """Return the message for invalid arguments, shortened: a shell may expand a pattern to thousands."""
     message = error.format_message().rstrip(".")
     if len(message) > MAX_USAGE_CHARACTERS:
         is_list_option = "extra argument" in message
@@ -117,8 +115,7 @@ def _usage_error(error: typer.TyperException) -> str:
 
 
 def _machine_error(error: Exception) -> str:
-    """Return the message for full memory or a full disk that no command reported better. Other errors are
-    raised."""
+    """Return the message for an out-of-memory or full-disk error that no command handled; raise any other."""
     from flamingo_ft.machine_errors import disk_failure, out_of_memory
 
     if problem := out_of_memory(error):

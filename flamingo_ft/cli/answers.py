@@ -1,4 +1,4 @@
-"""Verbs that let a model answer: `eval`, `generate` and `serve`."""
+"""Commands that let a model answer: `eval`, `generate` and `serve`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Samples to evaluate on instead of the recipe's, as data.eval.0; their images are in "
-            "data.eval.0.image_root=FOLDER.",
+            help="Samples to evaluate on instead of the recipe's, as data.eval.0; set "
+            "data.eval.0.image_root=FOLDER for their images.",
             exists=True,
             dir_okay=False,
         ),
@@ -71,9 +71,7 @@ def serve(
     ] = None,
     image_urls: Annotated[
         Literal["public", "any", "none"],
-        typer.Option(
-            help="http(s) URLs of images that are fetched: all but those in private networks, any, or none."
-        ),
+        typer.Option(help="Which http(s) image URLs to fetch: public addresses only, any, or none."),
     ] = "public",
     max_body_mib: Annotated[
         int, typer.Option(min=1, metavar="N", help="Maximum size of a request in MiB.")

@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and the options of `merge`."""
+"""Arguments that several commands share, and the options of `merge`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Adapter = Annotated[
 StartPath = Annotated[
     str | None,
     typer.Option(
-        metavar="PATH", help="Where the checkpoint that the adapter starts from is now, if it was moved."
+        metavar="PATH", help="Current path of the checkpoint the adapter was trained from, if it has moved."
     ),
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")]

@@ -1,4 +1,4 @@
-"""The verb `env`: versions, hardware and missing extras, for a bug report.
+"""The command `env`: versions, hardware and missing extras, for a bug report.
 
 Whatever is broken is reported and does not raise. Nothing private is included.
 """
@@ -66,7 +66,7 @@ _PATH = re.compile(r"(?<![\w.<])(?:~|[A-Za-z]:)?(?:[\\/][^\s\\/:'\",;()\[\]<>]+)
 _TOKEN = re.compile(r"\b(?:hf|sk|ghp|glpat)[_-][A-Za-z0-9_-]{8,}")
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON.")] = False) -> None:
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Print versions, hardware and missing extras for a bug report, without anything private."""
     from flamingo_ft.cli.output import print_json
 
@@ -78,8 +78,10 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print them as JSON
 
 
 def environment() -> dict[str, Any]:
-    """Return the environment as plain values. Packages are imported in another process, which a broken one
-    may end."""
+    """Return the environment as plain values.
+
+    Packages are imported in a subprocess, because a broken one can crash it.
+    """
     versions = {name: _version(name) for name in PACKAGES}
     modules = [PACKAGES[name] for name, number in versions.items() if number is not None]
     results, problems = _probe(["memory", "devices", *modules, *_QUANTIZATION_STEPS])
@@ -123,8 +125,7 @@ def as_text(record: Mapping[str, Any]) -> str:
 
 
 def anonymous(text: str) -> str:
-    """Return a message of another package on one line, without paths, tokens, or names of the user and the
-    machine."""
+    """Return another package's message on one line, without paths, tokens, user and host names."""
     text = one_line(text)[-_MAX_PROBLEM_CHARACTERS:]
     folders = {str(Path.home()), str(Path.cwd()), sys.prefix, sys.base_prefix} - {"/"}
     for folder in sorted(folders, key=len, reverse=True):

@@ -42,8 +42,7 @@ def print_merge_report(report: Mapping[str, Any]) -> None:
 
 
 def evaluation_tables(evaluation: Mapping[str, Any]) -> list[Table]:
-    """Return a table for each metric in the ``eval`` record of metrics.json: a row per task, and one over
-    all."""
+    """Return a table for each metric in the ``eval`` record of metrics.json: tasks and total."""
     return [_evaluation_table(scores) for scores in score_tables(evaluation)]
 
 
@@ -64,8 +63,7 @@ def _evaluation_table(scores: ScoreTable) -> Table:
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines below the table: tasks with few classes by class, tasks of free text, and the
-    verdict."""
+    """Yield the lines below the table: accuracy by class, tasks with free text, and the verdict."""
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MAX_CLASSES:
@@ -74,7 +72,7 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
     free_text = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
     if free_text:
         yield (
-            f"{', '.join(free_text)}: free text scored by exact match, "
+            f"{', '.join(free_text)}: free text; accuracy is exact match, "
             "which counts a right answer in other words as wrong"
         )
     if evaluation.get("verdict"):
@@ -103,8 +101,10 @@ def training_line(training: Mapping[str, Any]) -> str:
 
 
 def _data_lines(data: Mapping[str, Any]) -> Iterator[str]:
-    """data: {"rows", "skipped", "dropped", "shortened", "rewritten"?, "held_out_skipped"?}; a row counts each
-    time it is read."""
+    """Yield what was skipped, dropped and shortened; a row counts each time it is read.
+
+    data: {"rows", "skipped", "dropped", "shortened", "rewritten"?, "held_out_skipped"?}.
+    """
     counts = {
         "skipped as bad": data.get("skipped"),
         "dropped as too long": data.get("dropped"),
@@ -123,8 +123,7 @@ def _data_lines(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def merge_table(report: Mapping[str, Any]) -> Table:
-    """Return a table of loss and metrics of the adapter, of the merged model, and of what quantization
-    changes."""
+    """Return a table of loss and metrics of the adapter, the merged model, and quantization alone."""
     cost = report["cost"]
     metrics = [metric for name, metric in METRICS.items() if name in cost]
     reference = ", the adapter's answers as reference" if report["prompts_from"] == MADE_UP else ""
@@ -155,9 +154,10 @@ def merge_lines(report: Mapping[str, Any]) -> str:
         f"verified {verified['tensors']:,} tensors, "
         f"{verified['matrices_with_lora']:,} of them W + scale * B A{worst}\n"
         f"loss {cost['loss_increase']:+.4f} (standard error {cost['loss_increase_standard_error']:.4f}); "
-        f"refused if it is higher by more than {cost['margin']:.2g} beyond twice that{limits}\n"
+        f"rejected if the increase minus two standard errors exceeds {cost['margin']:.2g}{limits}\n"
         f"logits: token agreement {percent(report['token_agreement'])}, "
-        f"largest difference {report['relative']:.2g} of the largest, on {report['tokens']:,} tokens"
+        f"max difference {report['relative']:.2g} relative to the largest logit, "
+        f"over {report['tokens']:,} tokens"
     )
 
 

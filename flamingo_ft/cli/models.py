@@ -1,4 +1,4 @@
-"""Verbs that write models: `merge`, `convert` and `push`."""
+"""Commands that write models: `merge`, `convert` and `push`."""
 
 from __future__ import annotations
 
@@ -98,8 +98,7 @@ def convert(
         typer.Option(min=1, metavar="N", help="lora_alpha of a checkpoint that does not record it."),
     ] = None,
 ) -> None:
-    """Import a checkpoint of OpenFlamingo, Otter or Multimodal-GPT, or export one for OpenFlamingo or
-    Otter."""
+    """Import an OpenFlamingo, Otter or Multimodal-GPT checkpoint, or export to OpenFlamingo or Otter."""
     from flamingo_ft import convert as converting
 
     if to in ("open_flamingo", "otter"):

@@ -1,4 +1,4 @@
-"""How verbs print: messages on stderr, results as tables or JSON on stdout."""
+"""How commands print: messages on stderr, results as tables or JSON on stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verbs about a recipe, without training: `plan`, `check`, and those under `flamingo-ft recipes`."""
+"""Commands about a recipe, without training: `plan`, `check`, and those under `flamingo-ft recipes`."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from flamingo_ft.adapters.files import read_config, read_flamingo_config, read_p
 from flamingo_ft.adapters.load import load_adapter_into, load_base
 from flamingo_ft.adapters.merge import fold_lora
 from flamingo_ft.atomic import file_in_place, folder_in_place
-from flamingo_ft.backbones.attention import refuse_attention
+from flamingo_ft.backbones.attention import restore_fused_attention
 from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats.foreign_checkpoint import BRIDGE_PREFIXES, OPEN_FLAMINGO, OPEN_FLAMINGO_1, OTTER
@@ -131,7 +131,7 @@ def _load_source(source: str | Path, out: Path, start: str | Path | None) -> _So
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LoraLayer)
     )
     fold_lora(model)
-    refuse_attention(model.vision_encoder)
+    restore_fused_attention(model.vision_encoder)
     return _Source(
         model.eval(), processor, "adapter", folded, False, _quantization_notes(config.backbones or {})
     )

@@ -18,7 +18,7 @@ from flamingo_ft.adapters.answering import use_greedy_decoding
 from flamingo_ft.adapters.merge import LARGEST_SHARD, fold_lora, make_standalone
 from flamingo_ft.adapters.save import save_processor
 from flamingo_ft.atomic import folder_in_place
-from flamingo_ft.backbones.attention import refuse_attention
+from flamingo_ft.backbones.attention import restore_fused_attention
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats import ForeignCheckpoint, read_checkpoint
@@ -136,7 +136,7 @@ def _save_model(
     own_backbones: whether weights of the backbones are the checkpoint's own.
     """
     lora_parts = fold_lora(model)
-    refuse_attention(model.vision_encoder)
+    restore_fused_attention(model.vision_encoder)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     origin = {
         "checkpoint_sha256": tensors_sha256(checkpoint.tensors()),

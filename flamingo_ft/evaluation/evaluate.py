@@ -43,8 +43,8 @@ def evaluate_adapter(
     recipe's ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called
     with a line for each skipped sample.
 
-    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, and without
-    samples.
+    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, and if
+    there are no held-out samples.
     """
     folder = fetch_model(adapter)
     recipe = recipe_for_evaluation(adapter, folder, data, overrides)

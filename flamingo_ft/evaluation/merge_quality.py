@@ -40,7 +40,8 @@ NOISE_IMAGES, MADE_UP_TOKENS = 3, 16  # made-up prompts with an image; longest a
 STAND_IN = "A bird on a branch, to the left."  # for an empty answer, which may leave no tokens for a loss
 # In nats per token. SmolLM2-135M, small enough to suffer most, loses or gains 0.2 just by leaving nf4.
 LOSS_MARGIN = 0.5
-MADE_UP_FACTOR = 4  # of the loss margin: on the adapter's own answers every other model does worse
+# Multiplies the loss margin on made-up prompts, whose references are the adapter's own answers and favor it.
+MADE_UP_FACTOR = 4
 MAX_POSITIONS = 256  # label positions whose logits are compared: 150 MB for a vocabulary of 150,000
 
 
@@ -266,8 +267,11 @@ def _worse_by(metric: Metric, pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def logit_difference(measured: Measurement, expected: Measurement) -> dict[str, Any]:
-    """Return the largest difference of two models' logits, the same relative to the largest logit, and the
-    fraction of positions (token_agreement) at which both predict the same token."""
+    """Compare two models' logits.
+
+    Returns their largest difference, the same relative to the largest logit, and the fraction of positions
+    (token_agreement) at which both predict the same token.
+    """
     largest = float((measured.logits - expected.logits).abs().max())
     agreement = (measured.logits.argmax(-1) == expected.logits.argmax(-1)).float().mean()
     return {

@@ -2,8 +2,9 @@
 
 To add a metric:
 
-1. Register it at the end of this file: ``register_metric(Metric("f1", score=f1, label="F1"))``.
-2. Add its name to ``METRIC_DESCRIPTIONS`` in `flamingo_ft/config/tables.py`, so that recipes can select it.
+1. Write its score function and register it below `ACCURACY`: ``register_metric(Metric("f1", score=f1))``.
+2. Add ``"f1": "what it measures; higher is better"`` to ``METRIC_DESCRIPTIONS`` in
+   `flamingo_ft/config/tables.py`, from which the recipe schema is generated.
 3. Regenerate the two files that list it::
 
        flamingo-ft recipes schema > recipes/recipe.schema.json &&
@@ -31,9 +32,9 @@ MAX_CLASSES = 20  # distinct reference answers; with more, classes are not score
 MIN_SAMPLES_PER_CLASS = 2  # on average
 FREE_TEXT_WORDS = 4  # median length of the reference answers; shorter ones are not free text
 
-# Keys derived from the name of a metric in metrics.json, merge.json and the log.
+# Suffixes that turn a metric's name into keys of metrics.json, merge.json and the log.
 KEY_SUFFIXES = ("", "_before", "_shuffled_images", "_majority", "_drop", "_drop_standard_error", "_margin")
-# Other keys of the same records, and names of the report's other figures: a metric cannot have them.
+# Names that a metric must not use: other keys of these records, and the report's other figures.
 RESERVED_KEYS = frozenset(
     {"before", "shuffled_images", "majority", "samples", "free_text", "classes", "predicted"}
     | {"verdict", "per_task", "step"}
@@ -56,7 +57,7 @@ class Metric:
 
     name: key in metrics.json, in the log (``eval_<name>``) and in the recipe (``eval.metric``).
     score: (prediction, reference answers) -> score of the prediction.
-    label: name in tables and figures.
+    label: name in tables and figures (titles capitalize it).
     description: phrase for the model card that says what is measured; by default the label.
     aggregate: scores of all questions -> value of the metric.
     higher_is_better: whether larger values are better; decides the best checkpoint and merging.
@@ -140,7 +141,7 @@ def higher_is_better(name: str) -> bool:
 
 
 def normalize(text: str) -> str:
-    """Return an answer as exact match compares it: without case, extra spaces and final punctuation."""
+    """Return an answer as exact match compares it: case, extra spaces and final punctuation removed."""
     return " ".join(text.casefold().split()).rstrip(".!? ")
 
 

@@ -283,5 +283,5 @@ def _verdict_on_free_text(changed: float) -> str:
     share = f"{100 * changed:.0f} % of the answers change with another image"
     if changed < FEW_CHANGES:
         return f"{NOT_LOOKING}: {share}; {REMEDY}"
-    limit = "whether they are right, exact match cannot tell for free text"
+    limit = "exact match cannot judge whether free-text answers are right"
     return f"the answers depend on the images ({share}); {limit}"

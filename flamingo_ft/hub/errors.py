@@ -27,8 +27,8 @@ from flamingo_ft.machine_errors import disk_failure
 
 from .compat import http_library
 
-# What the client was seen to raise: for an answer of the Hub, for none, for files and names, for a failed
-# upload.
+# What the client raises: HTTP error responses, connection failures, file errors, invalid names, failed
+# uploads.
 CLIENT_ERRORS = (HfHubHTTPError, http_library.HTTPError, OSError, RuntimeError, ValueError)
 
 # Those that say what is wrong; the client wraps them in others.
@@ -88,7 +88,8 @@ def error_reason(error: Exception, writes: bool = False) -> str:
 def _access_reason(is_missing: bool, status: int | None, writes: bool) -> str:
     """Describe a repository that is missing or closed to this token; the Hub does not say which."""
     if is_missing and not writes:
-        return f"not a local folder, and not on the Hub or private; check the name, or {LOG_IN}"
+        hidden = "neither a local folder nor a visible Hub repository (it may be private)"
+        return f"{hidden}; check the name, or {LOG_IN}"
     if status == 401:
         return f"no valid token; {LOG_IN} to a token that may write"
     verb, remedy = ("write", "name a repository of your own") if writes else ("read", "ask its owner")

@@ -21,8 +21,7 @@ NOT_NEEDED = ("*/*", "training_args.bin", "optimizer.*", "scheduler.*", "rng_sta
 
 
 def fetch_model(place: str | Path, **options: Any) -> Path:
-    """Return the local path of an adapter, a model, a composition or a checkpoint, after downloading what is
-    missing.
+    """Return the local path of an adapter, model, composition or checkpoint, downloaded if necessary.
 
     Args:
         place: a path, or ``org/name[@revision]`` on the Hub.
@@ -83,7 +82,7 @@ def download(
     """Download the files of a repository that match ``patterns``, unless they are in the cache.
 
     Args:
-        name: how errors call what is downloaded.
+        name: name of the download in error messages.
 
     Returns:
         The folder of the snapshot, which does not exist if no file matches.

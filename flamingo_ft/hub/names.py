@@ -125,8 +125,7 @@ def local_language(name: str, revision: str | None, folders: Sequence[Path] = HE
 
 
 def local_tower(name: str, pretrained: str | None, folders: Sequence[Path] = HERE) -> Path | None:
-    """Return the folder of a vision tower; None for nano, a repository on the Hub and an architecture of
-    OpenCLIP.
+    """Return the folder of a vision tower; None for nano, a Hub repository or an OpenCLIP architecture.
 
     With ``pretrained``, a plain name is an architecture, even beside a folder of the same name.
     """

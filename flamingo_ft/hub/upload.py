@@ -1,7 +1,7 @@
 """Upload of files to a repository on the Hub in one commit, so that nobody sees half of them.
 
-Large files are uploaded before the commit by their SHA-256; what is there already, from an interrupted upload
-too, is not sent again.
+Large files are uploaded before the commit by their SHA-256; files already on the Hub, including
+from an interrupted upload, are skipped.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ def folder_additions(folder: Path, prefix: str = "") -> Sequence[CommitOperation
 
 @contextmanager
 def limit_timeouts() -> Generator[None]:
-    """Give the client timeouts inside the block, where it has none: by default it waits for a silent Hub
-    forever.
+    """Set timeouts inside the block for requests that have none: by default they wait for the Hub forever.
 
     The client has settings for the timeouts of downloads, but none for those of uploads and commits. All else
     that a user set stays: the session itself (proxy, certificates, headers), and the factory that creates the

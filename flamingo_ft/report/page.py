@@ -104,7 +104,7 @@ def _verdict_kind(verdict: str | None) -> str:
 
 
 def facts(run: RunFolder) -> dict[str, str]:
-    """Return the numbers at the head of the report, as name -> text; of the log, the newest values."""
+    """Return the numbers at the head of the report, as name -> text, using the latest log values."""
     values = {}
     if run.training:
         values["trainable parameters"] = f"{run.training['trainable_parameters']:,}"

@@ -57,14 +57,13 @@ def answer_grid(run: str | Path, rows: int = 3, columns: int = 4) -> Figure:
 
 
 def answers_figure(predictions: Sequence[dict[str, Any]], rows: int = 3, columns: int = 4) -> Figure:
-    """Draw `answer_grid` from the rows of predictions.jsonl; of a run in progress, with the answers so
-    far."""
+    """Draw `answer_grid` from predictions.jsonl; during training, with the answers so far."""
     shown = spread(predictions, rows * columns, lambda prediction: prediction["task"])
     return _grid([_prediction_cell(prediction) for prediction in shown], columns)
 
 
 def sample_grid(samples: Sequence[Sample], rows: int = 2, columns: int = 4) -> Figure:
-    """Show samples of all tasks: their images, the user's turns, and in blue the assistant's."""
+    """Show samples of all tasks: their images, the user's turns, and the assistant's in blue."""
     shown = spread(samples, rows * columns, lambda sample: sample.task)
     return _grid([_sample_cell(sample) for sample in shown], columns)
 

@@ -137,7 +137,7 @@ def damage(folder, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("another base", "adapter of another base: language backbone nano"),
+        ("another base", "base mismatch: the adapter was trained on language backbone nano with SHA-256"),
         ("newer format", "format version 99 is newer"),
         ("lost weight", "lacks 1 of its weights"),
         ("wrong shape", ", got (1,); the adapter is damaged"),

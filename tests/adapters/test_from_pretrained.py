@@ -128,7 +128,7 @@ def test_a_changed_bridge_in_a_composition_is_refused(adapters, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(UserError, match="adapter of another base: the bridge of"):
+    with pytest.raises(UserError, match="base mismatch: the adapter was trained on a bridge with SHA-256"):
         auto(base)
     assert load_file(weights)
 
@@ -167,10 +167,13 @@ def test_a_device_map_of_one_device_is_supported(adapters, device_map):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device_map": {"perceiver": 0, "": "cpu"}}, "is not one device"),
-        ({"device_map": "balanced"}, "is not one device"),
-        ({"quantization_config": {"load_in_4bit": True}}, "quantized as it records, and not otherwise"),
-        ({"state_dict": {}}, "cannot take state_dict"),
+        ({"device_map": {"perceiver": 0, "": "cpu"}}, "is not a single device; use one"),
+        ({"device_map": "balanced"}, "is not a single device; use one"),
+        (
+            {"quantization_config": {"load_in_4bit": True}},
+            "configuration fixes the quantization; merge the adapter",
+        ),
+        ({"state_dict": {}}, "does not support state_dict"),
         ({"dtype": "small"}, "is not a torch dtype"),
     ],
 )
@@ -188,7 +191,7 @@ def test_an_attention_implementation_reaches_the_language_model(adapters):
 
 @pytest.mark.parametrize("change", [{"media_visibility": "all_preceding"}, {"output_hidden_states": True}])
 def test_a_changed_configuration_is_refused(adapters, change):
-    with pytest.raises(UserError, match=f"cannot take {next(iter(change))} "):
+    with pytest.raises(UserError, match=f"does not support {next(iter(change))} "):
         auto(adapters / "bridge", **change)
 
 

@@ -167,7 +167,8 @@ def test_dropout_applies_to_the_inputs_of_lora(small_run):
 
 def test_pissa_changes_nothing_at_first_and_is_saved_as_lora_on_the_original_base(small_run):
     plain, _ = build("model.init_from=start")
-    model, processor = build(LORA, "lora.init_lora_weights=pissa", "model.init_from=start")
+    parts = (LORA, "lora.vision={r: 2}")
+    model, processor = build(*parts, "lora.init_lora_weights=pissa", "model.init_from=start")
     torch.testing.assert_close(logits(model, processor), logits(plain, processor), rtol=0, atol=1e-4)
     name = "lang_encoder.model.layers.0.mlp.up_proj"
     weight, layer = plain.get_submodule(name).weight, model.get_submodule(name)
@@ -178,7 +179,9 @@ def test_pissa_changes_nothing_at_first_and_is_saved_as_lora_on_the_original_bas
     shake(model)
     save_adapter(model, processor, Path("adapter"))
     loaded, _ = load_adapter("adapter")
-    assert loaded.peft_config["default"].r == 8
+    ranks = {part: layer.r["default"] for part, layer in layers(loaded).items()}
+    assert ranks == {part: 2 * layer.r["default"] for part, layer in layers(model).items()}
+    assert {*ranks.values()} == {4, 8}
     assert torch.equal(loaded.get_submodule(name).get_base_layer().weight, weight)
     torch.testing.assert_close(logits(loaded, processor), logits(model, processor), rtol=0, atol=2e-4)
 

@@ -226,7 +226,9 @@ def test_merging_onto_another_base_is_refused(small_run, capsys):
     config = json.loads(Path("adapter", "config.json").read_text())
     config["backbones"]["language"]["sha256"] = "0" * 64
     Path("adapter", "config.json").write_text(json.dumps(config))
-    assert "adapter of another base: language backbone nano" in refused(capsys, "adapter", "merged")
+    assert "base mismatch: the adapter was trained on language backbone nano with SHA-256" in refused(
+        capsys, "adapter", "merged"
+    )
     assert not Path("merged").exists()
 
 

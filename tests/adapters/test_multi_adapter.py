@@ -114,11 +114,9 @@ def test_an_adapter_of_another_base_is_refused(folders):
     save_adapter(*build("model.cross_attn_every_n_layers=2"), Path("sparse"))
     save_adapter(*build(LORA, "model.init_from=start", "trainable.perceiver=false"), Path("second"))
     adapters = load_all()
-    with pytest.raises(
-        UserError, match="sparse: adapter of another base: cross_attn_every_n_layers 2, here 1"
-    ):
+    with pytest.raises(UserError, match="sparse: base mismatch: cross_attn_every_n_layers is 2, here 1"):
         adapters.load("sparse", "sparse")
-    with pytest.raises(UserError, match="second: adapter of another base: it builds on another bridge"):
+    with pytest.raises(UserError, match="second: base mismatch: the adapter builds on another bridge"):
         adapters.load("second", "second")
 
 

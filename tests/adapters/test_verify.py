@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -150,10 +151,14 @@ FAMILIES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("base", ["bf16", "dequantized"])
-@pytest.mark.parametrize("kind", ["lora.use_dora=false", "lora.use_dora=true"])
-@pytest.mark.parametrize("family", FAMILIES)
+def slow_but_one():
+    """Every combination; all are slow but the first, which is the one with experts in one tensor."""
+    kinds = ("lora.use_dora=false", "lora.use_dora=true")
+    first, *rest = product(("mixtral", "gpt2"), kinds, ("bf16", "dequantized"))
+    return [first, *(pytest.param(*each, marks=pytest.mark.slow) for each in rest)]
+
+
+@pytest.mark.parametrize(("family", "kind", "base"), slow_but_one())
 def test_matrices_with_converted_storage_are_verified_too(small_run, family, kind, base):
     nano = flamingo_ft.load_language("nano").tokenizer
     config = AutoConfig.for_model(family, **FAMILIES[family], vocab_size=len(nano))

@@ -11,7 +11,7 @@ from timm.models.eva import EvaAttention
 from timm.models.swin_transformer_v2 import WindowAttention
 from torch import nn
 
-from flamingo_ft.backbones.attention import is_unfused, refuse_attention, unfuse_attention
+from flamingo_ft.backbones.attention import is_unfused, restore_fused_attention, unfuse_attention
 from flamingo_ft.backbones.tower import build_visual, spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TOWERS
@@ -58,12 +58,12 @@ def test_an_unfused_tower_gives_the_same_tokens(tower):
     torch.testing.assert_close(spatial_tokens(visual, images), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_refuse_attention_inverts_unfuse_attention(tower):
+def test_restore_fused_attention_inverts_unfuse_attention(tower):
     visual, images = tower
     before, tokens = dict(visual.state_dict()), spatial_tokens(visual, images)
     trainable = {name: parameter.requires_grad for name, parameter in visual.named_parameters()}
     unfuse_attention(visual)
-    refuse_attention(visual)
+    restore_fused_attention(visual)
     after = visual.state_dict()
     assert list(after) == list(before) and not is_unfused(visual)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -151,7 +151,7 @@ def test_timms_fused_attention_calls_its_layer_once_unfused(make):
     unfuse_attention(holder)
     torch.testing.assert_close(holder["attn"](x), expected)
     assert called == ["qkv"] and is_unfused(holder)
-    refuse_attention(holder)
+    restore_fused_attention(holder)
     assert not is_unfused(holder)
     assert torch.equal(holder["attn"](x), expected) and called == ["qkv"]
 
@@ -211,5 +211,5 @@ def test_a_tower_with_an_adapter_cannot_be_fused_again():
     unfuse_attention(visual)
     inject_adapter_in_model(LoraConfig(target_modules=["in_proj"]), visual)
     assert "resblocks.0.attn.in_proj is a peft.tuners.lora.layer.Linear, not a plain" in refusal(
-        refuse_attention, visual
+        restore_fused_attention, visual
     )

@@ -171,7 +171,7 @@ def test_local_files_only_refuses_a_model_that_is_not_in_the_cache(offline, mess
 @pytest.mark.parametrize(
     ("error", "message_part"),
     [
-        (RepositoryNotFoundError, "not a local folder, and not on the Hub or private"),
+        (RepositoryNotFoundError, "neither a local folder nor a visible Hub repository (it may be private)"),
         (GatedRepoError, "is gated; accept its terms"),
         (RevisionNotFoundError, "though the repository is; check the revision"),
         (HfHubHTTPError, "failed (500 and more); try again"),

@@ -13,7 +13,7 @@ from open_clip.transformer import Attention
 from PIL import Image
 from torch import nn
 
-from flamingo_ft.backbones.attention import refuse_attention
+from flamingo_ft.backbones.attention import restore_fused_attention
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import (
     Quantization,
@@ -124,7 +124,7 @@ def test_a_dequantized_tower_can_be_fused_again_and_gives_the_quantized_towers_t
     twin = quantized(visual, "nf4")
     expected = spatial_tokens(twin, images)
     dequantize_linears(twin, torch.float32)
-    refuse_attention(twin)
+    restore_fused_attention(twin)
     assert list(twin.state_dict()) == keys and not quantization_formats(twin)
     torch.testing.assert_close(spatial_tokens(twin, images), expected)
 

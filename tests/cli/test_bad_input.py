@@ -194,7 +194,10 @@ def test_an_adapter_of_another_base_is_refused(trained, here, capsys):
     shutil.copytree(trained / "run", "other")
     Path("other", "config.json").write_text(json.dumps(config))
     line = refused(capsys, "generate", "other", "--image", "a.png", "--prompt", "What?")
-    assert "other: adapter of another base: vision backbone nano had content 000000000000" in line
+    assert (
+        "other: base mismatch: the adapter was trained on vision backbone nano with SHA-256 000000000000"
+        in line
+    )
 
 
 def test_a_prompt_whose_markers_do_not_match_is_refused(trained, here, capsys):

@@ -1,4 +1,4 @@
-"""A metric is one entry of a registry: every part of the package computes, shows and selects by it."""
+"""A metric is one entry of a registry: every part of the package computes it, shows it and selects by it."""
 
 from __future__ import annotations
 

@@ -175,7 +175,8 @@ def test_offline_a_model_that_is_partly_cached_is_refused(hub, monkeypatch):
         (
             {"private": True},
             None,
-            "not a local folder, and not on the Hub or private; check the name, or log in",
+            "neither a local folder nor a visible Hub repository (it may be private); check the name, "
+            "or log in",
         ),
         ({"private": True}, "hf_unknown", "no valid token; log in with `hf auth login`"),
         ({"gated": True}, READER, "is gated; accept its terms on its page of the Hub"),
@@ -198,7 +199,9 @@ def test_a_closed_repository_is_downloaded_with_a_token(hub, monkeypatch):
 
 def test_a_missing_repository_is_refused(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "runs/quickstrat: not a local folder, and not on the Hub" in refusal("runs/quickstrat")
+    assert "runs/quickstrat: neither a local folder nor a visible Hub repository" in refusal(
+        "runs/quickstrat"
+    )
     put(hub, {"config.json": b"{}"})
     assert f"{REPO}@nothing: is not on the Hub, though the repository is; check the revision" in refusal(
         f"{REPO}@nothing"

@@ -66,5 +66,5 @@ def test_resuming_with_another_init_from_is_refused(commit, hub, small_run, caps
 def test_a_missing_init_from_is_refused_before_loading(hub, small_run, monkeypatch, capsys):
     monkeypatch.setattr("flamingo_ft.training.train.open_data", None)
     assert main(COMMAND) == 2
-    assert f"error: {START}: not a local folder, and not on the Hub" in capsys.readouterr().err
+    assert f"error: {START}: neither a local folder nor a visible Hub repository" in capsys.readouterr().err
     assert not any((small_run / "run").iterdir())

@@ -23,9 +23,8 @@ from .requests import GenerationRequest, chat_request, completion_request, respo
 
 REQUEST_ID = "x-request-id"
 CONNECTION_CHECK_SECONDS = 0.5  # between checks whether the client is still connected
-MAX_DRAINED = (
-    4  # times the body limit are read before giving up: a client that is still sending sees no reply
-)
+# Read up to this multiple of the body limit: a client that is still sending would not see the error.
+MAX_DRAINED = 4
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -118,7 +117,7 @@ async def _cancel_when_disconnected(request: Request, answer: Answer) -> None:
 
 
 async def _events(answer: Answer, reply: Reply) -> AsyncIterator[str]:
-    """Write the reply as server-sent events. Once they have begun, an error can only be one of them."""
+    """Write the reply as server-sent events. After the first event, an error can only be another event."""
     pieces = []
     try:
         yield reply.opening()

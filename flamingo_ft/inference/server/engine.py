@@ -1,8 +1,8 @@
-"""One model that answers the requests of many clients, one after the other, with what happens at each token.
+"""One model answers the requests of many clients in turn: streaming, stop sequences and penalties.
 
-Text is encoded on one thread, images are read on others and answers are generated on a third kind, so that a
-bad request is rejected at once and a slow image does not keep the model waiting. An error in one request
-stays its own.
+Prompts are tokenized, images read and answers generated in separate thread pools, so that a bad request is
+rejected at once and a slow image does not keep the model waiting. An error in one request does not affect
+others.
 
 Shapes: B answers, T tokens so far, V vocabulary.
 """
@@ -208,21 +208,21 @@ def penalties(sampling: Sampling, prompt_tokens: int) -> LogitsProcessorList:
 
 
 class VisibleText:
-    """Filters a growing answer: drops everything from a stop text on, and white space at both ends.
+    """Filters a growing answer: drops everything from a stop sequence on, and white space at both ends.
 
-    Text that may be the beginning of a stop text is held back until the next piece decides. strip: whether to
-    drop outer white space, as `flamingo-ft generate` does.
+    Text that may be the beginning of a stop sequence is held back until the next piece decides.
+    strip: whether to drop outer white space, as `flamingo-ft generate` does.
     """
 
     def __init__(self, stop: Sequence[str] = (), strip: bool = True):
         self._stop, self._strip = tuple(stop), strip
-        self._pending = ""  # may be the beginning of a stop text
+        self._pending = ""  # may be the beginning of a stop sequence
         self._blank = ""  # white space that counts only if text follows
         self._begun = not strip
         self.stopped = False
 
     def feed(self, piece: str) -> str:
-        """Return what can be shown after ``piece``; nothing more after a stop text."""
+        """Return what can be shown after ``piece``; nothing more after a stop sequence."""
         if self.stopped:
             return ""
         text = self._pending + piece
@@ -235,12 +235,12 @@ class VisibleText:
         return self._stripped(text[:end])
 
     def end(self) -> str:
-        """Return what was held back, if the answer ends without a stop text."""
+        """Return what was held back, if the answer ends without a stop sequence."""
         text, self._pending = self._pending, ""
         return self._stripped(text)
 
     def _held_back(self, text: str) -> int:
-        """Return the length of the longest suffix of ``text`` that a stop text begins with."""
+        """Return the length of the longest suffix of ``text`` that a stop sequence begins with."""
         longest = min(len(text), max(map(len, self._stop), default=1) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stop):
@@ -261,7 +261,7 @@ class TokenReceiver(StoppingCriteria):
     """Decodes each generated token, passes visible text on, and ends generation when the answer is complete.
 
     on_text: called with each piece of text. is_cancelled: whether to end at the next token. complete: whether
-    an end token or a stop text has come.
+    an end token or a stop sequence has come.
 
     A stopping criterion rather than a streamer, because it can end generation in the same step as it sees the
     token, in every release of transformers. It may be called once more after the end.

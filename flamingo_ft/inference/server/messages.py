@@ -67,7 +67,7 @@ def _message(value: Any, field: str, images: list[ImageLink]) -> dict[str, Any]:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not content:
         raise RequestError(
-            f"must be a text or a list of content blocks, got {shown(content)}", f"{field}.content"
+            f"must be a string or a list of content blocks, got {shown(content)}", f"{field}.content"
         )
     blocks = [_block(block, f"{field}.content[{index}]", role, images) for index, block in enumerate(content)]
     return {"role": ROLES[role], "content": blocks}
@@ -80,7 +80,7 @@ def _block(value: Any, field: str, role: str, images: list[ImageLink]) -> dict[s
     if kind in TEXT_BLOCKS:
         _check_keys(value, field, ("type", "text"))
         if not isinstance(value.get("text"), str):
-            raise RequestError(f"must be a text, got {shown(value.get('text'))}", f"{field}.text")
+            raise RequestError(f"must be a string, got {shown(value.get('text'))}", f"{field}.text")
         return {"type": "text", "text": value["text"]}
     if kind not in IMAGE_BLOCKS:
         raise RequestError(f"must be text or image_url, got {shown(kind)}", f"{field}.type")
