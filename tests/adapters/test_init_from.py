@@ -159,6 +159,7 @@ def test_starting_from_an_adapter_whose_base_changed_is_refused(small_run):
         build("model.init_from=second")
 
 
+@pytest.mark.slow
 def test_starting_from_a_model_that_was_written_quantized_is_refused(small_run):
     merge_adapter("start", "merged", quantization=Quantization("nf4"), margin=2.0)
     with pytest.raises(UserError, match="merged was written quantized; start from the adapter"):

@@ -24,6 +24,7 @@ from flamingo_ft.evaluation.merging import merge_adapter
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 
 from ..regimes import LORA, REGIMES, build, inputs, logits, quantized, recipe, shake
+from ..thinned import slow, slow_except
 
 ROOT = Path(flamingo_ft.__file__).parents[1]
 
@@ -66,14 +67,14 @@ def test_merged_equals_unmerged(small_run, regime, extra):
     assert json.loads(Path("merged", "merge.json").read_text()) == report
 
 
-@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("regime", slow_except([EVERYWHERE], REGIMES))
 def test_merged_into_the_dequantized_base_equals_unmerged(small_run, regime):
     expected = write_adapter(*REGIMES[regime], *quantized("nf4", regime))
     merge_adapter("adapter", "merged", base="dequantized", dtype=torch.float32)
     assert relative_error(logits(*load_trained("merged")), expected) < 1e-4
 
 
-@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("form", slow_except(["nf4"], ["nf4", "int8"]))
 def test_merged_into_the_unquantized_base_is_the_base_plus_the_adapters_lora(small_run, form):
     """W + scaling * B A of the original W, entry by entry, in float64."""
     write_adapter(*REGIMES["bridge and LoRA"], *quantized(form))
@@ -122,7 +123,7 @@ def test_a_merged_model_has_float32_gates_and_the_requested_dtype_elsewhere(smal
 
 
 @pytest.mark.parametrize(
-    "options", [{"load_in_8bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}]
+    "options", [slow({"load_in_8bit": True}), {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}]
 )
 def test_a_merged_model_is_quantized_again_by_transformers(small_run, options):
     expected = write_adapter(LORA)
@@ -240,6 +241,7 @@ def test_a_tolerance_on_the_command_line_still_refuses_logits_beyond_it(small_ru
     assert not list(Path.cwd().glob("merged*"))
 
 
+@pytest.mark.slow
 def test_a_tolerance_is_deprecated(small_run):
     write_adapter(LORA)
     with pytest.warns(FutureWarning, match="tolerance .* is deprecated; use margin"):
@@ -271,7 +273,7 @@ def test_a_wrong_merge_is_refused_whatever_the_margins(small_run, capsys, monkey
     assert not list(Path.cwd().glob("merged*"))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", slow_except([torch.bfloat16], [torch.bfloat16, torch.float16]), ids=str)
 def test_a_merged_matrix_is_rounded_once(small_run, dtype):
     """It is within half the dtype's spacing of W + scaling * B A: the base is not rounded before the sum."""
     write_adapter(LORA)

@@ -11,11 +11,12 @@ from flamingo_ft.adapters.multi_adapter import peft_name
 from flamingo_ft.errors import UserError
 
 from ..regimes import LORA, build, logits, quantized, shake
+from ..thinned import slow_except
 
 WITH_LORA = (LORA, "lora.perceiver={r: 2}", "trainable.perceiver=false")
 
 
-@pytest.fixture(params=["none", "nf4"])
+@pytest.fixture(params=slow_except(["none"], ["none", "nf4"]))
 def folders(request, small_run):
     """Write two adapters with LoRA on two parts and a third with only a bridge; return the logits of each."""
     form = quantized(request.param) if request.param != "none" else ()

@@ -14,6 +14,7 @@ from flamingo_ft.adapters import load_adapter, load_base, save_adapter, trainabl
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
 
 from ..regimes import REGIMES, build, logits, quantized, shake, trainer
+from ..thinned import slow_except
 
 FORMS = ("none", "nf4", "int8")
 
@@ -26,7 +27,7 @@ def state(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_except(["none", "nf4"], FORMS))
 @pytest.mark.parametrize("regime", REGIMES)
 def test_a_step_changes_declared_parameters_and_no_bit_of_any_other(small_run, regime, form):
     model, processor = build(*settings(regime, form))
@@ -111,7 +112,7 @@ def test_saving_refuses_trainable_lora_that_would_be_missing_from_the_adapter(sm
     assert not Path("adapter").exists()
 
 
-@pytest.mark.parametrize("form", ["nf4", "int8"])
+@pytest.mark.parametrize("form", slow_except(["nf4"], ["nf4", "int8"]))
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_trainer_keeps_the_declared_dtypes_and_float32_gates(small_run, form, dtype):
     expected_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]

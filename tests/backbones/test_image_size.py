@@ -183,7 +183,7 @@ def test_adapters_of_different_image_sizes_cannot_share_a_base(at_96, tmp_path):
     for name, (model, processor) in {"native": nano(), "sized": at_96}.items():
         save_adapter(model, processor, tmp_path / name)
     adapters = Adapters(tmp_path / "native")
-    with pytest.raises(UserError, match="has its own size or transform"):
+    with pytest.raises(UserError, match="uses another image size or preprocessing; load it separately"):
         adapters.load(tmp_path / "sized", "sized")
 
 

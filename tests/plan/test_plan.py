@@ -29,6 +29,7 @@ from flamingo_ft.plan.meta_model import build_meta_model
 from flamingo_ft.plan.plan_report import GPUS, suggest_changes, with_values
 from flamingo_ft.training.build import build_model, first_batches, make_trainer
 from flamingo_ft.training.trainer import select_label_positions
+from tests.thinned import slow
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 NF4 = "model.language.quantization=nf4"
@@ -111,8 +112,21 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (tensor for tensor in scales if isinstance(tensor, Tensor))
 
 
+MORE_CASES = (
+    "DoRA, 8-bit AdamW",
+    "LoRA in the tower and the bridge",
+    "a step inside the backward pass, in bf16",
+)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        slow(case, id=name) if name in MORE_CASES else pytest.param(case, id=name)
+        for name, case in CASES.items()
+    ],
+)
 def test_the_planned_peak_and_weights_are_those_of_a_real_run(tmp_path, data, overrides, monkeypatch):
 
     def label_every_token(inputs):  # as the plan does

@@ -76,6 +76,7 @@ def test_a_full_disk_during_a_save_keeps_the_previous_checkpoint(folder, monkeyp
     assert finish(folder) == weights
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_reported_in_one_line(folder):
     process = killing.start(COMMAND, folder, folder / "log.txt", killing.Around(file_limit=200_000))
     assert killing.wait(process) == 2
