@@ -1,4 +1,4 @@
-"""Parametrization in which the first value is a plain test, and those that repeat its law are slow ones."""
+"""Parametrization that keeps a case or two of each law in the plain tests and marks the others slow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check a recipe's data: read and decode every row, summarise it, and write the report.
+"""Check a recipe's data: read and decode every row, summarize it, and write the report.
 
 The report is a folder with check.html, check.json, problems.jsonl and three histograms.
 """

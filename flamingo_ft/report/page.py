@@ -202,9 +202,7 @@ def final_report(folder: Path) -> Generator[None]:
     """Write the report when the block ends or raises, if a run has begun in the folder."""
     try:
         yield
-    except (
-        BaseException
-    ) as error:  # an interrupt too: the page says what ended the run, which is raised again
+    except BaseException as error:  # interrupts too: the page says what ended the run; raised again below
         _report_at_end(folder, stopped_by=reason(error))
         raise
     _report_at_end(folder)

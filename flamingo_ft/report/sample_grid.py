@@ -80,7 +80,7 @@ def spread(items: Sequence[Item], count: int, task_of: Callable[[Item], str]) ->
 
 @dataclass(frozen=True)
 class _Cell:
-    """Images side by side, a caption above them, and coloured lines below."""
+    """Images side by side, a caption above them, and colored lines below."""
 
     images: list[Image.Image]
     above: str

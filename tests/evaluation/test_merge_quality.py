@@ -67,7 +67,7 @@ def test_other_logits_with_the_same_loss_are_not_worse():
     assert not is_worse(adapter, merged)
 
 
-@pytest.mark.parametrize("eval_set", [OF_THE_RUN, MADE_UP_SET], ids=["held out", "made up"])
+@pytest.mark.parametrize("eval_set", [OF_THE_RUN, MADE_UP_SET], ids=["eval data", "made up"])
 def test_a_non_finite_loss_is_worse(eval_set):
     for loss in (math.nan, math.inf):
         assert is_worse(measured(), measured(loss), eval_set)

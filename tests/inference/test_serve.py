@@ -97,7 +97,7 @@ def test_concurrent_requests_get_the_answers_to_their_own_images(served):
 
 
 @pytest.mark.slow
-def test_a_served_model_honours_stop_texts_and_rejects_unsupported_fields(served):
+def test_a_served_model_honors_stop_sequences_and_rejects_unsupported_fields(served):
     folder, paths, client = served
     request = {"model": str(folder), "messages": dialogue(paths[:1]), "max_tokens": 64}
     expected = answer(folder, paths[:1], PROMPT)

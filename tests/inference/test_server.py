@@ -1,4 +1,4 @@
-"""The API through OpenAI's client: each field is honoured or rejected by name; requests do not interact."""
+"""The API through OpenAI's client: each field is honored or rejected by name; requests do not interact."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""JSON bodies to `GenerationRequest`s: every field is honoured, known to have no effect, or rejected."""
+"""JSON bodies to `GenerationRequest`s: every field is honored, known to have no effect, or rejected."""
 
 from __future__ import annotations
 
