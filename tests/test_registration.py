@@ -14,15 +14,14 @@ LOADS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [
         f"from importlib.util import find_spec; import flamingo_ft; find_spec('transformers'); {ASK}",
-        pytest.param(f"import transformers; import flamingo_ft; {ASK}", marks=pytest.mark.slow),
-        pytest.param(
-            f"from flamingo_ft.backbones.language import load_language; {ASK}", marks=pytest.mark.slow
-        ),
-        pytest.param(f"import flamingo_ft.model; {ASK}; {LOADS}", marks=pytest.mark.slow),
+        f"import transformers; import flamingo_ft; {ASK}",
+        f"from flamingo_ft.backbones.language import load_language; {ASK}",
+        f"import flamingo_ft.model; {ASK}; {LOADS}",
     ],
 )
 def test_transformers_knows_the_flamingo(script):

@@ -48,6 +48,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 KINDS = ("lora.use_dora=true", "lora.use_rslora=true", "lora.init_lora_weights=pissa")
 EVERYWHERE = "LoRA everywhere"  # covers the other regimes, whose kinds are slow tests
+PLAIN = ("bridge", EVERYWHERE)
 OF_EACH_KIND = [
     pytest.param(regime, (kind,), marks=[pytest.mark.slow] * ((regime, kind) != (EVERYWHERE, KINDS[0])))
     for regime in REGIMES
@@ -56,7 +57,13 @@ OF_EACH_KIND = [
 ]
 
 
-@pytest.mark.parametrize(("regime", "extra"), [*((regime, ()) for regime in REGIMES), *OF_EACH_KIND])
+@pytest.mark.parametrize(
+    ("regime", "extra"),
+    [
+        *(pytest.param(regime, (), marks=[pytest.mark.slow] * (regime not in PLAIN)) for regime in REGIMES),
+        *OF_EACH_KIND,
+    ],
+)
 def test_merged_equals_unmerged(small_run, regime, extra):
     expected = write_adapter(*REGIMES[regime], *extra)
     report = merge_adapter("adapter", "merged", dtype=torch.float32)

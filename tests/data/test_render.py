@@ -17,7 +17,7 @@ EACH = "{% for m in messages %}"
 REFUSAL = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
 NO_SYSTEM = CHATML.replace(EACH, EACH + REFUSAL)
 LEAVES_OUT = CHATML.replace(EACH, "{% for m in messages if m['role'] != 'system' %}")
-HARD = "You {{ x }} {% if %} \" ' \\n #} é🦩"
+HARD = "You <b> {{ x }} {% if %} \" ' \\n #} é🦩"
 TURNS = [user(IMAGE, "Which?"), assistant("Seven."), user("So?"), assistant("Yes.")]
 
 
@@ -52,7 +52,7 @@ def test_template_chat_is_refused_if_the_language_model_has_none():
 
 
 @pytest.mark.parametrize("own", [None, CHATML, LLAMA_2, nano_processor().chat_template])
-@given(st.text(min_size=1).map(lambda text: HARD + text).filter(lambda text: "\r" not in text))
+@given(st.text(st.characters(exclude_characters="\r<"), min_size=1).map(lambda text: HARD + text))
 @settings(max_examples=20, deadline=None)
 def test_the_system_prompt_precedes_every_dialogue_without_one(own, prompt):
     processor, plain = processor_with(own, system_prompt=prompt), processor_with(own)

@@ -41,6 +41,7 @@ def succeed(*arguments, processes: int = 2) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
     write_data(tmp_path, MIXED)
     succeed(tmp_path, "one", "train.batch_size=4", *STEPS, processes=1)

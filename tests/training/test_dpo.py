@@ -95,8 +95,10 @@ def test_the_reference_copies_only_trainable_parameters(pairs, case):
     assert storages(model) - storages(reference) == {parameter.data_ptr() for parameter in trained}
 
 
-def test_reference_and_policy_each_use_their_own_bridge(pairs):
-    model, processor = regimes.build(*overrides("bridge and LoRA, nf4"))
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_reference_and_policy_each_use_their_own_bridge(pairs, quantization):
+    parts = regimes.REGIMES["bridge and LoRA"]
+    model, processor = regimes.build(*DPO, *parts, *regimes.quantized(quantization))
     regimes.shake(model)
     reference = frozen_copy(model)
     before = regimes.logits(model, processor)

@@ -117,6 +117,7 @@ def lose(path) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_an_image_deleted_during_training_ends_the_run_with_its_name(folder):
     arguments = [*COMMAND, "train.max_steps=400", "train.save_steps=2", "train.lr_scheduler=constant"]
     process = killing.start(arguments, folder, folder / "log.txt")
