@@ -43,7 +43,7 @@ from .init_from import load_recorded_bridge
 from .lora import ADAPTER, inject, unfuse_targeted_attention
 from .save import adapter_tensors, name_in_file
 
-# of a base's record: may change, its content may not
+# Keys of a backbone's record that may differ between copies of the same content.
 LOCATION_KEYS = ("name", "pretrained", "revision", "path")
 
 
@@ -306,18 +306,15 @@ def restore_trainable(model: FlamingoForConditionalGeneration, folder: Path) -> 
 def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     stored, current = _base_records(read_config(folder)), _base_records(model.config)
     for part, record in stored.items():
-        if _without_location(record) != _without_location(current[part]):
-            raise UserError(
-                f"{folder}: trained on {part} {record}, got {current[part]}; restore what it was trained on"
-            )
+        for key in sorted({*record, *current[part]} - set(LOCATION_KEYS)):
+            was, is_now = record.get(key), current[part].get(key)
+            if was != is_now:
+                raise UserError(
+                    f"{folder}: trained on another {part}: its {key} was {was}, got {is_now}; restore it"
+                )
 
 
 def _base_records(config: FlamingoConfig) -> dict[str, Mapping[str, Any]]:
     """Return what a configuration records of each part of an adapter's base."""
     parts = {f"{part} backbone": source for part, source in backbone_records(config).items()}
-    return {"bridge of": config.bridge_init or {}, "vision backbone": {}, "language backbone": {}, **parts}
-
-
-def _without_location(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a record without what may differ between copies of the same content."""
-    return {key: value for key, value in record.items() if key not in LOCATION_KEYS}
+    return {"start bridge": config.bridge_init or {}, "vision backbone": {}, "language backbone": {}, **parts}

@@ -1,7 +1,7 @@
-"""Script of `flamingo-ft env` that runs in a process of its own, because a broken package may end it.
+"""Script that `flamingo-ft env` runs in a separate process, since a broken package may crash it.
 
-Its arguments are steps: names of modules to import, or of `STEPS`. It prints a line of JSON per step, and
-ends with a traceback at the first one that fails.
+Each argument is a step: a module to import, or a key of `STEPS`. It prints one line of JSON per step and
+ends with a traceback at the first step that fails.
 """
 
 from __future__ import annotations

@@ -101,15 +101,17 @@ def is_marked(template: str) -> bool:
 class _Answer:
     """An answer in a rendered dialogue.
 
-    prompt: the dialogue before the answer, with a generation prompt; asked: the same without one; each is
-    None if the template rejects it. lead: the rendered text before the answer, of which the part from
-    ``learned`` on carries loss.
+    Attributes:
+        prompt: the dialogue before the answer, with a generation prompt; None if the template rejects it.
+        asked: the same without a generation prompt.
+        lead: the rendered text before the answer.
+        loss_start: the index in ``lead`` from which on the text carries loss.
     """
 
     prompt: str | None
     asked: str | None
     lead: str
-    learned: int
+    loss_start: int
 
     @property
     def gap(self) -> str | None:
@@ -119,7 +121,7 @@ class _Answer:
         """
         if self.prompt is None or not self.lead.startswith(self.prompt):
             return None
-        gap = self.lead[len(self.prompt) : self.learned]
+        gap = self.lead[len(self.prompt) : self.loss_start]
         return gap if gap.strip() else ""
 
     @property
@@ -130,7 +132,7 @@ class _Answer:
         """
         if self.asked is None or not self.lead.startswith(self.asked):
             return None
-        return self.lead[len(self.asked) : self.learned].rstrip(" ")
+        return self.lead[len(self.asked) : self.loss_start].rstrip(" ")
 
 
 @lru_cache(maxsize=32)
@@ -179,10 +181,10 @@ def _answers(rendered: Render, dialogues: Sequence[Turns], template: str) -> lis
         for index, turn in enumerate(turns):
             if turn["role"] == "assistant" and text.count(turn["content"]) == 1:
                 begin = text.index(turn["content"])
-                learned = max((start for start, _ in marks if start <= begin), default=begin)
+                loss_start = max((start for start, _ in marks if start <= begin), default=begin)
                 prompt = _written(rendered, template, turns[:index], add_generation_prompt=True)
                 asked = _written(rendered, template, turns[:index])
-                answers.append(_Answer(prompt, asked, text[:begin], learned))
+                answers.append(_Answer(prompt, asked, text[:begin], loss_start))
     return answers
 
 

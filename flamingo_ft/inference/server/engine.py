@@ -118,7 +118,7 @@ class Engine:
         field, ids = request.text_field, self._token_ids(request)
         self._check_bias(request.sampling)
         if not ids:
-            raise RequestError("has no tokens; give a text that is not empty", field)
+            raise RequestError("is empty; send some text", field)
         if len(ids) >= self._context:
             context = f"the model's context of {self._context} tokens"
             reason = f"{len(ids)} tokens leave no room for an answer in {context}; shorten the text"
