@@ -78,13 +78,8 @@ def arguments_for(model: ReleasedModel) -> list[str]:
     return [recipe, *(f"model.{key}={value}" for key, value in start.items())]
 
 
-CASES = [
-    pytest.param(model, marks=[pytest.mark.slow] * (model is not RELEASED_MODELS[0]), id=model.name)
-    for model in RELEASED_MODELS
-]
-
-
-@pytest.mark.parametrize("model", CASES)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", RELEASED_MODELS, ids=lambda model: model.name)
 def test_each_released_model_trains_and_its_adapter_loads_again(model, hub, here):
     arguments = arguments_for(model)
     name = arguments[0]

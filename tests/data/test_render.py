@@ -52,7 +52,9 @@ def test_template_chat_is_refused_if_the_language_model_has_none():
 
 
 @pytest.mark.parametrize("own", [None, CHATML, LLAMA_2, nano_processor().chat_template])
-@given(st.text(st.characters(exclude_characters="\r<"), min_size=1).map(lambda text: HARD + text))
+@given(
+    st.text(st.characters(codec="utf-8", exclude_characters="\r<"), min_size=1).map(lambda text: HARD + text)
+)
 @settings(max_examples=20, deadline=None)
 def test_the_system_prompt_precedes_every_dialogue_without_one(own, prompt):
     processor, plain = processor_with(own, system_prompt=prompt), processor_with(own)

@@ -132,6 +132,7 @@ def test_the_best_adapter_is_restored_from_a_checkpoint_alone(folder, monkeypatc
     assert Path("run", WEIGHTS).read_bytes() == Path("run/checkpoints/best", WEIGHTS).read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_missing_best_adapter_is_reported(folder, monkeypatch):  # noqa: F811
     """Checkpoints of earlier versions do not contain it."""
     script_losses(monkeypatch, [1.0, 2.0])

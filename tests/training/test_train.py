@@ -111,6 +111,7 @@ def test_accumulated_batches_equal_one_large_batch(folder):
         settings = [
             f"train.batch_size={batch}",
             f"train.gradient_accumulation_steps={accumulate}",
+            "train.max_steps=2",
             "data.eval=[]",
         ]
         assert main(["train", "./recipe.yaml", f"train.output_dir={name}", *settings]) == 0
