@@ -22,6 +22,7 @@ from flamingo_ft.adapters.released_models import ReleasedModel
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.model import FlamingoForConditionalGeneration, build_flamingo
+from tests.hub_server import Hub, Repository
 from tests.regimes import shake
 
 MOSAIC_GPT = {
@@ -78,6 +79,14 @@ LLAMA = {
     "torch_dtype": "float16", "transformers_version": "4.28.0.dev0", "use_cache": True,
     "vocab_size": 32000,
 }  # fmt: skip
+
+
+def put(hub: Hub, name: str, folder: Path) -> None:
+    """Commit the files of a folder to a repository."""
+    repository = hub.repositories.setdefault(name, Repository(private=False))
+    files = {path.name: hub.store(path.read_bytes()) for path in folder.iterdir()}
+    lines = [{"key": "lfsFile", "value": {"path": path, "oid": digest}} for path, digest in files.items()]
+    hub.commit(repository, "main", [{"key": "header", "value": {"summary": "put"}}, *lines])
 
 
 def write_language_model(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:

@@ -40,7 +40,7 @@ ORDER = (
     "__main__",
 )
 APART = ("check", "plan", "report")  # none of them imports another
-ONLY_IN_BACKBONES = {"open_clip", "bitsandbytes"}
+ONLY_IN_BACKBONES = {"open_clip", "timm", "bitsandbytes"}
 
 
 def imports(source: str, package: str) -> Iterator[tuple[str, list[str]]]:

@@ -16,7 +16,8 @@ from flamingo_ft.config import load_recipe
 from flamingo_ft.config.library import packaged_recipes
 
 from . import hub_folders
-from .hub_server import Hub, Repository
+from .hub_folders import put
+from .hub_server import Hub
 from .recipe_needs import needs_the_hub
 
 FAMILIES = {"mpt-1b": "mosaic_gpt", "RedPajama": "gpt_neox", "mpt-7b": "mpt", "llama": "llama"}
@@ -24,14 +25,6 @@ RECIPES = [name for name, path in packaged_recipes().items() if needs_the_hub(pa
 FEW = ["train.max_steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.num_workers=0",
        "eval.max_samples=1", "eval.batch_size=8", "eval.max_new_tokens=2"]  # fmt: skip
 TOWER_REPOSITORY = "timm/vit_large_patch14_clip_224.openai"
-
-
-def put(hub: Hub, name: str, folder: Path) -> None:
-    """Commit the files of a folder to a repository."""
-    repository = hub.repositories.setdefault(name, Repository(private=False))
-    files = {path.name: hub.store(path.read_bytes()) for path in folder.iterdir()}
-    lines = [{"key": "lfsFile", "value": {"path": path, "oid": digest}} for path, digest in files.items()]
-    hub.commit(repository, "main", [{"key": "header", "value": {"summary": "put"}}, *lines])
 
 
 def stand_in(hub: Hub, model: ReleasedModel, folder: Path) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from flamingo_ft.backbones.tower_source import is_architecture
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
-from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, is_model_folder, looks_like_path
+from flamingo_ft.hub.names import LOCAL_DIR, NANO, ON_HUB, TIMM, is_model_folder, looks_like_path
 from flamingo_ft.hub.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE
 from flamingo_ft.machine_errors import reraise_machine_error
 from flamingo_ft.model import FlamingoConfig, FlamingoProcessor
@@ -179,7 +179,7 @@ def _current_paths(folder: Path, part: str, source: Mapping[str, Any]) -> dict[s
 def _is_local_folder(part: str, source: Mapping[str, Any]) -> bool:
     """Return whether a backbone is a folder on this machine. One from the Hub is recorded with its commit."""
     name = source["name"]
-    if name == NANO or name.startswith(ON_HUB):
+    if name == NANO or name.startswith(ON_HUB) or (part == "vision" and name.startswith(TIMM)):
         return False
     if looks_like_path(name):
         return True

@@ -37,6 +37,9 @@ from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preproc
 # OpenCLIP's own attention, whose fused projection is a bare parameter and has to become a linear layer.
 from open_clip.transformer import Attention as OpenClipAttention
 from open_clip.transformer import VisionTransformer
+
+# Reads timm's config.json, in all its versions, as `timm.create_model` does, which also builds the model.
+from timm.models._hub import load_model_config_from_path as load_timm_config
 from torch import Tensor, nn
 
 from flamingo_ft.machine_errors import is_machine_error
@@ -50,6 +53,7 @@ __all__ = [
     "download_pretrained_from_hf",
     "find_weights_in_folder",
     "image_transform_v2",
+    "load_timm_config",
     "load_visual_state_dict",
     "merge_preprocess_dict",
     "resize_positional_embedding",

@@ -27,6 +27,7 @@ from flamingo_ft.backbones.compat import (
     resize_positional_embedding,
 )
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
+from flamingo_ft.backbones.timm_tower import build_timm_tower, is_timm
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 
@@ -43,15 +44,19 @@ def build_visual(config: dict) -> nn.Module:
     Under `torch.device("meta")` it takes no memory. A state dict then fills every parameter and persistent
     buffer; the others (tables of rotary or relative positions) come from `non_persistent_buffers(config)`.
     """
+    visual = build_timm_tower(config) if is_timm(config) else _build_open_clip_tower(config)
+    if config.get("image_size"):
+        set_image_size(visual, config["image_size"])
+    return visual
+
+
+def _build_open_clip_tower(config: dict) -> nn.Module:
     # The public constructor also builds a text tower: the smallest possible one, discarded at once.
     text = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=8, heads=1, layers=1)
     # Otherwise timm downloads ImageNet weights.
     vision_cfg: Any = {**config["vision_cfg"], "timm_model_pretrained": False}
     quick_gelu = config.get("quick_gelu", False)
-    visual = open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
-    if config.get("image_size"):
-        set_image_size(visual, config["image_size"])
-    return visual
+    return open_clip.CLIP(config["embed_dim"], vision_cfg, text, quick_gelu=quick_gelu).visual
 
 
 def non_persistent_buffers(config: dict) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Find a vision tower: an OpenCLIP architecture and tag, a folder, or a repository on the Hub."""
+"""Find a vision tower: an OpenCLIP architecture and tag, a timm model, a folder, or a Hub repository."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import timm
 
 from flamingo_ft.backbones.compat import download_pretrained_from_hf
 from flamingo_ft.backbones.provenance import license_in, license_on_hub
+from flamingo_ft.backbones.timm_source import read_timm_config, timm_name
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.hub.errors import hub_error
@@ -20,12 +22,19 @@ from flamingo_ft.hub.names import (
     LOCAL_DIR,
     NANO,
     ON_HUB,
+    TIMM,
     commit_of,
     local_tower,
     local_weights,
     missing_path_message,
 )
-from flamingo_ft.hub.weight_files import OPEN_CLIP_CONFIG_FILE, OPEN_CLIP_SUFFIXES, OPEN_CLIP_WEIGHTS
+from flamingo_ft.hub.weight_files import (
+    CONFIG_FILE,
+    OPEN_CLIP_CONFIG_FILE,
+    OPEN_CLIP_SUFFIXES,
+    OPEN_CLIP_WEIGHTS,
+    SAFETENSORS_FILE,
+)
 
 NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
 
@@ -34,7 +43,8 @@ NANO_FOLDER = Path(__file__).parent / "nano" / "vision"
 class TowerSource:
     """Where a tower's configuration and weights are; nothing is loaded yet.
 
-    model, weights: what `open_clip.create_model` takes as model and pretrained. config: for `build_visual`.
+    model, weights: what `open_clip.create_model` takes as model and pretrained; a timm model is always in a
+        folder. config: for `build_visual`.
     has_weights: False for random weights. preprocess: fields of OpenCLIP's PreprocessCfg.
     repository, revision: on the Hub. folder: on this machine.
     """
@@ -80,8 +90,13 @@ def _local_folder(name: str, pretrained: str | None) -> Path | None:
     return folder
 
 
-def absolute_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
-    """Return name and pretrained with absolute paths for folders and files, as recorded with an adapter."""
+def recorded_names(name: str, pretrained: str | None) -> tuple[str, str | None]:
+    """Return name and pretrained as recorded with an adapter.
+
+    Folders and files get absolute paths, and a timm model its tag: timm's default may change.
+    """
+    if name.startswith(TIMM):
+        return timm_name(name).name, pretrained
     folder = _local_folder(name, pretrained)
     file = local_weights(pretrained) if pretrained and not _has_tag(name, pretrained) else None
     return (str(folder.absolute()) if folder else name), (str(file.absolute()) if file else pretrained)
@@ -91,6 +106,8 @@ def hub_repository(name: str, pretrained: str | None) -> str | None:
     """Return the Hub repository of a tower's weights; None if they come from elsewhere."""
     if name.startswith(ON_HUB):
         return name.removeprefix(ON_HUB)
+    if name.startswith(TIMM):
+        return timm_name(name).repository
     if not pretrained or not is_architecture(name):
         return None
     tag: dict[str, Any] = open_clip.get_pretrained_cfg(_dashed(name), pretrained)
@@ -106,23 +123,29 @@ def find_tower(name: str, pretrained: str | None, revision: str | None) -> Tower
     if folder is None and is_architecture(name):
         return _find_architecture(_dashed(name), pretrained, revision)
     if pretrained:
-        raise UserError(
-            f"pretrained {pretrained} needs an OpenCLIP architecture, got {name}; remove pretrained"
-        )
+        remedy = f"write {TIMM}NAME.TAG, or remove it" if name.startswith(TIMM) else "remove pretrained"
+        raise UserError(f"pretrained {pretrained} needs an OpenCLIP architecture, got {name}; {remedy}")
     if name == NANO:
         return _find_in_folder(NANO_FOLDER)
     if name.startswith(ON_HUB):
         return _find_on_hub(name.removeprefix(ON_HUB), revision)
+    if name.startswith(TIMM):
+        return _find_timm_on_hub(timm_name(name).repository, revision)
     if folder is not None:
         if not folder.is_dir():
             hint = missing_path_message(name.removeprefix(LOCAL_DIR), on_hub=f"{ON_HUB}{name}")
             raise UserError(f"vision tower: {hint}")
         return _find_in_folder(folder)
-    nearest = difflib.get_close_matches(_dashed(name), ["nano", *open_clip.list_models()], n=3, cutoff=0.4)
     raise UserError(
-        f"vision tower {name} is not a folder, hf-hub:ORG/NAME or OpenCLIP architecture; nearest known: "
-        + (", ".join(nearest) or "none, see open_clip.list_models()")
+        f"vision tower {name} is not a folder, hf-hub:ORG/NAME, timm/NAME or OpenCLIP architecture; "
+        f"nearest known: {', '.join(_nearest(name)) or 'none, see open_clip.list_models()'}"
     )
+
+
+def _nearest(name: str) -> list[str]:
+    if timm.is_model(name):
+        return [f"{TIMM}{name}"]
+    return difflib.get_close_matches(_dashed(name), [NANO, *open_clip.list_models()], n=3, cutoff=0.4)
 
 
 def native_tower_config(name: str, pretrained: str | None) -> dict:
@@ -132,6 +155,8 @@ def native_tower_config(name: str, pretrained: str | None) -> dict:
         return _tower_config(_model_config(_dashed(name)))
     if name.startswith(ON_HUB):
         return _read_config(_download(name.removeprefix(ON_HUB), OPEN_CLIP_CONFIG_FILE, None))[0]
+    if name.startswith(TIMM):
+        return read_timm_config(_download(timm_name(name).repository, CONFIG_FILE, None))[0]
     return find_tower(name, None, None).config
 
 
@@ -178,16 +203,30 @@ def _find_on_hub(repository: str, revision: str | None) -> TowerSource:
     return replace(tower, revision=commit, repository=repository, folder=None)
 
 
+def _find_timm_on_hub(repository: str, revision: str | None) -> TowerSource:
+    config_file = _download(repository, CONFIG_FILE, revision)
+    commit = commit_of(config_file)
+    _download(repository, SAFETENSORS_FILE, commit)
+    tower = _tower_in(config_file.parent, *read_timm_config(config_file), SAFETENSORS_FILE)
+    return replace(tower, revision=commit, repository=repository, folder=None)
+
+
 def _find_in_folder(folder: Path) -> TowerSource:
-    file = folder / OPEN_CLIP_CONFIG_FILE
-    if not file.is_file():
-        raise UserError(
-            f"{folder} has no {OPEN_CLIP_CONFIG_FILE}; give a folder in OpenCLIP's local-dir format"
-        )
-    config, preprocess = _read_config(file)
+    if (folder / OPEN_CLIP_CONFIG_FILE).is_file():
+        return _tower_in(folder, *_read_config(folder / OPEN_CLIP_CONFIG_FILE), OPEN_CLIP_WEIGHTS)
+    if (folder / CONFIG_FILE).is_file():
+        return _tower_in(folder, *read_timm_config(folder / CONFIG_FILE), SAFETENSORS_FILE)
+    raise UserError(
+        f"{folder} has no {OPEN_CLIP_CONFIG_FILE} and no {CONFIG_FILE} of timm; "
+        "give a folder in OpenCLIP's or timm's local-dir format"
+    )
+
+
+def _tower_in(folder: Path, config: dict, preprocess: dict, weights: str) -> TowerSource:
+    """Return the tower in ``folder``. weights: the usual name of the file with its weights."""
     if not any(entry.suffix in OPEN_CLIP_SUFFIXES for entry in folder.iterdir()):
-        raise UserError(f"{folder} holds no weights; add {OPEN_CLIP_WEIGHTS}")
-    return TowerSource(f"local-dir:{folder}", config, preprocess=preprocess, folder=folder)
+        raise UserError(f"{folder} holds no weights; add {weights}")
+    return TowerSource(f"{LOCAL_DIR}{folder}", config, preprocess=preprocess, folder=folder)
 
 
 # --- Files

@@ -1,4 +1,4 @@
-"""Load OpenCLIP vision towers."""
+"""Load vision towers of OpenCLIP and timm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.utils import serialization
 from flamingo_ft.backbones.compat import find_weights_in_folder, load_visual_state_dict
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
+from flamingo_ft.backbones.timm_tower import is_timm, load_timm_tower
 from flamingo_ft.backbones.tower import (
     build_visual,
     config_at_image_size,
@@ -28,7 +29,7 @@ from flamingo_ft.backbones.tower import (
     token_width,
     tower_preprocess,
 )
-from flamingo_ft.backbones.tower_source import TowerSource, absolute_names, find_tower, native_tower_config
+from flamingo_ft.backbones.tower_source import TowerSource, find_tower, native_tower_config, recorded_names
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import reraise_machine_error
@@ -44,9 +45,9 @@ NUMPY_SUFFIXES = (".npz", ".npy")  # of big_vision's weights: OpenCLIP copies th
 class VisionBackbone:
     """A vision tower, and what is needed to rebuild it, to preprocess its images and to identify it.
 
-    visual: OpenCLIP's `.visual`, frozen and in eval mode.
-    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"} for `build_visual`; also "image_size" if that
-        is not the architecture's.
+    visual: OpenCLIP's `.visual`, or a `TimmTower`; frozen and in eval mode.
+    config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"} for `build_visual`, or {"vision_cfg", "timm"}
+        for a timm model; also "image_size" if that is not the architecture's.
     preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
     width: D, the width of its spatial tokens.
     source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, with absolute paths
@@ -74,7 +75,9 @@ def load_vision(
 ) -> VisionBackbone:
     """Load a tower, frozen and in eval mode.
 
-    name: "nano"; a folder in OpenCLIP's local-dir format; "hf-hub:org/name"; or an OpenCLIP architecture.
+    name: "nano"; an OpenCLIP architecture; "hf-hub:org/name" for an OpenCLIP model; "timm/NAME" or
+        "timm/NAME.TAG" for a timm model with its own weights; or a folder in OpenCLIP's local-dir format or
+        with timm's config.json and weights.
     pretrained: for an architecture, one of its tags or a file with weights; None gives random weights.
     revision: commit, branch or tag of the Hub repository with the weights; None is its main branch.
     quantization: format of its matrices; the other parameters are then in the compute dtype.
@@ -105,7 +108,7 @@ def load_vision(
         quantize_tower(visual, quantization, device)
         _copy_from_file(visual)
         visual.to(quantization.dtype)
-    recorded_name, recorded_pretrained = absolute_names(name, pretrained)
+    recorded_name, recorded_pretrained = recorded_names(name, pretrained)
     return VisionBackbone(
         visual=visual if device is None else visual.to(device),
         config=config,
@@ -143,6 +146,9 @@ def _load(tower: TowerSource) -> tuple[nn.Module, str]:
         visual = build_visual(tower.config)
         return visual, tensors_sha256(visual)
     with _loading_errors(tower):
+        if is_timm(tower.config):
+            visual = load_timm_tower(tower.model)
+            return visual, tensors_sha256(visual)
         model: Any = open_clip.create_model(
             tower.model,
             pretrained=tower.weights,
@@ -193,8 +199,11 @@ def _load_memory_mapped(tower: TowerSource) -> tuple[nn.Module, str]:
 
 
 def _weights_file(tower: TowerSource) -> Path | None:
-    """Return the file that `open_clip.create_model` would load; None without one, or for NumPy arrays."""
-    if not tower.has_weights:
+    """Return the file that `open_clip.create_model` would load; None without one, or for NumPy arrays.
+
+    None for a timm model too: timm converts its own older formats while it loads them.
+    """
+    if not tower.has_weights or is_timm(tower.config):
         return None
     file = tower.weights or find_weights_in_folder(Path(tower.model.removeprefix("local-dir:")))
     return None if file is None or Path(file).suffix in NUMPY_SUFFIXES else Path(file)

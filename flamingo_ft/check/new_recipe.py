@@ -20,6 +20,7 @@ from flamingo_ft.config.yaml_document import parse
 from flamingo_ft.data import OpenedData, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
+from flamingo_ft.hub.names import ON_HUB, TIMM
 from flamingo_ft.templates import load_template
 
 from .inspect_data import MAX_ROWS_READ, InspectedData, LengthCounter, inspect_data
@@ -106,7 +107,7 @@ def _tower(options: RecipeOptions) -> tuple[str, str | None]:
         return "ViT-L-14", options.pretrained or "openai"
     has_weights = (
         options.vision == NANO
-        or options.vision.startswith("hf-hub:")
+        or options.vision.startswith((ON_HUB, TIMM))
         or Path(options.vision).expanduser().is_dir()
     )
     if not has_weights and options.pretrained is None:

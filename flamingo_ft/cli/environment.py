@@ -35,6 +35,7 @@ PACKAGES = {  # distribution: module
     "bitsandbytes": "bitsandbytes",
     "datasets": "datasets",
     "open_clip_torch": "open_clip",
+    "timm": "timm",
     "huggingface_hub": "huggingface_hub",
     "tokenizers": "tokenizers",
     "safetensors": "safetensors",

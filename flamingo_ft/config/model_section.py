@@ -22,17 +22,19 @@ from flamingo_ft.config.tables import BRIDGE_PARTS, LORA_PARTS, Part
 
 
 class VisionSection(Section):
-    """The frozen vision tower, from OpenCLIP."""
+    """The frozen vision tower, from OpenCLIP or timm."""
 
     name: TowerName
     """The tower: `nano` (comes with the package), an OpenCLIP architecture such as ViT-L-14,
-    `hf-hub:org/name`, or a folder in OpenCLIP's local-dir format (it contains open_clip_config.json). A
-    folder is relative to the recipe file; in an override, to the current directory. Write `./` before a
-    folder that has the name of an architecture."""
+    `hf-hub:org/name` for an OpenCLIP model on the Hub, `timm/NAME` or `timm/NAME.TAG` for a timm image model
+    with its own pretrained weights (such as timm/vit_small_patch14_dinov2.lvd142m; without a tag, timm's
+    default one), or a folder: one in OpenCLIP's local-dir format (it contains open_clip_config.json), or one
+    with a timm model's config.json and model.safetensors. A folder is relative to the recipe file; in an
+    override, to the current directory. Write `./` before a folder that has the name of an architecture."""
     pretrained: WeightsName | None = None
     """OpenCLIP's tag of the pretrained weights, such as openai or laion2b_s34b_b79k, or a weights file,
     relative to the recipe file (in an override, to the current directory). null: the weights that belong to
-    the name; a bare architecture has none and starts from random weights."""
+    the name; a bare OpenCLIP architecture has none and starts from random weights."""
     image_size: Count | None = None
     """Height and width in pixels that images are resized to. Position embeddings are interpolated to match.
     Raise it for small text or details; time and memory of the tower grow with its square. null: the tower's

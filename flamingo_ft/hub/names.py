@@ -33,6 +33,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 NANO = "nano"  # the name of both backbones that come with the package
 ON_HUB = "hf-hub:"  # OpenCLIP's prefix for a tower on the Hub
+TIMM = "timm/"  # prefix of a timm model, whatever folders there are
 LOCAL_DIR = "local-dir:"  # OpenCLIP's prefix for a tower in a folder
 FILE_SUFFIXES = {
     ".bin", ".ckpt", ".csv", ".gguf", ".json", ".jsonl", ".npz", ".parquet", ".pt", ".pth", ".safetensors",
@@ -125,11 +126,11 @@ def local_language(name: str, revision: str | None, folders: Sequence[Path] = HE
 
 
 def local_tower(name: str, pretrained: str | None, folders: Sequence[Path] = HERE) -> Path | None:
-    """Return the folder of a vision tower; None for nano, a Hub repository or an OpenCLIP architecture.
+    """Return the folder of a vision tower; None for nano, a Hub repository, timm/NAME or an architecture.
 
     With ``pretrained``, a plain name is an architecture, even beside a folder of the same name.
     """
-    if name == NANO or name.startswith(ON_HUB) or (pretrained and not looks_like_path(name)):
+    if name == NANO or name.startswith((ON_HUB, TIMM)) or (pretrained and not looks_like_path(name)):
         return None
     return local_path(name, folders, is_model_folder)
 
