@@ -312,7 +312,7 @@ def break_config(folder: Path, **values: Any) -> None:
         ({"model_args": {}}, "cannot load"),
         ({"pretrained_cfg": {"crop_mode": "round"}}, "config.json is not a timm configuration"),
         ({"pretrained_cfg": {"size": 3}}, "config.json is not a timm configuration"),
-        ({"pretrained_cfg": {"input_size": [1, 64, 64]}}, "takes images of 1 channels"),
+        ({"model_args": {"in_chans": 1}}, "takes images of 1 channels"),
     ],
 )
 def test_a_wrong_folder_is_one_line(values, message, tmp_path):

@@ -221,6 +221,13 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     assert Path("new.yaml").read_text() == "mine" and Path("recipe.schema.json").read_text() == "mine too"
 
 
+def test_a_timm_tower_has_weights_of_its_own(tmp_path):
+    data = rows_of(tmp_path / "x.jsonl", asked(pictures(tmp_path, 4)))
+    assert main(["recipes", "new", "new.yaml", "--data", str(data), "--vision", "timm/resnet50"]) == 0
+    vision = load_recipe("./new.yaml").model.vision
+    assert (vision.name, vision.pretrained) == ("timm/resnet50", None)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
