@@ -85,8 +85,10 @@ class PerceiverSection(Section):
     num_latents: Count = 64
     """Latents per image or video that the language model attends to. More of them keep more detail and cost
     more time. The defaults of this section are those of the released OpenFlamingo models."""
-    depth: Count = 6
-    """Number of layers, each of attention and feed-forward."""
+    depth: Annotated[int, Field(ge=0)] = 6
+    """Number of layers, each of attention and feed-forward. 0: nothing is resampled; the text attends to the
+    visual tokens themselves (of a video, to their mean over the frames), and the other sizes in this section
+    are not used."""
     heads: Count = 8
     """Attention heads per layer."""
     dim_head: Count = 64
@@ -113,6 +115,20 @@ class CrossAttentionSection(Section):
     """Hidden width of the feed-forward layers, as a multiple of the language model's width."""
 
 
+class GateInitSection(Section):
+    """Values that the gates of a new bridge start from, before tanh.
+
+    With init_from, gates start where those of the loaded bridge ended.
+    """
+
+    attention: float = 0.0
+    """Gates of the attention. 0: a new bridge changes nothing, as in Flamingo, and learns slowly until its
+    gates have opened. Larger values, such as 0.3, let images reach the language model from the first step."""
+    feed_forward: float = 0.0
+    """Gates of the feed-forward layers, which apply to text without images too: values other than 0 disturb
+    the language model until they are trained."""
+
+
 class ModelSection(Section):
     """Both backbones and the bridge between them."""
 
@@ -137,6 +153,8 @@ class ModelSection(Section):
     """Shape of the perceiver resampler."""
     cross_attention: CrossAttentionSection = CrossAttentionSection()
     """Shape of the gated cross-attention blocks."""
+    gate_init: GateInitSection = GateInitSection()
+    """Values that the gates of a new bridge start from."""
 
 
 @with_keys(

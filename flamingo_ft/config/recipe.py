@@ -11,9 +11,15 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data_section import DataSection, DataSource
-from flamingo_ft.config.model_section import LoraSection, ModelSection, TrainableSection
+from flamingo_ft.config.model_section import (
+    GateInitSection,
+    LoraSection,
+    ModelSection,
+    PerceiverSection,
+    TrainableSection,
+)
 from flamingo_ft.config.section import Section
-from flamingo_ft.config.tables import BRIDGE_PARTS, VISION
+from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER, VISION
 from flamingo_ft.config.train_section import DpoSection, EvalSection, TrainSection
 from flamingo_ft.config.yaml_document import Location
 
@@ -81,6 +87,9 @@ def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSec
             )
     if not (in_full or lora.parts):
         yield ("trainable",), "nothing would be trained; set one part to true, or configure lora for one"
+    yield from _check_depth(model.perceiver, lora)
+    if model.init_from is not None and model.gate_init != GateInitSection():
+        yield ("model", "gate_init"), "has no effect with init_from, whose gates are kept; remove one of them"
     if model.bridge_quantization == "none":
         return
     if model.init_from is None:
@@ -93,6 +102,21 @@ def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSec
         yield (
             ("model", "bridge_quantization"),
             "the whole bridge is trained in full, and only frozen parts are quantized; use none",
+        )
+
+
+def _check_depth(perceiver: PerceiverSection, lora: LoraSection) -> Errors:
+    if perceiver.depth:
+        return
+    if perceiver.max_num_frames is not None:
+        yield (
+            ("model", "perceiver", "max_num_frames"),
+            "has no effect with depth 0, which averages a video's frames; set it to null, or raise depth",
+        )
+    if PERCEIVER.name in lora.parts:
+        yield (
+            ("lora", PERCEIVER.name),
+            "with model.perceiver.depth 0 there is no matrix to adapt; set it to null",
         )
 
 
@@ -201,6 +225,7 @@ def _check_evaluation(evaluation: EvalSection, data: DataSection) -> Errors:
 def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
     """Reject learning rates and weight decays of parts that are not trained: they have no effect."""
     trained = trainable.model_dump(exclude={"dtype"}) | {"lora": bool(lora.parts)}
+    trained["gates"] = trained[CROSS_ATTENTION.name]
     for section in ("learning_rates", "weight_decays"):
         for part in getattr(train, section).model_dump(exclude_none=True):
             if not trained[part]:
@@ -212,7 +237,8 @@ def _why_unused(section: str, part: str, has_lora: bool) -> str:
         return "has no effect, because no part has LoRA; remove it, or configure lora for a part"
     if has_lora:
         return f"has no effect, because the part is trained through LoRA; use train.{section}.lora"
-    return f"has no effect, because trainable.{part} is false; remove it, or train the part"
+    trained = CROSS_ATTENTION.name if part == "gates" else part
+    return f"has no effect, because trainable.{trained} is false; remove it, or train the part"
 
 
 def _check_dpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Errors:

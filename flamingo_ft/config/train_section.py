@@ -14,7 +14,7 @@ Decay = Annotated[float, Field(ge=0)]
 
 
 def _rate_documentation(part: Part) -> str:
-    gates = ", including their gates" if part is CROSS_ATTENTION else ""
+    gates = " without their gates" if part is CROSS_ATTENTION else ""
     return f"Peak learning rate of the {part.label}{gates}. null: train.learning_rate."
 
 
@@ -28,6 +28,10 @@ def _decay_documentation(part: Part) -> str:
 class RatesSection(Section):
     """Peak learning rates per part. null: train.learning_rate."""
 
+    gates: Rate | None = None
+    """Peak learning rate of the gates. null: that of the cross-attention blocks. A gate is a single number,
+    which moves by about its learning rate per step, and as long as it is near zero the language model sees
+    nothing: ten times the rate of the blocks opens the gates of a new bridge sooner."""
     lora: Rate | None = None
     """Peak learning rate of all LoRA weights. null: train.learning_rate."""
 

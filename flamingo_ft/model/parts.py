@@ -15,8 +15,9 @@ from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
 
 PARTS: dict[str, Part] = {part.name: part for part in (*BACKBONE_PARTS, *BRIDGE_PARTS)}
 BRIDGE: dict[str, Part] = {part.name: part for part in BRIDGE_PARTS}
+GATES = "gates"  # of the gated cross-attention blocks
 LORA = "lora"  # all LoRA weights share one optimizer group, whichever part they adapt
-OPTIMIZER_GROUPS = (*BRIDGE, LORA)
+OPTIMIZER_GROUPS = (*BRIDGE, GATES, LORA)
 
 
 def part_of(name: str) -> Part:
@@ -68,6 +69,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def optimizer_group(name: str) -> str:
     """Return the optimizer group of the trainable parameter ``name``, one of `OPTIMIZER_GROUPS`."""
+    if is_gate(name):
+        return GATES
     return LORA if is_lora(name) else part_of(name).name
 
 

@@ -56,6 +56,8 @@ class PerceiverLayer(CheckpointedBlock, nn.ModuleList):
 class PerceiverResampler(nn.Module):
     """Resamples each medium (one image, or the frames of one video) into ``num_latents`` latents.
 
+    depth: number of layers. With 0 nothing is resampled: the latents are the visual tokens themselves, each
+    the mean of the frames, after a LayerNorm; ``num_latents`` and the options of layers are not used.
     max_num_frames: adds a learned embedding for each frame; max_num_media: adds one for each position of a
     medium in its sample. Without them, frames or media are unordered, as in the released OpenFlamingo models.
     """
@@ -73,20 +75,23 @@ class PerceiverResampler(nn.Module):
         ff_mult: int = 4,
     ):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.latents = nn.Parameter(torch.randn(num_latents, dim)) if depth else None
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
         self.layers = nn.ModuleList(PerceiverLayer(dim, heads, dim_head, ff_mult) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
-        """tokens (B, M, F, V, D) -> latents (B, M, L, D).
+        """tokens (B, M, F, V, D) -> latents (B, M, L, D), L = V without layers.
 
         slots (B, M): 0-based position of each medium in its sample; by default its index along M. Raises
         UserError for more frames or media than there are learned embeddings.
         """
+        tokens = self._add_positions(tokens.to(self.norm.weight.dtype), slots)
+        if self.latents is None:
+            return self.norm(tokens.mean(2))
         batch, media = tokens.shape[:2]
-        tokens = self._add_positions(tokens.to(self.latents.dtype), slots).flatten(0, 1)
+        tokens = tokens.flatten(2, 3).flatten(0, 1)
         latents = self.latents.expand(len(tokens), -1, -1)
         for layer in self.layers:
             # pyrefly: ignore[not-callable]
@@ -94,16 +99,15 @@ class PerceiverResampler(nn.Module):
         return self.norm(latents).unflatten(0, (batch, media))
 
     def _add_positions(self, tokens: Tensor, slots: Tensor | None) -> Tensor:
-        """Add the frame and media embeddings: (B, M, F, V, D) -> (B, M, F * V, D)."""
+        """Add the frame and media embeddings to tokens (B, M, F, V, D)."""
         media, frames = tokens.shape[1:3]
         if self.frame_embs is not None:
             _check_fits(frames, self.frame_embs, "frames per medium", "max_num_frames")
             tokens = tokens + self.frame_embs[:frames, None]
-        tokens = tokens.flatten(2, 3)
         if self.media_time_embs is not None:
             slots = torch.arange(media, device=tokens.device) if slots is None else slots
             _check_fits(int(slots.max()) + 1, self.media_time_embs, "media per sample", "max_num_media")
-            tokens = tokens + self.media_time_embs[slots]
+            tokens = tokens + self.media_time_embs[slots][..., None, :, :]
         return tokens
 
 

