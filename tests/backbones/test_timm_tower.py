@@ -301,10 +301,11 @@ def test_the_plan_builds_the_timm_tower_that_is_loaded(quantization, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_names_are_one_line(arguments, message):
-    with pytest.raises(UserError) as caught:
-        load_vision(*arguments)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    for load in (load_vision, tower_config):
+        with pytest.raises(UserError) as caught:
+            load(*arguments)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def break_config(folder: Path, **values: Any) -> None:
