@@ -25,6 +25,9 @@ from flamingo_ft.hub.names import TIMM
 RESIZE_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 INTERPOLATIONS = ("bicubic", "bilinear")  # those of OpenCLIP; no model of timm 1.0 has another
 
+# Arguments that timm itself adds only while it loads pretrained weights; a rebuilt tower needs them too.
+PRETRAINED_ARGS = {"fbnetc_100": {"bn_eps": 1e-3}}
+
 
 # --- Names
 
@@ -102,7 +105,7 @@ def read_timm_config(file: Path) -> tuple[dict, dict]:
             "image_size": height if height == width else [height, width],
         },
         TIMM_KEY: {
-            "model_args": model_args,
+            "model_args": PRETRAINED_ARGS.get(architecture, {}) | model_args,
             # What the shape of the model depends on; the rest is about weights, images and labels.
             "pretrained_cfg": {
                 "input_size": [channels, height, width],

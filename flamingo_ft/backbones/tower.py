@@ -27,7 +27,7 @@ from flamingo_ft.backbones.compat import (
     resize_positional_embedding,
 )
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
-from flamingo_ft.backbones.timm_tower import build_timm_tower, is_timm
+from flamingo_ft.backbones.timm_tower import TimmTower, build_timm_tower, is_timm
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 
@@ -259,7 +259,7 @@ def check_quantizable(visual: Any) -> None:
         return
     if isinstance(visual, TimmModel):
         trunk: Any = visual.trunk
-        head = trunk.get_classifier()
+        head = None if isinstance(visual, TimmTower) else trunk.get_classifier()
         if any(isinstance(module, nn.Linear) and module is not head for module in trunk.modules()):
             return
     kind = type(getattr(visual, "trunk", visual)).__name__

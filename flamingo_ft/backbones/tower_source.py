@@ -122,9 +122,7 @@ def find_tower(name: str, pretrained: str | None, revision: str | None) -> Tower
     folder = _local_folder(name, pretrained)
     if folder is None and is_architecture(name):
         return _find_architecture(_dashed(name), pretrained, revision)
-    if pretrained:
-        remedy = f"write {TIMM}NAME.TAG, or remove it" if name.startswith(TIMM) else "remove pretrained"
-        raise UserError(f"pretrained {pretrained} needs an OpenCLIP architecture, got {name}; {remedy}")
+    _check_no_pretrained(name, pretrained)
     if name == NANO:
         return _find_in_folder(NANO_FOLDER)
     if name.startswith(ON_HUB):
@@ -142,6 +140,13 @@ def find_tower(name: str, pretrained: str | None, revision: str | None) -> Tower
     )
 
 
+def _check_no_pretrained(name: str, pretrained: str | None) -> None:
+    """Refuse a tag or file with weights for a tower that has its own."""
+    if pretrained:
+        remedy = f"write {TIMM}NAME.TAG, or remove it" if name.startswith(TIMM) else "remove pretrained"
+        raise UserError(f"pretrained {pretrained} needs an OpenCLIP architecture, got {name}; {remedy}")
+
+
 def _nearest(name: str) -> list[str]:
     if timm.is_model(name):
         return [f"{TIMM}{name}"]
@@ -153,6 +158,7 @@ def native_tower_config(name: str, pretrained: str | None) -> dict:
     if pretrained and is_architecture(name):
         _check_tag_or_file(_dashed(name), pretrained)
         return _tower_config(_model_config(_dashed(name)))
+    _check_no_pretrained(name, pretrained)
     if name.startswith(ON_HUB):
         return _read_config(_download(name.removeprefix(ON_HUB), OPEN_CLIP_CONFIG_FILE, None))[0]
     if name.startswith(TIMM):

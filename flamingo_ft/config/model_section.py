@@ -42,7 +42,7 @@ class VisionSection(Section):
     resize_mode: Literal["shortest", "longest", "squash"] | None = None
     """How images are made square. shortest: resize the shorter side and crop the longer one. longest: resize
     the longer side and pad the shorter one, so that nothing is lost. squash: change the aspect ratio. null:
-    as the tower was trained."""
+    as the tower was trained, but a timm model's crop_pct is not applied: the shorter side stays whole."""
     quantization: QuantizationFormat = "none"
     """Quantization of the tower's weight matrices with bitsandbytes: none, 8 bits (int8) or 4 bits (nf4,
     fp4). Saves memory at some cost in accuracy and speed; nf4 is usually the more accurate 4-bit format."""

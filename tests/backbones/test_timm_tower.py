@@ -37,7 +37,7 @@ SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 # name: (timm architecture, its arguments, image size, V, D)
 MODELS: dict[str, tuple[str, dict, int, int, int]] = {
     "lite0": ("tf_efficientnet_lite0", {}, 64, 4, 320),
-    "convnext": ("convnext_atto", {"dims": [8, 16, 24, 32], "depths": [1] * 4}, 64, 4, 32),
+    "convnext": ("convnext_tiny", {"dims": [8, 16, 24, 32], "depths": [1] * 4}, 64, 4, 32),
     "dinov2": ("vit_small_patch14_dinov2", {**SMALL_VIT, "img_size": 42}, 42, 9, 32),
     "registers": ("vit_small_patch14_reg4_dinov2", {**SMALL_VIT, "img_size": 42}, 42, 9, 32),
     "dinov3": ("vit_small_patch16_dinov3", {**SMALL_VIT, "img_size": 48}, 48, 9, 32),
@@ -131,6 +131,14 @@ def test_a_tower_rebuilt_from_its_configuration_gives_the_same_tokens(saved):
     assert torch.equal(spatial_tokens(rebuilt, images), spatial_tokens(tower.visual, images))
 
 
+@pytest.mark.slow
+def test_a_rebuilt_fbnet_has_the_epsilon_that_timm_gives_its_pretrained_weights(tmp_path):
+    save_for_hf(timm.create_model("fbnetc_100"), tmp_path, safe_serialization=True)
+    loaded = load_vision(str(tmp_path))
+    for visual in (loaded.visual, build_visual(loaded.config)):
+        assert {module.eps for module in visual.modules() if isinstance(module, nn.BatchNorm2d)} == {1e-3}
+
+
 @pytest.mark.parametrize("name, size", [("lite0", 96), ("registers", 56), ("swin", 112)])
 def test_a_timm_tower_takes_another_image_size(name, size, tmp_path):
     write_model(tmp_path, name)
@@ -179,17 +187,17 @@ def test_crop_pct_is_ignored_so_that_nothing_is_cut_off_the_shorter_side(tmp_pat
 # The Hub
 
 
-@pytest.mark.parametrize("written", ["timm/convnext_atto", "timm/convnext_atto.d2_in1k"])
+@pytest.mark.parametrize("written", ["timm/convnext_tiny", "timm/convnext_tiny.in12k_ft_in1k"])
 def test_a_name_loads_its_own_weights_from_the_hub_and_records_tag_and_commit(written, hub, tmp_path):
     model = write_model(tmp_path / "tower", "convnext")
-    put(hub, "timm/convnext_atto.d2_in1k", tmp_path / "tower")
+    put(hub, "timm/convnext_tiny.in12k_ft_in1k", tmp_path / "tower")
     tower = load_vision(written)
     assert torch.equal(
         spatial_tokens(tower.visual, images_of("convnext")), reference_tokens(model, images_of("convnext"))
     )
-    commit = hub.repositories["timm/convnext_atto.d2_in1k"].history[-1].oid
+    commit = hub.repositories["timm/convnext_tiny.in12k_ft_in1k"].history[-1].oid
     assert tower.source == {
-        "name": "timm/convnext_atto.d2_in1k",
+        "name": "timm/convnext_tiny.in12k_ft_in1k",
         "pretrained": None,
         "revision": commit,
         "sha256": tensors_sha256(tower.visual),
@@ -202,7 +210,7 @@ def test_a_name_loads_its_own_weights_from_the_hub_and_records_tag_and_commit(wr
 
 
 def test_a_revision_loads_the_weights_of_that_commit(hub, tmp_path):
-    name, sources = "timm/convnext_atto.d2_in1k", []
+    name, sources = "timm/convnext_tiny.in12k_ft_in1k", []
     for seed in range(2):
         write_model(tmp_path / str(seed), "convnext", seed)
         put(hub, name, tmp_path / str(seed))
@@ -213,26 +221,26 @@ def test_a_revision_loads_the_weights_of_that_commit(hub, tmp_path):
 
 def test_the_configuration_of_a_name_needs_no_weights(hub, tmp_path):
     write_model(tmp_path / "tower", "convnext")
-    put(hub, "timm/convnext_atto.d2_in1k", tmp_path / "tower")
-    config = tower_config("timm/convnext_atto")
+    put(hub, "timm/convnext_tiny.in12k_ft_in1k", tmp_path / "tower")
+    config = tower_config("timm/convnext_tiny")
     assert not [request for request in hub.requests if "safetensors" in request]
-    assert config == load_vision("timm/convnext_atto").config
+    assert config == load_vision("timm/convnext_tiny").config
 
 
 def test_a_folder_called_timm_does_not_change_what_a_name_means(hub, tmp_path, monkeypatch):
-    write_model(tmp_path / "timm" / "convnext_atto", "lite0")
+    write_model(tmp_path / "timm" / "convnext_tiny", "lite0")
     write_model(tmp_path / "tower", "convnext")
-    put(hub, "timm/convnext_atto.d2_in1k", tmp_path / "tower")
+    put(hub, "timm/convnext_tiny.in12k_ft_in1k", tmp_path / "tower")
     monkeypatch.chdir(tmp_path)
-    assert load_vision("timm/convnext_atto").width == 32
-    assert load_vision("./timm/convnext_atto").width == 320
+    assert load_vision("timm/convnext_tiny").width == 32
+    assert load_vision("./timm/convnext_tiny").width == 320
 
 
 def test_a_missing_repository_is_one_line(hub):
     with pytest.raises(
-        UserError, match=r"config.json of vision tower timm/convnext_atto.d2_in1k .*: "
+        UserError, match=r"config.json of vision tower timm/convnext_tiny.in12k_ft_in1k .*: "
     ) as caught:
-        load_vision("timm/convnext_atto")
+        load_vision("timm/convnext_tiny")
     assert "\n" not in str(caught.value)
 
 
@@ -293,10 +301,11 @@ def test_the_plan_builds_the_timm_tower_that_is_loaded(quantization, tmp_path):
     ],
 )  # fmt: skip
 def test_wrong_names_are_one_line(arguments, message):
-    with pytest.raises(UserError) as caught:
-        load_vision(*arguments)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    for load in (load_vision, tower_config):
+        with pytest.raises(UserError) as caught:
+            load(*arguments)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
 def break_config(folder: Path, **values: Any) -> None:
