@@ -21,6 +21,7 @@ from flamingo_ft import atomic, processes
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import StoppedBySignal
 from flamingo_ft.evaluation.metrics import METRICS
+from flamingo_ft.evaluation.probe_verdict import tower_lines
 from flamingo_ft.evaluation.results import (
     COLUMN_HEADERS,
     NO_USE,
@@ -77,6 +78,8 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
         free_text=[name for name, task in tasks.items() if task.get("free_text")],
         verdict=verdict,
         verdict_kind=_verdict_kind(verdict),
+        probe=run.probe.record() if run.probe else None,
+        probe_lines=list(tower_lines(run.probe)) if run.probe else [],
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
         percent=percent,
         duration=duration,
