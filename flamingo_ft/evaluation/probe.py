@@ -1,7 +1,8 @@
 """The probe of a recipe: can its frozen vision tower tell the answers apart at all?
 
-For each question, classifiers are fitted on the tower's tokens of the training images and tested on the
-held-out ones. ``probe.json`` has the results; `probe_verdict` compares a model with them.
+For each question, classifiers are fitted on the tower's tokens of the training images, standardized by
+channel, and tested on the held-out ones. ``probe.json`` has the results; `probe_verdict` compares a model
+with them.
 
 Shapes: N samples, I images of a sample, V tokens, D width.
 """
@@ -41,7 +42,7 @@ from .tower_tokens import TowerTokens, read_tokens
 
 MADE_BY = "flamingo-ft check --probe"
 MAX_ROWS = 100_000  # training samples that are read
-UNREADABLE = "unreadable images"
+UNREADABLE = "with unreadable images"
 SIGNIFICANT = 2.0  # standard errors
 MIN_GAIN = 0.05  # smaller gains over the majority share are of no use: the best of three is chosen
 

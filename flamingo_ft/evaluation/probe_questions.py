@@ -29,12 +29,12 @@ AGREEMENT = 0.9  # of their answers about the same images
 
 FEW, MANY = "few answers", "many answers"
 # Reasons why samples are left out.
-NO_IMAGES, FREE_TEXT = "without an image", "free text that hardly repeats"
-TOO_FEW_TRAIN = f"fewer than {MIN_TRAIN_SAMPLES} training samples of the question"
-TOO_FEW_EVAL = f"fewer than {MIN_EVAL_SAMPLES} held-out samples of the question"
-ONE_ANSWER, NEW_ANSWERS = "always the same answer", "answers that do not occur in training"
-OTHER_QUESTIONS = f"questions beyond the {MAX_QUESTIONS} with the most held-out samples"
-MORE_SAMPLES = "samples beyond those drawn at random"
+NO_IMAGES, FREE_TEXT = "without an image", "with free text that hardly repeats"
+TOO_FEW_TRAIN = f"of questions with fewer than {MIN_TRAIN_SAMPLES} training samples"
+TOO_FEW_EVAL = f"of questions with fewer than {MIN_EVAL_SAMPLES} held-out samples"
+ONE_ANSWER, NEW_ANSWERS = "of questions with one answer", "with answers that do not occur in training"
+OTHER_QUESTIONS = f"of questions beyond the {MAX_QUESTIONS} with the most held-out samples"
+MORE_SAMPLES = "beyond those drawn at random"
 
 Key = tuple[str, str, int]  # task, normalized text, number of images
 
@@ -117,7 +117,7 @@ class ProbeQuestions:
         """Raise UserError if no question can be probed."""
         if self.probed:
             return
-        reasons = "; ".join(f"{plural(count, 'sample')}: {reason}" for reason, count in self.left_out.items())
+        reasons = "; ".join(f"{plural(count, 'sample')} {reason}" for reason, count in self.left_out.items())
         raise UserError(
             f"--probe: got no question that can be probed ({reasons or 'no held-out samples'}); use held-out "
             "questions with images whose short answers occur in training, or leave --probe out"

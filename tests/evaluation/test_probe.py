@@ -136,15 +136,15 @@ def test_questions_that_disagree_about_the_same_images_stay_apart():
     ("train", "evaluation", "reason"),
     [
         (asked(colours(40, 0), images=0), asked(colours(20, 1), images=0), "without an image"),
-        (asked(colours(9, 0)), asked(colours(20, 1)), "fewer than 10 training samples of the question"),
-        (asked(colours(40, 0)), asked(colours(9, 1)), "fewer than 10 held-out samples of the question"),
-        (asked(["red"] * 40), asked(["red"] * 20), "always the same answer"),
-        (asked(colours(40, 0)), asked(["mauve"] * 20), "answers that do not occur in training"),
-        (asked(colours(40, 0)), asked(colours(20, 0), images=2), "fewer than 10 training samples"),
+        (asked(colours(9, 0)), asked(colours(20, 1)), "of questions with fewer than 10 training samples"),
+        (asked(colours(40, 0)), asked(colours(9, 1)), "of questions with fewer than 10 held-out samples"),
+        (asked(["red"] * 40), asked(["red"] * 20), "of questions with one answer"),
+        (asked(colours(40, 0)), asked(["mauve"] * 20), "with answers that do not occur in training"),
+        (asked(colours(40, 0)), asked(colours(20, 0), images=2), "of questions with fewer than 10 training"),
         (
             asked([f"a dog runs over field {number}" for number in range(40)]),
             asked([f"a cat sits on wall {number}" for number in range(20)]),
-            "free text that hardly repeats",
+            "with free text that hardly repeats",
         ),
     ],
 )
@@ -218,7 +218,8 @@ def test_a_probe_is_written_shown_and_used_by_the_run_and_its_report(here, capsy
     prepare_output_dir(recipe.train.output_dir)
     verdict = train(recipe)["eval"]["verdict"]
     assert "the tower can tell 100.0 %, the model uses " in verdict and "train longer" in verdict
-    assert "What the vision tower can tell" in (here / "run/report.html").read_text()
+    report = (here / "run/report.html").read_text()
+    assert "What the vision tower can tell" in report and '<p class="status good"><b>Verdict' not in report
     assert RunFolder.read(here / "run").probe == load_probe(here / "run", recipe)
 
     prepare_output_dir(recipe.train.output_dir, overwrite=True)
@@ -267,7 +268,7 @@ def test_free_text_is_refused_in_one_line_before_the_tower_is_loaded(here, capsy
         (here / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert cli.main(["check", "recipe.yaml", "--probe"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert line.startswith("error: --probe: got no question that can be probed (20 samples: free text")
+    assert line.startswith("error: --probe: got no question that can be probed (20 samples with free text")
     assert (here / "runs/check_recipe/check.html").is_file() and not (here / "run").exists()
 
 
