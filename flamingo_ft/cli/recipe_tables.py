@@ -24,7 +24,7 @@ _DISTRIBUTIONS = {
 }
 _CLASSIFIERS = {
     "majority": "majority",
-    "nearest_neighbour": "nearest",
+    "nearest_neighbour": "1-NN",
     "linear_pooled": "pooled",
     "linear_attended": "attended",
     "best": "best",
@@ -166,7 +166,7 @@ def _reasons(left_out: Mapping[str, int]) -> str:
 def probe_table(probe: Mapping[str, Any]) -> Table:
     """Return a table of the shares of held-out answers that classifiers get right from the tower's tokens."""
     table = titled_table("what the vision tower can tell: share of held-out answers")
-    columns = ("no.", "answers", "train", "held out", *_CLASSIFIERS.values())
+    columns = ("no.", "answers", "train", "eval", *_CLASSIFIERS.values())
     for header in columns:
         table.add_column(header, justify="right")
     for number, row in enumerate(probe["questions"], start=1):
