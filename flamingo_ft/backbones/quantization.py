@@ -27,6 +27,19 @@ OUTLIER_THRESHOLD = 6.0  # LLM.int8(), section 3.2: activations beyond it are no
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return the autocast dtype for ``train.precision`` on this machine; None for float32 without autocast.
+
+    ``auto`` is bfloat16 on a GPU that supports it natively (a T4 only emulates it), float16 on any other GPU,
+    and float32 on a CPU.
+    """
+    if precision != "auto":
+        return None if precision == "fp32" else DTYPES[precision]
+    if not torch.cuda.is_available():
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 if bnb is not None:
 
     class Linear8bit(bnb.nn.Linear8bitLt):

@@ -1,6 +1,7 @@
 """Check a recipe's data: read and decode every row, summarize it, and write the report.
 
-The report is a folder with check.html, check.json, problems.jsonl and three histograms.
+The report is a folder with check.html, check.json, problems.jsonl and three histograms; with a probe of the
+vision tower, also probe.json.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from flamingo_ft import atomic
@@ -17,6 +19,8 @@ from flamingo_ft.data.opened_data import samples_per_epoch, steps_per_epoch, wit
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.probe import run_probe
+from flamingo_ft.evaluation.probe_verdict import tower_lines
 from flamingo_ft.model.build import backbone_files, eos_token_ids, text_limit
 from flamingo_ft.progress import progress_bars
 
@@ -30,13 +34,15 @@ PROBLEMS_FILE = "problems.jsonl"
 RECORD_FILE = "check.json"
 
 
-def check_data(recipe: Recipe, name: str, folder: Path) -> CheckReport:
+def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> CheckReport:
     """Read every row of the recipe's data, write the report to ``folder`` and return it.
 
-    Reads the backbones' configuration and tokenizer, but no weights.
+    Reads the backbones' configuration and tokenizer, but no weights except, for a probe, the tower's.
 
     Args:
         name: the recipe's name, for the title of the report.
+        probe: measure whether the vision tower can tell the answers apart (`evaluation.probe`), unless the
+            data are unusable.
 
     Raises:
         UserError: a data source cannot be opened, a backbone does not exist, or ``folder`` holds other files.
@@ -53,6 +59,8 @@ def check_data(recipe: Recipe, name: str, folder: Path) -> CheckReport:
         _inspect_all(sources, inspector, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, eos_token_ids(recipe.model))
         report = builder.build(name, _training_length(recipe, data), text_form)
+        if probe and report.objection is None:
+            report = _with_probe(report, recipe, data, new)
         (new / RECORD_FILE).write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
         previews = [
             preview_samples(index, source, inspector, recipe.data.video_frames)
@@ -60,6 +68,16 @@ def check_data(recipe: Recipe, name: str, folder: Path) -> CheckReport:
         ]
         write_page(new, report, builder.problems, previews, save_histograms(report, new))
     return report
+
+
+def _with_probe(report: CheckReport, recipe: Recipe, data: OpenedData, folder: Path) -> CheckReport:
+    """Return the report with a probe of the recipe's tower, which is also written to ``folder``."""
+    try:
+        probe = run_probe(recipe, data)
+    except UserError as error:
+        return replace(report, probe_error=str(error))
+    probe.save(folder)
+    return replace(report, probe=probe.record(), probe_lines=list(tower_lines(probe)))
 
 
 def _training_length(recipe: Recipe, data: OpenedData) -> TrainingLength:

@@ -193,6 +193,8 @@ class CheckReport:
         problems: number of problems; ``first_problems`` are the first of them, problems.jsonl has all.
         answers: lengths of the reference answers that evaluation will use.
         text_form: how the chat template writes dialogues; None if `dialogue_format` cannot determine it.
+        probe: the content of probe.json; None without ``--probe`` or if it failed for ``probe_error``.
+        probe_lines: what the probe says, in words.
     """
 
     recipe: str
@@ -207,6 +209,9 @@ class CheckReport:
     answers: AnswerLengths
     length: TrainingLength
     text_form: DialogueFormat | None = None
+    probe: dict[str, Any] | None = None
+    probe_error: str | None = None
+    probe_lines: list[str] = field(default_factory=list)
 
     @property
     def bad(self) -> int:

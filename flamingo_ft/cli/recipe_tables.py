@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flamingo_ft.cli.output import print_json, titled_table
-from flamingo_ft.formatting import gib, one_line, percent
+from flamingo_ft.formatting import gib, one_line, percent, plural
 from flamingo_ft.model.images import CONVERSIONS
 
 _MEMORY_COLUMNS = ("params", "frozen", "trained", "grads", "state", "all")
@@ -21,6 +21,13 @@ _DISTRIBUTIONS = {
     "images": "images and videos",
     "text_tokens": "text tokens",
     "label_tokens": "text tokens in the loss",
+}
+_CLASSIFIERS = {
+    "majority": "majority",
+    "nearest_neighbour": "1-NN",
+    "linear_pooled": "pooled",
+    "linear_attended": "attended",
+    "best": "best",
 }
 _REPEATS = {
     "copies": "training samples that equal an earlier one",
@@ -59,6 +66,10 @@ def check_tables(record: Mapping[str, Any]) -> Iterator[Table | str]:
         yield policy_table(record["too_long"])
     yield from repeat_lines(record["repeats"])
     yield record["training"]
+    if record["probe"]:
+        yield from question_lines(record["probe"])
+        yield probe_table(record["probe"])
+        yield from record["probe_lines"]
 
 
 def source_lines(parts: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -135,6 +146,33 @@ def repeat_lines(repeats: Mapping[str, Any]) -> Iterator[str]:
         verb = "is" if repeats["repeated_images"] == 1 else "are"
         images = f"{repeats['images']:,} distinct images"
         yield f"{repeats['repeated_images']:,} of {images} {verb} used more than once"
+
+
+def question_lines(probe: Mapping[str, Any]) -> Iterator[str]:
+    """Yield each probed question, which the table refers to by number, and what was left out."""
+    for number, row in enumerate(probe["questions"], start=1):
+        more = len(row["wordings"]) - 1
+        wordings = f", and {plural(more, 'other wording')}" if more else ""
+        left_out = f"; left out: {_reasons(row['left_out'])}" if row["left_out"] else ""
+        yield f"question {number}: {row['question']}{wordings} ({row['kind']}{left_out})"
+    if probe["left_out"]:
+        yield f"held-out samples of questions that are not probed: {_reasons(probe['left_out'])}"
+
+
+def _reasons(left_out: Mapping[str, int]) -> str:
+    return "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+
+
+def probe_table(probe: Mapping[str, Any]) -> Table:
+    """Return a table of the shares of held-out answers that classifiers get right from the tower's tokens."""
+    table = titled_table("what the vision tower can tell: share of held-out answers")
+    columns = ("no.", "answers", "train", "eval", *_CLASSIFIERS.values())
+    for header in columns:
+        table.add_column(header, justify="right")
+    for number, row in enumerate(probe["questions"], start=1):
+        counts = (number, len(row["answers"]), row["train_samples"], row["eval_samples"])
+        table.add_row(*(f"{count:,}" for count in counts), *(percent(row[key]) for key in _CLASSIFIERS))
+    return table
 
 
 def problem_lines(record: Mapping[str, Any]) -> Iterator[str]:

@@ -61,9 +61,20 @@ def check(
         Path | None,
         typer.Option(metavar="FOLDER", help="Folder for the report, by default runs/check_RECIPE."),
     ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Also measure whether the frozen vision tower can tell the answers apart, with classifiers "
+            "on its tokens (loads the tower, not the language model); train's verdict uses the result.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Read all data of RECIPE, without any weights, and report every row and image that cannot be used."""
+    """Read all data of RECIPE, without any weights, and report every row and image that cannot be used.
+
+    With --probe, the result is written to probe.json in the report's folder and in train.output_dir.
+    """
     from flamingo_ft.config import load_recipe
     from flamingo_ft.config.library import find_recipe
 
@@ -74,10 +85,23 @@ def check(
     from flamingo_ft.check.check_data import check_data
     from flamingo_ft.cli.recipe_tables import print_findings
 
-    findings = check_data(settings, path.stem, folder).record()
+    findings = check_data(settings, path.stem, folder, probe).record()
     print_findings(findings, as_json, folder)
-    if findings["objection"]:
-        raise UserError(findings["objection"])
+    if findings["probe"]:
+        _keep_probe(folder, settings.train.output_dir)
+    if objection := findings["objection"] or findings["probe_error"]:
+        raise UserError(objection)
+
+
+def _keep_probe(folder: Path, output_dir: Path) -> None:
+    from flamingo_ft.cli.output import log
+    from flamingo_ft.config import PROBE_FILE
+    from flamingo_ft.training.output_dir import keep_probe
+
+    if keep_probe(folder / PROBE_FILE, output_dir):
+        log(f"probe in {output_dir / PROBE_FILE}, where the run's verdict and report find it")
+    else:
+        log(f"{output_dir} holds other files; copy {folder / PROBE_FILE} to the run's folder for its verdict")
 
 
 @recipes_app.callback(invoke_without_command=True)

@@ -4,7 +4,7 @@
 """
 
 from flamingo_ft.config.data_section import AugmentationSection, CacheSection, DataSection, DataSource
-from flamingo_ft.config.loading import METRICS_FILE, RECIPE_FILE, dump_recipe, load_recipe
+from flamingo_ft.config.loading import METRICS_FILE, PROBE_FILE, RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.config.model_section import (
     CrossAttentionSection,
     LanguageSection,
@@ -26,6 +26,7 @@ from flamingo_ft.config.train_section import (
 
 __all__ = [
     "METRICS_FILE",
+    "PROBE_FILE",
     "RECIPE_FILE",
     "AugmentationSection",
     "CacheSection",

@@ -24,6 +24,7 @@ from flamingo_ft.hub.names import ON_HUB, missing_path_message
 RECIPE_FILE = "resolved_recipe.yaml"
 """The recipe with every default, the first file that a run writes: a folder that has it holds a run."""
 METRICS_FILE = "metrics.json"
+PROBE_FILE = "probe.json"  # of the frozen tower: in a run's folder, and in that of a check
 """The last file that a run writes: a folder that has it holds a finished run."""
 
 REQUIREMENTS = {

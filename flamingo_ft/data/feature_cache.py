@@ -178,10 +178,33 @@ def open_feature_cache(
         autocast: dtype that the trainer computes in.
         writers: processes that write at the same time (ranks).
     """
+    source = (model.config.backbones or {}).get("vision") or {}
+    architecture = model.config.vision_config
+    return open_tower_cache(
+        model.vision_encoder, source, architecture, preprocess, cache, autocast=autocast, writers=writers
+    )
+
+
+def open_tower_cache(
+    visual: nn.Module,
+    source: Mapping[str, Any],
+    architecture: Mapping[str, Any] | None,
+    preprocess: Mapping[str, Any],
+    cache: CacheSection,
+    *,
+    autocast: torch.dtype | None = None,
+    writers: int = 1,
+) -> FeatureCache:
+    """Open the cache of a tower's outputs without the model around it: the same as `open_feature_cache`'s.
+
+    source, architecture: `VisionBackbone.source` and `VisionBackbone.config`.
+    """
     dtype = DTYPES[cache.dtype]
-    tower = FrozenTower(model.vision_encoder, dtype, autocast)
+    tower = FrozenTower(visual, dtype, autocast)
     key = features_key(
-        model,
+        visual,
+        source,
+        architecture,
         preprocess,
         autocast=str(autocast),
         images_at_once=tower.batch_size,

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from flamingo_ft import atomic
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.images import READER_VERSION
 from flamingo_ft.version import __version__
 
@@ -40,23 +39,28 @@ ABANDONED_SECONDS = 3600.0  # an incomplete file that is older was left behind b
 
 
 def features_key(
-    model: FlamingoForConditionalGeneration, preprocess: Mapping[str, Any], **how: Any
+    visual: nn.Module,
+    source: Mapping[str, Any],
+    architecture: Mapping[str, Any] | None,
+    preprocess: Mapping[str, Any],
+    **how: Any,
 ) -> dict[str, Any]:
     """Return what tokens depend on besides the image, as JSON: tower, transform, software, ``how`` it is run.
 
     The digest is of the tower's tensors in memory, so that quantization, another dtype or a merge of the same
     files gives another key. It takes some seconds for a tower of 1 GB.
+
+    source, architecture: `VisionBackbone.source` and `VisionBackbone.config`.
     """
-    source = (model.config.backbones or {}).get("vision") or {}
     return {
         "format": FORMAT,
         "reader": READER_VERSION,
         "tower": source.get("name"),
-        "tower_sha256": tensors_sha256(model.vision_encoder),
-        "architecture": model.config.vision_config,
+        "tower_sha256": tensors_sha256(visual),
+        "architecture": architecture,
         "quantization": source.get("quantization"),
         "preprocess": dict(preprocess),
-        "device": model.device.type,
+        "device": next(visual.parameters()).device.type,
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         **how,
         "versions": {"flamingo_ft": __version__, **{name: _installed(name) for name in PACKAGES}},

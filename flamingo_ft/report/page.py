@@ -21,6 +21,7 @@ from flamingo_ft import atomic, processes
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import StoppedBySignal
 from flamingo_ft.evaluation.metrics import METRICS
+from flamingo_ft.evaluation.probe_verdict import BLIND, LEARN_FASTER, tower_lines
 from flamingo_ft.evaluation.results import (
     COLUMN_HEADERS,
     NO_USE,
@@ -77,6 +78,8 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
         free_text=[name for name, task in tasks.items() if task.get("free_text")],
         verdict=verdict,
         verdict_kind=_verdict_kind(verdict),
+        probe=run.probe.record() if run.probe else None,
+        probe_lines=list(tower_lines(run.probe)) if run.probe else [],
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
         percent=percent,
         duration=duration,
@@ -100,7 +103,8 @@ def _verdict_kind(verdict: str | None) -> str:
         return ""
     if verdict.startswith((NOT_LOOKING, NO_USE)):
         return "bad"
-    return "good" if verdict.startswith(f"{READS_IMAGES}:") else "warn"
+    has_remedy = LEARN_FASTER in verdict or BLIND in verdict
+    return "good" if verdict.startswith(f"{READS_IMAGES}:") and not has_remedy else "warn"
 
 
 def facts(run: RunFolder) -> dict[str, str]:

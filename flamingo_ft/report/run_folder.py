@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from flamingo_ft import atomic
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.probe import Probe, load_probe
 from flamingo_ft.evaluation.results import PREDICTIONS_FILE, load_predictions
 
 LOG_FILE = "log.jsonl"
@@ -23,13 +24,17 @@ Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run, in progress or finished. ``metrics`` is empty until it is finished."""
+    """A run, in progress or finished.
+
+    metrics: empty until it is finished. probe: of its recipe's tower, if there is one.
+    """
 
     folder: Path
     recipe: Recipe
     entries: list[Entry]
     predictions: list[dict[str, Any]]
     metrics: dict[str, Any]
+    probe: Probe | None = None
 
     @classmethod
     def read(cls, folder: Path) -> RunFolder:
@@ -42,12 +47,14 @@ class RunFolder:
                 f"{folder}: not the folder of a run, {RECIPE_FILE} not found; use a run's output_dir"
             )
         metrics = folder / METRICS_FILE
+        recipe = load_recipe(folder / RECIPE_FILE, require=())
         return cls(
             folder,
-            load_recipe(folder / RECIPE_FILE, require=()),
+            recipe,
             read_log(folder) if (folder / LOG_FILE).is_file() else [],
             load_predictions(folder) if (folder / PREDICTIONS_FILE).is_file() else [],
             json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
+            load_probe(folder, recipe),
         )
 
     @property

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 from flamingo_ft import atomic
-from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, TrainSection
+from flamingo_ft.config import METRICS_FILE, PROBE_FILE, RECIPE_FILE, TrainSection
 from flamingo_ft.errors import UserError
 
 
@@ -18,6 +19,8 @@ def prepare_output_dir(
     folder: Path, *, overwrite: bool = False, resume: bool = False, has_checkpoint: bool = False
 ) -> Path | None:
     """Make sure that ``folder`` exists and is empty, or holds the run to resume; calling it twice is fine.
+
+    A probe of the tower may be in it already, and stays.
 
     overwrite: move an earlier run to a new folder beside it, whose path is returned. resume: keep an earlier
     run. has_checkpoint: whether there is a checkpoint to resume from, even if the rest of the run is lost.
@@ -36,7 +39,23 @@ def prepare_output_dir(
         moved_to = _free_name(folder)
         folder.rename(moved_to)
     folder.mkdir(parents=True, exist_ok=True)
+    if moved_to is not None and (moved_to / PROBE_FILE).is_file():
+        shutil.copy2(moved_to / PROBE_FILE, folder)
     return moved_to
+
+
+def keep_probe(probe: Path, folder: Path) -> bool:
+    """Copy a recipe's probe to its output directory, where the run and its report find it.
+
+    Returns False, and copies nothing, if ``folder`` is a file or holds files but no run.
+    """
+    if folder.exists() and not folder.is_dir():
+        return False
+    if folder.is_dir() and _has_files(folder) and not (folder / RECIPE_FILE).is_file():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic.write_text(folder / PROBE_FILE, probe.read_text(encoding="utf-8"))
+    return True
 
 
 def archive_metrics(folder: Path) -> None:
@@ -68,9 +87,10 @@ def refuse_lost_run(recipe_path: Path, train_config: TrainSection) -> None:
 
 
 def _has_files(folder: Path) -> bool:
-    """Return whether there is any file but leftovers of a run that was killed at its start."""
+    """Return whether there is any file but a probe and leftovers of a run that was killed at its start."""
     return any(
-        (path.is_file() or path.is_symlink()) and not atomic.is_leftover(path) for path in folder.rglob("*")
+        (path.is_file() or path.is_symlink()) and path != folder / PROBE_FILE and not atomic.is_leftover(path)
+        for path in folder.rglob("*")
     )
 
 

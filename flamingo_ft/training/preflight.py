@@ -12,7 +12,12 @@ from torch import Tensor
 from trl import DPOTrainer, SFTTrainer
 
 from flamingo_ft import processes
-from flamingo_ft.backbones.quantization import DTYPES, Quantization, require_bitsandbytes
+from flamingo_ft.backbones.quantization import (
+    DTYPES,
+    Quantization,
+    autocast_dtype,
+    require_bitsandbytes,
+)
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.data import OpenedData, Sample
 from flamingo_ft.data.eval_split import find_overlap
@@ -70,19 +75,6 @@ def _refuse_accelerate_fsdp(environment: Mapping[str, str]) -> None:
 
 
 # --- precision ---
-
-
-def autocast_dtype(precision: str) -> torch.dtype | None:
-    """Return the autocast dtype for ``train.precision`` on this machine; None for float32 without autocast.
-
-    ``auto`` is bfloat16 on a GPU that supports it natively (a T4 only emulates it), float16 on any other GPU,
-    and float32 on a CPU.
-    """
-    if precision != "auto":
-        return None if precision == "fp32" else DTYPES[precision]
-    if not torch.cuda.is_available():
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def check_precision(recipe: Recipe) -> None:

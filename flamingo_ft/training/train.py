@@ -18,6 +18,8 @@ from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.examples import total_metrics
 from flamingo_ft.data.opened_data import samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
+from flamingo_ft.evaluation.probe import load_probe
+from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables
 from flamingo_ft.inference.predictor import Predictor
@@ -179,6 +181,7 @@ def _run(
             evaluator.evaluate(SHUFFLED, with_other_images(eval_samples, recipe.train.seed))
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
+    add_to_verdict(metrics, evaluator.results, load_probe(output_dir, recipe))
     metrics["train"] = train_metrics
     if processes.is_main():
         evaluator.results.save(output_dir)

@@ -1,0 +1,111 @@
+"""What a probe says: of a tower by itself, and of a trained model beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flamingo_ft.formatting import percent, shorten
+
+from .metrics import ACCURACY, normalize
+from .probe import MIN_GAIN, Probe, ProbeResult
+from .probe_questions import question_key
+from .questions import Question
+from .results import AFTER, REMEDY, Results
+
+QUESTION_CHARACTERS = 60
+BLIND = "the tower cannot tell these answers apart"
+OTHER_TOWER = "choose another tower or a larger model.vision.image_size"
+LEARN_FASTER = "train longer or raise the learning rate of the gates (train.learning_rates.cross_attention)"
+
+
+def tower_lines(probe: Probe) -> Iterator[str]:
+    """Yield what the probe says of the tower: what it can tell, and what it cannot."""
+    told = [result for result in probe.questions if result.tells_apart]
+    if told:
+        share, majority = _mean(told, "best"), _mean(told, "majority")
+        yield (
+            f"the tower can tell {percent(share)} of the held-out answers "
+            f"(majority share {percent(majority)})"
+        )
+    if blind := _blind(probe.questions):
+        yield f"{_blind_text(blind)}: {OTHER_TOWER}"
+    if unclear := [result for result in probe.questions if not result.tells_apart and result not in blind]:
+        names = ", ".join(map(_name, unclear))
+        yield f"no conclusion from questions about several images that a probe cannot compare: {names}"
+
+
+def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions: Sequence[str]) -> str | None:
+    """Return in a sentence how much of what its tower can tell the model uses; None without common questions.
+
+    Only the held-out samples of probed questions count, those with answers that occur in training.
+    """
+    model = [_model_share(result, questions, predictions) for result in probe.questions]
+    both = [
+        (result, share) for result, share in zip(probe.questions, model, strict=True) if share is not None
+    ]
+    told = [(result, share) for result, share in both if result.tells_apart]
+    blind = _blind([result for result, _ in both])
+    parts = []
+    if told:
+        samples = sum(result.eval_samples for result, _ in told)
+        used = sum(share * result.eval_samples for result, share in told) / samples
+        tower = _mean([result for result, _ in told], "best")
+        figures = f"the tower can tell {percent(tower)}, the model uses {percent(used)}"
+        parts.append(f"{figures}: {LEARN_FASTER}" if tower - used > MIN_GAIN else figures)
+    if blind:
+        parts.append(f"{_blind_text(blind)}: {OTHER_TOWER}")
+    return "; ".join(parts) or None
+
+
+def add_to_verdict(metrics: dict[str, Any], results: Results, probe: Probe | None) -> None:
+    """Extend the verdict in the ``eval`` record of a metrics.json by what the probe adds, if there is one.
+
+    The general remedy gives way to the probe's.
+    """
+    if probe is None or "eval" not in metrics:
+        return
+    sentence = compare_with_tower(probe, results.questions, results.answers[AFTER])
+    if sentence is not None:
+        verdict = metrics["eval"].get("verdict")
+        parts = [] if verdict is None else [verdict.removesuffix(f"; {REMEDY}")]
+        metrics["eval"]["verdict"] = "; ".join([*parts, sentence])
+
+
+def _model_share(
+    result: ProbeResult, questions: Sequence[Question], predictions: Sequence[str]
+) -> float | None:
+    """Return the model's accuracy on the held-out samples of a probed question; None without any."""
+    wordings = {(result.task, text, result.images) for text in result.wordings}
+    scores = [
+        ACCURACY.score(prediction, question.references)
+        for question, prediction in zip(questions, predictions, strict=True)
+        if question_key(question) in wordings and normalize(question.answer) in result.answers
+    ]
+    return sum(scores) / len(scores) if scores else None
+
+
+def _blind(results: Sequence[ProbeResult]) -> list[ProbeResult]:
+    """Return the questions about one image that the tower cannot answer.
+
+    Several images may have to be compared, which these classifiers cannot learn in general.
+    """
+    return [result for result in results if not result.tells_apart and result.images == 1]
+
+
+def _blind_text(blind: Sequence[ProbeResult]) -> str:
+    figures = ", ".join(
+        f"{_name(result)} {percent(result.best)}, majority share {percent(result.majority)}"
+        for result in blind
+    )
+    return f"{BLIND} ({figures})"
+
+
+def _name(result: ProbeResult) -> str:
+    return f"{shorten(result.question, QUESTION_CHARACTERS)!r}"
+
+
+def _mean(results: Sequence[ProbeResult], name: str) -> float:
+    """Return the mean of a share over the held-out samples of several questions."""
+    samples = sum(result.eval_samples for result in results)
+    return sum(getattr(result, name) * result.eval_samples for result in results) / samples
