@@ -176,7 +176,8 @@ class EvalSection(Section):
     before: bool = True
     """Also evaluate before training, as a baseline."""
     shuffled_images: bool = True
-    """Also evaluate with the images swapped between samples. If accuracy does not drop, the model ignores the
+    """Also evaluate with the images swapped between samples: accuracy after training and, with sft, the rise
+    in loss at every evaluation. If neither accuracy drops nor the loss rises, the model ignores the
     images."""
     steps: Count | None = None
     """Evaluate every N optimizer steps during training. null: only before and after it."""

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .collate import pack
 from .examples import DataStats, Example, SkippedRow
+from .feature_cache import FeatureCache
 from .sample_order import SampleIndex, SampleOrder, group_by_length
 
 REMEMBERED_BATCHES = 1024  # how many recent batches `Batches.contents` describes
@@ -76,6 +77,7 @@ class Batches:
     Attributes:
         contents: contents of the latest batches, oldest first; consumers pop them.
         stats: counts of the rows so far.
+        features: the feature cache that ``collate`` reads, if any.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Batches:
         collate: Callable[[list[list[Example]]], dict[str, Tensor]],
         stats: DataStats,
         loading: LoaderConfig,
+        features: FeatureCache | None = None,
     ):
         """
         Args:
@@ -94,7 +97,7 @@ class Batches:
             collate: rows of a batch -> its tensors.
         """
         self.order, self.dataset, self.group_rows, self.collate = order, dataset, group_rows, collate
-        self.stats, self.loading = stats, loading
+        self.stats, self.loading, self.features = stats, loading, features
         self.contents: deque[BatchContents] = deque(maxlen=REMEMBERED_BATCHES)
         self._next = 0  # position of the next sample
         self._waiting: list[int] = []  # positions before it that are held back

@@ -29,7 +29,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor, Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .metrics import MERGE_METRIC, METRICS, Metric
+from .metrics import MERGE_METRIC, METRICS, Metric, ratio_standard_error
 from .questions import Question, questions_of
 
 HELD_OUT = "held-out samples of the run"
@@ -205,7 +205,7 @@ def compare(
     adapter, merged = models["adapter"], models["merged"]
     increase = merged.loss - adapter.loss
     differences = [m - a for m, a in zip(merged.losses, adapter.losses, strict=True)]
-    loss_error = _standard_error(differences, merged.tokens)
+    loss_error = ratio_standard_error(differences, merged.tokens)
     limit = loss_margin * MADE_UP_FACTOR if eval_set.made_up else loss_margin
     worse = not increase - 2 * loss_error <= limit  # also if it is NaN
     record: dict[str, Any] = {
@@ -230,19 +230,6 @@ def compare(
         }
         worse = worse or (margin is not None and drop - 2 * error > margin)
     return record | {"worse": worse}
-
-
-def _standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float:
-    """Return the standard error of sum(differences) / sum(sizes), a ratio estimator.
-
-    It is 0 for a single sample, whose spread is unknown.
-    """
-    count, total = len(differences), sum(sizes)
-    if count < 2:
-        return 0.0
-    mean = sum(differences) / total
-    squares = sum((d - mean * size) ** 2 for d, size in zip(differences, sizes, strict=True))
-    return math.sqrt(squares * count / (count - 1)) / total
 
 
 def _drop(metric: Metric, adapter: Sequence[float], merged: Sequence[float]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ Training logs it as ``eval_f1``, metrics.json, tables, figures, the report and t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ KEY_SUFFIXES = ("", "_before", "_shuffled_images", "_majority", "_drop", "_drop_
 RESERVED_KEYS = frozenset(
     {"before", "shuffled_images", "majority", "samples", "free_text", "classes", "predicted"}
     | {"verdict", "per_task", "step"}
+    | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples"}
     | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}
     | {"margin", "worse"}
     | {"entropy", "mean_token_accuracy", "num_tokens"}  # TRL's, in the log
@@ -49,6 +51,19 @@ RESERVED_KEYS = frozenset(
 def mean(scores: Sequence[float]) -> float:
     """Return the arithmetic mean."""
     return sum(scores) / len(scores)
+
+
+def ratio_standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the standard error of sum(differences) / sum(sizes), a ratio estimator.
+
+    It is 0 for a single sample, whose spread is unknown.
+    """
+    count, total = len(differences), sum(sizes)
+    if count < 2:
+        return 0.0
+    mean = sum(differences) / total
+    squares = sum((d - mean * size) ** 2 for d, size in zip(differences, sizes, strict=True))
+    return math.sqrt(squares * count / (count - 1)) / total
 
 
 @dataclass(frozen=True)

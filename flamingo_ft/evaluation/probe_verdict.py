@@ -7,16 +7,17 @@ from typing import Any
 
 from flamingo_ft.formatting import percent, shorten
 
+from .image_use import REMEDY
 from .metrics import ACCURACY, normalize
 from .probe import MIN_GAIN, Probe, ProbeResult
 from .probe_questions import question_key
 from .questions import Question
-from .results import AFTER, REMEDY, Results
+from .results import AFTER, Results
 
 QUESTION_CHARACTERS = 60
 BLIND = "the tower cannot tell these answers apart"
 OTHER_TOWER = "choose another tower or a larger model.vision.image_size"
-LEARN_FASTER = "train longer or raise the learning rate of the gates (train.learning_rates.cross_attention)"
+LEARN_FASTER = "train longer or raise train.learning_rates.gates"
 
 
 def tower_lines(probe: Probe) -> Iterator[str]:

@@ -7,10 +7,9 @@ other images.
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,15 @@ from flamingo_ft.adapters.card import CardTable
 from flamingo_ft.atomic import file_in_place
 from flamingo_ft.data.media import preview
 from flamingo_ft.data.sample import display_text
-from flamingo_ft.formatting import percent
 
+from .image_loss_gap import ImageLossGap
+from .image_use import image_use
 from .metrics import (
     ACCURACY,
     METRICS,
     Metric,
     is_free_text,
-    mean,
     most_frequent_answer,
-    normalize,
     scores_by_class,
 )
 from .questions import Question
@@ -43,18 +41,6 @@ COLUMN_HEADERS = {
 }
 PREDICTIONS_FILE = "predictions.jsonl"
 
-# Of the verdict, which says whether the model uses its images:
-MIN_QUESTIONS = 20  # with images; fewer allow no conclusion
-SIGNIFICANT = 2.0  # standard errors
-MIN_GAIN = 0.02  # smaller differences in accuracy are of no use, however significant
-FEW_CHANGES = 0.1  # fraction of answers that change with the image
-NOT_LOOKING, NO_USE = "the model is not looking", "the images are of no use to the model"
-READS_IMAGES = "reads the images"
-REMEDY = (
-    "try more steps, a higher train.learning_rate (above all for the gates), a smaller "
-    "model.cross_attn_every_n_layers, or more varied questions that cannot be answered without the image"
-)
-
 
 def overall_key(metric: Metric, column: str) -> str:
     """Return the key of a score over all tasks: ``accuracy``, ``accuracy_before``, ..."""
@@ -68,10 +54,14 @@ def task_key(metric: Metric, column: str) -> str:
 
 @dataclass
 class Results:
-    """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``."""
+    """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
+
+    image_loss_gap: that of the final model, if it was measured.
+    """
 
     questions: Sequence[Question]
     answers: dict[str, list[str]] = field(default_factory=dict)
+    image_loss_gap: ImageLossGap | None = None
 
     @property
     def conditions(self) -> list[str]:
@@ -82,6 +72,7 @@ class Results:
         """Return the ``eval`` record of metrics.json: every metric, overall and per task, and its baseline.
 
         With answers to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
+        ``image_loss_gap`` is there if it was measured.
         """
         by_task = defaultdict(list)
         for index, question in enumerate(self.questions):
@@ -98,8 +89,11 @@ class Results:
                 value = metric.evaluate(self.questions, self.answers[condition])
                 record[overall_key(metric, condition)] = value
             record[overall_key(metric, MAJORITY)] = metric.evaluate(self.questions, majority)
+        gap = self.image_loss_gap
+        if gap is not None:
+            record["image_loss_gap"] = asdict(gap)
         if SHUFFLED in self.answers:
-            record["verdict"] = image_use(self.questions, self.answers[AFTER], self.answers[SHUFFLED])
+            record["verdict"] = image_use(self.questions, self.answers[AFTER], self.answers[SHUFFLED], gap)
         return {**record, "per_task": per_task}
 
     def _task_record(self, indices: Sequence[int]) -> dict[str, Any]:
@@ -233,55 +227,3 @@ def class_scores(evaluation: Mapping[str, Any] | None, metrics: Sequence[Metric]
         for task, scores in (evaluation or {}).get("per_task", {}).items()
         for answer, record in (scores.get("classes") or {}).items()
     ]
-
-
-def image_use(
-    questions: Sequence[Question],
-    predictions: Sequence[str],
-    shuffled: Sequence[str],
-) -> str | None:
-    """Return whether the model uses its images, in one sentence; None if no question has any.
-
-    predictions: answers to the questions. shuffled: answers to the same questions with another sample's
-    images.
-    """
-    rows = [row for row in zip(questions, predictions, shuffled, strict=True) if row[0].images]
-    if not rows:
-        return None
-    if len(rows) < MIN_QUESTIONS:
-        return f"too few held-out questions with images to judge by ({len(rows)}; {MIN_QUESTIONS} are needed)"
-    asked = [question for question, _, _ in rows]
-    changed = mean([normalize(prediction) != normalize(other) for _, prediction, other in rows])
-    if is_free_text(asked):
-        return _verdict_on_free_text(changed)
-    correct = ACCURACY.scores(asked, [prediction for _, prediction, _ in rows])
-    correct_shuffled = ACCURACY.scores(asked, [other for _, _, other in rows])
-    return _verdict_on_scores(correct, correct_shuffled, changed, ACCURACY.majority_baseline(asked))
-
-
-def _verdict_on_scores(
-    correct: Sequence[float], shuffled: Sequence[float], changed: float, majority: float
-) -> str:
-    """Compare scores of 0 or 1 with the true and with other images, paired by question (McNemar, 1947)."""
-    score, other = mean(correct), mean(shuffled)
-    gain = score - other
-    error = math.sqrt(sum((a - b) ** 2 for a, b in zip(correct, shuffled, strict=True))) / len(correct)
-    figures = f"{percent(score)} right, against {percent(other)} with another image"
-    if gain <= max(SIGNIFICANT * error, MIN_GAIN):
-        if changed < FEW_CHANGES:
-            return f"{NOT_LOOKING}: answers barely change with another image ({figures}); {REMEDY}"
-        return (
-            f"{NO_USE}: answers change with another image, but are right about as often ({figures}); {REMEDY}"
-        )
-    if score <= majority:
-        baseline = f"always giving the most frequent answer ({percent(majority)})"
-        return f"{READS_IMAGES}, yet does no better than {baseline}: {figures}; {REMEDY}"
-    return f"{READS_IMAGES}: {figures}"
-
-
-def _verdict_on_free_text(changed: float) -> str:
-    share = f"{100 * changed:.0f} % of the answers change with another image"
-    if changed < FEW_CHANGES:
-        return f"{NOT_LOOKING}: {share}; {REMEDY}"
-    limit = "exact match cannot judge whether free-text answers are right"
-    return f"the answers depend on the images ({share}); {limit}"

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.image_loss_gap import CLEAR, ImageLossGap
 from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import percent, significant
 
@@ -74,6 +75,29 @@ def loss_figure(entries: Sequence[Entry]) -> Figure | None:
     is_dpo = any("rewards/margins" in entry for entry in entries)
     unit = "loss (nats per pair)" if is_dpo else "loss (nats per label token)"
     return _figure("Loss" if len(curves) > 1 else "Training loss", unit, curves, from_zero=True)
+
+
+def image_loss_gap_figure(entries: Sequence[Entry]) -> Figure | None:
+    """Plot by how much the held-out loss rises with images swapped, and a band of three standard errors."""
+    gaps = [(entry["step"], gap) for entry in entries if (gap := ImageLossGap.of_log(entry)) is not None]
+    points = [
+        {"step": step, "gap": gap.value, "error": CLEAR * gap.standard_error}
+        for step, gap in gaps
+        if math.isfinite(gap.value)
+    ]
+    one, error = curve(points, "gap"), curve(points, "error")
+    if one is None or error is None:
+        return None
+    figure = _figure("Loss explained by the images", "nats per label token", [one])
+    assert figure is not None
+    axes = figure.axes[0]
+    low, high = (
+        [value + sign * margin for value, margin in zip(one.values, error.values, strict=True)]
+        for sign in (-1, 1)
+    )
+    axes.fill_between(one.steps, low, high, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.axhline(0, color=INK, linewidth=0.8, linestyle="--")
+    return figure
 
 
 def metric_figure(entries: Sequence[Entry], metric: Metric) -> Figure | None:
@@ -192,7 +216,7 @@ def _draw(
         if len(curves) == 1:  # several would overlap; the legend has their last values
             _label_last(axes, one, colour, write)
     steps = [step for one in curves for step in one.steps]
-    axes.set_xlim(0, max(steps) * 1.02)
+    axes.set_xlim(0, max(steps) * 1.02 or 1)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     values = [value for one in curves for value in one.values]

@@ -20,17 +20,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from flamingo_ft import atomic, processes
 from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import StoppedBySignal
+from flamingo_ft.evaluation.image_loss_gap import LOG_KEY, ImageLossGap
+from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
 from flamingo_ft.evaluation.metrics import METRICS
 from flamingo_ft.evaluation.probe_verdict import BLIND, LEARN_FASTER, tower_lines
-from flamingo_ft.evaluation.results import (
-    COLUMN_HEADERS,
-    NO_USE,
-    NOT_LOOKING,
-    PREDICTIONS_FILE,
-    READS_IMAGES,
-    class_scores,
-    score_tables,
-)
+from flamingo_ft.evaluation.results import COLUMN_HEADERS, PREDICTIONS_FILE, class_scores, score_tables
 from flamingo_ft.formatting import data_uri, duration, percent, significant
 from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
@@ -81,6 +75,7 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
         probe=run.probe.record() if run.probe else None,
         probe_lines=list(tower_lines(run.probe)) if run.probe else [],
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
+        gap_caption=image_loss_gap_caption(run),
         percent=percent,
         duration=duration,
     )
@@ -107,6 +102,19 @@ def _verdict_kind(verdict: str | None) -> str:
     return "good" if verdict.startswith(f"{READS_IMAGES}:") and not has_remedy else "warn"
 
 
+def image_loss_gap_caption(run: RunFolder) -> str:
+    """Return what the curve of the image loss gap means, and what its newest value says."""
+    gaps = ((entry["step"], ImageLossGap.of_log(entry)) for entry in reversed(run.entries))
+    step, newest = next((found for found in gaps if found[1] is not None), (0, None))
+    meaning = (
+        "How much the held-out loss rises with the images swapped between samples, and a band of three "
+        "standard errors: 0 means that the answers are predicted without looking."
+    )
+    if newest is None or newest.conclusion is None:
+        return meaning
+    return f"{meaning} At step {step:,}: {newest.text}, {newest.conclusion}."
+
+
 def facts(run: RunFolder) -> dict[str, str]:
     """Return the numbers at the head of the report, as name -> text, using the latest log values."""
     values = {}
@@ -128,6 +136,7 @@ def _logged_facts() -> list[tuple[str, str, Callable[[float], str]]]:
     return [
         ("loss", "loss", "{:.4g}".format),
         ("held-out loss", "eval_loss", "{:.4g}".format),
+        ("with images swapped", LOG_KEY, "{:+.3g}".format),
         *((f"held-out {metric.label}", f"eval_{name}", metric.text) for name, metric in METRICS.items()),
         ("reward margin", "rewards/margins", "{:.3g}".format),
         ("pairs ranked correctly", "rewards/accuracies", percent),
@@ -159,6 +168,7 @@ def _log_figures() -> dict[str, Callable[[Sequence[Entry]], Figure | None]]:
         **{name: partial(curves.metric_figure, metric=metric) for name, metric in METRICS.items()},
         "reward_margin": curves.reward_margin_figure,
         "reward_accuracy": curves.reward_accuracy_figure,
+        "image_loss_gap": curves.image_loss_gap_figure,
         "gates": gates.gate_figure,
         "gates_by_layer": gates.layer_figure,
         "learning_rate": curves.learning_rate_figure,

@@ -1,19 +1,18 @@
-"""The batches of a recipe: endless training batches, and each held-out sample once for evaluation."""
+"""The endless training batches of a recipe, and how rows become a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
 
-from flamingo_ft import processes
 from flamingo_ft.config import Recipe
-from flamingo_ft.data import OpenedData, Sample
+from flamingo_ft.data import OpenedData
 from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row, packed_rows, sorted_by_length
 from flamingo_ft.data.collate import collate_packed, collate_text, stack_media
-from flamingo_ft.data.encode import IGNORED, Dropped, Encoded
+from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.examples import DataStats, Example, ExampleDataset
 from flamingo_ft.data.feature_cache import FeatureCache, collate_frames, open_feature_cache
 from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
@@ -24,12 +23,8 @@ from flamingo_ft.data.sample_order import SampleIndex, SampleOrder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.build import text_limit
-from flamingo_ft.progress import Bars
 
 from .preflight import autocast_dtype, check_packing
-
-# A batch, and the weight of its loss in the mean: its number of label tokens (SFT) or of pairs (DPO).
-WeightedBatch = tuple[dict[str, Tensor], int]
 
 
 def make_train_batches(
@@ -61,6 +56,7 @@ def make_train_batches(
         collate=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
         stats=DataStats(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
         loading=LoaderConfig(batch_size, recipe.train.num_workers, rank, world_size),
+        features=features,
     )
 
 
@@ -126,88 +122,3 @@ def _text_length(data: OpenedData, index: SampleIndex) -> int:
     except UserError:
         return 0
     return sum(len(message_text(message)) for message in [*sample.messages, *(sample.rejected or ())])
-
-
-# --- evaluation batches ---
-
-
-class EvalBatches:
-    """The weighted batches of the held-out samples: each sample once, always in the same order.
-
-    Process ``rank`` of ``world_size`` (None: this process) gets every ``world_size``-th batch. All processes
-    get the same number of batches; the last one may be a repetition with weight 0.
-
-    Raises UserError for samples that ``data.too_long`` refuses, for samples without a rejected answer if
-    ``train.method`` is dpo, and if no sample has label tokens.
-    """
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        model: FlamingoForConditionalGeneration,
-        processor: FlamingoProcessor,
-        recipe: Recipe,
-        progress: Bars | None = None,
-        rank: int | None = None,
-        world_size: int | None = None,
-    ):
-        if recipe.train.method == "dpo":
-            _refuse_single_answers(samples)
-        limit = text_limit(model.config, recipe.data.max_text_tokens)
-        encode = encoder(processor, recipe, limit)
-        encoded = [(sample, encode(sample)) for sample in samples]
-        kept = [(sample, text) for sample, text in encoded if not isinstance(text, Dropped)]
-        if not kept:
-            raise UserError(
-                "eval.steps: no held-out sample has label tokens; set eval.steps to null, or fix data.eval"
-            )
-        kept.sort(key=lambda pair: pair[1].text_tokens)  # little padding; the sort is stable
-        size = recipe.eval.batch_size
-        self._batches = [kept[start : start + size] for start in range(0, len(kept), size)]
-        self._read_media = PixelLoader(processor)
-        self._collate = partial(COLLATE[recipe.train.method], processor.tokenizer.pad_token_id, False, None)
-        self._weight = WEIGHTS[recipe.train.method]
-        self._progress = progress
-        self._rank = processes.rank() if rank is None else rank
-        self._world_size = world_size or processes.world_size()
-
-    def __iter__(self) -> Iterator[WeightedBatch]:
-        rounds = -(-len(self._batches) // self._world_size)
-        indices = range(self._rank, rounds * self._world_size, self._world_size)
-        for index in indices if self._progress is None else _with_bar(self._progress, indices):
-            batch = self._batches[min(index, len(self._batches) - 1)]
-            rows = [
-                [Example(sample.where, text, self._read_media(sample, text.images, 0))]
-                for sample, text in batch
-            ]
-            inputs = self._collate(rows)
-            yield inputs, self._weight(inputs) if index < len(self._batches) else 0
-
-
-def _with_bar(progress: Bars, indices: range) -> Iterator[int]:
-    """Iterate over ``indices`` with a progress bar that is removed at the end."""
-    bar = progress.add_task("held-out loss", total=len(indices), note="")
-    for index in indices:
-        yield index
-        progress.advance(bar)
-    progress.remove_task(bar)
-
-
-def _refuse_single_answers(samples: Sequence[Sample]) -> None:
-    for sample in samples:
-        if not sample.rejected:
-            raise UserError(
-                f"{sample.where}: got one answer, but eval.steps compares two if train.method is dpo; "
-                "use preference pairs in data.eval, or set eval.steps to null"
-            )
-
-
-def _count_label_tokens(inputs: dict[str, Tensor]) -> int:
-    return int((inputs["labels"][:, 1:] != IGNORED).sum())
-
-
-def _count_pairs(inputs: dict[str, Tensor]) -> int:
-    return len(inputs["input_ids"]) // 2
-
-
-WEIGHTS = {"sft": _count_label_tokens, "dpo": _count_pairs}

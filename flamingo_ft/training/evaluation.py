@@ -39,7 +39,8 @@ from flamingo_ft.model.sharding import copy_into, is_sharded, reshard
 from flamingo_ft.progress import Bars
 
 from .checkpoint_folders import best_folder, checkpoint_root
-from .dataloader import EvalBatches
+from .eval_batches import EvalBatches
+from .image_loss import RowLoss, gap_to_swapped, recorded_outputs, row_losses
 from .interruptions import oom_as_user_error
 
 
@@ -92,19 +93,28 @@ def run_evaluation(
 ) -> dict[str, float]:
     """Evaluate the trainer's model and log the result.
 
-    Returns ``eval_loss``, the mean over all label tokens or pairs, and, if ``scores_fn`` is given, its
-    metrics (``eval_accuracy``, ...).
+    Returns ``eval_loss``, the mean over all label tokens or pairs, the gap to the loss of swapped images
+    (`ImageLossGap.log_values`) if that is measured, and, if ``scores_fn`` is given, its metrics
+    (``eval_accuracy``, ...).
     """
     model, was_training = trainer.model, trainer.model.training
     model.eval()
     # Sum of weighted losses, and of weights.
     total = torch.zeros(2, dtype=torch.float64, device=trainer.args.device)
-    for inputs, weight in eval_batches:
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, trainer.prepare_inputs(inputs))
-        total += torch.stack([loss.double() * weight, torch.full_like(loss, weight, dtype=torch.float64)])
+    losses: list[RowLoss] = []
+    with recorded_outputs(model) as outputs:
+        for inputs, weight in eval_batches:
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, trainer.prepare_inputs(inputs))
+            total += torch.stack([loss.double() * weight, torch.full_like(loss, weight, dtype=torch.float64)])
+            if eval_batches.can_swap and weight:
+                losses += row_losses(outputs[-1], inputs["labels"])
+            outputs.clear()
     loss_sum, weight_sum = trainer.accelerator.reduce(total).tolist()
     metrics = {"eval_loss": loss_sum / weight_sum}
+    gap = gap_to_swapped(trainer, eval_batches, losses)
+    if gap is not None:
+        metrics |= gap.log_values()
     if scores_fn is not None:
         metrics |= {f"eval_{name}": value for name, value in scores_fn().items()}
     model.eval()  # TRL logs its own metrics as evaluation ones only in this mode

@@ -21,6 +21,7 @@ from flamingo_ft import processes
 from flamingo_ft.config import TrainSection
 from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.evaluation.metrics import METRICS
 from flamingo_ft.formatting import GIB, significant
 from flamingo_ft.model.sharding import full_tensor
@@ -146,8 +147,8 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         logs = logs or {}
         step = f"step {state.global_step}/{state.max_steps}"
-        if "eval_loss" in logs:
-            self.progress.line(" · ".join([step, *_evaluation_parts(logs)]))
+        if parts := _evaluation_parts(logs):
+            self.progress.line(" · ".join([step, *parts]))
         if "loss" not in logs:
             return
         loss, details = f"loss {float(logs['loss']):.4f}", " · ".join(_throughput_parts(logs))
@@ -163,9 +164,13 @@ class ProgressBar(TrainerCallback):
 
 
 def _evaluation_parts(logs: dict[str, float]) -> list[str]:
+    """Return what an evaluation measured; nothing for an entry about training."""
     metrics = [metric for name, metric in METRICS.items() if f"eval_{name}" in logs]
-    loss = f"held-out loss {float(logs['eval_loss']):.4f}"
-    return [loss, *(f"{metric.label} {metric.text(logs[f'eval_{metric.name}'])}" for metric in metrics)]
+    loss = [f"held-out loss {float(logs['eval_loss']):.4f}"] if "eval_loss" in logs else []
+    gap = ImageLossGap.of_log(logs)
+    swapped = [] if gap is None else [f"with images swapped {gap.text}"]
+    scores = [f"{metric.label} {metric.text(logs[f'eval_{metric.name}'])}" for metric in metrics]
+    return [*loss, *swapped, *scores]
 
 
 def _throughput_parts(logs: dict[str, float]) -> list[str]:

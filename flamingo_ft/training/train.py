@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -36,8 +37,10 @@ from .checkpoint_folders import (
     refuse_existing_checkpoints,
 )
 from .checkpoints import check_compatible
-from .evaluation import EvalBatches, Evaluator, apply_best, evaluation_callbacks
+from .eval_batches import EvalBatches, measures_image_loss_gap
+from .evaluation import Evaluator, apply_best, evaluation_callbacks
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
+from .image_loss import LogGapBefore, final_gap
 from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
 from .monitoring import ProgressBar, check_trackers, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
@@ -47,6 +50,7 @@ from .resume import StartPoint, find_start_point, pin_init_from
 from .trainer import FlamingoDpoTrainer, FlamingoTrainer
 
 LEFT_OUT_FILE = "left_out.jsonl"
+FINAL_GAP_SAMPLES = 256  # held-out samples for the image loss gap of a run without eval.steps
 
 DataCallback = Callable[[OpenedData], None]
 LogFunction = Callable[[str], None]
@@ -169,9 +173,7 @@ def _run(
             archive_metrics(output_dir)
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
         evaluator = Evaluator(model, processor, eval_samples, recipe, progress)
-        if recipe.eval.steps:
-            eval_batches = EvalBatches(eval_samples, model, processor, recipe, progress)
-            trainer.set_eval(eval_batches, evaluator.scores if recipe.eval.answers else None)
+        eval_batches = _prepare_eval_batches(trainer, evaluator, eval_samples, processor, recipe, progress)
         if recipe.eval.before:
             _evaluate_before(evaluator, eval_samples, checkpoint, output_dir)
         train_metrics = _train(trainer, data, recipe, checkpoint, stop)
@@ -179,6 +181,8 @@ def _run(
         evaluator.evaluate(AFTER, eval_samples)
         if recipe.eval.shuffled_images:
             evaluator.evaluate(SHUFFLED, with_other_images(eval_samples, recipe.train.seed))
+        if eval_batches is not None and measures_image_loss_gap(recipe):
+            evaluator.results.image_loss_gap = final_gap(trainer, recipe, eval_batches)
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
     add_to_verdict(metrics, evaluator.results, load_probe(output_dir, recipe))
@@ -214,6 +218,40 @@ def _callbacks(
         *evaluation_callbacks(recipe, processor),
         stop,
     ]
+
+
+def _prepare_eval_batches(
+    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    evaluator: Evaluator,
+    samples: Sequence[Sample],
+    processor: FlamingoProcessor,
+    recipe: Recipe,
+    progress: Bars,
+) -> EvalBatches | None:
+    """Set what evaluations during training measure; return the batches for it, if any are needed.
+
+    Without ``eval.steps``, only the final image loss gap needs them: a random part of the samples is enough,
+    and none is refused for its sake.
+    """
+    measures_gap = measures_image_loss_gap(recipe)
+    if not (recipe.eval.steps or measures_gap):
+        return None
+    if not recipe.eval.steps and len(samples) > FINAL_GAP_SAMPLES:
+        samples = random.Random(recipe.train.seed).sample(samples, FINAL_GAP_SAMPLES)
+    eval_batches = EvalBatches(
+        samples,
+        trainer.model,
+        processor,
+        recipe,
+        progress,
+        features=trainer.batches.features,
+        skip_unusable=not recipe.eval.steps,
+    )
+    if recipe.eval.steps:
+        trainer.set_eval(eval_batches, evaluator.scores if recipe.eval.answers else None)
+        if recipe.eval.before and measures_gap:
+            trainer.add_callback(LogGapBefore(trainer, eval_batches))
+    return eval_batches
 
 
 def _evaluate_before(

@@ -34,7 +34,8 @@ from .checkpoints import (
     save_sharded_optimizer,
 )
 from .compat import TRAINER_STATE_NAME, ExportableState
-from .evaluation import EvalBatches, run_evaluation
+from .eval_batches import EvalBatches
+from .evaluation import run_evaluation
 from .interruptions import StopOnSignal, oom_as_user_error
 from .monitoring import ThroughputMeter, gate_values, learning_rates
 from .non_finite import NonFiniteGuard
@@ -259,6 +260,10 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], *arguments: Any, **options: Any
     ) -> Any:
         return super().compute_loss(model, select_label_positions(inputs), *arguments, **options)
+
+    def score_labels(self, inputs: Mapping[str, Any]) -> Any:
+        """Return TRL's fused output on a batch, with ``log_probs`` (1, N) of the N label tokens."""
+        return self.model(**select_label_positions(inputs), use_cache=False, fused_lm_head=True)
 
 
 class FlamingoDpoTrainer(FlamingoTrainerMixin, DPOTrainer):

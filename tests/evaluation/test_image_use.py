@@ -8,12 +8,14 @@ import pytest
 
 from flamingo_ft.data import Sample
 from flamingo_ft.data.sample import DOCUMENT
+from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
+from flamingo_ft.evaluation.image_use import MIN_QUESTIONS, image_use
 from flamingo_ft.evaluation.metrics import ACCURACY, is_free_text, scores_by_class
 from flamingo_ft.evaluation.questions import questions_of
-from flamingo_ft.evaluation.results import MIN_QUESTIONS, image_use
 from tests.data.dialogues import IMAGE, assistant, user
 from tests.evaluation.test_results import accuracy_only
 
+ABOVE, NEAR_ZERO = ImageLossGap(0.4, 0.05, 200), ImageLossGap(0.01, 0.02, 200)
 COLOURS = ("Red.", "Green.", "Blue.", "Red.")
 
 
@@ -49,7 +51,7 @@ def test_a_model_that_ignores_its_images_is_reported_with_a_remedy():
     assert verdict.startswith(
         "the model is not looking: answers barely change with another image (50.0 % right, against 50.0 %"
     )
-    assert "try " in verdict and "learning_rate" in verdict
+    assert "train longer" in verdict and "learning rate of the gates" in verdict
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -90,10 +92,59 @@ def test_free_text_is_judged_by_whether_it_changes_with_the_image():
         [Sample([{"role": DOCUMENT, "content": one}], ["a.png"], "t", "row") for one in blocks]
     )
     other = captions[1:] + captions[:1]
+    assert image_use(captioned, captions, other, ABOVE).startswith(
+        "reads the images: swapping the images changes the loss by +0.4 ± 0.05 nats per label token, "
+        "clearly above zero; 100 % of the answers change"
+    )
+    assert image_use(captioned, captions, other, NEAR_ZERO).startswith(
+        "the images are of no use to the model"
+    )
+    assert image_use(captioned, captions, captions, NEAR_ZERO).startswith("the model is not looking")
     assert "the answers depend on the images (100 %" in image_use(captioned, captions, other)
     assert image_use(captioned, captions, captions).startswith(
         "the model is not looking: 0 % of the answers change"
     )
+
+
+def test_a_gap_that_is_not_distinguishable_from_zero_is_reported_with_a_remedy():
+    correct = references()
+    verdict = image_use(questions(correct), ["Red."] * 200, ["Red."] * 200, NEAR_ZERO)
+    assert verdict.startswith("the model is not looking")
+    assert "+0.01 ± 0.02 nats per label token, not distinguishable from zero" in verdict
+    assert "train longer, raise the learning rate of the gates" in verdict
+    verdict = image_use(questions(correct), correct, partly(correct, 0.0, 1), NEAR_ZERO)
+    assert verdict.startswith("reads the images, yet the loss does not show it")
+
+
+def test_a_model_whose_loss_alone_shows_that_it_looks_is_not_said_to_be_blind():
+    correct = references()
+    verdict = image_use(questions(correct), ["Red."] * 200, ["Red."] * 200, ABOVE)
+    assert verdict.startswith("the model looks at the images, but not enough to answer better: 50.0 % right")
+    assert "clearly above zero" in verdict and "train longer" in verdict
+
+
+@pytest.mark.parametrize(
+    ("gap", "conclusion"),
+    [
+        (ImageLossGap(0.31, 0.1, 20), "clearly above zero"),
+        (ImageLossGap(0.29, 0.1, 20), "not distinguishable from zero"),
+        (
+            ImageLossGap(-0.31, 0.1, 20),
+            "clearly below zero: the images mislead the model, a sign of overfitting",
+        ),
+        (ImageLossGap(0.0, 0.0, 20), "not distinguishable from zero"),
+        (ImageLossGap(0.31, 0.1, 19), None),
+        (ImageLossGap(float("nan"), 0.1, 20), None),
+    ],
+)
+def test_three_standard_errors_from_zero_are_clear(gap, conclusion):
+    assert gap.conclusion == conclusion
+
+
+def test_a_gap_of_too_few_samples_does_not_change_the_verdict():
+    correct, few = references(), ImageLossGap(0.4, 0.05, 19)
+    other = partly(correct, 0.0, 1)
+    assert image_use(questions(correct), correct, other, few) == image_use(questions(correct), correct, other)
 
 
 def test_the_majority_is_what_always_giving_the_most_frequent_answer_reaches():

@@ -10,6 +10,7 @@ import pytest
 
 from flamingo_ft.config import dump_recipe
 from flamingo_ft.errors import StoppedBySignal, UserError
+from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.report import curves, final_report, gates, write_report
 from tests.regimes import recipe, write_run
 
@@ -138,6 +139,36 @@ def test_parts_with_equal_learning_rates_share_a_curve():
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(labels) == 2
     assert labels[0].startswith("cross attention, perceiver") and labels[1].startswith("lora")
+
+
+def gap_entry(step: int, value: float, error: float, samples: int = 50) -> dict:
+    return {"step": step} | ImageLossGap(value, error, samples).log_values()
+
+
+def test_the_image_loss_gap_is_drawn_with_three_standard_errors_beside_the_gates(folder):
+    gaps = [gap_entry(0, 0.0, 0.0), gap_entry(2, float("nan"), 0.1), gap_entry(4, 0.5, 0.1)]
+    (axes,) = curves.image_loss_gap_figure(gaps).axes
+    assert list(axes.lines[0].get_xdata()) == [0, 4] and list(axes.lines[0].get_ydata()) == [0.0, 0.5]
+    assert axes.collections[0].get_datalim(axes.transData).intervaly == pytest.approx([0, 0.8])
+
+    write(folder, [*entries(4), *gaps])
+    page = write_report(folder).read_text()
+    assert "0 means that the answers are predicted without looking. At step 4: +0.5 ± 0.1, clearly" in words(
+        page
+    )
+    assert "How far each gate is open" in words(page) and (folder / "figures/image_loss_gap.png").is_file()
+
+
+def test_a_gap_near_zero_and_one_of_few_samples_are_described_as_such(folder):
+    write(folder, [*entries(4), gap_entry(4, 0.1, 0.1)])
+    assert "+0.1 ± 0.1, not distinguishable from zero" in words(write_report(folder).read_text())
+    write(folder, [*entries(4), gap_entry(4, 0.5, 0.1, samples=3)])
+    page = words(write_report(folder).read_text())
+    assert "predicted without looking." in page and "At step 4" not in page
+
+
+def test_a_run_without_a_gap_has_no_curve_of_it(folder):
+    assert "predicted without looking" not in write_report(folder).read_text()
 
 
 @pytest.mark.parametrize("layers", [2, 32])

@@ -35,6 +35,12 @@ def assert_same_training(folder, one: str, two: str) -> None:
         torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-3)
 
 
+def assert_same_evaluation(first: dict, second: dict) -> None:
+    """Answers are equal; a loss differs by rounding."""
+    gaps = [evaluation.pop("image_loss_gap") for evaluation in (first, second)]
+    assert first == second and gaps[1] == pytest.approx(gaps[0], rel=1e-2, abs=1e-5)
+
+
 def succeed(*arguments, processes: int = 2) -> str:
     codes, output = train(*arguments, processes=processes)
     assert codes == [0] * processes, output
@@ -48,7 +54,8 @@ def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
     output = succeed(tmp_path, "two", *STEPS)
     assert_same_training(tmp_path, "one", "two")
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
-    assert first["eval"] == second["eval"] and first["train"]["data"] == second["train"]["data"]
+    assert_same_evaluation(first["eval"], second["eval"])
+    assert first["train"]["data"] == second["train"]["data"]
     assert output.count("adapter in two") == 1 and output.count("rows of schema") == 2
     load_adapter(tmp_path / "two")
 
@@ -97,9 +104,8 @@ def test_a_sharded_run_equals_an_unsharded_one_and_resumes_bit_for_bit(tmp_path,
     succeed(tmp_path, "two", "train.fsdp=true", *options)
     assert_same_training(tmp_path, "one", "two")
     first, second = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("one", "two"))
-    assert (
-        first["eval"] == second["eval"] and first["train"]["best"]["step"] == second["train"]["best"]["step"]
-    )
+    assert_same_evaluation(first["eval"], second["eval"])
+    assert first["train"]["best"]["step"] == second["train"]["best"]["step"]
     weights = (tmp_path / "two" / ADAPTER_WEIGHTS).read_bytes()
     for name in ("metrics.json", ADAPTER_WEIGHTS):
         (tmp_path / "two" / name).unlink()

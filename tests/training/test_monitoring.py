@@ -215,9 +215,12 @@ def test_without_a_terminal_an_evaluation_prints_a_line(monkeypatch):
     bar = ProgressBar(progress)
     bar.on_train_begin(None, state, None)
     bar.on_log(None, state, None, logs={"eval_loss": 1.25, "eval_accuracy": 0.715})
+    gap = {"image_loss_gap": 0.25, "image_loss_gap_standard_error": 0.01, "image_loss_gap_samples": 9}
+    bar.on_log(None, state, None, logs={f"eval_{key}": value for key, value in gap.items()})
     bar.on_log(None, state, None, logs={"eval_loss": 1.5})
     assert out.getvalue().splitlines() == [
         "step 50/300 · held-out loss 1.2500 · accuracy 71.5 %",
+        "step 50/300 · with images swapped +0.25 ± 0.01",
         "step 50/300 · held-out loss 1.5000",
     ]
 

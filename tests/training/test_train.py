@@ -72,7 +72,7 @@ def test_a_run_writes_adapter_recipe_metrics_predictions_and_log(folder):
     scores = {
         f"{name}{suffix}" for name in METRICS for suffix in ("", "_before", "_shuffled_images", "_majority")
     }
-    assert set(metrics["eval"]) == scores | {"per_task", "verdict"}
+    assert set(metrics["eval"]) == scores | {"per_task", "verdict", "image_loss_gap"}
     assert metrics["eval"]["verdict"].startswith("too few held-out questions with images")
     assert set(metrics["eval"]["per_task"]) == {"0 images", "1 images", "2 images"}
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
