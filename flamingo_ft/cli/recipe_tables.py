@@ -166,6 +166,7 @@ def _reasons(left_out: Mapping[str, int]) -> str:
 def probe_table(probe: Mapping[str, Any]) -> Table:
     """Return a table of the shares of held-out answers that classifiers get right from the tower's tokens."""
     table = titled_table("what the vision tower can tell: share of held-out answers")
+    table.collapse_padding = True  # so that nine columns fit a terminal of 80
     columns = ("no.", "answers", "train", "eval", *_CLASSIFIERS.values())
     for header in columns:
         table.add_column(header, justify="right")
