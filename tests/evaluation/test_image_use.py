@@ -51,7 +51,7 @@ def test_a_model_that_ignores_its_images_is_reported_with_a_remedy():
     assert verdict.startswith(
         "the model is not looking: answers barely change with another image (50.0 % right, against 50.0 %"
     )
-    assert "train longer" in verdict and "learning rate of the gates" in verdict
+    assert "train longer" in verdict and "train.learning_rates.gates" in verdict
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -111,7 +111,7 @@ def test_a_gap_that_is_not_distinguishable_from_zero_is_reported_with_a_remedy()
     verdict = image_use(questions(correct), ["Red."] * 200, ["Red."] * 200, NEAR_ZERO)
     assert verdict.startswith("the model is not looking")
     assert "+0.01 ± 0.02 nats per label token, not distinguishable from zero" in verdict
-    assert "train longer, raise the learning rate of the gates" in verdict
+    assert "train longer, raise train.learning_rates.gates" in verdict
     verdict = image_use(questions(correct), correct, partly(correct, 0.0, 1), NEAR_ZERO)
     assert verdict.startswith("reads the images, yet the loss does not show it")
 

@@ -14,11 +14,12 @@ from flamingo_ft.config import dump_recipe, load_recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.data.feature_cache import FrozenTower
 from flamingo_ft.evaluation import probe_questions
+from flamingo_ft.evaluation.image_use import REMEDY
 from flamingo_ft.evaluation.probe import Probe, ProbeResult, load_probe, probe_question
 from flamingo_ft.evaluation.probe_questions import choose_questions, media_of
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict, compare_with_tower, tower_lines
 from flamingo_ft.evaluation.questions import questions_of
-from flamingo_ft.evaluation.results import REMEDY, Results
+from flamingo_ft.evaluation.results import Results
 from flamingo_ft.evaluation.tower_tokens import TowerTokens
 from flamingo_ft.report.run_folder import RunFolder
 from flamingo_ft.training.output_dir import prepare_output_dir
