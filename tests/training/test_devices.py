@@ -22,6 +22,7 @@ from tests.regimes import LORA, NOTHING_WHOLE, write_start
 from tests.training.launching import losses, torchrun, train, write_data
 
 MIXED = [[0], [0, 0], [], []] * 2  # some batches of two are plain text
+SWAPPABLE = [[0], [0, 0], [], [], [0]] * 2  # four rows have an image that others do not
 VIDEOS = [[2], [3], [2], [2]] * 2  # the perceiver runs once for each number of frames in a batch
 STEPS = ("train.max_steps=3", "data.eval=[{path: train.jsonl}]")
 
@@ -49,7 +50,7 @@ def succeed(*arguments, processes: int = 2) -> str:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch_size(tmp_path):
-    write_data(tmp_path, MIXED)
+    write_data(tmp_path, SWAPPABLE)
     succeed(tmp_path, "one", "train.batch_size=4", *STEPS, processes=1)
     output = succeed(tmp_path, "two", *STEPS)
     assert_same_training(tmp_path, "one", "two")
@@ -93,7 +94,7 @@ SHARDED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SHARDED)
 def test_a_sharded_run_equals_an_unsharded_one_and_resumes_bit_for_bit(tmp_path, case):
-    write_data(tmp_path, MIXED)
+    write_data(tmp_path, SWAPPABLE)
     options = (
         "train.save_steps=2",
         "eval={steps: 2, keep: best, batch_size: 2, max_new_tokens: 4}",
