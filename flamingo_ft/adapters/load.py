@@ -307,10 +307,11 @@ def _check_base(model: FlamingoForConditionalGeneration, folder: Path) -> None:
     stored, current = _base_records(read_config(folder)), _base_records(model.config)
     for part, record in stored.items():
         for key in sorted({*record, *current[part]} - set(LOCATION_KEYS)):
-            was, is_now = record.get(key), current[part].get(key)
-            if was != is_now:
+            recorded, loaded = record.get(key), current[part].get(key)
+            if recorded != loaded:
                 raise UserError(
-                    f"{folder}: trained on another {part}: its {key} was {was}, got {is_now}; restore it"
+                    f"{folder}: the adapter was trained with another {part}: {key} {recorded}, got {loaded}; "
+                    "restore the one that it was trained with"
                 )
 
 

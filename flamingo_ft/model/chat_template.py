@@ -105,7 +105,7 @@ class _Answer:
         prompt: the dialogue before the answer, with a generation prompt; None if the template rejects it.
         asked: the same without a generation prompt.
         lead: the rendered text before the answer.
-        loss_start: the index in ``lead`` from which on the text carries loss.
+        loss_start: index in ``lead`` where the text that is in the loss begins.
     """
 
     prompt: str | None

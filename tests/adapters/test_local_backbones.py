@@ -121,7 +121,7 @@ def test_a_checkpoint_resumes_after_its_backbones_moved(local, made, monkeypatch
     model, processor = build()
     restore_trainable(model, here / "runs/one")
     shake(model, 0.3)
-    with pytest.raises(UserError, match="trained on another language backbone: its sha256 was 0{64}, got "):
+    with pytest.raises(UserError, match="trained with another language backbone: sha256 0{64}, got "):
         config = json.loads((here / "runs/one/config.json").read_text())
         config["backbones"]["language"]["sha256"] = "0" * 64
         (here / "runs/one/config.json").write_text(json.dumps(config))

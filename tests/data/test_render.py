@@ -18,6 +18,12 @@ REFUSAL = "{% if m['role'] == 'system' %}{{ raise_exception('no system') }}{% en
 NO_SYSTEM = CHATML.replace(EACH, EACH + REFUSAL)
 LEAVES_OUT = CHATML.replace(EACH, "{% for m in messages if m['role'] != 'system' %}")
 HARD = "You <b> {{ x }} {% if %} \" ' \\n #} é🦩"
+SPECIAL_TOKENS = nano_processor().tokenizer.all_special_tokens
+PROMPTS = (
+    st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1)
+    .filter(lambda text: not any(token in text for token in SPECIAL_TOKENS))
+    .map(lambda text: HARD + text)
+)
 TURNS = [user(IMAGE, "Which?"), assistant("Seven."), user("So?"), assistant("Yes.")]
 
 
@@ -52,9 +58,7 @@ def test_template_chat_is_refused_if_the_language_model_has_none():
 
 
 @pytest.mark.parametrize("own", [None, CHATML, LLAMA_2, nano_processor().chat_template])
-@given(
-    st.text(st.characters(codec="utf-8", exclude_characters="\r<"), min_size=1).map(lambda text: HARD + text)
-)
+@given(PROMPTS)
 @settings(max_examples=20, deadline=None)
 def test_the_system_prompt_precedes_every_dialogue_without_one(own, prompt):
     processor, plain = processor_with(own, system_prompt=prompt), processor_with(own)

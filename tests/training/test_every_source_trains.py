@@ -81,7 +81,7 @@ def losses_of(trainer) -> list[float]:
     return [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
 
 
-# Other ways of storing rows that one of these has; tests/data reads them all.
+# Other storage formats for rows that another fixture trains on; tests/data reads all of them.
 STORED_OTHERWISE = (
     "arrow",
     "imagefolder_classes",
