@@ -19,10 +19,10 @@ from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.tower import build_visual, token_width
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import (
+    RELEASED_PERCEIVER,
     CrossAttentionSection,
     LanguageSection,
     ModelSection,
-    PerceiverSection,
     VisionSection,
 )
 from flamingo_ft.errors import UserError
@@ -72,7 +72,7 @@ def _differing_keys(model: ReleasedModel, section: ModelSection) -> Iterator[str
         yield f"cross_attn_every_n_layers {section.cross_attn_every_n_layers}"
     if section.media_visibility not in model.visibility:
         yield f"media_visibility {section.media_visibility}"
-    for key, sizes in (("perceiver", PerceiverSection()), ("cross_attention", CrossAttentionSection())):
+    for key, sizes in (("perceiver", RELEASED_PERCEIVER), ("cross_attention", CrossAttentionSection())):
         if getattr(section, key) != sizes:
             yield f"other sizes in model.{key} (leave it out)"
 

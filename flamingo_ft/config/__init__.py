@@ -6,6 +6,7 @@
 from flamingo_ft.config.data_section import AugmentationSection, CacheSection, DataSection, DataSource
 from flamingo_ft.config.loading import METRICS_FILE, PROBE_FILE, RECIPE_FILE, dump_recipe, load_recipe
 from flamingo_ft.config.model_section import (
+    RELEASED_PERCEIVER,
     CrossAttentionSection,
     LanguageSection,
     LoraPart,
@@ -28,6 +29,7 @@ __all__ = [
     "METRICS_FILE",
     "PROBE_FILE",
     "RECIPE_FILE",
+    "RELEASED_PERCEIVER",
     "AugmentationSection",
     "CacheSection",
     "CrossAttentionSection",

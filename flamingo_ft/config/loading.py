@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from flamingo_ft.config.library import find_recipe, is_packaged
+from flamingo_ft.config.model_section import NO_GATE_INIT
 from flamingo_ft.config.paths import path_exists, path_locations, resolve_paths, value_at
 from flamingo_ft.config.recipe import Recipe
 from flamingo_ft.config.section import PathKind
@@ -24,8 +25,9 @@ from flamingo_ft.hub.names import ON_HUB, missing_path_message
 RECIPE_FILE = "resolved_recipe.yaml"
 """The recipe with every default, the first file that a run writes: a folder that has it holds a run."""
 METRICS_FILE = "metrics.json"
-PROBE_FILE = "probe.json"  # of the frozen tower: in a run's folder, and in that of a check
 """The last file that a run writes: a folder that has it holds a finished run."""
+PROBE_FILE = "probe.json"
+"""What the frozen tower can tell, in the folder of a run or of a check."""
 
 REQUIREMENTS = {
     "data": {PathKind.INPUT},
@@ -51,7 +53,10 @@ def load_recipe(
     from. Warns if a model is found only where earlier versions looked for it.
     """
     path = find_recipe(path_or_name)
-    sources = _Sources(_read(path), path.parent, [parse_override(text) for text in overrides])
+    file = _read(path)
+    if path.name == RECIPE_FILE:
+        _add_earlier_defaults(file.values)
+    sources = _Sources(file, path.parent, [parse_override(text) for text in overrides])
     values = apply_overrides(sources.file.values, sources.overrides)
     unresolved = copy.deepcopy(values)
     path_warnings = list(resolve_paths(values, sources.start_of))
@@ -68,6 +73,15 @@ def load_recipe(
             place = sources.line_and_name(location)[1]
             warnings.warn(f"{place}: {dotted(location)}: {warning}", stacklevel=2)
     return recipe
+
+
+def _add_earlier_defaults(values: dict[str, Any]) -> None:
+    """Add to a run's own recipe the keys that its version did not have, with the values that it ran with."""
+    model, train = values.get("model"), values.get("train")
+    if isinstance(model, dict):
+        model.setdefault("gate_init", NO_GATE_INIT.model_dump())
+    if isinstance(train, dict) and isinstance(rates := train.get("learning_rates"), dict):
+        rates.setdefault("gates", rates.get("cross_attention") or train.get("learning_rate"))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flamingo_ft.config.section import (
     ComputeDtype,
@@ -84,11 +84,12 @@ class PerceiverSection(Section):
 
     num_latents: Count = 64
     """Latents per image or video that the language model attends to. More of them keep more detail and cost
-    more time. The defaults of this section are those of the released OpenFlamingo models."""
-    depth: Annotated[int, Field(ge=0)] = 6
+    more time. This default and those of the sizes below are the released OpenFlamingo models'."""
+    depth: Annotated[int, Field(ge=0)] = 0
     """Number of layers, each of attention and feed-forward. 0: nothing is resampled; the text attends to the
     visual tokens themselves (of a video, to their mean over the frames), and the other sizes in this section
-    are not used."""
+    are not used. A new bridge learns from far fewer samples without a perceiver; raise it to 6, as in
+    OpenFlamingo, for many images or frames per sample. With init_from, the default is 6."""
     heads: Count = 8
     """Attention heads per layer."""
     dim_head: Count = 64
@@ -121,12 +122,17 @@ class GateInitSection(Section):
     With init_from, gates start where those of the loaded bridge ended.
     """
 
-    attention: float = 0.0
+    attention: float = 0.3
     """Gates of the attention. 0: a new bridge changes nothing, as in Flamingo, and learns slowly until its
-    gates have opened. Larger values, such as 0.3, let images reach the language model from the first step."""
+    gates have opened. Larger values let images reach the language model from the first step; text without
+    images stays as it is with any value."""
     feed_forward: float = 0.0
     """Gates of the feed-forward layers, which apply to text without images too: values other than 0 disturb
     the language model until they are trained."""
+
+
+RELEASED_PERCEIVER = PerceiverSection(depth=6)  # of the released OpenFlamingo models
+NO_GATE_INIT = GateInitSection(attention=0.0, feed_forward=0.0)
 
 
 class ModelSection(Section):
@@ -155,6 +161,17 @@ class ModelSection(Section):
     """Shape of the gated cross-attention blocks."""
     gate_init: GateInitSection = GateInitSection()
     """Values that the gates of a new bridge start from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_with_init_from(cls, values: Any) -> Any:
+        """Fill in the sizes of the released models, which the bridges in question have unless they say so."""
+        if not isinstance(values, dict) or values.get("init_from") is None:
+            return values
+        perceiver = values.get("perceiver", {})
+        if isinstance(perceiver, dict):
+            perceiver = {"depth": RELEASED_PERCEIVER.depth, **perceiver}
+        return {"gate_init": NO_GATE_INIT, **values, "perceiver": perceiver}
 
 
 @with_keys(

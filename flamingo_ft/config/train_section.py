@@ -29,9 +29,9 @@ class RatesSection(Section):
     """Peak learning rates per part. null: train.learning_rate."""
 
     gates: Rate | None = None
-    """Peak learning rate of the gates. null: that of the cross-attention blocks. A gate is a single number,
-    which moves by about its learning rate per step, and as long as it is near zero the language model sees
-    nothing: ten times the rate of the blocks opens the gates of a new bridge sooner."""
+    """Peak learning rate of the gates. null: ten times that of the cross-attention blocks for a new bridge,
+    the same as theirs with model.init_from. A gate is a single number, which moves by about its learning rate
+    per step, and as long as it is near zero the language model sees nothing."""
     lora: Rate | None = None
     """Peak learning rate of all LoRA weights. null: train.learning_rate."""
 
@@ -98,9 +98,9 @@ class TrainSection(Section):
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step. The loss is averaged over the label tokens of all of them, so the
     result equals that of one large batch."""
-    learning_rate: Rate = 1e-4
-    """Peak learning rate of AdamW, for every part without its own in learning_rates. Small bridges and small
-    datasets often need a higher rate. Lower it if the loss is unstable."""
+    learning_rate: Rate | None = None
+    """Peak learning rate of AdamW, for every part without its own in learning_rates. null: 1e-3 for a new
+    bridge, 1e-4 for LoRA and for a bridge from model.init_from. Lower it if the loss is unstable."""
     learning_rates: RatesSection = RatesSection()
     """Peak learning rates per part."""
     weight_decay: Decay = 0.1

@@ -30,7 +30,7 @@ from .checkpoint_folders import checkpoint_root
 from .checkpoints import CheckpointPolicy
 from .compat import mark_as_sharded
 from .dataloader import make_train_batches
-from .optimizer import OPTIMIZERS, make_optimizer, warmup_steps
+from .optimizer import OPTIMIZERS, make_optimizer, peak_rates, warmup_steps
 from .preflight import autocast_dtype, check_loss
 from .trainer import FlamingoDpoTrainer, FlamingoTrainer
 
@@ -109,7 +109,7 @@ def make_trainer(
         shard(model)
         mark_as_sharded(model)
     arguments = trainer_arguments(recipe)
-    optimizer = make_optimizer(model, recipe.train, arguments)
+    optimizer = make_optimizer(model, recipe, arguments)
     batches = make_train_batches(
         data, model, processor, recipe, arguments.process_index, arguments.world_size
     )
@@ -195,7 +195,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "max_steps": train_config.max_steps,
         "per_device_train_batch_size": train_config.batch_size,
         "gradient_accumulation_steps": train_config.gradient_accumulation_steps,
-        "learning_rate": train_config.learning_rate,
+        "learning_rate": max(peak_rates(recipe).values()),  # each parameter group has its own
         "weight_decay": train_config.weight_decay,
         "warmup_steps": warmup_steps(train_config),
         "lr_scheduler_type": SCHEDULERS[train_config.lr_scheduler],

@@ -12,11 +12,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from flamingo_ft.adapters import trainable_parameters
-from flamingo_ft.config import TrainSection
+from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.data.opened_data import exact_fraction
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.parts import GATES, OPTIMIZER_GROUPS, is_decayed, optimizer_group
+from flamingo_ft.model.parts import GATES, LORA, OPTIMIZER_GROUPS, is_decayed, optimizer_group
 
 from .compat import disable_amp_scaling_in_step, set_last_learning_rates
 
@@ -29,9 +29,14 @@ OPTIMIZERS = {
 }
 
 
-def make_optimizer(
-    model: nn.Module, train_config: TrainSection, arguments: TrainingArguments
-) -> torch.optim.Optimizer:
+# Peak learning rates that the recipe leaves out. At these a new bridge learns to use images within a thousand
+# samples, and at the rate for trained weights hardly at all (README).
+NEW_BRIDGE_RATE = 1e-3
+TRAINED_RATE = 1e-4  # a bridge from model.init_from, and LoRA
+NEW_GATES_FACTOR = 10  # a gate is one number, which AdamW moves by about its learning rate per step
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, arguments: TrainingArguments) -> torch.optim.Optimizer:
     """Return an optimizer over the trainable parameters.
 
     Raises UserError if ``train.optimizer_in_backward`` is set but cannot work with this number of processes
@@ -39,7 +44,7 @@ def make_optimizer(
     """
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     make = partial(optimizer_class, **options)
-    groups = parameter_groups(model, train_config)
+    groups, train_config = parameter_groups(model, recipe), recipe.train
     if not train_config.optimizer_in_backward:
         optimizer = make(groups)
         disable_amp_scaling_in_step(optimizer)
@@ -59,7 +64,7 @@ def make_optimizer(
     return InBackwardOptimizer(groups, make, train_config.max_grad_norm)
 
 
-def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]:
+def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Return the parameter groups, up to two per part: parameters with weight decay, then those without.
 
     ``name``: its entry in `OPTIMIZER_GROUPS`. Weight decay applies to matrices, and not to gates, norms,
@@ -70,7 +75,7 @@ def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]
 
     Raises ValueError for a trainable parameter whose group is not in `OPTIMIZER_GROUPS`.
     """
-    named, rates = trainable_parameters(model), peak_rates(train_config)
+    named, rates = trainable_parameters(model), peak_rates(recipe)
     members: dict[str, list[str]] = {group_name: [] for group_name in OPTIMIZER_GROUPS}
     for name in sorted(named):
         group_name = optimizer_group(name)
@@ -83,7 +88,7 @@ def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]
     for group_name, names in members.items():
         decayed = [named[name] for name in names if is_decayed(name, named[name])]
         undecayed = [named[name] for name in names if not is_decayed(name, named[name])]
-        for parameters, decay in ((decayed, _weight_decay(train_config, group_name)), (undecayed, 0.0)):
+        for parameters, decay in ((decayed, _weight_decay(recipe.train, group_name)), (undecayed, 0.0)):
             if parameters:
                 groups.append(
                     {
@@ -96,11 +101,15 @@ def parameter_groups(model: nn.Module, train_config: TrainSection) -> list[dict]
     return groups
 
 
-def peak_rates(train_config: TrainSection) -> dict[str, float]:
+def peak_rates(recipe: Recipe) -> dict[str, float]:
     """Return the peak learning rate of each entry of `OPTIMIZER_GROUPS`."""
-    own = train_config.learning_rates
-    rates = {name: getattr(own, name) or train_config.learning_rate for name in OPTIMIZER_GROUPS}
-    return rates | {GATES: own.gates or rates[CROSS_ATTENTION.name]}
+    own, shared = recipe.train.learning_rates, recipe.train.learning_rate
+    is_new = recipe.model.init_from is None
+    defaults = dict.fromkeys(OPTIMIZER_GROUPS, NEW_BRIDGE_RATE if is_new else TRAINED_RATE)
+    defaults[LORA] = TRAINED_RATE
+    rates = {name: getattr(own, name) or shared or defaults[name] for name in OPTIMIZER_GROUPS}
+    gates = rates[CROSS_ATTENTION.name] * (NEW_GATES_FACTOR if is_new else 1)
+    return rates | {GATES: own.gates or gates}
 
 
 def _weight_decay(train_config: TrainSection, group_name: str) -> float:

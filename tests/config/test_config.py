@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from flamingo_ft.config import Recipe, dump_recipe, load_recipe
+from flamingo_ft.config import RELEASED_PERCEIVER, Recipe, dump_recipe, load_recipe
+from flamingo_ft.config.model_section import GateInitSection
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.config.section import section_of
 from flamingo_ft.config.tables import FOREIGN_KEYS
@@ -434,6 +435,32 @@ def test_a_cross_field_error_or_a_wrong_lora_key_is_reported_in_one_line(folder,
     assert refusal(write(folder), override).startswith(f"override {override}: {expected}")
 
 
+def test_with_init_from_the_sizes_left_out_are_those_of_the_released_models(folder):
+    new, start = (
+        load_recipe(write(folder), overrides, require=()) for overrides in ([], ["model.init_from=first"])
+    )
+    assert new.model.perceiver.depth == 0 and new.model.gate_init.attention > 0
+    assert start.model.perceiver == RELEASED_PERCEIVER and start.model.gate_init.attention == 0
+    shaped = load_recipe(write(folder), ["model.init_from=first", "model.perceiver.depth=2"], require=())
+    assert shaped.model.perceiver == RELEASED_PERCEIVER.model_copy(update={"depth": 2})
+    assert refusal(write(folder), "model.init_from=first", "model.perceiver=2").endswith(
+        "must be a mapping of keys to values, got 2"
+    )
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.init_from=first"]], ids=["new", "init_from"])
+def test_a_runs_own_recipe_keeps_the_defaults_of_the_version_that_wrote_it(folder, overrides):
+    recipe = load_recipe(write(folder), [*overrides, "train.learning_rate=0.5"], require=())
+    (folder / "resolved_recipe.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(folder / "resolved_recipe.yaml", require=()) == recipe
+    values = recipe.model_dump(mode="json")
+    del values["model"]["gate_init"], values["train"]["learning_rates"]["gates"]
+    (folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(values))
+    earlier = load_recipe(folder / "resolved_recipe.yaml", require=())
+    assert earlier.model.gate_init == GateInitSection(attention=0.0, feed_forward=0.0)
+    assert earlier.train.learning_rates.gates == 0.5
+
+
 def test_init_from_becomes_an_absolute_path_and_has_to_exist(folder):
     message = refusal(write(folder), "model.init_from=gone")
     assert (
@@ -578,7 +605,7 @@ train:
   max_steps: 10
   optimizer_in_backward: true
   gradient_accumulation_steps: 2
-lora: {perceiver: {}}
+lora: {cross_attention: {}}
 """
 
 
@@ -602,10 +629,10 @@ def test_cross_field_errors_are_reported_beside_errors_of_single_values(folder):
 
 def test_a_consequence_of_an_invalid_value_is_not_reported_as_a_cross_field_error(folder):
     unknown = SEVERAL.replace("packing: true", "packing: true\n  max_text_tokens: many").replace(
-        "lora:", "trainable: {perceiver: 'no'}\nlora:"
+        "lora:", "trainable: {cross_attention: 'no'}\nlora:"
     )
     message = refusal(write(folder, unknown))
-    assert "data.packing" not in message and "lora.perceiver" not in message
+    assert "data.packing" not in message and "lora.cross_attention" not in message
     assert lines_of(message) == [6, 7, 11, 15, 17]
     assert "nothing would be trained" not in refusal(
         write(folder), "trainable={perceiver: 3, cross_attention: false, new_tokens: false}"

@@ -23,6 +23,7 @@ ROOTS = {
     "jinja2",
     "transformers",
     "open_clip",
+    "timm",  # which open_clip_torch installs
     "huggingface_hub",
     "PIL",
     "numpy",

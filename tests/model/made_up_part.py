@@ -81,7 +81,7 @@ def main(folder: Path) -> None:
     regimes.write_run(folder)
     recipe = regimes.recipe(*RATES)
     model, processor = regimes.build(*RATES)
-    groups = parameter_groups(model, recipe.train)
+    groups = parameter_groups(model, recipe)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     result = {
         "trainable": [*trainable_parameters(model)],

@@ -8,16 +8,24 @@ from flamingo_ft.model.parts import is_gate
 from ..regimes import build, recipe
 
 
+def gates(model) -> dict[str, set[float]]:
+    """The values of the gates by kind."""
+    values: dict[str, set[float]] = {"attn_gate": set(), "ff_gate": set()}
+    for name, parameter in model.named_parameters():
+        if is_gate(name):
+            values[name.rpartition(".")[2]].add(float(parameter.detach()))
+    return values
+
+
+def test_attention_of_a_new_bridge_reaches_the_text_from_the_start_and_feed_forward_does_not(small_run):
+    attention, feed_forward = gates(build()[0]).values()
+    assert all(value > 0 for value in attention) and feed_forward == {0.0}
+
+
 def test_gates_of_a_new_bridge_start_where_the_recipe_says(small_run):
-    gates = "model.gate_init={attention: 0.25, feed_forward: 0.125}"
-    model, _ = build(gates)
-    values = {name: float(p) for name, p in model.named_parameters() if is_gate(name)}
-    assert {name.rpartition(".")[2]: value for name, value in values.items()} == {
-        "attn_gate": 0.25,
-        "ff_gate": 0.125,
-    }
-    assert all(value == 0 for value in (float(p) for n, p in build()[0].named_parameters() if is_gate(n)))
+    setting = "model.gate_init={attention: 0.25, feed_forward: 0.125}"
+    assert gates(build(setting)[0]) == {"attn_gate": {0.25}, "ff_gate": {0.125}}
     with pytest.raises(
         UserError, match=r"model.gate_init: has no effect with init_from, whose gates are kept"
     ):
-        recipe(gates, "model.init_from=start")
+        recipe(setting, "model.init_from=start")

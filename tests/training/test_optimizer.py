@@ -162,23 +162,29 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
 
 
 @pytest.mark.parametrize(
-    ("settings", "gates"),
+    ("settings", "expected"),
     [
-        ((), 0.5),
-        (("train.learning_rates.cross_attention=0.25",), 0.25),
-        (("train.learning_rates.cross_attention=0.25", "train.learning_rates.gates=2.5"), 2.5),
+        ((), {"perceiver": 1e-3, "cross_attention": 1e-3, "gates": 1e-2, "new_tokens": 1e-3, "lora": 1e-4}),
+        (("model.init_from=start",), dict.fromkeys(OPTIMIZER_GROUPS, 1e-4)),
+        (
+            ("train.learning_rate=0.5", "train.learning_rates.cross_attention=0.25"),
+            {"perceiver": 0.5, "cross_attention": 0.25, "gates": 2.5, "new_tokens": 0.5, "lora": 0.5},
+        ),
+        (
+            ("train.learning_rate=0.5", "train.learning_rates.gates=0.125"),
+            {"perceiver": 0.5, "cross_attention": 0.5, "gates": 0.125, "new_tokens": 0.5, "lora": 0.5},
+        ),
     ],
+    ids=["a new bridge", "a trained bridge", "shared and own", "the gates' own"],
 )
-def test_gates_learn_at_the_rate_of_their_blocks_or_at_their_own(small_run, settings, gates):
-    assert peak_rates(recipe("train.learning_rate=0.5", *settings).train)["gates"] == gates
+def test_learning_rates_that_the_recipe_leaves_out_depend_on_what_is_trained(small_run, settings, expected):
+    assert peak_rates(recipe("train.learning_rate=null", *settings)) == expected
 
 
 def test_gates_at_the_rate_of_their_blocks_keep_the_groups_of_older_checkpoints(small_run):
     """An optimizer's saved state is matched by position."""
     model, _ = build()
-    groups = parameter_groups(
-        model, recipe("train.learning_rate=0.1", "train.learning_rates.gates=0.1").train
-    )
+    groups = parameter_groups(model, recipe("train.learning_rate=0.1", "train.learning_rates.gates=0.1"))
     assert [group["name"] for group in groups] == [
         "perceiver",
         "perceiver",
@@ -198,7 +204,7 @@ def test_a_trainable_parameter_without_a_group_is_not_left_out_silently(small_ru
     name = next(name for name, _ in model.named_parameters() if optimizer_group(name) == "vision")
     model.get_parameter(name).requires_grad_(True)
     with pytest.raises(ValueError, match=f"^{name} is trainable, but vision is not in OPTIMIZER_GROUPS$"):
-        parameter_groups(model, recipe().train)
+        parameter_groups(model, recipe())
 
 
 @pytest.mark.parametrize("settings", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "inside"])
@@ -310,7 +316,7 @@ def test_in_backward_steps_refuse_several_processes_and_float16(small_run, argum
     for name, value in arguments.items():
         object.__setattr__(training_arguments, name, value)
     with pytest.raises(UserError, match=f"train.optimizer_in_backward: {message}"):
-        make_optimizer(model, config.train, training_arguments)
+        make_optimizer(model, config, training_arguments)
 
 
 def test_offloading_activations_without_a_gpu_is_refused(small_run):
