@@ -1,9 +1,7 @@
 import shutil
 
-import huggingface_hub
 import pytest
 import torch
-import transformers.utils.hub
 
 from . import hub_server, regimes
 
@@ -34,16 +32,5 @@ def small_run(trained_start, tmp_path, monkeypatch):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """Run a local Hub server that the client uses in place of the real Hub; no token is set."""
-    with hub_server.serving() as hub:
-        values = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
-        values["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        values |= {"HF_HUB_CACHE": str(tmp_path / "hub_cache"), "HF_TOKEN_PATH": str(tmp_path / "no_token")}
-        for name, value in values.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setattr(
-            huggingface_hub.hf_api.api, "endpoint", hub.url
-        )  # PEFT's client, created on import
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # created on first use
-        hub.constants = values
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+    with hub_server.in_place_of_the_hub(monkeypatch, tmp_path) as hub:
         yield hub

@@ -17,8 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import huggingface_hub
+import pytest
+import transformers.utils.hub
 
 WRITER, READER = "hf_thewritingtoken", "hf_thereadingtoken"
 LARGE = 1000  # bytes from which a file is uploaded through LFS
@@ -402,3 +407,19 @@ def serving() -> Iterator[Hub]:
             held.released.set()
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def in_place_of_the_hub(patch: pytest.MonkeyPatch, folder: Path) -> Iterator[Hub]:
+    """Run a Hub that the client uses in place of the real one, with its cache in ``folder`` and no token."""
+    with serving() as hub:
+        values: dict[str, Any] = {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        values["HUGGINGFACE_CO_URL_TEMPLATE"] = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        values |= {"HF_HUB_CACHE": str(folder / "hub_cache"), "HF_TOKEN_PATH": str(folder / "no_token")}
+        for name, value in values.items():
+            patch.setattr(huggingface_hub.constants, name, value)
+        patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # PEFT's client, created on import
+        patch.setattr(transformers.utils.hub, "_hf_api", None)  # created on first use
+        hub.constants = values
+        patch.delenv("HF_TOKEN", raising=False)
+        yield hub

@@ -41,8 +41,9 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def write_smollm2(folder: Path) -> Path:
+    """Write SmolLM2 in bfloat16, as its repository has it."""
     model, tokenizer = smollm2()
-    model.save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

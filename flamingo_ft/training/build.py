@@ -61,10 +61,14 @@ def build_model(
         image_size=model_config.vision.image_size,
         resize_mode=model_config.vision.resize_mode,
     )
+    quantization = Quantization.of(model_config.language, shardable=recipe.train.fsdp)
+    # Not float32 on a CPU either: converting the matrices in every pass takes as long as multiplying them.
+    as_stored = quantization is None and autocast_dtype(recipe.train.precision) == torch.bfloat16
     language = load_language(
         model_config.language.name,
         model_config.language.revision,
-        quantization=Quantization.of(model_config.language, shardable=recipe.train.fsdp),
+        dtype="auto" if as_stored else None,
+        quantization=quantization,
         device=device,
     )
     torch.manual_seed(recipe.train.seed)
