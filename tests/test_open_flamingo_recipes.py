@@ -21,7 +21,11 @@ from .hub_server import Hub
 from .recipe_needs import needs_the_hub
 
 FAMILIES = {"mpt-1b": "mosaic_gpt", "RedPajama": "gpt_neox", "mpt-7b": "mpt", "llama": "llama"}
-RECIPES = [name for name, path in packaged_recipes().items() if needs_the_hub(path)]
+RECIPES = [
+    name
+    for name, path in packaged_recipes().items()
+    if needs_the_hub(path) and "init_from" in path.read_text(encoding="utf-8")
+]
 FEW = ["train.max_steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.num_workers=0",
        "eval.max_samples=1", "eval.batch_size=8", "eval.max_new_tokens=2"]  # fmt: skip
 TOWER_REPOSITORY = "timm/vit_large_patch14_clip_224.openai"

@@ -1,6 +1,6 @@
 """Every packaged recipe trains a few steps, merges and can be planned.
 
-Recipes whose backbones come from the Hub are in test_open_flamingo_recipes.py.
+Recipes whose backbones come from the Hub are in test_open_flamingo_recipes.py and emoji/test_learning.py.
 """
 
 import json

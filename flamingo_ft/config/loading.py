@@ -13,7 +13,6 @@ import yaml
 from pydantic import ValidationError
 
 from flamingo_ft.config.library import find_recipe, is_packaged
-from flamingo_ft.config.model_section import NO_GATE_INIT
 from flamingo_ft.config.paths import path_exists, path_locations, resolve_paths, value_at
 from flamingo_ft.config.recipe import Recipe
 from flamingo_ft.config.section import PathKind
@@ -76,10 +75,8 @@ def load_recipe(
 
 
 def _add_earlier_defaults(values: dict[str, Any]) -> None:
-    """Add to a run's own recipe the keys that its version did not have, with the values that it ran with."""
-    model, train = values.get("model"), values.get("train")
-    if isinstance(model, dict):
-        model.setdefault("gate_init", NO_GATE_INIT.model_dump())
+    """Add the gates' learning rate to a run's own recipe from before it was a key: that of their blocks."""
+    train = values.get("train")
     if isinstance(train, dict) and isinstance(rates := train.get("learning_rates"), dict):
         rates.setdefault("gates", rates.get("cross_attention") or train.get("learning_rate"))
 

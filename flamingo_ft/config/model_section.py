@@ -122,17 +122,16 @@ class GateInitSection(Section):
     With init_from, gates start where those of the loaded bridge ended.
     """
 
-    attention: float = 0.3
-    """Gates of the attention. 0: a new bridge changes nothing, as in Flamingo, and learns slowly until its
-    gates have opened. Larger values let images reach the language model from the first step; text without
-    images stays as it is with any value."""
+    attention: float = 0.0
+    """Gates of the attention. 0: a new bridge changes nothing, as in Flamingo. Larger values, such as 0.3,
+    let images reach the language model from the first step; text without images stays as it is with any
+    value."""
     feed_forward: float = 0.0
     """Gates of the feed-forward layers, which apply to text without images too: values other than 0 disturb
     the language model until they are trained."""
 
 
 RELEASED_PERCEIVER = PerceiverSection(depth=6)  # of the released OpenFlamingo models
-NO_GATE_INIT = GateInitSection(attention=0.0, feed_forward=0.0)
 
 
 class ModelSection(Section):
@@ -165,13 +164,13 @@ class ModelSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_with_init_from(cls, values: Any) -> Any:
-        """Fill in the sizes of the released models, which the bridges in question have unless they say so."""
+        """Fill in the depth of the released models' perceiver, unless the recipe gives another one."""
         if not isinstance(values, dict) or values.get("init_from") is None:
             return values
         perceiver = values.get("perceiver", {})
-        if isinstance(perceiver, dict):
-            perceiver = {"depth": RELEASED_PERCEIVER.depth, **perceiver}
-        return {"gate_init": NO_GATE_INIT, **values, "perceiver": perceiver}
+        if not isinstance(perceiver, dict):
+            return values
+        return {**values, "perceiver": {"depth": RELEASED_PERCEIVER.depth, **perceiver}}
 
 
 @with_keys(

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data_section import DataSection, DataSource
 from flamingo_ft.config.model_section import (
-    NO_GATE_INIT,
+    GateInitSection,
     LoraSection,
     ModelSection,
     PerceiverSection,
@@ -88,7 +88,7 @@ def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSec
     if not (in_full or lora.parts):
         yield ("trainable",), "nothing would be trained; set one part to true, or configure lora for one"
     yield from _check_depth(model.perceiver, lora)
-    if model.init_from is not None and model.gate_init != NO_GATE_INIT:
+    if model.init_from is not None and model.gate_init != GateInitSection():
         yield ("model", "gate_init"), "has no effect with init_from, whose gates are kept; remove one of them"
     if model.bridge_quantization == "none":
         return

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from flamingo_ft.config import RELEASED_PERCEIVER, Recipe, dump_recipe, load_recipe
-from flamingo_ft.config.model_section import GateInitSection
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.config.section import section_of
 from flamingo_ft.config.tables import FOREIGN_KEYS
@@ -439,8 +438,7 @@ def test_with_init_from_the_sizes_left_out_are_those_of_the_released_models(fold
     new, start = (
         load_recipe(write(folder), overrides, require=()) for overrides in ([], ["model.init_from=first"])
     )
-    assert new.model.perceiver.depth == 0 and new.model.gate_init.attention > 0
-    assert start.model.perceiver == RELEASED_PERCEIVER and start.model.gate_init.attention == 0
+    assert new.model.perceiver.depth == 0 and start.model.perceiver == RELEASED_PERCEIVER
     shaped = load_recipe(write(folder), ["model.init_from=first", "model.perceiver.depth=2"], require=())
     assert shaped.model.perceiver == RELEASED_PERCEIVER.model_copy(update={"depth": 2})
     assert refusal(write(folder), "model.init_from=first", "model.perceiver=2").endswith(
@@ -454,10 +452,9 @@ def test_a_runs_own_recipe_keeps_the_defaults_of_the_version_that_wrote_it(folde
     (folder / "resolved_recipe.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(folder / "resolved_recipe.yaml", require=()) == recipe
     values = recipe.model_dump(mode="json")
-    del values["model"]["gate_init"], values["train"]["learning_rates"]["gates"]
+    del values["train"]["learning_rates"]["gates"]
     (folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(values))
     earlier = load_recipe(folder / "resolved_recipe.yaml", require=())
-    assert earlier.model.gate_init == GateInitSection(attention=0.0, feed_forward=0.0)
     assert earlier.train.learning_rates.gates == 0.5
 
 

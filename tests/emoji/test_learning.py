@@ -108,9 +108,10 @@ def test_a_new_bridge_leaves_plain_text_alone_to_the_bit(here, language):
     prompt = processor.tokenizer(f"<image>{SENTENCES[0]}", return_tensors="pt").input_ids
     plain, pixels = language(input_ids=ids).logits, picture.reshape(1, 1, *picture.shape[-3:])
     assert torch.equal(model(input_ids=ids).logits[..., : plain.shape[-1]], plain)
-    open_gates = model(input_ids=prompt, pixel_values=pixels).logits
-    set_gates(model.gated_cross_attn_layers, attention=0.0, feed_forward=0.0)
     closed_gates = model(input_ids=prompt, pixel_values=pixels).logits
+    set_gates(model.gated_cross_attn_layers, attention=0.3, feed_forward=0.0)
+    open_gates = model(input_ids=prompt, pixel_values=pixels).logits
+    assert torch.equal(model(input_ids=ids).logits[..., : plain.shape[-1]], plain)
     alone = model.lang_encoder(input_ids=prompt).logits
     assert torch.equal(closed_gates, alone) and not torch.allclose(open_gates, alone, atol=0.1)
 

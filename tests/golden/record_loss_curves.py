@@ -17,13 +17,13 @@ FILE = Path(__file__).parent / "loss_curves.json"
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEN_STEPS = (
     "train.max_steps=10", "train.batch_size=4", "train.logging_steps=1", "train.num_workers=0",
-    "train.warmup_steps=5",
+    "train.warmup_steps=5", "train.learning_rates.gates=3.0e-3",
     "train.precision=fp32", "data.eval=[]", "eval.before=false", "eval.shuffled_images=false",
 )  # fmt: skip
 CASES = {
     "bridge": ("quickstart",),
     "bridge and LoRA, nf4": ("bridge_lora",),
-    "dpo": ("dpo", "model.init_from=null", "train.learning_rate=1.0e-3"),
+    "dpo": ("dpo", "model.init_from=null", "train.learning_rate=1.0e-3", "train.learning_rates.gates=1.0e-3"),
 }
 
 

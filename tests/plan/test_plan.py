@@ -16,7 +16,7 @@ from transformers import GPTNeoXConfig, MptConfig, PreTrainedConfig
 
 from flamingo_ft import cli
 from flamingo_ft.backbones.language import NANO_FOLDER
-from flamingo_ft.config import Recipe, load_recipe
+from flamingo_ft.config import RELEASED_PERCEIVER, Recipe, load_recipe
 from flamingo_ft.config.tables import CROSS_ATTENTION, PERCEIVER
 from flamingo_ft.data import open_data
 from flamingo_ft.data.render import apply_template
@@ -261,6 +261,7 @@ def recipe_without_weights(folder: Path, language: PreTrainedConfig, every: int)
                 "vision": {"name": "ViT-L-14"},
                 "language": {"name": str(folder), "quantization": "nf4"},
                 "cross_attn_every_n_layers": every,
+                "perceiver": RELEASED_PERCEIVER.model_dump(),
             },
             "data": {"train": [{"path": folder / "none.jsonl"}]},
             "train": {
