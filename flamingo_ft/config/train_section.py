@@ -14,7 +14,7 @@ Decay = Annotated[float, Field(ge=0)]
 
 
 def _rate_documentation(part: Part) -> str:
-    gates = " without their gates" if part is CROSS_ATTENTION else ""
+    gates = " without their attention gates" if part is CROSS_ATTENTION else ""
     return f"Peak learning rate of the {part.label}{gates}. null: train.learning_rate."
 
 
@@ -29,9 +29,10 @@ class RatesSection(Section):
     """Peak learning rates per part. null: train.learning_rate."""
 
     gates: Rate | None = None
-    """Peak learning rate of the gates. null: ten times that of the cross-attention blocks for a new bridge,
-    the same as theirs with model.init_from. A gate is a single number, which moves by about its learning rate
-    per step, and as long as it is near zero the language model sees nothing."""
+    """Peak learning rate of the attention gates. null: ten times that of the cross-attention blocks for a new
+    bridge, the same as theirs with model.init_from. A gate is a single number, which moves by about its
+    learning rate per step, and as long as it is near zero the language model sees nothing. Feed-forward gates
+    learn at the rate of the blocks: they change text without images too."""
     lora: Rate | None = None
     """Peak learning rate of all LoRA weights. null: train.learning_rate."""
 

@@ -15,7 +15,8 @@ from flamingo_ft.config.tables import BACKBONE_PARTS, BRIDGE_PARTS, Part
 
 PARTS: dict[str, Part] = {part.name: part for part in (*BACKBONE_PARTS, *BRIDGE_PARTS)}
 BRIDGE: dict[str, Part] = {part.name: part for part in BRIDGE_PARTS}
-GATES = "gates"  # of the gated cross-attention blocks
+ATTENTION_GATE = "attn_gate"
+GATES = "gates"  # the attention gates; feed-forward gates learn with the rest of their blocks
 LORA = "lora"  # all LoRA weights share one optimizer group, whichever part they adapt
 OPTIMIZER_GROUPS = (*BRIDGE, GATES, LORA)
 
@@ -69,7 +70,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def optimizer_group(name: str) -> str:
     """Return the optimizer group of the trainable parameter ``name``, one of `OPTIMIZER_GROUPS`."""
-    if is_gate(name):
+    if name.endswith(ATTENTION_GATE):
         return GATES
     return LORA if is_lora(name) else part_of(name).name
 

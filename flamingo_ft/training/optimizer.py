@@ -68,8 +68,8 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Return the parameter groups, up to two per part: parameters with weight decay, then those without.
 
     ``name``: its entry in `OPTIMIZER_GROUPS`. Weight decay applies to matrices, and not to gates, norms,
-    biases, latents and token rows. Gates that learn at the rate of their blocks are in the blocks' group, as
-    they were before gates could have a rate of their own, so that the optimizer state of older checkpoints
+    biases, latents and token rows. Attention gates that learn at the rate of their blocks are in the blocks'
+    group, as they were before they could have another one, so that the optimizer state of older checkpoints
     fits. The order depends on the parameter names and on that alone, so a saved state fits later runs of the
     recipe.
 

@@ -16,7 +16,12 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.training.train import train
 from tests import regimes
 
-DPO = ("train.method=dpo", "data.train=[{path: pairs.jsonl}]", "train.max_steps=3")
+DPO = (
+    "train.method=dpo",
+    "data.train=[{path: pairs.jsonl}]",
+    "train.max_steps=3",
+    "train.learning_rates.gates=1.0e-2",
+)
 CASES = {  # case -> trained parts, quantization of the frozen ones
     "bridge": ("bridge", "none"),
     "bridge and LoRA, nf4": ("bridge and LoRA", "nf4"),

@@ -215,7 +215,8 @@ def shades(small_run):
 
 
 def test_a_model_that_learned_to_look_has_a_gap_clearly_above_zero_everywhere(shades, capsys):
-    options = ("eval.steps=15", "train.max_steps=30", "train.batch_size=8", "eval.answers=false")
+    options = ("eval.steps=15", "train.max_steps=30", "train.batch_size=8", "eval.answers=false",
+               "train.learning_rates.gates=1.0e-2")  # fmt: skip
     metrics = train(recipe(*options, "eval.batch_size=24", "train.lr_scheduler=constant"))
     gaps = [(entry["step"], ImageLossGap.of_log(entry)) for entry in read_log(Path("run")) if KEY in entry]
     assert [step for step, _ in gaps] == [0, 15, 30]
