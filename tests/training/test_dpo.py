@@ -16,12 +16,8 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.training.train import train
 from tests import regimes
 
-DPO = (
-    "train.method=dpo",
-    "data.train=[{path: pairs.jsonl}]",
-    "train.max_steps=3",
-    "train.learning_rates.gates=1.0e-2",
-)
+DPO = ("train.method=dpo", "data.train=[{path: pairs.jsonl}]", "train.max_steps=3")
+SLOW_GATES = "train.learning_rates.gates=1.0e-2"  # three steps at ten times that overshoot
 CASES = {  # case -> trained parts, quantization of the frozen ones
     "bridge": ("bridge", "none"),
     "bridge and LoRA, nf4": ("bridge and LoRA", "nf4"),
@@ -47,6 +43,7 @@ def overrides(case: str) -> tuple[str, ...]:
     return (
         *DPO,
         *regimes.REGIMES[regime],
+        *((SLOW_GATES,) if regime.startswith("bridge") else ()),
         *(regimes.quantized(quantization, regime) if quantization != "none" else ()),
     )
 
