@@ -102,7 +102,7 @@ def test_plain_text_stays_as_likely_as_the_language_model_has_it(run, language):
 
 @torch.no_grad()
 def test_a_new_bridge_leaves_plain_text_alone_to_the_bit(here, language):
-    model, processor = build_model(load_recipe("emoji"))
+    model, processor = build_model(load_recipe("emoji", ["train.precision=fp32"]))
     picture = processor.image_processor(str(PICTURE), return_tensors="pt")["pixel_values"]
     ids = processor.tokenizer(SENTENCES[0], return_tensors="pt").input_ids
     prompt = processor.tokenizer(f"<image>{SENTENCES[0]}", return_tensors="pt").input_ids
