@@ -40,6 +40,7 @@ def recipe(entry: dict, folder: Path, **data) -> Recipe:
                 "max_steps": STEPS,
                 "batch_size": 3,
                 "learning_rate": 3e-3,
+                "learning_rates": {"gates": 3e-3},  # ten times that, the default, is rough on the first steps
                 "lr_scheduler": "constant",
                 "logging_steps": 1,
                 "num_workers": 0,
