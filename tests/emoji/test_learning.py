@@ -131,5 +131,5 @@ def test_four_bits_and_lora_train_merge_and_serve(here, capsys):
     assert reply["choices"][0]["message"]["content"] == expected
     capsys.readouterr()
     assert cli.main(["convert", str(merged), str(here / "open_flamingo"), "--to", "open_flamingo"]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert "got model.perceiver.depth 0 (needs 6)" in capsys.readouterr().err
     shutil.rmtree(merged)
