@@ -49,7 +49,7 @@ MIN_GAIN = 0.05  # smaller gains over the majority share are of no use: the best
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """How well the answers to one question can be told from the tower's tokens; shares of held-out samples.
+    """How well classifiers on the tower's tokens answer one question; shares of held-out samples.
 
     Attributes:
         question: one of its wordings; task, wordings: as `question_key` has them.

@@ -22,9 +22,9 @@ LEARN_FASTER = "train longer or raise train.learning_rates.gates"
 
 def tower_lines(probe: Probe) -> Iterator[str]:
     """Yield what the probe says of the tower: what it can tell, and what it cannot."""
-    told = [result for result in probe.questions if result.tells_apart]
-    if told:
-        share, majority = _mean(told, "best"), _mean(told, "majority")
+    separable = [result for result in probe.questions if result.tells_apart]
+    if separable:
+        share, majority = _mean(separable, "best"), _mean(separable, "majority")
         yield (
             f"the tower can tell {percent(share)} of the held-out answers "
             f"(majority share {percent(majority)})"
@@ -45,13 +45,13 @@ def compare_with_tower(probe: Probe, questions: Sequence[Question], predictions:
     both = [
         (result, share) for result, share in zip(probe.questions, model, strict=True) if share is not None
     ]
-    told = [(result, share) for result, share in both if result.tells_apart]
+    separable = [(result, share) for result, share in both if result.tells_apart]
     blind = _blind([result for result, _ in both])
     parts = []
-    if told:
-        samples = sum(result.eval_samples for result, _ in told)
-        used = sum(share * result.eval_samples for result, share in told) / samples
-        tower = _mean([result for result, _ in told], "best")
+    if separable:
+        samples = sum(result.eval_samples for result, _ in separable)
+        used = sum(share * result.eval_samples for result, share in separable) / samples
+        tower = _mean([result for result, _ in separable], "best")
         figures = f"the tower can tell {percent(tower)}, the model uses {percent(used)}"
         parts.append(f"{figures}: {LEARN_FASTER}" if tower - used > MIN_GAIN else figures)
     if blind:

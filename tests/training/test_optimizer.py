@@ -127,6 +127,8 @@ def test_only_matrices_decay_and_not_latents_or_token_rows(small_run):
         assert decay[id(parameter)] == (0.1 if decayed else 0.0), name
 
 
+# with weight decay and without it; rows of new tokens never have it
+BRIDGE_GROUPS = ["perceiver", "perceiver", "cross_attention", "cross_attention", "new_tokens"]
 RATES = (
     "train.learning_rates="
     "{perceiver: 0.001, cross_attention: 0.002, gates: 0.02, new_tokens: 0.003, lora: 0.004}"
@@ -137,15 +139,7 @@ DECAYS = "train.weight_decays={perceiver: 0.1, cross_attention: 0.0, lora: 0.3}"
 def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     model, processor = build(LORA, "trainable.new_tokens=true")
     groups = trainer(model, processor, LORA, RATES, DECAYS).optimizer.param_groups
-    assert [group["name"] for group in groups] == [
-        "perceiver",
-        "perceiver",
-        "cross_attention",
-        "cross_attention",
-        "new_tokens",
-        "gates",
-        "lora",
-    ]
+    assert [group["name"] for group in groups] == [*BRIDGE_GROUPS, "gates", "lora"]
     rates, decays = ({g["name"]: g[key] for g in groups[::-1]} for key in ("lr", "weight_decay"))
     assert rates == {
         "perceiver": 0.001,
@@ -185,13 +179,7 @@ def test_gates_at_the_rate_of_their_blocks_keep_the_groups_of_older_checkpoints(
     """An optimizer's saved state is matched by position."""
     model, _ = build()
     groups = parameter_groups(model, recipe("train.learning_rate=0.1", "train.learning_rates.gates=0.1"))
-    assert [group["name"] for group in groups] == [
-        "perceiver",
-        "perceiver",
-        "cross_attention",
-        "cross_attention",
-        "new_tokens",
-    ]
+    assert [group["name"] for group in groups] == BRIDGE_GROUPS
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     undecayed = [names[id(parameter)] for parameter in groups[3]["params"]]
     assert (
