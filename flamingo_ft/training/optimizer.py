@@ -29,8 +29,8 @@ OPTIMIZERS = {
 }
 
 
-# Peak learning rates that the recipe leaves out. At the rate for trained weights, a new bridge hardly learns to
-# use images in its first thousands of samples (tests/benchmarks/new_bridge.py compares them).
+# Peak learning rates that the recipe leaves out. At the rate for trained weights, a new bridge hardly learns
+# to use images in its first thousands of samples (tests/benchmarks/new_bridge.py compares them).
 NEW_BRIDGE_RATE = 1e-3
 TRAINED_RATE = 1e-4  # a bridge from model.init_from, and LoRA
 NEW_GATES_FACTOR = 10  # a gate is one number, which AdamW moves by about its learning rate per step
