@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import yaml
+from yaml.constructor import ConstructorError
 from yaml.scanner import ScannerError
 
 from flamingo_ft.errors import UserError
@@ -33,13 +34,21 @@ _SCALARS = (  # tag, pattern, first characters ("" stands for an empty value)
 class RecipeLoader(yaml.SafeLoader):
     """PyYAML's safe loader with the scalars of YAML 1.2.
 
-    `1e-4` is a number; `on`, `12:30` and dates are text.
+    `1e-4` is a number; `on`, `12:30` and dates are text. Escaped surrogate pairs are joined as in JSON.
     """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def scan_tag(self) -> NoReturn:
         raise ScannerError(None, None, "got a tag; remove it", self.get_mark())
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            problem = "got half of a surrogate pair; write the character itself"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
 
 
 for _name, _pattern, _first in _SCALARS:

@@ -95,6 +95,11 @@ def test_every_common_notation_of_a_number_is_accepted(folder, text):
     assert load_recipe(write(folder), [f"train.learning_rate={text}"]).train.learning_rate == 1e-4
 
 
+def test_an_escaped_surrogate_pair_is_one_character_as_in_json():
+    values = {"key": "\N{GRINNING FACE}"}
+    assert parse(json.dumps(values), "x").values == values
+
+
 @pytest.mark.parametrize("text", ["on", "no", "12:30", "2024-01-01", "0123", "1_", "0x1f", "none", "1e", "."])
 def test_yaml_1_1_scalars_such_as_on_and_dates_stay_text(text):
     assert parse(f"key: {text}", "x").values == {"key": text}
@@ -701,6 +706,10 @@ def test_a_key_of_another_trainer_is_refused_with_the_key_of_a_recipe(folder, ov
             "recipe.yaml:1: not valid YAML: got a tag; remove it",
         ),
         ("a: 1\n---\nb: 2\n", "recipe.yaml:2: not valid YAML: but found another document"),
+        (
+            'a:\n  - "half \\ud83d"\n',
+            "recipe.yaml:2: not valid YAML: got half of a surrogate pair; write the character itself",
+        ),
         (
             "a: \x00\n",
             "recipe.yaml:1: not valid YAML: special characters are not allowed; remove the character",
