@@ -6,6 +6,7 @@ Cross-field validation finds combinations of values, each valid by itself, that 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic import model_validator
 from pydantic_core import PydanticCustomError
@@ -44,6 +45,16 @@ class Recipe(Section):
     """Training: length, optimization, checkpoints, logging."""
     eval: EvalSection = EvalSection()
     """Evaluation on the held-out samples."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_the_optimizer(cls, values: Any) -> Any:
+        """Fill in AdamW for a bridge that is trained already and for sharded weights."""
+        match values:
+            case {"train": dict(train), "model": dict(model)} if "optimizer" not in train:
+                if model.get("init_from") is not None or train.get("fsdp"):
+                    return {**values, "train": {**train, "optimizer": "adamw"}}
+        return values
 
     @model_validator(mode="after")
     def _validate_cross_field(self) -> Recipe:

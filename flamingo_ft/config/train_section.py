@@ -100,12 +100,12 @@ class TrainSection(Section):
     """Forward passes per optimizer step. The loss is averaged over the label tokens of all of them, so the
     result equals that of one large batch."""
     learning_rate: Rate | None = None
-    """Peak learning rate of AdamW, for every part without its own in learning_rates. null: 1e-3 for a new
+    """Peak learning rate, for every part without its own in learning_rates. null: 1e-3 for a new
     bridge, 1e-4 for LoRA and for a bridge from model.init_from. Lower it if the loss is unstable."""
     learning_rates: RatesSection = RatesSection()
     """Peak learning rates per part."""
     weight_decay: Decay = 0.1
-    """Decoupled weight decay of AdamW. Applies to matrices; gates, norms, biases, latents and token rows are
+    """Decoupled weight decay. Applies to matrices; gates, norms, biases, latents and token rows are
     never decayed."""
     weight_decays: DecaysSection = DecaysSection()
     """Weight decay per part."""
@@ -126,9 +126,13 @@ class TrainSection(Section):
     activation_offload: bool = False
     """Keep activations in host RAM between the forward and the backward pass: less GPU memory, and time for
     the copies. Needs a GPU."""
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW with 32-bit or 8-bit optimizer state; 8 bits save three quarters of its memory. The paged
-    variants move the state to host RAM when GPU memory is full."""
+    optimizer: Literal["muon", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "muon"
+    """muon: Muon (Jordan et al., 2024) for the matrices of the bridge, and AdamW for everything else. A new
+    bridge learns from half the samples with it; a step takes longer. The matrices' peak learning rate is four
+    times the one given for their part; updates are computed in bf16 or, unless train.precision is bf16, in
+    float32. adamw: AdamW, the default with model.init_from and with train.fsdp. adamw_8bit: AdamW with 8-bit
+    state, which saves three quarters of its memory. The paged variants move the state to host RAM when GPU
+    memory is full."""
     optimizer_in_backward: bool = False
     """Update each parameter as soon as its gradient is computed, so that gradients are never in memory all at
     once. Gradients are then clipped per parameter. Needs a single process, no gradient accumulation and no

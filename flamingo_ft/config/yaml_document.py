@@ -42,7 +42,7 @@ class RecipeLoader(yaml.SafeLoader):
     def scan_tag(self) -> NoReturn:
         raise ScannerError(None, None, "got a tag; remove it", self.get_mark())
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         value = super().construct_scalar(node)
         try:
             return value.encode("utf-16", "surrogatepass").decode("utf-16")

@@ -82,3 +82,11 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     part = part_of(name)
     inside = name.removeprefix(part.prefix)
     return is_lora(name) or (part.decays and not inside.startswith(part.undecayed))
+
+
+def is_orthogonalized(name: str, parameter: Tensor) -> bool:
+    """Return whether Muon orthogonalizes the updates: those of the bridge's weight matrices.
+
+    The low-rank factors of LoRA are no layer's weights by themselves, and are left to AdamW.
+    """
+    return is_decayed(name, parameter) and not is_lora(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -166,9 +166,9 @@ def _components(
     """Yield the parts of the model, the LoRA on each, and the weights that DPO's reference copies."""
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))  # tied tensors once
     for part in COMPONENTS:
-        own = [key for key in tensors if key.startswith(part.prefix)]
-        lora = [tensors[key] for key in own if is_lora(key)]
-        yield _component(part.short, [tensors[key] for key in own if not is_lora(key)], recipe.train, device)
+        own = {key: tensor for key, tensor in tensors.items() if key.startswith(part.prefix)}
+        lora = {key: own.pop(key) for key in [*own] if is_lora(key)}
+        yield _component(part.short, own, recipe.train, device)
         if lora:
             yield _component(f"LoRA on {part.short}", lora, recipe.train, device)
     if recipe.train.method == "dpo":
@@ -178,18 +178,16 @@ def _components(
         )
 
 
-def _component(name: str, tensors: Iterable[Tensor], train: TrainSection, device: Device) -> Component:
-    frozen, trained = [], []
-    for tensor in tensors:
-        (trained if tensor.requires_grad else frozen).append(tensor)
+def _component(name: str, tensors: Mapping[str, Tensor], train: TrainSection, device: Device) -> Component:
+    trained = {key: tensor for key, tensor in tensors.items() if tensor.requires_grad}
     states = [
-        tensor for parameter in trained for tensor in optimizer_state(parameter, train.optimizer, device)[0]
+        tensor for named in trained.items() for tensor in optimizer_state(*named, train.optimizer, device)[0]
     ]
-    size = sum(tensor.nbytes for tensor in trained)
+    size = sum(tensor.nbytes for tensor in trained.values())
     return Component(
         name,
-        frozen=sum(tensor.nbytes for tensor in frozen),
-        trainable_parameters=sum(tensor.numel() for tensor in trained),
+        frozen=sum(tensor.nbytes for tensor in tensors.values()) - size,
+        trainable_parameters=sum(tensor.numel() for tensor in trained.values()),
         trainable=size,
         gradients=0 if train.optimizer_in_backward else size,
         optimizer=sum(tensor.nbytes for tensor in states),

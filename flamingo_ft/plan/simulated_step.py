@@ -20,6 +20,7 @@ from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import MediaInput, no_media
+from flamingo_ft.model.parts import is_orthogonalized
 
 from .compat import LOGPROB_CHUNK_SIZE
 from .cuda_emulation import Device, activation_offload, emulate_device, recompute_contexts
@@ -58,7 +59,7 @@ def simulate_step(
     model: FlamingoForConditionalGeneration, batch: Batch, config: TrainSection, device: Device
 ) -> StepMemory:
     """Run forward, loss and backward as the trainer does, in the FakeTensorMode of ``model``."""
-    trained = list(trainable_parameters(model).values())
+    trained = trainable_parameters(model)
     if config.gradient_checkpointing:
         options = {"use_reentrant": False, "context_fn": partial(recompute_contexts, device)}
         model.activation_checkpointing_enable(options)
@@ -70,9 +71,9 @@ def simulate_step(
         _full_batch(models, batch),
     ):
         weights = tracker.track(tensor for one in models for tensor in chain(one.parameters(), one.buffers()))
-        states = [optimizer_state(parameter, config.optimizer, device) for parameter in trained]
+        states = [optimizer_state(*named, config.optimizer, device) for named in trained.items()]
         optimizer = tracker.current - weights
-        gradients = _watch_gradients(trained, tracker, dropped=config.optimizer_in_backward)
+        gradients = _watch_gradients(trained.values(), tracker, dropped=config.optimizer_in_backward)
         tracker.reset_peak()
         _forward_and_backward(models, batch, config, device)
     return StepMemory(
@@ -95,12 +96,15 @@ def autocast_dtype(precision: str, device: Device) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def optimizer_state(parameter: Tensor, optimizer: str, device: Device) -> tuple[list[Tensor], int]:
+def optimizer_state(name: str, parameter: Tensor, optimizer: str, device: Device) -> tuple[list[Tensor], int]:
     """Return the optimizer state of a parameter from the second step on: tensors, and bytes that are paged.
 
-    torch.optim.AdamW keeps two moments in the parameter's dtype; bitsandbytes keeps them in float32, or,
-    8-bit, as bytes with a float32 scale per block.
+    torch.optim.AdamW keeps two moments in the parameter's dtype, and Muon one; bitsandbytes keeps them in
+    float32, or, 8-bit, as bytes with a float32 scale per block.
     """
+    if optimizer == "muon":
+        count = 1 if is_orthogonalized(name, parameter) else 2
+        return [torch.empty_like(parameter) for _ in range(count)], 0
     moments, scales = _moments_and_scales(parameter, optimizer)
     if optimizer.startswith("paged_") and device == "cuda" and parameter.numel() >= MIN_PAGED:
         return scales, sum(moment.nbytes for moment in moments)

@@ -16,13 +16,22 @@ from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.data.opened_data import exact_fraction
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.parts import GATES, LORA, OPTIMIZER_GROUPS, is_decayed, optimizer_group
+from flamingo_ft.model.parts import (
+    GATES,
+    LORA,
+    OPTIMIZER_GROUPS,
+    is_decayed,
+    is_orthogonalized,
+    optimizer_group,
+)
 
 from .compat import disable_amp_scaling_in_step, set_last_learning_rates
+from .muon import Muon
 
 # The recipe's names -> transformers' names. The fused AdamW needs no temporary memory.
 OPTIMIZERS = {
     "adamw": "adamw_torch_fused",
+    "muon": "adamw_torch_fused",  # for the parameters that Muon does not update
     "adamw_8bit": "adamw_8bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
@@ -33,6 +42,7 @@ OPTIMIZERS = {
 # to use images in its first thousands of samples (tests/benchmarks/new_bridge.py compares them).
 NEW_BRIDGE_RATE = 1e-3
 TRAINED_RATE = 1e-4  # a bridge from model.init_from, and LoRA
+MUON_FACTOR = 4  # of the learning rate of the matrices that Muon updates, from the same comparison
 NEW_GATES_FACTOR = 10  # a gate is one number, which AdamW moves by about its learning rate per step
 
 
@@ -42,9 +52,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe, arguments: TrainingArgument
     Raises UserError if ``train.optimizer_in_backward`` is set but cannot work with this number of processes
     or precision.
     """
+    groups, train_config = parameter_groups(model, recipe), recipe.train
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     make = partial(optimizer_class, **options)
-    groups, train_config = parameter_groups(model, recipe), recipe.train
+    if train_config.optimizer == "muon":
+        make = partial(Muon, dtype=torch.bfloat16 if arguments.bf16 else torch.float32, **options)
     if not train_config.optimizer_in_backward:
         optimizer = make(groups)
         disable_amp_scaling_in_step(optimizer)
@@ -67,11 +79,11 @@ def make_optimizer(model: nn.Module, recipe: Recipe, arguments: TrainingArgument
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Return the parameter groups, up to two per part: parameters with weight decay, then those without.
 
-    ``name``: its entry in `OPTIMIZER_GROUPS`. Weight decay applies to matrices, and not to gates, norms,
-    biases, latents and token rows. Attention gates that learn at the rate of their blocks are in the blocks'
-    group, as they were before they could have another one, so that the optimizer state of older checkpoints
-    fits. The order depends on the parameter names and on that alone, so a saved state fits later runs of the
-    recipe.
+    ``name``: its entry in `OPTIMIZER_GROUPS`. ``orthogonalized``: whether Muon updates it, at a larger rate.
+    Weight decay applies to matrices, and not to gates, norms, biases, latents and token rows. Attention gates
+    that learn at the rate of their blocks are in the blocks' group, as they were before they could have
+    another one, so that the optimizer state of older checkpoints fits. The order depends on the parameter
+    names and on that alone, so a saved state fits later runs of the recipe.
 
     Raises ValueError for a trainable parameter whose group is not in `OPTIMIZER_GROUPS`.
     """
@@ -84,18 +96,21 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
         if group_name not in members:
             raise ValueError(f"{name} is trainable, but {group_name} is not in OPTIMIZER_GROUPS")
         members[group_name].append(name)
-    groups = []
+    groups, uses_muon = [], recipe.train.optimizer == "muon"
     for group_name, names in members.items():
-        decayed = [named[name] for name in names if is_decayed(name, named[name])]
-        undecayed = [named[name] for name in names if not is_decayed(name, named[name])]
-        for parameters, decay in ((decayed, _weight_decay(recipe.train, group_name)), (undecayed, 0.0)):
-            if parameters:
+        decayed = [name for name in names if is_decayed(name, named[name])]
+        undecayed = [name for name in names if not is_decayed(name, named[name])]
+        for alike, decay in ((decayed, _weight_decay(recipe.train, group_name)), (undecayed, 0.0)):
+            if alike:
+                parameters = [named[name] for name in alike]
+                orthogonalized = uses_muon and is_orthogonalized(alike[0], parameters[0])
                 groups.append(
                     {
                         "params": parameters,
                         "name": group_name,
-                        "lr": rates[group_name],
+                        "lr": rates[group_name] * (MUON_FACTOR if orthogonalized else 1),
                         "weight_decay": decay,
+                        "orthogonalized": orthogonalized,
                     }
                 )
     return groups

@@ -50,7 +50,7 @@ def check_machine(train_config: TrainSection) -> None:
             "train.fsdp: got one process, and sharding needs several; start them with "
             "torchrun --nproc-per-node 2 -m flamingo_ft train ..., or set train.fsdp to false"
         )
-    if train_config.optimizer != "adamw":
+    if train_config.optimizer not in ("adamw", "muon"):
         require_bitsandbytes(f"train.optimizer: {train_config.optimizer}", instead="adamw")
     if train_config.activation_offload and not torch.cuda.is_available():
         raise UserError("train.activation_offload: got true, but no GPU is available; set it to false")

@@ -20,13 +20,17 @@ from flamingo_ft.training.train import train
 
 SETTINGS: dict[str, tuple[str, ...]] = {
     "default": (),
+    "AdamW": ("train.optimizer=adamw",),
     "OpenFlamingo's": (
+        "train.optimizer=adamw",
         "train.learning_rate=1.0e-4",
         "train.learning_rates.gates=1.0e-4",
         "model.perceiver.depth=6",
         "model.cross_attn_every_n_layers=1",
     ),
     "perceiver of depth 6": ("model.perceiver.depth=6",),
+    "perceiver of depth 2": ("model.perceiver.depth=2",),
+    "perceiver of depth 2, AdamW": ("model.perceiver.depth=2", "train.optimizer=adamw"),
     "perceiver of depth 1, 16 latents": ("model.perceiver={depth: 1, num_latents: 16}",),
     "learning rate 1e-4": ("train.learning_rate=1.0e-4",),
     "learning rate 3e-3": ("train.learning_rate=3.0e-3",),

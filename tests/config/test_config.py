@@ -386,7 +386,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_keys(folder, extra, ex
         (
             "train.optimizer",
             "sgd",
-            "must be 'adamw', 'adamw_8bit', 'paged_adamw' or 'paged_adamw_8bit', got 'sgd'",
+            "must be 'muon', 'adamw', 'adamw_8bit', 'paged_adamw' or 'paged_adamw_8bit', got 'sgd'",
         ),
         (
             "data.too_long",

@@ -17,7 +17,7 @@ FILE = Path(__file__).parent / "loss_curves.json"
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEN_STEPS = (
     "train.max_steps=10", "train.batch_size=4", "train.logging_steps=1", "train.num_workers=0",
-    "train.warmup_steps=5", "train.learning_rates.gates=3.0e-3",
+    "train.warmup_steps=5", "train.learning_rates.gates=3.0e-3", "train.optimizer=adamw",
     "train.precision=fp32", "data.eval=[]", "eval.before=false", "eval.shuffled_images=false",
 )  # fmt: skip
 CASES = {

@@ -57,6 +57,7 @@ CASES = {  # every recipe key that changes memory is in one of them
         "trainable={perceiver: false, cross_attention: false, new_tokens: true}",
         "lora={vision: {r: 4}, perceiver: {r: 2}, cross_attention: {r: 4}}",
     ],
+    "LoRA, Muon": [LORA, "train.optimizer=muon"],
     "DoRA, 8-bit AdamW": [LORA, "lora.use_dora=true", "train.optimizer=adamw_8bit"],
     "a step inside the backward pass, in bf16": ["train.optimizer_in_backward=true", "trainable.dtype=bf16"],
     "dpo, nf4, LoRA, checkpointing": ["train.method=dpo", NF4, LORA, CHECKPOINTING],

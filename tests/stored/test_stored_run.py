@@ -80,8 +80,8 @@ def test_a_stored_merged_model_gives_the_recorded_outputs(newly_merged, tmp_path
     assert_matches_recorded("merged", model, FlamingoProcessor.from_pretrained(folder))
 
 
-# The run is from before gates had a learning rate of their own, and new recipes have another default.
-GATES_RATE = "train.learning_rates.gates=3.0e-2"
+# New recipes have other defaults than those of the time the run is from.
+EARLIER_DEFAULTS = ("train.learning_rates.gates=3.0e-2", "train.optimizer=adamw")
 
 
 def test_a_stored_checkpoint_resumes_to_the_result_of_an_uninterrupted_run(tmp_path, monkeypatch, capsys):
@@ -93,8 +93,10 @@ def test_a_stored_checkpoint_resumes_to_the_result_of_an_uninterrupted_run(tmp_p
     monkeypatch.chdir(tmp_path)
     assert set(losses(tmp_path / "run")) == {str(step + 1) for step in range(KILLED_AFTER)}
     assert main(["train", "./recipe.yaml", "--resume"]) == 2
-    assert "train.learning_rates.gates was 0.03, is None; set it back" in capsys.readouterr().err
-    assert main(["train", "./recipe.yaml", "--resume", GATES_RATE]) == 0
+    refusal = capsys.readouterr().err
+    assert "train.learning_rates.gates was 0.03, is None" in refusal
+    assert "train.optimizer was adamw, is muon" in refusal
+    assert main(["train", "./recipe.yaml", "--resume", *EARLIER_DEFAULTS]) == 0
     assert losses(tmp_path / "run") == pytest.approx(EXPECTED["losses"], rel=1e-4)
     assert len(EXPECTED["losses"]) == STEPS
     resumed = load_file(Path("run", "adapter_model.safetensors"))

@@ -4,15 +4,23 @@ import copy
 from functools import partial
 
 import pytest
+import timm.optim
 import torch
 from bitsandbytes.optim import AdamW8bit, PagedAdamW32bit
 from transformers import TrainerCallback
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.errors import UserError
-from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_gate, optimizer_group
+from flamingo_ft.model.parts import OPTIMIZER_GROUPS, is_decayed, is_gate, is_lora, optimizer_group
 from flamingo_ft.training.build import trainer_arguments
-from flamingo_ft.training.optimizer import InBackwardOptimizer, make_optimizer, parameter_groups, peak_rates
+from flamingo_ft.training.muon import Muon
+from flamingo_ft.training.optimizer import (
+    MUON_FACTOR,
+    InBackwardOptimizer,
+    make_optimizer,
+    parameter_groups,
+    peak_rates,
+)
 from flamingo_ft.training.preflight import check_machine
 
 from ..regimes import LORA, REGIMES, build, inputs, quantized, recipe, shake, trainer
@@ -27,10 +35,13 @@ def trained(*overrides: str) -> dict[str, torch.Tensor]:
     return trainable_parameters(model)
 
 
-@pytest.mark.parametrize("regime", ["bridge", "bridge and LoRA"])
-def test_in_backward_steps_equal_ordinary_steps(small_run, regime):
+@pytest.mark.parametrize(
+    ("regime", "optimizer"), [("bridge", "adamw"), ("bridge and LoRA", "adamw"), ("bridge and LoRA", "muon")]
+)
+def test_in_backward_steps_equal_ordinary_steps(small_run, regime, optimizer):
     """Bit for bit, with clipping (which is per parameter in the backward pass) switched off."""
-    unclipped = (*REGIMES[regime], "train.max_grad_norm=1.0e+9", "train.warmup_steps=2")
+    options = ("train.max_grad_norm=1.0e+9", "train.warmup_steps=2", f"train.optimizer={optimizer}")
+    unclipped = (*REGIMES[regime], *options)
     after, inside = trained(*unclipped), trained(*unclipped, "train.optimizer_in_backward=true")
     assert after.keys() == inside.keys()
     assert all(torch.equal(after[name], inside[name]) for name in after)
@@ -106,6 +117,37 @@ def test_8_bit_and_paged_optimizers_update_like_adamw(small_run, name, inside):
             ), parameter
 
 
+def test_muon_updates_the_bridges_matrices_and_leaves_the_rest_to_adamw(small_run):
+    start = trained(LORA, "train.learning_rate=1.0e-12")
+    one_step = (LORA, "train.max_steps=1", "train.learning_rate=1.0e-3", "train.weight_decay=0")
+    muon, adamw = (trained(*one_step, f"train.optimizer={name}") for name in ("muon", "adamw"))
+    matrices = {name for name in start if is_decayed(name, start[name]) and not is_lora(name)}
+    assert 0 < len(matrices) < len(start)
+    for name, before in start.items():
+        if name in matrices:
+            norm = torch.linalg.matrix_norm(muon[name].detach() - before.detach(), ord=2)
+            rate = MUON_FACTOR * 1e-3 * 0.2 * max(before.shape) ** 0.5
+            assert 0.7 < norm / rate < 1.3, name  # an orthogonal update's; the iteration is not exact
+        else:
+            torch.testing.assert_close(muon[name], adamw[name], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_muon_equals_timms_in_bf16(shape):
+    torch.manual_seed(0)
+    ours, timms = (torch.nn.Parameter(tensor) for tensor in torch.randn(shape).expand(2, *shape).clone())
+    group = {"orthogonalized": True, "lr": 0.02, "weight_decay": 0.1}
+    optimizers = (
+        Muon([{"params": [ours], **group}], torch.bfloat16),
+        timm.optim.Muon([timms], lr=0.02, weight_decay=0.1, nesterov=True, ns_coefficients="original"),
+    )
+    for gradient in torch.randn(5, *shape):
+        ours.grad, timms.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(ours, timms, rtol=0, atol=1e-6)
+
+
 def test_large_adamw_8bit_states_are_in_8_bits(small_run):
     model, processor = build()
     sft_trainer = trainer(model, processor, STEPS, "train.optimizer=adamw_8bit")
@@ -129,6 +171,7 @@ def test_only_matrices_decay_and_not_latents_or_token_rows(small_run):
 
 # with weight decay and without it; rows of new tokens never have it
 BRIDGE_GROUPS = ["perceiver", "perceiver", "cross_attention", "cross_attention", "new_tokens"]
+ADAMW = "train.optimizer=adamw"
 RATES = (
     "train.learning_rates="
     "{perceiver: 0.001, cross_attention: 0.002, gates: 0.02, new_tokens: 0.003, lora: 0.004}"
@@ -138,7 +181,7 @@ DECAYS = "train.weight_decays={perceiver: 0.1, cross_attention: 0.0, lora: 0.3}"
 
 def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     model, processor = build(LORA, "trainable.new_tokens=true")
-    groups = trainer(model, processor, LORA, RATES, DECAYS).optimizer.param_groups
+    groups = trainer(model, processor, LORA, RATES, DECAYS, ADAMW).optimizer.param_groups
     assert [group["name"] for group in groups] == [*BRIDGE_GROUPS, "gates", "lora"]
     rates, decays = ({g["name"]: g[key] for g in groups[::-1]} for key in ("lr", "weight_decay"))
     assert rates == {
@@ -153,6 +196,9 @@ def test_each_part_has_its_own_learning_rate_and_weight_decay(small_run):
     for name, parameter in trainable_parameters(model).items():
         assert group_of[id(parameter)] == optimizer_group(name), name
     assert len(group_of) == len(trainable_parameters(model))
+    with_muon = parameter_groups(model, recipe(LORA, RATES, DECAYS, "train.optimizer=muon"))
+    factors = [muon["lr"] / adamw["lr"] for muon, adamw in zip(with_muon, groups, strict=True)]
+    assert factors == [MUON_FACTOR, 1, MUON_FACTOR, 1, 1, 1, 1]  # only of the bridge's matrices
 
 
 @pytest.mark.parametrize(
@@ -195,7 +241,9 @@ def test_a_trainable_parameter_without_a_group_is_not_left_out_silently(small_ru
         parameter_groups(model, recipe())
 
 
-@pytest.mark.parametrize("settings", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "inside"])
+@pytest.mark.parametrize(
+    "settings", ["adamw", "muon", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "inside"]
+)
 def test_a_part_with_a_tiny_learning_rate_hardly_moves_under_any_optimizer(small_run, settings):
     """Adam's first steps are as large as the learning rate."""
     inside, name = settings == "inside", "adamw" if settings == "inside" else settings
@@ -211,9 +259,11 @@ def test_a_part_with_a_tiny_learning_rate_hardly_moves_under_any_optimizer(small
     assert moved["perceiver"] < 1e-6 and min(moved[part] for part in ("cross_attention", "lora")) > 1e-3
 
 
-def test_a_saved_optimizer_state_fits_the_same_recipe(small_run):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_saved_optimizer_state_fits_the_same_recipe(small_run, optimizer):
     """The order of the groups does not depend on the order of the model's parameters."""
-    first, second = (trainer(*build(LORA), LORA, RATES, STEPS) for _ in range(2))
+    options = (LORA, RATES, STEPS, f"train.optimizer={optimizer}")
+    first, second = (trainer(*build(LORA), *options) for _ in range(2))
     first.train()
     second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
     for name, parameter in trainable_parameters(first.model).items():
@@ -221,7 +271,8 @@ def test_a_saved_optimizer_state_fits_the_same_recipe(small_run):
             first.optimizer.state[parameter],
             second.optimizer.state[second.model.get_parameter(name)],
         )
-        assert all(torch.equal(kept[key], loaded[key]) for key in kept), name
+        assert kept.keys() == loaded.keys(), name
+        assert all(torch.equal(*map(torch.as_tensor, (kept[key], loaded[key]))) for key in kept), name
 
 
 @pytest.mark.parametrize(
@@ -234,7 +285,14 @@ def test_a_saved_optimizer_state_fits_the_same_recipe(small_run):
 )
 def test_warmup_and_decay_count_optimizer_steps(small_run, scheduler, shares):
     """For every group alike, as fractions of its peak."""
-    course = ("train.max_steps=6", "train.warmup_steps=2", f"train.lr_scheduler={scheduler}", RATES, LORA)
+    course = (
+        "train.max_steps=6",
+        "train.warmup_steps=2",
+        f"train.lr_scheduler={scheduler}",
+        RATES,
+        LORA,
+        ADAMW,
+    )
     settings = (*course, "train.gradient_accumulation_steps=3", "train.batch_size=1")
     sft_trainer, rates_by_step = trainer(*build(LORA), *settings), []
     sft_trainer.add_callback(_Rates(rates_by_step))
