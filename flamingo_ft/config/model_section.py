@@ -116,21 +116,6 @@ class CrossAttentionSection(Section):
     """Hidden width of the feed-forward layers, as a multiple of the language model's width."""
 
 
-class GateInitSection(Section):
-    """Values that the gates of a new bridge start from, before tanh.
-
-    With init_from, gates start where those of the loaded bridge ended.
-    """
-
-    attention: float = 0.0
-    """Gates of the attention. 0: a new bridge changes nothing, as in Flamingo. Larger values, such as 0.3,
-    let images reach the language model from the first step; text without images stays as it is with any
-    value."""
-    feed_forward: float = 0.0
-    """Gates of the feed-forward layers, which apply to text without images too: values other than 0 disturb
-    the language model until they are trained."""
-
-
 RELEASED_PERCEIVER = PerceiverSection(depth=6)  # of the released OpenFlamingo models
 
 
@@ -158,8 +143,6 @@ class ModelSection(Section):
     """Shape of the perceiver resampler."""
     cross_attention: CrossAttentionSection = CrossAttentionSection()
     """Shape of the gated cross-attention blocks."""
-    gate_init: GateInitSection = GateInitSection()
-    """Values that the gates of a new bridge start from."""
 
     @model_validator(mode="before")
     @classmethod

@@ -13,7 +13,6 @@ from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data_section import DataSection, DataSource
 from flamingo_ft.config.model_section import (
-    GateInitSection,
     LoraSection,
     ModelSection,
     PerceiverSection,
@@ -99,8 +98,6 @@ def _check_parts(model: ModelSection, trainable: TrainableSection, lora: LoraSec
     if not (in_full or lora.parts):
         yield ("trainable",), "nothing would be trained; set one part to true, or configure lora for one"
     yield from _check_depth(model.perceiver, lora)
-    if model.init_from is not None and model.gate_init != GateInitSection():
-        yield ("model", "gate_init"), "has no effect with init_from, whose gates are kept; remove one of them"
     if model.bridge_quantization == "none":
         return
     if model.init_from is None:

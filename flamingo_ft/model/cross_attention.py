@@ -8,8 +8,6 @@ latents, V their width, H heads, d head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -76,15 +74,6 @@ class GatedCrossAttentionBlock(CheckpointedBlock):
             x = x + _tanh_gate(self.attn_gate, x) * self.attn(x, key, value, visible)
         x = x + _tanh_gate(self.ff_gate, x) * self.ff(x)
         return x.to(hidden.dtype), key, value
-
-
-@torch.no_grad()
-def set_gates(blocks: Iterable[nn.Module | None], attention: float, feed_forward: float) -> None:
-    """Set the gates of all blocks to these values, before tanh. None stands for a layer without a block."""
-    for block in blocks:
-        if isinstance(block, GatedCrossAttentionBlock):
-            block.attn_gate.fill_(attention)
-            block.ff_gate.fill_(feed_forward)
 
 
 def _tanh_gate(gate: Tensor, x: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from flamingo_ft.data.opened_data import with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.evaluation.metrics import higher_is_better
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
-from flamingo_ft.model.cross_attention import set_gates
 from flamingo_ft.model.sharding import shard
 from flamingo_ft.processes import default_device
 
@@ -85,8 +84,6 @@ def build_model(
     processor.image_processor.video_frames = recipe.data.video_frames
     if model_config.init_from is not None:
         init_bridge(model, model_config.init_from)
-    else:
-        set_gates(model.gated_cross_attn_layers, **model_config.gate_init.model_dump())
     model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps torch's method)
     batches_of_model = None if init_batches is None else partial(init_batches, model, processor)
     prepare_training(model, recipe, batches_of_model)

@@ -35,12 +35,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "learning rate 1e-4": ("train.learning_rate=1.0e-4",),
     "learning rate 3e-3": ("train.learning_rate=3.0e-3",),
     "gates at the rate of their blocks": ("train.learning_rates.gates=1.0e-3",),
-    "gates from 0.3": ("model.gate_init.attention=0.3",),
-    "gates from 0.3, at the rate of their blocks": (
-        "model.gate_init.attention=0.3",
-        "train.learning_rates.gates=1.0e-3",
-    ),
-    "feed-forward gates from 0.3 too": ("model.gate_init={attention: 0.3, feed_forward: 0.3}",),
     "cross-attention before every layer": ("model.cross_attn_every_n_layers=1",),
     "cross-attention before every fifth layer": ("model.cross_attn_every_n_layers=5",),
     "LoRA too": ("lora.language={r: 16}",),

@@ -26,7 +26,6 @@ from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.inference.server.app import build_app
 from flamingo_ft.inference.server.engine import Engine
 from flamingo_ft.inference.server.messages import MediaPolicy
-from flamingo_ft.model.cross_attention import set_gates
 from flamingo_ft.training.build import build_model
 
 from ..hub_folders import put
@@ -109,7 +108,8 @@ def test_a_new_bridge_leaves_plain_text_alone_to_the_bit(here, language):
     plain, pixels = language(input_ids=ids).logits, picture.reshape(1, 1, *picture.shape[-3:])
     assert torch.equal(model(input_ids=ids).logits[..., : plain.shape[-1]], plain)
     closed_gates = model(input_ids=prompt, pixel_values=pixels).logits
-    set_gates(model.gated_cross_attn_layers, attention=0.3, feed_forward=0.0)
+    for block in filter(None, model.gated_cross_attn_layers):
+        block.attn_gate.fill_(0.3)
     open_gates = model(input_ids=prompt, pixel_values=pixels).logits
     assert torch.equal(model(input_ids=ids).logits[..., : plain.shape[-1]], plain)
     alone = model.lang_encoder(input_ids=prompt).logits
