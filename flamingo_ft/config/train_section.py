@@ -127,9 +127,9 @@ class TrainSection(Section):
     """Keep activations in host RAM between the forward and the backward pass: less GPU memory, and time for
     the copies. Needs a GPU."""
     optimizer: Literal["muon", "adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "muon"
-    """muon: Muon (Jordan et al., 2024) for the matrices of the bridge, and AdamW for everything else. A new
-    bridge learns from half the samples with it; a step takes longer. The matrices' peak learning rate is four
-    times the one given for their part; updates are computed in bf16 or, unless train.precision is bf16, in
+    """muon: Muon (Jordan et al., 2024) for the attention matrices of the bridge, and AdamW for everything
+    else. A new bridge learns from fewer samples with it. The matrices' peak learning rate is four times the
+    one given for their part; their updates are computed in bf16 or, unless train.precision is bf16, in
     float32. adamw: AdamW, the default with model.init_from and with train.fsdp. adamw_8bit: AdamW with 8-bit
     state, which saves three quarters of its memory. The paged variants move the state to host RAM when GPU
     memory is full."""

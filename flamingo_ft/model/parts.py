@@ -19,6 +19,7 @@ ATTENTION_GATE = "attn_gate"
 GATES = "gates"  # the attention gates; feed-forward gates learn with the rest of their blocks
 LORA = "lora"  # all LoRA weights share one optimizer group, whichever part they adapt
 OPTIMIZER_GROUPS = (*BRIDGE, GATES, LORA)
+ATTENTION_MATRICES = (".to_q.weight", ".to_kv.weight", ".to_out.weight")  # of the perceiver and the blocks
 
 
 def part_of(name: str) -> Part:
@@ -84,9 +85,9 @@ def is_decayed(name: str, parameter: Tensor) -> bool:
     return is_lora(name) or (part.decays and not inside.startswith(part.undecayed))
 
 
-def is_orthogonalized(name: str, parameter: Tensor) -> bool:
-    """Return whether Muon orthogonalizes the updates: those of the bridge's weight matrices.
+def is_orthogonalized(name: str) -> bool:
+    """Return whether Muon may update the parameter ``name``: an attention matrix of the bridge.
 
-    The low-rank factors of LoRA are no layer's weights by themselves, and are left to AdamW.
+    The feed-forward layers first learn the form of the answers, for which AdamW takes fewer steps.
     """
-    return is_decayed(name, parameter) and not is_lora(name)
+    return in_bridge(name) and name.endswith(ATTENTION_MATRICES)

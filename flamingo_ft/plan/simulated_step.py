@@ -103,7 +103,7 @@ def optimizer_state(name: str, parameter: Tensor, optimizer: str, device: Device
     float32, or, 8-bit, as bytes with a float32 scale per block.
     """
     if optimizer == "muon":
-        count = 1 if is_orthogonalized(name, parameter) else 2
+        count = 1 if is_orthogonalized(name) else 2
         return [torch.empty_like(parameter) for _ in range(count)], 0
     moments, scales = _moments_and_scales(parameter, optimizer)
     if optimizer.startswith("paged_") and device == "cuda" and parameter.numel() >= MIN_PAGED:

@@ -77,7 +77,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, arguments: TrainingArgument
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Return the parameter groups, up to two per part: parameters with weight decay, then those without.
+    """Return the parameter groups of each part: those that Muon updates, others with weight decay, the rest.
 
     ``name``: its entry in `OPTIMIZER_GROUPS`. ``orthogonalized``: whether Muon updates it, at a larger rate.
     Weight decay applies to matrices, and not to gates, norms, biases, latents and token rows. Attention gates
@@ -96,23 +96,21 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
         if group_name not in members:
             raise ValueError(f"{name} is trainable, but {group_name} is not in OPTIMIZER_GROUPS")
         members[group_name].append(name)
-    groups, uses_muon = [], recipe.train.optimizer == "muon"
+    uses_muon = recipe.train.optimizer == "muon"
+    groups = []
     for group_name, names in members.items():
-        decayed = [name for name in names if is_decayed(name, named[name])]
-        undecayed = [name for name in names if not is_decayed(name, named[name])]
-        for alike, decay in ((decayed, _weight_decay(recipe.train, group_name)), (undecayed, 0.0)):
+        orthogonalized = [name for name in names if uses_muon and is_orthogonalized(name)]
+        rest = [name for name in names if name not in orthogonalized]
+        decayed = [name for name in rest if is_decayed(name, named[name])]
+        undecayed = [name for name in rest if not is_decayed(name, named[name])]
+        rate, decay = rates[group_name], _weight_decay(recipe.train, group_name)
+        for alike, options in (
+            (orthogonalized, {"lr": MUON_FACTOR * rate, "weight_decay": decay, "orthogonalized": True}),
+            (decayed, {"lr": rate, "weight_decay": decay, "orthogonalized": False}),
+            (undecayed, {"lr": rate, "weight_decay": 0.0, "orthogonalized": False}),
+        ):
             if alike:
-                parameters = [named[name] for name in alike]
-                orthogonalized = uses_muon and is_orthogonalized(alike[0], parameters[0])
-                groups.append(
-                    {
-                        "params": parameters,
-                        "name": group_name,
-                        "lr": rates[group_name] * (MUON_FACTOR if orthogonalized else 1),
-                        "weight_decay": decay,
-                        "orthogonalized": orthogonalized,
-                    }
-                )
+                groups.append({"params": [named[name] for name in alike], "name": group_name, **options})
     return groups
 
 
