@@ -42,9 +42,7 @@ OPTIMIZERS = {
 # to use images in its first thousands of samples (tests/benchmarks/new_bridge.py compares them).
 NEW_BRIDGE_RATE = 1e-3
 TRAINED_RATE = 1e-4  # a bridge from model.init_from, and LoRA
-MUON_FACTOR = (
-    4  # of the learning rate of Muon's matrices; 2 to 8 were about as good in single runs, 1 was not
-)
+MUON_FACTOR = 4  # of Muon's learning rate; in single runs, 2 to 8 were about as good and 1 was not
 NEW_GATES_FACTOR = 10  # a gate is one number, which AdamW moves by about its learning rate per step
 
 
