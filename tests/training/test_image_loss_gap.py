@@ -215,11 +215,11 @@ def shades(small_run):
 
 
 def test_a_model_that_learned_to_look_has_a_gap_clearly_above_zero_everywhere(shades, capsys):
-    options = ("eval.steps=15", "train.max_steps=30", "train.batch_size=8", "eval.answers=false",
+    options = ("eval.steps=30", "train.max_steps=60", "train.batch_size=8", "eval.answers=false",
                "train.learning_rates.gates=1.0e-2")  # fmt: skip
     metrics = train(recipe(*options, "eval.batch_size=24", "train.lr_scheduler=constant"))
     gaps = [(entry["step"], ImageLossGap.of_log(entry)) for entry in read_log(Path("run")) if KEY in entry]
-    assert [step for step, _ in gaps] == [0, 15, 30]
+    assert [step for step, _ in gaps] == [0, 30, 60]
     assert gaps[0][1] == ImageLossGap(0.0, 0.0, 24) and gaps[0][1].conclusion == INDISTINGUISHABLE
     final = gaps[-1][1]
     assert final.value > 3 * final.standard_error > 0
@@ -231,9 +231,9 @@ def test_a_model_that_learned_to_look_has_a_gap_clearly_above_zero_everywhere(sh
     page = Path("run/report.html").read_text()
     assert Path("run/figures/image_loss_gap.png").is_file()
     assert "0 means that the answers are predicted without looking" in page
-    assert f"At step 30: {final.text}, clearly above zero." in page
+    assert f"At step 60: {final.text}, clearly above zero." in page
     events = EventAccumulator("run/tensorboard").Reload()
-    assert [event.step for event in events.Scalars("eval/image_loss_gap")] == [0, 15, 30]
+    assert [event.step for event in events.Scalars("eval/image_loss_gap")] == [0, 30, 60]
 
 
 def test_a_run_without_eval_steps_has_the_gap_of_its_final_model_and_refuses_no_sample(shades):

@@ -226,7 +226,8 @@ def test_learning_rates_that_the_recipe_leaves_out_depend_on_what_is_trained(sma
 def test_gates_at_the_rate_of_their_blocks_keep_the_groups_of_older_checkpoints(small_run):
     """An optimizer's saved state is matched by position."""
     model, _ = build()
-    groups = parameter_groups(model, recipe("train.learning_rate=0.1", "train.learning_rates.gates=0.1"))
+    settings = ("train.optimizer=adamw", "train.learning_rate=0.1", "train.learning_rates.gates=0.1")
+    groups = parameter_groups(model, recipe(*settings))
     assert [group["name"] for group in groups] == BRIDGE_GROUPS
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     undecayed = [names[id(parameter)] for parameter in groups[3]["params"]]
