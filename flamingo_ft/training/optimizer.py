@@ -42,7 +42,6 @@ OPTIMIZERS = {
 # to use images in its first thousands of samples (tests/benchmarks/new_bridge.py compares them).
 NEW_BRIDGE_RATE = 1e-3
 TRAINED_RATE = 1e-4  # a bridge from model.init_from, and LoRA
-MUON_FACTOR = 4  # of Muon's learning rate; in single runs, 2 to 8 were about as good and 1 was not
 NEW_GATES_FACTOR = 10  # a gate is one number, which AdamW moves by about its learning rate per step
 
 
@@ -79,7 +78,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe, arguments: TrainingArgument
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Return the parameter groups of each part: those that Muon updates, others with weight decay, the rest.
 
-    ``name``: its entry in `OPTIMIZER_GROUPS`. ``orthogonalized``: whether Muon updates it, at a larger rate.
+    ``name``: its entry in `OPTIMIZER_GROUPS`. ``orthogonalized``: whether Muon updates it.
     Weight decay applies to matrices, and not to gates, norms, biases, latents and token rows. Attention gates
     that learn at the rate of their blocks are in the blocks' group, as they were before they could have
     another one, so that the optimizer state of older checkpoints fits. The order depends on the parameter
@@ -105,7 +104,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
         undecayed = [name for name in rest if not is_decayed(name, named[name])]
         rate, decay = rates[group_name], _weight_decay(recipe.train, group_name)
         for alike, options in (
-            (orthogonalized, {"lr": MUON_FACTOR * rate, "weight_decay": decay, "orthogonalized": True}),
+            (orthogonalized, {"lr": rate, "weight_decay": decay, "orthogonalized": True}),
             (decayed, {"lr": rate, "weight_decay": decay, "orthogonalized": False}),
             (undecayed, {"lr": rate, "weight_decay": 0.0, "orthogonalized": False}),
         ):

@@ -96,6 +96,7 @@ SHARDED = {
 def test_a_sharded_run_equals_an_unsharded_one_and_resumes_bit_for_bit(tmp_path, case):
     write_data(tmp_path, SWAPPABLE)
     options = (
+        "train.optimizer=adamw",
         "train.save_steps=2",
         "eval={steps: 2, keep: best, batch_size: 2, max_new_tokens: 4}",
         *STEPS,
