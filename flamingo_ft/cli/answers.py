@@ -1,4 +1,4 @@
-"""Commands that let a model answer: `eval`, `generate` and `serve`."""
+"""Commands that ask a model many questions: `eval` and `serve`."""
 
 from __future__ import annotations
 
@@ -35,25 +35,6 @@ def evaluate(
     from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
     print_metrics(evaluate_adapter(adapter, None if data is None else str(data), overrides or (), log))
-
-
-def generate(
-    adapter: Adapter,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Question about the images.")],
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="An image; repeat it for several, in order.", exists=True, dir_okay=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum length of the answer in tokens.")
-    ] = 64,
-) -> None:
-    """Answer a prompt about images."""
-    from flamingo_ft.inference.answer import answer
-
-    typer.echo(answer(adapter, image or [], prompt, max_new_tokens))
 
 
 def serve(

@@ -26,7 +26,8 @@ from flamingo_ft.data.collate import load_media
 from flamingo_ft.data.encode import IGNORED, TooLong, encode_prompt
 from flamingo_ft.data.sample import UNNAMED_TASK, text_message
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.predictor import Predictor, Prompt
+from flamingo_ft.inference.predictor import Predictor
+from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .metrics import MERGE_METRIC, METRICS, Metric, ratio_standard_error

@@ -16,7 +16,7 @@ from flamingo_ft.data.pairs import answer_start
 from flamingo_ft.data.render import is_document
 from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.predictor import Prompt
+from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoProcessor
 
 
