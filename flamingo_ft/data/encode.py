@@ -126,6 +126,21 @@ def encode_prompt(processor: FlamingoProcessor, sample: Sample | Messages) -> li
     return encode_text(processor.tokenizer, render(processor, messages)).ids
 
 
+def encode_answer(processor: FlamingoProcessor, messages: Messages, text: str) -> list[int]:
+    """Return the token ids that an answer adds to a dialogue, the end of the assistant's turn included.
+
+    Raises UserError for a chat template under which the dialogue does not begin with its prompt.
+    """
+    prompt = encode_prompt(processor, messages)
+    whole = encode(processor, [*messages, text_message("assistant", text)]).input_ids
+    if whole[: len(prompt)] != prompt:
+        raise UserError(
+            "chat template: writes a question with its answer differently from the question alone; "
+            "use a template whose prompt is the beginning of the dialogue"
+        )
+    return whole[len(prompt) :]
+
+
 def end_token_id(processor: FlamingoProcessor) -> int | None:
     """Return the token with which the chat template ends an answer; None if it is not an added token."""
     labels = encode(processor, [text_message("user", "a"), text_message("assistant", "a")]).labels

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.data.collate import pad_ids
-from flamingo_ft.data.encode import encode_prompt
+from flamingo_ft.data.encode import encode_answer, encode_prompt
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .decoding import Decoding
 from .media_inputs import MediaInputs
 from .prompts import Prompt, make_prompt
+from .ranking import check_labels, score_answers
 from .streaming import StopAtText, TokenReceiver, VisibleText, cut_at_stop, stream_text
 
 BATCH_SIZE = 8
@@ -141,6 +142,33 @@ class Predictor:
                 texts = self._generate(chosen, [encoded[index] for index in indices], decoding)
                 yield dict(zip(indices, texts, strict=True))
 
+    def rank(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str],
+        *,
+        with_end: bool = True,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """Return the log-likelihood (prompts, labels) of each label as the answer, in nats, on the CPU.
+
+        with_end: include the token that ends the answer; without it, a label is never less likely than one
+        that continues it. on_batch: called with the size of each finished batch. Raises UserError for labels
+        that are missing, blank or repeated, and as `answer` does.
+        """
+        check_labels(labels)
+        encoded, scores = self.encode(prompts), torch.empty(len(prompts), len(labels))
+        order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+        with self.evaluation_mode():
+            for _, alike in groupby(order, key=lambda index: len(encoded[index])):  # they need no padding
+                for indices in _batches(list(alike), self.batch_size):
+                    chosen = [prompts[index] for index in indices]
+                    answers = self._label_tokens(chosen[0], labels, with_end)
+                    ids, media = [encoded[index] for index in indices], self.media.of(chosen)
+                    scores[indices] = score_answers(self.model, ids, media, answers)
+                    on_batch(len(indices))
+        return scores
+
     def stream_answer(self, prompt: Prompt, **options: Any) -> Generator[str]:
         """Yield the answer to a dialogue piece by piece; see `stream`."""
         decoding = self.decoding.updated(**options)
@@ -212,13 +240,21 @@ class Predictor:
 
     def _grouped(
         self, order: Sequence[int], encoded: Sequence[list[int]], batch_size: int, decoding: Decoding
-    ) -> Iterator[Sequence[int]]:
+    ) -> Iterator[list[int]]:
         """Yield the indices of each batch: a long prompt must not shorten the answers of others."""
         longest = context_length(self.model.config) - decoding.max_new_tokens
-        alike = [index for index in order if len(encoded[index]) <= longest]
-        for start in range(0, len(alike), batch_size):
-            yield alike[start : start + batch_size]
+        yield from _batches([index for index in order if len(encoded[index]) <= longest], batch_size)
         yield from ([index] for index in order if len(encoded[index]) > longest)
+
+    def _label_tokens(self, prompt: Prompt, labels: Sequence[str], with_end: bool) -> list[list[int]]:
+        """Return the tokens of each label as the answer to ``prompt``."""
+        end_tokens = end_token_ids(self.model, self.processor)
+        tokens = []
+        for label in labels:
+            answer = encode_answer(self.processor, prompt.messages, label)
+            end = next((place for place, token in enumerate(answer) if token in end_tokens), len(answer))
+            tokens.append(answer[: end + with_end])
+        return tokens
 
     @torch.no_grad()
     def _generate(
@@ -233,6 +269,11 @@ class Predictor:
         answers = [list(takewhile(lambda token: token not in end_tokens, row)) for row in rows]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [cut_at_stop(text, decoding.stop_strings).strip() for text in texts]
+
+
+def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
 
 
 @contextmanager

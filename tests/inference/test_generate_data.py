@@ -172,7 +172,7 @@ def test_bad_rows_are_named_and_on_request_skipped(adapter, folders, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "{data}"], "--out: missing; name the file to write the answers to, such as answers.jsonl"),
+        (["--data", "{data}"], "--out: missing; name the file to write the answers to"),
         (["--data", "{data}", "--out", "a.txt"], "--out: must end in .jsonl or .csv, got a.txt; rename it"),
         (["--data", "{data}", "--out", "a.csv", "--prompt", "Which?"],
          "--prompt: the rows of {data} ask their own questions; remove it"),
