@@ -271,6 +271,9 @@ class Predictor:
         return [cut_at_stop(text, decoding.stop_strings).strip() for text in texts]
 
 
+load = Predictor.from_pretrained  # `flamingo_ft.load`
+
+
 def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
