@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from flamingo_ft import Predictor
 from flamingo_ft.data.encode import encode_answer
+from flamingo_ft.data.sample import CHUNK
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import ranking
-from flamingo_ft.inference.prompts import make_prompt
+from flamingo_ft.inference.prompts import Prompt, make_prompt
 from flamingo_ft.inference.ranking import trie_levels
+from tests.data.dialogues import IMAGE, user
 
 from .conftest import make_flamingo
 
@@ -30,7 +32,24 @@ def prompts(folders):
         make_prompt(images, "Which digits are these?"),
         make_prompt(images[1:], "Which digit is this?"),
         make_prompt(None, "Say seven."),
+        few_shot(images),
     ]
+
+
+def few_shot(images):
+    """Return a prompt of one demonstration, and one without an image before it."""
+    texts = (["Which digit? Two."], [IMAGE, "Which digit? Seven."], [IMAGE, "Which digit?\n"])
+    return Prompt([{**user(*text), "role": CHUNK} for text in texts], images)
+
+
+def test_a_few_shot_prompt_is_written_as_chunks_of_a_document_are(predictor, folders):
+    (ids,) = predictor.encode([few_shot(folders[1])])
+    text = predictor.processor.tokenizer.decode(ids)
+    assert text.removeprefix(predictor.processor.tokenizer.bos_token) == (
+        "Which digit? Two.<|endofchunk|><image>Which digit? Seven.<|endofchunk|><image>Which digit?\n"
+    )
+    with pytest.raises(UserError, match="got 1 of 2 with role chunk; give all or none this role"):
+        predictor.encode([Prompt([{**user("a"), "role": CHUNK}, user("b")], [])])
 
 
 @torch.no_grad()
