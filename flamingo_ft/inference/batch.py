@@ -112,8 +112,9 @@ def _answered(
                 raise UserError(f"{error}; or pass --skip-bad") from None
             records[-1]["error"] = str(error)
     seed = predictor.decoding.seed
-    options = {} if seed is None else {"seed": seed + first}  # else every window would draw the same numbers
-    answers = predictor.answer(list(prompts.values()), **options)
+    if seed is not None:
+        seed += first  # else every window would draw the same numbers
+    answers = predictor.answer(list(prompts.values()), seed=seed)
     for number, answer in zip(prompts, answers, strict=True):
         records[number]["answer"] = answer
     return records

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -101,14 +101,15 @@ class Conversation:
         def run(on_text: Callable[[str], None], is_cancelled: Callable[[], bool]) -> None:
             receiver = self.predictor.receiver(self.decoding, on_text, is_cancelled)
             read, self._read = self._read, _Read()  # after an error, the cache is in an unknown state
-            cache, length = read.shared_with(ids)
-            seen = ids[:length].count(self.predictor.processor.image_token_id)
+            image_token_id = cast(int, self.predictor.processor.image_token_id)
+            cache, length = read.shared_with(ids, prompt.images, image_token_id)
+            seen = ids[:length].count(image_token_id)
             media = self._media(Prompt(prompt.messages, prompt.images[seen:], prompt.where))
             with self.predictor.evaluation_mode(), seeded(self.decoding):
                 output = self.predictor.generate(
                     [ids], media, self.decoding, receiver, cache=cache, return_dict_in_generate=True
                 )
-            self._read = _Read.after(output)
+            self._read = _Read.after(output, prompt.images)
             receiver.finish()
 
         return run
@@ -118,24 +119,27 @@ class Conversation:
 
 
 class _Read:
-    """What the model has read: a key/value cache, and the token ids in it."""
+    """What the model has read: a key/value cache, the token ids in it, and their images."""
 
-    def __init__(self, cache: Any = None, ids: list[int] | None = None):
-        self._cache, self._ids = cache, ids or []
+    def __init__(self, cache: Any = None, ids: Sequence[int] = (), images: Sequence[Any] = ()):
+        self._cache, self._ids, self._images = cache, ids, images
 
     @classmethod
-    def after(cls, output: Any) -> _Read:
+    def after(cls, output: Any, images: Sequence[Any]) -> _Read:
         """Return what was read in a generation that has ended: all but the last token."""
         cache = get_cache(output)
-        return cls(cache, output.sequences[0, : cache_length(cache)].tolist())
+        return cls(cache, output.sequences[0, : cache_length(cache)].tolist(), images)
 
-    def shared_with(self, ids: list[int]) -> tuple[Any, int]:
-        """Return the cache cut to the tokens that ``ids`` begins with, and how many; None for none.
+    def shared_with(self, ids: list[int], images: Sequence[Any], image_token_id: int) -> tuple[Any, int]:
+        """Return the cache cut to what ``ids`` and their ``images`` begin with, and its number of tokens.
 
-        At least one token is left to read.
+        None if that is nothing. At least one token is left to read.
         """
-        pairs = zip(self._ids, ids[:-1], strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        same_images = _shared(self._images, images, lambda ours, theirs: ours is theirs or ours == theirs)
+        shared = _shared(self._ids, ids[:-1], int.__eq__)
+        places = [place for place, token in enumerate(ids[:shared]) if token == image_token_id]
+        if len(places) > same_images:
+            shared = places[same_images]
         if not shared:
             return None, 0
         if shared < len(self._ids):
@@ -146,3 +150,8 @@ class _Read:
             except RuntimeError:  # a sliding window or a recurrent state has dropped what came before
                 return None, 0
         return self._cache, shared
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any], same: Callable[[Any, Any], bool]) -> int:
+    """Return how many items two sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: same(*pair), zip(first, second, strict=False)))

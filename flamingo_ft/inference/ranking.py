@@ -75,7 +75,7 @@ class Level:
 def trie_levels(sequences: Sequence[Sequence[int]]) -> list[Level]:
     """Return the trie of token sequences; its root is the one inner node before the first level."""
     levels: list[Level] = []
-    above = {(): 0}  # the inner nodes of the level before, by their tokens
+    above: dict[tuple[int, ...], int] = {(): 0}  # the inner nodes of the level before, by their tokens
     for depth in range(max(map(len, sequences))):
         level, nodes = Level(), {}
         for number, sequence in enumerate(sequences):

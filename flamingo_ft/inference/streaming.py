@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -82,8 +82,8 @@ class TokenReceiver(StoppingCriteria):
         on_text: Callable[[str], None],
         is_cancelled: Callable[[], bool],
     ):
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream([], skip_special_tokens=True)
+        self._tokenizer = tokenizer
+        self._stream, self._passed_on, self._ids = DecodeStream([], skip_special_tokens=True), "", []
         self._end_tokens, self._text = end_tokens, text
         self._on_text, self._is_cancelled = on_text, is_cancelled
         self.tokens = 0
@@ -99,11 +99,17 @@ class TokenReceiver(StoppingCriteria):
         self.tokens += 1
         is_end = token in self._end_tokens
         if not is_end:
-            self._on_text(self._text.feed(self._stream.step(self._tokenizer, token) or ""))
+            self._ids.append(token)
+            piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
+            self._passed_on += piece
+            self._on_text(self._text.feed(piece))
         self.complete = is_end or self._text.stopped
 
     def finish(self) -> None:
-        """Pass on what was held back, when generation has ended."""
+        """Pass on what was held back, half a character or stop string, when generation has ended."""
+        whole = cast(str, self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        if whole.startswith(self._passed_on):
+            self._on_text(self._text.feed(whole[len(self._passed_on) :]))
         self._on_text(self._text.end())
 
 

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(predictor, folders, tmp_path
     assert errors == [
         "/imgae: no such command; use one of /image, /undo, /reset, /history, /save, /help, /exit",
         "/image: got no file; name one or more, with quotes around names with spaces",
-        f"/image: {broken}: not a readable image (unknown or damaged format); replace it",
+        f"/image: {broken}: not a readable image (of no known image format); replace it",
         "/image: No closing quotation; close the quotes",
         "/undo: there is no question yet; ask one",
         "/save: got 0 file names; give one",
@@ -75,7 +76,7 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(predictor, folders, tmp_path
 def test_a_saved_dialogue_is_a_row_to_train_on(predictor, folders, tmp_path):
     chat, file = Chat(Conversation(predictor, "Answer briefly.")), tmp_path / "my chat.jsonl"
     talk(chat, f"/image {folders[1][0]}", PROMPT, "And now?", f"/save '{file}'", "/exit", "never read")
-    (sample,) = read_samples(file)
+    (sample,) = read_samples(file, image_root=Path("/"))
     assert sample.images == [str(folders[1][0])]
     assert sample.messages == chat.conversation.messages and chat.conversation.turns == 2
 
@@ -111,19 +112,20 @@ def test_a_chat_over_a_pseudo_terminal(folders, predictor):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, close_fds=True)
     os.close(theirs)
-    screen = ""
+    unread = ""
 
     def read_until(text):
-        nonlocal screen
-        while text not in screen:
-            screen += os.read(ours, 4096).decode()
+        nonlocal unread
+        while text not in unread:
+            unread += os.read(ours, 4096).decode()
+        unread = unread.partition(text)[2]
 
     read_until("> ")
     os.write(ours, f"/image {images[0]}\n".encode())
     read_until("[1 image] > ")
     os.write(ours, f"{PROMPT}\n".encode())
     read_until(predictor(images[0], PROMPT))
-    read_until("\n> ")
+    read_until("> ")
     os.write(ours, b"\x04")
     assert process.wait(timeout=60) == 0
     os.close(ours)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ from flamingo_ft.inference.predictor import Predictor
 
 from .conftest import PROMPT
 
-LENGTH = {"max_new_tokens": 6}
+LENGTH, ROOT = {"max_new_tokens": 6}, Path("/")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def rows(folders):
 
 def test_every_row_is_answered_in_order(adapter, predictor, rows, tmp_path):
     data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "new" / "answers.jsonl"
-    summary = generate_file(adapter, data, out, batch_size=2, **LENGTH)
+    summary = generate_file(adapter, data, out, image_root=ROOT, batch_size=2, **LENGTH)
     assert (summary.answered, summary.skipped) == (21, 0)
     expected = predictor.batch([(row["image"], row["question"]) for row in rows])
     assert read(out) == [
@@ -78,7 +79,7 @@ def test_every_row_is_answered_in_order(adapter, predictor, rows, tmp_path):
 def test_a_killed_run_continues_to_the_same_file(adapter, rows, tmp_path, monkeypatch, suffix, options):
     data, whole, out = write(tmp_path / "rows.jsonl", rows), tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     options = {"batch_size": 2, **LENGTH, **options}
-    generate_file(adapter, data, whole, **options)
+    generate_file(adapter, data, whole, image_root=ROOT, **options)
     write_rows, windows = AnswersFile.write, []
 
     def killed(self, records):
@@ -92,18 +93,18 @@ def test_a_killed_run_continues_to_the_same_file(adapter, rows, tmp_path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(AnswersFile, "write", killed)
         with pytest.raises(KeyboardInterrupt):
-            generate_file(adapter, data, out, **options)
+            generate_file(adapter, data, out, image_root=ROOT, **options)
     assert out.read_bytes().endswith(b"half a li")
     with pytest.raises(
         UserError, match="b.* exists; pass --resume to continue it, or --overwrite to replace"
     ):
-        generate_file(adapter, data, out, **options)
+        generate_file(adapter, data, out, image_root=ROOT, **options)
     with pytest.raises(UserError, match="was begun with num_beams 1, got 2; use the same, or pass --overw"):
-        generate_file(adapter, data, out, resume=True, **LENGTH, batch_size=2, num_beams=2)
+        generate_file(adapter, data, out, image_root=ROOT, resume=True, **LENGTH, batch_size=2, num_beams=2)
     lines = []
-    generate_file(adapter, data, out, resume=True, log=lines.append, **options)
+    generate_file(adapter, data, out, image_root=ROOT, resume=True, log=lines.append, **options)
     assert out.read_bytes() == whole.read_bytes() and lines == [f"21 rows in {out}"]
-    generate_file(adapter, data, out, resume=True, log=lines.append, **options)
+    generate_file(adapter, data, out, image_root=ROOT, resume=True, log=lines.append, **options)
     assert lines[1:] == [f"{out} is complete"] and out.read_bytes() == whole.read_bytes()
 
 
@@ -111,7 +112,7 @@ def test_a_csv_has_a_row_for_each_with_its_images(adapter, folders, tmp_path):
     images = [str(path) for path in folders[1]]
     rows = [{"messages": [{"role": "user", "content": "<image> or\n<image>?"}], "images": images}]
     out = tmp_path / "answers.csv"
-    generate_file(adapter, write(tmp_path / "rows.jsonl", rows), out, **LENGTH)
+    generate_file(adapter, write(tmp_path / "rows.jsonl", rows), out, image_root=ROOT, **LENGTH)
     (row,) = csv.DictReader(out.open(newline=""))
     assert row["images"].split("\n") == images and row["prompt"] == "<image> or\n<image>?"
     assert row["answer"] and row["reference"] == row["error"] == ""
@@ -141,11 +142,11 @@ def test_the_last_turn_of_a_dialogue_and_the_end_of_a_document_are_answered(adap
     ]
     image, out = str(folders[1][0]), tmp_path / "answers.jsonl"
     data = write(tmp_path / "a.jsonl", [{"messages": dialogue, "images": [image]}])
-    generate_file(adapter, data, out, **LENGTH)
+    generate_file(adapter, data, out, image_root=ROOT, **LENGTH)
     (row,) = read(out)
     assert (row["prompt"], row["reference"], row["images"]) == ("And now?", "Two.", [image])
     data = write(tmp_path / "b.jsonl", [{"image": image, "caption": "A seven."}])
-    generate_file(adapter, data, out, overwrite=True, **LENGTH)
+    generate_file(adapter, data, out, image_root=ROOT, overwrite=True, **LENGTH)
     (row,) = read(out)
     assert (row["prompt"], row["reference"]) == ("<image>", "A seven.")
 
@@ -161,8 +162,10 @@ def test_bad_rows_are_named_and_on_request_skipped(adapter, folders, tmp_path):
     ]
     data = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(UserError, match=r"row 1: .*missing.png.*; or pass --skip-bad"):
-        generate_file(adapter, data, out, **LENGTH)
-    summary = generate_file(adapter, data, out, resume=True, skip_bad=True, log=lines.append, **LENGTH)
+        generate_file(adapter, data, out, image_root=ROOT, **LENGTH)
+    summary = generate_file(
+        adapter, data, out, image_root=ROOT, resume=True, skip_bad=True, log=lines.append, **LENGTH
+    )
     assert (summary.answered, summary.skipped) == (2, 3) and lines == [f"5 rows in {out}, 3 skipped"]
     errors = [row.get("error", "") for row in read(out)]
     assert [bool(error) for error in errors] == [False, True, True, True, False]
@@ -174,7 +177,7 @@ def test_bad_rows_are_named_and_on_request_skipped(adapter, folders, tmp_path):
     [
         (["--data", "{data}"], "--out: missing; name the file to write the answers to"),
         (["--data", "{data}", "--out", "a.txt"], "--out: must end in .jsonl or .csv, got a.txt; rename it"),
-        (["--data", "{data}", "--out", "a.csv", "--prompt", "Which?"],
+        (["--data", "{data}", "--out", "a.csv", "--prompt", "Who?"],
          "--prompt: the rows of {data} ask their own questions; remove it"),
         (["--data", "{data}", "--out", "a.csv", "--image", "{data}"],
          "--image: not used with --data, whose rows have their own; remove it"),
