@@ -175,6 +175,8 @@ def chat(
 def _generate_one(
     adapter: str, images: list[Path], prompt: str | None, quantization: str | None, options: dict[str, Any]
 ) -> None:
+    if prompt is None and not images:
+        raise UserError("--prompt: missing; ask something, or name an --image to caption")
     from flamingo_ft.inference.answer import answer
 
     typer.echo(answer(adapter, images, prompt, quantization=quantization, **_varied(options)))

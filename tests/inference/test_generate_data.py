@@ -184,7 +184,7 @@ def test_bad_rows_are_named_and_on_request_skipped(adapter, folders, tmp_path):
         (["--prompt", "Which?", "--out", "a.csv"], "--out: only used with --data; remove it"),
         (["--prompt", "Which?", "--temperature", "-1"],
          "temperature: must be 0, or at least 0.001, got -1; correct it"),
-        ([], "prompt: got neither a text nor an image; give at least one of them"),
+        ([], "--prompt: missing; ask something, or name an --image to caption"),
         (["--data", "{empty}", "--out", "a.csv"], "no rows"),
     ],
 )  # fmt: skip
