@@ -3,6 +3,7 @@
     predictor = Predictor.from_pretrained("runs/quickstart")
     predictor("photo.png", "What is this?")
     predictor.batch([("a.png", "What is this?"), (["a.png", "b.png"], "Is <image> larger than <image>?")])
+    predictor.look("photo.png", "What is this?").figure()
 
 Commands, notebooks, evaluation and training all ask through it. Answers are greedy.
 """
@@ -10,7 +11,8 @@ Commands, notebooks, evaluation and training all ask through it. Answers are gre
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -33,6 +35,8 @@ from flamingo_ft.formatting import plural
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 from flamingo_ft.model.images import UnreadableImage, to_rgb
+
+from .look import Look, look_at
 
 BATCH_SIZE = 8
 FORMATS = ("none", "int8", "nf4", "fp4")
@@ -110,6 +114,18 @@ class Predictor:
         prompts = [make_prompt(images, prompt) for images, prompt in requests]
         return self.answer(prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
 
+    def look(self, images: Any, prompt: str, *, max_new_tokens: int | None = None) -> Look:
+        """Answer a prompt as `__call__` does, and show where in the images each token of the answer looks.
+
+        Raises UserError as `__call__` does, and for a prompt without images.
+        """
+        question = make_prompt(images, prompt)
+        with self.evaluation_mode(), torch.no_grad():
+            inputs = self._inputs([question])
+            (answer_ids,) = self._generate_ids(inputs, max_new_tokens or self.max_new_tokens)
+            (answer,) = self._texts([answer_ids])
+            return look_at(self.model, self.processor, inputs, answer_ids, answer)
+
     def answer(
         self,
         prompts: Sequence[Prompt],
@@ -126,18 +142,24 @@ class Predictor:
         batch_size, max_new_tokens = batch_size or self.batch_size, max_new_tokens or self.max_new_tokens
         answers, sizes = [""] * len(prompts), [(len(p.images), len(str(p.messages))) for p in prompts]
         order = sorted(range(len(prompts)), key=sizes.__getitem__)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with self.evaluation_mode():
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
                 generated = self._generate([prompts[index] for index in indices], max_new_tokens)
                 for index, text in zip(indices, generated, strict=True):
                     answers[index] = text
                 on_batch(len(indices))
+        return answers
+
+    @contextmanager
+    def evaluation_mode(self) -> Generator[None]:
+        """Put the model into evaluation mode inside the context, and back afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
         finally:
             self.model.train(was_training)
-        return answers
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the token ids of each prompt. Raise UserError for a prompt that leaves no room to answer."""
@@ -153,21 +175,31 @@ class Predictor:
     @torch.no_grad()
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """Generate answers to one batch greedily, no longer than the context has room for."""
-        model, tokenizer = self.model, self.processor.tokenizer
-        encoded = self.encode(prompts)
-        batch: dict[str, Any] = pad_ids(encoded, tokenizer.pad_token_id, "left")
-        batch |= stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
+        return self._texts(self._generate_ids(self._inputs(prompts), max_new_tokens))
+
+    def _inputs(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Return one batch of prompts, padded on the left, and their media as the model's inputs."""
+        text = pad_ids(self.encode(prompts), self.processor.tokenizer.pad_token_id, "left")
+        media = stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
+        return {name: tensor.to(self.model.device) for name, tensor in (text | media).items()}
+
+    def _generate_ids(self, inputs: dict[str, Any], max_new_tokens: int) -> list[list[int]]:
+        """Return the tokens of the answers, up to their end tokens."""
+        model, length = self.model, inputs["input_ids"].shape[1]
         end_tokens = end_token_ids(model, self.processor)
         output = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in batch.items()},
-            max_new_tokens=min(max_new_tokens, context_length(model.config) - max(map(len, encoded))),
+            **inputs,
+            max_new_tokens=min(max_new_tokens, context_length(model.config) - length),
             eos_token_id=end_tokens or None,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
             do_sample=False,
         )
-        rows = output[:, batch["input_ids"].shape[1] :].tolist()
-        answers = [list(takewhile(lambda token: token not in end_tokens, row)) for row in rows]
-        return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        rows = output[:, length:].tolist()
+        return [list(takewhile(lambda token: token not in end_tokens, row)) for row in rows]
+
+    def _texts(self, answers: Sequence[list[int]]) -> list[str]:
+        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
     def _pixels(self, image: Any, where: str) -> Tensor:
         """Read an image or video as pixels (F frames, C, H, W)."""
