@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,15 +62,19 @@ class MediaInputs:
         frame_counts (B, M) is there if videos differ in length; {} for prompts without images. Raises
         UserError as `load` does.
         """
-        rows = [self.load(prompt) for prompt in prompts]
         if not self._cache_bytes:
-            return stack_media([[cast(Tensor, medium.pixels) for medium in row] for row in rows])
+            return self.pixels_of(prompts)
+        rows = [self.load(prompt) for prompt in prompts]
         tokens = self._tokens_of([medium for row in rows for medium in row])
         inputs = stack_media([[tokens[medium.key] for medium in row] for row in rows])
         if not inputs:
             return {}
         stacked = inputs.pop("pixel_values")
         return {"vision_tokens": stacked[:, :, None] if stacked.dim() == 4 else stacked, **inputs}
+
+    def pixels_of(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Return `of` without the cache: always pixel_values."""
+        return stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
 
     def load(self, prompt: Prompt) -> list[LoadedMedium]:
         """Read the images of a prompt; those that are read already, or whose tokens are kept, are not again.
@@ -126,6 +130,8 @@ class MediaInputs:
 
     def _pixels(self, image: Any, where: str) -> Tensor:
         """Read an image or video as pixels (F, C, H, W)."""
+        if isinstance(image, LoadedMedium) and image.pixels is not None:
+            return image.pixels
         if isinstance(image, FILES):
             medium: Any = image
             return load_pixels(self._processor, medium, where)

@@ -5,6 +5,7 @@
     predictor.batch([("a.png", "What is this?"), (["a.png", "b.png"], "Is <image> larger than <image>?")])
     for piece in predictor.stream("photo.png", "What is this?", temperature=0.7):
         print(piece, end="")
+    predictor.look("photo.png", "What is this?").figure()
 
 Commands, notebooks, evaluation and training all ask through it. Answers are greedy unless `Decoding` says
 otherwise.
@@ -32,6 +33,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .decoding import Decoding
+from .look import Look, look_at
 from .media_inputs import MediaInputs
 from .prompts import Prompt, make_prompt
 from .ranking import check_labels, score_answers
@@ -110,6 +112,24 @@ class Predictor:
         """
         return self.stream_answer(make_prompt(images, prompt), **options)
 
+    def look(self, images: Any, prompt: str | None = None, **options: Any) -> Look:
+        """Answer a prompt as `__call__` does, and show where in the images each token of the answer looks.
+
+        Raises UserError as `__call__` does, and for a prompt without images.
+        """
+        return self.look_at(make_prompt(images, prompt), **options)
+
+    def look_at(self, prompt: Prompt, **options: Any) -> Look:
+        """Answer a dialogue and show where its last answer looks; see `look`."""
+        decoding, encoded = self.decoding.updated(**options), self.encode([prompt])
+        media = self.media.pixels_of([prompt])
+        with self.evaluation_mode(), seeded(decoding):
+            (answer_ids,) = self._generate(encoded, media, decoding)
+            (answer,) = self._texts([answer_ids], decoding)
+            inputs = {"input_ids": torch.tensor(encoded), **media}
+            on_device = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+            return look_at(self.model, self.processor, on_device, answer_ids, answer)
+
     def answer(
         self,
         prompts: Sequence[Prompt],
@@ -138,9 +158,9 @@ class Predictor:
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].images), len(encoded[i])))
         with self.evaluation_mode(), seeded(decoding):
             for indices in self._grouped(order, encoded, batch_size or self.batch_size, decoding):
-                chosen = [prompts[index] for index in indices]
-                texts = self._generate(chosen, [encoded[index] for index in indices], decoding)
-                yield dict(zip(indices, texts, strict=True))
+                media = self.media.of([prompts[index] for index in indices])
+                answers = self._generate([encoded[index] for index in indices], media, decoding)
+                yield dict(zip(indices, self._texts(answers, decoding), strict=True))
 
     def rank(
         self,
@@ -258,16 +278,19 @@ class Predictor:
 
     @torch.no_grad()
     def _generate(
-        self, prompts: Sequence[Prompt], encoded: Sequence[list[int]], decoding: Decoding
-    ) -> list[str]:
-        """Return the answers to one batch."""
+        self, encoded: Sequence[list[int]], media: dict[str, Tensor], decoding: Decoding
+    ) -> list[list[int]]:
+        """Return the tokens of the answers to one batch, up to their end tokens."""
         tokenizer, length = self.processor.tokenizer, max(map(len, encoded))
         criteria = [StopAtText(tokenizer, length, decoding.stop_strings)] if decoding.stop_strings else []
-        output = self.generate(encoded, self.media.of(prompts), decoding, *criteria)
+        output = self.generate(encoded, media, decoding, *criteria)
         end_tokens = end_token_ids(self.model, self.processor)
         rows = output[:, length:].tolist()
-        answers = [list(takewhile(lambda token: token not in end_tokens, row)) for row in rows]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [list(takewhile(lambda token: token not in end_tokens, row)) for row in rows]
+
+    def _texts(self, answers: Sequence[list[int]], decoding: Decoding) -> list[str]:
+        """Return the text of answers, cut before the first stop string."""
+        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [cut_at_stop(text, decoding.stop_strings).strip() for text in texts]
 
 
