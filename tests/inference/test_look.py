@@ -103,7 +103,7 @@ def test_a_prompt_without_images_is_refused(predictor):
 
 
 def test_an_answer_that_ends_at_once_has_no_tokens(predictor, files, monkeypatch):
-    monkeypatch.setattr(Predictor, "_generate_ids", lambda *_: [[]])
+    monkeypatch.setattr(Predictor, "_generate", lambda *_: [[]])
     look = predictor.look(files[0], PROMPT)
     assert look.answer == "" and look.tokens == [] and look.weights.shape[1] == 0
     assert len(shown(look.figure())) == 1
