@@ -1,4 +1,4 @@
-"""Commands that ask a model many questions: `eval` and `serve`."""
+"""Commands that judge a model or open it to others: `eval`, `serve` and `demo`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from flamingo_ft.cli.arguments import Adapter
+from flamingo_ft.cli.arguments import Adapter, AnswerQuantization, MaxNewTokens
 
 
 def evaluate(
@@ -64,3 +64,19 @@ def serve(
     server.serve(
         model, host, port, allowed_media=allowed_media, image_urls=image_urls, max_body_mib=max_body_mib
     )
+
+
+def demo(
+    model: Adapter,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 7860,
+    share: Annotated[
+        bool, typer.Option("--share", help="Let Gradio make a link that anyone on the internet can open.")
+    ] = False,
+    quantization: AnswerQuantization = None,
+    max_new_tokens: MaxNewTokens = 256,
+) -> None:
+    """Show a web page to try a model: images, streamed answers, where it looks, the adapter on and off."""
+    from flamingo_ft.inference import demo
+
+    demo.demo(model, host, port, share=share, quantization=quantization, max_new_tokens=max_new_tokens)
