@@ -10,6 +10,7 @@ from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 ROLES = ("system", "user", "assistant")
 DOCUMENT = "document"  # the role of text that the model continues instead of answering; alone in its sample
+CHUNK = "chunk"  # the role of all messages of a few-shot prompt: each ends with a chunk's end but the last
 UNNAMED_TASK = "other"
 
 Image = str | bytes  # a path, a URL, or an image file's content
