@@ -22,5 +22,5 @@ def check_images(examples: Iterable[Example]) -> None:
         verb = "is" if len(missing) == 1 else "are"
         raise UserError(
             f"{paths[missing[0]]}: no image {missing[0]}; {len(missing):,} of {plural(len(paths), 'image')} "
-            f"{verb} missing, unpack them there"
+            f"{verb} missing, unpack the published images there"
         )

@@ -2,7 +2,9 @@
 
 ``dataset_coco.json`` and ``dataset_flickr30k.json`` are ``{"images": [...]}``, each image with ``filename``,
 ``split`` (train, restval, val or test) and ``sentences``, a list of ``{"raw": caption, ...}``; an image of
-COCO has ``filepath``, its folder, too. Source: https://cs.stanford.edu/people/karpathy/deepimagesent/
+COCO has ``filepath``, its folder, too. Demonstrations give an image's first caption; as in OpenFlamingo's
+evaluation, they come from ``train`` without ``restval``.
+Source: https://cs.stanford.edu/people/karpathy/deepimagesent/
 """
 
 from __future__ import annotations

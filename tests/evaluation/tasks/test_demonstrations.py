@@ -13,6 +13,7 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.tasks import (
     Example,
     count_demonstrations,
+    demonstrations,
     draw_demonstrations,
     draw_eval_rows,
     nearest_demonstrations,
@@ -94,8 +95,6 @@ def test_lengths_of_features_do_not_matter_and_the_first_of_equals_is_the_neares
 
 
 def test_many_queries_are_answered_in_parts_that_change_nothing(monkeypatch):
-    from flamingo_ft.evaluation.tasks import demonstrations
-
     rng = np.random.default_rng(0)
     queries, candidates = rng.normal(size=(7, 4)), rng.normal(size=(9, 4))
     whole = nearest_demonstrations(queries, candidates, 3)

@@ -159,11 +159,9 @@ def test_a_wrong_line_is_named_with_its_file_and_row(name, file, line, expected,
 @pytest.mark.parametrize("name", ["coco", "vqav2", "textvqa"])
 def test_a_list_in_place_of_the_published_object_is_refused(name, copied):
     root = copied(name)
-    task = TASKS[name]
     for path in root.rglob("*.json"):
         path.write_text("[]")
     assert "expected an object, got a list" in refusal(name, root)
-    assert task.source
 
 
 def test_text_that_is_not_json_is_refused(copied):
@@ -220,12 +218,12 @@ def test_missing_images_are_counted_and_the_first_is_named(copied):
     (root / "val2014/COCO_val2014_000000310196.jpg").unlink()
     assert refusal("pope", root) == (
         "coco_pope_random.json: row 0: no image val2014/COCO_val2014_000000310196.jpg; "
-        "1 of 1 image is missing, unpack them there"
+        "1 of 1 image is missing, unpack the published images there"
     )
     root = copied("mme")
     for path in root.rglob("*.jpg"):
         path.unlink()
-    assert refusal("mme", root).endswith("; 13 of 14 images are missing, unpack them there")
+    assert refusal("mme", root).endswith("; 13 of 14 images are missing, unpack the published images there")
 
 
 def test_two_files_of_a_name_are_refused_because_either_could_be_meant(copied):
