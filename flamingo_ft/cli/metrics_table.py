@@ -63,13 +63,16 @@ def _evaluation_table(scores: ScoreTable) -> Table:
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines below the table: scores by class, tasks with free text, and the verdict."""
+    """Yield the lines below the tables: scores by class, what a score leaves open, and the verdict."""
     metrics = metrics_in(evaluation)
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MAX_CLASSES:
             scores = (f"{label!r} {_class_text(scores, metrics)}" for label, scores in classes.items())
             yield f"{name}: {', '.join(scores)}"
+    for name, metric in METRICS.items():
+        if name in evaluation and evaluation[name] is None:
+            yield f"{metric.label}: not defined on these answers"
     free_text = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
     if free_text and ACCURACY.name in evaluation:
         yield (

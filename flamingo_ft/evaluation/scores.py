@@ -32,13 +32,11 @@ class Scores:
     ) -> Scores:
         """Measure the answers by each metric. baselines: answers without scores of labels."""
         everything = {**answers, **baselines}
-        statistics = {
-            metric.name: {
-                name: metric.measure(questions, predictions)
-                for name, predictions in (answers if metric.ranked else everything).items()
-            }
-            for metric in metrics
-        }
+        statistics: dict[str, dict[str, np.ndarray]] = {metric.name: {} for metric in metrics}
+        for condition, predictions in everything.items():  # the metrics share its tokens
+            for metric in metrics:
+                if condition in answers or not metric.ranked:
+                    statistics[metric.name][condition] = metric.measure(questions, predictions)
         return cls(questions, everything, statistics)
 
     def value(self, metric: Metric, condition: str, indices: Sequence[int] | None = None) -> float | None:

@@ -82,11 +82,15 @@ class PtbTokenizer:
         return _ptb_tokens(_tools_for(self.name), tuple(texts))
 
 
-@lru_cache(maxsize=8)  # several metrics ask for the tokens of the same answers
+@lru_cache(maxsize=2)  # several metrics ask for the tokens of the same answers
 def _ptb_tokens(tools: JavaTools, texts: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     options = ["-cp", str(tools.tokenizer), TOKENIZER_CLASS, "-preserveLines", "-lowerCase"]
     lines = tools.run(options, [one_line(text) for text in texts])
-    return tuple(tuple(token for token in line.split() if token not in tools.punctuation) for line in lines)
+    shared: dict[str, str] = {}  # a word is in memory once
+    return tuple(
+        tuple(shared.setdefault(token, token) for token in line.split() if token not in tools.punctuation)
+        for line in lines
+    )
 
 
 def meteor_counts(predictions: Sequence[str], references: References) -> np.ndarray:

@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from flamingo_ft.cli.metrics_table import evaluation_tables
+from flamingo_ft.config import EvalSection
+from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import METRICS, java
 from flamingo_ft.evaluation.metrics.bleu import bleu, bleu_counts
@@ -21,6 +25,10 @@ from flamingo_ft.evaluation.metrics.metric import per_pair
 from flamingo_ft.evaluation.metrics.rouge import rouge_l
 from flamingo_ft.evaluation.metrics.sequences import edit_distance, lcs_length
 from flamingo_ft.evaluation.metrics.tokens import plain_tokens
+from flamingo_ft.evaluation.questions import Question
+from flamingo_ft.evaluation.results import AFTER, Results, card_tables
+from flamingo_ft.evaluation.select_metrics import select_metrics
+from flamingo_ft.training.monitoring import _evaluation_parts
 from tests.golden.caption_cases import caption_cases
 from tests.golden.record_captions import FILE, official_scores
 
@@ -124,6 +132,27 @@ def test_metrics_with_plain_tokens_say_so_wherever_they_are_shown():
         metric, official = METRICS[name], METRICS[f"{name}_ptb"]
         assert NOT_OFFICIAL in metric.label and NOT_OFFICIAL in metric.title and NOT_OFFICIAL in metric.axis
         assert NOT_OFFICIAL not in official.label and official.label in metric.label
+
+
+def test_captions_are_scored_and_labelled_in_tables_card_and_log_without_being_asked_for():
+    captions = ["A bird sits on a branch.", "Two dogs run over the grass."]
+    questions = [
+        Question([{"role": DOCUMENT, "content": [{"type": "image"}]}], ["a.png"], answer=text)
+        for text in captions
+    ]
+    selected = select_metrics(EvalSection(), questions)
+    record = Results(questions, {AFTER: captions[:1] * 2}, selected).summary()
+    console = Console(width=200, record=True)
+    for table in evaluation_tables(record):
+        console.print(table)
+    tables, cards = console.export_text(), card_tables(record)
+    for label in ("CIDEr-D (not the official tokenisation)", "ROUGE-L (not the official tokenisation)"):
+        assert f"{label} on held-out samples" in tables
+        assert any(
+            card.title == f"{label} on held-out samples" and card.description == label for card in cards
+        )
+        logged = _evaluation_parts({"eval_rouge_l": 0.5, "eval_cider_d": 1.2}, selected)
+        assert any(part.startswith(label) for part in logged)
 
 
 def test_case_and_punctuation_do_not_count_with_plain_tokens():

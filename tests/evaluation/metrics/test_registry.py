@@ -26,7 +26,7 @@ from flamingo_ft.evaluation.metrics import (
     register_metric,
 )
 from flamingo_ft.evaluation.questions import Question
-from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results, score_tables
 from flamingo_ft.report import page, write_report
 from flamingo_ft.report.run_folder import read_log
 from tests import regimes
@@ -191,3 +191,11 @@ def test_a_class_line_names_each_metric_and_leaves_out_what_was_not_measured(met
     assert line == (
         "parity: 'Even.' accuracy 95.0 % / length error 3 characters of 1,900, 'Odd.' 97.0 % of 170"
     )
+
+
+def test_a_metric_that_is_not_defined_on_the_answers_is_reported_as_such():
+    questions = [question("t", answer) for answer in ("red", "blue")]
+    record = Results(questions, {AFTER: ["red", "red"]}, [ACCURACY, METRICS["f1"]]).summary()
+    assert record["f1"] is None and record["per_task"]["t"]["f1"] is None
+    assert [table.metric.name for table in score_tables(record)] == ["accuracy"]
+    assert "F1: not defined on these answers" in evaluation_lines(record)
