@@ -28,13 +28,22 @@ def evaluate(
             dir_okay=False,
         ),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="One more metric: a name of eval.metrics, or your own as FILE.py:function; repeat it for "
+            "several.",
+        ),
+    ] = None,
 ) -> None:
     """Evaluate a run's adapter, a converted adapter or a merged model on held-out samples."""
     from flamingo_ft.cli.metrics_table import print_metrics
     from flamingo_ft.cli.output import log
     from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
-    print_metrics(evaluate_adapter(adapter, None if data is None else str(data), overrides or (), log))
+    file = None if data is None else str(data)
+    print_metrics(evaluate_adapter(adapter, file, overrides or (), log, metric or ()))
 
 
 def serve(

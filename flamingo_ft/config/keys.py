@@ -143,7 +143,7 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         return f"list of {_type_text(schema['items'])}"
     if kind == "object":
         return "mapping of text to text"
-    names = {"boolean": "true | false", "string": "path" if schema.get("format") == "path" else "text"}
+    names = {"boolean": "true | false", "string": schema.get("format", "text")}
     bounds = [f"{sign} {schema[bound]:g}" for bound, sign in _BOUNDS.items() if bound in schema]
     return " ".join([names.get(kind, kind), " and ".join(bounds)]).strip()
 

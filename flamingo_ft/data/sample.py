@@ -40,6 +40,8 @@ class Sample:
         where: file and row, for error messages.
         rejected: in a preference pair, the messages of the worse answer (the better one ends ``messages``).
         unread: columns of text in the row, and keys of its messages, that its schema does not read.
+        other_answers: reference answers of evaluation beside the one in ``messages``, which alone is trained
+            on; an answer that several people gave is there several times.
     """
 
     messages: list[dict[str, Any]]
@@ -48,6 +50,7 @@ class Sample:
     where: str
     rejected: list[dict[str, Any]] | None = None
     unread: tuple[str, ...] = ()
+    other_answers: tuple[str, ...] = ()
 
 
 def text_message(role: str, text: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
+from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
@@ -18,6 +19,7 @@ from flamingo_ft.progress import progress_bars
 
 from .questions import questions_of
 from .results import AFTER, Results
+from .select_metrics import select_metrics
 
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
 _NO_TRAINING_DATA = 'data.train=[{"hub": "none/none"}]'  # it is not read, so it need not exist here
@@ -28,6 +30,7 @@ _USED_KEYS = (
     "eval.batch_size",
     "eval.max_new_tokens",
     "eval.max_samples",
+    "eval.metrics",
 )
 
 
@@ -36,16 +39,19 @@ def evaluate_adapter(
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
     report: Callable[[str], None] = lambda line: None,
+    metrics: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Score an adapter or a merged model on held-out samples, by every registered metric.
+    """Score an adapter or a merged model on held-out samples, by the metrics of its recipe.
 
     data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the
     recipe's ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called
-    with a line for each skipped sample.
+    with a line for each skipped sample. metrics: names of more metrics, or users' functions
+    (``FILE.py:function``, relative to the current directory).
 
-    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, and if
-    there are no held-out samples.
+    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, for metrics
+    that cannot be computed, and if there are no held-out samples.
     """
+    more = [parse_metric(name) for name in metrics]
     folder = fetch_model(adapter)
     recipe = recipe_for_evaluation(adapter, folder, data, overrides)
     opened = open_data(recipe.data, recipe.train.seed)
@@ -54,8 +60,9 @@ def evaluate_adapter(
         report(f"skipped: {reason}")
     if not samples:
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")
-    predictor = Predictor.from_pretrained(folder)
     questions = questions_of(samples)
+    selected = select_metrics(recipe.eval, questions, more)
+    predictor = Predictor.from_pretrained(folder)
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("evaluating", total=len(questions), note="")
         answers = predictor.answer(
@@ -64,7 +71,7 @@ def evaluate_adapter(
             max_new_tokens=recipe.eval.max_new_tokens,
             on_batch=partial(progress.advance, bar),
         )
-    return {"eval": Results(questions, {AFTER: answers}).summary()}
+    return {"eval": Results(questions, {AFTER: answers}, selected).summary()}
 
 
 def recipe_for_evaluation(
@@ -81,6 +88,8 @@ def recipe_for_evaluation(
         file = _NO_RECIPE
         _check_model(adapter, folder, has_samples=data is not None or any(map(_sets_samples, overrides)))
     values = [*(() if data is None else _data_overrides(data)), *overrides]
+    if any(parse_override(override).location == ("eval", "metrics") for override in overrides):
+        values.append("eval.metric=loss")  # otherwise the metric that selected would be computed as well
     if load_recipe(file, values, require=()).data.eval_fraction is not None:
         return load_recipe(file, values, require=("data",))
     recipe = load_recipe(file, [_NO_TRAINING_DATA, *values], require=("data",))

@@ -1,4 +1,4 @@
-"""Held-out samples as questions with one reference answer each, and how long those answers are."""
+"""Held-out samples as questions with their reference answers, and how long those answers are."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from flamingo_ft.model import FlamingoProcessor
 
 @dataclass(frozen=True)
 class Question(Prompt):
-    """A dialogue up to where the assistant answers, with the images so far and the reference answer.
+    """A dialogue up to where the assistant answers, with the images so far and the reference answers.
 
-    sample: index of the sample that it comes from.
+    answer: the reference answer that is trained on. sample: index of the sample that it comes from.
+    other_answers: further reference answers.
     """
 
     answer: str = ""
     task: str = ""
     sample: int = 0
+    other_answers: tuple[str, ...] = ()
 
     @property
     def references(self) -> tuple[str, ...]:
-        """All answers that count as correct."""
-        return (self.answer,)
+        """All answers that count as correct, the one that is trained on first."""
+        return (self.answer, *self.other_answers)
 
 
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
@@ -47,6 +49,7 @@ def questions_of(samples: Sequence[Sample]) -> list[Question]:
 
 
 def _questions(sample: Sample, index: int) -> Iterator[Question]:
+    """Yield the questions of a sample. A sample with several reference answers has one question."""
     first = answer_start(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
@@ -60,7 +63,10 @@ def _questions(sample: Sample, index: int) -> Iterator[Question]:
 
 def _question(sample: Sample, index: int, before: list[dict[str, Any]], answer: str) -> Question:
     mentioned = sum(block["type"] == "image" for message in before for block in message["content"])
-    return Question(before, sample.images[:mentioned], sample.where, answer, sample.task, index)
+    others = sample.other_answers
+    if before[-1]["role"] == DOCUMENT:
+        others = tuple(other.strip() for other in others)
+    return Question(before, sample.images[:mentioned], sample.where, answer, sample.task, index, others)
 
 
 def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
