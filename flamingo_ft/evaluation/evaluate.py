@@ -40,13 +40,15 @@ def evaluate_adapter(
     overrides: Sequence[str] = (),
     report: Callable[[str], None] = lambda line: None,
     metrics: Sequence[str] = (),
+    *,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Score an adapter or a merged model on held-out samples, by the metrics of its recipe.
 
     data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the
     recipe's ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called
     with a line for each skipped sample. metrics: names of more metrics, or users' functions
-    (``FILE.py:function``, relative to the current directory).
+    (``FILE.py:function``, relative to the current directory). quantization: see `Predictor.from_pretrained`.
 
     Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, for metrics
     that cannot be computed, and if there are no held-out samples.
@@ -62,7 +64,7 @@ def evaluate_adapter(
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")
     questions = questions_of(samples)
     selected = select_metrics(recipe.eval, questions, more)
-    predictor = Predictor.from_pretrained(folder)
+    predictor = Predictor.from_pretrained(folder, quantization=quantization)
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("evaluating", total=len(questions), note="")
         answers = predictor.answer(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.data import Sample, encode
@@ -69,7 +69,19 @@ def _question(sample: Sample, index: int, before: list[dict[str, Any]], answer: 
     return Question(before, sample.images[:mentioned], sample.where, answer, sample.task, index, others)
 
 
-def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+class HasImages(Protocol):
+    """A dataclass with ``images``: a `Sample`, or an example of a task."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def images(self) -> Sequence[Medium]: ...
+
+
+Shown = TypeVar("Shown", bound=HasImages)
+
+
+def with_other_images(samples: Sequence[Shown], seed: int = 0) -> list[Shown]:
     """Return every sample with the images of another sample that has as many.
 
     If possible, none of the images is the sample's own; otherwise at least one differs. A sample keeps its
@@ -88,7 +100,7 @@ def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     return [replace(sample, images=images[index]) for index, sample in enumerate(samples)]
 
 
-def _other_images(choices: Sequence[list[Medium]], position: int) -> list[Medium]:
+def _other_images(choices: Sequence[Sequence[Medium]], position: int) -> Sequence[Medium]:
     """Return the next choice that shares no image with the one at ``position``, or the next that differs."""
     own = choices[position]
     differing = None

@@ -168,24 +168,29 @@ class Predictor:
         labels: Sequence[str],
         *,
         with_end: bool = True,
+        per_token: bool = False,
+        batch_size: int | None = None,
         on_batch: Callable[[int], None] = lambda count: None,
     ) -> Tensor:
         """Return the log-likelihood (prompts, labels) of each label as the answer, in nats, on the CPU.
 
         with_end: include the token that ends the answer; without it, a label is never less likely than one
-        that continues it. on_batch: called with the size of each finished batch. Raises UserError for labels
-        that are missing, blank or repeated, and as `answer` does.
+        that continues it. per_token: divide by the label's number of tokens. on_batch: called with the size
+        of each finished batch. Raises UserError for labels that are missing, blank or repeated, and as
+        `answer` does.
         """
         check_labels(labels)
         encoded, scores = self.encode(prompts), torch.empty(len(prompts), len(labels))
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
         with self.evaluation_mode():
             for _, alike in groupby(order, key=lambda index: len(encoded[index])):  # they need no padding
-                for indices in _batches(list(alike), self.batch_size):
+                for indices in _batches(list(alike), batch_size or self.batch_size):
                     chosen = [prompts[index] for index in indices]
                     answers = self._label_tokens(chosen[0], labels, with_end)
                     ids, media = [encoded[index] for index in indices], self.media.of(chosen)
                     scores[indices] = score_answers(self.model, ids, media, answers)
+                    if per_token:
+                        scores[indices] /= torch.tensor([len(answer) for answer in answers])
                     on_batch(len(indices))
         return scores
 
