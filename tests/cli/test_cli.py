@@ -144,7 +144,7 @@ def test_help_names_every_verb():
         (["tarin"], "No such command 'tarin'"),
         (
             ["eval", "run", "--data", "gone.jsonl"],
-            "file 'gone.jsonl' does not exist; see flamingo-ft eval --help",
+            "'gone.jsonl' does not exist; see flamingo-ft eval --help",
         ),
         (["generate", "run", "--prompt", "?", "--image", "gone.png"], "file 'gone.png' does not exist"),
         (["generate", "run"], "--prompt: missing; ask something, or name an --image to caption"),
