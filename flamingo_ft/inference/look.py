@@ -91,6 +91,7 @@ def look_at(
     """
     if "pixel_values" not in inputs:
         raise UserError("look: got a prompt without images; pass at least one")
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     pixels = inputs["pixel_values"][0]
     pixels = pixels[:, None] if pixels.dim() == 4 else pixels  # (M, F, C, H, W)
     maps = spatial_maps(model.vision_encoder, pixels.flatten(0, 1))
