@@ -33,8 +33,9 @@ class Look:
     A token is chosen at the position before it, so its weights are those of that position. They are attention
     weights averaged over the heads, through the perceiver back to the visual tokens
     (`model.attention_maps`). Those of a token and a layer sum to 1 over all media that it may attend to; the
-    others are zero: in the mode ``immediate``, all but the last image. Attention says what was read, not what
-    decided.
+    others are zero: in the mode ``immediate``, all but the last image. They say what was read, not what
+    decided the answer. The tower also mixes patches with each other, so that a patch of the background may be
+    read for what it holds of the rest.
 
     answer: the text that `Predictor.__call__` returns. tokens: the T pieces of the answer, without its end
     token. layers: the K decoder layers that follow the blocks. weights (K, T, M, F, h, w), float32; F is 1
@@ -90,6 +91,7 @@ def look_at(
     """
     if "pixel_values" not in inputs:
         raise UserError("look: got a prompt without images; pass at least one")
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     pixels = inputs["pixel_values"][0]
     pixels = pixels[:, None] if pixels.dim() == 4 else pixels  # (M, F, C, H, W)
     maps = spatial_maps(model.vision_encoder, pixels.flatten(0, 1))
