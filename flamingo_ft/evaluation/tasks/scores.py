@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.evaluation.bootstrap import bootstrap_difference, bootstrap_interval
 from flamingo_ft.evaluation.image_use import image_use
 from flamingo_ft.evaluation.metrics import Metric, find_metrics
@@ -19,7 +20,7 @@ from .task import Task
 
 def metrics_of(task: Task, more: Sequence[str] = ()) -> list[Metric]:
     """Return the metrics of a task, and ``more`` by name. Raises UserError for an unknown one."""
-    return find_metrics([*task.metrics, *more])
+    return find_metrics([*task.metrics, *map(parse_metric, more)])
 
 
 def task_record(run: TaskAnswers, metrics: Sequence[Metric]) -> dict[str, Any]:

@@ -177,7 +177,8 @@ def loaded(predictor, monkeypatch):
     monkeypatch.setattr(evaluation, "fetch_model", lambda model: model)
 
 
-def test_the_command_writes_scores_and_answers(loaded, published, tmp_path, capsys):
+def test_the_command_writes_scores_and_answers(loaded, published, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     options = [
         "--data",
         str(published["vqav2"]),
