@@ -56,14 +56,16 @@ def evaluate(
         typer.Option(help="Of a task: prompts as OpenFlamingo is evaluated with, or turns of a chat."),
     ] = "chunks",
     controls: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="Of a task: ask again with other and gray images, and with shuffled demonstrations."
+            "--controls/--no-controls",
+            help="Ask again with other and with gray images; of a task also with shuffled demonstrations. "
+            "Default: for tasks.",
         ),
-    ] = True,
+    ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Of a task: write results.json and predictions.jsonl here."),
+        typer.Option(metavar="FOLDER", help="Write scores, answers and a page to look at them here."),
     ] = None,
     quantization: AnswerQuantization = None,
 ) -> None:
@@ -72,11 +74,11 @@ def evaluate(
     if first and "=" not in first:
         _evaluate_task(
             adapter, first, rest, data, metric or (), shots or (0,), seed or (0,), demonstrations, form,
-            controls=controls, out=out, quantization=quantization,
+            controls=controls is not False, out=out, quantization=quantization,
         )  # fmt: skip
         return
     unused = {"--shots": shots, "--seed": seed, "--demonstrations": demonstrations != "random",
-              "--form": form != "chunks", "--no-controls": not controls, "--out": out}  # fmt: skip
+              "--form": form != "chunks"}  # fmt: skip
     for option, value in unused.items():
         if value:
             raise UserError(f"{option}: only used with a task, such as vqav2; name one, or remove it")
@@ -89,7 +91,10 @@ def evaluate(
             f"--data: {data} is a folder; name a file of samples, or a task whose files are in it"
         )
     file = None if data is None else str(data)
-    record = evaluate_adapter(adapter, file, settings or (), log, metric or (), quantization=quantization)
+    record = evaluate_adapter(
+        adapter, file, settings or (), log, metric or (),
+        quantization=quantization, controls=bool(controls), out=out,
+    )  # fmt: skip
     print_metrics(record)
 
 

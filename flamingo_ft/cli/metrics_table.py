@@ -11,11 +11,17 @@ from rich.table import Table
 
 from flamingo_ft.evaluation.merge_quality import MADE_UP
 from flamingo_ft.evaluation.metrics import ACCURACY, METRICS, Metric, metrics_in
-from flamingo_ft.evaluation.results import AFTER, BEFORE, MAJORITY, SHUFFLED, ScoreTable, score_tables
+from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, MAJORITY, SHUFFLED, ScoreTable, score_tables
 from flamingo_ft.formatting import percent
 
 MAX_CLASSES = 5  # of a task whose classes are listed one by one
-_COLUMNS = {MAJORITY: "majority", BEFORE: "before", AFTER: "after", SHUFFLED: "with another image"}
+_COLUMNS = {
+    MAJORITY: "majority",
+    BEFORE: "before",
+    AFTER: "after",
+    SHUFFLED: "with another image",
+    BLANK: "with a gray image",
+}
 _MERGE_MODELS = {
     "adapter": "adapter, as trained",
     "adapter_on_unquantized_base": "adapter on its unquantized base",

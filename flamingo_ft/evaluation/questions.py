@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar, Protocol, TypeVar
+
+from PIL import Image
 
 from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.data import Sample, encode
@@ -98,6 +101,18 @@ def with_other_images(samples: Sequence[Shown], seed: int = 0) -> list[Shown]:
         for position, index in enumerate(indices):
             images[index] = _other_images(choices, position)
     return [replace(sample, images=images[index]) for index, sample in enumerate(samples)]
+
+
+def with_gray_images(samples: Sequence[Shown]) -> list[Shown]:
+    """Return every sample with a gray image in place of each of its own."""
+    return [replace(sample, images=[gray_image()] * len(sample.images)) for sample in samples]
+
+
+def gray_image() -> bytes:
+    """Return a gray picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _other_images(choices: Sequence[Sequence[Medium]], position: int) -> Sequence[Medium]:

@@ -25,14 +25,16 @@ from .questions import Question
 from .reference_answers import classes_of, is_free_text, most_frequent_answer
 from .scores import Scores
 
-BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"  # conditions under which questions are asked
+# Conditions under which questions are asked.
+BEFORE, AFTER, SHUFFLED, BLANK = "before", "after", "shuffled_images", "blank_images"
 MAJORITY = "majority"  # baseline: always give the most frequent reference answer
-COLUMNS = (MAJORITY, BEFORE, AFTER, SHUFFLED)  # of score tables, in this order
+COLUMNS = (MAJORITY, BEFORE, AFTER, SHUFFLED, BLANK)  # of score tables, in this order
 COLUMN_HEADERS = {
     MAJORITY: "majority answer",
     BEFORE: "before",
     AFTER: "after",
     SHUFFLED: "with another image",
+    BLANK: "with a gray image",
 }
 PREDICTIONS_FILE = "predictions.jsonl"
 

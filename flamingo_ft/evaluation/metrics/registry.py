@@ -22,10 +22,19 @@ MERGE_METRIC = ACCURACY  # `flamingo-ft merge --accuracy-margin` replaces the me
 USER_METRICS_KEY = "user_metrics"  # lists the keys of users' metrics in a record of results
 
 # Suffixes that turn a metric's name into keys of metrics.json, merge.json and the log.
-KEY_SUFFIXES = ("", "_before", "_shuffled_images", "_majority", "_drop", "_drop_standard_error", "_margin")
+KEY_SUFFIXES = (
+    "",
+    "_before",
+    "_shuffled_images",
+    "_blank_images",
+    "_majority",
+    "_drop",
+    "_drop_standard_error",
+    "_margin",
+)
 # Names that a metric must not use: other keys of these records, and the report's other figures.
 RESERVED_KEYS = frozenset(
-    {"before", "shuffled_images", "majority", "samples", "free_text", "classes", "predicted"}
+    {"before", "shuffled_images", "blank_images", "majority", "samples", "free_text", "classes", "predicted"}
     | {"verdict", "per_task", "step", USER_METRICS_KEY}
     | {"image_loss_gap", "image_loss_gap_standard_error", "image_loss_gap_samples"}
     | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}

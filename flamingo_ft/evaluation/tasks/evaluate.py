@@ -11,7 +11,8 @@ from typing import Any
 
 from flamingo_ft import atomic
 from flamingo_ft.data.sample import display_text
-from flamingo_ft.evaluation.metrics import Ranked
+from flamingo_ft.evaluation.metrics import Metric, Ranked
+from flamingo_ft.evaluation.results_page import write_results_page
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.inference.predictor import BATCH_SIZE, Predictor
 from flamingo_ft.progress import progress_bars
@@ -43,8 +44,8 @@ def evaluate_task(
 
     data: folder of the task's published files. protocol: how it is asked; its shots and seed are replaced.
     metrics: names of more metrics. controls: ask again with other images, gray ones, and shuffled
-    demonstrations, for the first seed. cache: see `prepare`. out: folder for results.json and
-    predictions.jsonl. log: called with a line for each run.
+    demonstrations, for the first seed. cache: see `prepare`. out: folder for results.json,
+    predictions.jsonl and a page of answers for each number of shots. log: called with a line for each run.
 
     Returns ``runs``, a `task_record` each, and ``over_seeds``. Raises UserError for an unknown task or
     metric, for files that are not as published, and for images that are missing.
@@ -76,10 +77,21 @@ def evaluate_task(
                 log(f"{title}: {_values(records[-1])}")
                 if out is not None:
                     _write_predictions(out, run, first=len(records) == 1)
+                    if seed == seeds[0]:
+                        title = f"{model} on {task.title}, {count} shots"
+                        _write_page(out, title, run, records[-1], selected)
     result = {"model": str(model), "task": task.name, "runs": records, "over_seeds": over_seeds(records)}
     if out is not None:
         atomic.write_text(out / RESULTS_FILE, json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _write_page(
+    out: Path, title: str, run: TaskAnswers, record: dict[str, Any], metrics: Sequence[Metric]
+) -> None:
+    lines = [_values(record), *([record["verdict"]] if record.get("verdict") else [])]
+    page = out / f"results_{run.protocol.shots}_shots.html"
+    write_results_page(page, title, lines, run.questions, run.answers, metrics)
 
 
 def _values(record: dict[str, Any]) -> str:

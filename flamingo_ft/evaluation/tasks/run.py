@@ -9,12 +9,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import Prediction, Ranked
-from flamingo_ft.evaluation.questions import Question, with_other_images
-from flamingo_ft.evaluation.results import AFTER, SHUFFLED
+from flamingo_ft.evaluation.questions import Question, with_gray_images, with_other_images
+from flamingo_ft.evaluation.results import AFTER, BLANK, SHUFFLED
 from flamingo_ft.inference.predictor import Predictor
 
 from .demonstrations import (
@@ -29,13 +27,12 @@ from .images import check_images
 from .prompts import chat_prompt, few_shot_prompt
 from .task import Example, Task
 
-BLANK, SHUFFLED_DEMONSTRATIONS = "blank_images", "shuffled_demonstrations"
+SHUFFLED_DEMONSTRATIONS = "shuffled_demonstrations"
 CONTROLS = {
     SHUFFLED: "with the images of another example",
     BLANK: "with gray images",
     SHUFFLED_DEMONSTRATIONS: "with the answers of the demonstrations shuffled",
 }
-GRAY = Image.new("RGB", (64, 64), (128, 128, 128))
 Choice = Literal["random", "rices"]
 Form = Literal["chunks", "chat"]
 Progress = Callable[[int], None]
@@ -194,8 +191,7 @@ def _controls(asked: Asked, protocol: Protocol, names: Sequence[str]) -> Iterato
         if name == SHUFFLED:
             yield name, replace(asked, examples=with_other_images(asked.examples, protocol.seed))
         elif name == BLANK:
-            blank = [replace(one, images=(GRAY,) * len(one.images)) for one in asked.examples]
-            yield name, replace(asked, examples=blank)
+            yield name, replace(asked, examples=with_gray_images(asked.examples))
         else:
             shuffled = [
                 with_shuffled_answers(shown, f"{protocol.seed}-{number}")

@@ -9,13 +9,12 @@ import pytest
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import METRICS, Ranked
-from flamingo_ft.evaluation.results import AFTER, SHUFFLED
+from flamingo_ft.evaluation.results import AFTER, BLANK, SHUFFLED
 from flamingo_ft.evaluation.tasks import TASKS, Example, few_shot_prompt, find_task
 from flamingo_ft.evaluation.tasks import evaluate as evaluation
 from flamingo_ft.evaluation.tasks.evaluate import evaluate_task
 from flamingo_ft.evaluation.tasks.features import image_features
 from flamingo_ft.evaluation.tasks.run import (
-    BLANK,
     CONTROLS,
     SHUFFLED_DEMONSTRATIONS,
     Asked,
@@ -102,7 +101,7 @@ def test_controls_change_what_they_are_named_for(predictor, published, monkeypat
         ours != theirs.images or len(set(images)) == 1
         for ours, theirs in zip(images, other.examples, strict=True)
     )
-    assert all(not isinstance(image, str) for example in blank.examples for image in example.images)
+    assert all(isinstance(image, bytes) for example in blank.examples for image in example.images)
     assert [example.question for example in shuffled.examples] == [one.question for one in own.examples]
     assert shuffled.demonstrations != own.demonstrations
 
