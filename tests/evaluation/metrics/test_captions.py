@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -169,6 +169,14 @@ def test_a_metric_that_needs_java_is_refused_without_it_in_one_line(name, monkey
     assert "pip install 'flamingo_ft[metrics]'" in str(error.value)
 
 
+def test_a_java_that_fails_is_named_with_its_error(tmp_path):
+    program = tmp_path / "java"
+    program.write_text("#!/bin/sh\ncat > /dev/null; echo 'out of memory' >&2; exit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(UserError, match="java: failed on 1 text, got out of memory"):
+        java.JavaTools(program, tmp_path, tmp_path, frozenset()).run([], ["a dog"])
+
+
 # --- with Java ---
 
 
@@ -245,6 +253,7 @@ def distance_by_table(first, second):
     return table[-1, -1]
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_sequences_in_bits_are_those_of_the_table(first, second):
     assert lcs_length(first, second) == lcs_by_table(first, second)
