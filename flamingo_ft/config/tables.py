@@ -102,7 +102,7 @@ METRIC_DESCRIPTIONS = {
     "anls": "similarity of characters to the nearest reference answer; higher is better",
     **{f"cider_d{suffix}": f"CIDEr-D with {tokens}; higher is better" for suffix, tokens in _TOKENS.items()},
     **{
-        f"bleu_{n}{suffix}": f"BLEU of n-grams up to {n} with {tokens}; higher is better"
+        f"bleu_{n}{suffix}": f"BLEU-{n} with {tokens}; higher is better"
         for n in (1, 2, 3, 4)
         for suffix, tokens in _TOKENS.items()
     },

@@ -1,7 +1,9 @@
 """Bootstrap intervals: how far a metric may be off because these questions were asked and no others.
 
-The questions are drawn again with replacement, and the value is computed from their statistics
-(`Metric.measure`), which are not recomputed. The interval is that of percentiles (Efron, 1979).
+    bootstrap_interval(metric.measure(questions, answers), metric.aggregate)
+
+The questions are drawn again with replacement, and the value is computed from their statistics, which are not
+recomputed. The interval is that of percentiles (Efron, 1979).
 """
 
 from __future__ import annotations

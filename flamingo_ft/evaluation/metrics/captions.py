@@ -40,24 +40,16 @@ def on_tokens(statistics: TokenStatistics, tokenizer: Tokenizer) -> StatisticsFu
 
 def _with_both_tokenizers(name: str, label: str, statistics: TokenStatistics, **options: Any) -> list[Metric]:
     """Return a metric with plain tokens, and as ``<name>_ptb`` with the official ones."""
-    official = f"{name}_ptb"
+    official, metric = f"{name}_ptb", partial(Metric, by_class=False, **options)
     return [
-        Metric(
-            name,
-            on_tokens(statistics, plain_tokens),
-            label=f"{label} ({NOT_OFFICIAL})",
-            axis=f"{label} ({NOT_OFFICIAL})",
-            **options,
-        ),
-        Metric(official, on_tokens(statistics, PtbTokenizer(official)), label=label, **options),
+        metric(name, on_tokens(statistics, plain_tokens), f"{label} ({NOT_OFFICIAL})"),
+        metric(official, on_tokens(statistics, PtbTokenizer(official)), label),
     ]
 
 
-METEOR = Metric("meteor", meteor_counts, label="METEOR", aggregate=meteor)
+METEOR = Metric("meteor", meteor_counts, label="METEOR", aggregate=meteor, by_class=False)
 CAPTION_METRICS = (
-    *_with_both_tokenizers(
-        "cider_d", "CIDEr-D", cider_d, format=points, hub_type="cider", by_class=False, of_corpus=True
-    ),
+    *_with_both_tokenizers("cider_d", "CIDEr-D", cider_d, format=points, hub_type="cider", of_corpus=True),
     *(
         metric
         for n in range(1, LONGEST_BLEU + 1)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.formatting import one_line
+from flamingo_ft.formatting import one_line, plural, shorten
 
 from .metric import References
 from .tokens import tokenize_pairs
@@ -39,12 +39,18 @@ class JavaTools:
     punctuation: frozenset[str]
 
     def run(self, options: Sequence[str], lines: Sequence[str]) -> list[str]:
-        """Return the line that a Java program prints for each line of its input."""
+        """Return the line that a Java program prints for each line of its input.
+
+        Raises UserError if it fails, for example for want of memory.
+        """
         text = "".join(f"{line}\n" for line in lines)
-        command = [str(self.java), *options]
-        done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", check=True)
+        done = subprocess.run([self.java, *options], input=text, capture_output=True, encoding="utf-8")
         printed = done.stdout.split("\n")[: len(lines)]
-        assert len(printed) == len(lines), f"{len(printed)} lines for {len(lines)}: {done.stderr}"
+        if done.returncode or len(printed) < len(lines):
+            raise UserError(
+                f"{self.java}: failed on {plural(len(lines), 'text')}, "
+                f"got {shorten(done.stderr) or 'too few lines'}; use a metric without Java"
+            )
         return printed
 
 
@@ -121,9 +127,8 @@ def meteor(rows: np.ndarray) -> float:
     """
     totals = rows.sum(axis=0)
     words, function_words, chunks, matched = totals[:2], totals[2:4], totals[-3], totals[-2:].mean()
-    content, function = (
-        totals[4:-3].reshape(len(MATCH_WEIGHTS), 2, 2).transpose(1, 2, 0)
-    )  # (2 texts, 4 kinds)
+    kinds = totals[4:-3].reshape(len(MATCH_WEIGHTS), 2, 2)  # kind of match, kind of word, text
+    content, function = kinds.transpose(1, 2, 0)
     matches = (DELTA * content + (1 - DELTA) * function) @ MATCH_WEIGHTS
     if not matches.all():
         return 0.0

@@ -9,7 +9,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -130,7 +130,7 @@ def test_plain_tokens_are_lower_case_words_without_punctuation(text, tokens):
 def test_metrics_with_plain_tokens_say_so_wherever_they_are_shown():
     for name in PLAIN:
         metric, official = METRICS[name], METRICS[f"{name}_ptb"]
-        assert NOT_OFFICIAL in metric.label and NOT_OFFICIAL in metric.title and NOT_OFFICIAL in metric.axis
+        assert NOT_OFFICIAL in metric.label and NOT_OFFICIAL in metric.title and not metric.axis
         assert NOT_OFFICIAL not in official.label and official.label in metric.label
 
 
@@ -167,6 +167,14 @@ def test_a_metric_that_needs_java_is_refused_without_it_in_one_line(name, monkey
         METRICS[name].statistics(["a dog"], [["a dog"]])
     assert str(error.value).startswith(f"{name}: needs ") and "\n" not in str(error.value)
     assert "pip install 'flamingo_ft[metrics]'" in str(error.value)
+
+
+def test_a_java_that_fails_is_named_with_its_error(tmp_path):
+    program = tmp_path / "java"
+    program.write_text("#!/bin/sh\ncat > /dev/null; echo 'out of memory' >&2; exit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(UserError, match="java: failed on 1 text, got out of memory"):
+        java.JavaTools(program, tmp_path, tmp_path, frozenset()).run([], ["a dog"])
 
 
 # --- with Java ---
@@ -245,6 +253,7 @@ def distance_by_table(first, second):
     return table[-1, -1]
 
 
+@settings(deadline=None)
 @given(WORDS, WORDS)
 def test_sequences_in_bits_are_those_of_the_table(first, second):
     assert lcs_length(first, second) == lcs_by_table(first, second)

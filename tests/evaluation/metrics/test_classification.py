@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score, roc_auc_score, top_k_accuracy_score
 
@@ -25,6 +25,7 @@ def one_each(answers):
     return [[answer] for answer in answers]
 
 
+@settings(max_examples=50, deadline=None)
 @given(ANSWERS)
 def test_f1_is_that_of_the_answer_yes(pairs):
     given_answers, expected = zip(*pairs, strict=True)
@@ -37,6 +38,7 @@ def test_f1_is_that_of_the_answer_yes(pairs):
         assert value is None
 
 
+@settings(max_examples=50, deadline=None)
 @given(ANSWERS)
 def test_macro_f1_is_the_mean_over_the_reference_answers(pairs):
     given_answers, expected = zip(*pairs, strict=True)
@@ -55,6 +57,7 @@ def test_an_answer_that_equals_another_reference_is_of_the_class_of_its_question
     assert metric.value(metric.statistics(["sofa", "chair"], [["couch", "sofa"], ["chair"]])) == 1.0
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2).filter(
         lambda rows: len({positive for _, positive in rows}) == 2

@@ -15,7 +15,7 @@ from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.evaluate import evaluate_adapter
 from flamingo_ft.evaluation.merge_quality import eval_set_of_run
-from flamingo_ft.evaluation.metrics import find_metrics
+from flamingo_ft.evaluation.metrics import find_metrics, java
 from flamingo_ft.evaluation.results import card_tables
 from flamingo_ft.report import write_report
 from flamingo_ft.report.run_folder import read_log
@@ -201,9 +201,11 @@ def test_eval_takes_more_metrics_on_the_command_line(run, capsys):
         ("loss", "metric: must be 'accuracy', "),
         ("roc_auc", "roc_auc: needs a score for each label, got generated answers; "),
         ("gone.py:howling", "gone.py:howling: no such file; "),
+        ("meteor", "meteor: needs pycocoevalcap and a Java; pip install 'flamingo_ft[metrics]'"),
     ],
 )
-def test_eval_refuses_a_metric_in_one_line(run, capsys, name, message):
+def test_eval_refuses_a_metric_in_one_line(run, capsys, monkeypatch, name, message):
+    monkeypatch.setattr(java, "_installed_tools", lambda: None)
     assert cli.main(["eval", "run", "--metric", name]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
