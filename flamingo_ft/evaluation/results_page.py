@@ -26,7 +26,7 @@ from .questions import Question
 from .reference_answers import classes_of
 
 RESULTS_PAGE = "results.html"
-MAX_ROWS = 400
+MAX_ROWS, MAX_IMAGES = 400, 8  # on the page, and the last images of each question
 PIXELS = 168  # longer side of an image on the page
 OTHER = "another answer"
 
@@ -60,21 +60,21 @@ def write_results_page(
     """
     main, *others = answers
     metric, scores = _scores(questions, answers[main], metrics)
-    order = np.argsort(scores, kind="stable")[:MAX_ROWS].tolist()
-    rows = [
-        PageRow(
+    order = sorted(range(len(questions)), key=lambda index: scores[index])[:MAX_ROWS]
+    rows = []
+    for index in order:
+        question = questions[index]
+        row = PageRow(
             question.where,
             question.task,
-            [_thumbnail(image, question.where) for image in question.images[-8:]],
+            [_thumbnail(image, question.where) for image in question.images[-MAX_IMAGES:]],
             display_text(question.messages[-1]).replace(MEDIA_TOKEN, "").strip(),
             question.references,
             str(answers[main][index]),
             float(scores[index]),
             {name: str(answers[name][index]) for name in others},
         )
-        for index in order
-        for question in [questions[index]]
-    ]
+        rows.append(row)
     texts = [str(answer) for answer in answers[main]]
     page = load_template("evaluation/results.html.jinja", trim_blocks=True, lstrip_blocks=True).render(
         title=title,

@@ -104,7 +104,7 @@ def _write_predictions(out: Path, run: TaskAnswers, first: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / PREDICTIONS_FILE).open("w" if first else "a", encoding="utf-8") as file:
         for index, question in enumerate(run.questions):
-            row = {
+            row: dict[str, Any] = {
                 "where": question.where,
                 "shots": run.protocol.shots,
                 "seed": run.protocol.seed,

@@ -32,7 +32,7 @@ def task_record(run: TaskAnswers, metrics: Sequence[Metric]) -> dict[str, Any]:
     the images are used.
     """
     scores = Scores.of(metrics, run.questions, run.answers, {})
-    record = {
+    record: dict[str, Any] = {
         "task": run.task.name,
         **asdict(run.protocol),
         "samples": len(run.questions),

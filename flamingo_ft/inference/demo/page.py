@@ -66,7 +66,7 @@ def build_page(
             with gr.Column(scale=2):
                 layer = gr.Dropdown([AVERAGE], value=AVERAGE, label="Where it looks", info=LOOK_HELP)
                 picture = gr.Plot(show_label=False, elem_id="look")
-        compare.change(lambda on: gr.Chatbot(visible=on), compare, chat_without, api_name=False)
+        compare.change(lambda on: gr.Chatbot(visible=on), compare, chat_without, api_visibility="private")
         asked = question.submit(
             page.ask, [question, turns], [turns, question, chat, chat_without], api_name="ask"
         )
