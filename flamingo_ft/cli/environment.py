@@ -46,6 +46,7 @@ PACKAGES = {  # distribution: module
 EXTRAS = {  # extra: what it is for, its modules
     "video": ("samples with video files", ("av",)),
     "serve": ("flamingo-ft serve", ("fastapi", "starlette", "uvicorn", "openai")),
+    "demo": ("flamingo-ft demo", ("gradio",)),
     "trackio": ("train.report_to: [trackio]", ("trackio",)),
     "wandb": ("train.report_to: [wandb]", ("wandb",)),
     "notebook": ("the notebooks", ("ipykernel", "ipywidgets")),

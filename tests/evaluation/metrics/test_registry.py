@@ -26,7 +26,7 @@ from flamingo_ft.evaluation.metrics import (
     register_metric,
 )
 from flamingo_ft.evaluation.questions import Question
-from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results, score_tables
+from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, SHUFFLED, Results, score_tables
 from flamingo_ft.report import page, write_report
 from flamingo_ft.report.run_folder import read_log
 from tests import regimes
@@ -76,7 +76,7 @@ def question(task: str, answer: str, *images: str) -> Question:
 def test_every_key_of_a_record_belongs_to_a_metric_or_is_reserved():
     computed = [METRICS[name] for name in ("accuracy", "anls", "rouge_l", "cider_d", "f1")]
     questions = [question("t", answer, "a.png") for answer in ("yes", "no") * 2]
-    answers = dict.fromkeys((BEFORE, AFTER, SHUFFLED), ["yes"] * 4)
+    answers = dict.fromkeys((BEFORE, AFTER, SHUFFLED, BLANK), ["yes"] * 4)
     summary = Results(questions, answers, computed).summary()
     task = summary["per_task"]["t"]
     statistics = {metric.name: metric.measure(questions, answers[AFTER]) for metric in computed}
