@@ -38,6 +38,7 @@ _HOMES = {
     "export_open_flamingo": "flamingo_ft.convert",
     "export_otter": "flamingo_ft.convert",
     "import_checkpoint": "flamingo_ft.convert",
+    "load": "flamingo_ft.inference.predictor",
     "load_adapter": "flamingo_ft.adapters",
     "load_base": "flamingo_ft.adapters",
     "load_language": "flamingo_ft.backbones.language",

@@ -98,6 +98,17 @@ def image_transform(preprocess: dict) -> Callable[[Image.Image], Tensor]:
     return transform
 
 
+def to_picture(preprocess: dict, pixels: Tensor) -> Tensor:
+    """Undo the normalization of `image_transform`: pixels (..., 3, H, W) -> 8-bit RGB (..., H, W, 3).
+
+    The picture is what the tower sees: resized, cropped or padded.
+    """
+    fields = PreprocessCfg(**preprocess)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (fields.mean, fields.std))
+    levels = (pixels.float().cpu() * std + mean) * 255
+    return levels.round().clamp(0, 255).to(torch.uint8).movedim(-3, -1)
+
+
 def tower_preprocess(visual: nn.Module, overrides: dict, resize_mode: str | None = None) -> dict:
     """Return the fields of OpenCLIP's PreprocessCfg: its defaults, ``overrides``, then size and resize mode.
 
@@ -168,11 +179,21 @@ def _check_whole_patches(visual: nn.Module, name: str, image_size: int) -> None:
 
 
 def spatial_tokens(visual: Any, images: Tensor) -> Tensor:
-    """Return the last block's tokens before the tower's final norm: (N, 3, H, W) -> (N, V, D).
+    """Return `spatial_maps` as tokens, row by row: (N, 3, H, W) -> (N, V, D)."""
+    return map_to_tokens(spatial_maps(visual, images))
 
-    There is one token per patch: class and register tokens are dropped, and the feature maps of convolutional
-    towers become tokens row by row. For CLIP ViTs these are OpenFlamingo's tokens. The tower runs in eval
-    mode whatever mode it is in, so patch dropout, stochastic depth and batch statistics have no effect, and
+
+def map_to_tokens(maps: Tensor) -> Tensor:
+    """(N, D, h, w) -> (N, h * w, D), row by row."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def spatial_maps(visual: Any, images: Tensor) -> Tensor:
+    """Return the last block's tokens before the final norm, as a grid: (N, 3, H, W) -> (N, D, h, w).
+
+    There is one token per patch: class and register tokens are dropped. For convolutional towers, these are
+    the cells of the last feature map; for CLIP ViTs, OpenFlamingo's tokens. The tower runs in eval mode
+    whatever mode it is in, so patch dropout, stochastic depth and batch statistics have no effect, and
     without gradients unless it has trainable LoRA. Images are cast to the dtype of the first convolution.
 
     Raises UserError for a tower without spatial tokens.
@@ -188,7 +209,7 @@ def spatial_tokens(visual: Any, images: Tensor) -> Tensor:
         outputs = visual.forward_intermediates(
             _to_input_dtype(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
         )
-    return outputs["image_intermediates"][-1].flatten(2).transpose(1, 2)
+    return outputs["image_intermediates"][-1]
 
 
 def modules_after_tokens(visual: Any) -> set[nn.Module]:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flamingo_ft.cli import answers, environment, models, recipes, train
+from flamingo_ft.cli import answers, environment, generate, models, recipes, train
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_SIGNAL = 2, 130, 128  # the last one plus the signal's number
@@ -50,8 +50,10 @@ app.command()(train.train)
 app.command()(recipes.plan)
 app.command()(recipes.check)
 app.command("eval")(answers.evaluate)
-app.command()(answers.generate)
+app.command()(generate.generate)
+app.command()(generate.chat)
 app.command()(answers.serve)
+app.command()(answers.demo)
 app.command()(models.merge)
 app.command()(models.convert)
 app.command()(models.push)

@@ -1,59 +1,132 @@
-"""Commands that let a model answer: `eval`, `generate` and `serve`."""
+"""Commands that judge a model or open it to others: `eval`, `serve` and `demo`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from flamingo_ft.cli.arguments import Adapter
+from flamingo_ft.cli.arguments import Adapter, AnswerQuantization, MaxNewTokens
+from flamingo_ft.errors import UserError
 
 
 def evaluate(
     adapter: Adapter,
-    overrides: Annotated[
+    settings: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE", help="Keys of data.eval and eval to set, such as eval.max_samples=100."
+            metavar="[TASK] [KEY=VALUE]...",
+            help="A standard task, such as vqav2, and keys of data.eval and eval to set, such as "
+            "eval.max_samples=100.",
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Samples to evaluate on instead of the recipe's, as data.eval.0; set "
-            "data.eval.0.image_root=FOLDER for their images.",
+            metavar="FILE|FOLDER",
+            help="Samples to evaluate on instead of the recipe's, as data.eval.0 (set "
+            "data.eval.0.image_root=FOLDER for their images); of a task, the folder of its published files.",
             exists=True,
-            dir_okay=False,
         ),
     ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="One more metric: a name of eval.metrics, or your own as FILE.py:function; repeat it for "
+            "several.",
+        ),
+    ] = None,
+    shots: Annotated[
+        list[int] | None,
+        typer.Option(min=0, metavar="N", help="Of a task: demonstrations before each question; repeatable."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(min=0, metavar="N", help="Of a task: seed of the demonstrations; repeatable."),
+    ] = None,
+    demonstrations: Annotated[
+        Literal["random", "rices"],
+        typer.Option(help="Of a task: drawn at random, or the nearest images by the tower's features."),
+    ] = "random",
+    form: Annotated[
+        Literal["chunks", "chat"],
+        typer.Option(help="Of a task: prompts as OpenFlamingo is evaluated with, or turns of a chat."),
+    ] = "chunks",
+    controls: Annotated[
+        bool | None,
+        typer.Option(
+            "--controls/--no-controls",
+            help="Ask again with other and with gray images; of a task also with shuffled demonstrations. "
+            "Default: for tasks.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write scores, answers and a page to look at them here."),
+    ] = None,
+    quantization: AnswerQuantization = None,
 ) -> None:
-    """Evaluate a run's adapter, a converted adapter or a merged model on held-out samples."""
+    """Evaluate an adapter or a merged model on held-out samples, or on a standard task."""
+    first, *rest = settings or [""]
+    if first and "=" not in first:
+        _evaluate_task(
+            adapter, first, rest, data, metric or (), shots or (0,), seed or (0,), demonstrations, form,
+            controls=controls is not False, out=out, quantization=quantization,
+        )  # fmt: skip
+        return
+    unused = {"--shots": shots, "--seed": seed, "--demonstrations": demonstrations != "random",
+              "--form": form != "chunks"}  # fmt: skip
+    for option, value in unused.items():
+        if value:
+            raise UserError(f"{option}: only used with a task, such as vqav2; name one, or remove it")
     from flamingo_ft.cli.metrics_table import print_metrics
     from flamingo_ft.cli.output import log
     from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
-    print_metrics(evaluate_adapter(adapter, None if data is None else str(data), overrides or (), log))
+    if data is not None and data.is_dir():
+        raise UserError(
+            f"--data: {data} is a folder; name a file of samples, or a task whose files are in it"
+        )
+    file = None if data is None else str(data)
+    record = evaluate_adapter(
+        adapter, file, settings or (), log, metric or (),
+        quantization=quantization, controls=bool(controls), out=out,
+    )  # fmt: skip
+    print_metrics(record)
 
 
-def generate(
-    adapter: Adapter,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Question about the images.")],
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(
-            metavar="FILE", help="An image; repeat it for several, in order.", exists=True, dir_okay=False
-        ),
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Maximum length of the answer in tokens.")
-    ] = 64,
+def _evaluate_task(
+    adapter: str,
+    task: str,
+    overrides: list[str],
+    data: Path | None,
+    metrics: Sequence[str],
+    shots: Sequence[int],
+    seeds: Sequence[int],
+    demonstrations: Literal["random", "rices"],
+    form: Literal["chunks", "chat"],
+    **options: Any,
 ) -> None:
-    """Answer a prompt about images."""
-    from flamingo_ft.inference.answer import answer
+    from flamingo_ft.cli.output import log
+    from flamingo_ft.cli.task_table import print_task
+    from flamingo_ft.evaluation.tasks import find_task
+    from flamingo_ft.evaluation.tasks.evaluate import evaluate_task
+    from flamingo_ft.evaluation.tasks.run import Protocol
+    from flamingo_ft.evaluation.tasks.settings import task_settings
 
-    typer.echo(answer(adapter, image or [], prompt, max_new_tokens))
+    files = ", ".join(find_task(task).files)
+    if data is None:
+        raise UserError(f"--data: missing; name the folder with {files}")
+    settings = task_settings(overrides)
+    protocol = Protocol(choice=demonstrations, form=form, max_samples=settings.max_samples)
+    record = evaluate_task(
+        adapter, task, data, protocol, shots=shots, seeds=seeds, metrics=metrics,
+        batch_size=settings.batch_size, log=log, **options,
+    )  # fmt: skip
+    print_task(record)
 
 
 def serve(
@@ -83,3 +156,19 @@ def serve(
     server.serve(
         model, host, port, allowed_media=allowed_media, image_urls=image_urls, max_body_mib=max_body_mib
     )
+
+
+def demo(
+    model: Adapter,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, metavar="N", help="Port to listen on.")] = 7860,
+    share: Annotated[
+        bool, typer.Option("--share", help="Let Gradio make a link that anyone on the internet can open.")
+    ] = False,
+    quantization: AnswerQuantization = None,
+    max_new_tokens: MaxNewTokens = 256,
+) -> None:
+    """Show a web page to try a model: images, streamed answers, where it looks, the adapter on and off."""
+    from flamingo_ft.inference import demo
+
+    demo.demo(model, host, port, share=share, quantization=quantization, max_new_tokens=max_new_tokens)

@@ -75,3 +75,40 @@ WithCode = Annotated[
         "--with-code", help="Include the code, for use with transformers where this package is not installed."
     ),
 ]
+
+# --- how answers are decoded, under transformers' names ---
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum length of an answer in tokens.")]
+MinNewTokens = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help="Minimum length of an answer in tokens.")
+]
+NumBeams = Annotated[int, typer.Option(min=1, metavar="N", help="Beam search with N beams.")]
+LengthPenalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Of beam search: above 0 prefers longer answers.")
+]
+Temperature = Annotated[
+    float | None, typer.Option(metavar="X", help="Sample, with this temperature; 0 decodes greedily.")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Sample from the likeliest tokens of this total probability."),
+]
+TopK = Annotated[int | None, typer.Option(metavar="N", help="Sample from the N likeliest tokens.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(metavar="X", help="Above 1: make tokens that came already less likely.")
+]
+NoRepeatNgramSize = Annotated[
+    int | None, typer.Option(metavar="N", help="Do not write the same N tokens in a row twice.")
+]
+StopString = Annotated[
+    list[str] | None,
+    typer.Option("--stop-string", metavar="TEXT", help="End an answer before this text; repeatable."),
+]
+Seed = Annotated[
+    int | None, typer.Option(metavar="N", help="Seed of sampling; by default, answers vary, with --data not.")
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message before the dialogue.")]
+AnswerQuantization = Annotated[
+    Literal["none", "int8", "nf4", "fp4"] | None,
+    typer.Option(help="Load the frozen backbones in this format; by default as in training."),
+]

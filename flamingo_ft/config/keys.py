@@ -10,6 +10,7 @@ from typing import Any
 
 from flamingo_ft.config.library import SCHEMA_FILE, packaged_recipes, summary
 from flamingo_ft.config.recipe import Recipe
+from flamingo_ft.config.tables import METRIC_DESCRIPTIONS
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import one_line
 
@@ -86,7 +87,7 @@ def recipe_keys(prefix: str | None = None) -> list[RecipeKey]:
 
 
 def markdown() -> str:
-    """Return recipes/README.md: the packaged recipes, and a table of keys for each section."""
+    """Return recipes/README.md: the packaged recipes, a table of keys for each section, and the metrics."""
     recipes = _markdown_table(
         ("recipe", "what it does"),
         [(f"[{name}]({path.name})", summary(path)) for name, path in packaged_recipes().items()],
@@ -103,6 +104,8 @@ def markdown() -> str:
         ]
         table = _markdown_table(("key", "type", "default", "what it does"), rows)
         parts.append(f"{depth} {section.name}\n\n{section.description}\n\n{table}")
+    metrics = [(f"`{name}`", description) for name, description in METRIC_DESCRIPTIONS.items()]
+    parts.append(f"## Metrics\n\n{_markdown_table(('metric', 'what it measures'), metrics)}")
     return "\n".join(parts)
 
 
@@ -143,7 +146,7 @@ def _type_text(schema: Mapping[str, Any]) -> str:
         return f"list of {_type_text(schema['items'])}"
     if kind == "object":
         return "mapping of text to text"
-    names = {"boolean": "true | false", "string": "path" if schema.get("format") == "path" else "text"}
+    names = {"boolean": "true | false", "string": schema.get("format", "text")}
     bounds = [f"{sign} {schema[bound]:g}" for bound, sign in _BOUNDS.items() if bound in schema]
     return " ".join([names.get(kind, kind), " and ".join(bounds)]).strip()
 

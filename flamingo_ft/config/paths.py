@@ -20,6 +20,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from flamingo_ft.config.metric_names import is_user_metric
 from flamingo_ft.config.recipe import Recipe
 from flamingo_ft.config.section import PathKind, section_of
 from flamingo_ft.config.yaml_document import Location
@@ -42,13 +43,22 @@ def path_locations(
     for name, field in schema.model_fields.items():
         value = values.get(name) if isinstance(values, Mapping) else None
         kind, section = path_kind(field), section_of(field.annotation)
-        if kind is not None and isinstance(value, str):
-            yield (*parent, name), kind
+        if kind is not None:
+            yield from ((location, kind) for location in _path_texts(value, kind, (*parent, name)))
         elif section is not None and isinstance(value, list):
             for index, entry in enumerate(value):
                 yield from path_locations(entry, section, (*parent, name, index))
         elif section is not None:
             yield from path_locations(value, section, (*parent, name))
+
+
+def _path_texts(value: Any, kind: PathKind, location: Location) -> Iterator[Location]:
+    """Yield the location of each path in a key's value; the name of a metric is one if it names a file."""
+    if isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _path_texts(entry, kind, (*location, index))
+    elif isinstance(value, str) and (kind is not PathKind.METRIC or is_user_metric(value)):
+        yield location
 
 
 def path_kind(field: FieldInfo) -> PathKind | None:

@@ -43,6 +43,7 @@ class PathKind(Enum):
     WEIGHTS = "weights of a vision tower"
     LANGUAGE = "language model"
     START = "model to initialize from"
+    METRIC = "a user's metric"
 
 
 LAX = Field(strict=False)  # YAML has text where Python has paths, and lists where a frozen recipe has tuples

@@ -91,12 +91,27 @@ DATASET_FORMATS = {
     "caption": "image, caption or text",
 }
 
-# Value of `eval.metric` -> what it measures. Built-in metrics must be listed here, because the schema is
-# generated without importing the registry; `flamingo_ft.evaluation.metrics.register_metric` adds metrics
-# registered at run time.
+# Value of `eval.metric` and, except for loss, of `eval.metrics` -> what it measures. Built-in metrics must be
+# listed here, because the schema is generated without importing the registry;
+# `flamingo_ft.evaluation.metrics.register_metric` adds metrics registered at run time.
+_TOKENS = {"": "plain tokens, not the official ones", "_ptb": "official tokens (needs the extra `metrics`)"}
 METRIC_DESCRIPTIONS = {
     "loss": "cross-entropy of the reference answers, in nats per token; lower is better",
-    "accuracy": "fraction of generated answers that equal the reference answer; higher is better",
+    "accuracy": "fraction of generated answers that equal a reference answer; higher is better",
+    "vqa_accuracy": "official VQA accuracy against the answers of several people; higher is better",
+    "anls": "similarity of characters to the nearest reference answer; higher is better",
+    **{f"cider_d{suffix}": f"CIDEr-D with {tokens}; higher is better" for suffix, tokens in _TOKENS.items()},
+    **{
+        f"bleu_{n}{suffix}": f"BLEU-{n} with {tokens}; higher is better"
+        for n in (1, 2, 3, 4)
+        for suffix, tokens in _TOKENS.items()
+    },
+    **{f"rouge_l{suffix}": f"ROUGE-L with {tokens}; higher is better" for suffix, tokens in _TOKENS.items()},
+    "meteor": "METEOR 1.5 (needs the extra `metrics`); higher is better",
+    "f1": "F1 of the answers yes and true; higher is better",
+    "macro_f1": "mean F1 of the distinct reference answers as classes; higher is better",
+    "roc_auc": "area under the ROC curve of two ranked labels; higher is better",
+    "top_5": "reference answer among the five best ranked labels; higher is better",
 }
 
 # Keys of other trainers' configurations, in lower case -> the key of a recipe to suggest in their place, with

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
-from flamingo_ft.config.section import LAX, Count, OutputPath, Section, one_of, with_keys
-from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, METRIC_DESCRIPTIONS, Part
+from flamingo_ft.config.metric_names import AnswerMetricName, MetricName
+from flamingo_ft.config.section import LAX, Count, OutputPath, Section, with_keys
+from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, Part
 
 Rate = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0)]
@@ -181,18 +182,21 @@ class EvalSection(Section):
     before: bool = True
     """Also evaluate before training, as a baseline."""
     shuffled_images: bool = True
-    """Also evaluate with the images swapped between samples: accuracy after training and, with sft, the rise
+    """Also evaluate with the images swapped between samples: metrics after training and, with sft, the rise
     in loss at every evaluation. If neither accuracy drops nor the loss rises, the model ignores the
     images."""
     steps: Count | None = None
     """Evaluate every N optimizer steps during training. null: only before and after it."""
     answers: bool = True
-    """Whether evaluations during training also generate answers and measure accuracy, which takes longer than
-    the loss alone."""
-    metric: Annotated[
-        str, one_of(METRIC_DESCRIPTIONS), Field(json_schema_extra={"enum": [*METRIC_DESCRIPTIONS]})
-    ] = "loss"
-    """Metric by which evaluations are compared for keep and patience."""
+    """Whether evaluations during training also generate answers and compute their metrics, which takes longer
+    than the loss alone."""
+    metrics: Annotated[tuple[AnswerMetricName, ...], LAX, Field(min_length=1)] | None = None
+    """Metrics of the generated answers: names, or functions of your own as FILE.py:function, each called with
+    a prediction and the list of its reference answers, and returning a number. null: accuracy, and where the
+    reference answers of a task are free text also rouge_l and cider_d."""
+    metric: MetricName = "loss"
+    """Metric by which evaluations are compared for keep and patience: loss, or a metric of answers, which is
+    then computed even if it is not listed in metrics. Larger values of a function of your own are better."""
     keep: Literal["last", "best"] = "last"
     """Adapter that the run ends with: that of the last step (last) or of the best evaluation (best, which
     needs eval.steps)."""

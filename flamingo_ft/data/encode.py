@@ -22,6 +22,8 @@ from .render import (
     answers_rewritten,
     first_chunks,
     is_document,
+    is_few_shot,
+    render_chunks,
     render_dialogue,
     render_document,
     render_document_prompt,
@@ -120,10 +122,37 @@ def encode_within(
 
 
 def encode_prompt(processor: FlamingoProcessor, sample: Sample | Messages) -> list[int]:
-    """Return the token ids of a dialogue up to the assistant's answer, of a document up to its last image."""
+    """Return the token ids of a prompt.
+
+    That is a dialogue up to the assistant's answer, a document up to its last image, or a few-shot prompt.
+    """
     messages = _messages(sample)
-    render = render_document_prompt if is_document(messages) else render_prompt
+    if is_few_shot(messages):
+        render = render_chunks
+    else:
+        render = render_document_prompt if is_document(messages) else render_prompt
     return encode_text(processor.tokenizer, render(processor, messages)).ids
+
+
+def encode_answer(processor: FlamingoProcessor, messages: Messages, text: str) -> list[int]:
+    """Return the token ids that an answer adds to a prompt, the end of the assistant's turn included.
+
+    The answer to a few-shot prompt ends with its chunk. Raises UserError for a prompt that is not the
+    beginning of the text with its answer.
+    """
+    prompt = encode_prompt(processor, messages)
+    if is_few_shot(messages):
+        *before, last = messages
+        answered = {**last, "content": [*last["content"], {"type": "text", "text": text}]}
+        whole = encode_prompt(processor, [*before, answered, {**last, "content": ""}])
+    else:
+        whole = encode(processor, [*messages, text_message("assistant", text)]).input_ids
+    if whole[: len(prompt)] != prompt:
+        raise UserError(
+            f"prompt: its last tokens change when the answer {text!r} follows; "
+            "use a prompt or chat template that ends with a line break or a special token"
+        )
+    return whole[len(prompt) :]
 
 
 def end_token_id(processor: FlamingoProcessor) -> int | None:

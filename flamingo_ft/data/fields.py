@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from flamingo_ft.errors import UserError
@@ -108,6 +109,15 @@ def nonempty_text_field(row: Row, name: str, where: str) -> str:
     if name not in row:
         raise UserError(f"{where}: {name}: {_mismatch(row, name, 'text')}")
     return nonempty_text(row[name], f"{where}: {name}")
+
+
+def usable_texts(values: Iterable[Any]) -> list[str]:
+    """Return the values that `nonempty_text` accepts, as text."""
+    texts = []
+    for value in values:
+        with suppress(UserError):
+            texts.append(nonempty_text(value, ""))
+    return texts
 
 
 def check_unicode(text: str, where: str) -> str:

@@ -22,7 +22,7 @@ from flamingo_ft.model.chat_template import Span, answer_template, is_marked, ji
 from flamingo_ft.model.processor import FlamingoProcessor, begins_with_bos, chunk_template, flatten, is_image
 from flamingo_ft.model.special_text import encode_text, protect
 
-from .sample import DOCUMENT, text_message
+from .sample import CHUNK, DOCUMENT, text_message
 
 # An empty dialogue gets the system message too, so that rendering the first n turns gives a prefix of the
 # full rendering.
@@ -118,6 +118,25 @@ def render_document_prompt(processor: FlamingoProcessor, messages: Sequence[Mapp
     """Return the text of a document up to its last image, for the model to continue; else all of it."""
     before, image, after = _chunks(processor, messages).rpartition(MEDIA_TOKEN)
     return before + image if image else after
+
+
+def render_chunks(processor: FlamingoProcessor, messages: Sequence[Mapping[str, Any]]) -> str:
+    """Return the text of a few-shot prompt: chunks as in a document, the last one for the model to continue.
+
+    Whitespace is kept: it is part of the prompts that OpenFlamingo is evaluated with.
+    """
+    chunks = (flatten(message, processor.tokenizer)["content"] for message in messages)
+    return _bos(processor) + EOC_TOKEN.join(chunks)
+
+
+def is_few_shot(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether this is a few-shot prompt. Raises UserError if only some messages are chunks."""
+    chunks = sum(message["role"] == CHUNK for message in messages)
+    if chunks not in (0, len(messages)):
+        raise UserError(
+            f"messages: got {chunks} of {len(messages)} with role {CHUNK}; give all or none this role"
+        )
+    return chunks > 0
 
 
 def first_chunks(message: Mapping[str, Any], count: int) -> dict[str, Any]:

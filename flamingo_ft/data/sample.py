@@ -10,6 +10,7 @@ from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 ROLES = ("system", "user", "assistant")
 DOCUMENT = "document"  # the role of text that the model continues instead of answering; alone in its sample
+CHUNK = "chunk"  # the role of all messages of a few-shot prompt: each ends with a chunk's end but the last
 UNNAMED_TASK = "other"
 
 Image = str | bytes  # a path, a URL, or an image file's content
@@ -39,6 +40,8 @@ class Sample:
         where: file and row, for error messages.
         rejected: in a preference pair, the messages of the worse answer (the better one ends ``messages``).
         unread: columns of text in the row, and keys of its messages, that its schema does not read.
+        other_answers: reference answers of evaluation beside the one in ``messages``, which alone is trained
+            on; an answer that several people gave is there several times.
     """
 
     messages: list[dict[str, Any]]
@@ -47,6 +50,7 @@ class Sample:
     where: str
     rejected: list[dict[str, Any]] | None = None
     unread: tuple[str, ...] = ()
+    other_answers: tuple[str, ...] = ()
 
 
 def text_message(role: str, text: str) -> dict[str, Any]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
-from flamingo_ft.data import open_data
+from flamingo_ft.config.metric_names import parse_metric
+from flamingo_ft.data import Sample, open_data
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.progress import progress_bars
 
-from .questions import questions_of
-from .results import AFTER, Results
+from .questions import questions_of, with_gray_images, with_other_images
+from .results import AFTER, BLANK, SHUFFLED, Results
+from .results_page import RESULTS_PAGE, write_results_page
+from .select_metrics import select_metrics
 
+RESULTS_FILE = "results.json"
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
 _NO_TRAINING_DATA = 'data.train=[{"hub": "none/none"}]'  # it is not read, so it need not exist here
 _USED_KEYS = (
@@ -28,6 +33,7 @@ _USED_KEYS = (
     "eval.batch_size",
     "eval.max_new_tokens",
     "eval.max_samples",
+    "eval.metrics",
 )
 
 
@@ -36,16 +42,25 @@ def evaluate_adapter(
     data: str | Path | None = None,
     overrides: Sequence[str] = (),
     report: Callable[[str], None] = lambda line: None,
+    metrics: Sequence[str] = (),
+    *,
+    quantization: str | None = None,
+    controls: bool = False,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """Score an adapter or a merged model on held-out samples, by every registered metric.
+    """Score an adapter or a merged model on held-out samples, by the metrics of its recipe.
 
     data: a file of samples; by default the held-out samples of its recipe. overrides: ``key=value`` for the
     recipe's ``data.eval`` and ``eval`` sections; with ``data``, ``data.eval.0`` is that file. report: called
-    with a line for each skipped sample.
+    with a line for each skipped sample. metrics: names of more metrics, or users' functions
+    (``FILE.py:function``, relative to the current directory). quantization: see `Predictor.from_pretrained`.
+    controls: ask again with the images of other samples and with gray ones. out: folder for results.json,
+    predictions.jsonl and results.html.
 
-    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, and if
-    there are no held-out samples.
+    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, for metrics
+    that cannot be computed, and if there are no held-out samples.
     """
+    more = [parse_metric(name) for name in metrics]
     folder = fetch_model(adapter)
     recipe = recipe_for_evaluation(adapter, folder, data, overrides)
     opened = open_data(recipe.data, recipe.train.seed)
@@ -54,17 +69,41 @@ def evaluate_adapter(
         report(f"skipped: {reason}")
     if not samples:
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")
-    predictor = Predictor.from_pretrained(folder)
     questions = questions_of(samples)
+    selected = select_metrics(recipe.eval, questions, more)
+    predictor = Predictor.from_pretrained(folder, quantization=quantization)
+    results = Results(questions, {}, selected)
     with progress_bars(stderr=True) as progress:
-        bar = progress.add_task("evaluating", total=len(questions), note="")
-        answers = predictor.answer(
-            questions,
-            batch_size=recipe.eval.batch_size,
-            max_new_tokens=recipe.eval.max_new_tokens,
-            on_batch=partial(progress.advance, bar),
-        )
-    return {"eval": Results(questions, {AFTER: answers}).summary()}
+        for condition, asked in _conditions(samples, controls):
+            bar = progress.add_task(condition.replace("_", " "), total=len(questions), note="")
+            results.answers[condition] = predictor.answer(
+                questions_of(asked),
+                batch_size=recipe.eval.batch_size,
+                max_new_tokens=recipe.eval.max_new_tokens,
+                on_batch=partial(progress.advance, bar),
+            )
+    record = {"eval": results.summary()}
+    if out is not None:
+        write_results(out, str(adapter), results, record)
+    return record
+
+
+def _conditions(samples: Sequence[Sample], controls: bool) -> Iterator[tuple[str, Sequence[Sample]]]:
+    """Yield the samples as they are and, if asked for, with other and with gray images."""
+    yield AFTER, samples
+    if controls and any(sample.images for sample in samples):
+        yield SHUFFLED, with_other_images(samples)
+        yield BLANK, with_gray_images(samples)
+
+
+def write_results(out: Path, title: str, results: Results, record: Mapping[str, Any]) -> None:
+    """Write an evaluation to a folder: its record, every answer, and a page to look at them."""
+    out.mkdir(parents=True, exist_ok=True)
+    results.save(out)
+    verdict = record["eval"].get("verdict")
+    lines = [verdict] if verdict else []
+    write_results_page(out / RESULTS_PAGE, title, lines, results.questions, results.answers, results.metrics)
+    atomic.write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def recipe_for_evaluation(
@@ -81,6 +120,8 @@ def recipe_for_evaluation(
         file = _NO_RECIPE
         _check_model(adapter, folder, has_samples=data is not None or any(map(_sets_samples, overrides)))
     values = [*(() if data is None else _data_overrides(data)), *overrides]
+    if any(parse_override(override).location == ("eval", "metrics") for override in overrides):
+        values.append("eval.metric=loss")  # otherwise the metric that selected would be computed as well
     if load_recipe(file, values, require=()).data.eval_fraction is not None:
         return load_recipe(file, values, require=("data",))
     recipe = load_recipe(file, [_NO_TRAINING_DATA, *values], require=("data",))

@@ -11,14 +11,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .metrics import ratio_standard_error
-
 MIN_SAMPLES = 20  # fewer allow no conclusion
 CLEAR = 3.0  # standard errors from zero; a curve has many points, and 2 would be exceeded by chance
 LOG_KEY = "eval_image_loss_gap"
 CLEARLY_ABOVE = "clearly above zero"
 CLEARLY_BELOW = "clearly below zero: the images mislead the model, a sign of overfitting"
 INDISTINGUISHABLE = "not distinguishable from zero"
+
+
+def ratio_standard_error(differences: Sequence[float], sizes: Sequence[int]) -> float:
+    """Return the standard error of sum(differences) / sum(sizes), a ratio estimator.
+
+    It is 0 for a single sample, whose spread is unknown.
+    """
+    count, total = len(differences), sum(sizes)
+    if count < 2:
+        return 0.0
+    mean = sum(differences) / total
+    squares = sum((d - mean * size) ** 2 for d, size in zip(differences, sizes, strict=True))
+    return math.sqrt(squares * count / (count - 1)) / total
 
 
 @dataclass(frozen=True)

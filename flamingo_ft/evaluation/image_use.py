@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from flamingo_ft.formatting import percent
 
 from .image_loss_gap import CLEARLY_ABOVE, ImageLossGap
-from .metrics import ACCURACY, is_free_text, mean, normalize
+from .metrics import ACCURACY, mean, normalize
 from .questions import Question
+from .reference_answers import is_free_text, most_frequent_answer
 
 MIN_QUESTIONS = 20  # with images; fewer allow no conclusion
 SIGNIFICANT = 2.0  # standard errors
@@ -50,14 +53,15 @@ def image_use(
     changed = mean([normalize(prediction) != normalize(other) for _, prediction, other in rows])
     if is_free_text(asked):
         return _verdict_on_free_text(changed, gap)
-    correct = ACCURACY.scores(asked, [prediction for _, prediction, _ in rows])
-    correct_shuffled = ACCURACY.scores(asked, [other for _, _, other in rows])
-    return _verdict_on_scores(correct, correct_shuffled, changed, ACCURACY.majority_baseline(asked), gap)
+    correct = ACCURACY.measure(asked, [prediction for _, prediction, _ in rows])
+    correct_shuffled = ACCURACY.measure(asked, [other for _, _, other in rows])
+    majority = ACCURACY.measure(asked, [most_frequent_answer(asked)] * len(asked))
+    return _verdict_on_scores(correct, correct_shuffled, changed, mean(majority), gap)
 
 
 def _verdict_on_scores(
-    correct: Sequence[float],
-    shuffled: Sequence[float],
+    correct: np.ndarray,
+    shuffled: np.ndarray,
     changed: float,
     majority: float,
     gap: ImageLossGap | None,
@@ -65,7 +69,7 @@ def _verdict_on_scores(
     """Compare scores of 0 or 1 with the true and with other images, paired by question (McNemar, 1947)."""
     score, other = mean(correct), mean(shuffled)
     gain = score - other
-    error = math.sqrt(sum((a - b) ** 2 for a, b in zip(correct, shuffled, strict=True))) / len(correct)
+    error = math.sqrt(((correct - shuffled) ** 2).sum()) / len(correct)
     figures = f"{percent(score)} right, against {percent(other)} with another image"
     if gap is not None:
         figures += f"; {gap.sentence}"

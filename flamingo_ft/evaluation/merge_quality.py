@@ -20,17 +20,20 @@ from PIL import Image
 from torch import Tensor
 
 from flamingo_ft.backbones.decoder_layers import context_length
-from flamingo_ft.config import RECIPE_FILE, load_recipe
+from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.data import Dropped, Encoded, OpenedData, Sample, encode_within, open_data
 from flamingo_ft.data.collate import load_media
 from flamingo_ft.data.encode import IGNORED, TooLong, encode_prompt
 from flamingo_ft.data.sample import UNNAMED_TASK, text_message
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.predictor import Predictor, Prompt
+from flamingo_ft.inference.predictor import Predictor
+from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
-from .metrics import MERGE_METRIC, METRICS, Metric, ratio_standard_error
+from .image_loss_gap import ratio_standard_error
+from .metrics import MERGE_METRIC, Metric, user_metrics_record
 from .questions import Question, questions_of
+from .select_metrics import select_metrics
 
 HELD_OUT = "held-out samples of the run"
 TRAINED_ON = "samples that the run was trained on (it holds none out)"
@@ -50,6 +53,7 @@ class EvalSet:
     """What adapter and merged model are compared on.
 
     encoded: samples for the loss. questions: for the metrics. origin: where they come from, in words.
+    metrics: what the answers are scored by.
     """
 
     encoded: Sequence[tuple[Sample, Encoded]]
@@ -57,6 +61,7 @@ class EvalSet:
     origin: str
     batch_size: int = 8
     max_new_tokens: int = MADE_UP_TOKENS
+    metrics: Sequence[Metric] = (MERGE_METRIC,)
 
     @property
     def made_up(self) -> bool:
@@ -84,7 +89,20 @@ def eval_set_of_run(folder: Path, processor: FlamingoProcessor, context: int, sa
     questions = [q for q in questions_of(selected) if len(encode_prompt(processor, q.messages)) < context]
     questions = questions[: min(samples, MAX_QUESTIONS)]
     origin = HELD_OUT if data.eval else TRAINED_ON
-    return EvalSet(encoded, questions, origin, recipe.eval.batch_size, recipe.eval.max_new_tokens)
+    batch_size, max_new_tokens = recipe.eval.batch_size, recipe.eval.max_new_tokens
+    return EvalSet(encoded, questions, origin, batch_size, max_new_tokens, _metrics(recipe, questions))
+
+
+def _metrics(recipe: Recipe, questions: Sequence[Question]) -> list[Metric]:
+    """Return the metric that decides, and those of the run unless one cannot be computed here.
+
+    The others are only reported: a user's file that is not on this machine must not prevent a merge.
+    """
+    try:
+        selected = select_metrics(recipe.eval, questions)
+    except UserError:
+        return [MERGE_METRIC]
+    return [MERGE_METRIC, *(metric for metric in selected if metric is not MERGE_METRIC)]
 
 
 def _select(data: OpenedData, samples: int) -> list[Sample]:
@@ -139,13 +157,13 @@ def _noise(generator: np.random.Generator) -> bytes:
 class Measurement:
     """One model on an `EvalSet`.
 
-    losses: summed over the label tokens of each sample. tokens: label tokens of each sample. scores: of each
-    question, by metric. logits (N positions, V vocabulary): at the first label positions.
+    losses: summed over the label tokens of each sample. tokens: label tokens of each sample. statistics: of
+    each question, by metric. logits (N positions, V vocabulary): at the first label positions.
     """
 
     losses: Sequence[float]
     tokens: Sequence[int]
-    scores: Mapping[str, Sequence[float]]
+    statistics: Mapping[str, np.ndarray]
     logits: Tensor
 
     @property
@@ -153,10 +171,9 @@ class Measurement:
         """Mean over all label tokens, in nats."""
         return sum(self.losses) / sum(self.tokens)
 
-    def value(self, metric: str) -> float | None:
-        """Return the value of a metric; None without questions."""
-        scores = self.scores[metric]
-        return METRICS[metric].aggregate(scores) if scores else None
+    def value(self, metric: Metric) -> float | None:
+        """Return the value of a metric; None without questions, or where it is not defined."""
+        return metric.value(self.statistics[metric.name])
 
 
 @torch.no_grad()
@@ -175,8 +192,8 @@ def measure(
     answers = Predictor(model, processor).answer(
         questions, batch_size=eval_set.batch_size, max_new_tokens=eval_set.max_new_tokens
     )
-    scores = {name: metric.scores(questions, answers) for name, metric in METRICS.items()}
-    return Measurement(losses, tokens, scores, torch.cat(kept))
+    statistics = {metric.name: metric.measure(questions, answers) for metric in eval_set.metrics}
+    return Measurement(losses, tokens, statistics, torch.cat(kept))
 
 
 def _label_logits(
@@ -217,40 +234,45 @@ def compare(
         "loss_increase_standard_error": loss_error,
         "margin": limit,
     }
-    for name, metric in METRICS.items():
-        drop, error = _drop(metric, adapter.scores[name], merged.scores[name])
+    for metric in eval_set.metrics:
+        name = metric.name
+        drop, error = _drop(metric, adapter.statistics[name], merged.statistics[name])
         margin = accuracy_margin if metric is MERGE_METRIC else metric.merge_margin
         if eval_set.made_up:
             margin = None
         record |= {
-            name: {model: measurement.value(name) for model, measurement in models.items()},
+            name: {model: measurement.value(metric) for model, measurement in models.items()},
             f"{name}_drop": drop,
             f"{name}_drop_standard_error": error,
             f"{name}_margin": margin,
         }
         worse = worse or (margin is not None and drop - 2 * error > margin)
-    return record | {"worse": worse}
+    return record | user_metrics_record(eval_set.metrics) | {"worse": worse}
 
 
-def _drop(metric: Metric, adapter: Sequence[float], merged: Sequence[float]) -> tuple[float, float]:
+def _drop(metric: Metric, adapter: np.ndarray, merged: np.ndarray) -> tuple[float, float]:
     """Return how much worse the merged model is by a metric, and the standard error of that.
 
-    adapter, merged: scores of the same questions. The jackknife takes any aggregate; for a mean, it equals
-    the standard error of the paired differences.
+    adapter, merged: statistics of the same questions. The jackknife takes any aggregate; for a mean, it
+    equals the standard error of the paired differences. Both are 0 where the metric is not defined.
     """
-    pairs = list(zip(adapter, merged, strict=True))
-    count = len(pairs)
+    drop, count = _worse_by(metric, adapter, merged), len(adapter)
     if count < 2:
-        return (_worse_by(metric, pairs) if pairs else 0.0), 0.0
-    without_one = [_worse_by(metric, pairs[:index] + pairs[index + 1 :]) for index in range(count)]
+        return drop, 0.0
+    without_one = [
+        _worse_by(metric, np.delete(adapter, index, axis=0), np.delete(merged, index, axis=0))
+        for index in range(count)
+    ]
     center = sum(without_one) / count
-    error = math.sqrt(sum((drop - center) ** 2 for drop in without_one) * (count - 1) / count)
-    return _worse_by(metric, pairs), error
+    error = math.sqrt(sum((other - center) ** 2 for other in without_one) * (count - 1) / count)
+    return drop, error
 
 
-def _worse_by(metric: Metric, pairs: Sequence[tuple[float, float]]) -> float:
-    adapter, merged = (metric.aggregate(scores) for scores in zip(*pairs, strict=True))
-    return adapter - merged if metric.higher_is_better else merged - adapter
+def _worse_by(metric: Metric, adapter: np.ndarray, merged: np.ndarray) -> float:
+    before, after = metric.value(adapter), metric.value(merged)
+    if before is None or after is None:
+        return 0.0
+    return before - after if metric.higher_is_better else after - before
 
 
 def logit_difference(measured: Measurement, expected: Measurement) -> dict[str, Any]:

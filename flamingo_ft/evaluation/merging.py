@@ -42,7 +42,7 @@ from .merge_quality import (
     made_up_eval_set,
     measure,
 )
-from .metrics import MERGE_METRIC, METRICS
+from .metrics import MERGE_METRIC, metrics_in
 
 MERGE_FILE = "merge.json"
 SAMPLES = 64
@@ -172,7 +172,8 @@ def _refuse_worse(report: dict[str, Any]) -> None:
     if cost["worse"]:
         values = [f"loss {_against(cost['loss'], '{:.3f}'.format)}"]
         margins = [f"{cost['margin']:.2g} nats"]
-        for name, metric in METRICS.items():
+        for metric in metrics_in(cost):
+            name = metric.name
             if cost[name]["merged"] is not None:
                 values.append(f"{metric.label} {_against(cost[name], metric.text)}")
             if cost[f"{name}_margin"] is not None:

@@ -15,8 +15,9 @@ from flamingo_ft.data.sample import DOCUMENT, UNNAMED_TASK, Medium, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import plural
 
-from .metrics import is_free_text, normalize
+from .metrics import normalize
 from .questions import Question
+from .reference_answers import is_free_text
 
 MAX_ANSWERS = 20  # of a question with few answers, which gets a linear probe
 MIN_SAMPLES_PER_ANSWER = 5  # on average, in training; with fewer, answers are retrieved

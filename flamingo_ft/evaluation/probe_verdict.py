@@ -8,7 +8,7 @@ from typing import Any
 from flamingo_ft.formatting import percent, shorten
 
 from .image_use import REMEDY
-from .metrics import ACCURACY, normalize
+from .metrics import exact_match, normalize
 from .probe import MIN_GAIN, Probe, ProbeResult
 from .probe_questions import question_key
 from .questions import Question
@@ -66,7 +66,7 @@ def add_to_verdict(metrics: dict[str, Any], results: Results, probe: Probe | Non
     """
     if probe is None or "eval" not in metrics:
         return
-    sentence = compare_with_tower(probe, results.questions, results.answers[AFTER])
+    sentence = compare_with_tower(probe, results.questions, results.texts(AFTER))
     if sentence is not None:
         verdict = metrics["eval"].get("verdict")
         parts = [] if verdict is None else [verdict.removesuffix(f"; {REMEDY}")]
@@ -79,7 +79,7 @@ def _model_share(
     """Return the model's accuracy on the held-out samples of a probed question; None without any."""
     wordings = {(result.task, text, result.images) for text in result.wordings}
     scores = [
-        ACCURACY.score(prediction, question.references)
+        exact_match(prediction, question.references)
         for question, prediction in zip(questions, predictions, strict=True)
         if question_key(question) in wordings and normalize(question.answer) in result.answers
     ]

@@ -1,13 +1,16 @@
-"""Held-out samples as questions with one reference answer each, and how long those answers are."""
+"""Held-out samples as questions with their reference answers, and how long those answers are."""
 
 from __future__ import annotations
 
+import io
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from PIL import Image
 
 from flamingo_ft.adapters.answering import stop_token_ids
 from flamingo_ft.data import Sample, encode
@@ -16,25 +19,27 @@ from flamingo_ft.data.pairs import answer_start
 from flamingo_ft.data.render import is_document
 from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.predictor import Prompt
+from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoProcessor
 
 
 @dataclass(frozen=True)
 class Question(Prompt):
-    """A dialogue up to where the assistant answers, with the images so far and the reference answer.
+    """A dialogue up to where the assistant answers, with the images so far and the reference answers.
 
-    sample: index of the sample that it comes from.
+    answer: the reference answer that is trained on. sample: index of the sample that it comes from.
+    other_answers: further reference answers.
     """
 
     answer: str = ""
     task: str = ""
     sample: int = 0
+    other_answers: tuple[str, ...] = ()
 
     @property
     def references(self) -> tuple[str, ...]:
-        """All answers that count as correct."""
-        return (self.answer,)
+        """All answers that count as correct, the one that is trained on first."""
+        return (self.answer, *self.other_answers)
 
 
 def questions_of(samples: Sequence[Sample]) -> list[Question]:
@@ -47,6 +52,7 @@ def questions_of(samples: Sequence[Sample]) -> list[Question]:
 
 
 def _questions(sample: Sample, index: int) -> Iterator[Question]:
+    """Yield the questions of a sample. A sample with several reference answers has one question."""
     first = answer_start(sample.messages) if sample.rejected else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
@@ -60,10 +66,25 @@ def _questions(sample: Sample, index: int) -> Iterator[Question]:
 
 def _question(sample: Sample, index: int, before: list[dict[str, Any]], answer: str) -> Question:
     mentioned = sum(block["type"] == "image" for message in before for block in message["content"])
-    return Question(before, sample.images[:mentioned], sample.where, answer, sample.task, index)
+    others = sample.other_answers
+    if before[-1]["role"] == DOCUMENT:
+        others = tuple(other.strip() for other in others)
+    return Question(before, sample.images[:mentioned], sample.where, answer, sample.task, index, others)
 
 
-def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+class HasImages(Protocol):
+    """A dataclass with ``images``: a `Sample`, or an example of a task."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def images(self) -> Sequence[Medium]: ...
+
+
+Shown = TypeVar("Shown", bound=HasImages)
+
+
+def with_other_images(samples: Sequence[Shown], seed: int = 0) -> list[Shown]:
     """Return every sample with the images of another sample that has as many.
 
     If possible, none of the images is the sample's own; otherwise at least one differs. A sample keeps its
@@ -82,7 +103,19 @@ def with_other_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     return [replace(sample, images=images[index]) for index, sample in enumerate(samples)]
 
 
-def _other_images(choices: Sequence[list[Medium]], position: int) -> list[Medium]:
+def with_gray_images(samples: Sequence[Shown]) -> list[Shown]:
+    """Return every sample with a gray image in place of each of its own."""
+    return [replace(sample, images=[gray_image()] * len(sample.images)) for sample in samples]
+
+
+def gray_image() -> bytes:
+    """Return a gray picture as the content of a PNG file."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), (128, 128, 128)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _other_images(choices: Sequence[Sequence[Medium]], position: int) -> Sequence[Medium]:
     """Return the next choice that shares no image with the one at ``position``, or the next that differs."""
     own = choices[position]
     differing = None

@@ -7,8 +7,8 @@ other images.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,24 +20,21 @@ from flamingo_ft.data.sample import display_text
 
 from .image_loss_gap import ImageLossGap
 from .image_use import image_use
-from .metrics import (
-    ACCURACY,
-    METRICS,
-    Metric,
-    is_free_text,
-    most_frequent_answer,
-    scores_by_class,
-)
+from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
 from .questions import Question
+from .reference_answers import classes_of, is_free_text, most_frequent_answer
+from .scores import Scores
 
-BEFORE, AFTER, SHUFFLED = "before", "after", "shuffled_images"  # conditions under which questions are asked
+# Conditions under which questions are asked.
+BEFORE, AFTER, SHUFFLED, BLANK = "before", "after", "shuffled_images", "blank_images"
 MAJORITY = "majority"  # baseline: always give the most frequent reference answer
-COLUMNS = (MAJORITY, BEFORE, AFTER, SHUFFLED)  # of score tables, in this order
+COLUMNS = (MAJORITY, BEFORE, AFTER, SHUFFLED, BLANK)  # of score tables, in this order
 COLUMN_HEADERS = {
     MAJORITY: "majority answer",
     BEFORE: "before",
     AFTER: "after",
     SHUFFLED: "with another image",
+    BLANK: "with a gray image",
 }
 PREDICTIONS_FILE = "predictions.jsonl"
 
@@ -56,11 +53,12 @@ def task_key(metric: Metric, column: str) -> str:
 class Results:
     """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
 
-    image_loss_gap: that of the final model, if it was measured.
+    metrics: what the answers are scored by. image_loss_gap: that of the final model, if it was measured.
     """
 
     questions: Sequence[Question]
-    answers: dict[str, list[str]] = field(default_factory=dict)
+    answers: dict[str, Sequence[Prediction]] = field(default_factory=dict)
+    metrics: Sequence[Metric] = (ACCURACY,)
     image_loss_gap: ImageLossGap | None = None
 
     @property
@@ -68,51 +66,82 @@ class Results:
         """The conditions asked so far, ``AFTER`` first."""
         return sorted(self.answers, key=lambda condition: condition != AFTER)
 
-    def summary(self) -> dict[str, Any]:
-        """Return the ``eval`` record of metrics.json: every metric, overall and per task, and its baseline.
+    def texts(self, condition: str) -> list[str]:
+        """Return the answers under a condition as text; of ranked labels, the best."""
+        return [str(answer) for answer in self.answers[condition]]
 
-        With answers to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
+    def summary(self) -> dict[str, Any]:
+        """Return the ``eval`` record of metrics.json: metrics, overall and per task, and their baselines.
+
+        A metric that is not defined on the answers is None, such as F1 without a positive one. With answers
+        to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
         ``image_loss_gap`` is there if it was measured.
         """
-        by_task = defaultdict(list)
+        by_task: dict[str, list[int]] = defaultdict(list)
         for index, question in enumerate(self.questions):
             by_task[question.task].append(index)
-        per_task = {task: self._task_record(indices) for task, indices in sorted(by_task.items())}
-        majority = [""] * len(self.questions)  # the most frequent reference answer of each question's task
-        for indices in by_task.values():
-            answer = most_frequent_answer([self.questions[index] for index in indices])
-            for index in indices:
-                majority[index] = answer
-        record: dict[str, Any] = {}
-        for metric in METRICS.values():
-            for condition in self.conditions:
-                value = metric.evaluate(self.questions, self.answers[condition])
-                record[overall_key(metric, condition)] = value
-            record[overall_key(metric, MAJORITY)] = metric.evaluate(self.questions, majority)
+        scores = self._scores(by_task.values())
+        record = self._values(scores, None, overall_key)
+        per_task = {task: self._task_record(scores, indices) for task, indices in sorted(by_task.items())}
+        record |= user_metrics_record(self.metrics)
         gap = self.image_loss_gap
         if gap is not None:
             record["image_loss_gap"] = asdict(gap)
         if SHUFFLED in self.answers:
-            record["verdict"] = image_use(self.questions, self.answers[AFTER], self.answers[SHUFFLED], gap)
+            record["verdict"] = image_use(self.questions, self.texts(AFTER), self.texts(SHUFFLED), gap)
         return {**record, "per_task": per_task}
 
-    def _task_record(self, indices: Sequence[int]) -> dict[str, Any]:
+    def _scores(self, tasks: Iterable[Sequence[int]]) -> Scores:
+        """Score the answers, and as a baseline the most frequent reference answer of each question's task."""
+        majority = [""] * len(self.questions)
+        for indices in tasks:
+            answer = most_frequent_answer([self.questions[index] for index in indices])
+            for index in indices:
+                majority[index] = answer
+        answers = {condition: self.answers[condition] for condition in self.conditions}
+        return Scores.of(self.metrics, self.questions, answers, {MAJORITY: majority})
+
+    def _values(
+        self, scores: Scores, indices: Sequence[int] | None, key: Callable[[Metric, str], str]
+    ) -> dict[str, Any]:
+        """Return every metric under every condition over a part of the questions; key: its name there."""
+        return {
+            key(metric, condition): scores.value(metric, condition, indices)
+            for metric in self.metrics
+            for condition in scores.statistics[metric.name]
+        }
+
+    def _task_record(self, scores: Scores, indices: Sequence[int]) -> dict[str, Any]:
         questions = [self.questions[index] for index in indices]
-        answers = {name: [self.answers[name][index] for index in indices] for name in self.conditions}
-        record: dict[str, Any] = {"samples": len(questions)}
-        for metric in METRICS.values():
-            for condition, predictions in answers.items():
-                record[task_key(metric, condition)] = metric.evaluate(questions, predictions)
-            record[task_key(metric, MAJORITY)] = metric.majority_baseline(questions)
+        record = {"samples": len(questions), **self._values(scores, indices, task_key)}
         record["free_text"] = is_free_text(questions)
-        record["classes"] = scores_by_class(questions, answers[AFTER])
+        record["classes"] = self._class_records(scores, indices)
         return record
 
+    def _class_records(self, scores: Scores, indices: Sequence[int]) -> dict[str, dict[str, Any]] | None:
+        """Score the questions of each class of a task separately; None for a task without classes.
+
+        Returns for each class the number of its ``samples``, the metrics on them, and how often it was
+        ``predicted``.
+        """
+        classes = classes_of([self.questions[index] for index in indices])
+        if classes is None:
+            return None
+        answers = self.texts(AFTER)
+        predicted = Counter(normalize(answers[index]) for index in indices)
+        metrics = [metric for metric in self.metrics if metric.by_class]
+        records = {}
+        for answer, members in classes.items():
+            own = [indices[member] for member in members]
+            values = {metric.name: scores.value(metric, AFTER, own) for metric in metrics}
+            records[answer] = {"samples": len(own), **values, "predicted": predicted[normalize(answer)]}
+        return records
+
     def save(self, folder: Path) -> None:
-        """Write predictions.jsonl: each question with its images, reference and every answer."""
+        """Write predictions.jsonl: each question with its images, reference answers and every answer."""
         with file_in_place(folder / PREDICTIONS_FILE) as place, place.open("w", encoding="utf-8") as file:
             for index, question in enumerate(self.questions):
-                predictions = {condition: answers[index] for condition, answers in self.answers.items()}
+                predictions = {condition: str(answers[index]) for condition, answers in self.answers.items()}
                 file.write(json.dumps(_row(question) | predictions, ensure_ascii=False) + "\n")
 
     def restore(self, condition: str, folder: Path) -> None:
@@ -130,13 +159,15 @@ def load_predictions(folder: Path) -> list[dict[str, Any]]:
 
 
 def _row(question: Question) -> dict[str, Any]:
-    return {
+    """Return what a row says of its question. ``references`` are there if there are several."""
+    row = {
         "where": question.where,
         "task": question.task,
         "images": [preview(medium) for medium in question.images],
         "question": display_text(question.messages[-1]).strip(),
         "answer": question.answer,
     }
+    return row | ({"references": question.references} if question.other_answers else {})
 
 
 @dataclass(frozen=True)
@@ -161,10 +192,10 @@ class ScoreTable:
 
 
 def score_tables(evaluation: Mapping[str, Any] | None) -> list[ScoreTable]:
-    """Return a table for each registered metric in the ``eval`` record of a metrics.json, if there is one."""
+    """Return a table for each metric in the ``eval`` record of a metrics.json, if there is one."""
     if not evaluation:
         return []
-    return [_table(metric, evaluation) for metric in METRICS.values() if metric.name in evaluation]
+    return [_table(metric, evaluation) for metric in metrics_in(evaluation)]
 
 
 def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:

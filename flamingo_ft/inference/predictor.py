@@ -3,59 +3,52 @@
     predictor = Predictor.from_pretrained("runs/quickstart")
     predictor("photo.png", "What is this?")
     predictor.batch([("a.png", "What is this?"), (["a.png", "b.png"], "Is <image> larger than <image>?")])
+    for piece in predictor.stream("photo.png", "What is this?", temperature=0.7):
+        print(piece, end="")
+    predictor.look("photo.png", "What is this?").figure()
 
-Commands, notebooks, evaluation and training all ask through it. Answers are greedy.
+Commands, notebooks, evaluation and training all ask through it. Answers are greedy unless `Decoding` says
+otherwise.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby, takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from flamingo_ft.adapters import load_trained
-from flamingo_ft.adapters.answering import MAX_NEW_TOKENS, end_token_ids
+from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.data.collate import pad_ids, stack_media
-from flamingo_ft.data.encode import encode_prompt
-from flamingo_ft.data.media import load_pixels
-from flamingo_ft.data.sample import Video
-from flamingo_ft.data.schemas.build_sample import text_to_blocks
+from flamingo_ft.data.collate import pad_ids
+from flamingo_ft.data.encode import encode_answer, encode_prompt
 from flamingo_ft.errors import UserError
-from flamingo_ft.formatting import plural
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
-from flamingo_ft.model.added_tokens import MEDIA_TOKEN
-from flamingo_ft.model.images import UnreadableImage, to_rgb
+
+from .decoding import Decoding
+from .look import Look, look_at
+from .media_inputs import MediaInputs
+from .prompts import Prompt, make_prompt
+from .ranking import check_labels, score_answers
+from .streaming import StopAtText, TokenReceiver, VisibleText, cut_at_stop, stream_text
 
 BATCH_SIZE = 8
+IMAGE_CACHE_MIB = 256
 FORMATS = ("none", "int8", "nf4", "fp4")
-FILES = (str, bytes, os.PathLike, Video)  # images by path, URL or content; others are already decoded
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A dialogue up to where the assistant answers.
-
-    messages: ``role`` and ``content``, typed blocks with one image block per image. images: paths, URLs,
-    contents of image files, videos, or decoded images. where: origin of the prompt, named in errors.
-    """
-
-    messages: list[dict[str, Any]]
-    images: Sequence[Any]
-    where: str = "prompt"
 
 
 class Predictor:
     """A model and its processor, ready to answer.
 
-    batch_size, max_new_tokens: defaults of the methods; the longest answer in tokens includes its end token.
+    batch_size: prompts answered together. image_cache_mib: memory for the tower's tokens of recent images;
+    leave it at 0 if the tower may change. options: defaults of the methods, see `Decoding`.
     """
 
     def __init__(
@@ -64,10 +57,12 @@ class Predictor:
         processor: FlamingoProcessor,
         *,
         batch_size: int = BATCH_SIZE,
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        image_cache_mib: int = 0,
+        **options: Any,
     ):
         self.model, self.processor = model, processor
-        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.batch_size, self.decoding = batch_size, Decoding(**options)
+        self.media = MediaInputs(model, processor, image_cache_mib << 20)
 
     @classmethod
     def from_pretrained(
@@ -75,6 +70,7 @@ class Predictor:
         name_or_folder: str | Path,
         *,
         quantization: str | Quantization | None = None,
+        image_cache_mib: int = IMAGE_CACHE_MIB,
         **options: Any,
     ) -> Predictor:
         """Load an adapter or a merged model, from a folder or by ``org/name[@revision]`` on the Hub.
@@ -88,113 +84,244 @@ class Predictor:
             raise UserError(f"quantization: must be one of {known}, got {quantization}")
         if isinstance(quantization, str) and quantization != "none":
             quantization = Quantization(quantization)
-        return cls(*load_trained(name_or_folder, quantization=quantization), **options)
+        loaded = load_trained(name_or_folder, quantization=quantization)
+        return cls(*loaded, image_cache_mib=image_cache_mib, **options)
 
-    def __call__(self, images: Any, prompt: str, *, max_new_tokens: int | None = None) -> str:
+    def __call__(self, images: Any, prompt: str | None = None, **options: Any) -> str:
         """Answer a prompt about one image or a list: paths, URLs, bytes, Pillow images or arrays.
 
         ``<image>`` in the prompt marks where each image belongs; without markers, the images come first.
-        Raises UserError if images and markers do not match, for an unreadable image, and for a prompt that is
-        too long.
+        Without a prompt, the model continues the image as it was trained on captions. options: see
+        `Decoding`. Raises UserError if images and markers do not match, for an unreadable image, and for a
+        prompt that is too long.
         """
-        return self.answer([make_prompt(images, prompt)], max_new_tokens=max_new_tokens)[0]
+        return self.answer([make_prompt(images, prompt)], **options)[0]
 
     def batch(
-        self,
-        requests: Iterable[tuple[Any, str]],
-        *,
-        batch_size: int | None = None,
-        max_new_tokens: int | None = None,
+        self, requests: Iterable[tuple[Any, str | None]], *, batch_size: int | None = None, **options: Any
     ) -> list[str]:
         """Answer many ``(images, prompt)`` pairs, in their order."""
         prompts = [make_prompt(images, prompt) for images, prompt in requests]
-        return self.answer(prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        return self.answer(prompts, batch_size=batch_size, **options)
+
+    def stream(self, images: Any, prompt: str | None = None, **options: Any) -> Generator[str]:
+        """Yield the answer to a prompt piece by piece; together they are what `__call__` returns.
+
+        Closing the generator ends the answer. Raises UserError as `__call__` does, and for beam search, whose
+        answer is not known before its end.
+        """
+        return self.stream_answer(make_prompt(images, prompt), **options)
+
+    def look(self, images: Any, prompt: str | None = None, **options: Any) -> Look:
+        """Answer a prompt as `__call__` does, and show where in the images each token of the answer looks.
+
+        Raises UserError as `__call__` does, and for a prompt without images.
+        """
+        return self.look_at(make_prompt(images, prompt), **options)
+
+    def look_at(self, prompt: Prompt, **options: Any) -> Look:
+        """Answer a dialogue and show where its last answer looks; see `look`."""
+        decoding, encoded = self.decoding.updated(**options), self.encode([prompt])
+        media = self.media.pixels_of([prompt])
+        with self.evaluation_mode(), seeded(decoding):
+            (answer_ids,) = self._generate(encoded, media, decoding)
+            (answer,) = self._texts([answer_ids], decoding)
+            inputs = {"input_ids": torch.tensor(encoded), **media}
+            on_device = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
+            return look_at(self.model, self.processor, on_device, answer_ids, answer)
 
     def answer(
         self,
         prompts: Sequence[Prompt],
         *,
         batch_size: int | None = None,
-        max_new_tokens: int | None = None,
         on_batch: Callable[[int], None] = lambda count: None,
+        **options: Any,
     ) -> list[str]:
-        """Answer dialogues, in their order. on_batch: called with the size of each finished batch.
-
-        Prompts of similar length share a batch, which saves padding. The model is in evaluation mode
-        meanwhile.
-        """
-        batch_size, max_new_tokens = batch_size or self.batch_size, max_new_tokens or self.max_new_tokens
-        answers, sizes = [""] * len(prompts), [(len(p.images), len(str(p.messages))) for p in prompts]
-        order = sorted(range(len(prompts)), key=sizes.__getitem__)
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            for start in range(0, len(order), batch_size):
-                indices = order[start : start + batch_size]
-                generated = self._generate([prompts[index] for index in indices], max_new_tokens)
-                for index, text in zip(indices, generated, strict=True):
-                    answers[index] = text
-                on_batch(len(indices))
-        finally:
-            self.model.train(was_training)
+        """Answer dialogues, in their order. on_batch: called with the size of each finished batch."""
+        answers = [""] * len(prompts)
+        for finished in self.batches(prompts, batch_size=batch_size, **options):
+            for index, text in finished.items():
+                answers[index] = text
+            on_batch(len(finished))
         return answers
+
+    def batches(
+        self, prompts: Sequence[Prompt], *, batch_size: int | None = None, **options: Any
+    ) -> Iterator[dict[int, str]]:
+        """Yield the answers of one batch after another, by the index of the prompt.
+
+        Prompts of similar length share a batch, which saves padding; one that leaves less room for its answer
+        than ``max_new_tokens`` is answered alone. The model is in evaluation mode meanwhile.
+        """
+        decoding, encoded = self.decoding.updated(**options), self.encode(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].images), len(encoded[i])))
+        with self.evaluation_mode(), seeded(decoding):
+            for indices in self._grouped(order, encoded, batch_size or self.batch_size, decoding):
+                media = self.media.of([prompts[index] for index in indices])
+                answers = self._generate([encoded[index] for index in indices], media, decoding)
+                yield dict(zip(indices, self._texts(answers, decoding), strict=True))
+
+    def rank(
+        self,
+        prompts: Sequence[Prompt],
+        labels: Sequence[str],
+        *,
+        with_end: bool = True,
+        per_token: bool = False,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> Tensor:
+        """Return the log-likelihood (prompts, labels) of each label as the answer, in nats, on the CPU.
+
+        with_end: include the token that ends the answer; without it, a label is never less likely than one
+        that continues it. per_token: divide by the label's number of tokens. on_batch: called with the size
+        of each finished batch. Raises UserError for labels that are missing, blank or repeated, and as
+        `answer` does.
+        """
+        check_labels(labels)
+        encoded, scores = self.encode(prompts), torch.empty(len(prompts), len(labels))
+        order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
+        with self.evaluation_mode():
+            for _, alike in groupby(order, key=lambda index: len(encoded[index])):  # they need no padding
+                for indices in _batches(list(alike), batch_size or self.batch_size):
+                    chosen = [prompts[index] for index in indices]
+                    answers = self._label_tokens(chosen[0], labels, with_end)
+                    ids, media = [encoded[index] for index in indices], self.media.of(chosen)
+                    scores[indices] = score_answers(self.model, ids, media, answers)
+                    if per_token:
+                        scores[indices] /= torch.tensor([len(answer) for answer in answers])
+                    on_batch(len(indices))
+        return scores
+
+    def stream_answer(self, prompt: Prompt, **options: Any) -> Generator[str]:
+        """Yield the answer to a dialogue piece by piece; see `stream`."""
+        decoding = self.decoding.updated(**options)
+        refuse_beams(decoding)
+        (ids,) = self.encode([prompt])
+        inputs = self.media.of([prompt])
+
+        def run(on_text: Callable[[str], None], is_cancelled: Callable[[], bool]) -> None:
+            receiver = self.receiver(decoding, on_text, is_cancelled)
+            with self.evaluation_mode(), seeded(decoding):
+                self.generate([ids], inputs, decoding, receiver)
+            receiver.finish()
+
+        return stream_text(run)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the token ids of each prompt. Raise UserError for a prompt that leaves no room to answer."""
-        limit, encoded = context_length(self.model.config), []
-        for prompt in prompts:
-            ids = encode_prompt(self.processor, prompt.messages)
-            if len(ids) >= limit:
-                problem = f"got {len(ids)} text tokens to answer, but the language model's context is {limit}"
-                raise UserError(f"{prompt.where}: {problem}; shorten the prompt")
-            encoded.append(ids)
-        return encoded
+        return [self._encode(prompt) for prompt in prompts]
+
+    def generate(
+        self,
+        encoded: Sequence[list[int]],
+        media: dict[str, Tensor],
+        decoding: Decoding,
+        *criteria: StoppingCriteria,
+        **options: Any,
+    ) -> Any:
+        """Run the model's ``generate`` on token ids, left-padded, no longer than the context has room for.
+
+        criteria, options: passed to it. Returns what it returns.
+        """
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        inputs: dict[str, Any] = pad_ids(encoded, pad_token_id, "left") | media
+        room = context_length(self.model.config) - max(map(len, encoded))
+        return self.model.generate(
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()},
+            max_new_tokens=min(decoding.max_new_tokens, room),
+            eos_token_id=end_token_ids(self.model, self.processor) or None,
+            pad_token_id=pad_token_id,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            **decoding.generate_options(),
+            **options,
+        )
+
+    def receiver(
+        self, decoding: Decoding, on_text: Callable[[str], None], is_cancelled: Callable[[], bool]
+    ) -> TokenReceiver:
+        """Return the stopping criterion that passes an answer on while it is generated."""
+        end_tokens = end_token_ids(self.model, self.processor)
+        text = VisibleText(decoding.stop_strings)
+        return TokenReceiver(self.processor.tokenizer, end_tokens, text, on_text, is_cancelled)
+
+    @contextmanager
+    def evaluation_mode(self) -> Generator[None]:
+        """Put the model into evaluation mode inside the context, and back afterwards."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(was_training)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        ids, limit = encode_prompt(self.processor, prompt.messages), context_length(self.model.config)
+        if len(ids) >= limit:
+            problem = f"got {len(ids)} text tokens to answer, but the language model's context is {limit}"
+            raise UserError(f"{prompt.where}: {problem}; shorten the prompt")
+        return ids
+
+    def _grouped(
+        self, order: Sequence[int], encoded: Sequence[list[int]], batch_size: int, decoding: Decoding
+    ) -> Iterator[list[int]]:
+        """Yield the indices of each batch: a long prompt must not shorten the answers of others."""
+        longest = context_length(self.model.config) - decoding.max_new_tokens
+        yield from _batches([index for index in order if len(encoded[index]) <= longest], batch_size)
+        yield from ([index] for index in order if len(encoded[index]) > longest)
+
+    def _label_tokens(self, prompt: Prompt, labels: Sequence[str], with_end: bool) -> list[list[int]]:
+        """Return the tokens of each label as the answer to ``prompt``."""
+        end_tokens = end_token_ids(self.model, self.processor)
+        tokens = []
+        for label in labels:
+            answer = encode_answer(self.processor, prompt.messages, label)
+            end = next((place for place, token in enumerate(answer) if token in end_tokens), len(answer))
+            tokens.append(answer[: end + with_end])
+        return tokens
 
     @torch.no_grad()
-    def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-        """Generate answers to one batch greedily, no longer than the context has room for."""
-        model, tokenizer = self.model, self.processor.tokenizer
-        encoded = self.encode(prompts)
-        batch: dict[str, Any] = pad_ids(encoded, tokenizer.pad_token_id, "left")
-        batch |= stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
-        end_tokens = end_token_ids(model, self.processor)
-        output = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in batch.items()},
-            max_new_tokens=min(max_new_tokens, context_length(model.config) - max(map(len, encoded))),
-            eos_token_id=end_tokens or None,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=False,
+    def _generate(
+        self, encoded: Sequence[list[int]], media: dict[str, Tensor], decoding: Decoding
+    ) -> list[list[int]]:
+        """Return the tokens of the answers to one batch, up to their end tokens."""
+        tokenizer, length = self.processor.tokenizer, max(map(len, encoded))
+        criteria = [StopAtText(tokenizer, length, decoding.stop_strings)] if decoding.stop_strings else []
+        output = self.generate(encoded, media, decoding, *criteria)
+        end_tokens = end_token_ids(self.model, self.processor)
+        rows = output[:, length:].tolist()
+        return [list(takewhile(lambda token: token not in end_tokens, row)) for row in rows]
+
+    def _texts(self, answers: Sequence[list[int]], decoding: Decoding) -> list[str]:
+        """Return the text of answers, cut before the first stop string."""
+        texts = self.processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [cut_at_stop(text, decoding.stop_strings).strip() for text in texts]
+
+
+load = Predictor.from_pretrained  # `flamingo_ft.load`
+
+
+def _batches(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
+
+
+@contextmanager
+def seeded(decoding: Decoding) -> Generator[None]:
+    """Sample with the decoding's seed, if it has one, and leave the state of the random generators alone."""
+    if decoding.seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(decoding.seed)
+        yield
+
+
+def refuse_beams(decoding: Decoding) -> None:
+    """Raise UserError for beam search, which cannot be streamed."""
+    if decoding.num_beams > 1:
+        raise UserError(
+            f"num_beams: the answer of beam search cannot be streamed, got {decoding.num_beams}; "
+            "use 1, or ask without streaming"
         )
-        rows = output[:, batch["input_ids"].shape[1] :].tolist()
-        answers = [list(takewhile(lambda token: token not in end_tokens, row)) for row in rows]
-        return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-
-    def _pixels(self, image: Any, where: str) -> Tensor:
-        """Read an image or video as pixels (F frames, C, H, W)."""
-        if isinstance(image, FILES):
-            medium: Any = image
-            return load_pixels(self.processor, medium, where)
-        try:
-            return self.processor.image_processor.transform(to_rgb(image)).unsqueeze(0)
-        except UnreadableImage as error:
-            raise UserError(f"{where}: not a readable image ({error}); replace it") from None
-
-
-def make_prompt(images: Any, prompt: str) -> Prompt:
-    """Make a prompt of one user message from a text and its images; see `Predictor.__call__`."""
-    if images is None:
-        images = []
-    elif not isinstance(images, (list, tuple)):
-        images = [images]
-    return Prompt([{"role": "user", "content": place_images(prompt, len(images))}], images)
-
-
-def place_images(prompt: str, images: int) -> list[dict[str, str]]:
-    """Return the prompt as typed blocks; without ``<image>`` markers, the images come first."""
-    markers = prompt.count(MEDIA_TOKEN)
-    if markers == 0:
-        return [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
-    if markers != images:
-        counts = f"{plural(markers, f'{MEDIA_TOKEN} marker')} and {plural(images, 'image')}"
-        raise UserError(f"prompt: got {counts}; give one image for each marker")
-    return text_to_blocks(prompt)

@@ -104,6 +104,17 @@ def past_of(cache: object | None) -> Past | None:
     return getattr(cache, "flamingo_past", None)
 
 
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Replace the rows of a key/value cache by a choice of them, any number of times each: rows (R,).
+
+    Every sample must be chosen equally often, and its rows stand together.
+    """
+    cache.reorder_cache(rows)
+    past = past_of(cache)
+    if past is not None:
+        cache.flamingo_past = Past(past.media, past.times[rows])
+
+
 def cache_length(cache: Any) -> int:
     """Return the number of tokens in a cache; for state-space caches, the number of stored text times."""
     if cache is None:

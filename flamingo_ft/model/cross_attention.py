@@ -11,7 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import CheckpointedBlock, attend, feed_forward, merge_heads, split_heads
+from .layers import (
+    CheckpointedBlock,
+    attend,
+    attention_weights,
+    feed_forward,
+    merge_heads,
+    split_heads,
+)
 
 
 class MaskedCrossAttention(nn.Module):
@@ -31,7 +38,17 @@ class MaskedCrossAttention(nn.Module):
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """x (R, T, D); key, value (B, H, M * L, d); visible (R, T, M) bool -> (R, T, D).
+        """x (R, T, D); key, value (B, H, M * L, d); visible (R, T, M) bool -> (R, T, D)."""
+        query, visible = self._query(x, key, visible)
+        return self.to_out(merge_heads(attend(query, key, value, visible))).reshape(x.shape)
+
+    def weights(self, x: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+        """Return the attention weights of `forward` in float32: (B, H, R / B * T, M * L)."""
+        query, visible = self._query(x, key, visible)
+        return attention_weights(query, key, visible)
+
+    def _query(self, x: Tensor, key: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the queries (B, H, R / B * T, d), and which latents they see (B, 1, R / B * T, M * L).
 
         The R / B rows of a sample are adjacent and become one long query, so that the keys and values of a
         sample are stored once however many beams there are.
@@ -41,8 +58,7 @@ class MaskedCrossAttention(nn.Module):
         query = self.to_q(self.norm(x)).reshape(samples, -1, self.heads * key.shape[-1])
         visible = visible.reshape(samples, 1, -1, visible.shape[2])
         visible = visible.repeat_interleave(latents_per_medium, dim=-1)
-        attended = attend(split_heads(query, self.heads), key, value, visible)
-        return self.to_out(merge_heads(attended)).reshape(x.shape)
+        return split_heads(query, self.heads), visible
 
 
 class GatedCrossAttentionBlock(CheckpointedBlock):

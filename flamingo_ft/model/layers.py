@@ -42,6 +42,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = N
     return torch.where(sees, attended, 0.0)
 
 
+def attention_weights(query: Tensor, key: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Return the weights of `attend` in float32, (B, H, Q, K): zero for a query with no visible key.
+
+    The arguments are those of `attend`.
+    """
+    # Autocast would multiply in 16 bits.
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+        if visible is None:
+            return scores.softmax(-1)
+        # Softmax over no visible key is 0/0; masking the result replaces it too.
+        return scores.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
+
+
 class CheckpointedBlock(GradientCheckpointingLayer):
     """A block for `gradient_checkpointing_enable` that gets gradients in every checkpointing mode.
 

@@ -186,16 +186,17 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         frame_counts: Tensor | None = None,
+        vision_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model's own ``generate`` on the media.
 
-        Its options work as usual: beams, sampling, streamers, assisted decoding. pixel_values, frame_counts:
-        see `forward`. Returns what the language model's ``generate`` returns.
+        Its options work as usual: beams, sampling, streamers, assisted decoding. pixel_values, frame_counts,
+        vision_tokens: see `forward`. Returns what the language model's ``generate`` returns.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        media = media_input(pixel_values, frame_counts=frame_counts)
+        media = media_input(pixel_values, vision_tokens, frame_counts)
         return self.generate_text(inputs if input_ids is None else input_ids, media, **kwargs)
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:

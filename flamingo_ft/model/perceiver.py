@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from flamingo_ft.errors import UserError
 
-from .layers import CheckpointedBlock, attend, feed_forward, merge_heads, split_heads
+from .layers import (
+    CheckpointedBlock,
+    attend,
+    attention_weights,
+    feed_forward,
+    merge_heads,
+    split_heads,
+)
 
 
 class PerceiverAttention(nn.Module):
@@ -28,11 +35,20 @@ class PerceiverAttention(nn.Module):
 
     def forward(self, tokens: Tensor, latents: Tensor) -> Tensor:
         """tokens (N, K, D), latents (N, L, D) -> (N, L, D)."""
+        return self.to_out(merge_heads(attend(*self._project(tokens, latents))))
+
+    def weights(self, tokens: Tensor, latents: Tensor) -> Tensor:
+        """Return the attention weights of `forward` in float32: (N, H, L, K + L), the latents' own last."""
+        query, key, _ = self._project(tokens, latents)
+        return attention_weights(query, key)
+
+    def _project(self, tokens: Tensor, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (N, H, L, d), and keys and values (N, H, K + L, d), those of latents last."""
         latents = self.norm_latents(latents)
         seen = torch.cat([self.norm_media(tokens), latents], dim=1)
         key, value = self.to_kv(seen).chunk(2, dim=-1)
-        query, key, value = (split_heads(x, self.heads) for x in (self.to_q(latents), key, value))
-        return self.to_out(merge_heads(attend(query, key, value)))
+        query = split_heads(self.to_q(latents), self.heads)
+        return query, split_heads(key, self.heads), split_heads(value, self.heads)
 
 
 class PerceiverLayer(CheckpointedBlock, nn.ModuleList):

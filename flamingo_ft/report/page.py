@@ -22,9 +22,10 @@ from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.errors import StoppedBySignal
 from flamingo_ft.evaluation.image_loss_gap import LOG_KEY, ImageLossGap
 from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
-from flamingo_ft.evaluation.metrics import METRICS
+from flamingo_ft.evaluation.metrics import ACCURACY, Metric
 from flamingo_ft.evaluation.probe_verdict import BLIND, LEARN_FASTER, tower_lines
 from flamingo_ft.evaluation.results import COLUMN_HEADERS, PREDICTIONS_FILE, class_scores, score_tables
+from flamingo_ft.evaluation.select_metrics import known_metrics
 from flamingo_ft.formatting import data_uri, duration, percent, significant
 from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
@@ -57,7 +58,8 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
     template = load_template("report/report.html.jinja", trim_blocks=True, lstrip_blocks=True)
     verdict = run.evaluation.get("verdict")
     tasks = run.evaluation.get("per_task", {})
-    metrics = list(METRICS.values())
+    metrics, tables = known_metrics(run.recipe.eval), score_tables(run.evaluation)
+    of_classes = [table.metric for table in tables if table.metric.by_class]
     page = template.render(
         version=__version__,
         run=run,
@@ -66,10 +68,12 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
         facts=facts(run),
         figures=figures,
         metrics=metrics,
-        tables=score_tables(run.evaluation),
+        tables=tables,
         headers=COLUMN_HEADERS,
-        classes=class_scores(run.evaluation, metrics),
+        class_metrics=of_classes,
+        classes=class_scores(run.evaluation, of_classes),
         free_text=[name for name, task in tasks.items() if task.get("free_text")],
+        shows_accuracy=ACCURACY.name in run.evaluation,
         verdict=verdict,
         verdict_kind=_verdict_kind(verdict),
         probe=run.probe.record() if run.probe else None,
@@ -122,7 +126,7 @@ def facts(run: RunFolder) -> dict[str, str]:
         values["trainable parameters"] = f"{run.training['trainable_parameters']:,}"
     if run.seconds is not None:
         values["training time"] = duration(run.seconds)
-    for name, key, write in _logged_facts():
+    for name, key, write in _logged_facts(known_metrics(run.recipe.eval)):
         value = run.last(key)
         if value is not None:
             values[name] = write(value)
@@ -131,13 +135,13 @@ def facts(run: RunFolder) -> dict[str, str]:
     return values
 
 
-def _logged_facts() -> list[tuple[str, str, Callable[[float], str]]]:
+def _logged_facts(metrics: Sequence[Metric]) -> list[tuple[str, str, Callable[[float], str]]]:
     """Name, key in the log, and how the value is written."""
     return [
         ("loss", "loss", "{:.4g}".format),
         ("held-out loss", "eval_loss", "{:.4g}".format),
         ("with images swapped", LOG_KEY, "{:+.3g}".format),
-        *((f"held-out {metric.label}", f"eval_{name}", metric.text) for name, metric in METRICS.items()),
+        *((f"held-out {metric.label}", f"eval_{metric.name}", metric.text) for metric in metrics),
         ("reward margin", "rewards/margins", "{:.3g}".format),
         ("pairs ranked correctly", "rewards/accuracies", percent),
         ("label tokens/s", "label_tokens_per_second", significant),
@@ -152,7 +156,7 @@ def save_figures(run: RunFolder) -> Mapping[str, Path]:
     folder = run.folder / FIGURES_FOLDER
     folder.mkdir(exist_ok=True)
     paths = {}
-    for name, draw in _log_figures().items():
+    for name, draw in _log_figures(known_metrics(run.recipe.eval)).items():
         figure = draw(run.entries)
         if figure is not None:
             paths[name] = _save(figure, folder / f"{name}.png")
@@ -161,11 +165,11 @@ def save_figures(run: RunFolder) -> Mapping[str, Path]:
     return paths
 
 
-def _log_figures() -> dict[str, Callable[[Sequence[Entry]], Figure | None]]:
+def _log_figures(metrics: Sequence[Metric]) -> dict[str, Callable[[Sequence[Entry]], Figure | None]]:
     """Figures drawn from the log; None if the log has no data for one."""
     return {
         "loss": curves.loss_figure,
-        **{name: partial(curves.metric_figure, metric=metric) for name, metric in METRICS.items()},
+        **{metric.name: partial(curves.metric_figure, metric=metric) for metric in metrics},
         "reward_margin": curves.reward_margin_figure,
         "reward_accuracy": curves.reward_accuracy_figure,
         "image_loss_gap": curves.image_loss_gap_figure,

@@ -114,7 +114,7 @@ def _answer_line(prediction: dict[str, Any], condition: str) -> Line:
 
 
 def _is_correct(prediction: dict[str, Any], condition: str) -> bool:
-    return exact_match(prediction[condition], [prediction["answer"]])
+    return exact_match(prediction[condition], prediction.get("references") or [prediction["answer"]])
 
 
 def _sample_cell(sample: Sample) -> _Cell:

@@ -17,10 +17,11 @@ from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.config import Recipe
+from flamingo_ft.config.metric_names import result_key
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.opened_data import with_max_steps
 from flamingo_ft.data.render import apply_template
-from flamingo_ft.evaluation.metrics import higher_is_better
+from flamingo_ft.evaluation.select_metrics import higher_is_better
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
 from flamingo_ft.model.sharding import shard
 from flamingo_ft.processes import default_device
@@ -214,7 +215,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "eval_strategy": "no" if eval_config.steps is None else "steps",
         "eval_steps": eval_config.steps,
         "per_device_eval_batch_size": eval_config.batch_size,
-        "metric_for_best_model": eval_config.metric if eval_config.steps else None,
+        "metric_for_best_model": result_key(eval_config.metric) if eval_config.steps else None,
         "greater_is_better": higher_is_better(eval_config.metric),
         "save_strategy": "steps",
         "save_steps": train_config.save_steps or train_config.max_steps,  # the last step is saved in any case

@@ -27,9 +27,10 @@ from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.files import read_tensors
 from flamingo_ft.adapters.save import adapter_tensors
 from flamingo_ft.config import Recipe
+from flamingo_ft.config.metric_names import result_key
 from flamingo_ft.data import Sample
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.metrics import evaluate_metrics
+from flamingo_ft.evaluation.metrics import ACCURACY, Metric
 from flamingo_ft.evaluation.questions import Question, questions_of
 from flamingo_ft.evaluation.results import Results
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
@@ -54,16 +55,19 @@ class Evaluator:
         samples: Sequence[Sample],
         recipe: Recipe,
         progress: Bars,
+        metrics: Sequence[Metric] = (ACCURACY,),
     ):
-        self.results = Results(questions_of(samples))
+        self.results = Results(questions_of(samples), metrics=metrics)
         self._options = {"batch_size": recipe.eval.batch_size, "max_new_tokens": recipe.eval.max_new_tokens}
         self._predictor = Predictor(model, processor)
         self._progress, self._model = progress, model
 
     def scores(self) -> dict[str, float]:
-        """Answer the held-out questions and return the value of every metric; the answers are not kept."""
+        """Answer the held-out questions and return each metric that is defined; the answers are not kept."""
         questions = self.results.questions
-        return evaluate_metrics(questions, self._answers("evaluating", questions, keep_bar=False))
+        answers = self._answers("evaluating", questions, keep_bar=False)
+        values = {metric.name: metric.evaluate(questions, answers) for metric in self.results.metrics}
+        return {name: value for name, value in values.items() if value is not None}
 
     def evaluate(self, name: str, samples: Sequence[Sample]) -> None:
         """Answer the questions of ``samples``, held-out ones or a variant; keep the answers as ``name``."""
@@ -218,6 +222,6 @@ def apply_best(trainer: Any, recipe: Recipe) -> dict[str, Any]:
     if recipe.eval.keep == "best":
         restore_best(trainer.model, folder)
     return {
-        "best": {"step": state.best_global_step, recipe.eval.metric: state.best_metric},
+        "best": {"step": state.best_global_step, result_key(recipe.eval.metric): state.best_metric},
         "kept": recipe.eval.keep,
     }

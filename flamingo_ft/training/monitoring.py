@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ from flamingo_ft.config import TrainSection
 from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
-from flamingo_ft.evaluation.metrics import METRICS
+from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import GIB, significant
 from flamingo_ft.model.sharding import full_tensor
 from flamingo_ft.progress import Bars
@@ -120,11 +120,11 @@ def gate_values(model: torch.nn.Module) -> dict[str, float]:
 class ProgressBar(TrainerCallback):
     """One bar over the optimizer steps, with the newest values of the log; each evaluation prints a line.
 
-    Without a terminal, each log entry prints a line.
+    Without a terminal, each log entry prints a line. metrics: those of answers that evaluations may log.
     """
 
-    def __init__(self, progress: Bars):
-        self.progress = progress
+    def __init__(self, progress: Bars, metrics: Sequence[Metric] = ()):
+        self.progress, self.metrics = progress, metrics
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -147,7 +147,7 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         logs = logs or {}
         step = f"step {state.global_step}/{state.max_steps}"
-        if parts := _evaluation_parts(logs):
+        if parts := _evaluation_parts(logs, self.metrics):
             self.progress.line(" · ".join([step, *parts]))
         if "loss" not in logs:
             return
@@ -163,9 +163,9 @@ class ProgressBar(TrainerCallback):
         self.progress.update(self.task, below="")
 
 
-def _evaluation_parts(logs: dict[str, float]) -> list[str]:
-    """Return what an evaluation measured; nothing for an entry about training."""
-    metrics = [metric for name, metric in METRICS.items() if f"eval_{name}" in logs]
+def _evaluation_parts(logs: dict[str, float], metrics: Sequence[Metric]) -> list[str]:
+    """Return what an evaluation measured, of these metrics; nothing for an entry about training."""
+    metrics = [metric for metric in metrics if f"eval_{metric.name}" in logs]
     loss = [f"held-out loss {float(logs['eval_loss']):.4f}"] if "eval_loss" in logs else []
     gap = ImageLossGap.of_log(logs)
     swapped = [] if gap is None else [f"with images swapped {gap.text}"]

@@ -17,7 +17,8 @@ from .checkpoint_folders import checkpoint_root, latest_valid, quarantine_newer,
 from .hub_checkpoints import fetch_newer_checkpoint
 from .output_dir import finished_steps
 
-# Keys that may change when a run is resumed: its length, where it is stored and logged, how fast data load.
+# Keys that may change when a run is resumed: its length, where it is stored and logged, how fast data load,
+# and what is measured.
 CHANGEABLE_KEYS = {
     "train.max_steps",
     "train.epochs",
@@ -30,6 +31,7 @@ CHANGEABLE_KEYS = {
     "train.report_to",
     "train.num_workers",
     "eval.batch_size",
+    "eval.metrics",
     "eval.keep",
 }
 

@@ -23,6 +23,7 @@ from flamingo_ft.evaluation.probe import load_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables
+from flamingo_ft.evaluation.select_metrics import known_metrics, select_metrics
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.progress import Bars, progress_bars
@@ -155,6 +156,7 @@ def _run(
         with processes.raise_together():
             data = _open_data(recipe, checkpoint, on_data)
             eval_samples = data.eval_samples(recipe.eval.max_samples)
+            metrics_of_answers = select_metrics(recipe.eval, questions_of(eval_samples))
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
             # Raises for questions longer than the context, which would otherwise fail only after training.
@@ -172,7 +174,7 @@ def _run(
         if processes.is_main():
             archive_metrics(output_dir)
             atomic.write_text(output_dir / RECIPE_FILE, dump_recipe(recipe))
-        evaluator = Evaluator(model, processor, eval_samples, recipe, progress)
+        evaluator = Evaluator(model, processor, eval_samples, recipe, progress, metrics_of_answers)
         eval_batches = _prepare_eval_batches(trainer, evaluator, eval_samples, processor, recipe, progress)
         if recipe.eval.before:
             _evaluate_before(evaluator, eval_samples, checkpoint, output_dir)
@@ -213,7 +215,7 @@ def _callbacks(
     return [
         LogFile(output_dir),
         *tracker_callbacks(recipe.train),
-        ProgressBar(progress),
+        ProgressBar(progress, known_metrics(recipe.eval)),
         LiveReport(output_dir),
         *evaluation_callbacks(recipe, processor),
         stop,

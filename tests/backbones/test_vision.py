@@ -22,7 +22,9 @@ from flamingo_ft.backbones.tower import (
     build_visual,
     image_transform,
     non_persistent_buffers,
+    spatial_maps,
     spatial_tokens,
+    to_picture,
     token_width,
 )
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
@@ -128,11 +130,28 @@ def test_feature_maps_become_tokens_row_by_row(name, last):
     assert torch.equal(tokens[0, side + 1], outputs[0][0, :, 1, 1])
 
 
+def test_the_grid_of_a_tower_is_its_tokens_row_by_row(tower):
+    _, visual, images, _, _ = tower
+    maps = spatial_maps(visual, images)
+    assert torch.equal(spatial_tokens(visual, images), torch.stack([*maps.flatten(2)]).mT)
+    assert maps.shape[2] * images.shape[3] == maps.shape[3] * images.shape[2]  # as wide as the images
+
+
 def test_a_tower_without_spatial_tokens_is_refused():
     with pytest.raises(UserError, match="Linear has no spatial tokens"):
         spatial_tokens(nn.Linear(3, 3), torch.zeros(1, 3, 8, 8))
     with pytest.raises(UserError, match="unknown token width of a Linear"):
         token_width(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_a_picture_is_what_the_tower_sees_in_8_bits(mode):
+    image = Image.effect_noise((48, 32), 80).convert("RGB")
+    preprocess = {"size": 32, "mean": [0.2, 0.5, 0.6], "std": [0.3, 0.2, 0.4], "resize_mode": mode}
+    neutral = preprocess | {"mean": [0, 0, 0], "std": [1, 1, 1]}
+    pixels = torch.stack([image_transform(preprocess)(image)] * 2)
+    seen = (255 * image_transform(neutral)(image)).round().to(torch.uint8).permute(1, 2, 0)
+    assert torch.equal(to_picture(preprocess, pixels), torch.stack([seen, seen]))
 
 
 # Gradients and mode

@@ -121,7 +121,7 @@ def test_help_comes_without_heavy_imports(here, arguments):
 
 def test_help_names_every_verb():
     output = run("--help").stdout
-    assert all(verb in output for verb in ("train", "plan", "check", "eval", "generate", "recipes"))
+    assert all(verb in output for verb in ("train", "plan", "check", "eval", "generate", "chat", "recipes"))
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,12 @@ def test_help_names_every_verb():
         (["tarin"], "No such command 'tarin'"),
         (
             ["eval", "run", "--data", "gone.jsonl"],
-            "file 'gone.jsonl' does not exist; see flamingo-ft eval --help",
+            "'gone.jsonl' does not exist; see flamingo-ft eval --help",
         ),
         (["generate", "run", "--prompt", "?", "--image", "gone.png"], "file 'gone.png' does not exist"),
-        (["generate", "run", "--image", "a.png"], "Missing option '--prompt'"),
+        (["generate", "run"], "--prompt: missing; ask something, or name an --image to caption"),
+        (["generate", "run", "--data", "a.png"], "--out: missing; name the file to write the answers to"),
+        (["chat"], "Missing argument 'ADAPTER'"),
         (["generate", "run", "--prompt", "?", "--max-new-tokens", "0"], "greater than or equal to 1"),
         (["recipes", "copy", "gone"], "recipe"),
         (["merge", "run"], "Missing argument 'OUT'"),
@@ -264,7 +266,7 @@ def test_generate_prints_the_answer_alone_and_keeps_the_order_of_images(here, en
     calls = entry_point(inference, "answer", "answer", "a three [and] a four")
     options = ["--image", "b.png", "--image", "a.png", "--prompt", "Which digits?", "--max-new-tokens", "5"]
     assert cli.main(["generate", "run", *options]) == 0
-    assert calls == [("run", [Path("b.png"), Path("a.png")], "Which digits?", 5)]
+    assert calls == [("run", [Path("b.png"), Path("a.png")], "Which digits?")]
     assert capsys.readouterr().out == "a three [and] a four\n"
 
 

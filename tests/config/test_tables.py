@@ -39,7 +39,17 @@ def test_every_part_has_its_keys_in_each_section():
 
 
 def test_a_metric_that_is_added_to_the_table_is_accepted(monkeypatch):
-    with pytest.raises(ValueError, match=choices(*tables.METRIC_DESCRIPTIONS)):
+    names = ", ".join(map(repr, tables.METRIC_DESCRIPTIONS))
+    with pytest.raises(ValueError, match=f"{names} or FILE.py:function"):
         EvalSection(metric="made_up")
+    with pytest.raises(ValueError, match="'accuracy', .* or FILE.py:function"):
+        EvalSection(metrics=["accuracy", "made_up"])
     monkeypatch.setitem(tables.METRIC_DESCRIPTIONS, "made_up", "")
     assert EvalSection(metric="made_up").metric == "made_up"
+    assert EvalSection(metrics=["made_up", "f1"]).metrics == ("made_up", "f1")
+
+
+def test_the_loss_is_no_metric_of_answers():
+    assert EvalSection(metric="loss").metric == "loss"
+    with pytest.raises(ValueError, match="'accuracy', "):
+        EvalSection(metrics=["loss"])

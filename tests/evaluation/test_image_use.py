@@ -10,10 +10,10 @@ from flamingo_ft.data import Sample
 from flamingo_ft.data.sample import DOCUMENT
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.evaluation.image_use import MIN_QUESTIONS, image_use
-from flamingo_ft.evaluation.metrics import ACCURACY, is_free_text, scores_by_class
 from flamingo_ft.evaluation.questions import questions_of
+from flamingo_ft.evaluation.reference_answers import is_free_text
+from flamingo_ft.evaluation.results import Results
 from tests.data.dialogues import IMAGE, assistant, user
-from tests.evaluation.test_results import accuracy_only
 
 ABOVE, NEAR_ZERO = ImageLossGap(0.4, 0.05, 200), ImageLossGap(0.01, 0.02, 200)
 COLOURS = ("Red.", "Green.", "Blue.", "Red.")
@@ -148,22 +148,25 @@ def test_a_gap_of_too_few_samples_does_not_change_the_verdict():
 
 
 def test_the_majority_is_what_always_giving_the_most_frequent_answer_reaches():
-    assert ACCURACY.majority_baseline(questions(references())) == 0.5
-    assert ACCURACY.majority_baseline(questions(["a", "A.", "b"])) == pytest.approx(2 / 3)
+    for answers, share in ((references(), 0.5), (["a", "A.", "b"], 2 / 3)):
+        summary = Results(questions(answers), {"after": answers}).summary()
+        assert summary["accuracy_majority"] == pytest.approx(share)
+        assert summary["per_task"]["t"]["majority"] == pytest.approx(share)
+
+
+def classes(correct, answers):
+    return Results(questions(correct), {"after": answers}).summary()["per_task"]["t"]["classes"]
 
 
 def test_classes_have_their_own_accuracy_and_how_often_they_were_predicted():
     correct = references(8)
-    classes = scores_by_class(questions(correct), ["Red."] * 6 + ["Blue.", "green"])
-    assert accuracy_only(classes) == {
+    assert classes(correct, ["Red."] * 6 + ["Blue.", "green"]) == {
         "Red.": {"samples": 4, "accuracy": 0.75, "predicted": 6},
         "Blue.": {"samples": 2, "accuracy": 0.5, "predicted": 1},
         "Green.": {"samples": 2, "accuracy": 0.0, "predicted": 1},
     }
-    assert scores_by_class(questions(["a", "b", "c"]), ["a", "b", "c"]) is None, (
-        "each answer occurs once: no classes"
-    )
-    assert scores_by_class(questions(["a"] * 9), ["a"] * 9) is None
+    assert classes(["a", "b", "c"], ["a", "b", "c"]) is None, "each answer occurs once: no classes"
+    assert classes(["a"] * 9, ["a"] * 9) is None
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from flamingo_ft.evaluation.merge_quality import (
     compare,
     logit_difference,
 )
-from flamingo_ft.evaluation.metrics import MERGE_METRIC, METRICS
+from flamingo_ft.evaluation.metrics import MERGE_METRIC
 
 SAMPLES = 16
 ACCURACY_MARGIN = 0.1
@@ -25,9 +26,8 @@ OF_THE_RUN, MADE_UP_SET = EvalSet([], [], HELD_OUT), EvalSet([], [], MADE_UP)
 def measured(loss: float = 1.0, right: int = 12, logits: float = 1.0, spread: float = 0.0) -> Measurement:
     """Samples of 4 tokens, with losses that differ by ``spread`` from one to the next."""
     losses = [4 * (loss + spread * (-1) ** number) for number in range(SAMPLES)]
-    scores = {name: [0.0] * SAMPLES for name in METRICS}
-    scores[MERGE_METRIC.name] = [float(number < right) for number in range(SAMPLES)]
-    return Measurement(losses, [4] * SAMPLES, scores, torch.full((3, 5), logits))
+    statistics = {MERGE_METRIC.name: (np.arange(SAMPLES) < right).astype(float)}
+    return Measurement(losses, [4] * SAMPLES, statistics, torch.full((3, 5), logits))
 
 
 def compared(adapter: Measurement, merged: Measurement, eval_set: EvalSet = OF_THE_RUN) -> dict[str, Any]:

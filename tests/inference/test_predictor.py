@@ -1,5 +1,6 @@
 """Answers do not depend on the batch, end with the assistant's turn, and survive saving the adapter."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +11,15 @@ from PIL import Image
 from flamingo_ft import Predictor
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.answering import end_token_ids
+from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import quantization_formats
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.errors import UserError
+from flamingo_ft.inference import media_inputs
 from flamingo_ft.inference.answer import answer
-from flamingo_ft.inference.predictor import Prompt, place_images
+from flamingo_ft.inference.media_inputs import MediaInputs
+from flamingo_ft.inference.prompts import Prompt, place_images
 from flamingo_ft.model import build_flamingo
 from flamingo_ft.model.processor import CHUNK_TEMPLATE
 from tests.data.dialogues import IMAGE, assistant, nano_processor, user
@@ -92,27 +96,20 @@ def test_an_array_that_is_not_an_image_is_refused(flamingo):
         Predictor(*flamingo)(np.zeros((2, 3, 8, 8)), "What?")
 
 
-def test_prompts_are_asked_sorted_by_size_and_the_models_mode_is_restored(monkeypatch):
-    class Model:
-        training = True
+def test_prompts_are_asked_sorted_by_size_and_the_models_mode_is_restored(flamingo, monkeypatch):
+    def echo(self, encoded, media, decoding):
+        assert not self.model.training and decoding.max_new_tokens == 9
+        sizes.append([len(ids) for ids in encoded])
+        return encoded
 
-        def eval(self):
-            self.training = False
-
-        def train(self, mode):
-            self.training = mode
-
-    def echo(self, prompts, max_new_tokens):
-        assert not self.model.training
-        texts = [prompt.messages[0]["content"][0]["text"] for prompt in prompts]
-        sizes.append([len(text) for text in texts])
-        return [f"{max_new_tokens} {text}" for text in texts]
-
-    prompts, done, sizes = [Prompt([user("?" * (7 * n % 5 + 1))], []) for n in range(7)], [], []
+    prompts = [Prompt([user("7" * (7 * n % 5 + 1))], [], str(n)) for n in range(7)]
+    done, sizes = [], []
     monkeypatch.setattr(Predictor, "_generate", echo)
-    predictor = Predictor(Model(), None)
+    monkeypatch.setattr(Predictor, "_texts", lambda self, ids, decoding: [str(len(row)) for row in ids])
+    predictor = Predictor(*flamingo)
+    predictor.model.train()
     answers = predictor.answer(prompts, batch_size=3, max_new_tokens=9, on_batch=done.append)
-    assert answers == [f"9 {prompt.messages[0]['content'][0]['text']}" for prompt in prompts]
+    assert answers == [str(len(ids)) for ids in predictor.encode(prompts)]
     assert done == [3, 3, 1] and predictor.model.training
     assert sum(sizes, []) == sorted(sum(sizes, []))
 
@@ -120,6 +117,130 @@ def test_prompts_are_asked_sorted_by_size_and_the_models_mode_is_restored(monkey
     with pytest.raises(ZeroDivisionError):
         predictor.answer(prompts)
     assert predictor.model.training
+    predictor.model.eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stop_strings": ("e", "zz")},
+        {"temperature": 2.0, "seed": 3},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+)
+def test_a_streamed_answer_is_the_answer(flamingo, files, options):
+    predictor = Predictor(*flamingo, max_new_tokens=12, **options)
+    for prompt in questions(files)[:4]:
+        pieces = list(predictor.stream_answer(prompt))
+        assert "".join(pieces) == predictor.answer([prompt])[0]
+    assert len(pieces) > 1 or options
+
+
+def test_sampling_depends_on_the_seed_alone(flamingo, files):
+    predictor = Predictor(*flamingo, max_new_tokens=12, temperature=2.0)
+    answers = [predictor(files[0], "Which?", seed=seed) for seed in (1, 2, 1)]
+    assert answers[0] == answers[2] != answers[1]
+    state = torch.get_rng_state()
+    predictor(files[0], "Which?", seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_answer_ends_before_a_stop_string_and_is_not_generated_further(flamingo, files, monkeypatch):
+    predictor, lengths = Predictor(*flamingo, max_new_tokens=24), []
+    whole = predictor(files[0], "Which digit is this?")
+    stop = re.findall("[a-z]{2,}", whole)[-1]
+    generate = predictor.model.generate
+
+    def counted(**inputs):
+        output = generate(**inputs)
+        lengths.append(output.shape[1] - inputs["input_ids"].shape[1])
+        return output
+
+    monkeypatch.setattr(predictor.model, "generate", counted)
+    assert predictor(files[0], "Which digit is this?") == whole
+    assert predictor(files[0], "Which digit is this?", stop_strings=(stop,)) == whole.split(stop)[0].strip()
+    assert lengths[1] < lengths[0]
+
+
+def test_beams_of_a_batch_equal_those_of_single_prompts(flamingo, files):
+    predictor = Predictor(*flamingo, max_new_tokens=6, num_beams=3, length_penalty=0.0)
+    prompts = questions(files)
+    together = predictor.answer(prompts)
+    assert together == [predictor.answer([prompt])[0] for prompt in prompts]
+    assert together != Predictor(*flamingo, max_new_tokens=6).answer(prompts)
+    with pytest.raises(UserError, match="num_beams: the answer of beam search cannot be streamed, got 3"):
+        predictor.stream(files[0], "Which?")
+
+
+def test_a_long_prompt_does_not_shorten_the_answers_beside_it(flamingo, files):
+    predictor = Predictor(*flamingo, max_new_tokens=16)
+    room = context_length(predictor.model.config)
+    short = questions(files)[0]
+    words = next(
+        n for n in range(1, room) if len(predictor.encode([Prompt([user("7 " * n)], [])])[0]) > room - 10
+    )
+    long = Prompt([user("7 " * words)], [], "long")
+    assert predictor.answer([long, short])[1] == predictor.answer([short])[0]
+
+
+def test_a_caption_is_the_continuation_of_an_image_without_a_prompt(flamingo, files):
+    predictor = Predictor(*flamingo, max_new_tokens=8)
+    document = Prompt([{"role": "document", "content": [{"type": "image"}]}], files[:1])
+    assert predictor(files[0]) == predictor.answer([document])[0]
+    with pytest.raises(UserError, match="prompt: got neither a text nor an image; give at least one of them"):
+        predictor(None)
+
+
+# --- kept tokens of the tower ---
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """Numbers of images that the tower is run on."""
+    counts = []
+    encode = media_inputs.encode_distinct
+
+    def counted(vision, images):
+        counts.append(len(images))
+        return encode(vision, images)
+
+    monkeypatch.setattr(media_inputs, "encode_distinct", counted)
+    return counts
+
+
+def test_an_image_that_comes_again_is_not_encoded_again(flamingo, files, encoded):
+    plain = Predictor(*flamingo, max_new_tokens=8).answer(questions(files))
+    assert encoded == []
+    predictor = Predictor(*flamingo, max_new_tokens=8, image_cache_mib=1)
+    assert predictor.answer(questions(files)) == plain
+    assert sum(encoded) == 3
+    as_pictures = [Image.open(file) for file in files]
+    expected = predictor(files, "Name <image>, <image> and <image>.")
+    assert sum(encoded) == 3
+    assert predictor(as_pictures, "Name <image>, <image> and <image>.") == expected
+    assert predictor(as_pictures, "Name <image>, <image> and <image>.") == expected
+    assert sum(encoded) == 6
+
+
+def test_a_file_that_changed_is_read_again(flamingo, files, tmp_path, encoded):
+    predictor = Predictor(*flamingo, max_new_tokens=8, image_cache_mib=1)
+    path = tmp_path / "image.png"
+    for file in files[:2]:
+        path.write_bytes(file.read_bytes() + b"x" * files.index(file))
+        assert predictor(path, "Which?") == Predictor(*flamingo, max_new_tokens=8)(file, "Which?")
+    assert encoded == [1, 1]
+
+
+def test_kept_tokens_take_no_more_memory_than_allowed(flamingo, files, encoded):
+    media = MediaInputs(*flamingo, cache_bytes=1)
+    tokens = [media.of([Prompt([], [file])])["vision_tokens"] for file in files[:2]]
+    size = tokens[0].nbytes
+    media = MediaInputs(*flamingo, cache_bytes=2 * size)
+    encoded.clear()
+    for index in (0, 1, 0, 2, 0, 1):  # 1 is the one that was used longest ago when 2 comes
+        media.of([Prompt([], [files[index]])])
+    assert len(encoded) == 4
 
 
 class StubModel:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flamingo_ft.inference.server.engine import VisibleText
+from flamingo_ft.inference.streaming import VisibleText
 
 
 def visible(pieces, stop, strip=True):

@@ -19,6 +19,7 @@ from transformers import TrainerControl, TrainerState
 
 from flamingo_ft import progress as progress_module
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.metrics import ACCURACY
 from flamingo_ft.progress import LINE_SECONDS, progress_bars
 from flamingo_ft.report import LiveReport
 from flamingo_ft.report.run_folder import LogFile, read_log, write_log
@@ -212,7 +213,7 @@ def without_a_terminal(monkeypatch) -> tuple[io.StringIO, list[float]]:
 def test_without_a_terminal_an_evaluation_prints_a_line(monkeypatch):
     out, _ = without_a_terminal(monkeypatch)
     progress, state = progress_bars(), TrainerState(max_steps=300, global_step=50)
-    bar = ProgressBar(progress)
+    bar = ProgressBar(progress, [ACCURACY])
     bar.on_train_begin(None, state, None)
     bar.on_log(None, state, None, logs={"eval_loss": 1.25, "eval_accuracy": 0.715})
     gap = {"image_loss_gap": 0.25, "image_loss_gap_standard_error": 0.01, "image_loss_gap_samples": 9}

@@ -49,7 +49,14 @@ def build_sample(parsed: ParsedRow, task: str | None, where: str, resolver: Medi
         _resolved(part, resolver) for content in contents for part in content if isinstance(part, Placeholder)
     ]
     messages = [_message(turn, content) for turn, content in zip(parsed.turns, contents, strict=True)]
-    return Sample(messages, media, task or UNNAMED_TASK, where, _rejected(parsed))
+    return Sample(
+        messages,
+        media,
+        task or UNNAMED_TASK,
+        where,
+        _rejected(parsed),
+        other_answers=tuple(parsed.other_answers),
+    )
 
 
 def check_roles(turns: Sequence[Turn], where: str) -> None:

@@ -14,6 +14,7 @@ from flamingo_ft.data.fields import (
     nonempty_text,
     text_field,
     type_name,
+    usable_texts,
 )
 from flamingo_ft.data.files import same_name
 from flamingo_ft.data.sample import DOCUMENT
@@ -27,7 +28,10 @@ Block = dict[str, str]
 
 
 def parse_caption(row: Row, where: str) -> ParsedRow:
-    """Parse an image and its caption: ``caption``, ``text``, the first of ``captions``, or ``label``."""
+    """Parse an image and its caption: ``caption``, ``text``, the first of ``captions``, or ``label``.
+
+    All of ``captions`` are reference answers of evaluation.
+    """
     images, videos = images_of(row, where), videos_of(row, where)
     if not images and not videos:
         raise UserError(f"{where}: no image; give one in image, images or video")
@@ -38,12 +42,12 @@ def parse_caption(row: Row, where: str) -> ParsedRow:
         captions, place = list_field(row, name, where), f"{where}: captions[0]"
         if not captions:
             raise UserError(f"{where}: captions: expected at least one caption, got an empty list")
-        caption = captions[0]
+        caption, others = captions[0], usable_texts(captions[1:])
     else:
-        caption, place = row[name], f"{where}: {name}"
+        caption, others, place = row[name], [], f"{where}: {name}"
     media: list[Block] = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
     turn = Turn(DOCUMENT, [*media, _text_block(nonempty_text(caption, place))], place)
-    return ParsedRow([turn], images, videos)
+    return ParsedRow([turn], images, videos, other_answers=others)
 
 
 def caption_field(row: Row) -> str | None:

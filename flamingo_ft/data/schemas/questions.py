@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from flamingo_ft.data.fields import (
@@ -13,6 +15,7 @@ from flamingo_ft.data.fields import (
     nonempty_text,
     nonempty_text_field,
     optional_text,
+    usable_texts,
 )
 from flamingo_ft.errors import UserError
 
@@ -36,11 +39,21 @@ def parse_prompt_completion(row: Row, where: str) -> ParsedRow:
 
 
 def parse_vqa(row: Row, where: str) -> ParsedRow:
-    """Parse question and answer, or the most frequent of ``answers`` (the first of them on a tie)."""
+    """Parse question and answer, or the most frequent of ``answers`` (the first of them on a tie).
+
+    All of ``answers`` are reference answers of evaluation.
+    """
     question = Turn("user", nonempty_text_field(row, "question", where), f"{where}: question")
     name = "answer" if has_value(row, "answer") or not has_value(row, "answers") else "answers"
-    answer = nonempty_text_field(row, name, where) if name == "answer" else _most_frequent(row, where)
-    return _parsed([*system_turns(row, where), question, _answer(answer, f"{where}: {name}")], row, where)
+    if name == "answer":
+        answer, others = nonempty_text_field(row, name, where), _usable_answers(row, where)
+    else:
+        others = _answers(row, where)
+        answer = Counter(others).most_common(1)[0][0]
+    if answer in others:
+        others.remove(answer)
+    turns = [*system_turns(row, where), question, _answer(answer, f"{where}: {name}")]
+    return replace(_parsed(turns, row, where), other_answers=others)
 
 
 def parse_preference(row: Row, where: str) -> ParsedRow:
@@ -75,14 +88,25 @@ def _answer(text: str, where: str) -> Turn:
     return Turn("assistant", [{"type": "text", "text": text}], where)
 
 
-def _most_frequent(row: Row, where: str) -> str:
+def _answers(row: Row, where: str) -> list[str]:
     answers = [
         _one_answer(answer, f"{where}: answers[{index}]")
         for index, answer in enumerate(list_field(row, "answers", where))
     ]
     if not answers:
         raise UserError(f"{where}: answers: expected at least one answer, got an empty list")
-    return Counter(answers).most_common(1)[0][0]
+    return answers
+
+
+def _usable_answers(row: Row, where: str) -> list[str]:
+    """Return the ``answers`` beside an ``answer``.
+
+    Training does not read them, so a row is not refused for what is wrong with them.
+    """
+    with suppress(UserError):
+        entries = list_field(row, "answers", where)
+        return usable_texts(entry.get("answer") if isinstance(entry, Mapping) else entry for entry in entries)
+    return []
 
 
 def _one_answer(answer: Any, where: str) -> str:

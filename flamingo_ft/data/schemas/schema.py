@@ -81,13 +81,15 @@ class ParsedRow:
     """The messages of a row and its images and videos, not yet matched with the image markers and blocks.
 
     If the messages have no marker and no image block, the images are shown first in the first user message.
-    rejected: in a preference pair, the messages of the worse answer.
+    rejected: in a preference pair, the messages of the worse answer. other_answers: further reference answers
+    beside the one that is trained on, for evaluation.
     """
 
     turns: Sequence[Turn]
     images: Sequence[MediaRef] = ()
     videos: Sequence[MediaRef] = ()
     rejected: Sequence[Turn] | None = None
+    other_answers: Sequence[str] = ()
 
     @property
     def unread(self) -> list[str]:

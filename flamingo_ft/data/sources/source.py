@@ -83,6 +83,8 @@ class Source:
     Picklable: a copy opens the files again. A malformed row raises when its sample is made and does not
     affect others.
 
+    prepare: changes each parsed row before it is recognized and read.
+
     Attributes:
         name: what error messages call it.
         indexed: whether rows can be read by number; if not, only in order.
@@ -90,8 +92,9 @@ class Source:
         unread: columns of text in the first row that the schema does not read.
     """
 
-    def __init__(self, entry: DataSource, data: DataSection):
+    def __init__(self, entry: DataSource, data: DataSection, prepare: Callable[[Any], Any] | None = None):
         self.name = source_name(entry)
+        self._prepare = prepare
         self._limit = entry.limit
         self._files: Sequence[RowFile] = open_row_files(entry)
         self.indexed = all(file.indexed for file in self._files)
@@ -138,18 +141,22 @@ class Source:
         Raises UserError "FILE: row N: field: ...", N counted from 0 in that file.
         """
         file, where = self._files[raw.file], self.where(raw)
-        return self._reader.read(file.parse(raw.content, where), where, file.name, file.find)
+        return self._reader.read(self._parsed(raw), where, file.name, file.find)
 
     def where(self, raw: RawRow) -> str:
         """Return what error messages call a row: "FILE: row N"."""
         return f"{self._files[raw.file].name}: row {raw.row}"
+
+    def _parsed(self, raw: RawRow) -> Any:
+        row = self._files[raw.file].parse(raw.content, self.where(raw))
+        return row if self._prepare is None else self._prepare(row)
 
     def _first_row(self) -> tuple[Any, str]:
         """Return the first row that can be parsed, and what error messages call it."""
         first_error = None
         for raw in islice(self.stream(), MAX_ROWS_TRIED):
             try:
-                return self._files[raw.file].parse(raw.content, self.where(raw)), self.where(raw)
+                return self._parsed(raw), self.where(raw)
             except UserError as error:
                 first_error = first_error or error
         raise first_error or UserError(f"{self.name}: no rows; provide at least one sample")

@@ -12,27 +12,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
-from flamingo_ft.data.collate import pad_ids, stack_media
+from flamingo_ft.data.collate import stack_media
 from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.errors import UserError
-from flamingo_ft.inference.predictor import Predictor
+from flamingo_ft.inference.decoding import Decoding
+from flamingo_ft.inference.predictor import Predictor, seeded
+from flamingo_ft.inference.streaming import TokenReceiver, VisibleText
 
 from .errors import GenerationError, RequestError
 from .messages import ImageLink, MediaPolicy, open_link
@@ -85,10 +83,10 @@ class Engine:
     """A queue in front of a predictor. policy: where images may come from."""
 
     def __init__(self, predictor: Predictor, policy: MediaPolicy | None = None):
-        self._model, self._processor = predictor.model, predictor.processor
+        self._predictor, self._processor = predictor, predictor.processor
         self._policy = policy or MediaPolicy()
-        self._context = context_length(self._model.config)
-        self._end_tokens = end_token_ids(self._model, self._processor)
+        self._context = context_length(predictor.model.config)
+        self._end_tokens = end_token_ids(predictor.model, self._processor)
         self._encoding = ThreadPoolExecutor(1, "encoding")  # tokenizers are not thread-safe
         self._reading = ThreadPoolExecutor(READERS, "reading")
         self._generating = ThreadPoolExecutor(1, "generating")
@@ -134,7 +132,7 @@ class Engine:
             raise RequestError(str(error), request.text_field) from None
 
     def _check_bias(self, sampling: Sampling) -> None:
-        embedding = self._model.get_input_embeddings().weight
+        embedding = self._predictor.model.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
         size = len(embedding)
         unknown = [token for token in sampling.logit_bias if token >= size]
@@ -146,39 +144,33 @@ class Engine:
         transform: Callable[..., Tensor] = self._processor.image_processor.transform
         return stack_media([[transform(open_link(link, self._policy)).unsqueeze(0) for link in links]])
 
-    @torch.no_grad()
     def _generate(
         self, ids: list[int], media: dict[str, Tensor], request: GenerationRequest, answer: Answer
     ) -> None:
-        sampling, tokenizer = request.sampling, self._processor.tokenizer
+        sampling, predictor = request.sampling, self._predictor
+        decoding = _decoding(sampling)
         text = VisibleText(sampling.stop, strip=request.prompt is None)
-        receiver = TokenReceiver(tokenizer, self._end_tokens, text, answer.push, answer.cancelled.is_set)
-        batch: dict[str, Any] = pad_ids([ids], tokenizer.pad_token_id, "left") | media
-        if sampling.temperature:
-            # Without a seed, sampling must not repeat what an earlier request's seed led to.
-            torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
+        receiver = TokenReceiver(
+            self._processor.tokenizer, self._end_tokens, text, answer.push, answer.cancelled.is_set
+        )
+        if decoding.samples and decoding.seed is None:
+            torch.seed()  # a new process would repeat what the last one answered
         try:
-            self._model.generate(
-                **{name: tensor.to(self._model.device) for name, tensor in batch.items()},
-                max_new_tokens=min(sampling.max_tokens or MAX_TOKENS, self._context - len(ids)),
-                eos_token_id=self._end_tokens or None,
-                pad_token_id=tokenizer.pad_token_id,
-                num_beams=1,
-                stopping_criteria=StoppingCriteriaList([receiver]),
-                logits_processor=penalties(sampling, len(ids)),
-                **_sampling_options(sampling),
-            )
+            with seeded(decoding):
+                processors = penalties(sampling, len(ids))
+                predictor.generate([ids], media, decoding, receiver, logits_processor=processors)
         finally:
             answer.completion_tokens = receiver.tokens
         receiver.finish()
         answer.finish_reason = "stop" if receiver.complete else "length"
 
 
-def _sampling_options(sampling: Sampling) -> dict[str, Any]:
-    """Return options of ``generate``. OpenAI's API has no top_k; 0 turns it off."""
+def _decoding(sampling: Sampling) -> Decoding:
+    """Return the options of ``generate``. OpenAI's API has neither beams nor top_k."""
+    length = sampling.max_tokens or MAX_TOKENS
     if not sampling.temperature:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        return Decoding(length)
+    return Decoding(length, temperature=sampling.temperature, top_p=sampling.top_p, seed=sampling.seed)
 
 
 class Penalties(LogitsProcessor):
@@ -205,96 +197,3 @@ def penalties(sampling: Sampling, prompt_tokens: int) -> LogitsProcessorList:
     """Return the processors that a request needs; none if it sets no penalty and no bias."""
     needed = sampling.frequency_penalty or sampling.presence_penalty or sampling.logit_bias
     return LogitsProcessorList([Penalties(sampling, prompt_tokens)] if needed else [])
-
-
-class VisibleText:
-    """Filters a growing answer: drops everything from a stop sequence on, and white space at both ends.
-
-    Text that may be the beginning of a stop sequence is held back until the next piece decides.
-    strip: whether to drop outer white space, as `flamingo-ft generate` does.
-    """
-
-    def __init__(self, stop: Sequence[str] = (), strip: bool = True):
-        self._stop, self._strip = tuple(stop), strip
-        self._pending = ""  # may be the beginning of a stop sequence
-        self._blank = ""  # white space that counts only if text follows
-        self._begun = not strip
-        self.stopped = False
-
-    def feed(self, piece: str) -> str:
-        """Return what can be shown after ``piece``; nothing more after a stop sequence."""
-        if self.stopped:
-            return ""
-        text = self._pending + piece
-        positions = [position for position in map(text.find, self._stop) if position >= 0]
-        if positions:
-            self.stopped, self._pending = True, ""
-            return self._stripped(text[: min(positions)])
-        end = len(text) - self._held_back(text)
-        self._pending = text[end:]
-        return self._stripped(text[:end])
-
-    def end(self) -> str:
-        """Return what was held back, if the answer ends without a stop sequence."""
-        text, self._pending = self._pending, ""
-        return self._stripped(text)
-
-    def _held_back(self, text: str) -> int:
-        """Return the length of the longest suffix of ``text`` that a stop sequence begins with."""
-        longest = min(len(text), max(map(len, self._stop), default=1) - 1)
-        for length in range(longest, 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
-
-    def _stripped(self, text: str) -> str:
-        if not self._strip:
-            return text
-        text = self._blank + (text if self._begun else text.lstrip())
-        shown = text.rstrip()
-        self._begun = self._begun or bool(shown)
-        self._blank = text[len(shown) :]
-        return shown
-
-
-class TokenReceiver(StoppingCriteria):
-    """Decodes each generated token, passes visible text on, and ends generation when the answer is complete.
-
-    on_text: called with each piece of text. is_cancelled: whether to end at the next token. complete: whether
-    an end token or a stop sequence has come.
-
-    A stopping criterion rather than a streamer, because it can end generation in the same step as it sees the
-    token, in every release of transformers. It may be called once more after the end.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        end_tokens: Sequence[int],
-        text: VisibleText,
-        on_text: Callable[[str], None],
-        is_cancelled: Callable[[], bool],
-    ):
-        self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream([], skip_special_tokens=True)
-        self._end_tokens, self._text = end_tokens, text
-        self._on_text, self._is_cancelled = on_text, is_cancelled
-        self.tokens = 0
-        self.complete = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        if not self.complete and not self._is_cancelled():
-            self._receive(int(input_ids[0, -1]))
-        done = self.complete or self._is_cancelled()
-        return torch.full((len(input_ids),), done, dtype=torch.bool, device=input_ids.device)
-
-    def _receive(self, token: int) -> None:
-        self.tokens += 1
-        is_end = token in self._end_tokens
-        if not is_end:
-            self._on_text(self._text.feed(self._stream.step(self._tokenizer, token) or ""))
-        self.complete = is_end or self._text.stopped
-
-    def finish(self) -> None:
-        """Pass on what was held back, when generation has ended."""
-        self._on_text(self._text.end())

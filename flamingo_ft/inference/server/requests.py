@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from flamingo_ft.inference.decoding import MIN_TEMPERATURE
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .errors import RequestError, shown
@@ -28,8 +29,6 @@ NO_EFFECT = frozenset(
     }
 )
 TEXT_FORMAT = {"type": "text"}
-# Smaller temperatures mean greedy decoding: scores divided by them overflow, which kills the CUDA context.
-MIN_TEMPERATURE = 1e-3
 
 # Fields that this server does not support, with the values that have no effect and are therefore accepted.
 Unsupported = Mapping[str, tuple[Any, ...]]

@@ -1,4 +1,4 @@
-"""A metric is one entry of a registry: every part of the package computes it, shows it and selects by it."""
+"""A metric is one entry of a registry: a run that names it computes it, shows it and selects by it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -13,17 +14,19 @@ from flamingo_ft import train
 from flamingo_ft.cli.metrics_table import evaluation_lines, evaluation_tables
 from flamingo_ft.config import tables
 from flamingo_ft.config.library import SCHEMA_FILE, library_folder
+from flamingo_ft.config.metric_names import LOSS
 from flamingo_ft.evaluation.merge_quality import HELD_OUT, EvalSet, Measurement, compare
 from flamingo_ft.evaluation.metrics import (
+    ACCURACY,
     KEY_SUFFIXES,
-    LOSS,
     METRICS,
     RESERVED_KEYS,
     Metric,
+    per_pair,
     register_metric,
 )
 from flamingo_ft.evaluation.questions import Question
-from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results
+from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, SHUFFLED, Results, score_tables
 from flamingo_ft.report import page, write_report
 from flamingo_ft.report.run_folder import read_log
 from tests import regimes
@@ -32,13 +35,19 @@ from tests import regimes
 def test_every_metric_that_a_recipe_can_name_is_registered_and_no_other():
     assert {LOSS, *METRICS} == {*tables.METRIC_DESCRIPTIONS}
     schema = json.loads((library_folder() / SCHEMA_FILE).read_text())  # written without the registry
-    assert schema["$defs"]["EvalSection"]["properties"]["metric"]["enum"] == [LOSS, *METRICS]
+    keys = schema["$defs"]["EvalSection"]["properties"]
+    assert keys["metric"]["anyOf"][0]["enum"] == [LOSS, *METRICS]
+    assert keys["metrics"]["anyOf"][0]["items"]["anyOf"][0]["enum"] == [*METRICS]
+
+
+def made_up(name: str) -> Metric:
+    return Metric(name, per_pair(lambda prediction, references: 0.0), label=name)
 
 
 @pytest.mark.parametrize("name", ["accuracy", "loss"])
 def test_a_name_is_registered_once(name):
     with pytest.raises(ValueError, match=f"'{name}' is already registered"):
-        register_metric(Metric(name, lambda prediction, references: 0.0, label=name))
+        register_metric(made_up(name))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +64,7 @@ def test_a_name_is_registered_once(name):
 def test_a_name_whose_keys_are_in_use_is_refused(name, keys):
     message = f"metric '{name}': keys of its results are in use ({keys}); choose another name"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        register_metric(Metric(name, lambda prediction, references: 0.0, label=name))
+        register_metric(made_up(name))
     assert name not in METRICS and name not in tables.METRIC_DESCRIPTIONS
 
 
@@ -65,15 +74,18 @@ def question(task: str, answer: str, *images: str) -> Question:
 
 
 def test_every_key_of_a_record_belongs_to_a_metric_or_is_reserved():
-    questions = [question("t", answer, "a.png") for answer in ("1", "2") * 2]
-    answers = dict.fromkeys((BEFORE, AFTER, SHUFFLED), ["1"] * 4)
-    summary = Results(questions, answers).summary()
+    computed = [METRICS[name] for name in ("accuracy", "anls", "rouge_l", "cider_d", "f1")]
+    questions = [question("t", answer, "a.png") for answer in ("yes", "no") * 2]
+    answers = dict.fromkeys((BEFORE, AFTER, SHUFFLED, BLANK), ["yes"] * 4)
+    summary = Results(questions, answers, computed).summary()
     task = summary["per_task"]["t"]
-    measurement = Measurement([1.0], [1], {name: [1.0] for name in METRICS}, None)
+    statistics = {metric.name: metric.measure(questions, answers[AFTER]) for metric in computed}
+    measurement = Measurement([1.0], [1], statistics, None)
     models = {"adapter": measurement, "merged": measurement}
-    merge = compare(models, EvalSet([], [], HELD_OUT), loss_margin=0.5, accuracy_margin=0.1)
-    keys = {*summary, *task, *task["classes"]["1"], *merge, *page._log_figures(), "step"}
-    of_metrics = {f"{name}{suffix}" for name in METRICS for suffix in KEY_SUFFIXES}
+    eval_set = EvalSet([], [], HELD_OUT, metrics=computed)
+    merge = compare(models, eval_set, loss_margin=0.5, accuracy_margin=0.1)
+    keys = {*summary, *task, *task["classes"]["yes"], *merge, *page._log_figures(computed), "step"}
+    of_metrics = {f"{metric.name}{suffix}" for metric in computed for suffix in KEY_SUFFIXES}
     assert keys <= of_metrics | RESERVED_KEYS and keys > of_metrics
 
 
@@ -86,7 +98,7 @@ def metric():
     """A made-up metric, registered in this one place; lower is better."""
     metric = Metric(
         "length_error",
-        score=length_error,
+        per_pair(length_error),
         aggregate=max,
         higher_is_better=False,
         label="length error",
@@ -105,7 +117,8 @@ def test_a_metric_registered_in_one_place_is_everywhere(metric, tmp_path, monkey
     regimes.write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     evaluated = ("data.eval=[{path: train.jsonl}]", "eval={steps: 1, metric: length_error, keep: best}")
-    metrics = train(regimes.recipe("train.max_steps=2", "train.logging_steps=1", *evaluated))
+    names = ("eval.metrics=[accuracy]",)  # a metric that selects is computed even if it is not among them
+    metrics = train(regimes.recipe("train.max_steps=2", "train.logging_steps=1", *evaluated, *names))
     evaluation = json.loads(Path("run/metrics.json").read_text())["eval"]
     for key in (
         "length_error",
@@ -139,14 +152,17 @@ def test_a_metric_registered_in_one_place_is_everywhere(metric, tmp_path, monkey
     assert "Length error on held-out samples" in card and "Characters too many or too few" in card
 
 
+def measured(errors) -> Measurement:
+    """Two questions, all right, with these length errors."""
+    statistics = {"accuracy": np.array([1.0, 1.0]), "length_error": np.array(errors)}
+    return Measurement([1.0, 1.0], [1, 1], statistics, None)
+
+
 @pytest.mark.parametrize(("error", "worse"), [(3.0, True), (1.0, False)])
 def test_a_metric_with_a_margin_decides_whether_a_merged_model_is_worse(metric, error, worse):
-    def measured(error):
-        scores = {name: [1.0, 1.0] for name in METRICS} | {"length_error": [error, error]}
-        return Measurement([1.0, 1.0], [1, 1], scores, None)
-
-    models = {"adapter": measured(0.0), "merged": measured(error)}
-    record = compare(models, EvalSet([], [], HELD_OUT), loss_margin=0.5, accuracy_margin=0.1)
+    models = {"adapter": measured([0.0, 0.0]), "merged": measured([error, error])}
+    eval_set = EvalSet([], [], HELD_OUT, metrics=(ACCURACY, metric))
+    record = compare(models, eval_set, loss_margin=0.5, accuracy_margin=0.1)
     assert record["length_error_drop"] == error and record["worse"] == worse
 
 
@@ -157,15 +173,11 @@ def test_the_majority_over_all_tasks_and_the_drop_of_a_merge_use_the_aggregate_o
         question("long", "a"),
         question("long", "abcd"),
     ]
-    summary = Results(questions, {AFTER: ["no"] * 4}).summary()
+    summary = Results(questions, {AFTER: ["no"] * 4}, [ACCURACY, metric]).summary()
     assert summary["length_error_majority"] == 3  # the largest error, of answering "a" for "abcd"
-
-    def measured(errors):
-        scores = {name: [1.0, 1.0] for name in METRICS} | {"length_error": errors}
-        return Measurement([1.0, 1.0], [1, 1], scores, None)
-
     models = {"adapter": measured([0.0, 4.0]), "merged": measured([3.0, 4.0])}
-    record = compare(models, EvalSet([], [], HELD_OUT), loss_margin=0.5, accuracy_margin=0.1)
+    eval_set = EvalSet([], [], HELD_OUT, metrics=(ACCURACY, metric))
+    record = compare(models, eval_set, loss_margin=0.5, accuracy_margin=0.1)
     assert record["length_error"] == {"adapter": 4.0, "merged": 4.0} and record["length_error_drop"] == 0.0
 
 
@@ -174,7 +186,16 @@ def test_a_class_line_names_each_metric_and_leaves_out_what_was_not_measured(met
         "Even.": {"accuracy": 0.95, "length_error": 3.0, "samples": 1900, "predicted": 1800},
         "Odd.": {"accuracy": 0.97, "samples": 170, "predicted": 175},  # written before the metric existed
     }
-    (line,) = evaluation_lines({"per_task": {"parity": {"classes": classes}}})
+    record = {"accuracy": 0.95, "length_error": 3.0, "per_task": {"parity": {"classes": classes}}}
+    (line,) = evaluation_lines(record)
     assert line == (
         "parity: 'Even.' accuracy 95.0 % / length error 3 characters of 1,900, 'Odd.' 97.0 % of 170"
     )
+
+
+def test_a_metric_that_is_not_defined_on_the_answers_is_reported_as_such():
+    questions = [question("t", answer) for answer in ("red", "blue")]
+    record = Results(questions, {AFTER: ["red", "red"]}, [ACCURACY, METRICS["f1"]]).summary()
+    assert record["f1"] is None and record["per_task"]["t"]["f1"] is None
+    assert [table.metric.name for table in score_tables(record)] == ["accuracy"]
+    assert "F1: not defined on these answers" in evaluation_lines(record)

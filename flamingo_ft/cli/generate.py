@@ -1,0 +1,209 @@
+"""Commands that show a model's answers: `generate`, for one prompt or a file of them, and `chat`."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flamingo_ft.cli.arguments import (
+    Adapter,
+    AnswerQuantization,
+    LengthPenalty,
+    MaxNewTokens,
+    MinNewTokens,
+    NoRepeatNgramSize,
+    NumBeams,
+    RepetitionPenalty,
+    Seed,
+    StopString,
+    System,
+    Temperature,
+    TopK,
+    TopP,
+)
+from flamingo_ft.errors import UserError
+
+
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Question about the images. A model trained on captions needs none.",
+        ),
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="An image; repeat it for several, in order.", exists=True, dir_okay=False
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE|FOLDER",
+            help="Answer every row of a file, in any format that training reads (answers may be missing), or "
+            "ask --prompt about every image of a folder.",
+            exists=True,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --data: the file of answers, .jsonl or .csv.", dir_okay=False
+        ),
+    ] = None,
+    image_root: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="With --data: the folder of its images.", exists=True, file_okay=False
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --data: rows answered together; 8.")
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="With --data: go on after a row that cannot be answered.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="With --data: continue an unfinished file of answers.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --data: replace an existing file of answers.")
+    ] = False,
+    max_new_tokens: MaxNewTokens = 64,
+    min_new_tokens: MinNewTokens = None,
+    num_beams: NumBeams = 1,
+    length_penalty: LengthPenalty = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat_ngram_size: NoRepeatNgramSize = None,
+    stop_string: StopString = None,
+    seed: Seed = None,
+    quantization: AnswerQuantization = None,
+) -> None:
+    """Answer a prompt about images, or every row of a file."""
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "stop_strings": tuple(stop_string or ()),
+        "seed": seed,
+    }
+    if data is None:
+        unused = {"--out": out, "--image-root": image_root, "--batch-size": batch_size,
+                  "--skip-bad": skip_bad, "--resume": resume, "--overwrite": overwrite}  # fmt: skip
+        _refuse(unused, "only used with --data")
+        _generate_one(adapter, image or [], prompt, quantization, options)
+        return
+    _refuse({"--image": image}, "not used with --data, whose rows have their own")
+    if out is None:
+        raise UserError("--out: missing; name the file to write the answers to, such as answers.jsonl")
+    from flamingo_ft.inference.generate import generate_file
+
+    generate_file(
+        adapter,
+        data,
+        out,
+        prompt=prompt,
+        image_root=image_root,
+        batch_size=batch_size,
+        quantization=quantization,
+        skip_bad=skip_bad,
+        resume=resume,
+        overwrite=overwrite,
+        log=partial(typer.echo, err=True),
+        **options,
+    )
+
+
+def chat(
+    adapter: Adapter,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    no_repeat_ngram_size: NoRepeatNgramSize = None,
+    stop_string: StopString = None,
+    seed: Seed = None,
+    quantization: AnswerQuantization = None,
+) -> None:
+    """Talk with a model in the terminal; /image FILE shows it an image, /help lists the commands."""
+    from flamingo_ft.inference.chat import Chat, run
+    from flamingo_ft.inference.conversation import Conversation
+    from flamingo_ft.inference.predictor import Predictor
+
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "stop_strings": tuple(stop_string or ()),
+        "seed": seed,
+    }
+    predictor = Predictor.from_pretrained(adapter, quantization=quantization, **_varied(options))
+    interactive = sys.stdin.isatty()
+    if interactive:
+        _edit_lines()
+        typer.echo("/image FILE shows an image, /help lists the commands, Ctrl-D leaves", err=True)
+    run(
+        Chat(Conversation(predictor, system)),
+        read=lambda prompt: input(prompt if interactive else ""),
+        write=_write,
+        warn=lambda line: typer.echo(f"error: {line}", err=True),
+    )
+
+
+def _generate_one(
+    adapter: str, images: list[Path], prompt: str | None, quantization: str | None, options: dict[str, Any]
+) -> None:
+    if prompt is None and not images:
+        raise UserError("--prompt: missing; ask something, or name an --image to caption")
+    from flamingo_ft.inference.answer import answer
+
+    typer.echo(answer(adapter, images, prompt, quantization=quantization, **_varied(options)))
+
+
+def _varied(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with a new seed if they sample without one: torch's own is always the same."""
+    samples = options["temperature"] or options["top_k"] or options["top_p"]
+    return {**options, "seed": secrets.randbelow(2**31)} if samples and options["seed"] is None else options
+
+
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    """Raise UserError for an option that was given although it has no effect here."""
+    for name, value in options.items():
+        if value:
+            raise UserError(f"{name}: {reason}; remove it")
+
+
+def _edit_lines() -> None:
+    """Let ``input`` edit lines and recall earlier ones, where the system's library for that is there."""
+    try:
+        import readline  # noqa: F401 (its import is what changes `input`)
+    except ImportError:
+        return
+
+
+def _write(text: str) -> None:
+    """Print a piece of an answer as it comes."""
+    typer.echo(text, nl=False)
+    sys.stdout.flush()

@@ -1,0 +1,60 @@
+"""Rows without an answer: the formats of training data describe questions with answers, generation asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .fields import Row, has_value
+from .schemas.columns import normalize_name
+
+UNANSWERED = "\N{REPLACEMENT CHARACTER}unanswered"  # in place of the answer that a row does not have
+TURNS = ("messages", "conversations")
+# A column of questions, the column of its answers, and others that hold one.
+ANSWERS = (
+    ("question", "answer", ("answers",)),
+    ("instruction", "output", ("answer",)),
+    ("prompt", "completion", ("chosen", "rejected")),
+)
+MEDIA = ("image", "images", "video", "videos", "jpg", "png")
+TEXTS = ("caption", "text", "captions", "label", "texts", "text_list")
+
+
+def answer_filler(question: str | None) -> Callable[[Any], Any]:
+    """Return a function that gives a row the answer `UNANSWERED` if it has none.
+
+    A row of images alone is asked ``question``; without one, its answer is a caption.
+    """
+
+    def fill(row: Any) -> Any:
+        return {**row, **_missing(row, question)} if isinstance(row, Mapping) else row
+
+    return fill
+
+
+def _missing(row: Row, question: str | None) -> dict[str, Any]:
+    """Return the columns that a row lacks."""
+    names = {normalize_name(name): name for name in row if has_value(row, name)}
+    for turns in (names[name] for name in TURNS if name in names):
+        value = row[turns]
+        return {turns: [*value, _answer_to(value[-1])]} if _ends_with_question(value) else {}
+    for asked, answer, others in ANSWERS:
+        if asked in names:
+            return {} if any(name in names for name in (answer, *others)) else {answer: UNANSWERED}
+    if any(name in names for name in MEDIA) and not any(name in names for name in TEXTS):
+        filled = {"caption": UNANSWERED}
+        return filled if question is None else {"question": question, "answer": UNANSWERED}
+    return {}
+
+
+def _ends_with_question(turns: Any) -> bool:
+    if not isinstance(turns, list) or not turns or not isinstance(turns[-1], Mapping):
+        return False
+    return turns[-1].get("role", turns[-1].get("from")) in ("user", "human")
+
+
+def _answer_to(turn: Mapping[str, Any]) -> dict[str, str]:
+    """Return an answer written like the turn before it."""
+    if "role" in turn:
+        return {"role": "assistant", "content": UNANSWERED}
+    return {"from": "gpt", "value": UNANSWERED}

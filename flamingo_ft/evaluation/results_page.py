@@ -1,0 +1,136 @@
+"""results.html: the answers of an evaluation on one page, wrong ones first, with images and filters."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL.Image import Image as Picture
+
+from flamingo_ft import atomic
+from flamingo_ft.data.media import open_medium
+from flamingo_ft.data.sample import display_text
+from flamingo_ft.errors import UserError
+from flamingo_ft.formatting import data_uri
+from flamingo_ft.model.added_tokens import MEDIA_TOKEN
+from flamingo_ft.templates import load_template
+from flamingo_ft.version import __version__
+
+from .metrics import ACCURACY, Metric, Prediction, normalize
+from .questions import Question
+from .reference_answers import classes_of
+
+RESULTS_PAGE = "results.html"
+MAX_ROWS, MAX_IMAGES = 400, 8  # on the page, and the last images of each question
+PIXELS = 168  # longer side of an image on the page
+OTHER = "another answer"
+
+
+@dataclass(frozen=True)
+class PageRow:
+    """A question as the page shows it. images: data URIs; others: answers under other conditions."""
+
+    where: str
+    task: str
+    images: list[str]
+    question: str
+    references: Sequence[str]
+    answer: str
+    score: float
+    others: Mapping[str, str]
+
+
+def write_results_page(
+    path: Path,
+    title: str,
+    lines: Sequence[str],
+    questions: Sequence[Question],
+    answers: Mapping[str, Sequence[Prediction]],
+    metrics: Sequence[Metric],
+) -> None:
+    """Write the page of an evaluation.
+
+    lines: what it found, in words. answers: by condition; the page is about those of the first. metrics: the
+    first that scores single answers in 0..1 orders them, else exact match.
+    """
+    main, *others = answers
+    metric, scores = _scores(questions, answers[main], metrics)
+    order = sorted(range(len(questions)), key=lambda index: scores[index])[:MAX_ROWS]
+    rows = []
+    for index in order:
+        question = questions[index]
+        row = PageRow(
+            question.where,
+            question.task,
+            [_thumbnail(image, question.where) for image in question.images[-MAX_IMAGES:]],
+            display_text(question.messages[-1]).replace(MEDIA_TOKEN, "").strip(),
+            question.references,
+            str(answers[main][index]),
+            float(scores[index]),
+            {name: str(answers[name][index]) for name in others},
+        )
+        rows.append(row)
+    texts = [str(answer) for answer in answers[main]]
+    page = load_template("evaluation/results.html.jinja", trim_blocks=True, lstrip_blocks=True).render(
+        title=title,
+        version=__version__,
+        lines=lines,
+        metric=metric,
+        rows=rows,
+        total=len(questions),
+        tasks=sorted({row.task for row in rows}),
+        matrices=confusion_matrices(questions, texts),
+        other=OTHER,
+    )
+    atomic.write_text(path, page)
+
+
+def confusion_matrices(
+    questions: Sequence[Question], answers: Sequence[str]
+) -> dict[str, tuple[list[str], list[tuple[str, list[int]]]]]:
+    """Return by task with few reference answers: the answers given, and for each reference how often each.
+
+    The last of the answers given is `OTHER`.
+    """
+    matrices = {}
+    for task in sorted({question.task for question in questions}):
+        indices = [index for index, question in enumerate(questions) if question.task == task]
+        classes = classes_of([questions[index] for index in indices])
+        if classes is None:
+            continue
+        names = {normalize(name): name for name in classes}
+        rows = []
+        for name, members in classes.items():
+            given = Counter(names.get(normalize(answers[indices[member]]), OTHER) for member in members)
+            rows.append((name, [given[column] for column in (*classes, OTHER)]))
+        matrices[task] = ([*classes, OTHER], rows)
+    return matrices
+
+
+def _scores(
+    questions: Sequence[Question], answers: Sequence[Prediction], metrics: Sequence[Metric]
+) -> tuple[Metric, np.ndarray]:
+    """Return the metric that orders the answers, and their scores."""
+    for metric in metrics:
+        statistics = metric.measure(questions, answers)
+        if metric.is_fraction and not metric.of_corpus and statistics.ndim == 1:
+            return metric, statistics
+    return ACCURACY, ACCURACY.measure(questions, answers)
+
+
+def _thumbnail(image: Any, where: str) -> str:
+    """Return a small JPEG as a data URI; empty if the image cannot be read any more."""
+    try:
+        picture = image if isinstance(image, Picture) else open_medium(image, where)[0]
+    except UserError:
+        return ""
+    picture = picture.convert("RGB")
+    picture.thumbnail((PIXELS, PIXELS))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return data_uri(buffer.getvalue(), "image/jpeg")

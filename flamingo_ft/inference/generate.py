@@ -1,0 +1,75 @@
+"""From a file or folder to a file of answers, as `flamingo-ft generate --data` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flamingo_ft.formatting import plural
+from flamingo_ft.hub import fetch_model
+from flamingo_ft.progress import progress_bars
+
+from .answers_file import AnswersFile
+from .batch import Summary, answer_rows
+from .decoding import Decoding
+from .predictor import BATCH_SIZE, Predictor
+from .prompts_of_data import Rows
+
+
+def generate_file(
+    adapter: str | Path,
+    data: Path,
+    out: Path,
+    *,
+    prompt: str | None = None,
+    image_root: Path | None = None,
+    batch_size: int | None = None,
+    quantization: str | None = None,
+    skip_bad: bool = False,
+    resume: bool = False,
+    overwrite: bool = False,
+    log: Callable[[str], None] = lambda line: None,
+    **options: Any,
+) -> Summary:
+    """Answer every row of ``data`` with an adapter or a merged model and write the answers to ``out``.
+
+    data: a file in a format that training reads, where answers may be missing, or a folder of images, about
+    which ``prompt`` is asked. out, resume, overwrite: see `AnswersFile`. skip_bad: see `answer_rows`.
+    quantization, options: see `Predictor.from_pretrained` and `Decoding`. log: called with lines about
+    skipped rows, and a last one with the numbers.
+    """
+    decoding = Decoding(**options)
+    if decoding.samples and decoding.seed is None:
+        options["seed"] = 0  # so that a resumed file is the same
+        decoding = Decoding(**options)
+    rows = Rows(data, prompt, image_root)
+    settings = {"model": str(adapter), "data": str(data.absolute()), "prompt": prompt,
+                "batch_size": batch_size or BATCH_SIZE, "quantization": quantization,
+                **decoding.generate_options(), "max_new_tokens": decoding.max_new_tokens,
+                "stop_strings": list(decoding.stop_strings), "seed": decoding.seed}  # fmt: skip
+    folder = fetch_model(adapter)
+    file = AnswersFile(out, settings, resume=resume, overwrite=overwrite)
+    if file.is_complete:
+        log(f"{out} is complete")
+        return Summary()
+    try:
+        predictor = Predictor.from_pretrained(
+            folder, quantization=quantization, batch_size=batch_size or BATCH_SIZE, **options
+        )
+        with progress_bars(stderr=True) as progress:
+            bar = progress.add_task("answering", total=rows.count, note="")
+            summary = answer_rows(
+                predictor,
+                rows,
+                file,
+                skip_bad=skip_bad,
+                on_rows=lambda count: progress.advance(bar, count),
+                warn=progress.line,
+            )
+    finally:
+        file.close()
+    file.finish()
+    skipped = f", {summary.skipped:,} skipped" if summary.skipped else ""
+    log(f"{plural(file.rows, 'row')} in {out}{skipped}")
+    return summary

@@ -1,0 +1,128 @@
+"""The figure of a `Look`: the pictures once as they are, then once per token under its attention.
+
+Shapes: T tokens, M media, F frames, H and W pixels, h and w the grid of visual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from flamingo_ft.formatting import percent
+
+INK = "#24292f"
+PICTURE_INCHES, MAX_WIDTH_INCHES = 1.5, 10.0  # height of a picture; width of all panels
+TITLE_INCHES, SHARE_INCHES, BAR_INCHES = 0.36, 0.22, 0.9
+BAR_LENGTH_INCHES, BAR_WIDTH_INCHES = 2.2, 0.13
+GAP = 0.06  # between the pictures of a panel, in picture heights
+TITLE_POINTS, LABEL_POINTS = 11, 9
+MAX_TITLE_CHARACTERS = 18
+PLAIN_TITLE = "as the tower sees it"
+# From transparent to red: patches without attention show the picture.
+COLOURS = LinearSegmentedColormap.from_list("attention", [(0.9, 0.1, 0.0, 0.0), (0.9, 0.1, 0.0, 0.9)])
+DARKEST, LIGHTEST = 90, 240  # of the grey pictures: red is as visible on black as on white
+
+
+def draw_look(pictures: Sequence[np.ndarray], tokens: Sequence[str], weights: np.ndarray) -> Figure:
+    """Draw weights (T, M, F, h, w) over the pictures (F, H, W, 3) of each medium, one panel per token.
+
+    The pictures come first without weights. The colours of all panels go from zero to the largest weight of
+    a visual token. Of several media, each shows its share of the token's attention.
+    """
+    width = _strip_width(pictures)
+    height = min(PICTURE_INCHES, MAX_WIDTH_INCHES / width)
+    columns = min(len(tokens) + 1, max(1, int(MAX_WIDTH_INCHES / (height * width))))
+    rows = -(-(len(tokens) + 1) // columns)
+    panel_height = height + TITLE_INCHES + (len(pictures) > 1) * SHARE_INCHES
+    figure = Figure(
+        figsize=(columns * (height * width + 0.25) + BAR_INCHES, rows * panel_height),
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.04),
+        facecolor="white",
+    )
+    panels = figure.subplots(rows, columns, squeeze=False)
+    largest = float(weights.max(initial=0)) or 1.0
+    for axes in panels.flat:
+        axes.set_axis_off()
+    first, *others = panels.flat
+    _draw_strip(first, PLAIN_TITLE, pictures)
+    for axes, token, own in zip(others, tokens, weights, strict=False):
+        _draw_strip(axes, _title(token), [_grey(frames) for frames in pictures])
+        _draw_weights(axes, pictures, own, largest)
+    _draw_bar(figure, panels, largest)
+    return figure
+
+
+def _extents(pictures: Sequence[np.ndarray]) -> list[list[tuple[float, float]]]:
+    """Return left and right of each frame of each medium, in picture heights."""
+    extents, left = [], 0.0
+    for frames in pictures:
+        width = frames.shape[2] / frames.shape[1]
+        lefts = [left + index * (width + GAP) for index in range(len(frames))]
+        extents.append([(start, start + width) for start in lefts])
+        left = lefts[-1] + width + GAP
+    return extents
+
+
+def _strip_width(pictures: Sequence[np.ndarray]) -> float:
+    return _extents(pictures)[-1][-1][1]
+
+
+def _draw_strip(axes: Axes, title: str, pictures: Sequence[np.ndarray]) -> None:
+    """Draw all pictures side by side."""
+    for frames, extents in zip(pictures, _extents(pictures), strict=True):
+        for frame, (left, right) in zip(frames, extents, strict=True):
+            axes.imshow(frame, extent=(left, right, 0, 1), interpolation="antialiased")
+    axes.set(xlim=(0, _strip_width(pictures)), ylim=(0, 1), aspect="equal")
+    axes.set_title(title, fontsize=TITLE_POINTS, color=INK, parse_math=False)
+
+
+def _draw_weights(axes: Axes, pictures: Sequence[np.ndarray], weights: np.ndarray, largest: float) -> None:
+    """Draw weights (M, F, h, w) over the strip, and under each of several media its share."""
+    look: dict[str, Any] = {"cmap": COLOURS, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
+    for number, (extents, own) in enumerate(zip(_extents(pictures), weights, strict=True), start=1):
+        for (left, right), grid in zip(extents, own, strict=False):
+            axes.imshow(grid, extent=(left, right, 0, 1), **look)
+        if len(pictures) > 1:
+            middle = (extents[0][0] + extents[-1][1]) / 2
+            share = f"image {number}: {percent(float(own.sum()), digits=0)}"
+            axes.text(middle, -0.04, share, fontsize=LABEL_POINTS, color=INK, ha="center", va="top")
+
+
+def _grey(frames: np.ndarray) -> np.ndarray:
+    """Return frames (F, H, W, 3) in grey, so that only the weights have a hue."""
+    luma = frames @ np.array([0.299, 0.587, 0.114]) / 255
+    levels = DARKEST + (LIGHTEST - DARKEST) * luma
+    return np.repeat(levels[..., None], 3, axis=-1).round().astype(np.uint8)
+
+
+def _title(token: str) -> str:
+    """Return a token as a title; white space alone is quoted."""
+    text = token.strip() or repr(token)
+    return text if len(text) <= MAX_TITLE_CHARACTERS else text[: MAX_TITLE_CHARACTERS - 1] + "…"
+
+
+def _draw_bar(figure: Figure, panels: np.ndarray, largest: float) -> None:
+    """Draw the colour scale at the upper right, in the same size beside any number of panels."""
+    height = figure.get_figheight()
+    length = min(BAR_LENGTH_INCHES, 0.85 * height)
+    bar = figure.colorbar(
+        ScalarMappable(Normalize(0, largest), COLOURS),
+        ax=panels,
+        anchor=(0.0, 1.0),
+        shrink=length / height,
+        aspect=length / BAR_WIDTH_INCHES,
+        pad=0.02,
+    )
+    bar.ax.set_facecolor("#9b9b9b")  # a grey between those of the pictures
+    bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    bar.set_label("attention per patch", fontsize=LABEL_POINTS, color=INK)
+    bar.ax.tick_params(labelsize=LABEL_POINTS, colors=INK)

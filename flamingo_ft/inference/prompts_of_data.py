@@ -1,0 +1,97 @@
+"""The rows of a file or folder as prompts, one each: what `flamingo-ft generate --data` asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flamingo_ft.config import DataSection, DataSource
+from flamingo_ft.data import Sample
+from flamingo_ft.data.files import is_system_file
+from flamingo_ft.data.render import is_document
+from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.sources.source import Source
+from flamingo_ft.data.sources.tar_samples import IMAGES
+from flamingo_ft.data.unanswered import UNANSWERED, answer_filler
+from flamingo_ft.errors import UserError
+
+from .prompts import Prompt, make_prompt
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of data: its prompt and, if it has one, the reference answer; or what is wrong with it."""
+
+    where: str
+    prompt: Prompt | None = None
+    reference: str | None = None
+    error: str | None = None
+
+
+class Rows:
+    """The rows of a data file, of a dataset's folder, or of a folder of images, in their order.
+
+    prompt: asked about rows that are images alone. count: how many rows there are; None if that is known only
+    at the end. Iterating yields every row; one that cannot be read has an ``error``.
+
+    Raises UserError if there are none, if their format is not recognized, and for a prompt where rows ask
+    their own questions.
+    """
+
+    def __init__(self, data: Path, prompt: str | None = None, image_root: Path | None = None):
+        self._prompt = prompt
+        self._images = image_files(data) if data.is_dir() else []
+        self._source: Source | None = None
+        if not self._images:
+            entry = DataSource(path=data, image_root=image_root)
+            self._source = Source(entry, DataSection(train=(entry,)), answer_filler(prompt))
+            if prompt is not None and not self._asks(prompt):
+                raise UserError(f"--prompt: the rows of {data} ask their own questions; remove it")
+
+    @property
+    def count(self) -> int | None:
+        """Number of rows."""
+        if self._source is None:
+            return len(self._images)
+        return len(self._source) if self._source.indexed else None
+
+    def __iter__(self) -> Iterator[Row]:
+        if self._source is None:
+            for file in self._images:
+                yield Row(str(file), make_prompt([str(file)], self._prompt))
+            return
+        for number, raw in enumerate(self._source.stream()):
+            where = self._source.where(raw)
+            try:
+                yield row_of(self._source.sample(number, raw))
+            except UserError as error:
+                yield Row(where, error=str(error))
+
+    def _asks(self, prompt: str) -> bool:
+        """Whether the first row that can be read is asked ``prompt``."""
+        first = next((row.prompt for row in self if row.prompt is not None), None)
+        return first is None or message_text(first.messages[-1]) == prompt
+
+
+def row_of(sample: Sample) -> Row:
+    """Return the row that asks for the last answer of a sample, or for the text after its last image."""
+    *before, last = sample.messages
+    if is_document(sample.messages):
+        blocks = last["content"]
+        cut = 1 + max((i for i, block in enumerate(blocks) if block["type"] == "image"), default=-1)
+        before, answer = [{**last, "content": blocks[:cut]}], message_text({"content": blocks[cut:]}).strip()
+    else:
+        answer = message_text(last)
+    if not before or not before[0]["content"]:
+        raise UserError(f"{sample.where}: nothing to answer; it has neither a question nor an image")
+    reference = None if answer == UNANSWERED else answer
+    return Row(sample.where, Prompt(before, sample.images, sample.where), reference)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the images in a folder and in those inside it, sorted; none if it holds a dataset's files."""
+    files = sorted(file for file in folder.rglob("*") if not is_system_file(str(file.relative_to(folder))))
+    if any(file.suffix.lower() in (".arrow", ".parquet", ".json", ".jsonl", ".csv") for file in files):
+        return []
+    return [file for file in files if file.suffix.lower().removeprefix(".") in IMAGES]

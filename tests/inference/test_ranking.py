@@ -1,0 +1,116 @@
+"""Labels are scored as the language model's own logits for the whole text say, beginnings they share once."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flamingo_ft import Predictor
+from flamingo_ft.adapters.answering import end_token_ids
+from flamingo_ft.data.encode import encode_answer
+from flamingo_ft.data.sample import CHUNK
+from flamingo_ft.errors import UserError
+from flamingo_ft.inference import ranking
+from flamingo_ft.inference.prompts import Prompt, make_prompt
+from flamingo_ft.inference.ranking import trie_levels
+from tests.data.dialogues import IMAGE, user
+
+from .conftest import make_flamingo
+
+LABELS = ("Seven.", "Seven or two.", "Two.", "Two", "It is a seven.", "It is a two.")
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Predictor(*make_flamingo(), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def prompts(folders):
+    _, images = folders
+    return [
+        make_prompt(images[:1], "Which digit is this?"),
+        make_prompt(images, "Which digits are these?"),
+        make_prompt(images[1:], "Which digit is this?"),
+        make_prompt(None, "Say seven."),
+        few_shot(images),
+    ]
+
+
+def few_shot(images):
+    """Return a prompt of one demonstration, and one without an image before it."""
+    texts = (["Which digit? Two."], [IMAGE, "Which digit? Seven."], [IMAGE, "Which digit?\n"])
+    return Prompt([{**user(*text), "role": CHUNK} for text in texts], images)
+
+
+def test_a_few_shot_prompt_is_written_as_chunks_of_a_document_are(predictor, folders):
+    (ids,) = predictor.encode([few_shot(folders[1])])
+    text = predictor.processor.tokenizer.decode(ids)
+    assert text.removeprefix(predictor.processor.tokenizer.bos_token or "") == (
+        "Which digit? Two.<|endofchunk|><image>Which digit? Seven.<|endofchunk|><image>Which digit?\n"
+    )
+    with pytest.raises(UserError, match="got 1 of 2 with role chunk; give all or none this role"):
+        predictor.encode([Prompt([{**user("a"), "role": CHUNK}, user("b")], [])])
+
+
+@torch.no_grad()
+def expected(predictor, prompt, label, with_end):
+    """Return the log-likelihood of a label, from one forward of prompt and label in float64."""
+    model, end_tokens = predictor.model, end_token_ids(predictor.model, predictor.processor)
+    (ids,) = predictor.encode([prompt])
+    answer = encode_answer(predictor.processor, prompt.messages, label)
+    end = next(place for place, token in enumerate(answer) if token in end_tokens)
+    answer = answer[: end + with_end]
+    logits = model(torch.tensor([ids + answer]), **predictor.media.of([prompt])).logits[0].double()
+    scores = logits.log_softmax(-1)[len(ids) - 1 : -1]
+    return sum(score[token].item() for score, token in zip(scores, answer, strict=True))
+
+
+@pytest.mark.parametrize("with_end", [True, False])
+@pytest.mark.parametrize("rows", [128, 4])
+def test_scores_equal_the_logits_of_the_whole_text(predictor, prompts, with_end, rows, monkeypatch):
+    monkeypatch.setattr(ranking, "MAX_ROWS", rows)
+    done = []
+    scores = predictor.rank(prompts, LABELS, with_end=with_end, on_batch=done.append)
+    for prompt, row in zip(prompts, scores, strict=True):
+        whole = [expected(predictor, prompt, label, with_end) for label in LABELS]
+        torch.testing.assert_close(row, torch.tensor(whole), rtol=0, atol=2e-5)
+    assert sum(done) == len(prompts) and scores[0].argmax() == torch.tensor(whole).argmax()
+
+
+def test_the_prompt_is_read_once_and_each_shared_beginning_too(predictor, prompts):
+    counts = []
+    hook = predictor.model.lang_encoder.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: counts.append(args[0].shape)
+    )
+    predictor.rank(prompts[:1], LABELS)
+    hook.remove()
+    answers = [encode_answer(predictor.processor, prompts[0].messages, label) for label in LABELS]
+    beginnings = {tuple(answer[:n]) for answer in answers for n in range(1, len(answer))}
+    assert counts[0] == (1, len(predictor.encode(prompts[:1])[0]))
+    assert sum(rows * tokens for rows, tokens in counts[1:]) <= len(beginnings)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=6))
+def test_every_path_of_a_trie_spells_the_sequence_that_ends_there(sequences):
+    paths, spelled = [()], {}
+    for level in trie_levels(sequences):
+        nodes = [(*paths[parent], token) for parent, token in zip(level.parents, level.tokens, strict=True)]
+        assert len(set(nodes)) == len(nodes)
+        spelled |= {number: list(nodes[node]) for node, number in level.ends}
+        paths = [nodes[node] for node in level.inner]
+    assert paths == [] and [spelled[number] for number in range(len(sequences))] == sequences
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((), "labels: got none; give at least one"),
+        (("a", " "), "labels: got a blank one, ' '; write its text"),
+        (("a", "b", "a"), "labels: got 'a' twice; remove one"),
+    ],
+)
+def test_wrong_labels_are_refused(predictor, prompts, labels, message):
+    with pytest.raises(UserError) as caught:
+        predictor.rank(prompts, labels)
+    assert str(caught.value) == message
