@@ -28,7 +28,7 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 BASE64_BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk0", "SUkqAA", "TU0AKg")
 MIN_BASE64_CHARACTERS = 64  # a shorter text that begins like base64 is taken for a path
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-TIFF_MODES = ("CMYK", "F", "I", "I;16B", "LAB", "PA", "YCbCr")
+TIFF_MODES = ("CMYK", "F", "I", "I;16B", "LAB", "PA")
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,8 @@ class MediaResolver:
 def lossless_bytes(image: PillowImage.Image) -> bytes:
     """Encode an image as a file that is read back the same: PNG, or TIFF for modes that PNG lacks.
 
-    A mode that neither has (HSV, RGBX, premultiplied alpha) becomes RGB, as on reading. Of the metadata only
+    Other modes (HSV, RGBX, premultiplied alpha; YCbCr, which Pillow 12 cannot read back) become RGB, as on
+    reading. Of the metadata only
     the orientation is kept. Raises `images.UnreadableImage`.
     """
     images.check_size(*image.size)
