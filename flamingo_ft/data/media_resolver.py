@@ -118,8 +118,7 @@ def lossless_bytes(image: PillowImage.Image) -> bytes:
     """Encode an image as a file that is read back the same: PNG, or TIFF for modes that PNG lacks.
 
     Other modes (HSV, RGBX, premultiplied alpha; YCbCr, which Pillow 12 cannot read back) become RGB, as on
-    reading. Of the metadata only
-    the orientation is kept. Raises `images.UnreadableImage`.
+    reading. Of the metadata only the orientation is kept. Raises `images.UnreadableImage`.
     """
     images.check_size(*image.size)
     if image.mode not in (*PNG_MODES, *TIFF_MODES):
