@@ -12,20 +12,24 @@ from torch import Tensor
 
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.parts import in_parts, is_gate, is_lora
+from flamingo_ft.model.token_rows import TokenRows
 
-from .files import parts_in_adapter, read_base_name, read_flamingo_config
+from .files import parts_in_adapter, read_flamingo_config
 from .load import load_base, set_bridge_parameters
 
 
 def base_bridge(folder: Path, model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
     """Return the tensors that the adapter in ``folder`` replaces in the bridge of its base.
 
-    A bridge that was trained from scratch has no base: its gates are closed, so that the language model is
-    left alone. Loads the base once more if the adapter continues the training of its bridge.
+    A bridge that was trained from scratch has no base: its gates are closed, and the rows of the tokens that
+    it added are as before training, so that the language model is left alone. Loads the base once more if the
+    adapter continues the training of its bridge.
     """
-    if read_base_name(folder) is None:
-        return {name: torch.zeros_like(gate) for name, gate in model.named_parameters() if is_gate(name)}
-    parts = parts_in_adapter(read_flamingo_config(folder))
+    config = read_flamingo_config(folder)
+    if not config.bridge_init:
+        gates = {name: torch.zeros_like(gate) for name, gate in model.named_parameters() if is_gate(name)}
+        return gates | _initial_rows(model)
+    parts = parts_in_adapter(config)
     if not parts:
         return {}
     base = load_base(folder, device="cpu")
@@ -33,6 +37,18 @@ def base_bridge(folder: Path, model: FlamingoForConditionalGeneration) -> dict[s
         name: parameter.detach()
         for name, parameter in base.named_parameters()
         if in_parts(name, parts) and not is_lora(name)
+    }
+
+
+def _initial_rows(model: FlamingoForConditionalGeneration) -> dict[str, Tensor]:
+    """Return the rows of the added tokens as `build_flamingo` initializes them."""
+    if model.token_rows is None:
+        return {}
+    rows = TokenRows(model.token_rows.token_ids, model.lang_encoder)
+    rows.reset(model.lang_encoder, min(rows.token_ids))
+    trained = dict(model.token_rows.named_parameters())
+    return {
+        f"token_rows.{name}": row.detach().to(trained[name].dtype) for name, row in rows.named_parameters()
     }
 
 
