@@ -35,8 +35,8 @@ class Rows:
     prompt: asked about rows that are images alone. count: how many rows there are; None if that is known only
     at the end. Iterating yields every row; one that cannot be read has an ``error``.
 
-    Raises UserError if there are none, if their format is not recognized, and for a prompt where rows ask
-    their own questions.
+    Raises UserError for data without rows or of an unknown format, and for a prompt where rows ask their own
+    questions.
     """
 
     def __init__(self, data: Path, prompt: str | None = None, image_root: Path | None = None):

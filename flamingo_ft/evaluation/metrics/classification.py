@@ -26,7 +26,7 @@ def f1_counts(predictions: Sequence[str], references: References) -> np.ndarray:
 def f1(counts: np.ndarray) -> float:
     """Return F1 = 2 TP / (2 TP + FP + FN), 0..1, of the answers yes and true (van Rijsbergen, 1979).
 
-    NaN if there are none, neither given nor expected.
+    NaN if no prediction and no reference answer is one of them.
     """
     true, false, missed = counts.sum(axis=0).tolist()
     total = 2 * true + false + missed
