@@ -7,6 +7,7 @@ import difflib
 from flamingo_ft.errors import UserError
 
 from . import (
+    classification,
     coco_captions,
     flickr30k,
     gqa,
@@ -35,6 +36,7 @@ _MODULES = (
     hateful_memes,
     imagenet,
     mme,
+    classification,
 )
 TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in _MODULES}
 

@@ -252,6 +252,17 @@ def mme(root: Path) -> None:
         (texts / "0001.txt").write_text("".join(lines), encoding="utf-8")
 
 
+def classification(root: Path) -> None:
+    splits = {
+        "val": [("new/1.jpg", "dax")],
+        "train": [("old/1.jpg", "wug"), ("old/2.jpg", "dax "), ("old/3.jpg", "fep")],
+    }
+    for split, rows in splits.items():
+        write_lines(root / f"{split}.jsonl", [{"image": image, "label": label} for image, label in rows])
+        for image, _ in rows:
+            write_image(root / image)
+
+
 FILES: Mapping[str, Callable[[Path], None]] = {
     "coco": coco,
     "flickr30k": flickr30k,
@@ -265,4 +276,5 @@ FILES: Mapping[str, Callable[[Path], None]] = {
     "hateful_memes": hateful_memes,
     "imagenet": imagenet,
     "mme": mme,
+    "classification": classification,
 }

@@ -196,6 +196,13 @@ def test_mme_has_two_questions_an_image_in_both_kinds_of_folders(published):
     assert by_subset["code_reasoning"].images[0].endswith("code_reasoning/0001.png")
 
 
+def test_classification_ranks_the_labels_of_both_files(published):
+    (example,) = eval_examples("classification", published)
+    assert inside(example, published["classification"]) == ("val.jsonl: row 0", ["new/1.jpg"], "")
+    assert (example.references, example.labels) == (("dax",), ("dax", "fep", "wug"))
+    assert [one.references[0] for one in train_examples("classification", published)] == ["wug", "dax", "fep"]
+
+
 def test_files_are_found_at_any_depth_and_beside_what_archives_leave(published, tmp_path):
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "a/b/textvqa").symlink_to(published["textvqa"])

@@ -40,10 +40,22 @@ FIRST_FILES = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", FIRST_FILES)
 def test_an_empty_folder_is_refused_with_the_name_of_what_is_missing(name, tmp_path):
     message = refusal(name, tmp_path)
     assert message.startswith(f"FOLDER: no {FIRST_FILES[name]}; get ") and TASKS[name].source in message
+
+
+def test_own_images_without_their_files_are_refused_with_the_form_of_a_row(tmp_path):
+    assert refusal("classification", tmp_path) == (
+        'FOLDER: no file train.jsonl; write one with {"image": PATH, "label": TEXT} in each line'
+    )
+
+
+def test_a_row_without_a_label_is_refused(copied):
+    root = copied("classification")
+    (root / "val.jsonl").write_text(json.dumps({"image": "new/1.jpg", "label": " "}))
+    assert refusal("classification", root).startswith("val.jsonl: row 0: label: expected text, got an empty")
 
 
 def test_an_image_folder_that_is_missing_is_named(copied):
