@@ -30,7 +30,7 @@ def _rows(folder: DataFolder, split: str) -> list[Row]:
     file = folder.root / f"{split}.jsonl"
     if not file.is_file():
         raise UserError(
-            f'{folder.root}: no file {file.name}; write one with {{"image": PATH, "label": TEXT}} in each line'
+            f'{folder.root}: no file {file.name}; write one, {{"image": PATH, "label": TEXT}} in each line'
         )
     return rows_in_lines(file, SOURCE)
 

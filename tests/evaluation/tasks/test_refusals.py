@@ -48,7 +48,7 @@ def test_an_empty_folder_is_refused_with_the_name_of_what_is_missing(name, tmp_p
 
 def test_own_images_without_their_files_are_refused_with_the_form_of_a_row(tmp_path):
     assert refusal("classification", tmp_path) == (
-        'FOLDER: no file train.jsonl; write one with {"image": PATH, "label": TEXT} in each line'
+        'FOLDER: no file train.jsonl; write one, {"image": PATH, "label": TEXT} in each line'
     )
 
 
