@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import sys
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -91,24 +92,12 @@ def generate(
     quantization: AnswerQuantization = None,
 ) -> None:
     """Answer a prompt about images, or every row of a file."""
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": min_new_tokens,
-        "num_beams": num_beams,
-        "length_penalty": length_penalty,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "stop_strings": tuple(stop_string or ()),
-        "seed": seed,
-    }
+    arguments = locals()
     if data is None:
         unused = {"--out": out, "--image-root": image_root, "--batch-size": batch_size,
                   "--skip-bad": skip_bad, "--resume": resume, "--overwrite": overwrite}  # fmt: skip
         _refuse(unused, "only used with --data")
-        _generate_one(adapter, image or [], prompt, quantization, options)
+        _generate_one(adapter, image or [], prompt, quantization, arguments)
         return
     _refuse({"--image": image}, "not used with --data, whose rows have their own")
     if out is None:
@@ -127,7 +116,7 @@ def generate(
         resume=resume,
         overwrite=overwrite,
         log=partial(typer.echo, err=True),
-        **options,
+        **_decoding(arguments),
     )
 
 
@@ -145,21 +134,12 @@ def chat(
     quantization: AnswerQuantization = None,
 ) -> None:
     """Talk with a model in the terminal; /image FILE shows it an image, /help lists the commands."""
+    arguments = locals()
     from flamingo_ft.inference.chat import Chat, run
     from flamingo_ft.inference.conversation import Conversation
     from flamingo_ft.inference.predictor import Predictor
 
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "repetition_penalty": repetition_penalty,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "stop_strings": tuple(stop_string or ()),
-        "seed": seed,
-    }
-    predictor = Predictor.from_pretrained(adapter, quantization=quantization, **_varied(options))
+    predictor = Predictor.from_pretrained(adapter, quantization=quantization, **_varied(_decoding(arguments)))
     interactive = sys.stdin.isatty()
     if interactive:
         _edit_lines()
@@ -173,13 +153,21 @@ def chat(
 
 
 def _generate_one(
-    adapter: str, images: list[Path], prompt: str | None, quantization: str | None, options: dict[str, Any]
+    adapter: str, images: list[Path], prompt: str | None, quantization: str | None, arguments: dict[str, Any]
 ) -> None:
     if prompt is None and not images:
         raise UserError("--prompt: missing; ask something, or name an --image to caption")
     from flamingo_ft.inference.answer import answer
 
-    typer.echo(answer(adapter, images, prompt, quantization=quantization, **_varied(options)))
+    typer.echo(answer(adapter, images, prompt, quantization=quantization, **_varied(_decoding(arguments))))
+
+
+def _decoding(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the decoding options among a command's arguments, under the names of `Decoding`."""
+    from flamingo_ft.inference.decoding import Decoding
+
+    options = {field.name: arguments[field.name] for field in fields(Decoding) if field.name in arguments}
+    return {**options, "stop_strings": tuple(arguments["stop_string"] or ())}
 
 
 def _varied(options: dict[str, Any]) -> dict[str, Any]:
