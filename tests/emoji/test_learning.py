@@ -32,6 +32,7 @@ from ..hub_folders import put
 from ..hub_server import in_place_of_the_hub
 from ..real_weights import LITE0, SMOLLM2, missing, write_lite0, write_smollm2
 from .test_data import FOLDER
+from .test_few_shot_data import FOLDER as FEW_SHOT
 
 MISSING = missing(SMOLLM2, LITE0)
 pytestmark = [
@@ -97,6 +98,20 @@ def test_plain_text_stays_as_likely_as_the_language_model_has_it(run, language):
     model, processor = load_trained(run)
     trained, own = (perplexity(one, processor.tokenizer) for one in (model, language))
     assert trained == pytest.approx(own, rel=0.05) and trained != own
+
+
+def test_demonstrations_are_trained_on_and_evaluated_with(run, capsys):
+    few_shot = (*FEW, "train.learning_rate=1e-3")
+    assert cli.main(["train", "few_shot", *few_shot]) == 0
+    metrics = json.loads((run.parent / "few_shot/metrics.json").read_text())
+    assert metrics["eval"]["after"]["overall"]["count"] == 8
+    data = ["--data", str(FEW_SHOT / "names"), "eval.max_samples=4", "--no-controls"]
+    out = run.parent / "scores"
+    asked = ["--shots", "0", "--shots", "4", "--demonstrations", "rices", "--out", str(out)]
+    assert cli.main(["eval", "runs/few_shot", "classification", *asked, *data]) == 0
+    shots = [run["shots"] for run in json.loads((out / "results.json").read_text())["runs"]]
+    assert shots == [0, 4]
+    capsys.readouterr()
 
 
 @torch.no_grad()
