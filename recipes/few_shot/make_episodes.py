@@ -7,8 +7,8 @@ episode. So only the images before it tell which word an image gets.
 names/train.jsonl and names/val.jsonl give each of five groups one more made-up word: the demonstrations and
 the questions of `flamingo-ft eval MODEL classification --data names`.
 
-Training shows two vendors' drawings. Questions of eval.jsonl and names/val.jsonl show a third's, and their
-words stand in no training episode.
+Training shows two vendors' drawings. eval.jsonl and names/val.jsonl show a third's, and their words stand in
+no training episode.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def training_episodes(
         yield episode([(random.choice(drawings[kind]), word_of[kind]) for kind in kinds])
 
 
-def eval_episodes(shown: Drawings, asked: Drawings, words: Sequence[str], random: Random) -> Iterator[dict]:
-    """Yield episodes whose last image is of a kind that was shown before."""
+def eval_episodes(groups: Drawings, words: Sequence[str], random: Random) -> Iterator[dict]:
+    """Yield episodes whose last image is another one of a kind that was shown before."""
     for _ in range(EVAL_EPISODES):
-        word_of = words_of_kinds(shown, words, random)
+        word_of = words_of_kinds(groups, words, random)
         kinds = random.choices([*word_of], k=SHOTS)
-        question = random.choice(kinds)
-        pairs = [(random.choice(shown[kind]), word_of[kind]) for kind in kinds]
-        yield episode([*pairs, (random.choice(asked[question]), word_of[question])])
+        kinds.append(random.choice(kinds))
+        unseen = {kind: random.sample(groups[kind], len(kinds)) for kind in word_of}
+        yield episode([(unseen[kind].pop(), word_of[kind]) for kind in kinds])
 
 
 def words_of_kinds(drawings: Drawings, words: Sequence[str], random: Random) -> dict[str, str]:
@@ -106,7 +106,7 @@ def main(emoji: Path, folder: Path) -> None:
     groups, names = (read_drawings(emoji / "train.jsonl", task) for task in ("group", "name"))
     asked = read_drawings(emoji / "eval.jsonl", "group")
     write(folder / "train.jsonl", training_episodes(groups, names, training, random))
-    write(folder / "eval.jsonl", eval_episodes(groups, asked, held_out, random))
+    write(folder / "eval.jsonl", eval_episodes(asked, held_out, random))
     word_of = dict(zip(groups, random.sample(held_out, len(groups)), strict=True))
     write(folder / "names" / "train.jsonl", labelled(groups, word_of))
     write(folder / "names" / "val.jsonl", labelled(asked, word_of))
