@@ -78,7 +78,7 @@ def find_variants(
     variants = [first]
     for name in compared:
         variant = _find(name, first)
-        same = next((one for one in variants if _key(one) == _key(variant)), None)
+        same = next((one for one in variants if one.name == name or _key(one) == _key(variant)), None)
         if same is not None:
             problem = "is the evaluated model itself" if same is first else "is there twice"
             raise UserError(f"--compare: {name} {problem}; name another variant, or remove it")

@@ -17,6 +17,7 @@ from flamingo_ft.evaluation.results import AFTER
 from flamingo_ft.evaluation.results_page import write_results_page
 from flamingo_ft.evaluation.variant_tables import variant_tables
 from flamingo_ft.evaluation.variants import VariantAnswers, compare_variants, find_variants, use_variant
+from flamingo_ft.formatting import plural
 from flamingo_ft.inference.predictor import BATCH_SIZE, Predictor
 from flamingo_ft.progress import Bars, progress_bars
 
@@ -158,7 +159,7 @@ def _describe(task: Task, protocol: Protocol) -> str:
     """Return the task and how it is asked: ``VQAv2, 4 shots, nearest demonstrations``."""
     demonstrations = ["nearest demonstrations"] if protocol.choice == "rices" else []
     turns = ["in turns of a chat"] if protocol.form == "chat" else []
-    return ", ".join([task.title, f"{protocol.shots} shots", *demonstrations, *turns])
+    return ", ".join([task.title, plural(protocol.shots, "shot"), *demonstrations, *turns])
 
 
 def _write_page(
