@@ -106,23 +106,21 @@ def _ask_each(
 ) -> list[VariantAnswers]:
     """Ask the variants, one after the other, the questions of each condition."""
     with progress_bars(stderr=True) as progress:
-        return [
-            use_variant(variant, partial(_ask, variant.name, asked, config, progress)) for variant in variants
-        ]
+        return [use_variant(variant, partial(_ask, variant, asked, config, progress)) for variant in variants]
 
 
 def _ask(
-    name: str,
+    variant: Variant,
     asked: Mapping[str, Sequence[Question]],
     config: EvalSection,
     progress: Bars,
     predictor: Predictor,
 ) -> VariantAnswers:
-    """Return the answers of a loaded variant. Its first answer takes longer, and is not timed."""
+    """Return the answers of the variant that is loaded. Its first answer takes longer, and is not timed."""
     predictor.answer(asked[AFTER][:1], max_new_tokens=1)
     answers, seconds = {}, {}
     for condition, questions in asked.items():
-        title = name if condition == AFTER else f"{name}, {COLUMN_HEADERS[condition]}"
+        title = variant.name if condition == AFTER else f"{variant.name}, {COLUMN_HEADERS[condition]}"
         bar = progress.add_task(title, total=len(questions), note="")
         start = time.perf_counter()
         answers[condition] = predictor.answer(
@@ -132,7 +130,8 @@ def _ask(
             on_batch=partial(progress.advance, bar),
         )
         seconds[condition] = time.perf_counter() - start
-    return VariantAnswers(name, answers, len(asked[AFTER]) / seconds[AFTER])
+    speed = len(asked[AFTER]) / seconds[AFTER]
+    return VariantAnswers(variant.name, answers, speed, variant.quantization)
 
 
 def write_results(

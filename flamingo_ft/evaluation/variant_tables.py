@@ -35,9 +35,15 @@ def _table(variants: Sequence[Mapping[str, Any]], place: int) -> ComparisonTable
         differences = [_difference(metric, score)] if len(variants) > 1 else []
         values = [metric.text(score["controls"][control]["value"]) for control in controls]
         speed = significant(variant["samples_per_second"])
-        rows.append([variant["name"], _score(metric, score), *differences, *values, speed])
+        rows.append([label_of(variant), _score(metric, score), *differences, *values, speed])
     questions = plural(scores[0]["samples"], "question") + QUESTIONS[scores[0]["questions"]]
     return ComparisonTable(f"{metric.title}, {questions}", columns, rows)
+
+
+def label_of(variant: Mapping[str, Any]) -> str:
+    """Return the name of a variant, and the format that it was loaded in if that was chosen."""
+    name, quantization = variant["name"], variant["quantization"]
+    return name if quantization in (None, name) else f"{name} in {quantization}"
 
 
 def _score(metric: Metric, score: Mapping[str, Any]) -> str:
@@ -71,5 +77,6 @@ def _with_interval(
 def verdicts(variants: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what is known of the variants' use of images, a line each."""
     judged = [variant for variant in variants if variant.get("verdict")]
-    prefix = "{name}: " if len(variants) > 1 else ""
-    return [prefix.format(name=variant["name"]) + variant["verdict"] for variant in judged]
+    if len(variants) == 1:
+        return [variant["verdict"] for variant in judged]
+    return [f"{label_of(variant)}: {variant['verdict']}" for variant in judged]

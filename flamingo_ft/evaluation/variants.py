@@ -54,11 +54,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class VariantAnswers:
-    """A variant's answers by condition, `AFTER` first, and how fast it gave those."""
+    """A variant's answers by condition, `AFTER` first, and how fast it gave those.
+
+    quantization: that it was loaded with; None: as in training, or as it is stored.
+    """
 
     name: str
     answers: Answers
     samples_per_second: float
+    quantization: str | None = None
 
 
 def find_variants(
@@ -145,7 +149,7 @@ def compare_variants(
 ) -> list[dict[str, Any]]:
     """Return a record for each variant.
 
-    ``name``, ``samples_per_second``; ``scores``, a list: of each metric and each part of the questions its
+    ``name``, ``quantization``, ``samples_per_second``; ``scores``, a list: of each metric and each part of the questions its
     ``samples``, the keys of `score_record` and, except for the first variant, ``difference``, the value minus
     that of the first, paired by question; ``verdict``, with answers to other images: whether it uses its
     images.
@@ -154,7 +158,11 @@ def compare_variants(
     measured = [Scores.of(metrics, questions, variant.answers, {}) for variant in variants]
     records = []
     for variant, scores in zip(variants, measured, strict=True):
-        record: dict[str, Any] = {"name": variant.name, "samples_per_second": variant.samples_per_second}
+        record: dict[str, Any] = {
+            "name": variant.name,
+            "quantization": variant.quantization,
+            "samples_per_second": variant.samples_per_second,
+        }
         reference = None if scores is measured[0] else measured[0]
         record["scores"] = [
             {"metric": metric.name, "questions": part, "samples": len(indices)}

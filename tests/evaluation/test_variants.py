@@ -217,6 +217,12 @@ def test_a_table_has_a_row_for_each_variant_with_intervals():
     assert first[2:] == ["", "8"]
 
 
+def test_the_format_that_was_asked_for_is_in_the_table(models):
+    records = compared("base", "int8", quantization="nf4")["variants"]
+    (table, *_) = variant_tables(records)
+    assert [row[0] for row in table.rows] == ["start in nf4", "base in nf4", "int8"]
+
+
 # --- the command, its files and the card ---
 
 

@@ -16,7 +16,13 @@ from flamingo_ft.evaluation.metrics import Metric, Ranked
 from flamingo_ft.evaluation.results import AFTER
 from flamingo_ft.evaluation.results_page import write_results_page
 from flamingo_ft.evaluation.variant_tables import variant_tables
-from flamingo_ft.evaluation.variants import VariantAnswers, compare_variants, find_variants, use_variant
+from flamingo_ft.evaluation.variants import (
+    Variant,
+    VariantAnswers,
+    compare_variants,
+    find_variants,
+    use_variant,
+)
 from flamingo_ft.formatting import plural
 from flamingo_ft.inference.predictor import BATCH_SIZE, Predictor
 from flamingo_ft.progress import Bars, progress_bars
@@ -72,13 +78,13 @@ def evaluate_task(
     every = (replace(protocol, shots=count, seed=seed) for count in shots for seed in seeds)
     protocols = list(dict.fromkeys(every))
     compared = [each for each in protocols if each.seed == seeds[0]]
-    runs: dict[str, Runs] = {}
+    runs: dict[Variant, Runs] = {}
     with progress_bars(stderr=True) as progress:
         runner = _Runner(task, data, selected, compared if controls else (), cache, out, log, progress)
         for variant in variants:
             ask = partial(runner.ask, variant.name, compared if runs else protocols)
-            runs[variant.name] = use_variant(variant, ask, batch_size=batch_size or BATCH_SIZE)
-    records = [task_record(run, selected) for run in runs[variants[0].name].values()]
+            runs[variant] = use_variant(variant, ask, batch_size=batch_size or BATCH_SIZE)
+    records = [task_record(run, selected) for run in runs[variants[0]].values()]
     result = {"model": str(model), "task": task.name, "runs": records, "over_seeds": over_seeds(records)}
     if compare or card:
         result["variants"] = [
@@ -148,8 +154,10 @@ class _Runner:
 
 def _compare(runs: Mapping[str, Runs], protocol: Protocol, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
     answered = [
-        VariantAnswers(name, own[protocol].answers, own[protocol].samples_per_second)
-        for name, own in runs.items()
+        VariantAnswers(
+            variant.name, own[protocol].answers, own[protocol].samples_per_second, variant.quantization
+        )
+        for variant, own in runs.items()
     ]
     questions = next(iter(runs.values()))[protocol].questions
     return compare_variants(questions, answered, metrics)
@@ -167,7 +175,7 @@ def _write_page(
     model: str,
     result: Mapping[str, Any],
     protocol: Protocol,
-    runs: Mapping[str, Runs],
+    runs: Mapping[Variant, Runs],
     metrics: Sequence[Metric],
 ) -> None:
     """Write the page of one number of shots."""
@@ -183,7 +191,9 @@ def _write_page(
         own.answers,
         metrics,
         tables=variant_tables(of_shots(result, protocol.shots)),
-        variants={name: run.answers[AFTER] for name, run in zip(list(runs)[1:], others, strict=True)},
+        variants={
+            variant.name: run.answers[AFTER] for variant, run in zip(list(runs)[1:], others, strict=True)
+        },
     )
 
 
