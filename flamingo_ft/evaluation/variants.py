@@ -149,10 +149,10 @@ def compare_variants(
 ) -> list[dict[str, Any]]:
     """Return a record for each variant.
 
-    ``name``, ``quantization``, ``samples_per_second``; ``scores``, a list: of each metric and each part of the questions its
-    ``samples``, the keys of `score_record` and, except for the first variant, ``difference``, the value minus
-    that of the first, paired by question; ``verdict``, with answers to other images: whether it uses its
-    images.
+    Each has the ``name``, the ``quantization`` that was chosen and ``samples_per_second``. ``scores`` is a
+    list, of each metric on each part of the questions: ``samples``, the keys of `score_record` and, except
+    for the first variant, ``difference``, the value minus that of the first, paired by question. With answers
+    to other images, ``verdict`` says whether the variant uses its images.
     """
     parts = parts_of(questions)
     measured = [Scores.of(metrics, questions, variant.answers, {}) for variant in variants]
