@@ -41,7 +41,7 @@ def models(small_run):
         for number, answer in enumerate(("Dark.", "Light."))
     ]
     rows[1:1] = [{"messages": [user("Hello."), assistant("Good day.")]}]
-    Path("samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (small_run / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return small_run
 
 
@@ -57,19 +57,23 @@ def answers_of(model, processor) -> list[str]:
 
 def test_each_variant_answers_as_the_model_that_it_names(models):
     regimes.write_start(models / "other", "train.seed=5", regimes.LORA)
-    merge_adapter("start", "merged", dtype=torch.float32)
-    compared("base", "nf4", "other", "merged", out=Path("out"))
+    compared("base", "nf4", "other", out=Path("out"))
     rows = load_predictions(Path("out"))
     assert [row["answer"] for row in rows] == ["Dark.", "Good day.", "Light."]
     assert [row["after"] for row in rows] == answers_of(*load_trained("start"))
-    for name in ("other", "merged"):
-        assert [row["variants"][name] for row in rows] == [
-            {"after": answer} for answer in answers_of(*load_trained(name))
-        ]
+    others = [{"after": answer} for answer in answers_of(*load_trained("other"))]
+    assert [row["variants"]["other"] for row in rows] == others
     quantized = load_trained("start", quantization=Quantization("nf4"))
     assert [row["variants"]["nf4"]["after"] for row in rows] == answers_of(*quantized)
     untrained = regimes.build()
     assert [row["variants"]["base"]["after"] for row in rows] == answers_of(*untrained)
+
+
+@pytest.mark.slow  # merging and its checks load five models
+def test_a_merged_model_answers_as_its_adapter(models):
+    merge_adapter("start", "merged", dtype=torch.float32)
+    compared("merged", out=Path("out"))
+    assert all(row["variants"]["merged"]["after"] == row["after"] for row in load_predictions(Path("out")))
 
 
 @torch.no_grad()
@@ -111,7 +115,7 @@ def test_all_variants_are_asked_the_same_questions_in_their_order(models, monkey
     compared("base", "other", controls=True)
     conditions = 3
     assert len(asked) == 3 * conditions
-    assert asked[0] == questions_of(read_samples("samples.jsonl"))
+    assert asked[0] == questions_of(read_samples(models / "samples.jsonl"))
     assert asked[:conditions] == asked[conditions : 2 * conditions] == asked[2 * conditions :]
     assert [question.images for question in asked[1]] == [asked[0][2].images, [], asked[0][0].images]
 
@@ -307,7 +311,11 @@ def test_a_variant_that_cannot_be_asked_is_refused_in_one_line(models, no_loadin
 
 
 def test_a_merged_model_has_no_base_and_keeps_its_format(models):
-    merge_adapter("start", "merged", quantization=Quantization("nf4"))
+    Path("merged").mkdir()
+    config = json.loads(Path("start", "config.json").read_text())
+    config["quantization_config"] = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    Path("merged", "config.json").write_text(json.dumps(config))
+    Path("merged", "model.safetensors").touch()
     with pytest.raises(UserError, match="--compare base: merged is a whole model and has no adapter"):
         find_variants("merged", compared=["base"])
     for model, quantization, variants in (("merged", None, ["int8"]), ("start", "int8", ["merged"])):
