@@ -14,27 +14,33 @@ from flamingo_ft.adapters.card import ComparisonTable
 from flamingo_ft.cli.output import titled_table
 from flamingo_ft.evaluation.variant_tables import variant_tables, verdicts
 
+WIDE = 100  # columns for a name, a score and a difference with their intervals, two controls and the speed
 NOTE = (
     "in parentheses: 95 % bootstrap intervals\n"
-    "difference: from the first row, paired by question; of percentages, in points"
+    "difference: from the first row, paired by question; of percentages, in points\n"
+    "another image, gray image (--controls): scores with these in place of the question's own"
 )
 
 
 def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
     """Print the records of `compare_variants`."""
+    console = Console()
     for table in variant_tables(variants):
-        Console().print(_printed(table))
+        console.print(_printed(table, narrow=console.width < WIDE))
     typer.echo(NOTE)
     for line in verdicts(variants):
         typer.echo(line)
 
 
-def _printed(table: ComparisonTable) -> Table:
+def _printed(table: ComparisonTable, narrow: bool) -> Table:
+    """Return a table for the terminal; in a narrow one, an interval is below its value."""
     printed = titled_table(table.title)
     first, *others = table.columns
-    printed.add_column(first)
+    printed.add_column(first, overflow="fold")
     for column in others:
-        printed.add_column(column, justify="right")
-    for row in table.rows:
-        printed.add_row(*map(Text, row))  # a name in square brackets is not markup
+        short = column.removeprefix("with ").removeprefix("a ").replace(" ", "\n")
+        printed.add_column(short, justify="right", no_wrap=True)
+    for name, *cells in table.rows:
+        cells = [cell.replace(" (", "\n(") if narrow else cell for cell in cells]
+        printed.add_row(*map(Text, [name, *cells]))  # a name in square brackets is not markup
     return printed

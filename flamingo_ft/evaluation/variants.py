@@ -28,7 +28,7 @@ from flamingo_ft.hub.weight_files import is_whole_model
 from flamingo_ft.inference.predictor import FORMATS, Predictor
 
 from .bootstrap import bootstrap_difference
-from .image_use import image_use
+from .image_use import REMEDY, image_use
 from .metrics import Metric
 from .questions import Question
 from .results import AFTER, SHUFFLED, Answers
@@ -172,7 +172,9 @@ def compare_variants(
         ]
         if SHUFFLED in variant.answers:
             texts = {name: [str(answer) for answer in given] for name, given in variant.answers.items()}
-            record["verdict"] = image_use(questions, texts[AFTER], texts[SHUFFLED])
+            verdict = image_use(questions, texts[AFTER], texts[SHUFFLED]) or ""
+            advice = "" if reference is None else f"; {REMEDY}"  # on training, which is for the first variant
+            record["verdict"] = verdict.removesuffix(advice)
         records.append(record)
     return records
 
