@@ -14,7 +14,7 @@ from flamingo_ft.adapters.card import ComparisonTable
 from flamingo_ft.cli.output import titled_table
 from flamingo_ft.evaluation.variant_tables import variant_tables, verdicts
 
-WIDE = 100  # columns for a name, a score and a difference with their intervals, two controls and the speed
+UNLIMITED = 10_000  # columns of a terminal
 NOTE = (
     "in parentheses: 95 % bootstrap intervals\n"
     "difference: from the first row, paired by question; of percentages, in points\n"
@@ -26,14 +26,20 @@ def print_variants(variants: Sequence[Mapping[str, Any]]) -> None:
     """Print the records of `compare_variants`."""
     console = Console()
     for table in variant_tables(variants):
-        console.print(_printed(table, narrow=console.width < WIDE))
+        printed = _printed(table)
+        if (
+            console.measure(printed, options=console.options.update(max_width=UNLIMITED)).maximum
+            > console.width
+        ):
+            printed = _printed(table, narrow=True)
+        console.print(printed)
     typer.echo(NOTE)
     for line in verdicts(variants):
         typer.echo(line)
 
 
-def _printed(table: ComparisonTable, narrow: bool) -> Table:
-    """Return a table for the terminal; in a narrow one, an interval is below its value."""
+def _printed(table: ComparisonTable, narrow: bool = False) -> Table:
+    """Return a table for the terminal; in a narrow one, intervals are below their values."""
     printed = titled_table(table.title)
     first, *others = table.columns
     printed.add_column(first, overflow="fold")

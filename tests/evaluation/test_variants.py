@@ -16,6 +16,7 @@ from flamingo_ft.adapters.load import load_trained
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.cli import main
+from flamingo_ft.cli.models_table import print_variants
 from flamingo_ft.data import read_samples
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.evaluate import evaluate_adapter
@@ -242,7 +243,7 @@ def test_the_command_prints_and_writes_the_same_figures(models, capsys, monkeypa
         for text in (printed, page, card):
             assert table.title in text
             assert all(cell in text for row in table.rows for cell in row[1:])
-    assert printed.count("with another image") == 1  # not of the questions without images
+    assert card.count("| with another image |") == page.count("<th>with another image</th>") == 1
     assert page.index("Accuracy, 2 questions with images") < page.index("Answers, wrong ones first")
 
 
@@ -266,6 +267,19 @@ def test_new_weights_have_no_scores_of_earlier_ones_in_their_card(models):
     save_adapter(*regimes.build(), "start")
     assert "## Scores on" not in Path("start", "README.md").read_text()
     assert not Path("start", COMPARISON_FILE).exists()
+
+
+@pytest.mark.parametrize(("columns", "narrow"), [(80, True), (120, False)])
+def test_in_a_narrow_terminal_intervals_are_below_their_values(columns, narrow, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    swapped = {"shuffled_images": ["c"] * 4, "blank_images": ["c"] * 4}
+    answers = {"runs/first": ["a b"] * 3 + ["c"], "runs/second": ["c"] * 4}
+    questions, variants = made_up(answers, range(4), **dict.fromkeys(answers, swapped))
+    print_variants(compare_variants(questions, variants, [METRICS["accuracy"]]))
+    lines = capsys.readouterr().out.partition("in parentheses")[0].splitlines()
+    row = next(line for line in lines if "75.0 %" in line)
+    assert ("to 100.0)" in row) == (not narrow) and "runs/first" in row
+    assert any("(-100.0 to" in line for line in lines) and all(len(line) <= columns for line in lines)
 
 
 def test_a_name_in_square_brackets_is_printed(models, capsys, monkeypatch):
