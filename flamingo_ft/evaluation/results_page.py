@@ -65,7 +65,8 @@ def write_results_page(
     variants: answers of further models by their name.
     """
     main, *conditions = answers
-    others = {condition.replace("_", " "): answers[condition] for condition in conditions} | (variants or {})
+    others = {condition.replace("_", " "): answers[condition] for condition in conditions}
+    others |= variants or {}
     metric, scores = _scores(questions, answers[main], metrics)
     order = sorted(range(len(questions)), key=lambda index: scores[index])[:MAX_ROWS]
     rows = []

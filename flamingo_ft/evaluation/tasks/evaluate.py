@@ -152,7 +152,9 @@ class _Runner:
         )
 
 
-def _compare(runs: Mapping[str, Runs], protocol: Protocol, metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+def _compare(
+    runs: Mapping[Variant, Runs], protocol: Protocol, metrics: Sequence[Metric]
+) -> list[dict[str, Any]]:
     answered = [
         VariantAnswers(
             variant.name, own[protocol].answers, own[protocol].samples_per_second, variant.quantization
