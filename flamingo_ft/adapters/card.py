@@ -31,6 +31,8 @@ from flamingo_ft.version import __version__
 from .files import backbone_records, parts_in_adapter, read_flamingo_config, read_lora_config
 
 CARD = "README.md"
+COMPARISON_FILE = "comparison.json"
+"""Tables of the card by what was evaluated, which `evaluation.card.write_comparison` writes."""
 UNNAMED = "flamingo"  # not the folder's name: copies of an adapter have the same card
 FIGURES = {"loss.png": "Training loss", "gates.png": "Gates by training step"}
 MAX_SAMPLES = 5  # predictions in the card
@@ -52,6 +54,18 @@ class CardTable:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Variants of the model on the same questions, as text; `evaluation.variant_tables` makes them.
+
+    title: the metric and the questions. columns: headers; the first is that of the variant.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
 def write_card(
@@ -99,6 +113,7 @@ def card_text(
         training=metrics.get("train"),
         losses=_losses(folder),
         tables=tables,
+        comparisons=_read_json(folder / COMPARISON_FILE) or {},
         verdict=(metrics.get("eval") or {}).get("verdict"),
         figures={file: title for file, title in FIGURES.items() if (folder / "figures" / file).is_file()},
         samples=_samples(folder),

@@ -99,12 +99,7 @@ def load_whole_model(
 
     Raises UserError for a ``quantization`` of a model that is stored quantized.
     """
-    stored = getattr(read_flamingo_config(folder), "quantization_config", None)
-    if quantization is not None and stored:
-        raise UserError(
-            f"{folder}: the model is stored quantized, which cannot be changed as it is loaded; "
-            "leave quantization out, or merge its adapter again with another --quantization"
-        )
+    refuse_requantizing(folder, quantization)
     options = (
         {"quantization_config": quantization.bnb_config()} if isinstance(quantization, Quantization) else {}
     )
@@ -112,6 +107,15 @@ def load_whole_model(
         folder, device_map={"": default_device()}, **options
     )
     return model.eval().requires_grad_(False)
+
+
+def refuse_requantizing(folder: Path, quantization: Quantization | str | None) -> None:
+    """Raise UserError for a ``quantization`` of a model that is stored quantized."""
+    if quantization is not None and getattr(read_flamingo_config(folder), "quantization_config", None):
+        raise UserError(
+            f"{folder}: the model is stored quantized, which cannot be changed as it is loaded; "
+            "leave quantization out, or merge its adapter again with another --quantization"
+        )
 
 
 def load_base(

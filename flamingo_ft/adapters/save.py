@@ -24,7 +24,7 @@ from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration, 
 from flamingo_ft.model.parts import in_parts, is_lora, trainable_parameters
 from flamingo_ft.model.sharding import full_tensor
 
-from .card import write_card
+from .card import COMPARISON_FILE, write_card
 from .compat import DUMMY_TARGET_MODULES
 from .files import PREFIX, backbone_records, parts_in_adapter
 from .lora import ADAPTER, base_name, has_lora
@@ -68,6 +68,7 @@ def save_adapter(
     config.save_pretrained(str(folder))
     _config_to_save(model).save_pretrained(folder)
     save_processor(processor, folder)
+    (folder / COMPARISON_FILE).unlink(missing_ok=True)  # of the weights that these replace
     write_card(folder)
 
 

@@ -68,13 +68,26 @@ def evaluate(
         typer.Option(metavar="FOLDER", help="Write scores, answers and a page to look at them here."),
     ] = None,
     quantization: AnswerQuantization = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VARIANT",
+            help="Ask a variant the same questions: base, the model without its adapter; none, int8, nf4 or "
+            "fp4, the model in that format; or another adapter or merged model. Repeat it for several.",
+        ),
+    ] = None,
+    card: Annotated[
+        bool,
+        typer.Option("--card", help="Write the scores, with their intervals, into the model's README.md."),
+    ] = False,
 ) -> None:
-    """Evaluate an adapter or a merged model on held-out samples, or on a standard task."""
+    """Evaluate an adapter or a merged model on held-out samples, or on a standard task; compare variants."""
     first, *rest = settings or [""]
     if first and "=" not in first:
         _evaluate_task(
             adapter, first, rest, data, metric or (), shots or (0,), seed or (0,), demonstrations, form,
-            controls=controls is not False, out=out, quantization=quantization,
+            controls=controls is not False, out=out, quantization=quantization, compare=compare or (),
+            card=card,
         )  # fmt: skip
         return
     unused = {"--shots": shots, "--seed": seed, "--demonstrations": demonstrations != "random",
@@ -83,6 +96,7 @@ def evaluate(
         if value:
             raise UserError(f"{option}: only used with a task, such as vqav2; name one, or remove it")
     from flamingo_ft.cli.metrics_table import print_metrics
+    from flamingo_ft.cli.models_table import print_variants
     from flamingo_ft.cli.output import log
     from flamingo_ft.evaluation.evaluate import evaluate_adapter
 
@@ -93,9 +107,12 @@ def evaluate(
     file = None if data is None else str(data)
     record = evaluate_adapter(
         adapter, file, settings or (), log, metric or (),
-        quantization=quantization, controls=bool(controls), out=out,
+        quantization=quantization, controls=bool(controls), out=out, compare=compare or (), card=card,
     )  # fmt: skip
-    print_metrics(record)
+    if compare:
+        print_variants(record["variants"])
+    else:
+        print_metrics(record)
 
 
 def _evaluate_task(
@@ -110,10 +127,11 @@ def _evaluate_task(
     form: Literal["chunks", "chat"],
     **options: Any,
 ) -> None:
+    from flamingo_ft.cli.models_table import print_variants
     from flamingo_ft.cli.output import log
     from flamingo_ft.cli.task_table import print_task
     from flamingo_ft.evaluation.tasks import find_task
-    from flamingo_ft.evaluation.tasks.evaluate import evaluate_task
+    from flamingo_ft.evaluation.tasks.evaluate import evaluate_task, of_shots
     from flamingo_ft.evaluation.tasks.run import Protocol
     from flamingo_ft.evaluation.tasks.settings import task_settings
 
@@ -127,6 +145,10 @@ def _evaluate_task(
         batch_size=settings.batch_size, log=log, **options,
     )  # fmt: skip
     print_task(record)
+    if options["compare"]:
+        for count in dict.fromkeys(shots):
+            typer.echo(f"\n{count} shots, seed {seeds[0]}")
+            print_variants(of_shots(record, count))
 
 
 def serve(

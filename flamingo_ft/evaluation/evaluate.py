@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from flamingo_ft import atomic
-from flamingo_ft.config import RECIPE_FILE, Recipe, load_recipe
+from flamingo_ft.config import RECIPE_FILE, EvalSection, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import Sample, open_data
 from flamingo_ft.errors import UserError
-from flamingo_ft.hub import fetch_model
 from flamingo_ft.inference.predictor import Predictor
-from flamingo_ft.progress import progress_bars
+from flamingo_ft.progress import Bars, progress_bars
 
-from .questions import questions_of, with_gray_images, with_other_images
-from .results import AFTER, BLANK, SHUFFLED, Results
+from .card import check_has_card, write_comparison
+from .questions import Question, questions_of, with_gray_images, with_other_images
+from .results import AFTER, BLANK, COLUMN_HEADERS, SHUFFLED, Results
 from .results_page import RESULTS_PAGE, write_results_page
 from .select_metrics import select_metrics
+from .variant_tables import variant_tables, verdicts
+from .variants import Variant, VariantAnswers, compare_variants, find_variants, use_variant
 
 RESULTS_FILE = "results.json"
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
@@ -47,6 +50,8 @@ def evaluate_adapter(
     quantization: str | None = None,
     controls: bool = False,
     out: Path | None = None,
+    compare: Sequence[str] = (),
+    card: bool = False,
 ) -> dict[str, Any]:
     """Score an adapter or a merged model on held-out samples, by the metrics of its recipe.
 
@@ -55,14 +60,19 @@ def evaluate_adapter(
     with a line for each skipped sample. metrics: names of more metrics, or users' functions
     (``FILE.py:function``, relative to the current directory). quantization: see `Predictor.from_pretrained`.
     controls: ask again with the images of other samples and with gray ones. out: folder for results.json,
-    predictions.jsonl and results.html.
+    predictions.jsonl and results.html. compare: variants to ask the same questions, see `find_variants`.
+    card: write the scores of the variants into the card (README.md) of the adapter.
 
-    Returns a record as in metrics.json. Raises UserError for keys that evaluation does not use, for metrics
-    that cannot be computed, and if there are no held-out samples.
+    Returns ``eval``, as in metrics.json, and ``variants``: the scores with their intervals, of the model
+    first, then of what it is compared with (`compare_variants`). Raises UserError for keys that evaluation
+    does not use, for metrics that cannot be computed, for variants that cannot be loaded, and if there are no
+    held-out samples.
     """
     more = [parse_metric(name) for name in metrics]
-    folder = fetch_model(adapter)
-    recipe = recipe_for_evaluation(adapter, folder, data, overrides)
+    if card:
+        check_has_card(adapter)
+    variants = find_variants(adapter, quantization, compare)
+    recipe = recipe_for_evaluation(adapter, variants[0].folder, data, overrides)
     opened = open_data(recipe.data, recipe.train.seed)
     samples = opened.eval_samples(recipe.eval.max_samples)
     for reason in opened.skipped.values():
@@ -71,20 +81,15 @@ def evaluate_adapter(
         raise UserError(f"{adapter}: no held-out samples; name some with --data FILE")
     questions = questions_of(samples)
     selected = select_metrics(recipe.eval, questions, more)
-    predictor = Predictor.from_pretrained(folder, quantization=quantization)
-    results = Results(questions, {}, selected)
-    with progress_bars(stderr=True) as progress:
-        for condition, asked in _conditions(samples, controls):
-            bar = progress.add_task(condition.replace("_", " "), total=len(questions), note="")
-            results.answers[condition] = predictor.answer(
-                questions_of(asked),
-                batch_size=recipe.eval.batch_size,
-                max_new_tokens=recipe.eval.max_new_tokens,
-                on_batch=partial(progress.advance, bar),
-            )
-    record = {"eval": results.summary()}
+    asked = {condition: questions_of(shown) for condition, shown in _conditions(samples, controls)}
+    own, *others = answers = _ask_each(variants, asked, recipe.eval)
+    results = Results(questions, dict(own.answers), selected)
+    record = {"eval": results.summary(), "variants": compare_variants(questions, answers, selected)}
     if out is not None:
-        write_results(out, str(adapter), results, record)
+        write_results(out, str(adapter), results, record, others)
+    if card:
+        name = "held-out samples" if data is None else Path(data).name
+        write_comparison(variants[0].folder, name, record["variants"])
     return record
 
 
@@ -96,13 +101,62 @@ def _conditions(samples: Sequence[Sample], controls: bool) -> Iterator[tuple[str
         yield BLANK, with_gray_images(samples)
 
 
-def write_results(out: Path, title: str, results: Results, record: Mapping[str, Any]) -> None:
-    """Write an evaluation to a folder: its record, every answer, and a page to look at them."""
+def _ask_each(
+    variants: Sequence[Variant], asked: Mapping[str, Sequence[Question]], config: EvalSection
+) -> list[VariantAnswers]:
+    """Ask the variants, one after the other, the questions of each condition."""
+    with progress_bars(stderr=True) as progress:
+        return [use_variant(variant, partial(_ask, variant, asked, config, progress)) for variant in variants]
+
+
+def _ask(
+    variant: Variant,
+    asked: Mapping[str, Sequence[Question]],
+    config: EvalSection,
+    progress: Bars,
+    predictor: Predictor,
+) -> VariantAnswers:
+    """Return the answers of the variant that is loaded. Its first answer takes longer, and is not timed."""
+    predictor.answer(asked[AFTER][:1], max_new_tokens=1)
+    answers, seconds = {}, {}
+    for condition, questions in asked.items():
+        title = variant.name if condition == AFTER else f"{variant.name}, {COLUMN_HEADERS[condition]}"
+        bar = progress.add_task(title, total=len(questions), note="")
+        start = time.perf_counter()
+        answers[condition] = predictor.answer(
+            questions,
+            batch_size=config.batch_size,
+            max_new_tokens=config.max_new_tokens,
+            on_batch=partial(progress.advance, bar),
+        )
+        seconds[condition] = time.perf_counter() - start
+    speed = len(asked[AFTER]) / seconds[AFTER]
+    return VariantAnswers(variant.name, answers, speed, variant.quantization)
+
+
+def write_results(
+    out: Path,
+    title: str,
+    results: Results,
+    record: Mapping[str, Any],
+    others: Sequence[VariantAnswers] = (),
+) -> None:
+    """Write an evaluation to a folder: its record, every answer, and a page to look at them.
+
+    others: the answers of further variants.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    results.save(out)
-    verdict = record["eval"].get("verdict")
-    lines = [verdict] if verdict else []
-    write_results_page(out / RESULTS_PAGE, title, lines, results.questions, results.answers, results.metrics)
+    results.save(out, {variant.name: variant.answers for variant in others})
+    write_results_page(
+        out / RESULTS_PAGE,
+        title,
+        verdicts(record["variants"]),
+        results.questions,
+        results.answers,
+        results.metrics,
+        tables=variant_tables(record["variants"]),
+        variants={variant.name: variant.answers[AFTER] for variant in others},
+    )
     atomic.write_text(out / RESULTS_FILE, json.dumps(record, indent=2) + "\n")
 
 

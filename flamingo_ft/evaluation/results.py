@@ -37,6 +37,7 @@ COLUMN_HEADERS = {
     BLANK: "with a gray image",
 }
 PREDICTIONS_FILE = "predictions.jsonl"
+Answers = Mapping[str, Sequence[Prediction]]  # by condition
 
 
 def overall_key(metric: Metric, column: str) -> str:
@@ -137,12 +138,17 @@ class Results:
             records[answer] = {"samples": len(own), **values, "predicted": predicted[normalize(answer)]}
         return records
 
-    def save(self, folder: Path) -> None:
-        """Write predictions.jsonl: each question with its images, reference answers and every answer."""
+    def save(self, folder: Path, variants: Mapping[str, Answers] | None = None) -> None:
+        """Write predictions.jsonl: each question with its images, reference answers and every answer.
+
+        variants: answers of further models, written under ``variants``.
+        """
         with file_in_place(folder / PREDICTIONS_FILE) as place, place.open("w", encoding="utf-8") as file:
             for index, question in enumerate(self.questions):
-                predictions = {condition: str(answers[index]) for condition, answers in self.answers.items()}
-                file.write(json.dumps(_row(question) | predictions, ensure_ascii=False) + "\n")
+                row: dict[str, Any] = _row(question) | _texts_at(index, self.answers)
+                if variants:
+                    row["variants"] = {name: _texts_at(index, answers) for name, answers in variants.items()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def restore(self, condition: str, folder: Path) -> None:
         """Read the answers of one condition from predictions.jsonl, if that has the same questions."""
@@ -156,6 +162,11 @@ def load_predictions(folder: Path) -> list[dict[str, Any]]:
     """Return the rows of predictions.jsonl."""
     with (folder / PREDICTIONS_FILE).open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def _texts_at(index: int, answers: Answers) -> dict[str, str]:
+    """Return the answers to one question by condition."""
+    return {condition: str(given[index]) for condition, given in answers.items()}
 
 
 def _row(question: Question) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 
 from flamingo_ft import atomic
+from flamingo_ft.adapters.card import ComparisonTable
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.sample import display_text
 from flamingo_ft.errors import UserError
@@ -33,7 +34,8 @@ OTHER = "another answer"
 
 @dataclass(frozen=True)
 class PageRow:
-    """A question as the page shows it. images: data URIs; others: answers under other conditions."""
+    """A question as the page shows it. images: data URIs; others: answers under other conditions, and of
+    other models."""
 
     where: str
     task: str
@@ -52,13 +54,19 @@ def write_results_page(
     questions: Sequence[Question],
     answers: Mapping[str, Sequence[Prediction]],
     metrics: Sequence[Metric],
+    *,
+    tables: Sequence[ComparisonTable] = (),
+    variants: Mapping[str, Sequence[Prediction]] | None = None,
 ) -> None:
     """Write the page of an evaluation.
 
     lines: what it found, in words. answers: by condition; the page is about those of the first. metrics: the
-    first that scores single answers in 0..1 orders them, else exact match.
+    first that scores single answers in 0..1 orders them, else exact match. tables: scores, for the top.
+    variants: answers of further models by their name.
     """
-    main, *others = answers
+    main, *conditions = answers
+    others = {condition.replace("_", " "): answers[condition] for condition in conditions}
+    others |= variants or {}
     metric, scores = _scores(questions, answers[main], metrics)
     order = sorted(range(len(questions)), key=lambda index: scores[index])[:MAX_ROWS]
     rows = []
@@ -72,7 +80,7 @@ def write_results_page(
             question.references,
             str(answers[main][index]),
             float(scores[index]),
-            {name: str(answers[name][index]) for name in others},
+            {name: str(given[index]) for name, given in others.items()},
         )
         rows.append(row)
     texts = [str(answer) for answer in answers[main]]
@@ -80,6 +88,7 @@ def write_results_page(
         title=title,
         version=__version__,
         lines=lines,
+        tables=tables,
         metric=metric,
         rows=rows,
         total=len(questions),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
+from .bootstrap import Interval, bootstrap_difference, bootstrap_interval
 from .metrics import Metric, Prediction
 from .questions import Question
 
@@ -44,10 +47,39 @@ class Scores:
 
         None where it is not defined.
         """
+        return metric.value(self.select(metric, condition, indices))
+
+    def select(self, metric: Metric, condition: str, indices: Sequence[int] | None = None) -> np.ndarray:
+        """Return the statistics of the questions at ``indices``, by default of all."""
         statistics = self.statistics[metric.name][condition]
         if indices is None:
-            return metric.value(statistics)
+            return statistics
         if not metric.of_corpus:
-            return metric.value(statistics[np.asarray(indices)])
+            return statistics[np.asarray(indices)]
         predictions = self.answers[condition]
-        return metric.evaluate([self.questions[i] for i in indices], [predictions[i] for i in indices])
+        return metric.measure([self.questions[i] for i in indices], [predictions[i] for i in indices])
+
+
+def score_record(metric: Metric, statistics: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return a metric's ``value`` with its 95 % bootstrap interval, ``low`` and ``high``.
+
+    statistics: by condition, the main one first. ``controls``: of each further condition its ``value`` and
+    ``difference``, which is paired by question. What is not defined is None.
+    """
+    main, *others = statistics
+    record = interval_record(bootstrap_interval(statistics[main], metric.aggregate))
+    controls = {
+        condition: {
+            "value": metric.value(statistics[condition]),
+            "difference": interval_record(
+                bootstrap_difference(statistics[main], statistics[condition], metric.aggregate)
+            ),
+        }
+        for condition in others
+    }
+    return {**record, "controls": controls} if controls else record
+
+
+def interval_record(interval: Interval) -> dict[str, float | None]:
+    """Return an interval for JSON, which has no NaN."""
+    return {name: None if math.isnan(number) else number for name, number in asdict(interval).items()}

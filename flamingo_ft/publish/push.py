@@ -18,15 +18,15 @@ from typing import Any
 import yaml
 
 from flamingo_ft.adapters import write_composition
-from flamingo_ft.adapters.card import CARD, card_text
+from flamingo_ft.adapters.card import CARD
 from flamingo_ft.adapters.files import backbone_records, read_config, read_flamingo_config
 from flamingo_ft.adapters.multi_adapter import check_same_base
-from flamingo_ft.adapters.remote_code import WITHOUT_THE_PACKAGE
-from flamingo_ft.config import METRICS_FILE, RECIPE_FILE
+from flamingo_ft.config import RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.card import scored_card
 from flamingo_ft.evaluation.merging import MERGE_FILE, merge_adapter
-from flamingo_ft.evaluation.results import PREDICTIONS_FILE, card_tables
+from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.names import NAME, looks_like_path, strip_local_path, strip_local_paths
 from flamingo_ft.hub.upload import create_repository, upload
@@ -206,17 +206,7 @@ def _log_local_backbones(folder: Path, config: FlamingoConfig, log: Log) -> None
 
 def files_to_push(folder: Path, repository: str, license: str | None = None) -> Files:
     """Return the publishable files of ``folder`` with a card that names ``repository``."""
-    files = publishable_files(folder)
-    text = card_text(folder, repository, license, tables=card_tables(_evaluation(folder)))
-    if any(name.endswith(".py") for name in files):
-        text += WITHOUT_THE_PACKAGE.replace("this/folder", repository)
-    return files | {CARD: text.encode()}
-
-
-def _evaluation(folder: Path) -> dict[str, Any] | None:
-    """Return the ``eval`` record of the folder's metrics.json, if it has one."""
-    path = folder / METRICS_FILE
-    return json.loads(path.read_text(encoding="utf-8")).get("eval") if path.is_file() else None
+    return publishable_files(folder) | {CARD: scored_card(folder, repository, license).encode()}
 
 
 def publishable_files(folder: Path) -> Files:

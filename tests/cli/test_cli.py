@@ -262,6 +262,31 @@ def test_eval_without_data_leaves_the_choice_to_the_adapter(here, entry_point):
     assert [call[:3] for call in calls] == [("run", None, ["eval.batch_size=2"])]
 
 
+def test_eval_passes_the_variants_on_and_prints_them(here, entry_point, capsys):
+    score = {
+        "metric": "accuracy",
+        "questions": "all",
+        "samples": 400,
+        "value": 0.97,
+        "low": 0.95,
+        "high": 0.98,
+    }
+    difference = {"value": -0.66, "low": -0.71, "high": -0.61}
+    base = score | {"value": 0.31, "low": 0.27, "high": 0.36, "difference": difference}
+    variants = [
+        {"name": "run", "scores": [score], "verdict": "reads the images"},
+        {"name": "base", "scores": [base], "verdict": "the model is not looking"},
+    ]
+    variants = [record | {"quantization": None, "samples_per_second": 41.2} for record in variants]
+    calls = entry_point(evaluation, "evaluate", "evaluate_adapter", METRICS | {"variants": variants})
+    assert cli.main(["eval", "run", "--compare", "base"]) == 0
+    assert len(calls) == 1
+    output = capsys.readouterr().out
+    for cell in ("Accuracy, 400 questions", "97.0 % (95.0 to 98.0)", "-66.0 (-71.0 to -61.0)", "41.2"):
+        assert cell in output
+    assert "run: reads the images" in output and "base: the model is not looking" in output
+
+
 def test_generate_prints_the_answer_alone_and_keeps_the_order_of_images(here, entry_point, capsys):
     calls = entry_point(inference, "answer", "answer", "a three [and] a four")
     options = ["--image", "b.png", "--image", "a.png", "--prompt", "Which digits?", "--max-new-tokens", "5"]

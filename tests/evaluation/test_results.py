@@ -158,7 +158,7 @@ def test_an_adapter_is_evaluated_by_its_own_answers(run, monkeypatch):
     answers = [predictor.answer([question])[0] for question in questions]
     monkeypatch.chdir("/")
     metrics = evaluate_adapter(folder / "run")
-    assert metrics == {"eval": Results(questions, {"after": answers}).summary()}
+    assert metrics["eval"] == Results(questions, {"after": answers}).summary()
     assert {task: each["samples"] for task, each in metrics["eval"]["per_task"].items()} == {
         "digit": 3,
         UNNAMED_TASK: 1,
@@ -177,13 +177,14 @@ def test_an_adapter_can_be_evaluated_on_other_samples(run):
 
 def test_an_adapter_without_a_recipe_is_evaluated_on_the_samples_it_is_called_with(run, monkeypatch):
     folder, _, _ = run
-    whole = evaluate_adapter(folder / "run", folder / "samples.jsonl", ["eval.max_new_tokens=4"])
+    whole = evaluate_adapter(folder / "run", folder / "samples.jsonl", ["eval.max_new_tokens=4"])["eval"]
     (folder / "run" / RECIPE_FILE).unlink()
     with pytest.raises(
         UserError, match="run: has no resolved_recipe.yaml, so no held-out samples; .* --data FILE"
     ):
         evaluate_adapter(folder / "run")
-    assert evaluate_adapter(folder / "run", folder / "samples.jsonl", ["eval.max_new_tokens=4"]) == whole
+    again = evaluate_adapter(folder / "run", folder / "samples.jsonl", ["eval.max_new_tokens=4"])
+    assert again["eval"] == whole
     monkeypatch.chdir(folder)
     named = ["data.eval=[{path: samples.jsonl, limit: 1}]"]
     assert evaluate_adapter(folder / "run", overrides=named)["eval"]["per_task"]["digit"]["samples"] == 1

@@ -8,11 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from flamingo_ft.config.metric_names import parse_metric
-from flamingo_ft.evaluation.bootstrap import bootstrap_difference, bootstrap_interval
 from flamingo_ft.evaluation.image_use import image_use
 from flamingo_ft.evaluation.metrics import Metric, find_metrics
 from flamingo_ft.evaluation.results import AFTER, SHUFFLED
-from flamingo_ft.evaluation.scores import Scores
+from flamingo_ft.evaluation.scores import Scores, score_record
 
 from .run import TaskAnswers
 from .task import Task
@@ -37,7 +36,7 @@ def task_record(run: TaskAnswers, metrics: Sequence[Metric]) -> dict[str, Any]:
         **asdict(run.protocol),
         "samples": len(run.questions),
         "samples_per_second": run.samples_per_second,
-        "scores": {metric.name: _score(metric, scores) for metric in metrics},
+        "scores": {metric.name: score_record(metric, scores.statistics[metric.name]) for metric in metrics},
     }
     categories = sorted({question.task for question in run.questions})
     if len(categories) > 1:
@@ -68,20 +67,6 @@ def over_seeds(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return summaries
-
-
-def _score(metric: Metric, scores: Scores) -> dict[str, Any]:
-    own = scores.statistics[metric.name]
-    interval = bootstrap_interval(own[AFTER], metric.aggregate)
-    record: dict[str, Any] = {
-        "value": metric.value(own[AFTER]), "low": interval.low, "high": interval.high
-    }  # fmt: skip
-    controls = {}
-    for condition in own:
-        if condition != AFTER:
-            difference = bootstrap_difference(own[AFTER], own[condition], metric.aggregate)
-            controls[condition] = {"value": metric.value(own[condition]), "difference": asdict(difference)}
-    return {**record, "controls": controls} if controls else record
 
 
 def _category(

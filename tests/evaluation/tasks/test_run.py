@@ -1,17 +1,20 @@
 """Every task is asked as its protocol says, and its scores follow from the answers."""
 
 import json
+from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flamingo_ft.adapters import save_adapter
 from flamingo_ft.cli import main
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation import variants
 from flamingo_ft.evaluation.metrics import METRICS, Ranked
 from flamingo_ft.evaluation.results import AFTER, BLANK, SHUFFLED
 from flamingo_ft.evaluation.tasks import TASKS, Example, few_shot_prompt, find_task
-from flamingo_ft.evaluation.tasks import evaluate as evaluation
 from flamingo_ft.evaluation.tasks.evaluate import evaluate_task
 from flamingo_ft.evaluation.tasks.features import image_features
 from flamingo_ft.evaluation.tasks.run import (
@@ -173,7 +176,7 @@ def test_features_are_kept_until_an_image_changes(predictor, tmp_path, monkeypat
 @pytest.fixture
 def loaded(predictor, monkeypatch):
     monkeypatch.setattr(predictors.Predictor, "from_pretrained", lambda folder, **options: predictor)
-    monkeypatch.setattr(evaluation, "fetch_model", lambda model: model)
+    monkeypatch.setattr(variants, "fetch_model", Path)
 
 
 def test_the_command_writes_scores_and_answers(loaded, published, tmp_path, capsys, monkeypatch):
@@ -198,6 +201,29 @@ def test_the_command_writes_scores_and_answers(loaded, published, tmp_path, caps
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == sum(run["samples"] for run in record["runs"])
     assert {SHUFFLED, BLANK, AFTER} < set(rows[0]) and SHUFFLED not in rows[-1]
+
+
+def test_variants_are_asked_the_same_prompts_of_the_first_seed(predictor, published, tmp_path, monkeypatch):
+    model = tmp_path / "run"
+    save_adapter(predictor.model, predictor.processor, model)
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "out"
+    options = ["--shots", "0", "--shots", "1", "--seed", "3", "--seed", "4", "--compare", "base", "--card"]
+    command = ["eval", str(model), "vqav2", "eval.max_samples=2", "--data", str(published["vqav2"]), *options]
+    assert main([*command, "--out", str(out), "--no-controls"]) == 0
+    record = json.loads((out / "results.json").read_text())
+    compared = [(each["shots"], each["name"]) for each in record["variants"]]
+    assert compared == [(0, str(model)), (0, "base"), (1, str(model)), (1, "base")]
+    rows = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    prompts = defaultdict(list)
+    for row in rows:
+        prompts[row["model"], row["shots"], row["seed"]].append((row["where"], row["prompt"]))
+    assert len(prompts) == 4 + 2
+    for shots in (0, 1):
+        assert prompts["base", shots, 3] == prompts[str(model), shots, 3]
+    card = (model / "README.md").read_text()
+    assert card.count("## Scores on") == 2 and "## Scores on VQAv2 (validation), 1 shot\n" in card
+    assert all((out / f"results_{shots}_shots.html").read_text().count("base") for shots in (0, 1))
 
 
 def test_the_same_run_gives_the_same_scores(loaded, published):
