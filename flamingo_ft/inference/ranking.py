@@ -1,7 +1,7 @@
-"""Scores of given answers: the log-likelihood of each label after a prompt.
+"""Scores of given answers: the log-likelihood of one answer to each prompt, or of each label to every prompt.
 
-The prompt is read once. Labels are then read along a trie of their tokens, one level at a time, so that a
-beginning that labels share is scored once.
+One answer is read together with its prompt. Before labels, the prompt is read once; they are then read along
+a trie of their tokens, one level at a time, so that a beginning that labels share is scored once.
 
 Shapes: B prompts, R rows of text (B times inner nodes), N nodes of a level, V vocabulary, K labels.
 """
@@ -17,12 +17,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flamingo_ft.data.collate import pad_ids
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import select_rows
 from flamingo_ft.model.language_model_inputs import get_cache
 
 MAX_ROWS = 128  # copies of the prompts' key/value caches that are held at once
+
+
+@dataclass(frozen=True)
+class AnswerScore:
+    """How likely an answer is.
+
+    log_likelihood: of the answer and the token that ends it, in nats. tokens: how many tokens these are.
+    is_greedy: whether each of them is the likeliest after those before it, as greedy decoding requires.
+    """
+
+    log_likelihood: float
+    tokens: int
+    is_greedy: bool
+
+
+@torch.no_grad()
+def score_pairs(
+    model: FlamingoForConditionalGeneration,
+    prompts: Sequence[Sequence[int]],
+    media: Mapping[str, Tensor],
+    answers: Sequence[Sequence[int]],
+    pad_token_id: int,
+) -> list[AnswerScore]:
+    """Return the score of each answer after the prompt at its index.
+
+    prompts, answers: token ids; answers may be of any length but 0. media: as for the model's forward.
+    """
+    texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+    inputs = pad_ids(texts, pad_token_id, "right") | media
+    length = inputs["input_ids"].shape[1]
+    on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    # The first token of an answer is predicted by the last of its prompt.
+    count = length - min(map(len, prompts)) + 1
+    logits = model(**on_device, use_cache=False, **_last_logits(model, count)).logits
+    skipped = length - logits.shape[1]
+    scores = []
+    for prompt, answer, row in zip(prompts, answers, logits, strict=True):
+        start = len(prompt) - 1 - skipped
+        scores.append(_score(row[start : start + len(answer)], answer))
+    return scores
+
+
+def _score(logits: Tensor, answer: Sequence[int]) -> AnswerScore:
+    """Return the score of an answer's tokens, given the logits (T, V) that predict them."""
+    tokens = torch.tensor(answer, device=logits.device)
+    chosen = logits.double().log_softmax(-1).gather(1, tokens[:, None])
+    is_greedy = (logits.argmax(-1) == tokens).all()
+    return AnswerScore(float(chosen.sum()), len(answer), bool(is_greedy))
 
 
 @torch.no_grad()
@@ -112,11 +161,15 @@ def _read(
 ) -> _Reading:
     """Read texts (R, T) of one length, after those in ``cache``."""
     inputs = {name: tensor.to(model.device) for name, tensor in media.items()}
-    if "logits_to_keep" in inspect.signature(model.lang_encoder.forward).parameters:
-        inputs["logits_to_keep"] = 1  # pyrefly: ignore[unsupported-operation]
     tokens = torch.tensor(ids, device=model.device)
-    output = model(input_ids=tokens, cache=cache, use_cache=True, **inputs)
+    output = model(input_ids=tokens, cache=cache, use_cache=True, **inputs, **_last_logits(model, 1))
     return _Reading(output.logits[:, -1].float().log_softmax(-1), get_cache(output))
+
+
+def _last_logits(model: FlamingoForConditionalGeneration, count: int) -> dict[str, int]:
+    """Return the argument with which the language model computes only the last ``count`` logits, if any."""
+    has_argument = "logits_to_keep" in inspect.signature(model.lang_encoder.forward).parameters
+    return {"logits_to_keep": count} if has_argument else {}
 
 
 def _scores_along(
