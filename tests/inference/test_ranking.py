@@ -91,6 +91,44 @@ def test_the_prompt_is_read_once_and_each_shared_beginning_too(predictor, prompt
     assert sum(rows * tokens for rows, tokens in counts[1:]) <= len(beginnings)
 
 
+def test_a_score_equals_the_logits_of_the_whole_text_whatever_shares_its_batch(predictor, prompts):
+    answers = [LABELS[(2 * number) % len(LABELS)] for number in range(len(prompts))]
+    done = []
+    scores = predictor.score(prompts, answers, batch_size=3, on_batch=done.append)
+    for prompt, answer, score in zip(prompts, answers, scores, strict=True):
+        whole = expected(predictor, prompt, answer, with_end=True)
+        assert score.log_likelihood == pytest.approx(whole, abs=2e-5)
+        (alone,) = predictor.score([prompt], [answer])
+        assert alone.log_likelihood == pytest.approx(whole, abs=2e-5)
+        assert (alone.tokens, alone.is_greedy) == (score.tokens, score.is_greedy)
+    assert sum(done) == len(prompts)
+
+
+def test_scores_and_ranks_of_the_same_answers_are_equal(predictor, prompts):
+    ranks = predictor.rank(prompts[:1], LABELS, per_token=True)[0]
+    scores = predictor.score(prompts[:1] * len(LABELS), LABELS)
+    means = torch.tensor([score.log_likelihood / score.tokens for score in scores])
+    torch.testing.assert_close(means, ranks, rtol=0, atol=1e-5)
+
+
+def test_only_the_answer_of_greedy_decoding_is_greedy(predictor, prompts, monkeypatch):
+    (ids,), prompt = predictor.encode(prompts[:1]), prompts[0]
+    media = predictor.media.of([prompt])
+    with torch.no_grad():
+        tokens = predictor.model.generate(torch.tensor([ids]), **media, do_sample=False, max_new_tokens=6)
+    greedy = tokens[0, len(ids) :].tolist()
+    other = [*greedy[:-1], (greedy[-1] + 1) % predictor.model.config.get_text_config().vocab_size]
+    for answer, is_greedy in ((greedy, True), (other, False)):
+        monkeypatch.setattr(Predictor, "_answer_tokens", lambda *args, answer=answer: answer)
+        (score,) = predictor.score([prompt], ["its text is not read"])
+        assert (score.is_greedy, score.tokens) == (is_greedy, 6)
+
+
+def test_an_answer_that_does_not_fit_into_the_context_is_refused(predictor):
+    with pytest.raises(UserError, match=r"got \d+ text tokens and \d+ of the answer, .* context is 512"):
+        predictor.score([make_prompt(None, "Count.")], ["seven " * 512])
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=6))
 def test_every_path_of_a_trie_spells_the_sequence_that_ends_there(sequences):
     paths, spelled = [()], {}
