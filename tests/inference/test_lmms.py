@@ -9,7 +9,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +32,7 @@ from tests.data.dialogues import IMAGE, user
 from . import lmms_eval_interface
 
 ROOT = Path(__file__).parents[2]
+TASKS = Path(__file__).parent / "lmms_tasks"
 MODELS = "flamingo_ft.inference.lmms.models"
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "do_sample": False, "top_p": None, "until": ["\n\n"]}
 CHOICES = ("Seven.", "Two.", "It is a two.")
@@ -337,3 +341,44 @@ def test_the_recorded_interface_is_that_of_the_installed_package():
                 assert getattr(real, attribute, None) == getattr(member, attribute, None)
             if hasattr(member, "model_fields"):
                 assert set(member.model_fields) == set(real.model_fields)
+
+
+def samples_of(task, folder, *options):
+    """Run a task with lmms-eval's command line and return what it logged of each row."""
+    command = [
+        sys.executable,
+        "-m",
+        "lmms_eval",
+        "--model",
+        MODEL_ID,
+        "--tasks",
+        task,
+        "--include_path",
+        str(TASKS),
+    ]
+    result = subprocess.run(
+        [*command, "--output_path", str(folder / task), "--log_samples", *options],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    (file,) = (folder / task).rglob(f"*samples_{task}.jsonl")
+    rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+    return sorted(rows, key=lambda row: row["doc_id"])
+
+
+@installed
+@pytest.mark.slow
+def test_lmms_eval_itself_gets_the_answers_and_choices_of_a_predictor(predictor, docs, folders, tmp_path):
+    rows = [{**doc, "images": [str(path) for path in folders[1]][: len(doc["images"])]} for doc in docs]
+    lines = (json.dumps({**row, "choices": CHOICES}) for row in rows)
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    model = ("--model_args", f"pretrained={folders[0] / 'adapter'}", "--batch_size", "2")
+    answered = samples_of("digits", tmp_path, *model)
+    assert [row["resps"][0][0] for row in answered] == answers_of(predictor, docs, max_new_tokens=8)
+    chosen = samples_of("digit_choice", tmp_path, *model, "--force_simple")
+    ranks = predictor.rank([prompt_of(doc) for doc in docs], CHOICES, per_token=True)
+    right = [CHOICES[place] == doc["answer"] for place, doc in zip(ranks.argmax(-1), docs, strict=True)]
+    assert [row["acc"] == 1.0 for row in chosen] == right
