@@ -119,7 +119,7 @@ def _peer_batch(model: nn.Module, predictor: Predictor, ids: Tensor, names: Sequ
         logits = [before[:, -1:]]
         for token in tokens:
             logits.append(forward(torch.full((len(ids), 1), token), cache)[0])
-        cache.crop(ids.shape[1])  # it grows in place, unlike the tuples of open-flamingo's time
+        cache.crop(-len(tokens))  # it grows in place, unlike the tuples of open-flamingo's time
         log_probabilities = torch.cat(logits[:-1], 1).log_softmax(-1)
         scores.append(log_probabilities[:, range(len(tokens)), tokens].sum(-1))
     return torch.stack(scores, 1)

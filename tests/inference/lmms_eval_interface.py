@@ -44,6 +44,12 @@ class lmms(abc.ABC):  # noqa: N801
         self.accelerator.free_memory()
 
 
+@dataclass
+class GenerationResult:
+    text: str
+    token_counts: Any = None
+
+
 @dataclass(frozen=True)
 class ModelManifest:
     model_id: str
@@ -84,6 +90,7 @@ class ChatMessages(BaseModel):
 
 
 MODULES = {
+    "lmms_eval.api.instance": (GenerationResult,),
     "lmms_eval.api.model": (lmms,),
     "lmms_eval.protocol": (ChatMessages, ChatMessage, ChatVideoContent),
     "lmms_eval.models.registry_v2": (ModelManifest,),

@@ -200,7 +200,7 @@ def test_the_loss_of_the_likeliest_choice_is_the_smallest(evaluated, predictor, 
         for number, doc in enumerate(docs)
         for choice in CHOICES
     ]
-    results = evaluated.simple.loglikelihood(requests)
+    results = [result.text for result in evaluated.simple.loglikelihood(requests)]
     ranks = predictor.rank([prompt_of(doc) for doc in docs], CHOICES, per_token=True)
     assert [loss for loss, _ in results] == pytest.approx((-ranks).flatten().tolist(), abs=1e-5)
     assert {type(is_greedy) for _, is_greedy in results} == {bool}

@@ -136,6 +136,9 @@ def test_every_path_of_a_trie_spells_the_sequence_that_ends_there(sequences):
         nodes = [(*paths[parent], token) for parent, token in zip(level.parents, level.tokens, strict=True)]
         assert len(set(nodes)) == len(nodes)
         spelled |= {number: list(nodes[node]) for node, number in level.ends}
+        for node, number in level.tails:
+            assert tuple(sequences[number][: len(nodes[node])]) == nodes[node]
+            spelled[number] = sequences[number]
         paths = [nodes[node] for node in level.inner]
     assert paths == [] and [spelled[number] for number in range(len(sequences))] == sequences
 

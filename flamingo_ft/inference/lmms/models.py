@@ -17,6 +17,7 @@ from itertools import count
 from typing import Any
 
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult  # pyrefly: ignore[missing-import]
 from lmms_eval.api.model import lmms  # pyrefly: ignore[missing-import]
 from lmms_eval.protocol import ChatMessages  # pyrefly: ignore[missing-import]
 
@@ -96,19 +97,20 @@ class _Flamingo(lmms):
                 advance(1)
         return answers
 
-    def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any]) -> list[Any]:
         """Return the loss of each request's answer, and whether it is what greedy decoding answers.
 
         The loss is in nats per token, the end of the answer included. lmms-eval takes the choice with the
-        smallest, as its own models return a loss here, not a log-likelihood.
+        smallest, as its own models return a loss here, not a log-likelihood. Each pair is the ``text`` of a
+        GenerationResult, because lmms-eval 0.7.3 would turn a bare pair into a string.
         """
-        results: list[tuple[float, bool]] = []
+        results: list[Any] = []
         with self._bar(len(requests)) as advance:
             for window in self._windows(range(len(requests))):
-                pairs = [self._pair(requests[number].args) for number in window]
-                prompts, answers = zip(*pairs, strict=True)
+                prompts, answers = zip(*(self._pair(requests[number].args) for number in window), strict=True)
                 scores = self.predictor.score(prompts, answers, on_batch=advance)
-                results += [(-score.log_likelihood / score.tokens, score.is_greedy) for score in scores]
+                pairs = [(-score.log_likelihood / score.tokens, score.is_greedy) for score in scores]
+                results += map(GenerationResult, pairs)
         return results
 
     @abstractmethod
