@@ -23,7 +23,7 @@ from flamingo_ft.data.collate import pad_ids
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import select_rows
-from flamingo_ft.model.language_model_inputs import get_cache
+from flamingo_ft.model.language_model_inputs import READS_ONE_TOKEN_AFTER_CACHE, get_cache
 
 MAX_ROWS = 128  # copies of the prompts' key/value caches that are held at once
 MAX_TAIL_TOKENS = 512  # tokens of tails whose logits are held at once
@@ -55,7 +55,7 @@ def score_pairs(
     prompts, answers: token ids; answers may be of any length but 0. media: as for the model's forward.
     """
     texts = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
-    inputs = pad_ids(texts, pad_token_id, "right") | media
+    inputs = {**pad_ids(texts, pad_token_id, "right"), **media}
     length = inputs["input_ids"].shape[1]
     on_device = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     # The first token of an answer is predicted by the last of its prompt.
@@ -90,19 +90,22 @@ def score_answers(
     """
     reading = _read(model, prompts, media)
     scores = reading.log_probabilities.new_zeros(len(prompts), len(answers))
-    for part in _narrow_parts(answers, len(prompts)):
-        scores[:, part] = _scores_along(model, reading, [answers[number] for number in part])
+    one_by_one = model.lang_encoder.config.model_type in READS_ONE_TOKEN_AFTER_CACHE
+    for part, levels in _narrow_tries(answers, len(prompts), with_tails=not one_by_one):
+        scores[:, part] = _scores_along(model, reading, [answers[number] for number in part], levels)
     return scores.cpu()
 
 
-def _narrow_parts(answers: Sequence[Sequence[int]], count: int) -> Iterator[list[int]]:
-    """Yield answers whose trie keeps at most `MAX_ROWS` rows for ``count`` prompts, alike ones together."""
+def _narrow_tries(
+    answers: Sequence[Sequence[int]], count: int, with_tails: bool
+) -> Iterator[tuple[list[int], list[Level]]]:
+    """Yield tries that need at most `MAX_ROWS` rows for ``count`` prompts, each after its answers."""
     parts = [sorted(range(len(answers)), key=lambda number: list(answers[number]))]
     while parts:
         part = parts.pop()
-        levels = trie_levels([answers[number] for number in part])
+        levels = trie_levels([answers[number] for number in part], with_tails)
         if len(part) == 1 or count * max(len(level.inner) for level in levels) <= MAX_ROWS:
-            yield part
+            yield part, levels
         else:
             middle = len(part) // 2
             parts += part[:middle], part[middle:]
@@ -136,10 +139,13 @@ class Level:
     tails: list[tuple[int, int]] = field(default_factory=list)
 
 
-def trie_levels(sequences: Sequence[Sequence[int]]) -> list[Level]:
-    """Return the trie of token sequences; its root is the one inner node before the first level."""
+def trie_levels(sequences: Sequence[Sequence[int]], with_tails: bool = True) -> list[Level]:
+    """Return the trie of token sequences; its root is the one inner node before the first level.
+
+    with_tails: otherwise, nodes that one sequence continues are inner nodes too.
+    """
     levels: list[Level] = []
-    above = {(): 0}  # the inner nodes of the level before, by their tokens
+    above: dict[tuple[int, ...], int] = {(): 0}  # the inner nodes of the level before, by their tokens
     numbers = list(range(len(sequences)))  # of the sequences that go through them
     while numbers:
         depth, level, continued = len(levels) + 1, Level(), defaultdict(list)
@@ -154,8 +160,8 @@ def trie_levels(sequences: Sequence[Sequence[int]]) -> list[Level]:
                 level.ends.append((nodes[key], number))
             else:
                 continued[key].append(number)
-        level.tails = [(nodes[key], own[0]) for key, own in continued.items() if len(own) == 1]
-        inner = {key: own for key, own in continued.items() if len(own) > 1}
+        inner = {key: own for key, own in continued.items() if len(own) > with_tails}
+        level.tails = [(nodes[key], own[0]) for key, own in continued.items() if key not in inner]
         level.inner = [nodes[key] for key in inner]
         above = {key: number for number, key in enumerate(inner)}
         numbers = [number for own in inner.values() for number in own]
@@ -191,14 +197,17 @@ def _last_logits(model: FlamingoForConditionalGeneration, count: int) -> dict[st
 
 
 def _scores_along(
-    model: FlamingoForConditionalGeneration, reading: _Reading, answers: Sequence[Sequence[int]]
+    model: FlamingoForConditionalGeneration,
+    reading: _Reading,
+    answers: Sequence[Sequence[int]],
+    levels: Sequence[Level],
 ) -> Tensor:
-    """Return the log-likelihood (B, K) of each of K answers, given what follows the prompts."""
+    """Return the log-likelihood (B, K) of each answer along their trie, given what follows the prompts."""
     count = len(reading.log_probabilities)
     scores = reading.log_probabilities.new_zeros(count, len(answers))
     so_far = reading.log_probabilities.new_zeros(count, 1)  # of the inner nodes of the level before
     reading = copy.deepcopy(reading)  # other answers need the cache as it is
-    for depth, level in enumerate(trie_levels(answers)):
+    for depth, level in enumerate(levels):
         next_tokens = reading.log_probabilities.unflatten(0, (count, -1))
         nodes = so_far[:, level.parents] + next_tokens[:, level.parents, level.tokens]
         for node, number in (*level.ends, *level.tails):

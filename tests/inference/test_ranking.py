@@ -12,8 +12,10 @@ from flamingo_ft.data.sample import CHUNK
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference import ranking
 from flamingo_ft.inference.prompts import Prompt, make_prompt
-from flamingo_ft.inference.ranking import trie_levels
+from flamingo_ft.inference.ranking import score_answers, trie_levels
+from flamingo_ft.model.language_model_inputs import name_cache
 from tests.data.dialogues import IMAGE, user
+from tests.model.tiny_language_models import make_tiny
 
 from .conftest import make_flamingo
 
@@ -89,6 +91,32 @@ def test_the_prompt_is_read_once_and_each_shared_beginning_too(predictor, prompt
     beginnings = {tuple(answer[:n]) for answer in answers for n in range(1, len(answer))}
     assert counts[0] == (1, len(predictor.encode(prompts[:1])[0]))
     assert sum(rows * tokens for rows, tokens in counts[1:]) <= len(beginnings)
+
+
+class TextModel:
+    """A language model alone, called as a Flamingo is."""
+
+    device = "cpu"
+
+    def __init__(self, family):
+        self.lang_encoder = make_tiny(family).eval()
+
+    def __call__(self, **inputs):
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        return self.lang_encoder(**name_cache(self.lang_encoder, inputs))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon_mamba", "jamba"])
+def test_labels_are_scored_right_whatever_the_language_model_keeps_of_the_past(family):
+    prompts, answers = [[1, 30, 31, 32], [1, 40, 41, 42]], [[5, 6, 7, 8], [5, 6, 9], [10, 11, 12, 13], [20]]
+    model = TextModel(family)
+    scores = score_answers(model, prompts, {}, answers)
+    for prompt, row in zip(prompts, scores, strict=True):
+        for answer, score in zip(answers, row, strict=True):
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
+            expected = logits.log_softmax(-1)[len(prompt) - 1 : -1][range(len(answer)), answer].sum()
+            torch.testing.assert_close(score, expected, rtol=0, atol=1e-4)
 
 
 def test_a_score_equals_the_logits_of_the_whole_text_whatever_shares_its_batch(predictor, prompts):

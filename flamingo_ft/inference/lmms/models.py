@@ -56,11 +56,10 @@ class _Flamingo(lmms):
         super().__init__()
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self._longest, self._ignored = max_new_tokens, set()
+        self._longest = max_new_tokens
+        self._ignored: set[str] = set()  # generation_kwargs that were logged as being without effect
         size = _to_batch_size(batch_size)
-        self.predictor = Predictor.from_pretrained(
-            str(pretrained), quantization=quantization, batch_size=size
-        )
+        self.predictor = Predictor.from_pretrained(pretrained, quantization=quantization, batch_size=size)
         self.device = self.predictor.model.device
         if device is not None and not str(self.device).startswith(device):
             raise UserError(
@@ -70,7 +69,7 @@ class _Flamingo(lmms):
 
     def clean(self) -> None:
         """Free the model, before a judge is loaded."""
-        vars(self).pop("predictor", None)
+        del self.predictor
         super().clean()
 
     def generate_until(self, requests: list[Any]) -> list[str]:
