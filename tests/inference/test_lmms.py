@@ -2,7 +2,7 @@
 
 By default lmms-eval is its recorded interface (`lmms_eval_interface`). The slow tests need the package:
 
-    pip install lmms-eval==0.7.3
+    pip install lmms-eval==0.7.3 'filelock<4'
 """
 
 import importlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from flamingo_ft import Predictor
@@ -377,8 +378,10 @@ def test_lmms_eval_itself_gets_the_answers_and_choices_of_a_predictor(predictor,
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     model = ("--model_args", f"pretrained={folders[0] / 'adapter'}", "--batch_size", "2")
     answered = samples_of("digits", tmp_path, *model)
-    assert [row["resps"][0][0] for row in answered] == answers_of(predictor, docs, max_new_tokens=8)
+    assert [row["filtered_resps"] for row in answered] == answers_of(predictor, docs, max_new_tokens=8)
     chosen = samples_of("digit_choice", tmp_path, *model, "--force_simple")
     ranks = predictor.rank([prompt_of(doc) for doc in docs], CHOICES, per_token=True)
+    losses = [[float(loss) for loss, _ in row["filtered_resps"]] for row in chosen]
+    torch.testing.assert_close(torch.tensor(losses), -ranks, rtol=0, atol=1e-5)
     right = [CHOICES[place] == doc["answer"] for place, doc in zip(ranks.argmax(-1), docs, strict=True)]
     assert [row["acc"] == 1.0 for row in chosen] == right
