@@ -36,7 +36,7 @@ from .decoding import Decoding
 from .look import Look, look_at
 from .media_inputs import MediaInputs
 from .prompts import Prompt, make_prompt
-from .ranking import check_labels, score_answers
+from .ranking import AnswerScore, check_labels, score_answers, score_pairs
 from .streaming import StopAtText, TokenReceiver, VisibleText, cut_at_stop, stream_text
 
 BATCH_SIZE = 8
@@ -181,18 +181,45 @@ class Predictor:
         """
         check_labels(labels)
         encoded, scores = self.encode(prompts), torch.empty(len(prompts), len(labels))
+        ends = end_token_ids(self.model, self.processor)
         order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
         with self.evaluation_mode():
             for _, alike in groupby(order, key=lambda index: len(encoded[index])):  # they need no padding
                 for indices in _batches(list(alike), batch_size or self.batch_size):
                     chosen = [prompts[index] for index in indices]
-                    answers = self._label_tokens(chosen[0], labels, with_end)
+                    answers = [self._answer_tokens(chosen[0], label, ends, with_end) for label in labels]
                     ids, media = [encoded[index] for index in indices], self.media.of(chosen)
                     scores[indices] = score_answers(self.model, ids, media, answers)
                     if per_token:
                         scores[indices] /= torch.tensor([len(answer) for answer in answers])
                     on_batch(len(indices))
         return scores
+
+    def score(
+        self,
+        prompts: Sequence[Prompt],
+        answers: Sequence[str],
+        *,
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ) -> list[AnswerScore]:
+        """Return how likely each answer is to be given to the prompt at its index, in their order.
+
+        To score many labels for each prompt, use `rank`. on_batch: called with the size of each finished
+        batch. Raises UserError as `answer` does, and for an answer that the context has no room for.
+        """
+        ends = end_token_ids(self.model, self.processor)
+        pairs = [self._encode_pair(*pair, ends) for pair in zip(prompts, answers, strict=True)]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i].images), sum(map(len, pairs[i]))))
+        scores: dict[int, AnswerScore] = {}
+        with self.evaluation_mode():
+            for indices in _batches(order, batch_size or self.batch_size):
+                media = self.media.of([prompts[index] for index in indices])
+                ids, tokens = zip(*(pairs[index] for index in indices), strict=True)
+                batch = score_pairs(self.model, ids, media, tokens, self.processor.tokenizer.pad_token_id)
+                scores.update(zip(indices, batch, strict=True))
+                on_batch(len(indices))
+        return [scores[index] for index in range(len(prompts))]
 
     def stream_answer(self, prompt: Prompt, **options: Any) -> Generator[str]:
         """Yield the answer to a dialogue piece by piece; see `stream`."""
@@ -263,6 +290,17 @@ class Predictor:
             raise UserError(f"{prompt.where}: {problem}; shorten the prompt")
         return ids
 
+    def _encode_pair(
+        self, prompt: Prompt, answer: str, end_tokens: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Return the token ids of a prompt and of its answer, the end included."""
+        ids, limit = self._encode(prompt), context_length(self.model.config)
+        tokens = self._answer_tokens(prompt, answer, end_tokens)
+        if len(ids) + len(tokens) > limit:
+            problem = f"got {len(ids)} text tokens and {len(tokens)} of the answer, but the language model's"
+            raise UserError(f"{prompt.where}: {problem} context is {limit}; shorten the prompt")
+        return ids, tokens
+
     def _grouped(
         self, order: Sequence[int], encoded: Sequence[list[int]], batch_size: int, decoding: Decoding
     ) -> Iterator[list[int]]:
@@ -271,15 +309,13 @@ class Predictor:
         yield from _batches([index for index in order if len(encoded[index]) <= longest], batch_size)
         yield from ([index] for index in order if len(encoded[index]) > longest)
 
-    def _label_tokens(self, prompt: Prompt, labels: Sequence[str], with_end: bool) -> list[list[int]]:
-        """Return the tokens of each label as the answer to ``prompt``."""
-        end_tokens = end_token_ids(self.model, self.processor)
-        tokens = []
-        for label in labels:
-            answer = encode_answer(self.processor, prompt.messages, label)
-            end = next((place for place, token in enumerate(answer) if token in end_tokens), len(answer))
-            tokens.append(answer[: end + with_end])
-        return tokens
+    def _answer_tokens(
+        self, prompt: Prompt, answer: str, end_tokens: Sequence[int], with_end: bool = True
+    ) -> list[int]:
+        """Return the tokens of an answer to ``prompt``, up to the first that ends it."""
+        tokens = encode_answer(self.processor, prompt.messages, answer)
+        end = next((place for place, token in enumerate(tokens) if token in end_tokens), len(tokens))
+        return tokens[: end + with_end]
 
     @torch.no_grad()
     def _generate(

@@ -21,6 +21,9 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
 # follow from position_ids: they get the whole mask. None of them has sliding-window layers.
 NEEDS_DOCUMENT_MASK = ("biogpt", "mosaic_gpt", "mpt", "opt", "xglm")
 
+# Families that start anew where they are given several tokens after a cache, instead of continuing from it.
+READS_ONE_TOKEN_AFTER_CACHE = ("falcon_mamba", "mamba")
+
 
 def get_cache(values: Mapping[str, object] | tuple) -> object | None:
     """Return the cache among a forward's keyword arguments or a model's outputs, if there is one."""
