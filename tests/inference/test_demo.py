@@ -77,9 +77,9 @@ def test_answers_are_streamed_and_end_whole(client, demo_page):
 def test_a_second_question_continues_the_dialogue(client, demo_page):
     first, second = demo_page.images
     conversation = Conversation(demo_page.predictor)
-    expected = [conversation.ask(PROMPT, first), conversation.ask("And now?", second)]
+    expected = [conversation.ask(PROMPT, first), conversation.ask(PROMPT, second)]
     ask(client, PROMPT, first)
-    chat, base_chat = ask(client, "And now?", second)
+    chat, base_chat = ask(client, PROMPT, second)
     assert [text_of(m) for m in chat if m["role"] == "assistant"] == expected
     assert base_chat == []
 
