@@ -68,12 +68,28 @@ class Look:
         """
         from .look_figure import draw_look  # importing matplotlib takes longer than answering
 
+        return draw_look(self.pictures, self.tokens, self._weights_of(layer))
+
+    def token_figure(self, token: int | None = None, layer: int | None = None) -> Figure:
+        """Draw the weights of one token over the pictures. It has a colour scale of its own.
+
+        token: its index in ``tokens``; by default the mean over all of them. layer: see `figure`.
+        """
+        from .look_figure import draw_look
+
+        weights = self._weights_of(layer)
+        if token is None:
+            return draw_look(self.pictures, ["mean of all tokens"], weights.mean(0, keepdims=True))
+        return draw_look(self.pictures, [self.tokens[token]], weights[token : token + 1])
+
+    def _weights_of(self, layer: int | None) -> np.ndarray:
+        """Return the weights before a decoder layer, or their mean over the layers: (T, M, F, h, w)."""
         if layer is None:
-            return draw_look(self.pictures, self.tokens, self.average)
+            return self.average
         if layer not in self.layers:
             known = ", ".join(map(str, self.layers))
             raise UserError(f"layer: no cross-attention before decoder layer {layer}; use one of {known}")
-        return draw_look(self.pictures, self.tokens, self.weights[self.layers.index(layer)])
+        return self.weights[self.layers.index(layer)]
 
 
 @torch.no_grad()

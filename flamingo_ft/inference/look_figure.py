@@ -54,7 +54,7 @@ def draw_look(pictures: Sequence[np.ndarray], tokens: Sequence[str], weights: np
     first, *others = panels.flat
     _draw_strip(first, PLAIN_TITLE, pictures)
     for axes, token, own in zip(others, tokens, weights, strict=False):
-        _draw_strip(axes, _title(token), [_grey(frames) for frames in pictures])
+        _draw_strip(axes, token_title(token), [_grey(frames) for frames in pictures])
         _draw_weights(axes, pictures, own, largest)
     _draw_bar(figure, panels, largest)
     return figure
@@ -103,7 +103,7 @@ def _grey(frames: np.ndarray) -> np.ndarray:
     return np.repeat(levels[..., None], 3, axis=-1).round().astype(np.uint8)
 
 
-def _title(token: str) -> str:
+def token_title(token: str) -> str:
     """Return a token as a title; white space alone is quoted."""
     text = token.strip() or repr(token)
     return text if len(text) <= MAX_TITLE_CHARACTERS else text[: MAX_TITLE_CHARACTERS - 1] + "…"

@@ -119,12 +119,17 @@ class Predictor:
         """
         return self.look_at(make_prompt(images, prompt), **options)
 
-    def look_at(self, prompt: Prompt, **options: Any) -> Look:
-        """Answer a dialogue and show where its last answer looks; see `look`."""
+    def look_at(self, prompt: Prompt, answer_ids: Sequence[int] | None = None, **options: Any) -> Look:
+        """Answer a dialogue and show where its last answer looks; see `look`.
+
+        answer_ids: the tokens of an answer that was given already, which is then not generated again.
+        """
         decoding, encoded = self.decoding.updated(**options), self.encode([prompt])
         media = self.media.pixels_of([prompt])
         with self.evaluation_mode(), seeded(decoding):
-            (answer_ids,) = self._generate(encoded, media, decoding)
+            if answer_ids is None:
+                (answer_ids,) = self._generate(encoded, media, decoding)
+            answer_ids = list(answer_ids)
             (answer,) = self._texts([answer_ids], decoding)
             inputs = {"input_ids": torch.tensor(encoded), **media}
             on_device = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}

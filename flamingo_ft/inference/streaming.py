@@ -67,8 +67,9 @@ class VisibleText:
 class TokenReceiver(StoppingCriteria):
     """Decodes each generated token, passes visible text on, and ends generation when the answer is complete.
 
-    on_text: called with each piece of text. is_cancelled: whether to end at the next token. complete: whether
-    an end token or a stop sequence has come.
+    on_text: called with each piece of text. is_cancelled: whether to end at the next token. ids: the tokens
+    so far, without an end token. tokens: their number, with it. complete: whether an end token or a stop
+    sequence has come.
 
     A stopping criterion rather than a streamer, because it can end generation in the same step as it sees the
     token, in every release of transformers. It may be called once more after the end.
@@ -83,9 +84,10 @@ class TokenReceiver(StoppingCriteria):
         is_cancelled: Callable[[], bool],
     ):
         self._tokenizer = tokenizer
-        self._stream, self._passed_on, self._ids = DecodeStream([], skip_special_tokens=True), "", []
+        self._stream, self._passed_on = DecodeStream([], skip_special_tokens=True), ""
         self._end_tokens, self._text = end_tokens, text
         self._on_text, self._is_cancelled = on_text, is_cancelled
+        self.ids: list[int] = []
         self.tokens = 0
         self.complete = False
 
@@ -99,7 +101,7 @@ class TokenReceiver(StoppingCriteria):
         self.tokens += 1
         is_end = token in self._end_tokens
         if not is_end:
-            self._ids.append(token)
+            self.ids.append(token)
             piece = self._stream.step(self._tokenizer.backend_tokenizer, token) or ""
             self._passed_on += piece
             self._on_text(self._text.feed(piece))
@@ -107,7 +109,7 @@ class TokenReceiver(StoppingCriteria):
 
     def finish(self) -> None:
         """Pass on what was held back, half a character or stop string, when generation has ended."""
-        whole = cast(str, self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        whole = cast(str, self._tokenizer.decode(self.ids, skip_special_tokens=True))
         if whole.startswith(self._passed_on):
             self._on_text(self._text.feed(whole[len(self._passed_on) :]))
         self._on_text(self._text.end())

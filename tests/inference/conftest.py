@@ -1,11 +1,19 @@
 """A model whose answers end early and depend on the image, on disk as an adapter and merged."""
 
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from flamingo_ft.adapters import save_adapter
+from flamingo_ft.adapters.switched_off import base_bridge
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.vision import load_vision
 from flamingo_ft.evaluation.merging import merge_adapter
@@ -57,3 +65,46 @@ def folders(tmp_path_factory):
     save_adapter(model, processor, folder / "adapter")
     merge_adapter(folder / "adapter", folder / "merged", dtype=torch.float32)
     return folder, paths
+
+
+@dataclass(frozen=True)
+class DemoPage:
+    """A demo's page that is served at ``url``, and what it shows: a model with an adapter."""
+
+    url: str
+    model: Any
+    bridge: Any
+    images: list[Path]
+
+    @property
+    def predictor(self) -> Predictor:
+        return self.model.predictor
+
+
+@contextmanager
+def served_demo(folder, images=(), examples=(), **options):
+    """Serve the page of an adapter on a free port inside the block. options: of the predictor."""
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install 'flamingo_ft[demo]'")
+    from flamingo_ft.inference.demo.page import build_page
+    from flamingo_ft.inference.demo.serving import private_folder, serve_page
+    from flamingo_ft.inference.demo.switchable_model import SwitchableModel
+
+    predictor = Predictor.from_pretrained(folder, **options)
+    bridge = base_bridge(folder, predictor.model)
+    model = SwitchableModel(predictor, bridge)
+    with private_folder():
+        page = build_page(model, str(folder.name), examples)
+        serve_page(page, "127.0.0.1")
+        try:
+            yield DemoPage(page.local_url, model, bridge, list(images))
+        finally:
+            page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def demo_page(folders):
+    """The page of the adapter, with an example."""
+    folder, images = folders
+    example = {"text": PROMPT, "files": [str(images[0])]}
+    with served_demo(folder / "adapter", images, [example], max_new_tokens=6) as page:
+        yield page
