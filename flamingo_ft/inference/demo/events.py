@@ -6,7 +6,6 @@ import html
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import gradio as gr
 from matplotlib.figure import Figure
@@ -21,6 +20,7 @@ from .dialogue import Message, Turn, base_messages_of, make_turn, messages_of, p
 from .switchable_model import SwitchableModel
 
 Turns = tuple[Turn, ...]
+EMPTY_BOX: Message = {"text": "", "files": []}
 MEAN = -1  # the choice of all tokens or all layers
 OPTIONS = {  # of `Decoding`, and what the page says of them; an empty field leaves one out
     "max_new_tokens": "longest answer, in tokens",
@@ -63,7 +63,7 @@ class Events:
     def settle(self, turns: Turns) -> tuple:
         """Unlock the box after an answer, an error or a stop; a question without an answer returns to it."""
         if not turns or turns[-1].answer is not None:
-            return ready_box(), *_shown(turns)
+            return ready_box(EMPTY_BOX), *_shown(turns)
         *earlier, last = turns
         return ready_box({"text": last.text, "files": list(last.images)}), *_shown(tuple(earlier))
 
@@ -86,22 +86,21 @@ class Events:
 
     def clear(self) -> tuple:
         """Begin a new dialogue."""
-        return ready_box({"text": "", "files": []}), *_shown(()), None, gr.Radio(visible=False), None
+        return ready_box(EMPTY_BOX), *_shown(()), None, gr.Radio(visible=False), None
 
     def _decoding(self, options: Sequence[float | None]) -> Decoding:
         named = dict(zip(OPTIONS, options, strict=True))
         return self._model.predictor.decoding.updated(**named)
 
 
-def ready_box(value: Message | None = None) -> gr.MultimodalTextbox:
-    """Return the question's box as one can write in it. value: new content; None leaves it."""
-    changed: dict[str, Any] = {} if value is None else {"value": value}
-    return gr.MultimodalTextbox(interactive=True, submit_btn=True, stop_btn=False, **changed)
+def ready_box(value: Message) -> gr.MultimodalTextbox:
+    """Return the question's box as one can write in it."""
+    return gr.MultimodalTextbox(value, interactive=True, submit_btn=True, stop_btn=False)
 
 
 def busy_box() -> gr.MultimodalTextbox:
     """Return the question's box while an answer is written: empty, with a button to stop it."""
-    return gr.MultimodalTextbox({"text": "", "files": []}, interactive=False, submit_btn=False, stop_btn=True)
+    return gr.MultimodalTextbox(EMPTY_BOX, interactive=False, submit_btn=False, stop_btn=True)
 
 
 @contextmanager

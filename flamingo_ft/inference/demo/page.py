@@ -82,7 +82,7 @@ def _dialogue(model: SwitchableModel, examples: Sequence[dict[str, Any]]) -> Dia
 def _chat(label: str, elem_id: str, visible: Any = True) -> gr.Chatbot:
     return gr.Chatbot(
         label=label, elem_id=elem_id, elem_classes="chat", height=420, min_width=280, visible=visible,
-        render_markdown=False,
+        render_markdown=False, buttons=["copy", "copy_all"],
     )  # fmt: skip
 
 
@@ -119,9 +119,10 @@ def _connect_dialogue(events: Events, dialogue: DialogueView, view: LookView) ->
         events.look, [turns, view.show, view.layer], looked_at, api_name="look", **model
     )
     question.stop(events.settle, turns, [question, *shown], cancels=[answered], api_visibility=BROWSER)
-    dialogue.clear.click(
-        events.clear, None, [question, *shown, *looked_at], cancels=[answered, looked], api_name="clear"
-    )
+    gr.on(
+        [dialogue.clear.click, dialogue.chat.clear, dialogue.base_chat.clear],
+        events.clear, None, [question, *shown, *looked_at], cancels=[answered, looked], api_name="clear",
+    )  # fmt: skip
     dialogue.compare.change(
         lambda on: gr.Chatbot(visible=True if on else "hidden"),
         dialogue.compare, dialogue.base_chat, api_visibility=BROWSER,
