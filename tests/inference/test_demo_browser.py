@@ -53,6 +53,7 @@ class Visitor:
 
     def upload(self, *files: Path) -> None:
         box = self.driver.find_element(By.CSS_SELECTOR, "#question input[type=file]")
+        self.driver.execute_script("arguments[0].value = ''", box)  # the driver adds to an earlier choice
         box.send_keys("\n".join(map(str, files)))
         self.wait(lambda: len(self.all("#question .thumbnail-item")) == len(files))
 
