@@ -6,12 +6,14 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+Piece = TypeVar("Piece")
 
 
 class VisibleText:
@@ -136,14 +138,14 @@ def cut_at_stop(text: str, stop_strings: Sequence[str]) -> str:
 
 
 def stream_text(
-    run: Callable[[Callable[[str], None], Callable[[], bool]], None],
-) -> Generator[str]:
-    """Call ``run(on_text, is_cancelled)`` in a thread and yield the pieces of text that it passes on.
+    run: Callable[[Callable[[Piece], None], Callable[[], bool]], None],
+) -> Generator[Piece]:
+    """Call ``run(on_piece, is_cancelled)`` in a thread and yield the pieces that it passes on.
 
     An exception in it is raised here after the pieces before it. Closing the generator cancels it and waits
     for its end.
     """
-    pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
     cancelled = threading.Event()
     with ThreadPoolExecutor(1, "generating") as pool:
         future = pool.submit(run, pieces.put, cancelled.is_set)

@@ -36,7 +36,7 @@ def client(demo_page):
 def ask(client, text, *images, compare=False, **options):
     """Ask, and return the last state of both chats."""
     files = [gradio_client.handle_file(str(image)) for image in images]
-    values = [options.get(name) for name in OPTIONS]
+    values = [str(options.get(name, "")) for name in OPTIONS]
     client.predict({"text": text, "files": files}, compare, *values, api_name="/ask")
     return client.predict(*values, api_name="/answer")
 
@@ -64,7 +64,7 @@ def test_a_question_is_answered_with_and_without_the_adapter(client, demo_page):
 
 
 def test_answers_are_streamed_and_end_whole(client, demo_page):
-    image, values = demo_page.images[0], [None] * len(OPTIONS)
+    image, values = demo_page.images[0], [""] * len(OPTIONS)
     question = {"text": PROMPT, "files": [gradio_client.handle_file(str(image))]}
     client.predict(question, False, *values, api_name="/ask")
     job = client.submit(*values, api_name="/answer")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow  # a browser starts, and the page takes seconds to
 pytest.importorskip("selenium", reason="Selenium is not installed: pip install selenium")
 
 from selenium import webdriver  # noqa: E402
+from selenium.common.exceptions import StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
@@ -38,7 +40,7 @@ class Visitor:
     """What a person does on the page: every method acts on, or reads, what is visible."""
 
     def __init__(self, driver: webdriver.Chrome, url: str):
-        self.driver = driver
+        self.driver, self.answered = driver, 0  # answers before the last question
         driver.get(url)
         self.wait_for("#question textarea")
 
@@ -46,10 +48,20 @@ class Visitor:
         return [e for e in self.driver.find_elements(By.CSS_SELECTOR, selector) if e.is_displayed()]
 
     def wait(self, condition):
-        return WebDriverWait(self.driver, LONGEST_WAIT, 0.05).until(lambda _: condition())
+        # The page replaces elements while an answer is written.
+        ignored = [StaleElementReferenceException]
+        return WebDriverWait(self.driver, LONGEST_WAIT, 0.05, ignored).until(lambda _: condition())
 
     def wait_for(self, selector: str):
         return self.wait(lambda: self.all(selector))[0]
+
+    def click(self, selector: str, index: int = 0) -> None:
+        def clicked() -> bool:
+            if elements := self.all(selector):
+                elements[index].click()
+            return bool(elements)
+
+        self.wait(clicked)
 
     def upload(self, *files: Path) -> None:
         box = self.driver.find_element(By.CSS_SELECTOR, "#question input[type=file]")
@@ -58,15 +70,15 @@ class Visitor:
         self.wait(lambda: len(self.all("#question .thumbnail-item")) == len(files))
 
     def ask(self, text: str, *files: Path) -> None:
+        self.answered = len(self.answers())
         if files:
             self.upload(*files)
         self.wait_for("#question textarea").send_keys(text)
-        self.wait_for("#question .submit-button").click()
+        self.click("#question .submit-button")
 
     def wait_for_answer(self) -> str:
-        """Wait until a question can be asked again, and return the answer that is shown then."""
-        self.wait_for("#question .stop-button")
-        self.wait_for("#question .submit-button")
+        """Wait until one more answer is shown and another question can be asked, and return the answer."""
+        self.wait(lambda: len(self.answers()) > self.answered and self.all("#question .submit-button"))
         return self.answers()[-1]
 
     def answers(self, chat: str = "answers") -> list[str]:
@@ -75,10 +87,11 @@ class Visitor:
         return self.driver.execute_script(script, selector)  # in one step: the page changes meanwhile
 
     def map(self) -> str:
-        return self.wait_for("#look img").get_property("src")
+        script = "return document.querySelector('#look img')?.src"
+        return self.wait(lambda: self.driver.execute_script(script))
 
     def error(self) -> str:
-        return self.wait_for("[data-testid=toast-text]").text
+        return self.wait(lambda: [toast.text for toast in self.all("[data-testid=toast-text]")])[0]
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +125,14 @@ def test_the_map_follows_the_choice_of_a_token_and_a_layer(visitor, demo_page):
     labels = [label.text for label in visitor.all("#token label")]
     tokens = demo_page.predictor.look(demo_page.images[0], PROMPT).tokens
     assert labels == ["all", *(token.strip() for token in tokens)]
-    visitor.all("#token label")[1].click()
+    visitor.click("#token label", 1)
     assert visitor.wait(lambda: visitor.map() != mean)
 
 
 def test_the_answer_without_the_adapter_stands_beside_it(visitor, demo_page):
     image = demo_page.images[0]
     assert not visitor.all("#base-answers")
-    visitor.wait_for("#compare input").click()
+    visitor.click("#compare input")
     visitor.wait_for("#base-answers")
     visitor.ask(PROMPT, image)
     assert visitor.wait_for_answer() == demo_page.predictor(image, PROMPT)
@@ -135,29 +148,41 @@ def test_an_unreadable_image_is_named_and_the_question_can_be_corrected(visitor,
     assert visitor.answers() == [] and visitor.wait_for("#question textarea").get_property("value") == PROMPT
 
 
-def test_an_answer_can_be_stopped_and_another_question_asked(visitor, demo_page):
+def test_the_decoding_options_that_are_left_empty_have_no_effect(visitor, demo_page):
     image = demo_page.images[0]
-    visitor.wait_for("#options button").click()
-    longest = visitor.wait_for("#options input")
+    visitor.click("#options button")
+    longest = visitor.wait_for("#options textarea")
     longest.clear()
-    longest.send_keys("400")
+    longest.send_keys("3")
     visitor.ask(PROMPT, image)
-    visitor.wait(lambda: visitor.answers())
-    visitor.wait_for("#question .stop-button").click()
-    visitor.wait_for("#question .submit-button")
-    stopped = visitor.answers()[-1]
-    assert demo_page.predictor(image, PROMPT, max_new_tokens=400).startswith(stopped)
+    assert visitor.wait_for_answer() == demo_page.predictor(image, PROMPT, max_new_tokens=3)
+
+
+def test_an_answer_can_be_stopped_and_another_question_asked(visitor, demo_page):
+    image, model = demo_page.images[0], demo_page.predictor.model
+    whole = demo_page.predictor(image, PROMPT)
+    slow = model.lang_encoder.register_forward_pre_hook(lambda *_: time.sleep(0.5))
+    try:
+        visitor.ask(PROMPT, image)
+        visitor.wait(visitor.answers)
+        visitor.click("#question .stop-button")
+        visitor.wait_for("#question .submit-button")
+        stopped = visitor.answers()[-1]
+    finally:
+        slow.remove()
+    assert whole.startswith(stopped) and stopped != whole
     visitor.ask("And now?")
-    assert visitor.wait_for_answer() != stopped and len(visitor.answers()) == 2
+    visitor.wait_for_answer()
+    assert visitor.answers()[0] == stopped
 
 
 def test_an_example_is_asked_with_a_click_and_a_new_dialogue_is_empty(visitor, demo_page):
-    visitor.wait_for(".gallery-item").click()
+    visitor.click(".gallery-item")
     visitor.wait_for("#question .thumbnail-item")
-    visitor.wait_for("#question .submit-button").click()
+    visitor.click("#question .submit-button")
     assert visitor.wait_for_answer() == demo_page.predictor(demo_page.images[0], PROMPT)
     visitor.map()
-    visitor.wait_for("#clear").click()
+    visitor.click("#clear")
     visitor.wait(lambda: not visitor.answers() and not visitor.all("#look img"))
 
 
@@ -166,7 +191,7 @@ def test_the_picture_of_the_readme_is_written(driver):
     run = Path(RUN)
     with served_demo(run, examples=examples_of(run, run), max_new_tokens=16) as page:
         visitor = Visitor(driver, page.url)
-        visitor.wait_for("#compare input").click()
+        visitor.click("#compare input")
         visitor.ask("Which digit is this?", run.parents[1] / "recipes/quickstart/images/0001.png")
         visitor.wait_for_answer()
         visitor.map()

@@ -31,6 +31,7 @@ OPTIONS = {  # of `Decoding`, and what the page says of them; an empty field lea
     "no_repeat_ngram_size": "so many tokens never recur",
     "seed": "of sampling; empty: varies",
 }
+FRACTIONS = ("temperature", "top_p", "repetition_penalty")  # options that need not be whole numbers
 
 
 class Events:
@@ -39,7 +40,7 @@ class Events:
     def __init__(self, model: SwitchableModel):
         self._model = model
 
-    def ask(self, question: Message, turns: Turns, compare: bool, *options: float | None) -> tuple:
+    def ask(self, question: Message, turns: Turns, compare: bool, *options: str) -> tuple:
         """Add a question to the dialogue, and lock its box until `settle`."""
         text, images = (question.get("text") or "").strip(), question.get("files") or []
         with shown_errors():
@@ -47,7 +48,7 @@ class Events:
             self._model.check(prompt_of(turns), self._decoding(options))
         return busy_box(), *_shown(turns)
 
-    def answer(self, turns: Turns, *options: float | None) -> Iterator[tuple]:
+    def answer(self, turns: Turns, *options: str) -> Iterator[tuple]:
         """Answer the last question as the text grows, with the adapter and then, if asked for, without it."""
         *earlier, last = turns
         with shown_errors():
@@ -88,9 +89,19 @@ class Events:
         """Begin a new dialogue."""
         return ready_box(EMPTY_BOX), *_shown(()), None, gr.Radio(visible=False), None
 
-    def _decoding(self, options: Sequence[float | None]) -> Decoding:
-        named = dict(zip(OPTIONS, options, strict=True))
+    def _decoding(self, options: Sequence[str]) -> Decoding:
+        named = {name: _number(name, text) for name, text in zip(OPTIONS, options, strict=True)}
         return self._model.predictor.decoding.updated(**named)
+
+
+def _number(name: str, text: str) -> float | None:
+    """Return the value of an option, None for an empty field. Raises UserError for what is no number."""
+    kind = float if name in FRACTIONS else int
+    try:
+        return kind(text) if text.strip() else None
+    except ValueError:
+        expected = "a number" if kind is float else "a whole number"
+        raise UserError(f"{name}: expected {expected}, got {text.strip()!r}; correct it") from None
 
 
 def ready_box(value: Message) -> gr.MultimodalTextbox:

@@ -17,7 +17,6 @@ LOOK_HELP = (
     "not what decides the answer."
 )
 PLACEHOLDER = "Add images and ask; images without a question are captioned"
-FRACTIONS = ("temperature", "top_p", "repetition_penalty")  # options that need not be whole numbers
 BROWSER = "private"  # visibility of events that only the page itself needs
 
 
@@ -31,7 +30,7 @@ class DialogueView:
     question: gr.MultimodalTextbox
     compare: gr.Checkbox
     clear: gr.Button
-    options: list[gr.Number]
+    options: list[gr.Textbox]
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,13 @@ def _chat(label: str, elem_id: str, visible: Any = True) -> gr.Chatbot:
     )  # fmt: skip
 
 
-def _option(model: SwitchableModel, name: str) -> gr.Number:
-    """Return the field of a decoding option, under transformers' name."""
-    precision = None if name in FRACTIONS else 0
+def _option(model: SwitchableModel, name: str) -> gr.Textbox:
+    """Return the field of a decoding option, under transformers' name.
+
+    A field of text, because Gradio's field for numbers turns an empty one into 0.
+    """
     value = getattr(model.predictor.decoding, name)
-    return gr.Number(value, label=name, info=OPTIONS[name], precision=precision, min_width=150)
+    return gr.Textbox("" if value is None else str(value), label=name, info=OPTIONS[name], min_width=150)
 
 
 def _look_view(model: SwitchableModel) -> LookView:
@@ -118,7 +119,7 @@ def _connect_dialogue(events: Events, dialogue: DialogueView, view: LookView) ->
     looked = answered.success(
         events.look, [turns, view.show, view.layer], looked_at, api_name="look", **model
     )
-    question.stop(events.settle, turns, [question, *shown], cancels=[answered], api_visibility=BROWSER)
+    question.stop(None, cancels=[answered])
     gr.on(
         [dialogue.clear.click, dialogue.chat.clear, dialogue.base_chat.clear],
         events.clear, None, [question, *shown, *looked_at], cancels=[answered, looked], api_name="clear",

@@ -13,9 +13,9 @@ import gradio as gr
 from flamingo_ft.errors import UserError
 
 FOLDER_VARIABLE = "GRADIO_TEMP_DIR"
-# Small images are enlarged pixel by pixel and large ones reduced; many tokens scroll.
+# Images of any size are shown equally high; many tokens scroll.
 CSS = """
-.chat img { height: 8rem; width: auto; object-fit: contain; image-rendering: auto; }
+.chat img { height: 8rem; width: auto; object-fit: contain; }
 #token { max-height: 11rem; overflow-y: auto; }
 """
 
