@@ -24,7 +24,7 @@ FAMILIES = {"mpt-1b": "mosaic_gpt", "RedPajama": "gpt_neox", "mpt-7b": "mpt", "l
 RECIPES = [
     name
     for name, path in packaged_recipes().items()
-    if needs_the_hub(path) and "init_from" in path.read_text(encoding="utf-8")
+    if needs_the_hub(path) and "init_from: openflamingo" in path.read_text(encoding="utf-8")
 ]
 FEW = ["train.max_steps=2", "train.warmup_steps=1", "train.batch_size=2", "train.num_workers=0",
        "eval.max_samples=1", "eval.batch_size=8", "eval.max_new_tokens=2"]  # fmt: skip

@@ -110,8 +110,9 @@ def load_whole_model(
 
 
 def refuse_requantizing(folder: Path, quantization: Quantization | str | None) -> None:
-    """Raise UserError for a ``quantization`` of a model that is stored quantized."""
-    if quantization is not None and getattr(read_flamingo_config(folder), "quantization_config", None):
+    """Raise UserError for a ``quantization`` of a model that is stored quantized, and for another model."""
+    stored = getattr(read_flamingo_config(folder), "quantization_config", None)
+    if quantization is not None and stored:
         raise UserError(
             f"{folder}: the model is stored quantized, which cannot be changed as it is loaded; "
             "leave quantization out, or merge its adapter again with another --quantization"
