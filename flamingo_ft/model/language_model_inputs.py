@@ -21,7 +21,7 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params", "state")
 # follow from position_ids: they get the whole mask. None of them has sliding-window layers.
 NEEDS_DOCUMENT_MASK = ("biogpt", "mosaic_gpt", "mpt", "opt", "xglm")
 
-# Families that start anew where they are given several tokens after a cache, instead of continuing from it.
+# Families that reset their state when they read several tokens after a cache, instead of continuing from it.
 READS_ONE_TOKEN_AFTER_CACHE = ("falcon_mamba", "mamba")
 
 

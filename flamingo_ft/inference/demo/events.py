@@ -95,7 +95,7 @@ class Events:
 
 
 def _number(name: str, text: str) -> float | None:
-    """Return the value of an option, None for an empty field. Raises UserError for what is no number."""
+    """Return the value of an option, None for an empty field. Raises UserError if it is not a number."""
     kind = float if name in FRACTIONS else int
     try:
         return kind(text) if text.strip() else None
@@ -116,7 +116,7 @@ def busy_box() -> gr.MultimodalTextbox:
 
 @contextmanager
 def shown_errors() -> Generator[None]:
-    """Show an error that the visitor can mend on the page, in one line."""
+    """Show an error that the visitor can fix, on the page and in one line."""
     try:
         yield
     except UserError as error:
