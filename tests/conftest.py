@@ -1,13 +1,44 @@
+import gc
 import shutil
 
 import pytest
 import torch
+
+from flamingo_ft.report import page
 
 from . import hub_server, regimes
 
 # Tiny models gain nothing from a second thread, and on a busy machine threads that wait for each other cost
 # minutes.
 torch.set_num_threads(1)
+
+draw_figures = page.save_figures
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection.
+
+    Every training run and merge collects garbage several times, and searching the imported modules each time
+    took a fifth of the suite's time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures():
+    """Leave the figures out of the report of every run: they take longer than a tiny training run itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "save_figures", lambda run: {})
+        yield
+
+
+@pytest.fixture(scope="module")
+def figures():
+    """Draw the figures nevertheless."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "save_figures", draw_figures)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.report import curves, final_report, gates, write_report
 from tests.regimes import recipe, write_run
 
+pytestmark = pytest.mark.usefixtures("figures")
+
 REFRESH = 'http-equiv="refresh"'
 
 
