@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flamingo_ft.data.sample import text_message
 from flamingo_ft.model.conditioning import cache_length
-from flamingo_ft.model.language_model_inputs import get_cache
+from flamingo_ft.model.language_model_inputs import CANNOT_CONTINUE_CACHE, get_cache
 
 from .predictor import Predictor, refuse_beams, seeded
 from .prompts import Prompt, as_list, place_images
@@ -21,7 +21,8 @@ class Conversation:
     """The turns of a dialogue so far. options: see `Decoding`; system: text of a system message.
 
     After each turn the key/value cache is kept, and the next turn reads only the tokens that follow those
-    that both texts begin with.
+    that both texts begin with. A language model that cannot continue from a cache, such as Mamba 2, reads the
+    whole dialogue again.
     """
 
     def __init__(self, predictor: Predictor, system: str | None = None, **options: Any):
@@ -109,7 +110,8 @@ class Conversation:
                 output = self.predictor.generate(
                     [ids], media, self.decoding, receiver, cache=cache, return_dict_in_generate=True
                 )
-            self._read = _Read.after(output, prompt.images)
+            if self.predictor.model.lang_encoder.config.model_type not in CANNOT_CONTINUE_CACHE:
+                self._read = _Read.after(output, prompt.images)
             receiver.finish()
 
         return run

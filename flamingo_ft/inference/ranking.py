@@ -87,13 +87,31 @@ def score_answers(
     """Return the log-likelihood (B, K) of each answer's tokens after each prompt, in nats, on the CPU.
 
     prompts: token ids (B, T) of one length, so that there is no padding. media: as for the model's forward.
+    Each answer is read with its prompts if the cache of the language model has no rows to choose from, as
+    RWKV's.
     """
     reading = _read(model, prompts, media)
+    if not hasattr(reading.cache, "reorder_cache"):
+        return _score_whole_texts(model, prompts, media, answers)
     scores = reading.log_probabilities.new_zeros(len(prompts), len(answers))
     one_by_one = model.lang_encoder.config.model_type in READS_ONE_TOKEN_AFTER_CACHE
     for part, levels in _narrow_tries(answers, len(prompts), with_tails=not one_by_one):
         scores[:, part] = _scores_along(model, reading, [answers[number] for number in part], levels)
     return scores.cpu()
+
+
+def _score_whole_texts(
+    model: FlamingoForConditionalGeneration,
+    prompts: Sequence[Sequence[int]],
+    media: Mapping[str, Tensor],
+    answers: Sequence[Sequence[int]],
+) -> Tensor:
+    """Do what `score_answers` does without a cache."""
+    columns = []
+    for answer in answers:
+        pairs = score_pairs(model, prompts, media, [answer] * len(prompts), pad_token_id=0)  # of one length
+        columns.append([score.log_likelihood for score in pairs])
+    return torch.tensor(columns).T
 
 
 def _narrow_tries(

@@ -1,6 +1,7 @@
 """A dialogue kept in a cache is answered as the whole text would be, reading each token once."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,23 +17,27 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.inference.conversation import Conversation
 from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import build_flamingo
+from flamingo_ft.model.language_model_inputs import CANNOT_CONTINUE_CACHE
 from tests.data.dialogues import IMAGE, assistant, user
+from tests.model.tiny_language_models import FAMILIES, make_tiny
 
 LENGTH = 6  # tokens of an answer
 
 
-def make_predictor(window: int | None):
-    """Return a predictor with a random bridge, of a language model with a sliding window or without."""
+def sliding_window(vocab_size):
+    config = MistralConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, sliding_window=16, max_position_embeddings=512,
+    )  # fmt: skip
+    return MistralForCausalLM(config)
+
+
+def make_predictor(make_language_model):
+    """Return a predictor with a random bridge, of the nano language model or another with its tokenizer."""
     torch.manual_seed(0)
     language = load_language("nano")
-    if window is not None:
-        own = language.model.config
-        config = MistralConfig(
-            vocab_size=own.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, sliding_window=window, max_position_embeddings=512,
-            pad_token_id=own.pad_token_id, bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id,
-        )  # fmt: skip
-        language = replace(language, model=MistralForCausalLM(config))
+    if make_language_model is not None:
+        language = replace(language, model=make_language_model(language.model.config.vocab_size))
     small = {"heads": 2, "dim_head": 8}
     model, processor = build_flamingo(
         load_vision("nano"),
@@ -47,7 +52,7 @@ def make_predictor(window: int | None):
     return Predictor(model.eval(), processor, max_new_tokens=LENGTH, image_cache_mib=1)
 
 
-@pytest.fixture(scope="module", params=[None, 16], ids=["whole cache", "sliding window"])
+@pytest.fixture(scope="module", params=[None, sliding_window], ids=["whole cache", "sliding window"])
 def predictor(request):
     return make_predictor(request.param)
 
@@ -91,6 +96,40 @@ def test_every_turn_is_answered_as_the_whole_dialogue_would_be(predictor, files)
         if answer:
             messages, images = [*asked, assistant(answer)], shown
     assert conversation.messages == messages and conversation.images == images and conversation.turns > 2
+
+
+# Those that cannot continue from a cache, and one of every other kind of cache.
+KINDS = [*CANNOT_CONTINUE_CACHE, "gemma3_text", "gpt2", "jamba", "qwen3_next", "rwkv"]
+OTHERS = [pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family not in KINDS]
+
+
+@pytest.mark.parametrize("family", [*KINDS, *OTHERS])
+def test_a_language_model_continues_from_its_cache_or_reads_the_dialogue_again(family):
+    """The next turn's text begins with what was read, or parts from it within the answer."""
+    if family == "xlstm":
+        pytest.skip("transformers cannot add rows to its embedding")
+    predictor = make_predictor(lambda vocab_size: make_tiny(family, vocab_size=vocab_size))
+    logits = []
+
+    def always_answer(token, module, args, output):
+        logits.append(output.logits[:, -1].clone())
+        output.logits[..., token] = torch.finfo(torch.float32).max
+
+    for word in ("lamps", " lamps"):  # of the second, an answer has the space only after its first token
+        token = predictor.processor.tokenizer(word, add_special_tokens=False)["input_ids"][-1]
+        hook = predictor.model.lang_encoder.register_forward_hook(partial(always_answer, token))
+        conversation = Conversation(predictor, max_new_tokens=3)
+        conversation.ask("Hello there.")
+        dialogue = [*conversation.messages, user("And now?")]
+        assert len(dialogue) == 3
+        logits.clear()
+        conversation.ask("And now?")
+        continued = logits[0]
+        logits.clear()
+        answer_to(predictor, dialogue, [])
+        hook.remove()
+        tolerance = 1e-4 * float(logits[0].abs().max())
+        torch.testing.assert_close(continued, logits[0], rtol=0, atol=tolerance)
 
 
 def test_a_turn_reads_only_the_tokens_that_are_new(predictor, files, tokens_read):

@@ -106,7 +106,7 @@ class TextModel:
         return self.lang_encoder(**name_cache(self.lang_encoder, inputs))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon_mamba", "jamba"])
+@pytest.mark.parametrize("family", ["gpt2", "mamba", "falcon_mamba", "jamba", "recurrent_gemma", "rwkv"])
 def test_labels_are_scored_right_whatever_the_language_model_keeps_of_the_past(family):
     prompts, answers = [[1, 30, 31, 32], [1, 40, 41, 42]], [[5, 6, 7, 8], [5, 6, 9], [10, 11, 12, 13], [20]]
     model = TextModel(family)
