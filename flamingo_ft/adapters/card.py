@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
 from flamingo_ft.backbones.tower_source import hub_repository
-from flamingo_ft.config import METRICS_FILE, RECIPE_FILE
+from flamingo_ft.config import METRICS_FILE, PREDICTIONS_FILE, RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.formatting import one_line
 from flamingo_ft.hub.names import BACKBONE_KEYS, NAME, strip_local_paths
@@ -162,7 +162,7 @@ def _losses(folder: Path) -> tuple[float, float] | None:
 
 def _samples(folder: Path) -> list[dict[str, Any]]:
     """Return the first predictions with an answer after training."""
-    rows = [row for row in _read_lines(folder / "predictions.jsonl") if row.get("after") is not None]
+    rows = [row for row in _read_lines(folder / PREDICTIONS_FILE) if row.get("after") is not None]
     return [{"before": None, **row} for row in rows[:MAX_SAMPLES]]
 
 

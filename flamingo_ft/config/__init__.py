@@ -4,7 +4,15 @@
 """
 
 from flamingo_ft.config.data_section import AugmentationSection, CacheSection, DataSection, DataSource
-from flamingo_ft.config.loading import METRICS_FILE, PROBE_FILE, RECIPE_FILE, dump_recipe, load_recipe
+from flamingo_ft.config.loading import (
+    METRICS_FILE,
+    PREDICTIONS_FILE,
+    PROBE_FILE,
+    RECIPE_FILE,
+    RESULTS_FILE,
+    dump_recipe,
+    load_recipe,
+)
 from flamingo_ft.config.model_section import (
     RELEASED_PERCEIVER,
     CrossAttentionSection,
@@ -28,7 +36,9 @@ from flamingo_ft.config.train_section import (
 __all__ = [
     "METRICS_FILE",
     "PROBE_FILE",
+    "PREDICTIONS_FILE",
     "RECIPE_FILE",
+    "RESULTS_FILE",
     "RELEASED_PERCEIVER",
     "AugmentationSection",
     "CacheSection",

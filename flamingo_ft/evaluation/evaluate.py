@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_ft import atomic
-from flamingo_ft.config import RECIPE_FILE, EvalSection, Recipe, load_recipe
+from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, EvalSection, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import Sample, open_data
@@ -26,7 +26,6 @@ from .select_metrics import select_metrics
 from .variant_tables import variant_tables, verdicts
 from .variants import Variant, VariantAnswers, compare_variants, find_variants, use_variant
 
-RESULTS_FILE = "results.json"
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
 _NO_TRAINING_DATA = 'data.train=[{"hub": "none/none"}]'  # it is not read, so it need not exist here
 _USED_KEYS = (

@@ -15,6 +15,7 @@ from typing import Any
 
 from flamingo_ft.adapters.card import CardTable
 from flamingo_ft.atomic import file_in_place
+from flamingo_ft.config import PREDICTIONS_FILE
 from flamingo_ft.data.media import preview
 from flamingo_ft.data.sample import display_text
 
@@ -36,7 +37,6 @@ COLUMN_HEADERS = {
     SHUFFLED: "with another image",
     BLANK: "with a gray image",
 }
-PREDICTIONS_FILE = "predictions.jsonl"
 Answers = Mapping[str, Sequence[Prediction]]  # by condition
 
 

@@ -24,8 +24,8 @@ NEEDS_DOCUMENT_MASK = ("biogpt", "mosaic_gpt", "mpt", "opt", "xglm")
 # Families that reset their state when they read several tokens after a cache, instead of continuing from it.
 READS_ONE_TOKEN_AFTER_CACHE = ("falcon_mamba", "mamba")
 
-# Families whose ``generate`` gives other logits for a text whose beginning is in the cache; the Mambas read the
-# beginning again (transformers 5.24).
+# Families whose ``generate`` gives other logits for a text whose beginning is in the cache; the Mambas read
+# the beginning again (transformers 5.24).
 CANNOT_CONTINUE_CACHE = ("deepseek_v4", "falcon_mamba", "mamba", "mamba2", "moshi", "recurrent_gemma")
 
 

@@ -21,12 +21,11 @@ from flamingo_ft.adapters import write_composition
 from flamingo_ft.adapters.card import CARD
 from flamingo_ft.adapters.files import backbone_records, read_config, read_flamingo_config
 from flamingo_ft.adapters.multi_adapter import check_same_base
-from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.config import PREDICTIONS_FILE, RECIPE_FILE
 from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.card import scored_card
 from flamingo_ft.evaluation.merging import MERGE_FILE, merge_adapter
-from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.hub import existing_path, fetch_model
 from flamingo_ft.hub.names import NAME, looks_like_path, strip_local_path, strip_local_paths
 from flamingo_ft.hub.upload import create_repository, upload

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import atomic, processes
-from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.config import PREDICTIONS_FILE, RECIPE_FILE
 from flamingo_ft.errors import StoppedBySignal
 from flamingo_ft.evaluation.image_loss_gap import LOG_KEY, ImageLossGap
 from flamingo_ft.evaluation.image_use import NO_USE, NOT_LOOKING, READS_IMAGES
 from flamingo_ft.evaluation.metrics import ACCURACY, Metric
 from flamingo_ft.evaluation.probe_verdict import BLIND, LEARN_FASTER, tower_lines
-from flamingo_ft.evaluation.results import COLUMN_HEADERS, PREDICTIONS_FILE, class_scores, score_tables
+from flamingo_ft.evaluation.results import COLUMN_HEADERS, class_scores, score_tables
 from flamingo_ft.evaluation.select_metrics import known_metrics
 from flamingo_ft.formatting import data_uri, duration, percent, significant
 from flamingo_ft.templates import load_template

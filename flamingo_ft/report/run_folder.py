@@ -13,10 +13,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from flamingo_ft import atomic
-from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, load_recipe
+from flamingo_ft.config import METRICS_FILE, PREDICTIONS_FILE, RECIPE_FILE, Recipe, load_recipe
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.probe import Probe, load_probe
-from flamingo_ft.evaluation.results import PREDICTIONS_FILE, load_predictions
+from flamingo_ft.evaluation.results import load_predictions
 
 LOG_FILE = "log.jsonl"
 Entry = dict[str, Any]  # flat scalars; "step" is the optimizer step

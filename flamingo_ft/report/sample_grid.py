@@ -22,11 +22,12 @@ from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
+from flamingo_ft.config import PREDICTIONS_FILE
 from flamingo_ft.data.media import open_medium, open_preview
 from flamingo_ft.data.sample import Sample, display_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import exact_match
-from flamingo_ft.evaluation.results import AFTER, BEFORE, PREDICTIONS_FILE, load_predictions
+from flamingo_ft.evaluation.results import AFTER, BEFORE, load_predictions
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 from .curves import BLUE, GREEN, INK, RED

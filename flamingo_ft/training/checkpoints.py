@@ -26,9 +26,8 @@ from transformers import TrainerState
 
 from flamingo_ft import atomic, processes
 from flamingo_ft.adapters import restore_trainable, save_adapter
-from flamingo_ft.config import RECIPE_FILE
+from flamingo_ft.config import PREDICTIONS_FILE, RECIPE_FILE
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.results import PREDICTIONS_FILE
 from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import disk_failure
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor

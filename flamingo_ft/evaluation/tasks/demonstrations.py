@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from flamingo_ft.errors import UserError
+from flamingo_ft.evaluation.metrics import Ranked
 from flamingo_ft.formatting import plural
 
 from .task import Example
@@ -99,6 +100,17 @@ def with_shuffled_answers(demonstrations: Sequence[Example], seed: int | str) ->
     shift = max(Counter(answers).values(), default=0)
     given = dict(zip(order, [answers[index] for index in order[shift:] + order[:shift]], strict=True))
     return [replace(example, references=(given[index],)) for index, example in enumerate(demonstrations)]
+
+
+def vote_of(demonstrations: Sequence[Example], labels: Sequence[str] = ()) -> Ranked:
+    """Return the most frequent answer of the demonstrations, of equally frequent ones the latest.
+
+    It needs no model: a model that is no better adds nothing to the choice of demonstrations. labels: the
+    answers to rank; by default those of the demonstrations.
+    """
+    answers = [example.references[0] for example in demonstrations]
+    votes = {answer: answers.count(answer) + place / len(answers) for place, answer in enumerate(answers)}
+    return Ranked({label: votes.get(label, 0.0) for label in labels} if labels else votes)
 
 
 def _eval_rows(generator: np.random.RandomState, rows: int, count: int | None) -> np.ndarray:

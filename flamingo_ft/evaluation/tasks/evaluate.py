@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_ft import atomic
+from flamingo_ft.config import PREDICTIONS_FILE, RESULTS_FILE
 from flamingo_ft.data.sample import display_text
 from flamingo_ft.evaluation.card import check_has_card, write_comparison
 from flamingo_ft.evaluation.metrics import Metric, Ranked
@@ -31,8 +32,6 @@ from .registry import find_task
 from .run import Asked, Protocol, TaskAnswers, controls_of, prepare, run_task
 from .scores import metrics_of, over_seeds, task_record
 from .task import Task
-
-RESULTS_FILE, PREDICTIONS_FILE = "results.json", "predictions.jsonl"
 
 Runs = dict[Protocol, TaskAnswers]  # of one model
 

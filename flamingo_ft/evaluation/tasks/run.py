@@ -20,6 +20,7 @@ from .demonstrations import (
     draw_demonstrations,
     draw_eval_rows,
     nearest_demonstrations,
+    vote_of,
     with_shuffled_answers,
 )
 from .features import cache_folder, image_features
@@ -27,11 +28,12 @@ from .images import check_images
 from .prompts import chat_prompt, few_shot_prompt
 from .task import Example, Task
 
-SHUFFLED_DEMONSTRATIONS = "shuffled_demonstrations"
+SHUFFLED_DEMONSTRATIONS, VOTE = "shuffled_demonstrations", "demonstrations_vote"
 CONTROLS = {
     SHUFFLED: "with the images of another example",
     BLANK: "with gray images",
     SHUFFLED_DEMONSTRATIONS: "with the answers of the demonstrations shuffled",
+    VOTE: "most frequent answer of the demonstrations, without the model",
 }
 Choice = Literal["random", "rices"]
 Form = Literal["chunks", "chat"]
@@ -176,14 +178,17 @@ def run_task(
         answers[name] = answers_of_task(
             predictor, task, changed, changed_questions, batch_size=batch_size, on_batch=on_batch
         )
+    if VOTE in controls:
+        answers[VOTE] = _votes(task, asked)
+        on_batch(len(questions))
     return TaskAnswers(task, protocol, asked, questions, answers, len(questions) / seconds)
 
 
 def controls_of(asked: Asked) -> list[str]:
     """Return the controls that can change anything: those of images, and of demonstrations."""
     names = [SHUFFLED, BLANK] if any(example.images for example in asked.examples) else []
-    several = any(len(shown) > 1 for shown in asked.demonstrations)
-    return [*names, SHUFFLED_DEMONSTRATIONS] if several else names
+    most = max(map(len, asked.demonstrations), default=0)
+    return [*names, *([SHUFFLED_DEMONSTRATIONS] if most > 1 else []), *([VOTE] if most else [])]
 
 
 def _controls(asked: Asked, protocol: Protocol, names: Sequence[str]) -> Iterator[tuple[str, Asked]]:
@@ -192,12 +197,19 @@ def _controls(asked: Asked, protocol: Protocol, names: Sequence[str]) -> Iterato
             yield name, replace(asked, examples=with_other_images(asked.examples, protocol.seed))
         elif name == BLANK:
             yield name, replace(asked, examples=with_gray_images(asked.examples))
-        else:
+        elif name == SHUFFLED_DEMONSTRATIONS:
             shuffled = [
                 with_shuffled_answers(shown, f"{protocol.seed}-{number}")
                 for number, shown in enumerate(asked.demonstrations)
             ]
             yield name, replace(asked, demonstrations=shuffled)
+
+
+def _votes(task: Task, asked: Asked) -> list[Prediction]:
+    pairs = zip(asked.examples, asked.demonstrations, strict=True)
+    if task.ranks_labels:
+        return [vote_of(shown, example.labels) for example, shown in pairs]
+    return [str(vote_of(shown)) for _, shown in pairs]
 
 
 def _has_demonstrations(task: Task, protocol: Protocol) -> bool:

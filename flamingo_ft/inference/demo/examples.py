@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.config import PREDICTIONS_FILE
 from flamingo_ft.data.media import PREVIEW_PREFIX, open_preview
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
 EXAMPLES = 6
-PREDICTIONS_FILE = "predictions.jsonl"  # of a run, beside its adapter
 
 
 def examples_of(run: Path, scratch: Path) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from flamingo_ft.evaluation.tasks.features import image_features
 from flamingo_ft.evaluation.tasks.run import (
     CONTROLS,
     SHUFFLED_DEMONSTRATIONS,
+    VOTE,
     Asked,
     Protocol,
     controls_of,
@@ -109,12 +110,26 @@ def test_controls_change_what_they_are_named_for(predictor, published, monkeypat
     assert shuffled.demonstrations != own.demonstrations
 
 
+@pytest.mark.parametrize("name, shots", [("vqav2", 1), ("imagenet", 3)])
+def test_the_vote_of_the_demonstrations_is_scored_beside_the_model(predictor, published, name, shots):
+    task = find_task(name)
+    prepared, protocol = asked(predictor, task, published, shots=shots)
+    run = run_task(predictor, task, prepared, protocol, [VOTE])
+    for shown, vote in zip(prepared.demonstrations, run.answers[VOTE], strict=True):
+        answers = [example.references[0] for example in shown]
+        most = max(map(answers.count, answers))
+        assert str(vote) == [answer for answer in answers if answers.count(answer) == most][-1]
+    (score, *_) = task_record(run, metrics_of(task))["scores"].values()
+    assert 0 <= score["controls"][VOTE]["value"] <= 1
+
+
 def test_a_control_that_cannot_change_anything_is_left_out():
     text = Example("row", (), "Why?", ("a",))
     image = replace(text, images=("a.png",))
     assert controls_of(Asked([text], [()])) == []
     assert controls_of(Asked([image], [()])) == [SHUFFLED, BLANK]
-    assert controls_of(Asked([text], [(text, text)])) == [SHUFFLED_DEMONSTRATIONS]
+    assert controls_of(Asked([text], [(text,)])) == [VOTE]
+    assert controls_of(Asked([text], [(text, text)])) == [SHUFFLED_DEMONSTRATIONS, VOTE]
 
 
 def test_a_value_lies_in_its_interval_and_differences_are_those_of_the_controls(predictor, published):
