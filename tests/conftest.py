@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flamingo_ft.report import page
+from flamingo_ft.training import train
 
 from . import hub_server, regimes
 
@@ -12,7 +13,7 @@ from . import hub_server, regimes
 # minutes.
 torch.set_num_threads(1)
 
-draw_figures = page.save_figures
+WHOLE_RUN = (page, "save_figures", page.save_figures), (train, "memory_notice", train.memory_notice)
 
 
 def pytest_collection_finish() -> None:
@@ -26,18 +27,20 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_figures():
-    """Leave the figures out of the report of every run: they take longer than a tiny training run itself."""
+def lean_runs():
+    """Let runs draw no figures and plan no memory: both take longer than a tiny run itself."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "save_figures", lambda run: {})
+        patch.setattr(train, "memory_notice", lambda recipe: "memory: not planned (a test)")
         yield
 
 
 @pytest.fixture(scope="module")
-def figures():
-    """Draw the figures nevertheless."""
+def whole_runs():
+    """Let them do both nevertheless."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "save_figures", draw_figures)
+        for part in WHOLE_RUN:
+            patch.setattr(*part)
         yield
 
 

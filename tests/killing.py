@@ -6,6 +6,7 @@ run and not its imports.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -23,6 +24,8 @@ KILLED = -signal.SIGKILL
 PRELOADED = ["flamingo_ft.training.train", "flamingo_ft.config.library", "tests.killing"]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(PRELOADED)
+gc.collect()
+gc.freeze()  # runs that are forked from here do not search what is imported for garbage
 
 
 @dataclass(frozen=True)

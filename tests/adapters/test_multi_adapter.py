@@ -1,5 +1,6 @@
 """Several adapters on one base: each gives its own outputs in use; combinations; errors."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,15 +17,28 @@ from ..thinned import slow_except
 WITH_LORA = (LORA, "lora.perceiver={r: 2}", "trainable.perceiver=false")
 
 
-@pytest.fixture(params=slow_except(["none"], ["none", "nf4"]))
-def folders(request, small_run):
+@pytest.fixture(scope="module", params=slow_except(["none"], ["none", "nf4"]))
+def written(request, trained_start, tmp_path_factory):
     """Write two adapters with LoRA on two parts and a third with only a bridge; return the logits of each."""
+    folder = tmp_path_factory.mktemp("adapters")
+    shutil.copytree(trained_start, folder, dirs_exist_ok=True)
     form = quantized(request.param) if request.param != "none" else ()
-    for seed, (name, overrides) in enumerate({"a": WITH_LORA, "b": WITH_LORA, "c": ()}.items()):
-        model, processor = build(*overrides, *form)
-        shake(model, 0.2, seed)
-        save_adapter(model, processor, Path(name))
-    return {name: logits(*load_adapter(name)) for name in "abc"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for seed, (name, overrides) in enumerate({"a": WITH_LORA, "b": WITH_LORA, "c": ()}.items()):
+            model, processor = build(*overrides, *form)
+            shake(model, 0.2, seed)
+            save_adapter(model, processor, Path(name))
+        return folder, {name: logits(*load_adapter(name)) for name in "abc"}
+
+
+@pytest.fixture
+def folders(written, tmp_path, monkeypatch):
+    """Copy the adapters to the current directory; return the logits of each."""
+    folder, expected = written
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return expected
 
 
 def load_all() -> Adapters:

@@ -1,5 +1,6 @@
 """With its adapter switched off, a model is its base to the bit, and afterwards itself again."""
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -61,8 +62,20 @@ def test_without_a_bridge_from_scratch_text_is_read_by_the_language_model_alone(
     assert not torch.equal(model(input_ids=ids).logits[..., :known], expected[..., :known])
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", BASED)
+PLAIN_CASES = [
+    *((case, "none") for case in BASED),
+    ("LoRA on every part", "nf4"),
+    ("the whole bridge, continued", "nf4"),
+]
+
+
+@pytest.mark.parametrize(
+    "case, form",
+    [
+        pytest.param(*case, marks=() if case in PLAIN_CASES else pytest.mark.slow)
+        for case in product(BASED, ["none", "nf4", "int8"])
+    ],
+)
 def test_without_an_adapter_on_a_bridge_the_model_is_its_base(small_run, case, form):
     regime = "LoRA" if "continued" not in case else ""  # only a frozen bridge can be quantized
     model, processor, bridge = trained(*BASED[case], *quantize(form, regime))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,86 +87,91 @@ def entry_point(monkeypatch):
     return replace
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    """The real command in a process of its own; its last line of stdout names the heavy imports."""
-    script = (
-        "import sys\n"
-        "from flamingo_ft.cli import main\n"
-        "code = main()\n"
-        "print(sorted({'torch', 'transformers', 'open_clip', 'matplotlib', 'datasets'} & set(sys.modules)))\n"
-        "sys.exit(code)\n"
-    )
+HEAVY = {"torch", "transformers", "open_clip", "matplotlib", "datasets"}
+RUN_ALL = f"""
+import contextlib, io, json, sys
+from flamingo_ft.cli import main
+for arguments in json.loads(sys.stdin.read()):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue(), sorted({HEAVY} & set(sys.modules))]))
+"""
+
+
+@dataclass
+class Result:
+    """What a command returned and wrote, and the heavy modules imported by then."""
+
+    code: int
+    out: str
+    err: str
+    imported: list[str]
+
+
+def run_all(commands: Sequence[Sequence[str]]) -> list[Result]:
+    """Run commands one after the other in a process of their own."""
     environment = {**os.environ, "PYTHONPATH": str(Path(flamingo_ft.__file__).parents[1])}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(commands), capture_output=True, text=True,
+        env=environment,
+    )  # fmt: skip
+    results = [Result(*json.loads(line)) for line in done.stdout.splitlines()]
+    assert len(results) == len(commands), done.stderr
+    return results
 
 
 # --- cost and form of help and refusals ---
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["--help"],
-        ["train", "--help"],
-        ["plan", "--help"],
-        ["check", "--help"],
-        ["recipes", "--help"],
-        ["--version"],
-    ],
-)
-def test_help_comes_without_heavy_imports(here, arguments):
-    result = run(*arguments)
-    assert result.returncode == 0 and result.stderr == ""
-    assert result.stdout.splitlines()[-1] == "[]"
+def test_help_comes_without_heavy_imports(here):
+    verbs = ("train", "plan", "check", "eval", "generate", "chat", "recipes")
+    commands = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in verbs)]
+    results = run_all(commands)
+    for arguments, result in zip(commands, results, strict=True):
+        assert (result.code, result.err, result.imported) == (0, "", []), arguments
+    assert all(verb in results[1].out for verb in verbs)
 
 
-def test_help_names_every_verb():
-    output = run("--help").stdout
-    assert all(verb in output for verb in ("train", "plan", "check", "eval", "generate", "chat", "recipes"))
+MISTAKES = [
+    (["train", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
+    (["train", "recipe.yaml", "train.max_steps=ten"], "must be a whole number, got 'ten'"),
+    (
+        ["train", "recipe.yaml", "data.train.0.path=gone"],
+        "relative paths here start from the current directory",
+    ),
+    (["train", "recipe.yaml", "max_steps"], "must be KEY=VALUE"),
+    (["train", "gone.yaml"], "recipe gone.yaml: "),
+    (["plan", "recipe.yaml", "train.batch_size=0"], "must be 1 or more, got 0"),
+    (["plan", "recipe.yaml", "--text-tokens", "0"], "Invalid value for '--text-tokens'"),
+    (["train", "recipe.yaml", "train.output_dir=."], "holds files but no run; choose another"),
+    (["train", "recipe.yaml", "train.output_dir=a.png"], "a.png is a file; choose another"),
+    (["train"], "Missing argument 'RECIPE'; see flamingo-ft train --help"),
+    (["train", "recipe.yaml", "--overwrit"], "No such option: --overwrit"),
+    (["tarin"], "No such command 'tarin'"),
+    (
+        ["eval", "run", "--data", "gone.jsonl"],
+        "'gone.jsonl' does not exist; see flamingo-ft eval --help",
+    ),
+    (["generate", "run", "--prompt", "?", "--image", "gone.png"], "file 'gone.png' does not exist"),
+    (["generate", "run"], "--prompt: missing; ask something, or name an --image to caption"),
+    (["generate", "run", "--data", "a.png"], "--out: missing; name the file to write the answers to"),
+    (["chat"], "Missing argument 'ADAPTER'"),
+    (["generate", "run", "--prompt", "?", "--max-new-tokens", "0"], "greater than or equal to 1"),
+    (["recipes", "copy", "gone"], "recipe"),
+    (["merge", "run"], "Missing argument 'OUT'"),
+    (["merge", "run", "out", "--base", "int8"], "'int8' is not one of 'bf16', 'dequantized'"),
+    (["plan", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
+    (["check", "recipe.yaml", "data.too_lon=error"], "did you mean data.too_long?"),
+]
 
 
-@pytest.mark.parametrize(
-    "arguments, expected",
-    [
-        (["train", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
-        (["train", "recipe.yaml", "train.max_steps=ten"], "must be a whole number, got 'ten'"),
-        (
-            ["train", "recipe.yaml", "data.train.0.path=gone"],
-            "relative paths here start from the current directory",
-        ),
-        (["train", "recipe.yaml", "max_steps"], "must be KEY=VALUE"),
-        (["train", "gone.yaml"], "recipe gone.yaml: "),
-        (["plan", "recipe.yaml", "train.batch_size=0"], "must be 1 or more, got 0"),
-        (["plan", "recipe.yaml", "--text-tokens", "0"], "Invalid value for '--text-tokens'"),
-        (["train", "recipe.yaml", "train.output_dir=."], "holds files but no run; choose another"),
-        (["train", "recipe.yaml", "train.output_dir=a.png"], "a.png is a file; choose another"),
-        (["train"], "Missing argument 'RECIPE'; see flamingo-ft train --help"),
-        (["train", "recipe.yaml", "--overwrit"], "No such option: --overwrit"),
-        (["tarin"], "No such command 'tarin'"),
-        (
-            ["eval", "run", "--data", "gone.jsonl"],
-            "'gone.jsonl' does not exist; see flamingo-ft eval --help",
-        ),
-        (["generate", "run", "--prompt", "?", "--image", "gone.png"], "file 'gone.png' does not exist"),
-        (["generate", "run"], "--prompt: missing; ask something, or name an --image to caption"),
-        (["generate", "run", "--data", "a.png"], "--out: missing; name the file to write the answers to"),
-        (["chat"], "Missing argument 'ADAPTER'"),
-        (["generate", "run", "--prompt", "?", "--max-new-tokens", "0"], "greater than or equal to 1"),
-        (["recipes", "copy", "gone"], "recipe"),
-        (["merge", "run"], "Missing argument 'OUT'"),
-        (["merge", "run", "out", "--base", "int8"], "'int8' is not one of 'bf16', 'dequantized'"),
-        (["plan", "recipe.yaml", "train.max_step=3"], "did you mean train.max_steps?"),
-        (["check", "recipe.yaml", "data.too_lon=error"], "did you mean data.too_long?"),
-    ],
-)
-def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here, arguments, expected):
-    result = run(*arguments)
-    assert result.returncode == 2
-    assert result.stdout.splitlines() == ["[]"]
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ") and expected in line
+def test_a_mistake_is_one_line_with_exit_code_2_and_no_heavy_import(here):
+    results = run_all([arguments for arguments, _ in MISTAKES])
+    for (arguments, expected), result in zip(MISTAKES, results, strict=True):
+        assert (result.code, result.out, result.imported) == (2, "", []), arguments
+        (line,) = result.err.splitlines()
+        assert line.startswith("error: ") and expected in line
 
 
 def test_each_problem_of_a_recipe_is_an_error_line_of_its_own(here, capsys):

@@ -49,7 +49,23 @@ def largest(x: torch.Tensor) -> float:
     return x.abs().max().item()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Widely used families, and one of every kind of layer and cache. The tests of the others are slow.
+COMMON = {
+    "bamba", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox",
+    "gptj", "jamba", "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3",
+    "qwen2", "qwen3", "qwen3_next", "recurrent_gemma", "rwkv", "smollm3", "stablelm", "starcoder2", "xglm",
+    "xlstm", "zamba2",
+}  # fmt: skip
+
+
+def common_first(families) -> list:
+    """The families as parameters, the uncommon ones marked slow."""
+    return [
+        family if family in COMMON else pytest.param(family, marks=pytest.mark.slow) for family in families
+    ]
+
+
+@pytest.mark.parametrize("family", common_first(FAMILIES))
 @torch.no_grad()
 def test_zero_gates_leave_the_language_model_unchanged(family, visual):
     lm = make_tiny(family, vocab_size=VOCABULARY)
@@ -74,22 +90,6 @@ def test_zero_gates_leave_the_language_model_unchanged(family, visual):
     assert largest(with_image[:, :BEFORE] - with_another[:, :BEFORE]) < 1e-6, (
         "an image changes text before it"
     )
-
-
-# Widely used families, and one of every kind of layer and cache. The further tests of the others are slow.
-COMMON = {
-    "bamba", "bloom", "cohere", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neo", "gpt_neox",
-    "gptj", "jamba", "llama", "mamba", "mamba2", "mistral", "mixtral", "mpt", "olmo", "opt", "phi", "phi3",
-    "qwen2", "qwen3", "qwen3_next", "recurrent_gemma", "rwkv", "smollm3", "stablelm", "starcoder2", "xglm",
-    "xlstm", "zamba2",
-}  # fmt: skip
-
-
-def common_first(families) -> list:
-    """The families as parameters, the uncommon ones marked slow."""
-    return [
-        family if family in COMMON else pytest.param(family, marks=pytest.mark.slow) for family in families
-    ]
 
 
 @pytest.mark.parametrize("family", common_first(FAMILIES))

@@ -113,18 +113,14 @@ def all_tensors(model: nn.Module) -> Iterator[Tensor]:
         yield from (tensor for tensor in scales if isinstance(tensor, Tensor))
 
 
-MORE_CASES = (
-    "DoRA, 8-bit AdamW",
-    "LoRA in the tower and the bridge",
-    "a step inside the backward pass, in bf16",
-)
+COMMON_CASES = ("defaults", "nf4, LoRA alone, checkpointing", "dpo, nf4, LoRA, checkpointing")
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "overrides",
     [
-        slow(case, id=name) if name in MORE_CASES else pytest.param(case, id=name)
+        pytest.param(case, id=name) if name in COMMON_CASES else slow(case, id=name)
         for name, case in CASES.items()
     ],
 )
@@ -173,7 +169,7 @@ def test_a_larger_batch_never_needs_less(device):
         pytest.param(["model.language.quantization=int8"], marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [slow("cpu"), "cuda"])
 def test_checkpointing_never_needs_more(device, overrides):
     without = planned(*overrides, device=device)
     assert planned("train.gradient_checkpointing=true", *overrides, device=device).peak <= without.peak
@@ -343,7 +339,7 @@ def test_the_command_prints_tables_or_the_same_as_json(capsys):
     assert torch.cuda.is_available() or record["cpu"]["peak"] > 0
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("device", ["cuda", slow("cpu")])
 def test_a_large_batch_is_planned_from_two_smaller_ones(device, monkeypatch):
     sizes = {"text_tokens": 42, "images": 2}
     large = quickstart("train.batch_size=48")

@@ -14,7 +14,7 @@ from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
 from flamingo_ft.report import curves, final_report, gates, write_report
 from tests.regimes import recipe, write_run
 
-pytestmark = pytest.mark.usefixtures("figures")
+pytestmark = pytest.mark.usefixtures("whole_runs")
 
 REFRESH = 'http-equiv="refresh"'
 

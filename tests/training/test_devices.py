@@ -156,6 +156,7 @@ def fail_to_load_in_rank_1() -> None:
     Predictor.encode = fail
 
 
+@pytest.mark.slow
 def test_a_loading_error_in_one_process_ends_a_sharded_run(tmp_path):
     write_data(tmp_path, MIXED)
     codes, output = train(tmp_path, "two", "train.fsdp=true", *STEPS, spoil=fail_to_load_in_rank_1)

@@ -214,7 +214,7 @@ def shades(small_run):
     write("eval.jsonl", rows[16:])
 
 
-def test_a_model_that_learned_to_look_has_a_gap_clearly_above_zero_everywhere(shades, figures, capsys):
+def test_a_model_that_learned_to_look_has_a_gap_clearly_above_zero_everywhere(shades, whole_runs, capsys):
     options = ("eval.steps=30", "train.max_steps=60", "train.batch_size=8", "eval.answers=false",
                "train.learning_rates.gates=1.0e-2")  # fmt: skip
     metrics = train(recipe(*options, "eval.batch_size=24", "train.lr_scheduler=constant"))

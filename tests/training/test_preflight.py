@@ -72,7 +72,9 @@ def test_a_gpu_failure_while_planning_is_raised(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("leaks", [True, False])
-def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(folder, capsys, leaks):
+def test_train_prints_memory_and_warns_of_held_out_images_that_are_trained_on(
+    folder, whole_runs, capsys, leaks
+):
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     content = (folder / "0.png").read_bytes()
     (folder / "copy.png").write_bytes(

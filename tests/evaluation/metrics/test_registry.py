@@ -113,7 +113,7 @@ def metric():
         del table[metric.name]
 
 
-def test_a_metric_registered_in_one_place_is_everywhere(metric, figures, tmp_path, monkeypatch, capsys):
+def test_a_metric_registered_in_one_place_is_everywhere(metric, whole_runs, tmp_path, monkeypatch, capsys):
     regimes.write_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     evaluated = ("data.eval=[{path: train.jsonl}]", "eval={steps: 1, metric: length_error, keep: best}")

@@ -114,7 +114,7 @@ def test_a_path_in_a_recipe_is_relative_to_it_and_is_not_published(here, monkeyp
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, figures):
+def trained(tmp_path_factory, whole_runs):
     """The folder of `here` with a run that kept the adapter with the best value of the metric."""
     folder = tmp_path_factory.mktemp("shouting")
     regimes.write_run(folder)
