@@ -58,8 +58,10 @@ def train(language: Path, form: str, out: Path) -> Path:
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_base_and_dtype_is_right_matrix_by_matrix(smollm2, tmp_path, form):
     run = train(smollm2 / "first_layers", form, tmp_path / "run")
+    # A matrix is rounded to its dtype once it is made, whatever the format.
+    dtypes = DTYPES if form == "nf4" else (torch.bfloat16,)
     for base in ("bf16", "dequantized"):
-        for dtype in DTYPES:
+        for dtype in dtypes:
             folder = tmp_path / f"{base} {dtype}"
             folder.mkdir()
             verified = write_merged(run, folder, read_processor(run), base=base, dtype=dtype)["verified"]

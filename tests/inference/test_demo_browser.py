@@ -32,7 +32,8 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 RUN = os.environ.get("DEMO_RUN")
-PICTURE = Path(__file__).parents[2] / "docs" / "demo.png"
+ROOT = Path(__file__).parents[2]
+PICTURE, DIGIT = ROOT / "docs" / "demo.png", ROOT / "recipes" / "quickstart" / "images" / "0001.png"
 LONGEST_WAIT = 60  # seconds
 
 
@@ -187,12 +188,12 @@ def test_an_example_is_asked_with_a_click_and_a_new_dialogue_is_empty(visitor, d
 
 
 @pytest.mark.skipif(not RUN, reason="DEMO_RUN is not set: it names the run that the picture is taken of")
-def test_the_picture_of_the_readme_is_written(driver):
+def test_the_picture_of_the_readme_is_written(driver, tmp_path):
     run = Path(RUN)
-    with served_demo(run, examples=examples_of(run, run), max_new_tokens=16) as page:
+    with served_demo(run, examples=examples_of(run, tmp_path), max_new_tokens=16) as page:
         visitor = Visitor(driver, page.url)
         visitor.click("#compare input")
-        visitor.ask("Which digit is this?", run.parents[1] / "recipes/quickstart/images/0001.png")
+        visitor.ask("Which digit is this?", DIGIT)
         visitor.wait_for_answer()
         visitor.map()
         PICTURE.parent.mkdir(exist_ok=True)

@@ -148,7 +148,7 @@ def test_a_bridge_made_to_look_at_a_white_square_is_shown_to_look_there():
 def test_a_trained_model_looks_at_the_image_whose_digit_it_names(tmp_path):
     """With positions of images, and all of them visible: else the first is read at the text between."""
     options = ("model.media_visibility=all_preceding", "model.perceiver.max_num_media=2")
-    options += (f"train.output_dir={tmp_path}", "eval.max_samples=8")
+    options += (f"train.output_dir={tmp_path}", "eval.max_samples=8", "train.max_steps=200")
     assert cli.main(["train", "quickstart", *options]) == 0
     predictor = Predictor.from_pretrained(tmp_path)
     first, second = [], []
