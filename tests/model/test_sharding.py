@@ -83,13 +83,8 @@ def sharded(folder, *overrides: str) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param((), id="bridge", marks=pytest.mark.slow),
-        pytest.param(BRIDGE_AND_LORA, id="bridge and LoRA, checkpointed"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), BRIDGE_AND_LORA], ids=["bridge", "bridge and LoRA, checkpointed"])
 def test_two_processes_with_half_of_the_model_each_learn_what_one_learns(small_run, overrides):
     results = sharded(small_run, *overrides)
     model, processor = prepared(*overrides)

@@ -354,6 +354,7 @@ def test_a_batch_of_millions_is_planned_in_seconds(monkeypatch):
     assert huge.batch.samples == 5_000_000 and huge.peak > 10**12
 
 
+@pytest.mark.slow
 def test_waiting_micro_batches_are_counted_without_being_built():
     steps = (2, 3, 1_000_000)
     two, three, many = (planned(f"train.gradient_accumulation_steps={count}").peak for count in steps)
