@@ -33,7 +33,7 @@ CONTROLS = {
     SHUFFLED: "with the images of another example",
     BLANK: "with gray images",
     SHUFFLED_DEMONSTRATIONS: "with the answers of the demonstrations shuffled",
-    VOTE: "most frequent answer of the demonstrations, without the model",
+    VOTE: "majority of the demonstrations",
 }
 Choice = Literal["random", "rices"]
 Form = Literal["chunks", "chat"]
