@@ -35,11 +35,11 @@ from flamingo_ft.config.train_section import (
 
 __all__ = [
     "METRICS_FILE",
-    "PROBE_FILE",
     "PREDICTIONS_FILE",
+    "PROBE_FILE",
     "RECIPE_FILE",
-    "RESULTS_FILE",
     "RELEASED_PERCEIVER",
+    "RESULTS_FILE",
     "AugmentationSection",
     "CacheSection",
     "CrossAttentionSection",

@@ -87,8 +87,7 @@ def score_answers(
     """Return the log-likelihood (B, K) of each answer's tokens after each prompt, in nats, on the CPU.
 
     prompts: token ids (B, T) of one length, so that there is no padding. media: as for the model's forward.
-    Each answer is read with its prompts if the cache of the language model has no rows to choose from, as
-    RWKV's.
+    The prompts are read once, unless the rows of the language model's cache cannot be selected, as with RWKV.
     """
     reading = _read(model, prompts, media)
     if not hasattr(reading.cache, "reorder_cache"):
@@ -106,7 +105,7 @@ def _score_whole_texts(
     media: Mapping[str, Tensor],
     answers: Sequence[Sequence[int]],
 ) -> Tensor:
-    """Do what `score_answers` does without a cache."""
+    """`score_answers` without a cache: every answer is read with its whole prompt."""
     columns = []
     for answer in answers:
         pairs = score_pairs(model, prompts, media, [answer] * len(prompts), pad_token_id=0)  # of one length

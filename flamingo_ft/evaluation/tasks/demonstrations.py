@@ -105,8 +105,8 @@ def with_shuffled_answers(demonstrations: Sequence[Example], seed: int | str) ->
 def vote_of(demonstrations: Sequence[Example], labels: Sequence[str] = ()) -> Ranked:
     """Return the most frequent answer of the demonstrations, of equally frequent ones the latest.
 
-    It needs no model: a model that is no better adds nothing to the choice of demonstrations. labels: the
-    answers to rank; by default those of the demonstrations.
+    A baseline without a model: it shows how much of a score comes from the choice of demonstrations alone.
+    labels: the answers to rank; by default those of the demonstrations.
     """
     answers = [example.references[0] for example in demonstrations]
     votes = {answer: answers.count(answer) + place / len(answers) for place, answer in enumerate(answers)}
