@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flamingo_ft import atomic
 from flamingo_ft.backbones.quantization import DTYPES, quantization_formats
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.visual_tokens import image_shape, spatial_tokens
 from flamingo_ft.config import CacheSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import GIB
@@ -96,9 +96,7 @@ class FrozenTower:
             )
         self.visual, self.dtype, self.autocast = visual, dtype, autocast
         self.device = next(visual.parameters()).device
-        image_size: Any = visual.image_size
-        size = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
-        trial = torch.randn(BATCH_SIZE, 3, *size, generator=torch.Generator().manual_seed(0))
+        trial = torch.randn(BATCH_SIZE, 3, *image_shape(visual), generator=torch.Generator().manual_seed(0))
         self.batch_size = (
             BATCH_SIZE
             if "int8" not in quantization_formats(visual) and self._is_batch_invariant(trial)

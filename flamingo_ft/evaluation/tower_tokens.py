@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.backbones.language import language_files
-from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.vision import VisionBackbone, load_vision
+from flamingo_ft.backbones.vision import VisionBackbone, load_recipe_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.data.feature_cache import (
@@ -28,7 +27,6 @@ from flamingo_ft.data.sample import Medium
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.added_tokens import add_media_tokens
-from flamingo_ft.processes import default_device
 from flamingo_ft.progress import progress_bars
 
 IMAGES_AT_ONCE = 32
@@ -62,16 +60,7 @@ def read_tokens(recipe: Recipe, media: Mapping[Medium, str], autocast: torch.dty
     Raises:
         UserError: the tower cannot be loaded, or an image cannot be read and data.on_bad_sample is error.
     """
-    vision = recipe.model.vision
-    backbone = load_vision(
-        vision.name,
-        vision.pretrained,
-        quantization=Quantization.of(vision),
-        device=default_device(),
-        image_size=vision.image_size,
-        resize_mode=vision.resize_mode,
-    )
-    reader = _Reader(backbone, recipe, autocast)
+    reader = _Reader(load_recipe_vision(recipe.model.vision), recipe, autocast)
     found = TowerTokens({}, {})
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("encoding images", total=len(media), note="")

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flamingo_ft.backbones.tower import map_to_tokens, spatial_maps, to_picture
+from flamingo_ft.backbones.tower import to_picture
+from flamingo_ft.backbones.visual_tokens import map_to_tokens, spatial_maps
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.attention_maps import attention_maps, record_attention

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from flamingo_ft.backbones.language import LanguageBackbone, language_files, language_folder
 from flamingo_ft.backbones.tower import build_visual, tower_preprocess
-from flamingo_ft.backbones.vision import VisionBackbone, tower_config
+from flamingo_ft.backbones.vision import VisionBackbone, recipe_tower_config
 from flamingo_ft.config import ModelSection
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary, token_id
@@ -94,8 +94,8 @@ class BackboneFiles:
 def backbone_files(model: ModelSection) -> BackboneFiles:
     """Fetch the backbones' files, without weights. Raises UserError for backbones that do not exist."""
     vision, language = model.vision, model.language
-    tower = tower_config(vision.name, vision.pretrained, vision.image_size)
-    return BackboneFiles(tower, vision.resize_mode, *language_files(language.name, language.revision))
+    files = language_files(language.name, language.revision)
+    return BackboneFiles(recipe_tower_config(vision), vision.resize_mode, *files)
 
 
 def eos_token_ids(model: ModelSection) -> int | list[int] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.errors import UserError
 
 from .conditioning import Media, Past, documents_of_media, repeat_rows

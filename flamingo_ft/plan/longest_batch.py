@@ -67,7 +67,7 @@ class Batch:
 def longest_batch(
     recipe: Recipe,
     processor: FlamingoProcessor,
-    image_size: int | tuple[int, int],
+    image_size: tuple[int, int],
     limit: int,
     sizes: Mapping[str, int | None],
 ) -> Batch:
@@ -80,7 +80,6 @@ def longest_batch(
 
     Raises UserError if there is neither data nor a limit.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     tokens, images, where_from = sizes.get("text_tokens"), sizes.get("images"), "as given"
     if tokens is None or images is None:
         longest = longest_sample(recipe, processor, limit) or (limit, 1, "the limit")
@@ -93,7 +92,7 @@ def longest_batch(
             "data.max_text_tokens: got neither data nor a limit to plan for; set it, or --text-tokens"
         )
     answers = 2 if recipe.train.method == "dpo" else 1
-    return Batch(recipe.train.batch_size, tokens, images, (height, width), where_from, answers)
+    return Batch(recipe.train.batch_size, tokens, images, image_size, where_from, answers)
 
 
 def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:

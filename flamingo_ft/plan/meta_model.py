@@ -18,8 +18,9 @@ from flamingo_ft.adapters import add_lora, set_trainable
 from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.quantization import DTYPES, Quantization
-from flamingo_ft.backbones.tower import build_visual, check_quantizable, token_width, tower_preprocess
+from flamingo_ft.backbones.tower import build_visual, check_quantizable, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
+from flamingo_ft.backbones.visual_tokens import token_width
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
 from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.data.render import apply_template

@@ -15,7 +15,7 @@ from trl.kernels import ChunkedLogProbFunction
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.adapters.trainable import frozen_copy
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media

@@ -15,7 +15,7 @@ from trl import DPOConfig, SFTConfig
 from flamingo_ft.adapters import init_bridge, prepare_training
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.vision import load_recipe_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.config.metric_names import result_key
 from flamingo_ft.data import OpenedData
@@ -53,14 +53,7 @@ def build_model(
     frozen as the recipe says. init_batches: batches for the LoRA initialization that needs data (EVA).
     """
     model_config, device = recipe.model, default_device()
-    vision = load_vision(
-        model_config.vision.name,
-        model_config.vision.pretrained,
-        quantization=Quantization.of(model_config.vision, shardable=recipe.train.fsdp),
-        device=device,
-        image_size=model_config.vision.image_size,
-        resize_mode=model_config.vision.resize_mode,
-    )
+    vision = load_recipe_vision(model_config.vision, shardable=recipe.train.fsdp)
     quantization = Quantization.of(model_config.language, shardable=recipe.train.fsdp)
     # Not float32 on a CPU either: converting the matrices in every pass takes as long as multiplying them.
     as_stored = quantization is None and autocast_dtype(recipe.train.precision) == torch.bfloat16

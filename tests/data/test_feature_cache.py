@@ -20,8 +20,9 @@ import torch
 
 from flamingo_ft.adapters.lora import add_lora
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.tower import quantize_tower, spatial_tokens
+from flamingo_ft.backbones.tower import quantize_tower
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import CacheSection, LoraPart, LoraSection
 from flamingo_ft.data import feature_cache, feature_store
 from flamingo_ft.data.feature_cache import FrozenTower, collate_frames, lookup_frame, open_feature_cache
