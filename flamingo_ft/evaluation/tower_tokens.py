@@ -92,7 +92,7 @@ class _Reader:
         if recipe.data.cache is None:
             self.tower = FrozenTower(vision.visual, torch.float32, autocast)
         else:
-            preprocess = self.processor.image_processor.open_clip_preprocess
+            preprocess = self.processor.image_processor.transform_record
             self.cache = open_tower_cache(
                 vision.visual, vision.source, vision.config, preprocess, recipe.data.cache, autocast=autocast
             )
@@ -111,7 +111,7 @@ class _Reader:
         return {medium: tokens.float().mean(0).cpu() for medium, tokens in zip(opened, frames, strict=True)}
 
     def _open(self, medium: Medium, where: str) -> Any:
-        """Return a medium's pixels (F, C, H, W) or, with a cache, its `Frame`s."""
+        """Return a medium's `Views` or, with a cache, its `Frames`."""
         if self.cache is None:
             return load_pixels(self.processor, medium, where)
         loader = CachedFeatureLoader(self.processor, self.cache.store)
@@ -119,8 +119,8 @@ class _Reader:
 
     def _encode(self, media: Sequence[Any]) -> list[Tensor]:
         """Return the tokens (F, V, D) of each medium."""
-        counts = [len(frames) for frames in media]
         if self.cache is None:
-            return list(self.tower.encode(torch.cat(list(media))).split(counts))
+            pixels = [medium.values for medium in media]
+            return list(self.tower.encode(torch.cat(pixels)).split([*map(len, pixels)]))
         tokens = self.cache.complete(collate_frames([media]))["vision_tokens"][0]
-        return [own[:count] for own, count in zip(tokens, counts, strict=True)]
+        return [own[: len(medium.frames)] for own, medium in zip(tokens, media, strict=True)]

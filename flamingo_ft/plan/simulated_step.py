@@ -21,6 +21,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import MediaInput, no_media
 from flamingo_ft.model.parts import is_orthogonalized
+from flamingo_ft.model.tiles import UNTILED
 
 from .compat import LOGPROB_CHUNK_SIZE
 from .cuda_emulation import Device, activation_offload, emulate_device, recompute_contexts
@@ -268,8 +269,10 @@ def _encode_full_media(
     else:
         tokens = spatial_tokens(model.vision_encoder, frames[torch.arange(len(frames) // copies)])
         tokens = tokens[torch.arange(len(tokens)).repeat(copies)]
-    tokens = tokens.unflatten(0, (-1, 1))
-    encoded = model.perceiver(tokens[None], slots[None])[0]
+    views = media.frames.shape[2]
+    tokens = tokens.unflatten(0, (-1, views))
+    grid = UNTILED if views == 1 else (1, max(2, views - 1))  # any grid gives as many latents
+    encoded = model.perceiver(tokens[None], slots[None], grid)[0]
     latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
     latents[rows, slots] = encoded
     return Media(latents, input_ids.new_full((samples,), images))

@@ -23,6 +23,7 @@ from flamingo_ft.data.opened_data import with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.evaluation.select_metrics import higher_is_better
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
+from flamingo_ft.model.build import recipe_options, set_media_options
 from flamingo_ft.model.sharding import shard
 from flamingo_ft.processes import default_device
 
@@ -68,14 +69,10 @@ def build_model(
     model, processor = build_flamingo(
         vision,
         language,
-        cross_attn_every_n_layers=model_config.cross_attn_every_n_layers,
-        media_visibility=model_config.media_visibility,
-        perceiver=model_config.perceiver.model_dump(),
-        cross_attention=model_config.cross_attention.model_dump(),
-        decoder_layers_attr_name=model_config.language.decoder_layers_attr_name,
+        **recipe_options(recipe),
     )
     apply_template(processor, recipe.data)
-    processor.image_processor.video_frames = recipe.data.video_frames
+    set_media_options(processor, recipe.data)
     if model_config.init_from is not None:
         init_bridge(model, model_config.init_from)
     model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps torch's method)
