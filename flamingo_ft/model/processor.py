@@ -23,7 +23,7 @@ from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from .chat_template import answer_template
 from .images import read_image, to_rgb
 from .special_text import protect, tokenize
-from .tiles import Tiling
+from .tiles import UNTILED, Grid, Tiling
 from .views import Views, stack_media
 
 # Flamingo's own format (arXiv:2204.14198, figure 7), for language models without a chat template. The space
@@ -74,9 +74,17 @@ class FlamingoImageProcessor(BaseImageProcessor):
         if self.tiling is None:
             return Views(self.transform(image)[None])
         picture = to_rgb(image)
-        grid = self.tiling.grid(*picture.size, self.input_size)
+        grid = self.grid_of(picture)
         parts = self.tiling.views(picture, grid, self.input_size, self._resampling)
         return Views(torch.stack([self._transform(part) for part in parts]), grid)
+
+    def grid_of(self, picture: Image.Image) -> Grid:
+        """Return the grid of tiles that a picture is divided into."""
+        return UNTILED if self.tiling is None else self.tiling.grid(*picture.size, self.input_size)
+
+    def view_count(self, picture: Image.Image) -> int:
+        """Return how many views of a picture the tower gets."""
+        return 1 if self.tiling is None else len(self.tiling.view_names(self.grid_of(picture)))
 
     @property
     def tiling(self) -> Tiling | None:
