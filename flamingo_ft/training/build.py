@@ -232,4 +232,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "log_level": "error",
         "remove_unused_columns": False,
         "max_length": None,
+        # The routers of a mixture of experts are frozen, and TRL 1.16 cannot read the number of experts from the
+        # configuration of every family (Mixtral, Granite).
+        "router_aux_loss_coef": 0.0,
     }
