@@ -19,8 +19,8 @@ KEY_MAPPING = {
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the configuration of the causal language model in ``config``; else ``config`` itself.
 
-    Embeddings are tied if either configuration says so: some state it in one of the two, and transformers does
-    not tie matrices that the file has both of and that differ. The record of a quantized checkpoint goes with
+    Embeddings are tied if either of the two says so: some checkpoints state it in one, and transformers does
+    not tie two matrices that are both in the file and differ. The record of a quantized checkpoint goes with
     it, so that it is not quantized again.
     """
     text = config.get_text_config(decoder=True)

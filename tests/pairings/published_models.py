@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,17 @@ SIZES = {
 }  # fmt: skip
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 THINK = ("<think>", "</think>")
+LINE_BREAKS = tuple("\n" * count for count in range(1, 5))  # tokens of their own in Gemma
 
 
 @dataclass(frozen=True)
 class PublishedModel:
     """A released language model in small.
 
-    name: on the Hub. template: a file in `RECORDED` or `IN_TRL`. config: what its config.json has besides
-    the sizes. stops: the eos_token_id of its generation_config.json, as tokens. answer: the text in the loss
-    for an answer. reasoned: for a last answer "<think>\\nr1\\n</think>\\n\\nSeven."; None if it is refused.
-    has_system: whether the template accepts a system message.
+    name: on the Hub. template: a file in `RECORDED` or `IN_TRL`. stops: what ends an answer according to its
+    generation_config.json. answer: the text in the loss for an answer, last: for the last answer, if that
+    differs. earlier: for an answer before the last one, if the template drops its reasoning. config: what its
+    config.json has besides the sizes. has_system: whether the template accepts a system message.
     """
 
     name: str
@@ -44,13 +44,13 @@ class PublishedModel:
     tokenizer: PublishedTokenizer
     stops: tuple[str, ...]
     answer: str
-    reasoned: str | None
     config: dict[str, Any] = field(default_factory=dict)
+    last: str | None = None
+    earlier: str | None = None
     has_system: bool = True
 
-    @property
-    def chat_template(self) -> str:
-        return self.template.read_text(encoding="utf-8")
+    def __str__(self) -> str:
+        return self.name.partition("/")[2]
 
 
 QWEN_TOKENS = PublishedTokenizer(
@@ -58,7 +58,6 @@ QWEN_TOKENS = PublishedTokenizer(
     not_special=THINK, options={"add_bos_token": False, "add_prefix_space": False},
 )  # fmt: skip
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-REASONED = "<think>\nr1\n</think>\n\nSeven."
 
 MODELS = (
     PublishedModel(
@@ -68,8 +67,8 @@ MODELS = (
         QWEN_TOKENS,
         stops=("<|im_end|>", "<|endoftext|>"),
         answer="{}<|im_end|>",
-        reasoned=f"{REASONED}<|im_end|>",
         config={"head_dim": 16, "tie_word_embeddings": True, "rope_theta": 1e6, "max_window_layers": 36},
+        earlier="{}<|im_end|>",
     ),
     PublishedModel(
         "Qwen/Qwen2.5-7B-Instruct",
@@ -81,7 +80,6 @@ MODELS = (
         ),
         stops=("<|im_end|>", "<|endoftext|>"),
         answer="{}<|im_end|>",
-        reasoned=f"{REASONED}<|im_end|>",
         config={"tie_word_embeddings": False, "rope_theta": 1e6, "use_sliding_window": False},
     ),
     PublishedModel(
@@ -98,7 +96,6 @@ MODELS = (
         ),
         stops=("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"),
         answer="{}<|eot_id|>",
-        reasoned=f"{REASONED}<|eot_id|>",
         config={
             "tie_word_embeddings": True, "head_dim": 8,
             "rope_parameters": {
@@ -113,19 +110,20 @@ MODELS = (
         IN_TRL / "gemma3.jinja",
         PublishedTokenizer(
             "gemma", "GemmaTokenizer", bos="<bos>", eos="<eos>", pad="<pad>", unk="<unk>",
-            added=("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"),
-            adds_bos=True, options={"add_bos_token": True, "add_eos_token": False},
+            added=(
+                "<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *LINE_BREAKS,
+            ),
+            not_special=LINE_BREAKS, adds_bos=True, options={"add_bos_token": True, "add_eos_token": False},
         ),
         stops=("<eos>", "<end_of_turn>"),
         answer="{}<end_of_turn>",
-        reasoned=f"{REASONED}<end_of_turn>",
         config={
             "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16, "num_hidden_layers": 6,
             "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
         },
     ),
     PublishedModel(
-        "mistralai/Mistral-7B-Instruct-v0.3",
+        "mistralai/Mistral-7B-Instruct-v0.1",
         "mistral",
         RECORDED / "mistral_7b.jinja",
         PublishedTokenizer(
@@ -135,8 +133,7 @@ MODELS = (
         ),
         stops=("</s>",),
         answer="{}</s>",
-        reasoned=f"{REASONED}</s>",
-        config={"tie_word_embeddings": False, "sliding_window": 16, "head_dim": 8, "rope_theta": 1e6},
+        config={"tie_word_embeddings": False, "sliding_window": 16, "head_dim": 8, "rope_theta": 1e4},
         has_system=False,
     ),
     PublishedModel(
@@ -151,7 +148,7 @@ MODELS = (
         ),
         stops=("<|end|>", "<|endoftext|>"),
         answer="{}<|end|>",
-        reasoned=f"{REASONED}<|end|>",
+        last="{}<|end|><|endoftext|>",
         config={
             "tie_word_embeddings": True, "sliding_window": 262144, "original_max_position_embeddings": 256,
             "rope_parameters": {
@@ -173,7 +170,6 @@ MODELS = (
         ),
         stops=("<|im_end|>",),
         answer="{}<|im_end|>",
-        reasoned=f"{REASONED}<|im_end|>",
         config={"tie_word_embeddings": True, "no_rope_layer_interval": 4, "rope_theta": 5e6},
     ),
     PublishedModel(
@@ -187,7 +183,6 @@ MODELS = (
         ),
         stops=("<|endoftext|>",),
         answer="{}<|endoftext|>",
-        reasoned=f"{REASONED}<|endoftext|>",
         config={"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 5e5},
     ),
     PublishedModel(
@@ -202,7 +197,6 @@ MODELS = (
         ),
         stops=("<|end_of_text|>",),
         answer="{}<|end_of_text|>",
-        reasoned=f"{REASONED}<|end_of_text|>",
         config={
             "tie_word_embeddings": True, "position_embedding_type": "nope",
             "layer_types": ["mamba", "mamba", "attention", "mamba"],
@@ -224,7 +218,7 @@ MODELS = (
         ),
         stops=(END,),
         answer="{}" + END,
-        reasoned=None,
+        earlier="\n\n{}" + END,
         config={"tie_word_embeddings": False, "rope_theta": 1e4, "use_sliding_window": False},
     ),
     PublishedModel(
@@ -238,7 +232,6 @@ MODELS = (
         ),
         stops=("<|im_end|>",),
         answer="{}<|im_end|>",
-        reasoned=f"{REASONED}<|im_end|>",
         config={
             "layer_types": ["conv", "conv", "full_attention", "conv"], "tie_word_embeddings": True,
             "block_auto_adjust_ff_dim": False,
@@ -251,12 +244,12 @@ MODELS = (
         QWEN_TOKENS,
         stops=("<|im_end|>", "<|endoftext|>"),
         answer="{}<|im_end|>",
-        reasoned=f"{REASONED}<|im_end|>",
         config={
             "layer_types": ["linear_attention"] * 3 + ["full_attention"], "tie_word_embeddings": True,
             "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
             "linear_value_head_dim": 8,
         },
+        earlier="{}<|im_end|>",
     ),
 )  # fmt: skip
 
@@ -264,15 +257,14 @@ MODELS = (
 def write_model(folder: Path, model: PublishedModel, seed: int = 0) -> Path:
     """Write a tiny random model with the files of a Hub repository."""
     folder.mkdir(parents=True)
-    tokens = write_tokenizer(folder, model.tokenizer, model.chat_template)
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    ids = {entry["content"]: entry["id"] for entry in vocabulary}
-    special = {f"{name}_token_id": ids.get(getattr(model.tokenizer, name)) for name in ("bos", "eos", "pad")}
+    tokenizer = write_tokenizer(folder, model.tokenizer, model.template.read_text(encoding="utf-8"))
+    tokens = {role: getattr(model.tokenizer, role) for role in ("bos", "eos", "pad")}
+    ids = {f"{role}_token_id": token and tokenizer.token_to_id(token) for role, token in tokens.items()}
     # Released vocabularies are padded: the matrix has rows that no token uses.
-    sizes = {**SIZES, "vocab_size": 64 * (tokens // 64 + 2)}
-    config = AutoConfig.for_model(model.model_type, **{**sizes, **special, **model.config})
+    sizes = {**SIZES, "vocab_size": 64 * (tokenizer.get_vocab_size() // 64 + 2)}
+    config = AutoConfig.for_model(model.model_type, **{**sizes, **ids, **model.config})
     torch.manual_seed(seed)
     lm = AutoModelForCausalLM.from_config(config)
-    lm.generation_config.eos_token_id = [ids[stop] for stop in model.stops]
+    lm.generation_config.eos_token_id = [tokenizer.token_to_id(stop) for stop in model.stops]
     lm.save_pretrained(folder)
     return folder

@@ -97,8 +97,8 @@ def _train(tokenizer: Tokenizer, **options: Any) -> None:
     tokenizer.train_from_iterator([TEXT] * 20, trainer)
 
 
-def write_tokenizer(folder: Path, published: PublishedTokenizer, chat_template: str) -> int:
-    """Write tokenizer.json, tokenizer_config.json and the chat template. Return the number of tokens."""
+def write_tokenizer(folder: Path, published: PublishedTokenizer, chat_template: str) -> Tokenizer:
+    """Write tokenizer.json, tokenizer_config.json and the chat template. Return the tokenizer."""
     tokenizer = KINDS[published.kind](published)
     special = [token for token in published.added if token not in published.not_special]
     # One by one, since ids follow the order of the calls.
@@ -112,7 +112,7 @@ def write_tokenizer(folder: Path, published: PublishedTokenizer, chat_template: 
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(_config(published), ensure_ascii=False))
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
-    return tokenizer.get_vocab_size()
+    return tokenizer
 
 
 def _added(token: str, special: Sequence[str]) -> AddedToken:
