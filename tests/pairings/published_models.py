@@ -59,6 +59,8 @@ QWEN_TOKENS = PublishedTokenizer(
 )  # fmt: skip
 BEGIN, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
+QWEN3_4B = {"head_dim": 16, "tie_word_embeddings": True, "rope_theta": 1e6, "max_window_layers": 36}
+
 MODELS = (
     PublishedModel(
         "Qwen/Qwen3-4B",
@@ -67,8 +69,17 @@ MODELS = (
         QWEN_TOKENS,
         stops=("<|im_end|>", "<|endoftext|>"),
         answer="{}<|im_end|>",
-        config={"head_dim": 16, "tie_word_embeddings": True, "rope_theta": 1e6, "max_window_layers": 36},
+        config=QWEN3_4B,
         earlier="{}<|im_end|>",
+    ),
+    PublishedModel(
+        "Qwen/Qwen3-4B-Instruct-2507",
+        "qwen3",
+        IN_TRL / "qwen3_instruct_2507.jinja",
+        QWEN_TOKENS,
+        stops=("<|im_end|>", "<|endoftext|>"),
+        answer="{}<|im_end|>",
+        config=QWEN3_4B | {"rope_theta": 5e6},
     ),
     PublishedModel(
         "Qwen/Qwen2.5-7B-Instruct",
