@@ -35,4 +35,4 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
 def record_tying(model: PreTrainedModel) -> None:
     """Make the configuration say whether the loaded model's head shares the matrix of its embeddings."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    model.config.tie_word_embeddings = head.weight is embeddings.weight
+    model.config.tie_word_embeddings = getattr(head, "weight", None) is embeddings.weight

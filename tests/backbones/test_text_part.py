@@ -22,7 +22,7 @@ CLASSES = {
     "gemma3": "Gemma3ForCausalLM",
     "gemma4": "Gemma4ForCausalLM",
     "llava_next": "LlamaForCausalLM",
-    "mistral3": "MistralForCausalLM",
+    "mistral3": "Ministral3ForCausalLM",
     "qwen3_5": "Qwen3_5ForCausalLM",
 }
 # Names as before transformers 5: of the released Gemma 3 and Ministral 3.
@@ -32,6 +32,8 @@ OLDER_NAMES = {r"^model\.language_model\.": "language_model.model.", r"^lm_head\
 def write_checkpoint(folder: Path, family: str, **changes) -> PreTrainedModel:
     """Write a tiny random vision-language model and a tokenizer; return the model."""
     config = tiny_config(CONFIG_MAPPING[family], 320)
+    if family == "mistral3":  # as in Ministral 3; Mistral Small 3 has a mistral
+        config.text_config = tiny_config(CONFIG_MAPPING["ministral3"], 320)
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
