@@ -80,6 +80,8 @@ def test_the_reasoning_of_the_last_answer_has_labels(released):
     before = model.earlier.format("Seven.") if model.earlier else model.answer.format(first)
     assert labelled_text(processor, encoded) == before + answers(model, second)
     assert encoded.rewritten == (model.earlier is not None)
+    for mark in {"<think>", "</think>"} & {*model.tokenizer.added}:
+        assert encoded.labels.count(processor.tokenizer.convert_tokens_to_ids(mark)) == 2 - encoded.rewritten
 
 
 def test_a_prompt_begins_with_one_bos_token_if_the_template_writes_one(released):
@@ -100,6 +102,28 @@ def test_generation_ends_where_the_answer_ends_in_training_and_at_every_publishe
     labels = [label for label in encode(processor, DIALOGUE).labels if label != IGNORED]
     assert {*published, labels[-1]} <= {*stops}
     assert processor.decode(published, skip_special_tokens=True) == ""
+
+
+@pytest.mark.parametrize("prompt", ["/no_think", "/no_think Be brief."])
+def test_a_system_prompt_turns_off_the_thinking_of_smollm3(prompt, tmp_path):
+    smollm3 = next(model for model in MODELS if model.model_type == "smollm3")
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "lm", smollm3))
+    processor = processor_of(tokenizer, system_prompt=prompt)
+    asked = tokenizer.decode(encode_prompt(processor, DIALOGUE[:1]))
+    assert asked.endswith("<|im_start|>assistant\n<think>\n\n</think>\n")
+    assert "Reasoning Mode: /no_think" in asked and ("Be brief." in asked) == ("Be brief." in prompt)
+    encoded = encode(processor, DIALOGUE[:4])
+    assert labelled_text(processor, encoded) == "Dark.<|im_end|>Yes.<|im_end|>"
+
+
+def test_a_system_prompt_may_be_the_one_that_the_template_writes_anyway(tmp_path):
+    qwen = next(model for model in MODELS if model.name == "Qwen/Qwen2.5-7B-Instruct")
+    tokenizer = AutoTokenizer.from_pretrained(write_model(tmp_path / "lm", qwen))
+    own = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+    with_own, without = (
+        encode_prompt(processor_of(tokenizer, system_prompt=text), DIALOGUE[:1]) for text in (own, None)
+    )
+    assert with_own == without and own in tokenizer.decode(without)
 
 
 @pytest.mark.parametrize("name", [model for model in MODELS if not model.has_system], ids=str)
