@@ -186,7 +186,7 @@ def _check_system_prompt(processor: FlamingoProcessor, prompt: str, template: st
 
 
 def _rendered_or_none(processor: FlamingoProcessor, dialogue: list[dict]) -> str | None:
-    """Return the text of a dialogue; None if the template refuses it, perhaps as it lacks a system message."""
+    """Return the text of a dialogue; None if the template refuses it, as some do without a system message."""
     try:
         return render_dialogue(processor, dialogue)[0]
     except UserError:
