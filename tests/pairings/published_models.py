@@ -134,6 +134,28 @@ MODELS = (
         },
     ),
     PublishedModel(
+        "google/gemma-4-E2B-it",
+        "gemma4_text",
+        IN_TRL / "gemma4_v5.jinja",
+        PublishedTokenizer(
+            "gemma", "GemmaTokenizer", bos="<bos>", eos="<eos>", pad="<pad>", unk="<unk>",
+            added=(
+                "<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|channel>", "<channel|>",
+                "<|think|>", *LINE_BREAKS,
+            ),
+            not_special=LINE_BREAKS, adds_bos=True, options={"add_bos_token": True, "add_eos_token": False},
+        ),
+        stops=("<eos>", "<turn|>"),
+        answer="{}<turn|>",
+        config={
+            "head_dim": 16, "global_head_dim": 16, "sliding_window": 16, "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"] + ["sliding_attention"] * 2
+            + ["full_attention"],
+            "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 3, "num_key_value_heads": 1,
+            "final_logit_softcapping": 30.0,
+        },
+    ),
+    PublishedModel(
         "mistralai/Mistral-7B-Instruct-v0.1",
         "mistral",
         RECORDED / "mistral_7b.jinja",
@@ -272,7 +294,10 @@ def write_model(folder: Path, model: PublishedModel, seed: int = 0) -> Path:
     tokens = {role: getattr(model.tokenizer, role) for role in ("bos", "eos", "pad")}
     ids = {f"{role}_token_id": token and tokenizer.token_to_id(token) for role, token in tokens.items()}
     # Released vocabularies are padded: the matrix has rows that no token uses.
-    sizes = {**SIZES, "vocab_size": 64 * (tokenizer.get_vocab_size() // 64 + 2)}
+    rows = 64 * (tokenizer.get_vocab_size() // 64 + 2)
+    sizes = {**SIZES, "vocab_size": rows}
+    if "hidden_size_per_layer_input" in model.config:
+        sizes["vocab_size_per_layer_input"] = rows
     config = AutoConfig.for_model(model.model_type, **{**sizes, **ids, **model.config})
     torch.manual_seed(seed)
     lm = AutoModelForCausalLM.from_config(config)
