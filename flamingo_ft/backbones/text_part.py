@@ -23,7 +23,7 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
     not tie two matrices that are both in the file and differ. The record of a quantized checkpoint goes with
     it, so that it is not quantized again.
     """
-    text = config.get_text_config(decoder=True)
+    text = config.get_text_config()
     if text is config or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return config
     text.tie_word_embeddings |= config.tie_word_embeddings

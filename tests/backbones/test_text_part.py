@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from flamingo_ft.adapters import load_adapter, save_adapter
 from flamingo_ft.backbones.language import language_files, load_language
+from flamingo_ft.backbones.text_part import text_part
 from flamingo_ft.errors import UserError
 from tests.hub_folders import bytes_tokenizer
 from tests.model.tiny_language_models import tiny_config
@@ -29,7 +37,9 @@ CLASSES = {
 OLDER_NAMES = {r"^model\.language_model\.": "language_model.model.", r"^lm_head\.": "language_model.lm_head."}
 
 
-def write_checkpoint(folder: Path, family: str, **changes) -> PreTrainedModel:
+def write_checkpoint(
+    folder: Path, family: str, auto_class: Any = AutoModelForImageTextToText, **changes: Any
+) -> PreTrainedModel:
     """Write a tiny random vision-language model and a tokenizer; return the model."""
     config = tiny_config(CONFIG_MAPPING[family], 320)
     if family == "mistral3":  # as in Ministral 3; Mistral Small 3 has a mistral
@@ -37,7 +47,7 @@ def write_checkpoint(folder: Path, family: str, **changes) -> PreTrainedModel:
     for name, value in changes.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config).eval()
+    model = auto_class.from_config(config).eval()
     model.save_pretrained(folder)
     bytes_tokenizer().save_pretrained(folder)
     return model
@@ -53,6 +63,22 @@ def test_it_computes_what_the_whole_model_computes_for_text(family, tmp_path):
     towers = ("vision_tower", "visual", "vision_encoder", "multi_modal_projector")
     assert not [name for name, _ in loaded.named_parameters() if any(tower in name for tower in towers)]
     assert type(language_files(str(tmp_path))[0]) is type(loaded.config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["fuyu", "gemma3n", "got_ocr2", "llama4", "qwen3_5_moe", "qwen4_exp"])
+@torch.no_grad()
+def test_it_computes_what_transformers_own_causal_class_computes(family, tmp_path):
+    whole = write_checkpoint(tmp_path, family, AutoModelForCausalLM)
+    loaded = load_language(str(tmp_path)).model
+    assert loaded.config.model_type != family
+    torch.testing.assert_close(loaded(TEXT).logits, whole(input_ids=TEXT).logits)
+
+
+@pytest.mark.parametrize("family", ["bart", "llama", "whisper"])
+def test_other_configurations_are_left_as_they_are(family):
+    config = tiny_config(CONFIG_MAPPING[family], 320)
+    assert text_part(config) is config
 
 
 @pytest.mark.parametrize("tied", [True, False])
