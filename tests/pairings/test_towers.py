@@ -10,8 +10,8 @@ import torch
 from flamingo_ft.adapters import save_adapter
 from flamingo_ft.adapters.load import load_whole_model
 from flamingo_ft.adapters.merge import write_merged
-from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from tests.regimes import build, trainer, write_run
 from tests.thinned import slow_except
 
