@@ -64,7 +64,7 @@ class VisionSection(Section):
 
 
 class LanguageSection(Section):
-    """The frozen language model: any causal language model of transformers."""
+    """The frozen language model: any causal language model of transformers, or a vision-language model's."""
 
     name: LanguageName
     """The language model: `nano` (comes with the package), a repository on the Hugging Face Hub, or a folder

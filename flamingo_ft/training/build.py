@@ -222,4 +222,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "log_level": "error",
         "remove_unused_columns": False,
         "max_length": None,
+        # The routers of a mixture of experts are frozen, so there is nothing to balance. Besides, TRL 1.16
+        # does not find the number of experts in some configurations (Mixtral, Granite).
+        "router_aux_loss_coef": 0.0,
     }
