@@ -210,6 +210,12 @@ def _check_training(train: TrainSection, trainable: TrainableSection) -> Errors:
             "got bf16 with train.precision fp16, which needs fp32 weights; use fp32, or train.precision bf16",
         )
 
+    if train.neftune_noise_alpha is not None and train.method != "sft":
+        yield (
+            ("train", "neftune_noise_alpha"),
+            f"{train.method} compares probabilities, which noise changes; use method sft, or set it to null",
+        )
+
 
 def _check_evaluation(evaluation: EvalSection, data: DataSection) -> Errors:
     if evaluation.steps is None:
@@ -233,7 +239,7 @@ def _check_evaluation(evaluation: EvalSection, data: DataSection) -> Errors:
 def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
     """Reject learning rates and weight decays of parts that are not trained: they have no effect."""
     trained = trainable.model_dump(exclude={"dtype"}) | {"lora": bool(lora.parts)}
-    trained["gates"] = trained[CROSS_ATTENTION.name]
+    trained |= {"gates": trained[CROSS_ATTENTION.name], "loraplus_lr_ratio": trained["lora"]}
     for section in ("learning_rates", "weight_decays"):
         for part in getattr(train, section).model_dump(exclude_none=True):
             if not trained[part]:
@@ -241,7 +247,7 @@ def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lor
 
 
 def _why_unused(section: str, part: str, has_lora: bool) -> str:
-    if part == "lora":
+    if part in ("lora", "loraplus_lr_ratio"):
         return "has no effect, because no part has LoRA; remove it, or configure lora for a part"
     if has_lora:
         return f"has no effect, because the part is trained through LoRA; use train.{section}.lora"

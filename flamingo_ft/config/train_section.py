@@ -36,6 +36,10 @@ class RatesSection(Section):
     learn at the rate of the blocks: they change text without images too."""
     lora: Rate | None = None
     """Peak learning rate of all LoRA weights. null: train.learning_rate."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+ (arXiv:2402.12354): learning rate of LoRA's B matrices, which start at zero, and of DoRA's
+    magnitudes, as a multiple of that of the A matrices, which keep theirs. The authors recommend 16 with half
+    the usual rate in lora. Try it if LoRA learns slowly. null: the same for both."""
 
 
 @with_keys(
@@ -121,6 +125,11 @@ class TrainSection(Section):
     cosine)."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient clipping: a gradient with a larger norm is scaled down to this norm."""
+    neftune_noise_alpha: Annotated[float, Field(gt=0)] | None = None
+    """NEFTune (arXiv:2310.05914): add uniform noise to the text embeddings during training, up to
+    alpha / sqrt(tokens per row * width) in either direction. 5 to 15 are usual. Raise it against overfitting
+    when a small dataset has long answers. Images, evaluations and the saved adapter have no noise. Only with
+    method sft. null: none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass instead of storing them: less memory for about a third more
     time."""

@@ -206,6 +206,7 @@ def _common_arguments(recipe: Recipe) -> dict[str, Any]:
         "optim": OPTIMIZERS[train_config.optimizer],
         "activation_checkpointing": train_config.gradient_checkpointing,
         "activation_offloading": train_config.activation_offload,
+        "neftune_noise_alpha": train_config.neftune_noise_alpha,
         "logging_steps": train_config.logging_steps,
         "logging_nan_inf_filter": False,  # by default Trainer hides NaN losses in the log
         "seed": train_config.seed,
