@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from flamingo_ft.config.method_sections import DpoSection, GrpoSection, KtoSection
 from flamingo_ft.config.metric_names import AnswerMetricName, MetricName
 from flamingo_ft.config.section import LAX, Count, OutputPath, Section, with_keys
 from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, Part
@@ -59,23 +60,6 @@ class DecaysSection(Section):
     """Weight decay of all LoRA matrices. null: train.weight_decay."""
 
 
-class DpoSection(Section):
-    """Settings of direct preference optimization (DPO, arXiv:2305.18290).
-
-    They apply if train.method is dpo.
-    """
-
-    beta: Annotated[float, Field(gt=0)] = 0.1
-    """Strength of the penalty for moving away from the reference model, which is the model before training.
-    Larger values keep the model closer to it."""
-    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
-    """Loss function: sigmoid (the original DPO), hinge (SLiC, arXiv:2305.10425) or ipo (IPO,
-    arXiv:2310.12036)."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed fraction of pairs whose preference is labelled the wrong way round (robust DPO,
-    arXiv:2403.00409). Raise it for noisy preferences. Only with the sigmoid loss."""
-
-
 class TrainSection(Section):
     """Training: method, length, optimization, checkpoints and logging. Set either max_steps or epochs."""
 
@@ -86,11 +70,17 @@ class TrainSection(Section):
     output_dir: OutputPath
     """Folder for everything the run writes, relative to the current directory. It has to be new or empty,
     unless the run is resumed."""
-    method: Literal["sft", "dpo"] = "sft"
+    method: Literal["sft", "dpo", "kto", "grpo"] = "sft"
     """sft: supervised fine-tuning on the answers. dpo: direct preference optimization on pairs of a chosen
-    and a rejected answer."""
+    and a rejected answer. kto: Kahneman-Tversky optimization on answers labelled good or bad, or on pairs.
+    grpo: group relative policy optimization, on the model's own answers, scored by a metric. All but sft need
+    a model that answers already (model.init_from)."""
     dpo: DpoSection = DpoSection()
     """Settings of DPO."""
+    kto: KtoSection = KtoSection()
+    """Settings of KTO."""
+    grpo: GrpoSection = GrpoSection()
+    """Settings of GRPO."""
     max_steps: Count | None = None
     """Length of the run in optimizer steps. Set either this or epochs."""
     epochs: Annotated[float, Field(gt=0)] | None = None
@@ -99,11 +89,13 @@ class TrainSection(Section):
     skipped or dropped count as drawn; with data.packing, the number of packed rows is estimated from the
     first 1,000 samples. Not available for streamed sources. Set either this or max_steps."""
     batch_size: Count = 8
-    """Samples per device and forward pass (with dpo, pairs of answers; with data.packing, packed rows). If
-    memory runs out, lower it and raise gradient_accumulation_steps by the same factor."""
+    """Samples per device and forward pass (with dpo, pairs of answers; with grpo, sampled answers, of which
+    num_generations belong to a question; with data.packing, packed rows). If memory runs out, lower it and
+    raise gradient_accumulation_steps by the same factor."""
     gradient_accumulation_steps: Count = 1
     """Forward passes per optimizer step. The loss is averaged over the label tokens of all of them, so the
-    result equals that of one large batch."""
+    result equals that of one large batch. (Except with kto, which compares answers within a forward pass,
+    the sft loss of dpo, and grpo.)"""
     learning_rate: Rate | None = None
     """Peak learning rate, for every part without its own in learning_rates. null: 1e-3 for a new
     bridge, 1e-4 for LoRA and for a bridge from model.init_from. Lower it if the loss is unstable."""
@@ -176,6 +168,11 @@ class TrainSection(Section):
     push_to_hub: Annotated[str, Field(pattern=r"^[^/\s]+/[^/\s]+$")] | None = None
     """Hugging Face Hub repository, as org/name, that each checkpoint and the final adapter are uploaded to.
     Created as a private repository if it does not exist. null: nothing is uploaded."""
+
+    @property
+    def samples_per_batch(self) -> int:
+        """How many samples of the data a forward pass takes on each device."""
+        return self.batch_size // (self.grpo.num_generations if self.method == "grpo" else 1)
 
 
 class EvalSection(Section):

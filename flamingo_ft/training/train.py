@@ -48,7 +48,7 @@ from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
 from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
-from .trainer import FlamingoDpoTrainer, FlamingoTrainer
+from .trainer import FlamingoTrainerMixin
 
 LEFT_OUT_FILE = "left_out.jsonl"
 FINAL_GAP_SAMPLES = 256  # held-out samples for the image loss gap of a run without eval.steps
@@ -223,7 +223,7 @@ def _callbacks(
 
 
 def _prepare_eval_batches(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: FlamingoTrainerMixin,
     evaluator: Evaluator,
     samples: Sequence[Sample],
     processor: FlamingoProcessor,
@@ -269,7 +269,7 @@ def _evaluate_before(
 
 
 def _train(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: FlamingoTrainerMixin,
     data: OpenedData,
     recipe: Recipe,
     checkpoint: Path | None,
