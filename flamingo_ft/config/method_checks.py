@@ -123,7 +123,7 @@ def _check_grpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Er
     if train.activation_offload:
         yield (
             ("train", "activation_offload"),
-            "TRL's GRPO cannot offload activations; set it to false (gradient_checkpointing also saves memory)",
+            "grpo cannot offload activations; set it to false (gradient_checkpointing also saves memory)",
         )
     if data.cache:
         yield (

@@ -170,6 +170,11 @@ class TrainSection(Section):
     Created as a private repository if it does not exist. null: nothing is uploaded."""
 
     @property
+    def has_reference(self) -> bool:
+        """Whether a frozen copy of the trained weights is kept, to compare the model with."""
+        return self.method in ("dpo", "kto") or (self.method == "grpo" and self.grpo.beta > 0)
+
+    @property
     def samples_per_batch(self) -> int:
         """How many samples of the data a forward pass takes on each device."""
         return self.batch_size // (self.grpo.num_generations if self.method == "grpo" else 1)
