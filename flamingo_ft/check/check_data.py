@@ -52,7 +52,7 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         processor = files.processor()
         apply_template(processor, recipe.data)
         limit = text_limit(files.language, recipe.data.max_text_tokens)
-        inspector = TextInspector(processor, recipe.data, limit, pairs=recipe.train.method == "dpo")
+        inspector = TextInspector(processor, recipe.data, limit, recipe.train.method)
         data = open_data(recipe.data, recipe.train.seed)
         sources = [*data.train, *data.eval]
         builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))

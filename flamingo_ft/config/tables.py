@@ -80,12 +80,12 @@ LORA_PARTS = (LANGUAGE, *(part for part in reversed(BRIDGE_PARTS) if part.takes_
 # preference pairs also have a prompt, labelled answers a completion, and MIMIC-IT's instructions an answer.
 DATASET_FORMATS = {
     "preference": "prompt, chosen, rejected",
-    "unpaired_preference": "prompt, completion, label",
     "messages": "messages and images",
     "llava": "conversations of human and gpt, image",
     "sharegpt": "conversations of from and value or role and content, images",
     "mimicit": "instruction, answer, image_ids",
     "alpaca": "instruction, output, image",
+    "unpaired_preference": "prompt, completion, label, images",
     "prompt_completion": "prompt, completion, images",
     "interleaved": "text_list and image_info, or texts and images",
     "vqa": "question, answer or answers, image",

@@ -96,9 +96,7 @@ def data(tmp_path_factory) -> dict[str, str]:
     files = {"sft": alike, "dpo": pairs, "kto": labelled, "grpo": alike}
     for method, rows in files.items():
         (path / f"{method}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {
-        method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]" for method in files
-    }
+    return {method: f"data.train=[{{path: {path}/{method}.jsonl, image_root: {folder}}}]" for method in files}
 
 
 # --- against a real step ---
