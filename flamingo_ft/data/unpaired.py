@@ -90,13 +90,13 @@ def _with_mask(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def good_answer(sample: Sample) -> Sample:
     """Return the better half of a preference pair, labelled good."""
     prompt, chosen, _ = prompt_and_answers(sample)
-    return replace(sample, messages=[*prompt, *chosen], rejected=None, label=True)
+    return replace(sample, messages=[*map(dict, (*prompt, *chosen))], rejected=None, label=True)
 
 
 def bad_answer(sample: Sample) -> Sample:
     """Return the worse half of a preference pair, labelled bad."""
     prompt, _, rejected = prompt_and_answers(sample)
-    return replace(sample, messages=[*prompt, *rejected], rejected=None, label=False)
+    return replace(sample, messages=[*map(dict, (*prompt, *rejected))], rejected=None, label=False)
 
 
 HALVES = (good_answer, bad_answer)

@@ -7,7 +7,7 @@ states that it holds are enough to sample what an uninterrupted run samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from trl import GRPOConfig, GRPOTrainer
@@ -24,7 +24,7 @@ from .trainer import FlamingoTrainerMixin, checkpointing_name_warning_ignored, s
 RewardFunction = Callable[..., list[float | None]]
 
 
-class FlamingoGrpoTrainer(FlamingoTrainerMixin, GRPOTrainer):
+class FlamingoGrpoTrainer(FlamingoTrainerMixin, GRPOTrainer):  # pyrefly: ignore[inconsistent-inheritance]
     """GRPO with the initial model as reference, if ``beta`` is not 0. Dropout is off.
 
     Its held-out loss is the cross-entropy of the reference answers: nothing is sampled in an evaluation.
@@ -58,9 +58,9 @@ class FlamingoGrpoTrainer(FlamingoTrainerMixin, GRPOTrainer):
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Sample and score answers to the questions of a training batch; keep them until the step ends."""
         if isinstance(inputs, Mapping):
-            return super(GRPOTrainer, self)._prepare_inputs(inputs)
+            return super(GRPOTrainer, self)._prepare_inputs(dict(inputs))
         if self.ref_model is not None:
-            match_training_mode(self.ref_model, self.model.training)
+            match_training_mode(cast(torch.nn.Module, self.ref_model), self.model.training)
         with checkpointing_name_warning_ignored():
             self._sampled[id(inputs)] = super()._prepare_inputs(inputs)
         return self._sampled[id(inputs)]

@@ -269,12 +269,14 @@ class FlamingoTrainer(FlamingoTrainerMixin, SFTTrainer):
 class WithReference(FlamingoTrainerMixin):
     """A trainer that compares the model with a frozen copy of the initial one. Dropout is off in both."""
 
+    ref_model: torch.nn.Module
+
     def __init__(self, *positional: Any, model: FlamingoForConditionalGeneration, **arguments: Any):
         zero_dropout(model)
         super().__init__(*positional, model=model, ref_model=frozen_copy(model), **arguments)
 
     def compute_loss(self, *arguments: Any, **options: Any) -> Any:
-        match_training_mode(cast(torch.nn.Module, self.ref_model), self.model.training)
+        match_training_mode(self.ref_model, self.model.training)
         with checkpointing_name_warning_ignored():
             return super().compute_loss(*arguments, **options)
 

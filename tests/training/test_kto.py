@@ -99,6 +99,7 @@ def test_the_kl_rows_are_each_prompt_with_the_answer_before_it(labelled):
     assert others == [answers[-1], *answers[:-1]]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_adapter_bit_for_bit(labelled):
     resumed, whole = methods.resumed_and_whole(*KTO, regimes.LORA)
     assert resumed == whole

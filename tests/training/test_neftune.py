@@ -1,15 +1,13 @@
 """NEFTune (arXiv:2310.05914): noise on the text embeddings, in training alone."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from flamingo_ft.errors import UserError
-from flamingo_ft.training.train import train
 from tests import regimes
+
+from . import methods
 
 NOISE = "train.neftune_noise_alpha=5"
 
@@ -59,18 +57,8 @@ def test_evaluation_and_the_trained_model_have_no_noise(embedded):
 
 
 def test_a_resumed_run_draws_the_same_noise(small_run):
-    kept = (
-        "train.max_steps=2",
-        "train.save_steps=1",
-        "train.save_total_limit=3",
-        "train.checkpoint_dir=kept",
-    )
-    adapters = {}
-    for name, noise in (("plain", ()), ("whole", (NOISE,)), ("resumed", (NOISE,))):
-        train(regimes.recipe(*kept, *noise, f"train.output_dir={name}"), resume=name == "resumed")
-        adapters[name] = Path(name, "adapter_model.safetensors").read_bytes()
-        shutil.rmtree("kept" if name == "plain" else "kept/step-2")
-    assert adapters["resumed"] == adapters["whole"] != adapters["plain"]
+    resumed, whole = methods.resumed_and_whole(NOISE)
+    assert resumed == whole
 
 
 @pytest.mark.parametrize(
