@@ -169,6 +169,8 @@ FOREIGN_KEYS = {
     "tf32": "train.precision",
     "mixed_precision": "train.precision",
     "torch_dtype": "trainable.dtype",
+    "max_completion_length": "train.grpo.max_completion_tokens",
+    "reward_funcs": "train.grpo.reward",
     # models and quantization
     "model_name_or_path": "model.language.name",
     "model_id": "model.language.name",

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.adapters.trainable import frozen_copy, match_training_mode, zero_dropout
 from flamingo_ft.config import GrpoSection
+from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.metrics import Metric, find_metrics
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
@@ -61,8 +62,16 @@ class FlamingoGrpoTrainer(FlamingoTrainerMixin, GRPOTrainer):  # pyrefly: ignore
             return super(GRPOTrainer, self)._prepare_inputs(dict(inputs))
         if self.ref_model is not None:
             match_training_mode(cast(torch.nn.Module, self.ref_model), self.model.training)
-        with checkpointing_name_warning_ignored():
-            self._sampled[id(inputs)] = super()._prepare_inputs(inputs)
+        try:
+            with checkpointing_name_warning_ignored():
+                self._sampled[id(inputs)] = super()._prepare_inputs(inputs)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch.multinomial's words for NaN and Inf
+                raise
+            raise UserError(
+                f"training: probabilities of answers are not finite at step {self.state.global_step + 1}; "
+                f"sampled for {inputs[0]['where']} and others; lower train.learning_rate"
+            ) from None
         return self._sampled[id(inputs)]
 
     def prepare_inputs(self, inputs: Any) -> dict[str, Any]:

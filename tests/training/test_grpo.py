@@ -15,6 +15,7 @@ from flamingo_ft.evaluation.metrics import find_metrics
 from flamingo_ft.training.grpo import reward_functions, score_answers
 from flamingo_ft.training.train import train
 from tests import regimes
+from tests.thinned import slow
 
 from . import methods
 
@@ -50,7 +51,7 @@ def plain_trainer(rows: list[dict], **settings):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("temperature", [slow(1.0), 1.5])
 def test_answers_advantages_and_loss_equal_plain_trls(questions, temperature):
     ours = grpo_trainer(f"train.grpo.reward={LENGTH}", f"train.grpo.temperature={temperature}")
     batch = next(iter(ours.batches))
@@ -132,6 +133,17 @@ def test_questions_without_images_are_sampled_beside_those_with_one(questions):
     trainer = grpo_trainer("train.batch_size=6", f"train.grpo.reward={LENGTH}")
     trainer.train()
     assert trainer.state.log_history[0]["grad_norm"] > 0
+
+
+def test_probabilities_that_are_not_finite_are_reported_in_one_line(questions):
+    trainer = grpo_trainer(f"train.grpo.reward={LENGTH}")
+    for parameter in trainer.model.gated_cross_attn_layers.parameters():
+        parameter.data.fill_(1e30)
+    message = (
+        r"not finite at step 1; sampled for .*train.jsonl: row [01] and others; lower train.learning_rate"
+    )
+    with pytest.raises(UserError, match=message):
+        trainer.train()
 
 
 # --- rewards ---
