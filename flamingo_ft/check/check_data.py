@@ -21,7 +21,7 @@ from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.probe import run_probe
 from flamingo_ft.evaluation.probe_verdict import tower_lines
-from flamingo_ft.model.build import backbone_files, eos_token_ids, text_limit
+from flamingo_ft.model.build import backbone_files, eos_token_ids, set_media_options, text_limit
 from flamingo_ft.progress import progress_bars
 
 from .check_report import MADE_BY, CheckReport, TrainingLength
@@ -52,6 +52,7 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         files = backbone_files(recipe.model)
         processor = files.processor()
         apply_template(processor, recipe.data)
+        set_media_options(processor, recipe.data)
         limit = text_limit(files.language, recipe.data.max_text_tokens)
         inspector = TextInspector(processor, recipe.data, limit, recipe.train.method)
         data = open_data(recipe.data, recipe.train.seed)
@@ -65,10 +66,7 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         if probe and report.objection is None:
             report = _with_probe(report, recipe, data, new)
         (new / RECORD_FILE).write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
-        previews = [
-            preview_samples(index, source, inspector, recipe.data.video_frames)
-            for index, source in enumerate(sources)
-        ]
+        previews = [preview_samples(index, source, inspector) for index, source in enumerate(sources)]
         write_page(new, report, builder.problems, previews, save_histograms(report, new))
     return report
 
@@ -95,7 +93,7 @@ def _inspect_all(
 ) -> None:
     """Inspect every row of every source, with a progress bar on stderr."""
     row_sources = [weighted.source for weighted in sources]
-    inspector = RowInspector(row_sources, text_inspector, builder.config.video_frames)
+    inspector = RowInspector(row_sources, text_inspector)
     indexed = all(source.indexed for source in row_sources)
     total = sum(weighted.size for weighted in sources) if indexed else None
     with progress_bars(stderr=True) as progress:

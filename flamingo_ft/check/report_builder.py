@@ -87,12 +87,12 @@ class ReportBuilder:
     def _distributions(self) -> dict[str, Distribution]:
         """Distributions over the training samples."""
         is_train = self._rows.column("source") < self._train_sources
-        tokens, labels, turns, media = (
-            self._rows.column(name)[is_train] for name in ("text_tokens", "label_tokens", "turns", "media")
-        )
+        names = ("text_tokens", "label_tokens", "turns", "media", "views")
+        tokens, labels, turns, media, views = (self._rows.column(name)[is_train] for name in names)
         return {
             "turns": Distribution.of(turns),
             "images": Distribution.of(media),
+            "views": Distribution.of(views),
             "text_tokens": Distribution.of(tokens),
             "label_tokens": Distribution.of(labels),
             "loss_share": Distribution.of(labels / np.maximum(tokens, 1), integers=False, high=1),
@@ -152,7 +152,7 @@ class ProblemLog:
 
 
 class RowTable:
-    """Columns of numbers over the usable rows, in order: about 60 bytes per row and 12 per image or video.
+    """Columns of numbers over the usable rows, in order: about 64 bytes per row and 12 per image or video.
 
     ``medium`` (digest) and ``medium_row`` (index of its row) are columns over the images and videos of all
     rows.
@@ -165,6 +165,7 @@ class RowTable:
             "row": array("q"),
             "turns": array("i"),
             "media": array("i"),
+            "views": array("i"),
             "text_tokens": array("q"),
             "label_tokens": array("q"),
             "digest": array("Q"),
@@ -175,7 +176,7 @@ class RowTable:
     def add(self, result: RowResult) -> None:
         columns = self._columns
         index = len(columns["source"])
-        for name in ("source", "file", "row", "turns", "text_tokens", "label_tokens", "digest"):
+        for name in ("source", "file", "row", "turns", "views", "text_tokens", "label_tokens", "digest"):
             columns[name].append(getattr(result, name))
         columns["media"].append(len(result.media_digests))
         columns["medium"].extend(result.media_digests)

@@ -20,8 +20,9 @@ from flamingo_ft.data.sample import Medium, Video
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, percent
-from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model import FlamingoImageProcessor, FlamingoProcessor
 from flamingo_ft.model.images import CONVERSIONS
+from flamingo_ft.model.tiles import UNTILED, Grid
 from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
@@ -174,10 +175,13 @@ class TokenPreview:
 
 @dataclass(frozen=True)
 class MediumPreview:
-    """Thumbnails as data URIs: one of an image, one per frame of a video. exact: not scaled down."""
+    """Thumbnails as data URIs: one of an image, one per frame of a video.
+
+    note: how the model gets it, if not as one image. exact: not scaled down.
+    """
 
     uris: list[str]
-    video: bool
+    note: str
     exact: bool
 
 
@@ -198,16 +202,14 @@ class SamplePreview:
     more_pictures: int
 
 
-def preview_samples(
-    index: int, source: WeightedSource, inspector: TextInspector, video_frames: int
-) -> list[SamplePreview]:
+def preview_samples(index: int, source: WeightedSource, inspector: TextInspector) -> list[SamplePreview]:
     """Return previews of the first usable samples of the source at ``index``."""
     previews: list[SamplePreview] = []
     for tried, row in enumerate(rows_of(index, source)):
         if tried == MAX_ROWS_TRIED or len(previews) == PREVIEWED_SAMPLES:
             break
         try:
-            preview = _preview(source, row, inspector, video_frames)
+            preview = _preview(source, row, inspector)
         except UserError:
             continue
         if preview is not None:
@@ -215,9 +217,7 @@ def preview_samples(
     return previews
 
 
-def _preview(
-    source: WeightedSource, row: Row, inspector: TextInspector, video_frames: int
-) -> SamplePreview | None:
+def _preview(source: WeightedSource, row: Row, inspector: TextInspector) -> SamplePreview | None:
     """Return a preview of a row, or None if it is not trained on. Raises UserError if it cannot be read."""
     if row.failure is not None:
         return None
@@ -226,7 +226,8 @@ def _preview(
     encoded = inspector(sample).encoded
     if encoded is None:
         return None
-    media = [_preview_medium(medium, video_frames) for medium in sample.images[: encoded.images]]
+    images = inspector.processor.image_processor
+    media = [_preview_medium(medium, images) for medium in sample.images[: encoded.images]]
     tokens = [
         token
         for text in texts_of(encoded)
@@ -244,10 +245,15 @@ def _preview(
     )
 
 
-def _preview_medium(medium: Medium, video_frames: int) -> MediumPreview:
-    frames = open_medium(medium, video_frames=video_frames)
+def _preview_medium(medium: Medium, images: FlamingoImageProcessor) -> MediumPreview:
+    frames = open_medium(medium, video_frames=images.video_frames)
     exact = max(frames[0].size) <= LOSSLESS_SIDE
-    return MediumPreview([_thumbnail(frame) for frame in frames], isinstance(medium, Video), exact)
+    note = "video" if isinstance(medium, Video) else _tiles_note(images.grid_of(frames[0]))
+    return MediumPreview([_thumbnail(frame) for frame in frames], note, exact)
+
+
+def _tiles_note(grid: Grid) -> str:
+    return "" if grid == UNTILED else f"{grid[0]} x {grid[1]} tiles"
 
 
 def _thumbnail(image: Image.Image) -> str:

@@ -19,6 +19,7 @@ from flamingo_ft.data.sample import Medium, Video
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.data.sources.source import RawRow
 from flamingo_ft.errors import UserError
+from flamingo_ft.model import FlamingoImageProcessor
 from flamingo_ft.model.images import conversions
 
 from .text_checks import InspectedText, TextInspector, texts_of
@@ -70,6 +71,7 @@ class RowResult:
         rewritten: the chat template does not reproduce an answer verbatim.
         digest: of the whole sample; media_digests: of the pixels of each image and video.
         unread: text columns and message keys that the schema ignores.
+        views: images that the tower encodes for the images and videos.
         conversions: images and videos by the conversion that the image reader applied (`images.CONVERSIONS`).
     """
 
@@ -80,6 +82,7 @@ class RowResult:
     turns: int = 0
     images: int = 0
     videos: int = 0
+    views: int = 0
     text_tokens: int = 0
     label_tokens: int = 0
     dropped: bool = False
@@ -95,9 +98,9 @@ class RowResult:
 class RowInspector(Dataset):
     """Map a `Row` to its `RowResult`, with all problems of the row and not just the first."""
 
-    def __init__(self, sources: Sequence[Source], text_inspector: TextInspector, video_frames: int):
+    def __init__(self, sources: Sequence[Source], text_inspector: TextInspector):
         self.sources, self.text_inspector = sources, text_inspector
-        self.decoder = MediaDecoder(video_frames)
+        self.decoder = MediaDecoder(text_inspector.processor.image_processor)
 
     def __getitem__(self, index: Row) -> RowResult:
         row = index  # `Dataset` calls it index
@@ -162,6 +165,7 @@ def _usable_row(
         turns=sum(message["role"] != "system" for message in sample.messages),
         images=len(kept) - videos,
         videos=videos,
+        views=sum(medium.views for medium in kept_media),
         text_tokens=longest.text_tokens,
         label_tokens=sum(label != IGNORED for label in longest.labels),
         losses=text.losses,
@@ -229,17 +233,22 @@ def file_of(where: str, row: int) -> str:
 
 @dataclass(frozen=True)
 class DecodedMedium:
-    """Digest of the pixels of an image or video, and the conversions that the reader applied to any frame."""
+    """An image or video that was read.
+
+    digest: of its pixels. conversions: those that the reader applied to any frame. views: images that the
+    tower encodes for it: frames, or tiles and the whole image.
+    """
 
     digest: int
     conversions: tuple[str, ...]
+    views: int
 
 
 class MediaDecoder:
     """Decode images and videos, and cache the outcome of recent files: rows of a data set often share one."""
 
-    def __init__(self, video_frames: int):
-        self.video_frames = video_frames
+    def __init__(self, images: FlamingoImageProcessor):
+        self.images = images
         self._cache: dict[str, DecodedMedium | UserError] = {}
 
     def decode(self, medium: Medium) -> DecodedMedium:
@@ -260,10 +269,11 @@ class MediaDecoder:
         return outcome
 
     def _decode(self, medium: Medium) -> DecodedMedium:
-        frames = open_medium(medium, video_frames=self.video_frames)
+        frames = open_medium(medium, video_frames=self.images.video_frames)
         parts = (part for frame in frames for part in (str(frame.size).encode(), frame.tobytes()))
         applied = dict.fromkeys(name for frame in frames for name in conversions(frame))
-        return DecodedMedium(_digest(parts), tuple(applied))
+        views = len(frames) if isinstance(medium, Video) else self.images.view_count(frames[0])
+        return DecodedMedium(_digest(parts), tuple(applied), views)
 
 
 def sample_digest(sample: Sample, media_digests: Iterable[int]) -> int:

@@ -19,6 +19,7 @@ _STATISTICS = {"least": "min", "median": "median", "mean": "mean", "most": "max"
 _DISTRIBUTIONS = {
     "turns": "turns",
     "images": "images and videos",
+    "views": "their tiles and frames",
     "text_tokens": "text tokens",
     "label_tokens": "text tokens in the loss",
 }
@@ -115,6 +116,8 @@ def sample_table(distributions: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(header, justify="right")
     for name, label in _DISTRIBUTIONS.items():
         values = distributions[name]
+        if name == "views" and values == distributions["images"]:
+            continue
         table.add_row(label, *(f"{values[key]:,.{1 if key == 'mean' else 0}f}" for key in _STATISTICS))
     share = distributions["loss_share"]
     table.add_row("share in the loss", *(percent(share[key]) for key in _STATISTICS))

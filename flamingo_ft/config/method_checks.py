@@ -130,6 +130,11 @@ def _check_grpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Er
             ("data", "cache"),
             "grpo passes images to the model's own generation; set cache to null, or use method sft",
         )
+    if data.tiles:
+        yield (
+            ("data", "tiles"),
+            "grpo passes whole images to the model's own generation; set tiles to null, or use method sft",
+        )
     if lora.init_lora_weights == "eva":
         yield (
             ("lora", "init_lora_weights"),

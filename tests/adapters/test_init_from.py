@@ -13,6 +13,7 @@ from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.merging import merge_adapter
 from flamingo_ft.hub.weight_files import ADAPTER_WEIGHTS
+from flamingo_ft.model.tiles import Tiling
 
 from ..regimes import LORA, NOTHING_WHOLE, REGIMES, build, logits, quantized, shake, write_start
 
@@ -29,6 +30,23 @@ def test_a_second_stage_starts_where_the_first_ended(small_run, what):
     torch.testing.assert_close(
         logits(*build(*LORA_ONLY, f"model.init_from={start}")), expected, rtol=0, atol=1e-5
     )
+
+
+def test_tiles_added_to_a_bridge_change_nothing_until_their_places_are_trained(small_run):
+    tiles = "data.tiles={max: 4}"
+    expected = logits(*load_adapter("start"))
+    model, processor = build(tiles, "model.init_from=start")
+    assert torch.equal(logits(model, processor), expected)
+    shake(model)
+    save_adapter(model, processor, Path("tiled"))
+    loaded = load_adapter("tiled")
+    assert torch.equal(logits(*loaded), logits(model, processor))
+    assert loaded[1].image_processor.tiling == Tiling(4)
+    frozen, processor = build(tiles, *LORA_ONLY)  # the places stay at zero, and are in no file
+    save_adapter(frozen, processor, Path("frozen"))
+    assert torch.equal(logits(*load_adapter("frozen")), logits(frozen, processor))
+    with pytest.raises(UserError, match="tiled has perceiver .*max_tiles.*give the recipe the same"):
+        build("model.init_from=tiled")
 
 
 def test_a_run_that_starts_from_a_composition_shares_that_base(small_run):

@@ -211,6 +211,17 @@ def test_videos_are_read_and_counted(folder):
     assert (part.samples, part.images, part.videos) == (1, 0, 1) and findings.objection is None
 
 
+def test_tiles_are_counted_and_named(folder):
+    for name, size in {"long": (64, 32), "small": (32, 32)}.items():
+        Image.new("RGB", size).save(folder / f"{name}.png")
+    rows = [asked("<image> What?", "Black.", (f"{name}.png",)) for name in ("long", "small")]
+    source = [write_rows(folder / "tiles.jsonl", rows)]
+    views = checked(folder, source, tiles={"max": 4}).distributions["views"]
+    assert (views.least, views.most) == (1, 3)
+    assert "1 x 2 tiles" in (folder / "check" / "check.html").read_text()
+    assert checked(folder, source).distributions["views"].most == 1
+
+
 @pytest.mark.parametrize(
     "name", ["preference", "interleaved_mmc4", "csv_captions", "tar_shards", "parquet_streamed", "llava"]
 )

@@ -43,7 +43,7 @@ def test_a_documented_default_is_the_one_that_a_recipe_gets(tmp_path):
     text = """\
 model: {vision: {name: nano}, language: {name: nano}}
 lora: {language: {}, vision: {}}
-data: {train: [{path: x.jsonl}], augmentation: {}}
+data: {train: [{path: x.jsonl}], tiles: {}, augmentation: {}}
 train: {output_dir: run, epochs: 1}
 """
     (tmp_path / "r.yaml").write_text(text)

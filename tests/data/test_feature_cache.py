@@ -17,16 +17,30 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from flamingo_ft.adapters.lora import add_lora
+from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.tower import quantize_tower, spatial_tokens
+from flamingo_ft.backbones.tower import quantize_tower
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import CacheSection, LoraPart, LoraSection
 from flamingo_ft.data import feature_cache, feature_store
-from flamingo_ft.data.feature_cache import FrozenTower, collate_frames, lookup_frame, open_feature_cache
+from flamingo_ft.data.collate import load_media
+from flamingo_ft.data.feature_cache import (
+    Frames,
+    FrozenTower,
+    collate_frames,
+    lookup_frame,
+    open_feature_cache,
+)
 from flamingo_ft.data.feature_store import FeatureStore, FeatureWriter, bytes_under
+from flamingo_ft.data.media import CachedFeatureLoader
+from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
+from flamingo_ft.model import build_flamingo
+from flamingo_ft.model.tiles import Tiling
 
 from ..model.tiny import ids, images, tiny_flamingo
 
@@ -54,7 +68,7 @@ def pixels(number: int) -> torch.Tensor:
 def batch_of(store: FeatureStore, *rows: list[list[int]]) -> dict:
     """Collate samples of media of frames, each frame an image by its number."""
     find = lambda number: lookup_frame(store, contents(number), lambda: pixels(number))  # noqa: E731
-    return collate_frames([[[find(number) for number in medium] for medium in row] for row in rows])
+    return collate_frames([[Frames([find(number) for number in medium]) for medium in row] for row in rows])
 
 
 def stored(folder: Path) -> list[Path]:
@@ -97,6 +111,45 @@ def test_warm_cold_mixed_and_no_cache_give_the_same_bits(dtype, tmp_path):
         assert torch.equal(cold.complete(batch_of(cold.store, *rows))["vision_tokens"], expected)
     assert "fresh_pixels" not in batch_of(cold.store, *rows)
     assert len(stored(tmp_path / "cold")) == 6
+
+
+@pytest.mark.parametrize("thumbnail", [True, False])
+def test_tiled_images_are_cached_view_by_view(thumbnail, tmp_path):
+    processor = build_flamingo(load_vision("nano"), load_language("nano"))[1]
+    processor.image_processor.tiles = Tiling(4, thumbnail=thumbnail).to_dict()
+    for name, size in {"large": (64, 64), "long": (64, 32), "small": (32, 32)}.items():
+        Image.effect_noise(size, 90).save(tmp_path / f"{name}.png")
+    files = [[str(tmp_path / "large.png")], [str(tmp_path / "long.png"), str(tmp_path / "small.png")]]
+    model = build_flamingo(load_vision("nano"), load_language("nano"))[0]
+    features = open_feature_cache(
+        model,
+        processor.image_processor.transform_record,
+        CacheSection(folder=tmp_path / "cache", dtype="fp32"),
+    )
+    load = CachedFeatureLoader(processor, features.store)
+
+    def batch(*without: str) -> dict:
+        rows = [load(Sample([], [f for f in row if f not in without], "", ""), 2, 0) for row in files]
+        return collate_frames(rows)
+
+    features.complete(batch(*files[1]))  # the large one is known before the others
+    mixed = batch()
+    assert len(mixed["fresh_keys"]) == 3 + thumbnail
+    mixed = features.complete(mixed)
+    assert "fresh_keys" not in (warm := batch())
+    warm = features.complete(warm)
+    shown = load_media(processor, [{"images": row, "where": ""} for row in files])
+    pixels = shown.pop("pixel_values")
+    assert warm.keys() == mixed.keys() == {"vision_tokens", *shown}
+    for name in warm:
+        assert torch.equal(warm[name], mixed[name])
+    assert all(torch.equal(warm[name], shown[name]) for name in shown)
+    tokens = spatial_tokens(model.vision_encoder, pixels.flatten(0, 2)).unflatten(0, pixels.shape[:3])
+    for row, media in enumerate(shown["frame_counts"].tolist()):
+        for medium, views in enumerate(media):
+            torch.testing.assert_close(
+                warm["vision_tokens"][row, medium, :views], tokens[row, medium, :views], atol=1e-4, rtol=1e-4
+            )
 
 
 def test_training_with_a_warm_a_cold_and_no_cache_gives_equal_losses(tmp_path):
