@@ -187,7 +187,7 @@ def test_several_rewards_are_logged_by_name(questions):
         (["data.train=[{path: captions.jsonl}]"], "captions.jsonl: row 0: got a caption or document;"),
         (["data.train=[{path: pairs.jsonl}]"], "pairs.jsonl: train.method grpo expects questions"),
         (["data.cache={folder: cache}"], "data.cache: grpo passes images to"),
-        (["data.tiles={max_tiles: 4}"], "data.tiles: grpo passes whole images to the model's own generation"),
+        (["data.tiles={max: 4}"], "data.tiles: grpo passes whole images to the model's own generation"),
         (["data.packing=true", "data.max_text_tokens=64"], "data.packing: grpo samples answers row by row"),
         (["train.fsdp=true"], "train.fsdp: grpo samples answers, which a sharded model cannot"),
         (["train.neftune_noise_alpha=5"], "train.neftune_noise_alpha: grpo compares probabilities"),
