@@ -16,7 +16,8 @@ from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.adapters.trainable import frozen_copy, match_training_mode, zero_dropout
 from flamingo_ft.config import GrpoSection
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.metrics import Metric, find_metrics
+from flamingo_ft.evaluation.metrics import METRICS, Metric
+from flamingo_ft.evaluation.metrics.user_metric import user_metric
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 
 from .compat import add_fused_lm_head
@@ -130,7 +131,8 @@ def reward_functions(grpo: GrpoSection) -> list[RewardFunction]:
     Each is tried once, so that one that cannot be computed is refused before training. Raises UserError for
     a function in a user's file that is not there or fails.
     """
-    metrics = find_metrics(grpo.reward)
+    # Not `find_metrics`: in a log of rewards, a user's function may be called reward.
+    metrics = [METRICS[name] if name in METRICS else user_metric(name) for name in grpo.reward]
     for metric in metrics:
         score_answers(metric, ["yes"], [["yes"]])
     return [_reward_function(metric) for metric in metrics]

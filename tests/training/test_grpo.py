@@ -23,13 +23,13 @@ GRPO = (
     "train.method=grpo", "model.init_from=start", "train.batch_size=4",
     "train.grpo.num_generations=2", "train.grpo.max_completion_tokens=4",
 )  # fmt: skip
-LENGTH = "reward.py:length"
+LENGTH = "reward.py:reward"
 
 
 @pytest.fixture
 def questions(small_run):
     """The small run, and a reward that differs between answers of an untrained model."""
-    Path("reward.py").write_text("def length(prediction, references):\n    return len(prediction) % 7\n")
+    Path("reward.py").write_text("def reward(prediction, references):\n    return len(prediction) % 7\n")
     return small_run
 
 
@@ -162,7 +162,7 @@ def test_several_rewards_are_logged_by_name(questions):
     trainer = grpo_trainer(weighted, "train.grpo.max_completion_tokens=4")
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "reward" in entry]
-    means = [entry[f"rewards/{name}/mean"] for name in ("accuracy", "length")]
+    means = [entry[f"rewards/{name}/mean"] for name in ("accuracy", "reward")]
     assert entry["reward"] == pytest.approx(means[0] + 0.5 * means[1])
 
 
