@@ -15,7 +15,7 @@ from pathlib import Path
 from flamingo_ft import atomic
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData, open_data
-from flamingo_ft.data.opened_data import samples_per_epoch, steps_per_epoch, with_max_steps
+from flamingo_ft.data.opened_data import check_method, samples_per_epoch, steps_per_epoch, with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
@@ -45,7 +45,8 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
             data are unusable.
 
     Raises:
-        UserError: a data source cannot be opened, a backbone does not exist, or ``folder`` holds other files.
+        UserError: a data source cannot be opened or does not suit a method that compares answers, a backbone
+            does not exist, or ``folder`` holds other files.
     """
     with _report_folder(folder) as new:
         files = backbone_files(recipe.model)
@@ -53,9 +54,11 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         apply_template(processor, recipe.data)
         set_media_options(processor, recipe.data)
         limit = text_limit(files.language, recipe.data.max_text_tokens)
-        inspector = TextInspector(processor, recipe.data, limit, pairs=recipe.train.method == "dpo")
+        inspector = TextInspector(processor, recipe.data, limit, recipe.train.method)
         data = open_data(recipe.data, recipe.train.seed)
         sources = [*data.train, *data.eval]
+        if recipe.train.method != "sft":
+            check_method(data.train, recipe.train.method)
         builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))
         _inspect_all(sources, inspector, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, eos_token_ids(recipe.model))

@@ -237,8 +237,9 @@ def memory_table(plan: Mapping[str, Any], device: str) -> Table:
 def batch_line(plan: Mapping[str, Any]) -> str:
     """Return a line about the batch that was planned for, and about paged optimizer state."""
     batch = plan["batch"]
+    answers = f" x {batch['answers']} answers" if batch["answers"] > 1 else ""
     line = (
-        f"for {batch['samples']} x {batch['text_tokens']} text tokens ({batch['where_from']}), "
+        f"for {batch['samples']}{answers} x {batch['text_tokens']} text tokens ({batch['where_from']}), "
         f"{batch['images']} images per sample"
     )
     if plan["paged"]:

@@ -13,6 +13,7 @@ from flamingo_ft.config.loading import (
     dump_recipe,
     load_recipe,
 )
+from flamingo_ft.config.method_sections import DpoSection, GrpoSection, KtoSection
 from flamingo_ft.config.model_section import (
     RELEASED_PERCEIVER,
     CrossAttentionSection,
@@ -27,7 +28,6 @@ from flamingo_ft.config.model_section import (
 from flamingo_ft.config.recipe import Recipe
 from flamingo_ft.config.train_section import (
     DecaysSection,
-    DpoSection,
     EvalSection,
     RatesSection,
     TrainSection,
@@ -48,6 +48,8 @@ __all__ = [
     "DecaysSection",
     "DpoSection",
     "EvalSection",
+    "GrpoSection",
+    "KtoSection",
     "LanguageSection",
     "LoraPart",
     "LoraSection",

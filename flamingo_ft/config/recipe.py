@@ -12,6 +12,7 @@ from pydantic import model_validator
 from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data_section import DataSection, DataSource
+from flamingo_ft.config.method_checks import check_method
 from flamingo_ft.config.model_section import (
     LoraSection,
     ModelSection,
@@ -20,7 +21,7 @@ from flamingo_ft.config.model_section import (
 )
 from flamingo_ft.config.section import Section
 from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER, VISION
-from flamingo_ft.config.train_section import DpoSection, EvalSection, TrainSection
+from flamingo_ft.config.train_section import EvalSection, TrainSection
 from flamingo_ft.config.yaml_document import Location
 
 # pydantic's type of the error whose context holds all cross-field validation errors
@@ -78,7 +79,7 @@ def _cross_field_errors(recipe: Recipe) -> Errors:
     yield from _check_training(train, trainable)
     yield from _check_evaluation(recipe.eval, data)
     yield from _check_per_part_values(train, trainable, lora)
-    yield from _check_dpo(train, data, lora)
+    yield from check_method(train, data, lora, recipe.eval)
     yield from _check_fsdp(train, model, data)
 
 
@@ -233,7 +234,7 @@ def _check_evaluation(evaluation: EvalSection, data: DataSection) -> Errors:
 def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lora: LoraSection) -> Errors:
     """Reject learning rates and weight decays of parts that are not trained: they have no effect."""
     trained = trainable.model_dump(exclude={"dtype"}) | {"lora": bool(lora.parts)}
-    trained["gates"] = trained[CROSS_ATTENTION.name]
+    trained |= {"gates": trained[CROSS_ATTENTION.name], "loraplus_lr_ratio": trained["lora"]}
     for section in ("learning_rates", "weight_decays"):
         for part in getattr(train, section).model_dump(exclude_none=True):
             if not trained[part]:
@@ -241,7 +242,7 @@ def _check_per_part_values(train: TrainSection, trainable: TrainableSection, lor
 
 
 def _why_unused(section: str, part: str, has_lora: bool) -> str:
-    if part == "lora":
+    if part in ("lora", "loraplus_lr_ratio"):
         return "has no effect, because no part has LoRA; remove it, or configure lora for a part"
     if has_lora:
         return f"has no effect, because the part is trained through LoRA; use train.{section}.lora"
@@ -249,40 +250,18 @@ def _why_unused(section: str, part: str, has_lora: bool) -> str:
     return f"has no effect, because trainable.{trained} is false; remove it, or train the part"
 
 
-def _check_dpo(train: TrainSection, data: DataSection, lora: LoraSection) -> Errors:
-    if train.method != "dpo":
-        if train.dpo != DpoSection():
-            yield (
-                ("train", "dpo"),
-                f"has no effect with train.method {train.method}; remove it, or use method dpo",
-            )
-        return
-    if train.dpo.label_smoothing and train.dpo.loss_type != "sigmoid":
-        yield (
-            ("train", "dpo", "label_smoothing"),
-            f"only the sigmoid loss has label smoothing, got loss_type {train.dpo.loss_type}; "
-            "use sigmoid, or set label_smoothing to 0",
-        )
-    if data.packing:
-        yield (
-            ("data", "packing"),
-            "dpo compares pairs row by row, so samples cannot be packed; "
-            "set packing to false (group_by_length also saves padding)",
-        )
-    if lora.lora_dropout:
-        yield (
-            ("lora", "lora_dropout"),
-            f"got {lora.lora_dropout:g}, but dpo compares two models without dropout; set lora_dropout to 0",
-        )
-
-
 def _check_fsdp(train: TrainSection, model: ModelSection, data: DataSection) -> Errors:
     if not train.fsdp:
         return
-    if train.method == "dpo":
+    if train.method == "grpo":
         yield (
             ("train", "fsdp"),
-            "dpo's reference model shares the weights that would be sharded; "
+            "grpo samples answers, which a sharded model cannot; use method sft, or set fsdp to false",
+        )
+    elif train.method != "sft":
+        yield (
+            ("train", "fsdp"),
+            f"{train.method}'s reference model shares the weights that would be sharded; "
             "use method sft, or set fsdp to false",
         )
     if train.optimizer != "adamw" or train.optimizer_in_backward:

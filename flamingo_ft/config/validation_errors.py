@@ -212,6 +212,9 @@ def _repair(schema: type[BaseModel], values: Any, location: Location, is_missing
     *parents, last = location
     section: type[BaseModel] | None = schema
     for step in parents:
+        if isinstance(values[step], str):  # one value in place of a list
+            last = step
+            break
         values = values[step]
         if section is not None and not isinstance(step, int):
             section = section_of(section.model_fields[step].annotation)

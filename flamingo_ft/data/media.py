@@ -140,6 +140,21 @@ class PixelLoader:
 
 
 @dataclass(frozen=True)
+class PictureLoader(PixelLoader):
+    """Loads a sample's images as Pillow images, augmented at random if ``augmentation`` is set."""
+
+    def __call__(self, sample: Sample, kept: int, number: int) -> list[Any]:
+        """Load the first ``kept`` images. Raises UserError, naming file and row, for a video."""
+        pictures = []
+        for index, medium in enumerate(sample.images[:kept]):
+            if isinstance(medium, Video):
+                raise UserError(f"{sample.where}: got a video; grpo takes images only")
+            change = self._augment(number, index) or list
+            pictures += change(open_medium(medium, sample.where))
+        return pictures
+
+
+@dataclass(frozen=True)
 class CachedFeatureLoader:
     """Looks a sample's media up in the feature cache; only frames that are not in it are decoded."""
 

@@ -32,6 +32,7 @@ FONT_SIZES = {"title": 12, "label": 10, "tick": 9}  # points
 MAX_POINTS = 2000  # per curve; more would be finer than a pixel
 MAX_MARKED_POINTS = 12  # curves of so few points show each as a dot
 LOG_SCALE_RATIO = 50  # a gradient norm that spans more than this has a logarithmic axis
+PER_LABEL_TOKEN = "loss (nats per label token)"
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
 Write = Callable[[float], str]  # value -> text
 
@@ -70,11 +71,27 @@ def loss_curve(run: str | Path) -> Figure:
 
 
 def loss_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot the loss in training and on held-out samples."""
-    curves = _present(curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out"))
-    is_dpo = any("rewards/margins" in entry for entry in entries)
-    unit = "loss (nats per pair)" if is_dpo else "loss (nats per label token)"
+    """Plot the loss in training and on held-out samples; of GRPO only the latter, if there is one."""
+    training, held_out = curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out")
+    is_grpo = any("reward" in entry for entry in entries)
+    if is_grpo and held_out is not None:  # another quantity than the policy loss of training
+        return _figure("Held-out loss", PER_LABEL_TOKEN, [held_out], from_zero=True)
+    curves = _present(training, held_out)
+    unit = "policy loss" if is_grpo else _loss_unit(entries)
     return _figure("Loss" if len(curves) > 1 else "Training loss", unit, curves, from_zero=True)
+
+
+def _loss_unit(entries: Sequence[Entry]) -> str:
+    if any("rewards/accuracies" in entry for entry in entries):  # DPO
+        return "loss (nats per pair)"
+    is_kto = any("kl" in entry for entry in entries)
+    return "loss (0 to 1, per answer)" if is_kto else PER_LABEL_TOKEN
+
+
+def reward_figure(entries: Sequence[Entry]) -> Figure | None:
+    """Plot the mean reward of the sampled answers (GRPO)."""
+    scored = [entry for entry in entries if entry.get("reward") is not None]
+    return _figure("Reward of sampled answers", "mean reward", _present(curve(scored, "reward")))
 
 
 def image_loss_gap_figure(entries: Sequence[Entry]) -> Figure | None:
@@ -154,9 +171,9 @@ def memory_figure(entries: Sequence[Entry]) -> Figure | None:
 
 
 def reward_margin_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot by how much the reward of the chosen answer exceeds that of the rejected one (DPO)."""
+    """Plot by how much the reward of good answers exceeds that of bad ones (DPO, KTO)."""
     curves = _training_and_eval(entries, "rewards/margins")
-    return _figure("Reward margin", "chosen minus rejected", curves)
+    return _figure("Reward margin", "good minus bad answers", curves)
 
 
 def reward_accuracy_figure(entries: Sequence[Entry]) -> Figure | None:

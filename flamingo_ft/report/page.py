@@ -44,6 +44,15 @@ COST_FACTOR = 20  # after a report that took one second, wait 20: at most 5 % of
 LOSS_CAPTIONS = {
     "sft": "Cross-entropy of the reference answers: how surprised the model is by them.",
     "dpo": "The preference loss (sigmoid: 0.69 for no preference, towards 0 as the chosen answers win).",
+    "kto": "The loss of good and bad answers: 0.5 at first, towards 0 as good ones become more probable.",
+    "grpo": "In training the policy loss, which stays near 0 (see the reward); on held-out samples the "
+    "cross-entropy of the reference answers.",
+}
+METHOD_NAMES = {
+    "sft": "Supervised fine-tuning",
+    "dpo": "Preferences (DPO)",
+    "kto": "Labelled answers (KTO)",
+    "grpo": "Sampled answers with a reward (GRPO)",
 }
 
 
@@ -78,6 +87,7 @@ def write_report(folder: str | Path, *, in_progress: bool = False, stopped_by: s
         verdict_kind=_verdict_kind(verdict),
         probe=run.probe.record() if run.probe else None,
         probe_lines=list(tower_lines(run.probe)) if run.probe else [],
+        method_name=METHOD_NAMES[run.recipe.train.method],
         loss_caption=LOSS_CAPTIONS[run.recipe.train.method],
         gap_caption=image_loss_gap_caption(run),
         percent=percent,
@@ -142,6 +152,7 @@ def _logged_facts(metrics: Sequence[Metric]) -> list[tuple[str, str, Callable[[f
         ("held-out loss", "eval_loss", "{:.4g}".format),
         ("with images swapped", LOG_KEY, "{:+.3g}".format),
         *((f"held-out {metric.label}", f"eval_{metric.name}", metric.text) for metric in metrics),
+        ("reward", "reward", "{:.3g}".format),
         ("reward margin", "rewards/margins", "{:.3g}".format),
         ("pairs ranked correctly", "rewards/accuracies", percent),
         ("label tokens/s", "label_tokens_per_second", significant),
@@ -170,6 +181,7 @@ def _log_figures(metrics: Sequence[Metric]) -> dict[str, Callable[[Sequence[Entr
     return {
         "loss": curves.loss_figure,
         **{metric.name: partial(curves.metric_figure, metric=metric) for metric in metrics},
+        "reward": curves.reward_figure,
         "reward_margin": curves.reward_margin_figure,
         "reward_accuracy": curves.reward_accuracy_figure,
         "image_loss_gap": curves.image_loss_gap_figure,

@@ -151,7 +151,10 @@ class ProgressBar(TrainerCallback):
             self.progress.line(" · ".join([step, *parts]))
         if "loss" not in logs:
             return
-        loss, details = f"loss {float(logs['loss']):.4f}", " · ".join(_throughput_parts(logs))
+        loss, details = (
+            f"{_reward_part(logs)}loss {float(logs['loss']):.4f}",
+            " · ".join(_throughput_parts(logs)),
+        )
         self.progress.update(self.task, completed=state.global_step, note=loss, below=f"  {details}")
         if not self.progress.interactive:
             left = self.progress.time_left(self.task)
@@ -173,9 +176,14 @@ def _evaluation_parts(logs: dict[str, float], metrics: Sequence[Metric]) -> list
     return [*loss, *swapped, *scores]
 
 
+def _reward_part(logs: dict[str, float]) -> str:
+    """Return the mean reward of sampled answers, which matters more than the loss of GRPO."""
+    return f"reward {float(logs['reward']):.3f} · " if logs.get("reward") is not None else ""
+
+
 def _throughput_parts(logs: dict[str, float]) -> list[str]:
     rates = {"label tokens/s": "label_tokens_per_second", "images/s": "images_per_second"}
-    parts = [f"{significant(logs[key], 2)} {unit}" for unit, key in rates.items() if key in logs]
+    parts = [f"{significant(logs[key], 2)} {unit}" for unit, key in rates.items() if logs.get(key)]
     return parts + ([f"{logs['memory_gib']:.2f} GiB"] if "memory_gib" in logs else [])
 
 

@@ -103,10 +103,17 @@ def _load_same_run(recipe: Recipe, folder: Path) -> Recipe:
     """Load the recipe of the run in ``folder``. Raises UserError unless only `CHANGEABLE_KEYS` differ."""
     earlier = load_recipe(folder / RECIPE_FILE, require=())
     current = _with_earlier_commit(recipe, earlier)
-    differences = list(_differences(earlier.model_dump(mode="json"), current.model_dump(mode="json")))
+    differences = list(_differences(_comparable(earlier), _comparable(current)))
     if differences:
         raise UserError("\n".join(f"{folder}: a run of another recipe: {line}" for line in differences))
     return earlier
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe's values, with the default of rsLoRA filled in: it was false in earlier versions."""
+    values = recipe.model_dump(mode="json")
+    values["lora"]["use_rslora"] = recipe.lora.rank_stabilized
+    return values
 
 
 def _refuse_fewer_steps(recipe: Recipe, done: int, folder: Path) -> None:

@@ -17,7 +17,7 @@ from flamingo_ft.adapters import check_start, save_adapter, trainable_parameters
 from flamingo_ft.config import METRICS_FILE, RECIPE_FILE, Recipe, dump_recipe
 from flamingo_ft.data import OpenedData, Sample, open_data
 from flamingo_ft.data.examples import total_metrics
-from flamingo_ft.data.opened_data import samples_per_epoch, with_max_steps
+from flamingo_ft.data.opened_data import check_method, samples_per_epoch, with_max_steps
 from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, UserError
 from flamingo_ft.evaluation.probe import load_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
@@ -40,6 +40,7 @@ from .checkpoint_folders import (
 from .checkpoints import check_compatible
 from .eval_batches import EvalBatches, measures_image_loss_gap
 from .evaluation import Evaluator, apply_best, evaluation_callbacks
+from .grpo import reward_functions
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
 from .image_loss import LogGapBefore, final_gap
 from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
@@ -48,7 +49,7 @@ from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
 from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
-from .trainer import FlamingoDpoTrainer, FlamingoTrainer
+from .trainer import FlamingoTrainerMixin
 
 LEFT_OUT_FILE = "left_out.jsonl"
 FINAL_GAP_SAMPLES = 256  # held-out samples for the image loss gap of a run without eval.steps
@@ -96,6 +97,8 @@ def _train_whole_run(
     check_machine(recipe.train)
     check_precision(recipe)
     check_trackers(recipe.train)
+    if recipe.train.method == "grpo":
+        reward_functions(recipe.train.grpo)
     if recipe.train.epochs is not None:
         recipe = _with_counted_steps(recipe, notify)
     start = processes.run_on_main(partial(find_start_point, recipe)) if resume else StartPoint()
@@ -202,6 +205,7 @@ def _open_data(recipe: Recipe, checkpoint: Path | None, on_data: DataCallback | 
     data = open_data(recipe.data, recipe.train.seed)
     if on_data is not None and processes.is_main():
         on_data(data)
+    check_method(data.train, recipe.train.method)
     data.validate_rows()
     if checkpoint:
         check_compatible(checkpoint, count_source_rows(data))
@@ -223,7 +227,7 @@ def _callbacks(
 
 
 def _prepare_eval_batches(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: FlamingoTrainerMixin,
     evaluator: Evaluator,
     samples: Sequence[Sample],
     processor: FlamingoProcessor,
@@ -269,7 +273,7 @@ def _evaluate_before(
 
 
 def _train(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: FlamingoTrainerMixin,
     data: OpenedData,
     recipe: Recipe,
     checkpoint: Path | None,

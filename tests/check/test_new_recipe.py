@@ -82,6 +82,7 @@ KINDS = (
     "interleaved_mmc4",
     "csv_captions",
     "preference",
+    "unpaired_preference",
     "tar_shards",
 )
 
@@ -93,7 +94,8 @@ def test_data_of_any_schema_gets_a_recipe_that_passes_the_check(tmp_path, name):
         Path(entry["path"]), image_root=entry.get("image_root") and Path(entry["image_root"])
     )
     assert recipe.data.train[0].format == findings.parts[0].format
-    assert recipe.train.method == ("dpo" if findings.parts[0].format == "preference" else "sft")
+    methods = {"preference": "dpo", "unpaired_preference": "kto"}
+    assert recipe.train.method == methods.get(findings.parts[0].format, "sft")
 
 
 def test_lengths_and_sizes_follow_from_the_data(tmp_path):

@@ -70,8 +70,8 @@ def test_required_keys_have_no_default():
 @pytest.mark.parametrize(
     ("prefix", "first", "count"),
     [
-        ("train.dpo", "train.dpo", 4),
-        ("train.dpo.", "train.dpo", 4),
+        ("train.dpo", "train.dpo", 5),
+        ("train.dpo.", "train.dpo", 5),
         ("train.epochs", "train.epochs", 1),
         ("data.train.3.path", "data.train.0.path", 1),
     ],

@@ -56,6 +56,7 @@ def build_sample(parsed: ParsedRow, task: str | None, where: str, resolver: Medi
         where,
         _rejected(parsed),
         other_answers=tuple(parsed.other_answers),
+        label=parsed.label,
     )
 
 

@@ -40,7 +40,15 @@ RESERVED_KEYS = frozenset(
     | {"label_tokens", "answers", "loss", "loss_increase", "loss_increase_standard_error"}
     | {"margin", "worse"}
     | {"entropy", "mean_token_accuracy", "num_tokens"}  # TRL's, in the log
-    | {"reward_margin", "reward_accuracy", "gates", "gates_by_layer", "learning_rate", "gradient_norm"}
+    | {
+        "reward",
+        "reward_margin",
+        "reward_accuracy",
+        "gates",
+        "gates_by_layer",
+        "learning_rate",
+        "gradient_norm",
+    }
     | {"throughput", "memory"}
 )
 
