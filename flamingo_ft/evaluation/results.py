@@ -21,6 +21,7 @@ from flamingo_ft.data.sample import display_text
 
 from .image_loss_gap import ImageLossGap
 from .image_use import image_use
+from .loss_by_kind import LossByKind, LossRow, loss_record, loss_rows
 from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
 from .questions import Question
 from .reference_answers import classes_of, is_free_text, most_frequent_answer
@@ -55,12 +56,14 @@ class Results:
     """Answers to the same questions under several conditions: ``BEFORE``, ``AFTER`` and ``SHUFFLED``.
 
     metrics: what the answers are scored by. image_loss_gap: that of the final model, if it was measured.
+    loss_by_kind: the losses ``BEFORE`` and ``AFTER`` training, if there are rows without images.
     """
 
     questions: Sequence[Question]
     answers: dict[str, Sequence[Prediction]] = field(default_factory=dict)
     metrics: Sequence[Metric] = (ACCURACY,)
     image_loss_gap: ImageLossGap | None = None
+    loss_by_kind: dict[str, LossByKind] = field(default_factory=dict)
 
     @property
     def conditions(self) -> list[str]:
@@ -76,7 +79,7 @@ class Results:
 
         A metric that is not defined on the answers is None, such as F1 without a positive one. With answers
         to shuffled images, ``verdict`` says in a sentence whether the model uses its images.
-        ``image_loss_gap`` is there if it was measured.
+        ``image_loss_gap`` and ``loss_by_kind`` are there if they were measured.
         """
         by_task: dict[str, list[int]] = defaultdict(list)
         for index, question in enumerate(self.questions):
@@ -88,6 +91,8 @@ class Results:
         gap = self.image_loss_gap
         if gap is not None:
             record["image_loss_gap"] = asdict(gap)
+        if self.loss_by_kind:
+            record["loss_by_kind"] = loss_record(self.loss_by_kind)
         if SHUFFLED in self.answers:
             record["verdict"] = image_use(self.questions, self.texts(AFTER), self.texts(SHUFFLED), gap)
         return {**record, "per_task": per_task}
@@ -220,6 +225,14 @@ def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:
     samples = sum(task.samples for task in tasks.values())
     overall = TaskScores(samples, tuple(evaluation[overall_key(metric, column)] for column in measured))
     return ScoreTable(metric, measured, tasks, overall)
+
+
+def loss_table(evaluation: Mapping[str, Any] | None) -> tuple[tuple[str, ...], list[LossRow]]:
+    """Return the conditions and rows of the table of held-out losses by kind of row; no rows without any."""
+    rows = loss_rows(evaluation or {}, (BEFORE, AFTER))
+    measured = [any(row.values[place] is not None for row in rows) for place in range(2)]
+    columns = tuple(name for name, is_measured in zip((BEFORE, AFTER), measured, strict=True) if is_measured)
+    return columns, loss_rows(evaluation or {}, columns)
 
 
 def card_tables(evaluation: Mapping[str, Any] | None) -> list[CardTable]:

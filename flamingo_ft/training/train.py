@@ -22,7 +22,7 @@ from flamingo_ft.errors import OutOfMemory, ReportedElsewhere, StoppedBySignal, 
 from flamingo_ft.evaluation.probe import load_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
-from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, card_tables
+from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results, card_tables
 from flamingo_ft.evaluation.select_metrics import known_metrics, select_metrics
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
@@ -41,7 +41,7 @@ from .checkpoints import check_compatible
 from .eval_batches import EvalBatches, measures_image_loss_gap
 from .evaluation import Evaluator, apply_best, evaluation_callbacks
 from .hub_checkpoints import BackgroundUploads, PushCheckpoints, background_uploads, prepare_repository
-from .image_loss import LogGapBefore, final_gap
+from .image_loss import LogLossesBefore, final_losses, logged_losses
 from .interruptions import StopOnSignal, attach_memory_plan, io_errors_as_user_error, oom_as_user_error
 from .monitoring import ProgressBar, check_trackers, tracker_callbacks
 from .non_finite import SKIPPED, count_skipped_steps
@@ -51,8 +51,9 @@ from .resume import StartPoint, find_start_point, pin_init_from
 from .trainer import FlamingoDpoTrainer, FlamingoTrainer
 
 LEFT_OUT_FILE = "left_out.jsonl"
-FINAL_GAP_SAMPLES = 256  # held-out samples for the image loss gap of a run without eval.steps
+FINAL_LOSS_SAMPLES = 256  # held-out samples, of each kind, for the losses of a run without eval.steps
 
+Trainer = FlamingoTrainer | FlamingoDpoTrainer
 DataCallback = Callable[[OpenedData], None]
 LogFunction = Callable[[str], None]
 
@@ -183,8 +184,8 @@ def _run(
         evaluator.evaluate(AFTER, eval_samples)
         if recipe.eval.shuffled_images:
             evaluator.evaluate(SHUFFLED, with_other_images(eval_samples, recipe.train.seed))
-        if eval_batches is not None and measures_image_loss_gap(recipe):
-            evaluator.results.image_loss_gap = final_gap(trainer, recipe, eval_batches)
+        if eval_batches is not None:
+            _add_losses(evaluator.results, trainer, recipe, eval_batches)
         progress.refresh()  # otherwise notebooks show the last bar unfinished
     metrics = {"eval": evaluator.results.summary()} if eval_samples else {}
     add_to_verdict(metrics, evaluator.results, load_probe(output_dir, recipe))
@@ -223,7 +224,7 @@ def _callbacks(
 
 
 def _prepare_eval_batches(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: Trainer,
     evaluator: Evaluator,
     samples: Sequence[Sample],
     processor: FlamingoProcessor,
@@ -232,14 +233,15 @@ def _prepare_eval_batches(
 ) -> EvalBatches | None:
     """Set what evaluations during training measure; return the batches for it, if any are needed.
 
-    Without ``eval.steps``, only the final image loss gap needs them: a random part of the samples is enough,
-    and none is refused for its sake.
+    Without ``eval.steps``, only the losses before and after training need them: a random part of the samples
+    is enough, and none is refused for their sake.
     """
     measures_gap = measures_image_loss_gap(recipe)
-    if not (recipe.eval.steps or measures_gap):
+    measures_text = recipe.train.method == "sft" and not all(sample.images for sample in samples)
+    if not (recipe.eval.steps or measures_gap or measures_text):
         return None
-    if not recipe.eval.steps and len(samples) > FINAL_GAP_SAMPLES:
-        samples = random.Random(recipe.train.seed).sample(samples, FINAL_GAP_SAMPLES)
+    if not recipe.eval.steps:
+        samples = _some_of_each_kind(samples, recipe.train.seed)
     eval_batches = EvalBatches(
         samples,
         trainer.model,
@@ -251,9 +253,29 @@ def _prepare_eval_batches(
     )
     if recipe.eval.steps:
         trainer.set_eval(eval_batches, evaluator.scores if recipe.eval.answers else None)
-        if recipe.eval.before and measures_gap:
-            trainer.add_callback(LogGapBefore(trainer, eval_batches))
+    if recipe.eval.before:
+        with_gap = measures_gap and recipe.eval.steps is not None
+        trainer.add_callback(LogLossesBefore(trainer, eval_batches, with_gap))
     return eval_batches
+
+
+def _some_of_each_kind(samples: Sequence[Sample], seed: int) -> list[Sample]:
+    """Return at most `FINAL_LOSS_SAMPLES` with images, and as many without."""
+    chosen = []
+    for has_images in (True, False):
+        own = [sample for sample in samples if bool(sample.images) is has_images]
+        few = len(own) <= FINAL_LOSS_SAMPLES
+        chosen += own if few else random.Random(seed).sample(own, FINAL_LOSS_SAMPLES)
+    return chosen
+
+
+def _add_losses(results: Results, trainer: Trainer, recipe: Recipe, eval_batches: EvalBatches) -> None:
+    """Add the losses of the final model to the results, and by kind of row also those before training."""
+    final = final_losses(trainer, recipe, eval_batches)
+    results.image_loss_gap = final.gap
+    for condition, measured in ((BEFORE, logged_losses(trainer, 0).by_kind), (AFTER, final.by_kind)):
+        if measured is not None:
+            results.loss_by_kind[condition] = measured
 
 
 def _evaluate_before(
@@ -269,7 +291,7 @@ def _evaluate_before(
 
 
 def _train(
-    trainer: FlamingoTrainer | FlamingoDpoTrainer,
+    trainer: Trainer,
     data: OpenedData,
     recipe: Recipe,
     checkpoint: Path | None,

@@ -21,7 +21,7 @@ from flamingo_ft.report.run_folder import read_log
 from flamingo_ft.training.build import build_model, make_trainer
 from flamingo_ft.training.eval_batches import EvalBatches
 from flamingo_ft.training.evaluation import run_evaluation
-from flamingo_ft.training.image_loss import measure_image_loss_gap
+from flamingo_ft.training.image_loss import measure_losses
 from flamingo_ft.training.train import train
 from flamingo_ft.training.trainer import FlamingoTrainerMixin
 
@@ -90,7 +90,7 @@ def losses_by_hand(trainer, samples) -> np.ndarray:
 def test_the_gap_and_its_standard_error_equal_float64_by_hand(mixed):
     trainer, batches = ready(recipe())
     logged = run_evaluation(trainer, batches, None)
-    gap = measure_image_loss_gap(trainer, batches)
+    gap = measure_losses(trainer, batches).gap
     assert gap == ImageLossGap.of_log(logged) and gap.samples == len(SWAPPED)
 
     samples = open_data(recipe().data, 0).eval_samples()
@@ -159,7 +159,7 @@ def test_nothing_is_measured_if_it_is_turned_off_or_no_image_can_be_swapped(mixe
     trainer, batches = ready(recipe("eval.shuffled_images=false"))
     assert not any(name.startswith(KEY) for name in run_evaluation(trainer, batches, None))
     write("eval.jsonl", [row(0, 1, "Dark."), row(1, 2, "Light."), row(2, 0, "Light.")])
-    assert measure_image_loss_gap(*ready(recipe())) is None
+    assert measure_losses(*ready(recipe())).gap is None
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -185,7 +185,7 @@ def test_an_evaluation_leaves_weights_and_random_states_as_they_were(mixed):
 
 
 def test_with_a_feature_cache_swapped_images_need_no_second_pass_of_the_tower(mixed, monkeypatch):
-    plain = measure_image_loss_gap(*ready(recipe()))
+    plain = measure_losses(*ready(recipe())).gap
     trainer, batches = ready(recipe("data.cache={folder: cache, dtype: fp32}"))
     encoded, encode_images = [], FrozenTower.encode
     monkeypatch.setattr(
