@@ -30,8 +30,8 @@ from .save import save_processor
 def write_joined_adapter(adapters: Sequence[Path], folder: Path) -> dict[str, int]:
     """Write to ``folder`` what a chain of adapters trained; loaded, it equals the last one tensor by tensor.
 
-    Each part of the bridge is taken from the last adapter that has it. adapters: in the order of training; the
-    last one has all LoRA weights. Returns the number of values of each written tensor, by name.
+    Each part of the bridge is taken from the last adapter that has it. adapters: in the order of training;
+    the last one has all LoRA weights. Returns the number of values of each written tensor, by name.
     """
     last = adapters[-1]
     bridge: dict[str, Tensor] = {}

@@ -115,8 +115,6 @@ def dump_recipe(recipe: Recipe) -> str:
     values = recipe.model_dump(mode="json")
     if recipe.stages:
         values[STAGES] = stage_differences(values)
-    else:
-        del values[STAGES]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data_section import DataSection, DataSource
@@ -81,6 +81,11 @@ class Recipe(Section):
                 is_trained = model.get("init_from") is not None
                 return {**values, "train": with_default_optimizer(train, is_trained)}
         return values
+
+    @model_serializer(mode="wrap")
+    def _without_empty_stages(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        return values if self.stages else {key: values[key] for key in values if key != STAGES}
 
     @model_validator(mode="after")
     def _validate_cross_field(self) -> Recipe:
