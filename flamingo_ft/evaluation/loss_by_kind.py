@@ -65,15 +65,6 @@ class LossByKind:
         return values
 
 
-@dataclass(frozen=True)
-class LossRow:
-    """A row of the table of held-out losses. values: by column; None where it was not measured."""
-
-    label: str
-    samples: int
-    values: tuple[float | None, ...]
-
-
 def loss_record(by_condition: Mapping[str, LossByKind]) -> dict[str, dict[str, float]]:
     """Return the ``loss_by_kind`` record of metrics.json: samples and losses by condition, for each kind."""
     record: dict[str, dict[str, float]] = {}
@@ -81,12 +72,3 @@ def loss_record(by_condition: Mapping[str, LossByKind]) -> dict[str, dict[str, f
         for kind, loss in measured.losses.items():
             record.setdefault(kind, {"samples": loss.samples})[condition] = loss.value
     return record
-
-
-def loss_rows(evaluation: Mapping[str, Any], columns: Sequence[str]) -> list[LossRow]:
-    """Return the table of an ``eval`` record of metrics.json; empty if its rows all have images."""
-    record = evaluation.get("loss_by_kind") or {}
-    return [
-        LossRow(KIND_LABELS[kind], values["samples"], tuple(values.get(column) for column in columns))
-        for kind, values in record.items()
-    ]

@@ -6,6 +6,7 @@ other images.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +22,7 @@ from flamingo_ft.data.sample import display_text
 
 from .image_loss_gap import ImageLossGap
 from .image_use import image_use
-from .loss_by_kind import LossByKind, LossRow, loss_record, loss_rows
+from .loss_by_kind import LossByKind, loss_record
 from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
 from .questions import Question
 from .reference_answers import classes_of, is_free_text, most_frequent_answer
@@ -186,6 +187,25 @@ def _row(question: Question) -> dict[str, Any]:
     return row | ({"references": question.references} if question.other_answers else {})
 
 
+def with_scores_before(evaluation: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an ``eval`` record with the scores `BEFORE` of an earlier one on the same questions."""
+    merged = copy.deepcopy(dict(evaluation))
+    for metric in metrics_in(evaluation):
+        records = [(merged, earlier, overall_key(metric, BEFORE))]
+        records += [
+            (task, earlier["per_task"][name], task_key(metric, BEFORE))
+            for name, task in merged["per_task"].items()
+            if name in earlier.get("per_task", {})
+        ]
+        for record, source, key in records:
+            if key in source:
+                record[key] = source[key]
+    for kind, losses in merged.get("loss_by_kind", {}).items():
+        before = (earlier.get("loss_by_kind") or {}).get(kind, {})
+        losses |= {BEFORE: before[BEFORE]} if BEFORE in before else {}
+    return merged
+
+
 @dataclass(frozen=True)
 class TaskScores:
     """One row of a score table. values: one per column; None where it was not measured."""
@@ -225,14 +245,6 @@ def _table(metric: Metric, evaluation: Mapping[str, Any]) -> ScoreTable:
     samples = sum(task.samples for task in tasks.values())
     overall = TaskScores(samples, tuple(evaluation[overall_key(metric, column)] for column in measured))
     return ScoreTable(metric, measured, tasks, overall)
-
-
-def loss_table(evaluation: Mapping[str, Any] | None) -> tuple[tuple[str, ...], list[LossRow]]:
-    """Return the conditions and rows of the table of held-out losses by kind of row; no rows without any."""
-    rows = loss_rows(evaluation or {}, (BEFORE, AFTER))
-    measured = [any(row.values[place] is not None for row in rows) for place in range(2)]
-    columns = tuple(name for name, is_measured in zip((BEFORE, AFTER), measured, strict=True) if is_measured)
-    return columns, loss_rows(evaluation or {}, columns)
 
 
 def card_tables(evaluation: Mapping[str, Any] | None) -> list[CardTable]:

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter, StrM
 
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.image_loss_gap import CLEAR, ImageLossGap
+from flamingo_ft.evaluation.loss_by_kind import KIND_LABELS, log_key
 from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import percent, significant
 
@@ -33,6 +34,7 @@ MAX_POINTS = 2000  # per curve; more would be finer than a pixel
 MAX_MARKED_POINTS = 12  # curves of so few points show each as a dot
 LOG_SCALE_RATIO = 50  # a gradient norm that spans more than this has a logarithmic axis
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
+STEP_LABEL = "optimizer step"
 Write = Callable[[float], str]  # value -> text
 
 
@@ -72,9 +74,17 @@ def loss_curve(run: str | Path) -> Figure:
 def loss_figure(entries: Sequence[Entry]) -> Figure | None:
     """Plot the loss in training and on held-out samples."""
     curves = _present(curve(entries, "loss", "training"), curve(entries, "eval_loss", "held out"))
-    is_dpo = any("rewards/margins" in entry for entry in entries)
-    unit = "loss (nats per pair)" if is_dpo else "loss (nats per label token)"
+    # a stage of a run may be DPO, and another one not
+    is_dpo = {any(key.startswith("rewards/") for key in entry) for entry in entries if "loss" in entry}
+    units = ["pair" if dpo else "label token" for dpo in sorted(is_dpo)] or ["label token"]
+    unit = f"loss (nats per {' or '.join(units)})"
     return _figure("Loss" if len(curves) > 1 else "Training loss", unit, curves, from_zero=True)
+
+
+def loss_by_kind_figure(entries: Sequence[Entry]) -> Figure | None:
+    """Plot the held-out loss of rows without images, and of those with images."""
+    curves = _present(*(curve(entries, log_key(kind), label) for kind, label in KIND_LABELS.items()))
+    return _figure("Held-out loss by kind of row", "nats per label token", curves, from_zero=True)
 
 
 def image_loss_gap_figure(entries: Sequence[Entry]) -> Figure | None:
@@ -140,7 +150,7 @@ def throughput_figure(entries: Sequence[Entry]) -> Figure | None:
     for number, (axes, (unit, one)) in enumerate(zip(panels, curves.items(), strict=True)):
         is_last = number == len(panels) - 1
         title = "Throughput" if number == 0 else ""
-        style_axes(axes, title, f"{unit}/s", "optimizer step" if is_last else "")
+        style_axes(axes, title, f"{unit}/s", STEP_LABEL if is_last else "")
         _draw(axes, [one], [COLOURS[number]], from_zero=True, write=significant)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -237,7 +247,7 @@ def _label_last(axes: Axes, one: Curve, colour: str, write: Write) -> None:
 # --- the common look ---
 
 
-def new_axes(title: str, ylabel: str, xlabel: str = "optimizer step") -> tuple[Figure, Axes]:
+def new_axes(title: str, ylabel: str, xlabel: str = STEP_LABEL) -> tuple[Figure, Axes]:
     """Return a figure with one pair of axes."""
     figure = new_figure()
     axes = figure.subplots()
@@ -250,7 +260,7 @@ def new_figure() -> Figure:
     return Figure(figsize=FIGURE_SIZE, layout="constrained", facecolor="white")
 
 
-def style_axes(axes: Axes, title: str, ylabel: str, xlabel: str = "optimizer step") -> None:
+def style_axes(axes: Axes, title: str, ylabel: str, xlabel: str = STEP_LABEL) -> None:
     """Set title and labels, and give axes the common look."""
     axes.set_title(title, loc="left", color=INK, fontsize=FONT_SIZES["title"])
     axes.set_xlabel(xlabel, fontsize=FONT_SIZES["label"], color=INK)

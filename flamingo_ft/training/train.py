@@ -23,6 +23,7 @@ from flamingo_ft.evaluation.probe import load_probe
 from flamingo_ft.evaluation.probe_verdict import add_to_verdict
 from flamingo_ft.evaluation.questions import questions_of, with_other_images
 from flamingo_ft.evaluation.results import AFTER, BEFORE, SHUFFLED, Results, card_tables
+from flamingo_ft.evaluation.run_tables import run_tables
 from flamingo_ft.evaluation.select_metrics import known_metrics, select_metrics
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
@@ -48,9 +49,10 @@ from .non_finite import SKIPPED, count_skipped_steps
 from .output_dir import archive_metrics, prepare_output_dir
 from .preflight import check_machine, check_precision, evaluation_warnings, memory_notice
 from .resume import StartPoint, find_start_point, pin_init_from
+from .stage_results import LEFT_OUT_FILE
+from .stages import train_stages
 from .trainer import FlamingoDpoTrainer, FlamingoTrainer
 
-LEFT_OUT_FILE = "left_out.jsonl"
 FINAL_LOSS_SAMPLES = 256  # held-out samples, of each kind, for the losses of a run without eval.steps
 
 Trainer = FlamingoTrainer | FlamingoDpoTrainer
@@ -67,7 +69,7 @@ def train(
     tell: DataCallback | None = None,
     say: LogFunction | None = None,
 ) -> dict[str, Any]:
-    """Train as the recipe says, save the adapter in its output directory, and evaluate it.
+    """Train as the recipe says, stage by stage, save the adapter in its output directory, and evaluate it.
 
     on_data: called with the data once they are open. resume: resume this run if there is anything of it. log:
     called with lines for the user: where the run resumes, planned and free memory, held-out images that are
@@ -80,6 +82,16 @@ def train(
     if tell is not None or say is not None:
         warnings.warn("train(tell=, say=) are now on_data= and log=", FutureWarning, stacklevel=2)
         on_data, log = on_data or tell, log or say
+    train_run = partial(_train_run, resume=resume, on_data=on_data, log=log)
+    if recipe.stages:
+        return train_stages(recipe, train_run, resume=resume, notify=log or (lambda line: None))
+    return train_run(recipe)
+
+
+def _train_run(
+    recipe: Recipe, *, resume: bool, on_data: DataCallback | None, log: LogFunction | None
+) -> dict[str, Any]:
+    """Train as a recipe without stages says."""
     try:
         with io_errors_as_user_error(recipe.train):
             return _train_whole_run(recipe, resume, on_data, log)
@@ -192,7 +204,8 @@ def _run(
     metrics["train"] = train_metrics
     if processes.is_main():
         evaluator.results.save(output_dir)
-        write_card(output_dir, metrics, tables=card_tables(metrics.get("eval")))
+        scores, others = card_tables(metrics.get("eval")), run_tables(metrics)
+        write_card(output_dir, metrics, tables=scores, run_tables=others)
         atomic.write_text(output_dir / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
     processes.barrier()
     return metrics
@@ -273,6 +286,10 @@ def _add_losses(results: Results, trainer: Trainer, recipe: Recipe, eval_batches
     """Add the losses of the final model to the results, and by kind of row also those before training."""
     final = final_losses(trainer, recipe, eval_batches)
     results.image_loss_gap = final.gap
+    if final.by_kind is not None and logged_losses(trainer, trainer.state.global_step).by_kind is None:
+        trainer.state.log_history.append({**final.by_kind.log_values(), "step": trainer.state.global_step})
+        if processes.is_main():
+            write_log(recipe.train.output_dir, trainer.state.log_history)
     for condition, measured in ((BEFORE, logged_losses(trainer, 0).by_kind), (AFTER, final.by_kind)):
         if measured is not None:
             results.loss_by_kind[condition] = measured
