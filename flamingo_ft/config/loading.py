@@ -87,7 +87,7 @@ def _validate(values: Any, sources: _Sources) -> Recipe:
     """Validate a recipe's plain values. Raises UserError with all errors."""
     merged = merge_stages(values)
     errors = {
-        location: f"{location_text(location, values)} {message}"
+        location: f"{location_text(location, values)}: {message}"
         for location, message in misplaced_keys(values)
     }
     try:

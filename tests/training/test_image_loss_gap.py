@@ -16,6 +16,7 @@ from flamingo_ft.data.collate import load_media
 from flamingo_ft.data.encode import encode
 from flamingo_ft.data.feature_cache import FrozenTower
 from flamingo_ft.evaluation.image_loss_gap import INDISTINGUISHABLE, ImageLossGap
+from flamingo_ft.evaluation.loss_by_kind import TEXT_ONLY, WITH_IMAGES, LossByKind, log_key
 from flamingo_ft.evaluation.questions import with_other_images
 from flamingo_ft.report.run_folder import read_log
 from flamingo_ft.training.build import build_model, make_trainer
@@ -98,6 +99,10 @@ def test_the_gap_and_its_standard_error_equal_float64_by_hand(mixed):
     own, other = (losses_by_hand(trainer, each) for each in (samples, with_other_images(samples, 0)))
     assert own[2] == other[2] and own[4] == other[4]  # no images, or none to swap them with
     tokens = np.array([encode(trainer.processing_class, sample).label_tokens for sample in samples])
+    has_images = np.array(IMAGES) > 0
+    for kind, rows in ((TEXT_ONLY, ~has_images), (WITH_IMAGES, has_images)):
+        assert logged[log_key(kind)] == pytest.approx(own[rows].sum() / tokens[rows].sum(), rel=1e-4)
+        assert logged[f"{log_key(kind)}_samples"] == rows.sum()
     difference, size = (other - own)[SWAPPED], tokens[SWAPPED]
     value, count = difference.sum() / size.sum(), len(SWAPPED)
     error = math.sqrt(((difference - value * size) ** 2).sum() * count / (count - 1)) / size.sum()
@@ -290,3 +295,30 @@ def test_training_and_resuming_are_bit_identical_with_and_without_the_gap(shades
         assert Path(name, WEIGHTS).read_bytes() == Path("whole", WEIGHTS).read_bytes()
         for key in ("loss", "eval_loss"):
             assert [e[key] for e in logs[name] if key in e] == [e[key] for e in logs["whole"] if key in e]
+
+
+# --- rows without images ---
+
+
+@pytest.mark.parametrize("steps", ["eval.steps=null", "eval.steps=2"])
+def test_the_text_only_loss_is_known_before_during_and_after_training(mixed, steps):
+    metrics = train(recipe("train.max_steps=4", "eval.answers=false", steps))["eval"]["loss_by_kind"]
+    assert metrics[TEXT_ONLY]["samples"] == 2 and metrics[WITH_IMAGES]["samples"] == 8
+    logged = {
+        entry["step"]: losses for entry in read_log(Path("run")) if (losses := LossByKind.of_log(entry))
+    }
+    assert [*logged] == ([0, 2, 4] if steps.endswith("2") else [0, 4])
+    for kind in (TEXT_ONLY, WITH_IMAGES):
+        before_and_after = logged[0].losses[kind].value, logged[4].losses[kind].value
+        assert (metrics[kind]["before"], metrics[kind]["after"]) == before_and_after
+        assert before_and_after[0] != before_and_after[1]
+    card = Path("run", "README.md").read_text()
+    assert (
+        f"| text only | 2 | {metrics[TEXT_ONLY]['before']:.4f} | {metrics[TEXT_ONLY]['after']:.4f} |" in card
+    )
+
+
+def test_without_text_only_rows_nothing_is_logged_by_kind(small_run):
+    config = small_recipe("data.eval=[{path: train.jsonl}]", "train.max_steps=2", "eval.steps=1")
+    assert "loss_by_kind" not in train(config)["eval"]
+    assert not any(LossByKind.of_log(entry) for entry in read_log(Path("run")))
