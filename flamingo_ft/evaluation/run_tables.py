@@ -39,7 +39,7 @@ def _loss_table(record: Mapping[str, Mapping[str, float]]) -> TextTable:
 
 def _stage_table(evaluation: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> TextTable:
     """Return a table with a row for each stage, below one for the scores before the first."""
-    metrics = metrics_in(evaluation) if evaluation else []
+    metrics = metrics_in(evaluation)[:1] if evaluation else []  # the tables of scores have the others
     kinds = [*(evaluation.get("loss_by_kind") or {})]
 
     def scores(record: Mapping[str, Any], condition: str) -> list[str]:

@@ -287,3 +287,20 @@ def test_stages_that_read_rows_differently_have_reports_of_their_own(copied):
     reports = check_recipe(recipe, "recipe", copied / "check")
     assert [folder.name for folder, _ in reports] == ["1-bridge", "2-lora"]
     assert [report.too_long.limit for _, report in reports][0] == 30
+
+
+# --- trying a run ---
+
+
+def test_a_smoke_run_runs_every_stage_briefly_and_leaves_nothing(copied, capfd):
+    before = sorted(copied.iterdir())
+    assert cli.main(["train", "./recipe.yaml", "--smoke", "train.output_dir=new"]) == 0
+    assert sorted(copied.iterdir()) == before
+    output = capfd.readouterr()
+    assert "stage 2 of 2, lora" in output.err and "for 4 steps" in output.out
+
+
+def test_a_smoke_run_never_removes_what_was_there(copied, capfd):
+    Path("run.smoke").mkdir()
+    assert cli.main(["train", "./recipe.yaml", "--smoke"]) == 2
+    assert "exists, and a trial run would remove it" in capfd.readouterr().err and Path("run.smoke").is_dir()
