@@ -90,12 +90,13 @@ def _validate(values: Any, sources: _Sources) -> Recipe:
         location: f"{location_text(location, values)}: {message}"
         for location, message in misplaced_keys(values)
     }
+    recipe = None
     try:
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         for location, message in validation_errors(Recipe, error, merged, values):
             errors.setdefault(location, message)
-    if errors:
+    if errors or recipe is None:
         raise _user_error(sources, list(errors.items()))
     return recipe
 

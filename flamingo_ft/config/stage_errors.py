@@ -48,8 +48,7 @@ def _has_value(values: Any, location: Location) -> bool:
 def misplaced_keys(values: Any) -> Iterator[tuple[Location, str]]:
     """Yield location and message of each key, in stages as they are written, that must be common to all."""
     for index, stage in enumerate(stages_of(values)):
-        if not isinstance(stage, dict):
-            continue
+        stage = stage if isinstance(stage, dict) else {}
         for key in ("model", "init_from"):
             if key in stage:
                 yield (
@@ -58,8 +57,8 @@ def misplaced_keys(values: Any) -> Iterator[tuple[Location, str]]:
                     "set model once for the whole recipe",
                 )
         train = stage.get("train")
-        for key in COMMON_TRAIN_KEYS if isinstance(train, dict) else ():
-            if key in train:
+        for key in COMMON_TRAIN_KEYS:
+            if isinstance(train, dict) and key in train:
                 yield (
                     (STAGES, index, "train", key),
                     "cannot vary: it holds for the whole run, in which every stage has its own folder; "
