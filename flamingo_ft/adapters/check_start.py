@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from flamingo_ft.backbones.decoder_layers import find_decoder_layers, hidden_size
 from flamingo_ft.backbones.language import language_files
-from flamingo_ft.backbones.tower import build_visual, token_width
-from flamingo_ft.backbones.vision import tower_config
+from flamingo_ft.backbones.tower import build_visual
+from flamingo_ft.backbones.vision import recipe_tower_config, tower_config
+from flamingo_ft.backbones.visual_tokens import token_width
 from flamingo_ft.config import (
     RELEASED_PERCEIVER,
     CrossAttentionSection,
@@ -157,7 +158,7 @@ def _checkpoint_shape(checkpoint: ForeignCheckpoint) -> _BridgeShape | None:
 def _recipe_shape(section: ModelSection) -> _BridgeShape:
     language, every = _language_shape(section.language), section.cross_attn_every_n_layers
     with torch.device("meta"):
-        tower = token_width(build_visual(tower_config(section.vision.name, section.vision.pretrained)))
+        tower = token_width(build_visual(recipe_tower_config(section.vision)))
     return _BridgeShape(
         language.layers_path, tuple(range(every - 1, language.layers, every)), language.width, tower
     )

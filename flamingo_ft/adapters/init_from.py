@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -247,10 +248,19 @@ def _check_visibility(config: FlamingoConfig, start: Path) -> None:
         )
 
 
+def _without_new_tiles(ours: dict[str, Any] | None, theirs: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return our perceiver's options as they are before tiles are added: their embeddings start at zero."""
+    if ours is None or "max_tiles" in (theirs or {}):
+        return ours
+    return {key: value for key, value in ours.items() if key != "max_tiles"}
+
+
 def _check_compatible(config: FlamingoConfig, start_config: FlamingoConfig, start: Path) -> None:
     """Raise UserError unless the bridge of ``start`` fits the model and is all that ``start`` learned."""
     for key in GEOMETRY:
         ours, theirs = getattr(config, key), getattr(start_config, key)
+        if key == "perceiver":
+            ours = _without_new_tiles(ours, theirs)
         if ours != theirs:
             raise UserError(
                 f"model.init_from: {start} has {key} {theirs}, the recipe {ours}; give the recipe the same"

@@ -17,6 +17,7 @@ from torch import Tensor
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import TokenOptions
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.hub.weight_files import is_whole_model
@@ -241,6 +242,7 @@ def _load_vision(record: Mapping[str, Any], quantized: bool | Quantization, devi
         pretrained=record["pretrained"],
         revision=record["revision"],
         image_size=record.get("image_size"),
+        tokens=TokenOptions.of(record),
         quantization=_quantization(record, quantized),
         device=device,
     )

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flamingo_ft.backbones.attention import unfuse_attention
-from flamingo_ft.backbones.tower import modules_after_tokens
+from flamingo_ft.backbones.visual_tokens import modules_after_tokens
 from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.config.tables import VISION
 from flamingo_ft.errors import UserError

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor
 
+from flamingo_ft.backbones.visual_tokens import TokenOptions
 from flamingo_ft.errors import UserError
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.model import FlamingoConfig, FlamingoForConditionalGeneration
@@ -244,6 +245,8 @@ def check_same_base(folder: Path, base: FlamingoConfig, config: FlamingoConfig) 
             )
     if config.vision_preprocess != base.vision_preprocess:
         raise UserError(f"{folder}: the adapter uses another image size or preprocessing; load it separately")
+    if TokenOptions.of(config.vision_config) != TokenOptions.of(base.vision_config):
+        raise UserError(f"{folder}: the adapter reads other visual tokens of the tower; load it separately")
     starts = [(one.bridge_init or {}).get("sha256") for one in (config, base)]
     if starts[0] != starts[1] or parts_in_adapter(config) != parts_in_adapter(base):
         raise UserError(f"{folder}: base mismatch: the adapter builds on another bridge; load it separately")

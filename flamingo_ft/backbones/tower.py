@@ -1,13 +1,12 @@
-"""A vision tower as a module: build it, change its image size, compute its tokens, and quantize it.
+"""A vision tower as a module: build it, change its image size and the layer of its tokens, and quantize it.
 
-Shapes: N images, H and W pixels, V spatial tokens (patches), D token width.
+Shapes: H and W pixels.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -18,7 +17,6 @@ from transformers import BitsAndBytesConfig
 
 from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.compat import (
-    ModifiedResNet,
     PreprocessCfg,
     TimmModel,
     VisionTransformer,
@@ -28,6 +26,14 @@ from flamingo_ft.backbones.compat import (
 )
 from flamingo_ft.backbones.quantization import Quantization, quantize_linears
 from flamingo_ft.backbones.timm_tower import TimmTower, build_timm_tower, is_timm
+from flamingo_ft.backbones.visual_tokens import (
+    DEFAULT_TOKENS,
+    SHUFFLE,
+    TokenOptions,
+    image_shape,
+    layer_widths,
+    spatial_maps,
+)
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 
@@ -45,9 +51,15 @@ def build_visual(config: dict) -> nn.Module:
     buffer; the others (tables of rotary or relative positions) come from `non_persistent_buffers(config)`.
     """
     visual = build_timm_tower(config) if is_timm(config) else _build_open_clip_tower(config)
+    apply_options(visual, config)
+    return visual
+
+
+def apply_options(visual: Any, config: dict) -> None:
+    """Give a tower the image size and the `TokenOptions` of its `VisionBackbone.config`, in place."""
     if config.get("image_size"):
         set_image_size(visual, config["image_size"])
-    return visual
+    visual.token_options = TokenOptions.of(config)
 
 
 def _build_open_clip_tower(config: dict) -> nn.Module:
@@ -73,20 +85,6 @@ def non_persistent_buffers(config: dict) -> dict[str, Tensor]:
     with torch.device("cpu"):  # the caller may be in a meta context
         visual = build_visual(config)
     return {name: visual.get_buffer(name) for name in names}
-
-
-def token_width(visual: Any) -> int:
-    """Return D, the width of the spatial tokens. Raises UserError for anything but an OpenCLIP tower."""
-    kind = type(visual)
-    if issubclass(kind, VisionTransformer):
-        return visual.transformer.width
-    if issubclass(kind, TimmModel):
-        return visual.trunk.feature_info[-1]["num_chs"]
-    if issubclass(kind, ModifiedResNet):
-        return visual.layer4[-1].conv3.out_channels
-    raise UserError(
-        f"unknown token width of a {kind.__name__}; pass the tower of an OpenCLIP model, its .visual"
-    )
 
 
 # --- Images
@@ -140,11 +138,20 @@ def set_image_size(visual: Any, image_size: int) -> None:
     visual.positional_embedding = nn.Parameter(resized, native.requires_grad)
 
 
-def config_at_image_size(name: str, config: dict, image_size: int | None) -> dict:
-    """Return ``config`` with another image size, after a trial run on the meta device.
+def config_with_options(
+    name: str, config: dict, image_size: int | None = None, tokens: TokenOptions = DEFAULT_TOKENS
+) -> dict:
+    """Return ``config`` with another image size and other tokens, after a trial run on the meta device.
 
-    name: of the tower, for messages. Raises UserError if the tower does not support the size.
+    name: of the tower, for messages. Raises UserError if the tower does not support them.
     """
+    config = _with_tokens(name, _at_image_size(name, config, image_size), tokens)
+    if tokens.pixel_shuffle:
+        _check_even_grid(name, config)
+    return config
+
+
+def _at_image_size(name: str, config: dict, image_size: int | None) -> dict:
     native = config["vision_cfg"].get("image_size", 224)
     if image_size is None or native in (image_size, [image_size, image_size]):
         return config
@@ -152,13 +159,42 @@ def config_at_image_size(name: str, config: dict, image_size: int | None) -> dic
     try:
         with torch.device("meta"):
             _check_whole_patches(build_visual(config), name, image_size)
-            spatial_tokens(build_visual(resized), torch.zeros(1, 3, image_size, image_size))
+            _trial_maps(resized)
     except UNSUPPORTED_SIZE as error:
         raise UserError(
             f"vision tower {name} takes images of {native} pixels and does not support {image_size} "
             f"({error_message(error)}); leave image_size out, or choose a ViT"
         ) from error
     return resized
+
+
+def _with_tokens(name: str, config: dict, tokens: TokenOptions) -> dict:
+    if tokens == DEFAULT_TOKENS:
+        return config
+    with torch.device("meta"):
+        layers = len(layer_widths(build_visual(config)))
+    if not -layers <= tokens.layer < layers:
+        raise UserError(
+            f"vision tower {name} has {layers} layers, got layer {tokens.layer}; "
+            f"use {-layers} to -1, counted from the end (-1 is the last), or 0 to {layers - 1}"
+        )
+    return config | tokens.record()
+
+
+def _check_even_grid(name: str, config: dict) -> None:
+    """Refuse pixel shuffle on a grid of tokens that cannot be divided into 2 x 2 blocks."""
+    with torch.device("meta"):
+        height, width = _trial_maps(config | {"pixel_shuffle": False}).shape[-2:]
+    if height % SHUFFLE or width % SHUFFLE:
+        raise UserError(
+            f"pixel_shuffle: joins blocks of {SHUFFLE} x {SHUFFLE} tokens, but vision tower {name} has "
+            f"{height} x {width}; set image_size so that both are even, or pixel_shuffle to false"
+        )
+
+
+def _trial_maps(config: dict) -> Tensor:
+    visual = build_visual(config)
+    return spatial_maps(visual, torch.zeros(1, 3, *image_shape(visual)))
 
 
 def _check_whole_patches(visual: nn.Module, name: str, image_size: int) -> None:
@@ -173,80 +209,6 @@ def _check_whole_patches(visual: nn.Module, name: str, image_size: int) -> None:
         f"image_size: must be a multiple of the {patch[0]}-pixel patches of vision tower {name}, "
         f"got {image_size}; use {choices}"
     )
-
-
-# --- Spatial tokens
-
-
-def spatial_tokens(visual: Any, images: Tensor) -> Tensor:
-    """Return `spatial_maps` as tokens, row by row: (N, 3, H, W) -> (N, V, D)."""
-    return map_to_tokens(spatial_maps(visual, images))
-
-
-def map_to_tokens(maps: Tensor) -> Tensor:
-    """(N, D, h, w) -> (N, h * w, D), row by row."""
-    return maps.flatten(2).transpose(1, 2)
-
-
-def spatial_maps(visual: Any, images: Tensor) -> Tensor:
-    """Return the last block's tokens before the final norm, as a grid: (N, 3, H, W) -> (N, D, h, w).
-
-    There is one token per patch: class and register tokens are dropped. For convolutional towers, these are
-    the cells of the last feature map; for CLIP ViTs, OpenFlamingo's tokens. The tower runs in eval mode
-    whatever mode it is in, so patch dropout, stochastic depth and batch statistics have no effect, and
-    without gradients unless it has trainable LoRA. Images are cast to the dtype of the first convolution.
-
-    Raises UserError for a tower without spatial tokens.
-    """
-    trunk = getattr(visual, "trunk", visual)
-    if not hasattr(visual, "forward_intermediates") or not hasattr(trunk, "forward_intermediates"):
-        raise UserError(
-            f"vision tower {type(trunk).__name__} has no spatial tokens (no forward_intermediates); "
-            "choose an OpenCLIP architecture such as ViT-L-14"
-        )
-    needs_grad = torch.is_grad_enabled() and _has_trainable_lora(visual)
-    with torch.set_grad_enabled(needs_grad), _eval_mode(visual):
-        outputs = visual.forward_intermediates(
-            _to_input_dtype(visual, images), indices=1, normalize_intermediates=False, intermediates_only=True
-        )
-    return outputs["image_intermediates"][-1]
-
-
-def modules_after_tokens(visual: Any) -> set[nn.Module]:
-    """Return the modules of a tower that `spatial_tokens` does not call: poolers and heads."""
-    called: set[nn.Module] = set()
-    hooks = [m.register_forward_pre_hook(lambda module, _: called.add(module)) for m in visual.modules()]
-    size = visual.image_size if isinstance(visual.image_size, (tuple, list)) else (visual.image_size,) * 2
-    try:
-        spatial_tokens(visual, torch.zeros(1, 3, *size, device=next(visual.parameters()).device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return set(visual.modules()) - called
-
-
-def _has_trainable_lora(module: nn.Module) -> bool:
-    return any(parameter.requires_grad and ".lora_" in name for name, parameter in module.named_parameters())
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Generator[None]:
-    """Put every submodule except LoRA's in eval mode, and restore its mode afterwards."""
-    training = [part for name, part in module.named_modules() if part.training and ".lora_" not in name]
-    for submodule in training:
-        submodule.training = False
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True
-
-
-def _to_input_dtype(visual: nn.Module, images: Tensor) -> Tensor:
-    for module in visual.modules():
-        if isinstance(module, nn.Conv2d):
-            return images.to(module.weight.dtype)
-    return images
 
 
 # --- Quantization

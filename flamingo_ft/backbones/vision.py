@@ -21,15 +21,16 @@ from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.backbones.quantization import Quantization, require_bitsandbytes
 from flamingo_ft.backbones.timm_tower import is_timm, load_timm_tower
 from flamingo_ft.backbones.tower import (
+    apply_options,
     build_visual,
-    config_at_image_size,
+    config_with_options,
     non_persistent_buffers,
     quantize_tower,
-    set_image_size,
-    token_width,
     tower_preprocess,
 )
 from flamingo_ft.backbones.tower_source import TowerSource, find_tower, native_tower_config, recorded_names
+from flamingo_ft.backbones.visual_tokens import DEFAULT_TOKENS, TokenOptions, token_width
+from flamingo_ft.config import VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import error_message
 from flamingo_ft.machine_errors import reraise_machine_error
@@ -47,11 +48,13 @@ class VisionBackbone:
 
     visual: OpenCLIP's `.visual`, or a `TimmTower`; frozen and in eval mode.
     config: JSON-able {"embed_dim", "vision_cfg", "quick_gelu"} for `build_visual`, or {"vision_cfg", "timm"}
-        for a timm model; also "image_size" if that is not the architecture's.
+        for a timm model; also "image_size" if that is not the architecture's, and what `TokenOptions`
+        records.
     preprocess: JSON-able fields of OpenCLIP's PreprocessCfg, for `image_transform`.
     width: D, the width of its spatial tokens.
-    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"}, with absolute paths
-        for folders and files; the hash is of the tower's tensors before resizing and quantization.
+    source: {"name", "pretrained", "revision", "sha256", "quantization", "image_size"} and what
+        `TokenOptions` records, with absolute paths for folders and files; the hash is of the tower's tensors
+        before resizing and quantization.
     license: as stated on its model card; None if it is not.
     """
 
@@ -72,6 +75,7 @@ def load_vision(
     *,
     image_size: int | None = None,
     resize_mode: str | None = None,
+    tokens: TokenOptions = DEFAULT_TOKENS,
 ) -> VisionBackbone:
     """Load a tower, frozen and in eval mode.
 
@@ -84,6 +88,7 @@ def load_vision(
     device: None is the CPU or, with quantization, the GPU if there is one.
     image_size: height and width in pixels, position embeddings interpolated; None for the tower's own.
     resize_mode: "shortest" (then cropped), "longest" (then padded) or "squash"; None for the tower's own.
+    tokens: the layer that the tokens are read from, and whether neighbours are joined.
 
     A tag trained with QuickGELU gets QuickGELU whatever the architecture's name says: OpenCLIP 3 only warns
     (as for ViT-L-14 with tag openai), and the tokens would not be those that OpenFlamingo's weights were
@@ -91,18 +96,17 @@ def load_vision(
     preprocessing.
 
     Raises UserError for an unknown name or tag, a failed download, weights that do not fit, a tower without
-    matrices to quantize, and an unsupported image size.
+    matrices to quantize, and an unsupported image size, layer or pixel shuffle.
     """
     if quantization is not None:
         require_bitsandbytes(f"quantization {quantization.format}")
     tower = find_tower(name, pretrained, revision)
     if revision and tower.revision is None:
         raise UserError(f"revision {revision} given for {name}, which is not on the Hub; remove the revision")
-    config = config_at_image_size(name, tower.config, image_size)
+    config = config_with_options(name, tower.config, image_size, tokens)
     visual, sha256 = _load(tower) if quantization is None else _load_memory_mapped(tower)
     visual.eval().requires_grad_(False)
-    if "image_size" in config:
-        set_image_size(visual, config["image_size"])
+    apply_options(visual, config)
     if quantization is not None:
         device = device or default_device()
         quantize_tower(visual, quantization, device)
@@ -121,17 +125,45 @@ def load_vision(
             "sha256": sha256,
             "quantization": quantization.record() if quantization else None,
             "image_size": image_size,
+            **tokens.record(),
         },
         license=tower.license(),
     )
 
 
-def tower_config(name: str, pretrained: str | None = None, image_size: int | None = None) -> dict:
+def tower_config(
+    name: str,
+    pretrained: str | None = None,
+    image_size: int | None = None,
+    tokens: TokenOptions = DEFAULT_TOKENS,
+) -> dict:
     """Return the `VisionBackbone.config` of a tower without loading its weights.
 
     From a Hub repository, only the configuration is downloaded. Raises the same errors as `load_vision`.
     """
-    return config_at_image_size(name, native_tower_config(name, pretrained), image_size)
+    return config_with_options(name, native_tower_config(name, pretrained), image_size, tokens)
+
+
+def load_recipe_vision(section: VisionSection, *, shardable: bool = False) -> VisionBackbone:
+    """Load the tower of a recipe on the device that it is trained on; see `load_vision`.
+
+    shardable: whether quantized matrices are stored so that they can be sharded.
+    """
+    return load_vision(
+        section.name,
+        section.pretrained,
+        quantization=Quantization.of(section, shardable=shardable),
+        device=default_device(),
+        image_size=section.image_size,
+        resize_mode=section.resize_mode,
+        tokens=TokenOptions(section.layer, section.pixel_shuffle),
+    )
+
+
+def recipe_tower_config(section: VisionSection) -> dict:
+    """Return the `VisionBackbone.config` of a recipe's tower without loading its weights."""
+    tokens = TokenOptions(section.layer, section.pixel_shuffle)
+    return tower_config(section.name, section.pretrained, section.image_size, tokens)
 
 
 # --- Loading weights

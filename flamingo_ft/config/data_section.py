@@ -64,6 +64,31 @@ class AugmentationSection(Section):
     change."""
 
 
+class TilesSection(Section):
+    """Tiles of large images: each is as large as the tower's input, so that the model sees details.
+
+    The text still has one `<image>` for each image; an image has as many visual tokens as its views have in
+    all. With a perceiver they are resampled into the same number of latents, without one the text attends to
+    all of them. An image is resized to the whole grid of its tiles: nothing is cut off, and its shape may
+    change. Small images stay one view.
+    """
+
+    max: Annotated[int, Field(ge=2)] = 6
+    """Most tiles of one image. Of the grids with at most so many tiles, the one is taken that keeps the most
+    of the image's pixels. Time and memory of the tower grow with it, and without a perceiver those of
+    cross-attention too."""
+    size: Literal["auto"] | Count = "auto"
+    """Side in pixels of the part of an image that one tile shows, at the image's own resolution. auto: the
+    side of the tower's input, so that nothing is scaled until max is reached. A smaller one enlarges the
+    image."""
+    thumbnail: bool = True
+    """Whether the whole image, scaled down, is a view of its own besides its tiles."""
+    tags: Literal["learned", "none"] = "learned"
+    """How the model knows the place of a tile. learned: embeddings of its row and its column, and one of the
+    whole image, are added to the tokens; they are trained with trainable.perceiver. none: it does not, and
+    tiles are an unordered set."""
+
+
 class CacheSection(Section):
     """Cache on disk of the frozen vision tower's output, so that each image is encoded only once."""
 
@@ -120,6 +145,9 @@ class DataSection(Section):
     packing: bool = False
     """Concatenate several samples into one row of max_text_tokens tokens, without attention between them.
     Saves time if samples are much shorter than max_text_tokens."""
+    tiles: TilesSection | None = None
+    """Divide large images into tiles, for small text, documents, charts and small things. null: every image
+    is one view of the tower's size."""
     augmentation: AugmentationSection | None = None
     """Random augmentation of training images. null: none."""
     cache: CacheSection | None = None

@@ -43,6 +43,15 @@ class VisionSection(Section):
     """How images are made square. shortest: resize the shorter side and crop the longer one. longest: resize
     the longer side and pad the shorter one, so that nothing is lost. squash: change the aspect ratio. null:
     as the tower was trained, but a timm model's crop_pct is not applied: the shorter side stays whole."""
+    layer: int = -1
+    """Layer of the tower whose output is read: -1 is the last, -2 the one before it, 0 the first. For
+    convolutional towers, it is the stage. The layers after it are not computed. With ViTs, -2 is LLaVA's
+    choice: the last layer serves the tower's own training objective, the one before keeps more of each
+    place. Leave it at -1 for OpenFlamingo's weights."""
+    pixel_shuffle: bool = False
+    """Join each 2 x 2 neighbouring tokens into one of four times the width (InternVL, arXiv:2404.16821): a
+    quarter of the tokens without averaging, for large images and tiles. The bridge's matrices that read them
+    become four times as large. Needs a grid of tokens with even sides; set image_size if it has odd ones."""
     quantization: QuantizationFormat = "none"
     """Quantization of the tower's weight matrices with bitsandbytes: none, 8 bits (int8) or 4 bits (nf4,
     fp4). Saves memory at some cost in accuracy and speed; nf4 is usually the more accurate 4-bit format."""
@@ -116,6 +125,11 @@ class CrossAttentionSection(Section):
     """Hidden width of the feed-forward layers, as a multiple of the language model's width."""
 
 
+def _or_null(schema: dict[str, Any]) -> None:
+    """Allow null in a section's JSON schema."""
+    schema["anyOf"] = [{"$ref": schema.pop("$ref")}, {"type": "null"}]
+
+
 RELEASED_PERCEIVER = PerceiverSection(depth=6)  # of the released OpenFlamingo models
 
 
@@ -139,19 +153,21 @@ class ModelSection(Section):
     bridge_quantization: QuantizationFormat = "none"
     """Quantization of those parts of the bridge (perceiver, cross-attention) that stay frozen. Trainable
     parts are never quantized. Needs init_from."""
-    perceiver: PerceiverSection = PerceiverSection()
-    """Shape of the perceiver resampler."""
+    perceiver: Annotated[PerceiverSection, Field(json_schema_extra=_or_null)] = PerceiverSection()
+    """Shape of the perceiver resampler. null: none, the same as depth 0."""
     cross_attention: CrossAttentionSection = CrossAttentionSection()
     """Shape of the gated cross-attention blocks."""
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_with_init_from(cls, values: Any) -> Any:
+    def _default_perceiver(cls, values: Any) -> Any:
         """Fill in the depth of the released models' perceiver, unless the recipe gives another one."""
-        if not isinstance(values, dict) or values.get("init_from") is None:
+        if not isinstance(values, dict):
             return values
         perceiver = values.get("perceiver", {})
-        if not isinstance(perceiver, dict):
+        if perceiver is None:
+            return {**values, "perceiver": {"depth": 0}}
+        if values.get("init_from") is None or not isinstance(perceiver, dict):
             return values
         return {**values, "perceiver": {"depth": RELEASED_PERCEIVER.depth, **perceiver}}
 

@@ -45,7 +45,7 @@ PERCEIVER = Part(
     short="perceiver",
     module="perceiver",
     trainable=True,
-    undecayed=("latents", "frame_embs", "media_time_embs"),
+    undecayed=("latents", "frame_embs", "media_time_embs", "tile_embs"),
 )
 CROSS_ATTENTION = Part(
     "cross_attention",

@@ -19,6 +19,7 @@ from flamingo_ft.adapters.merge import fold_lora
 from flamingo_ft.atomic import file_in_place, folder_in_place
 from flamingo_ft.backbones.attention import restore_fused_attention
 from flamingo_ft.backbones.quantization import quantization_formats
+from flamingo_ft.backbones.visual_tokens import TokenOptions
 from flamingo_ft.errors import UserError
 from flamingo_ft.formats.foreign_checkpoint import BRIDGE_PREFIXES, OPEN_FLAMINGO, OPEN_FLAMINGO_1, OTTER
 from flamingo_ft.formats.key_names import ANSWER_TOKEN, VISION_PREFIX, from_open_clip, to_otter_name
@@ -162,6 +163,8 @@ def _check_compatible(
         *_differences("model.perceiver", perceiver, THEIR_PERCEIVER),
         *_differences("model.cross_attention", config.cross_attention or {}, THEIR_CROSS_ATTENTION),
     ]
+    tokens = TokenOptions.of(config.vision_config).record()
+    wrong += [f"model.vision.{name} {value}" for name, value in tokens.items()]
     if config.media_visibility not in visibilities:
         wrong.append(f"model.media_visibility {config.media_visibility} (needs {' or '.join(visibilities)})")
     if wrong:

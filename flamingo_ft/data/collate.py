@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.model.processor import FlamingoProcessor
+from flamingo_ft.model.views import stack_media
 
 from .encode import IGNORED, Encoded
 from .media import load_pixels
@@ -49,29 +50,6 @@ def load_media(processor: FlamingoProcessor, rows: Sequence[Mapping[str, Any]]) 
     return stack_media(
         [[load_pixels(processor, medium, row["where"]) for medium in row["images"]] for row in rows]
     )
-
-
-def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Stack the media (F, C, H, W) of each sample to pixel_values (B, M, C, H, W); {} without media.
-
-    Padding is zero. If a medium has several frames, the shape is (B, M, F, C, H, W); if the numbers of frames
-    differ, frame_counts (B, M) is returned too.
-    """
-    media = [medium for row in rows for medium in row]
-    if not media:
-        return {}
-    max_media, max_frames = max(map(len, rows)), max(map(len, media))
-    pixels = media[0].new_zeros(len(rows), max_media, max_frames, *media[0].shape[1:])
-    counts = torch.zeros(len(rows), max_media, dtype=torch.long)
-    for b, row in enumerate(rows):
-        for m, medium in enumerate(row):
-            pixels[b, m, : len(medium)] = medium
-            counts[b, m] = len(medium)
-    if max_frames == 1:
-        return {"pixel_values": pixels[:, :, 0]}
-    if all(len(medium) == max_frames for medium in media):
-        return {"pixel_values": pixels}
-    return {"pixel_values": pixels, "frame_counts": counts}
 
 
 def pack(

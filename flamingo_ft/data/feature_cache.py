@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from flamingo_ft import atomic
 from flamingo_ft.backbones.quantization import DTYPES, quantization_formats
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.visual_tokens import image_shape, spatial_tokens
 from flamingo_ft.config import CacheSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import GIB
 from flamingo_ft.model import FlamingoForConditionalGeneration
+from flamingo_ft.model.tiles import UNTILED, Grid
+from flamingo_ft.model.views import stack_grids
 
 from .feature_store import FeatureStore, FeatureWriter, features_key, folder_name
 
@@ -36,14 +38,22 @@ PENDING = (FRAME_INDEX, FOUND, FRESH, FRESH_KEYS)
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """An image or a frame of a video: its tokens (V, D) if they are cached, else its pixels (C, H, W).
+    """An image, a view of a tiled one, or a frame of a video.
 
-    key: its cache key.
+    Its tokens (V, D) if they are cached, else its pixels (C, H, W). key: its cache key.
     """
 
     key: str
     tokens: Tensor | None = None
     pixels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Frames:
+    """A medium whose frames or views may be cached; grid: see `Views`."""
+
+    frames: list[Frame]
+    grid: Grid = UNTILED
 
 
 def lookup_frame(
@@ -59,20 +69,23 @@ def lookup_frame(
     return Frame(key, pixels=pixels()) if tokens is None else Frame(key, tokens)
 
 
-def collate_frames(rows: Sequence[Sequence[Sequence[Frame]]]) -> dict[str, Any]:
+def collate_frames(rows: Sequence[Sequence[Frames]]) -> dict[str, Any]:
     """Collate the frames of each medium of each sample for `FeatureCache.complete`; {} without media.
 
     Returns found_tokens (S, V, D), fresh_pixels (P, C, H, W) and their fresh_keys, each image once;
-    frame_index (B, M, F) into found and fresh frames together, -1 for padding; frame_counts (B, M).
+    frame_index (B, M, F) into found and fresh frames together, -1 for padding; frame_counts (B, M); and
+    tile_grids (B, M, 2) if images are tiled.
     """
-    frames = [frame for row in rows for medium in row for frame in medium]
+    frames = [frame for row in rows for medium in row for frame in medium.frames]
     if not frames:
         return {}
     found = {frame.key: frame.tokens for frame in frames if frame.tokens is not None}
     fresh: dict[str, Any] = {frame.key: frame.pixels for frame in frames if frame.key not in found}
     numbers = {key: number for number, key in enumerate([*found, *fresh])}
-    index, counts = _padded([[[numbers[frame.key] for frame in medium] for medium in row] for row in rows])
-    batch: dict[str, Any] = {FRAME_INDEX: index, "frame_counts": counts}
+    index, counts = _padded(
+        [[[numbers[frame.key] for frame in medium.frames] for medium in row] for row in rows]
+    )
+    batch: dict[str, Any] = {FRAME_INDEX: index, "frame_counts": counts, **stack_grids(rows)}
     if found:
         batch[FOUND] = torch.stack(list(found.values()))
     if fresh:
@@ -96,9 +109,7 @@ class FrozenTower:
             )
         self.visual, self.dtype, self.autocast = visual, dtype, autocast
         self.device = next(visual.parameters()).device
-        image_size: Any = visual.image_size
-        size = image_size if isinstance(image_size, (tuple, list)) else (image_size,) * 2
-        trial = torch.randn(BATCH_SIZE, 3, *size, generator=torch.Generator().manual_seed(0))
+        trial = torch.randn(BATCH_SIZE, 3, *image_shape(visual), generator=torch.Generator().manual_seed(0))
         self.batch_size = (
             BATCH_SIZE
             if "int8" not in quantization_formats(visual) and self._is_batch_invariant(trial)
@@ -174,7 +185,7 @@ def open_feature_cache(
     Raises UserError if the tower has LoRA, or the folder can be neither created nor used.
 
     Args:
-        preprocess: the transform that gives the pixels (``image_processor.open_clip_preprocess``).
+        preprocess: the transform that gives the pixels (``image_processor.transform_record``).
         autocast: dtype that the trainer computes in.
         writers: processes that write at the same time (ranks).
     """

@@ -91,8 +91,11 @@ class FeatureStore:
     dtype: torch.dtype
 
     @staticmethod
-    def key_of(content: bytes, frame: int | None = None) -> str:
-        """Return the key of an image: the digest of its file, and for a video the number of the frame."""
+    def key_of(content: bytes, frame: int | str | None = None) -> str:
+        """Return the key of an image: the digest of its file.
+
+        frame: number of a video's frame, or name of a view of a tiled image (`Tiling.view_names`).
+        """
         digest = hashlib.blake2b(content, digest_size=32).hexdigest()
         return digest if frame is None else f"{digest}-{frame}"
 

@@ -27,8 +27,10 @@ from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, shorten
 from flamingo_ft.model import FlamingoProcessor, images
 from flamingo_ft.model.download import download, is_url
+from flamingo_ft.model.tiles import Tiling
+from flamingo_ft.model.views import Views
 
-from .feature_cache import Frame, lookup_frame
+from .feature_cache import Frame, Frames, lookup_frame
 from .feature_store import FeatureStore
 from .sample import Image, Medium, Sample, Video
 from .video import even_positions, frame_positions, read_frames
@@ -97,8 +99,8 @@ def load_pixels(
     medium: Medium,
     where: str,
     change: Callable[[list[Picture]], list[Picture]] | None = None,
-) -> Tensor:
-    """Return a medium's frames as the tower takes them, (F, C, H, W).
+) -> Views:
+    """Return a medium as the tower takes it: an image's views, or a video's frames.
 
     Raises UserError, beginning with ``where``, if it cannot be read.
 
@@ -108,18 +110,20 @@ def load_pixels(
     frames = open_medium(medium, where, processor.image_processor.video_frames)
     if change is not None:
         frames = change(frames)
-    return torch.stack([processor.image_processor.transform(frame) for frame in frames])
+    if isinstance(medium, Video):
+        return Views(torch.stack([processor.image_processor.transform(frame) for frame in frames]))
+    return processor.image_processor.views(frames[0])
 
 
 @dataclass(frozen=True)
 class PixelLoader:
-    """Loads a sample's media as pixels (F, C, H, W) each, augmented at random if ``augmentation`` is set."""
+    """Loads a sample's media as pixels, augmented at random if ``augmentation`` is set."""
 
     processor: FlamingoProcessor
     augmentation: AugmentationSection | None = None
     seed: int = 0
 
-    def __call__(self, sample: Sample, kept: int, number: int) -> list[Tensor]:
+    def __call__(self, sample: Sample, kept: int, number: int) -> list[Views]:
         """Load the first ``kept`` media.
 
         number: the sample's index in the run; with ``seed``, it seeds augmentation.
@@ -142,19 +146,40 @@ class CachedFeatureLoader:
     processor: FlamingoProcessor
     store: FeatureStore
 
-    def __call__(self, sample: Sample, kept: int, number: int) -> list[list[Frame]]:
-        """Return the frames of each of the first ``kept`` media."""
-        return [self._frames(medium, sample.where) for medium in sample.images[:kept]]
+    def __call__(self, sample: Sample, kept: int, number: int) -> list[Frames]:
+        """Return each of the first ``kept`` media."""
+        return [self._medium(medium, sample.where) for medium in sample.images[:kept]]
 
-    def _frames(self, medium: Medium, where: str) -> list[Frame]:
+    def _medium(self, medium: Medium, where: str) -> Frames:
         if not isinstance(medium, Video):
-            return [self._image(medium, where)]
+            return self._image(medium, where)
         if medium.file is not None:
-            return self._video_file(medium.file, where)
+            return Frames(self._video_file(medium.file, where))
         positions = even_positions(len(medium.frames), self.processor.image_processor.video_frames)
-        return [self._image(medium.frames[i], where) for i in positions]
+        return Frames([self._frame(medium.frames[i], where) for i in positions])
 
-    def _image(self, image: Image, where: str) -> Frame:
+    def _image(self, image: Image, where: str) -> Frames:
+        tiling = self.processor.image_processor.tiling
+        if tiling is None:
+            return Frames([self._frame(image, where)])
+        content = read_bytes(image, where)
+        if cached := self._cached_views(content, tiling):
+            return cached
+        views = self.processor.image_processor.views(decode_image(content, image, where))
+        keys = [self.store.key_of(content, name) for name in tiling.view_names(views.grid)]
+        frames = [Frame(key, pixels=pixels) for key, pixels in zip(keys, views.values, strict=True)]
+        return Frames(frames, views.grid)
+
+    def _cached_views(self, content: bytes, tiling: Tiling) -> Frames | None:
+        """Return an image's views if all are cached: of all grids, only its own can be."""
+        for grid in tiling.grids:
+            keys = [self.store.key_of(content, name) for name in tiling.view_names(grid)]
+            tokens = [self.store.get(key) for key in keys] if self.store.path(keys[-1]).is_file() else [None]
+            if all(view is not None for view in tokens):
+                return Frames([Frame(key, view) for key, view in zip(keys, tokens, strict=True)], grid)
+        return None
+
+    def _frame(self, image: Image, where: str) -> Frame:
         content = read_bytes(image, where)
         return lookup_frame(self.store, content, lambda: self._pixels(decode_image(content, image, where)))
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from flamingo_ft.backbones.language import language_files
-from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.vision import VisionBackbone, load_vision
+from flamingo_ft.backbones.vision import VisionBackbone, load_recipe_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import Sample
 from flamingo_ft.data.feature_cache import (
@@ -28,7 +27,6 @@ from flamingo_ft.data.sample import Medium
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.added_tokens import add_media_tokens
-from flamingo_ft.processes import default_device
 from flamingo_ft.progress import progress_bars
 
 IMAGES_AT_ONCE = 32
@@ -62,16 +60,7 @@ def read_tokens(recipe: Recipe, media: Mapping[Medium, str], autocast: torch.dty
     Raises:
         UserError: the tower cannot be loaded, or an image cannot be read and data.on_bad_sample is error.
     """
-    vision = recipe.model.vision
-    backbone = load_vision(
-        vision.name,
-        vision.pretrained,
-        quantization=Quantization.of(vision),
-        device=default_device(),
-        image_size=vision.image_size,
-        resize_mode=vision.resize_mode,
-    )
-    reader = _Reader(backbone, recipe, autocast)
+    reader = _Reader(load_recipe_vision(recipe.model.vision), recipe, autocast)
     found = TowerTokens({}, {})
     with progress_bars(stderr=True) as progress:
         bar = progress.add_task("encoding images", total=len(media), note="")
@@ -103,7 +92,7 @@ class _Reader:
         if recipe.data.cache is None:
             self.tower = FrozenTower(vision.visual, torch.float32, autocast)
         else:
-            preprocess = self.processor.image_processor.open_clip_preprocess
+            preprocess = self.processor.image_processor.transform_record
             self.cache = open_tower_cache(
                 vision.visual, vision.source, vision.config, preprocess, recipe.data.cache, autocast=autocast
             )
@@ -122,7 +111,7 @@ class _Reader:
         return {medium: tokens.float().mean(0).cpu() for medium, tokens in zip(opened, frames, strict=True)}
 
     def _open(self, medium: Medium, where: str) -> Any:
-        """Return a medium's pixels (F, C, H, W) or, with a cache, its `Frame`s."""
+        """Return a medium's `Views` or, with a cache, its `Frames`."""
         if self.cache is None:
             return load_pixels(self.processor, medium, where)
         loader = CachedFeatureLoader(self.processor, self.cache.store)
@@ -130,8 +119,8 @@ class _Reader:
 
     def _encode(self, media: Sequence[Any]) -> list[Tensor]:
         """Return the tokens (F, V, D) of each medium."""
-        counts = [len(frames) for frames in media]
         if self.cache is None:
-            return list(self.tower.encode(torch.cat(list(media))).split(counts))
+            pixels = [medium.values for medium in media]
+            return list(self.tower.encode(torch.cat(pixels)).split([*map(len, pixels)]))
         tokens = self.cache.complete(collate_frames([media]))["vision_tokens"][0]
-        return [own[:count] for own, count in zip(tokens, counts, strict=True)]
+        return [own[: len(medium.frames)] for own, medium in zip(tokens, media, strict=True)]

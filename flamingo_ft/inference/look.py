@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flamingo_ft.backbones.tower import map_to_tokens, spatial_maps, to_picture
+from flamingo_ft.backbones.tower import to_picture
+from flamingo_ft.backbones.visual_tokens import map_to_tokens, spatial_maps
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.attention_maps import attention_maps, record_attention
+from flamingo_ft.model.tiles import UNTILED, Grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +42,9 @@ class Look:
     answer: the text that `Predictor.__call__` returns. tokens: the T pieces of the answer, without its end
     token. layers: the K decoder layers that follow the blocks. weights (K, T, M, F, h, w), float32; F is 1
     for images, and frames that a shorter video lacks are zero. pictures: of each medium the frames
-    (F, H, W, 3) as the tower sees them, resized and cropped, in 8-bit RGB.
+    (F, H, W, 3) as the tower sees them, resized and cropped, in 8-bit RGB. grids: rows and columns of the
+    tiles of each medium; the F frames of a tiled image are the whole of it, unless left out, and its tiles
+    row by row.
     """
 
     answer: str
@@ -48,6 +52,7 @@ class Look:
     layers: list[int]
     weights: np.ndarray
     pictures: list[np.ndarray]
+    grids: list[Grid]
 
     @property
     def average(self) -> np.ndarray:
@@ -68,7 +73,7 @@ class Look:
         """
         from .look_figure import draw_look  # importing matplotlib takes longer than answering
 
-        return draw_look(self.pictures, self.tokens, self._weights_of(layer))
+        return draw_look(self.pictures, self.grids, self.tokens, self._weights_of(layer))
 
     def token_figure(self, token: int | None = None, layer: int | None = None) -> Figure:
         """Draw the weights of one token over the pictures. It has a colour scale of its own.
@@ -79,8 +84,9 @@ class Look:
 
         weights = self._weights_of(layer)
         if token is None:
-            return draw_look(self.pictures, ["mean of all tokens"], weights.mean(0, keepdims=True))
-        return draw_look(self.pictures, [self.tokens[token]], weights[token : token + 1])
+            mean = weights.mean(0, keepdims=True)
+            return draw_look(self.pictures, self.grids, ["mean of all tokens"], mean)
+        return draw_look(self.pictures, self.grids, [self.tokens[token]], weights[token : token + 1])
 
     def _weights_of(self, layer: int | None) -> np.ndarray:
         """Return the weights before a decoder layer, or their mean over the layers: (T, M, F, h, w)."""
@@ -102,8 +108,9 @@ def look_at(
 ) -> Look:
     """Read a prompt and its answer once more, all at once, and return where the answer looks.
 
-    inputs: input_ids (1, T), pixel_values (1, M, C, H, W) or (1, M, F, C, H, W), and frame_counts (1, M) if
-    the numbers of frames differ. Raises UserError for a prompt without images.
+    inputs: input_ids (1, T), pixel_values (1, M, C, H, W) or (1, M, F, C, H, W), and frame_counts (1, M) and
+    tile_grids (1, M, 2) if the numbers of frames differ or images are tiled. Raises UserError for a prompt
+    without images.
     """
     if "pixel_values" not in inputs:
         raise UserError("look: got a prompt without images; pass at least one")
@@ -111,11 +118,11 @@ def look_at(
     pixels = inputs["pixel_values"][0]
     pixels = pixels[:, None] if pixels.dim() == 4 else pixels  # (M, F, C, H, W)
     maps = spatial_maps(model.vision_encoder, pixels.flatten(0, 1))
-    prompt, counts = inputs["input_ids"], inputs.get("frame_counts")
+    prompt, counts, grids = inputs["input_ids"], inputs.get("frame_counts"), inputs.get("tile_grids")
     text = torch.cat([prompt, prompt.new_tensor(answer_ids[:-1])[None]], dim=1)
     tokens = map_to_tokens(maps).unflatten(0, pixels.shape[:2])[None]
     with record_attention(model) as record:
-        model(input_ids=text, vision_tokens=tokens, frame_counts=counts, use_cache=False)
+        model(text, vision_tokens=tokens, frame_counts=counts, tile_grids=grids, use_cache=False)
     start = prompt.shape[1] - 1
     weights = attention_maps(record)[:, start : start + len(answer_ids)].unflatten(-1, maps.shape[2:])
     lengths = [pixels.shape[1]] * len(pixels) if counts is None else counts[0].tolist()
@@ -126,6 +133,7 @@ def look_at(
         layers=list(record.blocks),
         weights=weights.numpy(),
         pictures=[frames[:length] for frames, length in zip(pictures, lengths, strict=True)],
+        grids=[UNTILED] * len(pixels) if grids is None else [(r, c) for r, c in grids[0].tolist()],
     )
 
 

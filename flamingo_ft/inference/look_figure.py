@@ -17,6 +17,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from flamingo_ft.formatting import percent
+from flamingo_ft.model.tiles import UNTILED, Grid
 
 INK = "#24292f"
 PICTURE_INCHES, MAX_WIDTH_INCHES = 1.5, 10.0  # height of a picture; width of all panels
@@ -26,18 +27,23 @@ GAP = 0.06  # between the pictures of a panel, in picture heights
 TITLE_POINTS, LABEL_POINTS = 11, 9
 MAX_TITLE_CHARACTERS = 18
 PLAIN_TITLE = "as the tower sees it"
+Place = tuple[float, float, float, float]  # left, right, bottom and top, in picture heights
 # From transparent to red: patches without attention show the picture.
 COLOURS = LinearSegmentedColormap.from_list("attention", [(0.9, 0.1, 0.0, 0.0), (0.9, 0.1, 0.0, 0.9)])
 DARKEST, LIGHTEST = 90, 240  # of the grey pictures: red is as visible on black as on white
 
 
-def draw_look(pictures: Sequence[np.ndarray], tokens: Sequence[str], weights: np.ndarray) -> Figure:
+def draw_look(
+    pictures: Sequence[np.ndarray], grids: Sequence[Grid], tokens: Sequence[str], weights: np.ndarray
+) -> Figure:
     """Draw weights (T, M, F, h, w) over the pictures (F, H, W, 3) of each medium, one panel per token.
 
-    The pictures come first without weights. The colours of all panels go from zero to the largest weight of
+    grids: of each medium's tiles, which are put together to the image. The pictures come first without
+    weights. The colours of all panels go from zero to the largest weight of
     a visual token. Of several media, each shows its share of the token's attention.
     """
-    width = _strip_width(pictures)
+    places = _places(pictures, grids)
+    width = places[-1][-1][1]
     height = min(PICTURE_INCHES, MAX_WIDTH_INCHES / width)
     columns = min(len(tokens) + 1, max(1, int(MAX_WIDTH_INCHES / (height * width))))
     rows = -(-(len(tokens) + 1) // columns)
@@ -52,46 +58,60 @@ def draw_look(pictures: Sequence[np.ndarray], tokens: Sequence[str], weights: np
     for axes in panels.flat:
         axes.set_axis_off()
     first, *others = panels.flat
-    _draw_strip(first, PLAIN_TITLE, pictures)
+    _draw_strip(first, PLAIN_TITLE, pictures, places)
     for axes, token, own in zip(others, tokens, weights, strict=False):
-        _draw_strip(axes, token_title(token), [_grey(frames) for frames in pictures])
-        _draw_weights(axes, pictures, own, largest)
+        _draw_strip(axes, token_title(token), [_grey(frames) for frames in pictures], places)
+        _draw_weights(axes, places, own, largest)
     _draw_bar(figure, panels, largest)
     return figure
 
 
-def _extents(pictures: Sequence[np.ndarray]) -> list[list[tuple[float, float]]]:
-    """Return left and right of each frame of each medium, in picture heights."""
-    extents, left = [], 0.0
-    for frames in pictures:
+def _places(pictures: Sequence[np.ndarray], grids: Sequence[Grid]) -> list[list[Place]]:
+    """Return where each frame of each medium is drawn, side by side; tiles as one image."""
+    places, left = [], 0.0
+    for frames, grid in zip(pictures, grids, strict=True):
         width = frames.shape[2] / frames.shape[1]
-        lefts = [left + index * (width + GAP) for index in range(len(frames))]
-        extents.append([(start, start + width) for start in lefts])
-        left = lefts[-1] + width + GAP
-    return extents
+        tiles = _tile_places(grid, width)
+        lefts = [index * (width + GAP) for index in range(len(frames) - len(tiles))]
+        own = [(start, start + width, 0.0, 1.0) for start in lefts]
+        shift = len(lefts) * (width + GAP)
+        own += [(shift + start, shift + end, bottom, top) for start, end, bottom, top in tiles]
+        places.append([(left + start, left + end, bottom, top) for start, end, bottom, top in own])
+        left = places[-1][-1][1] + GAP
+    return places
 
 
-def _strip_width(pictures: Sequence[np.ndarray]) -> float:
-    return _extents(pictures)[-1][-1][1]
+def _tile_places(grid: Grid, width: float) -> list[Place]:
+    """Return the places of tiles, each as wide as ``width`` times its height, in an image of height 1."""
+    rows, columns = grid
+    if grid == UNTILED:
+        return []
+    return [
+        (column * width / rows, (column + 1) * width / rows, 1 - (row + 1) / rows, 1 - row / rows)
+        for row in range(rows)
+        for column in range(columns)
+    ]
 
 
-def _draw_strip(axes: Axes, title: str, pictures: Sequence[np.ndarray]) -> None:
+def _draw_strip(
+    axes: Axes, title: str, pictures: Sequence[np.ndarray], places: Sequence[Sequence[Place]]
+) -> None:
     """Draw all pictures side by side."""
-    for frames, extents in zip(pictures, _extents(pictures), strict=True):
-        for frame, (left, right) in zip(frames, extents, strict=True):
-            axes.imshow(frame, extent=(left, right, 0, 1), interpolation="antialiased")
-    axes.set(xlim=(0, _strip_width(pictures)), ylim=(0, 1), aspect="equal")
+    for frames, own in zip(pictures, places, strict=True):
+        for frame, place in zip(frames, own, strict=True):
+            axes.imshow(frame, extent=place, interpolation="antialiased")
+    axes.set(xlim=(0, places[-1][-1][1]), ylim=(0, 1), aspect="equal")
     axes.set_title(title, fontsize=TITLE_POINTS, color=INK, parse_math=False)
 
 
-def _draw_weights(axes: Axes, pictures: Sequence[np.ndarray], weights: np.ndarray, largest: float) -> None:
+def _draw_weights(axes: Axes, places: Sequence[Sequence[Place]], weights: np.ndarray, largest: float) -> None:
     """Draw weights (M, F, h, w) over the strip, and under each of several media its share."""
     look: dict[str, Any] = {"cmap": COLOURS, "vmin": 0, "vmax": largest, "interpolation": "nearest"}
-    for number, (extents, own) in enumerate(zip(_extents(pictures), weights, strict=True), start=1):
-        for (left, right), grid in zip(extents, own, strict=False):
-            axes.imshow(grid, extent=(left, right, 0, 1), **look)
-        if len(pictures) > 1:
-            middle = (extents[0][0] + extents[-1][1]) / 2
+    for number, (places_of_medium, own) in enumerate(zip(places, weights, strict=True), start=1):
+        for place, grid in zip(places_of_medium, own, strict=False):
+            axes.imshow(grid, extent=place, **look)
+        if len(places) > 1:
+            middle = (places_of_medium[0][0] + places_of_medium[-1][1]) / 2
             share = f"image {number}: {percent(float(own.sum()), digits=0)}"
             axes.text(middle, -0.04, share, fontsize=LABEL_POINTS, color=INK, ha="center", va="top")
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo_ft.data.collate import stack_media
 from flamingo_ft.data.media import load_pixels
 from flamingo_ft.data.sample import Video
 from flamingo_ft.errors import UserError
@@ -24,6 +23,7 @@ from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcesso
 from flamingo_ft.model.download import is_url
 from flamingo_ft.model.images import UnreadableImage, to_rgb
 from flamingo_ft.model.media import encode_distinct
+from flamingo_ft.model.views import Views, stack_media
 
 from .prompts import Prompt
 
@@ -32,13 +32,13 @@ FILES = (str, bytes, os.PathLike, Video)  # images by path, URL or content; othe
 
 @dataclass(frozen=True, eq=False)
 class LoadedMedium:
-    """An image or video that was read: pixels (F, C, H, W), or the tower's tokens (F, V, D) if they are kept.
+    """An image or video that was read: its pixels, or the tower's tokens for them if they are kept.
 
     key: what it is kept under; None where nothing is kept.
     """
 
-    pixels: Tensor | None = None
-    tokens: Tensor | None = None
+    pixels: Views | None = None
+    tokens: Views | None = None
     key: Hashable | None = None
 
 
@@ -53,28 +53,31 @@ class MediaInputs:
         self, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor, cache_bytes: int = 0
     ):
         self._model, self._processor, self._cache_bytes = model, processor, cache_bytes
-        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()  # (F, V, D) each, the latest used last
+        self._kept: OrderedDict[Hashable, Views] = OrderedDict()  # tokens, the latest used last
         self._kept_bytes = 0
 
     def of(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Return pixel_values (B, M, [F,] C, H, W) or, with a cache, vision_tokens (B, M, F, V, D).
 
-        frame_counts (B, M) is there if videos differ in length; {} for prompts without images. Raises
-        UserError as `load` does.
+        frame_counts (B, M) and tile_grids (B, M, 2) are there where media differ in their views
+        (`stack_media`); {} for prompts without images. Raises UserError as `load` does.
         """
         if not self._cache_bytes:
             return self.pixels_of(prompts)
         rows = [self.load(prompt) for prompt in prompts]
         tokens = self._tokens_of([medium for row in rows for medium in row])
-        inputs = stack_media([[tokens[medium.key] for medium in row] for row in rows])
-        if not inputs:
-            return {}
-        stacked = inputs.pop("pixel_values")
-        return {"vision_tokens": stacked[:, :, None] if stacked.dim() == 4 else stacked, **inputs}
+        inputs = stack_media([[tokens[medium.key] for medium in row] for row in rows], "vision_tokens")
+        if inputs and inputs["vision_tokens"].dim() == 4:
+            inputs["vision_tokens"] = inputs["vision_tokens"][:, :, None]
+        return inputs
 
     def pixels_of(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Return `of` without the cache: always pixel_values."""
         return stack_media([[self._pixels(image, p.where) for image in p.images] for p in prompts])
+
+    def first_view(self, image: Any) -> Tensor:
+        """Return the pixels (C, H, W) of an image's first view. Raises UserError as `load` does."""
+        return self._pixels(image, str(image)).values[0]
 
     def load(self, prompt: Prompt) -> list[LoadedMedium]:
         """Read the images of a prompt; those that are read already, or whose tokens are kept, are not again.
@@ -96,14 +99,14 @@ class MediaInputs:
         key, pixels = key_of(image), None
         if key is None:
             pixels = self._pixels(image, where)
-            key = _digest(pixels.numpy().tobytes())
+            key = _digest(pixels.values.numpy().tobytes())
         tokens = self._kept.get(key)
         if tokens is not None:
             return LoadedMedium(tokens=tokens, key=key)
         return LoadedMedium(self._pixels(image, where) if pixels is None else pixels, key=key)
 
     @torch.no_grad()
-    def _tokens_of(self, media: Sequence[LoadedMedium]) -> dict[Hashable, Tensor]:
+    def _tokens_of(self, media: Sequence[LoadedMedium]) -> dict[Hashable, Views]:
         """Return the tokens of media by their keys, running the tower on those whose tokens are not known."""
         tokens = {medium.key: medium.tokens for medium in media if medium.tokens is not None}
         new = {
@@ -112,31 +115,34 @@ class MediaInputs:
             if medium.key not in tokens and medium.pixels is not None
         }
         if new:
-            frames = torch.cat(list(new.values())).to(self._model.device)
+            frames = torch.cat([pixels.values for pixels in new.values()]).to(self._model.device)
             encoded = encode_distinct(self._model.vision_encoder, frames).cpu()
-            sizes = [len(pixels) for pixels in new.values()]
-            tokens |= {key: own.clone() for key, own in zip(new, encoded.split(sizes), strict=True)}
+            parts = encoded.split([len(pixels) for pixels in new.values()])
+            tokens |= {
+                key: Views(own.clone(), pixels.grid)
+                for (key, pixels), own in zip(new.items(), parts, strict=True)
+            }
         for key, own in tokens.items():
             self._keep(key, own)
         return tokens
 
-    def _keep(self, key: Hashable, tokens: Tensor) -> None:
+    def _keep(self, key: Hashable, tokens: Views) -> None:
         if key not in self._kept:
             self._kept[key] = tokens
-            self._kept_bytes += tokens.nbytes
+            self._kept_bytes += tokens.values.nbytes
         self._kept.move_to_end(key)
         while self._kept_bytes > self._cache_bytes:
-            self._kept_bytes -= self._kept.popitem(last=False)[1].nbytes
+            self._kept_bytes -= self._kept.popitem(last=False)[1].values.nbytes
 
-    def _pixels(self, image: Any, where: str) -> Tensor:
-        """Read an image or video as pixels (F, C, H, W)."""
+    def _pixels(self, image: Any, where: str) -> Views:
+        """Read an image or video as pixels."""
         if isinstance(image, LoadedMedium) and image.pixels is not None:
             return image.pixels
         if isinstance(image, FILES):
             medium: Any = image
             return load_pixels(self._processor, medium, where)
         try:
-            return self._processor.image_processor.transform(to_rgb(image)).unsqueeze(0)
+            return self._processor.image_processor.views(to_rgb(image))
         except UnreadableImage as error:
             raise UserError(f"{where}: not a readable image ({error}); replace it") from None
 

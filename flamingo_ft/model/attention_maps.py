@@ -21,28 +21,34 @@ from torch import Tensor, nn
 from .core import FlamingoCore
 from .cross_attention import MaskedCrossAttention
 from .perceiver import PerceiverAttention, PerceiverResampler
+from .tiles import UNTILED, Grid
 
 
 @dataclass(eq=False)
 class PerceiverCall:
     """One call of the perceiver, for the media that have the same number of frames.
 
-    slots (N,): position of each medium in the sample. frames, tokens: F, and V of each frame. layers: the
-    weights of each layer (N, L, F * V + L), the latents' own last, averaged over the heads.
+    slots (N,): position of each medium in the sample. frames, tokens: F, and V of each frame. are_tiles:
+    whether the frames are views of a tiled image. layers: the weights of each layer (N, L, F * V + L), the
+    latents' own last, averaged over the heads.
     """
 
     slots: Tensor
     frames: int
     tokens: int
+    are_tiles: bool
     layers: list[Tensor] = field(default_factory=list)
 
     def latent_maps(self) -> Tensor:
         """Return how much of each visual token each latent holds: (N, L, F, V), a sum of 1 per latent."""
         if self.layers:
             return rollout(self.layers).unflatten(-1, (self.frames, self.tokens))
-        # Without layers, latent v is the mean of visual token v over the frames.
-        one = torch.eye(self.tokens)[:, None] / self.frames
-        return one.expand(len(self.slots), self.tokens, self.frames, self.tokens)
+        if self.are_tiles:  # without layers, each visual token is a latent
+            size = self.frames * self.tokens
+            one = torch.eye(size).unflatten(-1, (self.frames, self.tokens))
+        else:  # latent v is the mean of visual token v over the frames
+            one = torch.eye(self.tokens)[:, None].expand(-1, self.frames, -1) / self.frames
+        return one.expand(len(self.slots), *one.shape)
 
 
 @dataclass(eq=False)
@@ -89,7 +95,8 @@ def attention_maps(record: AttentionRecord) -> Tensor:
     Block by block, the weight of a latent is passed on to the visual tokens that it holds
     (`PerceiverCall.latent_maps`): map[t, m, f, v] = sum over l of block[t, m, l] * latent_map[m, l, f, v].
     The weights of a text token sum to 1 over the media that it sees, and are zero elsewhere and for a token
-    that sees none. Frames that a shorter video lacks are zero. Raises ValueError for a text without media.
+    that sees none. Frames that a shorter video, or an image with fewer tiles, lacks are zero. Raises
+    ValueError for a text without media.
     """
     if not record.blocks:
         raise ValueError("attention_maps: no cross-attention was recorded; pass a text with an image")
@@ -98,7 +105,8 @@ def attention_maps(record: AttentionRecord) -> Tensor:
     frames, tokens = max(call.frames for call in record.perceiver), record.perceiver[0].tokens
     held = torch.zeros(media, latents, frames, tokens)
     for call in record.perceiver:
-        held[call.slots, :, : call.frames] = call.latent_maps()
+        maps = call.latent_maps()
+        held[call.slots, : maps.shape[1], : call.frames] = maps
     return torch.einsum("ktml,mlfv->ktmfv", blocks, held)
 
 
@@ -135,11 +143,15 @@ def _in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 def _start_call(
-    record: AttentionRecord, perceiver: PerceiverResampler, tokens: Tensor, slots: Tensor | None = None
+    record: AttentionRecord,
+    perceiver: PerceiverResampler,
+    tokens: Tensor,
+    slots: Tensor | None = None,
+    grid: Grid = UNTILED,
 ) -> None:
     media, frames, per_frame = tokens.shape[1:4]
     slots = torch.arange(media) if slots is None else slots[0].cpu()
-    record.perceiver.append(PerceiverCall(slots, frames, per_frame))
+    record.perceiver.append(PerceiverCall(slots, frames, per_frame, grid != UNTILED))
 
 
 def _record_layer(
@@ -160,4 +172,5 @@ def _record_block(
     if len(x) != 1:
         raise ValueError(f"record_attention: got {len(x)} rows of text; pass one sample")
     weights = attention.weights(x, key, visible).mean(1)
-    record.blocks[index] = weights[0].unflatten(-1, (visible.shape[2], -1)).cpu()
+    media = sum(len(call.slots) for call in record.perceiver)
+    record.blocks[index] = weights[0].unflatten(-1, (media, -1)).cpu()

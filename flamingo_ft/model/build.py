@@ -13,14 +13,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from flamingo_ft.backbones.language import LanguageBackbone, language_files, language_folder
 from flamingo_ft.backbones.tower import build_visual, tower_preprocess
-from flamingo_ft.backbones.vision import VisionBackbone, tower_config
-from flamingo_ft.config import ModelSection
+from flamingo_ft.backbones.vision import VisionBackbone, recipe_tower_config
+from flamingo_ft.config import DataSection, ModelSection, Recipe
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN, add_media_tokens, grow_vocabulary, token_id
 from .conditioning import Visibility
 from .configuration import FlamingoConfig
 from .modeling import FlamingoForConditionalGeneration
 from .processor import FlamingoProcessor
+from .tiles import Tiling
 
 
 def build_flamingo(
@@ -66,6 +67,30 @@ def build_flamingo(
     return model, FlamingoProcessor.for_backbones(vision.preprocess, tokenizer)
 
 
+def recipe_options(recipe: Recipe) -> dict[str, Any]:
+    """Return the keyword arguments of `build_flamingo` that a recipe sets."""
+    model, tiles = recipe.model, recipe.data.tiles
+    perceiver = model.perceiver.model_dump()
+    if tiles is not None and tiles.tags == "learned":  # absent otherwise, as in bridges from before tiles
+        perceiver["max_tiles"] = tiles.max
+    return {
+        "cross_attn_every_n_layers": model.cross_attn_every_n_layers,
+        "media_visibility": model.media_visibility,
+        "perceiver": perceiver,
+        "cross_attention": model.cross_attention.model_dump(),
+        "decoder_layers_attr_name": model.language.decoder_layers_attr_name,
+    }
+
+
+def set_media_options(processor: FlamingoProcessor, data: DataSection) -> None:
+    """Set how a processor reads videos and large images, as a recipe says."""
+    images, tiles = processor.image_processor, data.tiles
+    images.video_frames = data.video_frames
+    if tiles is not None:
+        tile_pixels = None if tiles.size == "auto" else tiles.size
+        images.tiles = Tiling(tiles.max, tile_pixels, tiles.thumbnail).to_dict()
+
+
 # --- before the weights are loaded: configurations, image transform, tokenizer ---
 
 
@@ -94,8 +119,8 @@ class BackboneFiles:
 def backbone_files(model: ModelSection) -> BackboneFiles:
     """Fetch the backbones' files, without weights. Raises UserError for backbones that do not exist."""
     vision, language = model.vision, model.language
-    tower = tower_config(vision.name, vision.pretrained, vision.image_size)
-    return BackboneFiles(tower, vision.resize_mode, *language_files(language.name, language.revision))
+    files = language_files(language.name, language.revision)
+    return BackboneFiles(recipe_tower_config(vision), vision.resize_mode, *files)
 
 
 def eos_token_ids(model: ModelSection) -> int | list[int] | None:

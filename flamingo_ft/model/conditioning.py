@@ -36,12 +36,14 @@ class Media:
     """The encoded media of B samples, made once per forward or generation, or for a cached prompt.
 
     latents (B, M, L, D), None if the whole batch is text; counts (B,): how many of the M each sample has;
+    lengths (B, M): how many of the L each medium has, the rest being padding, None if all have L;
     keys_values: the projected latents per decoder layer and autocast state, filled in by inference on first
     use.
     """
 
     latents: Tensor | None
     counts: Tensor
+    lengths: Tensor | None = None
     keys_values: dict[tuple[int, bool], list[Tensor]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict) -> Media:
@@ -53,8 +55,8 @@ class Media:
     ) -> Tensor | None:
         """Return which media each token sees: text times and media-token mask (R, T) -> (R, T, M) bool.
 
-        documents (R, T): in packed rows, the document of each token; a token sees only media of its own
-        document.
+        If media differ in their latents, return which latents it sees instead, (R, T, M * L). documents (R,
+        T): in packed rows, the document of each token; a token sees only media of its own document.
         """
         if self.latents is None:
             return None
@@ -63,10 +65,16 @@ class Media:
         seen = slot <= target if visibility == "all_preceding" else slot == target
         counts = repeat_rows(self.counts, len(times))
         seen = seen & (slot <= counts[:, None, None])
-        if documents is None:
-            return seen
-        owner = documents_of_media(times, is_media, documents, len(slot))
-        return seen & (documents[..., None] == owner[:, None])
+        if documents is not None:
+            owner = documents_of_media(times, is_media, documents, len(slot))
+            seen = seen & (documents[..., None] == owner[:, None])
+        return seen if self.lengths is None else self._latents_of(seen, repeat_rows(self.lengths, len(times)))
+
+    def _latents_of(self, seen: Tensor, lengths: Tensor) -> Tensor:
+        """Return which latents (R, T, M * L) belong to media that are seen (R, T, M); lengths (R, M)."""
+        assert self.latents is not None
+        is_latent = torch.arange(self.latents.shape[2], device=seen.device) < lengths[..., None]
+        return (seen[..., None] & is_latent[:, None]).flatten(2)
 
 
 def documents_of_media(times: Tensor, is_media: Tensor, documents: Tensor, slots: int) -> Tensor:
@@ -92,7 +100,8 @@ class Past:
 class _Call:
     """One forward of the language model.
 
-    times (R, S): text times up to its last token. visible (R, T, M): which media its T tokens see.
+    times (R, S): text times up to its last token. visible (R, T, M or M * L): which media or latents its T
+    tokens see.
     """
 
     times: Tensor

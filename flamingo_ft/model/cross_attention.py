@@ -38,7 +38,7 @@ class MaskedCrossAttention(nn.Module):
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """x (R, T, D); key, value (B, H, M * L, d); visible (R, T, M) bool -> (R, T, D)."""
+        """x (R, T, D); key, value (B, H, M * L, d); visible (R, T, M or M * L) bool -> (R, T, D)."""
         query, visible = self._query(x, key, visible)
         return self.to_out(merge_heads(attend(query, key, value, visible))).reshape(x.shape)
 
@@ -54,10 +54,10 @@ class MaskedCrossAttention(nn.Module):
         sample are stored once however many beams there are.
         """
         samples = len(key)
-        latents_per_medium = key.shape[2] // visible.shape[2]
+        latents_per_column = key.shape[2] // visible.shape[2]  # 1 if they are masked one by one
         query = self.to_q(self.norm(x)).reshape(samples, -1, self.heads * key.shape[-1])
         visible = visible.reshape(samples, 1, -1, visible.shape[2])
-        visible = visible.repeat_interleave(latents_per_medium, dim=-1)
+        visible = visible.repeat_interleave(latents_per_column, dim=-1)
         return split_heads(query, self.heads), visible
 
 
@@ -79,7 +79,7 @@ class GatedCrossAttentionBlock(CheckpointedBlock):
         key: Tensor | None = None,
         value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """hidden (R, T, D); latents (B, M, L, V) or None for text without media; visible (R, T, M) bool.
+        """hidden (R, T, D); latents (B, M, L, V) or None for text without media; visible: see `Media`.
 
         Returns hidden, and the keys and values, which a later call over the same media may pass to skip the
         projection. The feed-forward applies to text without media too, as in OpenFlamingo.

@@ -6,29 +6,33 @@ text tokens; N media or images of all samples together.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.errors import UserError
 
 from .conditioning import Media, Past, documents_of_media, repeat_rows
 from .perceiver import PerceiverResampler
+from .tiles import UNTILED, Grid
 
 
 @dataclass(frozen=True, eq=False)
 class MediaInput:
     """The checked frames of all media: pixels (B, M, F, C, H, W) or the tower's tokens (B, M, F, V, D).
 
-    counts (B, M): the number of frames of each medium, the rest of F being padding; None if all have F.
+    counts (B, M): the number of frames or views of each medium, the rest of F being padding; None if all have
+    F. grids (B, M, 2): rows and columns of the tiles of each image; None if no image is tiled.
     """
 
     frames: Tensor
     are_tokens: bool
     counts: Tensor | None = None
+    grids: Tensor | None = None
 
     @property
     def slots(self) -> int:
@@ -48,13 +52,30 @@ class MediaInput:
         present = torch.arange(most, device=counts.device) < counts[:, None]
         return media[present.to(media.device)], lengths
 
+    def grids_of(self, real: Tensor, lengths: Sequence[int]) -> list[Grid]:
+        """Return the grid of each medium that is ``real`` (B, M). lengths: their numbers of views."""
+        if self.grids is None:
+            return [UNTILED] * len(lengths)
+        grids = [(rows, columns) for rows, columns in self.grids.to(real.device)[real].tolist()]
+        for (rows, columns), length in zip(grids, lengths, strict=True):
+            if (rows, columns) != UNTILED and length - rows * columns not in (0, 1):
+                raise UserError(
+                    f"tile_grids: {rows} x {columns} tiles have {rows * columns} views, or one more for the "
+                    f"whole image, got {length}; pass the grid that the image was divided by"
+                )
+        return grids
+
 
 def media_input(
-    pixel_values: Tensor | None, vision_tokens: Tensor | None = None, frame_counts: Tensor | None = None
+    pixel_values: Tensor | None,
+    vision_tokens: Tensor | None = None,
+    frame_counts: Tensor | None = None,
+    tile_grids: Tensor | None = None,
 ) -> MediaInput | None:
     """Check the media of a forward: pixel_values (B, M, [F,] C, H, W), vision_tokens (B, M, F, V, D) or None.
 
-    frame_counts (B, M): as `MediaInput.counts`. Raises UserError for both at once and for another shape.
+    frame_counts (B, M), tile_grids (B, M, 2): as `MediaInput.counts` and `MediaInput.grids`. Raises UserError
+    for both at once and for another shape.
     """
     if pixel_values is not None and vision_tokens is not None:
         raise UserError(
@@ -63,12 +84,18 @@ def media_input(
     if pixel_values is None and vision_tokens is None:
         return None
     frames = _frames_of_pixels(pixel_values) if vision_tokens is None else _frames_of_tokens(vision_tokens)
-    if frame_counts is not None and frame_counts.shape != frames.shape[:2]:
+    media = tuple(frames.shape[:2])
+    if frame_counts is not None and frame_counts.shape != media:
         raise UserError(
-            f"frame_counts: must have shape {tuple(frames.shape[:2])}, got {tuple(frame_counts.shape)}; "
+            f"frame_counts: must have shape {media}, got {tuple(frame_counts.shape)}; "
             "pass one count per medium"
         )
-    return MediaInput(frames, vision_tokens is not None, frame_counts)
+    if tile_grids is not None and tile_grids.shape != (*media, 2):
+        raise UserError(
+            f"tile_grids: must have shape {(*media, 2)}, got {tuple(tile_grids.shape)}; "
+            "pass rows and columns per medium"
+        )
+    return MediaInput(frames, vision_tokens is not None, frame_counts, tile_grids)
 
 
 def _frames_of_pixels(pixels: Tensor) -> Tensor:
@@ -109,10 +136,22 @@ def encode_media(
     frames, lengths = inputs.frames_of(real)
     tokens = frames if inputs.are_tokens else encode_distinct(vision, frames)
     slots = real.nonzero()[:, 1] if positions is None else positions[real]
-    encoded = _resample(perceiver, tokens, lengths, slots)
+    encoded, sizes = _resample(perceiver, tokens, lengths, inputs.grids_of(real, lengths), slots)
+    return _place(encoded, sizes, real, counts)
+
+
+def _place(encoded: Tensor, sizes: list[int], real: Tensor, counts: Tensor) -> Media:
+    """Return the `Media` with the latents (N, L, D) of those that are ``real`` (B, M).
+
+    sizes: how many of the L each of them has, the rest being padding.
+    """
     latents = encoded.new_zeros(*real.shape, *encoded.shape[1:])
     latents[real] = encoded
-    return Media(latents, counts)
+    if len(set(sizes)) == 1:
+        return Media(latents, counts)
+    lengths = counts.new_zeros(real.shape)
+    lengths[real] = counts.new_tensor(sizes)
+    return Media(latents, counts, lengths)
 
 
 def encode_distinct(vision: nn.Module, images: Tensor) -> Tensor:
@@ -123,20 +162,30 @@ def encode_distinct(vision: nn.Module, images: Tensor) -> Tensor:
     return spatial_tokens(vision, images[first])[source]
 
 
-def _resample(perceiver: PerceiverResampler, tokens: Tensor, lengths: list[int], slots: Tensor) -> Tensor:
-    """Return the latents (N, L, D) of N media, from the tokens of all their frames; lengths, slots: (N,).
+def _resample(
+    perceiver: PerceiverResampler, tokens: Tensor, lengths: list[int], grids: list[Grid], slots: Tensor
+) -> tuple[Tensor, list[int]]:
+    """Return the latents (N, L, D) of N media, from the tokens of all their frames, and how many each has.
 
-    Media with the same number of frames are resampled together.
+    lengths, grids, slots: of each medium. Media with the same number of frames and the same grid are
+    resampled together.
     """
-    if len(set(lengths)) == 1:
-        return perceiver(tokens.unflatten(0, (len(lengths), -1))[None], slots[None])[0]
-    media, encoded, order = tokens.split(lengths), [], []
-    for length in sorted(set(lengths)):
-        group = [index for index, frames in enumerate(lengths) if frames == length]
+    shapes = list(zip(lengths, grids, strict=True))
+    if len(set(shapes)) == 1:
+        latents = perceiver(tokens.unflatten(0, (len(lengths), -1))[None], slots[None], grids[0])[0]
+        return latents, [latents.shape[1]] * len(latents)
+    media, encoded = tokens.split(lengths), {}
+    for shape in sorted(set(shapes)):
+        group = [index for index, one in enumerate(shapes) if one == shape]
         together = torch.stack([media[index] for index in group])
-        encoded.append(perceiver(together[None], slots[group][None])[0])
-        order += group
-    return torch.cat(encoded)[torch.tensor(order, device=tokens.device).argsort()]
+        latents = perceiver(together[None], slots[group][None], shape[1])[0]
+        encoded.update(zip(group, latents, strict=True))
+    return _pad([encoded[index] for index in range(len(media))])
+
+
+def _pad(encoded: list[Tensor]) -> tuple[Tensor, list[int]]:
+    """Return latents (L, D) of several media as one tensor (N, L, D), and how many each has."""
+    return nn.utils.rnn.pad_sequence(encoded, batch_first=True), [len(latents) for latents in encoded]
 
 
 def media_positions(before: Tensor, slots: int) -> Tensor:
@@ -173,12 +222,25 @@ def extend(past: Past, seen: Tensor, new: Media) -> Media:
         return new
     if new.latents is None:
         return past.media
-    counts, remembered = seen + new.counts, repeat_rows(past.media.latents, len(seen))
-    latents = new.latents.new_zeros(len(counts), int(counts.max()), *new.latents.shape[2:])
-    for row, (old, added) in enumerate(zip(seen.tolist(), new.counts.tolist(), strict=True)):
-        latents[row, :old] = remembered[row, :old]
-        latents[row, old : old + added] = new.latents[row, :added]
-    return Media(latents, counts)
+    counts, rows = seen + new.counts, len(seen)
+    before, after = _first_latents(past.media, seen, rows), _first_latents(new, new.counts, rows)
+    encoded = [latents for both in zip(before, after, strict=True) for row in both for latents in row]
+    real = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]
+    return _place(*_pad(encoded), real, counts)
+
+
+def _first_latents(media: Media, counts: Tensor, rows: int) -> list[list[Tensor]]:
+    """Return the latents (L, D), without padding, of the first ``counts`` (R,) media of each row of text."""
+    assert media.latents is not None
+    latents = repeat_rows(media.latents, rows)
+    sizes = media.lengths
+    if sizes is None:
+        sizes = counts.new_full(media.latents.shape[:2], media.latents.shape[2])
+    sizes = repeat_rows(sizes, rows).tolist()
+    return [
+        [latents[row, index, : sizes[row][index]] for index in range(count)]
+        for row, count in enumerate(counts.tolist())
+    ]
 
 
 def cover_new_tokens_only(seen: Tensor, mentioned: Tensor, slots: int) -> bool:

@@ -141,6 +141,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         use_cache: bool | None = None,
         vision_tokens: Tensor | None = None,
         frame_counts: Tensor | None = None,
+        tile_grids: Tensor | None = None,
         document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -149,18 +150,19 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         pixel_values (B, M, C, H, W), or (B, M, F, C, H, W) with frames: the media of each row in order,
         padded at the end of M. vision_tokens (B, M, F, V, D): the tower's output for them, passed instead to
         skip the tower. frame_counts (B, M): the number of frames of each medium, if not all have F; the rest
-        is padding. cache: the key/value cache of earlier tokens; the media passed along are those of the
-        whole text, or of the new tokens alone (M is then the largest number in a row), or None if the new
-        tokens bring none. ``past_key_values`` is its older name. document_ids (B, T): the document of each
-        token of packed rows; a token sees media of its own document, and ``position_ids`` that start anew
-        keep documents apart in the language model. Other arguments go to the language model, whose output is
-        returned.
+        is padding. tile_grids (B, M, 2): rows and columns of the tiles that an image is divided into, (1, 1)
+        for none; its F views are then the tiles row by row, after the whole image if there is one more.
+        cache: the key/value cache of earlier tokens; the media passed along are those of the whole text, or
+        of the new tokens alone (M is then the largest number in a row), or None if the new tokens bring none.
+        ``past_key_values`` is its older name. document_ids (B, T): the document of each token of packed rows;
+        a token sees media of its own document, and ``position_ids`` that start anew keep documents apart in
+        the language model. Other arguments go to the language model, whose output is returned.
 
         Raises UserError for a row with more media tokens than media, and without input_ids.
         """
         inputs = {"attention_mask": attention_mask, "labels": labels, "cache": cache, "use_cache": use_cache}
         inputs = language_model_inputs(self.lang_encoder, inputs | kwargs, document_ids)
-        media = media_input(pixel_values, vision_tokens, frame_counts)
+        media = media_input(pixel_values, vision_tokens, frame_counts, tile_grids)
         with self.condition_on(input_ids, media, get_cache(inputs), document_ids):
             return self.lang_encoder(input_ids=input_ids, **inputs)
 
@@ -186,17 +188,18 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         input_ids: Tensor | None = None,
         pixel_values: Tensor | None = None,
         frame_counts: Tensor | None = None,
+        tile_grids: Tensor | None = None,
         vision_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the language model's own ``generate`` on the media.
 
         Its options work as usual: beams, sampling, streamers, assisted decoding. pixel_values, frame_counts,
-        vision_tokens: see `forward`. Returns what the language model's ``generate`` returns.
+        tile_grids, vision_tokens: see `forward`. Returns what the language model's ``generate`` returns.
         """
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        media = media_input(pixel_values, vision_tokens, frame_counts)
+        media = media_input(pixel_values, vision_tokens, frame_counts, tile_grids)
         return self.generate_text(inputs if input_ids is None else input_ids, media, **kwargs)
 
     def cache_media(self, input_ids: Tensor, pixel_values: Tensor) -> None:
@@ -280,10 +283,7 @@ class FlamingoForConditionalGeneration(FlamingoCore, PreTrainedModel, Generation
         elif isinstance(module, GatedCrossAttentionBlock):
             nn.init.zeros_(module.attn_gate)
             nn.init.zeros_(module.ff_gate)
-        elif isinstance(module, PerceiverResampler):
-            for parameter in module.parameters(recurse=False):
-                nn.init.normal_(parameter)
-        elif isinstance(module, (nn.Linear, nn.LayerNorm, nn.Embedding)):
+        elif isinstance(module, (PerceiverResampler, nn.Linear, nn.LayerNorm, nn.Embedding)):
             module.reset_parameters()
 
 
@@ -310,6 +310,7 @@ class Backbone(nn.Module):
         use_cache: bool | None = None,
         vision_tokens: Tensor | None = None,
         frame_counts: Tensor | None = None,
+        tile_grids: Tensor | None = None,
         document_ids: Tensor | None = None,
         predicting: Tensor | None = None,
         **kwargs: Any,
@@ -318,7 +319,7 @@ class Backbone(nn.Module):
         inputs = {"attention_mask": attention_mask, "cache": cache, "use_cache": use_cache}
         inputs = language_model_inputs(model.lang_encoder, inputs | kwargs, document_ids)
         cache, conditioning = get_cache(inputs), model.conditioning
-        media = media_input(pixel_values, vision_tokens, frame_counts)
+        media = media_input(pixel_values, vision_tokens, frame_counts, tile_grids)
         with model.condition_on(input_ids, media, cache, document_ids):
             assert input_ids is not None  # else `condition_on` has raised
             conditioning.start(input_ids, cache)

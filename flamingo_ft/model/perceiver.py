@@ -19,6 +19,7 @@ from .layers import (
     merge_heads,
     split_heads,
 )
+from .tiles import UNTILED, Grid
 
 
 class PerceiverAttention(nn.Module):
@@ -73,9 +74,14 @@ class PerceiverResampler(nn.Module):
     """Resamples each medium (one image, or the frames of one video) into ``num_latents`` latents.
 
     depth: number of layers. With 0 nothing is resampled: the latents are the visual tokens themselves, each
-    the mean of the frames, after a LayerNorm; ``num_latents`` and the options of layers are not used.
+    the mean of the frames, after a LayerNorm; ``num_latents`` and the options of layers are not used. The
+    tokens of an image's tiles are not averaged: each is a latent.
+
     max_num_frames: adds a learned embedding for each frame; max_num_media: adds one for each position of a
-    medium in its sample. Without them, frames or media are unordered, as in the released OpenFlamingo models.
+    medium in its sample; max_tiles: adds those of a tile's row and column, and one to views of the whole
+    image. Without them, frames, media or tiles are unordered, as in the released OpenFlamingo models. Those
+    of tiles are zero at first, so that a bridge that was trained without tiles reads each tile as it read
+    images; their unit is the root mean square of the medium's tokens, whatever the tower's scale.
     """
 
     def __init__(
@@ -88,24 +94,38 @@ class PerceiverResampler(nn.Module):
         num_latents: int = 64,
         max_num_media: int | None = None,
         max_num_frames: int | None = None,
+        max_tiles: int | None = None,
         ff_mult: int = 4,
     ):
         super().__init__()
-        self.latents = nn.Parameter(torch.randn(num_latents, dim)) if depth else None
-        self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
-        self.media_time_embs = nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
+        self.latents = nn.Parameter(torch.empty(num_latents, dim)) if depth else None
+        self.frame_embs = nn.Parameter(torch.empty(max_num_frames, dim)) if max_num_frames else None
+        self.media_time_embs = nn.Parameter(torch.empty(max_num_media, 1, dim)) if max_num_media else None
+        # The whole image, then the rows, then the columns.
+        self.tile_embs = nn.Parameter(torch.empty(1 + 2 * max_tiles, dim)) if max_tiles else None
+        self.reset_parameters()
         self.layers = nn.ModuleList(PerceiverLayer(dim, heads, dim_head, ff_mult) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
-    def forward(self, tokens: Tensor, slots: Tensor | None = None) -> Tensor:
-        """tokens (B, M, F, V, D) -> latents (B, M, L, D), L = V without layers.
+    def reset_parameters(self) -> None:
+        """Initialize the parameters that are the resampler's own, not its layers'."""
+        for parameter in (self.latents, self.frame_embs, self.media_time_embs):
+            if parameter is not None:
+                nn.init.normal_(parameter)
+        if self.tile_embs is not None:
+            nn.init.zeros_(self.tile_embs)
 
-        slots (B, M): 0-based position of each medium in its sample; by default its index along M. Raises
-        UserError for more frames or media than there are learned embeddings.
+    def forward(self, tokens: Tensor, slots: Tensor | None = None, grid: Grid = UNTILED) -> Tensor:
+        """tokens (B, M, F, V, D) -> latents (B, M, L, D); without layers, L = V, or F * V for tiles.
+
+        slots (B, M): 0-based position of each medium in its sample; by default its index along M. grid: rows
+        and columns of tiles that the media are divided into; the first of F views may show the whole image.
+        Raises UserError for more frames, media or tiles than there are learned embeddings.
         """
         tokens = self._add_positions(tokens.to(self.norm.weight.dtype), slots)
+        tokens = self._add_tile_positions(tokens, grid)
         if self.latents is None:
-            return self.norm(tokens.mean(2))
+            return self.norm(tokens.mean(2) if grid == UNTILED else tokens.flatten(2, 3))
         batch, media = tokens.shape[:2]
         tokens = tokens.flatten(2, 3).flatten(0, 1)
         latents = self.latents.expand(len(tokens), -1, -1)
@@ -125,6 +145,22 @@ class PerceiverResampler(nn.Module):
             _check_fits(int(slots.max()) + 1, self.media_time_embs, "media per sample", "max_num_media")
             tokens = tokens + self.media_time_embs[slots][..., None, :, :]
         return tokens
+
+    def _add_tile_positions(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Add the embeddings of the views' places to tokens (B, M, F, V, D)."""
+        if self.tile_embs is None:
+            return tokens
+        most = len(self.tile_embs) // 2
+        _check_fits(max(grid), self.tile_embs[:most], "rows or columns of tiles", "max_tiles")
+        whole, rows, columns = self.tile_embs.split([1, most, most])
+        places = (rows[: grid[0], None] + columns[None, : grid[1]]).flatten(0, 1)
+        views = tokens.shape[2]
+        if grid == UNTILED:
+            places = whole.expand(views, -1)
+        elif views > len(places):
+            places = torch.cat([whole, places])
+        scale = tokens.detach().square().mean((2, 3, 4), keepdim=True).sqrt()
+        return tokens + scale * places[:, None]
 
 
 def _check_fits(count: int, embeddings: Tensor, what: str, option: str) -> None:

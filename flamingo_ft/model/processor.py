@@ -23,6 +23,8 @@ from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from .chat_template import answer_template
 from .images import read_image, to_rgb
 from .special_text import protect, tokenize
+from .tiles import Tiling
+from .views import Views, stack_media
 
 # Flamingo's own format (arXiv:2204.14198, figure 7), for language models without a chat template. The space
 # before an answer is the assistant's: with most tokenizers it is part of the answer's first token.
@@ -43,18 +45,60 @@ class FlamingoImageProcessor(BaseImageProcessor):
     model_input_names = ["pixel_values"]
 
     def __init__(
-        self, open_clip_preprocess: Mapping[str, Any] | None = None, video_frames: int = 8, **kwargs: Any
+        self,
+        open_clip_preprocess: Mapping[str, Any] | None = None,
+        video_frames: int = 8,
+        tiles: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ):
-        """video_frames: frames read of a video; stored here so that it is the same after training."""
+        """video_frames: frames read of a video. tiles: fields of `Tiling`, None for no tiles.
+
+        Both are stored here so that they are the same after training.
+        """
         super().__init__(**kwargs)
         self.open_clip_preprocess = dict(open_clip_preprocess or {})
         self.video_frames = video_frames
+        self.tiles = None if tiles is None else dict(tiles)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Turn an image, or a list of them (`read_image` lists the forms), into pixel_values (N, C, H, W)."""
+        """Turn an image, or a list of them (`read_image` lists the forms), into pixel_values (N, C, H, W).
+
+        With tiles, they are (N, F, C, H, W), with frame_counts (N,) and tile_grids (N, 2) where they differ.
+        """
         images = images if isinstance(images, (list, tuple)) else [images]
-        pixels = [self.transform(read_image(image)) for image in images]
-        return BatchFeature({"pixel_values": torch.stack(pixels)})
+        batch = stack_media([[self.views(read_image(image)) for image in images]])
+        return BatchFeature({name: values[0] for name, values in batch.items()})
+
+    def views(self, image: Any) -> Views:
+        """Turn an image, in a form that `transform` takes, into what the tower gets of it."""
+        if self.tiling is None:
+            return Views(self.transform(image)[None])
+        picture = to_rgb(image)
+        grid = self.tiling.grid(*picture.size, self.input_size)
+        parts = self.tiling.views(picture, grid, self.input_size, self._resampling)
+        return Views(torch.stack([self._transform(part) for part in parts]), grid)
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images are divided into tiles; None if they are not."""
+        return None if self.tiles is None else Tiling(**self.tiles)
+
+    @property
+    def transform_record(self) -> dict[str, Any]:
+        """All that the pixels of an image depend on, for keys of caches."""
+        return self.open_clip_preprocess | ({} if self.tiles is None else {"tiles": self.tiles})
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the tower's input."""
+        size = self.open_clip_preprocess["size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def _resampling(self) -> Image.Resampling:
+        """The filter with which OpenCLIP's transform resizes."""
+        name = self.open_clip_preprocess.get("interpolation")
+        return Image.Resampling.BILINEAR if name == "bilinear" else Image.Resampling.BICUBIC
 
     def transform(self, image: Any) -> Tensor:
         """Turn a Pillow image, numpy array or torch tensor (`images.to_rgb`) into pixels (C, H, W)."""
@@ -104,6 +148,8 @@ class FlamingoProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Return the tokenized text and, if there are images, zero-padded pixel_values (B, M, C, H, W).
 
+        With tiles, the result has an axis F of views after M, frame_counts and tile_grids (`stack_media`).
+
         images: one, a list (assigned in the order of the ``<image>`` markers), or a list per text; each a PIL
         image, numpy array, torch tensor, path, URL, data URI, base64 text or a file's bytes. Keyword
         arguments go to the tokenizer. It adds no special tokens to texts that begin with one, as rendered
@@ -125,7 +171,7 @@ class FlamingoProcessor(ProcessorMixin):
         data = tokenize(self.tokenizer, texts, **arguments)
         self._check_media_tokens(data["input_ids"], [len(row) for row in nested])
         if any(nested):
-            data["pixel_values"] = self.pixel_values(nested)
+            data |= self.read_media(nested)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _check_media_tokens(self, input_ids: Any, expected: Sequence[int]) -> None:
@@ -141,12 +187,10 @@ class FlamingoProcessor(ProcessorMixin):
                     "truncate less (max_length), or pass fewer images"
                 )
 
-    def pixel_values(self, nested: Sequence[Sequence[Any]]) -> Tensor:
-        """Read the images of each sample into (B, M, C, H, W), M being the largest number in a sample."""
-        rows = [[self.image_processor.transform(read_image(image)) for image in row] for row in nested]
-        blank = torch.zeros_like(next(image for row in rows for image in row))
-        most = max(map(len, rows))
-        return torch.stack([torch.stack([*row, *[blank] * (most - len(row))]) for row in rows])
+    def read_media(self, nested: Sequence[Sequence[Any]]) -> dict[str, Tensor]:
+        """Read the images of each sample; return `stack_media` of them."""
+        views = self.image_processor.views
+        return stack_media([[views(read_image(image)) for image in row] for row in nested])
 
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Render a conversation as transformers' processors do; content blocks of images become ``<image>``.

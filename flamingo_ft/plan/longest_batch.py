@@ -21,6 +21,7 @@ from flamingo_ft.data.pairs import prompt_and_answers
 from flamingo_ft.data.sample import Video, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.tiles import Tiling
 
 MAX_SAMPLES_READ = 50_000
 TOKENIZED_SAMPLES = 256  # of those, the longest in characters
@@ -36,6 +37,7 @@ class Batch:
         samples: samples, or packed rows.
         text_tokens: of each text.
         images: of each sample; every frame of a video counts.
+        views: of each image: tiles and the whole image.
         image_size: height and width in pixels.
         where_from: where ``text_tokens`` comes from, for the user.
         answers: texts per sample: 2 for preference pairs, whose texts show the same images.
@@ -47,27 +49,28 @@ class Batch:
     image_size: tuple[int, int]
     where_from: str = "as given"
     answers: int = 1
+    views: int = 1
 
     def tensors(self) -> dict[str, Tensor]:
-        """Allocate a batch as the collator does: ids, mask and labels (B, T), pixels (B, M, 3, H, W)."""
+        """Allocate a batch as the collator does: ids, mask and labels (B, T), pixels (B, M, F, 3, H, W)."""
         rows = self.samples * self.answers
         batch = {
             name: torch.zeros(rows, self.text_tokens, dtype=torch.long)
             for name in ("input_ids", "attention_mask", "labels")
         }
         if self.images:
-            batch["pixel_values"] = torch.zeros(rows, self.images, 3, *self.image_size)
+            batch["pixel_values"] = torch.zeros(rows, self.images, self.views, 3, *self.image_size)
         return batch
 
     def media(self) -> Tensor:
         """Allocate the images of all samples, before they are collated."""
-        return torch.zeros(self.samples, self.images, 3, *self.image_size)
+        return torch.zeros(self.samples, self.images, self.views, 3, *self.image_size)
 
 
 def longest_batch(
     recipe: Recipe,
     processor: FlamingoProcessor,
-    image_size: int | tuple[int, int],
+    image_size: tuple[int, int],
     limit: int,
     sizes: Mapping[str, int | None],
 ) -> Batch:
@@ -80,7 +83,6 @@ def longest_batch(
 
     Raises UserError if there is neither data nor a limit.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     tokens, images, where_from = sizes.get("text_tokens"), sizes.get("images"), "as given"
     if tokens is None or images is None:
         longest = longest_sample(recipe, processor, limit) or (limit, 1, "the limit")
@@ -93,7 +95,13 @@ def longest_batch(
             "data.max_text_tokens: got neither data nor a limit to plan for; set it, or --text-tokens"
         )
     answers = 2 if recipe.train.method == "dpo" else 1
-    return Batch(recipe.train.batch_size, tokens, images, (height, width), where_from, answers)
+    views = most_views(processor.image_processor.tiling)
+    return Batch(recipe.train.batch_size, tokens, images, image_size, where_from, answers, views)
+
+
+def most_views(tiling: Tiling | None) -> int:
+    """Return how many views an image has at most."""
+    return 1 if tiling is None else max(len(tiling.view_names(grid)) for grid in tiling.grids)
 
 
 def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> tuple[int, int, str] | None:

@@ -18,13 +18,15 @@ from flamingo_ft.adapters import add_lora, set_trainable
 from flamingo_ft.backbones.attention import unfuse_attention
 from flamingo_ft.backbones.language import LanguageBackbone
 from flamingo_ft.backbones.quantization import DTYPES, Quantization
-from flamingo_ft.backbones.tower import build_visual, check_quantizable, token_width, tower_preprocess
+from flamingo_ft.backbones.tower import build_visual, check_quantizable, tower_preprocess
 from flamingo_ft.backbones.vision import VisionBackbone
+from flamingo_ft.backbones.visual_tokens import token_width
 from flamingo_ft.config import LanguageSection, Recipe, VisionSection
 from flamingo_ft.config.tables import BRIDGE_PARTS
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
+from flamingo_ft.model.build import recipe_options, set_media_options
 
 from .compat import get_keys_to_not_convert
 from .cuda_emulation import Device
@@ -49,13 +51,10 @@ def build_meta_model(
         model, processor = build_flamingo(
             meta_vision(tower, config.vision, device),
             meta_language(lm_config, tokenizer, config.language, device),
-            cross_attn_every_n_layers=config.cross_attn_every_n_layers,
-            media_visibility=config.media_visibility,
-            perceiver=config.perceiver.model_dump(),
-            cross_attention=config.cross_attention.model_dump(),
-            decoder_layers_attr_name=config.language.decoder_layers_attr_name,
+            **recipe_options(recipe),
         )
         apply_template(processor, recipe.data)
+        set_media_options(processor, recipe.data)
         set_trainable(model, recipe.trainable)
         _quantize_frozen_bridge(model, recipe, device)
         # Initializations such as LoftQ read the weights, which a meta model lacks, and take no memory later.

@@ -7,11 +7,11 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import cast
 
 from torch import Tensor
 
 from flamingo_ft.adapters import check_start
+from flamingo_ft.backbones.visual_tokens import image_shape
 from flamingo_ft.config import Recipe, TrainSection
 from flamingo_ft.config.tables import BRIDGE_PARTS, LANGUAGE, VISION
 from flamingo_ft.errors import UserError
@@ -125,8 +125,7 @@ class Planner:
         self, recipe: Recipe, model: FlamingoForConditionalGeneration, processor: FlamingoProcessor
     ) -> Batch:
         limit = text_limit(model.config, recipe.data.max_text_tokens)
-        image_size = cast("int | tuple[int, int]", model.vision_encoder.image_size)
-        batch = longest_batch(recipe, processor, image_size, limit, self._sizes)
+        batch = longest_batch(recipe, processor, image_shape(model.vision_encoder), limit, self._sizes)
         self._sizes = {"text_tokens": batch.text_tokens, "images": batch.images}
         return batch
 

@@ -15,12 +15,13 @@ from trl.kernels import ChunkedLogProbFunction
 
 from flamingo_ft.adapters import trainable_parameters
 from flamingo_ft.adapters.trainable import frozen_copy
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import TrainSection
 from flamingo_ft.model import FlamingoForConditionalGeneration
 from flamingo_ft.model.conditioning import Media
 from flamingo_ft.model.media import MediaInput, no_media
 from flamingo_ft.model.parts import is_orthogonalized
+from flamingo_ft.model.tiles import UNTILED
 
 from .compat import LOGPROB_CHUNK_SIZE
 from .cuda_emulation import Device, activation_offload, emulate_device, recompute_contexts
@@ -268,8 +269,10 @@ def _encode_full_media(
     else:
         tokens = spatial_tokens(model.vision_encoder, frames[torch.arange(len(frames) // copies)])
         tokens = tokens[torch.arange(len(tokens)).repeat(copies)]
-    tokens = tokens.unflatten(0, (-1, 1))
-    encoded = model.perceiver(tokens[None], slots[None])[0]
+    views = media.frames.shape[2]
+    tokens = tokens.unflatten(0, (-1, views))
+    grid = UNTILED if views == 1 else (1, max(2, views - 1))  # any grid gives as many latents
+    encoded = model.perceiver(tokens[None], slots[None], grid)[0]
     latents = encoded.new_zeros(samples, images, *encoded.shape[1:])
     latents[rows, slots] = encoded
     return Media(latents, input_ids.new_full((samples,), images))

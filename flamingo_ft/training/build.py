@@ -15,7 +15,7 @@ from trl import DPOConfig, SFTConfig
 from flamingo_ft.adapters import init_bridge, prepare_training
 from flamingo_ft.backbones.language import load_language
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.vision import load_recipe_vision
 from flamingo_ft.config import Recipe
 from flamingo_ft.config.metric_names import result_key
 from flamingo_ft.data import OpenedData
@@ -23,6 +23,7 @@ from flamingo_ft.data.opened_data import with_max_steps
 from flamingo_ft.data.render import apply_template
 from flamingo_ft.evaluation.select_metrics import higher_is_better
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor, build_flamingo
+from flamingo_ft.model.build import recipe_options, set_media_options
 from flamingo_ft.model.sharding import shard
 from flamingo_ft.processes import default_device
 
@@ -53,14 +54,7 @@ def build_model(
     frozen as the recipe says. init_batches: batches for the LoRA initialization that needs data (EVA).
     """
     model_config, device = recipe.model, default_device()
-    vision = load_vision(
-        model_config.vision.name,
-        model_config.vision.pretrained,
-        quantization=Quantization.of(model_config.vision, shardable=recipe.train.fsdp),
-        device=device,
-        image_size=model_config.vision.image_size,
-        resize_mode=model_config.vision.resize_mode,
-    )
+    vision = load_recipe_vision(model_config.vision, shardable=recipe.train.fsdp)
     quantization = Quantization.of(model_config.language, shardable=recipe.train.fsdp)
     # Not float32 on a CPU either: converting the matrices in every pass takes as long as multiplying them.
     as_stored = quantization is None and autocast_dtype(recipe.train.precision) == torch.bfloat16
@@ -75,14 +69,10 @@ def build_model(
     model, processor = build_flamingo(
         vision,
         language,
-        cross_attn_every_n_layers=model_config.cross_attn_every_n_layers,
-        media_visibility=model_config.media_visibility,
-        perceiver=model_config.perceiver.model_dump(),
-        cross_attention=model_config.cross_attention.model_dump(),
-        decoder_layers_attr_name=model_config.language.decoder_layers_attr_name,
+        **recipe_options(recipe),
     )
     apply_template(processor, recipe.data)
-    processor.image_processor.video_frames = recipe.data.video_frames
+    set_media_options(processor, recipe.data)
     if model_config.init_from is not None:
         init_bridge(model, model_config.init_from)
     model.to(device)  # pyrefly: ignore[bad-argument-type] (transformers wraps torch's method)

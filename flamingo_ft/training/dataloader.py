@@ -11,7 +11,7 @@ from torch import Tensor
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row, packed_rows, sorted_by_length
-from flamingo_ft.data.collate import collate_packed, collate_text, stack_media
+from flamingo_ft.data.collate import collate_packed, collate_text
 from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.examples import DataStats, Example, ExampleDataset
 from flamingo_ft.data.feature_cache import FeatureCache, collate_frames, open_feature_cache
@@ -23,6 +23,7 @@ from flamingo_ft.data.sample_order import SampleIndex, SampleOrder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
 from flamingo_ft.model.build import text_limit
+from flamingo_ft.model.views import stack_media
 
 from .preflight import autocast_dtype, check_packing
 
@@ -95,7 +96,7 @@ def _feature_cache(
     if recipe.data.cache is None:
         return None
     autocast = autocast_dtype(recipe.train.precision)
-    preprocess = processor.image_processor.open_clip_preprocess
+    preprocess = processor.image_processor.transform_record
     return open_feature_cache(model, preprocess, recipe.data.cache, autocast=autocast, writers=writers)
 
 

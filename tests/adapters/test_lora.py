@@ -16,8 +16,9 @@ from flamingo_ft.adapters.lora import _pattern, add_lora, find_targets
 from flamingo_ft.adapters.lora_init import UnquantizedWeights
 from flamingo_ft.backbones.language import LanguageBackbone, load_language
 from flamingo_ft.backbones.quantization import dequantized_weight
-from flamingo_ft.backbones.tower import build_visual, modules_after_tokens
+from flamingo_ft.backbones.tower import build_visual
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import modules_after_tokens
 from flamingo_ft.config import LoraPart, LoraSection, TrainableSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import build_flamingo

@@ -12,7 +12,8 @@ from timm.models.swin_transformer_v2 import WindowAttention
 from torch import nn
 
 from flamingo_ft.backbones.attention import is_unfused, restore_fused_attention, unfuse_attention
-from flamingo_ft.backbones.tower import build_visual, spatial_tokens
+from flamingo_ft.backbones.tower import build_visual
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TOWERS
 

@@ -12,8 +12,9 @@ from PIL import Image
 from flamingo_ft import build_flamingo, load_language, load_vision
 from flamingo_ft.adapters import Adapters, load_adapter, save_adapter, set_trainable
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.tower import build_visual, image_transform, spatial_tokens
+from flamingo_ft.backbones.tower import build_visual, image_transform
 from flamingo_ft.backbones.vision import tower_config
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import TrainableSection, VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration

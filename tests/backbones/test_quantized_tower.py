@@ -21,8 +21,9 @@ from flamingo_ft.backbones.quantization import (
     is_quantized,
     quantization_formats,
 )
-from flamingo_ft.backbones.tower import build_visual, image_transform, quantize_tower, spatial_tokens
+from flamingo_ft.backbones.tower import build_visual, image_transform, quantize_tower
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.errors import UserError
 from tests.backbones.test_vision import CLIP_CFG, TEXT_CFG, TOWERS, checkpoint, timm_config, write_folder
 

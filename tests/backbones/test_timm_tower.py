@@ -22,10 +22,10 @@ from flamingo_ft.backbones.tower import (
     build_visual,
     image_transform,
     non_persistent_buffers,
-    spatial_tokens,
     tower_preprocess,
 )
 from flamingo_ft.backbones.vision import load_vision, tower_config
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config.model_section import VisionSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.plan.meta_model import meta_vision

@@ -18,16 +18,9 @@ from torch import nn
 
 from flamingo_ft.backbones import tower_source
 from flamingo_ft.backbones.provenance import tensors_sha256
-from flamingo_ft.backbones.tower import (
-    build_visual,
-    image_transform,
-    non_persistent_buffers,
-    spatial_maps,
-    spatial_tokens,
-    to_picture,
-    token_width,
-)
+from flamingo_ft.backbones.tower import build_visual, image_transform, non_persistent_buffers, to_picture
 from flamingo_ft.backbones.vision import VisionBackbone, load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_maps, spatial_tokens, token_width
 from flamingo_ft.errors import UserError
 
 CLIP_CFG = {"image_size": 32, "patch_size": 8, "layers": 2, "width": 32, "head_width": 16}

@@ -30,13 +30,14 @@ from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.config.library import library_folder
 from flamingo_ft.data import open_data
 from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row
-from flamingo_ft.data.collate import collate_text, stack_media
+from flamingo_ft.data.collate import collate_text
 from flamingo_ft.data.encode import encode_within
 from flamingo_ft.data.examples import DataStats, ExampleDataset
 from flamingo_ft.data.media import PixelLoader
 from flamingo_ft.data.sample_order import SampleOrder
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.added_tokens import add_media_tokens
+from flamingo_ft.model.views import stack_media
 
 BATCH, SIDE, PHOTO = 32, 224, (640, 480)
 MEAN, STD = (0.481, 0.458, 0.408), (0.269, 0.261, 0.276)

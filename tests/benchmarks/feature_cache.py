@@ -32,6 +32,7 @@ from flamingo_ft.config import CacheSection, LoraPart, LoraSection, TrainableSec
 from flamingo_ft.data.feature_cache import (
     FeatureCache,
     Frame,
+    Frames,
     collate_frames,
     lookup_frame,
     open_feature_cache,
@@ -60,7 +61,7 @@ def main() -> None:
         files = make_images(Path(folder), args.images)
         samples = list(groups(files, args.images_per_sample))
         features = open_feature_cache(
-            model, processor.image_processor.open_clip_preprocess, CacheSection(folder=Path(folder) / "cache")
+            model, processor.image_processor.transform_record, CacheSection(folder=Path(folder) / "cache")
         )
         media_fns = {
             "without": partial(load_pixels, processor),
@@ -123,9 +124,7 @@ def make_images(folder: Path, count: int) -> list[Path]:
 
 def load_pixels(processor: FlamingoProcessor, samples: list[list[Path]]) -> dict[str, Tensor]:
     """Return the media of a batch without the cache."""
-    return {
-        "pixel_values": processor.pixel_values([[open_image(file) for file in sample] for sample in samples])
-    }
+    return processor.read_media([[open_image(file) for file in sample] for sample in samples])
 
 
 def load_tokens(
@@ -137,7 +136,8 @@ def load_tokens(
         decode = lambda: processor.image_processor.transform(open_image(file))  # noqa: E731
         return lookup_frame(features.store, file.read_bytes(), decode)
 
-    return features.complete(collate_frames([[[lookup(file)] for file in sample] for sample in samples]))
+    rows = [[Frames([lookup(file)]) for file in sample] for sample in samples]
+    return features.complete(collate_frames(rows))
 
 
 def run_epoch(

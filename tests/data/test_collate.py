@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flamingo_ft.data.collate import collate_text, load_media, stack_media
+from flamingo_ft.data.collate import collate_text, load_media
 from flamingo_ft.data.encode import IGNORED, encode, encode_within
 from flamingo_ft.data.media import open_image
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.processor import FlamingoProcessor
+from flamingo_ft.model.views import Views, stack_media
 
 from .dialogues import IMAGE, assistant, nano_processor, system, user
 
@@ -198,7 +199,7 @@ lengths = st.lists(st.lists(st.integers(1, 3), max_size=3), min_size=1, max_size
 
 @given(lengths)
 def test_stacked_media_keep_their_values_and_padding_is_zero(lengths):
-    rows = [[torch.randn(frames, 3, 2, 2) for frames in row] for row in lengths]
+    rows = [[Views(torch.randn(frames, 3, 2, 2)) for frames in row] for row in lengths]
     batch = stack_media(rows)
     if not any(rows):
         assert batch == {}
@@ -210,11 +211,11 @@ def test_stacked_media_keep_their_values_and_padding_is_zero(lengths):
     total = 0.0
     for b, row in enumerate(rows):
         for m, medium in enumerate(row):
-            assert torch.equal(pixels[b, m, : len(medium)], medium)
+            assert torch.equal(pixels[b, m, : len(medium)], medium.values)
             assert len(frames) == 1 or batch["frame_counts"][b, m] == len(medium)
-            total += float(medium.abs().sum())
+            total += float(medium.values.abs().sum())
     torch.testing.assert_close(float(pixels.abs().sum()), total, rtol=1e-4, atol=1e-4)
 
 
 def test_single_images_have_no_axis_of_frames():
-    assert stack_media([[torch.zeros(1, 3, 4, 4)], []])["pixel_values"].shape == (2, 1, 3, 4, 4)
+    assert stack_media([[Views(torch.zeros(1, 3, 4, 4))], []])["pixel_values"].shape == (2, 1, 3, 4, 4)

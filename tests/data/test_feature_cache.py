@@ -20,11 +20,18 @@ import torch
 
 from flamingo_ft.adapters.lora import add_lora
 from flamingo_ft.backbones.quantization import Quantization
-from flamingo_ft.backbones.tower import quantize_tower, spatial_tokens
+from flamingo_ft.backbones.tower import quantize_tower
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import CacheSection, LoraPart, LoraSection
 from flamingo_ft.data import feature_cache, feature_store
-from flamingo_ft.data.feature_cache import FrozenTower, collate_frames, lookup_frame, open_feature_cache
+from flamingo_ft.data.feature_cache import (
+    Frames,
+    FrozenTower,
+    collate_frames,
+    lookup_frame,
+    open_feature_cache,
+)
 from flamingo_ft.data.feature_store import FeatureStore, FeatureWriter, bytes_under
 from flamingo_ft.errors import UserError
 
@@ -54,7 +61,7 @@ def pixels(number: int) -> torch.Tensor:
 def batch_of(store: FeatureStore, *rows: list[list[int]]) -> dict:
     """Collate samples of media of frames, each frame an image by its number."""
     find = lambda number: lookup_frame(store, contents(number), lambda: pixels(number))  # noqa: E731
-    return collate_frames([[[find(number) for number in medium] for medium in row] for row in rows])
+    return collate_frames([[Frames([find(number) for number in medium]) for medium in row] for row in rows])
 
 
 def stored(folder: Path) -> list[Path]:

@@ -263,7 +263,7 @@ def test_training_and_the_probe_share_their_cached_tokens(here, monkeypatch):
 
 
 def test_free_text_is_refused_in_one_line_before_the_tower_is_loaded(here, capsys, monkeypatch):
-    monkeypatch.setattr("flamingo_ft.evaluation.tower_tokens.load_vision", None)
+    monkeypatch.setattr("flamingo_ft.evaluation.tower_tokens.load_recipe_vision", None)
     for split in ("train", "eval"):
         rows = [row(f"a dog runs over {split} field {n}", f"{split}{n}.png") for n in range(20)]
         (here / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))

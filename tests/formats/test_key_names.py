@@ -2,7 +2,8 @@
 
 import torch
 
-from flamingo_ft.backbones.tower import build_visual, spatial_tokens
+from flamingo_ft.backbones.tower import build_visual
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.formats.key_names import UNUSED_PROJECTION, VISION_PREFIX, from_open_clip, to_open_clip
 from tests.convert.backbones import VISION
 from tests.convert.foreign import otter_tower

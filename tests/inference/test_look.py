@@ -14,8 +14,8 @@ from PIL import Image
 
 from flamingo_ft import cli
 from flamingo_ft.backbones.language import load_language
-from flamingo_ft.backbones.tower import spatial_tokens
 from flamingo_ft.backbones.vision import load_vision
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config.library import packaged_recipes
 from flamingo_ft.data.sample import Video, display_text
 from flamingo_ft.errors import UserError

@@ -10,7 +10,7 @@ from torch import Tensor
 from trl.trainer.utils import add_fused_lm_head
 
 from flamingo_ft.adapters.lora import add_lora
-from flamingo_ft.backbones.tower import spatial_tokens
+from flamingo_ft.backbones.visual_tokens import spatial_tokens
 from flamingo_ft.config import LoraPart, LoraSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.media import find_copies, media_input

@@ -18,7 +18,6 @@ from flamingo_ft import atomic
 from flamingo_ft.backbones.provenance import tensors_sha256
 from flamingo_ft.inference.media_inputs import MediaInputs
 from flamingo_ft.inference.predictor import Predictor
-from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model.images import READER_VERSION
 from flamingo_ft.model.media import encode_distinct
 
@@ -51,7 +50,7 @@ def image_features(
     features = []
     for start in range(0, len(paths), BATCH_SIZE):
         batch = paths[start : start + BATCH_SIZE]
-        pixels = media.pixels_of([Prompt([], [path], path) for path in batch])["pixel_values"][:, 0]
+        pixels = torch.stack([media.first_view(path) for path in batch])
         features.append(encode_distinct(tower, pixels.to(predictor.model.device)).float().mean(1).cpu())
         on_batch(len(batch))
     result = torch.cat(features).numpy()
@@ -67,6 +66,6 @@ def _key(predictor: Predictor, paths: Sequence[str]) -> str:
     for path in paths:
         status = os.stat(path)
         files.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
-    preprocess = predictor.processor.image_processor.open_clip_preprocess
+    preprocess = predictor.processor.image_processor.transform_record
     key = [tensors_sha256(predictor.model.vision_encoder), dict(preprocess), READER_VERSION, files]
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

@@ -25,12 +25,12 @@ from transformers import (
 
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
-from flamingo_ft.data.collate import stack_media
 from flamingo_ft.data.encode import encode_prompt
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.decoding import Decoding
 from flamingo_ft.inference.predictor import Predictor, seeded
 from flamingo_ft.inference.streaming import TokenReceiver, VisibleText
+from flamingo_ft.model.views import Views, stack_media
 
 from .errors import GenerationError, RequestError
 from .messages import ImageLink, MediaPolicy, open_link
@@ -141,8 +141,8 @@ class Engine:
 
     def _read(self, links: list[ImageLink]) -> dict[str, Tensor]:
         """Return the images as model inputs, decoding one at a time."""
-        transform: Callable[..., Tensor] = self._processor.image_processor.transform
-        return stack_media([[transform(open_link(link, self._policy)).unsqueeze(0) for link in links]])
+        views: Callable[..., Views] = self._processor.image_processor.views
+        return stack_media([[views(open_link(link, self._policy)) for link in links]])
 
     def _generate(
         self, ids: list[int], media: dict[str, Tensor], request: GenerationRequest, answer: Answer
