@@ -55,7 +55,6 @@ from .trainer import FlamingoDpoTrainer, FlamingoTrainer
 
 FINAL_LOSS_SAMPLES = 256  # held-out samples, of each kind, for the losses of a run without eval.steps
 
-Trainer = FlamingoTrainer | FlamingoDpoTrainer
 DataCallback = Callable[[OpenedData], None]
 LogFunction = Callable[[str], None]
 
@@ -237,7 +236,7 @@ def _callbacks(
 
 
 def _prepare_eval_batches(
-    trainer: Trainer,
+    trainer: FlamingoTrainer | FlamingoDpoTrainer,
     evaluator: Evaluator,
     samples: Sequence[Sample],
     processor: FlamingoProcessor,
@@ -282,7 +281,7 @@ def _some_of_each_kind(samples: Sequence[Sample], seed: int) -> list[Sample]:
     return chosen
 
 
-def _add_losses(results: Results, trainer: Trainer, recipe: Recipe, eval_batches: EvalBatches) -> None:
+def _add_losses(results: Results, trainer: Any, recipe: Recipe, eval_batches: EvalBatches) -> None:
     """Add the losses of the final model to the results, and by kind of row also those before training."""
     final = final_losses(trainer, recipe, eval_batches)
     results.image_loss_gap = final.gap
@@ -308,7 +307,7 @@ def _evaluate_before(
 
 
 def _train(
-    trainer: Trainer,
+    trainer: FlamingoTrainer | FlamingoDpoTrainer,
     data: OpenedData,
     recipe: Recipe,
     checkpoint: Path | None,
