@@ -14,7 +14,7 @@ from flamingo_ft.cli.output import titled_table
 from flamingo_ft.evaluation.merge_quality import MADE_UP
 from flamingo_ft.evaluation.metrics import ACCURACY, METRICS, Metric, metrics_in
 from flamingo_ft.evaluation.results import AFTER, BEFORE, BLANK, MAJORITY, SHUFFLED, ScoreTable, score_tables
-from flamingo_ft.evaluation.run_tables import run_tables
+from flamingo_ft.evaluation.run_tables import TRAINED, run_tables
 from flamingo_ft.formatting import percent
 
 MAX_CLASSES = 5  # of a task whose classes are listed one by one
@@ -47,11 +47,13 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def _text_table(text: TextTable) -> Table:
+    """Return a table for the terminal, without the column of what a stage trains, which is too wide for it."""
     table = titled_table(text.title)
-    for number, header in enumerate(text.columns):
-        table.add_column(header, justify="right" if number else "left", overflow="fold")
+    shown = [place for place, header in enumerate(text.columns) if header != TRAINED]
+    for place in shown:
+        table.add_column(text.columns[place], justify="right" if place else "left")
     for row in text.rows:
-        table.add_row(*row)
+        table.add_row(*(row[place] for place in shown))
     return table
 
 

@@ -8,13 +8,14 @@ from typing import Any
 from flamingo_ft.adapters.card import TextTable
 from flamingo_ft.formatting import duration
 
-from .loss_by_kind import KIND_LABELS
+from .loss_by_kind import KIND_LABELS, TEXT_ONLY, WITH_IMAGES
 from .metrics import metrics_in
 from .results import AFTER, BEFORE, COLUMN_HEADERS, overall_key
 
+TRAINED = "trained"  # a header
 LOSS_TITLE = "Held-out loss, nats per label token"
 STAGES_TITLE = "Stages, and held-out scores after each"
-LOSS_HEADERS = {kind: f"loss, {label}" for kind, label in KIND_LABELS.items()}
+LOSS_HEADERS = {TEXT_ONLY: "text-only loss", WITH_IMAGES: "loss with images"}
 
 
 def run_tables(metrics: Mapping[str, Any]) -> list[TextTable]:
@@ -47,7 +48,7 @@ def _stage_table(evaluation: Mapping[str, Any], stages: Sequence[Mapping[str, An
         values = [metric.text(record.get(overall_key(metric, condition))) for metric in metrics]
         return values + [_loss(losses.get(kind, {}).get(condition)) for kind in kinds]
 
-    headers = ["stage", "trained", "steps", "time", *(metric.label for metric in metrics)]
+    headers = ["stage", TRAINED, "steps", "time", *(metric.label for metric in metrics)]
     first = scores(evaluation, BEFORE)
     rows = [["before", "", "", "", *first]] if any(first) else []
     for number, stage in enumerate(stages, start=1):

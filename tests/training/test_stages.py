@@ -173,7 +173,7 @@ def test_log_report_and_card_show_both_stages_on_one_axis(copied):
     text = [entry["step"] for entry in run.entries if "eval_loss_text_only" in entry]
     assert text == [0, 3, 7]
     page, card = write_report(copied / "run").read_text(), (copied / "run" / "README.md").read_text()
-    for shown in ("1. bridge", "2. lora", "loss, text only"):
+    for shown in ("1. bridge", "2. lora", "text-only loss"):
         assert shown in page and shown in card
     assert 'href="1-bridge/report.html"' in page
 
