@@ -47,7 +47,7 @@ def print_metrics(metrics: Mapping[str, Any]) -> None:
 
 
 def _text_table(text: TextTable) -> Table:
-    """Return a table for the terminal, without the column of what a stage trains, which is too wide for it."""
+    """Return a table for the terminal, without the wide column of what each stage trains."""
     table = titled_table(text.title)
     shown = [place for place, header in enumerate(text.columns) if header != TRAINED]
     for place in shown:

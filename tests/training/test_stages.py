@@ -193,6 +193,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_the_last_stage_can_be_extended_and_another_one_added(whole, copied):
     """The data are where they were; the run has been moved."""
     first = (copied / "run" / "1-bridge" / WEIGHTS).stat().st_mtime_ns
@@ -224,8 +225,10 @@ def test_a_changed_recipe_is_refused_with_its_stage(whole, copied):
 
 @pytest.mark.parametrize(
     ("folder", "moment"),
-    [("1-bridge", "metrics.json"), ("2-lora", "checkpoints/step-2")],
-    ids=["between", "in"],
+    [
+        pytest.param("1-bridge", "metrics.json", id="between"),
+        pytest.param("2-lora", "checkpoints/step-2", id="in", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_killed_between_two_stages_or_in_the_second_resumes_bit_for_bit(
     whole, tmp_path, folder, moment
@@ -257,6 +260,7 @@ NO_DROPOUT = ["lora.lora_dropout=0"]
 # --- plan and check ---
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_whole_is_that_of_its_largest_stage(copied):
     recipe = load_recipe("./recipe.yaml")
     record = make_stage_plans(recipe).record()
