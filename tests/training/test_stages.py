@@ -125,6 +125,7 @@ def lora_of_the_last_stage() -> list[str]:
     return [f"lora={lora}", "trainable.cross_attention=false"]
 
 
+@pytest.mark.slow
 def test_the_base_of_all_stages_stays_outside_the_adapter(copied, monkeypatch):
     (copied / "earlier").mkdir()
     regimes.write_run(copied / "earlier")
