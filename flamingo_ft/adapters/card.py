@@ -213,8 +213,10 @@ def base_models(config: FlamingoConfig) -> list[str]:
 
 
 def _datasets(recipe: Mapping[str, Any] | None, split: str) -> list[str]:
-    entries = ((recipe or {}).get("data") or {}).get(split) or []
-    return [entry["hub"] for entry in entries if entry.get("hub")]
+    """Return the Hub datasets of a split, those of stages first."""
+    runs = [*((recipe or {}).get("stages") or ()), recipe or {}]
+    entries = [entry for run in runs for entry in (run.get("data") or {}).get(split) or ()]
+    return list(dict.fromkeys(entry["hub"] for entry in entries if entry.get("hub")))
 
 
 def _results(tables: Sequence[CardTable], datasets: list[str]) -> list[EvalResult] | None:

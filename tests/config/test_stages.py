@@ -12,6 +12,7 @@ import yaml
 
 from flamingo_ft.config import dump_recipe, load_recipe
 from flamingo_ft.config.keys import json_schema
+from flamingo_ft.config.paths import strip_recipe_paths
 from flamingo_ft.errors import UserError
 
 RECIPE = """\
@@ -187,6 +188,16 @@ def test_paths_in_a_stage_start_from_the_recipes_folder_and_have_to_exist(folder
     (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"stages.1 \(lora\): data.train.0.path: .*gone.jsonl"):
         load_recipe(folder / "recipe.yaml")
+
+
+def test_a_published_recipe_has_no_folder_of_this_machine_in_its_stages(folder):
+    (folder / "more.jsonl").write_text("{}\n")
+    values = yaml.safe_load(RECIPE)
+    values["stages"][0]["data"] = {"train": [{"path": "more.jsonl"}]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(values))
+    published = strip_recipe_paths(yaml.safe_load(dump_recipe(load())))
+    assert published["stages"][0]["data"]["train"][0]["path"] == "more.jsonl"
+    assert str(folder) not in json.dumps(published)
 
 
 # --- the schema for editors ---
