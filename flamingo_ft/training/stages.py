@@ -40,7 +40,9 @@ def train_stages(recipe: Recipe, train_run: TrainRun, *, resume: bool, notify: N
     and the metrics of every stage. Raises UserError, with the stage, for everything that an ordinary run
     raises it for; data and machine are checked for all stages before the first one.
     """
-    recipe = _checked(recipe)
+    if not processes.is_main():
+        notify = _ignore
+    recipe = _checked(recipe, notify)
     output_dir = recipe.train.output_dir
     if resume and processes.run_on_main(partial(_is_finished, recipe)):
         notify(
@@ -61,8 +63,8 @@ def train_stages(recipe: Recipe, train_run: TrainRun, *, resume: bool, notify: N
 
 def _train_stage(recipe: Recipe, index: int, train_run: TrainRun, notify: Notify) -> dict[str, Any]:
     run, stage = recipe.runs[index], recipe.stages[index]
+    notify(f"stage {index + 1} of {len(recipe.stages)}, {stage.name}: {run.train.output_dir}")
     if processes.is_main():
-        notify(f"stage {index + 1} of {len(recipe.stages)}, {stage.name}: {run.train.output_dir}")
         probe = recipe.train.output_dir / PROBE_FILE
         if probe.is_file():
             keep_probe(probe, run.train.output_dir)
@@ -75,6 +77,10 @@ def _train_stage(recipe: Recipe, index: int, train_run: TrainRun, notify: Notify
             torch.cuda.empty_cache()
         if processes.is_main():
             join_logs(recipe)
+
+
+def _ignore(line: str) -> None:
+    """Log nothing: the main process does."""
 
 
 @contextmanager
@@ -93,7 +99,7 @@ def _named_errors(recipe: Recipe, index: int) -> Generator[None]:
 # --- before the first stage ---
 
 
-def _checked(recipe: Recipe) -> Recipe:
+def _checked(recipe: Recipe, notify: Notify) -> Recipe:
     """Check machine and data of every stage, and return the recipe with the length of each in steps."""
     trains = []
     for index, run in enumerate(recipe.runs):
@@ -104,6 +110,9 @@ def _checked(recipe: Recipe) -> Recipe:
             check_method(data.train, run.train.method)
             data.validate_rows()
             trains.append(with_max_steps(run, data).train)
+        if run.train.epochs is not None:
+            steps = f"{run.train.epochs:g} epochs are {trains[-1].max_steps:,} optimizer steps"
+            notify(f"stages.{index} ({recipe.stages[index].name}): {steps}")
     stages = [
         stage.model_copy(update={"train": train}) for stage, train in zip(recipe.stages, trains, strict=True)
     ]
@@ -117,7 +126,8 @@ def _is_finished(recipe: Recipe) -> bool:
     is_finished = True
     for index, run in enumerate(recipe.runs):
         with _named_errors(recipe, index):
-            is_finished = is_finished and find_start_point(run).finished
+            has_ended = (run.train.output_dir / METRICS_FILE).is_file()
+            is_finished = is_finished and has_ended and find_start_point(run).finished
     metrics = recipe.train.output_dir / METRICS_FILE
     if not (is_finished and metrics.is_file()):
         return False
