@@ -31,6 +31,7 @@ FIGURE_SIZE = (7.0, 3.0)  # inches
 FONT_SIZES = {"title": 12, "label": 10, "tick": 9}  # points
 
 MAX_POINTS = 2000  # per curve; more would be finer than a pixel
+MAX_LEGEND_CHARACTERS = 40  # of all labels; a longer legend would reach the title, and is inside the axes
 MAX_MARKED_POINTS = 12  # curves of so few points show each as a dot
 LOG_SCALE_RATIO = 50  # a gradient norm that spans more than this has a logarithmic axis
 COLOURS = (BLUE, ORANGE, GREEN, VIOLET, RED, TEAL)
@@ -82,9 +83,19 @@ def loss_figure(entries: Sequence[Entry]) -> Figure | None:
 
 
 def loss_by_kind_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Plot the held-out loss of rows without images, and of those with images."""
+    """Plot the held-out loss of rows without images, and below it that of those with images."""
     curves = _present(*(curve(entries, log_key(kind), label) for kind, label in KIND_LABELS.items()))
-    return _figure("Held-out loss by kind of row", "nats per label token", curves, from_zero=True)
+    if not curves:
+        return None
+    figure = new_figure()
+    panels = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for axes, one, colour in zip(panels, curves, COLOURS, strict=False):
+        title = "Held-out loss, nats per label token" if axes is panels[0] else ""
+        style_axes(axes, title, one.label, STEP_LABEL if axes is panels[-1] else "")
+        _draw(axes, [one], [colour], from_zero=True, write=significant)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    figure.align_ylabels()
+    return figure
 
 
 def image_loss_gap_figure(entries: Sequence[Entry]) -> Figure | None:
@@ -203,7 +214,11 @@ def _figure(
         axes.yaxis.set_major_formatter(PercentFormatter(1))
     if len(curves) > 1:
         above_right: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-        axes.legend(ncols=3, frameon=False, fontsize=9, **above_right)
+        is_long = sum(len(one.label) for one in curves) > MAX_LEGEND_CHARACTERS
+        place = (
+            {"loc": "upper right", "bbox_to_anchor": (1, 0.93)} if is_long else {"ncols": 3, **above_right}
+        )
+        axes.legend(frameon=False, fontsize=9, **place)
     return figure
 
 

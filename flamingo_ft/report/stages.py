@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from .curves import FONT_SIZES, INK, STEP_LABEL
+from .curves import FONT_SIZES, INK
 
 LINE = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
 
@@ -14,12 +14,12 @@ LINE = {"color": INK, "linewidth": 0.8, "linestyle": ":"}
 def mark_stages(figure: Figure, starts: Mapping[str, int]) -> None:
     """Draw a vertical line, with the stage's name, at the step after which each stage begins.
 
-    starts: by name; nothing is drawn for a run of one stage, or on axes over anything but steps.
+    starts: by name; nothing is drawn for a run of one stage, or on axes without curves.
     """
     if len(starts) < 2:
         return
     for axes in figure.axes:
-        if axes.get_xlabel() != STEP_LABEL:
+        if not axes.lines:  # bars, or the colours of layers
             continue
         for name, step in starts.items():
             axes.axvline(step, **LINE)
