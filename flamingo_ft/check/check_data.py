@@ -7,7 +7,7 @@ vision tower, also probe.json.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +34,13 @@ PROBLEMS_FILE = "problems.jsonl"
 RECORD_FILE = "check.json"
 
 
-def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> CheckReport:
+def check_data(
+    recipe: Recipe,
+    name: str,
+    folder: Path,
+    probe: bool = False,
+    stages: Mapping[str, Recipe] | None = None,
+) -> CheckReport:
     """Read every row of the recipe's data, write the report to ``folder`` and return it.
 
     Reads the backbones' configuration and tokenizer, but no weights except, for a probe, the tower's.
@@ -43,6 +49,7 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         name: the recipe's name, for the title of the report.
         probe: measure whether the vision tower can tell the answers apart (`evaluation.probe`), unless the
             data are unusable.
+        stages: the runs, by name, whose data the recipe has; the last one's are probed.
 
     Raises:
         UserError: a data source cannot be opened or does not suit a method that compares answers, a backbone
@@ -62,9 +69,10 @@ def check_data(recipe: Recipe, name: str, folder: Path, probe: bool = False) -> 
         builder = ReportBuilder(data, recipe.eval, limit, ProblemLog(new / PROBLEMS_FILE))
         _inspect_all(sources, inspector, builder, recipe.train.num_workers)
         text_form = dialogue_format(processor, eos_token_ids(recipe.model))
-        report = builder.build(name, _training_length(recipe, data), text_form)
+        report = builder.build(name, _training_lengths(recipe, data, stages or {}), text_form)
         if probe and report.objection is None:
-            report = _with_probe(report, recipe, data, new)
+            probed = [*stages.values()][-1] if stages else recipe
+            report = _with_probe(report, probed, open_data(probed.data, probed.train.seed), new)
         (new / RECORD_FILE).write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
         previews = [preview_samples(index, source, inspector) for index, source in enumerate(sources)]
         write_page(new, report, builder.problems, previews, save_histograms(report, new))
@@ -79,6 +87,15 @@ def _with_probe(report: CheckReport, recipe: Recipe, data: OpenedData, folder: P
         return replace(report, probe_error=str(error))
     probe.save(folder)
     return replace(report, probe=probe.record(), probe_lines=list(tower_lines(probe)))
+
+
+def _training_lengths(
+    recipe: Recipe, data: OpenedData, stages: Mapping[str, Recipe]
+) -> dict[str, TrainingLength]:
+    """Return the length of each stage by name, or of the whole run under an empty name."""
+    if not stages:
+        return {"": _training_length(recipe, data)}
+    return {name: _training_length(run, open_data(run.data, run.train.seed)) for name, run in stages.items()}
 
 
 def _training_length(recipe: Recipe, data: OpenedData) -> TrainingLength:

@@ -26,6 +26,7 @@ from flamingo_ft.config.model_section import (
     VisionSection,
 )
 from flamingo_ft.config.recipe import Recipe
+from flamingo_ft.config.stages import StageSection, stage_folder_name
 from flamingo_ft.config.train_section import (
     DecaysSection,
     EvalSection,
@@ -57,9 +58,11 @@ __all__ = [
     "PerceiverSection",
     "RatesSection",
     "Recipe",
+    "StageSection",
     "TrainSection",
     "TrainableSection",
     "VisionSection",
     "dump_recipe",
     "load_recipe",
+    "stage_folder_name",
 ]

@@ -1,4 +1,4 @@
-"""The recipe: its six sections, whose values are validated one by one and then together.
+"""The recipe: its sections, whose values are validated one by one and then together.
 
 Cross-field validation finds combinations of values, each valid by itself, that cannot work together.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic_core import PydanticCustomError
 
 from flamingo_ft.config.data_section import DataSection, DataSource
@@ -20,6 +20,8 @@ from flamingo_ft.config.model_section import (
     TrainableSection,
 )
 from flamingo_ft.config.section import Section
+from flamingo_ft.config.stage_checks import check_stages
+from flamingo_ft.config.stages import STAGE_SECTIONS, STAGES, Stages, with_default_optimizer
 from flamingo_ft.config.tables import BRIDGE_PARTS, CROSS_ATTENTION, PERCEIVER, VISION
 from flamingo_ft.config.train_section import EvalSection, TrainSection
 from flamingo_ft.config.yaml_document import Location
@@ -45,24 +47,61 @@ class Recipe(Section):
     """Training: length, optimization, checkpoints, logging."""
     eval: EvalSection = EvalSection()
     """Evaluation on the held-out samples."""
+    stages: Stages = ()
+    """Stages that one run trains one after the other, each from where the one before it ended: the bridge
+    first, for example, and then LoRA too. Each gives what differs from the values above, and is a run in a
+    folder of its own in train.output_dir, which gets the adapter with what all of them trained. Without
+    stages, the values above are those of a single one."""
+
+    @property
+    def runs(self) -> tuple[Recipe, ...]:
+        """The recipe of each stage as that of an ordinary run; without stages, this one.
+
+        Each but the first starts from the result of the stage before it.
+        """
+        if not self.stages:
+            return (self,)
+        starts = [self.model.init_from, *(stage.train.output_dir.absolute() for stage in self.stages[:-1])]
+        return tuple(
+            self.model_copy(
+                update={
+                    "model": self.model.model_copy(update={"init_from": start}),
+                    **{name: getattr(stage, name) for name in STAGE_SECTIONS},
+                    STAGES: (),
+                }
+            )
+            for stage, start in zip(self.stages, starts, strict=True)
+        )
 
     @model_validator(mode="before")
     @classmethod
     def _default_of_the_optimizer(cls, values: Any) -> Any:
         """Fill in AdamW for a bridge that is trained already and for sharded weights."""
         match values:
-            case {"train": dict(train), "model": dict(model)} if "optimizer" not in train:
-                if model.get("init_from") is not None or train.get("fsdp"):
-                    return {**values, "train": {**train, "optimizer": "adamw"}}
+            case {"train": dict(train), "model": dict(model)}:
+                is_trained = model.get("init_from") is not None
+                return {**values, "train": with_default_optimizer(train, is_trained)}
         return values
+
+    @model_serializer(mode="wrap")
+    def _without_empty_stages(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values = serialize(self)
+        return values if self.stages else {key: values[key] for key in values if key != STAGES}
 
     @model_validator(mode="after")
     def _validate_cross_field(self) -> Recipe:
-        errors = list(_cross_field_errors(self))
+        errors = list(_stage_errors(self) if self.stages else _cross_field_errors(self))
         if errors:
             text = "; ".join(f"{'.'.join(map(str, location))}: {message}" for location, message in errors)
             raise PydanticCustomError(CROSS_FIELD, "{text}", {"errors": errors, "text": text})
         return self
+
+
+def _stage_errors(recipe: Recipe) -> Errors:
+    for index, run in enumerate(recipe.runs):
+        for location, message in _cross_field_errors(run):
+            yield (location if location[0] == "model" else (STAGES, index, *location)), message
+    yield from check_stages(recipe.model, recipe.stages)
 
 
 def _cross_field_errors(recipe: Recipe) -> Errors:

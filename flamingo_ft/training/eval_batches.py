@@ -90,6 +90,7 @@ class EvalBatches:
         )
         self._collate = collate_fn(recipe, processor, limit, features, method=method)
         self._weight = WEIGHTS[method]
+        self._has_row_losses = method == "sft"
         self._progress, self._title = progress, "held-out loss"
         self._rank = processes.rank() if rank is None else rank
         self._world_size = world_size or processes.world_size()
@@ -116,6 +117,11 @@ class EvalBatches:
     def can_swap(self) -> bool:
         """Whether any row, in any process, can be shown other images."""
         return any(row.swapped for batch in self._batches for row in batch)
+
+    @property
+    def has_text_only(self) -> bool:
+        """Whether any row, in any process, has no images; never in DPO, whose losses are those of pairs."""
+        return self._has_row_losses and any(row.text.images == 0 for batch in self._batches for row in batch)
 
     @property
     def own_rows(self) -> list[EvalRow]:

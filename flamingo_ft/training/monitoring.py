@@ -22,6 +22,7 @@ from flamingo_ft.config import TrainSection
 from flamingo_ft.config.tables import CROSS_ATTENTION
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.image_loss_gap import ImageLossGap
+from flamingo_ft.evaluation.loss_by_kind import TEXT_ONLY, log_key
 from flamingo_ft.evaluation.metrics import Metric
 from flamingo_ft.formatting import GIB, significant
 from flamingo_ft.model.sharding import full_tensor
@@ -172,6 +173,8 @@ def _evaluation_parts(logs: dict[str, float], metrics: Sequence[Metric]) -> list
     loss = [f"held-out loss {float(logs['eval_loss']):.4f}"] if "eval_loss" in logs else []
     gap = ImageLossGap.of_log(logs)
     swapped = [] if gap is None else [f"with images swapped {gap.text}"]
+    text_only = log_key(TEXT_ONLY)
+    swapped += [f"text-only loss {float(logs[text_only]):.4f}"] if text_only in logs else []
     scores = [f"{metric.label} {metric.text(logs[f'eval_{metric.name}'])}" for metric in metrics]
     return [*loss, *swapped, *scores]
 

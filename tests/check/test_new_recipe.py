@@ -106,7 +106,7 @@ def test_lengths_and_sizes_follow_from_the_data(tmp_path):
     assert longest <= recipe.eval.max_new_tokens <= 2 * longest
     assert recipe.data.max_text_tokens >= findings.distributions["text_tokens"].most
     assert recipe.data.eval_fraction == 0.2 and [part.rows for part in findings.parts] == [40, 10]
-    assert recipe.train.epochs == 20 and findings.length.max_steps == 50
+    assert recipe.train.epochs == 20 and findings.lengths[""].max_steps == 50
 
 
 def test_columns_of_other_names_and_images_in_another_folder_are_found(tmp_path):
