@@ -71,7 +71,13 @@ def load_recorded_bridge(
 
 
 def _load_bridge(model: FlamingoForConditionalGeneration, start: Path) -> None:
-    """Load the bridge at ``start``; for an adapter, on top of the bridge that it builds on."""
+    """Load the bridge at ``start``; for an adapter, on top of the bridge that it builds on.
+
+    A bridge that was trained without tiles reads each tile as it read images.
+    """
+    tile_embs = model.perceiver.tile_embs
+    if tile_embs is not None:
+        torch.nn.init.zeros_(tile_embs)
     if is_foreign_checkpoint(start):
         report = load_open_flamingo(model, start)
         if lost := [name for name in report.unexpected if not RECOMPUTED_BUFFERS.fullmatch(name)]:
