@@ -25,13 +25,20 @@ def test_every_parameter_belongs_to_one_part():
     [
         ("perceiver.latents", (3, 4), "perceiver", False),
         ("perceiver.frame_embs", (3, 4), "perceiver", False),
+        ("perceiver.tile_embs", (3, 4), "perceiver", False),
         ("perceiver.layers.0.0.to_q.weight", (4, 4), "perceiver", True),
         ("perceiver.norm.weight", (4,), "perceiver", False),
         ("gated_cross_attn_layers.0.attn.to_q.weight", (4, 4), "cross_attention", True),
         ("gated_cross_attn_layers.0.attn_gate", (1,), "gates", False),
         ("token_rows.input.weight", (2, 4), "new_tokens", False),
         ("perceiver.layers.0.0.to_q.lora_A.default.weight", (2, 4), "lora", True),
-        ("lang_encoder.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight", (4,), "lora", False),
+        ("perceiver.layers.0.0.to_q.lora_B.default.weight", (4, 2), "lora_b", True),
+        (
+            "lang_encoder.model.layers.0.mlp.up_proj.lora_magnitude_vector.default.weight",
+            (4,),
+            "lora_b",
+            False,
+        ),
     ],
 )
 def test_matrices_are_decayed_but_not_latents_and_rows(name, shape, group, decayed):
