@@ -112,6 +112,8 @@ METRIC_DESCRIPTIONS = {
     "macro_f1": "mean F1 of the distinct reference answers as classes; higher is better",
     "roc_auc": "area under the ROC curve of two ranked labels; higher is better",
     "top_5": "reference answer among the five best ranked labels; higher is better",
+    "iou": "mean intersection over union of boxes with those of the reference answer; higher is better",
+    "iou_50": "share of boxes with an IoU of at least 0.5 (Acc@0.5 of RefCOCO); higher is better",
 }
 
 # Keys of other trainers' configurations, in lower case -> the key of a recipe to suggest in their place, with

@@ -17,7 +17,7 @@ from typing import Any
 from flamingo_ft import atomic
 from flamingo_ft.errors import UserError
 
-COLUMNS = ("where", "images", "prompt", "answer", "reference", "error")
+COLUMNS = ("where", "images", "prompt", "answer", "reference", "error", "boxes")
 FORMATS = (".jsonl", ".csv")
 
 
@@ -100,10 +100,11 @@ def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV; several images of a row are separated by line breaks."""
+    """Return rows as CSV; several images of a row are separated by line breaks, boxes are JSON text."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     for row in rows:
         images = row.get("images", ())
-        writer.writerow({**row, "images": images if isinstance(images, str) else "\n".join(images)})
+        joined = {"images": images if isinstance(images, str) else "\n".join(images)}
+        writer.writerow({**row, **joined, **({"boxes": json.dumps(row["boxes"])} if "boxes" in row else {})})
     return text.getvalue()

@@ -11,6 +11,7 @@ from torch import Tensor
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row, packed_rows, sorted_by_length
+from flamingo_ft.data.box_writer import BoxWriter
 from flamingo_ft.data.collate import collate_packed, collate_text
 from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.examples import DataStats, Example, ExampleDataset
@@ -18,7 +19,7 @@ from flamingo_ft.data.feature_cache import FeatureCache, collate_frames, open_fe
 from flamingo_ft.data.media import CachedFeatureLoader, PixelLoader
 from flamingo_ft.data.opened_data import check_method, encoder
 from flamingo_ft.data.pairs import EncodedPair, collate_pairs, repeat_media
-from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.sample import message_text, with_widest_boxes
 from flamingo_ft.data.sample_order import SampleIndex, SampleOrder
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
@@ -49,10 +50,14 @@ def make_train_batches(
     encode = encoder(processor, recipe, limit)
     order = SampleOrder(data.train, recipe.train.seed, data_config.shuffle_buffer)
     read_media = _media_reader(processor, recipe, features)
+    write_boxes = BoxWriter(
+        processor.image_processor, read_media if isinstance(read_media, PixelLoader) else None
+    )
+    sources = [weighted.source for weighted in data.train]
     collate = COLLATE[recipe.train.method]
     return Batches(
         order=_draws(order, data, recipe),
-        dataset=ExampleDataset([weighted.source for weighted in data.train], encode, read_media),
+        dataset=ExampleDataset(sources, encode, read_media, write_boxes),
         group_rows=packed_rows(batch_size, limit) if data_config.packing else one_sample_per_row(batch_size),
         collate=partial(collate, processor.tokenizer.pad_token_id, data_config.packing, features),
         stats=DataStats(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
@@ -122,4 +127,5 @@ def _text_length(data: OpenedData, index: SampleIndex) -> int:
         sample = source.sample(index.row, source.raw(index.row) if index.raw is None else index.raw)
     except UserError:
         return 0
+    sample = with_widest_boxes(sample)
     return sum(len(message_text(message)) for message in [*sample.messages, *(sample.rejected or ())])
