@@ -59,7 +59,7 @@ class Box:
                 f"{self.where}: outside of its image of {width} x {height} pixels, got {list(self.corners)}; "
                 "correct it, or set box_unit"
             )
-        return clip(self.corners, width, height)
+        return clip(self.corners, (0, 0, width, height))
 
 
 @dataclass(frozen=True)

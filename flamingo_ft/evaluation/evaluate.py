@@ -16,9 +16,11 @@ from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, EvalSection, Recipe, l
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
 from flamingo_ft.data import OpenedData, Sample, open_data
+from flamingo_ft.data.drawing import scaled
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.geometry import ImageGeometry
 from flamingo_ft.progress import Bars, progress_bars
 
 from .card import check_has_card, write_comparison
@@ -111,8 +113,8 @@ def _with_boxes_written(
     )
     if not all(_see_the_same(first, other) for other in others):
         raise UserError(
-            "--compare: the variants see different parts of the images (resize mode or tiles), so their boxes "
-            "cannot be compared; evaluate them one by one"
+            "--compare: the variants see different parts of the images (resize mode or tiles), so that their "
+            "boxes cannot be compared; evaluate them one by one"
         )
     return first
 
@@ -120,15 +122,15 @@ def _with_boxes_written(
 def _see_the_same(samples: Sequence[Sample], others: Sequence[Sample]) -> bool:
     """Whether two models see the same parts of the images, apart from rounding to their pixels."""
     ours, theirs = (
-        [
-            geometry.seen((0, 0, *geometry.original_size))
-            for sample in part
-            for geometry in sample.geometries
-            if geometry
-        ]
+        [_view(geometry) for sample in part for geometry in sample.geometries if geometry]
         for part in (samples, others)
     )
     return np.shape(ours) == np.shape(theirs) and bool(np.allclose(ours, theirs, atol=SAME_VIEW))
+
+
+def _view(geometry: ImageGeometry) -> tuple[float, ...]:
+    """Return the visible part as fractions of the original, and as fractions of what the model sees."""
+    return *scaled(geometry.visible, geometry.original_size, (1, 1)), *geometry.seen(geometry.visible)
 
 
 def _conditions(samples: Sequence[Sample], controls: bool) -> Iterator[tuple[str, Sequence[Sample]]]:

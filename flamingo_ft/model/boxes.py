@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from .geometry import Corners, clip
+from .geometry import Corners
 
 UNITS = 1000
 WIDEST = f"[{UNITS}, {UNITS}, {UNITS}, {UNITS}]"
@@ -16,8 +16,8 @@ _BOX = re.compile(r"\[\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4})\s*,\s*(\d{1,4
 
 
 def box_text(box: Corners) -> str:
-    """Return a box, in fractions of what the model sees, as text; clipped and at least one unit wide."""
-    left, top, right, bottom = clip(box)
+    """Return a box, in fractions of what the model sees, as text; it is at least one unit wide and high."""
+    left, top, right, bottom = box
     (x1, x2), (y1, y2) = _side(left, right), _side(top, bottom)
     return f"[{x1}, {y1}, {x2}, {y2}]"
 

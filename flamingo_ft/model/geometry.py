@@ -41,22 +41,26 @@ class Axis:
 class ImageGeometry:
     """Maps pixels of an upright original image to pixels of a picture that was made from it.
 
-    original_size, picture_size: width and height of both.
+    original_size, picture_size: width and height of both. visible: the part of the original that is in the
+    picture. x, y: from the original to the picture.
     """
 
     original_size: Size
     picture_size: Size
+    visible: Corners
     x: Axis = Axis()
     y: Axis = Axis()
 
     @classmethod
     def of(cls, width: int, height: int) -> ImageGeometry:
         """Return the geometry of an image as it is."""
-        return cls((width, height), (width, height))
+        return cls((width, height), (width, height), (0, 0, width, height))
 
     def crop(self, left: int, top: int, width: int, height: int) -> ImageGeometry:
         """Return the geometry after a crop. Outside of the picture it is a padding."""
-        return replace(self, picture_size=(width, height), x=self.x.then(1, -left), y=self.y.then(1, -top))
+        x, y = self.x.then(1, -left), self.y.then(1, -top)
+        cropped = replace(self, picture_size=(width, height), x=x, y=y)
+        return replace(cropped, visible=cropped.original((0, 0, 1, 1)))
 
     def flip(self) -> ImageGeometry:
         """Return the geometry after a left-right flip."""
@@ -69,33 +73,34 @@ class ImageGeometry:
         return replace(self, picture_size=(width, height), x=x, y=y)
 
     def seen(self, box: Corners) -> Corners:
-        """Return a box of the original as fractions of the picture; outside of 0..1 it is not seen."""
-        left, top, right, bottom = box
+        """Return the visible part of a box of the original, as fractions of the picture."""
+        left, top, right, bottom = clip(box, self.visible)
         width, height = self.picture_size
         first, second = sorted((self.x(left) / width, self.x(right) / width))
         return first, self.y(top) / height, second, self.y(bottom) / height
 
     def original(self, box: Corners) -> Corners:
-        """Return a box in fractions of the picture as pixels of the original, clipped to it."""
+        """Return a box in fractions of the picture as pixels of the original, its visible part."""
         left, top, right, bottom = box
         width, height = self.picture_size
         first, second = sorted((self.x.inverse(left * width), self.x.inverse(right * width)))
         pixels = first, self.y.inverse(top * height), second, self.y.inverse(bottom * height)
-        return clip(pixels, *self.original_size)
+        return clip(pixels, self.visible)
 
     def visible_area(self, box: Corners) -> float:
-        """Return the area of the part of a box that is seen, in pixels of the original."""
-        return area(self.original(clip(self.seen(box))))
+        """Return the area of the visible part of a box, in pixels of the original."""
+        return area(clip(box, self.visible))
 
 
-def clip(box: Corners, width: float = 1, height: float = 1) -> Corners:
-    """Return the part of a box inside of an image; one that is outside becomes empty, at the border."""
-    left, top, right, bottom = box
+def clip(box: Corners, part: Corners) -> Corners:
+    """Return the part of a box inside of another; one that is outside becomes empty, at the border."""
+    left, top, right, bottom = part
+    x1, y1, x2, y2 = box
     return (
-        min(max(left, 0), width),
-        min(max(top, 0), height),
-        min(max(right, 0), width),
-        min(max(bottom, 0), height),
+        min(max(x1, left), right),
+        min(max(y1, top), bottom),
+        min(max(x2, left), right),
+        min(max(y2, top), bottom),
     )
 
 
