@@ -14,7 +14,7 @@ ASKED, REFERENCE, PREDICTED = "asked about", "reference", "predicted"
 COLOURS = {ASKED: "#57606a", REFERENCE: "#1f5fa8", PREDICTED: "#e36209"}  # also distinct to the colour-blind
 HALO = "#ffffff"  # around each line, so that it is seen on any picture
 SMALLEST_SIDE = 160  # smaller pictures are enlarged, pixel by pixel: lines need room
-LINE_SHARE = 1 / 80  # line width relative to the picture's longer side
+LINE_SHARE = 1 / 64  # line width relative to the picture's longer side
 
 DrawnBox = tuple[Corners, str]  # corners in pixels of the original, and its kind, a key of COLOURS
 
@@ -24,12 +24,12 @@ def draw_boxes(picture: Picture, boxes: Sequence[DrawnBox], size: Size) -> Pictu
 
     size: width and height of the original, of which the picture may be a smaller copy.
     """
-    factor = max(1, SMALLEST_SIDE // max(picture.size))
+    factor = -(-SMALLEST_SIDE // max(picture.size))  # rounded up
     drawn = picture.convert("RGB").resize(
         (picture.width * factor, picture.height * factor), Resampling.NEAREST
     )
     draw = ImageDraw.Draw(drawn)
-    width = max(1, round(max(drawn.size) * LINE_SHARE))
+    width = max(2, round(max(drawn.size) * LINE_SHARE))
     for corners, kind in boxes:
         left, top, right, bottom = scaled(corners, size, drawn.size)
         inner = [left, top, max(right - 1, left), max(bottom - 1, top)]

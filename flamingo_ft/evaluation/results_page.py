@@ -14,7 +14,7 @@ from PIL.Image import Image as Picture
 
 from flamingo_ft import atomic
 from flamingo_ft.adapters.card import ComparisonTable
-from flamingo_ft.data.drawing import COLOURS, DrawnBox, draw_boxes
+from flamingo_ft.data.drawing import ASKED, COLOURS, PREDICTED, REFERENCE, DrawnBox, draw_boxes
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.sample import display_text
 from flamingo_ft.errors import UserError
@@ -97,7 +97,7 @@ def write_results_page(
         tasks=sorted({row.task for row in rows}),
         matrices=confusion_matrices(questions, texts),
         other=OTHER,
-        box_colours=COLOURS if any(question.geometries for question in questions) else {},
+        box_colours=_box_colours(questions),
     )
     atomic.write_text(path, page)
 
@@ -122,6 +122,13 @@ def confusion_matrices(
             rows.append((name, [given[column] for column in (*classes, OTHER)]))
         matrices[task] = ([*classes, OTHER], rows)
     return matrices
+
+
+def _box_colours(questions: Sequence[Question]) -> dict[str, str]:
+    """Return the colour of each kind of box that may be on the page."""
+    kinds = {ASKED: any(question.asked for question in questions)}
+    kinds |= dict.fromkeys((REFERENCE, PREDICTED), any(question.boxes for question in questions))
+    return {kind: colour for kind, colour in COLOURS.items() if kinds[kind]}
 
 
 def _scores(

@@ -134,7 +134,7 @@ def _pixel_boxes(predictor: Predictor, row: Row, answer: str) -> list[list[float
     geometries = [
         predictor.geometry_of(image) if index in used else None for index, image in enumerate(images)
     ]
-    return [list(placed.box) for placed in placed_boxes(answer, geometries, row.boxes)]
+    return [[round(side, 1) for side in placed.box] for placed in placed_boxes(answer, geometries, row.boxes)]
 
 
 def _checked(predictor: Predictor, row: Row, loading: Future[list[LoadedMedium]] | None) -> Prompt:

@@ -25,6 +25,7 @@ from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from flamingo_ft.config import PREDICTIONS_FILE
+from flamingo_ft.data.boxes import boxes_on
 from flamingo_ft.data.drawing import ASKED, COLOURS, PREDICTED, REFERENCE, DrawnBox, scaled
 from flamingo_ft.data.media import open_medium, open_preview
 from flamingo_ft.data.sample import Sample, display_text
@@ -163,7 +164,15 @@ def _sample_cell(sample: Sample) -> _Cell:
         max_lines, colour = styles[message["role"]]
         lines.append((_cut(text, max_lines), colour))
     images = [open_medium(medium, sample.where)[0] for medium in sample.images]
-    return _Cell(images, above=lines[0][0], below=lines[1:])
+    return _Cell(images, lines[0][0], lines[1:], _sample_boxes(sample, images))
+
+
+def _sample_boxes(sample: Sample, images: Sequence[Image.Image]) -> list[list[DrawnBox]]:
+    """Return the boxes of a sample on each image, in fractions of it."""
+    return [
+        [(scaled(box.pixels(*image.size), image.size, (1, 1)), REFERENCE) for box in boxes_on(sample, number)]
+        for number, image in enumerate(images)
+    ]
 
 
 def _number_images(texts: Sequence[str]) -> list[str]:
