@@ -12,16 +12,19 @@ SCANS = Path(__file__).parents[2] / "recipes" / "quickstart" / "images"
 QUESTION = "Where is the digit?"
 
 
-def write_canvases(folder: Path, name: str, count: int, seed: int, size: tuple[int, int] = (96, 96)) -> Path:
-    """Write ``count`` canvases of ``size`` with one scan each, and return the rows: where is it?"""
+SIDE, SCAN = 96, 48  # pixels of a canvas and of a scan on it
+STEP = 16  # between two places
+
+
+def write_canvases(folder: Path, name: str, count: int, seed: int) -> Path:
+    """Write ``count`` canvases with one scan each, and the rows of a file that ask where it is."""
     random, scans, rows = Random(seed), sorted(SCANS.glob("*.png")), []
     for number in range(count):
-        side = random.randint(min(size) // 3, min(size) // 2)
-        left, top = random.randint(0, size[0] - side), random.randint(0, size[1] - side)
-        canvas = Image.new("RGB", size)
-        canvas.paste(Image.open(random.choice(scans)).resize((side, side)), (left, top))
+        left, top = (random.randrange(0, SIDE - SCAN + 1, STEP) for _ in range(2))
+        canvas = Image.new("RGB", (SIDE, SIDE))
+        canvas.paste(Image.open(random.choice(scans)).resize((SCAN, SCAN)), (left, top))
         canvas.save(folder / f"{name}{number}.png")
-        box = [left, top, left + side, top + side]
+        box = [left, top, left + SCAN, top + SCAN]
         rows.append({"image": f"{name}{number}.png", "question": QUESTION, "answer": "<box>", "boxes": [box]})
     file = folder / f"{name}.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
