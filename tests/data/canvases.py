@@ -13,7 +13,7 @@ QUESTION = "Where is the digit?"
 
 
 SIDE, SCAN = 96, 48  # pixels of a canvas and of a scan on it
-STEP = 16  # between two places
+STEP = 24  # between two places
 
 
 def write_canvases(folder: Path, name: str, count: int, seed: int) -> Path:
