@@ -105,6 +105,8 @@ def test_both_answers_of_a_pair_have_boxes(picture):
     assert (text_of(written), message_text(written.rejected[0])) == (f"Where?|{TEXT}", f"At {OTHER_TEXT}.")
     pair, tokenizer = encode_pair(processor(), written, 200), processor().tokenizer
     assert OTHER_TEXT in tokenizer.decode(pair.rejected.input_ids)
+    (sample,) = samples(picture.parent, row | {"rejected": "<box>"})  # the same text, another box
+    assert message_text(BoxWriter(processor().image_processor)(sample).rejected[0]) == OTHER_TEXT
     assert preference_row(written)["chosen"][0]["content"] == [{"type": "text", "text": TEXT}]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from flamingo_ft.inference.predictor import Predictor
 from flamingo_ft.model.images import open_image
 
 from .dialogue import Turn
+from .serving import FOLDER_VARIABLE
 from .switchable_model import Answer
 
 
@@ -23,6 +25,7 @@ def with_picture(predictor: Predictor, turns: Sequence[Turn], answer: Answer | N
     if answer is None or image is None or not (boxes := predictor.boxes_in(answer.text, image)):
         return answer
     picture = open_image(image)
-    with tempfile.NamedTemporaryFile(prefix="boxes-", suffix=".png", delete=False) as file:
+    folder = os.environ.get(FOLDER_VARIABLE)  # removed with the page
+    with tempfile.NamedTemporaryFile(prefix="boxes-", suffix=".png", dir=folder, delete=False) as file:
         draw_boxes(picture, [(box, PREDICTED) for box in boxes], picture.size).save(file, "PNG")
     return replace(answer, picture=file.name)
