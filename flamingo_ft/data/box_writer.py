@@ -15,7 +15,7 @@ from flamingo_ft.model.processor import FlamingoImageProcessor
 
 from .boxes import seen_text
 from .media import PixelLoader, display_name, read_bytes
-from .sample import Image, Medium, Sample, Video, with_box_texts
+from .sample import Box, Image, Medium, Sample, Video, with_box_texts
 
 REMEMBERED_SIZES = 4096  # of image files
 
@@ -41,7 +41,7 @@ class BoxWriter:
         media = [self._fetched(sample, index) for index in range(len(sample.images))]
         sample = replace(sample, images=media)
         geometries = tuple(self._geometry(sample, number, index) for index in range(len(media)))
-        texts = [seen_text(box, geometries[box.image]) for box in sample.boxes]  # pyrefly: ignore
+        texts = [_text(box, geometries[box.image]) for box in sample.boxes]
         rejected = None if sample.rejected is None else with_box_texts(sample.rejected, texts)
         messages = with_box_texts(sample.messages, texts)
         return replace(sample, messages=messages, rejected=rejected, geometries=geometries)
@@ -83,6 +83,11 @@ def image_size(image: Image, where: str | None = None) -> Size:
 def _size_of_file(path: str | os.PathLike[str], changed: int, length: int) -> Size:
     """Return the size of an image file. changed, length: so that a new file of the same name is read."""
     return images.upright_size(path)
+
+
+def _text(box: Box, geometry: ImageGeometry | None) -> str:
+    assert geometry is not None  # its image has a box
+    return seen_text(box, geometry)
 
 
 def _has_boxes(sample: Sample, index: int) -> bool:

@@ -125,7 +125,7 @@ def _see_the_same(samples: Sequence[Sample], others: Sequence[Sample]) -> bool:
         [_view(geometry) for sample in part for geometry in sample.geometries if geometry]
         for part in (samples, others)
     )
-    return np.shape(ours) == np.shape(theirs) and bool(np.allclose(ours, theirs, atol=SAME_VIEW))
+    return np.shape(ours) == np.shape(theirs) and np.allclose(ours, theirs, atol=SAME_VIEW)
 
 
 def _view(geometry: ImageGeometry) -> tuple[float, ...]:

@@ -163,7 +163,8 @@ class Predictor:
         """Return where points of an image are in what the model sees of it."""
         if isinstance(image, Video):
             raise UserError("boxes: on a video; boxes are on images only")
-        size = image_size(image) if isinstance(image, FILES) else read_image(image).size
+        medium: Any = image
+        size = image_size(medium) if isinstance(image, FILES) else read_image(image).size
         return self.processor.image_processor.geometry(ImageGeometry.of(*size))
 
     def answer(
