@@ -7,19 +7,22 @@ characters.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from flamingo_ft.backbones.decoder_layers import NO_CONTEXT_LIMIT, context_length
 from flamingo_ft.backbones.language import language_files
 from flamingo_ft.backbones.vision import tower_config
 from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample, apply_template, encode, open_source
-from flamingo_ft.data.fields import TAR_MEMBERS
-from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.fields import TAR_MEMBERS, has_value, list_field
+from flamingo_ft.data.sample import message_text, with_widest_boxes
 from flamingo_ft.data.schemas import SCHEMAS
+from flamingo_ft.data.schemas.boxes import BOXES
 from flamingo_ft.data.sources.source import open_row_files
 from flamingo_ft.errors import UserError
 from flamingo_ft.evaluation.questions import answer_lengths, end_tokens_of, questions_of
@@ -110,18 +113,18 @@ class LengthCounter:
 
 
 def inspect_data(entry: DataSource, counter: LengthCounter) -> InspectedData:
-    """Read the data of ``entry`` and fill in what it leaves open: schema, columns, image_root.
+    """Read the data of ``entry`` and fill in what it leaves open: schema, columns, unit of boxes, image_root.
 
     Raises UserError if the source cannot be opened, fits no schema, or has no usable row.
     """
-    entry = _with_image_root(_with_schema(entry))
+    entry = _with_image_root(_with_box_unit(_with_schema(entry)))
     source = open_source(entry, _section(entry))
     data = InspectedData(entry, len(source), counter.new_lengths())
     for number in range(min(data.rows, MAX_ROWS_READ)):
         data.read += 1
         try:
             sample = source.sample(number, source.raw(number))
-            counter.add(data.lengths, sample)
+            counter.add(data.lengths, with_widest_boxes(sample))
         except UserError as error:
             data.problems.append(str(error))
             continue
@@ -176,14 +179,35 @@ def _with_schema(entry: DataSource) -> DataSource:
 
 def _first_columns(entry: DataSource) -> list[str]:
     """Return the columns of the first row that can be parsed; empty if rows are not mappings."""
+    row = next(_first_rows(entry), None)
+    return list(row) if isinstance(row, Mapping) else []
+
+
+def _first_rows(entry: DataSource) -> Iterator[Any]:
+    """Yield the rows of the first `ROOT_TRIAL_ROWS` of each file that can be parsed."""
     for file in open_row_files(entry):
         for number, content in enumerate(islice(file.stream(), ROOT_TRIAL_ROWS)):
-            try:
-                row = file.parse(content, f"{file.name}: row {number}")
-            except UserError:
-                continue
-            return list(row) if isinstance(row, Mapping) else []
-    return []
+            with suppress(UserError):
+                yield file.parse(content, f"{file.name}: row {number}")
+
+
+def _with_box_unit(entry: DataSource) -> DataSource:
+    """Return the entry with the unit that the boxes of the first rows are in."""
+    column = entry.columns.get(BOXES, BOXES)
+    rows = islice((row for row in _first_rows(entry) if isinstance(row, Mapping)), ROOT_TRIAL_ROWS)
+    numbers = [
+        number for row in rows if has_value(row, column) for number in _sides(list_field(row, column, ""))
+    ]
+    if not numbers or max(numbers) > 1:
+        return entry
+    return entry.model_copy(update={"box_unit": "relative"})
+
+
+def _sides(boxes: list[Any]) -> Iterator[float]:
+    """Yield the numbers of boxes."""
+    for box in boxes:
+        sides = box.get("box") if isinstance(box, Mapping) else box
+        yield from (side for side in sides or () if isinstance(side, (int, float)))
 
 
 def _with_image_root(entry: DataSource) -> DataSource:

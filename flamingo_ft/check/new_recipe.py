@@ -220,6 +220,8 @@ def _source(file: Path, inspected: InspectedData) -> str:
     fields: dict[str, Any] = {"path": _path_in(file, entry.path), "format": entry.format}
     if entry.columns:
         fields["columns"] = dict(entry.columns)
+    if entry.box_unit != "pixels":
+        fields["box_unit"] = entry.box_unit
     if entry.image_root is not None:
         fields["image_root"] = _path_in(file, entry.image_root)
     return _yaml(fields)

@@ -15,8 +15,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from flamingo_ft.data import Sample, open_medium
+from flamingo_ft.data.box_writer import BoxWriter
+from flamingo_ft.data.boxes import boxes_on
+from flamingo_ft.data.drawing import REFERENCE, DrawnBox, draw_boxes
 from flamingo_ft.data.encode import IGNORED
-from flamingo_ft.data.sample import Medium, Video
+from flamingo_ft.data.sample import Video
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, percent
@@ -189,7 +192,7 @@ class MediumPreview:
 class SamplePreview:
     """A sample as it trains; of a preference pair both texts, one after the other.
 
-    more_tokens, more_pictures: how many are left out.
+    more_tokens, more_pictures: how many are left out. boxes: how many it has.
     """
 
     where: str
@@ -200,6 +203,7 @@ class SamplePreview:
     label_tokens: int
     more_tokens: int
     more_pictures: int
+    boxes: int
 
 
 def preview_samples(index: int, source: WeightedSource, inspector: TextInspector) -> list[SamplePreview]:
@@ -222,12 +226,12 @@ def _preview(source: WeightedSource, row: Row, inspector: TextInspector) -> Samp
     if row.failure is not None:
         return None
     raw = source.source.raw(row.number) if row.raw is None else row.raw
-    sample: Sample = source.source.sample(row.number, raw)
+    sample = BoxWriter(inspector.processor.image_processor)(source.source.sample(row.number, raw))
     encoded = inspector(sample).encoded
     if encoded is None:
         return None
     images = inspector.processor.image_processor
-    media = [_preview_medium(medium, images) for medium in sample.images[: encoded.images]]
+    media = [_preview_medium(sample, number, images) for number in range(encoded.images)]
     tokens = [
         token
         for text in texts_of(encoded)
@@ -242,24 +246,29 @@ def _preview(source: WeightedSource, row: Row, inspector: TextInspector) -> Samp
         label_tokens=sum(token.learned for token in tokens),
         more_tokens=max(0, len(tokens) - MAX_TOKENS),
         more_pictures=max(0, len(media) - MAX_MEDIA),
+        boxes=len(sample.boxes),
     )
 
 
-def _preview_medium(medium: Medium, images: FlamingoImageProcessor) -> MediumPreview:
+def _preview_medium(sample: Sample, number: int, images: FlamingoImageProcessor) -> MediumPreview:
+    """Return a preview of one of a sample's media, with its boxes."""
+    medium = sample.images[number]
     frames = open_medium(medium, video_frames=images.video_frames)
     exact = max(frames[0].size) <= LOSSLESS_SIDE
     note = "video" if isinstance(medium, Video) else _tiles_note(images.grid_of(frames[0]))
-    return MediumPreview([_thumbnail(frame) for frame in frames], note, exact)
+    boxes = [(box.pixels(*frames[0].size), REFERENCE) for box in boxes_on(sample, number)]
+    return MediumPreview([_thumbnail(frame, boxes) for frame in frames], note, exact and not boxes)
 
 
 def _tiles_note(grid: Grid) -> str:
     return "" if grid == UNTILED else f"{grid[0]} x {grid[1]} tiles"
 
 
-def _thumbnail(image: Image.Image) -> str:
+def _thumbnail(image: Image.Image, boxes: Sequence[DrawnBox]) -> str:
     """Return a small image as a PNG, a larger one scaled down as a JPEG, as a data URI."""
-    file_format = "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
+    size, file_format = image.size, "PNG" if max(image.size) <= LOSSLESS_SIDE else "JPEG"
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    image = draw_boxes(image, boxes, size) if boxes else image
     buffer = io.BytesIO()
     image.save(buffer, file_format)
     return data_uri(buffer.getvalue(), f"image/{file_format.lower()}")

@@ -14,8 +14,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from flamingo_ft.data import Sample, Source, open_medium
+from flamingo_ft.data.box_writer import BoxWriter
 from flamingo_ft.data.encode import IGNORED
-from flamingo_ft.data.sample import Medium, Video
+from flamingo_ft.data.sample import Medium, Video, with_widest_boxes
 from flamingo_ft.data.sample_order import WeightedSource
 from flamingo_ft.data.sources.source import RawRow
 from flamingo_ft.errors import UserError
@@ -100,7 +101,8 @@ class RowInspector(Dataset):
 
     def __init__(self, sources: Sequence[Source], text_inspector: TextInspector):
         self.sources, self.text_inspector = sources, text_inspector
-        self.decoder = MediaDecoder(text_inspector.processor.image_processor)
+        images = text_inspector.processor.image_processor
+        self.decoder, self.write_boxes = MediaDecoder(images), BoxWriter(images)
 
     def __getitem__(self, index: Row) -> RowResult:
         row = index  # `Dataset` calls it index
@@ -119,8 +121,13 @@ class RowInspector(Dataset):
         return self._inspect(row.source, raw, sample)
 
     def _inspect(self, source: int, raw: RawRow, sample: Sample) -> RowResult:
-        text = self.text_inspector(sample)
         media, problems = self._decode_media(sample, raw)
+        try:
+            sample = with_widest_boxes(sample) if problems else self.write_boxes(sample)
+        except UserError as error:
+            problems.append(_row_problem(sample.where, raw.row, str(error)))
+            sample = with_widest_boxes(sample)
+        text = self.text_inspector(sample)
         if text.problem is not None:
             problems.insert(0, _row_problem(sample.where, raw.row, text.problem))
         if problems or text.encoded is None:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -66,6 +66,10 @@ def generate(
             metavar="FOLDER", help="With --data: the folder of its images.", exists=True, file_okay=False
         ),
     ] = None,
+    box_unit: Annotated[
+        Literal["pixels", "relative"],
+        typer.Option(help="With --data: unit of its boxes, as data.train.0.box_unit."),
+    ] = "pixels",
     batch_size: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="With --data: rows answered together; 8.")
     ] = None,
@@ -95,7 +99,8 @@ def generate(
     arguments = locals()
     if data is None:
         unused = {"--out": out, "--image-root": image_root, "--batch-size": batch_size,
-                  "--skip-bad": skip_bad, "--resume": resume, "--overwrite": overwrite}  # fmt: skip
+                  "--box-unit": box_unit != "pixels", "--skip-bad": skip_bad, "--resume": resume,
+                  "--overwrite": overwrite}  # fmt: skip
         _refuse(unused, "only used with --data")
         _generate_one(adapter, image or [], prompt, quantization, arguments)
         return
@@ -110,6 +115,7 @@ def generate(
         out,
         prompt=prompt,
         image_root=image_root,
+        box_unit=box_unit,
         batch_size=batch_size,
         quantization=quantization,
         skip_bad=skip_bad,
@@ -157,9 +163,14 @@ def _generate_one(
 ) -> None:
     if prompt is None and not images:
         raise UserError("--prompt: missing; ask something, or name an --image to caption")
-    from flamingo_ft.inference.answer import answer
+    from flamingo_ft.inference.answer import answer_with_boxes
 
-    typer.echo(answer(adapter, images, prompt, quantization=quantization, **_varied(_decoding(arguments))))
+    options = _varied(_decoding(arguments))
+    text, boxes = answer_with_boxes(adapter, images, prompt, quantization=quantization, **options)
+    typer.echo(text)
+    if boxes:
+        pixels = ", ".join(str([round(side) for side in box]) for box in boxes)
+        typer.echo(f"in pixels of {images[0].name}: {pixels}")
 
 
 def _decoding(arguments: dict[str, Any]) -> dict[str, Any]:

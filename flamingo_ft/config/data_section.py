@@ -40,6 +40,9 @@ class DataSource(Section):
     columns: Annotated[dict[str, str], LAX] = {}
     """Maps fields of the format to columns of the file, for example {answer: label, image: photo_path}.
     Fields that are not listed are read from the column of the same name, in upper or lower case."""
+    box_unit: Literal["pixels", "relative"] = "pixels"
+    """Unit of the numbers in the column boxes: pixels of the upright image, or fractions of its width and
+    height (relative)."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """How often each row of this source is drawn, relative to rows of the other sources: with weight 2, twice
     per epoch. If any source is streamed, numbers of rows are unknown, and the weight is the source's relative

@@ -113,10 +113,23 @@ METRIC_DESCRIPTIONS = {
     "macro_f1": "mean F1 of the distinct reference answers as classes; higher is better",
     "roc_auc": "area under the ROC curve of two ranked labels; higher is better",
     "top_5": "reference answer among the five best ranked labels; higher is better",
+    "iou": "mean intersection over union of boxes with those of the reference answer; higher is better",
+    "iou_50": "share of boxes with an IoU of at least 0.5 (Acc@0.5 of RefCOCO); higher is better",
 }
 
 # Metrics that can be `train.grpo.reward`, and why others cannot.
-REWARDS = ("accuracy", "vqa_accuracy", "anls", "rouge_l", "bleu_1", "bleu_2", "bleu_3", "bleu_4")
+REWARDS = (
+    "accuracy",
+    "vqa_accuracy",
+    "anls",
+    "rouge_l",
+    "bleu_1",
+    "bleu_2",
+    "bleu_3",
+    "bleu_4",
+    "iou",
+    "iou_50",
+)
 UNSUITABLE_REWARDS = {
     **{
         name: "runs Java, which is too slow to score every sampled answer"

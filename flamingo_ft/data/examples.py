@@ -72,6 +72,7 @@ class ExampleDataset(Dataset):
     Args:
         encode: sample -> its tokens, or why a policy drops it.
         load_media: (sample, number of media kept, sample number, which seeds augmentation) -> tensors.
+        write_boxes: (sample with boxes, sample number) -> the sample with its boxes as text.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class ExampleDataset(Dataset):
         sources: Sequence[Source],
         encode: Callable[[Sample], EncodedRow | Dropped],
         load_media: Callable[[Sample, int, int], list[Any]],
+        write_boxes: Callable[[Sample, int], Sample] | None = None,
     ):
         self.sources, self.encode, self.load_media = sources, encode, load_media
+        self.write_boxes = write_boxes
 
     def __getitem__(self, index: SampleIndex) -> Example | SkippedRow:
         source = self.sources[index.source]
@@ -89,6 +92,8 @@ class ExampleDataset(Dataset):
             raw = source.raw(index.row) if index.raw is None else index.raw
             where = source.where(raw)
             sample = source.sample(index.row, raw)
+            if sample.boxes and self.write_boxes is not None:
+                sample = self.write_boxes(sample, index.number)
             encoded = self.encode(sample)
             if isinstance(encoded, Dropped):
                 return SkippedRow(index.number, where, encoded.reason, bad=False)

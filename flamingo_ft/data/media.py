@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
-import math
-import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,24 +18,23 @@ from typing import Any
 import torch
 from PIL.Image import Image as Picture
 from torch import Tensor
-from torchvision.transforms import v2
 
 from flamingo_ft.config import AugmentationSection
 from flamingo_ft.errors import UserError
 from flamingo_ft.formatting import data_uri, shorten
 from flamingo_ft.model import FlamingoProcessor, images
 from flamingo_ft.model.download import download, is_url
+from flamingo_ft.model.geometry import Size
 from flamingo_ft.model.tiles import Tiling
 from flamingo_ft.model.views import Views
 
+from .augment import Augmentation
+from .boxes import boxes_on, kept_in_view
 from .feature_cache import Frame, Frames, lookup_frame
 from .feature_store import FeatureStore
 from .sample import Image, Medium, Sample, Video
 from .video import even_positions, frame_positions, read_frames
 
-functional: Any = v2.functional  # its annotations name tensors only; it takes PIL images too
-
-ASPECT_RATIOS = (3 / 4, 4 / 3)  # width to height of a random crop, relative to the image's own
 PREVIEW_PIXELS = 128  # longer side
 PREVIEW_PREFIX = "data:image/png;base64,"
 
@@ -129,14 +126,23 @@ class PixelLoader:
         number: the sample's index in the run; with ``seed``, it seeds augmentation.
         """
         return [
-            load_pixels(self.processor, medium, sample.where, self._augment(number, index))
+            load_pixels(self.processor, medium, sample.where, partial(self._augmented, sample, number, index))
             for index, medium in enumerate(sample.images[:kept])
         ]
 
-    def _augment(self, number: int, index: int) -> Callable[[list[Picture]], list[Picture]] | None:
+    def augmentation_of(self, sample: Sample, number: int, index: int, size: Size) -> Augmentation | None:
+        """Return how a sample's medium is augmented in this use; None if it is not.
+
+        size: width and height of the medium. A crop that cuts off most of a box is left out.
+        """
         if self.augmentation is None:
             return None
-        return partial(augment, section=self.augmentation, seed=hash((self.seed, number, index)))
+        drawn = Augmentation.draw(self.augmentation, hash((self.seed, number, index)))
+        return kept_in_view(drawn, boxes_on(sample, index), size, self.processor.image_processor)
+
+    def _augmented(self, sample: Sample, number: int, index: int, frames: list[Picture]) -> list[Picture]:
+        augmentation = self.augmentation_of(sample, number, index, frames[0].size)
+        return frames if augmentation is None else augmentation.apply(frames)
 
 
 @dataclass(frozen=True)
@@ -149,8 +155,7 @@ class PictureLoader(PixelLoader):
         for index, medium in enumerate(sample.images[:kept]):
             if isinstance(medium, Video):
                 raise UserError(f"{sample.where}: got a video; grpo takes images only")
-            change = self._augment(number, index) or list
-            pictures += change(open_medium(medium, sample.where))
+            pictures += self._augmented(sample, number, index, open_medium(medium, sample.where))
         return pictures
 
 
@@ -249,20 +254,6 @@ def open_preview(text: str) -> Picture:
     return open_image(text)
 
 
-def augment(frames: Sequence[Picture], section: AugmentationSection, seed: int) -> list[Picture]:
-    """Crop, flip and recolor all frames of a medium (an image has one) in the same way.
-
-    All randomness comes from ``seed``, one per use of a medium, so the number of workers does not matter.
-    """
-    rng = random.Random(seed)
-    box, flip = _random_box(rng, section.crop), rng.random() < section.flip
-    factors = [rng.uniform(1 - section.color, 1 + section.color) for _ in range(3)]
-    augmented = [_crop(frame, box) for frame in frames]
-    if flip:
-        augmented = [functional.horizontal_flip(frame) for frame in augmented]
-    return [_color(frame, *factors) for frame in augmented] if section.color else augmented
-
-
 def _fetched(image: Image, where: str | None) -> Image:
     """Return a path, or the content of a URL."""
     return download(image, where or "image") if isinstance(image, str) and is_url(image) else image
@@ -275,26 +266,3 @@ def _decoded(content: str | Path | bytes, medium: str | Path | bytes, where: str
         raise UserError(
             f"{display_name(medium, where)}: not a readable image ({error}); replace it"
         ) from None
-
-
-def _random_box(rng: random.Random, min_area: float) -> tuple[float, float, float, float]:
-    """Return left, top, width and height of a crop of at least ``min_area``, as fractions of the image."""
-    area = rng.uniform(min_area, 1)
-    # Beyond these ratios a crop of this area would not fit into the image.
-    narrowest, widest = max(ASPECT_RATIOS[0], area), min(ASPECT_RATIOS[1], 1 / area)
-    ratio = math.exp(rng.uniform(math.log(narrowest), math.log(widest)))
-    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
-    return rng.uniform(0, 1 - width), rng.uniform(0, 1 - height), width, height
-
-
-def _crop(frame: Picture, box: tuple[float, float, float, float]) -> Picture:
-    left, top = round(box[0] * frame.width), round(box[1] * frame.height)
-    width, height = max(1, round(box[2] * frame.width)), max(1, round(box[3] * frame.height))
-    left, top = min(left, frame.width - width), min(top, frame.height - height)
-    return functional.crop(frame, top, left, height, width)
-
-
-def _color(frame: Picture, brightness: float, contrast: float, saturation: float) -> Picture:
-    frame = functional.adjust_brightness(frame, brightness)
-    frame = functional.adjust_contrast(frame, contrast)
-    return functional.adjust_saturation(frame, saturation)

@@ -17,6 +17,7 @@ from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.build import backbone_files, text_limit
 from flamingo_ft.model.download import is_url
 
+from .box_writer import BoxWriter
 from .collate import pack
 from .encode import Dropped, encode_within
 from .eval_split import split_eval
@@ -24,7 +25,7 @@ from .media import open_medium, read_bytes
 from .pairs import encode_pair
 from .prompts import encode_question
 from .render import apply_template
-from .sample import Image, Medium, Sample, Video
+from .sample import Image, Medium, Sample, Video, with_widest_boxes
 from .sample_order import SampleIndex, SampleOrder, WeightedSource
 from .sources import open_source
 from .unpaired import check_both_labels, encode_unpaired, unpaired_sources
@@ -80,6 +81,21 @@ class OpenedData:
         return [
             sample for weighted in self.eval for sample in itertools.islice(read(weighted), max_per_source)
         ]
+
+    def with_boxes_written(self, samples: Sequence[Sample], processor: FlamingoProcessor) -> list[Sample]:
+        """Return evaluation samples with their boxes as text, as a model with this processor reads them.
+
+        A box that is not seen makes its row bad: it raises or is skipped, as ``data.on_bad_sample`` says.
+        """
+        write, written = BoxWriter(processor.image_processor), []
+        for sample in samples:
+            try:
+                written.append(write(sample))
+            except UserError as error:
+                if self.section.on_bad_sample == "error":
+                    raise
+                self.skipped[sample.where] = str(error)
+        return written
 
 
 def open_data(section: DataSection, seed: int) -> OpenedData:
@@ -275,7 +291,7 @@ def _size(data: OpenedData, draw: SampleIndex, encode: Any) -> int | None:
     """Return the text tokens of a drawn sample; None if it is skipped or dropped."""
     source = data.train[draw.source].source
     try:
-        encoded = encode(source.sample(draw.row, source.raw(draw.row)))
+        encoded = encode(with_widest_boxes(source.sample(draw.row, source.raw(draw.row))))
     except UserError:
         return None
     return None if isinstance(encoded, Dropped) else encoded.text_tokens

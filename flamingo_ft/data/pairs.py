@@ -141,5 +141,12 @@ def check_answer(messages: Messages, where: str) -> None:
 
 
 def _role_and_content(messages: Messages) -> list[dict[str, Any]]:
-    """Return messages without other keys: TRL's datasets need the same fields in every message."""
-    return [{"role": message["role"], "content": list(message["content"])} for message in messages]
+    """Return messages without other keys: TRL's datasets need the same fields in every message and block."""
+    return [
+        {"role": message["role"], "content": [_without_box(block) for block in message["content"]]}
+        for message in messages
+    ]
+
+
+def _without_box(block: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in block.items() if name != "box"}

@@ -9,13 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from flamingo_ft import atomic
 from flamingo_ft.config import RECIPE_FILE, RESULTS_FILE, EvalSection, Recipe, load_recipe
 from flamingo_ft.config.loading import parse_override
 from flamingo_ft.config.metric_names import parse_metric
-from flamingo_ft.data import Sample, open_data
+from flamingo_ft.data import OpenedData, Sample, open_data
+from flamingo_ft.data.drawing import scaled
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.predictor import Predictor
+from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.geometry import ImageGeometry
 from flamingo_ft.progress import Bars, progress_bars
 
 from .card import check_has_card, write_comparison
@@ -26,6 +31,7 @@ from .select_metrics import select_metrics
 from .variant_tables import variant_tables, verdicts
 from .variants import Variant, VariantAnswers, compare_variants, find_variants, use_variant
 
+SAME_VIEW = 0.01  # of the image's side
 _NO_RECIPE = Path(__file__).with_name("no_recipe.yaml")
 _NO_TRAINING_DATA = 'data.train=[{"hub": "none/none"}]'  # it is not read, so it need not exist here
 _USED_KEYS = (
@@ -73,7 +79,7 @@ def evaluate_adapter(
     variants = find_variants(adapter, quantization, compare)
     recipe = recipe_for_evaluation(adapter, variants[0].folder, data, overrides)
     opened = open_data(recipe.data, recipe.train.seed)
-    samples = opened.eval_samples(recipe.eval.max_samples)
+    samples = _with_boxes_written(opened.eval_samples(recipe.eval.max_samples), opened, variants)
     for reason in opened.skipped.values():
         report(f"skipped: {reason}")
     if not samples:
@@ -90,6 +96,41 @@ def evaluate_adapter(
         name = "held-out samples" if data is None else Path(data).name
         write_comparison(variants[0].folder, name, record["variants"])
     return record
+
+
+def _with_boxes_written(
+    samples: Sequence[Sample], opened: OpenedData, variants: Sequence[Variant]
+) -> Sequence[Sample]:
+    """Return the samples with their boxes as the first variant reads them.
+
+    Raises UserError for another variant that sees other parts of the images.
+    """
+    if not any(sample.boxes for sample in samples):
+        return samples
+    first, *others = (
+        opened.with_boxes_written(samples, FlamingoProcessor.from_pretrained(folder))
+        for folder in dict.fromkeys(variant.folder for variant in variants)
+    )
+    if not all(_see_the_same(first, other) for other in others):
+        raise UserError(
+            "--compare: the variants see different parts of the images (resize mode or tiles), so that their "
+            "boxes cannot be compared; evaluate them one by one"
+        )
+    return first
+
+
+def _see_the_same(samples: Sequence[Sample], others: Sequence[Sample]) -> bool:
+    """Whether two models see the same parts of the images, apart from rounding to their pixels."""
+    ours, theirs = (
+        [_view(geometry) for sample in part for geometry in sample.geometries if geometry]
+        for part in (samples, others)
+    )
+    return np.shape(ours) == np.shape(theirs) and np.allclose(ours, theirs, atol=SAME_VIEW)
+
+
+def _view(geometry: ImageGeometry) -> tuple[float, ...]:
+    """Return the visible part as fractions of the original, and as fractions of what the model sees."""
+    return *scaled(geometry.visible, geometry.original_size, (1, 1)), *geometry.seen(geometry.visible)
 
 
 def _conditions(samples: Sequence[Sample], controls: bool) -> Iterator[tuple[str, Sequence[Sample]]]:

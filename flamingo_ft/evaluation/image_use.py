@@ -14,7 +14,7 @@ import numpy as np
 from flamingo_ft.formatting import percent
 
 from .image_loss_gap import CLEARLY_ABOVE, ImageLossGap
-from .metrics import ACCURACY, mean, normalize
+from .metrics import ACCURACY, IOU_50, mean, normalize
 from .questions import Question
 from .reference_answers import is_free_text, most_frequent_answer
 
@@ -53,10 +53,16 @@ def image_use(
     changed = mean([normalize(prediction) != normalize(other) for _, prediction, other in rows])
     if is_free_text(asked):
         return _verdict_on_free_text(changed, gap)
-    correct = ACCURACY.measure(asked, [prediction for _, prediction, _ in rows])
-    correct_shuffled = ACCURACY.measure(asked, [other for _, _, other in rows])
-    majority = ACCURACY.measure(asked, [most_frequent_answer(asked)] * len(asked))
+    correct = correctness(asked, [prediction for _, prediction, _ in rows])
+    correct_shuffled = correctness(asked, [other for _, _, other in rows])
+    majority = correctness(asked, [most_frequent_answer(asked)] * len(asked))
     return _verdict_on_scores(correct, correct_shuffled, changed, mean(majority), gap)
+
+
+def correctness(questions: Sequence[Question], answers: Sequence[str]) -> np.ndarray:
+    """Return how right each answer is, 0..1: with boxes the share of them that is right, else exact match."""
+    has_boxes = [bool(question.boxes) for question in questions]
+    return np.where(has_boxes, IOU_50.measure(questions, answers), ACCURACY.measure(questions, answers))
 
 
 def _verdict_on_scores(

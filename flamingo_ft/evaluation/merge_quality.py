@@ -79,7 +79,7 @@ def eval_set_of_run(folder: Path, processor: FlamingoProcessor, context: int, sa
     try:
         recipe = load_recipe(folder / RECIPE_FILE, require=("data",))
         data = open_data(recipe.data, recipe.train.seed)
-        selected = _select(data, samples)
+        selected = data.with_boxes_written(_select(data, samples), processor)
         limit = min(recipe.data.max_text_tokens or context, context)
         encoded = _encode(selected, processor, limit, recipe.data.too_long)
     except UserError:

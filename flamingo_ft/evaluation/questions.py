@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -17,10 +17,11 @@ from flamingo_ft.data import Sample, encode
 from flamingo_ft.data.encode import IGNORED, Encoded
 from flamingo_ft.data.pairs import answer_start
 from flamingo_ft.data.render import is_document
-from flamingo_ft.data.sample import DOCUMENT, Medium, message_text
+from flamingo_ft.data.sample import DOCUMENT, Box, Medium, boxes_in, message_text
 from flamingo_ft.errors import UserError
 from flamingo_ft.inference.prompts import Prompt
 from flamingo_ft.model import FlamingoProcessor
+from flamingo_ft.model.geometry import ImageGeometry
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,17 @@ class Question(Prompt):
     """A dialogue up to where the assistant answers, with the images so far and the reference answers.
 
     answer: the reference answer that is trained on. sample: index of the sample that it comes from.
-    other_answers: further reference answers.
+    other_answers: further reference answers. boxes: those in the answer. asked: those in the
+    dialogue before it. geometries: of ``images``, if the sample has boxes; see `Sample`.
     """
 
     answer: str = ""
     task: str = ""
     sample: int = 0
     other_answers: tuple[str, ...] = ()
+    boxes: tuple[Box, ...] = ()
+    asked: tuple[Box, ...] = ()
+    geometries: tuple[ImageGeometry | None, ...] = ()
 
     @property
     def references(self) -> tuple[str, ...]:
@@ -59,20 +64,31 @@ def _questions(sample: Sample, index: int) -> Iterator[Question]:
     first = answer_start(sample.messages) if sample.rejected or sample.label else 0
     for turn, message in enumerate(sample.messages):
         if message["role"] == "assistant" and message.get("loss") is not False and turn >= first:
-            yield _question(sample, index, sample.messages[:turn], message_text(message))
+            yield _question(sample, index, sample.messages[:turn], message)
         elif message["role"] == DOCUMENT and sample.images:
             blocks = message["content"]
             after_last = 1 + max(i for i, block in enumerate(blocks) if block["type"] == "image")
-            answer = message_text({"content": blocks[after_last:]}).strip()
-            yield _question(sample, index, [{**message, "content": blocks[:after_last]}], answer)
+            prompt, answer = (
+                {**message, "content": part} for part in (blocks[:after_last], blocks[after_last:])
+            )
+            yield _question(sample, index, [prompt], answer)
 
 
-def _question(sample: Sample, index: int, before: list[dict[str, Any]], answer: str) -> Question:
+def _question(
+    sample: Sample, index: int, before: list[dict[str, Any]], answer: Mapping[str, Any]
+) -> Question:
     mentioned = sum(block["type"] == "image" for message in before for block in message["content"])
-    others = sample.other_answers
-    if before[-1]["role"] == DOCUMENT:
-        others = tuple(other.strip() for other in others)
-    return Question(before, sample.images[:mentioned], sample.where, answer, sample.task, index, others)
+    text, others = message_text(answer), sample.other_answers
+    if answer["role"] == DOCUMENT:
+        text, others = text.strip(), tuple(other.strip() for other in others)
+    boxes, asked = (
+        tuple(sample.boxes[number] for message in part for number in boxes_in(message))
+        for part in ([answer], before)
+    )
+    return Question(
+        before, sample.images[:mentioned], sample.where, text, sample.task, index, others, boxes, asked,
+        sample.geometries[:mentioned],
+    )  # fmt: skip
 
 
 class HasImages(Protocol):

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 from flamingo_ft.data.sample import DOCUMENT
+from flamingo_ft.model.boxes import without_boxes
 
 from .metrics import normalize
 from .questions import Question
@@ -46,9 +47,14 @@ def is_free_text(questions: Sequence[Question]) -> bool:
     """Whether the reference answers are captions or sentences, which can be phrased in many ways."""
     if any(message["role"] == DOCUMENT for question in questions for message in question.messages):
         return True
-    lengths = sorted(len(question.answer.split()) for question in questions)
+    lengths = sorted(len(_words(question)) for question in questions)
     distinct = len({normalize(question.answer) for question in questions})
     return lengths[len(lengths) // 2] >= FREE_TEXT_WORDS and distinct > len(questions) / 2
+
+
+def _words(question: Question) -> list[str]:
+    """Return the words of a reference answer; its boxes are not among them."""
+    return (without_boxes(question.answer) if question.boxes else question.answer).split()
 
 
 def has_free_text(questions: Sequence[Question]) -> bool:

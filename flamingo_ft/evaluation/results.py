@@ -24,6 +24,7 @@ from .image_loss_gap import ImageLossGap
 from .image_use import image_use
 from .loss_by_kind import LossByKind, loss_record
 from .metrics import ACCURACY, Metric, Prediction, metrics_in, normalize, user_metrics_record
+from .question_boxes import boxes_record
 from .questions import Question
 from .reference_answers import classes_of, is_free_text, most_frequent_answer
 from .scores import Scores
@@ -151,7 +152,8 @@ class Results:
         """
         with file_in_place(folder / PREDICTIONS_FILE) as place, place.open("w", encoding="utf-8") as file:
             for index, question in enumerate(self.questions):
-                row: dict[str, Any] = _row(question) | _texts_at(index, self.answers)
+                texts = _texts_at(index, self.answers)
+                row: dict[str, Any] = _row(question) | texts | boxes_record(question, texts)
                 if variants:
                     row["variants"] = {name: _texts_at(index, answers) for name, answers in variants.items()}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -14,6 +14,7 @@ from PIL.Image import Image as Picture
 
 from flamingo_ft import atomic
 from flamingo_ft.adapters.card import TextTable
+from flamingo_ft.data.drawing import ASKED, COLOURS, PREDICTED, REFERENCE, DrawnBox, draw_boxes
 from flamingo_ft.data.media import open_medium
 from flamingo_ft.data.sample import display_text
 from flamingo_ft.errors import UserError
@@ -22,7 +23,8 @@ from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 from flamingo_ft.templates import load_template
 from flamingo_ft.version import __version__
 
-from .metrics import ACCURACY, Metric, Prediction, normalize
+from .metrics import ACCURACY, IOU, Metric, Prediction, normalize
+from .question_boxes import drawn_on
 from .questions import Question
 from .reference_answers import classes_of
 
@@ -75,7 +77,7 @@ def write_results_page(
         row = PageRow(
             question.where,
             question.task,
-            [_thumbnail(image, question.where) for image in question.images[-MAX_IMAGES:]],
+            _thumbnails(question, str(answers[main][index])),
             display_text(question.messages[-1]).replace(MEDIA_TOKEN, "").strip(),
             question.references,
             str(answers[main][index]),
@@ -95,6 +97,7 @@ def write_results_page(
         tasks=sorted({row.task for row in rows}),
         matrices=confusion_matrices(questions, texts),
         other=OTHER,
+        box_colours=_box_colours(questions),
     )
     atomic.write_text(path, page)
 
@@ -121,25 +124,43 @@ def confusion_matrices(
     return matrices
 
 
+def _box_colours(questions: Sequence[Question]) -> dict[str, str]:
+    """Return the colour of each kind of box that may be on the page."""
+    kinds = {ASKED: any(question.asked for question in questions)}
+    kinds |= dict.fromkeys((REFERENCE, PREDICTED), any(question.boxes for question in questions))
+    return {kind: colour for kind, colour in COLOURS.items() if kinds[kind]}
+
+
 def _scores(
     questions: Sequence[Question], answers: Sequence[Prediction], metrics: Sequence[Metric]
 ) -> tuple[Metric, np.ndarray]:
-    """Return the metric that orders the answers, and their scores."""
-    for metric in metrics:
+    """Return the metric that orders the answers, and their scores; IoU if all references have boxes."""
+    for metric in (IOU, *metrics) if all(question.boxes for question in questions) else metrics:
         statistics = metric.measure(questions, answers)
-        if metric.is_fraction and not metric.of_corpus and statistics.ndim == 1:
+        is_score = metric.is_fraction and not metric.of_corpus and statistics.ndim == 1
+        if is_score and not np.isnan(statistics).any():
             return metric, statistics
     return ACCURACY, ACCURACY.measure(questions, answers)
 
 
-def _thumbnail(image: Any, where: str) -> str:
+def _thumbnails(question: Question, answer: str) -> list[str]:
+    """Return the last images of a question, with the boxes on them."""
+    first = max(0, len(question.images) - MAX_IMAGES)
+    return [
+        _thumbnail(image, question.where, drawn_on(question, answer, number) if question.geometries else ())
+        for number, image in enumerate(question.images[first:], first)
+    ]
+
+
+def _thumbnail(image: Any, where: str, boxes: Sequence[DrawnBox]) -> str:
     """Return a small JPEG as a data URI; empty if the image cannot be read any more."""
     try:
         picture = image if isinstance(image, Picture) else open_medium(image, where)[0]
     except UserError:
         return ""
-    picture = picture.convert("RGB")
+    picture, size = picture.convert("RGB"), picture.size
     picture.thumbnail((PIXELS, PIXELS))
+    picture = draw_boxes(picture, boxes, size) if boxes else picture
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return data_uri(buffer.getvalue(), "image/jpeg")

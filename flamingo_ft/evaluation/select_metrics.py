@@ -13,6 +13,7 @@ from .reference_answers import has_free_text
 
 DEFAULT = ("accuracy",)
 FREE_TEXT = ("rouge_l", "cider_d")  # beside them, if a task has free text
+BOXES = ("iou", "iou_50")  # beside them, if a reference answer has boxes
 
 
 def select_metrics(
@@ -35,7 +36,8 @@ def select_metrics(
 def _names(evaluation: EvalSection, questions: Sequence[Question]) -> list[str]:
     names = evaluation.metrics
     if names is None:
-        names = (*DEFAULT, *(FREE_TEXT if has_free_text(questions) else ()))
+        boxes = BOXES if any(question.boxes for question in questions) else ()
+        names = (*DEFAULT, *boxes, *(FREE_TEXT if has_free_text(questions) else ()))
     return [*names, *([] if evaluation.metric == LOSS else [evaluation.metric])]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from flamingo_ft.adapters.answering import MAX_NEW_TOKENS
 from flamingo_ft.backbones.quantization import Quantization
 from flamingo_ft.data.media import open_image
+from flamingo_ft.model.geometry import Corners
 
 from .decoding import Decoding
 from .predictor import Predictor
@@ -25,10 +26,24 @@ def answer(
     **options: Any,
 ) -> str:
     """Load an adapter or a merged model and answer one prompt about image files; see `Predictor.__call__`."""
+    options["max_new_tokens"] = max_new_tokens
+    return answer_with_boxes(adapter, images, prompt, quantization=quantization, **options)[0]
+
+
+def answer_with_boxes(
+    adapter: str | Path,
+    images: Sequence[str | Path],
+    prompt: str | None,
+    *,
+    quantization: str | Quantization | None = None,
+    **options: Any,
+) -> tuple[str, list[Corners]]:
+    """Return `answer`, and the boxes in it in pixels of the first image."""
     question = make_prompt(list(images), prompt)
-    decoding = Decoding(max_new_tokens, **options)
+    decoding = Decoding(**options)
     for path in images:
         open_image(path)  # a bad path should fail before the model is loaded
     predictor = Predictor.from_pretrained(adapter, quantization=quantization, image_cache_mib=0)
     predictor.decoding = decoding
-    return predictor.answer([question])[0]
+    (text,) = predictor.answer([question])
+    return text, predictor.boxes_in(text, images[0]) if images else []

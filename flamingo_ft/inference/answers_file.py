@@ -17,7 +17,7 @@ from typing import Any
 from flamingo_ft import atomic
 from flamingo_ft.errors import UserError
 
-COLUMNS = ("where", "images", "prompt", "answer", "reference", "error")
+COLUMNS = ("where", "images", "prompt", "answer", "reference", "error", "boxes")
 FORMATS = (".jsonl", ".csv")
 
 
@@ -67,7 +67,7 @@ class AnswersFile:
         self._file.truncate(size)  # what a kill left behind the last safe row
         self._file.seek(size)
         if not size and self.path.suffix == ".csv":
-            self._file.write(_csv([dict(zip(COLUMNS, COLUMNS, strict=True))]).encode())
+            self._file.write((",".join(COLUMNS) + "\n").encode())
         self._record()
 
     def _record(self) -> None:
@@ -100,10 +100,15 @@ def _json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV; several images of a row are separated by line breaks."""
+    """Return rows as CSV; several images of a row are separated by line breaks, boxes are JSON text."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     for row in rows:
-        images = row.get("images", ())
-        writer.writerow({**row, "images": images if isinstance(images, str) else "\n".join(images)})
+        writer.writerow({**row, **_csv_cells(row)})
     return text.getvalue()
+
+
+def _csv_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return what CSV has for lists."""
+    boxes = {"boxes": json.dumps(row["boxes"])} if "boxes" in row else {}
+    return {"images": "\n".join(row.get("images", ())), **boxes}

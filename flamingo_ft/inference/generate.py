@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flamingo_ft.data.box_writer import BoxWriter
+from flamingo_ft.data.schemas.boxes import BoxUnit
 from flamingo_ft.formatting import plural
 from flamingo_ft.hub import fetch_model
 from flamingo_ft.progress import progress_bars
@@ -24,6 +26,7 @@ def generate_file(
     *,
     prompt: str | None = None,
     image_root: Path | None = None,
+    box_unit: BoxUnit = "pixels",
     batch_size: int | None = None,
     quantization: str | None = None,
     skip_bad: bool = False,
@@ -35,7 +38,8 @@ def generate_file(
     """Answer every row of ``data`` with an adapter or a merged model and write the answers to ``out``.
 
     data: a file in a format that training reads, where answers may be missing, or a folder of images, about
-    which ``prompt`` is asked. out, resume, overwrite: see `AnswersFile`. skip_bad: see `answer_rows`.
+    which ``prompt`` is asked. box_unit: of the rows' boxes. out, resume, overwrite: see `AnswersFile`.
+    skip_bad: see `answer_rows`.
     quantization, options: see `Predictor.from_pretrained` and `Decoding`. log: called with lines about
     skipped rows, and a last one with the numbers.
     """
@@ -43,8 +47,9 @@ def generate_file(
     if decoding.samples and decoding.seed is None:
         options["seed"] = 0  # so that a resumed file is the same
         decoding = Decoding(**options)
-    rows = Rows(data, prompt, image_root)
+    rows = Rows(data, prompt, image_root, box_unit)
     settings = {"model": str(adapter), "data": str(data.absolute()), "prompt": prompt,
+                "box_unit": box_unit,
                 "batch_size": batch_size or BATCH_SIZE, "quantization": quantization,
                 **decoding.generate_options(), "max_new_tokens": decoding.max_new_tokens,
                 "stop_strings": list(decoding.stop_strings), "seed": decoding.seed}  # fmt: skip
@@ -57,6 +62,7 @@ def generate_file(
         predictor = Predictor.from_pretrained(
             folder, quantization=quantization, batch_size=batch_size or BATCH_SIZE, **options
         )
+        rows.write_boxes = BoxWriter(predictor.processor.image_processor)
         with progress_bars(stderr=True) as progress:
             bar = progress.add_task("answering", total=rows.count, note="")
             summary = answer_rows(

@@ -6,6 +6,7 @@
     for piece in predictor.stream("photo.png", "What is this?", temperature=0.7):
         print(piece, end="")
     predictor.look("photo.png", "What is this?").figure()
+    predictor.boxes_in(predictor("photo.png", "Where is the dog?"), "photo.png")  # in pixels
 
 Commands, notebooks, evaluation and training all ask through it. Answers are greedy unless `Decoding` says
 otherwise.
@@ -27,14 +28,20 @@ from flamingo_ft.adapters import load_trained
 from flamingo_ft.adapters.answering import end_token_ids
 from flamingo_ft.backbones.decoder_layers import context_length
 from flamingo_ft.backbones.quantization import Quantization
+from flamingo_ft.data.box_writer import image_size
+from flamingo_ft.data.boxes import placed_boxes, seen_text
 from flamingo_ft.data.collate import pad_ids
 from flamingo_ft.data.encode import encode_answer, encode_prompt
+from flamingo_ft.data.sample import Box, Video
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoForConditionalGeneration, FlamingoProcessor
+from flamingo_ft.model.boxes import parse_boxes
+from flamingo_ft.model.geometry import Corners, ImageGeometry
+from flamingo_ft.model.images import read_image
 
 from .decoding import Decoding
 from .look import Look, look_at
-from .media_inputs import MediaInputs
+from .media_inputs import FILES, MediaInputs
 from .prompts import Prompt, make_prompt
 from .ranking import AnswerScore, check_labels, score_answers, score_pairs
 from .streaming import StopAtText, TokenReceiver, VisibleText, cut_at_stop, stream_text
@@ -134,6 +141,31 @@ class Predictor:
             inputs = {"input_ids": torch.tensor(encoded), **media}
             on_device = {name: tensor.to(self.model.device) for name, tensor in inputs.items()}
             return look_at(self.model, self.processor, on_device, answer_ids, answer)
+
+    def boxes_in(self, answer: str, image: Any) -> list[Corners]:
+        """Return the boxes in an answer as (x1, y1, x2, y2) in pixels of the image that they are on.
+
+        image: in a form that `__call__` takes; upright, as it is shown. Raises UserError for a video and for
+        an image that cannot be read.
+        """
+        if not any(parse_boxes(answer)):
+            return []
+        return [placed.box for placed in placed_boxes(answer, [self.geometry_of(image)])]
+
+    def box_text(self, box: Corners, image: Any) -> str:
+        """Return a box, (x1, y1, x2, y2) in pixels of ``image``, as the text that stands for it in a prompt.
+
+        Raises UserError as `boxes_in` does, and for a box that is outside of what the model sees.
+        """
+        return seen_text(Box(box), self.geometry_of(image))
+
+    def geometry_of(self, image: Any) -> ImageGeometry:
+        """Return where points of an image are in what the model sees of it."""
+        if isinstance(image, Video):
+            raise UserError("boxes: on a video; boxes are on images only")
+        medium: Any = image
+        size = image_size(medium) if isinstance(image, FILES) else read_image(image).size
+        return self.processor.image_processor.geometry(ImageGeometry.of(*size))
 
     def answer(
         self,

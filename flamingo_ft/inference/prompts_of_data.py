@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from flamingo_ft.config import DataSection, DataSource
 from flamingo_ft.data import Sample
 from flamingo_ft.data.files import is_system_file
 from flamingo_ft.data.render import is_document
-from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.sample import Box, boxes_in, message_text
+from flamingo_ft.data.schemas.boxes import BoxUnit
 from flamingo_ft.data.sources.source import Source
 from flamingo_ft.data.sources.tar_samples import IMAGES
 from flamingo_ft.data.unanswered import UNANSWERED, answer_filler
@@ -21,30 +22,42 @@ from .prompts import Prompt, make_prompt
 
 @dataclass(frozen=True)
 class Row:
-    """A row of data: its prompt and, if it has one, the reference answer; or what is wrong with it."""
+    """A row of data: its prompt and, if it has one, the reference answer; or what is wrong with it.
+
+    boxes: those in the reference answer.
+    """
 
     where: str
     prompt: Prompt | None = None
     reference: str | None = None
     error: str | None = None
+    boxes: tuple[Box, ...] = ()
 
 
 class Rows:
     """The rows of a data file, of a dataset's folder, or of a folder of images, in their order.
 
     prompt: asked about rows that are images alone. count: how many rows there are; None if that is known only
-    at the end. Iterating yields every row; one that cannot be read has an ``error``.
+    at the end. box_unit: of the rows' boxes. Iterating yields every row; one that cannot be read has an
+    ``error``. Boxes in prompts are text only once `write_boxes` is set.
 
     Raises UserError for data without rows or of an unknown format, and for a prompt where rows ask their own
     questions.
     """
 
-    def __init__(self, data: Path, prompt: str | None = None, image_root: Path | None = None):
+    def __init__(
+        self,
+        data: Path,
+        prompt: str | None = None,
+        image_root: Path | None = None,
+        box_unit: BoxUnit = "pixels",
+    ):
         self._prompt = prompt
+        self.write_boxes: Callable[[Sample], Sample] = lambda sample: sample
         self._images = image_files(data) if data.is_dir() else []
         self._source: Source | None = None
         if not self._images:
-            entry = DataSource(path=data, image_root=image_root)
+            entry = DataSource(path=data, image_root=image_root, box_unit=box_unit)
             self._source = Source(entry, DataSection(train=(entry,)), answer_filler(prompt))
             if prompt is not None and not self._asks(prompt):
                 raise UserError(f"--prompt: the rows of {data} ask their own questions; remove it")
@@ -64,7 +77,7 @@ class Rows:
         for number, raw in enumerate(self._source.stream()):
             where = self._source.where(raw)
             try:
-                yield row_of(self._source.sample(number, raw))
+                yield row_of(self.write_boxes(self._source.sample(number, raw)))
             except UserError as error:
                 yield Row(where, error=str(error))
 
@@ -80,13 +93,15 @@ def row_of(sample: Sample) -> Row:
     if is_document(sample.messages):
         blocks = last["content"]
         cut = 1 + max((i for i, block in enumerate(blocks) if block["type"] == "image"), default=-1)
-        before, answer = [{**last, "content": blocks[:cut]}], message_text({"content": blocks[cut:]}).strip()
+        before, last = [{**last, "content": blocks[:cut]}], {"content": blocks[cut:]}
+        answer = message_text(last).strip()
     else:
         answer = message_text(last)
     if not before or not before[0]["content"]:
         raise UserError(f"{sample.where}: nothing to answer; it has neither a question nor an image")
     reference = None if answer == UNANSWERED else answer
-    return Row(sample.where, Prompt(before, sample.images, sample.where), reference)
+    boxes = tuple(sample.boxes[number] for number in boxes_in(last))
+    return Row(sample.where, Prompt(before, sample.images, sample.where), reference, boxes=boxes)
 
 
 def image_files(folder: Path) -> list[Path]:

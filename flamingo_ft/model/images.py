@@ -81,6 +81,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 DATA_URI = re.compile(r"data:[^,]{0,200},")
 
 
@@ -103,6 +104,22 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
         if repaired is None:
             raise UnreadableImage(_reason(error, source)) from None
         return repaired
+
+
+def upright_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """Return the width and height of what `open_image` reads; a JPEG file is not decoded for it.
+
+    Raises UnreadableImage as `open_image` does.
+    """
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with _quiet(), Image.open(file, formats=["JPEG"]) as image:
+            (turn, damaged), size = _stored_orientation(image), image.size
+        if image.format == "JPEG" and not damaged:
+            return (size[1], size[0]) if turn in _SIDEWAYS else size
+    except UNREADABLE:
+        pass  # another format, or damaged: the whole reader decides
+    return open_image(source).size
 
 
 def to_rgb(image: Any) -> Image.Image:

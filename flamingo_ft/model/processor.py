@@ -21,6 +21,7 @@ from flamingo_ft.hub.names import check_path_exists
 
 from .added_tokens import EOC_TOKEN, MEDIA_TOKEN
 from .chat_template import answer_template
+from .geometry import ImageGeometry, tower_geometry
 from .images import read_image, to_rgb
 from .special_text import protect, tokenize
 from .tiles import UNTILED, Grid, Tiling
@@ -85,6 +86,12 @@ class FlamingoImageProcessor(BaseImageProcessor):
     def view_count(self, picture: Image.Image) -> int:
         """Return how many views of a picture the tower gets."""
         return 1 if self.tiling is None else len(self.tiling.view_names(self.grid_of(picture)))
+
+    def geometry(self, picture: ImageGeometry) -> ImageGeometry:
+        """Return where points of a picture are in what the model sees; tiles together show all of it."""
+        if self.tiling is not None:
+            return picture
+        return tower_geometry(picture, self.open_clip_preprocess, self.input_size)
 
     @property
     def tiling(self) -> Tiling | None:

@@ -18,7 +18,7 @@ from flamingo_ft.data import Sample, open_data
 from flamingo_ft.data.collate import pack
 from flamingo_ft.data.encode import encode, encode_prompt
 from flamingo_ft.data.pairs import answer_start, prompt_and_answers
-from flamingo_ft.data.sample import Video, message_text
+from flamingo_ft.data.sample import Video, message_text, with_widest_boxes
 from flamingo_ft.errors import UserError
 from flamingo_ft.model import FlamingoProcessor
 from flamingo_ft.model.tiles import Tiling
@@ -114,7 +114,7 @@ def longest_sample(recipe: Recipe, processor: FlamingoProcessor, limit: int) -> 
     if not all(source.path is not None and path_exists(source.path) for source in recipe.data.train):
         return None
     data = open_data(recipe.data, recipe.train.seed)
-    samples = itertools.islice(data.samples(data.train), MAX_SAMPLES_READ)
+    samples = map(with_widest_boxes, itertools.islice(data.samples(data.train), MAX_SAMPLES_READ))
     if recipe.data.packing and limit < NO_CONTEXT_LIMIT:
         return _fullest_row(itertools.islice(samples, TOKENIZED_SAMPLES), recipe, processor, limit)
     count, images, longest = 0, 0, []

@@ -19,16 +19,22 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.offsetbox import AnnotationBbox, TextArea, VPacker
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from PIL import Image
 
 from flamingo_ft.config import PREDICTIONS_FILE
+from flamingo_ft.data.boxes import boxes_on
+from flamingo_ft.data.drawing import ASKED, COLOURS, PREDICTED, REFERENCE, DrawnBox, scaled
 from flamingo_ft.data.media import open_medium, open_preview
 from flamingo_ft.data.sample import Sample, display_text
 from flamingo_ft.errors import UserError
-from flamingo_ft.evaluation.metrics import exact_match
+from flamingo_ft.evaluation.metrics import IOU, exact_match
+from flamingo_ft.evaluation.metrics.boxes import CORRECT, answer_ious, mean_iou
 from flamingo_ft.evaluation.results import AFTER, BEFORE, load_predictions
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
+from flamingo_ft.model.geometry import Corners
 
 from .curves import BLUE, GREEN, INK, RED
 from .run_folder import check_run
@@ -38,6 +44,7 @@ PAD_INCHES = 0.1  # around a cell
 FONT_POINTS, QUESTION_LINES, ANSWER_LINES = 9, 3, 2  # captions are cut to so many lines
 MAX_LINE_CHARACTERS = 60
 IMAGE_GAP = 0.1  # between two images of a cell, in image heights
+BOX_POINTS = 1.6  # line width of a box
 SMALL_IMAGE_PIXELS = 128  # smaller images are enlarged pixel by pixel, larger ones smoothly
 
 Item = TypeVar("Item")
@@ -81,11 +88,15 @@ def spread(items: Sequence[Item], count: int, task_of: Callable[[Item], str]) ->
 
 @dataclass(frozen=True)
 class _Cell:
-    """Images side by side, a caption above them, and colored lines below."""
+    """Images side by side, a caption above them, and colored lines below.
+
+    boxes: of each image those drawn on it, in fractions of its width and height.
+    """
 
     images: list[Image.Image]
     above: str
     below: list[Line]
+    boxes: Sequence[Sequence[DrawnBox]] = ()
 
     @property
     def width(self) -> float:
@@ -106,15 +117,40 @@ def _prediction_cell(prediction: dict[str, Any]) -> _Cell:
     if not conditions or not _is_correct(prediction, conditions[-1]):
         below.append((_cut(f"right: {prediction['answer']}", ANSWER_LINES), INK))
     images = [open_preview(image) for image in prediction["images"]]
-    return _Cell(images, _cut(question, QUESTION_LINES), below)
+    boxes = _prediction_boxes(prediction, conditions[-1] if conditions else None)
+    return _Cell(images, _cut(question, QUESTION_LINES), below, boxes)
+
+
+def _prediction_boxes(prediction: dict[str, Any], condition: str | None) -> list[list[DrawnBox]]:
+    """Return the boxes on each image, in fractions of it: of the question, the reference and the answer."""
+    sizes = prediction.get("image_sizes", ())
+    kinds = {ASKED: ASKED, REFERENCE: REFERENCE, condition: PREDICTED}
+    on_images: list[list[DrawnBox]] = [[] for _ in sizes]
+    for name, placed in prediction.get("boxes", {}).items():
+        for one in placed if name in kinds else ():
+            on_images[one["image"]].append((scaled(one["box"], sizes[one["image"]], (1, 1)), kinds[name]))
+    return on_images
 
 
 def _answer_line(prediction: dict[str, Any], condition: str) -> Line:
     mark, colour = ("✓", GREEN) if _is_correct(prediction, condition) else ("✗", RED)
+    if _has_boxes(prediction):
+        iou = IOU.text(mean_iou(answer_ious(prediction[condition], prediction["answer"])))
+        return _cut(
+            f"{mark} {condition}: {prediction[condition] or '(nothing)'}, IoU {iou}", ANSWER_LINES
+        ), colour
     return _cut(f"{mark} {condition}: {prediction[condition] or '(nothing)'}", ANSWER_LINES), colour
 
 
+def _has_boxes(prediction: dict[str, Any]) -> bool:
+    """Whether the reference answer has boxes."""
+    return bool(prediction.get("boxes", {}).get(REFERENCE))
+
+
 def _is_correct(prediction: dict[str, Any], condition: str) -> bool:
+    """Whether an answer equals a reference answer or, if that has boxes, whether all of them are found."""
+    if _has_boxes(prediction):
+        return min(answer_ious(prediction[condition], prediction["answer"])) >= CORRECT
     return exact_match(prediction[condition], prediction.get("references") or [prediction["answer"]])
 
 
@@ -128,7 +164,15 @@ def _sample_cell(sample: Sample) -> _Cell:
         max_lines, colour = styles[message["role"]]
         lines.append((_cut(text, max_lines), colour))
     images = [open_medium(medium, sample.where)[0] for medium in sample.images]
-    return _Cell(images, above=lines[0][0], below=lines[1:])
+    return _Cell(images, lines[0][0], lines[1:], _sample_boxes(sample, images))
+
+
+def _sample_boxes(sample: Sample, images: Sequence[Image.Image]) -> list[list[DrawnBox]]:
+    """Return the boxes of a sample on each image, in fractions of it."""
+    return [
+        [(scaled(box.pixels(*image.size), image.size, (1, 1)), REFERENCE) for box in boxes_on(sample, number)]
+        for number, image in enumerate(images)
+    ]
 
 
 def _number_images(texts: Sequence[str]) -> list[str]:
@@ -179,7 +223,22 @@ def _grid(cells: Sequence[_Cell], columns: int) -> Figure:
         axes.set_axis_off()
         if cell is not None:
             _draw(axes, cell, width)
+    _add_legend(figure, cells)
     return figure
+
+
+def _add_legend(figure: Figure, cells: Sequence[_Cell]) -> None:
+    """Name the colours of the boxes, if there are any."""
+    drawn = {kind for cell in cells for boxes in cell.boxes for _, kind in boxes}
+    frames = [
+        Rectangle((0, 0), 1, 1, fill=False, edgecolor=colour, linewidth=BOX_POINTS, label=f"{kind} box")
+        for kind, colour in COLOURS.items()
+        if kind in drawn
+    ]
+    if frames:
+        figure.legend(
+            handles=frames, loc="outside lower center", ncols=len(frames), fontsize=FONT_POINTS, frameon=False
+        )
 
 
 def _draw(axes: Axes, cell: _Cell, width: float) -> None:
@@ -188,12 +247,25 @@ def _draw(axes: Axes, cell: _Cell, width: float) -> None:
         right = left + image.width / image.height
         interpolation = "nearest" if image.height < SMALL_IMAGE_PIXELS else "antialiased"
         axes.imshow(image, extent=(left, right, 0, 1), interpolation=interpolation)
+        for corners, kind in cell.boxes[number - 1] if cell.boxes else ():
+            _draw_box(axes, corners, kind, left, right)
         if len(cell.images) > 1:
             _draw_number(axes, left, number)
         left = right + IMAGE_GAP
     axes.set(xlim=(0, width), ylim=(0, 1), aspect="equal")
     axes.set_title(cell.above, fontsize=FONT_POINTS, color=INK, parse_math=False)
     _write_below(axes, cell.below)
+
+
+def _draw_box(axes: Axes, corners: Corners, kind: str, left: float, right: float) -> None:
+    """Draw a box on an image that stands from ``left`` to ``right`` and from 1 down to 0."""
+    x1, y1, x2, y2 = corners
+    place, width = (left + x1 * (right - left), 1 - y2), (x2 - x1) * (right - left)
+    halo = [withStroke(linewidth=2 * BOX_POINTS, foreground="white")]
+    frame = Rectangle(
+        place, width, y2 - y1, fill=False, edgecolor=COLOURS[kind], linewidth=BOX_POINTS, path_effects=halo
+    )
+    axes.add_patch(frame)
 
 
 def _draw_number(axes: Axes, left: float, number: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from flamingo_ft.config import Recipe
 from flamingo_ft.data import OpenedData
 from flamingo_ft.data.batches import Batches, LoaderConfig, one_sample_per_row, packed_rows, sorted_by_length
+from flamingo_ft.data.box_writer import BoxWriter
 from flamingo_ft.data.collate import collate_packed, collate_text
 from flamingo_ft.data.encode import Encoded
 from flamingo_ft.data.examples import DataStats, Example, ExampleDataset
@@ -19,7 +20,7 @@ from flamingo_ft.data.media import CachedFeatureLoader, PictureLoader, PixelLoad
 from flamingo_ft.data.opened_data import check_method, encoder, training_sources
 from flamingo_ft.data.pairs import EncodedPair, collate_pairs, repeat_media
 from flamingo_ft.data.prompts import sampling_rows
-from flamingo_ft.data.sample import message_text
+from flamingo_ft.data.sample import message_text, with_widest_boxes
 from flamingo_ft.data.sample_order import SampleIndex, SampleOrder, WeightedSource
 from flamingo_ft.data.unpaired import EncodedAnswer, collate_answers
 from flamingo_ft.errors import UserError
@@ -52,9 +53,13 @@ def make_train_batches(
     encode = encoder(processor, recipe, limit)
     order = SampleOrder(sources, recipe.train.seed, data_config.shuffle_buffer)
     read_media = _media_reader(processor, recipe, features)
+    write_boxes = BoxWriter(
+        processor.image_processor, read_media if isinstance(read_media, PixelLoader) else None
+    )
+    dataset = ExampleDataset([weighted.source for weighted in sources], encode, read_media, write_boxes)
     return Batches(
         order=_draws(order, sources, recipe),
-        dataset=ExampleDataset([weighted.source for weighted in sources], encode, read_media),
+        dataset=dataset,
         group_rows=packed_rows(batch_size, limit) if data_config.packing else one_sample_per_row(batch_size),
         collate=collate_fn(recipe, processor, limit, features, packing=data_config.packing),
         stats=DataStats(data_config.on_bad_sample == "skip", data_config.max_bad_share, order.epoch_length),
@@ -154,4 +159,5 @@ def _text_length(sources: Sequence[WeightedSource], index: SampleIndex) -> int:
         sample = source.sample(index.row, source.raw(index.row) if index.raw is None else index.raw)
     except UserError:
         return 0
+    sample = with_widest_boxes(sample)
     return sum(len(message_text(message)) for message in [*sample.messages, *(sample.rejected or ())])

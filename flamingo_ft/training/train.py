@@ -174,6 +174,7 @@ def _run(
             metrics_of_answers = select_metrics(recipe.eval, questions_of(eval_samples))
             with oom_as_user_error("loading"):
                 model, processor = build_model(recipe, partial(first_batches, data, recipe))
+            eval_samples = data.with_boxes_written(eval_samples, processor)
             # Raises for questions longer than the context, which would otherwise fail only after training.
             Predictor(model, processor).encode(questions_of(eval_samples))
             if log and processes.is_main():

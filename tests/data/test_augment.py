@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from flamingo_ft.config import AugmentationSection
-from flamingo_ft.data.media import augment
+from flamingo_ft.data.augment import Augmentation
 
 ALL = AugmentationSection(crop=0.5, flip=0.5, color=0.4)
 
@@ -21,6 +21,10 @@ def coordinates(width: int = 200, height: int = 100) -> Image.Image:
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(width), np.arange(height)[:, None]
     return Image.fromarray(pixels)
+
+
+def augment(frames: list[Image.Image], section: AugmentationSection, seed: int) -> list[Image.Image]:
+    return Augmentation.draw(section, seed).apply(frames)
 
 
 def augmented(seed: int) -> bytes:

@@ -562,8 +562,8 @@ BAD_ENTRIES = {
     ),
     "unknown field": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"reply": "answer"}},
-        "FOLDER/x.jsonl: columns: expected fields of vqa, got 'reply'; use answer, answers, image, images, "
-        "question, system, task, video, videos",
+        "FOLDER/x.jsonl: columns: expected fields of vqa, got 'reply'; use answer, answers, boxes, image, "
+        "images, question, system, task, video, videos",
     ),
     "unknown column": (
         lambda f: write(f, "x.jsonl", ROW) | {"columns": {"answer": "label"}},

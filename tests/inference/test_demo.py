@@ -152,7 +152,10 @@ def test_errors_are_shown_in_one_line_and_leave_the_dialogue_alone(client, demo_
 
 
 def test_a_question_without_an_answer_returns_to_its_box(demo_page):
-    events, answered = Events(demo_page.model), Turn("One?", answer=SimpleNamespace(text="One."))
+    events, answered = (
+        Events(demo_page.model),
+        Turn("One?", answer=SimpleNamespace(text="One.", picture=None)),
+    )
     box, turns, *_ = events.settle((answered, Turn("Two?", ("a.png",))))
     assert turns == (answered,) and box.value["text"] == "Two?" and len(box.value["files"]) == 1
     assert events.settle((answered,))[1] == (answered,) and events.settle(())[1] == ()

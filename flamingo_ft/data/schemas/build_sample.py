@@ -8,14 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from flamingo_ft.data.fields import check_unicode, has_content, is_blank, text_field, type_name
 from flamingo_ft.data.media_resolver import MediaResolver
-from flamingo_ft.data.sample import DOCUMENT, ROLES, UNNAMED_TASK, Medium, Sample
+from flamingo_ft.data.sample import DOCUMENT, ROLES, UNNAMED_TASK, Box, Medium, Sample
 from flamingo_ft.errors import UserError
 from flamingo_ft.model.added_tokens import MEDIA_TOKEN
 
+from .boxes import BoxPart, check_boxes, refuse_markers, split_markers
 from .schema import MediaRef, ParsedRow, Turn
 
 VIDEO_MARKER = "<video>"
@@ -37,26 +39,42 @@ class Placeholder:
     medium: MediaRef | None = None
 
 
-Part = str | Placeholder  # of a message's content
+Part = str | Placeholder | BoxPart  # of a message's content
 
 
-def build_sample(parsed: ParsedRow, task: str | None, where: str, resolver: MediaResolver) -> Sample:
-    """Return the sample of a row. Raises UserError naming the field that is wrong."""
+def build_sample(
+    parsed: ParsedRow,
+    task: str | None,
+    where: str,
+    resolver: MediaResolver,
+    boxes: Sequence[Box] | None = None,
+) -> Sample:
+    """Return the sample of a row. Raises UserError naming the field that is wrong.
+
+    boxes: those of its column, for which markers stand in the texts; None for a row without the column.
+    """
     check_roles(parsed.turns, where)
     contents = [parse_content(turn.content, turn.where, bool(parsed.videos)) for turn in parsed.turns]
     contents = _with_media(parsed, contents, where)
     media = [
         _resolved(part, resolver) for content in contents for part in content if isinstance(part, Placeholder)
     ]
-    messages = [_message(turn, content) for turn, content in zip(parsed.turns, contents, strict=True)]
+    rejected = _rejected_contents(parsed)
+    if boxes is not None:
+        numbers = count()
+        contents = [split_markers(content, numbers) for content in contents]
+        rejected = rejected and [split_markers(content, numbers) for content in rejected]
+        check_boxes(boxes, next(numbers), media, where)
+        refuse_markers(parsed.other_answers, where)
     return Sample(
-        messages,
+        _messages(parsed.turns, contents),
         media,
         task or UNNAMED_TASK,
         where,
-        _rejected(parsed),
+        None if rejected is None else _messages(parsed.rejected or (), rejected),
         other_answers=tuple(parsed.other_answers),
         label=parsed.label,
+        boxes=tuple(boxes or ()),
     )
 
 
@@ -88,7 +106,7 @@ def check_roles(turns: Sequence[Turn], where: str) -> None:
         previous = turn.role
 
 
-def text_to_blocks(text: str) -> list[dict[str, str]]:
+def text_to_blocks(text: str) -> list[dict[str, Any]]:
     """Return text as typed blocks, an image block for each ``<image>``."""
     return [_block(part) for part in _split_text(text)]
 
@@ -105,7 +123,7 @@ def parse_content(content: Any, where: str, videos: bool) -> list[Part]:
         parts = [_parse_block(block, f"{where}[{index}]") for index, block in enumerate(content)]
     else:
         raise UserError(f"{where}: expected text or a list of typed blocks, got {type_name(content)}")
-    if not any(isinstance(part, Placeholder) or part.strip() for part in parts):
+    if not any(not isinstance(part, str) or part.strip() for part in parts):
         raise UserError(f"{where}: empty; write text or an image, or remove the turn")
     return [part for part in parts if part != ""]
 
@@ -118,8 +136,10 @@ def _split_text(text: str, videos: bool = False) -> list[Part]:
     return [placeholders.get(part, part) for part in parts if part]
 
 
-def _block(part: Part) -> dict[str, str]:
+def _block(part: Part) -> dict[str, Any]:
     """Return a part as a block of `Sample.messages`."""
+    if isinstance(part, BoxPart):
+        return {"type": "box", "index": part.index}
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
 
 
@@ -213,17 +233,21 @@ def _resolved(part: Placeholder, resolver: MediaResolver) -> Medium:
     return resolve(part.medium.value, part.medium.where)
 
 
+def _messages(turns: Sequence[Turn], contents: Sequence[Sequence[Part]]) -> list[dict[str, Any]]:
+    return [_message(turn, content) for turn, content in zip(turns, contents, strict=True)]
+
+
 def _message(turn: Turn, content: Sequence[Part]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": turn.role, "content": [_block(part) for part in content]}
     return message if turn.loss else {**message, "loss": False}
 
 
-def _rejected(parsed: ParsedRow) -> list[dict[str, Any]] | None:
-    """Return the messages of the worse answer; images in it are refused, since they belong to the prompt."""
+def _rejected_contents(parsed: ParsedRow) -> list[list[Part]] | None:
+    """Return the contents of the worse answer; images in it are refused, since they belong to the prompt."""
     if parsed.rejected is None:
         return None
     contents = [parse_content(turn.content, turn.where, False) for turn in parsed.rejected]
     for turn, content in zip(parsed.rejected, contents, strict=True):
         if any(isinstance(part, Placeholder) for part in content):
             raise UserError(f"{turn.where}: the rejected answer has an image; move it to the prompt")
-    return [_message(turn, content) for turn, content in zip(parsed.rejected, contents, strict=True)]
+    return contents

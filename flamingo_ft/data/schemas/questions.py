@@ -20,6 +20,7 @@ from flamingo_ft.data.fields import (
 )
 from flamingo_ft.errors import UserError
 
+from .boxes import BOXES
 from .dialogues import system_turns, turns_of_messages
 from .schema import ParsedRow, Schema, Turn, has_columns, images_of, register_schema, videos_of
 
@@ -67,7 +68,7 @@ def parse_preference(row: Row, where: str) -> ParsedRow:
     for name, turns in (("chosen", chosen), ("rejected", rejected)):
         if not turns or turns[0].role != "assistant":
             raise UserError(f"{where}: {name}: no assistant message after the prompt; add the answer")
-    if _text(chosen) == _text(rejected):
+    if _text(chosen) == _text(rejected) and not has_value(row, BOXES):  # markers stand for different boxes
         raise UserError(f"{where}: rejected: the same as chosen; remove the row")
     turns = [*system_turns(row, where), *prompt, *chosen]
     return ParsedRow(turns, images_of(row, where), videos_of(row, where), rejected)

@@ -12,6 +12,7 @@ from flamingo_ft.data.media_resolver import MediaResolver
 from flamingo_ft.data.sample import Sample
 from flamingo_ft.errors import UserError
 
+from .boxes import BoxUnit, boxes_of
 from .build_sample import build_sample
 from .columns import (
     find_columns,
@@ -49,6 +50,7 @@ class RowReader:
         where: the source, for error messages.
         detected: whether the schema was recognized from the columns, not named by the recipe. Then a row is
             refused if a column that looks like part of its task is not read.
+        box_unit: of the numbers in ``boxes``.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class RowReader:
         resolver: MediaResolver,
         where: str,
         detected: bool = False,
+        box_unit: BoxUnit = "pixels",
     ):
         check_columns(columns, schema, where)
         self.schema = schema
@@ -65,6 +68,7 @@ class RowReader:
         self._columns = {name: column for name, column in columns.items() if name not in self._options}
         self._resolver = resolver
         self._detected = detected
+        self._box_unit: BoxUnit = box_unit
         self._parsers: dict[str, RowParser] = {}  # by file
         self._last_names: tuple[str, ...] | None = None
         self._last_columns: dict[str, str] = {}
@@ -80,7 +84,8 @@ class RowReader:
         row = row_with_fields(row, columns)
         task = optional_text(row, "task", where)
         parsed = self._parser(file, find)(row, where)
-        sample = build_sample(parsed, task, where, self._resolver)
+        boxes = boxes_of(row, self._box_unit, where)
+        sample = build_sample(parsed, task, where, self._resolver, boxes)
         if self._detected and not sample.images:
             self._refuse_column(image_column(unread), unread, columns, "the image", where)
         names = (*text_columns(unread), *parsed.unread)

@@ -47,7 +47,7 @@ from flamingo_ft.data.fields import TAR_MEMBERS, Row, is_blank, list_field, type
 from flamingo_ft.errors import UserError
 
 MEDIA_FIELDS = ("image", "images", "video", "videos")
-COMMON_FIELDS = (*MEDIA_FIELDS, "task")  # belong to every schema: they never count as unread columns
+COMMON_FIELDS = (*MEDIA_FIELDS, "boxes", "task")  # belong to every schema: they never count as unread columns
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def detect_schema(row: Any, where: str) -> str:
 def check_columns(columns: Mapping[str, str], name: str, where: str) -> None:
     """Raise UserError for a ``columns`` entry that is not a field of schema ``name``."""
     schema = SCHEMAS[name]
-    common = COMMON_FIELDS if schema.reads_common_media else ("task",)
+    common = COMMON_FIELDS if schema.reads_common_media else ("boxes", "task")
     known = {*schema.fields, *schema.options, *common}
     unknown = next((field for field in columns if field not in known), None)
     if unknown is not None:

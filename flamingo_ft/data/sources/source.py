@@ -106,7 +106,7 @@ class Source:
         detected = entry.format == "auto"
         self.format = detect_format(row, entry.columns, where) if detected else entry.format
         resolver = MediaResolver(_image_root(entry), data.allow_urls)
-        self._reader = RowReader(self.format, entry.columns, resolver, self.name, detected)
+        self._reader = RowReader(self.format, entry.columns, resolver, self.name, detected, entry.box_unit)
         self.unread = self._reader.unread(row, where) if isinstance(row, Mapping) else ()
 
     @property

@@ -23,6 +23,7 @@ A run whose recipe names it in ``eval.metrics`` logs it as ``eval_first_word``; 
 the report and the model card show it, and ``eval.metric: first_word`` selects the best checkpoint by it.
 """
 
+from .boxes import IOU, IOU_50
 from .exact_match import ACCURACY, exact_match, normalize
 from .metric import Metric, Prediction, Ranked, References, mean, per_pair
 from .registry import (
@@ -38,6 +39,8 @@ from .registry import (
 
 __all__ = [
     "ACCURACY",
+    "IOU",
+    "IOU_50",
     "KEY_SUFFIXES",
     "MERGE_METRIC",
     "METRICS",

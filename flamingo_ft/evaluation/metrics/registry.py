@@ -10,6 +10,7 @@ from flamingo_ft.config.metric_names import LOSS, result_key
 from flamingo_ft.errors import UserError
 
 from .anls import ANLS
+from .boxes import IOU, IOU_50
 from .captions import CAPTION_METRICS
 from .classification import F1, MACRO_F1, ROC_AUC, TOP_5
 from .exact_match import ACCURACY
@@ -17,7 +18,7 @@ from .metric import Metric
 from .user_metric import user_metric
 from .vqa import VQA_ACCURACY
 
-BUILT_IN = (ACCURACY, VQA_ACCURACY, ANLS, *CAPTION_METRICS, F1, MACRO_F1, ROC_AUC, TOP_5)
+BUILT_IN = (ACCURACY, VQA_ACCURACY, ANLS, *CAPTION_METRICS, F1, MACRO_F1, ROC_AUC, TOP_5, IOU, IOU_50)
 MERGE_METRIC = ACCURACY  # `flamingo-ft merge --accuracy-margin` replaces the merge_margin of this metric
 USER_METRICS_KEY = "user_metrics"  # lists the keys of users' metrics in a record of results
 

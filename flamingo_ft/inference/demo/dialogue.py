@@ -86,4 +86,8 @@ def _shown_question(turn: Turn) -> list[Message]:
 
 
 def _shown_answer(answer: Answer | None) -> list[Message]:
-    return [] if answer is None else [{"role": "assistant", "content": answer.text or EMPTY}]
+    if answer is None:
+        return []
+    text = {"role": "assistant", "content": answer.text or EMPTY}
+    picture = {"role": "assistant", "content": {"path": answer.picture}}
+    return [text, picture] if answer.picture else [text]

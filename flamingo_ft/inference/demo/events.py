@@ -16,6 +16,7 @@ from flamingo_ft.inference.look import Look
 from flamingo_ft.inference.look_figure import token_title
 from flamingo_ft.machine_errors import out_of_memory
 
+from .answer_boxes import with_picture
 from .dialogue import Message, Turn, base_messages_of, make_turn, messages_of, prompt_of
 from .switchable_model import SwitchableModel
 
@@ -56,10 +57,13 @@ class Events:
             for answer in self._model.stream(prompt, decoding):
                 last = replace(last, answer=answer)
                 yield _shown((*earlier, last))
+            last = replace(last, answer=with_picture(self._model.predictor, turns, last.answer))
             if last.is_compared:
                 for answer in self._model.stream(prompt, decoding, adapter=False):
                     last = replace(last, base_answer=answer)
                     yield _shown((*earlier, last))
+                last = replace(last, base_answer=with_picture(self._model.predictor, turns, last.base_answer))
+            yield _shown((*earlier, last))
 
     def settle(self, turns: Turns) -> tuple:
         """Unlock the box after an answer, an error or a stop; a question without an answer returns to it."""

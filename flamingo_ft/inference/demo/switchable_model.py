@@ -19,10 +19,14 @@ from flamingo_ft.inference.streaming import stream_text
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer so far: its text and its tokens, without an end token."""
+    """An answer so far: its text and its tokens, without an end token.
+
+    picture: path of the image with the answer's boxes, once it has ended with any.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    picture: str | None = None
 
 
 class SwitchableModel:

@@ -1,0 +1,77 @@
+"""Boxes of a sample against what the model sees of its images: which are seen, and what answers point at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flamingo_ft.errors import UserError
+from flamingo_ft.model.boxes import box_text, parse_boxes
+from flamingo_ft.model.geometry import Corners, ImageGeometry, Size
+from flamingo_ft.model.processor import FlamingoImageProcessor
+
+from .augment import Augmentation
+from .sample import Box, Sample
+
+MIN_SEEN = 0.5  # of a box's area, that a random crop must leave
+
+
+class PlacedBox(NamedTuple):
+    """A box of an answer. image: index of its image; box: corners in pixels of the upright original."""
+
+    image: int
+    box: Corners
+
+
+def boxes_on(sample: Sample, image: int) -> list[Box]:
+    """Return the boxes on one of a sample's images."""
+    return [box for box in sample.boxes if box.image == image]
+
+
+def kept_in_view(
+    augmentation: Augmentation, boxes: Sequence[Box], size: Size, images: FlamingoImageProcessor
+) -> Augmentation:
+    """Return the augmentation, without its crop if that would cut off most of a box.
+
+    size: width and height of the image. What the tower's transform cuts off anyway does not count.
+    """
+    if not boxes:
+        return augmentation
+    whole = ImageGeometry.of(*size)
+    seen, cropped = images.geometry(whole), images.geometry(augmentation.geometry(whole))
+    corners = [box.pixels(*size) for box in boxes]
+    if all(cropped.visible_area(box) >= MIN_SEEN * seen.visible_area(box) for box in corners):
+        return augmentation
+    return augmentation.without_crop()
+
+
+def seen_text(box: Box, geometry: ImageGeometry) -> str:
+    """Return a box as text for the model.
+
+    Raises UserError if it is not on its image, or if nothing of it is seen.
+    """
+    corners = box.pixels(*geometry.original_size)
+    if not geometry.visible_area(corners):
+        width, height = geometry.original_size
+        raise UserError(
+            f"{box.where}: outside of what the model sees of an image of {width} x {height} pixels, got "
+            f"{list(box.corners)}; set model.vision.resize_mode to squash or longest, or data.tiles"
+        )
+    return box_text(geometry.seen(corners))
+
+
+def placed_boxes(
+    text: str, geometries: Sequence[ImageGeometry | None], references: Sequence[Box] = ()
+) -> list[PlacedBox]:
+    """Return the boxes in an answer, in pixels of the original images.
+
+    The n-th box is on the image of the n-th of ``references``, boxes beyond them on that of the last one, and
+    without references on the first image. Boxes on images without a geometry are left out.
+    """
+    placed = []
+    for number, box in enumerate(parse_boxes(text)):
+        image = references[min(number, len(references) - 1)].image if references else 0
+        geometry = geometries[image] if image < len(geometries) else None
+        if box is not None and geometry is not None:
+            placed.append(PlacedBox(image, geometry.original(box)))
+    return placed
